@@ -1,0 +1,88 @@
+"""Build cpu.c with the machine's own compiler and call it.
+
+The library is built once per source, flags, compiler and processor, in about three seconds, and kept under
+`~/.cache/rlinvariant` (or `$RLINVARIANT_CACHE`). Functions take contiguous CPU tensors; shapes are checked by the ops.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_name("cpu.c")
+FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fopenmp", "-fPIC", "-shared")
+DTYPES = (torch.bfloat16, torch.float32)
+
+_P, _I, _F, _B = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
+_SIGNATURES = {  # one line per function of cpu.c, in its order
+    "exp_f32": (_P, _P, _I),
+    "linear": (_P, _P, _P, _P, _I, _I, _I, _B),
+    "rms_norm": (_P, _P, _P, _I, _I, _F, _B),
+    "rms_norm_backward": (_P, _P, _P, _P, _P, _I, _I, _F, _B),
+    "rope": (_P, _P, _P, _P, _I, _I, _I, _I, _F, _B),
+    "swiglu": (_P, _P, _P, _I, _B),
+    "swiglu_backward": (_P, _P, _P, _P, _P, _I, _B),
+    "attention": (*[_P] * 8, *[_I] * 9, _F, _B),
+    "attention_backward": (*[_P] * 10, *[_I] * 4, _F, _B),
+    "token_logprobs": (*[_P] * 6, _I, _I, _B),
+    "token_logprobs_backward": (*[_P] * 6, _I, _I, _B),
+    "sample": (*[_P] * 7, _I, _I, _B),
+}
+
+
+def cache_dir() -> Path:
+    return Path(os.environ.get("RLINVARIANT_CACHE") or Path.home() / ".cache" / "rlinvariant")
+
+
+def compile_library(target: Path, flags: tuple[str, ...] = FLAGS) -> None:
+    """Compile cpu.c to `target`, atomically. Raises RuntimeError with the compiler's words if it fails."""
+    compiler = shutil.which(os.environ.get("CC", "gcc"))
+    if compiler is None:
+        raise RuntimeError("no C compiler: exact mode on CPU builds kernels/cpu.c; install gcc, or set CC to a compiler")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as tmp:
+        built = Path(tmp, "cpu.so")
+        done = subprocess.run([compiler, *flags, "-o", str(built), str(SOURCE), "-lm"], capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{compiler} could not build {SOURCE}: {done.stderr.strip()[:2000]}")
+        os.replace(built, target)
+
+
+def load_library(path: Path) -> ctypes.CDLL:
+    """Open a built library and declare its functions."""
+    library = ctypes.CDLL(str(path))
+    for name, arguments in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = arguments, None
+    return library
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The kernels for this processor, built on first use."""
+    compiler = subprocess.run([os.environ.get("CC", "gcc"), "--version"], capture_output=True, text=True).stdout
+    flags_of_cpu = next((x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("flags")), "")
+    key = "\0".join((SOURCE.read_text(), *FLAGS, compiler, platform.machine(), flags_of_cpu))
+    path = cache_dir() / f"cpu-{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}.so"
+    if not path.exists():
+        compile_library(path)
+    return load_library(path)
+
+
+def ptr(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def is_bf16(tensor: Tensor) -> int:
+    """1 for bfloat16, 0 for float32; TypeError for anything else."""
+    if tensor.dtype not in DTYPES:
+        raise TypeError(f"expected bfloat16 or float32, got {tensor.dtype}")
+    return int(tensor.dtype is torch.bfloat16)

@@ -1,0 +1,6 @@
+"""Hugging Face models made to compute through `rlinvariant.ops`, and the audit that proves that nothing escapes."""
+
+from rlinvariant.models.audit import Finding, audit, require_exact, watch
+from rlinvariant.models.patch import UnsupportedModel, make_invariant, unsupported
+
+__all__ = ["Finding", "UnsupportedModel", "audit", "make_invariant", "require_exact", "unsupported", "watch"]

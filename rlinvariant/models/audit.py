@@ -1,0 +1,102 @@
+"""Find what a model computes outside `rlinvariant.ops` and could therefore differ between sampler and trainer.
+
+An operation may stay outside when IEEE 754 fixes its bits, whatever kernel runs it: moving data, casting, and the correctly
+rounded + - * / sqrt on one element. Sums, products of matrices and transcendental functions are not among them: their bits
+depend on shape, vector width and threads. Whatever is not known to be safe is reported.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rlinvariant.models.patch import UnsupportedModel
+
+MOVES = frozenset(
+    "view _unsafe_view reshape _reshape_alias transpose t permute expand slice select unsqueeze squeeze cat stack split "
+    "split_with_sizes unbind clone copy _to_copy detach alias lift_fresh index index_select index_put gather embedding where "
+    "masked_fill masked_select empty empty_like empty_strided new_empty new_zeros new_ones new_full zeros zeros_like ones "
+    "ones_like full full_like fill zero flip roll repeat as_strided contiguous narrow diagonal chunk resize set".split()
+)
+ROUNDED = frozenset("add sub rsub mul div neg abs sqrt maximum minimum clamp clamp_min clamp_max relu".split())
+COMPARES = frozenset("eq ne lt le gt ge isnan isinf".split())
+OURS = ("rlinvariant",)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """An operation outside ops: `op` as ATen names it, inside a module of class `module`."""
+
+    op: str
+    module: str
+
+
+class _Watch(TorchDispatchMode):
+    def __init__(self, allowed: tuple[str, ...]) -> None:
+        super().__init__()
+        self.allowed, self.findings, self.modules = allowed, {}, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if not self._safe(func, out):
+            where = self.modules[-1] if self.modules else "outside any module"
+            self.findings[Finding(str(func), where)] = None
+        return out
+
+    def _safe(self, func, out) -> bool:
+        if func.namespace in self.allowed:
+            return True
+        name = func.__name__.split(".")[0].strip("_") if func.namespace == "aten" else ""
+        if name in {x.strip("_") for x in MOVES} or name in ROUNDED or name in COMPARES:
+            return True
+        outs = [x for x in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(x, torch.Tensor)]
+        return func.namespace in ("aten", "prim") and all(not (x.is_floating_point() or x.is_complex()) for x in outs)
+
+
+@contextmanager
+def watch(*also_allowed: str) -> Iterator[dict[Finding, None]]:
+    """Collect findings of everything that runs inside. `also_allowed` names further operator namespaces."""
+    mode = _Watch(OURS + also_allowed)
+
+    def leave(*_) -> None:  # a hook that returned something would replace the module's output
+        mode.modules.pop()
+
+    push = nn.modules.module.register_module_forward_pre_hook(lambda m, _: mode.modules.append(type(m).__name__))
+    pop = nn.modules.module.register_module_forward_hook(leave, always_call=True)
+    try:
+        with mode:
+            yield mode.findings
+    finally:
+        push.remove()
+        pop.remove()
+
+
+def audit(model: nn.Module, vocab_size: int) -> list[Finding]:
+    """Run one packed forward, log-probs included, and list every operation that no op owns. Empty means exact by structure."""
+    ids = torch.arange(9, device=next(model.parameters()).device)[None] % vocab_size
+    cu = torch.tensor([0, 4, 9], dtype=torch.int32, device=ids.device)
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]], device=ids.device)
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), watch() as findings:
+            model(
+                input_ids=ids, position_ids=positions, cu_seq_lens_q=cu, cu_seq_lens_k=cu, max_length_q=5, max_length_k=5,
+                token_ids=ids[0, 1:4], predicted_from=torch.arange(3, device=ids.device), temperature=0.7,
+            )  # fmt: skip
+    finally:
+        model.train(training)
+    return list(findings)
+
+
+def require_exact(model: nn.Module) -> None:
+    """Raise UnsupportedModel naming each operation, by class, that `audit` finds."""
+    if found := audit(model, model.config.vocab_size):
+        listed = ", ".join(sorted(f"{f.op} in {f.module}" for f in found))
+        raise UnsupportedModel(
+            f"{type(model).__name__} computes outside rlinvariant.ops: {listed}. Its bits would depend on the batch; "
+            "use invariance=off, or add a rule to models/patch.py"
+        )

@@ -1,0 +1,24 @@
+"""The ops of which sampler and trainer are both made. Each file gives one op's contract: formula, order of summation, bits.
+
+Nothing else in a model may sum, and nothing else may call a transcendental function: `models.audit` fails if it does.
+"""
+
+from rlinvariant.ops.attention import attention, paged_attention
+from rlinvariant.ops.linear import linear
+from rlinvariant.ops.rms_norm import add_rms_norm, rms_norm
+from rlinvariant.ops.rope import rope
+from rlinvariant.ops.swiglu import swiglu
+from rlinvariant.ops.token_logprobs import log_softmax, sample, token_logprobs
+
+__all__ = [
+    "add_rms_norm",
+    "attention",
+    "linear",
+    "log_softmax",
+    "paged_attention",
+    "rms_norm",
+    "rope",
+    "sample",
+    "swiglu",
+    "token_logprobs",
+]

@@ -1,0 +1,116 @@
+"""Causal attention over packed sequences, and its twin over a paged key-value cache."""
+
+import torch
+from torch import Tensor
+
+from rlinvariant.kernels import cpu
+from rlinvariant.ops.register import define
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
+    """Attend causally inside each of several sequences laid end to end.
+
+        out[i] = sum_{j <= i} softmax_j(scale * q[i] . k[j]) v[j]
+
+    Args:
+        q: [T, H, D], bf16 or fp32.
+        k, v: [T, H_kv, D], H a multiple of H_kv (grouped queries), same dtype.
+        cu_seqlens: [sequences + 1] int32; sequence b is rows cu_seqlens[b] to cu_seqlens[b + 1].
+        scale: multiplies the scores.
+
+    Returns:
+        [T, H, D] in q.dtype.
+
+    Order: scores over D ascending, fused, one accumulator; exp of (score - row maximum); its sum over key positions by
+        `lanes`, values by `chain4` (kernels/cpu.c); one division; one rounding. Everything in fp32.
+    Bits: row i depends on its query and on keys and values 0..i of its own sequence. Packing, padding, chunking, paging and
+        the other sequences change nothing: `paged_attention` gives the same bits. Gradients are deterministic.
+    Ref: Vaswani et al. 2017, arXiv:1706.03762; gradient as in Dao et al. 2022, arXiv:2205.14135, appendix B.
+    """
+    return _attention(q, k, v, cu_seqlens, scale)[0]
+
+
+def paged_attention(
+    q: Tensor, kv_cache: Tensor, block_table: Tensor, cu_seqlens_q: Tensor, kv_lens: Tensor, scale: float
+) -> Tensor:
+    """The last queries of each sequence against keys and values kept in pages.
+
+    Args:
+        q: [T, H, D]; the queries of sequence b are rows cu_seqlens_q[b] to cu_seqlens_q[b + 1], its last positions.
+        kv_cache: [pages, H_kv, page_size, 2 D] (vLLM's CPU layout): keys in the first D columns, values in the others.
+        block_table: [sequences, width] int32, the pages of each sequence in order.
+        cu_seqlens_q: [sequences + 1] int32.
+        kv_lens: [sequences] int32, keys per sequence, those of q included.
+        scale: multiplies the scores.
+
+    Returns:
+        [T, H, D] in q.dtype. No gradient.
+
+    Order, Bits, Ref: those of `attention`.
+    """
+    return _paged_attention(q, kv_cache, block_table, cu_seqlens_q, kv_lens, scale)
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    q, k, v, cu = q.contiguous(), k.contiguous(), v.contiguous(), cu_seqlens.to(torch.int32).contiguous()
+    (t, heads, dim), kv_heads = q.shape, k.shape[1]
+    if k.shape != v.shape or k.shape != (t, kv_heads, dim) or heads % kv_heads or not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"attention: q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit together")
+    if int(cu[-1]) != t:
+        raise ValueError(f"attention: cu_seqlens ends at {int(cu[-1])}, but q has {t} rows")
+    out, lse = torch.empty_like(q), torch.empty(t, heads)
+    lengths = cu.diff()
+    cpu.library().attention(
+        *map(cpu.ptr, (q, k, v, out, lse, cu, lengths)), None, 0, 0, 0, kv_heads * dim, dim,
+        cu.numel() - 1, heads, kv_heads, dim, scale, cpu.is_bf16(q),
+    )  # fmt: skip
+    return out, lse
+
+
+def _paged(
+    q: Tensor, kv_cache: Tensor, block_table: Tensor, cu_seqlens_q: Tensor, kv_lens: Tensor, scale: float
+) -> Tensor:
+    q, cu, lens = q.contiguous(), cu_seqlens_q.to(torch.int32).contiguous(), kv_lens.to(torch.int32).contiguous()
+    table = block_table.to(torch.int32).contiguous()
+    (_, heads, dim), (_, kv_heads, page, _) = q.shape, kv_cache.shape
+    if kv_cache.shape[-1] != 2 * dim or kv_cache.stride(-1) != 1 or kv_cache.dtype != q.dtype:
+        raise ValueError(f"paged_attention: q {tuple(q.shape)} does not fit a {kv_cache.dtype} cache {tuple(kv_cache.shape)}")
+    out = torch.empty_like(q)
+    values = kv_cache.data_ptr() + dim * kv_cache.element_size()
+    cpu.library().attention(
+        cpu.ptr(q), cpu.ptr(kv_cache), values, cpu.ptr(out), None, *map(cpu.ptr, (cu, lens, table)), table.shape[1], page,
+        kv_cache.stride(0), kv_cache.stride(2), kv_cache.stride(1), lens.numel(), heads, kv_heads, dim, scale, cpu.is_bf16(q),
+    )  # fmt: skip
+    return out
+
+
+def _save(ctx, inputs, output) -> None:
+    q, k, v, cu_seqlens, ctx.scale = inputs
+    out, lse = output
+    ctx.save_for_backward(q, k, v, cu_seqlens, out, lse)
+    ctx.mark_non_differentiable(lse)
+
+
+def _backward(ctx, dout: Tensor, _):
+    q, k, v, cu, out, lse = ctx.saved_tensors
+    q, k, v, cu = q.contiguous(), k.contiguous(), v.contiguous(), cu.to(torch.int32).contiguous()
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    cpu.library().attention_backward(
+        *map(cpu.ptr, (dout.contiguous(), q, k, v, out, lse, dq, dk, dv, cu)),
+        cu.numel() - 1, q.shape[1], k.shape[1], q.shape[2], ctx.scale, cpu.is_bf16(q),
+    )  # fmt: skip
+    return dq, dk, dv, None, None
+
+
+_attention = define(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, float scale) -> (Tensor, Tensor)",
+    cpu=_forward,
+    fake=lambda q, k, v, cu_seqlens, scale: (q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)),
+    save=_save,
+    backward=_backward,
+)
+_paged_attention = define(
+    "paged_attention(Tensor q, Tensor kv_cache, Tensor block_table, Tensor cu_seqlens_q, Tensor kv_lens, float scale) -> Tensor",
+    cpu=_paged,
+    fake=lambda q, kv_cache, block_table, cu_seqlens_q, kv_lens, scale: q.new_empty(q.shape),
+)

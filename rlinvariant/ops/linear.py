@@ -1,0 +1,124 @@
+"""Matrix product in which an output element depends on its own row of x and its own row of the weight, and on nothing else."""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rlinvariant.kernels import cpu
+from rlinvariant.ops.register import define
+
+ROWS = 256  # rows per call of the vendor GEMM
+STEP = 16  # rows are padded to a multiple of this: sixteen possible calls per weight shape, few enough to test them all
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Multiply by a weight matrix.
+
+        y[m, n] = round(sum_k x[m, k] * weight[n, k] + bias[n])
+
+    Args:
+        x: [*rows, K], bf16 or fp32.
+        weight: [N, K], any float dtype; cast to x.dtype at use, so fp32 master weights get fp32 gradients.
+        bias: [N] or None; cast to x.dtype.
+
+    Order: fp32 accumulation, either by the vendor GEMM (oneDNN, MKL) in calls of 16, 32, ..., 256 rows, where `is_exact`
+        has proven all sixteen equal on this machine; or by `lanes` over K (kernels/cpu.c), which needs no proof.
+    Bits: y[m] depends on x[m], weight and bias alone: batch, position and chunk invariant. dx and dweight come from the
+        stock GEMM: deterministic, not invariant.
+    Ref: He et al. 2025, "Defeating Nondeterminism in LLM Inference".
+    """
+    return _linear(x, weight, bias)
+
+
+@functools.cache
+def is_exact(n: int, k: int, dtype: torch.dtype, bias: bool, threads: int) -> bool:
+    """Whether the vendor GEMM keeps a row's bits for a weight [n, k], in all sixteen calls that `linear` would make.
+
+    Operands have a wide exponent range, so that another order of summation shows; the rows at both ends of a tile also
+    stand beside zeros, huge values and NaN. The answer differs by machine: with AVX512-BF16 oneDNN changed at M = 1 alone;
+    with AMX it changes with M from K = 130 on, wherever it splits K. Takes under a second; cached for the process.
+    """
+    rng = torch.Generator().manual_seed(n * 1_000_003 + k)
+    x = torch.randn(ROWS, k, generator=rng) * torch.exp2(torch.randint(-8, 8, (ROWS, k), generator=rng))
+    x, w = x.to(dtype), torch.randn(n, k, generator=rng).to(dtype)
+    b = torch.randn(n, generator=rng).to(dtype) if bias else None
+    full = F.linear(x, w, b)
+    for rows in range(STEP, ROWS + 1, STEP):
+        if not _same(F.linear(x[:rows].clone(), w, b), full[:rows]):
+            return False
+    for rows in (STEP, ROWS):
+        for at in (0, rows - 1):
+            for neighbour in (0.0, 1e30, float("nan")):
+                tile = torch.full_like(x[:rows], neighbour)
+                tile[at] = x[at]
+                if not _same(F.linear(tile, w, b)[at], full[at]):
+                    return False
+    return True
+
+
+def routes() -> dict[str, str]:
+    """The route taken by each weight shape used so far, for the run's environment.json."""
+    return dict(_routes)
+
+
+_routes: dict[str, str] = {}
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def _aligned(t: Tensor) -> Tensor:
+    """`t`, or a copy, contiguous and on a cache line: a GEMM may choose its kernel by alignment."""
+    return t if t.is_contiguous() and t.data_ptr() % 64 == 0 else t.clone(memory_format=torch.contiguous_format)
+
+
+def _cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    n, k = weight.shape
+    w, b = _aligned(weight.to(x.dtype)), None if bias is None else bias.to(x.dtype).contiguous()
+    flat = x.reshape(-1, k).contiguous()
+    vendor = is_exact(n, k, x.dtype, b is not None, torch.get_num_threads())
+    _routes[f"{n}x{k} {str(x.dtype)[6:]}"] = "vendor GEMM" if vendor else "kernels/cpu.c"
+    y = (_vendor if vendor else _written)(flat, w, b)
+    return y.view(*x.shape[:-1], n)
+
+
+def _vendor(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+    parts = []
+    for part in x.split(ROWS):
+        missing = -len(part) % STEP
+        y = F.linear(F.pad(part, (0, 0, 0, missing)) if missing else _aligned(part), w, b)
+        parts.append(y[: len(part)])
+    return torch.cat(parts)  # a copy also for one part: an operator may not return a view of its input's padding
+
+
+def _written(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+    y = x.new_empty(len(x), len(w))
+    cpu.library().linear(*map(cpu.ptr, (x, w, b, y)), *y.shape, x.shape[1], cpu.is_bf16(x))
+    return y
+
+
+def _save(ctx, inputs, output) -> None:
+    x, weight, bias = inputs
+    ctx.save_for_backward(x, weight)
+    ctx.bias = None if bias is None else bias.dtype
+
+
+def _backward(ctx, dy: Tensor):
+    x, weight = ctx.saved_tensors
+    flat = dy.reshape(-1, dy.shape[-1])
+    dx = (flat @ weight.to(dy.dtype)).view(x.shape) if ctx.needs_input_grad[0] else None
+    dw = (flat.t() @ x.reshape(-1, x.shape[-1])).to(weight.dtype) if ctx.needs_input_grad[1] else None
+    db = flat.float().sum(0).to(ctx.bias) if ctx.bias is not None and ctx.needs_input_grad[2] else None
+    return dx, dw, db
+
+
+_linear = define(
+    "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    cpu=_cpu,
+    fake=lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[0]),
+    save=_save,
+    backward=_backward,
+)

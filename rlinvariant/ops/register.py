@@ -1,0 +1,62 @@
+"""Make a function an opaque operator: one name, one implementation per device, one derivative.
+
+Opaque means that torch.compile, CUDA graphs and vLLM's graph passes see a single node and cannot fuse, split or reorder
+what is inside, so compiled and eager code give the same bits.
+
+`torch.library.custom_op` does the same at 10 us a call (19 us with gradients); this costs 2 and 9, which matters for small
+models on CPU. The derivative is an ordinary `torch.autograd.Function`, installed at the operator's autograd key.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_LIBRARY = torch.library.Library("rlinvariant", "DEF")
+_below_autograd = torch._C._AutoDispatchBelowAutograd
+
+
+def define(
+    schema: str,
+    *,
+    cpu: Callable[..., Any],
+    fake: Callable[..., Any],
+    save: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
+    """Register `schema` ("name(Tensor x, ...) -> Tensor") and return the operator.
+
+    Args:
+        schema: PyTorch operator schema, without the namespace.
+        cpu: the implementation for CPU tensors.
+        fake: output shapes and dtypes, for tracing.
+        save: `save(ctx, inputs, output)`, stores what the derivative needs; None for an operator without derivative.
+        backward: `backward(ctx, *grads)`, one gradient or None per input.
+    """
+    name = schema.split("(")[0]
+    _LIBRARY.define(schema)
+    _LIBRARY.impl(name, cpu, "CPU")
+    torch.library.register_fake(f"rlinvariant::{name}", fake, lib=_LIBRARY)
+    operator = getattr(torch.ops.rlinvariant, name).default
+    if save is None or backward is None:
+        return operator
+
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        with _below_autograd():
+            output = operator(*inputs)
+        save(ctx, inputs, output)
+        return output
+
+    def differentiate(ctx: Any, *grads: Any) -> Any:
+        return backward(ctx, *grads)
+
+    function = type(name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(differentiate)})
+
+    def autograd(*inputs: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs):
+            return function.apply(*inputs)
+        with _below_autograd():
+            return operator(*inputs)
+
+    _LIBRARY.impl(name, autograd, "Autograd")
+    return operator

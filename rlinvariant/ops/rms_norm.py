@@ -1,0 +1,102 @@
+"""Root-mean-square normalisation, alone and after a residual addition."""
+
+import torch
+from torch import Tensor
+
+from rlinvariant.kernels import cpu
+from rlinvariant.ops.register import define
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Scale each row to unit root mean square, then by `weight`.
+
+        y = round(round(x * rsqrt(mean(x^2) + eps)) * weight)
+
+    Args:
+        x: [*rows, D], bf16 or fp32.
+        weight: [D], any float dtype; cast to x.dtype at use.
+        eps: added to the mean square, before the root.
+
+    Order: fp32 squares, column i to accumulator i % 16, ascending, then a fixed tree (`lanes` in kernels/cpu.c).
+    Bits: a row of y and of dx depends on that row and `weight` alone. dweight sums rows in index order: deterministic,
+        not batch invariant. CPU and CUDA follow one rounding but do not promise the same bits.
+    Ref: Zhang and Sennrich 2019, arXiv:1910.07467; rounding as in transformers' LlamaRMSNorm.
+    """
+    return _rms_norm(x, weight, eps)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Add a residual and normalise the sum.
+
+        s = round(x + residual);  y = rms_norm(s, weight, eps)
+
+    Args:
+        x, residual: [*rows, D], same shape and dtype, bf16 or fp32.
+        weight, eps: as in `rms_norm`.
+
+    Returns:
+        (y, s), both like x.
+
+    Order: as in `rms_norm`.
+    Bits: the same as the addition followed by `rms_norm`.
+    Ref: pre-norm residual stream as in transformers' LlamaDecoderLayer.
+    """
+    return _add_rms_norm(x, residual, weight, eps)
+
+
+def _forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    x, w = x.contiguous(), weight.to(x.dtype).contiguous()
+    y, d = torch.empty_like(x), x.shape[-1]
+    cpu.library().rms_norm(cpu.ptr(x), cpu.ptr(w), cpu.ptr(y), x.numel() // d, d, eps, cpu.is_bf16(x))
+    return y
+
+
+def _gradients(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    dy, x, w = dy.contiguous(), x.contiguous(), weight.to(x.dtype).contiguous()
+    dx, dw, d = torch.empty_like(x), torch.empty(x.shape[-1]), x.shape[-1]
+    rows = x.numel() // d
+    cpu.library().rms_norm_backward(
+        *map(cpu.ptr, (dy, x, w, dx, dw)), rows, d, eps, cpu.is_bf16(x)
+    )  # fmt: skip
+    return dx, dw.to(weight.dtype)
+
+
+def _save(ctx, inputs, output) -> None:
+    x, weight, ctx.eps = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _backward(ctx, dy: Tensor):
+    return *_gradients(dy, *ctx.saved_tensors, ctx.eps), None
+
+
+def _add_forward(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    total = x + residual
+    return _forward(total, weight, eps), total
+
+
+def _add_save(ctx, inputs, output) -> None:
+    ctx.eps = inputs[3]
+    ctx.save_for_backward(output[1], inputs[2])
+
+
+def _add_backward(ctx, dy: Tensor, dtotal: Tensor):
+    dx, dw = _gradients(dy, *ctx.saved_tensors, ctx.eps)
+    dx = dx + dtotal
+    return dx, dx, dw, None
+
+
+_rms_norm = define(
+    "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
+    cpu=_forward,
+    fake=lambda x, weight, eps: x.new_empty(x.shape),
+    save=_save,
+    backward=_backward,
+)
+_add_rms_norm = define(
+    "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)",
+    cpu=_add_forward,
+    fake=lambda x, residual, weight, eps: (x.new_empty(x.shape), x.new_empty(x.shape)),
+    save=_add_save,
+    backward=_add_backward,
+)

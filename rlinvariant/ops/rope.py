@@ -1,0 +1,47 @@
+"""Rotary position embedding."""
+
+import torch
+from torch import Tensor
+
+from rlinvariant.kernels import cpu
+from rlinvariant.ops.register import define
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (i, i + R/2) of the first R columns of each head by the angle of their token.
+
+        y[i]       = round(x[i] cos[i] - x[i + R/2] sin[i])
+        y[i + R/2] = round(x[i + R/2] cos[i] + x[i] sin[i])
+
+    Args:
+        x: [T, H, D], bf16 or fp32.
+        cos, sin: [T, R/2] fp32, R <= D; columns from R on are copied.
+
+    Order: one product, one fused multiply-add, one rounding to x.dtype (transformers rounds three times).
+    Bits: a token of y and of dx depends on that token's x, cos and sin alone. No gradient for cos and sin.
+    Ref: Su et al. 2021, arXiv:2104.09864; halves paired as in transformers' rotate_half.
+    """
+    return _rope(x, cos, sin)
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
+    x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
+    (t, h, d), half = x.shape, cos.shape[-1]
+    if cos.shape != (t, half) or sin.shape != cos.shape or 2 * half > d or cos.dtype is not torch.float32:
+        raise ValueError(f"rope: x {tuple(x.shape)} needs fp32 cos and sin of [{t}, at most {d // 2}], got {tuple(cos.shape)}")
+    y = torch.empty_like(x)
+    cpu.library().rope(*map(cpu.ptr, (x, cos, sin, y)), t, h, d, half, sign, cpu.is_bf16(x))
+    return y
+
+
+def _save(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[1:])
+
+
+_rope = define(
+    "rope(Tensor x, Tensor cos, Tensor sin) -> Tensor",
+    cpu=lambda x, cos, sin: _turn(x, cos, sin, 1.0),
+    fake=lambda x, cos, sin: x.new_empty(x.shape),
+    save=_save,
+    backward=lambda ctx, dy: (_turn(dy, *ctx.saved_tensors, -1.0), None, None),
+)

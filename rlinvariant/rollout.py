@@ -1,0 +1,47 @@
+"""What sampler and trainer share about one rollout."""
+
+import hashlib
+import operator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What the sampler returns for one request.
+
+    Args:
+        token_ids: the sampled tokens, the end token included when it was sampled.
+        sampler_logprobs: one fp32 value per token, held in Python floats (which hold every fp32 exactly).
+    """
+
+    token_ids: list[int]
+    sampler_logprobs: list[float]
+
+    def __post_init__(self) -> None:
+        if len(self.token_ids) != len(self.sampler_logprobs):
+            raise ValueError(
+                f"a completion of {len(self.token_ids)} tokens came with {len(self.sampler_logprobs)} log-probs"
+            )
+
+
+def request_seed(run_seed: int, step: int, prompt: int, sample: int) -> int:
+    """Derive the sampling seed of one request from its place in the run.
+
+        seed = first 8 bytes of blake2b("run_seed/step/prompt/sample"), big-endian, without the lowest bit
+
+    Args:
+        run_seed: the seed of the run.
+        step: the step at which the rollout is sampled.
+        prompt: index of the prompt in that step, counted over all ranks.
+        sample: index of the completion among those of that prompt.
+
+    Returns:
+        An int in [0, 2**63), which torch's generators and vLLM's `SamplingParams.seed` both accept.
+
+    Raises:
+        TypeError: an argument is no integer (2 and 2.0 would be two seeds).
+
+    Bits: depends on the four integers alone; the same in every process, on every machine, in every Python version.
+    """
+    place = "/".join(str(operator.index(part)) for part in (run_seed, step, prompt, sample))
+    return int.from_bytes(hashlib.blake2b(place.encode(), digest_size=8).digest(), "big") >> 1

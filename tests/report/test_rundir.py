@@ -1,0 +1,192 @@
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rlinvariant.errors import UserError
+from rlinvariant.report.rundir import RunDir, environment, read_metrics
+
+WRITER = """
+import sys
+from rlinvariant.report.rundir import RunDir
+run = RunDir(sys.argv[1])
+step = 0
+while True:
+    step += 1
+    run.append_metrics({"step": step, "onpolicy/kl_k3": float("nan"), "note": "x" * 20_000})
+    print(step, flush=True)  # only after the row is said to be on the disk
+"""
+
+
+def steps_of(run: RunDir) -> list[int]:
+    return [row["step"] for row in read_metrics(run.path)]
+
+
+def test_rows_come_back_as_they_were(tmp_path):
+    run = RunDir.create(tmp_path / "runs" / "a", {"seed": 1})
+    run.append_metrics(
+        {
+            "step": 1,
+            "int": 312_004,
+            "nan": math.nan,
+            "inf": math.inf,
+            "minus_inf": -math.inf,
+            "numpy": np.float32(0.1),
+            "torch": torch.tensor(3),
+            "list": [np.int64(1), math.inf],
+            "text": "é\u2028\ud800",
+        }
+    )
+    text = run.metrics.read_text()
+    assert text.count("\n") == 1 and text.isascii()
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    strict = json.loads(text, parse_constant=refuse)
+    assert (strict["nan"], strict["inf"], strict["minus_inf"]) == ("NaN", "Infinity", "-Infinity")
+    (row,) = read_metrics(run.metrics)
+    assert math.isnan(row["nan"]) and row["inf"] == math.inf and row["minus_inf"] == -math.inf
+    assert row["numpy"] == float(np.float32(0.1)) and row["torch"] == 3 and row["text"] == "é\u2028\ud800"
+    assert type(row["int"]) is int and row["int"] == 312_004
+
+
+def test_a_killed_run_keeps_every_row_it_appended(tmp_path):
+    run = RunDir.create(tmp_path / "run", {})
+    writer = subprocess.Popen([sys.executable, "-c", WRITER, str(run.path)], stdout=subprocess.PIPE, text=True)
+    assert writer.stdout is not None
+    for line in writer.stdout:
+        if int(line) == 5:
+            break
+    time.sleep(0.05)  # into the midst of some later row
+    writer.send_signal(signal.SIGKILL)
+    said = [int(line) for line in writer.stdout.read().split()]
+    assert writer.wait() == -signal.SIGKILL
+    steps = steps_of(run)
+    assert steps == list(range(1, len(steps) + 1))
+    assert len(steps) >= max([5, *said])
+
+
+def test_a_row_is_synced_to_the_disk_after_it_is_written(tmp_path, monkeypatch):
+    run = RunDir.create(tmp_path / "run", {})
+    synced: list[bytes] = []  # what the file held at each fsync; a killed process cannot show that one is missing
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(run.metrics.read_bytes()))
+    run.append_metrics({"step": 1})
+    assert synced == [b'{"step": 1}\n']
+
+
+@pytest.mark.parametrize("torn", [b"{", b'{"step": 3, "x"', b'{"step": 3}', b"\xff\x00"])
+def test_a_torn_last_line_is_left_out_and_cut_on_resume(tmp_path, torn):
+    run = RunDir.create(tmp_path / "run", {})
+    for step in (1, 2):
+        run.append_metrics({"step": step})
+    whole = run.metrics.read_bytes()
+    run.metrics.write_bytes(whole + torn)
+    assert steps_of(run) == [1, 2]
+    resumed = RunDir.create(run.path, {}, resume=True)
+    assert run.metrics.read_bytes() == whole
+    resumed.append_metrics({"step": 3})
+    assert steps_of(run) == [1, 2, 3]
+
+
+def test_a_bad_line_elsewhere_is_an_error_that_names_it(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2\n{"step": 3}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:2: not a line of JSON"):
+        read_metrics(path)
+
+
+def test_a_resumed_run_replaces_the_steps_it_went_back_over(tmp_path):
+    run = RunDir.create(tmp_path / "run", {})
+    for step in (1, 2, 3, 4, 5):
+        run.append_metrics({"step": step, "try": 1})
+    run = RunDir.create(run.path, {}, resume=True)  # from a checkpoint of step 2
+    for step in (3, 4):  # and killed before step 5: the old step 5 is not of this trajectory
+        run.append_metrics({"step": step, "try": 2})
+    assert [(row["step"], row["try"]) for row in read_metrics(run.path)] == [(1, 1), (2, 1), (3, 2), (4, 2)]
+
+
+def test_a_run_is_not_overwritten(tmp_path):
+    run = RunDir.create(tmp_path / "run", {"seed": 1})
+    run.append_metrics({"step": 1})
+    before = {path.name: path.read_bytes() for path in run.path.iterdir()}
+    with pytest.raises(UserError) as caught:
+        RunDir.create(run.path, {"seed": 2})
+    assert str(caught.value) == f"run: {run.path} already holds a run; choose another run=NAME, or set resume=true"
+    assert {path.name: path.read_bytes() for path in run.path.iterdir()} == before
+
+
+def test_nothing_to_resume_is_said(tmp_path):
+    with pytest.raises(UserError, match=r"holds no run \(no config.json\)"):
+        RunDir.create(tmp_path / "run", {}, resume=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_path_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot write .*file/run \(Not a directory\); choose another run=NAME"):
+        RunDir.create(tmp_path / "file" / "run", {})
+
+
+def test_an_empty_directory_is_free(tmp_path):
+    assert json.loads(RunDir.create(tmp_path, {"model": Path("a/b")}).config.read_text()) == {"model": "a/b"}
+
+
+def test_a_config_that_changed_on_resume_is_kept(tmp_path):
+    for seed, resume in ((1, False), (1, True), (2, True), (3, True)):
+        RunDir.create(tmp_path / "run", {"seed": seed}, resume=resume)
+    configs = {path.name: json.loads(path.read_text())["seed"] for path in (tmp_path / "run").glob("config*")}
+    assert configs == {"config.1.json": 1, "config.2.json": 2, "config.json": 3}
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    run = RunDir.create(tmp_path / "run", {})
+    run.write_environment({"kernels": "first"})
+
+    def no_space(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", no_space)
+    with pytest.raises(OSError, match="No space"):
+        run.write_environment({"kernels": "second"})
+    assert json.loads(run.environment.read_text())["kernels"] == "first"
+
+
+def test_rows_without_a_step_and_values_without_a_form_are_refused(tmp_path):
+    run = RunDir.create(tmp_path / "run", {})
+    for row in ({}, {"step": 1.0}, {"step": True}):
+        with pytest.raises(ValueError, match='needs an integer "step"'):
+            run.append_metrics(row)
+    with pytest.raises(TypeError, match="object has no JSON form"):
+        run.append_metrics({"step": 1, "x": object()})
+    assert run.metrics.read_bytes() == b""
+
+
+def test_samples_are_one_line_each(tmp_path):
+    run = RunDir.create(tmp_path / "run", {})
+    rows = [{"step": 1, "prompt": "1+1=", "completion": "2\n\x1b[31m", "reward": 1.0, "token_ids": [4, 5]}] * 2
+    run.append_samples(rows)
+    assert [json.loads(line) for line in run.samples.read_text().splitlines()] == rows
+
+
+def test_environment_says_where_it_ran_and_imports_nothing_for_it(tmp_path):
+    run = RunDir.create(tmp_path / "run", {})
+    run.write_environment({"kernels": {"linear": "tiles"}, "threads": 3})
+    written = json.loads(run.environment.read_text())
+    assert written["kernels"] == {"linear": "tiles"} and written["threads"] == 3
+    assert written["packages"]["torch"] == torch.__version__
+    assert set(written["cpu"]["isa"]) >= {"avx512_bf16", "amx_bf16"} and written["cpu"]["model"]
+    assert environment()["threads"]["torch"] == torch.get_num_threads()
+    code = (
+        "import sys, rlinvariant.report.rundir as r; r.environment(); "
+        "print([m for m in ('vllm', 'trl', 'transformers', 'accelerate', 'wandb') if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -1,0 +1,180 @@
+"""Imports point one way, each heavy dependency has one importer, and importing changes nothing."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# A unit imports itself and units of rows above its own: sampler and trainer, on one row, never each other.
+ROWS = (
+    {"errors"},
+    {"bits", "rollout", "runtime"},
+    {"kernels"},
+    {"ops"},
+    {"models", "metrics", "rewards"},
+    {"config"},
+    {"sampler", "trainer"},
+    {"report"},
+    {"warmstart"},
+    {"run"},
+    {"recipes"},
+    {"bench"},
+    {"cli", "train", "__init__"},
+)
+LEVEL = {unit: level for level, row in enumerate(ROWS) for unit in row}
+IMPORTERS = {
+    "triton": {"kernels"},
+    "vllm": {"sampler"},
+    "trl": {"trainer", "config"},
+    "accelerate": {"trainer", "config"},
+}
+
+
+def modules() -> Iterator[tuple[str, Path]]:
+    """Every module of the package and of what uses it, with its unit: the part of the package that it is in."""
+    for path in sorted((ROOT / "rlinvariant").rglob("*.py")):
+        yield path.relative_to(ROOT / "rlinvariant").with_suffix("").parts[0], path
+    for path in (ROOT / "train.py", *sorted((ROOT / "recipes").rglob("*.py"))):
+        if path.exists():
+            yield "train" if path.stem == "train" else "recipes", path
+
+
+def imported(source: str, package: str) -> set[str]:
+    """Full names that a source imports, inside functions too; `package` is what a relative import starts from."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*parents, *([node.module] if node.module else [])])
+            names |= {f"{base}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name | ast.Attribute):
+            name = node.func.id if isinstance(node.func, ast.Name) else node.func.attr
+            first = node.args[0] if node.args else None
+            if name in ("import_module", "__import__") and isinstance(first, ast.Constant):
+                names.add(str(first.value))
+    return names
+
+
+def violations(unit: str, source: str, package: str) -> list[str]:
+    if unit not in LEVEL:
+        return [f"{unit} has no row in ROWS: say what may import it"]
+    found = []
+    for name in sorted(imported(source, package)):
+        top, *rest = name.split(".")
+        if top in IMPORTERS and unit not in IMPORTERS[top]:
+            found.append(f"{unit} imports {name}, which only {' and '.join(sorted(IMPORTERS[top]))} may")
+        if top == "recipes" or top == "rlinvariant":
+            target = "recipes" if top == "recipes" else rest[0] if rest and rest[0] in LEVEL else "__init__"
+            if target != unit and LEVEL[target] >= LEVEL[unit]:
+                found.append(f"{unit} imports {name}, which is not below it")
+    return found
+
+
+def test_imports_point_one_way():
+    found = []
+    for unit, path in modules():
+        package = ".".join(path.relative_to(ROOT).parent.parts)
+        found += [f"{path.relative_to(ROOT)}: {line}" for line in violations(unit, path.read_text(), package)]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("unit", "source", "package"),
+    [
+        ("bits", "import rlinvariant.metrics", "rlinvariant"),
+        ("bits", "from rlinvariant import metrics", "rlinvariant"),
+        ("bits", "from . import metrics", "rlinvariant"),
+        ("bits", "from rlinvariant import make_invariant", "rlinvariant"),  # a name of the package: imports all of it
+        ("sampler", "from rlinvariant.trainer.grpo import Trainer", "rlinvariant.sampler"),
+        ("trainer", "from ..sampler import Sampler", "rlinvariant.trainer"),
+        ("trainer", "def f():\n    from rlinvariant.report import console", "rlinvariant.trainer"),
+        ("config", "from recipes import arithmetic", "rlinvariant"),
+        ("models", "import vllm.config", "rlinvariant.models"),
+        ("ops", "import triton", "rlinvariant.ops"),
+        ("report", "import importlib\nimportlib.import_module('trl')", "rlinvariant.report"),
+        ("recipes", "from accelerate import PartialState", "recipes"),
+        ("novelty", "import torch", "rlinvariant"),
+    ],
+)
+def test_a_planted_violation_is_found(unit, source, package):
+    assert len(violations(unit, source, package)) == 1
+
+
+@pytest.mark.parametrize(
+    ("unit", "source", "package"),
+    [
+        ("metrics", "from rlinvariant import bits", "rlinvariant"),
+        ("report", "from rlinvariant.metrics import KEYS", "rlinvariant.report"),
+        ("trainer", "from .loss import x\nfrom . import loss\nimport trl, accelerate", "rlinvariant.trainer"),
+        ("sampler", "from ..rollout import Completion\nimport vllm", "rlinvariant.sampler"),
+        ("train", "from rlinvariant.run import run\nfrom recipes import arithmetic", ""),
+    ],
+)
+def test_what_is_allowed_passes(unit, source, package):
+    assert violations(unit, source, package) == []
+
+
+# What a module imports first is not ours to judge, so the state is taken after that.
+STATE = """
+import importlib, os, random, sys
+import numpy, torch
+if sys.argv[1] == "rlinvariant.config":
+    import accelerate, chz, datasets, transformers
+    from trl import GRPOConfig
+
+def state():
+    return {
+        "environ": dict(os.environ),
+        "path": list(sys.path),
+        "threads": (torch.get_num_threads(), torch.get_num_interop_threads()),
+        "dtype": torch.get_default_dtype(),
+        "device": torch.get_default_device(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "matmul": torch.get_float32_matmul_precision(),
+        "mkldnn": torch.backends.mkldnn.enabled,
+        "grad": torch.is_grad_enabled(),
+        "autocast": (torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")),
+        "rng": (torch.random.get_rng_state().tolist(), random.getstate(), str(numpy.random.get_state())),
+        "cuda": torch.cuda.is_initialized(),
+        "distributed": torch.distributed.is_initialized(),
+        "vllm": "vllm" in sys.modules,
+    }
+
+before = state()
+if len(sys.argv) > 2:
+    exec(sys.argv[2])
+importlib.import_module(sys.argv[1])
+after = state()
+print([key for key in before if before[key] != after[key]], after["cuda"], after["vllm"])
+"""
+
+
+def state_change(module: str, *planted: str) -> str:
+    command = [sys.executable, "-c", STATE, module, *planted]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+@pytest.mark.parametrize("module", ["", ".bits", ".rollout", ".metrics", ".config"])
+def test_importing_changes_nothing(module):
+    assert state_change("rlinvariant" + module) == "[] False False"
+
+
+@pytest.mark.parametrize(
+    ("planted", "key"),
+    [
+        ("os.environ['A'] = '1'", "environ"),
+        ("torch.set_num_threads(torch.get_num_threads() + 1)", "threads"),
+        ("torch.manual_seed(0); torch.rand(1)", "rng"),
+        ("torch.set_default_dtype(torch.float64)", "dtype"),
+    ],
+)
+def test_a_planted_change_is_found(planted, key):
+    assert state_change("rlinvariant.rollout", planted) == f"['{key}'] False False"
