@@ -1,54 +1,24 @@
 """A vLLM engine in the trainer's process, with log-probs by token id and weights that follow the trainer's."""
 
-import os
-import sys
+import random
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from rlinvariant import runtime
 from rlinvariant.errors import UserError
 from rlinvariant.rollout import Completion
 from rlinvariant.sampler.plugin import ARCHITECTURE, QUANTIZATION
-
-ENVIRONMENT = {  # read by vLLM when it is imported
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core in this process, so that weights are copied, not sent
-    "VLLM_USE_V2_MODEL_RUNNER": "0",  # V2 rounds logits / T to bf16, and its sampler cannot be replaced from outside
-    "VLLM_USE_FLASHINFER_SAMPLER": "0",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # binding would move the trainer's threads too
-    "VLLM_LOGGING_LEVEL": "ERROR",
-}
-
-
-def configure_environment() -> dict[str, str]:
-    """Set what vLLM reads at import; return it. Raises UserError if vLLM is already imported with other values."""
-    conflicts = [k for k, v in ENVIRONMENT.items() if k != "VLLM_LOGGING_LEVEL" and os.environ.get(k, v) != v]
-    if conflicts:
-        listed = ", ".join(f"{k}={os.environ[k]}" for k in conflicts)
-        raise UserError(f"environment: {listed} would change the sampler; unset it (needed: {_needed(conflicts)})")
-    if "vllm" in sys.modules and any(k not in os.environ for k in ENVIRONMENT if k != "VLLM_LOGGING_LEVEL"):
-        raise UserError("vllm was imported before rlinvariant could configure it; import rlinvariant.sampler.engine first")
-    for k, v in ENVIRONMENT.items():
-        os.environ.setdefault(k, v)
-    return {k: os.environ[k] for k in ENVIRONMENT}
-
-
-def _needed(keys: list[str]) -> str:
-    return ", ".join(f"{k}={ENVIRONMENT[k]}" for k in keys)
-
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
     """Keep the trainer's random state and thread control: vLLM reseeds torch and disables `torch.set_num_threads`."""
     threads, set_threads, dtype = torch.get_num_threads(), torch.set_num_threads, torch.get_default_dtype()
-    import random
-
-    import numpy as np
-
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         try:
@@ -87,7 +57,7 @@ class Sampler:
         kv_cache_gib: float = 1.0,
         options: dict[str, Any] | None = None,
     ) -> None:
-        configure_environment()
+        runtime.configure()
         self.invariant = invariant
         with _undisturbed():
             from vllm import LLM

@@ -1,0 +1,27 @@
+"""What must be set in the process before an engine starts: once, recorded, and refused where something else is set."""
+
+import os
+
+from rlinvariant.errors import UserError
+
+VLLM = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core in this process, so that weights are copied, not sent
+    "VLLM_USE_V2_MODEL_RUNNER": "0",  # V2 rounds logits / T to bf16, and its sampler cannot be replaced from outside
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",  # draws without per-request seeds
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # binding would move the trainer's threads too
+}
+QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def configure() -> dict[str, str]:
+    """Set the variables that vLLM reads when an engine starts, and return them.
+
+    Raises:
+        UserError: one of them is set to another value.
+    """
+    if wrong := [k for k, v in VLLM.items() if os.environ.get(k, v) != v]:
+        found = ", ".join(f"{k}={os.environ[k]}" for k in wrong)
+        raise UserError(f"environment: {found}: expected {', '.join(f'{k}={VLLM[k]}' for k in wrong)}; unset it")
+    for name, value in (VLLM | QUIET).items():
+        os.environ.setdefault(name, value)
+    return dict(VLLM)

@@ -1,0 +1,341 @@
+"""GRPO as TRL does it, on rollouts whose log-probs the trainer reproduces bit for bit.
+
+Four of TRL's methods are replaced, each by a leaf that does the same job: sampling, log-probs, loss (to compare in passing),
+logging. Rewards, advantages, losses, optimisation, checkpoints and resuming stay TRL's.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from accelerate.utils import DistributedType, gather_object
+from torch import Tensor
+from trl import GRPOConfig, GRPOTrainer
+
+from rlinvariant import metrics
+from rlinvariant.errors import ConfigErrors, ParityError
+from rlinvariant.models import make_invariant, require_exact
+from rlinvariant.rewards import check_dataset, checked_reward
+from rlinvariant.rollout import Completion, request_seed
+from rlinvariant.trainer.packing import pack
+
+SIDES = {"exact": (True, True), "off": (False, False), "sampler": (True, False), "trainer": (False, True)}
+"""invariance -> which of (sampler, trainer) runs the invariant ops."""
+
+
+class SamplerLike(Protocol):
+    """What the trainer needs of a sampler; `rlinvariant.sampler.engine.Sampler` has it."""
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], *, temperature: float, max_tokens: int, **kwargs: Any
+    ) -> list[Completion]: ...
+
+    def sync(self, weights: Iterable[tuple[str, Tensor]]) -> None: ...
+
+    def differing_weights(self, weights: Iterable[tuple[str, Tensor]]) -> list[str]: ...
+
+
+class InvariantGRPOTrainer(GRPOTrainer):
+    """`trl.GRPOTrainer` that samples from an attached engine and proves, at every step, what it trains on.
+
+    Args:
+        model: a Hugging Face causal LM with fp32 parameters.
+        reward_funcs, args, train_dataset, ...: as for `trl.GRPOTrainer`. `args.use_vllm` must be off: the sampler is ours.
+        sampler: called once, when models and process group exist; returns the engine.
+        invariance: "exact" (both sides), "off", "sampler" or "trainer" (that side only).
+        dtype: of the trainer's activations where it is invariant.
+        on_row: called on the main process with the metrics of every optimizer step, and the first mismatch or None.
+        on_samples: called on the main process, every `samples_every` steps, with a few rows (prompt, completion, reward).
+
+    Raises:
+        ConfigErrors: settings that would break exactness, all of them.
+        UnsupportedModel: the model computes something that no op owns.
+        ParityError: with invariance="exact", from `train`, when a log-prob differs; raised before the optimizer step.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: Any,
+        args: GRPOConfig,
+        *,
+        sampler: Callable[[], SamplerLike],
+        invariance: str = "exact",
+        dtype: torch.dtype = torch.bfloat16,
+        on_row: Callable[[dict[str, Any], metrics.FirstMismatch | None], None] | None = None,
+        on_samples: Callable[[list[dict[str, Any]]], None] | None = None,
+        samples_every: int = 10,
+        **kwargs: Any,
+    ) -> None:
+        self.invariance = invariance
+        self._sampler_is_invariant, self._trainer_is_invariant = SIDES[invariance]
+        self._on_row, self._on_samples, self._samples_every = on_row, on_samples, samples_every
+        if problems := self._conflicts(args, kwargs):
+            raise ConfigErrors(problems)
+        for name in ("train_dataset", "eval_dataset"):
+            if kwargs.get(name) is not None:
+                check_dataset(kwargs[name], name.removesuffix("_dataset"))
+        rewards = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        if self._trainer_is_invariant:
+            make_invariant(model, dtype)
+            require_exact(model)
+        super().__init__(model, [checked_reward(f) for f in rewards], args, **kwargs)
+        if self.accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+            kind = self.accelerator.distributed_type.value
+            raise ConfigErrors([f"distributed_type={kind}: expected one process or data parallel; choose configs/cpu.yaml"])
+        if self._trainer_is_invariant:
+            self.model.__dict__.pop("forward", None)  # TRL's fused head, with another order of summation
+            if self.ref_model is not None:
+                make_invariant(self.ref_model, dtype).__dict__.pop("forward", None)
+        self.use_vllm = True  # TRL's name for "the rollout carries log-probs": turns on its correction, if asked for
+        self.sampler = sampler()
+        self._synced_step = -1
+        self._rollouts = (0, 0)  # (step, how many rollouts that step has had)
+        self._sampler_logprobs: list[list[float]] = []
+        self._scoring_rollout = False
+        self._exact_streak = 0
+        self._start_step()
+
+    def _conflicts(self, args: GRPOConfig, kwargs: dict[str, Any]) -> list[str]:
+        """What in TRL's own arguments cannot be: for those who come without our configuration."""
+        mode = f"with invariance={self.invariance}"
+        found = []
+        if args.use_vllm:
+            found.append("use_vllm=True: expected False; the sampler is attached by rlinvariant")
+        for name, neutral in {"top_p": 1.0, "top_k": (0, -1, None), "min_p": (None, 0.0), "repetition_penalty": 1.0}.items():
+            value = getattr(args, name)
+            if value not in (neutral if isinstance(neutral, tuple) else (neutral,)):
+                found.append(f"{name}={value}: expected {neutral}: the distribution that is sampled must be the one trained")
+        if args.logging_steps != 1:
+            found.append(f"logging_steps={args.logging_steps}: expected 1: every step is counted and written")
+        if self._trainer_is_invariant:
+            if args.bf16 or args.fp16:
+                found.append(f"bf16={args.bf16}, fp16={args.fp16}: expected False {mode}: autocast rounds elsewhere; use dtype=")
+            if kwargs.get("peft_config") is not None:
+                found.append(f"peft_config: expected None {mode}: adapters are not supported yet")
+            for name in ("use_liger_kernel", "cast_lm_head_to_fp32", "torch_compile"):
+                if getattr(args, name):
+                    found.append(f"{name}=True: expected False {mode}: it replaces operations that the ops own")
+        return found
+
+    # ---- sampling
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs):
+        """Sample one completion per prompt; TRL has repeated each prompt `num_generations` times over all ranks."""
+        self._sync()
+        seeds = self._seeds(len(prompt_ids), num_generations)
+        with self._timed("rollout"):
+            completions = self.sampler.generate(
+                prompt_ids,
+                seeds,
+                temperature=self.temperature,
+                max_tokens=self.max_completion_length,
+                stop_token_ids=list(self.eos_token_ids),
+            )
+        self._sampler_logprobs = [c.sampler_logprobs for c in completions]
+        if self.model.training:
+            self._completions += [c.token_ids for c in completions]
+        return [c.token_ids for c in completions], self._sampler_logprobs
+
+    def _seeds(self, count: int, group: int) -> list[int]:
+        """A seed for each request from (run seed, step, prompt, sample): distinct over a group and over ranks.
+
+        A step that samples more than once, and evaluation, draw from runs of their own.
+        """
+        step = self.state.global_step
+        self._rollouts = (step, self._rollouts[1] + 1 if self._rollouts[0] == step else 0)
+        run = request_seed(self.args.seed, self._rollouts[1], int(self.model.training), 0)
+        first = self.accelerator.process_index * count
+        return [request_seed(run, step, i // group, i % group) for i in range(first, first + count)]
+
+    def _sync(self) -> None:
+        if self._synced_step == self.state.global_step:
+            return
+        with self._timed("sync"):
+            self.sampler.sync(self._weights())
+            differing = self.sampler.differing_weights(self._weights())
+        self._weights_equal = not differing
+        self._synced_step = self.state.global_step
+        if differing and self.invariance == "exact":
+            raise ParityError(
+                f"step {self.state.global_step + 1}: after the weight sync, {len(differing)} of the sampler's parameters "
+                f"differ from the trainer's, first {differing[0]}"
+            )
+
+    def _weights(self) -> Iterable[tuple[str, Tensor]]:
+        return self.accelerator.unwrap_model(self.model).named_parameters()
+
+    # ---- log-probs
+
+    def _generate_and_score_completions(self, inputs):
+        self._scoring_rollout = True
+        try:
+            output = super()._generate_and_score_completions(inputs)
+        finally:
+            self._scoring_rollout = False
+        if self.model.training and self._scores_ahead and "old_per_token_logps" in output:
+            self._compare(output["old_per_token_logps"], output)
+            output["compared"] = torch.ones(len(output["completion_ids"]), dtype=torch.bool)
+        return output
+
+    @property
+    def _scores_ahead(self) -> bool:
+        """Whether part of a rollout is trained on only after an optimizer step: then it is scored, and compared, before."""
+        return self.args.steps_per_generation > self.args.gradient_accumulation_steps
+
+    def _get_per_token_logps_and_entropies(
+        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, **kwargs
+    ):
+        """The one place where TRL computes log-probs: policy, old policy and reference."""
+        old = self._scoring_rollout and model is self.model
+        if old and self.invariance == "exact" and not self._scores_ahead:
+            # The old log-probs are the sampler's: the loss, which runs on the same weights, will prove it. TRL's extra pass
+            # over the rollout, a quarter of a step's arithmetic, is not needed.
+            rows = [torch.tensor(x, dtype=torch.float32) for x in self._sampler_logprobs]
+            logprobs = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+            return torch.nn.functional.pad(logprobs, (0, logits_to_keep - logprobs.shape[1])).to(input_ids.device), None, None
+        if not self._trainer_is_invariant:
+            result = super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **kwargs
+            )
+        else:
+            rows = batch_size or len(input_ids)
+            parts = [
+                self._packed_logprobs(model, input_ids[at : at + rows], attention_mask[at : at + rows], logits_to_keep)
+                for at in range(0, len(input_ids), rows)
+            ]
+            logprobs, entropies = (torch.cat(x) for x in zip(*parts, strict=True))
+            result = logprobs, entropies if compute_entropy else None, None
+        self._trainer_logprobs = result[0].detach()
+        return result
+
+    def _packed_logprobs(self, model, input_ids: Tensor, attention_mask: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        batch = pack(input_ids, attention_mask, length)
+        logprobs, entropies = model(
+            **batch.inputs,
+            attention_mask=None,
+            token_ids=batch.token_ids,
+            predicted_from=batch.predicted_from,
+            temperature=self.temperature,
+        )
+        return batch.unpack(logprobs), batch.unpack(entropies)
+
+    # ---- comparison
+
+    def _compute_loss(self, model, inputs):
+        loss = super()._compute_loss(model, inputs)
+        if self.model.training and "compared" not in inputs and self._synced_step == self.state.global_step:
+            self._compare(self._trainer_logprobs, inputs)
+            inputs["compared"] = True
+        return loss
+
+    def _compare(self, trainer_logprobs: Tensor, inputs: dict[str, Any]) -> None:
+        """Keep both log-probs of every sampled token; with invariance="exact", stop at the first that differs."""
+        mask = inputs["completion_mask"].bool()
+        sampler, trainer = inputs["sampling_per_token_logps"], trainer_logprobs
+        self._pairs.append((sampler[mask].cpu().numpy(), trainer[mask].cpu().numpy()))
+        if self._first_mismatch is None:
+            self._first_mismatch = metrics.first_mismatch(sampler, trainer, mask)
+        if self._first_mismatch is not None and self.invariance == "exact":
+            step = self.state.global_step + 1
+            numbers = self._onpolicy([self._pairs], sum(map(len, self._completions)))
+            if self._on_row is not None:
+                self._on_row({"step": step, **numbers}, self._first_mismatch)
+            raise ParityError(
+                f"step {step}: mismatched {numbers['onpolicy/mismatched_tokens']:,} / "
+                f"{numbers['onpolicy/compared_tokens']:,} tokens; {self._first_mismatch}. Stopped before the optimizer step; "
+                "the last checkpoint is good"
+            )
+
+    def _onpolicy(self, pairs: list[list[tuple[np.ndarray, np.ndarray]]], sampled: int) -> dict[str, float | int]:
+        none = np.zeros(0, np.float32)
+        sampler, trainer = (np.concatenate([none, *(p[i] for rank in pairs for p in rank)]) for i in (0, 1))
+        return metrics.onpolicy(sampler, trainer, sampled, self.vllm_importance_sampling_clip_max or float("inf"))
+
+    # ---- metrics
+
+    def _start_step(self) -> None:
+        self._pairs: list[tuple[np.ndarray, np.ndarray]] = []
+        self._completions: list[list[int]] = []
+        self._first_mismatch: metrics.FirstMismatch | None = None
+        self._seconds = dict.fromkeys(("rollout", "score", "train", "sync", "save"), 0.0)
+        self._step_began = time.perf_counter()
+
+    @contextmanager
+    def _timed(self, what: str):
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[what] += time.perf_counter() - began
+
+    def _calculate_rewards(self, *args, **kwargs):
+        with self._timed("score"):
+            return super()._calculate_rewards(*args, **kwargs)
+
+    def training_step(self, *args, **kwargs):
+        began, before = time.perf_counter(), sum(self._seconds.values())
+        result = super().training_step(*args, **kwargs)
+        self._seconds["train"] += time.perf_counter() - began - (sum(self._seconds.values()) - before)
+        return result
+
+    def _save_checkpoint(self, model, trial):
+        with self._timed("save"):
+            super()._save_checkpoint(model, trial)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add this step's `onpolicy/*` and the other keys of `metrics.KEYS` to what TRL logs, and hand the row on."""
+        if "loss" not in logs or not self.model.training:
+            return super().log(logs, start_time)
+        trl = {k: sum(v) / len(v) for k, v in self._metrics["train"].items() if v}
+        row = self._row(logs, trl)
+        logs |= row
+        super().log(logs, start_time)
+        if self.accelerator.is_main_process:
+            if self._on_row is not None:
+                self._on_row({"step": self.state.global_step, **trl, **row}, self._first_mismatch)
+            if self._on_samples is not None and self.state.global_step % self._samples_every in (0, 1):
+                self._on_samples(self._sample_rows())
+        self._start_step()
+
+    def _row(self, logs: dict[str, float], trl: dict[str, float]) -> dict[str, Any]:
+        ranks = gather_object([(self._pairs, self._completions, self._seconds, self._first_mismatch, self._weights_equal)])
+        completions = [c for rank in ranks for c in rank[1]]
+        sampled = sum(map(len, completions))
+        seconds = {name: max(rank[2][name] for rank in ranks) for name in self._seconds}
+        self._first_mismatch = next((rank[3] for rank in ranks if rank[3] is not None), None)
+        onpolicy = self._onpolicy([rank[0] for rank in ranks], sampled)
+        exact = onpolicy["onpolicy/mismatched_tokens"] == 0 == onpolicy["onpolicy/unscored_tokens"]
+        self._exact_streak = self._exact_streak + int(onpolicy["onpolicy/compared_tokens"]) if exact else 0
+        ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
+        step_s = time.perf_counter() - self._step_began
+        return {
+            **onpolicy,
+            "onpolicy/group_unique_frac": metrics.group_unique_frac(completions, self.num_generations),
+            "onpolicy/weights_equal": int(all(rank[4] for rank in ranks)),
+            "onpolicy/weight_version_lag": self.state.global_step - 1 - self._synced_step,
+            "onpolicy/exact_streak_tokens": self._exact_streak,
+            "reward/mean": trl.get("reward", float("nan")),
+            **metrics.rollout_stats([len(c) for c in completions], [not c or c[-1] not in ends for c in completions]),
+            "policy/entropy": trl.get("entropy", float("nan")),
+            "policy/clip_frac": trl.get("clip_ratio/region_mean", float("nan")),
+            "optim/loss": logs["loss"],
+            "optim/grad_norm": logs.get("grad_norm", float("nan")),
+            "optim/lr": logs.get("learning_rate", float("nan")),
+            **{f"time/{name}": value for name, value in seconds.items()},
+            "perf/sampler_tok_s": sampled / seconds["rollout"] if seconds["rollout"] else float("nan"),
+            "perf/trainer_tok_s": sampled / seconds["train"] if seconds["train"] else float("nan"),
+            "perf/step_s": step_s,
+        }
+
+    def _sample_rows(self, count: int = 3) -> list[dict[str, Any]]:
+        logged = zip(self._logs["prompt"], self._logs["completion"], strict=True)
+        rewards = {name: list(values) for name, values in self._logs["rewards"].items()}
+        return [
+            {"step": self.state.global_step, "prompt": prompt, "completion": completion,
+             "reward": sum(values[i] for values in rewards.values()), "rewards": {n: v[i] for n, v in rewards.items()}}
+            for i, (prompt, completion) in enumerate(logged) if i < count
+        ]  # fmt: skip

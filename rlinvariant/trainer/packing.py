@@ -1,0 +1,51 @@
+"""From TRL's padded batch to one packed row, and back."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The real tokens of a padded batch, end to end, and the tokens to score."""
+
+    inputs: dict[str, Tensor | int]  # what the model takes: ids and positions [1, N], cumulative lengths
+    token_ids: Tensor  # [S] the tokens to score
+    predicted_from: Tensor  # [S] row of the position that predicts each
+    keep: Tensor  # [B, C] where they stand in the padded completions
+
+    def unpack(self, values: Tensor) -> Tensor:
+        """[S] -> [B, C], zero where there is no token."""
+        return values.new_zeros(self.keep.shape).masked_scatter(self.keep, values)
+
+
+def pack(input_ids: Tensor, attention_mask: Tensor, completion_length: int) -> Packed:
+    """Drop the padding of a batch and find the completion tokens.
+
+    Positions count real tokens, so a left-padded row is rotated as vLLM rotated it; TRL's padded forward passes none.
+
+    Args:
+        input_ids: [B, L] int64, prompts left-padded, completions right-padded.
+        attention_mask: [B, L], 1 on real tokens.
+        completion_length: C, how many of the last columns belong to completions.
+    """
+    mask = attention_mask.bool()
+    lengths = mask.sum(1)
+    row_of = torch.full_like(input_ids, -1)
+    row_of[mask] = torch.arange(int(lengths.sum()), device=input_ids.device)
+    keep = mask[:, -completion_length:]
+    scored = row_of[:, -completion_length:][keep]
+    ids = input_ids[mask]
+    cu = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+    longest = int(lengths.max())
+    inputs: dict[str, Tensor | int] = {
+        "input_ids": ids[None],
+        "position_ids": (attention_mask.cumsum(1) - 1)[mask][None],
+        "cu_seq_lens_q": cu,
+        "cu_seq_lens_k": cu,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+    return Packed(inputs, ids[scored], scored - 1, keep)
