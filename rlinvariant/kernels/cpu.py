@@ -42,11 +42,16 @@ def cache_dir() -> Path:
     return Path(os.environ.get("RLINVARIANT_CACHE") or Path.home() / ".cache" / "rlinvariant")
 
 
+def _compiler() -> str:
+    name = os.environ.get("CC", "gcc")
+    if (path := shutil.which(name)) is None:
+        raise RuntimeError(f"C compiler {name} not found: exact mode on CPU builds kernels/cpu.c; install gcc, or set CC")
+    return path
+
+
 def compile_library(target: Path, flags: tuple[str, ...] = FLAGS) -> None:
     """Compile cpu.c to `target`, atomically. Raises RuntimeError with the compiler's words if it fails."""
-    compiler = shutil.which(os.environ.get("CC", "gcc"))
-    if compiler is None:
-        raise RuntimeError("no C compiler: exact mode on CPU builds kernels/cpu.c; install gcc, or set CC to a compiler")
+    compiler = _compiler()
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as tmp:
         built = Path(tmp, "cpu.so")
@@ -68,7 +73,7 @@ def load_library(path: Path) -> ctypes.CDLL:
 @functools.cache
 def library() -> ctypes.CDLL:
     """The kernels for this processor, built on first use."""
-    compiler = subprocess.run([os.environ.get("CC", "gcc"), "--version"], capture_output=True, text=True).stdout
+    compiler = subprocess.run([_compiler(), "--version"], capture_output=True, text=True).stdout
     flags_of_cpu = next((x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("flags")), "")
     key = "\0".join((SOURCE.read_text(), *FLAGS, compiler, platform.machine(), flags_of_cpu))
     path = cache_dir() / f"cpu-{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}.so"

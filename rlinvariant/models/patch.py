@@ -15,8 +15,8 @@ class, to a subclass with another forward. No global is patched, so an unpatched
 | attention that calls `apply_rotary_pos_emb` | the same forward with `ops.rope` in its place |
 | the causal LM | the same, and `ops.token_logprobs` when called with `token_ids` |
 
-A swapped norm or MLP is compared with the module it replaces on random input, and `models.audit` then runs the whole model
-and refuses what no rule has caught: a model is exact because it is checked, not because its name is on a list.
+What is swapped is compared with what it replaces on random input, and `models.require_exact` then runs the whole model and
+refuses what no rule has caught: a model is exact because it is checked, not because its name is on a list.
 """
 
 import copy
@@ -59,8 +59,8 @@ def make_invariant(model: PreTrainedModel, dtype: torch.dtype = torch.bfloat16) 
     if reasons := list(unsupported(model.config)):
         raise UnsupportedModel(f"{type(model).__name__} cannot run exactly: " + "; ".join(reasons))
     swaps = [(module, rule) for module in model.modules() if (rule := _rule(module)) is not None]
-    for module, rule in {type(m): (m, rule) for m, rule in swaps if rule in (_RMSNorm, _MLP, _DecoderLayer)}.values():
-        _check_same_function(module, rule)
+    for module, rule in {type(m): (m, rule) for m, rule in swaps if rule in _CHECKS}.values():
+        _require_same_function(module, rule)
     for module, rule in swaps:
         module.__class__ = _subclass(type(module), rule)
         if rule is _Embedding:
@@ -136,29 +136,49 @@ def _epsilon(norm: nn.Module) -> float | None:
     return getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
 
 
-def _check_same_function(module: nn.Module, rule: type) -> None:
-    """Raise unless the swapped module computes what the original does, on random weights and input, in fp32.
-
-    A decoder layer is compared around a stand-in for its attention, since only its residual stream is rewritten.
-    """
+def _require_same_function(module: nn.Module, rule: type) -> None:
+    """Raise unless the swapped module computes what the original does, on random weights and input, in fp32."""
+    name, what = type(module).__name__, rule.__name__[1:]
     with torch.device("cpu"), torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        original = copy.deepcopy(module).to_empty(device="cpu").to(torch.float32)
-        for p in original.parameters():
-            p.normal_(0.5, 0.5)
-        if rule is _DecoderLayer:
-            original.self_attn = _StandIn()
-        x = torch.randn(5, next(original.parameters()).shape[-1], dtype=torch.float32)
-        expected = original(x)
-        for child in reversed(list(original.modules())):
-            if inner := _rule(child):
-                child.__class__ = _subclass(type(child), inner)
-        error = ((original(x) - expected).abs().max() / expected.abs().max()).item()
+        try:
+            expected, got = _CHECKS[rule](module)
+        except Exception as error:  # whatever a foreign module raises on a plain input says that it is no such module
+            raise UnsupportedModel(f"{name} looks like {what} but cannot be called like one ({error})") from error
+        error = ((got - expected).abs().max() / expected.abs().max()).item()
     if not error < 1e-5:
         raise UnsupportedModel(
-            f"{type(module).__name__} looks like {rule.__name__[1:]} but differs from it by {error:.1e} (relative) on random "
-            "input: it is another function, and needs a rule of its own in models/patch.py"
+            f"{name} looks like {what} but differs from it by {error:.1e} (relative) on random input: it is another function, "
+            "and needs a rule of its own in models/patch.py"
         )
+
+
+def _module_pair(module: nn.Module) -> tuple[Tensor, Tensor]:
+    """The output of a copy of the module with random weights, before and after the swap.
+
+    A decoder layer gets a stand-in for its attention, since only its residual stream is rewritten.
+    """
+    original = copy.deepcopy(module).to_empty(device="cpu").to(torch.float32)
+    for p in original.parameters():
+        p.normal_(0.5, 0.5)
+    if _rule(original) is _DecoderLayer:
+        original.self_attn = _StandIn()
+    x = torch.randn(5, next(original.parameters()).shape[-1], dtype=torch.float32)
+    expected = original(x)
+    for child in reversed(list(original.modules())):
+        if rule := _rule(child):
+            child.__class__ = _subclass(type(child), rule)
+    return expected, original(x)
+
+
+def _rotary_pair(attention: nn.Module) -> tuple[Tensor, Tensor]:
+    """The class's own apply_rotary_pos_emb, which may pair columns otherwise (Ernie interleaves them), and ours."""
+    half = attention.head_dim // 2
+    q, k = torch.randn(1, 2, 5, 2 * half, dtype=torch.float32), torch.randn(1, 1, 5, 2 * half, dtype=torch.float32)
+    cos, sin = torch.randn(2, 1, 5, half, dtype=torch.float32)
+    theirs = inspect.unwrap(type(attention).forward).__globals__["apply_rotary_pos_emb"]
+    expected = theirs(q, k, cos.repeat(1, 1, 2), sin.repeat(1, 1, 2))
+    return torch.cat(expected, 1), torch.cat(_apply_rotary(q, k, cos, sin), 1)
 
 
 class _StandIn(nn.Module):
@@ -249,6 +269,14 @@ class _CausalLM(nn.Module):
             return self.stock.forward(self, *args, **kwargs)
         hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
         return ops.token_logprobs(hidden[0, predicted_from], self.lm_head.weight, token_ids, temperature)
+
+
+_CHECKS: dict[type, Callable[[nn.Module], tuple[Tensor, Tensor]]] = {
+    _RMSNorm: _module_pair,
+    _MLP: _module_pair,
+    _DecoderLayer: _module_pair,
+    _Attention: _rotary_pair,
+}
 
 
 def _attention_forward(module, q, k, v, attention_mask, scaling=None, cu_seq_lens_q=None, dropout=0.0, **kwargs):

@@ -56,15 +56,21 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) 
     (t, heads, dim), kv_heads = q.shape, k.shape[1]
     if k.shape != v.shape or k.shape != (t, kv_heads, dim) or heads % kv_heads or not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"attention: q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit together")
-    if int(cu[-1]) != t:
-        raise ValueError(f"attention: cu_seqlens ends at {int(cu[-1])}, but q has {t} rows")
+    lengths = _lengths(cu, t)
     out, lse = torch.empty_like(q), torch.empty(t, heads)
-    lengths = cu.diff()
     cpu.library().attention(
         *map(cpu.ptr, (q, k, v, out, lse, cu, lengths)), None, 0, 0, 0, kv_heads * dim, dim,
         cu.numel() - 1, heads, kv_heads, dim, scale, cpu.is_bf16(q),
     )  # fmt: skip
     return out, lse
+
+
+def _lengths(cu: Tensor, rows: int) -> Tensor:
+    """Sequence lengths, [sequences] int32. ValueError unless `cu` rises from 0 to `rows`."""
+    lengths = cu.diff()
+    if int(cu[0]) != 0 or int(cu[-1]) != rows or (lengths < 0).any():
+        raise ValueError(f"attention: cu_seqlens must rise from 0 to the {rows} rows of q, got {cu.tolist()[:8]}")
+    return lengths
 
 
 def _paged(
@@ -75,6 +81,8 @@ def _paged(
     (_, heads, dim), (_, kv_heads, page, _) = q.shape, kv_cache.shape
     if kv_cache.shape[-1] != 2 * dim or kv_cache.stride(-1) != 1 or kv_cache.dtype != q.dtype:
         raise ValueError(f"paged_attention: q {tuple(q.shape)} does not fit a {kv_cache.dtype} cache {tuple(kv_cache.shape)}")
+    if (lens < _lengths(cu, len(q))).any() or heads % kv_heads or int(lens.max()) > table.shape[1] * page:
+        raise ValueError("paged_attention: fewer keys than queries, or more than the block table holds, or heads do not fit")
     out = torch.empty_like(q)
     values = kv_cache.data_ptr() + dim * kv_cache.element_size()
     cpu.library().attention(

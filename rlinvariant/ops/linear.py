@@ -36,24 +36,30 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def is_exact(n: int, k: int, dtype: torch.dtype, bias: bool, threads: int) -> bool:
     """Whether the vendor GEMM keeps a row's bits for a weight [n, k], in all sixteen calls that `linear` would make.
 
-    Operands have a wide exponent range, so that another order of summation shows; the rows at both ends of a tile also
-    stand beside zeros, huge values and NaN. The answer differs by machine: with AVX512-BF16 oneDNN changed at M = 1 alone;
-    with AMX it changes with M from K = 130 on, wherever it splits K. Takes under a second; cached for the process.
+    Rows and columns are built so that each exact product is zero: the output is then nothing but rounding error, and any
+    other order of summation shows in nearly every element (with random operands a bf16 result hides it). Compared are every
+    row count, a shifted order of rows, and rows beside zeros, huge values and NaN. Under a second; cached for the process.
+    The answer holds for one number of threads: sampler and trainer must use the same.
     """
     rng = torch.Generator().manual_seed(n * 1_000_003 + k)
-    x = torch.randn(ROWS, k, generator=rng) * torch.exp2(torch.randint(-8, 8, (ROWS, k), generator=rng))
-    x, w = x.to(dtype), torch.randn(n, k, generator=rng).to(dtype)
-    b = torch.randn(n, generator=rng).to(dtype) if bias else None
-    full = F.linear(x, w, b)
+    x = torch.randn(ROWS, k, generator=rng) * torch.exp2(torch.randint(-4, 4, (ROWS, k), generator=rng))
+    w, order = torch.randn(n, k, generator=rng), torch.randperm(k, generator=rng)
+    a, b = order[: k // 2], order[k // 2 : k // 2 * 2]
+    x[:, a], w[:, a] = -x[:, b], w[:, b]
+    x, w = x.to(dtype), w.to(dtype)
+    bias_n = torch.zeros(n, dtype=dtype) if bias else None
+    full = F.linear(x, w, bias_n)
     for rows in range(STEP, ROWS + 1, STEP):
-        if not _same(F.linear(x[:rows].clone(), w, b), full[:rows]):
+        if not _same(F.linear(x[:rows].clone(), w, bias_n), full[:rows]):
             return False
+    if not _same(F.linear(x.roll(STEP // 2 + 1, 0), w, bias_n), full.roll(STEP // 2 + 1, 0)):
+        return False
     for rows in (STEP, ROWS):
         for at in (0, rows - 1):
             for neighbour in (0.0, 1e30, float("nan")):
                 tile = torch.full_like(x[:rows], neighbour)
                 tile[at] = x[at]
-                if not _same(F.linear(tile, w, b)[at], full[at]):
+                if not _same(F.linear(tile, w, bias_n)[at], full[at]):
                     return False
     return True
 
@@ -77,6 +83,9 @@ def _aligned(t: Tensor) -> Tensor:
 
 def _cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     n, k = weight.shape
+    if x.dtype not in cpu.DTYPES or x.shape[-1] != k or (bias is not None and bias.shape != (n,)):
+        shapes = f"x {x.dtype} {tuple(x.shape)}, weight {tuple(weight.shape)}, bias {bias if bias is None else tuple(bias.shape)}"
+        raise ValueError(f"linear: expected x [*, K] in bf16 or fp32, weight [N, K] and bias [N], got {shapes}")
     w, b = _aligned(weight.to(x.dtype)), None if bias is None else bias.to(x.dtype).contiguous()
     flat = x.reshape(-1, k).contiguous()
     vendor = is_exact(n, k, x.dtype, b is not None, torch.get_num_threads())

@@ -45,6 +45,8 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 
 
 def _forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(f"rms_norm: x {tuple(x.shape)} needs a weight of [{x.shape[-1]}], got {tuple(weight.shape)}")
     x, w = x.contiguous(), weight.to(x.dtype).contiguous()
     y, d = torch.empty_like(x), x.shape[-1]
     cpu.library().rms_norm(cpu.ptr(x), cpu.ptr(w), cpu.ptr(y), x.numel() // d, d, eps, cpu.is_bf16(x))
@@ -71,6 +73,9 @@ def _backward(ctx, dy: Tensor):
 
 
 def _add_forward(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    if x.shape != residual.shape or x.dtype != residual.dtype:
+        got = f"x {x.dtype} {tuple(x.shape)} and residual {residual.dtype} {tuple(residual.shape)}"
+        raise ValueError(f"add_rms_norm: {got} differ")
     total = x + residual
     return _forward(total, weight, eps), total
 

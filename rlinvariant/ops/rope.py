@@ -27,7 +27,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
     x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
     (t, h, d), half = x.shape, cos.shape[-1]
-    if cos.shape != (t, half) or sin.shape != cos.shape or 2 * half > d or cos.dtype is not torch.float32:
+    if not cos.shape == sin.shape == (t, half) or 2 * half > d or not cos.dtype == sin.dtype == torch.float32:
         raise ValueError(f"rope: x {tuple(x.shape)} needs fp32 cos and sin of [{t}, at most {d // 2}], got {tuple(cos.shape)}")
     y = torch.empty_like(x)
     cpu.library().rope(*map(cpu.ptr, (x, cos, sin, y)), t, h, d, half, sign, cpu.is_bf16(x))

@@ -31,6 +31,7 @@ def token_logprobs(hidden: Tensor, weight: Tensor, token_ids: Tensor, temperatur
 
     Raises:
         IndexError: a token id outside [0, V).
+        ValueError: shapes, dtypes or the temperature are not as above.
 
     Order: logits in hidden.dtype as by `linear`; exponentials summed by `lanes` inside blocks of 4,096 columns, block sums
         in fp64, ascending. The backward recomputes the logits of a chunk of tokens at a time and adds dweight chunk by chunk.
@@ -38,8 +39,6 @@ def token_logprobs(hidden: Tensor, weight: Tensor, token_ids: Tensor, temperatur
         logits. Gradients are deterministic; dweight depends on the chunks.
     Ref: Milakov and Gimelshein 2018, arXiv:1805.02867 (online softmax; here in two passes).
     """
-    if token_ids.numel() and not 0 <= int(token_ids.min()) <= int(token_ids.max()) < weight.shape[0]:
-        raise IndexError(f"token_logprobs: token ids must lie in [0, {weight.shape[0]})")
     return _token_logprobs(hidden, weight, token_ids, temperature)
 
 
@@ -83,6 +82,11 @@ def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
 
 
 def _forward(hidden: Tensor, weight: Tensor, token_ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    if token_ids.shape != hidden.shape[:1] or token_ids.dtype is not torch.int64 or not temperature > 0:
+        got = f"token_ids {token_ids.dtype} {tuple(token_ids.shape)}, temperature {temperature}"
+        raise ValueError(f"token_logprobs: expected token_ids int64 [{len(hidden)}] and a positive temperature, got {got}")
+    if token_ids.numel() and not 0 <= int(token_ids.min()) <= int(token_ids.max()) < weight.shape[0]:
+        raise IndexError(f"token_logprobs: token ids must lie in [0, {weight.shape[0]})")
     w, ids = weight.to(hidden.dtype), token_ids.contiguous()
     logprobs, entropy = torch.empty(len(hidden)), torch.empty(len(hidden))
     temperatures = torch.full((len(hidden),), temperature)
@@ -116,6 +120,9 @@ def _backward(ctx, dlogprobs: Tensor | None, dentropy: Tensor | None):
 
 def _draw(logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     logits, rows = logits.contiguous(), logits.shape[0]
+    per_row = temperature.shape == seeds.shape == positions.shape == (rows,)
+    if not per_row or not seeds.dtype == positions.dtype == torch.int64 or not (temperature >= 0).all():
+        raise ValueError(f"sample: expected temperature >= 0, seeds and positions int64, each of [{rows}]")
     inputs = (logits, temperature.float().contiguous(), seeds.contiguous(), positions.contiguous())
     outputs = (torch.empty(rows, dtype=torch.int64), torch.empty(rows), torch.empty(rows, dtype=torch.int64))
     cpu.library().sample(*map(cpu.ptr, (*inputs, *outputs)), *logits.shape, cpu.is_bf16(logits))

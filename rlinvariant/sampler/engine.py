@@ -78,8 +78,7 @@ class Sampler:
             if torch.distributed.is_initialized():  # one engine per rank, each a world of its own to vLLM's tensor parallelism
                 arguments["distributed_executor_backend"] = "external_launcher"
             self.llm = LLM(str(model), **arguments)
-            if invariant:
-                self._install()
+            self._install()
 
     @property
     def _runner(self):
@@ -91,8 +90,16 @@ class Sampler:
         return self._runner.model
 
     def _install(self) -> None:
-        from rlinvariant.sampler.vllm_model import InvariantAttentionBackend, InvariantForCausalLM, InvariantSampler
+        from rlinvariant.sampler.vllm_model import (
+            InvariantAttentionBackend,
+            InvariantForCausalLM,
+            InvariantSampler,
+            StockSampler,
+        )
 
+        if not self.invariant:
+            self._runner.sampler = StockSampler(logprobs_mode="processed_logprobs")
+            return
         if not isinstance(self.model, InvariantForCausalLM):
             raise UserError(
                 f"plugin not active: vLLM runs {type(self.model).__name__}, not {InvariantForCausalLM.__name__}; install "
@@ -141,47 +148,73 @@ class Sampler:
 
     def sync(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Load the trainer's parameters, by their Hugging Face names, and forget what was computed with the old ones."""
+        pairs = [(name, w.detach()) for name, w in weights]
         with _undisturbed(), torch.no_grad():
-            self.model.load_weights((name, w.detach()) for name, w in weights)
+            if self.invariant:
+                self.model.load_weights(iter(pairs))
+            else:
+                self._runner.reload_weights(weights_iterator=iter(pairs))
+                # A stock CPU engine multiplies by packed copies, and does not pack a tied head anew
+                head = getattr(self.model, "lm_head", None)
+                if hasattr(head, "cpu_linear"):
+                    head.quant_method.process_weights_after_loading(head)
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not reset its prefix cache: a request is still running")
 
     def differing_weights(self, weights: Iterable[tuple[str, Tensor]]) -> list[str]:
-        """Names of the parameters whose bytes differ from `weights`, cast to the sampler's dtype. Empty when in sync.
+        """Names of the sampler's parameters whose bytes differ from `weights` cast to its dtype. Empty when in sync.
 
-        Every parameter of the vLLM model must be accounted for by the trainer's: one that no weight maps to is named too.
+        Every parameter of the vLLM model must be accounted for: one that no weight maps to is named too. A stock CPU engine
+        has packed its matrices and freed the originals: there, up to 64 columns of each are read back by multiplying.
         """
-        own = dict(self.model.named_parameters())
         parts: dict[str, dict[Any, Tensor]] = {}
         for name, weight in weights:
             target, shard = _target(self.model, name)
             parts.setdefault(target, {})[shard] = weight.detach()
-        bad = sorted(own.keys() - parts.keys())
-        for name, pieces in parts.items():
-            if name not in own:
-                if name == "lm_head.weight":  # tied: the embedding is the head
-                    continue
+        whole = {name: torch.cat([pieces[s] for s in sorted(pieces, key=_ORDER.index)]) for name, pieces in parts.items()}
+        own, bad = dict(self.model.named_parameters()), []
+        for name, have in own.items():
+            if name not in whole:
                 bad.append(name)
-                continue
-            order = {"q": 0, "k": 1, "v": 2}
-            expected = torch.cat([pieces[s] for s in sorted(pieces, key=lambda s: order.get(s, s) or 0)])
-            have = own[name].detach()
-            have = have[: len(expected)] if have.dim() and len(have) > len(expected) else have  # vocabulary padding
-            if not _same_bytes(have, expected.to(have.dtype)):
+            elif not _same_bytes(*self._readable(name, have.detach(), whole[name])):
                 bad.append(name)
+        head = getattr(self.model, "lm_head", None)
+        if "lm_head.weight" not in own and hasattr(head, "cpu_linear") and not self.invariant:  # tied, and packed
+            embedding = next(x for n, x in whole.items() if n.endswith("embed_tokens.weight"))
+            if not _same_bytes(*_columns(head, embedding)):
+                bad.append("lm_head.weight")
         return bad
+
+    def _readable(self, name: str, have: Tensor, expected: Tensor) -> tuple[Tensor, Tensor]:
+        """The parameter as vLLM computes with it, and what it should be, in one shape and dtype."""
+        if have.numel() == 0 and expected.numel():
+            return _columns(self.model.get_submodule(name.rpartition(".")[0]), expected)
+        have = have[: len(expected)]  # vLLM pads the vocabulary
+        return have, expected.to(have.dtype)
+
+
+_ORDER: list[Any] = [None, "q", "k", "v", *range(16)]  # how vLLM stacks the parts of a merged projection
+
+
+def _columns(layer: torch.nn.Module, expected: Tensor) -> tuple[Tensor, Tensor]:
+    """Some columns of a packed weight, by multiplying unit vectors, and of the expected one."""
+    n, k = expected.shape
+    at = torch.arange(0, k, max(1, k // 64))
+    dtype = next((p.dtype for p in layer.parameters()), torch.bfloat16)
+    units = torch.zeros(len(at), k, dtype=dtype)
+    units[torch.arange(len(at)), at] = 1
+    product = layer.cpu_linear(units, layer.weight, None)  # type: ignore[operator]
+    return product[:, :n].to(dtype), expected.to(dtype)[:, at].t()
 
 
 def _same_bytes(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
-def _target(model, name: str) -> tuple[str, Any]:
+def _target(model: Any, name: str) -> tuple[str, Any]:
     """Where vLLM keeps a Hugging Face parameter: the name of its own parameter, and which part of it."""
     mapper = getattr(model, "hf_to_vllm_mapper", None)
-    stacked = dict(mapper.orig_to_new_stacked) if mapper is not None else {}
-    stem, _, leaf = name.rpartition(".")
-    for original, (merged, shard) in stacked.items():
-        if stem == original:
-            return f"{merged}.{leaf}", shard
+    for original, (merged, shard) in getattr(mapper, "orig_to_new_stacked", {}).items():
+        if f"{original}." in name:
+            return name.replace(original, merged), shard
     return name, None
