@@ -41,9 +41,7 @@ class Data(BaseData):
     train_size: int = chz.field(default=8192, doc="Training prompts.")
     eval_size: int = chz.field(default=256, doc="Held-out prompts; no sum of theirs, in either order, is trained on.")
     seed: int = chz.field(default=0, doc="Of the operands and of the supervised stage.")
-    path: str | None = chz.field(
-        default=None, doc="JSON lines with `prompt` and `answer` in place of drawn training sums."
-    )
+    path: str | None = chz.field(default=None, doc="JSON lines with `prompt` and `answer` in place of drawn training sums.")
 
 
 def check(config: Config) -> list[str]:
@@ -58,9 +56,7 @@ def check(config: Config) -> list[str]:
         if not least <= value <= most:
             errors.append(f"data.{key}={value}: expected {least} to {most}")
     if not errors and data.eval_size > 0.1 * (9 * 10 ** (data.digits - 1)) ** 2 / 2:
-        errors.append(
-            f"data.eval_size={data.eval_size}: too many for data.digits={data.digits}; lower one or raise the other"
-        )
+        errors.append(f"data.eval_size={data.eval_size}: too many for data.digits={data.digits}; lower one or raise the other")
     if data.path is not None and not Path(data.path).is_file():
         errors.append(f"data.path={data.path}: no such file; give a JSON lines file with `prompt` and `answer`")
     return errors
@@ -74,9 +70,7 @@ def datasets(config: Config, tokenizer: Any) -> "tuple[Dataset, Dataset]":
     if config.data.path is not None:
         train = load_dataset("json", data_files=config.data.path, split="train")
         if "answer" not in train.column_names:
-            raise UserError(
-                f"data.path={config.data.path}: no `answer`; columns found: {', '.join(train.column_names)}"
-            )
+            raise UserError(f"data.path={config.data.path}: no `answer`; columns found: {', '.join(train.column_names)}")
         return train, evaluation
     generator = random.Random(f"train {config.data.seed}")
     train = [_row(_training_pair(generator, config.data.digits, held_out)) for _ in range(config.data.train_size)]

@@ -44,9 +44,7 @@ class SamplerConfig:
     kv_cache_gib: float = chz.field(default=1.0, doc="KV cache on a CPU, GiB.")
     gpu_memory_utilization: float = chz.field(default=0.3, doc="Share of GPU memory for the engine, 0 to 1.")
     enable_prefix_caching: bool = chz.field(default=True, doc="Reuse the KV cache of shared prefixes.")
-    enforce_eager: bool | None = chz.field(
-        default=None, doc="No compilation and CUDA graphs; None: as the device asks."
-    )
+    enforce_eager: bool | None = chz.field(default=None, doc="No compilation and CUDA graphs; None: as the device asks.")
 
 
 @chz.chz
@@ -172,6 +170,8 @@ class Config:
         from trl.trainer.grpo_config import GRPOConfig
 
         fields = {name: getattr(self.trainer, name) for name in chz.chz_fields(type(self.trainer))}
+        if self.invariance in ("off", "sampler") and "trainer.bf16" not in self.sources:
+            fields["bf16"] = self.dtype == "bfloat16"  # a stock trainer casts by autocast, as TRL does by default
         fields |= {"output_dir": str(self.run_dir / "checkpoints"), "max_steps": self.steps, "seed": self.seed}
         try:
             # Without use_cpu, accelerate does not see that several CPU processes belong together.
@@ -322,9 +322,7 @@ def _problem(key: str, value: Any, known: Mapping[str, "_Leaf"], blueprint: chz.
         return f"{key}={_shown(value)}: not a setting here; {owned}"
     if key not in known:
         by_name = [path for path in known if path.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
-        return (
-            f"{key}={_shown(value)}: unknown key{_suggest(key, by_name or [*known, *ALIASES], 0.0 if by_name else 0.6)}"
-        )
+        return f"{key}={_shown(value)}: unknown key{_suggest(key, by_name or [*known, *ALIASES], 0.0 if by_name else 0.6)}"
     try:
         blueprint.clone().apply({key: value}).make()
     except (InvalidBlueprintArg, TypeError):
@@ -386,9 +384,7 @@ def check(config: Config, env: Mapping[str, str], recipe: Recipe | None = None) 
             errors.append(f"ACCELERATE_MIXED_PRECISION={autocast}: expected no {mode}; {fix}")
     if env.get("VLLM_BATCH_INVARIANT", "0") != "0":
         value = env["VLLM_BATCH_INVARIANT"]
-        errors.append(
-            f"VLLM_BATCH_INVARIANT={value}: expected unset; invariance= decides; run `unset VLLM_BATCH_INVARIANT`"
-        )
+        errors.append(f"VLLM_BATCH_INVARIANT={value}: expected unset; invariance= decides; run `unset VLLM_BATCH_INVARIANT`")
     return errors
 
 
@@ -440,24 +436,16 @@ def _check_model(config: Config, recipe: Recipe | None) -> list[str]:
             return [f"model={model}: expected a Hugging Face model directory, found no config.json in it"]
         return []
     is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model) and not path.parent.is_dir() and not path.exists()
-    return (
-        []
-        if is_hub_id
-        else [f"model={model}: no such directory; give a Hugging Face model directory or a hub id ORG/NAME"]
-    )
+    return [] if is_hub_id else [f"model={model}: no such directory; give a Hugging Face model directory or a hub id ORG/NAME"]
 
 
 def _check_run(config: Config, env: Mapping[str, str]) -> list[str]:
     """A run directory is written once. Only the main process looks: it may have made it before the others get here."""
     if not re.fullmatch(r"\w[\w.-]*", config.run):
-        return [
-            f"run={config.run}: expected a name of letters, digits, '.', '_' and '-'; it is a directory under runs/"
-        ]
+        return [f"run={config.run}: expected a name of letters, digits, '.', '_' and '-'; it is a directory under runs/"]
     if config.resume and "run" not in config.sources:
         return ["resume=True: expected run=NAME too, the run to continue"]
-    if "run" not in config.sources and env.get("WORLD_SIZE", "1") != env.get(
-        "LOCAL_WORLD_SIZE", env.get("WORLD_SIZE", "1")
-    ):
+    if "run" not in config.sources and env.get("WORLD_SIZE", "1") != env.get("LOCAL_WORLD_SIZE", env.get("WORLD_SIZE", "1")):
         return ["run: missing; with several hosts write run=NAME, so that all use one directory"]
     if env.get("RANK", "0") != "0":
         return []

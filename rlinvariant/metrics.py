@@ -102,9 +102,7 @@ def onpolicy(
     }
 
 
-def _from_values(
-    sampler: np.ndarray, trainer: np.ndarray, mismatched: np.ndarray, clip_max: float
-) -> dict[str, float | int]:
+def _from_values(sampler: np.ndarray, trainer: np.ndarray, mismatched: np.ndarray, clip_max: float) -> dict[str, float | int]:
     # Infinities are results here (an impossible token, an overflowing ratio), to be reported and not warned about.
     with np.errstate(over="ignore", invalid="ignore"):
         # Equal words are exactly 0 apart, which -inf minus -inf would not be.

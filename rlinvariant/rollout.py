@@ -19,9 +19,7 @@ class Completion:
 
     def __post_init__(self) -> None:
         if len(self.token_ids) != len(self.sampler_logprobs):
-            raise ValueError(
-                f"a completion of {len(self.token_ids)} tokens came with {len(self.sampler_logprobs)} log-probs"
-            )
+            raise ValueError(f"a completion of {len(self.token_ids)} tokens came with {len(self.sampler_logprobs)} log-probs")
 
 
 def request_seed(run_seed: int, step: int, prompt: int, sample: int) -> int:

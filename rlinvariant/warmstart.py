@@ -43,9 +43,7 @@ def warm_start(
     hyper = {"stop_at": stop_at, "max_steps": max_steps, "batch_size": batch_size}
     hyper |= {"learning_rate": learning_rate, "seed": seed}
     sources = [Path(__file__).read_text(), Path(inspect.getfile(build)).read_text()]
-    digest = hashlib.blake2b(
-        json.dumps([dict(key), hyper, sources], sort_keys=True).encode(), digest_size=8
-    ).hexdigest()
+    digest = hashlib.blake2b(json.dumps([dict(key), hyper, sources], sort_keys=True).encode(), digest_size=8).hexdigest()
     directory = CACHE / f"{name}-{digest}"
     CACHE.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{directory}.lock"):

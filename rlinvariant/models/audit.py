@@ -8,6 +8,7 @@ depend on shape, vector width and threads. Whatever is not known to be safe is r
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,13 +17,95 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rlinvariant.models.patch import UnsupportedModel
 
 MOVES = frozenset(
-    "view _unsafe_view reshape _reshape_alias transpose t permute expand slice select unsqueeze squeeze cat stack split "
-    "split_with_sizes unbind clone copy _to_copy detach alias lift_fresh index index_select index_put gather embedding where "
-    "masked_fill masked_select empty empty_like empty_strided new_empty new_zeros new_ones new_full zeros zeros_like ones "
-    "ones_like full full_like fill zero flip roll repeat as_strided contiguous narrow diagonal chunk resize set".split()
+    (  # fmt: skip
+        "view",
+        "_unsafe_view",
+        "reshape",
+        "_reshape_alias",
+        "transpose",
+        "t",
+        "permute",
+        "expand",
+        "slice",
+        "select",
+        "unsqueeze",
+        "squeeze",
+        "cat",
+        "stack",
+        "split",
+        "split_with_sizes",
+        "unbind",
+        "clone",
+        "copy",
+        "_to_copy",
+        "detach",
+        "alias",
+        "lift_fresh",
+        "index",
+        "index_select",
+        "index_put",
+        "gather",
+        "embedding",
+        "where",
+        "masked_fill",
+        "masked_select",
+        "empty",
+        "empty_like",
+        "empty_strided",
+        "new_empty",
+        "new_zeros",
+        "new_ones",
+        "new_full",
+        "zeros",
+        "zeros_like",
+        "ones",
+        "ones_like",
+        "full",
+        "full_like",
+        "fill",
+        "zero",
+        "flip",
+        "roll",
+        "repeat",
+        "as_strided",
+        "contiguous",
+        "narrow",
+        "diagonal",
+        "chunk",
+        "resize",
+        "set",
+    )
 )
-ROUNDED = frozenset("add sub rsub mul div neg abs sqrt maximum minimum clamp clamp_min clamp_max relu".split())
-COMPARES = frozenset("eq ne lt le gt ge isnan isinf".split())
+ROUNDED = frozenset(
+    (  # fmt: skip
+        "add",
+        "sub",
+        "rsub",
+        "mul",
+        "div",
+        "neg",
+        "abs",
+        "sqrt",
+        "maximum",
+        "minimum",
+        "clamp",
+        "clamp_min",
+        "clamp_max",
+        "relu",
+    )
+)
+COMPARES = frozenset(
+    (  # fmt: skip
+        "eq",
+        "ne",
+        "lt",
+        "le",
+        "gt",
+        "ge",
+        "isnan",
+        "isinf",
+    )
+)
 OURS = ("rlinvariant",)
 
 
@@ -92,7 +175,7 @@ def audit(model: nn.Module, vocab_size: int) -> list[Finding]:
     return list(findings)
 
 
-def require_exact(model: nn.Module) -> None:
+def require_exact(model: Any) -> None:
     """Raise UnsupportedModel naming each operation, by class, that `audit` finds."""
     if found := audit(model, model.config.vocab_size):
         listed = ", ".join(sorted(f"{f.op} in {f.module}" for f in found))

@@ -23,6 +23,7 @@ import copy
 import inspect
 import types
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +45,7 @@ class UnsupportedModel(UserError):
     """The model computes something that no op owns."""
 
 
-def make_invariant(model: PreTrainedModel, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
+def make_invariant(model: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
     """Swap, in place, every module that sums or calls a transcendental function for one that does so through `ops`.
 
     Args:
@@ -132,7 +133,7 @@ def _rule(module: nn.Module) -> type | None:
     return None
 
 
-def _epsilon(norm: nn.Module) -> float | None:
+def _epsilon(norm: Any) -> Any:
     return getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
 
 
@@ -153,7 +154,7 @@ def _require_same_function(module: nn.Module, rule: type) -> None:
         )
 
 
-def _module_pair(module: nn.Module) -> tuple[Tensor, Tensor]:
+def _module_pair(module: Any) -> tuple[Tensor, Tensor]:
     """The output of a copy of the module with random weights, before and after the swap.
 
     A decoder layer gets a stand-in for its attention, since only its residual stream is rewritten.
@@ -171,7 +172,7 @@ def _module_pair(module: nn.Module) -> tuple[Tensor, Tensor]:
     return expected, original(x)
 
 
-def _rotary_pair(attention: nn.Module) -> tuple[Tensor, Tensor]:
+def _rotary_pair(attention: Any) -> tuple[Tensor, Tensor]:
     """The class's own apply_rotary_pos_emb, which may pair columns otherwise (Ernie interleaves them), and ours."""
     half = attention.head_dim // 2
     q, k = torch.randn(1, 2, 5, 2 * half, dtype=torch.float32), torch.randn(1, 1, 5, 2 * half, dtype=torch.float32)
@@ -186,12 +187,17 @@ class _StandIn(nn.Module):
         return hidden_states * 0.5, None
 
 
-class _Linear(nn.Linear):
+class _Linear(nn.Module):
+    weight: Tensor
+    bias: Tensor | None
+
     def forward(self, x: Tensor) -> Tensor:
         return ops.linear(x, self.weight, self.bias)
 
 
-class _Embedding(nn.Embedding):
+class _Embedding(nn.Module):
+    weight: Tensor
+    padding_idx: int | None
     compute_dtype: torch.dtype
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -199,16 +205,27 @@ class _Embedding(nn.Embedding):
 
 
 class _RMSNorm(nn.Module):
+    weight: Tensor
+
     def forward(self, x: Tensor) -> Tensor:
         return ops.rms_norm(x, self.weight, _epsilon(self))
 
 
 class _MLP(nn.Module):
+    gate_proj: nn.Module
+    up_proj: nn.Module
+    down_proj: nn.Module
+
     def forward(self, x):
         return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class _DecoderLayer(nn.Module):
+    self_attn: nn.Module
+    mlp: nn.Module
+    input_layernorm: nn.Module
+    post_attention_layernorm: Any
+
     def forward(self, hidden_states, **kwargs):
         residual = hidden_states
         hidden_states, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
@@ -220,6 +237,10 @@ class _DecoderLayer(nn.Module):
 class _Rotary(nn.Module):
     cos_table: Tensor
     sin_table: Tensor
+    inv_freq: Tensor
+    config: Any
+    rope_type: str
+    compute_default_rope_parameters: Callable
 
     def build_tables(self) -> None:
         """fp32 cos and sin of every position, [max_position_embeddings, rotary_dim / 2], from fp64 angles.
@@ -259,6 +280,10 @@ class _Attention(nn.Module):
 
 
 class _CausalLM(nn.Module):
+    stock: Any
+    base_model: nn.Module
+    lm_head: nn.Linear
+
     def forward(self, *args, token_ids=None, predicted_from=None, temperature=1.0, **kwargs):
         """As the stock model, or, given `token_ids` [N], their log-probs and entropies, each [N] fp32, without logits.
 

@@ -73,9 +73,7 @@ def _lengths(cu: Tensor, rows: int) -> Tensor:
     return lengths
 
 
-def _paged(
-    q: Tensor, kv_cache: Tensor, block_table: Tensor, cu_seqlens_q: Tensor, kv_lens: Tensor, scale: float
-) -> Tensor:
+def _paged(q: Tensor, kv_cache: Tensor, block_table: Tensor, cu_seqlens_q: Tensor, kv_lens: Tensor, scale: float) -> Tensor:
     q, cu, lens = q.contiguous(), cu_seqlens_q.to(torch.int32).contiguous(), kv_lens.to(torch.int32).contiguous()
     table = block_table.to(torch.int32).contiguous()
     (_, heads, dim), (_, kv_heads, page, _) = q.shape, kv_cache.shape
@@ -118,7 +116,8 @@ _attention = define(
     backward=_backward,
 )
 _paged_attention = define(
-    "paged_attention(Tensor q, Tensor kv_cache, Tensor block_table, Tensor cu_seqlens_q, Tensor kv_lens, float scale) -> Tensor",
+    "paged_attention(Tensor q, Tensor kv_cache, Tensor block_table, Tensor cu_seqlens_q, Tensor kv_lens, float scale) -> "
+    "Tensor",
     cpu=_paged,
     fake=lambda q, kv_cache, block_table, cu_seqlens_q, kv_lens, scale: q.new_empty(q.shape),
 )

@@ -84,7 +84,9 @@ def _aligned(t: Tensor) -> Tensor:
 def _cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     n, k = weight.shape
     if x.dtype not in cpu.DTYPES or x.shape[-1] != k or (bias is not None and bias.shape != (n,)):
-        shapes = f"x {x.dtype} {tuple(x.shape)}, weight {tuple(weight.shape)}, bias {bias if bias is None else tuple(bias.shape)}"
+        shapes = (
+            f"x {x.dtype} {tuple(x.shape)}, weight {tuple(weight.shape)}, bias {bias if bias is None else tuple(bias.shape)}"
+        )
         raise ValueError(f"linear: expected x [*, K] in bf16 or fp32, weight [N, K] and bias [N], got {shapes}")
     w, b = _aligned(weight.to(x.dtype)), None if bias is None else bias.to(x.dtype).contiguous()
     flat = x.reshape(-1, k).contiguous()

@@ -50,7 +50,9 @@ def define(
     def differentiate(ctx: Any, *grads: Any) -> Any:
         return backward(ctx, *grads)
 
-    function = type(name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(differentiate)})
+    function = type(
+        name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(differentiate)}
+    )
 
     def autograd(*inputs: Any) -> Any:
         if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs):

@@ -1,5 +1,7 @@
 """Root-mean-square normalisation, alone and after a residual addition."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -63,13 +65,14 @@ def _gradients(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tenso
     return dx, dw.to(weight.dtype)
 
 
-def _save(ctx, inputs, output) -> None:
+def _save(ctx: Any, inputs, output) -> None:
     x, weight, ctx.eps = inputs
     ctx.save_for_backward(x, weight)
 
 
-def _backward(ctx, dy: Tensor):
-    return *_gradients(dy, *ctx.saved_tensors, ctx.eps), None
+def _backward(ctx: Any, dy: Tensor):
+    x, weight = ctx.saved_tensors
+    return *_gradients(dy, x, weight, ctx.eps), None
 
 
 def _add_forward(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -80,13 +83,14 @@ def _add_forward(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     return _forward(total, weight, eps), total
 
 
-def _add_save(ctx, inputs, output) -> None:
+def _add_save(ctx: Any, inputs, output) -> None:
     ctx.eps = inputs[3]
     ctx.save_for_backward(output[1], inputs[2])
 
 
-def _add_backward(ctx, dy: Tensor, dtotal: Tensor):
-    dx, dw = _gradients(dy, *ctx.saved_tensors, ctx.eps)
+def _add_backward(ctx: Any, dy: Tensor, dtotal: Tensor):
+    total, weight = ctx.saved_tensors
+    dx, dw = _gradients(dy, total, weight, ctx.eps)
     dx = dx + dtotal
     return dx, dx, dw, None
 

@@ -43,5 +43,5 @@ _rope = define(
     cpu=lambda x, cos, sin: _turn(x, cos, sin, 1.0),
     fake=lambda x, cos, sin: x.new_empty(x.shape),
     save=_save,
-    backward=lambda ctx, dy: (_turn(dy, *ctx.saved_tensors, -1.0), None, None),
+    backward=lambda ctx, dy: (_turn(dy, ctx.saved_tensors[0], ctx.saved_tensors[1], -1.0), None, None),
 )

@@ -135,9 +135,7 @@ class Console:
         lines = [("steps", f"{len(rows):,}" + (f" in {_duration(elapsed_s)}" if elapsed_s is not None else ""))]
         if window:
             first, last = sum(rewards[:window]) / window, sum(rewards[-window:]) / window
-            lines += [
-                ("reward", f"{first:.3f} (first {window} steps) -> {last:.3f} (last {window}), {last - first:+.3f}")
-            ]
+            lines += [("reward", f"{first:.3f} (first {window} steps) -> {last:.3f} (last {window}), {last - first:+.3f}")]
         lines += [
             ("accuracy", f"{_percent(accuracy_before)} before -> {_percent(accuracy_after)} after, held out, greedy"),
             (

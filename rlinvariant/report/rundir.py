@@ -54,9 +54,7 @@ class RunDir:
             if has_files and not resume:
                 raise UserError(f"run: {run.path} already holds a run; choose another run=NAME, or set resume=true")
             if resume and not run.config.exists():
-                raise UserError(
-                    f"resume: {run.path} holds no run (no config.json); name one that exists, or drop resume"
-                )
+                raise UserError(f"resume: {run.path} holds no run (no config.json); name one that exists, or drop resume")
             run.path.mkdir(parents=True, exist_ok=True)
             text = _json_text(config)
             if resume and run.config.read_text() != text:
@@ -110,9 +108,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
             raise ValueError(f"{path}:{number}: not a line of JSON") from error
         while rows and rows[-1]["step"] >= row["step"]:
             rows.pop()
-        rows.append(
-            {key: _NONFINITE.get(value, value) if isinstance(value, str) else value for key, value in row.items()}
-        )
+        rows.append({key: _NONFINITE.get(value, value) if isinstance(value, str) else value for key, value in row.items()})
     return rows
 
 
@@ -155,9 +151,7 @@ def _git_commit() -> dict[str, Any] | None:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
     try:
-        git(
-            "ls-files", "--error-unmatch", Path(__file__).name
-        )  # else a .venv inside another project would name that one
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # else a .venv inside another project would name that one
         return {
             "commit": git("rev-parse", "HEAD"),
             "modified": bool(git("status", "--porcelain", "--untracked-files=no")),

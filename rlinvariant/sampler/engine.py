@@ -1,5 +1,6 @@
 """A vLLM engine in the trainer's process, with log-probs by token id and weights that follow the trainer's."""
 
+import os
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from rlinvariant import runtime
 from rlinvariant.errors import UserError
 from rlinvariant.rollout import Completion
 from rlinvariant.sampler.plugin import ARCHITECTURE, QUANTIZATION
+
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
@@ -72,20 +74,24 @@ class Sampler:
                 "enforce_eager": True,
                 "async_scheduling": False,
                 "generation_config": "vllm",
+                "use_tqdm_on_load": False,
             } | (options or {})
             if invariant:
                 arguments |= {"quantization": QUANTIZATION, "hf_overrides": {"architectures": [ARCHITECTURE]}}
-            if torch.distributed.is_initialized():  # one engine per rank, each a world of its own to vLLM's tensor parallelism
+            if (
+                torch.distributed.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1
+            ):  # one engine per rank, each a world of its own to vLLM's tensor parallelism
                 arguments["distributed_executor_backend"] = "external_launcher"
             self.llm = LLM(str(model), **arguments)
             self._install()
 
     @property
-    def _runner(self):
-        return self.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    def _runner(self) -> Any:
+        core: Any = self.llm.llm_engine.engine_core
+        return core.engine_core.model_executor.driver_worker.worker.model_runner
 
     @property
-    def model(self) -> torch.nn.Module:
+    def model(self) -> Any:
         """The module that vLLM runs."""
         return self._runner.model
 
@@ -142,7 +148,7 @@ class Sampler:
         completions = []
         for output in outputs:
             ids = list(output.outputs[0].token_ids)
-            table = output.outputs[0].logprobs
+            table: Any = output.outputs[0].logprobs
             completions.append(Completion(ids, [row[i].logprob for i, row in zip(ids, table, strict=True)]))
         return completions
 
@@ -155,7 +161,7 @@ class Sampler:
             else:
                 self._runner.reload_weights(weights_iterator=iter(pairs))
                 # A stock CPU engine multiplies by packed copies, and does not pack a tied head anew
-                head = getattr(self.model, "lm_head", None)
+                head: Any = getattr(self.model, "lm_head", None)
                 if hasattr(head, "cpu_linear"):
                     head.quant_method.process_weights_after_loading(head)
         if not self.llm.reset_prefix_cache():
@@ -174,9 +180,7 @@ class Sampler:
         whole = {name: torch.cat([pieces[s] for s in sorted(pieces, key=_ORDER.index)]) for name, pieces in parts.items()}
         own, bad = dict(self.model.named_parameters()), []
         for name, have in own.items():
-            if name not in whole:
-                bad.append(name)
-            elif not _same_bytes(*self._readable(name, have.detach(), whole[name])):
+            if name not in whole or not _same_bytes(*self._readable(name, have.detach(), whole[name])):
                 bad.append(name)
         head = getattr(self.model, "lm_head", None)
         if "lm_head.weight" not in own and hasattr(head, "cpu_linear") and not self.invariant:  # tied, and packed
@@ -196,14 +200,14 @@ class Sampler:
 _ORDER: list[Any] = [None, "q", "k", "v", *range(16)]  # how vLLM stacks the parts of a merged projection
 
 
-def _columns(layer: torch.nn.Module, expected: Tensor) -> tuple[Tensor, Tensor]:
+def _columns(layer: Any, expected: Tensor) -> tuple[Tensor, Tensor]:
     """Some columns of a packed weight, by multiplying unit vectors, and of the expected one."""
     n, k = expected.shape
     at = torch.arange(0, k, max(1, k // 64))
     dtype = next((p.dtype for p in layer.parameters()), torch.bfloat16)
     units = torch.zeros(len(at), k, dtype=dtype)
     units[torch.arange(len(at)), at] = 1
-    product = layer.cpu_linear(units, layer.weight, None)  # type: ignore[operator]
+    product = layer.cpu_linear(units, layer.weight, None)
     return product[:, :n].to(dtype), expected.to(dtype)[:, at].t()
 
 

@@ -4,6 +4,7 @@ vLLM's transformers backend builds the Hugging Face model; `make_invariant` patc
 vLLM then puts its linear layers, cache and attention into it, and these classes make them call `rlinvariant.ops`.
 """
 
+import secrets
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -77,14 +78,14 @@ class InvariantConfig(QuantizationConfig):
 
 
 class _Linear(UnquantizedLinearMethod):
-    def create_weights(self, layer: nn.Module, input_size_per_partition: int, output_partition_sizes: list[int], *args, **kwargs):
+    def create_weights(self, layer: Any, input_size_per_partition: int, output_partition_sizes: list[int], *args, **kwargs):
         super().create_weights(layer, input_size_per_partition, output_partition_sizes, *args, **kwargs)
         layer.parts = output_partition_sizes
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Leave the weight as it is: vLLM would repack and free it, and weight sync could not reach it."""
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """One product for each projection that vLLM merged (q, k, v; gate, up): the trainer's shapes, hence its bits."""
         if len(layer.parts) == 1:
             return ops.linear(x, layer.weight, bias)
@@ -97,7 +98,7 @@ class _Head(UnquantizedEmbeddingMethod):
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Leave the weight as it is, as above."""
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Logits over the model's own vocabulary: vLLM pads the weight to a multiple of 64 rows."""
         return ops.linear(x, layer.weight[: layer.org_vocab_size], bias)
 
@@ -124,7 +125,7 @@ class _AttentionMetadata:
     causal: bool = True
 
 
-class _AttentionBuilder(AttentionMetadataBuilder[_AttentionMetadata]):
+class _AttentionBuilder(AttentionMetadataBuilder):
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device) -> None:  # abstract in vLLM, though it has a body
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
 
@@ -135,9 +136,21 @@ class _AttentionBuilder(AttentionMetadataBuilder[_AttentionMetadata]):
         return _AttentionMetadata(m.num_actual_tokens, m.query_start_loc, m.seq_lens, m.block_table_tensor, m.slot_mapping)
 
 
-class _AttentionImpl(AttentionImpl[_AttentionMetadata]):
-    def __init__(self, num_heads: int, head_size: int, scale: float, num_kv_heads: int, alibi_slopes=None, sliding_window=None,
-                 kv_cache_dtype: str = "auto", logits_soft_cap=None, attn_type: str = "decoder", *args, **kwargs) -> None:  # fmt: skip
+class _AttentionImpl(AttentionImpl):
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int,
+        alibi_slopes: Any = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = "decoder",
+        *args,
+        **kwargs,
+    ) -> None:
         unsupported = {"alibi_slopes": alibi_slopes, "sliding_window": sliding_window, "logits_soft_cap": logits_soft_cap}
         if refused := [f"{k}={v}" for k, v in unsupported.items() if v]:
             raise NotImplementedError(f"rlinvariant: attention with {', '.join(refused)} is not supported")
@@ -152,8 +165,18 @@ class _AttentionImpl(AttentionImpl[_AttentionMetadata]):
         kv_cache[block, :, offset, :d] = key[: len(slots)]
         kv_cache[block, :, offset, d:] = value[: len(slots)]
 
-    def forward(self, layer, query: Tensor, key, value, kv_cache: Tensor, attn_metadata: _AttentionMetadata | None, output: Tensor,
-                output_scale=None, output_block_scale=None) -> Tensor:  # fmt: skip
+    def forward(
+        self,
+        layer,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: _AttentionMetadata | None,
+        output: Tensor,
+        output_scale=None,
+        output_block_scale=None,
+    ) -> Tensor:
         if attn_metadata is None:  # vLLM's profiling run
             return output
         m = attn_metadata
@@ -174,14 +197,16 @@ class InvariantSampler(Sampler):
         super().__init__(logprobs_mode="processed_logprobs")
         self.input_batch = runner.input_batch
 
-    def forward(self, logits: Tensor, sampling_metadata, predict_bonus_token=False, logprobs_mode_override=None) -> SamplerOutput:
+    def forward(
+        self, logits: Tensor, sampling_metadata, predict_bonus_token=False, logprobs_mode_override=None
+    ) -> SamplerOutput:
         md, rows = sampling_metadata, len(logits)
         logits = self.apply_logits_processors(logits, md, predict_bonus_token)
         if md.temperature is None:
             temperature = torch.zeros(rows)
         else:
             temperature = torch.where(md.temperature < 1e-5, 0.0, md.temperature).float()
-        seeds = [md.generators[i].initial_seed() if i in md.generators else torch.seed() for i in range(rows)]
+        seeds = [md.generators[i].initial_seed() if i in md.generators else secrets.randbits(63) for i in range(rows)]
         drawn = [len(self.input_batch.req_output_token_ids[i] or ()) for i in range(rows)]
         tokens, logprobs, ranks = ops.sample(logits, temperature, torch.tensor(seeds), torch.tensor(drawn))
         extra = md.max_num_logprobs

@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from accelerate.utils import DistributedType, gather_object
 from torch import Tensor
-from trl import GRPOConfig, GRPOTrainer
+from transformers import PrinterCallback
+from trl.trainer.grpo_config import GRPOConfig
+from trl.trainer.grpo_trainer import GRPOTrainer
 
 from rlinvariant import metrics
 from rlinvariant.errors import ConfigErrors, ParityError
@@ -56,6 +58,13 @@ class InvariantGRPOTrainer(GRPOTrainer):
         ParityError: with invariance="exact", from `train`, when a log-prob differs; raised before the optimizer step.
     """
 
+    model: Any
+    ref_model: Any
+    args: Any
+    max_completion_length: int
+    num_generations: int
+    eos_token_ids: list[int]
+
     def __init__(
         self,
         model: Any,
@@ -90,6 +99,7 @@ class InvariantGRPOTrainer(GRPOTrainer):
             self.model.__dict__.pop("forward", None)  # TRL's fused head, with another order of summation
             if self.ref_model is not None:
                 make_invariant(self.ref_model, dtype).__dict__.pop("forward", None)
+        self.remove_callback(PrinterCallback)  # prints every number of every step; our console and files have them
         self.use_vllm = True  # TRL's name for "the rollout carries log-probs": turns on its correction, if asked for
         self.sampler = sampler()
         self._synced_step = -1
@@ -113,7 +123,9 @@ class InvariantGRPOTrainer(GRPOTrainer):
             found.append(f"logging_steps={args.logging_steps}: expected 1: every step is counted and written")
         if self._trainer_is_invariant:
             if args.bf16 or args.fp16:
-                found.append(f"bf16={args.bf16}, fp16={args.fp16}: expected False {mode}: autocast rounds elsewhere; use dtype=")
+                found.append(
+                    f"bf16={args.bf16}, fp16={args.fp16}: expected False {mode}: autocast rounds elsewhere; use dtype="
+                )
             if kwargs.get("peft_config") is not None:
                 found.append(f"peft_config: expected None {mode}: adapters are not supported yet")
             for name in ("use_liger_kernel", "cast_lm_head_to_fp32", "torch_compile"):
@@ -261,7 +273,7 @@ class InvariantGRPOTrainer(GRPOTrainer):
         self._pairs: list[tuple[np.ndarray, np.ndarray]] = []
         self._completions: list[list[int]] = []
         self._first_mismatch: metrics.FirstMismatch | None = None
-        self._seconds = dict.fromkeys(("rollout", "score", "train", "sync", "save"), 0.0)
+        self._seconds: dict[str, float] = dict.fromkeys(("rollout", "score", "train", "sync", "save"), 0.0)
         self._step_began = time.perf_counter()
 
     @contextmanager
@@ -310,7 +322,7 @@ class InvariantGRPOTrainer(GRPOTrainer):
         onpolicy = self._onpolicy([rank[0] for rank in ranks], sampled)
         exact = onpolicy["onpolicy/mismatched_tokens"] == 0 == onpolicy["onpolicy/unscored_tokens"]
         self._exact_streak = self._exact_streak + int(onpolicy["onpolicy/compared_tokens"]) if exact else 0
-        ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
+        ends = [*self.eos_token_ids, self._tokenizer.pad_token_id]
         step_s = time.perf_counter() - self._step_began
         return {
             **onpolicy,

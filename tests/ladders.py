@@ -1,0 +1,143 @@
+"""What the op tests share: batch sizes, neighbours, thread counts, yardsticks, and the checks of a relation between
+bits.
+
+A check takes the function that it tests, so that each test can hand it a stock or a broken function and see it fail.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlinvariant.bits import assert_bits_equal, compare
+
+# 1: oneDNN and cuBLASLt take another kernel. 7-9, 15-17, 31-33, 63-65: vector and tile edges (9 and 16:
+# FlashAttention-3).
+# 127-129: its largest tile. 255-257: vLLM's norm kernel, and `linear`'s rows per call. 1024: many tiles.
+LADDER = (1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 1024)
+DTYPES = (torch.bfloat16, torch.float32)
+NEIGHBOURS = (0.0, float("inf"), float("nan"), 1e30, None)  # None: random rows
+
+Function = Callable[..., Tensor | tuple[Tensor, ...]]
+
+
+def dtype_name(value: object) -> str | None:
+    """Test ids for dtypes; pytest's own for the rest."""
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else None
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, wide: bool = False) -> Tensor:
+    """Normal values; `wide` spreads their exponents, so that another order of summation shows."""
+    rng = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=rng)
+    if wide:
+        x = x * torch.exp2(torch.randint(-8, 8, shape, generator=rng))
+    return x.to(dtype)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def assert_same(a: Tensor | tuple[Tensor, ...], b: Tensor | tuple[Tensor, ...], what: str) -> None:
+    """Every output has the same bits."""
+    for i, (x, y) in enumerate(zip(_tuple(a), _tuple(b), strict=True)):
+        assert_bits_equal(x, y, f"{what}, output {i}")
+
+
+def assert_batch_invariant(f: Function, *rows: Tensor) -> None:
+    """f(rows[:m]) = f(rows)[:m] for every m of the ladder, and f(rows[s:]) = f(rows)[s:], which moves every row."""
+    full = _tuple(f(*rows))
+    for m in LADDER:
+        if m <= len(rows[0]):
+            assert_same(f(*(x[:m].clone() for x in rows)), tuple(y[:m] for y in full), f"the first {m} rows alone")
+    for s in (1, 21):
+        assert_same(f(*(x[s:].clone() for x in rows)), tuple(y[s:] for y in full), f"without the first {s} rows")
+
+
+def assert_needle(f: Function, *rows: Tensor, size: int = 33) -> None:
+    """A row keeps its bits when it stands first, in the middle or last among rows that would poison any shared sum."""
+    alone = f(*(x[:1] for x in rows))
+    for neighbour in NEIGHBOURS:
+        for at in (0, size // 2, size - 1):
+            hay = [_hay(x, size, neighbour) for x in rows]
+            for h, x in zip(hay, rows, strict=True):
+                h[at] = x[0]
+            found = tuple(y[at : at + 1] for y in _tuple(f(*hay)))
+            assert_same(found, alone, f"a row at {at} of {size} rows of {neighbour}")
+
+
+def assert_thread_invariant(f: Function, *inputs: Tensor) -> None:
+    """1, 2 and 3 threads give the same bits: one that divides the work evenly and one that does not."""
+    with threads(1):
+        one = f(*inputs)
+    for count in (2, 3):
+        with threads(count):
+            assert_same(f(*inputs), one, f"{count} threads")
+
+
+def gradients(f: Function, inputs: tuple[Tensor, ...], seed: int = 99) -> tuple[Tensor, ...]:
+    """Gradients of a random projection of f's outputs, with respect to every input."""
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    outputs = _tuple(f(*leaves))
+    return torch.autograd.grad(
+        outputs, leaves, [randn(*y.shape, seed=seed + i).to(y.dtype) for i, y in enumerate(outputs)]
+    )
+
+
+def assert_as_accurate(ours: Function, stock: Function, exact: Function, *inputs: Tensor, grad: bool = False) -> None:
+    """The error of `ours` against `exact` in fp64 is at most twice that of `stock` on the same inputs, output by output."""
+    run = gradients if grad else lambda f, xs: _tuple(f(*xs))
+    truth = run(exact, tuple(x.double() if x.is_floating_point() else x for x in inputs))
+    for i, (a, b, t) in enumerate(zip(run(ours, inputs), run(stock, inputs), truth, strict=True)):
+        a, b, t = a.double(), b.double(), t.double()
+        # half a ulp (of fp32: every dtype's outputs pass through it) forgives a stock function that happens to be exact
+        allowed = 2 * (b - t).norm() + 2**-24 * t.norm()
+        assert torch.isfinite(a).all() and (a - t).norm() <= allowed, (
+            f"output {i}: {(a - t).norm():.3e} > {allowed:.3e}"
+        )
+
+
+def assert_opaque(f: Function, operator: torch._ops.OpOverload, *inputs: object) -> None:
+    """Schema, shape function and autograd key agree with what the operator does; compiled code keeps its bits."""
+    torch.library.opcheck(operator, inputs, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
+    compiled = torch.compile(f, fullgraph=True, backend="eager")
+    assert_same(compiled(*inputs), f(*inputs), "compiled")
+
+
+def assert_control(
+    check: Callable[..., None], planted: Function, stock: list[tuple[Function, tuple[Tensor, ...]]]
+) -> None:
+    """`check` finds a planted fault, and a stock function on one of several inputs; a blind stock control is xfailed."""
+    inputs = stock[0][1]
+    with pytest.raises(AssertionError):
+        check(planted, *inputs)
+    for f, xs in stock:
+        try:
+            check(f, *xs)
+        except AssertionError:
+            return
+    pytest.xfail("blind: on this machine the stock function passes; the planted fault was found")
+
+
+def differs(a: Tensor, b: Tensor) -> bool:
+    return compare(a, b) is not None
+
+
+def _tuple(x: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return x if isinstance(x, tuple) else (x,)
+
+
+def _hay(x: Tensor, size: int, neighbour: float | None) -> Tensor:
+    shape = (size, *x.shape[1:])
+    if not x.is_floating_point():
+        return x[:1].expand(shape).clone()
+    return randn(*shape, dtype=x.dtype, seed=7) if neighbour is None else x.new_full(shape, neighbour)

@@ -1,0 +1,211 @@
+import importlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rlinvariant import ops
+from rlinvariant.bits import assert_bits_equal
+from tests import ladders
+from tests.ladders import DTYPES, dtype_name, randn, threads
+
+module = importlib.import_module("rlinvariant.ops.linear")  # the package attribute of this name is the function
+
+# 3072: oneDNN splits K from about there. 3083: 3072 + 11, no multiple of 16. 100: K short and no multiple of 16.
+# N = 66: two columns beyond a tile of 64, in the last tile of 4.
+WEIGHTS = ((66, 3072), (64, 3083), (5, 100), (64, 64))
+ROUTES = ("chosen", "cpu.c")
+
+
+@pytest.fixture(params=ROUTES)
+def route(request, monkeypatch):
+    """The route that this machine takes (vendor GEMM where it is exact), and kernels/cpu.c forced."""
+    if request.param == "cpu.c":
+        monkeypatch.setattr(module, "is_exact", lambda *_: False)
+    return request.param
+
+
+def cancelling(rows: int, n: int, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x and w whose exact products are 0, so that an output is only rounding error: bf16 cannot hide another order of sums."""
+    x, w, order = (
+        randn(rows, k, seed=1, wide=True),
+        randn(n, k, seed=2),
+        torch.randperm(k, generator=torch.manual_seed(3)),
+    )
+    a, b = order[: k // 2], order[k // 2 : k // 2 * 2]
+    x[:, a], w[:, a] = -x[:, b], w[:, b]
+    return x.to(dtype), w.to(dtype)
+
+
+def split_by_batch(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+    """Planted fault: K is summed in two parts when the batch has fewer than 32 rows, as split-K GEMMs do."""
+    if len(x) >= 32:
+        return reference(x, w, b)
+    half = x.shape[-1] // 2
+    y = reference(x[:, half:], w[:, half:]) + reference(x[:, :half], w[:, :half], b)
+    return y.to(x.dtype)
+
+
+def reverse_odd_rows(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+    """Planted fault: every other row sums K descending, whatever the batch size."""
+    y = reference(x, w, b)
+    y[1::2] = reference(x.flip(-1), w.flip(-1), b)[1::2]
+    return y
+
+
+def leak(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+    """Planted fault: a row adds zero times its neighbour, which only Inf and NaN show."""
+    return reference(x + 0 * x.roll(1, 0), w, b)
+
+
+def reference(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+    """cpu.c, whose order depends on nothing."""
+    return module._written(x.contiguous(), w.contiguous(), b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("shape", WEIGHTS)
+def test_linear_is_batch_invariant(shape, dtype, route):
+    x, w = cancelling(1024, *shape, dtype)
+    ladders.assert_batch_invariant(lambda x: ops.linear(x, w), x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("shape", WEIGHTS)
+def test_linear_is_position_invariant(shape, dtype, route):
+    x, w = cancelling(1, *shape, dtype)
+    bias = randn(shape[0], dtype=dtype)
+    ladders.assert_needle(lambda x: ops.linear(x, w, bias), x)
+
+
+def test_batch_size_control():
+    x, w = cancelling(1024, 66, 3072, torch.bfloat16)
+    others = [cancelling(1024, n, k, d) for n, k, d in ((512, 3072, torch.float32), (128, 512, torch.bfloat16))]
+    stock = [((lambda x, w=w: F.linear(x, w)), (x,)) for x, w in ((x, w), *others)]
+    ladders.assert_control(ladders.assert_batch_invariant, lambda x: split_by_batch(x, w), stock)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("fault", [split_by_batch, reverse_odd_rows, leak])
+def test_is_exact_refuses_a_gemm_that_breaks_rows(fault, dtype, monkeypatch):
+    probe = module.is_exact.__wrapped__  # uncached
+    monkeypatch.setattr(module.F, "linear", reference)
+    assert probe(10, 300, dtype, False, 1) and probe(10, 300, dtype, True, 1)
+    monkeypatch.setattr(module.F, "linear", fault)
+    assert not probe(10, 300, dtype, False, 1) and not probe(10, 300, dtype, True, 1)
+
+
+@pytest.mark.parametrize("fault", [split_by_batch, reverse_odd_rows, leak])
+def test_needle_and_ladder_find_a_gemm_that_breaks_rows(fault):
+    x, w = cancelling(64, 66, 3072, torch.bfloat16)
+    with pytest.raises(AssertionError):
+        ladders.assert_batch_invariant(lambda x: fault(x, w), x)
+        ladders.assert_needle(lambda x: fault(x, w), x)
+
+
+def test_a_gemm_that_is_not_exact_takes_the_written_route(monkeypatch):
+    x, w = cancelling(8, 7, 72, torch.float32)
+    monkeypatch.setattr(module, "is_exact", lambda *_: False)
+    assert_bits_equal(ops.linear(x, w), reference(x, w), "not exact")
+    assert module.routes()["7x72 float32"] == "kernels/cpu.c"
+    monkeypatch.setattr(module, "is_exact", lambda *_: True)
+    ops.linear(x, w)
+    assert module.routes()["7x72 float32"] == "vendor GEMM"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("count", [1, 2])
+def test_is_exact_is_true_only_of_what_the_ladder_confirms(count, dtype):
+    """The vendor route itself, for every weight that is_exact admits, on operands that is_exact has not seen."""
+    with threads(count):
+        for n, k in (*WEIGHTS, (128, 512), (48, 4096)):
+            if module.is_exact(n, k, dtype, False, count):
+                x, w = cancelling(300, n, k, dtype)
+                ladders.assert_batch_invariant(lambda x, w=w: module._vendor(x, w, None), x)
+
+
+def test_written_linear_is_thread_invariant():
+    for dtype in DTYPES:
+        x, w = cancelling(200, 70, 3083, dtype)
+        ladders.assert_thread_invariant(reference, x, w)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_linear_matches_float64(dtype, route):
+    x, w, b = randn(40, 3083, dtype=dtype), randn(66, 3083, dtype=dtype, seed=1), randn(66, dtype=dtype, seed=2)
+    ladders.assert_as_accurate(ops.linear, F.linear, F.linear, x, w, b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_linear_gradients_match_float64(dtype):
+    x, w, b = randn(3, 7, 200, dtype=dtype), randn(66, 200, dtype=dtype, seed=1), randn(66, dtype=dtype, seed=2)
+    ladders.assert_as_accurate(ops.linear, F.linear, F.linear, x, w, b, grad=True)
+
+
+def test_linear_passes_gradcheck_of_its_formulas():
+    """In fp32 the gradients are those of autograd through the stock function, with and without a bias."""
+    x, w, b = randn(2, 5, 30), randn(8, 30, seed=1), randn(8, seed=2)
+    for inputs in ((x, w), (x, w, b)):
+        for ours, stock in zip(ladders.gradients(ops.linear, inputs), ladders.gradients(F.linear, inputs), strict=True):
+            torch.testing.assert_close(ours, stock, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_linear_gradients_are_deterministic(dtype, route):
+    inputs = randn(300, 3072, dtype=dtype), randn(66, 3072, dtype=dtype, seed=1), randn(66, dtype=dtype, seed=2)
+    ladders.assert_same(
+        ladders.gradients(ops.linear, inputs), ladders.gradients(ops.linear, inputs), "gradients, again"
+    )
+
+
+def test_float32_masters_have_the_bits_of_the_cast_weight(route):
+    x, w, b = randn(9, 100, dtype=torch.bfloat16), randn(8, 100, seed=1), randn(8, seed=2)
+    assert_bits_equal(ops.linear(x, w, b), ops.linear(x, w.bfloat16(), b.bfloat16()), "fp32 masters")
+    dx, dw, db = ladders.gradients(ops.linear, (x, w, b))
+    assert (dx.dtype, dw.dtype, db.dtype) == (torch.bfloat16, torch.float32, torch.float32)
+    assert ladders.differs(ops.linear(x.float(), w, b).bfloat16(), ops.linear(x, w, b))  # control: the cast matters
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_strides_and_leading_dimensions_change_no_bits(dtype, route):
+    x, w = cancelling(24, 12, 100, dtype)
+    y, bias = ops.linear(x, w), randn(24, dtype=dtype)
+    assert_bits_equal(ops.linear(x.view(2, 3, 4, 100), w), y.view(2, 3, 4, 12), "[2, 3, 4, K]")
+    assert_bits_equal(ops.linear(x[0], w), y[0], "[K]")
+    assert_bits_equal(ops.linear(x.t().contiguous().t(), w), y, "x with stride 1 along rows")
+    assert_bits_equal(ops.linear(x.repeat_interleave(2, 0)[::2], w), y, "every other row")
+    assert_bits_equal(ops.linear(x, w.t().contiguous().t()), y, "transposed weight")
+    unaligned = torch.cat([w.new_zeros(1), w.flatten()])[1:].view(w.shape)
+    assert_bits_equal(ops.linear(x, unaligned), y, "weight off the cache line")
+    assert_bits_equal(ops.linear(x, w, bias[::2]), ops.linear(x, w, bias[::2].clone()), "strided bias")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_no_rows_give_no_rows(dtype, route):
+    x, w, b = randn(0, 64, dtype=dtype), randn(8, 64, dtype=dtype), randn(8, dtype=dtype)
+    assert ops.linear(x, w, b).shape == (0, 8) and ops.linear(x.view(0, 3, 64), w).shape == (0, 3, 8)
+    dx, dw, db = ladders.gradients(ops.linear, (x, w, b))
+    assert dx.shape == x.shape and not dw.any() and not db.any()
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "bias", "error"),
+    [
+        (randn(4, 6), randn(5, 3), None, ValueError),  # K differs, but divides x
+        (randn(4, 6), randn(2, 12), None, ValueError),
+        (randn(4, 6), randn(5, 6, 1), None, ValueError),
+        (randn(4, 6), randn(5, 6), randn(4), ValueError),
+        (randn(4, 6).double(), randn(5, 6), None, ValueError),
+        (randn(4, 6).half(), randn(5, 6), None, ValueError),
+        (randn(4, 6).long(), randn(5, 6), None, ValueError),
+    ],
+)
+def test_other_shapes_and_dtypes_are_refused(x, weight, bias, error, route):
+    with pytest.raises(error):
+        ops.linear(x, weight, bias)
+
+
+def test_linear_is_opaque():
+    x, w, b = randn(4, 64), randn(8, 64, seed=1), randn(8, seed=2)
+    ladders.assert_opaque(ops.linear, torch.ops.rlinvariant.linear.default, x, w, b)

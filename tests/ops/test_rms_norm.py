@@ -1,0 +1,180 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rlinvariant import ops
+from rlinvariant.bits import assert_bits_equal
+from tests import ladders
+from tests.ladders import DTYPES, dtype_name, randn
+
+EPS = 1e-6
+WIDTHS = (3072, 3083, 100, 7)  # a long row; no multiple of 16; one vector and a tail; less than a vector
+
+
+def stock(x: Tensor, weight: Tensor) -> Tensor:
+    """transformers' LlamaRMSNorm."""
+    wide = x if x.dtype is torch.float64 else x.float()
+    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)).to(x.dtype)
+
+
+def norm(x: Tensor, weight: Tensor) -> Tensor:
+    return ops.rms_norm(x, weight, EPS)
+
+
+def add_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    return ops.add_rms_norm(x, residual, weight, EPS)
+
+
+def stock_add_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    return stock(x + residual, weight), x + residual
+
+
+def changes_at_256_rows(x: Tensor, weight: Tensor) -> Tensor:
+    """Planted fault: the order of the sum changes with the number of rows, as in vLLM's kernel."""
+    return norm(x, weight) if len(x) >= 256 else norm(x.flip(-1), weight.flip(-1)).flip(-1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_rms_norm_is_batch_invariant(width, dtype):
+    x, w = randn(1024, width, dtype=dtype, wide=True), randn(width, dtype=dtype, seed=1)
+    ladders.assert_batch_invariant(lambda x: norm(x, w), x)
+    ladders.assert_needle(lambda x: norm(x, w), x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_rms_norm_gradient_is_batch_invariant(dtype):
+    """dx; dweight is a sum over the batch."""
+    x, dy, w = (
+        randn(1024, 100, dtype=dtype, wide=True),
+        randn(1024, 100, dtype=dtype, seed=1),
+        randn(100, dtype=dtype, seed=2),
+    )
+
+    def dx(x: Tensor, dy: Tensor) -> Tensor:
+        leaf = x.clone().requires_grad_()
+        return torch.autograd.grad(norm(leaf, w), leaf, dy)[0]
+
+    ladders.assert_batch_invariant(dx, x, dy)
+    ladders.assert_needle(dx, x, dy)
+
+
+def test_batch_size_control():
+    x = randn(1024, 3072, wide=True)
+    shapes = [((lambda x: F.rms_norm(x, x.shape[1:])), (x[:, :d].contiguous(),)) for d in (3072, 3083, 100)]
+    strided = [(lambda x: stock(x.t().contiguous().t(), torch.ones(x.shape[-1])), (x,))]  # sums down columns
+    ladders.assert_control(
+        ladders.assert_batch_invariant, lambda x: changes_at_256_rows(x, torch.ones(x.shape[-1])), strided + shapes
+    )
+
+
+def test_needle_control():
+    with pytest.raises(AssertionError):
+        ladders.assert_needle(lambda x: norm(x + 0 * x.roll(1, 0), torch.ones(64)), randn(1, 64))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_rms_norm_is_thread_invariant(dtype):
+    x, w = randn(301, 3083, dtype=dtype, wide=True), randn(3083, dtype=dtype, seed=1)
+    ladders.assert_thread_invariant(norm, x, w)
+    ladders.assert_thread_invariant(lambda x, w: ladders.gradients(norm, (x, w)), x, w)
+    ladders.assert_same(ladders.gradients(norm, (x, w)), ladders.gradients(norm, (x, w)), "gradients, again")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_add_rms_norm_is_addition_then_rms_norm(width, dtype):
+    x, r, w = randn(9, width, dtype=dtype), randn(9, width, dtype=dtype, seed=1), randn(width, dtype=dtype, seed=2)
+    y, total = ops.add_rms_norm(x, r, w, EPS)
+    assert_bits_equal(total, x + r, "sum")
+    assert_bits_equal(y, norm(x + r, w), "norm of the sum")
+    if dtype is torch.bfloat16:  # control: vLLM's kernel normalises the sum before rounding it
+        assert ladders.differs(y, norm(x.float() + r.float(), w.float()).bfloat16())
+    ours = ladders.gradients(add_norm, (x, r, w))
+    parts = ladders.gradients(lambda x, r, w: (norm(x + r, w), x + r), (x, r, w))
+    for a, b in zip(ours, parts, strict=True):
+        assert_bits_equal(a, b, "gradient")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_rms_norm_matches_float64(width, dtype):
+    x, r, w = (randn(33, width, dtype=dtype, seed=i) for i in range(3))
+    x[5] = 0  # only eps keeps this row finite
+    r[5] = 0
+    for grad in (False, True):
+        ladders.assert_as_accurate(norm, stock, stock, x, w[0], grad=grad)
+        ladders.assert_as_accurate(add_norm, stock_add_norm, stock_add_norm, x, r, w[0], grad=grad)
+
+
+def test_weight_gradient_is_accurate_over_many_rows():
+    """A sum over tokens in one fp32 accumulator would lose a bit per fourfold batch."""
+    x, w = randn(4096, 65), randn(65, seed=1)
+    ladders.assert_as_accurate(norm, stock, stock, x, w, grad=True)
+
+
+def test_rounding_is_that_of_transformers():
+    """In bf16, rounded before the weight: a norm that rounds once differs, by an ulp, in some elements."""
+    x, w = randn(200, 128, dtype=torch.bfloat16), randn(128, dtype=torch.bfloat16, seed=1)
+    once = (stock(x.float(), torch.ones(128)) * w.float()).bfloat16()
+    assert (
+        norm(x, w) != stock(x, w)
+    ).float().mean() < 1e-3  # fp32 means differ in the last bit, bf16 results hardly ever
+    assert (norm(x, w) != once).float().mean() > 0.05  # control
+
+
+def test_float32_masters_have_the_bits_of_the_cast_weight():
+    x, w = randn(9, 100, dtype=torch.bfloat16), randn(100, seed=1)
+    assert_bits_equal(norm(x, w), norm(x, w.bfloat16()), "fp32 masters")
+    dx, dw = ladders.gradients(norm, (x, w))
+    assert (dx.dtype, dw.dtype) == (torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_strides_and_leading_dimensions_change_no_bits(dtype):
+    x, w = randn(24, 100, dtype=dtype), randn(200, dtype=dtype, seed=1)[::2]
+    y = norm(x, w.clone())
+    assert_bits_equal(norm(x, w), y, "strided weight")
+    assert_bits_equal(norm(x.view(2, 3, 4, 100), w), y.view(2, 3, 4, 100), "[2, 3, 4, D]")
+    assert_bits_equal(norm(x.t().contiguous().t(), w), y, "column major")
+    leaf = x.t().contiguous().requires_grad_()
+    strided = torch.autograd.grad(norm(leaf.t(), w).sum(), leaf)[0].t()  # also a gradient of stride 0
+    leaf = x.clone().requires_grad_()
+    assert_bits_equal(strided, torch.autograd.grad(norm(leaf, w), leaf, torch.ones_like(x))[0], "dx, column major")
+
+
+def test_no_rows_give_no_rows():
+    x, w = randn(0, 64), randn(64)
+    assert norm(x, w).shape == (0, 64) and ops.add_rms_norm(x, x, w, EPS)[0].shape == (0, 64)
+    dx, dw = ladders.gradients(norm, (x, w))
+    assert dx.shape == (0, 64) and not dw.any()
+
+
+@pytest.mark.parametrize(
+    ("x", "weight"),
+    [
+        (randn(4, 6), randn(3)),
+        (randn(4, 6), randn(12)),
+        (randn(4, 6), randn(1, 6)),
+        (randn(4, 6).double(), randn(6)),
+        (randn(4, 6).half(), randn(6)),
+    ],
+)
+def test_other_shapes_and_dtypes_are_refused(x, weight):
+    with pytest.raises((ValueError, TypeError)):
+        norm(x, weight)
+    with pytest.raises((ValueError, TypeError)):
+        ops.add_rms_norm(x, x, weight, EPS)
+
+
+@pytest.mark.parametrize("residual", [randn(1, 6), randn(4, 1), randn(4, 6).bfloat16()])
+def test_a_residual_of_another_shape_or_dtype_is_refused(residual):
+    with pytest.raises((ValueError, TypeError)):
+        ops.add_rms_norm(randn(4, 6), residual, randn(6), EPS)
+
+
+def test_rms_norm_is_opaque():
+    x, r, w = randn(4, 64), randn(4, 64, seed=1), randn(64, seed=2)
+    ladders.assert_opaque(ops.rms_norm, torch.ops.rlinvariant.rms_norm.default, x, w, EPS)
+    ladders.assert_opaque(ops.add_rms_norm, torch.ops.rlinvariant.add_rms_norm.default, x, r, w, EPS)

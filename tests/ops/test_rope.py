@@ -1,0 +1,135 @@
+import pytest
+import torch
+from torch import Tensor
+
+from rlinvariant import ops
+from rlinvariant.bits import assert_bits_equal
+from tests import ladders
+from tests.ladders import DTYPES, dtype_name, randn
+
+SHAPES = ((3, 64, 32), (2, 80, 20), (1, 96, 48), (2, 128, 64), (1, 32, 0))  # heads, dim, half of the rotary columns
+
+
+def operands(tokens: int, shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    heads, dim, half = shape
+    angles = torch.arange(tokens)[:, None].double() * 10000.0 ** (-torch.arange(half).double() / max(half, 1))
+    return randn(tokens, heads, dim, dtype=dtype), angles.cos().float(), angles.sin().float()
+
+
+def stock(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """transformers' apply_rotary_pos_emb: cos and sin cast to x.dtype, three roundings."""
+    half = cos.shape[-1]
+    cos, sin = (torch.cat([t, t], -1)[:, None].to(x.dtype) for t in (cos, sin))
+    turned, rest = x[..., : 2 * half], x[..., 2 * half :]
+    rotated = torch.cat([-turned[..., half:], turned[..., :half]], -1)
+    return torch.cat([turned * cos + rotated * sin, rest], -1)
+
+
+def scalar_tail(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Planted fault: without the fused multiply-add in the last tokens of a batch that fills no whole tile of 16."""
+    y, tail = ops.rope(x, cos, sin), len(x) % 16
+    if tail:
+        y[-tail:] = stock(x.float(), cos, sin).to(x.dtype)[-tail:]
+    return y
+
+
+def turn_x(f, cos: Tensor, sin: Tensor):
+    """f of x alone: no gradient is promised for cos and sin."""
+    return lambda x: f(
+        x, cos.to(x.dtype) if x.dtype is torch.float64 else cos, sin.to(x.dtype) if x.dtype is torch.float64 else sin
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rope_is_batch_invariant(shape, dtype):
+    inputs = operands(1024, shape, dtype)
+    ladders.assert_batch_invariant(ops.rope, *inputs)
+    ladders.assert_needle(ops.rope, *(x[5:6] for x in inputs))
+
+
+def test_batch_size_control():
+    ladders.assert_control(
+        ladders.assert_batch_invariant, scalar_tail, [(stock, operands(1024, s, torch.float32)) for s in SHAPES]
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_rope_is_thread_invariant(dtype):
+    x, cos, sin = operands(301, (2, 128, 64), dtype)
+    ladders.assert_thread_invariant(ops.rope, x, cos, sin)
+    ladders.assert_thread_invariant(lambda x: ladders.gradients(turn_x(ops.rope, cos, sin), (x,)), x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rope_matches_float64(shape, dtype):
+    x, cos, sin = operands(50, shape, dtype)
+    for grad in (False, True):
+        ladders.assert_as_accurate(
+            turn_x(ops.rope, cos, sin), turn_x(stock, cos, sin), turn_x(stock, cos, sin), x, grad=grad
+        )
+
+
+def test_rope_rounds_to_bf16_once():
+    x, cos, sin = operands(50, (2, 128, 64), torch.bfloat16)
+    exact = stock(x.double(), cos.double(), sin.double()).float().bfloat16()
+    assert (ops.rope(x, cos, sin) != exact).float().mean() < 1e-3  # where a product in fp32 falls on a tie of bf16
+    assert (stock(x, cos, sin) != exact).float().mean() > 0.05  # control: three roundings
+
+
+def test_rope_turns_back():
+    x, cos, sin = operands(50, (2, 80, 20), torch.float32)
+    leaf = ops.rope(x, cos, sin).requires_grad_()
+    back = torch.autograd.grad(ops.rope(leaf, cos, sin), leaf, leaf.detach())[0]
+    torch.testing.assert_close(back, x, rtol=0, atol=1e-6)
+
+
+def test_columns_beyond_the_rotary_ones_are_copied():
+    for dtype in DTYPES:
+        x, cos, sin = operands(9, (2, 80, 20), dtype)
+        assert_bits_equal(ops.rope(x, cos, sin)[..., 40:], x[..., 40:], "columns 40 to 80")
+        assert ladders.differs(ops.rope(x, cos, sin)[1:, :, :40], x[1:, :, :40])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_strides_change_no_bits(dtype):
+    x, cos, sin = operands(24, (3, 64, 32), dtype)
+    y = ops.rope(x, cos, sin)
+    heads_first = x.transpose(0, 1).contiguous().transpose(0, 1)
+    assert_bits_equal(ops.rope(heads_first, cos, sin), y, "[H, T, D] in memory")
+    fused = torch.cat([x.flatten(1), x.flatten(1)], 1)[:, 192:].view(24, 3, 64)  # a slice of a fused q, k, v
+    assert_bits_equal(ops.rope(fused, cos, sin), y, "slice of a fused projection")
+    wide = torch.cat([cos, cos], 1)[:, :32], torch.cat([sin, sin], 1)[:, :32]
+    assert_bits_equal(ops.rope(x, *wide), y, "half of a full-width table")
+    leaf = x.clone().requires_grad_()
+    ones = torch.autograd.grad(ops.rope(leaf, *wide).sum(), leaf)[0]  # a gradient of stride 0
+    assert_bits_equal(ones, torch.autograd.grad(ops.rope(leaf, cos, sin), leaf, torch.ones_like(x))[0], "dx")
+
+
+def test_no_tokens_give_no_tokens():
+    x, cos, sin = operands(0, (2, 64, 32), torch.bfloat16)
+    assert ops.rope(x, cos, sin).shape == (0, 2, 64)
+    assert ladders.gradients(turn_x(ops.rope, cos, sin), (x,))[0].shape == (0, 2, 64)
+
+
+@pytest.mark.parametrize(
+    ("x", "cos", "sin"),
+    [
+        (randn(4, 2, 32), randn(3, 16), randn(3, 16)),
+        (randn(4, 2, 32), randn(4, 16), randn(4, 8)),
+        (randn(4, 2, 32), randn(4, 17), randn(4, 17)),
+        (randn(4, 2, 32), randn(4, 16).bfloat16(), randn(4, 16).bfloat16()),
+        (randn(4, 2, 32), randn(4, 16), randn(4, 16).double()),
+        (randn(4, 2, 32), randn(4, 16), randn(4, 16).bfloat16()),
+        (randn(4, 32), randn(4, 16), randn(4, 16)),
+        (randn(4, 2, 32).double(), randn(4, 16), randn(4, 16)),
+    ],
+)
+def test_other_shapes_and_dtypes_are_refused(x, cos, sin):
+    with pytest.raises((ValueError, TypeError)):
+        ops.rope(x, cos, sin)
+
+
+def test_rope_is_opaque():
+    ladders.assert_opaque(ops.rope, torch.ops.rlinvariant.rope.default, *operands(4, (2, 64, 32), torch.bfloat16))

@@ -1,0 +1,136 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rlinvariant import ops
+from rlinvariant.bits import assert_bits_equal
+from tests import ladders
+from tests.ladders import DTYPES, dtype_name, randn
+
+WIDTHS = (3072, 100, 7, 1)  # ATen vectorises over all elements at once: tails fall anywhere
+
+
+def stock(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
+
+
+def scalar_tail(gate: Tensor, up: Tensor) -> Tensor:
+    """Planted fault: the last numel % 16 elements take another exp, as a vector loop with a scalar tail does."""
+    y, tail = ops.swiglu(gate, up), gate.numel() % 16
+    if tail:
+        other = torch.nextafter(y.float(), torch.tensor(9e9)).to(y.dtype) if y.dtype is torch.float32 else y * 1.01
+        y.view(-1)[-tail:] = other.view(-1)[-tail:]
+    return y
+
+
+def operands(rows: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return 4 * randn(rows, width, dtype=dtype), randn(rows, width, dtype=dtype, seed=1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_swiglu_is_batch_invariant(width, dtype):
+    gate, up = operands(1024, width, dtype)
+    ladders.assert_batch_invariant(ops.swiglu, gate, up)
+    ladders.assert_needle(ops.swiglu, gate, up)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_swiglu_gradient_is_batch_invariant(dtype):
+    gate, up = operands(1024, 100, dtype)
+
+    def gradient(gate: Tensor, up: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
+        leaves = gate.clone().requires_grad_(), up.clone().requires_grad_()
+        return torch.autograd.grad(ops.swiglu(*leaves), leaves, dy)
+
+    ladders.assert_batch_invariant(gradient, gate, up, randn(1024, 100, dtype=dtype, seed=2))
+    ladders.assert_needle(gradient, gate, up, randn(1024, 100, dtype=dtype, seed=2))
+
+
+def test_batch_size_control():
+    inputs = [operands(1024, width, torch.float32) for width in (100, 3072, 7)]
+    ladders.assert_control(ladders.assert_batch_invariant, scalar_tail, [(stock, x) for x in inputs])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_swiglu_is_thread_invariant(dtype):
+    gate, up = operands(301, 333, dtype)
+    ladders.assert_thread_invariant(ops.swiglu, gate, up)
+    ladders.assert_thread_invariant(lambda *x: ladders.gradients(ops.swiglu, x), gate, up)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_swiglu_matches_float64(dtype):
+    gate, up = operands(64, 333, dtype)
+    for grad in (False, True):
+        ladders.assert_as_accurate(ops.swiglu, stock, stock, gate, up, grad=grad)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_extreme_gates_give_the_limits(dtype):
+    """silu(-inf) is NaN in ATen and here (-inf * 0); everything finite stays finite, NaN stays NaN."""
+    gate = torch.tensor([-3e38, -200.0, -88.0, -0.0, 0.0, 88.0, 200.0, 3e38, float("inf"), float("nan")], dtype=dtype)
+    ours, theirs = ops.swiglu(gate, torch.ones_like(gate)).double(), F.silu(gate.double())
+    assert torch.equal(ours.isnan(), theirs.isnan())
+    torch.testing.assert_close(ours, theirs, rtol=1e-2 if dtype is torch.bfloat16 else 1e-5, atol=1e-30, equal_nan=True)
+    dgate, dup = ladders.gradients(ops.swiglu, (gate[:-2], torch.ones_like(gate[:-2])))
+    assert dgate.isfinite().all() and dup.isfinite().all()
+
+
+def test_rounding_is_that_of_transformers():
+    """In bf16, rounded after SiLU: a fused product that rounds once differs in many elements."""
+    gate, up = operands(64, 128, torch.bfloat16)
+    assert (ops.swiglu(gate, up) != stock(gate, up)).float().mean() < 1e-3
+    assert (ops.swiglu(gate, up) != stock(gate.float(), up.float()).bfloat16()).float().mean() > 0.05  # control
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_strides_change_no_bits(dtype):
+    both = torch.cat(operands(24, 100, dtype), 1)  # one GEMM for gate and up leaves two strided halves
+    gate, up = both.chunk(2, -1)
+    y = ops.swiglu(gate.clone(), up.clone())
+    assert_bits_equal(ops.swiglu(gate, up), y, "strided halves")
+    assert_bits_equal(ops.swiglu(gate.t().contiguous().t(), up), y, "column major")
+    leaf = both.clone().requires_grad_()
+    strided = torch.autograd.grad(ops.swiglu(*leaf.chunk(2, -1)).sum(), leaf)[0]
+    leaves = gate.clone().requires_grad_(), up.clone().requires_grad_()
+    whole = torch.autograd.grad(ops.swiglu(*leaves), leaves, torch.ones_like(y))
+    assert_bits_equal(strided, torch.cat(whole, 1), "gradients of strided halves")
+
+
+def test_no_rows_give_no_rows():
+    x = randn(0, 64)
+    assert ops.swiglu(x, x).shape == (0, 64)
+    assert all(g.shape == (0, 64) for g in ladders.gradients(ops.swiglu, (x, x)))
+
+
+@pytest.mark.parametrize(
+    ("gate", "up", "error"),
+    [
+        (randn(4, 6), randn(4, 5), ValueError),
+        (randn(4, 6), randn(6), ValueError),
+        (randn(4, 6), randn(4, 6).bfloat16(), ValueError),
+        (randn(4, 6).double(), randn(4, 6).double(), (TypeError, ValueError)),
+        (randn(4, 6).half(), randn(4, 6).half(), (TypeError, ValueError)),
+    ],
+)
+def test_other_shapes_and_dtypes_are_refused(gate, up, error):
+    with pytest.raises(error):
+        ops.swiglu(gate, up)
+
+
+def test_swiglu_is_opaque():
+    gate, up = operands(4, 64, torch.bfloat16)
+    ladders.assert_opaque(ops.swiglu, torch.ops.rlinvariant.swiglu.default, gate, up)
+
+
+def test_inductor_keeps_the_bits():
+    """Neighbours that Inductor would fuse with silu stay outside: it drops the rounding in between."""
+    gate, up = operands(5, 100, torch.bfloat16)
+
+    def f(silu_mul, gate: Tensor, up: Tensor) -> Tensor:
+        return silu_mul(gate + 1, up) * 2
+
+    compiled = torch.compile(f, fullgraph=True, backend="inductor")
+    assert_bits_equal(compiled(ops.swiglu, gate, up), f(ops.swiglu, gate, up), "compiled by Inductor")

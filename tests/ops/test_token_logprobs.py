@@ -1,0 +1,294 @@
+import importlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from rlinvariant import ops
+from rlinvariant.bits import assert_bits_equal
+from tests import ladders
+from tests.ladders import DTYPES, dtype_name, randn
+
+module = importlib.import_module("rlinvariant.ops.token_logprobs")  # the package attribute of this name is the function
+
+VOCABS = (1, 15, 16, 17, 4095, 4096, 4097, 32000)  # around a vector, around a block, several blocks
+TEMPERATURES = (1.0, 0.7)  # 0.7: x / 0.7 is not x * (1 / 0.7)
+
+
+def operands(tokens: int, vocab: int, dtype: torch.dtype, dim: int = 64) -> tuple[Tensor, Tensor, Tensor]:
+    ids = torch.randint(0, vocab, (tokens,), generator=torch.Generator().manual_seed(3))
+    return randn(tokens, dim, dtype=dtype), randn(vocab, dim, dtype=dtype, seed=1) / 4, ids
+
+
+def stock(hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """TRL's formulas, in fp32 (or fp64): the whole matrix, log_softmax, entropy."""
+    logits = F.linear(hidden, weight)
+    logits = (logits if logits.dtype is torch.float64 else logits.float()) / temperature
+    logp = torch.log_softmax(logits, -1)
+    return logp.gather(-1, ids[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+
+
+def spikes(values: list[float], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Hidden states and a weight that give these logits exactly, in a single row."""
+    return torch.ones(1, 1, dtype=dtype), torch.tensor(values, dtype=dtype)[:, None]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("shape", [(100, 64), (33, 3072), (4097, 100)])
+def test_logprobs_are_batch_invariant(shape, dtype):
+    hidden, weight, ids = operands(1024 if shape[0] < 4000 else 300, *shape[:1], dtype, shape[1])
+    ladders.assert_batch_invariant(lambda h, i: ops.token_logprobs(h, weight, i, 0.7), hidden, ids)
+    ladders.assert_needle(lambda h, i: ops.token_logprobs(h, weight, i, 0.7), hidden[:1], ids[:1])
+
+
+def test_batch_size_control():
+    def shifted(hidden: Tensor, ids: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Planted fault: hidden states in another order of sums for fewer than 32 tokens."""
+        flip = (lambda x: x.flip(-1).contiguous()) if len(hidden) < 32 else (lambda x: x)
+        return ops.token_logprobs(flip(hidden), flip(weight), ids, 0.7)
+
+    hidden, weight, ids = operands(300, 512, torch.float32, 3072)
+    others = [operands(300, 33, torch.float32, 3072), operands(300, 128, torch.bfloat16, 512)]
+    inputs = [(hidden, ids, weight)] + [(h, i, w) for h, w, i in others]
+    stocks = [((lambda h, i, w=w: stock(h, w, i, 0.7)), (h, i)) for h, i, w in inputs]
+    ladders.assert_control(ladders.assert_batch_invariant, lambda h, i: shifted(h, i, weight), stocks)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_logprobs_are_chunk_invariant(dtype, monkeypatch):
+    hidden, weight, ids = operands(1100, 50, dtype)
+
+    def run() -> tuple[Tensor, ...]:
+        leaf = hidden.clone().requires_grad_()
+        logprobs, entropy = ops.token_logprobs(leaf, weight, ids, 0.7)
+        return logprobs, entropy, *torch.autograd.grad((logprobs, entropy), leaf, (randn(1100), randn(1100, seed=1)))
+
+    whole = run()
+    assert len(module._chunks(hidden, weight)) == 1
+    for rows in (256, 512, 768):
+        monkeypatch.setattr(module, "CHUNK_BYTES", rows * 50 * hidden.element_size())
+        assert len(module._chunks(hidden, weight)) == -(-1100 // rows)
+        chunked = run()
+        ladders.assert_same(chunked[:2], whole[:2], f"log-probs and entropy by {rows} tokens")
+        torch.testing.assert_close(chunked[2], whole[2], rtol=2e-2, atol=1e-2)  # by the stock GEMM: not promised
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("vocab", VOCABS)
+def test_trainer_matches_sampler(vocab, temperature, dtype):
+    """The log-probs of sampled tokens are those that sample returned, and those of log_softmax."""
+    hidden, weight, _ = operands(20, vocab, dtype)
+    logits, t = ops.linear(hidden, weight), torch.full((20,), temperature)
+    tokens, sampled, _ = ops.sample(logits, t, torch.arange(20), torch.arange(20))
+    assert_bits_equal(ops.token_logprobs(hidden, weight, tokens, temperature)[0], sampled, "token_logprobs, sample")
+    assert_bits_equal(ops.log_softmax(logits, t).gather(1, tokens[:, None])[:, 0], sampled, "log_softmax, sample")
+    every = ops.log_softmax(logits, t)[0]
+    if vocab <= 100:
+        ids = torch.arange(vocab)
+        same = ops.token_logprobs(hidden[:1].expand(vocab, -1), weight, ids, temperature)[0]
+        assert_bits_equal(same, every, "every token of a row")
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_sampler_formula_control(temperature):
+    """vLLM's log-probs (log_softmax) and TRL's (logit - logsumexp), of the same logits, differ from each other and from ours."""
+    hidden, weight, ids = operands(300, 4097, torch.float32)
+    logits = ops.linear(hidden, weight)
+    x = logits / temperature
+    vllm = torch.log_softmax(x, -1).gather(1, ids[:, None])[:, 0]
+    trl = x.gather(1, ids[:, None])[:, 0] - x.logsumexp(-1)
+    ours, _ = ops.token_logprobs(hidden, weight, ids, temperature)
+    multiplied = ops.token_logprobs(hidden, weight, ids, 1.0)[0] if temperature == 1.0 else None
+    assert ladders.differs(vllm, trl) and ladders.differs(ours, vllm) and ladders.differs(ours, trl)
+    if multiplied is None:  # logits times a reciprocal, as CUDA divides by a Python number
+        t = torch.ones(300)
+        multiplied = ops.log_softmax(logits * (1 / temperature), t).gather(1, ids[:, None])[:, 0]
+        assert ladders.differs(ours, multiplied)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("vocab", [v for v in VOCABS if 1 < v < 32000])
+def test_logprobs_and_entropy_match_float64(vocab, temperature, dtype):
+    hidden, weight, ids = operands(20, vocab, dtype)
+    logits = ops.linear(hidden, weight)  # the same logits for all three: what is measured is the softmax
+    rows = torch.eye(vocab, dtype=dtype)
+
+    def run(f):
+        return lambda x: f(x, rows if x.dtype is dtype else rows.double(), ids, temperature)
+
+    if vocab <= 100:
+        for grad in (False, True):
+            ladders.assert_as_accurate(run(ops.token_logprobs), run(stock), run(stock), logits, grad=grad)
+    else:
+        t = torch.full((20,), temperature)
+        stock_softmax = [lambda x: torch.log_softmax((x if x.dtype is torch.float64 else x.float()) / temperature, -1)] * 2
+        ladders.assert_as_accurate(lambda x: ops.log_softmax(x, t), *stock_softmax, logits)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("vocab", [17, 4097])
+def test_gradients_match_float64(vocab, temperature, dtype):
+    """Of log-probs and entropy together, for hidden states and weight."""
+    hidden, weight, ids = operands(20, vocab, dtype)
+
+    def run(f):
+        return lambda h, w: f(h, w, ids, temperature)
+
+    ladders.assert_as_accurate(run(ops.token_logprobs), run(stock), run(stock), hidden, weight, grad=True)
+
+
+@pytest.mark.parametrize("output", [0, 1])
+def test_each_gradient_alone_matches_float64(output):
+    """The gradient of the log-probs without the entropy's, and the reverse."""
+    hidden, weight, ids = operands(20, 100, torch.float32)
+
+    def run(f):
+        return lambda h, w: f(h, w, ids, 0.7)[output]
+
+    ladders.assert_as_accurate(run(ops.token_logprobs), run(stock), run(stock), hidden, weight, grad=True)
+
+
+def test_gradients_of_likely_and_unlikely_tokens_match_float64():
+    """p of the token near 1, and near 0."""
+    hidden, weight = spikes([12.0, 0.0, -1.0, 1.0], torch.float32)
+    for token in (0, 2):
+        ours, theirs = (lambda w, f=f: f(hidden.to(w.dtype), w, torch.tensor([token]), 1.0) for f in (ops.token_logprobs, stock))
+        ladders.assert_as_accurate(ours, theirs, theirs, weight, grad=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_gradients_are_deterministic(dtype, monkeypatch):
+    hidden, weight, ids = operands(600, 300, dtype)
+    monkeypatch.setattr(module, "CHUNK_BYTES", 0)  # the least: 256 tokens at a time
+
+    def run(h: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        return ladders.gradients(lambda h, w: ops.token_logprobs(h, w, ids, 0.7), (h, w))
+
+    ladders.assert_same(run(hidden, weight), run(hidden, weight), "gradients, again")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_softmax_is_thread_invariant(dtype):
+    logits, t, ids = randn(301, 4097, dtype=dtype), torch.full((301,), 0.7), torch.arange(301)
+    ladders.assert_thread_invariant(lambda x: ops.log_softmax(x, t), logits)
+    ladders.assert_thread_invariant(lambda x: ops.sample(x, t, ids, ids), logits)
+
+
+def test_float32_masters_have_the_bits_of_the_cast_weight():
+    hidden, weight, ids = operands(20, 100, torch.bfloat16)
+    masters = weight.float() + 1e-4
+    ours = ops.token_logprobs(hidden, masters, ids, 0.7)
+    ladders.assert_same(ours, ops.token_logprobs(hidden, masters.bfloat16(), ids, 0.7), "fp32 masters")
+    dh, dw = ladders.gradients(lambda h, w: ops.token_logprobs(h, w, ids, 0.7), (hidden, masters))
+    assert (dh.dtype, dw.dtype) == (torch.bfloat16, torch.float32)
+
+
+def peak_bytes(f) -> int:
+    """The most tensor memory held at once inside f, from the allocator's own events."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+        f()
+    held = peak = 0
+    for event in prof.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
+def test_tokens_by_vocabulary_is_never_held(monkeypatch):
+    tokens, vocab = 4096, 512
+    hidden, weight, ids = operands(tokens, vocab, torch.float32, 16)
+    matrix = tokens * vocab * 4
+    monkeypatch.setattr(module, "CHUNK_BYTES", matrix // 16)
+
+    def step(f) -> None:
+        leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        sum(x.sum() for x in f(*leaves, ids, 0.7)).backward()
+
+    for f in (stock, ops.token_logprobs):
+        step(f)  # what is made once and kept does not count
+    assert peak_bytes(lambda: step(ops.token_logprobs)) < matrix / 3  # logits, their gradient, a padded copy; [tokens, D]
+    assert peak_bytes(lambda: step(stock)) > 2 * matrix  # control
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_extreme_logits_give_the_limits(dtype):
+    inf, nan = float("inf"), float("nan")
+
+    def logprob(values: list[float], token: int) -> tuple[float, float]:
+        logprobs, entropy = ops.token_logprobs(*spikes(values, dtype), torch.tensor([token]), 1.0)
+        return logprobs.item(), entropy.item()
+
+    assert logprob([3e38, 0.0, -3e38], 0) == (0.0, 0.0)
+    assert logprob([-3e38, -3e38], 1) == pytest.approx((-(torch.tensor(2.0).log()), torch.tensor(2.0).log()))
+    assert logprob([-inf, 1.0, -inf], 1) == (0.0, 0.0)
+    assert logprob([-inf, 1.0, 1.0], 0)[0] == -inf
+    assert logprob([5.0], 0) == (0.0, 0.0)
+    for values in ([nan, 0.0, 1.0], [0.0, 1.0, nan], [inf, 0.0, 1.0], [-inf, -inf, -inf], [0.0] * 5000 + [nan]):
+        assert all(torch.tensor(logprob(values, 1)).isnan())
+
+
+def test_masked_logits_get_no_gradient():
+    hidden, weight = spikes([float("-inf"), 1.0, 2.0], torch.float32)
+    (dw,) = ladders.gradients(lambda w: ops.token_logprobs(hidden, w, torch.tensor([1]), 0.7), (weight,))
+    assert dw.isfinite().all() and dw[0] == 0 and dw[1:].all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_strides_change_no_bits(dtype):
+    hidden, weight, ids = operands(24, 100, dtype)
+    expected = ops.token_logprobs(hidden, weight, ids, 0.7)
+    ladders.assert_same(ops.token_logprobs(hidden.t().contiguous().t(), weight, ids, 0.7), expected, "hidden, column major")
+    ladders.assert_same(ops.token_logprobs(hidden, weight.t().contiguous().t(), ids, 0.7), expected, "weight transposed")
+    ladders.assert_same(ops.token_logprobs(hidden, weight, ids.repeat_interleave(2)[::2], 0.7), expected, "strided ids")
+    leaf = hidden.clone().requires_grad_()
+    ones = torch.autograd.grad(ops.token_logprobs(leaf, weight, ids, 0.7)[0].sum(), leaf)[0]  # a gradient of stride 0
+    dense = torch.autograd.grad(ops.token_logprobs(leaf, weight, ids, 0.7)[0], leaf, torch.ones(24))[0]
+    assert_bits_equal(ones, dense, "gradient of stride 0")
+
+
+def test_no_tokens_give_no_logprobs():
+    hidden, weight, ids = operands(0, 100, torch.bfloat16)
+    assert all(x.shape == (0,) and x.dtype is torch.float32 for x in ops.token_logprobs(hidden, weight, ids, 1.0))
+    dh, dw = ladders.gradients(lambda h, w: ops.token_logprobs(h, w, ids, 1.0), (hidden, weight))
+    assert dh.shape == hidden.shape and not dw.any()
+
+
+@pytest.mark.parametrize("token", [-1, 100, 2**40, -(2**40)])
+def test_a_token_outside_the_vocabulary_is_an_index_error(token):
+    hidden, weight, ids = operands(4, 100, torch.float32)
+    ids[2] = token
+    with pytest.raises(IndexError, match=r"\[0, 100\)"):
+        ops.token_logprobs(hidden, weight, ids, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "ids", "temperature"),
+    [
+        (randn(4, 64), torch.zeros(4, dtype=torch.int32), 1.0),
+        (randn(4, 64), torch.zeros(4), 1.0),
+        (randn(4, 64), torch.zeros(3, dtype=torch.int64), 1.0),
+        (randn(4, 64), torch.zeros(4, 1, dtype=torch.int64), 1.0),
+        (randn(2, 2, 64), torch.zeros(2, dtype=torch.int64), 1.0),
+        (randn(4, 32), torch.zeros(4, dtype=torch.int64), 1.0),
+        (randn(4, 64).double(), torch.zeros(4, dtype=torch.int64), 1.0),
+        (randn(4, 64), torch.zeros(4, dtype=torch.int64), 0.0),
+        (randn(4, 64), torch.zeros(4, dtype=torch.int64), -1.0),
+    ],
+)
+def test_other_shapes_and_dtypes_are_refused(hidden, ids, temperature):
+    with pytest.raises((ValueError, TypeError)):
+        ops.token_logprobs(hidden, randn(100, 64), ids, temperature)
+
+
+def test_token_logprobs_is_opaque():
+    hidden, weight, ids = operands(4, 100, torch.bfloat16)
+    operator = torch.ops.rlinvariant.token_logprobs.default
+    torch.library.opcheck(operator, (hidden, weight, ids, 0.7), test_utils=("test_schema", "test_faketensor"))
+    logits, t = ops.linear(hidden, weight), torch.full((4,), 0.7)
+    ladders.assert_opaque(ops.log_softmax, torch.ops.rlinvariant.log_softmax.default, logits, t)
