@@ -26,6 +26,7 @@ import chz
 from chz.blueprint import Castable, InvalidBlueprintArg
 from chz.tiepin import type_repr
 
+from rlinvariant.conflicts import conflicts
 from rlinvariant.errors import ConfigErrors, UserError
 
 RUNS = Path("runs")
@@ -348,14 +349,7 @@ def check(config: Config, env: Mapping[str, str], recipe: Recipe | None = None) 
     if recipe is not None and recipe.check is not None:
         errors += recipe.check(config)
 
-    whole = "the sampler must draw from the whole distribution, which is the one that is trained; remove it"
-    require(trainer.temperature > 0, "trainer.temperature", "more than 0; 1.0 samples from the model itself")
-    require(trainer.top_p == 1.0, "trainer.top_p", f"1.0: {whole}")
-    require(trainer.top_k in (0, -1), "trainer.top_k", f"0: {whole}")
-    require(not trainer.min_p, "trainer.min_p", f"None: {whole}")
-    require(trainer.repetition_penalty == 1.0, "trainer.repetition_penalty", f"1.0: {whole}")
-    require(not trainer.generation_kwargs, "trainer.generation_kwargs", f"None: {whole}")
-
+    errors += conflicts(trainer, config.invariance, env, "trainer.")
     length = trainer.max_completion_length
     require(length is not None and length >= 1, "trainer.max_completion_length", "at least 1")
     if sampler.max_model_len is not None and length is not None:
@@ -364,27 +358,8 @@ def check(config: Config, env: Mapping[str, str], recipe: Recipe | None = None) 
     require(sampler.max_num_seqs >= 1, "sampler.max_num_seqs", "at least 1")
     require(sampler.kv_cache_gib > 0, "sampler.kv_cache_gib", "more than 0")
     require(0 < sampler.gpu_memory_utilization <= 1, "sampler.gpu_memory_utilization", "more than 0, at most 1")
-    require(trainer.logging_steps == 1, "trainer.logging_steps", "1: every step is counted and written; remove it")
     reports = trainer.report_to if isinstance(trainer.report_to, list) else [trainer.report_to]
     require(not {"wandb", "all"} & set(reports), "trainer.report_to", "no wandb or all: W&B is set by wandb.mode=")
-
-    if config.invariance in ("exact", "trainer"):
-        mode = f"with invariance={config.invariance}"
-        masters = f"False {mode}: masters stay float32 and the modules cast; use dtype=bfloat16"
-        for key in ("bf16", "fp16", "bf16_full_eval", "fp16_full_eval"):
-            require(not getattr(trainer, key), f"trainer.{key}", masters)
-        replaced = f"False {mode}: it replaces operations that the invariant ops own; remove it"
-        for key in ("use_liger_kernel", "cast_lm_head_to_fp32", "torch_compile"):
-            require(not getattr(trainer, key), f"trainer.{key}", replaced)
-        noise = f"None {mode}: the noise is in the trainer's forward alone; remove it"
-        require(not trainer.neftune_noise_alpha, "trainer.neftune_noise_alpha", noise)
-        autocast = env.get("ACCELERATE_MIXED_PRECISION", "no")
-        if autocast != "no":
-            fix = "set mixed_precision: 'no' in the accelerate config, drop --mixed_precision, and use dtype=bfloat16"
-            errors.append(f"ACCELERATE_MIXED_PRECISION={autocast}: expected no {mode}; {fix}")
-    if env.get("VLLM_BATCH_INVARIANT", "0") != "0":
-        value = env["VLLM_BATCH_INVARIANT"]
-        errors.append(f"VLLM_BATCH_INVARIANT={value}: expected unset; invariance= decides; run `unset VLLM_BATCH_INVARIANT`")
     return errors
 
 

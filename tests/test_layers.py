@@ -15,7 +15,7 @@ ROWS = (
     {"bits", "rollout", "runtime"},
     {"kernels"},
     {"ops"},
-    {"models", "metrics", "rewards"},
+    {"models", "metrics", "rewards", "conflicts"},
     {"config"},
     {"sampler", "trainer"},
     {"report"},

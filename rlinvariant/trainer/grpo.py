@@ -4,6 +4,7 @@ Four of TRL's methods are replaced, each by a leaf that does the same job: sampl
 logging. Rewards, advantages, losses, optimisation, checkpoints and resuming stay TRL's.
 """
 
+import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from rlinvariant import metrics
+from rlinvariant.conflicts import conflicts
 from rlinvariant.errors import ConfigErrors, ParityError
 from rlinvariant.models import make_invariant, require_exact
 from rlinvariant.rewards import check_dataset, checked_reward
@@ -82,7 +84,7 @@ class InvariantGRPOTrainer(GRPOTrainer):
         self.invariance = invariance
         self._sampler_is_invariant, self._trainer_is_invariant = SIDES[invariance]
         self._on_row, self._on_samples, self._samples_every = on_row, on_samples, samples_every
-        if problems := self._conflicts(args, kwargs):
+        if problems := self._conflicts(model, args, kwargs):
             raise ConfigErrors(problems)
         for name in ("train_dataset", "eval_dataset"):
             if kwargs.get(name) is not None:
@@ -109,28 +111,13 @@ class InvariantGRPOTrainer(GRPOTrainer):
         self._exact_streak = 0
         self._start_step()
 
-    def _conflicts(self, args: GRPOConfig, kwargs: dict[str, Any]) -> list[str]:
+    def _conflicts(self, model: Any, args: GRPOConfig, kwargs: dict[str, Any]) -> list[str]:
         """What in TRL's own arguments cannot be: for those who come without our configuration."""
-        mode = f"with invariance={self.invariance}"
-        found = []
+        found = conflicts(args, self.invariance, os.environ)
         if args.use_vllm:
             found.append("use_vllm=True: expected False; the sampler is attached by rlinvariant")
-        for name, neutral in {"top_p": 1.0, "top_k": (0, -1, None), "min_p": (None, 0.0), "repetition_penalty": 1.0}.items():
-            value = getattr(args, name)
-            if value not in (neutral if isinstance(neutral, tuple) else (neutral,)):
-                found.append(f"{name}={value}: expected {neutral}: the distribution that is sampled must be the one trained")
-        if args.logging_steps != 1:
-            found.append(f"logging_steps={args.logging_steps}: expected 1: every step is counted and written")
-        if self._trainer_is_invariant:
-            if args.bf16 or args.fp16:
-                found.append(
-                    f"bf16={args.bf16}, fp16={args.fp16}: expected False {mode}: autocast rounds elsewhere; use dtype="
-                )
-            if kwargs.get("peft_config") is not None:
-                found.append(f"peft_config: expected None {mode}: adapters are not supported yet")
-            for name in ("use_liger_kernel", "cast_lm_head_to_fp32", "torch_compile"):
-                if getattr(args, name):
-                    found.append(f"{name}=True: expected False {mode}: it replaces operations that the ops own")
+        if self._trainer_is_invariant and (kwargs.get("peft_config") is not None or hasattr(model, "peft_config")):
+            found.append(f"peft_config: expected None with invariance={self.invariance}: adapters are not supported yet")
         return found
 
     # ---- sampling

@@ -1,0 +1,39 @@
+"""What the end-to-end tests share: the environment of every process, tiny checkpoints, and the engines, which are slow to start."""
+
+import os
+
+# Before torch is imported: libgomp reads it once. A spinning OpenMP thread starves its partner on a machine that is shared.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may need the network
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def arithmetic_dir(tmp_path_factory) -> str:
+    """The recipe's model and tokenizer with random weights: two layers, 128 wide, tied head, 99 tokens."""
+    import torch
+
+    from recipes.arithmetic import build_model
+
+    path = tmp_path_factory.mktemp("models") / "arithmetic"
+    torch.manual_seed(0)
+    model, tokenizer = build_model()
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def exact_engine(arithmetic_dir):
+    """One invariant engine for all trainers of this process: each syncs its own weights into it before it samples."""
+    from tests.parity.harness import start_engine
+
+    return start_engine(arithmetic_dir)
+
+
+@pytest.fixture(scope="session")
+def stock_engine(arithmetic_dir):
+    from tests.parity.harness import start_engine
+
+    return start_engine(arithmetic_dir, invariant=False)

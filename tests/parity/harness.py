@@ -1,0 +1,298 @@
+"""Drive engines and trainers as the tests need them, and compare what they give, bit for bit."""
+
+import os
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from trl import GRPOConfig
+from vllm import SamplingParams
+
+from rlinvariant.bits import assert_bits_equal
+from rlinvariant.rollout import Completion
+from rlinvariant.sampler.engine import Sampler
+from rlinvariant.trainer import InvariantGRPOTrainer
+from rlinvariant.trainer.packing import pack
+
+BLOCK = 32  # tokens per KV page: vLLM's CPU cache wants a multiple of 32, and its default of 128 would hide page edges
+
+
+def save_model(config: PreTrainedConfig, path: Path, seed: int = 0) -> str:
+    """A random checkpoint whose logits spread: transformers' own 0.02 makes every token almost equally likely."""
+    config.initializer_range = 0.1
+    torch.manual_seed(seed)
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    return str(path)
+
+
+def start_engine(
+    path: str, *, invariant: bool = True, dtype: str = "bfloat16", kv_bytes: int = 64 << 20, **options: Any
+) -> Sampler:
+    options = {"max_num_seqs": 64, "max_num_batched_tokens": 8192, "block_size": BLOCK} | options
+    gib = kv_bytes / 2**30
+    with one_rank():
+        return Sampler(path, invariant=invariant, dtype=dtype, max_model_len=192, kv_cache_gib=gib, options=options)
+
+
+def one_rank():
+    """The second engine of a process finds the first one's process group and takes it for a launcher's."""
+    here = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    return mock.patch.dict(os.environ, here if torch.distributed.is_initialized() else {})
+
+
+# ---- requests, and an engine stepped by hand
+
+
+@dataclass(frozen=True)
+class Request:
+    prompt: tuple[int, ...]
+    seed: int
+    temperature: float
+    max_tokens: int = 24
+    arrives: int = 0  # engine step before which it is added
+    aborts: int | None = None  # engine step before which it is aborted
+
+    def params(self) -> SamplingParams:
+        seed = None if self.temperature == 0 else self.seed
+        return SamplingParams(
+            temperature=self.temperature, seed=seed, max_tokens=self.max_tokens, logprobs=0, detokenize=False
+        )
+
+
+@dataclass
+class Trace:
+    """What an engine did with some requests."""
+
+    completions: list[Completion | None]  # None where aborted
+    cached_tokens: int = 0  # prompt tokens that came from the prefix cache
+    preemptions: int = 0
+    together: int = 0  # most requests in one step
+    chunks: int = 0  # steps that computed a part of a prompt
+    steps: int = 0
+    decoding: list[int] = field(default_factory=list)  # requests that had tokens when another arrived
+
+
+def generate(engine: Sampler, requests: Sequence[Request]) -> list[Completion]:
+    """Through `Sampler.generate`, from a cold prefix cache; all must share temperature and length."""
+    (temperature,), (max_tokens,) = {r.temperature for r in requests}, {r.max_tokens for r in requests}
+    assert engine.llm.reset_prefix_cache()
+    return engine.generate(
+        [r.prompt for r in requests], [r.seed for r in requests], temperature=temperature, max_tokens=max_tokens
+    )
+
+
+def drive(engine: Sampler, requests: Sequence[Request], *, cold: bool = True) -> Trace:
+    """Add, step and abort by hand, counting what the scheduler does."""
+    if cold:
+        assert engine.llm.reset_prefix_cache()
+    llm, trace = engine.llm.llm_engine, Trace([None] * len(requests))
+    scheduler = llm.engine_core.engine_core.scheduler
+    waiting, step = dict(enumerate(requests)), 0
+    ids = {f"{id(trace)}-{i}": i for i in range(len(requests))}
+    names = {i: name for name, i in ids.items()}
+    preempt, schedule = scheduler._preempt_request, scheduler.schedule
+
+    def counted_preempt(*args: Any, **kwargs: Any) -> Any:
+        trace.preemptions += 1
+        return preempt(*args, **kwargs)
+
+    def counted_schedule(*args: Any, **kwargs: Any) -> Any:
+        output = schedule(*args, **kwargs)
+        trace.together = max(trace.together, len(output.num_scheduled_tokens))
+        for name, count in output.num_scheduled_tokens.items():
+            request = scheduler.requests[name]
+            trace.chunks += request.num_output_tokens == 0 and count < request.num_prompt_tokens
+        return output
+
+    with (
+        mock.patch.object(scheduler, "_preempt_request", counted_preempt),
+        mock.patch.object(scheduler, "schedule", counted_schedule),
+    ):
+        while waiting or llm.has_unfinished_requests():
+            for i in [i for i, r in waiting.items() if r.arrives <= step]:
+                request = waiting.pop(i)
+                trace.decoding.append(sum(r.num_output_tokens > 0 for r in scheduler.running))
+                llm.add_request(names[i], {"prompt_token_ids": list(request.prompt)}, request.params())
+            llm.abort_request([names[i] for i, r in enumerate(requests) if r.aborts == step and i not in waiting])
+            for output in llm.step():
+                if output.finished:
+                    i, done = ids[output.request_id], output.outputs[0]
+                    logprobs = [row[t].logprob for t, row in zip(done.token_ids, done.logprobs, strict=True)]
+                    trace.completions[i] = Completion(list(done.token_ids), logprobs)
+                    trace.cached_tokens += output.num_cached_tokens or 0
+            step += 1
+    trace.steps = step
+    return trace
+
+
+def assert_same_completions(a: Sequence[Completion | None], b: Sequence[Completion | None], what: str) -> int:
+    """Equal token ids and bit-equal log-probs; returns how many tokens were compared."""
+    compared = 0
+    for i, (x, y) in enumerate(zip(a, b, strict=True)):
+        assert x is not None and y is not None, f"{what}: request {i} has no completion"
+        assert x.token_ids == y.token_ids, f"{what}: request {i}: {x.token_ids} != {y.token_ids}"
+        assert_bits_equal(fp32(x.sampler_logprobs), fp32(y.sampler_logprobs), f"{what}: request {i}")
+        compared += len(x.token_ids)
+    return compared
+
+
+def fp32(values: Sequence[float]) -> torch.Tensor:
+    """Sampler log-probs as the trainer takes them. They are fp32 in Python floats: nothing is rounded here."""
+    exact = torch.tensor(values, dtype=torch.float64)
+    assert_bits_equal(exact.float().double(), exact, "a log-prob is no fp32 number")
+    return exact.float()
+
+
+# ---- the trainer's log-probs of given completions
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a batch reaches the trainer."""
+
+    micro_batch: int
+    order: str = "as sampled"  # or "reversed", "shuffled"
+    prompts: str = "left"  # side on which prompts are padded
+    padding: int = 0  # columns of padding beyond the longest, on either part
+    grad: bool = False
+
+
+def score(
+    model: Any, prompts: Sequence[Sequence[int]], completions: Sequence[Completion], temperature: float, layout: Layout
+) -> list[torch.Tensor]:
+    """Log-probs of each completion, by `pack` and the patched model, as `InvariantGRPOTrainer` computes them."""
+    order = list(range(len(prompts)))
+    if layout.order == "reversed":
+        order.reverse()
+    elif layout.order == "shuffled":
+        random.Random(7).shuffle(order)
+    found: dict[int, torch.Tensor] = {}
+    for at in range(0, len(order), layout.micro_batch):
+        rows = order[at : at + layout.micro_batch]
+        ids, mask, length = padded([prompts[i] for i in rows], [completions[i].token_ids for i in rows], layout)
+        packed = pack(ids, mask, length)
+        with torch.set_grad_enabled(layout.grad):
+            logprobs, _ = model(
+                **packed.inputs,
+                attention_mask=None,
+                token_ids=packed.token_ids,
+                predicted_from=packed.predicted_from,
+                temperature=temperature,
+            )
+        table = packed.unpack(logprobs.detach())
+        for row, i in enumerate(rows):
+            found[i] = table[row][packed.keep[row]]
+    return [found[i] for i in range(len(order))]
+
+
+def padded(
+    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], layout: Layout
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """TRL's batch: [prompts | completions], with `layout`'s padding; ids of padding are tokens like any other."""
+    width = max(map(len, prompts)) + layout.padding
+    length = max(map(len, completions)) + layout.padding
+    ids = torch.randint(0, 50, (len(prompts), width + length), generator=torch.Generator().manual_seed(3))
+    mask = torch.zeros_like(ids)
+    for row, (p, c) in enumerate(zip(prompts, completions, strict=True)):
+        start = width - len(p) if layout.prompts == "left" else 0
+        for begin, tokens in ((start, p), (width, c)):
+            ids[row, begin : begin + len(tokens)] = torch.tensor(tokens)
+            mask[row, begin : begin + len(tokens)] = 1
+    return ids, mask, length
+
+
+# ---- training
+
+
+def questions(count: int = 32) -> Dataset:
+    """Sums of one to three digits, so that prompts are ragged and rows are padded."""
+    rng = random.Random(5)
+    pairs = [(rng.randrange(10 ** rng.randint(1, 3)), rng.randrange(10 ** rng.randint(1, 3))) for _ in range(count)]
+    return Dataset.from_list([{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a, b in pairs])
+
+
+def variety(completions: Iterable[str], **_: Any) -> list[float]:
+    """A reward that an untrained model varies in, so that advantages and gradients are not zero."""
+    return [len(set(text)) / 10 for text in completions]
+
+
+@dataclass
+class Run:
+    trainer: InvariantGRPOTrainer
+    rows: list[dict[str, Any]]
+    mismatches: list[Any]
+
+    def total(self, key: str) -> int:
+        return sum(int(row[f"onpolicy/{key}"]) for row in self.rows)
+
+
+def new_trainer(path: str, engine: Any, output_dir: Path | str, *, invariance: str = "exact", **changes: Any) -> Run:
+    """A trainer on an engine that runs already, and where its rows will be."""
+    owned = {key: changes.pop(key) for key in list(changes) if key in ("reward_funcs", "train_dataset", "dtype", "on_samples", "eval_dataset", "peft_config", "model", "callbacks")}
+    arguments: dict[str, Any] = {
+        "output_dir": str(output_dir),
+        "bf16": False,
+        "use_cpu": True,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "logging_steps": 1,
+        "max_steps": 2,
+        "per_device_train_batch_size": 16,  # 4 prompts x 4 samples
+        "num_generations": 4,
+        "max_completion_length": 12,
+        "learning_rate": 1e-3,  # a step must move bf16 weights, or a stale engine would go unseen
+        "vllm_importance_sampling_correction": False,
+        "gradient_checkpointing": False,
+        "seed": 0,
+    } | changes
+    run = Run(None, [], [])  # type: ignore[arg-type]
+
+    def on_row(row: Mapping[str, Any], first_mismatch: Any) -> None:
+        run.rows.append(dict(row))
+        run.mismatches.append(first_mismatch)
+
+    model = owned.pop("model", None) or AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    run.trainer = InvariantGRPOTrainer(
+        model,
+        owned.pop("reward_funcs", variety),
+        GRPOConfig(**arguments),
+        processing_class=AutoTokenizer.from_pretrained(path),
+        train_dataset=owned.pop("train_dataset", None) or questions(),
+        sampler=lambda: engine,
+        invariance=invariance,
+        on_row=on_row,
+        **owned,
+    )
+    return run
+
+
+def train(*args: Any, **changes: Any) -> Run:
+    run = new_trainer(*args, **changes)
+    run.trainer.train()
+    return run
+
+
+def assert_exact(run: Run, floor: int) -> None:
+    """Every sampled token compared, none different, and enough of them for the zero to mean something."""
+    assert run.rows and run.total("mismatched_tokens") == 0 and not any(run.mismatches)
+    assert run.total("unscored_tokens") == 0
+    assert run.total("compared_tokens") >= floor, f"{run.total('compared_tokens')} tokens compared, expected {floor}"
+
+
+def weights(run: Run) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in run.trainer.model.named_parameters()}
+
+
+def assert_same_weights(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor], what: str) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert_bits_equal(a[name], b[name], f"{what}: {name}")
+
+
