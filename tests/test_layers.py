@@ -23,7 +23,9 @@ ROWS = (
     {"run"},
     {"recipes"},
     {"bench"},
-    {"cli", "train", "__init__"},
+    {"__init__"},
+    {"cli"},
+    {"train"},
 )
 LEVEL = {unit: level for level, row in enumerate(ROWS) for unit in row}
 IMPORTERS = {

@@ -104,7 +104,7 @@ class Sampler:
         )
 
         if not self.invariant:
-            self._runner.sampler = StockSampler(logprobs_mode="processed_logprobs")
+            self._runner.sampler = StockSampler(self._runner)
             return
         if not isinstance(self.model, InvariantForCausalLM):
             raise UserError(

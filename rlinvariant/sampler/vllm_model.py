@@ -186,28 +186,51 @@ class _AttentionImpl(AttentionImpl):
         return output
 
 
-class InvariantSampler(Sampler):
-    """`ops.sample`: temperature, log-prob and noise in one op that reads its own row alone.
+class _SeedKeeper(Sampler):
+    """Seeds that survive a chunked prefill on a CPU.
 
-    The noise is a hash of the request's seed and of how many tokens it has drawn. vLLM's own generator has a state, which a
-    chunked prefill must rewind and a preempted request replays; there is nothing here to rewind.
+    vLLM samples for a request whose prefill was cut, throws the token away and rewinds its generator; a CPU generator cannot
+    be rewound and raises. So the generators of such requests are taken away before vLLM looks, and given back afterwards.
     """
 
-    def __init__(self, runner) -> None:
+    def __init__(self, runner: Any) -> None:
         super().__init__(logprobs_mode="processed_logprobs")
-        self.input_batch = runner.input_batch
+        self.runner, self._kept = runner, {}
+
+    def give_back(self) -> None:
+        batch = self.runner.input_batch
+        for request, generator in self._kept.items():
+            if request in batch.req_id_to_index:
+                batch.generators.setdefault(batch.req_id_to_index[request], generator)
+        self._kept = {}
+
+    def take_away(self, rows: int) -> None:
+        batch = self.runner.input_batch
+        for i in self.runner.discard_request_mask.np[:rows].nonzero()[0].tolist():
+            if i in batch.generators:
+                self._kept[batch.req_ids[i]] = batch.generators.pop(i)
+
+
+class InvariantSampler(_SeedKeeper):
+    """`ops.sample`: temperature, log-prob and noise in one op that reads its own row alone.
+
+    The noise is a hash of the request's seed and of how many tokens it has drawn: unlike a generator it has no state that a
+    preempted request would have to replay.
+    """
 
     def forward(
         self, logits: Tensor, sampling_metadata, predict_bonus_token=False, logprobs_mode_override=None
     ) -> SamplerOutput:
-        md, rows = sampling_metadata, len(logits)
+        md, rows, batch = sampling_metadata, len(logits), self.runner.input_batch
+        self.give_back()
+        seeds = [batch.generators[i].initial_seed() if i in batch.generators else secrets.randbits(63) for i in range(rows)]
+        self.take_away(rows)
+        drawn = [len(batch.req_output_token_ids[i] or ()) for i in range(rows)]
         logits = self.apply_logits_processors(logits, md, predict_bonus_token)
         if md.temperature is None:
             temperature = torch.zeros(rows)
         else:
             temperature = torch.where(md.temperature < 1e-5, 0.0, md.temperature).float()
-        seeds = [md.generators[i].initial_seed() if i in md.generators else secrets.randbits(63) for i in range(rows)]
-        drawn = [len(self.input_batch.req_output_token_ids[i] or ()) for i in range(rows)]
         tokens, logprobs, ranks = ops.sample(logits, temperature, torch.tensor(seeds), torch.tensor(drawn))
         extra = md.max_num_logprobs
         if extra == 0:
@@ -221,8 +244,13 @@ class InvariantSampler(Sampler):
         return SamplerOutput(sampled_token_ids=tokens.int()[:, None], logprobs_tensors=out)
 
 
-class StockSampler(Sampler):
+class StockSampler(_SeedKeeper):
     """vLLM's own, less the rank of a token, which vLLM compiles a kernel for at the first request (11 s on a CPU)."""
+
+    def forward(self, logits: Tensor, *args, **kwargs) -> SamplerOutput:
+        self.give_back()
+        self.take_away(len(logits))
+        return super().forward(logits, *args, **kwargs)
 
     @staticmethod
     def gather_logprobs(logprobs: Tensor, num_logprobs: int, token_ids: Tensor) -> LogprobsTensors:

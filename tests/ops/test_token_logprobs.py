@@ -1,4 +1,5 @@
 import importlib
+import math
 
 import pytest
 import torch
@@ -225,7 +226,7 @@ def test_extreme_logits_give_the_limits(dtype):
         return logprobs.item(), entropy.item()
 
     assert logprob([3e38, 0.0, -3e38], 0) == (0.0, 0.0)
-    assert logprob([-3e38, -3e38], 1) == pytest.approx((-(torch.tensor(2.0).log()), torch.tensor(2.0).log()))
+    assert logprob([-3e38, -3e38], 1) == pytest.approx((-math.log(2), math.log(2)))
     assert logprob([-inf, 1.0, -inf], 1) == (0.0, 0.0)
     assert logprob([-inf, 1.0, 1.0], 0)[0] == -inf
     assert logprob([5.0], 0) == (0.0, 0.0)

@@ -58,11 +58,12 @@ class Request:
     arrives: int = 0  # engine step before which it is added
     aborts: int | None = None  # engine step before which it is aborted
 
-    def params(self) -> SamplingParams:
-        seed = None if self.temperature == 0 else self.seed
-        return SamplingParams(
-            temperature=self.temperature, seed=seed, max_tokens=self.max_tokens, logprobs=0, detokenize=False
-        )
+    def params(self, engine: Sampler) -> SamplingParams:
+        """What `Sampler.generate` would hand to vLLM."""
+        with mock.patch.object(engine.llm, "generate", return_value=[]) as llm_generate:
+            engine.generate([self.prompt], [self.seed], temperature=self.temperature, max_tokens=self.max_tokens)
+        (params,) = llm_generate.call_args.args[1]
+        return params
 
 
 @dataclass
@@ -118,7 +119,7 @@ def drive(engine: Sampler, requests: Sequence[Request], *, cold: bool = True) ->
             for i in [i for i, r in waiting.items() if r.arrives <= step]:
                 request = waiting.pop(i)
                 trace.decoding.append(sum(r.num_output_tokens > 0 for r in scheduler.running))
-                llm.add_request(names[i], {"prompt_token_ids": list(request.prompt)}, request.params())
+                llm.add_request(names[i], {"prompt_token_ids": list(request.prompt)}, request.params(engine))
             llm.abort_request([names[i] for i, r in enumerate(requests) if r.aborts == step and i not in waiting])
             for output in llm.step():
                 if output.finished:
