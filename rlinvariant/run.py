@@ -1,6 +1,6 @@
 """One run, from a configuration to a trained model and its proof. Read this file to see how the parts fit together."""
 
-import os
+import logging
 import time
 import warnings
 from collections.abc import Callable
@@ -28,12 +28,13 @@ def run(config: Config) -> None:
         console.print(f"{config.recipe}: invariance={config.invariance}, {config.steps} steps, files in {config.run_dir}")
 
     model_path = config.model or (recipe.prepare_model or _no_model)(config)
-    # TRL warns of vLLM releases that its own client was not tested with; that client is not used here
-    warnings.filterwarnings("ignore", message="TRL currently supports vLLM")
-    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
+    _quiet()
     with console.stage("loading transformers, TRL and vLLM"):
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()
 
         from rlinvariant.report import wandb_log
         from rlinvariant.trainer.evaluate import greedy_reward
@@ -78,8 +79,11 @@ def run(config: Config) -> None:
         with console.stage(f"held-out accuracy before, greedy, {len(eval_dataset)} prompts"):
             before = greedy_reward(trainer, eval_dataset)
         console.print(f"held-out accuracy before: {before:.3f}")
+    record = {"vllm_environment": runtime.VLLM, "wandb": mode}
     if main:
-        run_dir.write_environment({"kernels": _kernels(config), "vllm_environment": runtime.VLLM, "wandb": mode})
+        kernels = _kernels(config)
+        console.print("kernels: " + ", ".join(f"{name}: {value}" for name, value in kernels.items()))
+        run_dir.write_environment({"kernels": kernels, **record})
     trainer.train(resume_from_checkpoint=config.resume and any(Path(str(args.output_dir)).glob("checkpoint-*")))
     trainer._sync()
     if eval_dataset is not None and main:
@@ -87,7 +91,7 @@ def run(config: Config) -> None:
             after = greedy_reward(trainer, eval_dataset)
     finish_wandb()
     if main:
-        run_dir.write_environment({"kernels": _kernels(config), "vllm_environment": runtime.VLLM, "wandb": mode})
+        run_dir.write_environment({"kernels": _kernels(config), **record})
         rows = read_metrics(run_dir.path)
         console.summary(rows, before, after, run_dir.path, time.monotonic() - started)
 
@@ -157,11 +161,23 @@ def _sampler_options(config: Config) -> dict[str, Any]:
     return {"max_model_len": s.max_model_len, "kv_cache_gib": s.kv_cache_gib, "options": options}
 
 
-def _kernels(config: Config) -> dict[str, Any]:
-    """What computed this run: for environment.json."""
+def _quiet() -> None:
+    """Silence what is printed at every start and needs nobody's attention."""
+    # TRL warns of vLLM releases that its own client was not tested with; that client is not used here
+    warnings.filterwarnings("ignore", message="TRL currently supports vLLM")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
+    logging.getLogger("vllm.triton_utils.importing").setLevel(logging.ERROR)  # says that a CPU has no Triton
+
+
+def _kernels(config: Config) -> dict[str, str]:
+    """What computed this run, and which linear shapes the self-check let the vendor GEMM have."""
     if config.invariance == "off":
         return {"sampler": "stock vLLM", "trainer": "stock transformers"}
     from rlinvariant.kernels import cpu
     from rlinvariant.ops.linear import routes
 
-    return {"invariance": config.invariance, "cpu.c": " ".join(cpu.FLAGS), "linear": routes(), "pid": os.getpid()}
+    by_route: dict[str, list[str]] = {}
+    for shape, route in sorted(routes().items()):
+        by_route.setdefault(route, []).append(shape)
+    linear = "; ".join(f"{route} for {' '.join(shapes)}" for route, shapes in by_route.items())
+    return {"linear": linear, "other ops": f"kernels/cpu.c, gcc {' '.join(cpu.FLAGS[:3])}"}

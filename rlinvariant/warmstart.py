@@ -29,8 +29,8 @@ def warm_start(
     """Return the directory of a warm-started model in Hugging Face format, training it unless it is cached.
 
     The cache is keyed by `key`, the hyperparameters, and the source of this file and of the one that defines `build`.
-    Processes that ask at once are served by one: the first trains, the others wait on a lock. The directory appears
-    whole or not at all.
+    Of the ranks of a launch the first trains and the others wait (transformers saves on rank 0 alone); of separate runs that
+    ask at once, one trains and the others wait on a lock. The directory appears whole or not at all.
 
     Args:
         build: makes the untrained model (fp32, on the CPU) and its tokenizer.
@@ -46,6 +46,8 @@ def warm_start(
     digest = hashlib.blake2b(json.dumps([dict(key), hyper, sources], sort_keys=True).encode(), digest_size=8).hexdigest()
     directory = CACHE / f"{name}-{digest}"
     CACHE.mkdir(parents=True, exist_ok=True)
+    while os.environ.get("RANK", "0") != "0" and not directory.is_dir():
+        time.sleep(0.2)  # if rank 0 fails, the launcher ends this process too
     with FileLock(f"{directory}.lock"):
         if not directory.is_dir():
             import torch

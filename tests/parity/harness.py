@@ -3,7 +3,7 @@
 import os
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -74,7 +74,7 @@ class Trace:
     cached_tokens: int = 0  # prompt tokens that came from the prefix cache
     preemptions: int = 0
     together: int = 0  # most requests in one step
-    chunks: int = 0  # steps that computed a part of a prompt
+    chunks: int = 0  # times that a prompt was left unfinished
     steps: int = 0
     decoding: list[int] = field(default_factory=list)  # requests that had tokens when another arrived
 
@@ -106,9 +106,9 @@ def drive(engine: Sampler, requests: Sequence[Request], *, cold: bool = True) ->
     def counted_schedule(*args: Any, **kwargs: Any) -> Any:
         output = schedule(*args, **kwargs)
         trace.together = max(trace.together, len(output.num_scheduled_tokens))
-        for name, count in output.num_scheduled_tokens.items():
+        for name in output.num_scheduled_tokens:
             request = scheduler.requests[name]
-            trace.chunks += request.num_output_tokens == 0 and count < request.num_prompt_tokens
+            trace.chunks += request.num_computed_tokens < request.num_prompt_tokens
         return output
 
     with (
@@ -235,7 +235,11 @@ class Run:
 
 def new_trainer(path: str, engine: Any, output_dir: Path | str, *, invariance: str = "exact", **changes: Any) -> Run:
     """A trainer on an engine that runs already, and where its rows will be."""
-    owned = {key: changes.pop(key) for key in list(changes) if key in ("reward_funcs", "train_dataset", "dtype", "on_samples", "eval_dataset", "peft_config", "model", "callbacks")}
+    owned = {
+        key: changes.pop(key)
+        for key in list(changes)
+        if key in ("reward_funcs", "train_dataset", "dtype", "on_samples", "eval_dataset", "peft_config", "model", "callbacks")
+    }
     arguments: dict[str, Any] = {
         "output_dir": str(output_dir),
         "bf16": False,
@@ -295,5 +299,3 @@ def assert_same_weights(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Ten
     assert a.keys() == b.keys()
     for name in a:
         assert_bits_equal(a[name], b[name], f"{what}: {name}")
-
-

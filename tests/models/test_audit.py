@@ -1,0 +1,154 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from rlinvariant import ops
+from rlinvariant.models import Finding, UnsupportedModel, audit, make_invariant, require_exact, watch
+from tests.models.test_patch import FAMILIES, GROUPED, build
+
+
+class Inside(nn.Module):
+    """A module that computes one function."""
+
+    def __init__(self, f) -> None:
+        super().__init__()
+        self.f = f
+
+    def forward(self, x, *args, **kwargs):
+        return self.f(x)
+
+
+def findings(f) -> set[str]:
+    """ATen names, without overloads, that the watch reports for f."""
+    x = torch.linspace(-1, 1, 64).view(4, 16)
+    with torch.no_grad(), watch() as found:
+        Inside(f)(x)
+    assert {finding.module for finding in found} <= {"Inside"}
+    return {finding.op.split(".")[1] for finding in found}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_audit_passes_the_families(family):
+    model = make_invariant(build(family))
+    assert audit(model, 97) == []
+    require_exact(model)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_audit_finds_everything_in_the_stock_model(family):
+    """Control: the same model unpatched, through the same watch."""
+    with torch.no_grad(), watch() as found:
+        build(family)(input_ids=torch.arange(9)[None])
+    operators = {finding.op for finding in found}
+    assert {"aten.mm.default", "aten.mean.dim", "aten.silu.default", "aten.cos.default"} <= operators
+    assert {f.module for f in found} >= {"Linear", "SiLUActivation"}
+
+
+@pytest.mark.parametrize(
+    ("f", "expected"),
+    [
+        (lambda x: torch.softmax(x, -1), "_softmax"),
+        (lambda x: x.mean(-1), "mean"),
+        (lambda x: x.sum(), "sum"),
+        (lambda x: x @ x.t(), "mm"),
+        (lambda x: torch.einsum("ij,kj->ik", x, x), "bmm"),
+        (lambda x: F.linear(x, x, x[:, 0]), "addmm"),
+        (lambda x: F.scaled_dot_product_attention(x[None], x[None], x[None]), "bmm"),
+        (lambda x: x.exp(), "exp"),
+        (lambda x: x.sigmoid_(), "sigmoid_"),
+        (lambda x: x**2, "pow"),
+        (lambda x: x.rsqrt(), "rsqrt"),
+        (lambda x: x.cumsum(0), "cumsum"),
+        (lambda x: x.norm(), "linalg_vector_norm"),
+        (lambda x: F.layer_norm(x, (16,)), "native_layer_norm"),
+        (lambda x: F.gelu(x), "gelu"),
+        (lambda x: torch.addcmul(x, x, x), "addcmul"),
+        (lambda x: torch.lerp(x, x, 0.3), "lerp"),
+        (lambda x: torch.zeros(4, 16).index_add_(0, torch.zeros(4, dtype=torch.int64), x), "index_add_"),
+        (lambda x: torch.zeros(4, 16).scatter_add_(0, torch.zeros(4, 16, dtype=torch.int64), x), "scatter_add_"),
+        (lambda x: torch.zeros(4, 16).index_put_((torch.zeros(4, dtype=torch.int64),), x, accumulate=True), "index_put_"),
+        (lambda x: torch.add(x, x, alpha=0.3), "add"),  # a fused multiply-add where ATen vectorises
+        (lambda x: torch.sub(x, x, alpha=0.3), "sub"),
+        (lambda x: F.dropout(x, 0.5), "bernoulli_"),
+        (lambda x: x + torch.rand(16), "rand"),
+        (lambda x: (x.sum() * 100).long(), "sum"),  # on its way to an integer
+        (lambda x: x.topk(2)[1], "topk"),
+    ],
+)
+def test_audit_finds_a_planted_operation(f, expected):
+    assert expected in findings(f)
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda x: x.t().reshape(8, 8)[1:, ::2].contiguous().bfloat16().float(),
+        lambda x: torch.where(x > 0, x, -x) * 2 + x / 3 - 1,
+        lambda x: torch.cat(x.chunk(2, -1)[::-1], -1).masked_fill(x.isnan(), 0).clamp(min=0),
+        lambda x: F.embedding(torch.arange(3), x).sqrt().abs().neg(),
+        lambda x: (x > 0).sum(),  # integers add exactly
+        lambda x: x.argmax(-1),
+        lambda x: ops.rms_norm(ops.linear(x, torch.ones(8, 16)), torch.ones(8), 1e-6),
+    ],
+)
+def test_audit_passes_what_ieee_754_fixes(f):
+    assert findings(f) == set()
+
+
+@pytest.mark.parametrize("place", ["model.layers.1.self_attn.o_proj", "model.norm"])
+def test_audit_names_the_class_of_a_planted_module(place):
+    model = make_invariant(build("llama"), torch.float32)
+    original = model.get_submodule(place)
+
+    class Planted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = original
+
+        def forward(self, x):
+            return self.inner(x) * torch.softmax(x, -1).mean()
+
+    model.set_submodule(place, Planted())
+    assert set(audit(model, 97)) == {Finding("aten._softmax.default", "Planted"), Finding("aten.mean.default", "Planted")}
+    with pytest.raises(UnsupportedModel, match=r"aten\._softmax\.default in Planted.*aten\.mean\.default in Planted"):
+        require_exact(model)
+
+
+def test_audit_finds_a_module_that_make_invariant_did_not_know():
+    class Unknown(nn.Linear):
+        pass
+
+    model = build("llama")
+    model.model.layers[0].mlp.up_proj.__class__ = Unknown
+    make_invariant(model, torch.float32)
+    assert audit(model, 97) == [Finding("aten.mm.default", "Unknown")] or audit(model, 97)[0].module == "Unknown"
+
+
+def test_phi3_is_refused_by_class_and_operation():
+    model = make_invariant(build("Phi3", num_attention_heads=2, num_key_value_heads=1, pad_token_id=0))
+    with pytest.raises(UnsupportedModel, match=r"aten\.silu\.default in SiLUActivation"):
+        require_exact(model)
+
+
+def test_audit_leaves_the_model_as_it_was():
+    model = make_invariant(build("qwen3")).train()
+    hooks = len(nn.modules.module._global_forward_hooks), len(nn.modules.module._global_forward_pre_hooks)
+    audit(model, 97)
+    assert model.training and all(p.grad is None for p in model.parameters())
+    assert (len(nn.modules.module._global_forward_hooks), len(nn.modules.module._global_forward_pre_hooks)) == hooks
+    broken = make_invariant(build("Mistral", **GROUPED, sliding_window=8)).train()
+    with pytest.raises(UnsupportedModel):
+        audit(broken, 97)
+    assert broken.training
+    assert (len(nn.modules.module._global_forward_hooks), len(nn.modules.module._global_forward_pre_hooks)) == hooks
+
+
+def test_watch_allows_a_named_namespace():
+    x = torch.ones(3)
+    with watch("aten") as found:
+        x.exp()
+    assert not found
+    with watch() as found:
+        x.exp()
+    assert list(found) == [Finding("aten.exp.default", "outside any module")]
