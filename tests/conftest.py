@@ -1,4 +1,4 @@
-"""What the end-to-end tests share: the environment of every process, tiny checkpoints, and the engines, which are slow to start."""
+"""What the end-to-end tests share: the environment of every process, a tiny checkpoint, and engines, slow to start."""
 
 import os
 
