@@ -88,9 +88,7 @@ def gradients(f: Function, inputs: tuple[Tensor, ...], seed: int = 99) -> tuple[
     """Gradients of a random projection of f's outputs, with respect to every input."""
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
     outputs = _tuple(f(*leaves))
-    return torch.autograd.grad(
-        outputs, leaves, [randn(*y.shape, seed=seed + i).to(y.dtype) for i, y in enumerate(outputs)]
-    )
+    return torch.autograd.grad(outputs, leaves, [randn(*y.shape, seed=seed + i).to(y.dtype) for i, y in enumerate(outputs)])
 
 
 def assert_as_accurate(ours: Function, stock: Function, exact: Function, *inputs: Tensor, grad: bool = False) -> None:
@@ -101,9 +99,7 @@ def assert_as_accurate(ours: Function, stock: Function, exact: Function, *inputs
         a, b, t = a.double(), b.double(), t.double()
         # half a ulp (of fp32: every dtype's outputs pass through it) forgives a stock function that happens to be exact
         allowed = 2 * (b - t).norm() + 2**-24 * t.norm()
-        assert torch.isfinite(a).all() and (a - t).norm() <= allowed, (
-            f"output {i}: {(a - t).norm():.3e} > {allowed:.3e}"
-        )
+        assert torch.isfinite(a).all() and (a - t).norm() <= allowed, f"output {i}: {(a - t).norm():.3e} > {allowed:.3e}"
 
 
 def assert_opaque(f: Function, operator: torch._ops.OpOverload, *inputs: object) -> None:
@@ -113,9 +109,7 @@ def assert_opaque(f: Function, operator: torch._ops.OpOverload, *inputs: object)
     assert_same(compiled(*inputs), f(*inputs), "compiled")
 
 
-def assert_control(
-    check: Callable[..., None], planted: Function, stock: list[tuple[Function, tuple[Tensor, ...]]]
-) -> None:
+def assert_control(check: Callable[..., None], planted: Function, stock: list[tuple[Function, tuple[Tensor, ...]]]) -> None:
     """`check` finds a planted fault, and a stock function on one of several inputs; a blind stock control is xfailed."""
     inputs = stock[0][1]
     with pytest.raises(AssertionError):

@@ -117,11 +117,11 @@ static inline float exp_(float x) {
     float n = z - 12582912.0f;
     float r = __builtin_fmaf(n, -0.693145752f, c);
     r = __builtin_fmaf(n, -1.42860677e-6f, r);
-    float p = 1.38999533e-3f;
-    p = __builtin_fmaf(p, r, 8.33337983e-3f);
-    p = __builtin_fmaf(p, r, 4.16668020e-2f);
-    p = __builtin_fmaf(p, r, 1.66666657e-1f);
-    p = __builtin_fmaf(p, r, 4.99999970e-1f);
+    float p = 1.3814535e-3f;
+    p = __builtin_fmaf(p, r, 8.368703e-3f);
+    p = __builtin_fmaf(p, r, 4.166839e-2f);
+    p = __builtin_fmaf(p, r, 1.6666521e-1f);
+    p = __builtin_fmaf(p, r, 4.9999994e-1f);
     p = __builtin_fmaf(p, r, 1.0f);
     p = __builtin_fmaf(p, r, 1.0f);
     float y = p * as_float((as_uint(z) - 0x4b400000u + 126u) << 23) * 2.0f; /* 2^n in two steps: n may be 128 */
@@ -245,13 +245,13 @@ void rms_norm_backward(const void *dy, const void *x, const void *w, void *dx, f
 #pragma omp for
         for (i64 block = 0; block < (cols + 63) / 64; block++) {
             i64 at = block * 64, n = cols - at < 64 ? cols - at : 64;
-            float sum[64] = {0};
+            double sum[64] = {0}; /* fp64: one chain over all tokens */
             for (i64 r = 0; r < rows; r++) {
                 load(a, x, r * cols + at, n, bf16);
                 load(g, dy, r * cols + at, n, bf16);
-                for (i64 i = 0; i < n; i++) sum[i] = __builtin_fmaf(g[i], a[i] * rstd[r], sum[i]);
+                for (i64 i = 0; i < n; i++) sum[i] += (double)(g[i] * (a[i] * rstd[r]));
             }
-            memcpy(dw + at, sum, n * 4);
+            for (i64 i = 0; i < n; i++) dw[at + i] = (float)sum[i];
         }
         free(a), free(g), free(b);
     }
@@ -545,7 +545,13 @@ void token_logprobs_backward(const void *logits, const i64 *ids, const float *te
             row_stats r = softmax_row(x, e, logits, i * vocab, vocab, temperature[i], bf16);
             float inv = (float)(1.0 / r.sum), logz = (float)log(r.sum), t = temperature[i], a = glp[i];
             float h = (float)(log(r.sum) - r.weighted / r.sum), c = gent ? gent[i] : 0.0f;
-            float target = a * (float)((r.sum - (double)e[ids[i]]) / r.sum); /* 1 - p without cancellation */
+            float own = e[ids[i]];
+            double others = 0; /* 1 - p of the token as the sum of the others, without cancellation */
+            e[ids[i]] = 0.0f;
+            for (i64 b = 0; b < vocab; b += VOCAB_BLOCK)
+                others += (double)sum_lanes(e + b, vocab - b < VOCAB_BLOCK ? PAD16(vocab - b) : VOCAB_BLOCK);
+            e[ids[i]] = own;
+            float target = a * (float)(others / r.sum);
             for (i64 j = 0; j < vocab; j++) {
                 float p = e[j] * inv, lp = x[j] - r.max - logz;
                 float ent = p == 0.0f ? 0.0f : c * p * (lp + h);

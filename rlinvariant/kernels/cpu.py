@@ -82,8 +82,9 @@ def library() -> ctypes.CDLL:
     return load_library(path)
 
 
-def ptr(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+def call(function: str, *arguments: Tensor | int | float | None) -> None:
+    """Call a function of cpu.c. Tensors are passed as pointers, and kept alive while it runs."""
+    getattr(library(), function)(*[x.data_ptr() if isinstance(x, Tensor) else x for x in arguments])
 
 
 def is_bf16(tensor: Tensor) -> int:

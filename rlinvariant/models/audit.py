@@ -14,98 +14,26 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rlinvariant import ops
 from rlinvariant.models.patch import UnsupportedModel
 
-MOVES = frozenset(
-    (  # fmt: skip
-        "view",
-        "_unsafe_view",
-        "reshape",
-        "_reshape_alias",
-        "transpose",
-        "t",
-        "permute",
-        "expand",
-        "slice",
-        "select",
-        "unsqueeze",
-        "squeeze",
-        "cat",
-        "stack",
-        "split",
-        "split_with_sizes",
-        "unbind",
-        "clone",
-        "copy",
-        "_to_copy",
-        "detach",
-        "alias",
-        "lift_fresh",
-        "index",
-        "index_select",
-        "index_put",
-        "gather",
-        "embedding",
-        "where",
-        "masked_fill",
-        "masked_select",
-        "empty",
-        "empty_like",
-        "empty_strided",
-        "new_empty",
-        "new_zeros",
-        "new_ones",
-        "new_full",
-        "zeros",
-        "zeros_like",
-        "ones",
-        "ones_like",
-        "full",
-        "full_like",
-        "fill",
-        "zero",
-        "flip",
-        "roll",
-        "repeat",
-        "as_strided",
-        "contiguous",
-        "narrow",
-        "diagonal",
-        "chunk",
-        "resize",
-        "set",
-    )
-)
-ROUNDED = frozenset(
-    (  # fmt: skip
-        "add",
-        "sub",
-        "rsub",
-        "mul",
-        "div",
-        "neg",
-        "abs",
-        "sqrt",
-        "maximum",
-        "minimum",
-        "clamp",
-        "clamp_min",
-        "clamp_max",
-        "relu",
-    )
-)
-COMPARES = frozenset(
-    (  # fmt: skip
-        "eq",
-        "ne",
-        "lt",
-        "le",
-        "gt",
-        "ge",
-        "isnan",
-        "isinf",
-    )
-)
+# fmt: off
+MOVES = frozenset((
+    "view", "unsafe_view", "reshape", "reshape_alias", "transpose", "t", "permute", "expand", "slice", "select", "unsqueeze",
+    "squeeze", "cat", "stack", "split", "split_with_sizes", "unbind", "clone", "copy", "to_copy", "detach", "alias",
+    "lift_fresh", "index", "index_select", "index_put", "gather", "embedding", "where", "masked_fill", "masked_select",
+    "empty", "empty_like", "empty_strided", "new_empty", "new_zeros", "new_ones", "new_full", "zeros", "zeros_like", "ones",
+    "ones_like", "full", "full_like", "fill", "zero", "flip", "roll", "repeat", "as_strided", "contiguous", "narrow",
+    "diagonal", "chunk", "resize", "set",
+))
+ROUNDED = frozenset((
+    "add", "sub", "rsub", "mul", "div", "neg", "abs", "sqrt", "maximum", "minimum", "clamp", "clamp_min", "clamp_max",
+    "relu",
+))
+COMPARES = frozenset((
+    "eq", "ne", "lt", "le", "gt", "ge", "isnan", "isinf",
+))
+# fmt: on
 OURS = ("rlinvariant",)
 
 
@@ -124,16 +52,18 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if not self._safe(func, out):
+        if not self._safe(func, out, args, kwargs or {}):
             where = self.modules[-1] if self.modules else "outside any module"
             self.findings[Finding(str(func), where)] = None
         return out
 
-    def _safe(self, func, out) -> bool:
+    def _safe(self, func, out, args, kwargs) -> bool:
         if func.namespace in self.allowed:
             return True
+        if kwargs.get("alpha", 1) != 1 or kwargs.get("accumulate") or (len(args) > 3 and "index_put" in str(func) and args[3]):
+            return False  # a product before the sum may or may not be fused; accumulating index_put is a sum
         name = func.__name__.split(".")[0].strip("_") if func.namespace == "aten" else ""
-        if name in {x.strip("_") for x in MOVES} or name in ROUNDED or name in COMPARES:
+        if name in MOVES or name in ROUNDED or name in COMPARES:
             return True
         outs = [x for x in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(x, torch.Tensor)]
         return func.namespace in ("aten", "prim") and all(not (x.is_floating_point() or x.is_complex()) for x in outs)
@@ -157,29 +87,54 @@ def watch(*also_allowed: str) -> Iterator[dict[Finding, None]]:
         pop.remove()
 
 
-def audit(model: nn.Module, vocab_size: int) -> list[Finding]:
-    """Run one packed forward, log-probs included, and list every operation that no op owns. Empty means exact by structure."""
-    ids = torch.arange(9, device=next(model.parameters()).device)[None] % vocab_size
-    cu = torch.tensor([0, 4, 9], dtype=torch.int32, device=ids.device)
-    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]], device=ids.device)
+def _probe(model: Any) -> dict[str, Any]:
+    """Two packed sequences of 4 and 5 tokens."""
+    device = next(model.parameters()).device
+    cu = torch.tensor([0, 4, 9], dtype=torch.int32, device=device)
+    ids = torch.arange(9, device=device)[None] % model.config.vocab_size
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]], device=device)
+    return {"input_ids": ids, "position_ids": positions, "cu_seq_lens_q": cu, "cu_seq_lens_k": cu, "max_length_q": 5,
+            "max_length_k": 5}  # fmt: skip
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
     training = model.training
     model.eval()
     try:
-        with torch.no_grad(), watch() as findings:
-            model(
-                input_ids=ids, position_ids=positions, cu_seq_lens_q=cu, cu_seq_lens_k=cu, max_length_q=5, max_length_k=5,
-                token_ids=ids[0, 1:4], predicted_from=torch.arange(3, device=ids.device), temperature=0.7,
-            )  # fmt: skip
+        with torch.no_grad():
+            yield
     finally:
         model.train(training)
+
+
+def audit(model: Any) -> list[Finding]:
+    """Run one packed forward to log-probs and list every operation that no op owns. Empty means exact by structure."""
+    inputs = _probe(model)
+    with _evaluating(model), watch() as findings:
+        model(**inputs, token_ids=inputs["input_ids"][0, 1:4], predicted_from=torch.arange(3), temperature=0.7)
     return list(findings)
 
 
 def require_exact(model: Any) -> None:
-    """Raise UnsupportedModel naming each operation, by class, that `audit` finds."""
-    if found := audit(model, model.config.vocab_size):
+    """Raise UnsupportedModel unless every operation is owned, and log-probs by `token_ids` are those of the model's logits.
+
+    The second check sees what the stock forward does to logits and the path through `ops.token_logprobs` would skip.
+    """
+    if found := audit(model):
         listed = ", ".join(sorted(f"{f.op} in {f.module}" for f in found))
         raise UnsupportedModel(
             f"{type(model).__name__} computes outside rlinvariant.ops: {listed}. Its bits would depend on the batch; "
             "use invariance=off, or add a rule to models/patch.py"
+        )
+    inputs = _probe(model)
+    ids, rows = inputs["input_ids"][0], torch.arange(8)
+    with _evaluating(model):
+        logprobs, _ = model(**inputs, token_ids=ids[1:], predicted_from=rows, temperature=0.7)
+        logits = model(**inputs).logits[0, rows]
+        expected = ops.log_softmax(logits, torch.full((8,), 0.7)).gather(1, ids[1:, None])[:, 0]
+    if not torch.equal(logprobs.view(torch.int32), expected.view(torch.int32)):
+        raise UnsupportedModel(
+            f"{type(model).__name__} changes its hidden states or logits on the way to log-probs, which ops.token_logprobs "
+            "would skip; use invariance=off"
         )

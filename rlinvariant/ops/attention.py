@@ -58,8 +58,8 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) 
         raise ValueError(f"attention: q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit together")
     lengths = _lengths(cu, t)
     out, lse = torch.empty_like(q), torch.empty(t, heads)
-    cpu.library().attention(
-        *map(cpu.ptr, (q, k, v, out, lse, cu, lengths)), None, 0, 0, 0, kv_heads * dim, dim,
+    cpu.call(
+        "attention", q, k, v, out, lse, cu, lengths, None, 0, 0, 0, kv_heads * dim, dim,
         cu.numel() - 1, heads, kv_heads, dim, scale, cpu.is_bf16(q),
     )  # fmt: skip
     return out, lse
@@ -79,12 +79,12 @@ def _paged(q: Tensor, kv_cache: Tensor, block_table: Tensor, cu_seqlens_q: Tenso
     (_, heads, dim), (_, kv_heads, page, _) = q.shape, kv_cache.shape
     if kv_cache.shape[-1] != 2 * dim or kv_cache.stride(-1) != 1 or kv_cache.dtype != q.dtype:
         raise ValueError(f"paged_attention: q {tuple(q.shape)} does not fit a {kv_cache.dtype} cache {tuple(kv_cache.shape)}")
-    if (lens < _lengths(cu, len(q))).any() or heads % kv_heads or int(lens.max()) > table.shape[1] * page:
+    if (lens < _lengths(cu, len(q))).any() or heads % kv_heads or (lens > table.shape[1] * page).any():
         raise ValueError("paged_attention: fewer keys than queries, or more than the block table holds, or heads do not fit")
     out = torch.empty_like(q)
     values = kv_cache.data_ptr() + dim * kv_cache.element_size()
-    cpu.library().attention(
-        cpu.ptr(q), cpu.ptr(kv_cache), values, cpu.ptr(out), None, *map(cpu.ptr, (cu, lens, table)), table.shape[1], page,
+    cpu.call(
+        "attention", q, kv_cache, values, out, None, cu, lens, table, table.shape[1], page,
         kv_cache.stride(0), kv_cache.stride(2), kv_cache.stride(1), lens.numel(), heads, kv_heads, dim, scale, cpu.is_bf16(q),
     )  # fmt: skip
     return out
@@ -101,8 +101,8 @@ def _backward(ctx, dout: Tensor, _):
     q, k, v, cu, out, lse = ctx.saved_tensors
     q, k, v, cu = q.contiguous(), k.contiguous(), v.contiguous(), cu.to(torch.int32).contiguous()
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    cpu.library().attention_backward(
-        *map(cpu.ptr, (dout.contiguous(), q, k, v, out, lse, dq, dk, dv, cu)),
+    cpu.call(
+        "attention_backward", dout.contiguous(), q, k, v, out, lse, dq, dk, dv, cu,
         cu.numel() - 1, q.shape[1], k.shape[1], q.shape[2], ctx.scale, cpu.is_bf16(q),
     )  # fmt: skip
     return dq, dk, dv, None, None

@@ -107,7 +107,7 @@ def _vendor(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
 
 def _written(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
     y = x.new_empty(len(x), len(w))
-    cpu.library().linear(*map(cpu.ptr, (x, w, b, y)), *y.shape, x.shape[1], cpu.is_bf16(x))
+    cpu.call("linear", x, w, b, y, *y.shape, x.shape[1], cpu.is_bf16(x))
     return y
 
 

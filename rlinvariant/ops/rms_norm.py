@@ -51,7 +51,7 @@ def _forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         raise ValueError(f"rms_norm: x {tuple(x.shape)} needs a weight of [{x.shape[-1]}], got {tuple(weight.shape)}")
     x, w = x.contiguous(), weight.to(x.dtype).contiguous()
     y, d = torch.empty_like(x), x.shape[-1]
-    cpu.library().rms_norm(cpu.ptr(x), cpu.ptr(w), cpu.ptr(y), x.numel() // d, d, eps, cpu.is_bf16(x))
+    cpu.call("rms_norm", x, w, y, x.numel() // d, d, eps, cpu.is_bf16(x))
     return y
 
 
@@ -59,9 +59,7 @@ def _gradients(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tenso
     dy, x, w = dy.contiguous(), x.contiguous(), weight.to(x.dtype).contiguous()
     dx, dw, d = torch.empty_like(x), torch.empty(x.shape[-1]), x.shape[-1]
     rows = x.numel() // d
-    cpu.library().rms_norm_backward(
-        *map(cpu.ptr, (dy, x, w, dx, dw)), rows, d, eps, cpu.is_bf16(x)
-    )  # fmt: skip
+    cpu.call("rms_norm_backward", dy, x, w, dx, dw, rows, d, eps, cpu.is_bf16(x))
     return dx, dw.to(weight.dtype)
 
 

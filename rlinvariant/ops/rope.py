@@ -30,7 +30,7 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
     if not cos.shape == sin.shape == (t, half) or 2 * half > d or not cos.dtype == sin.dtype == torch.float32:
         raise ValueError(f"rope: x {tuple(x.shape)} needs fp32 cos and sin of [{t}, at most {d // 2}], got {tuple(cos.shape)}")
     y = torch.empty_like(x)
-    cpu.library().rope(*map(cpu.ptr, (x, cos, sin, y)), t, h, d, half, sign, cpu.is_bf16(x))
+    cpu.call("rope", x, cos, sin, y, t, h, d, half, sign, cpu.is_bf16(x))
     return y
 
 
@@ -38,10 +38,15 @@ def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs[1:])
 
 
+def _backward(ctx, dy: Tensor):
+    cos, sin = ctx.saved_tensors
+    return _turn(dy, cos, sin, -1.0), None, None
+
+
 _rope = define(
     "rope(Tensor x, Tensor cos, Tensor sin) -> Tensor",
     cpu=lambda x, cos, sin: _turn(x, cos, sin, 1.0),
     fake=lambda x, cos, sin: x.new_empty(x.shape),
     save=_save,
-    backward=lambda ctx, dy: (_turn(dy, ctx.saved_tensors[0], ctx.saved_tensors[1], -1.0), None, None),
+    backward=_backward,
 )

@@ -28,15 +28,14 @@ def _forward(gate: Tensor, up: Tensor) -> Tensor:
         raise ValueError(f"swiglu: gate {gate.dtype} {tuple(gate.shape)} and up {up.dtype} {tuple(up.shape)} differ")
     gate, up = gate.contiguous(), up.contiguous()
     y = torch.empty_like(gate)
-    cpu.library().swiglu(cpu.ptr(gate), cpu.ptr(up), cpu.ptr(y), y.numel(), cpu.is_bf16(y))
+    cpu.call("swiglu", gate, up, y, y.numel(), cpu.is_bf16(y))
     return y
 
 
 def _backward(ctx, dy: Tensor):
     gate, up = (x.contiguous() for x in ctx.saved_tensors)
     dgate, dup = torch.empty_like(gate), torch.empty_like(up)
-    pointers = map(cpu.ptr, (dy.contiguous(), gate, up, dgate, dup))
-    cpu.library().swiglu_backward(*pointers, gate.numel(), cpu.is_bf16(gate))
+    cpu.call("swiglu_backward", dy.contiguous(), gate, up, dgate, dup, gate.numel(), cpu.is_bf16(gate))
     return dgate, dup
 
 

@@ -72,8 +72,7 @@ def log_softmax(logits: Tensor, temperature: Tensor) -> Tensor:
 
 
 def _rows(logits: Tensor, token_ids: Tensor, temperature: Tensor, logprobs: Tensor, entropy: Tensor) -> None:
-    pointers = map(cpu.ptr, (logits, token_ids, temperature, logprobs, entropy))
-    cpu.library().token_logprobs(*pointers, None, *logits.shape, cpu.is_bf16(logits))
+    cpu.call("token_logprobs", logits, token_ids, temperature, logprobs, entropy, None, *logits.shape, cpu.is_bf16(logits))
 
 
 def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
@@ -82,7 +81,7 @@ def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
 
 
 def _forward(hidden: Tensor, weight: Tensor, token_ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    if token_ids.shape != hidden.shape[:1] or token_ids.dtype is not torch.int64 or not temperature > 0:
+    if hidden.dim() != 2 or token_ids.shape != hidden.shape[:1] or token_ids.dtype is not torch.int64 or not temperature > 0:
         got = f"token_ids {token_ids.dtype} {tuple(token_ids.shape)}, temperature {temperature}"
         raise ValueError(f"token_logprobs: expected token_ids int64 [{len(hidden)}] and a positive temperature, got {got}")
     if token_ids.numel() and not 0 <= int(token_ids.min()) <= int(token_ids.max()) < weight.shape[0]:
@@ -112,7 +111,7 @@ def _backward(ctx, dlogprobs: Tensor | None, dentropy: Tensor | None):
         logits = linear(hidden[c], w)
         dlogits = torch.empty_like(logits)
         grads = (ids[c], temperatures[c], glp[c], None if gent is None else gent[c], dlogits)
-        cpu.library().token_logprobs_backward(*map(cpu.ptr, (logits, *grads)), *logits.shape, cpu.is_bf16(logits))
+        cpu.call("token_logprobs_backward", logits, *grads, *logits.shape, cpu.is_bf16(logits))
         dhidden[c] = dlogits @ w
         dweight += dlogits.t() @ hidden[c]
     return dhidden, dweight.to(weight.dtype), None, None
@@ -125,16 +124,14 @@ def _draw(logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor)
         raise ValueError(f"sample: expected temperature >= 0, seeds and positions int64, each of [{rows}]")
     inputs = (logits, temperature.float().contiguous(), seeds.contiguous(), positions.contiguous())
     outputs = (torch.empty(rows, dtype=torch.int64), torch.empty(rows), torch.empty(rows, dtype=torch.int64))
-    cpu.library().sample(*map(cpu.ptr, (*inputs, *outputs)), *logits.shape, cpu.is_bf16(logits))
+    cpu.call("sample", *inputs, *outputs, *logits.shape, cpu.is_bf16(logits))
     return outputs
 
 
 def _matrix(logits: Tensor, temperature: Tensor) -> Tensor:
     logits, t = logits.contiguous(), torch.where(temperature == 0, 1.0, temperature).float().contiguous()
     stats = torch.empty(len(logits), 2, dtype=torch.float64)
-    cpu.library().token_logprobs(
-        cpu.ptr(logits), None, cpu.ptr(t), None, None, cpu.ptr(stats), *logits.shape, cpu.is_bf16(logits)
-    )
+    cpu.call("token_logprobs", logits, None, t, None, None, stats, *logits.shape, cpu.is_bf16(logits))
     # IEEE arithmetic alone from here, so torch gives the bits that the kernel gives for one token
     return ((logits.float() / t[:, None]).double() - stats[:, :1] - stats[:, 1:]).float()
 

@@ -31,7 +31,7 @@ def findings(f) -> set[str]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_audit_passes_the_families(family):
     model = make_invariant(build(family))
-    assert audit(model, 97) == []
+    assert audit(model) == []
     require_exact(model)
 
 
@@ -110,7 +110,7 @@ def test_audit_names_the_class_of_a_planted_module(place):
             return self.inner(x) * torch.softmax(x, -1).mean()
 
     model.set_submodule(place, Planted())
-    assert set(audit(model, 97)) == {Finding("aten._softmax.default", "Planted"), Finding("aten.mean.default", "Planted")}
+    assert set(audit(model)) == {Finding("aten._softmax.default", "Planted"), Finding("aten.mean.default", "Planted")}
     with pytest.raises(UnsupportedModel, match=r"aten\._softmax\.default in Planted.*aten\.mean\.default in Planted"):
         require_exact(model)
 
@@ -122,7 +122,7 @@ def test_audit_finds_a_module_that_make_invariant_did_not_know():
     model = build("llama")
     model.model.layers[0].mlp.up_proj.__class__ = Unknown
     make_invariant(model, torch.float32)
-    assert audit(model, 97) == [Finding("aten.mm.default", "Unknown")] or audit(model, 97)[0].module == "Unknown"
+    assert audit(model) == [Finding("aten.mm.default", "Unknown")] or audit(model)[0].module == "Unknown"
 
 
 def test_phi3_is_refused_by_class_and_operation():
@@ -134,12 +134,12 @@ def test_phi3_is_refused_by_class_and_operation():
 def test_audit_leaves_the_model_as_it_was():
     model = make_invariant(build("qwen3")).train()
     hooks = len(nn.modules.module._global_forward_hooks), len(nn.modules.module._global_forward_pre_hooks)
-    audit(model, 97)
+    audit(model)
     assert model.training and all(p.grad is None for p in model.parameters())
     assert (len(nn.modules.module._global_forward_hooks), len(nn.modules.module._global_forward_pre_hooks)) == hooks
     broken = make_invariant(build("Mistral", **GROUPED, sliding_window=8)).train()
     with pytest.raises(UnsupportedModel):
-        audit(broken, 97)
+        audit(broken)
     assert broken.training
     assert (len(nn.modules.module._global_forward_hooks), len(nn.modules.module._global_forward_pre_hooks)) == hooks
 

@@ -136,6 +136,15 @@ def test_patched_model_matches_the_stock_model(family):
         torch.testing.assert_close(ours(input_ids=batch).logits, stock(input_ids=batch).logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("scaling", ["attention_multiplier", "embedding_multiplier"])
+def test_scalings_inside_the_model_match_the_stock_model(scaling):
+    stock, rows = build("Granite", **GROUPED, **{scaling: 0.3}), sequences()
+    ours = make_invariant(copy.deepcopy(stock), torch.float32)
+    require_exact(ours)
+    with torch.no_grad():
+        torch.testing.assert_close(logprobs(ours, rows)[0], stock_logprobs(stock, rows)[0], rtol=2e-5, atol=2e-5)
+
+
 @pytest.mark.parametrize("rope", ROPES)
 def test_rope_types_match_the_stock_model(rope):
     stock, rows = build("llama", rope_parameters=ROPES[rope]), [torch.arange(60) % 97]

@@ -108,10 +108,10 @@ def test_a_gemm_that_is_not_exact_takes_the_written_route(monkeypatch):
     x, w = cancelling(8, 7, 72, torch.float32)
     monkeypatch.setattr(module, "is_exact", lambda *_: False)
     assert_bits_equal(ops.linear(x, w), reference(x, w), "not exact")
-    assert module.routes()["7x72 float32"] == "kernels/cpu.c"
+    assert "cpu.c" in module.routes()["7x72 float32"]
     monkeypatch.setattr(module, "is_exact", lambda *_: True)
     ops.linear(x, w)
-    assert module.routes()["7x72 float32"] == "vendor GEMM"
+    assert "vendor" in module.routes()["7x72 float32"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
@@ -154,9 +154,7 @@ def test_linear_passes_gradcheck_of_its_formulas():
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_linear_gradients_are_deterministic(dtype, route):
     inputs = randn(300, 3072, dtype=dtype), randn(66, 3072, dtype=dtype, seed=1), randn(66, dtype=dtype, seed=2)
-    ladders.assert_same(
-        ladders.gradients(ops.linear, inputs), ladders.gradients(ops.linear, inputs), "gradients, again"
-    )
+    ladders.assert_same(ladders.gradients(ops.linear, inputs), ladders.gradients(ops.linear, inputs), "gradients, again")
 
 
 def test_float32_masters_have_the_bits_of_the_cast_weight(route):

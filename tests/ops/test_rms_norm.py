@@ -118,9 +118,7 @@ def test_rounding_is_that_of_transformers():
     """In bf16, rounded before the weight: a norm that rounds once differs, by an ulp, in some elements."""
     x, w = randn(200, 128, dtype=torch.bfloat16), randn(128, dtype=torch.bfloat16, seed=1)
     once = (stock(x.float(), torch.ones(128)) * w.float()).bfloat16()
-    assert (
-        norm(x, w) != stock(x, w)
-    ).float().mean() < 1e-3  # fp32 means differ in the last bit, bf16 results hardly ever
+    assert (norm(x, w) != stock(x, w)).float().mean() < 1e-3  # fp32 means differ in the last bit, bf16 results hardly ever
     assert (norm(x, w) != once).float().mean() > 0.05  # control
 
 

@@ -66,9 +66,7 @@ def test_rope_is_thread_invariant(dtype):
 def test_rope_matches_float64(shape, dtype):
     x, cos, sin = operands(50, shape, dtype)
     for grad in (False, True):
-        ladders.assert_as_accurate(
-            turn_x(ops.rope, cos, sin), turn_x(stock, cos, sin), turn_x(stock, cos, sin), x, grad=grad
-        )
+        ladders.assert_as_accurate(turn_x(ops.rope, cos, sin), turn_x(stock, cos, sin), turn_x(stock, cos, sin), x, grad=grad)
 
 
 def test_rope_rounds_to_bf16_once():

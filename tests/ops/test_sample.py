@@ -22,9 +22,10 @@ def uniform(seed: int, position: int) -> float:
     return (z >> 11) * 2.0**-53
 
 
-def draw(logits: Tensor, seeds: Tensor, positions: Tensor | None = None, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
-    n = len(logits)
-    return ops.sample(logits, torch.full((n,), temperature), seeds, torch.zeros(n, dtype=torch.int64) if positions is None else positions)
+def draw(logits: Tensor, seeds: Tensor, positions: Tensor | None = None, temperature: float = 1.0) -> tuple[Tensor, ...]:
+    if positions is None:
+        positions = torch.zeros_like(seeds)
+    return ops.sample(logits, torch.full((len(logits),), temperature), seeds, positions)
 
 
 def chi_square(tokens: Tensor, p: Tensor) -> float:
@@ -160,7 +161,7 @@ def test_a_nan_or_infinite_logit_shows_as_a_nan_logprob(dtype):
             broken[4, 13] = value
             tokens, logprobs, _ = draw(broken, torch.arange(9), None, temperature)
             assert torch.equal(logprobs.isnan(), torch.arange(9) == 4)
-            assert ((0 <= tokens) & (tokens < 20)).all()
+            assert ((tokens >= 0) & (tokens < 20)).all()
         assert_bits_equal(draw(broken, torch.arange(9))[1][:4], clean[1][:4], "rows before")
         assert_bits_equal(draw(broken, torch.arange(9))[0][5:], clean[0][5:], "rows after")
 

@@ -34,10 +34,15 @@ def save_model(config: PreTrainedConfig, path: Path, seed: int = 0) -> str:
 def start_engine(
     path: str, *, invariant: bool = True, dtype: str = "bfloat16", kv_bytes: int = 64 << 20, **options: Any
 ) -> Sampler:
-    options = {"max_num_seqs": 64, "max_num_batched_tokens": 8192, "block_size": BLOCK} | options
+    options = {"max_num_seqs": 64, "max_num_batched_tokens": 2048, "block_size": BLOCK} | options
     gib = kv_bytes / 2**30
     with one_rank():
-        return Sampler(path, invariant=invariant, dtype=dtype, max_model_len=192, kv_cache_gib=gib, options=options)
+        engine = Sampler(path, invariant=invariant, dtype=dtype, max_model_len=192, kv_cache_gib=gib, options=options)
+    _kept.append(engine)
+    return engine
+
+
+_kept: list[Sampler] = []  # an engine that is collected takes vLLM's process groups with it, and every other engine's
 
 
 def one_rank():

@@ -62,7 +62,7 @@ class Engines:
     def __call__(self, name: str) -> Sampler:
         if name not in self.started:
             options = {
-                "wide": {},
+                "wide": {"max_num_batched_tokens": 5120},  # all 64 prompts in one step
                 "chunked": {"max_num_batched_tokens": CHUNK, "max_num_seqs": CHUNK},
                 # 2 layers x (keys, values) x 2 heads x 32 x 2 bytes = 512 bytes per token
                 "small": {"kv_bytes": PAGES * BLOCK * 512},

@@ -1,0 +1,167 @@
+"""After `sync` the sampler holds the trainer's weights and nothing computed with the old ones; whatever differs is named."""
+
+import functools
+import random
+import re
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+
+from tests.parity.harness import BLOCK, Request, assert_same_completions, drive, generate, save_model, start_engine
+
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
+# Qwen2: biases, and a tied head; Llama: neither
+CONFIGS = {"tied": Qwen2Config(**SIZES, tie_word_embeddings=True), "untied": LlamaConfig(**SIZES, tie_word_embeddings=False)}
+
+
+@pytest.fixture(scope="module", params=["tied", "untied"])
+def path(request, tmp_path_factory) -> str:
+    return save_model(CONFIGS[request.param], tmp_path_factory.mktemp("models") / request.param)
+
+
+ENGINES = functools.cache(lambda path, invariant: start_engine(path, invariant=invariant))
+
+
+@pytest.fixture(scope="module", params=["exact", "stock"])
+def engine(request, path):
+    return ENGINES(path, request.param == "exact")
+
+
+@pytest.fixture
+def weights(path) -> dict[str, torch.Tensor]:
+    """fp32 masters, every one of them changed since the checkpoint."""
+    torch.manual_seed(1)
+    parameters = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).named_parameters()
+    return {name: p.detach() + 0.1 * torch.randn_like(p) for name, p in parameters}
+
+
+def merged(name: str) -> str:
+    """vLLM's name of the parameter that holds a Hugging Face one."""
+    return re.sub("[qkv]_proj", "qkv_proj", re.sub("(gate|up)_proj", "gate_up_proj", name))
+
+
+def test_sync_makes_every_weight_equal(engine, weights):
+    assert len(engine.differing_weights(weights.items())) > 10, "control: nothing was synced yet"
+    engine.sync(weights.items())
+    assert engine.differing_weights(weights.items()) == []
+
+
+def test_each_stale_weight_is_named(engine, weights):
+    engine.sync(weights.items())
+    for name, weight in weights.items():
+        found = engine.differing_weights((weights | {name: weight + 0.5}).items())
+        head = {"lm_head.weight"} if "embed_tokens" in name and "lm_head.weight" not in weights else set()
+        assert merged(name) in found and set(found) <= {merged(name), *head}, f"{name}: {found}"
+
+
+def test_each_missing_weight_is_named(engine, weights):
+    engine.sync(weights.items())
+    for name in weights:
+        rest = {n: w for n, w in weights.items() if n != name}
+        assert merged(name) in engine.differing_weights(rest.items()), name
+
+
+def test_a_weight_that_the_sampler_does_not_have_is_named(engine, weights):
+    engine.sync(weights.items())
+    assert engine.differing_weights([*weights.items(), ("model.adapter.weight", torch.ones(3))]) != []
+
+
+def test_one_bf16_ulp_is_named(engine, weights):
+    """In any element of a parameter that vLLM keeps as it is; of a packed matrix some columns are read, 0 among them."""
+    engine.sync(weights.items())
+    for name, weight in weights.items():
+        changed = weight.bfloat16()
+        changed.view(-1)[0:1].view(torch.int16).add_(1)
+        assert merged(name) in engine.differing_weights((weights | {name: changed.float()}).items()), name
+
+
+def test_less_than_a_rounding_to_bf16_is_no_difference(path, weights):
+    """Both sides compute with weights rounded to bf16: a master may be finer. (Stock vLLM keeps biases in fp32.)"""
+    engine = ENGINES(path, True)
+    engine.sync(weights.items())
+    assert engine.differing_weights((name, w.bfloat16().float()) for name, w in weights.items()) == []
+
+
+def test_completions_follow_the_weights(engine, weights):
+    """A stale head or a packed copy would go on giving the old log-probs."""
+    asked = [Request(tuple(range(i, i + 40)), i, 1.0) for i in range(8)]
+    engine.sync(weights.items())
+    before = generate(engine, asked)
+    for name in ("embed_tokens.weight", "lm_head.weight", "layers.1.mlp.down_proj.weight", "norm.weight"):
+        changed = {n: w * (1.25 if n.endswith(name) else 1.0) for n, w in weights.items()}
+        engine.sync(changed.items())
+        after = generate(engine, asked)
+        if name != "lm_head.weight" or "lm_head.weight" in weights:
+            assert all(a.sampler_logprobs != b.sampler_logprobs for a, b in zip(before, after, strict=True)), name
+    engine.sync(weights.items())
+    assert_same_completions(generate(engine, asked), before, "synced back")
+
+
+ASKED = [Request(tuple(range(i, i + 2 * BLOCK + 5)), i, 1.0) for i in range(8)]  # two whole pages to find again
+
+
+def warm_and_cold(engine, weights):
+    """With new weights: completions right after the sync, on a cache warmed by the old ones, and cold ones."""
+    engine.sync(weights.items())
+    drive(engine, ASKED)
+    engine.sync((name, 1.1 * w) for name, w in weights.items())
+    warm = drive(engine, ASKED, cold=False)
+    return warm, drive(engine, ASKED)
+
+
+def test_sync_forgets_the_prefixes_of_the_old_weights(engine, weights):
+    warm, cold = warm_and_cold(engine, weights)
+    assert_same_completions(warm.completions, cold.completions, "after a sync")
+
+
+def test_a_stale_prefix_is_seen(engine, weights):
+    """Control: without the reset the same comparison fails."""
+    engine.sync(weights.items())
+    drive(engine, ASKED)
+    with mock.patch.object(engine.llm, "reset_prefix_cache", return_value=True):
+        engine.sync((name, 1.1 * w) for name, w in weights.items())
+    warm = drive(engine, ASKED, cold=False)
+    assert warm.cached_tokens == 8 * 2 * BLOCK
+    with pytest.raises(AssertionError, match="stale"):
+        assert_same_completions(warm.completions, drive(engine, ASKED).completions, "stale prefixes")
+
+
+def test_sync_refuses_while_a_request_runs(engine, weights):
+    llm = engine.llm.llm_engine
+    llm.add_request("running", {"prompt_token_ids": [1, 2, 3]}, ASKED[0].params(engine))
+    llm.step()
+    with pytest.raises(RuntimeError, match="still running"):
+        engine.sync(weights.items())
+    llm.abort_request(["running"])
+    llm.step()
+    engine.sync(weights.items())
+
+
+def test_sampler_leaves_the_process_as_it_was(engine, path, weights):
+    """vLLM seeds torch, numpy and random, sets the default dtype and replaces torch.set_num_threads."""
+
+    def state():
+        return (
+            torch.get_rng_state().tolist(),
+            random.getstate(),
+            np.random.get_state()[1].tolist(),
+            (torch.get_num_threads(), torch.set_num_threads, torch.get_default_dtype(), torch.is_grad_enabled()),
+        )
+
+    torch.manual_seed(123)
+    before = state()
+    engine.sync(weights.items())
+    engine.differing_weights(weights.items())
+    generate(engine, ASKED)
+    assert state() == before
