@@ -34,8 +34,11 @@ def _undisturbed() -> Iterator[None]:
                 torch.set_num_threads(threads)
 
 
+WHOLE = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+
+
 class Sampler:
-    """vLLM for rollouts.
+    """vLLM for rollouts. Engines of one process share vLLM's process groups: keep each alive as long as any other is used.
 
     Args:
         model: directory of a Hugging Face checkpoint.
@@ -135,7 +138,21 @@ class Sampler:
             max_tokens: longest completion.
             stop_token_ids: end a completion, and belong to it.
             sampling: further `vllm.SamplingParams`.
+
+        Raises:
+            UserError: a prompt with its completion would not fit, or `sampling` would change the distribution of an
+                invariant engine, whose log-probs are of the whole softmax.
         """
+        if self.invariant and (
+            refused := [f"{k}={sampling[k]}" for k, v in WHOLE.items() if sampling.get(k, v) not in (v, None)]
+        ):
+            raise UserError(f"{', '.join(refused)}: an exact sampler draws from the whole distribution; remove it")
+        longest = max(map(len, prompts), default=0)
+        if longest + max_tokens > (limit := self.llm.llm_engine.model_config.max_model_len):
+            raise UserError(
+                f"a prompt of {longest} tokens and a completion of {max_tokens} do not fit sampler.max_model_len={limit}; raise "
+                "it, or lower trainer.max_completion_length"
+            )
         from vllm import SamplingParams
 
         shared: dict[str, Any] = {"temperature": temperature, "max_tokens": max_tokens, "logprobs": 0, "detokenize": False}
@@ -178,13 +195,15 @@ class Sampler:
             target, shard = _target(self.model, name)
             parts.setdefault(target, {})[shard] = weight.detach()
         whole = {name: torch.cat([pieces[s] for s in sorted(pieces, key=_ORDER.index)]) for name, pieces in parts.items()}
-        own, bad = dict(self.model.named_parameters()), []
+        own = dict(self.model.named_parameters())
+        tied = "lm_head.weight" not in own
+        bad = [name for name in whole if name not in own and not (tied and name == "lm_head.weight")]
         for name, have in own.items():
             if name not in whole or not _same_bytes(*self._readable(name, have.detach(), whole[name])):
                 bad.append(name)
         head = getattr(self.model, "lm_head", None)
-        if "lm_head.weight" not in own and hasattr(head, "cpu_linear") and not self.invariant:  # tied, and packed
-            embedding = next(x for n, x in whole.items() if n.endswith("embed_tokens.weight"))
+        embedding = next((x for n, x in whole.items() if n.endswith("embed_tokens.weight")), None)
+        if tied and embedding is not None and hasattr(head, "cpu_linear") and not self.invariant:  # packed apart
             if not _same_bytes(*_columns(head, embedding)):
                 bad.append("lm_head.weight")
         return bad

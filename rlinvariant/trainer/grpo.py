@@ -241,7 +241,7 @@ class InvariantGRPOTrainer(GRPOTrainer):
         if self._first_mismatch is not None and self.invariance == "exact":
             step = self.state.global_step + 1
             numbers = self._onpolicy([self._pairs], sum(map(len, self._completions)))
-            if self._on_row is not None:
+            if self._on_row is not None and self.accelerator.is_main_process:
                 self._on_row({"step": step, **numbers}, self._first_mismatch)
             raise ParityError(
                 f"step {step}: mismatched {numbers['onpolicy/mismatched_tokens']:,} / "
