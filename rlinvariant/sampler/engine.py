@@ -150,8 +150,8 @@ class Sampler:
         longest = max(map(len, prompts), default=0)
         if longest + max_tokens > (limit := self.llm.llm_engine.model_config.max_model_len):
             raise UserError(
-                f"a prompt of {longest} tokens and a completion of {max_tokens} do not fit sampler.max_model_len={limit}; raise "
-                "it, or lower trainer.max_completion_length"
+                f"a prompt of {longest} tokens and a completion of {max_tokens} do not fit sampler.max_model_len={limit}; "
+                "raise it, or lower trainer.max_completion_length"
             )
         from vllm import SamplingParams
 
@@ -203,9 +203,9 @@ class Sampler:
                 bad.append(name)
         head = getattr(self.model, "lm_head", None)
         embedding = next((x for n, x in whole.items() if n.endswith("embed_tokens.weight")), None)
-        if tied and embedding is not None and hasattr(head, "cpu_linear") and not self.invariant:  # packed apart
-            if not _same_bytes(*_columns(head, embedding)):
-                bad.append("lm_head.weight")
+        packed_apart = tied and hasattr(head, "cpu_linear") and not self.invariant
+        if packed_apart and embedding is not None and not _same_bytes(*_columns(head, embedding)):
+            bad.append("lm_head.weight")
         return bad
 
     def _readable(self, name: str, have: Tensor, expected: Tensor) -> tuple[Tensor, Tensor]:
