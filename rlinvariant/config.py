@@ -288,6 +288,8 @@ def parse(argv: Sequence[str], env: Mapping[str, str] = os.environ) -> Config:
         for key, value in layer.items():
             if not recipe.name and key.startswith("data."):
                 continue  # which keys there are is the recipe's to say, and the recipe is already an error
+            if isinstance(value, str) and key in known and isinstance(known[key].type, enum.EnumMeta):
+                value = Castable(value)  # a recipe names an enum's member as the command line does
             problem = _problem(key, value, known, blueprint)
             if problem:
                 errors.append(origin + problem)

@@ -34,6 +34,10 @@ def _undisturbed() -> Iterator[None]:
                 torch.set_num_threads(threads)
 
 
+NOT_ACTIVE = (
+    "plugin not active in the engine: install rlinvariant in this environment (pip install -e .), so that vLLM finds its "
+    "entry point, and unset VLLM_PLUGINS or let it name rlinvariant"
+)
 WHOLE = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 
 
@@ -66,6 +70,8 @@ class Sampler:
         self.invariant = invariant
         with _undisturbed():
             from vllm import LLM
+            from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
+            from vllm.plugins import load_general_plugins
 
             arguments: dict[str, Any] = {
                 "dtype": dtype,
@@ -80,6 +86,9 @@ class Sampler:
                 "use_tqdm_on_load": False,
             } | (options or {})
             if invariant:
+                load_general_plugins()
+                if QUANTIZATION not in QUANTIZATION_METHODS:
+                    raise UserError(NOT_ACTIVE)
                 arguments |= {"quantization": QUANTIZATION, "hf_overrides": {"architectures": [ARCHITECTURE]}}
             if (
                 torch.distributed.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1
@@ -110,10 +119,7 @@ class Sampler:
             self._runner.sampler = StockSampler(self._runner)
             return
         if not isinstance(self.model, InvariantForCausalLM):
-            raise UserError(
-                f"plugin not active: vLLM runs {type(self.model).__name__}, not {InvariantForCausalLM.__name__}; install "
-                "rlinvariant in this environment (pip install -e .) so that vLLM finds its entry point"
-            )
+            raise UserError(f"vLLM runs {type(self.model).__name__}, not {InvariantForCausalLM.__name__}; {NOT_ACTIVE}")
         for name, layer in self._runner.compilation_config.static_forward_context.items():
             if (backend := getattr(layer, "attn_backend", None)) is not InvariantAttentionBackend:
                 raise UserError(f"plugin not active in {name}: its attention is {getattr(backend, '__name__', backend)}")
@@ -209,10 +215,11 @@ class Sampler:
         return bad
 
     def _readable(self, name: str, have: Tensor, expected: Tensor) -> tuple[Tensor, Tensor]:
-        """The parameter as vLLM computes with it, and what it should be, in one shape and dtype."""
+        """The parameter as vLLM computes with it, and what it should be, in one dtype."""
         if have.numel() == 0 and expected.numel():
             return _columns(self.model.get_submodule(name.rpartition(".")[0]), expected)
-        have = have[: len(expected)]  # vLLM pads the vocabulary
+        if name.endswith(("embed_tokens.weight", "lm_head.weight")):
+            have = have[: len(expected)]  # vLLM pads the vocabulary
         return have, expected.to(have.dtype)
 
 
@@ -227,7 +234,8 @@ def _columns(layer: Any, expected: Tensor) -> tuple[Tensor, Tensor]:
     units = torch.zeros(len(at), k, dtype=dtype)
     units[torch.arange(len(at)), at] = 1
     product = layer.cpu_linear(units, layer.weight, None)
-    return product[:, :n].to(dtype), expected.to(dtype)[:, at].t()
+    product = product[:, :n] if hasattr(layer, "org_vocab_size") else product  # vLLM pads the vocabulary
+    return product.to(dtype), expected.to(dtype)[:, at].t()
 
 
 def _same_bytes(a: Tensor, b: Tensor) -> bool:

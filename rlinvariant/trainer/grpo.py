@@ -105,7 +105,7 @@ class InvariantGRPOTrainer(GRPOTrainer):
         self.use_vllm = True  # TRL's name for "the rollout carries log-probs": turns on its correction, if asked for
         self.sampler = sampler()
         self._synced_step = -1
-        self._rollouts = (0, 0)  # (step, how many rollouts that step has had)
+        self._rollouts: dict[bool, tuple[int, int]] = {}  # training or not -> (step, rollouts that this step has had before)
         self._sampler_logprobs: list[list[float]] = []
         self._scoring_rollout = False
         self._exact_streak = 0
@@ -119,6 +119,11 @@ class InvariantGRPOTrainer(GRPOTrainer):
         if self._trainer_is_invariant and (kwargs.get("peft_config") is not None or hasattr(model, "peft_config")):
             found.append(f"peft_config: expected None with invariance={self.invariance}: adapters are not supported yet")
         return found
+
+    def train(self, *args, **kwargs):
+        """As TRL's; the first rollout syncs the weights, whatever the sampler held."""
+        self._synced_step = -1
+        return super().train(*args, **kwargs)
 
     # ---- sampling
 
@@ -144,9 +149,11 @@ class InvariantGRPOTrainer(GRPOTrainer):
 
         A step that samples more than once, and evaluation, draw from runs of their own.
         """
-        step = self.state.global_step
-        self._rollouts = (step, self._rollouts[1] + 1 if self._rollouts[0] == step else 0)
-        run = request_seed(self.args.seed, self._rollouts[1], int(self.model.training), 0)
+        step, training = self.state.global_step, bool(self.model.training)
+        last, earlier = self._rollouts.get(training, (-1, 0))
+        earlier = earlier + 1 if last == step else 0
+        self._rollouts[training] = (step, earlier)
+        run = request_seed(self.args.seed, earlier, int(training), 0)
         first = self.accelerator.process_index * count
         return [request_seed(run, step, i // group, i % group) for i in range(first, first + count)]
 
@@ -183,7 +190,7 @@ class InvariantGRPOTrainer(GRPOTrainer):
     @property
     def _scores_ahead(self) -> bool:
         """Whether part of a rollout is trained on only after an optimizer step: then it is scored, and compared, before."""
-        return self.args.steps_per_generation > self.args.gradient_accumulation_steps
+        return self.args.gradient_accumulation_steps % self.args.steps_per_generation != 0
 
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, **kwargs

@@ -56,6 +56,8 @@ def test_a_plain_run_is_exact_and_moves_the_weights(plain, arithmetic_dir):
     assert_exact(plain, 2 * STEP)
     before = AutoModelForCausalLM.from_pretrained(arithmetic_dir, dtype=torch.float32)
     for name, p in before.named_parameters():
+        if p.dim() == 1:
+            continue  # norms are 1, where a step of the learning rate is less than an ulp of bf16
         moved = (p.bfloat16() != weights(plain)[name].bfloat16()).float().mean()
         assert moved > 0.05, f"{name}: a stale sampler would hardly be seen"
     for row in plain.rows:

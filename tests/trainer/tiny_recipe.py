@@ -1,0 +1,81 @@
+"""The arithmetic recipe at the smallest size, with faults on demand: what the tests launch."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import chz
+
+from recipes import arithmetic
+from rlinvariant.config import Config
+
+DEFAULTS = arithmetic.DEFAULTS | {
+    "steps": 2,
+    "data.digits": 2,
+    "data.train_size": 32,
+    "data.eval_size": 8,
+    "trainer.per_device_train_batch_size": 16,
+    "trainer.num_generations": 4,
+    "trainer.max_completion_length": 12,
+    "trainer.warmup_steps": 0,
+    "sampler.max_model_len": 64,
+    "sampler.kv_cache_gib": 0.05,
+}
+
+
+@chz.chz
+class Data(arithmetic.Data):
+    fault: str = chz.field(default="", doc="no prompt, long prompt, reward raises, reward too short, or none.")
+
+
+check = arithmetic.check
+
+
+def datasets(config: Config, tokenizer: Any) -> Any:
+    record_requests()
+    train, evaluation = arithmetic.datasets(config, tokenizer)
+    prompts = list(train["prompt"])
+    if config.data.fault == "no prompt":
+        prompts[3] = ""
+    elif config.data.fault == "long prompt":
+        prompts = ["1" * 64 for _ in prompts]  # with <bos>, 65 tokens: one more than sampler.max_model_len
+    return train.remove_columns("prompt").add_column("prompt", prompts), evaluation
+
+
+def variety(completions: list[str], **_: Any) -> list[float]:
+    """Varies in an untrained model."""
+    return [len(set(text)) / 10 for text in completions]
+
+
+def reward_funcs(config: Config) -> list[Any]:
+    bad: list[str] = []
+
+    def raises(completions: list[str], answer: list[str], **_: Any) -> list[float]:
+        """Raises for the second group of the batch, samples 4 to 7: also when a sample comes alone."""
+        bad.extend(answer[5:6])
+        return [float("many") if right in bad else 0.0 for right in answer]
+
+    def too_short(completions: list[str], **_: Any) -> list[float]:
+        return [0.0] * (len(completions) - 1)
+
+    return [{"reward raises": raises, "reward too short": too_short}.get(config.data.fault, variety)]
+
+
+def record_requests() -> None:
+    """Append what this rank asks of its sampler to $RECORD/RANK.jsonl."""
+    if "RECORD" not in os.environ:
+        return
+    from rlinvariant.sampler.engine import Sampler
+
+    generate, path = Sampler.generate, Path(os.environ["RECORD"], os.environ.get("RANK", "0") + ".jsonl")
+
+    def recording(self, prompts, seeds, **kwargs):
+        completions = generate(self, prompts, seeds, **kwargs)
+        if kwargs["temperature"]:  # not the greedy evaluation
+            ids = [c.token_ids for c in completions]
+            with path.open("a") as file:
+                file.write(json.dumps({"prompts": prompts, "seeds": list(seeds), "completions": ids}) + "\n")
+        return completions
+
+    Sampler.generate = recording
