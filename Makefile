@@ -6,6 +6,8 @@ CORES := $(shell nproc)
 CUDA := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -c GPU)
 CONFIG ?= configs/cpu.yaml
 ARGS ?=
+# libgomp threads that spin make everything 10 times slower as soon as cores are shared
+export OMP_WAIT_POLICY ?= passive
 
 .PHONY: train test check
 train: .venv

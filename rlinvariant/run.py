@@ -32,6 +32,7 @@ def run(config: Config) -> None:
     with console.stage("loading transformers, TRL and vLLM"):
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
+        from safetensors import SafetensorError
         from transformers.utils import logging as transformers_logging
 
         transformers_logging.disable_progress_bar()
@@ -41,7 +42,7 @@ def run(config: Config) -> None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_path)
         model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"model={model_path}: cannot be loaded: {' '.join(str(error).split())[:400]}") from error
     train_dataset, eval_dataset = recipe.datasets(config, tokenizer)
 

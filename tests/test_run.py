@@ -1,4 +1,4 @@
-"""`accelerate launch train.py` from the outside: each mode, two processes, without W&B, resumed, and each mistake in one line."""
+"""`accelerate launch` from the outside: each mode, two processes, without W&B, resumed, and each mistake in one line."""
 
 import json
 import os
@@ -13,7 +13,6 @@ import pytest
 
 from rlinvariant.metrics import KEYS
 from rlinvariant.report.rundir import read_metrics
-from rlinvariant.rollout import request_seed
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "tests/trainer/tiny_recipe.py"
@@ -27,7 +26,7 @@ SMALL = (  # the arithmetic recipe, its sizes cut
 
 
 class Finished:
-    """A process that ran in a directory of its own, with the run NAME=run that it left there."""
+    """A process that ran in a directory of its own, and the runs that it left there."""
 
     def __init__(self, directory: Path, command: list[str], **environment: str) -> None:
         directory.mkdir()
@@ -35,55 +34,67 @@ class Finished:
         inherited |= {"PYTHONPATH": str(ROOT), "WANDB_MODE": "offline"} | environment
         done = subprocess.run(command, cwd=directory, env=inherited, capture_output=True, text=True, timeout=300)
         self.code, self.output, self.error = done.returncode, done.stdout, done.stderr
-        self.directory, self.run = directory, directory / "runs/run"
+        self.directory = directory
 
-    def rows(self) -> list[dict[str, Any]]:
+    def run(self, name: str) -> Path:
         assert self.code == 0, f"exit {self.code}\n{self.output[-2000:]}\n{self.error[-4000:]}"
-        return read_metrics(self.run)
-
-    def total(self, key: str) -> int:
-        return sum(int(row[f"onpolicy/{key}"]) for row in self.rows())
+        return self.directory / "runs" / name
 
 
-def launch(config: str, *flags: str) -> list[str]:
+def launch(config: str, script: str, *flags: str) -> list[str]:
     head = [str(ACCELERATE), "launch", "-q", "--config_file", str(ROOT / "configs" / config)]
-    return [*head, "--num_cpu_threads_per_process", "1", *flags, str(ROOT / "train.py")]
+    return [*head, "--num_cpu_threads_per_process", "1", *flags, str(ROOT / script)]
 
 
 @pytest.fixture(scope="module")
 def jobs(arithmetic_dir, tmp_path_factory) -> Mapping[str, Future[Finished]]:
     """All processes, two at a time with one thread each: most of a start is importing, on one core."""
     top = tmp_path_factory.mktemp("runs")
-    no_wandb, record = top / "no_wandb", top / "record"
-    no_wandb.mkdir()
-    record.mkdir()
-    # As if it were not installed: find_spec gives None and import raises ModuleNotFoundError.
-    (no_wandb / "sitecustomize.py").write_text("import sys\n\nsys.modules['wandb'] = None\n")
-    model = f"model={arithmetic_dir}"
-    small = [*SMALL, model, "run=run"]
-    one, two = launch("cpu.yaml"), launch("cpu2.yaml")
-    tiny = [f"recipe={RECIPE}", model, "run=run", "wandb.mode=disabled"]
+    shim = top / "shim"
+    shim.mkdir()
+    # As if wandb were not installed: find_spec gives None and import raises ModuleNotFoundError.
+    (shim / "sitecustomize.py").write_text("import sys\n\nsys.modules['wandb'] = None\n")
+    small = [*SMALL, f"model={arithmetic_dir}"]
     # 6 samples on each of 2 processes are 3 groups of 4: one is shared
-    ranks = ["trainer.per_device_train_batch_size=6"]
+    two = [f"recipe={RECIPE}", f"model={arithmetic_dir}", "run=two", "trainer.per_device_train_batch_size=6"]
     commands: dict[str, tuple[list[str], dict[str, str]]] = {
-        "mistakes": ([sys.executable, "-m", "tests.trainer.bad_runs", arithmetic_dir], {"OMP_NUM_THREADS": "1"}),
-        "two processes": ([*two, *tiny, *ranks], {"RECORD": str(record)}),
-        "exact": ([*one, *small], {}),
-        "off": ([*one, *small, "invariance=off", "wandb.mode=disabled"], {}),
-        "sampler": ([*one, *small, "invariance=sampler"], {"PYTHONPATH": f"{no_wandb}:{ROOT}"}),
-        "trainer": ([*one, *small, "invariance=trainer", "wandb.mode=disabled"], {}),
-        "autocast": ([*launch("cpu.yaml", "--mixed_precision", "bf16"), *small], {}),
+        "many": ([*launch("cpu.yaml", "tests/trainer/many_runs.py"), arithmetic_dir, *small], {}),
+        "exact": ([*launch("cpu.yaml", "train.py"), *small, "run=exact"], {}),
+        "two": ([*launch("cpu2.yaml", "train.py"), *two], {"RECORD": str(top), "PYTHONPATH": f"{shim}:{ROOT}"}),
+        "autocast": ([*launch("cpu.yaml", "train.py", "--mixed_precision", "bf16"), *small], {}),
     }
     pool = ThreadPoolExecutor(max_workers=2)
     return {
-        name: pool.submit(Finished, top / name.replace(" ", "_"), command, **environment)
-        for name, (command, environment) in commands.items()
+        name: pool.submit(Finished, top / name, command, **environment) for name, (command, environment) in commands.items()
     }
 
 
+@pytest.fixture(scope="module")
+def many(jobs) -> dict[str, Any]:
+    """What each run of many_runs.py gave, by name."""
+    done = jobs["many"].result()
+    lines = [line for line in done.output.splitlines() if line.startswith("RESULTS ")]
+    assert lines, done.output[-2000:] + done.error[-4000:]
+    return json.loads(lines[0].removeprefix("RESULTS "))
+
+
+@pytest.fixture
+def metrics_of(jobs):
+    """The rows of a run by its name."""
+
+    def rows(name: str) -> list[dict[str, Any]]:
+        return read_metrics(jobs[name if name in jobs else "many"].result().run(name))
+
+    return rows
+
+
+def total(rows: list[dict[str, Any]], key: str) -> int:
+    return sum(int(row[f"onpolicy/{key}"]) for row in rows)
+
+
 @pytest.mark.parametrize("invariance", ["exact", "off", "sampler", "trainer"])
-def test_every_mode_writes_every_metric(invariance, jobs):
-    rows = jobs[invariance].result().rows()
+def test_every_mode_writes_every_metric(invariance, metrics_of):
+    rows = metrics_of(invariance)
     assert [row["step"] for row in rows] == [1, 2]
     for row in rows:
         assert set(KEYS) <= row.keys()
@@ -91,77 +102,76 @@ def test_every_mode_writes_every_metric(invariance, jobs):
         assert row["onpolicy/group_unique_frac"] == 1
 
 
-def test_exact_mode_is_exact(jobs):
-    run = jobs["exact"].result()
-    assert run.total("mismatched_tokens") == 0 == run.total("unscored_tokens")
-    assert run.total("compared_tokens") >= TOKENS
-    assert run.rows()[-1]["onpolicy/exact_streak_tokens"] == run.total("compared_tokens")
-    assert f"mismatched 0 / {run.total('compared_tokens'):,} tokens, coverage 1" in run.output
+def test_exact_mode_is_exact(jobs, metrics_of):
+    rows = metrics_of("exact")
+    assert total(rows, "mismatched_tokens") == 0 == total(rows, "unscored_tokens")
+    assert rows[-1]["onpolicy/exact_streak_tokens"] == total(rows, "compared_tokens") >= TOKENS
+    assert f"mismatched 0 / {total(rows, 'compared_tokens'):,} tokens, coverage 1" in jobs["exact"].result().output
 
 
 @pytest.mark.parametrize("invariance", ["off", "sampler", "trainer"])
-def test_a_stock_side_is_seen_at_every_step(invariance, jobs):
+def test_a_stock_side_is_seen_at_every_step(invariance, metrics_of, many):
     """Control."""
-    for row in jobs[invariance].result().rows():
+    assert many[invariance]["code"] == 0
+    for row in metrics_of(invariance):
         assert row["onpolicy/mismatched_tokens"] > 0 and 0 < row["onpolicy/logprob_absdiff/max"] < 1
-    assert "first mismatch: sequence" in jobs[invariance].result().output
+    assert many[invariance]["output"].count("first mismatch: sequence") == 2
 
 
 def test_a_run_leaves_its_files(jobs):
-    run = jobs["exact"].result()
-    assert run.code == 0, run.error
-    config = json.loads((run.run / "config.json").read_text())
+    run = jobs["exact"].result().run("exact")
+    config = json.loads((run / "config.json").read_text())
     assert config["steps"] == {"value": 2, "source": "command line"}
-    environment = json.loads((run.run / "environment.json").read_text())
-    assert environment["wandb"] == "offline" and list((run.run / "wandb").glob("offline-run-*"))
-    samples = [json.loads(line) for line in (run.run / "samples.jsonl").read_text().splitlines()]
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["wandb"] == "offline" and list((run / "wandb").glob("offline-run-*"))
+    samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     assert samples and {"step", "prompt", "completion", "reward"} <= samples[0].keys()
-    assert (run.run / "checkpoints/checkpoint-2/model.safetensors").exists()
+    assert (run / "checkpoints/checkpoint-2/model.safetensors").exists()
 
 
 def test_wandb_may_be_absent(jobs):
-    run = jobs["sampler"].result()
-    assert len(run.rows()) == 2
-    assert json.loads((run.run / "environment.json").read_text())["wandb"] == "disabled"
+    environment = json.loads((jobs["two"].result().run("two") / "environment.json").read_text())
+    assert environment["wandb"] == "disabled"
 
 
-def test_two_processes_are_exact_and_their_metrics_are_summed(jobs):
-    run = jobs["two processes"].result()
-    rows = run.rows()
-    asked = [
-        [json.loads(line) for line in (run.directory.parent / f"record/{rank}.jsonl").read_text().splitlines()]
-        for rank in (0, 1)
-    ]
-    assert len(asked[0]) == len(asked[1]) == len(rows) == 2
-    for row, *rollouts in zip(rows, *asked, strict=True):
+@pytest.fixture(scope="module")
+def asked(jobs) -> list[list[dict[str, Any]]]:
+    """What each of two processes asked of its sampler, rollout by rollout."""
+    directory = jobs["two"].result().directory.parent
+    files = [(directory / f"{rank}.jsonl").read_text().splitlines() for rank in (0, 1)]
+    return [[json.loads(line) for line in lines] for lines in files]
+
+
+def test_two_processes_are_exact_and_their_metrics_are_summed(metrics_of, asked):
+    for row, *rollouts in zip(metrics_of("two"), *asked, strict=True):
         completions = [c for rollout in rollouts for c in rollout["completions"]]
         assert len(completions) == 12
         assert row["onpolicy/compared_tokens"] == sum(map(len, completions)) >= 12 * 8
         assert row["onpolicy/mismatched_tokens"] == 0 == row["onpolicy/unscored_tokens"]
         assert row["rollout/len_max"] == max(map(len, completions))
+        assert row["rollout/len_mean"] == sum(map(len, completions)) / 12
         assert row["onpolicy/group_unique_frac"] == 1 == row["onpolicy/weights_equal"]
-        # the third and fourth samples of the second group are the second rank's first two
-        first, second = rollouts
-        assert first["prompts"][4:] == [first["prompts"][4]] * 2 == second["prompts"][:2] != second["prompts"][2:4]
 
 
-def test_two_processes_draw_distinct_seeds(jobs):
-    run = jobs["two processes"].result()
-    run.rows()
-    files = (run.directory.parent / f"record/{rank}.jsonl" for rank in (0, 1))
-    seeds = [seed for file in files for line in file.read_text().splitlines() for seed in json.loads(line)["seeds"]]
-    assert len(set(seeds)) == len(seeds) == 2 * 12
-    assert all(0 <= seed < 2**63 for seed in seeds) and request_seed(0, 0, 0, 0) not in seeds[1:]
+def test_a_group_may_span_two_processes(asked):
+    """4 + 2 on the first, 2 + 4 on the second."""
+    for first, second in zip(*asked, strict=True):
+        prompts = [tuple(p) for p in first["prompts"] + second["prompts"]]
+        assert [len(set(prompts[i : i + 4])) for i in (0, 4, 8)] == [1, 1, 1] and len(set(prompts)) == 3
 
 
-def test_a_run_may_be_resumed(jobs):
+def test_two_processes_draw_distinct_seeds(asked):
+    seeds = [seed for rollouts in asked for rollout in rollouts for seed in rollout["seeds"]]
+    assert len(set(seeds)) == len(seeds) == 2 * 2 * 6
+
+
+def test_a_run_may_be_resumed(metrics_of, many):
     """Two steps, then two more of the same run: by `resume=true`, and exact."""
-    mistakes = jobs["mistakes"].result()
-    results = outcomes(mistakes)
-    assert results["interrupted"] == results["resumed"] == {"code": 0, "error": ""}, results
-    rows = read_metrics(mistakes.directory / "runs/resumed")
+    assert many["interrupted"]["code"] == 0 == many["resumed"]["code"], many["resumed"]["error"]
+    rows = metrics_of("resumed")
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
-    assert all(row["onpolicy/mismatched_tokens"] == 0 and row["onpolicy/coverage"] == 1 for row in rows)
+    assert total(rows, "mismatched_tokens") == 0 == total(rows, "unscored_tokens")
+    assert total(rows, "compared_tokens") >= 2 * TOKENS
 
 
 def test_autocast_is_refused_in_one_line(jobs):
@@ -169,13 +179,7 @@ def test_autocast_is_refused_in_one_line(jobs):
     errors = [line for line in run.error.splitlines() if line.startswith("error: ")]
     assert run.code != 0 and len(errors) == 1, run.error
     assert "ACCELERATE_MIXED_PRECISION=bf16: expected no" in errors[0] and "--mixed_precision" in errors[0]
-    assert not run.run.exists()
-
-
-def outcomes(mistakes: Finished) -> dict[str, dict[str, Any]]:
-    lines = [line for line in mistakes.output.splitlines() if line.startswith("RESULTS ")]
-    assert lines, mistakes.error[-4000:]
-    return json.loads(lines[0].removeprefix("RESULTS "))
+    assert not (run.directory / "runs").exists()
 
 
 # mistake -> what its one line must say
@@ -198,8 +202,8 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_gives_one_line(mistake, jobs):
-    found = outcomes(jobs["mistakes"].result())[mistake]
+def test_a_mistake_gives_one_line(mistake, many):
+    found = many[mistake]
     lines = found["error"].splitlines()
     assert found["code"] == 2 and len(lines) == 1 and lines[0].startswith("error: "), found["error"][-3000:]
     for words in MISTAKES[mistake]:

@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rlinvariant.errors import UserError
+
 SOURCE = Path(__file__).with_name("cpu.c")
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fopenmp", "-fPIC", "-shared")
 DTYPES = (torch.bfloat16, torch.float32)
@@ -45,7 +47,7 @@ def cache_dir() -> Path:
 def _compiler() -> str:
     name = os.environ.get("CC", "gcc")
     if (path := shutil.which(name)) is None:
-        raise RuntimeError(f"C compiler {name} not found: exact mode on CPU builds kernels/cpu.c; install gcc, or set CC")
+        raise UserError(f"C compiler {name} not found: exact mode on CPU builds kernels/cpu.c; install gcc, or set CC")
     return path
 
 

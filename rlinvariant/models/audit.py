@@ -121,7 +121,14 @@ def require_exact(model: Any) -> None:
 
     The second check sees what the stock forward does to logits and the path through `ops.token_logprobs` would skip.
     """
-    if found := audit(model):
+    try:
+        found = audit(model)
+    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+        kinds = ", ".join(sorted({type(m).__name__ for m in model.modules()}))
+        raise UnsupportedModel(
+            f"{type(model).__name__} cannot run packed through ops ({error}); its modules: {kinds}"
+        ) from error
+    if found:
         listed = ", ".join(sorted(f"{f.op} in {f.module}" for f in found))
         raise UnsupportedModel(
             f"{type(model).__name__} computes outside rlinvariant.ops: {listed}. Its bits would depend on the batch; "

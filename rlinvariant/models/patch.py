@@ -34,6 +34,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from rlinvariant import ops
 from rlinvariant.errors import UserError
+from rlinvariant.kernels import cpu
 
 ATTENTION = "rlinvariant"  # name of the attention implementation, in transformers' registry
 HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)  # those of vLLM's CPU key-value cache
@@ -142,6 +143,7 @@ def _epsilon(norm: Any) -> Any:
 def _require_same_function(module: nn.Module, rule: type) -> None:
     """Raise unless the swapped module computes what the original does, on random weights and input, in fp32."""
     name, what = type(module).__name__, rule.__name__[1:]
+    cpu.library()  # a missing compiler is no property of the module
     with torch.device("cpu"), torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         try:

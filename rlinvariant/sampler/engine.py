@@ -153,6 +153,8 @@ class Sampler:
             refused := [f"{k}={sampling[k]}" for k, v in WHOLE.items() if sampling.get(k, v) not in (v, None)]
         ):
             raise UserError(f"{', '.join(refused)}: an exact sampler draws from the whole distribution; remove it")
+        if empty := [i for i, p in enumerate(prompts) if not p]:
+            raise UserError(f"prompt {empty[0]} of this batch has no tokens: is it blank, or has model= no tokenizer?")
         longest = max(map(len, prompts), default=0)
         if longest + max_tokens > (limit := self.llm.llm_engine.model_config.max_model_len):
             raise UserError(

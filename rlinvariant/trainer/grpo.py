@@ -4,6 +4,7 @@ Four of TRL's methods are replaced, each by a leaf that does the same job: sampl
 logging. Rewards, advantages, losses, optimisation, checkpoints and resuming stay TRL's.
 """
 
+import copy
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -91,8 +92,9 @@ class InvariantGRPOTrainer(GRPOTrainer):
                 check_dataset(kwargs[name], name.removesuffix("_dataset"))
         rewards = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         if self._trainer_is_invariant:
-            make_invariant(model, dtype)
-            require_exact(model)
+            require_exact(make_invariant(model, dtype))
+        elif self._sampler_is_invariant:
+            require_exact(make_invariant(copy.deepcopy(model), dtype))  # what the sampler will run
         super().__init__(model, [checked_reward(f) for f in rewards], args, **kwargs)
         if self.accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
             kind = self.accelerator.distributed_type.value

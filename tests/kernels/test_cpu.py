@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rlinvariant import ops
 from rlinvariant.bits import assert_bits_equal, compare
+from rlinvariant.errors import UserError
 from rlinvariant.kernels import cpu
 from tests.ladders import DTYPES, dtype_name, gradients, randn
 
@@ -162,9 +163,9 @@ def test_bf16_rounds_to_nearest_even_as_torch_does():
 def test_a_missing_compiler_is_named(monkeypatch, tmp_path):
     monkeypatch.setenv("CC", "/nonexistent/cc")
     monkeypatch.setenv("RLINVARIANT_CACHE", str(tmp_path))
-    with pytest.raises(RuntimeError, match="install gcc, or set CC"):
+    with pytest.raises(UserError, match="install gcc, or set CC"):
         cpu.compile_library(tmp_path / "cpu.so")
-    with pytest.raises(RuntimeError, match="install gcc, or set CC"):
+    with pytest.raises(UserError, match="install gcc, or set CC"):
         cpu.library.__wrapped__()
     assert not list(tmp_path.iterdir())
 

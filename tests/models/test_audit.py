@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import nn
 
 from rlinvariant import ops
@@ -129,6 +130,26 @@ def test_phi3_is_refused_by_class_and_operation():
     model = make_invariant(build("Phi3", num_attention_heads=2, num_key_value_heads=1, pad_token_id=0))
     with pytest.raises(UnsupportedModel, match=r"aten\.silu\.default in SiLUActivation"):
         require_exact(model)
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.5])
+def test_a_forward_that_scales_its_logits_is_refused(factor):
+    """Scaling is IEEE arithmetic, which audit lets pass, but scoring by token_ids would skip it. Control: a factor of 1."""
+
+    class Scaled(transformers.LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            out = super().forward(*args, **kwargs)
+            out.logits = out.logits * factor
+            return out
+
+    torch.manual_seed(0)
+    model = make_invariant(Scaled(build("llama").config), torch.float32)
+    assert audit(model) == []
+    if factor == 1.0:
+        require_exact(model)
+    else:
+        with pytest.raises(UnsupportedModel, match="logits"):
+            require_exact(model)
 
 
 def test_audit_leaves_the_model_as_it_was():

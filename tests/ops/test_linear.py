@@ -8,7 +8,7 @@ from torch import Tensor
 from rlinvariant import ops
 from rlinvariant.bits import assert_bits_equal
 from tests import ladders
-from tests.ladders import DTYPES, dtype_name, randn, threads
+from tests.ladders import DTYPES, LADDER, dtype_name, randn, threads
 
 module = importlib.import_module("rlinvariant.ops.linear")  # the package attribute of this name is the function
 
@@ -112,6 +112,16 @@ def test_a_gemm_that_is_not_exact_takes_the_written_route(monkeypatch):
     monkeypatch.setattr(module, "is_exact", lambda *_: True)
     ops.linear(x, w)
     assert "vendor" in module.routes()["7x72 float32"]
+
+
+def test_the_vendor_is_called_with_proven_row_counts_alone(monkeypatch):
+    x, w = cancelling(1024, 8, 72, torch.float32)
+    vendor, called = F.linear, set()
+    monkeypatch.setattr(module, "is_exact", lambda *_: True)
+    monkeypatch.setattr(module.F, "linear", lambda x, w, b: called.add(len(x)) or vendor(x, w, b))
+    for m in LADDER:
+        assert ops.linear(x[:m], w).shape == (m, 8)
+    assert called <= set(range(module.STEP, module.ROWS + 1, module.STEP))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)

@@ -99,6 +99,14 @@ def test_strides_change_no_bits(dtype):
     assert_bits_equal(strided, torch.cat(whole, 1), "gradients of strided halves")
 
 
+def test_a_second_derivative_is_an_error():
+    """Of every op alike: the derivative is not itself an operator, and must not be taken for a constant."""
+    gate, up = (x.requires_grad_() for x in operands(2, 8, torch.float32))
+    (first,) = torch.autograd.grad(ops.swiglu(gate, up).square().sum(), gate, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        torch.autograd.grad(first.sum(), gate)
+
+
 def test_no_rows_give_no_rows():
     x = randn(0, 64)
     assert ops.swiglu(x, x).shape == (0, 64)

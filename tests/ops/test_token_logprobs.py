@@ -156,6 +156,17 @@ def test_each_gradient_alone_matches_float64(output):
     ladders.assert_as_accurate(run(ops.token_logprobs), run(stock), run(stock), hidden, weight, grad=True)
 
 
+def test_gradient_of_a_certain_token_does_not_cancel():
+    """1 - p of a token whose probability is nearly 1, to fp32's relative accuracy; stock fp32 gives 0."""
+    hidden, weight = spikes([20.0, 0.0, -1.0, 1.0], torch.float32)
+    ours, theirs, exact = (
+        ladders.gradients(lambda w, f=f: f(hidden.to(w.dtype), w, torch.tensor([0]), 1.0)[0], (w,))[0].double()
+        for f, w in ((ops.token_logprobs, weight), (stock, weight), (stock, weight.double()))
+    )
+    torch.testing.assert_close(ours, exact, rtol=1e-6, atol=0)
+    assert theirs[0] == 0  # control
+
+
 def test_gradients_of_likely_and_unlikely_tokens_match_float64():
     """p of the token near 1, and near 0."""
     hidden, weight = spikes([12.0, 0.0, -1.0, 1.0], torch.float32)

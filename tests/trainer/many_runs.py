@@ -1,0 +1,115 @@
+"""`train.py`'s command, many times in one process, since most of a start is importing: each mode, a resumed run, each mistake.
+
+    accelerate launch many_runs.py MODEL ARGUMENTS-OF-A-SMALL-RUN
+
+Prints, as JSON, the exit code and what went to stderr and stdout, by name.
+"""
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+RECIPE = f"recipe={Path(__file__).with_name('tiny_recipe.py')}"
+RESULTS: dict[str, dict[str, Any]] = {}
+
+
+def attempt(name: str, *arguments: str) -> None:
+    from rlinvariant.cli import train
+
+    output, error = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stderr(error), contextlib.redirect_stdout(output):
+        try:
+            code: Any = train(["wandb.mode=disabled", *arguments])
+        except BaseException:
+            code = "traceback"
+            traceback.print_exc()
+    RESULTS[name] = {"code": code, "error": error.getvalue(), "output": output.getvalue()}
+
+
+def mistake(name: str, *arguments: str) -> None:
+    attempt(name, RECIPE, f"run={name.replace(' ', '_').replace(',', '')}", *arguments)
+
+
+def damaged(model: str, name: str, **changes: Any) -> str:
+    """A copy of the checkpoint with another config.json, or without readable weights."""
+    shutil.copytree(model, name)
+    config = Path(name, "config.json")
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    return name
+
+
+def random_model(model: str, name: str, config: Any) -> str:
+    from transformers import AutoModelForCausalLM
+
+    shutil.copytree(model, name, ignore=shutil.ignore_patterns("config.json", "*.safetensors"))
+    AutoModelForCausalLM.from_config(config).save_pretrained(name)
+    return name
+
+
+def main(model: str, small: list[str]) -> None:
+    for invariance in ("off", "sampler", "trainer"):
+        attempt(invariance, *small, f"invariance={invariance}", f"run={invariance}")
+    attempt("interrupted", RECIPE, f"model={model}", "run=resumed", "trainer.save_steps=2")
+    attempt("resumed", RECIPE, f"model={model}", "run=resumed", "resume=true", "steps=4")
+    for fault in ("no prompt", "long prompt", "reward raises", "reward too short"):
+        mistake(fault, f"model={model}", f"data.fault={fault}")
+    unreadable(model)
+    unsupported(model)
+    no_plugin(model)
+    no_compiler(model)
+    print("RESULTS", json.dumps(RESULTS))
+
+
+def unreadable(model: str) -> None:
+    path = damaged(model, "no_weights")
+    Path(path, "model.safetensors").unlink()
+    mistake("no weights", f"model={path}")
+    path = damaged(model, "torn")
+    Path(path, "model.safetensors").write_bytes(Path(model, "model.safetensors").read_bytes()[:5000])
+    mistake("torn weights", f"model={path}")
+    mistake("unknown architecture", f"model={damaged(model, 'unknown', model_type='qwen99')}")
+    path = damaged(model, "no_tokenizer")
+    for file in Path(path).glob("tokenizer*"):
+        file.unlink()
+    mistake("no tokenizer", f"model={path}")
+
+
+def unsupported(model: str) -> None:
+    from transformers import GPT2Config, MistralConfig, Qwen3Config
+
+    sizes = {"vocab_size": 99, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64}
+    config = GPT2Config(vocab_size=99, n_embd=64, n_layer=1, n_head=2, n_positions=128, bos_token_id=1, eos_token_id=2)
+    path = random_model(model, "gpt2", config)
+    mistake("GPT-2", f"model={path}")
+    mistake("GPT-2, sampler", f"model={path}", "invariance=sampler")
+    mistake("head of 16", f"model={random_model(model, 'small_heads', Qwen3Config(**sizes, head_dim=16))}")
+    window = MistralConfig(**sizes, head_dim=32, sliding_window=8)
+    mistake("sliding window", f"model={random_model(model, 'window', window)}")
+
+
+def no_plugin(model: str) -> None:
+    """vLLM as it is where rlinvariant's entry point is not found: it has loaded its plugins, and ours is not among them."""
+    from vllm.model_executor.layers import quantization
+
+    methods = [m for m in quantization.QUANTIZATION_METHODS if m != "rlinvariant"]
+    with mock.patch.object(quantization, "QUANTIZATION_METHODS", methods):
+        mistake("no plugin", f"model={model}")
+
+
+def no_compiler(model: str) -> None:
+    from rlinvariant.kernels import cpu
+
+    cpu.library.cache_clear()
+    with mock.patch.dict(os.environ, CC="no-such-compiler", RLINVARIANT_CACHE=os.path.abspath("kernels")):
+        mistake("no compiler", f"model={model}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])
