@@ -31,8 +31,8 @@ def run(config: Config) -> None:
     _quiet()
     with console.stage("loading transformers, TRL and vLLM"):
         import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
         from safetensors import SafetensorError
+        from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils import logging as transformers_logging
 
         transformers_logging.disable_progress_bar()

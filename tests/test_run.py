@@ -191,7 +191,7 @@ MISTAKES = {
     "no weights": ["model=no_weights", "no file named model.safetensors"],
     "torn weights": ["model=torn", "cannot be loaded"],
     "unknown architecture": ["model=unknown", "qwen99"],
-    "no tokenizer": ["model=no_tokenizer", "token"],
+    "no tokenizer": ["no tokens", "no tokenizer"],
     "GPT-2": ["GPT2LMHeadModel"],
     "GPT-2, sampler": ["GPT2LMHeadModel"],
     "head of 16": ["Qwen3ForCausalLM", "head_dim=16", "32, 64"],

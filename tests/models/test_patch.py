@@ -35,9 +35,9 @@ def build(family: str, **overrides: object) -> PreTrainedModel:
     """A stock fp32 model whose norms, biases and weights all count; the same weights at every call."""
     name, kwargs = FAMILIES.get(family, (family, {}))
     config = getattr(transformers, f"{name}Config")(**{**SMALL, **kwargs, **overrides})
-    torch.manual_seed(0)
-    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
-    with torch.no_grad():
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
         for p in model.parameters():
             p.normal_(0, 0.1) if p.dim() > 1 else p.normal_(0.8, 0.2)
     return model

@@ -31,7 +31,7 @@ def cancelling(rows: int, n: int, k: int, dtype: torch.dtype) -> tuple[Tensor, T
     x, w, order = (
         randn(rows, k, seed=1, wide=True),
         randn(n, k, seed=2),
-        torch.randperm(k, generator=torch.manual_seed(3)),
+        torch.randperm(k, generator=torch.Generator().manual_seed(3)),
     )
     a, b = order[: k // 2], order[k // 2 : k // 2 * 2]
     x[:, a], w[:, a] = -x[:, b], w[:, b]
