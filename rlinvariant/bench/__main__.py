@@ -10,6 +10,7 @@ NAMES = {
     "ops": "each op against PyTorch's, transformers' or vLLM's own, forward and forward + backward",
     "trainer": "log-probs and their gradients, with peak memory, against TRL's own path",
     "step": "whole steps of the recipe arithmetic, exact against invariance=off",
+    "parity": "tokens whose log-prob differs: sampler against itself and against the trainer, with controls",
     "report": "print the results as Markdown",
 }
 
@@ -35,6 +36,8 @@ def main(argv: list[str]) -> int:
         from rlinvariant.bench.ops import rows
     elif options.name == "trainer":
         from rlinvariant.bench.trainer import rows
+    elif options.name == "parity":
+        from rlinvariant.bench.parity import rows
     else:
         from rlinvariant.bench.step import rows
     print(measure.write(options.out / f"{options.name}.json", rows, options.tiny))

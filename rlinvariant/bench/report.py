@@ -11,6 +11,9 @@ def markdown(directory: Path) -> str:
     """One section for each file of `directory`."""
     sections = []
     for path in sorted(directory.glob("*.json")):
+        if path.stem == "parity":
+            sections.append("### parity\n\n" + _parity(json.loads(path.read_text())["rows"]))
+            continue
         content = json.loads(path.read_text())
         environment, lines = content["environment"], [HEAD]
         for row in content["rows"]:
@@ -28,3 +31,17 @@ def markdown(directory: Path) -> str:
 
 def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _parity(rows: list[dict]) -> str:
+    """One line per model and comparison: the two temperatures and the two micro-batches are added up."""
+    table: dict[tuple[str, str, str], list[int]] = {}
+    for row in rows:
+        key = (f"{row['model']}, {row['dtype']}", row["compared"].split(", T =")[0].split(", micro")[0], row["control"])
+        sums = table.setdefault(key, [0, 0, 0])
+        for i, name in enumerate(("tokens", "mismatched", "control_mismatched")):
+            sums[i] += row[name]
+    lines = ["| model | compared | mismatched / tokens | control: stock kernels |", "|---|---|--:|--:|"]
+    for (model, compared, _), (tokens, mismatched, control) in table.items():
+        lines.append(f"| {model} | {compared} | **{mismatched:,}** / {tokens:,} | {control:,} / {tokens:,} |")
+    return "\n".join(lines)

@@ -214,10 +214,10 @@ def test_log_probs_are_finite(reference):
 
 
 def placed(linear, x, weight, bias=None):
-    """A product whose rows in the second half of the batch sum over K backwards: where a row stands changes its bits."""
+    """A product that is about an ulp larger in the second half of the batch: where a row stands changes its bits."""
     y = linear(x, weight, bias)
-    rows, half = y.flatten(0, -2), x.numel() // x.shape[-1] // 2
-    rows[half:] = linear(x.flatten(0, -2)[half:].flip(-1), weight.flip(-1), bias)
+    rows = y.flatten(0, -2)
+    rows[len(rows) // 2 :] *= 1 + 2**-7
     return y
 
 

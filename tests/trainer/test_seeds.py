@@ -58,10 +58,9 @@ def test_seeds_are_those_of_the_run(seeds_of):
 
 def test_seeds_differ_between_ranks(arithmetic_dir, exact_engine, tmp_path):
     """Two ranks with 6 requests each and groups of 4: the group that they share goes on counting on the second rank."""
-    trainer = new_trainer(arithmetic_dir, exact_engine, tmp_path).trainer
 
     def of_rank(rank: int, count: int) -> list[int]:
-        trainer._rollouts = (0, 0)
+        trainer = new_trainer(arithmetic_dir, exact_engine, tmp_path).trainer
         with mock.patch.object(Accelerator, "process_index", rank):
             return trainer._seeds(count, 4)
 
@@ -69,10 +68,10 @@ def test_seeds_differ_between_ranks(arithmetic_dir, exact_engine, tmp_path):
     assert len(set(of_rank(0, 12))) == 12
 
 
-def test_evaluation_draws_other_seeds(arithmetic_dir, exact_engine, tmp_path):
+def test_evaluation_draws_seeds_of_its_own(arithmetic_dir, exact_engine, tmp_path):
     trainer = new_trainer(arithmetic_dir, exact_engine, tmp_path).trainer
-    trainer.model.train()
-    training = trainer._seeds(16, 4)
-    trainer._rollouts = (0, -1)
-    trainer.model.eval()
-    assert not set(training) & set(trainer._seeds(16, 4))
+    seeds = []
+    for mode in (True, False, True, False):
+        trainer.model.train(mode)
+        seeds += trainer._seeds(16, 4)
+    assert len(set(seeds)) == 4 * 16

@@ -1,0 +1,262 @@
+"""Each op against what it takes the place of."""
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, apply_rotary_pos_emb
+
+from rlinvariant import bits, ops
+from rlinvariant.bench.measure import Row, pair
+
+EPS = 1e-6
+T = 0.7  # temperature
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of a model, and of a batch: `sequences` of `length` tokens each."""
+
+    name: str
+    hidden: int
+    mlp: int
+    heads: int
+    kv_heads: int
+    vocab: int
+    sequences: int
+    length: int
+
+    @property
+    def head_dim(self) -> int:
+        return 32 if self.hidden <= 128 else 64
+
+
+RECIPE = Size("recipe", 128, 384, 4, 2, 98, 128, 40)
+LARGER = Size("512", 512, 1408, 8, 4, 32000, 16, 256)
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    ours: Callable[..., Any]
+    stock: Callable[..., Any]
+    inputs: tuple[Tensor, ...]
+    sliced: int  # how many of the inputs have a row per token or sequence: the first ones
+    unit: int = 1  # consecutive rows that belong together
+    gradients: tuple[int, ...] = ()  # inputs to differentiate by; none: forward alone
+    same: bool = True  # both compute the same numbers, up to rounding
+
+
+def rows(tiny: bool) -> list[Row]:
+    torch.manual_seed(0)
+    sizes = [Size("tiny", 128, 64, 4, 2, 98, 8, 16)] if tiny else [RECIPE, LARGER]
+    return [_row(case, 0.05 if tiny else 2.0) for size in sizes for case in _cases(size)]
+
+
+def _row(case: Case, seconds: float) -> Row:
+    """Bits first, then time."""
+    with torch.no_grad():
+        full = [_tuple(f(*case.inputs)) for f in (case.ours, case.stock)]
+        if case.same:
+            for ours, stock in zip(*full, strict=True):
+                torch.testing.assert_close(ours.float(), stock.float(), rtol=0.05, atol=0.05)
+        invariant = [_invariant(f, case, out) for f, out in zip((case.ours, case.stock), full, strict=True)]
+    assert invariant[0], f"{case.name}: a row's bits depend on its batch"
+    calls = [_call(f, case) for f in (case.ours, case.stock)]
+    numbers = pair(calls[0], calls[1], seconds)
+    return Row("ops", case.name, target=None, bits_equal={"ours": invariant[0], "stock": invariant[1]}, **numbers)
+
+
+def _invariant(function: Callable[..., Any], case: Case, full: tuple[Tensor, ...]) -> bool:
+    """Whether the first rows come out the same alone and in the whole batch."""
+    count = len(case.inputs[0]) // case.unit
+    for k in sorted({1, 2, 3, 9, count // 2 + 1} & set(range(1, count))):
+        n = k * case.unit
+        part = _tuple(function(*(x[:n].clone() for x in case.inputs[: case.sliced]), *case.inputs[case.sliced :]))
+        if any(bits.compare(some, whole[:n]) is not None for some, whole in zip(part, full, strict=True)):
+            return False
+    return True
+
+
+def _call(function: Callable[..., Any], case: Case) -> Callable[[], Any]:
+    if not case.gradients:
+        return lambda: _no_grad(function, case.inputs)
+    inputs = [x.detach().requires_grad_(i in case.gradients) for i, x in enumerate(case.inputs)]
+    wanted = [inputs[i] for i in case.gradients]
+    upstream = [torch.randn_like(x) for x in _tuple(function(*inputs))]
+    return lambda: torch.autograd.grad(_tuple(function(*inputs)), wanted, upstream)
+
+
+def _no_grad(function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> Any:
+    with torch.no_grad():
+        return function(*inputs)
+
+
+def _tuple(x: Any) -> tuple[Tensor, ...]:
+    return x if isinstance(x, tuple) else (x,)
+
+
+def _cases(s: Size) -> Iterator[Case]:
+    tokens, decode = s.sequences * s.length, s.sequences
+    for m in sorted({1, 16, decode, tokens}):
+        yield from _linear(s, m, train=m == tokens)
+        yield from _elementwise(s, m, train=m == tokens)
+    yield from _attention(s)
+    yield from _head(s, min(tokens, 1024 if s.vocab > 10000 else tokens), decode)
+
+
+def _name(s: Size, op: str, shape: str, train: bool = False) -> str:
+    return f"{op}, {s.name}, {shape}, {'forward + backward' if train else 'forward'}"
+
+
+def _linear(s: Size, m: int, train: bool) -> Iterator[Case]:
+    shape, bf16 = f"{m} x {s.hidden} -> {s.mlp}", torch.bfloat16
+    x, w = torch.randn(m, s.hidden), torch.randn(s.mlp, s.hidden) / s.hidden**0.5
+    yield Case(_name(s, "linear", shape), ops.linear, F.linear, (x.to(bf16), w.to(bf16)), 1)
+    yield Case(_name(s, "linear fp32", shape), ops.linear, F.linear, (x, w), 1)
+    if train:  # fp32 masters
+        stock = lambda x, w: F.linear(x, w.to(x.dtype))  # noqa: E731
+        yield Case(_name(s, "linear", shape, True), ops.linear, stock, (x.to(bf16), w), 1, gradients=(0, 1))
+    else:
+        vllm = _vllm_cpu()[1]
+        packed, n = torch.ops._C.convert_weight_packed(w.to(bf16)), s.mlp
+        stock = lambda x, w: vllm.weight_packed_linear_cpu(x, packed, n, None)  # noqa: E731
+        yield Case(_name(s, "linear (stock: vLLM's)", shape), ops.linear, stock, (x.to(bf16), w.to(bf16)), 1)
+
+
+def _elementwise(s: Size, m: int, train: bool) -> Iterator[Case]:
+    if m == 1:
+        return
+    x, y = torch.randn(2, m, s.hidden, dtype=torch.bfloat16)
+    norm = Qwen3RMSNorm(s.hidden, EPS)
+
+    def rms(x: Tensor, w: Tensor) -> Tensor:
+        norm._parameters["weight"] = w  # type: ignore[assignment]
+        return norm(x).to(x.dtype)
+
+    def add_rms(x: Tensor, y: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        return rms(x + y, w), x + y
+
+    half = s.head_dim // 2
+    q, k = (torch.randn(m, n, s.head_dim, dtype=torch.bfloat16) for n in (s.heads, s.kv_heads))
+    angle = torch.arange(m)[:, None] / 10000 ** (torch.arange(half) / half)
+    cos, sin = angle.cos(), angle.sin()
+
+    def turn(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        return ops.rope(q, cos, sin), ops.rope(k, cos, sin)
+
+    def turn_stock(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+        wide = [torch.cat((x, x), -1)[None].to(q.dtype) for x in (cos, sin)]
+        turned = apply_rotary_pos_emb(*(x.transpose(0, 1)[None] for x in (q, k)), *wide)
+        return tuple(x[0].transpose(0, 1) for x in turned)
+
+    gate, up = torch.randn(2, m, s.mlp, dtype=torch.bfloat16)
+    w = torch.ones(s.hidden)
+    for both in (False, True) if train else (False,):
+        wide, heads = f"{m} x {s.hidden}", f"{m} x {s.heads}+{s.kv_heads} x {s.head_dim}"
+        weight = w if both else w.bfloat16()
+        ours = lambda x, w: ops.rms_norm(x, w, EPS)  # noqa: E731
+        yield Case(_name(s, "rms_norm", wide, both), ours, rms, (x, weight), 1, gradients=(0, 1) if both else ())
+        ours = lambda x, y, w: ops.add_rms_norm(x, y, w, EPS)  # noqa: E731
+        yield Case(_name(s, "add_rms_norm", wide, both), ours, add_rms, (x, y, weight), 2, gradients=(0, 1, 2) if both else ())
+        yield Case(_name(s, "rope", heads, both), turn, turn_stock, (q, k, cos, sin), 4, gradients=(0, 1) if both else ())
+        stock = lambda gate, up: F.silu(gate) * up  # noqa: E731
+        shape = f"{m} x {s.mlp}"
+        yield Case(_name(s, "swiglu", shape, both), ops.swiglu, stock, (gate, up), 2, gradients=(0, 1) if both else ())
+
+
+def _attention(s: Size) -> Iterator[Case]:
+    b, t, d, scale = s.sequences, s.length, s.head_dim, s.head_dim**-0.5
+    q, k, v = (torch.randn(b * t, n, d, dtype=torch.bfloat16) for n in (s.heads, s.kv_heads, s.kv_heads))
+
+    def packed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return ops.attention(q, k, v, torch.arange(0, len(q) + 1, t, dtype=torch.int32), scale)
+
+    def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.unflatten(0, (-1, t)).transpose(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+        return out.transpose(1, 2).flatten(0, 1)
+
+    shape = f"{b} x {t} x {s.heads}/{s.kv_heads} x {d}"
+    for both in (False, True):
+        yield Case(_name(s, "attention", shape, both), packed, sdpa, (q, k, v), 3, t, gradients=(0, 1, 2) if both else ())
+    yield _decode(s, shape)
+
+
+def _decode(s: Size, shape: str) -> Case:
+    """One query per sequence against the paged cache, as the sampler decodes."""
+    b, t, d, scale, page = s.sequences, s.length, s.head_dim, s.head_dim**-0.5, 128
+    width = -(-t // page)
+    cache = torch.randn(b * width, s.kv_heads, page, 2 * d, dtype=torch.bfloat16)
+    table = torch.arange(b * width, dtype=torch.int32).view(b, width)
+    lens, q = torch.full((b,), t, dtype=torch.int32), torch.randn(b, s.heads, d, dtype=torch.bfloat16)
+    backend, vllm = _vllm_cpu()
+    isa = backend._get_attn_isa(q.dtype, page, d, "auto")
+    keys, values = cache.view(*cache.shape[:2], 2 * page, d).chunk(2, dim=2)
+
+    def starts(q: Tensor) -> Tensor:
+        return torch.arange(len(q) + 1, dtype=torch.int32)
+
+    def schedule(q: Tensor, lens: Tensor) -> Tensor:
+        return vllm.cpu_attn_get_scheduler_metadata(
+            num_reqs=len(q), num_heads=s.heads, num_kv_heads=s.kv_heads, head_dim=d, seq_lens=lens, dtype=q.dtype,
+            query_start_loc=starts(q), causal=True, sliding_window_size=-1, isa=isa, enable_kv_split=True,
+        )  # fmt: skip
+
+    schedules: dict[int, Tensor] = {}  # vLLM makes one per step, for all layers
+
+    def stock(q: Tensor, table: Tensor, lens: Tensor) -> Tensor:
+        if len(q) not in schedules:
+            schedules[len(q)] = schedule(q, lens)
+        out = torch.empty_like(q)
+        vllm.cpu_attention_with_kv_cache(
+            query=q, key_cache=keys, value_cache=values, output=out, query_start_loc=starts(q), seq_lens=lens, scale=scale,
+            causal=True, alibi_slopes=None, sliding_window=-1, block_table=table, softcap=0,
+            scheduler_metadata=schedules[len(q)], s_aux=None,
+        )  # fmt: skip
+        return out
+
+    def ours(q: Tensor, table: Tensor, lens: Tensor) -> Tensor:
+        return ops.paged_attention(q, cache, table, starts(q), lens, scale)
+
+    name = _name(s, "paged_attention, one query each (stock: vLLM's)", shape)
+    return Case(name, ours, stock, (q, table, lens), 3, same=False)  # vLLM lays the cache out otherwise
+
+
+def _vllm_cpu() -> tuple[Any, Any]:
+    """vLLM's CPU attention module, and its operators."""
+    from rlinvariant.sampler.vllm_model import CPUAttentionBackend
+
+    backend: Any = sys.modules[CPUAttentionBackend.__module__]
+    return backend, backend.ops
+
+
+def _head(s: Size, m: int, decode: int) -> Iterator[Case]:
+    hidden, w = torch.randn(m, s.hidden, dtype=torch.bfloat16), torch.randn(s.vocab, s.hidden) / s.hidden**0.5
+    ids, shape = torch.randint(s.vocab, (m,)), f"{m} x {s.hidden} -> {s.vocab}"
+
+    def ours(hidden: Tensor, ids: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        return ops.token_logprobs(hidden, w, ids, T)
+
+    def stock(hidden: Tensor, ids: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        logp = F.log_softmax(F.linear(hidden, w.to(hidden.dtype)).float() / T, -1)
+        return logp.gather(1, ids[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+
+    for both in (False, True):
+        gradients = (0, 2) if both else ()
+        yield Case(_name(s, "token_logprobs", shape, both), ours, stock, (hidden, ids, w), 2, gradients=gradients)
+
+    logits, temperature = torch.randn(decode, s.vocab, dtype=torch.bfloat16), torch.full((decode,), T)
+    seeds, positions = torch.arange(decode), torch.zeros(decode, dtype=torch.int64)
+
+    def draw(logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+        logp = F.log_softmax(logits.float() / temperature[:, None], -1)
+        tokens = torch.multinomial(logp.exp(), 1, generator=torch.Generator().manual_seed(0))
+        return tokens[:, 0], logp.gather(1, tokens)[:, 0]
+
+    inputs = (logits, temperature, seeds, positions)
+    yield Case(_name(s, "sample", f"{decode} x {s.vocab}"), ops.sample, draw, inputs, 4, same=False)

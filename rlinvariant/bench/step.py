@@ -1,0 +1,109 @@
+"""Whole steps of the recipe arithmetic: rollout, weight sync, log-probs, optimizer.
+
+Each mode is a process of its own, and they take turns, a step each. The learning rate is 0, so that every step of every mode
+samples from the same policy; the prompts are the same; completions have a fixed length (the end token is ignored), or the
+length they come with. vLLM runs eagerly on both sides, but for the mode `compiled`.
+"""
+
+import sys
+import tempfile
+from statistics import mean, median
+from typing import Any
+
+from rlinvariant.bench.measure import Link, Row, Worker, peak_memory, turns
+
+OFF = ["invariance=off"]
+MODES = {
+    "exact": ["invariance=exact"],
+    "off": OFF,
+    "correction": [*OFF, "trainer.vllm_importance_sampling_correction=true"],
+    "compiled": [*OFF, "sampler.enforce_eager=false"],
+}
+NAMES = {
+    "off": "stock vLLM, stock TRL",
+    "correction": "the same with TRL's importance-sampling correction, its default",
+    "compiled": "the same with vLLM's default compilation in place of eager",
+}
+PARTS = {"perf/step_s": "step", "time/rollout": "rollout", "time/train": "train", "time/sync": "sync"}
+LENGTH = 32
+
+
+def rows(tiny: bool) -> list[Row]:
+    rounds, size = (1, ["trainer.per_device_train_batch_size=8"]) if tiny else (24, [])
+    modes = ("exact", "off") if tiny else tuple(MODES)
+    workers = {mode: Worker(__name__, mode, *MODES[mode], *size) for mode in modes}
+    found: list[Row] = []
+    for length in (LENGTH, None):
+        turns(workers, 2, length=length)  # warm up
+        answers, others = turns(workers, rounds, length=length)
+        exact = sum(a["exact"]["onpolicy/mismatched_tokens"] for a in answers) == 0
+        assert exact, "exact mode is not exact"
+        for stock in modes[1:]:
+            bits = {"ours": exact, "stock": sum(a[stock]["onpolicy/mismatched_tokens"] for a in answers) == 0}
+            tokens = [mean(a[m]["onpolicy/compared_tokens"] for a in answers) for m in ("exact", stock)]
+            long = f"all of {length} tokens" if length else f"natural ({tokens[0]:,.0f} and {tokens[1]:,.0f} tokens a step)"
+            for key, part in PARTS.items():
+                values = [median(a[m][key] for a in answers) * 1e3 for m in ("exact", stock)]
+                target = 1.3 if part == "step" and stock == "off" else None
+                found.append(Row("step", f"{part}: {NAMES[stock]}; completions {long}", *(round(x, 1) for x in values),
+                                 "ms", round(values[0] / values[1], 3), target, bits, len(answers), others))  # fmt: skip
+    for stock in modes[1:]:
+        peak = [workers[m].ask(memory=True)["peak"] for m in ("exact", stock)]
+        found.append(Row("step", f"peak memory of the process: {NAMES[stock]}", *(round(x) for x in peak), "MiB",
+                         round(peak[0] / peak[1], 3), 1.1 if stock == "off" else None,
+                         {"ours": None, "stock": None}, 1, 0.0))  # fmt: skip
+    for worker in workers.values():
+        worker.close()
+    return found
+
+
+def _worker(mode: str, *settings: str) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from rlinvariant import run, runtime
+    from rlinvariant.config import parse
+
+    link = Link()
+    runtime.configure()
+    config = parse(["recipe=arithmetic", "steps=1000000", "trainer.learning_rate=0", "trainer.save_strategy=no", *settings])
+    args, recipe = config.grpo_config(), config.load_recipe()
+    args.output_dir = tempfile.mkdtemp()
+    assert recipe.prepare_model is not None
+    path = recipe.prepare_model(config)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    requests, length = link.requests(), None
+
+    def next_step() -> None:
+        """Wait for the next turn; at the end of the requests, end."""
+        nonlocal length
+        for request in requests:
+            if "memory" not in request:
+                length = request["length"]
+                return
+            link.send(peak=peak_memory())
+        sys.exit(0)
+
+    def on_row(row: dict[str, Any], _: Any) -> None:
+        keys = (*PARTS, "onpolicy/mismatched_tokens", "onpolicy/compared_tokens")
+        link.send(**{key: float(row[key]) for key in keys})
+        next_step()
+
+    trainer = run.grpo_trainer(
+        AutoModelForCausalLM.from_pretrained(path, dtype="float32"), recipe.reward_funcs(config), args,
+        recipe.datasets(config, tokenizer)[0], processing_class=tokenizer, invariance=config.invariance,
+        dtype=config.dtype, sampler_model=path, sampler_options=run._sampler_options(config), on_row=on_row,
+    )  # fmt: skip
+    generate = trainer.sampler.generate
+
+    def of_length(*arguments: Any, **options: Any) -> Any:
+        if length is not None:
+            options |= {"max_tokens": length, "stop_token_ids": (), "ignore_eos": True}
+        return generate(*arguments, **options)
+
+    trainer.sampler.generate = of_length
+    next_step()
+    trainer.train()
+
+
+if __name__ == "__main__":
+    _worker(*sys.argv[1:])

@@ -1,0 +1,134 @@
+"""What the sampler relies on inside vLLM: an upgrade that moves it fails here, by name."""
+
+import inspect
+
+import pytest
+import vllm
+from vllm import LLM, ModelRegistry, SamplingParams
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
+from vllm.model_executor.models.transformers import TransformersForCausalLM
+from vllm.v1.attention.backend import AttentionImpl, AttentionMetadataBuilder
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
+from vllm.v1.sample.sampler import Sampler
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+from rlinvariant import runtime
+from rlinvariant.sampler import plugin, vllm_model
+
+
+def parameters(function) -> list[str]:
+    return list(inspect.signature(inspect.unwrap(function)).parameters)
+
+
+# what we override or call -> its leading parameters
+SIGNATURES = {
+    Sampler.forward: ["self", "logits", "sampling_metadata", "predict_bonus_token", "logprobs_mode_override"],
+    Sampler.apply_logits_processors: ["self", "logits", "sampling_metadata", "predict_bonus_token"],
+    UnquantizedLinearMethod.create_weights: ["self", "layer", "input_size_per_partition", "output_partition_sizes"],
+    UnquantizedLinearMethod.apply: ["self", "layer", "x", "bias"],
+    UnquantizedLinearMethod.process_weights_after_loading: ["self", "layer"],
+    UnquantizedEmbeddingMethod.apply: ["self", "layer", "x", "bias"],
+    UnquantizedEmbeddingMethod.process_weights_after_loading: ["self", "layer"],
+    QuantizationConfig.get_quant_method: ["self", "layer", "prefix"],
+    AttentionMetadataBuilder.__init__: ["self", "kv_cache_spec", "layer_names", "vllm_config", "device"],
+    AttentionMetadataBuilder.build: ["self", "common_prefix_len", "common_attn_metadata", "fast_build"],
+    AttentionImpl.__init__: [
+        "self", "num_heads", "head_size", "scale", "num_kv_heads", "alibi_slopes", "sliding_window", "kv_cache_dtype",
+        "logits_soft_cap", "attn_type",
+    ],
+    AttentionImpl.forward: ["self", "layer", "query", "key", "value", "kv_cache", "attn_metadata", "output"],
+    CPUAttentionBackendImpl.do_kv_cache_update: ["self", "layer", "key", "value", "kv_cache", "slot_mapping"],
+    TransformersForCausalLM.recursive_replace: ["self"],
+    TransformersForCausalLM._decorate_for_torch_compile: ["self"],
+    TransformersForCausalLM._get_attn_cls: ["self"],
+    TransformersForCausalLM._patch_config: ["self"],
+    TransformersForCausalLM.load_weights: ["self", "weights"],
+    CPUAttentionBackend.get_impl_cls: [],
+    CPUAttentionBackend.get_builder_cls: [],
+    GPUModelRunner.reload_weights: ["self", "weights_iterator"],
+    LLM.reset_prefix_cache: ["self"],
+    LLM.generate: ["self", "prompts", "sampling_params"],
+    register_quantization_config: ["quantization"],
+}  # fmt: skip
+
+
+def test_vllm_is_the_version_that_was_read():
+    assert vllm.__version__.startswith("0.32."), f"vLLM {vllm.__version__}: read sampler/vllm_model.py beside it again"
+
+
+@pytest.mark.parametrize("function", SIGNATURES, ids=lambda f: f.__qualname__)
+def test_hooks_have_the_signature_expected(function):
+    expected = SIGNATURES[function]
+    assert parameters(function)[: len(expected)] == expected, f"vLLM's {function.__qualname__} has changed"
+
+
+@pytest.mark.parametrize(
+    "ours", [c for c in vars(vllm_model).values() if inspect.isclass(c) and c.__module__ == vllm_model.__name__]
+)
+def test_every_method_of_ours_overrides_one_of_vllm(ours):
+    """A method that vLLM renamed would be left behind, never called."""
+    known = {"__init__", "give_back", "take_away", "do_kv_cache_update"}  # ours, and one that no base class declares
+    bases = [base for base in ours.__mro__[1:] if base.__module__.startswith("vllm")]
+    for name, value in vars(ours).items():
+        if (
+            bases
+            and name != "do_kv_cache_update"
+            and inspect.isfunction(inspect.unwrap(getattr(value, "__func__", value)))
+            and name not in known
+        ):
+            assert any(hasattr(base, name) for base in bases), f"{ours.__name__}.{name} overrides nothing"
+
+
+def test_the_cache_is_written_apart_from_the_attention():
+    """vLLM's layer then calls `impl.do_kv_cache_update`, which no base class declares."""
+    assert CPUAttentionBackend.forward_includes_kv_cache_update is False
+    assert "impl.do_kv_cache_update(" in inspect.getsource(inspect.getmodule(Attention))
+
+
+def test_layers_are_what_the_quantisation_hook_tells_apart():
+    assert issubclass(vllm.model_executor.layers.linear.QKVParallelLinear, LinearBase)
+    head = vllm.model_executor.layers.vocab_parallel_embedding.ParallelLMHead
+    assert issubclass(head, VocabParallelEmbedding)
+    assert "attn_backend" in parameters(Attention.__init__), "Attention no longer takes a backend"
+
+
+def test_the_plugin_is_installed_and_registers_once():
+    from importlib.metadata import entry_points
+
+    (entry,) = [e for e in entry_points(group="vllm.general_plugins") if e.name == "rlinvariant"]
+    assert entry.load() is plugin.register
+    plugin.register()
+    plugin.register()
+    assert QUANTIZATION_METHODS.count(plugin.QUANTIZATION) == 1
+    assert plugin.ARCHITECTURE in ModelRegistry.get_supported_archs()
+
+
+@pytest.mark.parametrize("name", runtime.VLLM)
+def test_vllm_still_knows_its_environment_variables(name):
+    assert name in vllm.envs.environment_variables, f"vLLM no longer reads {name}: what does it do instead?"
+
+
+@pytest.mark.parametrize(
+    "name", ["temperature", "seed", "max_tokens", "logprobs", "detokenize", "stop_token_ids", "top_p", "top_k", "min_p"]
+)
+def test_sampling_parameters_exist(name):
+    assert name in SamplingParams.__struct_fields__, f"SamplingParams has no {name}"
+
+
+def test_the_engine_is_reached_by_the_path_expected(exact_engine):
+    """`Sampler._runner`, what it holds, and what a request's place in the batch is known by."""
+    runner = exact_engine._runner
+    assert isinstance(runner, GPUModelRunner)
+    for name in ("model", "sampler", "input_batch", "compilation_config", "kv_cache_config"):
+        assert hasattr(runner, name), f"the model runner has no {name}"
+    for name in ("req_output_token_ids", "generators", "req_ids", "req_id_to_index"):
+        assert hasattr(runner.input_batch, name), f"the input batch has no {name}"
+    assert type(runner.sampler).__name__ == "InvariantSampler"
+    assert len(runner.compilation_config.static_forward_context) == 2, "one attention layer per decoder layer"
+    for cache in runner.kv_caches:
+        blocks, heads, page, width = cache.shape  # [pages, H_kv, page, keys and values]
+        assert (heads, page, width) == (2, 32, 2 * 32) and cache.stride(-1) == 1

@@ -1,0 +1,130 @@
+"""What a TRL script may hand to InvariantGRPOTrainer by mistake: all of it in one message, before an engine starts."""
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
+
+from rlinvariant.errors import ConfigErrors, UserError
+from rlinvariant.models import UnsupportedModel
+from rlinvariant.sampler.engine import Sampler
+from tests.parity.harness import new_trainer, variety
+
+
+class NoEngine:
+    """Not to be reached."""
+
+    def __getattr__(self, name):
+        raise AssertionError(f"the engine was used: {name}")
+
+
+@pytest.fixture
+def refused(arithmetic_dir, tmp_path):
+    """The lines of the error that a trainer with these settings gives."""
+
+    def lines(kind=UserError, **changes) -> list[str]:
+        with pytest.raises(kind) as error:
+            new_trainer(arithmetic_dir, NoEngine(), tmp_path, **changes)
+        return str(error.value).splitlines()
+
+    return lines
+
+
+def test_all_conflicts_come_at_once(refused):
+    settings = {"top_p": 0.9, "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.1, "logging_steps": 2, "bf16": True}
+    settings |= {"use_vllm": True, "peft_config": object(), "use_liger_kernel": True, "torch_compile": True}
+    found = refused(ConfigErrors, **settings)
+    for name in settings:
+        assert any(line.startswith(name) and "expected" in line for line in found), f"{name}: {found}"
+
+
+def test_peft_is_refused_in_exact_mode(refused):
+    (line,) = refused(peft_config=object())
+    assert line.startswith("peft_config: expected None with invariance=exact")
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([{"question": "1+1="}] * 32, "train dataset, row 0: no `prompt`; columns found: question"),
+        ([{"prompt": "1+1="}] * 7 + [{"prompt": None}], "train dataset, row 7: no `prompt`"),
+    ],
+)
+def test_rows_without_a_prompt_are_named(rows, words, refused):
+    (line,) = refused(train_dataset=Dataset.from_list(rows))
+    assert words in line
+
+
+HEADS = {"vocab_size": 99, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+MODELS = {
+    "head of 16": (LlamaConfig(**HEADS), ["LlamaForCausalLM", "head_dim=16 is not one of 32, 64"]),
+    "head of 48": (Qwen3Config(**HEADS, num_key_value_heads=2, head_dim=48), ["Qwen3ForCausalLM", "head_dim=48"]),
+    "dynamic angles": (
+        LlamaConfig(**HEADS, head_dim=32, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
+        ["rope_type=dynamic"],
+    ),
+    "two reasons": (LlamaConfig(**HEADS, hidden_act="gelu"), ["head_dim=16", "hidden_act=gelu"]),
+    "GPT-2": (GPT2Config(vocab_size=99, n_embd=64, n_layer=1, n_head=2), ["GPT2LMHeadModel"]),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_an_unsupported_model_is_refused_with_its_reasons(name, refused):
+    config, expected = MODELS[name]
+    (line,) = refused(UnsupportedModel, model=AutoModelForCausalLM.from_config(config))
+    assert all(words in line for words in expected), line
+
+
+def test_a_reward_that_fails_names_step_and_sample(arithmetic_dir, exact_engine, tmp_path):
+    def fails(completions, trainer_state, **_):
+        if trainer_state.global_step == 1:
+            return [len(text) / (0 if text == first[0] else 1) for text in completions]
+        return variety(completions)
+
+    def remember(completions, **_):
+        first[:] = [completions[3]] if len(completions) == 16 else first
+        return [0.0] * len(completions)
+
+    first: list[str] = []
+    run = new_trainer(arithmetic_dir, exact_engine, tmp_path, reward_funcs=[remember, fails], max_steps=3)
+    with pytest.raises(UserError, match=r"reward function fails, step 2, sample 3: raised ZeroDivisionError"):
+        run.trainer.train()
+    assert len(run.rows) == 1
+
+
+def test_a_reward_of_another_length_is_named(arithmetic_dir, exact_engine, tmp_path):
+    run = new_trainer(arithmetic_dir, exact_engine, tmp_path, reward_funcs=lambda completions, **_: [0.0] * 15)
+    with pytest.raises(UserError, match=r"step 1: returned 15 rewards, expected 16"):
+        run.trainer.train()
+
+
+def test_a_prompt_longer_than_the_engine_takes_is_one_line(arithmetic_dir, exact_engine, tmp_path):
+    """The engine takes 192 tokens."""
+    prompts = Dataset.from_list([{"prompt": "1" * 200}] * 8)
+    run = new_trainer(arithmetic_dir, exact_engine, tmp_path, train_dataset=prompts)
+    with pytest.raises(UserError, match="201 tokens.*192"):
+        run.trainer.train()
+
+
+def test_sampling_that_changes_the_distribution_is_refused(exact_engine):
+    for setting in ({"top_p": 0.9}, {"top_k": 3}, {"min_p": 0.1}):
+        with pytest.raises(UserError, match=next(iter(setting))):
+            exact_engine.generate([[1, 2]], [0], temperature=1.0, max_tokens=2, **setting)
+
+
+def test_an_engine_environment_that_would_change_bits_is_refused(arithmetic_dir, monkeypatch):
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    with pytest.raises(UserError, match="VLLM_USE_V2_MODEL_RUNNER=1: expected VLLM_USE_V2_MODEL_RUNNER=0"):
+        Sampler(arithmetic_dir, invariant=True)
+
+
+def test_a_padded_batch_is_refused(arithmetic_dir):
+    """A patched model builds no mask; a caller that relies on one must hear of it."""
+    from rlinvariant.models import make_invariant
+
+    model = make_invariant(AutoModelForCausalLM.from_pretrained(arithmetic_dir, dtype=torch.float32))
+    mask = torch.ones(2, 5, dtype=torch.long)
+    model(input_ids=torch.ones(2, 5, dtype=torch.long), attention_mask=mask)
+    mask[0, 0] = 0
+    with pytest.raises(UserError, match="pack"):
+        model(input_ids=torch.ones(2, 5, dtype=torch.long), attention_mask=mask)

@@ -1,0 +1,119 @@
+"""What InvariantGRPOTrainer overrides, calls and reads in TRL: an upgrade that moves it fails here, by name."""
+
+import ast
+import inspect
+import textwrap
+
+import pytest
+import trl
+from trl import GRPOConfig, GRPOTrainer
+
+from rlinvariant.trainer.grpo import InvariantGRPOTrainer
+
+# Leading parameters of each method of GRPOTrainer that is overridden, in TRL's order: ours are called with these.
+OVERRIDDEN = {
+    "_generate_single_turn": ["self", "prompt_ids", "images", "multimodal_fields", "num_generations"],
+    "_generate_and_score_completions": ["self", "inputs"],
+    "_get_per_token_logps_and_entropies": [
+        "self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size", "compute_entropy",
+    ],
+    "_compute_loss": ["self", "model", "inputs"],
+    "_calculate_rewards": ["self", "inputs", "prompts", "completions", "completion_ids_list"],
+    "training_step": ["self", "model", "inputs", "num_items_in_batch"],
+    "_save_checkpoint": ["self", "model", "trial"],
+    "log": ["self", "logs", "start_time"],
+}  # fmt: skip
+# Attributes that TRL sets and ours reads, and a piece of the source that shows what they mean.
+READ = {
+    "temperature": "self.temperature = args.temperature",
+    "max_completion_length": "self.max_completion_length = args.max_completion_length",
+    "num_generations": "self.num_generations = args.num_generations",
+    "eos_token_ids": "self.eos_token_ids",
+    "ref_model": "self.ref_model",
+    "use_vllm": "self.use_vllm = args.use_vllm",
+    "vllm_importance_sampling_clip_max": "self.vllm_importance_sampling_clip_max",
+    "reward_funcs": "self.reward_funcs = reward_funcs",
+    "reward_weights": "self.reward_weights",
+    "_tokenizer": "self._tokenizer",
+    "_metrics": "self._metrics",
+    "_logs": "self._logs",
+}
+OUTPUTS = ("old_per_token_logps", "sampling_per_token_logps", "completion_ids", "completion_mask", "prompt_ids", "advantages")
+FIELDS = (
+    "use_vllm", "top_p", "top_k", "min_p", "repetition_penalty", "logging_steps", "bf16", "fp16", "use_liger_kernel",
+    "cast_lm_head_to_fp32", "torch_compile", "seed", "steps_per_generation", "gradient_accumulation_steps", "num_iterations",
+    "vllm_importance_sampling_correction", "vllm_importance_sampling_mode", "vllm_importance_sampling_clip_max", "loss_type",
+)  # fmt: skip
+
+
+def source(function) -> str:
+    return textwrap.dedent(inspect.getsource(inspect.unwrap(function)))
+
+
+def test_trl_is_the_version_that_was_read():
+    assert trl.__version__.startswith("1.16."), f"TRL {trl.__version__}: read its GRPOTrainer again, then these tests"
+
+
+@pytest.mark.parametrize("name", OVERRIDDEN)
+def test_overridden_methods_have_the_signature_expected(name):
+    assert hasattr(GRPOTrainer, name), f"GRPOTrainer.{name} is gone"
+    parameters = list(inspect.signature(inspect.unwrap(getattr(GRPOTrainer, name))).parameters)
+    expected = OVERRIDDEN[name]
+    assert parameters[: len(expected)] == expected, f"GRPOTrainer.{name} takes {parameters}"
+
+
+def test_every_override_is_under_contract():
+    public_of_trl = {name for name in vars(InvariantGRPOTrainer) if hasattr(GRPOTrainer, name)}
+    ours = {name for name in public_of_trl if inspect.isfunction(vars(InvariantGRPOTrainer)[name])}
+    ours -= {"__init__", "train"}  # of public signature
+    assert ours <= set(OVERRIDDEN), f"{ours - set(OVERRIDDEN)}: overridden, and not listed above"
+
+
+@pytest.mark.parametrize("name", READ)
+def test_attributes_that_are_read_are_set_by_trl(name):
+    assert READ[name] in source(GRPOTrainer.__init__), f"GRPOTrainer.__init__ no longer sets {name} as expected"
+
+
+@pytest.mark.parametrize("key", OUTPUTS)
+def test_a_scored_rollout_has_the_keys_expected(key):
+    assert f'"{key}"' in source(GRPOTrainer._generate_and_score_completions), f"a rollout has no {key}"
+
+
+def test_log_probs_have_one_leaf():
+    """Policy, old policy and reference all go through `_get_per_token_logps_and_entropies`, with no other forward beside it."""
+    for method, calls in {"_generate_and_score_completions": 3, "_compute_loss": 1}.items():
+        tree = ast.parse(source(getattr(GRPOTrainer, method)))
+        names = [n.func.attr for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)]
+        assert names.count("_get_per_token_logps_and_entropies") == calls, f"{method}: log-probs are computed elsewhere"
+        assert "forward" not in names and not [
+            n for n in ast.walk(tree) if isinstance(n, ast.Name) and n.id == "unwrapped_model"
+        ]
+
+
+def test_the_leaf_gives_log_probs_entropies_and_an_auxiliary_loss():
+    returned = [
+        node.value
+        for node in ast.walk(ast.parse(source(GRPOTrainer._get_per_token_logps_and_entropies)))
+        if isinstance(node, ast.Return)
+    ]
+    assert returned and all(isinstance(value, ast.Tuple) and len(value.elts) == 3 for value in returned)
+
+
+def test_a_rollout_returns_ids_and_log_probs():
+    assert "completion_ids, logprobs = self._generate_single_turn(" in source(GRPOTrainer._generate)
+
+
+def test_log_probs_of_a_rollout_are_kept_for_the_comparison():
+    """`use_vllm` is what makes TRL keep the sampler's log-probs apart and apply its correction."""
+    text = source(GRPOTrainer._generate_and_score_completions)
+    assert "sampling_per_token_logps_list" in text and "self.use_vllm and self.vllm_importance_sampling_correction" in text
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_config_fields_exist(name):
+    assert name in GRPOConfig.__dataclass_fields__, f"GRPOConfig has no {name}"
+
+
+def test_trl_puts_a_fused_head_on_the_instance():
+    """Ours removes it: `self.model.__dict__.pop("forward")`. Were it installed otherwise, it would stay."""
+    assert ".forward = " in inspect.getsource(inspect.getmodule(GRPOTrainer)), "TRL no longer sets model.forward"
