@@ -44,6 +44,7 @@ KEYS = (
     *ROLLOUT_KEYS,
     "policy/entropy",
     "policy/clip_frac",
+    "policy/approx_kl",
     "optim/loss",
     "optim/grad_norm",
     "optim/lr",

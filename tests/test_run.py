@@ -185,13 +185,10 @@ def test_autocast_is_refused_in_one_line(jobs):
 # mistake -> what its one line must say
 MISTAKES = {
     "no prompt": ["train dataset, row 3: no `prompt`", "columns found: answer, prompt"],
-    "long prompt": ["a prompt of 65 tokens", "sampler.max_model_len=64"],
     "reward raises": ["reward function raises, step 1, sample 5", "ValueError: could not convert string to float"],
-    "reward too short": ["reward function too_short, step 1", "returned 7 rewards, expected 8"],
     "no weights": ["model=no_weights", "no file named model.safetensors"],
     "torn weights": ["model=torn", "cannot be loaded"],
     "unknown architecture": ["model=unknown", "qwen99"],
-    "no tokenizer": ["no tokens", "no tokenizer"],
     "GPT-2": ["GPT2LMHeadModel"],
     "GPT-2, sampler": ["GPT2LMHeadModel"],
     "head of 16": ["Qwen3ForCausalLM", "head_dim=16", "32, 64"],

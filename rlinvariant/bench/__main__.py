@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
         from rlinvariant.bench.parity import rows
     else:
         from rlinvariant.bench.step import rows
-    print(measure.write(options.out / f"{options.name}.json", rows, options.tiny))
+    measure.write(options.out / f"{options.name}.json", rows(options.tiny), options.tiny)
     return 0
 
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -134,12 +134,12 @@ class Link:
         self._out.write(json.dumps(answer) + "\n")
 
 
-def turns(workers: dict[str, Worker], rounds: int, **request: Any) -> tuple[list[dict[str, dict[str, Any]]], float]:
-    """Ask all workers the same, in turns, `rounds` times: {name: answer} of each round that counts, and `others`."""
-    windows = []
+def turns(workers: dict[str, Worker], seconds: float, **request: Any) -> tuple[list[dict[str, dict[str, Any]]], float]:
+    """Ask all workers the same, in turns, for about `seconds`: {name: answer} of each round that counts, and `others`."""
+    windows, end = [], time.perf_counter() + seconds
     others = Others([worker.process.pid for worker in workers.values()])
-    for i in range(rounds):
-        order = list(workers) if i % 2 else list(reversed(workers))
+    while time.perf_counter() < end or len(windows) < 3:
+        order = list(workers) if len(windows) % 2 else list(reversed(workers))
         answers = {name: workers[name].ask(**request) for name in order}
         windows.append((others.share(), answers))
     return quietest(windows)
@@ -152,15 +152,17 @@ def peak_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def write(path: Path, rows: Callable[[bool], list[Row]], tiny: bool) -> Path:
-    """Measure and write {"environment", "rows"}."""
+def write(path: Path, rows: Iterable[Row], tiny: bool) -> None:
+    """Measure, print every row as it comes, and write {"environment", "rows"}."""
     from rlinvariant.report.rundir import environment
 
-    began, others = os.getloadavg(), Others()
-    measured = rows(tiny)
+    began, others, measured = os.getloadavg(), Others(), []
+    for row in rows:
+        measured.append(row)
+        print(f"{row.ratio:7.2f}x  {row.ours:>12,.1f} / {row.stock:,.1f} {row.unit}  {row.case}", flush=True)
     machine = {"loadavg": [began, os.getloadavg()], "others": round(others.share(), 3), "tiny": tiny}
     machine["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY")
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {"environment": environment() | machine, "rows": [asdict(row) for row in measured]}
     path.write_text(json.dumps(content, indent=1) + "\n")
-    return path
+    print(path)

@@ -51,10 +51,11 @@ class Case:
     same: bool = True  # both compute the same numbers, up to rounding
 
 
-def rows(tiny: bool) -> list[Row]:
+def rows(tiny: bool) -> Iterator[Row]:
     torch.manual_seed(0)
-    sizes = [Size("tiny", 128, 64, 4, 2, 98, 8, 16)] if tiny else [RECIPE, LARGER]
-    return [_row(case, 0.05 if tiny else 2.0) for size in sizes for case in _cases(size)]
+    for size in [Size("tiny", 128, 64, 4, 2, 98, 8, 16)] if tiny else [RECIPE, LARGER]:
+        for case in _cases(size):
+            yield _row(case, 0.05 if tiny else 2.0)
 
 
 def _row(case: Case, seconds: float) -> Row:

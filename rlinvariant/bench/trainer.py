@@ -7,6 +7,7 @@ Each side is a process of its own, so that peak memory can be compared; they tak
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from statistics import median
 from typing import Any
 
@@ -17,8 +18,7 @@ SIZES = {"tiny": ("tiny", 4, 5, 12), "recipe": ("recipe", 128, 9, 32), "512": ("
 CASES = ("equal", "ragged")
 
 
-def rows(tiny: bool) -> list[Row]:
-    found = []
+def rows(tiny: bool) -> Iterator[Row]:
     for size in ("tiny",) if tiny else ("recipe", "512"):
         workers = {side: Worker(__name__, side, size) for side in ("exact", "off")}
         exact = {side: {case: worker.ask(case=case, what="bits") for case in CASES} for side, worker in workers.items()}
@@ -30,22 +30,20 @@ def rows(tiny: bool) -> list[Row]:
             lengths = f"{prompt}+{completion}" if case == "equal" else f"up to {prompt}+{completion}"
             name = f"{model}, {count} {case} rows of {lengths} tokens"
             for what, label in (("train", "forward + backward"), ("old", "the same, and TRL's old-logprob pass")):
-                turns(workers, 2, case=case, what=what)
-                answers, others = turns(workers, 3 if tiny else 30 if model == "recipe" else 12, case=case, what=what)
+                turns(workers, 0, case=case, what=what)  # warm up
+                answers, others = turns(workers, 0 if tiny else 20, case=case, what=what)
                 wall = [median(a[side]["wall"] for a in answers) * 1e3 for side in ("exact", "off")]
                 cpu = [median(a[side]["cpu"] for a in answers) for side in ("exact", "off")]
                 target = 1.0 if what == "train" else None
-                row = Row("trainer", f"{name}, {label}", *(round(x, 2) for x in wall), "ms", round(wall[0] / wall[1], 3),
+                yield Row("trainer", f"{name}, {label}", *(round(x, 2) for x in wall), "ms", round(wall[0] / wall[1], 3),
                           target, bits, len(answers), others, round(cpu[0] / cpu[1], 3))  # fmt: skip
-                found.append(row)
         peak = {side: worker.ask(what="memory")["peak"] for side, worker in workers.items()}
         for label, floor, target in (("the process", dict.fromkeys(peak, 0), 1.1), ("above the loaded model", start, None)):
             ours, stock = (peak[side] - floor[side] for side in ("exact", "off"))
-            found.append(Row("trainer", f"{size}, peak memory, {label}", round(ours, 1), round(stock, 1), "MiB",
-                             round(ours / max(stock, 0.1), 3), target, {"ours": None, "stock": None}, 1, 0.0))  # fmt: skip
+            yield Row("trainer", f"{size}, peak memory, {label}", round(ours, 1), round(stock, 1), "MiB",
+                      round(ours / max(stock, 0.1), 3), target, {"ours": None, "stock": None}, 1, 0.0)  # fmt: skip
         for worker in workers.values():
             worker.close()
-    return found
 
 
 def _model(name: str) -> tuple[Any, Any]:

@@ -238,13 +238,21 @@ class InvariantGRPOTrainer(GRPOTrainer):
         if self.model.training and "compared" not in inputs and self._synced_step == self.state.global_step:
             self._compare(self._trainer_logprobs, inputs)
             inputs["compared"] = True
+        elif self.model.training:  # a later pass over the rollout: the policy has moved, as it should
+            self._moved.append(self._pair(self._trainer_logprobs, inputs))
         return loss
+
+    @staticmethod
+    def _pair(trainer_logprobs: Tensor, inputs: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+        """(sampler's, trainer's) log-probs of the completions' real tokens."""
+        mask = inputs["completion_mask"].bool()
+        return inputs["sampling_per_token_logps"][mask].cpu().numpy(), trainer_logprobs[mask].cpu().numpy()
 
     def _compare(self, trainer_logprobs: Tensor, inputs: dict[str, Any]) -> None:
         """Keep both log-probs of every sampled token; with invariance="exact", stop at the first that differs."""
         mask = inputs["completion_mask"].bool()
         sampler, trainer = inputs["sampling_per_token_logps"], trainer_logprobs
-        self._pairs.append((sampler[mask].cpu().numpy(), trainer[mask].cpu().numpy()))
+        self._pairs.append(self._pair(trainer, inputs))
         if self._first_mismatch is None:
             self._first_mismatch = metrics.first_mismatch(sampler, trainer, mask)
         if self._first_mismatch is not None and self.invariance == "exact":
@@ -258,15 +266,18 @@ class InvariantGRPOTrainer(GRPOTrainer):
                 "the last checkpoint is good"
             )
 
-    def _onpolicy(self, pairs: list[list[tuple[np.ndarray, np.ndarray]]], sampled: int) -> dict[str, float | int]:
+    def _onpolicy(self, pairs: list[list[tuple[np.ndarray, np.ndarray]]], sampled: int | None) -> dict[str, float | int]:
+        """`metrics.onpolicy` of the pairs of all ranks; `sampled` None: as many tokens as there are pairs."""
         none = np.zeros(0, np.float32)
         sampler, trainer = (np.concatenate([none, *(p[i] for rank in pairs for p in rank)]) for i in (0, 1))
+        sampled = len(sampler) if sampled is None else sampled
         return metrics.onpolicy(sampler, trainer, sampled, self.vllm_importance_sampling_clip_max or float("inf"))
 
     # ---- metrics
 
     def _start_step(self) -> None:
         self._pairs: list[tuple[np.ndarray, np.ndarray]] = []
+        self._moved: list[tuple[np.ndarray, np.ndarray]] = []
         self._completions: list[list[int]] = []
         self._first_mismatch: metrics.FirstMismatch | None = None
         self._seconds: dict[str, float] = dict.fromkeys(("rollout", "score", "train", "sync", "save"), 0.0)
@@ -307,10 +318,16 @@ class InvariantGRPOTrainer(GRPOTrainer):
                 self._on_row({"step": self.state.global_step, **trl, **row}, self._first_mismatch)
             if self._on_samples is not None and self.state.global_step % self._samples_every in (0, 1):
                 self._on_samples(self._sample_rows())
+        unscored = row["onpolicy/unscored_tokens"]
+        if unscored and self.invariance == "exact" and not self.mask_truncated_completions:  # TRL drops those before scoring
+            raise ParityError(
+                f"step {self.state.global_step}: {unscored:,} sampled tokens were trained on without being compared"
+            )
         self._start_step()
 
     def _row(self, logs: dict[str, float], trl: dict[str, float]) -> dict[str, Any]:
-        ranks = gather_object([(self._pairs, self._completions, self._seconds, self._first_mismatch, self._weights_equal)])
+        mine = (self._pairs, self._completions, self._seconds, self._first_mismatch, self._weights_equal, self._moved)
+        ranks = gather_object([mine])
         completions = [c for rank in ranks for c in rank[1]]
         sampled = sum(map(len, completions))
         seconds = {name: max(rank[2][name] for rank in ranks) for name in self._seconds}
@@ -329,6 +346,7 @@ class InvariantGRPOTrainer(GRPOTrainer):
             "reward/mean": trl.get("reward", float("nan")),
             **metrics.rollout_stats([len(c) for c in completions], [not c or c[-1] not in ends for c in completions]),
             "policy/entropy": trl.get("entropy", float("nan")),
+            "policy/approx_kl": self._onpolicy([rank[5] for rank in ranks], None)["onpolicy/kl_k3"],
             "policy/clip_frac": trl.get("clip_ratio/region_mean", float("nan")),
             "optim/loss": logs["loss"],
             "optim/grad_norm": logs.get("grad_norm", float("nan")),

@@ -1,5 +1,6 @@
 """Drive engines and trainers as the tests need them, and compare what they give, bit for bit."""
 
+import gc
 import os
 import random
 from collections.abc import Iterable, Mapping, Sequence
@@ -39,6 +40,7 @@ def start_engine(
     with one_rank():
         engine = Sampler(path, invariant=invariant, dtype=dtype, max_model_len=192, kv_cache_gib=gib, options=options)
     _kept.append(engine)
+    gc.freeze()  # vLLM collects garbage eight times an engine, over all that was imported
     return engine
 
 

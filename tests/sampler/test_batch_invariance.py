@@ -214,10 +214,9 @@ def test_log_probs_are_finite(reference):
 
 
 def placed(linear, x, weight, bias=None):
-    """A product that is about an ulp larger in the second half of the batch: where a row stands changes its bits."""
+    """A product that is about an ulp larger in every third row of a batch, so that pages of 32 cached tokens move it too."""
     y = linear(x, weight, bias)
-    rows = y.flatten(0, -2)
-    rows[len(rows) // 2 :] *= 1 + 2**-7
+    y.flatten(0, -2)[::3] *= 1 + 2**-7
     return y
 
 

@@ -6,6 +6,7 @@ Prints, as JSON, the exit code and what went to stderr and stdout, by name.
 """
 
 import contextlib
+import gc
 import io
 import json
 import os
@@ -56,9 +57,10 @@ def random_model(model: str, name: str, config: Any) -> str:
 def main(model: str, small: list[str]) -> None:
     for invariance in ("off", "sampler", "trainer"):
         attempt(invariance, *small, f"invariance={invariance}", f"run={invariance}")
+        gc.freeze()  # vLLM collects garbage eight times an engine: 2 s, over all that was imported
     attempt("interrupted", RECIPE, f"model={model}", "run=resumed", "trainer.save_steps=2")
     attempt("resumed", RECIPE, f"model={model}", "run=resumed", "resume=true", "steps=4")
-    for fault in ("no prompt", "long prompt", "reward raises", "reward too short"):
+    for fault in ("no prompt", "reward raises"):
         mistake(fault, f"model={model}", f"data.fault={fault}")
     unreadable(model)
     unsupported(model)
@@ -75,10 +77,6 @@ def unreadable(model: str) -> None:
     Path(path, "model.safetensors").write_bytes(Path(model, "model.safetensors").read_bytes()[:5000])
     mistake("torn weights", f"model={path}")
     mistake("unknown architecture", f"model={damaged(model, 'unknown', model_type='qwen99')}")
-    path = damaged(model, "no_tokenizer")
-    for file in Path(path).glob("tokenizer*"):
-        file.unlink()
-    mistake("no tokenizer", f"model={path}")
 
 
 def unsupported(model: str) -> None:

@@ -106,6 +106,12 @@ def test_a_prompt_longer_than_the_engine_takes_is_one_line(arithmetic_dir, exact
         run.trainer.train()
 
 
+def test_a_prompt_without_tokens_is_one_line(exact_engine):
+    """A blank prompt, or the empty tokenizer that transformers makes up where a model directory has none."""
+    with pytest.raises(UserError, match="prompt 1 .*no tokens"):
+        exact_engine.generate([[1, 2], []], [0, 1], temperature=1.0, max_tokens=2)
+
+
 def test_sampling_that_changes_the_distribution_is_refused(exact_engine):
     for setting in ({"top_p": 0.9}, {"top_k": 3}, {"min_p": 0.1}):
         with pytest.raises(UserError, match=next(iter(setting))):

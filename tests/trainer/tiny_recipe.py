@@ -26,7 +26,7 @@ DEFAULTS = arithmetic.DEFAULTS | {
 
 @chz.chz
 class Data(arithmetic.Data):
-    fault: str = chz.field(default="", doc="no prompt, long prompt, reward raises, reward too short, or none.")
+    fault: str = chz.field(default="", doc="no prompt, reward raises, or none.")
 
 
 check = arithmetic.check
@@ -38,8 +38,6 @@ def datasets(config: Config, tokenizer: Any) -> Any:
     prompts = list(train["prompt"])
     if config.data.fault == "no prompt":
         prompts[3] = ""
-    elif config.data.fault == "long prompt":
-        prompts = ["1" * 64 for _ in prompts]  # with <bos>, 65 tokens: one more than sampler.max_model_len
     return train.remove_columns("prompt").add_column("prompt", prompts), evaluation
 
 
@@ -56,10 +54,7 @@ def reward_funcs(config: Config) -> list[Any]:
         bad.extend(answer[5:6])
         return [float("many") if right in bad else 0.0 for right in answer]
 
-    def too_short(completions: list[str], **_: Any) -> list[float]:
-        return [0.0] * (len(completions) - 1)
-
-    return [{"reward raises": raises, "reward too short": too_short}.get(config.data.fault, variety)]
+    return [raises if config.data.fault == "reward raises" else variety]
 
 
 def record_requests() -> None:
