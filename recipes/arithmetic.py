@@ -4,6 +4,7 @@ Each column is written as digit + digit + carry = two digits, units first; the a
 Qwen3 with a character tokenizer is taught the form by a supervised stage that stops early, and GRPO does the rest.
 """
 
+import json
 import random
 import string
 from pathlib import Path
@@ -59,7 +60,19 @@ def check(config: Config) -> list[str]:
         errors.append(f"data.eval_size={data.eval_size}: too many for data.digits={data.digits}; lower one or raise the other")
     if data.path is not None and not Path(data.path).is_file():
         errors.append(f"data.path={data.path}: no such file; give a JSON lines file with `prompt` and `answer`")
+    elif data.path is not None:
+        with open(data.path) as file:
+            first = file.readline()
+        if not first.lstrip().startswith("{") or missing_columns(first):
+            errors.append(f"data.path={data.path}, line 1: expected a JSON object with `prompt` and `answer`")
     return errors
+
+
+def missing_columns(line: str) -> bool:
+    try:
+        return not {"prompt", "answer"} <= json.loads(line).keys()
+    except json.JSONDecodeError:
+        return True
 
 
 def datasets(config: Config, tokenizer: Any) -> "tuple[Dataset, Dataset]":

@@ -43,9 +43,8 @@ class SamplerConfig:
     max_num_seqs: int = chz.field(default=128, doc="Sequences decoded together.")
     max_num_batched_tokens: int | None = chz.field(default=None, doc="Tokens per engine step; None: vLLM's choice.")
     kv_cache_gib: float = chz.field(default=1.0, doc="KV cache on a CPU, GiB.")
-    gpu_memory_utilization: float = chz.field(default=0.3, doc="Share of GPU memory for the engine, 0 to 1.")
     enable_prefix_caching: bool = chz.field(default=True, doc="Reuse the KV cache of shared prefixes.")
-    enforce_eager: bool | None = chz.field(default=None, doc="No compilation and CUDA graphs; None: as the device asks.")
+    enforce_eager: bool = chz.field(default=True, doc="No compilation; ours needs none, a stock engine may want it.")
 
 
 @chz.chz
@@ -82,7 +81,7 @@ OWNED = {
     "transformers_continuous_batching_config": _SAMPLER,
     "vllm_structured_outputs_regex": "constrained decoding is not supported",
     "vllm_max_model_length": "use sampler.max_model_len",
-    "vllm_gpu_memory_utilization": "use sampler.gpu_memory_utilization",
+    "vllm_gpu_memory_utilization": _SAMPLER,
     "vllm_importance_sampling_cap": "use trainer.vllm_importance_sampling_clip_max",
     "output_dir": "use run=NAME, which gives runs/NAME",
     "run_name": "use run=NAME",
@@ -359,7 +358,6 @@ def check(config: Config, env: Mapping[str, str], recipe: Recipe | None = None) 
         require(sampler.max_model_len > length, "sampler.max_model_len", least)
     require(sampler.max_num_seqs >= 1, "sampler.max_num_seqs", "at least 1")
     require(sampler.kv_cache_gib > 0, "sampler.kv_cache_gib", "more than 0")
-    require(0 < sampler.gpu_memory_utilization <= 1, "sampler.gpu_memory_utilization", "more than 0, at most 1")
     reports = trainer.report_to if isinstance(trainer.report_to, list) else [trainer.report_to]
     require(not {"wandb", "all"} & set(reports), "trainer.report_to", "no wandb or all: W&B is set by wandb.mode=")
     return errors
@@ -428,7 +426,7 @@ def _check_run(config: Config, env: Mapping[str, str]) -> list[str]:
         return []
     if config.resume and not config.run_dir.is_dir():
         return [f"run={config.run}: {config.run_dir} does not exist, nothing to resume; drop resume=true"]
-    if not config.resume and config.run_dir.exists():
+    if not config.resume and (config.run_dir / "config.json").exists():
         return [f"run={config.run}: {config.run_dir} exists; choose another name, or add resume=true to continue it"]
     return []
 

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+INVARIANCE = ("exact", "off", "sampler", "trainer")
+
 
 def conflicts(trainer: Any, invariance: str, env: Mapping[str, str], prefix: str = "") -> list[str]:
     """List what in `trl.GRPOConfig`'s fields and the environment cannot be, one line each: key, value, expected, the fix.
@@ -20,24 +22,31 @@ def conflicts(trainer: Any, invariance: str, env: Mapping[str, str], prefix: str
             found.append(f"{prefix}{name}={getattr(trainer, name)}: expected {expected}")
 
     whole = "the sampler must draw from the whole distribution, which is the one that is trained; remove it"
-    require(trainer.temperature > 0, "temperature", "more than 0; 1.0 samples from the model itself")
+    least = "at least 0.01, to which vLLM raises smaller ones; 1.0 samples from the model itself"
+    require(trainer.temperature >= 0.01, "temperature", least)
     require(trainer.top_p == 1.0, "top_p", f"1.0: {whole}")
     require(trainer.top_k in (0, -1, None), "top_k", f"0: {whole}")
     require(not trainer.min_p, "min_p", f"None: {whole}")
     require(trainer.repetition_penalty == 1.0, "repetition_penalty", f"1.0: {whole}")
     require(not trainer.generation_kwargs, "generation_kwargs", f"None: {whole}")
     require(trainer.logging_steps == 1, "logging_steps", "1: every step is counted and written; remove it")
+    strategy = getattr(trainer.logging_strategy, "value", trainer.logging_strategy)
+    require(strategy == "steps", "logging_strategy", "steps: every step is counted and written; remove it")
 
     if invariance in ("exact", "trainer"):
         mode = f"with invariance={invariance}"
         masters = f"False {mode}: masters stay float32 and the modules cast; use dtype=bfloat16"
-        for name in ("bf16", "fp16", "bf16_full_eval", "fp16_full_eval"):
+        require(trainer.bf16 is False, "bf16", masters)  # None means True to TRL
+        for name in ("fp16", "bf16_full_eval", "fp16_full_eval"):
             require(not getattr(trainer, name), name, masters)
         replaced = f"False {mode}: it replaces operations that the invariant ops own; remove it"
         for name in ("use_liger_kernel", "cast_lm_head_to_fp32", "torch_compile"):
             require(not getattr(trainer, name), name, replaced)
         noise = f"None {mode}: the noise is in the trainer's forward alone; remove it"
         require(not trainer.neftune_noise_alpha, "neftune_noise_alpha", noise)
+        if invariance == "exact":
+            dropped = "False with invariance=exact: TRL drops truncated completions before they could be compared; remove it"
+            require(not trainer.mask_truncated_completions, "mask_truncated_completions", dropped)
         autocast = env.get("ACCELERATE_MIXED_PRECISION", "no")
         if autocast != "no" and not (trainer.bf16 or trainer.fp16):  # TRL sets the variable itself when it is asked to
             fix = "set mixed_precision: 'no' in the accelerate config, drop --mixed_precision, and use dtype=bfloat16"

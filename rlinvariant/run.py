@@ -1,6 +1,7 @@
 """One run, from a configuration to a trained model and its proof. Read this file to see how the parts fit together."""
 
 import logging
+import os
 import time
 import warnings
 from collections.abc import Callable
@@ -9,7 +10,8 @@ from typing import Any
 
 from rlinvariant import runtime
 from rlinvariant.config import Config
-from rlinvariant.errors import UserError
+from rlinvariant.conflicts import INVARIANCE, conflicts
+from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.report.console import Console
 from rlinvariant.report.rundir import RunDir, read_metrics
 
@@ -20,35 +22,22 @@ def run(config: Config) -> None:
     runtime.configure()
     args = config.grpo_config()  # starts the process group, if there is one
     main = args.process_index == 0
-    console = Console(main)
-    recipe = config.load_recipe()
-    run_dir = RunDir(config.run_dir)
-    if main:
-        RunDir.create(config.run_dir, config.resolved(), config.resume)
-        console.print(f"{config.recipe}: invariance={config.invariance}, {config.steps} steps, files in {config.run_dir}")
-
+    console, recipe, run_dir = Console(main), config.load_recipe(), RunDir(config.run_dir)
+    console.print(f"{config.recipe}: invariance={config.invariance}, {config.steps} steps, files in {config.run_dir}")
     model_path = config.model or (recipe.prepare_model or _no_model)(config)
     _quiet()
     with console.stage("loading transformers, TRL and vLLM"):
-        import torch
-        from safetensors import SafetensorError
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-        from transformers.utils import logging as transformers_logging
+        from transformers import AutoTokenizer
 
-        transformers_logging.disable_progress_bar()
-
+        from rlinvariant.ops.linear import forget_routes
         from rlinvariant.report import wandb_log
         from rlinvariant.trainer.evaluate import greedy_reward
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_path)
-        model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"model={model_path}: cannot be loaded: {' '.join(str(error).split())[:400]}") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"model={model_path}: no tokenizer: {' '.join(str(error).split())[:400]}") from error
     train_dataset, eval_dataset = recipe.datasets(config, tokenizer)
-
-    mode, log_to_wandb, finish_wandb = "disabled", None, lambda: None
-    if main:
-        mode, log_to_wandb, finish_wandb = wandb_log.start(config.wandb, config.run_dir, config.resolved())
+    log_to_wandb: wandb_log.Log | None = None
 
     def on_row(row: dict[str, Any], first_mismatch: Any) -> None:
         run_dir.append_metrics(row)
@@ -62,7 +51,7 @@ def run(config: Config) -> None:
 
     with console.stage("starting the vLLM engine and checking the model"):
         trainer = grpo_trainer(
-            model,
+            model_path,
             recipe.reward_funcs(config),
             args,
             train_dataset,
@@ -70,31 +59,33 @@ def run(config: Config) -> None:
             processing_class=tokenizer,
             invariance=config.invariance,
             dtype=config.dtype,
-            sampler_model=model_path,
             sampler_options=_sampler_options(config),
             on_row=on_row,
             on_samples=on_samples,
         )
-    before = after = float("nan")
-    if eval_dataset is not None and main:
-        with console.stage(f"held-out accuracy before, greedy, {len(eval_dataset)} prompts"):
-            before = greedy_reward(trainer, eval_dataset)
-        console.print(f"held-out accuracy before: {before:.3f}")
-    record = {"vllm_environment": runtime.VLLM, "wandb": mode}
-    if main:
+    forget_routes()
+    before = after = None
+    finish_wandb: Callable[[], None] = lambda: None  # noqa: E731
+    record: dict[str, Any] = {"vllm_environment": runtime.VLLM}
+    if main:  # nothing is written before the run can start
+        RunDir.create(config.run_dir, config.resolved(), config.resume)
+        record["wandb"], log_to_wandb, finish_wandb = wandb_log.start(config.wandb, config.run_dir, config.resolved())
+        if eval_dataset is not None:
+            with console.stage(f"held-out accuracy before, greedy, {len(eval_dataset)} prompts"):
+                before = greedy_reward(trainer, eval_dataset)
+            console.print(f"held-out accuracy before: {before if before is None else round(before, 3)}")
         kernels = _kernels(config)
         console.print("kernels: " + ", ".join(f"{name}: {value}" for name, value in kernels.items()))
         run_dir.write_environment({"kernels": kernels, **record})
     trainer.train(resume_from_checkpoint=config.resume and any(Path(str(args.output_dir)).glob("checkpoint-*")))
-    trainer._sync()
-    if eval_dataset is not None and main:
-        with console.stage("held-out accuracy after"):
-            after = greedy_reward(trainer, eval_dataset)
-    finish_wandb()
+    trainer.sync(force=True)
     if main:
+        if eval_dataset is not None:
+            with console.stage("held-out accuracy after"):
+                after = greedy_reward(trainer, eval_dataset)
+        finish_wandb()
         run_dir.write_environment({"kernels": _kernels(config), **record})
-        rows = read_metrics(run_dir.path)
-        console.summary(rows, before, after, run_dir.path, time.monotonic() - started)
+        console.summary(read_metrics(run_dir.path), before, after, run_dir.path, time.monotonic() - started)
 
 
 def grpo_trainer(
@@ -123,19 +114,38 @@ def grpo_trainer(
     Raises:
         UserError: in one list, what would break exactness; see InvariantGRPOTrainer.
     """
+    _quiet()
+    problems = [] if invariance in INVARIANCE else [f"invariance={invariance}: expected one of {', '.join(INVARIANCE)}"]
+    problems += [] if dtype in ("bfloat16", "float32") else [f"dtype={dtype}: expected bfloat16 or float32"]
+    source = sampler_model or (model if isinstance(model, (str, Path)) else model.config._name_or_path)
+    if not source:
+        problems.append("sampler_model: missing; save the model and name its directory, for vLLM to load")
+    problems += conflicts(args, invariance, os.environ)
+    if problems:
+        raise ConfigErrors(problems)
     runtime.configure()
     import torch
-    from transformers import AutoModelForCausalLM
+    from safetensors import SafetensorError
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
 
+    from rlinvariant.models import UnsupportedModel, unsupported
     from rlinvariant.sampler.engine import Sampler
     from rlinvariant.trainer.grpo import SIDES, InvariantGRPOTrainer
 
-    source = sampler_model or (model if isinstance(model, (str, Path)) else model.config._name_or_path)
+    transformers_logging.disable_progress_bar()
     if isinstance(model, (str, Path)):
-        model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        try:
+            if invariance != "off" and (reasons := list(unsupported(AutoConfig.from_pretrained(model)))):
+                raise UnsupportedModel(f"model={model} cannot run exactly: " + "; ".join(reasons))
+            model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise UserError(f"model={source}: cannot be loaded: {' '.join(str(error).split())[:400]}") from error
     engine: Callable[[], Sampler] = lambda: Sampler(  # noqa: E731
         source, invariant=SIDES[invariance][0], dtype=dtype, **(sampler_options or {})
     )
+    console = Console(args.process_index == 0)
+    kwargs.setdefault("on_row", lambda row, first_mismatch: console.step(row, args.max_steps, first_mismatch))
     return InvariantGRPOTrainer(
         model,
         reward_funcs,
@@ -154,11 +164,13 @@ def _no_model(config: Config) -> str:
 
 def _sampler_options(config: Config) -> dict[str, Any]:
     s = config.sampler
-    options: dict[str, Any] = {"max_num_seqs": s.max_num_seqs, "enable_prefix_caching": s.enable_prefix_caching}
+    options: dict[str, Any] = {
+        "max_num_seqs": s.max_num_seqs,
+        "enable_prefix_caching": s.enable_prefix_caching,
+        "enforce_eager": s.enforce_eager,
+    }
     if s.max_num_batched_tokens is not None:
         options["max_num_batched_tokens"] = s.max_num_batched_tokens
-    if s.enforce_eager is not None:
-        options["enforce_eager"] = s.enforce_eager
     return {"max_model_len": s.max_model_len, "kv_cache_gib": s.kv_cache_gib, "options": options}
 
 

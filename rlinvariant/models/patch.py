@@ -62,6 +62,8 @@ def make_invariant(model: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
         raise UnsupportedModel(f"{type(model).__name__} cannot run exactly: " + "; ".join(reasons))
     if getattr(getattr(model, "lm_head", None), "bias", None) is not None:
         raise UnsupportedModel(f"{type(model).__name__} cannot run exactly: its lm_head has a bias")
+    if noisy := [name for name, m in model.named_modules() if isinstance(m, nn.Dropout) and m.p > 0]:
+        raise UnsupportedModel(f"{type(model).__name__} cannot run exactly: dropout in {noisy[0]}; set its probability to 0")
     swaps = [(module, rule) for module in model.modules() if (rule := _rule(module)) is not None]
     for module, rule in {type(m): (m, rule) for m, rule in swaps if rule in _CHECKS}.values():
         _require_same_function(module, rule)

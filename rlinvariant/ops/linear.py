@@ -64,6 +64,11 @@ def is_exact(n: int, k: int, dtype: torch.dtype, bias: bool, threads: int) -> bo
     return True
 
 
+def forget_routes() -> None:
+    """Start the record anew: what was computed to check a model is not part of the run."""
+    _routes.clear()
+
+
 def routes() -> dict[str, str]:
     """The route taken by each weight shape used so far, for the run's environment.json."""
     return dict(_routes)
@@ -91,7 +96,7 @@ def _cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     w, b = _aligned(weight.to(x.dtype)), None if bias is None else bias.to(x.dtype).contiguous()
     flat = x.reshape(-1, k).contiguous()
     vendor = is_exact(n, k, x.dtype, b is not None, torch.get_num_threads())
-    _routes[f"{n}x{k} {str(x.dtype)[6:]}"] = "vendor GEMM, proven row invariant here," if vendor else "kernels/cpu.c"
+    _routes[f"{n}x{k} {str(x.dtype)[6:]}"] = "vendor GEMM, checked row invariant here," if vendor else "kernels/cpu.c"
     y = (_vendor if vendor else _written)(flat, w, b)
     return y.view(*x.shape[:-1], n)
 
@@ -101,8 +106,8 @@ def _vendor(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
     for part in x.split(ROWS):
         missing = -len(part) % STEP
         y = F.linear(F.pad(part, (0, 0, 0, missing)) if missing else _aligned(part), w, b)
-        parts.append(y[: len(part)])
-    return torch.cat(parts)  # a copy also for one part: an operator may not return a view of its input's padding
+        parts.append(y[: len(part)].clone() if missing else y)  # an operator's output owns its memory
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _written(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:

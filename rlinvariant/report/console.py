@@ -103,12 +103,13 @@ class Console:
             "  ".join([f"{place:>7}", *cells, f"mismatched {_integer(mismatched)} / {_integer(compared)}"]),
             style="yellow" if mismatched else "",
         )
-        if mismatched or any(row.get(key) for key in ("onpolicy/kl_k1", "onpolicy/kl_k3")):
+        new = (compared or 0) + (row.get("onpolicy/unscored_tokens") or 0)  # 0: a further step on an earlier rollout
+        if mismatched or (new and any(row.get(key) for key in ("onpolicy/kl_k1", "onpolicy/kl_k3"))):
             drift = [f"{label} {_scientific(row.get(key))}" for label, key in _DRIFT]
             self.print("  " + "  ".join(drift), style="yellow")
         if first_mismatch is not None:
             self.print(f"  first mismatch: {first_mismatch}", style="yellow")
-        if (coverage := _coverage([row])) != "1":
+        if (coverage := _coverage([row])) != "1" and (new or compared is None):
             self.print(f"  coverage {coverage}", style="yellow")
 
     def samples(self, rows: Iterable[Row]) -> None:
@@ -129,15 +130,17 @@ class Console:
         elapsed_s: float | None = None,
     ) -> None:
         """Print the outcome of a run from its metrics rows: reward, accuracy, the contract, where the files are."""
-        rewards = [row["reward/mean"] for row in rows if row.get("reward/mean") is not None]
-        window = min(10, len(rewards))
+        rewards = [r for row in rows if (r := row.get("reward/mean")) is not None and not math.isnan(r)]
+        window = min(10, max(1, len(rewards) // 2)) if rewards else 0
         mismatched, compared = _total(rows, "onpolicy/mismatched_tokens"), _total(rows, "onpolicy/compared_tokens")
         lines = [("steps", f"{len(rows):,}" + (f" in {_duration(elapsed_s)}" if elapsed_s is not None else ""))]
         if window:
             first, last = sum(rewards[:window]) / window, sum(rewards[-window:]) / window
             lines += [("reward", f"{first:.3f} (first {window} steps) -> {last:.3f} (last {window}), {last - first:+.3f}")]
+        if accuracy_before is not None or accuracy_after is not None:
+            after = f"{_percent(accuracy_before)} before -> {_percent(accuracy_after)} after, held out, greedy"
+            lines.append(("accuracy", after))
         lines += [
-            ("accuracy", f"{_percent(accuracy_before)} before -> {_percent(accuracy_after)} after, held out, greedy"),
             (
                 "on policy",
                 f"mismatched {_integer(mismatched)} / {_integer(compared)} tokens, coverage {_coverage(rows)}",

@@ -50,8 +50,7 @@ class RunDir:
         """
         run = cls(path)
         try:
-            has_files = run.path.exists() and any(run.path.iterdir())
-            if has_files and not resume:
+            if not resume and (run.config.exists() or run.metrics.exists()):
                 raise UserError(f"run: {run.path} already holds a run; choose another run=NAME, or set resume=true")
             if resume and not run.config.exists():
                 raise UserError(f"resume: {run.path} holds no run (no config.json); name one that exists, or drop resume")

@@ -80,11 +80,15 @@ class Sampler:
                 "disable_log_stats": True,
                 "logprobs_mode": "processed_logprobs",
                 "kv_cache_memory_bytes": int(kv_cache_gib * 2**30),
-                "enforce_eager": True,
+                "enforce_eager": True,  # a compiled stock engine is faster on a GPU; on a CPU it takes a minute to start
                 "async_scheduling": False,
                 "generation_config": "vllm",
                 "use_tqdm_on_load": False,
-            } | (options or {})
+            }
+            fixed = (arguments.keys() - {"enforce_eager"}) | {"quantization", "hf_overrides"}
+            if clash := sorted(fixed & (options or {}).keys()):
+                raise UserError(f"sampler options {', '.join(clash)}: rlinvariant sets them itself; remove them")
+            arguments |= options or {}
             if invariant:
                 load_general_plugins()
                 if QUANTIZATION not in QUANTIZATION_METHODS:

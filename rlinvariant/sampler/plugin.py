@@ -1,6 +1,6 @@
 """The vLLM plugin (entry point `vllm.general_plugins`): what vLLM must know by name, in every process it starts.
 
-It only registers two names, through vLLM's public registries; no function of vLLM is replaced. An engine that does not ask
+It only registers two names, through vLLM's public registries; it replaces no function of vLLM. An engine that does not ask
 for them (`quantization="rlinvariant"` and the architecture below) is a stock engine, also in the same process.
 """
 

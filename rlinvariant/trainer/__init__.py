@@ -1,4 +1,4 @@
-"""The trainer: TRL's, with exact log-probs and the comparison with the sampler. Nothing else imports trl or accelerate."""
+"""The trainer: TRL's, with exact log-probs and the comparison with the sampler."""
 
 from rlinvariant.trainer.grpo import InvariantGRPOTrainer
 

@@ -6,7 +6,7 @@ from typing import Any
 from rlinvariant.trainer.grpo import InvariantGRPOTrainer
 
 
-def greedy_reward(trainer: InvariantGRPOTrainer, dataset: Any) -> float:
+def greedy_reward(trainer: InvariantGRPOTrainer, dataset: Any) -> float | None:
     """Mean reward of one greedy completion per row of `dataset`, with the sampler's current weights.
 
     Rewards are the trainer's functions, weighted as it weighs them; reward models are left out. Runs on this process
@@ -32,7 +32,15 @@ def greedy_reward(trainer: InvariantGRPOTrainer, dataset: Any) -> float:
     for function, weight in zip(trainer.reward_funcs, trainer.reward_weights.tolist(), strict=True):
         if not callable(function) or hasattr(function, "forward") or inspect.iscoroutinefunction(function):
             continue
-        values = function(prompts=prompts, completions=texts, completion_ids=ids, trainer_state=trainer.state, **columns)
+        values = function(
+            prompts=prompts,
+            completions=texts,
+            completion_ids=ids,
+            trainer_state=trainer.state,
+            log_extra=lambda *_: None,
+            log_metric=lambda *_: None,
+            **columns,
+        )
         total += weight * sum(v or 0.0 for v in values) / len(rows)
         found += 1
-    return total if found else float("nan")
+    return total if found else None

@@ -103,6 +103,9 @@ class InvariantGRPOTrainer(GRPOTrainer):
             self.model.__dict__.pop("forward", None)  # TRL's fused head, with another order of summation
             if self.ref_model is not None:
                 make_invariant(self.ref_model, dtype).__dict__.pop("forward", None)
+        if invariance != "off" and self.accelerator.device.type != "cpu":
+            device = self.accelerator.device
+            raise ConfigErrors([f"device={device}: expected cpu: there are no GPU ops yet; use use_cpu=True or invariance=off"])
         self.remove_callback(PrinterCallback)  # prints every number of every step; our console and files have them
         self.use_vllm = True  # TRL's name for "the rollout carries log-probs": turns on its correction, if asked for
         self.sampler = sampler()
@@ -111,6 +114,7 @@ class InvariantGRPOTrainer(GRPOTrainer):
         self._sampler_logprobs: list[list[float]] = []
         self._scoring_rollout = False
         self._exact_streak = 0
+        self._rollout_step = 0
         self._start_step()
 
     def _conflicts(self, model: Any, args: GRPOConfig, kwargs: dict[str, Any]) -> list[str]:
@@ -118,6 +122,11 @@ class InvariantGRPOTrainer(GRPOTrainer):
         found = conflicts(args, self.invariance, os.environ)
         if args.use_vllm:
             found.append("use_vllm=True: expected False; the sampler is attached by rlinvariant")
+        for name in ("rollout_func", "tools", "environment_factory"):
+            if kwargs.get(name):
+                found.append(f"{name}: expected None: only plain completions of the dataset's prompts are compared so far")
+        if self._trainer_is_invariant and model.dtype != torch.float32:
+            found.append(f"model.dtype={model.dtype}: expected torch.float32 masters; load with dtype=torch.float32")
         if self._trainer_is_invariant and (kwargs.get("peft_config") is not None or hasattr(model, "peft_config")):
             found.append(f"peft_config: expected None with invariance={self.invariance}: adapters are not supported yet")
         return found
@@ -131,7 +140,7 @@ class InvariantGRPOTrainer(GRPOTrainer):
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs):
         """Sample one completion per prompt; TRL has repeated each prompt `num_generations` times over all ranks."""
-        self._sync()
+        self.sync()
         seeds = self._seeds(len(prompt_ids), num_generations)
         with self._timed("rollout"):
             completions = self.sampler.generate(
@@ -143,6 +152,7 @@ class InvariantGRPOTrainer(GRPOTrainer):
             )
         self._sampler_logprobs = [c.sampler_logprobs for c in completions]
         if self.model.training:
+            self._rollout_step = self.state.global_step
             self._completions += [c.token_ids for c in completions]
         return [c.token_ids for c in completions], self._sampler_logprobs
 
@@ -159,8 +169,9 @@ class InvariantGRPOTrainer(GRPOTrainer):
         first = self.accelerator.process_index * count
         return [request_seed(run, step, i // group, i % group) for i in range(first, first + count)]
 
-    def _sync(self) -> None:
-        if self._synced_step == self.state.global_step:
+    def sync(self, force: bool = False) -> None:
+        """Give the sampler the current weights, unless it has had this step's; `force` when they may have moved without one."""
+        if self._synced_step == self.state.global_step and not force:
             return
         with self._timed("sync"):
             self.sampler.sync(self._weights())
@@ -289,7 +300,8 @@ class InvariantGRPOTrainer(GRPOTrainer):
         try:
             yield
         finally:
-            self._seconds[what] += time.perf_counter() - began
+            if self.model.training:  # not what an evaluation between two steps takes
+                self._seconds[what] += time.perf_counter() - began
 
     def _calculate_rewards(self, *args, **kwargs):
         with self._timed("score"):
@@ -316,10 +328,12 @@ class InvariantGRPOTrainer(GRPOTrainer):
         if self.accelerator.is_main_process:
             if self._on_row is not None:
                 self._on_row({"step": self.state.global_step, **trl, **row}, self._first_mismatch)
-            if self._on_samples is not None and self.state.global_step % self._samples_every in (0, 1):
+            if self._on_samples is not None and (
+                self.state.global_step == 1 or self.state.global_step % self._samples_every == 0
+            ):
                 self._on_samples(self._sample_rows())
         unscored = row["onpolicy/unscored_tokens"]
-        if unscored and self.invariance == "exact" and not self.mask_truncated_completions:  # TRL drops those before scoring
+        if unscored and self.invariance == "exact":
             raise ParityError(
                 f"step {self.state.global_step}: {unscored:,} sampled tokens were trained on without being compared"
             )
@@ -330,6 +344,7 @@ class InvariantGRPOTrainer(GRPOTrainer):
         ranks = gather_object([mine])
         completions = [c for rank in ranks for c in rank[1]]
         sampled = sum(map(len, completions))
+        trained = sum(len(pair[0]) for rank in ranks for pair in rank[0] + rank[5])
         seconds = {name: max(rank[2][name] for rank in ranks) for name in self._seconds}
         self._first_mismatch = next((rank[3] for rank in ranks if rank[3] is not None), None)
         onpolicy = self._onpolicy([rank[0] for rank in ranks], sampled)
@@ -341,7 +356,7 @@ class InvariantGRPOTrainer(GRPOTrainer):
             **onpolicy,
             "onpolicy/group_unique_frac": metrics.group_unique_frac(completions, self.num_generations),
             "onpolicy/weights_equal": int(all(rank[4] for rank in ranks)),
-            "onpolicy/weight_version_lag": self.state.global_step - 1 - self._synced_step,
+            "onpolicy/weight_version_lag": self.state.global_step - 1 - self._rollout_step,
             "onpolicy/exact_streak_tokens": self._exact_streak,
             "reward/mean": trl.get("reward", float("nan")),
             **metrics.rollout_stats([len(c) for c in completions], [not c or c[-1] not in ends for c in completions]),
@@ -353,7 +368,7 @@ class InvariantGRPOTrainer(GRPOTrainer):
             "optim/lr": logs.get("learning_rate", float("nan")),
             **{f"time/{name}": value for name, value in seconds.items()},
             "perf/sampler_tok_s": sampled / seconds["rollout"] if seconds["rollout"] else float("nan"),
-            "perf/trainer_tok_s": sampled / seconds["train"] if seconds["train"] else float("nan"),
+            "perf/trainer_tok_s": trained / seconds["train"] if seconds["train"] else float("nan"),
             "perf/step_s": step_s,
         }
 

@@ -1,7 +1,6 @@
 """Drive engines and trainers as the tests need them, and compare what they give, bit for bit."""
 
 import gc
-import os
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,20 +36,13 @@ def start_engine(
 ) -> Sampler:
     options = {"max_num_seqs": 64, "max_num_batched_tokens": 2048, "block_size": BLOCK} | options
     gib = kv_bytes / 2**30
-    with one_rank():
-        engine = Sampler(path, invariant=invariant, dtype=dtype, max_model_len=192, kv_cache_gib=gib, options=options)
+    engine = Sampler(path, invariant=invariant, dtype=dtype, max_model_len=192, kv_cache_gib=gib, options=options)
     _kept.append(engine)
     gc.freeze()  # vLLM collects garbage eight times an engine, over all that was imported
     return engine
 
 
 _kept: list[Sampler] = []  # an engine that is collected takes vLLM's process groups with it, and every other engine's
-
-
-def one_rank():
-    """The second engine of a process finds the first one's process group and takes it for a launcher's."""
-    here = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    return mock.patch.dict(os.environ, here if torch.distributed.is_initialized() else {})
 
 
 # ---- requests, and an engine stepped by hand

@@ -136,10 +136,11 @@ def test_a_mask_off_by_one_is_seen(exact_run, monkeypatch):
 
     monkeypatch.setattr(GRPOTrainer, "_generate_and_score_completions", without_last)
     run = exact_run()
-    run.trainer.train()
-    assert run.total("mismatched_tokens") == 0
-    assert [row["onpolicy/unscored_tokens"] for row in run.rows] == [16, 16]
-    assert all(row["onpolicy/coverage"] < 1 and row["onpolicy/exact_streak_tokens"] == 0 for row in run.rows)
+    with pytest.raises(ParityError, match="16 sampled tokens were trained on without being compared"):
+        run.trainer.train()
+    (row,) = run.rows
+    assert row["onpolicy/mismatched_tokens"] == 0 and row["onpolicy/unscored_tokens"] == 16
+    assert row["onpolicy/coverage"] < 1 and row["onpolicy/exact_streak_tokens"] == 0
 
 
 def nucleus(engine: Any) -> Faulty:

@@ -149,20 +149,39 @@ def test_sync_refuses_while_a_request_runs(engine, weights):
     engine.sync(weights.items())
 
 
-def test_sampler_leaves_the_process_as_it_was(engine, path, weights):
-    """vLLM seeds torch, numpy and random, sets the default dtype and replaces torch.set_num_threads."""
+def process_state():
+    """What vLLM seeds, sets or replaces."""
+    return (
+        torch.get_rng_state().tolist(),
+        random.getstate(),
+        np.random.get_state()[1].tolist(),
+        (torch.get_num_threads(), torch.set_num_threads, torch.get_default_dtype(), torch.is_grad_enabled()),
+    )
 
-    def state():
-        return (
-            torch.get_rng_state().tolist(),
-            random.getstate(),
-            np.random.get_state()[1].tolist(),
-            (torch.get_num_threads(), torch.set_num_threads, torch.get_default_dtype(), torch.is_grad_enabled()),
-        )
 
+def test_a_running_engine_leaves_the_process_as_it_was(engine, weights):
     torch.manual_seed(123)
-    before = state()
+    before = process_state()
     engine.sync(weights.items())
     engine.differing_weights(weights.items())
     generate(engine, ASKED)
-    assert state() == before
+    assert process_state() == before
+
+
+@pytest.mark.parametrize("invariant", [True, False], ids=["exact", "stock"])
+def test_starting_an_engine_leaves_the_process_as_it_was(invariant, arithmetic_dir):
+    torch.manual_seed(123)
+    before = process_state()
+    start_engine(arithmetic_dir, invariant=invariant)
+    assert process_state() == before
+
+
+def test_sync_works_without_a_prefix_cache(path, weights):
+    engine = start_engine(path, enable_prefix_caching=False)
+    engine.sync(weights.items())
+    once, twice = drive(engine, ASKED, cold=False), drive(engine, ASKED, cold=False)
+    assert twice.cached_tokens == 0
+    cached = ENGINES(path, True)
+    cached.sync(weights.items())
+    assert_same_completions(twice.completions, once.completions, "again")
+    assert_same_completions(once.completions, drive(cached, ASKED).completions, "with and without a prefix cache")

@@ -74,22 +74,42 @@ def test_every_loss_type_is_exact(loss, run):
     assert all(row["optim/grad_norm"] > 0 for row in trained.rows)
 
 
-# name -> (settings, rows of one optimizer step, how many steps sample anew)
+# What else TRL may do with log-probs and entropies
+SETTINGS = {
+    "temperature 0.7": {"temperature": 0.7},
+    "sequence ratios": {"importance_sampling_level": "sequence"},
+    "two-sided clipping": {"delta": 2.0},
+    "high entropy only": {"top_entropy_quantile": 0.5},
+    "entropy bonus": {"entropy_coef": 0.01},
+    "off-policy mask": {"off_policy_mask_threshold": 0.1},
+    "unbiased KL": {"temperature": 0.7, "beta": 0.1, "use_bias_correction_kl": True},
+    "a reference that follows": {"beta": 0.1, "sync_ref_model": True, "ref_model_sync_steps": 1},
+    "rows padded to 8": {"pad_to_multiple_of": 8},
+    "reentrant checkpointing": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_every_setting_is_exact(setting, run):
+    assert_exact(run(**SETTINGS[setting]), 2 * STEP)
+
+
 SCHEDULES = {
-    "accumulated": ({"gradient_accumulation_steps": 2}, 4),
-    "two rollouts a step": ({"gradient_accumulation_steps": 2, "steps_per_generation": 1}, 4),
-    "two iterations": ({"num_iterations": 2}, 2),
-    "two iterations, accumulated": ({"num_iterations": 2, "gradient_accumulation_steps": 2}, 2),
-    "two iterations in one step": ({"num_iterations": 2, "gradient_accumulation_steps": 2, "steps_per_generation": 1}, 4),
-    "scored ahead": ({"steps_per_generation": 4, "gradient_accumulation_steps": 2}, 2),
-    "scored ahead, two iterations": ({"steps_per_generation": 2, "num_iterations": 2}, 1),
-    "misaligned": ({"steps_per_generation": 2, "gradient_accumulation_steps": 3}, None),
+    "accumulated": {"gradient_accumulation_steps": 2},
+    "one by one": {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 1},
+    "two rollouts a step": {"gradient_accumulation_steps": 2, "steps_per_generation": 1},
+    "two iterations": {"num_iterations": 2},
+    "two iterations, accumulated": {"num_iterations": 2, "gradient_accumulation_steps": 2},
+    "two iterations in one step": {"num_iterations": 2, "gradient_accumulation_steps": 2, "steps_per_generation": 1},
+    "scored ahead": {"steps_per_generation": 4, "gradient_accumulation_steps": 2},
+    "scored ahead, two iterations": {"steps_per_generation": 2, "num_iterations": 2},
+    "straddling a step": {"steps_per_generation": 2, "gradient_accumulation_steps": 3},
 }
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_every_schedule_compares_each_token_once(schedule, run):
-    settings, _ = SCHEDULES[schedule]
+    settings = {"per_device_train_batch_size": 8} | SCHEDULES[schedule]
     drawn: list[int] = []
     generate = InvariantGRPOTrainer._generate_single_turn
 
@@ -99,8 +119,8 @@ def test_every_schedule_compares_each_token_once(schedule, run):
         return ids, logprobs
 
     with mock.patch.object(InvariantGRPOTrainer, "_generate_single_turn", counted):
-        trained = run(max_steps=4, **settings, per_device_train_batch_size=8)
-    assert_exact(trained, len(drawn) * STEP // 2)
+        trained = run(max_steps=4, **settings)
+    assert_exact(trained, 4 * len(drawn) * 8)  # 4 completions a rollout or more
     assert trained.total("compared_tokens") == sum(drawn), "what was sampled and what was compared are not the same"
     assert len(trained.rows) == 4
 
@@ -252,11 +272,11 @@ def test_training_twice_syncs_again(arithmetic_dir, exact_engine, tmp_path):
     assert len(run.rows) == 2
 
 
-def test_truncated_completions_may_be_masked(run):
-    """They are sampled and not trained on: TRL never computes their log-probs, and coverage says so."""
-    trained = run(mask_truncated_completions=True, max_completion_length=8)
-    assert trained.total("mismatched_tokens") == 0 and trained.total("unscored_tokens") > 0
-    assert all(row["onpolicy/coverage"] < 1 for row in trained.rows)
+def test_dropped_completions_are_counted(arithmetic_dir, stock_engine, tmp_path):
+    """TRL never scores the truncated completions that it is told to mask: the coverage of a run that is not exact says so."""
+    dropped = {"mask_truncated_completions": True, "max_completion_length": 8}
+    run = train(arithmetic_dir, stock_engine, tmp_path, invariance="off", **dropped)
+    assert all(row["onpolicy/unscored_tokens"] > 0 and row["onpolicy/coverage"] < 1 for row in run.rows)
 
 
 def test_the_sampler_of_trl_repeats_each_prompt_in_place():

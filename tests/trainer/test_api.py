@@ -1,0 +1,55 @@
+"""The one call that a TRL script changes, and the greedy reward."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import GRPOConfig
+
+import rlinvariant
+from rlinvariant.trainer.evaluate import greedy_reward
+from tests.parity import harness
+from tests.parity.harness import new_trainer, questions, variety
+
+
+def arguments(directory) -> GRPOConfig:
+    return GRPOConfig(str(directory), per_device_train_batch_size=8, num_generations=4, max_completion_length=12, max_steps=2,
+                      learning_rate=1e-3, logging_steps=1, bf16=False, use_cpu=True, report_to="none", save_strategy="no",
+                      disable_tqdm=True)  # fmt: skip
+
+
+@pytest.mark.parametrize("loaded", [False, True], ids=["directory", "model"])
+def test_grpo_trainer_takes_what_trl_takes(loaded, arithmetic_dir, tmp_path):
+    """TRL's defaults otherwise: importance-sampling correction and gradient checkpointing are on."""
+    model = AutoModelForCausalLM.from_pretrained(arithmetic_dir, dtype=torch.float32) if loaded else arithmetic_dir
+    rows: list[dict] = []
+    trainer = rlinvariant.grpo_trainer(
+        model,
+        variety,
+        arguments(tmp_path),
+        questions(),
+        processing_class=AutoTokenizer.from_pretrained(arithmetic_dir),
+        sampler_options={"max_model_len": 64, "kv_cache_gib": 0.02},
+        on_row=lambda row, mismatch: rows.append(row),
+    )
+    harness._kept.append(trainer.sampler)
+    trainer.train()
+    assert [row["onpolicy/mismatched_tokens"] for row in rows] == [0, 0]
+    # 8 completions of up to 12 tokens, of which a few end early
+    assert all(row["onpolicy/coverage"] == 1 and row["onpolicy/compared_tokens"] >= 8 * 8 for row in rows)
+
+
+def test_greedy_reward_is_the_mean_over_the_rows(arithmetic_dir, exact_engine, tmp_path):
+    def length(completions, **_):
+        return [float(len(text)) for text in completions]
+
+    trainer = new_trainer(arithmetic_dir, exact_engine, tmp_path, reward_funcs=[length, variety]).trainer
+    trainer.sync()
+    dataset = questions(8)
+    tokenizer = trainer.processing_class
+    prompts = [tokenizer(prompt)["input_ids"] for prompt in dataset["prompt"]]
+    completions = exact_engine.generate(
+        prompts, [0] * 8, temperature=0.0, max_tokens=12, stop_token_ids=[tokenizer.eos_token_id]
+    )
+    texts = tokenizer.batch_decode([c.token_ids for c in completions], skip_special_tokens=True)
+    expected = sum(length(texts)) / 8 + sum(variety(texts)) / 8
+    assert greedy_reward(trainer, dataset) == pytest.approx(expected, rel=1e-12) == greedy_reward(trainer, dataset)
