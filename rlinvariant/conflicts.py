@@ -19,7 +19,8 @@ def conflicts(trainer: Any, invariance: str, env: Mapping[str, str], prefix: str
 
     def require(ok: bool, name: str, expected: str) -> None:
         if not ok:
-            found.append(f"{prefix}{name}={getattr(trainer, name)}: expected {expected}")
+            value = getattr(trainer, name)
+            found.append(f"{prefix}{name}={getattr(value, 'value', value)}: expected {expected}")
 
     whole = "the sampler must draw from the whole distribution, which is the one that is trained; remove it"
     least = "at least 0.01, to which vLLM raises smaller ones; 1.0 samples from the model itself"

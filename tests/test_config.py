@@ -76,12 +76,11 @@ REPLACED = f"{EXACT}: it replaces operations that the invariant ops own; remove 
         ("dtype=float16", "dtype=float16: expected one of bfloat16, float32; default 'bfloat16'"),
         ("wandb.mode=on", "wandb.mode=on: expected one of auto, online, offline, disabled; default 'auto'"),
         ("data.size=big", "data.size=big: expected int; default 5"),
-        ("sampler.enforce_eager=auto", "sampler.enforce_eager=auto: expected bool | None; default None"),
+        ("sampler.enforce_eager=auto", "sampler.enforce_eager=auto: expected bool; default True"),
         ("trainer.beta=small", "trainer.beta=small: expected float; default 0.0"),
         (
             "trainer.loss_type=ppo",
-            "trainer.loss_type=ppo: expected one of grpo, dr_grpo, dapo, bnpo, cispo, sapo, vespo, luspo; "
-            "default 'dapo'",
+            "trainer.loss_type=ppo: expected one of grpo, dr_grpo, dapo, bnpo, cispo, sapo, vespo, luspo; default 'dapo'",
         ),
         (
             "trainer.save_strategy=never",
@@ -89,7 +88,10 @@ REPLACED = f"{EXACT}: it replaces operations that the invariant ops own; remove 
         ),
         ("steps=0", "steps=0: expected at least 1"),
         ("seed=-1", "seed=-1: expected 0 to 4294967295"),
-        ("trainer.temperature=0", "trainer.temperature=0.0: expected more than 0; 1.0 samples from the model itself"),
+        (
+            "trainer.temperature=0",
+            "trainer.temperature=0.0: expected at least 0.01, to which vLLM raises smaller ones; 1.0 samples from the model itself",
+        ),
         ("trainer.top_p=0.95", f"trainer.top_p=0.95: expected 1.0: {WHOLE}"),
         ("trainer.top_k=20", f"trainer.top_k=20: expected 0: {WHOLE}"),
         ("trainer.min_p=0.1", f"trainer.min_p=0.1: expected None: {WHOLE}"),
@@ -117,8 +119,7 @@ REPLACED = f"{EXACT}: it replaces operations that the invariant ops own; remove 
         ),
         (
             "trainer.generation_batch_size=12",
-            "trainer.generation_batch_size=12: expected a multiple of "
-            "trainer.per_device_train_batch_size x processes = 8 x 1",
+            "trainer.generation_batch_size=12: expected a multiple of trainer.per_device_train_batch_size x processes = 8 x 1",
         ),
         (
             "trainer.auto_find_batch_size=true",
@@ -127,13 +128,17 @@ REPLACED = f"{EXACT}: it replaces operations that the invariant ops own; remove 
         ("trainer.max_completion_length=0", "trainer.max_completion_length=0: expected at least 1"),
         (
             "sampler.max_model_len=512",
-            "sampler.max_model_len=512: expected more than trainer.max_completion_length=512, "
-            "to leave room for the prompt",
+            "sampler.max_model_len=512: expected more than trainer.max_completion_length=512, to leave room for the prompt",
         ),
         ("sampler.max_num_seqs=0", "sampler.max_num_seqs=0: expected at least 1"),
         (
-            "sampler.gpu_memory_utilization=1.5",
-            "sampler.gpu_memory_utilization=1.5: expected more than 0, at most 1",
+            "trainer.mask_truncated_completions=true",
+            "trainer.mask_truncated_completions=True: expected False with invariance=exact: TRL drops truncated completions "
+            "before they could be compared; remove it",
+        ),
+        (
+            "trainer.logging_strategy=no",
+            "trainer.logging_strategy=no: expected steps: every step is counted and written; remove it",
         ),
         (
             "trainer.logging_steps=10",
@@ -171,9 +176,7 @@ def test_unknown_recipes_are_suggested_and_listed() -> None:
     assert line.startswith("recipe=arithmetik: unknown recipe; did you mean arithmetic?; there are: ")
     with pytest.raises(ConfigErrors, match=r"^recipe: missing; write recipe=NAME with one of .*arithmetic"):
         parse([], {})
-    with pytest.raises(
-        ConfigErrors, match=r"^recipe=no/file\.py: no such file; give the path of a recipe \.py, or one of"
-    ):
+    with pytest.raises(ConfigErrors, match=r"^recipe=no/file\.py: no such file; give the path of a recipe \.py, or one of"):
         parse(["recipe=no/file.py"], {})
 
 
@@ -198,9 +201,7 @@ def test_recipe_without_a_model_needs_one() -> None:
     Path("plain.py").write_text(RECIPE.replace("def prepare_model", "def unused"))
     with pytest.raises(ConfigErrors) as raised:
         parse(["recipe=plain.py"], {})
-    assert raised.value.errors == [
-        "model: missing, recipe plain has none of its own; write model=DIRECTORY or model=ORG/NAME"
-    ]
+    assert raised.value.errors == ["model: missing, recipe plain has none of its own; write model=DIRECTORY or model=ORG/NAME"]
     assert parse(["recipe=plain.py", "model=Qwen/Qwen3-0.6B"], {}).model == "Qwen/Qwen3-0.6B"
 
 
@@ -217,9 +218,7 @@ def test_model_directories_are_looked_into() -> None:
 
 
 def test_recipe_checks_are_in_the_same_list() -> None:
-    Path("checking.py").write_text(
-        RECIPE + '\ndef check(config): return [f"data.size={config.data.size}: too small"]\n'
-    )
+    Path("checking.py").write_text(RECIPE + '\ndef check(config): return [f"data.size={config.data.size}: too small"]\n')
     with pytest.raises(ConfigErrors) as raised:
         parse(["recipe=checking.py", "steps=0"], {})
     assert raised.value.errors == ["steps=0: expected at least 1", "data.size=5: too small"]
@@ -228,6 +227,7 @@ def test_recipe_checks_are_in_the_same_list() -> None:
 def test_all_conflicts_come_in_one_list() -> None:
     env = {"VLLM_BATCH_INVARIANT": "1", "ACCELERATE_MIXED_PRECISION": "bf16"}
     Path("runs/taken").mkdir(parents=True)
+    Path("runs/taken/config.json").touch()
     found = errors("stps=3", "steps=x", "trainer.top_p=0.9", "trainer.use_vllm=true", "run=taken", env=env)
     assert [line.split(":")[0] for line in found] == [
         "stps=3",
@@ -269,9 +269,7 @@ def test_allowed_in_exact_mode() -> None:
 
 
 def test_steps_and_max_steps_are_one_value() -> None:
-    assert errors("steps=4", "trainer.max_steps=5") == [
-        "steps=4 and trainer.max_steps=5: both set the same value; keep steps"
-    ]
+    assert errors("steps=4", "trainer.max_steps=5") == ["steps=4 and trainer.max_steps=5: both set the same value; keep steps"]
     assert errors("trainer.seed=4", "seed=4") == ["seed=4 and trainer.seed=4: both set the same value; keep seed"]
     config = good("trainer.max_steps=5", "trainer.seed=9")
     assert (config.steps, config.seed, config.sources["steps"]) == (5, 9, "command line")
@@ -350,9 +348,9 @@ def test_tables_name_fields_that_trl_has() -> None:
 
 def test_run_directories_are_not_overwritten() -> None:
     Path("runs/taken").mkdir(parents=True)
-    assert errors("run=taken") == [
-        "run=taken: runs/taken exists; choose another name, or add resume=true to continue it"
-    ]
+    assert good("run=taken").run == "taken"  # what a start that failed may leave
+    Path("runs/taken/config.json").touch()
+    assert errors("run=taken") == ["run=taken: runs/taken exists; choose another name, or add resume=true to continue it"]
     assert good("run=taken", "resume=true").run_dir == Path("runs/taken")
     assert good("run=taken", env={"RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}).run == "taken"
     assert errors("run=new", "resume=true") == ["run=new: runs/new does not exist, nothing to resume; drop resume=true"]
@@ -395,9 +393,7 @@ def test_help_says_where_values_come_from(capsys: pytest.CaptureFixture[str]) ->
     assert "[default] one of exact, off, sampler, trainer." in lines["invariance"]
 
 
-def test_train_prints_errors_without_a_traceback(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_train_prints_errors_without_a_traceback(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     from rlinvariant.cli import train
 
     for rank, shown in (("0", "error: stps=3: unknown key; did you mean steps?\n"), ("1", "")):

@@ -66,13 +66,11 @@ def test_data_of_ones_own(tmp_path: Path) -> None:
     path.write_text('{"prompt": "1+1=", "answer": "2"}\n{"answer": "3"}\n')
     train, evaluation = arithmetic.datasets(config(f"data.path={path}"), None)
     assert len(evaluation) == 50
-    with pytest.raises(
-        UserError, match=r"^train dataset, row 1: no `prompt`, found None; columns found: prompt, answer"
-    ):
+    with pytest.raises(UserError, match=r"^train dataset, row 1: no `prompt`, found None; columns found: prompt, answer"):
         check_dataset(train, "train")
     path.write_text('{"prompt": "1+1="}\n')
-    with pytest.raises(UserError, match=r"^data\.path=.*: no `answer`; columns found: prompt$"):
-        arithmetic.datasets(config(f"data.path={path}"), None)
+    with pytest.raises(UserError, match=r"^data\.path=.*, line 1: expected a JSON object with `prompt` and `answer`$"):
+        config(f"data.path={path}")  # before anything is loaded
 
 
 @pytest.mark.parametrize(

@@ -78,9 +78,7 @@ def test_drift_is_in_scientific_notation_with_the_first_mismatch():
         "min ratio 9.800e-01",
         "max ratio 1.040e+00",
     ]
-    assert first.strip() == (
-        "first mismatch: sequence 3, position 7: sampler -1.25 0xBFA00000, trainer -1.2500001 0xBFA00001"
-    )
+    assert first.strip() == ("first mismatch: sequence 3, position 7: sampler -1.25 0xBFA00000, trainer -1.2500001 0xBFA00001")
 
 
 def test_a_tiny_number_is_never_printed_as_zero():
@@ -98,7 +96,8 @@ def test_a_count_that_is_no_integer_is_refused():
 def test_missing_coverage_is_said():
     assert "coverage" not in printed(lambda c: c.step(ROW))
     assert "coverage 2,048 / 2,060" in printed(lambda c: c.step(ROW | {"onpolicy/unscored_tokens": 12}))
-    assert "coverage 0 / 0" in printed(lambda c: c.step(ROW | {"onpolicy/compared_tokens": 0}))
+    repeated = ROW | {"onpolicy/compared_tokens": 0, "onpolicy/kl_k3": float("nan")}
+    assert "coverage" not in printed(lambda c: c.step(repeated))  # a further step on a rollout compared before
     assert "coverage -" in printed(lambda c: c.step({"step": 1}))
 
 
@@ -158,7 +157,7 @@ def test_the_summary_adds_up():
 def test_the_summary_does_not_claim_what_no_row_says():
     assert "mismatched - / - tokens, coverage -" in printed(lambda c: c.summary([], None, None, "runs/a"))
     text = printed(lambda c: c.summary([ROW, {"step": 2}], None, None, "runs/a"))
-    assert "mismatched - / - tokens, coverage -" in text and "- before -> - after" in text
+    assert "mismatched - / - tokens, coverage -" in text and "accuracy" not in text
     unscored = ROW | {"onpolicy/unscored_tokens": 1}
     assert "coverage 4,096 / 4,097" in printed(lambda c: c.summary([ROW, unscored], None, None, "runs/a"))
 
@@ -180,7 +179,7 @@ def test_a_failed_stage_says_so_and_lets_the_error_through(file):
     console = Console(file=file())
     with pytest.raises(KeyError), console.stage("loading"):
         raise KeyError
-    assert "loading: failed after 0.0 s" in console._rich.file.getvalue()  # pyright: ignore
+    assert "loading: failed after 0." in console._rich.file.getvalue()  # pyright: ignore
 
 
 def test_a_terminal_gets_a_spinner_and_ci_gets_lines(monkeypatch):
