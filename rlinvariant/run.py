@@ -136,8 +136,10 @@ def grpo_trainer(
     transformers_logging.disable_progress_bar()
     if isinstance(model, (str, Path)):
         try:
-            if invariance != "off" and (reasons := list(unsupported(AutoConfig.from_pretrained(model)))):
-                raise UnsupportedModel(f"model={model} cannot run exactly: " + "; ".join(reasons))
+            config = AutoConfig.from_pretrained(model)
+            if invariance != "off" and (reasons := list(unsupported(config))):  # before the weights are loaded
+                kind = ", ".join(config.architectures or [type(config).__name__])
+                raise UnsupportedModel(f"model={model}: {kind} cannot run exactly: {'; '.join(reasons)}")
             model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         except (OSError, ValueError, SafetensorError) as error:
             raise UserError(f"model={source}: cannot be loaded: {' '.join(str(error).split())[:400]}") from error

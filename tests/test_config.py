@@ -90,7 +90,8 @@ REPLACED = f"{EXACT}: it replaces operations that the invariant ops own; remove 
         ("seed=-1", "seed=-1: expected 0 to 4294967295"),
         (
             "trainer.temperature=0",
-            "trainer.temperature=0.0: expected at least 0.01, to which vLLM raises smaller ones; 1.0 samples from the model itself",
+            "trainer.temperature=0.0: expected at least 0.01, to which vLLM raises smaller ones; 1.0 samples from the model "
+            "itself",
         ),
         ("trainer.top_p=0.95", f"trainer.top_p=0.95: expected 1.0: {WHOLE}"),
         ("trainer.top_k=20", f"trainer.top_k=20: expected 0: {WHOLE}"),

@@ -43,9 +43,7 @@ def test_good_rewards_pass_unchanged() -> None:
 
 
 def test_a_raise_names_function_step_and_sample() -> None:
-    expected = (
-        "reward function equals, step 7, sample 2: raised ValueError: invalid literal for int() with base 10: 'x'"
-    )
+    expected = "reward function equals, step 7, sample 2: raised ValueError: invalid literal for int() with base 10: 'x'"
     assert message(equals) == expected
     with pytest.raises(UserError) as raised:
         call(equals)

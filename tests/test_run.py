@@ -191,7 +191,7 @@ MISTAKES = {
     "unknown architecture": ["model=unknown", "qwen99"],
     "GPT-2": ["GPT2LMHeadModel"],
     "GPT-2, sampler": ["GPT2LMHeadModel"],
-    "head of 16": ["Qwen3ForCausalLM", "head_dim=16", "32, 64"],
+    "head of 16": ["small_heads", "head_dim=16 is not one of 32, 64"],
     "sliding window": ["sliding"],
     "no plugin": ["plugin not active"],
     "no compiler": ["C compiler no-such-compiler not found", "install gcc, or set CC"],

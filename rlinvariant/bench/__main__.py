@@ -18,17 +18,23 @@ NAMES = {
 def main(argv: list[str]) -> int:
     names = "\n".join(f"  {name:8} {text}" for name, text in NAMES.items())
     form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("python -m rlinvariant.bench", description=__doc__ + "\n\n" + names, formatter_class=form)
+    parser = argparse.ArgumentParser(
+        "python -m rlinvariant.bench", description=str(__doc__) + "\n\n" + names, formatter_class=form
+    )
     parser.add_argument("name", choices=NAMES, metavar="NAME")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIRECTORY", help="default: %(default)s")
     parser.add_argument("--tiny", action="store_true", help="small shapes and few samples: does it run?")
+    parser.add_argument("--readme", type=Path, metavar="FILE", help="with report: put the tables between the file's markers")
     options = parser.parse_args(argv)
     # As `rlinvariant train` does, for ours and for the stock side; libgomp reads it when torch is imported
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if options.name == "report":
-        from rlinvariant.bench.report import markdown
+        from rlinvariant.bench.report import markdown, update
 
-        print(markdown(options.out))
+        if options.readme is not None:
+            update(options.readme, options.out)
+        else:
+            print(markdown(options.out))
         return 0
     from rlinvariant.bench import measure
 

@@ -152,7 +152,7 @@ def peak_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def write(path: Path, rows: Iterable[Row], tiny: bool) -> None:
+def write(path: Path, rows: Iterable[Any], tiny: bool) -> None:
     """Measure, print every row as it comes, and write {"environment", "rows"}."""
     from rlinvariant.report.rundir import environment
 

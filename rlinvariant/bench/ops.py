@@ -152,7 +152,7 @@ def _elementwise(s: Size, m: int, train: bool) -> Iterator[Case]:
 
     def turn_stock(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
         wide = [torch.cat((x, x), -1)[None].to(q.dtype) for x in (cos, sin)]
-        turned = apply_rotary_pos_emb(*(x.transpose(0, 1)[None] for x in (q, k)), *wide)
+        turned = apply_rotary_pos_emb(q.transpose(0, 1)[None], k.transpose(0, 1)[None], wide[0], wide[1])
         return tuple(x[0].transpose(0, 1) for x in turned)
 
     gate, up = torch.randn(2, m, s.mlp, dtype=torch.bfloat16)

@@ -45,3 +45,27 @@ def _parity(rows: list[dict]) -> str:
     for (model, compared, _), (tokens, mismatched, control) in table.items():
         lines.append(f"| {model} | {compared} | **{mismatched:,}** / {tokens:,} | {control:,} / {tokens:,} |")
     return "\n".join(lines)
+
+
+def update(readme: Path, directory: Path) -> None:
+    """Put the tables that the README shows between `<!-- NAME -->` and `<!-- end -->`: parity, and the rows with a target."""
+    text = readme.read_text()
+    for path in sorted(directory.glob("*.json")):
+        rows = json.loads(path.read_text())["rows"]
+        begin, end = f"<!-- {path.stem} -->", "<!-- end -->"
+        if begin not in text:
+            continue
+        table = _parity(rows) if path.stem == "parity" else _costs(rows)
+        before, _, rest = text.partition(begin)
+        text = f"{before}{begin}\n{table}\n{end}{rest.partition(end)[2]}"
+    readme.write_text(text)
+
+
+def _costs(rows: list[dict]) -> str:
+    lines = ["| measured | ours | stock | | ratio | target |", "|---|--:|--:|---|--:|--:|"]
+    for row in rows:
+        if row["target"] is not None or row["case"].startswith("step:"):
+            target = "" if row["target"] is None else f"≤ {row['target']}"
+            numbers = f"{_number(row['ours'])} | {_number(row['stock'])} | {row['unit']} | **{row['ratio']:.2f}**"
+            lines.append(f"| {row['case']} | {numbers} | {target} |")
+    return "\n".join(lines)

@@ -1,3 +1,4 @@
+# pyright: reportCallIssue=false
 """Whole steps of the recipe arithmetic: rollout, weight sync, log-probs, optimizer.
 
 Each mode is a process of its own, and they take turns, a step each. The learning rate is 0, so that every step of every mode

@@ -1,6 +1,5 @@
 """Drive engines and trainers as the tests need them, and compare what they give, bit for bit."""
 
-import gc
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,12 +36,20 @@ def start_engine(
     options = {"max_num_seqs": 64, "max_num_batched_tokens": 2048, "block_size": BLOCK} | options
     gib = kv_bytes / 2**30
     engine = Sampler(path, invariant=invariant, dtype=dtype, max_model_len=192, kv_cache_gib=gib, options=options)
-    _kept.append(engine)
-    gc.freeze()  # vLLM collects garbage eight times an engine, over all that was imported
+    keep(engine)
     return engine
 
 
-_kept: list[Sampler] = []  # an engine that is collected takes vLLM's process groups with it, and every other engine's
+_kept: list[Sampler] = []
+
+
+def keep(engine: Sampler) -> None:
+    """To the end of the process: an engine that is collected takes vLLM's process groups with it, and every other engine's.
+
+    At the end the process goes as it is: shutting an engine down takes seconds, and nothing is to be handed back.
+    """
+    _kept.append(engine)
+    engine.llm.llm_engine.engine_core._finalizer.atexit = False
 
 
 # ---- requests, and an engine stepped by hand

@@ -192,6 +192,34 @@ def test_a_completion_depends_on_its_seed(exact):
     assert_same_completions(twice, [group[7]] * 2, "one prompt and one seed, twice and in another batch")
 
 
+def test_each_token_has_noise_of_its_own(exact):
+    """At T = 1000 a model draws almost uniformly: one noise for all tokens of a request, or for all requests, would show."""
+    drawn = generate(exact("wide"), [replace(r, temperature=1000.0) for r in requests()])
+    assert all(len(set(c.token_ids)) >= 15 for c in drawn), "24 uniform draws of 97 give 21 distinct ones"
+    counts = torch.tensor([i for c in drawn for i in c.token_ids]).bincount(minlength=VOCABULARY).double()
+    expected = counts.sum() / VOCABULARY
+    assert ((counts - expected) ** 2 / expected).sum() < 150, "chi-square with 96 degrees of freedom exceeds 150 once in 3,000"
+
+
+def test_a_stop_token_ends_a_completion_and_belongs_to_it(exact, reference):
+    request, whole = requests()[20], reference[20]
+    stop = whole.token_ids[5]
+    at = whole.token_ids.index(stop) + 1
+    (cut,) = exact("wide").generate(
+        [request.prompt], [request.seed], temperature=request.temperature, max_tokens=24, stop_token_ids=[stop]
+    )
+    assert_same_completions([cut], [Completion(whole.token_ids[:at], whole.sampler_logprobs[:at])], "stopped")
+
+
+def test_asking_for_more_log_probs_changes_no_bit(exact, reference):
+    ran = [i for i in ALL if TEMPERATURES[i % 3] == 0.7]
+    asked = [requests()[i] for i in ran]
+    more = exact("wide").generate(
+        [r.prompt for r in asked], [r.seed for r in asked], temperature=0.7, max_tokens=24, logprobs=3
+    )
+    assert_same_completions(more, [reference[i] for i in ran], "three more log-probs")
+
+
 @settings(max_examples=8, deadline=None, print_blob=True)
 @given(
     picked=st.lists(st.tuples(st.sampled_from(ALL), st.integers(0, 12)), min_size=1, max_size=24, unique_by=lambda x: x[0]),

@@ -6,7 +6,6 @@ Prints, as JSON, the exit code and what went to stderr and stdout, by name.
 """
 
 import contextlib
-import gc
 import io
 import json
 import os
@@ -57,7 +56,6 @@ def random_model(model: str, name: str, config: Any) -> str:
 def main(model: str, small: list[str]) -> None:
     for invariance in ("off", "sampler", "trainer"):
         attempt(invariance, *small, f"invariance={invariance}", f"run={invariance}")
-        gc.freeze()  # vLLM collects garbage eight times an engine: 2 s, over all that was imported
     attempt("interrupted", RECIPE, f"model={model}", "run=resumed", "trainer.save_steps=2")
     attempt("resumed", RECIPE, f"model={model}", "run=resumed", "resume=true", "steps=4")
     for fault in ("no prompt", "reward raises"):

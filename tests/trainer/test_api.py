@@ -7,8 +7,7 @@ from trl import GRPOConfig
 
 import rlinvariant
 from rlinvariant.trainer.evaluate import greedy_reward
-from tests.parity import harness
-from tests.parity.harness import new_trainer, questions, variety
+from tests.parity.harness import keep, new_trainer, questions, variety
 
 
 def arguments(directory) -> GRPOConfig:
@@ -31,7 +30,7 @@ def test_grpo_trainer_takes_what_trl_takes(loaded, arithmetic_dir, tmp_path):
         sampler_options={"max_model_len": 64, "kv_cache_gib": 0.02},
         on_row=lambda row, mismatch: rows.append(row),
     )
-    harness._kept.append(trainer.sampler)
+    keep(trainer.sampler)
     trainer.train()
     assert [row["onpolicy/mismatched_tokens"] for row in rows] == [0, 0]
     # 8 completions of up to 12 tokens, of which a few end early

@@ -114,7 +114,9 @@ def test_a_prompt_without_tokens_is_one_line(exact_engine):
 
 
 def test_sampling_that_changes_the_distribution_is_refused(exact_engine):
-    for setting in ({"top_p": 0.9}, {"top_k": 3}, {"min_p": 0.1}):
+    penalties = ({"repetition_penalty": 1.1}, {"frequency_penalty": 0.1}, {"presence_penalty": 0.1})
+    masks = ({"logit_bias": {1: 2.0}}, {"min_tokens": 2}, {"allowed_token_ids": [1, 2]}, {"bad_words": ["a"]})
+    for setting in ({"top_p": 0.9}, {"top_k": 3}, {"min_p": 0.1}, *penalties, *masks):
         with pytest.raises(UserError, match=next(iter(setting))):
             exact_engine.generate([[1, 2]], [0], temperature=1.0, max_tokens=2, **setting)
 
