@@ -48,7 +48,7 @@ def _parity(rows: list[dict]) -> str:
 
 
 def update(readme: Path, directory: Path) -> None:
-    """Put the tables that the README shows between `<!-- NAME -->` and `<!-- end -->`: parity, and the rows with a target."""
+    """Put the tables that the README shows between `<!-- NAME -->` and `<!-- end -->`: parity, and of the costs those with a target, whole steps and the training part."""
     text = readme.read_text()
     for path in sorted(directory.glob("*.json")):
         rows = json.loads(path.read_text())["rows"]
@@ -64,7 +64,7 @@ def update(readme: Path, directory: Path) -> None:
 def _costs(rows: list[dict]) -> str:
     lines = ["| measured | ours | stock | | ratio | target |", "|---|--:|--:|---|--:|--:|"]
     for row in rows:
-        if row["target"] is not None or row["case"].startswith("step:"):
+        if row["target"] is not None or row["case"].startswith(("step:", "train:")):
             target = "" if row["target"] is None else f"≤ {row['target']}"
             numbers = f"{_number(row['ours'])} | {_number(row['stock'])} | {row['unit']} | **{row['ratio']:.2f}**"
             lines.append(f"| {row['case']} | {numbers} | {target} |")
