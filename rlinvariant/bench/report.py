@@ -48,7 +48,9 @@ def _parity(rows: list[dict]) -> str:
 
 
 def update(readme: Path, directory: Path) -> None:
-    """Put the tables that the README shows between `<!-- NAME -->` and `<!-- end -->`: parity, and of the costs those with a target, whole steps and the training part."""
+    """Put the tables that the README shows between `<!-- NAME -->` and `<!-- end -->`: parity, and of the costs those with a
+    target, whole steps and the training part.
+    """
     text = readme.read_text()
     for path in sorted(directory.glob("*.json")):
         rows = json.loads(path.read_text())["rows"]
