@@ -38,7 +38,8 @@ NOT_ACTIVE = (
     "plugin not active in the engine: install rlinvariant in this environment (pip install -e .), so that vLLM finds its "
     "entry point, and unset VLLM_PLUGINS or let it name rlinvariant"
 )
-WHOLE = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+HARMLESS = ("ignore_eos",)  # the only further sampling settings that leave the distribution as it is
+NEUTRAL = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 
 
 class Sampler:
@@ -153,9 +154,8 @@ class Sampler:
             UserError: a prompt with its completion would not fit, or `sampling` would change the distribution of an
                 invariant engine, whose log-probs are of the whole softmax.
         """
-        if self.invariant and (
-            refused := [f"{k}={sampling[k]}" for k, v in WHOLE.items() if sampling.get(k, v) not in (v, None)]
-        ):
+        refused = [f"{k}={v}" for k, v in sampling.items() if k not in HARMLESS and v not in (NEUTRAL.get(k), None)]
+        if self.invariant and refused:
             raise UserError(f"{', '.join(refused)}: an exact sampler draws from the whole distribution; remove it")
         if empty := [i for i, p in enumerate(prompts) if not p]:
             raise UserError(f"prompt {empty[0]} of this batch has no tokens: is it blank, or has model= no tokenizer?")
