@@ -38,7 +38,7 @@ NOT_ACTIVE = (
     "plugin not active in the engine: install rlinvariant in this environment (pip install -e .), so that vLLM finds its "
     "entry point, and unset VLLM_PLUGINS or let it name rlinvariant"
 )
-HARMLESS = ("ignore_eos",)  # the only further sampling settings that leave the distribution as it is
+HARMLESS = ("ignore_eos", "logprobs", "detokenize")  # the only further sampling settings that leave the distribution as it is
 NEUTRAL = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 
 
