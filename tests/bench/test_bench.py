@@ -1,0 +1,71 @@
+"""The benchmark runs, and its JSON has what the README's tables are made from."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from rlinvariant.bench.measure import QUIET, Row, quietest
+from rlinvariant.bench.report import markdown
+
+FIELDS = {
+    "bench": str, "case": str, "ours": float, "stock": float, "unit": str, "ratio": float, "target": float | None,
+    "bits_equal": dict, "samples": int, "others": float, "cpu_ratio": float | None,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def ops_json(tmp_path_factory):
+    out = tmp_path_factory.mktemp("bench")
+    command = [sys.executable, "-m", "rlinvariant.bench", "ops", "--tiny", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return out / "ops.json"
+
+
+def test_rows_have_the_fields_of_the_schema(ops_json):
+    content = json.loads(ops_json.read_text())
+    assert set(content) == {"environment", "rows"}
+    assert {"cpu", "packages", "git", "threads", "loadavg", "others", "OMP_WAIT_POLICY"} <= set(content["environment"])
+    for row in content["rows"]:
+        assert {name: isinstance(row[name], kind) for name, kind in FIELDS.items()} == dict.fromkeys(row, True)
+        assert row["bench"] == "ops"
+        assert row["ours"] > 0 and row["stock"] > 0 and row["samples"] > 0
+        assert row["ratio"] == pytest.approx(row["ours"] / row["stock"], rel=0.05, abs=0.002)
+
+
+def test_every_op_is_measured_and_invariant(ops_json):
+    rows = json.loads(ops_json.read_text())["rows"]
+    names = {row["case"].split(",")[0].split(" ")[0] for row in rows}
+    assert names == {
+        "linear", "rms_norm", "add_rms_norm", "rope", "swiglu", "attention", "paged_attention", "token_logprobs", "sample",
+    }  # fmt: skip
+    assert all(row["bits_equal"]["ours"] is True for row in rows)
+    # Negative control: the stock fp32 product is not, so the check can see a difference
+    assert any(row["bits_equal"]["stock"] is False for row in rows)
+
+
+def test_the_report_has_a_line_for_each_row(ops_json):
+    rows = json.loads(ops_json.read_text())["rows"]
+    table = markdown(ops_json.parent)
+    assert table.startswith("### ops")
+    assert all(table.count(f"| {row['case']} |") == 1 for row in rows)
+
+
+def test_help_names_the_benchmarks():
+    command = [sys.executable, "-m", "rlinvariant.bench", "--help"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert all(f"  {name} " in text for name in ("ops", "trainer", "step", "report"))
+
+
+def test_quiet_windows_are_kept_and_few_are_enough():
+    assert quietest([(0.5, "a"), (0.0, "b"), (QUIET, "c"), (0.2, "d")]) == (["b", "c"], QUIET)
+    assert quietest([(0.5, "a"), (0.4, "b"), (0.9, "c"), (0.6, "d")]) == (["b", "a"], 0.5)
+
+
+def test_a_row_without_a_target_is_reported(tmp_path):
+    row = Row("step", "x", 1.0, 2.0, "ms", 0.5, None, {"ours": True, "stock": False}, 3, 0.0)
+    environment = {"cpu": {"model": "M", "cores": 2}, "packages": {"torch": "2.13"}}
+    (tmp_path / "step.json").write_text(json.dumps({"environment": environment, "rows": [vars(row)]}))
+    assert "| x | 1 | 2 | ms | 0.50 |  | yes | no |" in markdown(tmp_path)
