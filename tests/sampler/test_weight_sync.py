@@ -149,6 +149,13 @@ def test_sync_refuses_while_a_request_runs(engine, weights):
     engine.sync(weights.items())
 
 
+def seed_process() -> None:
+    """With other seeds than vLLM's own."""
+    torch.manual_seed(123)
+    random.seed(123)
+    np.random.seed(123)
+
+
 def process_state():
     """What vLLM seeds, sets or replaces."""
     return (
@@ -160,7 +167,7 @@ def process_state():
 
 
 def test_a_running_engine_leaves_the_process_as_it_was(engine, weights):
-    torch.manual_seed(123)
+    seed_process()
     before = process_state()
     engine.sync(weights.items())
     engine.differing_weights(weights.items())
@@ -170,7 +177,7 @@ def test_a_running_engine_leaves_the_process_as_it_was(engine, weights):
 
 @pytest.mark.parametrize("invariant", [True, False], ids=["exact", "stock"])
 def test_starting_an_engine_leaves_the_process_as_it_was(invariant, arithmetic_dir):
-    torch.manual_seed(123)
+    seed_process()
     before = process_state()
     start_engine(arithmetic_dir, invariant=invariant)
     assert process_state() == before
