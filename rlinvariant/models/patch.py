@@ -317,7 +317,8 @@ def _attention_forward(module, q, k, v, attention_mask, scaling=None, cu_seq_len
     b, _, t, d = q.shape
     cu = torch.arange(0, b * t + 1, t, dtype=torch.int32, device=q.device) if cu_seq_lens_q is None else cu_seq_lens_q
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
-    out = ops.attention(q, k, v, cu, d**-0.5 if scaling is None else scaling)
+    longest = t if cu_seq_lens_q is None else kwargs.get("max_length_q")
+    out = ops.attention(q, k, v, cu, d**-0.5 if scaling is None else scaling, longest)
     return out.view(b, t, *out.shape[1:]), None
 
 

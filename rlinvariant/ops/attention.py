@@ -7,7 +7,7 @@ from rlinvariant.kernels import cpu
 from rlinvariant.ops.register import define
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, max_seqlen: int | None = None) -> Tensor:
     """Attend causally inside each of several sequences laid end to end.
 
         out[i] = sum_{j <= i} softmax_j(scale * q[i] . k[j]) v[j]
@@ -17,45 +17,72 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float)
         k, v: [T, H_kv, D], H a multiple of H_kv (grouped queries), same dtype.
         cu_seqlens: [sequences + 1] int32; sequence b is rows cu_seqlens[b] to cu_seqlens[b + 1].
         scale: multiplies the scores.
+        max_seqlen: length of the longest sequence, read off cu_seqlens if not given (which waits for a GPU).
 
     Returns:
         [T, H, D] in q.dtype.
 
-    Order: scores over D ascending, fused, one accumulator; exp of (score - row maximum); its sum over key positions by
-        `lanes`, values by `chain4` (kernels/cpu.c); one division; one rounding. Everything in fp32.
+    Order: everything in fp32. CPU: scores over D ascending, fused, one accumulator; exp of (score - row maximum); its sum over
+        key positions by `lanes`, values by `chain4` (kernels/cpu.c); one division; one rounding. CUDA: FlashAttention-3 with
+        one split, its tile fixed by D alone (kernels/attention.py).
     Bits: row i depends on its query and on keys and values 0..i of its own sequence. Packing, padding, chunking, paging and
         the other sequences change nothing: `paged_attention` gives the same bits. Gradients are deterministic.
     Ref: Vaswani et al. 2017, arXiv:1706.03762; gradient as in Dao et al. 2022, arXiv:2205.14135, appendix B.
     """
-    return _attention(q, k, v, cu_seqlens, scale)[0]
+    if max_seqlen is None:
+        max_seqlen = int(cu_seqlens.diff().max()) if len(cu_seqlens) > 1 else 0
+    return _attention(q, k, v, cu_seqlens, scale, max_seqlen)[0]
 
 
 def paged_attention(
-    q: Tensor, kv_cache: Tensor, block_table: Tensor, cu_seqlens_q: Tensor, kv_lens: Tensor, scale: float
+    q: Tensor,
+    kv_cache: Tensor,
+    block_table: Tensor,
+    cu_seqlens_q: Tensor,
+    kv_lens: Tensor,
+    scale: float,
+    *,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    schedule: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """The last queries of each sequence against keys and values kept in pages.
 
     Args:
         q: [T, H, D]; the queries of sequence b are rows cu_seqlens_q[b] to cu_seqlens_q[b + 1], its last positions.
-        kv_cache: [pages, H_kv, page_size, 2 D] (vLLM's CPU layout): keys in the first D columns, values in the others.
+        kv_cache: [pages, H_kv, page_size, 2 D] with any strides: keys in the first D columns, values in the others.
         block_table: [sequences, width] int32, the pages of each sequence in order.
         cu_seqlens_q: [sequences + 1] int32.
         kv_lens: [sequences] int32, keys per sequence, those of q included.
         scale: multiplies the scores.
+        max_seqlen_q, max_seqlen_k: bounds of the lengths; read off the tensors if not given, which a CUDA graph cannot.
+        schedule: FlashAttention-3's plan of work for this batch, if the caller has made one for several layers (CUDA).
+        out: like q; where to write.
 
     Returns:
         [T, H, D] in q.dtype. No gradient.
 
     Order, Bits, Ref: those of `attention`.
     """
-    return _paged_attention(q, kv_cache, block_table, cu_seqlens_q, kv_lens, scale)
+    if max_seqlen_q is None:
+        max_seqlen_q = int(cu_seqlens_q.diff().max()) if len(kv_lens) else 0
+    if max_seqlen_k is None:
+        max_seqlen_k = int(kv_lens.max()) if len(kv_lens) else 0
+    out = q.new_empty(q.shape) if out is None else out
+    _paged_attention(q, kv_cache, block_table, cu_seqlens_q, kv_lens, scale, max_seqlen_q, max_seqlen_k, schedule, out)
+    return out
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    q, k, v, cu = q.contiguous(), k.contiguous(), v.contiguous(), cu_seqlens.to(torch.int32).contiguous()
+def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, max_seqlen: int) -> None:
     (t, heads, dim), kv_heads = q.shape, k.shape[1]
     if k.shape != v.shape or k.shape != (t, kv_heads, dim) or heads % kv_heads or not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"attention: q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit together")
+
+
+def _cpu(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, max_seqlen: int) -> tuple[Tensor, Tensor]:
+    q, k, v, cu = q.contiguous(), k.contiguous(), v.contiguous(), cu_seqlens.to(torch.int32).contiguous()
+    (t, heads, dim), kv_heads = q.shape, k.shape[1]
     lengths = _lengths(cu, t)
     out, lse = torch.empty_like(q), torch.empty(t, heads)
     cpu.call(
@@ -73,51 +100,70 @@ def _lengths(cu: Tensor, rows: int) -> Tensor:
     return lengths
 
 
-def _paged(q: Tensor, kv_cache: Tensor, block_table: Tensor, cu_seqlens_q: Tensor, kv_lens: Tensor, scale: float) -> Tensor:
+def _paged_check(q, kv_cache, block_table, cu_seqlens_q, kv_lens, scale, max_seqlen_q, max_seqlen_k, schedule, out) -> None:
+    (_, heads, dim), kv_heads = q.shape, kv_cache.shape[1]
+    if kv_cache.shape[-1] != 2 * dim or kv_cache.stride(-1) != 1 or kv_cache.dtype != q.dtype or heads % kv_heads:
+        raise ValueError(f"paged_attention: q {tuple(q.shape)} does not fit a {kv_cache.dtype} cache {tuple(kv_cache.shape)}")
+
+
+def _paged_cpu(q, kv_cache, block_table, cu_seqlens_q, kv_lens, scale, max_seqlen_q, max_seqlen_k, schedule, out) -> None:
     q, cu, lens = q.contiguous(), cu_seqlens_q.to(torch.int32).contiguous(), kv_lens.to(torch.int32).contiguous()
     table = block_table.to(torch.int32).contiguous()
     (_, heads, dim), (_, kv_heads, page, _) = q.shape, kv_cache.shape
-    if kv_cache.shape[-1] != 2 * dim or kv_cache.stride(-1) != 1 or kv_cache.dtype != q.dtype:
-        raise ValueError(f"paged_attention: q {tuple(q.shape)} does not fit a {kv_cache.dtype} cache {tuple(kv_cache.shape)}")
-    if (lens < _lengths(cu, len(q))).any() or heads % kv_heads or (lens > table.shape[1] * page).any():
-        raise ValueError("paged_attention: fewer keys than queries, or more than the block table holds, or heads do not fit")
-    out = torch.empty_like(q)
+    if (lens < _lengths(cu, len(q))).any() or (lens > table.shape[1] * page).any():
+        raise ValueError("paged_attention: fewer keys than queries, or more than the block table holds")
+    result = out if out.is_contiguous() else torch.empty_like(q)
     values = kv_cache.data_ptr() + dim * kv_cache.element_size()
     cpu.call(
-        "attention", q, kv_cache, values, out, None, cu, lens, table, table.shape[1], page,
+        "attention", q, kv_cache, values, result, None, cu, lens, table, table.shape[1], page,
         kv_cache.stride(0), kv_cache.stride(2), kv_cache.stride(1), lens.numel(), heads, kv_heads, dim, scale, cpu.is_bf16(q),
     )  # fmt: skip
-    return out
+    if result is not out:
+        out.copy_(result)
 
 
 def _save(ctx, inputs, output) -> None:
-    q, k, v, cu_seqlens, ctx.scale = inputs
+    q, k, v, cu_seqlens, ctx.scale, ctx.max_seqlen = inputs
     out, lse = output
     ctx.save_for_backward(q, k, v, cu_seqlens, out, lse)
     ctx.mark_non_differentiable(lse)
 
 
 def _backward(ctx, dout: Tensor, _):
-    q, k, v, cu, out, lse = ctx.saved_tensors
+    return *_attention_backward(dout, *ctx.saved_tensors, ctx.scale, ctx.max_seqlen), None, None, None
+
+
+def _cpu_backward(dout, q, k, v, cu, out, lse, scale, max_seqlen) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v, cu = q.contiguous(), k.contiguous(), v.contiguous(), cu.to(torch.int32).contiguous()
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     cpu.call(
         "attention_backward", dout.contiguous(), q, k, v, out, lse, dq, dk, dv, cu,
-        cu.numel() - 1, q.shape[1], k.shape[1], q.shape[2], ctx.scale, cpu.is_bf16(q),
+        cu.numel() - 1, q.shape[1], k.shape[1], q.shape[2], scale, cpu.is_bf16(q),
     )  # fmt: skip
-    return dq, dk, dv, None, None
+    return dq, dk, dv
 
 
+_attention_backward = define(
+    "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor out, Tensor lse, float scale, "
+    "int max_seqlen) -> (Tensor, Tensor, Tensor)",
+    cpu=_cpu_backward,
+    cuda="attention.attention_backward",
+    fake=lambda dout, q, k, v, *_: (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)),
+)
 _attention = define(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, float scale) -> (Tensor, Tensor)",
-    cpu=_forward,
-    fake=lambda q, k, v, cu_seqlens, scale: (q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)),
+    "attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, float scale, int max_seqlen) -> (Tensor, Tensor)",
+    cpu=_cpu,
+    cuda="attention.attention",
+    fake=lambda q, *_: (q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)),
+    check=_check,
     save=_save,
     backward=_backward,
 )
 _paged_attention = define(
-    "paged_attention(Tensor q, Tensor kv_cache, Tensor block_table, Tensor cu_seqlens_q, Tensor kv_lens, float scale) -> "
-    "Tensor",
-    cpu=_paged,
-    fake=lambda q, kv_cache, block_table, cu_seqlens_q, kv_lens, scale: q.new_empty(q.shape),
+    "paged_attention(Tensor q, Tensor kv_cache, Tensor block_table, Tensor cu_seqlens_q, Tensor kv_lens, float scale, "
+    "int max_seqlen_q, int max_seqlen_k, Tensor? schedule, Tensor(a!) out) -> ()",
+    cpu=_paged_cpu,
+    cuda="attention.paged_attention",
+    fake=lambda *inputs: None,
+    check=_paged_check,
 )

@@ -23,8 +23,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         weight: [N, K], any float dtype; cast to x.dtype at use, so fp32 master weights get fp32 gradients.
         bias: [N] or None; cast to x.dtype.
 
-    Order: fp32 accumulation, either by the vendor GEMM (oneDNN, MKL) in calls of 16, 32, ..., 256 rows, where `is_exact`
-        has proven all sixteen equal on this machine; or by `lanes` over K (kernels/cpu.c), which needs no proof.
+    Order: CPU: fp32 accumulation, either by the vendor GEMM (oneDNN, MKL) in calls of 16, 32, ..., 256 rows, where
+        `is_exact` has proven all sixteen equal on this machine; or by `lanes` over K (kernels/cpu.c), which needs no proof.
+        CUDA (bf16): 16 products at a time into one fp32 accumulator, K ascending; see kernels/linear.py.
     Bits: y[m] depends on x[m], weight and bias alone: batch, position and chunk invariant. dx and dweight come from the
         stock GEMM: deterministic, not invariant.
     Ref: He et al. 2025, "Defeating Nondeterminism in LLM Inference".
@@ -86,13 +87,19 @@ def _aligned(t: Tensor) -> Tensor:
     return t if t.is_contiguous() and t.data_ptr() % 64 == 0 else t.clone(memory_format=torch.contiguous_format)
 
 
-def _cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     n, k = weight.shape
-    if x.dtype not in cpu.DTYPES or x.shape[-1] != k or (bias is not None and bias.shape != (n,)):
+    dtypes = (torch.bfloat16,) if x.is_cuda else cpu.DTYPES
+    if x.dtype not in dtypes or x.shape[-1] != k or (bias is not None and bias.shape != (n,)):
         shapes = (
             f"x {x.dtype} {tuple(x.shape)}, weight {tuple(weight.shape)}, bias {bias if bias is None else tuple(bias.shape)}"
         )
-        raise ValueError(f"linear: expected x [*, K] in bf16 or fp32, weight [N, K] and bias [N], got {shapes}")
+        kinds = " or ".join(str(d)[6:] for d in dtypes)
+        raise ValueError(f"linear: expected x [*, K] in {kinds}, weight [N, K] and bias [N], got {shapes}")
+
+
+def _cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    n, k = weight.shape
     w, b = _aligned(weight.to(x.dtype)), None if bias is None else bias.to(x.dtype).contiguous()
     flat = x.reshape(-1, k).contiguous()
     vendor = is_exact(n, k, x.dtype, b is not None, torch.get_num_threads())
@@ -134,7 +141,9 @@ def _backward(ctx, dy: Tensor):
 _linear = define(
     "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     cpu=_cpu,
+    cuda="linear.linear",
     fake=lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[0]),
+    check=_check,
     save=_save,
     backward=_backward,
 )

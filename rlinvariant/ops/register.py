@@ -7,6 +7,7 @@ what is inside, so a compiled forward gives the bits of the eager one. (Backward
 models on CPU. The derivative is an ordinary `torch.autograd.Function`, installed at the operator's autograd key.
 """
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +22,9 @@ def define(
     schema: str,
     *,
     cpu: Callable[..., Any],
+    cuda: str | Callable[..., Any],
     fake: Callable[..., Any],
+    check: Callable[..., None] | None = None,
     save: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
@@ -30,13 +33,17 @@ def define(
     Args:
         schema: PyTorch operator schema, without the namespace.
         cpu: the implementation for CPU tensors.
+        cuda: the one for CUDA tensors, or "module.function" of rlinvariant.kernels, imported at the first call: not every
+            machine has Triton.
         fake: output shapes and dtypes, for tracing.
+        check: raises on inputs that do not fit together, on either device.
         save: `save(ctx, inputs, output)`, stores what the derivative needs; None for an operator without derivative.
         backward: `backward(ctx, *grads)`, one gradient or None per input.
     """
     name = schema.split("(")[0]
     _LIBRARY.define(schema)
-    _LIBRARY.impl(name, cpu, "CPU")
+    _LIBRARY.impl(name, _checked(check, cpu), "CPU")
+    _LIBRARY.impl(name, _checked(check, _at_first_call(cuda) if isinstance(cuda, str) else cuda), "CUDA")
     torch.library.register_fake(f"rlinvariant::{name}", fake, lib=_LIBRARY)
     operator = getattr(torch.ops.rlinvariant, name).default
     if save is None or backward is None:
@@ -64,3 +71,26 @@ def define(
 
     _LIBRARY.impl(name, autograd, "Autograd")
     return operator
+
+
+def _checked(check: Callable[..., None] | None, implementation: Callable[..., Any]) -> Callable[..., Any]:
+    if check is None:
+        return implementation
+
+    def call(*inputs: Any) -> Any:
+        check(*inputs)
+        return implementation(*inputs)
+
+    return call
+
+
+def _at_first_call(path: str) -> Callable[..., Any]:
+    found: list[Callable[..., Any]] = []
+
+    def call(*inputs: Any) -> Any:
+        if not found:
+            module, name = path.split(".")
+            found.append(getattr(importlib.import_module(f"rlinvariant.kernels.{module}"), name))
+        return found[0](*inputs)
+
+    return call

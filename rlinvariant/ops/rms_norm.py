@@ -46,21 +46,31 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     return _add_rms_norm(x, residual, weight, eps)
 
 
-def _forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def _check(x: Tensor, weight: Tensor, eps: float) -> None:
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"rms_norm: x {tuple(x.shape)} needs a weight of [{x.shape[-1]}], got {tuple(weight.shape)}")
+
+
+def _add_check(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> None:
+    if x.shape != residual.shape or x.dtype != residual.dtype:
+        got = f"x {x.dtype} {tuple(x.shape)} and residual {residual.dtype} {tuple(residual.shape)}"
+        raise ValueError(f"add_rms_norm: {got} differ")
+    _check(x, weight, eps)
+
+
+def _cpu(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     x, w = x.contiguous(), weight.to(x.dtype).contiguous()
     y, d = torch.empty_like(x), x.shape[-1]
     cpu.call("rms_norm", x, w, y, x.numel() // d, d, eps, cpu.is_bf16(x))
     return y
 
 
-def _gradients(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _cpu_backward(dy: Tensor, x: Tensor, weight: Tensor, dtotal: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     dy, x, w = dy.contiguous(), x.contiguous(), weight.to(x.dtype).contiguous()
     dx, dw, d = torch.empty_like(x), torch.empty(x.shape[-1]), x.shape[-1]
     rows = x.numel() // d
     cpu.call("rms_norm_backward", dy, x, w, dx, dw, rows, d, eps, cpu.is_bf16(x))
-    return dx, dw.to(weight.dtype)
+    return dx if dtotal is None else dx + dtotal, dw.to(weight.dtype)
 
 
 def _save(ctx: Any, inputs, output) -> None:
@@ -70,15 +80,12 @@ def _save(ctx: Any, inputs, output) -> None:
 
 def _backward(ctx: Any, dy: Tensor):
     x, weight = ctx.saved_tensors
-    return *_gradients(dy, x, weight, ctx.eps), None
+    return *_rms_norm_backward(dy, x, weight, None, ctx.eps), None
 
 
-def _add_forward(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    if x.shape != residual.shape or x.dtype != residual.dtype:
-        got = f"x {x.dtype} {tuple(x.shape)} and residual {residual.dtype} {tuple(residual.shape)}"
-        raise ValueError(f"add_rms_norm: {got} differ")
+def _add_cpu(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     total = x + residual
-    return _forward(total, weight, eps), total
+    return _cpu(total, weight, eps), total
 
 
 def _add_save(ctx: Any, inputs, output) -> None:
@@ -88,22 +95,31 @@ def _add_save(ctx: Any, inputs, output) -> None:
 
 def _add_backward(ctx: Any, dy: Tensor, dtotal: Tensor):
     total, weight = ctx.saved_tensors
-    dx, dw = _gradients(dy, total, weight, ctx.eps)
-    dx = dx + dtotal
+    dx, dw = _rms_norm_backward(dy, total, weight, dtotal, ctx.eps)
     return dx, dx, dw, None
 
 
+_rms_norm_backward = define(
+    "rms_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor? dtotal, float eps) -> (Tensor, Tensor)",
+    cpu=_cpu_backward,
+    cuda="rms_norm.rms_norm_backward",
+    fake=lambda dy, x, weight, dtotal, eps: (x.new_empty(x.shape), weight.new_empty(weight.shape)),
+)
 _rms_norm = define(
     "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
-    cpu=_forward,
+    cpu=_cpu,
+    cuda="rms_norm.rms_norm",
     fake=lambda x, weight, eps: x.new_empty(x.shape),
+    check=_check,
     save=_save,
     backward=_backward,
 )
 _add_rms_norm = define(
     "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)",
-    cpu=_add_forward,
+    cpu=_add_cpu,
+    cuda="rms_norm.add_rms_norm",
     fake=lambda x, residual, weight, eps: (x.new_empty(x.shape), x.new_empty(x.shape)),
+    check=_add_check,
     save=_add_save,
     backward=_add_backward,
 )

@@ -21,32 +21,37 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Bits: a token of y and of dx depends on that token's x, cos and sin alone. No gradient for cos and sin.
     Ref: Su et al. 2021, arXiv:2104.09864; halves paired as in transformers' rotate_half.
     """
-    return _rope(x, cos, sin)
+    return _rope(x, cos, sin, 1.0)
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
-    x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
-    (t, h, d), half = x.shape, cos.shape[-1]
+def _check(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> None:
+    (t, _, d), half = x.shape, cos.shape[-1]
     if not cos.shape == sin.shape == (t, half) or 2 * half > d or not cos.dtype == sin.dtype == torch.float32:
         raise ValueError(f"rope: x {tuple(x.shape)} needs fp32 cos and sin of [{t}, at most {d // 2}], got {tuple(cos.shape)}")
+
+
+def _cpu(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
+    x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
     y = torch.empty_like(x)
-    cpu.call("rope", x, cos, sin, y, t, h, d, half, sign, cpu.is_bf16(x))
+    cpu.call("rope", x, cos, sin, y, *x.shape, cos.shape[-1], sign, cpu.is_bf16(x))
     return y
 
 
 def _save(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs[1:])
+    ctx.save_for_backward(*inputs[1:3])
 
 
 def _backward(ctx, dy: Tensor):
     cos, sin = ctx.saved_tensors
-    return _turn(dy, cos, sin, -1.0), None, None
+    return _rope(dy, cos, sin, -1.0), None, None, None
 
 
 _rope = define(
-    "rope(Tensor x, Tensor cos, Tensor sin) -> Tensor",
-    cpu=lambda x, cos, sin: _turn(x, cos, sin, 1.0),
-    fake=lambda x, cos, sin: x.new_empty(x.shape),
+    "rope(Tensor x, Tensor cos, Tensor sin, float sign) -> Tensor",
+    cpu=_cpu,
+    cuda="rope.rope",
+    fake=lambda x, cos, sin, sign: x.new_empty(x.shape),
+    check=_check,
     save=_save,
     backward=_backward,
 )

@@ -23,26 +23,37 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return _swiglu(gate, up)
 
 
-def _forward(gate: Tensor, up: Tensor) -> Tensor:
+def _check(gate: Tensor, up: Tensor) -> None:
     if gate.shape != up.shape or gate.dtype != up.dtype:
         raise ValueError(f"swiglu: gate {gate.dtype} {tuple(gate.shape)} and up {up.dtype} {tuple(up.shape)} differ")
+
+
+def _cpu(gate: Tensor, up: Tensor) -> Tensor:
     gate, up = gate.contiguous(), up.contiguous()
     y = torch.empty_like(gate)
     cpu.call("swiglu", gate, up, y, y.numel(), cpu.is_bf16(y))
     return y
 
 
-def _backward(ctx, dy: Tensor):
-    gate, up = (x.contiguous() for x in ctx.saved_tensors)
+def _cpu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    dy, gate, up = dy.contiguous(), gate.contiguous(), up.contiguous()
     dgate, dup = torch.empty_like(gate), torch.empty_like(up)
-    cpu.call("swiglu_backward", dy.contiguous(), gate, up, dgate, dup, gate.numel(), cpu.is_bf16(gate))
+    cpu.call("swiglu_backward", dy, gate, up, dgate, dup, gate.numel(), cpu.is_bf16(gate))
     return dgate, dup
 
 
+_swiglu_backward = define(
+    "swiglu_backward(Tensor dy, Tensor gate, Tensor up) -> (Tensor, Tensor)",
+    cpu=_cpu_backward,
+    cuda="swiglu.swiglu_backward",
+    fake=lambda dy, gate, up: (gate.new_empty(gate.shape), up.new_empty(up.shape)),
+)
 _swiglu = define(
     "swiglu(Tensor gate, Tensor up) -> Tensor",
-    cpu=_forward,
+    cpu=_cpu,
+    cuda="swiglu.swiglu",
     fake=lambda gate, up: gate.new_empty(gate.shape),
+    check=_check,
     save=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
-    backward=_backward,
+    backward=lambda ctx, dy: _swiglu_backward(dy, *ctx.saved_tensors),
 )

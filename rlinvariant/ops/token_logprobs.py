@@ -1,7 +1,8 @@
 """From hidden states to log-probabilities, and from logits to sampled tokens: the trainer's and the sampler's last step.
 
-Both read the same `softmax_row` of kernels/cpu.c: x = logit / T, its maximum m, and s = sum exp(x - m) over fixed blocks of
-the vocabulary. The log-probability is round32(x[token] - m - log s), formed in fp64.
+Both read the same statistics of a row (`softmax_row` of kernels/cpu.c, `_whole` of kernels/token_logprobs.py): x = logit / T,
+its maximum m, and s = sum exp(x - m) over fixed blocks of the vocabulary. The log-probability is round32(x[token] - m - log s),
+formed in fp64.
 """
 
 import torch
@@ -11,7 +12,7 @@ from rlinvariant.kernels import cpu
 from rlinvariant.ops.linear import linear
 from rlinvariant.ops.register import define
 
-CHUNK_BYTES = 64 << 20  # logits held at a time
+CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}  # logits held at a time
 
 
 def token_logprobs(hidden: Tensor, weight: Tensor, token_ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -33,8 +34,9 @@ def token_logprobs(hidden: Tensor, weight: Tensor, token_ids: Tensor, temperatur
         IndexError: a token id outside [0, V).
         ValueError: shapes, dtypes or the temperature are not as above.
 
-    Order: logits in hidden.dtype as by `linear`; exponentials summed by `lanes` inside blocks of 4,096 columns, block sums
-        in fp64, ascending. The backward recomputes the logits of a chunk of tokens at a time and adds dweight chunk by chunk.
+    Order: logits in hidden.dtype as by `linear`; exponentials summed inside blocks of 4,096 columns, by `lanes` (CPU) or in
+        one fixed tree, relative to the block's maximum (CUDA); block sums in fp64. The backward recomputes the logits of a
+        chunk of tokens at a time and adds dweight chunk by chunk.
     Bits: logprobs[t] depends on hidden[t], weight and token_ids[t] alone, and equals what `sample` returns for that row of
         logits. Gradients are deterministic; dweight depends on the chunks.
     Ref: Milakov and Gimelshein 2018, arXiv:1805.02867 (online softmax; here in two passes).
@@ -59,7 +61,7 @@ def sample(logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor
     Returns:
         (tokens [R] int64, logprobs [R] fp32, ranks [R] int64: how many tokens are likelier).
 
-    Order: as in `token_logprobs`; the running sum over the vocabulary in fp64, ascending.
+    Order: as in `token_logprobs`; the running sum over the vocabulary in fp64.
     Bits: row r of each output depends on row r of the inputs alone.
     Ref: Steele et al. 2014 (SplitMix), for the hash.
     """
@@ -68,29 +70,62 @@ def sample(logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor
 
 def log_softmax(logits: Tensor, temperature: Tensor) -> Tensor:
     """Log-probabilities of the whole vocabulary, [R, V] fp32, with the bits of `token_logprobs` and `sample`."""
-    return _log_softmax(logits, temperature)
+    logits, t = logits.contiguous(), torch.where(temperature == 0, 1.0, temperature).float().contiguous()
+    _, _, stats = _row_logprobs(logits, None, t)
+    # IEEE arithmetic alone from here, so torch gives the bits that the kernels give for one token
+    return ((logits.float() / t[:, None]).double() - stats[:, :1] - stats[:, 1:]).float()
 
 
-def _rows(logits: Tensor, token_ids: Tensor, temperature: Tensor, logprobs: Tensor, entropy: Tensor) -> None:
-    cpu.call("token_logprobs", logits, token_ids, temperature, logprobs, entropy, None, *logits.shape, cpu.is_bf16(logits))
+def _row_logprobs_cpu(logits: Tensor, ids: Tensor | None, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    logprobs, entropy, stats = torch.empty(len(logits)), torch.empty(len(logits)), torch.empty(len(logits), 2).double()
+    outputs = (None, None, stats) if ids is None else (logprobs, entropy, stats)
+    cpu.call("token_logprobs", logits, ids, temperature, *outputs, *logits.shape, cpu.is_bf16(logits))
+    return logprobs, entropy, stats
+
+
+def _row_logprobs_backward_cpu(
+    logits: Tensor, ids: Tensor, temperature: Tensor, dlogprobs: Tensor, dentropy: Tensor | None
+) -> Tensor:
+    out = torch.empty_like(logits)
+    inputs = (logits, ids, temperature, dlogprobs, dentropy, out)
+    cpu.call("token_logprobs_backward", *inputs, *logits.shape, cpu.is_bf16(logits))
+    return out
+
+
+_row_logprobs = define(
+    "row_logprobs(Tensor logits, Tensor? ids, Tensor temperature) -> (Tensor, Tensor, Tensor)",
+    cpu=_row_logprobs_cpu,
+    cuda="token_logprobs.row_logprobs",
+    fake=lambda x, ids, t: (t.new_empty(t.shape), t.new_empty(t.shape), t.new_empty(len(t), 2, dtype=torch.float64)),
+)
+"""Of contiguous logits: log-probs and entropies [R] fp32 (undefined without ids), and (maximum, log sum) [R, 2] fp64."""
+_row_logprobs_backward = define(
+    "row_logprobs_backward(Tensor logits, Tensor ids, Tensor temperature, Tensor dlogprobs, Tensor? dentropy) -> Tensor",
+    cpu=_row_logprobs_backward_cpu,
+    cuda="token_logprobs.row_logprobs_backward",
+    fake=lambda x, ids, t, dlogprobs, dentropy: x.new_empty(x.shape),
+)
 
 
 def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
-    rows = max(256, CHUNK_BYTES // (weight.shape[0] * hidden.element_size()) // 256 * 256)
+    rows = max(256, CHUNK_BYTES[hidden.device.type] // (weight.shape[0] * hidden.element_size()) // 256 * 256)
     return [slice(at, at + rows) for at in range(0, hidden.shape[0], rows)]
 
 
-def _forward(hidden: Tensor, weight: Tensor, token_ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def _check(hidden: Tensor, weight: Tensor, token_ids: Tensor, temperature: float) -> None:
     if hidden.dim() != 2 or token_ids.shape != hidden.shape[:1] or token_ids.dtype is not torch.int64 or not temperature > 0:
         got = f"token_ids {token_ids.dtype} {tuple(token_ids.shape)}, temperature {temperature}"
         raise ValueError(f"token_logprobs: expected token_ids int64 [{len(hidden)}] and a positive temperature, got {got}")
     if token_ids.numel() and not 0 <= int(token_ids.min()) <= int(token_ids.max()) < weight.shape[0]:
         raise IndexError(f"token_logprobs: token ids must lie in [0, {weight.shape[0]})")
+
+
+def _forward(hidden: Tensor, weight: Tensor, token_ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     w, ids = weight.to(hidden.dtype), token_ids.contiguous()
-    logprobs, entropy = torch.empty(len(hidden)), torch.empty(len(hidden))
-    temperatures = torch.full((len(hidden),), temperature)
+    temperatures = torch.full((len(hidden),), temperature, device=hidden.device)
+    logprobs, entropy = torch.empty_like(temperatures), torch.empty_like(temperatures)
     for c in _chunks(hidden, w):
-        _rows(linear(hidden[c], w), ids[c], temperatures[c], logprobs[c], entropy[c])
+        logprobs[c], entropy[c], _ = _row_logprobs(linear(hidden[c], w), ids[c], temperatures[c])
     return logprobs, entropy
 
 
@@ -102,54 +137,48 @@ def _save(ctx, inputs, output) -> None:
 def _backward(ctx, dlogprobs: Tensor | None, dentropy: Tensor | None):
     hidden, weight, token_ids = ctx.saved_tensors
     w, ids = weight.to(hidden.dtype), token_ids.contiguous()
-    zeros = torch.zeros(len(hidden))
-    glp = zeros if dlogprobs is None else dlogprobs.contiguous()
-    gent = None if dentropy is None else dentropy.contiguous()
-    temperatures = torch.full((len(hidden),), ctx.temperature)
-    dhidden, dweight = torch.empty_like(hidden), torch.zeros(weight.shape)
+    temperatures = torch.full((len(hidden),), ctx.temperature, device=hidden.device)
+    dlogprobs = torch.zeros_like(temperatures) if dlogprobs is None else dlogprobs.contiguous()
+    dentropy = None if dentropy is None else dentropy.contiguous()
+    dhidden, dweight = torch.empty_like(hidden), torch.zeros(weight.shape, device=weight.device)
     for c in _chunks(hidden, w):
         logits = linear(hidden[c], w)
-        dlogits = torch.empty_like(logits)
-        grads = (ids[c], temperatures[c], glp[c], None if gent is None else gent[c], dlogits)
-        cpu.call("token_logprobs_backward", logits, *grads, *logits.shape, cpu.is_bf16(logits))
-        dhidden[c] = dlogits @ w
+        gent = None if dentropy is None else dentropy[c]
+        dlogits = _row_logprobs_backward(logits, ids[c], temperatures[c], dlogprobs[c], gent)
+        torch.mm(dlogits, w, out=dhidden[c])
         dweight += dlogits.t() @ hidden[c]
     return dhidden, dweight.to(weight.dtype), None, None
 
 
-def _draw(logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    logits, rows = logits.contiguous(), logits.shape[0]
+def _sample_check(logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor) -> None:
+    rows = logits.shape[0]
     per_row = temperature.shape == seeds.shape == positions.shape == (rows,)
-    if not per_row or not seeds.dtype == positions.dtype == torch.int64 or not (temperature >= 0).all():
+    positive = logits.is_cuda or bool((temperature >= 0).all())  # on a GPU, looking would wait for it at every step
+    if not per_row or not seeds.dtype == positions.dtype == torch.int64 or not positive:
         raise ValueError(f"sample: expected temperature >= 0, seeds and positions int64, each of [{rows}]")
+
+
+def _sample_cpu(logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    logits, rows = logits.contiguous(), logits.shape[0]
     inputs = (logits, temperature.float().contiguous(), seeds.contiguous(), positions.contiguous())
     outputs = (torch.empty(rows, dtype=torch.int64), torch.empty(rows), torch.empty(rows, dtype=torch.int64))
     cpu.call("sample", *inputs, *outputs, *logits.shape, cpu.is_bf16(logits))
     return outputs
 
 
-def _matrix(logits: Tensor, temperature: Tensor) -> Tensor:
-    logits, t = logits.contiguous(), torch.where(temperature == 0, 1.0, temperature).float().contiguous()
-    stats = torch.empty(len(logits), 2, dtype=torch.float64)
-    cpu.call("token_logprobs", logits, None, t, None, None, stats, *logits.shape, cpu.is_bf16(logits))
-    # IEEE arithmetic alone from here, so torch gives the bits that the kernel gives for one token
-    return ((logits.float() / t[:, None]).double() - stats[:, :1] - stats[:, 1:]).float()
-
-
 _token_logprobs = define(
     "token_logprobs(Tensor hidden, Tensor weight, Tensor token_ids, float temperature) -> (Tensor, Tensor)",
     cpu=_forward,
+    cuda=_forward,
     fake=lambda h, w, ids, t: (h.new_empty(len(h), dtype=torch.float32), h.new_empty(len(h), dtype=torch.float32)),
+    check=_check,
     save=_save,
     backward=_backward,
 )
 _sample = define(
     "sample(Tensor logits, Tensor temperature, Tensor seeds, Tensor positions) -> (Tensor, Tensor, Tensor)",
-    cpu=_draw,
+    cpu=_sample_cpu,
+    cuda="token_logprobs.sample",
     fake=lambda x, t, s, p: (s.new_empty(s.shape), x.new_empty(s.shape, dtype=torch.float32), s.new_empty(s.shape)),
-)
-_log_softmax = define(
-    "log_softmax(Tensor logits, Tensor temperature) -> Tensor",
-    cpu=_matrix,
-    fake=lambda x, t: x.new_empty(x.shape, dtype=torch.float32),
+    check=_sample_check,
 )

@@ -1,0 +1,198 @@
+"""Softmax statistics, log-probabilities and sampling on a GPU.
+
+Each program reduces one fixed block of one row's vocabulary, so that a row of logits is read once, by as many programs as it
+has blocks; a second kernel puts a row's blocks together in fp64. Trainer and sampler share both.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 4096  # columns of a block of the vocabulary
+
+
+@triton.jit
+def _load_x(logits_ptr, row, col, vocab, temperature):
+    """logits / temperature in fp32, a true division; -inf beyond the vocabulary."""
+    x = tl.load(logits_ptr + row * vocab + col, mask=col < vocab, other=-float("inf")).to(tl.float32)
+    return tl.div_rn(x, tl.broadcast_to(temperature, x.shape))
+
+
+@triton.jit
+def _blocks(logits_ptr, t_ptr, max_ptr, sum_ptr, weighted_ptr, vocab, BLOCK: tl.constexpr):
+    """Of one block: its maximum m, sum of e^(x - m), and sum of e^(x - m) (x - m)."""
+    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    t = tl.load(t_ptr + row)
+    x = _load_x(logits_ptr, row, block * BLOCK + tl.arange(0, BLOCK), vocab, tl.where(t == 0.0, 1.0, t))
+    m = tl.max(x, 0)
+    gap = tl.where(x == -float("inf"), -float("inf"), x - m)
+    e = tl.exp(gap)
+    at = row * tl.num_programs(1) + block
+    tl.store(max_ptr + at, m)
+    tl.store(sum_ptr + at, tl.sum(e, 0))
+    tl.store(weighted_ptr + at, tl.sum(tl.where(e == 0.0, 0.0, e * gap), 0))
+
+
+@triton.jit
+def _whole(max_ptr, sum_ptr, weighted_ptr, row, blocks, NB: tl.constexpr):
+    """Of a whole row, from its blocks, in fp64: maximum, per block sum of e^(x - maximum), log of their sum, entropy."""
+    b = tl.arange(0, NB)
+    m = tl.load(max_ptr + row * blocks + b, mask=b < blocks, other=-float("inf"))
+    s = tl.load(sum_ptr + row * blocks + b, mask=b < blocks, other=0.0).to(tl.float64)
+    w = tl.load(weighted_ptr + row * blocks + b, mask=b < blocks, other=0.0).to(tl.float64)
+    top = tl.max(m, 0)
+    shift = tl.where(m == -float("inf"), 0.0, (m - top).to(tl.float64))
+    scale = tl.where(m == -float("inf"), 0.0, tl.exp(shift))
+    parts = s * scale
+    total = tl.sum(parts, 0)
+    entropy = tl.log(total) - tl.sum(scale * (w + shift * s), 0) / total
+    return top, parts, total, entropy
+
+
+@triton.jit
+def _logprobs(
+    logits_ptr, ids_ptr, t_ptr, max_ptr, sum_ptr, weighted_ptr, logprob_ptr, entropy_ptr, stats_ptr, vocab, blocks,
+    PICK: tl.constexpr, NB: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    top, _, total, entropy = _whole(max_ptr, sum_ptr, weighted_ptr, row, blocks, NB)
+    log_sum = tl.log(total)
+    tl.store(stats_ptr + 2 * row, top.to(tl.float64))
+    tl.store(stats_ptr + 2 * row + 1, log_sum)
+    if PICK:
+        x = tl.load(logits_ptr + row * vocab + tl.load(ids_ptr + row)).to(tl.float32)
+        x = tl.div_rn(x, tl.load(t_ptr + row))
+        tl.store(logprob_ptr + row, (x.to(tl.float64) - top.to(tl.float64) - log_sum).to(tl.float32))
+        tl.store(entropy_ptr + row, entropy.to(tl.float32))
+
+
+@triton.jit
+def _gradient(
+    logits_ptr, ids_ptr, t_ptr, glp_ptr, gent_ptr, stats_ptr, entropy_ptr, out_ptr, vocab, ENTROPY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """(glp (1[j = id] - p_j) - gent p_j (log p_j + entropy)) / temperature"""
+    row, col = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    t, glp, chosen = tl.load(t_ptr + row), tl.load(glp_ptr + row), tl.load(ids_ptr + row)
+    top, log_sum = tl.load(stats_ptr + 2 * row), tl.load(stats_ptr + 2 * row + 1)
+    x = _load_x(logits_ptr, row, col, vocab, t)
+    lp = x - top.to(tl.float32) - log_sum.to(tl.float32)
+    p = tl.exp(lp)
+    own = tl.load(logits_ptr + row * vocab + chosen).to(tl.float32)
+    own = tl.exp(tl.div_rn(own, t).to(tl.float64) - top - log_sum)
+    g = tl.where(col == chosen, glp * (1.0 - own).to(tl.float32), -glp * p)  # 1 - p in fp64: p may be all but 1
+    if ENTROPY:
+        g -= tl.where(p == 0.0, 0.0, tl.load(gent_ptr + row) * p * (lp + tl.load(entropy_ptr + row)))
+    tl.store(out_ptr + row * vocab + col, (g / t).to(out_ptr.dtype.element_ty), mask=col < vocab)
+
+
+@triton.jit
+def _mixed(z):
+    """One round of splitmix64's finaliser. Shifts are made logical by masking: Triton's on int64 are arithmetic."""
+    z = (z ^ ((z >> 30) & 0x3FFFFFFFF)) * -4658895280553007687
+    z = (z ^ ((z >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685
+    return z ^ ((z >> 31) & 0x1FFFFFFFF)
+
+
+@triton.jit
+def _uniform(seed, position):
+    """53 bits of splitmix64(seed, position), in [0, 1): the number that kernels/cpu.c makes."""
+    z = _mixed(_mixed(seed + (position + 1) * -7046029254386353131))
+    return ((z >> 11) & 0x1FFFFFFFFFFFFF).to(tl.float64) * 1.1102230246251565e-16
+
+
+@triton.jit
+def _draw(
+    logits_ptr, t_ptr, seeds_ptr, positions_ptr, max_ptr, sum_ptr, weighted_ptr, token_ptr, logprob_ptr, x_ptr, vocab,
+    blocks, NB: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    top, parts, total, _ = _whole(max_ptr, sum_ptr, weighted_ptr, row, blocks, NB)
+    t = tl.load(t_ptr + row)
+    b = tl.arange(0, NB)
+    maxima = tl.load(max_ptr + row * blocks + b, mask=b < blocks, other=-float("inf"))
+    target = _uniform(tl.load(seeds_ptr + row), tl.load(positions_ptr + row)) * total
+    running = tl.cumsum(parts, 0)
+    hit = tl.min(tl.where((running > target) & (parts > 0.0), b, NB), 0)
+    last = tl.max(tl.where(parts > 0.0, b, 0), 0)  # rounding may leave the running sum a hair short of the target
+    block = tl.where(t == 0.0, tl.min(tl.where(maxima == top, b, NB), 0), tl.minimum(hit, last))
+    block = tl.minimum(block, blocks - 1)  # of a row of NaN
+    before = tl.sum(tl.where(b < block, parts, 0.0), 0)
+    top_of_block = tl.max(tl.where(b == block, maxima, -float("inf")), 0)
+    col = block * BLOCK + tl.arange(0, BLOCK)
+    x = _load_x(logits_ptr, row, col, vocab, tl.where(t == 0.0, 1.0, t))
+    e = tl.where(x == -float("inf"), 0.0, tl.exp(x - top_of_block)).to(tl.float64) * tl.exp((top_of_block - top).to(tl.float64))
+    inside = before + tl.cumsum(e, 0)
+    first = tl.min(tl.where((inside > target) & (e > 0.0), col, vocab), 0)
+    final = tl.max(tl.where(e > 0.0, col, 0), 0)
+    token = tl.where(t == 0.0, tl.min(tl.where(x == top, col, vocab), 0), tl.minimum(first, final))
+    token = tl.minimum(token, vocab - 1)
+    own = tl.load(logits_ptr + row * vocab + token).to(tl.float32)
+    own = tl.div_rn(own, tl.where(t == 0.0, 1.0, t))
+    tl.store(token_ptr + row, token.to(tl.int64))
+    tl.store(x_ptr + row, own)
+    tl.store(logprob_ptr + row, (own.to(tl.float64) - top.to(tl.float64) - tl.log(total)).to(tl.float32))
+
+
+@triton.jit
+def _likelier(logits_ptr, t_ptr, x_ptr, count_ptr, vocab, BLOCK: tl.constexpr):
+    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    t = tl.load(t_ptr + row)
+    x = _load_x(logits_ptr, row, block * BLOCK + tl.arange(0, BLOCK), vocab, tl.where(t == 0.0, 1.0, t))
+    larger = (x > tl.load(x_ptr + row)).to(tl.int32)
+    tl.store(count_ptr + row * tl.num_programs(1) + block, tl.sum(larger, 0))
+
+
+def _reduced(logits: Tensor, temperature: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], int, int]:
+    """Block statistics of every row, the number of blocks, and that number rounded up to a power of two."""
+    rows, vocab = logits.shape
+    blocks = triton.cdiv(vocab, BLOCK)
+    parts = torch.empty(3, rows, blocks, dtype=torch.float32, device=logits.device)
+    if rows:
+        _blocks[(rows, blocks)](logits, temperature, parts[0], parts[1], parts[2], vocab, BLOCK=BLOCK, num_warps=8)
+    return (parts[0], parts[1], parts[2]), blocks, triton.next_power_of_2(blocks)
+
+
+def row_logprobs(logits: Tensor, ids: Tensor | None, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    rows, vocab = logits.shape
+    logprobs, entropy = (torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(2))
+    stats = torch.empty(rows, 2, dtype=torch.float64, device=logits.device)
+    parts, blocks, padded = _reduced(logits, temperature)
+    if rows:
+        _logprobs[(rows,)](
+            logits, logits if ids is None else ids, temperature, *parts, logprobs, entropy, stats, vocab, blocks,
+            PICK=ids is not None, NB=padded, num_warps=1,
+        )  # fmt: skip
+    return logprobs, entropy, stats
+
+
+def row_logprobs_backward(
+    logits: Tensor, ids: Tensor, temperature: Tensor, dlogprobs: Tensor, dentropy: Tensor | None
+) -> Tensor:
+    """Gradient of the logits, like them; the statistics are taken anew."""
+    _, entropy, stats = row_logprobs(logits, ids, temperature)
+    out = torch.empty_like(logits)
+    rows, vocab = logits.shape
+    if rows:
+        _gradient[(rows, triton.cdiv(vocab, BLOCK))](
+            logits, ids, temperature, dlogprobs, dlogprobs if dentropy is None else dentropy, stats, entropy, out, vocab,
+            ENTROPY=dentropy is not None, BLOCK=BLOCK, num_warps=8,
+        )  # fmt: skip
+    return out
+
+
+def sample(logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    logits, temperature = logits.contiguous(), temperature.float().contiguous()
+    rows, vocab = logits.shape
+    tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    logprobs, x = (torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(2))
+    parts, blocks, padded = _reduced(logits, temperature)
+    larger = torch.empty(rows, blocks, dtype=torch.int32, device=logits.device)
+    if rows:
+        _draw[(rows,)](
+            logits, temperature, seeds.contiguous(), positions.contiguous(), *parts, tokens, logprobs, x, vocab, blocks,
+            NB=padded, BLOCK=BLOCK, num_warps=8,
+        )  # fmt: skip
+        _likelier[(rows, blocks)](logits, temperature, x, larger, vocab, BLOCK=BLOCK, num_warps=8)
+    return tokens, logprobs, larger.sum(1)
