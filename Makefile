@@ -4,7 +4,7 @@ PYTHON ?= python3.11
 PIP := .venv/bin/pip install --quiet --disable-pip-version-check
 CORES := $(shell nproc)
 CUDA := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo 1)
-CONFIG ?= configs/cpu.yaml
+CONFIG ?= configs/$(if $(CUDA),1gpu,cpu).yaml
 ARGS ?=
 # libgomp threads that spin make everything 10 times slower as soon as cores are shared
 export OMP_WAIT_POLICY ?= passive

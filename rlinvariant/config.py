@@ -42,9 +42,11 @@ class SamplerConfig:
     max_model_len: int | None = chz.field(default=None, doc="Longest prompt + completion, tokens; None: the model's.")
     max_num_seqs: int = chz.field(default=128, doc="Sequences decoded together.")
     max_num_batched_tokens: int | None = chz.field(default=None, doc="Tokens per engine step; None: vLLM's choice.")
-    kv_cache_gib: float = chz.field(default=1.0, doc="KV cache on a CPU, GiB.")
+    kv_cache_gib: float | None = chz.field(default=None, doc="KV cache, GiB; None: 1 on a CPU, an eighth of a GPU's memory.")
     enable_prefix_caching: bool = chz.field(default=True, doc="Reuse the KV cache of shared prefixes.")
-    enforce_eager: bool = chz.field(default=True, doc="No compilation; ours needs none, a stock engine may want it.")
+    enforce_eager: bool | None = chz.field(
+        default=None, doc="No compilation, no CUDA graphs; None: true on a CPU, where a start would take a minute longer."
+    )
 
 
 @chz.chz

@@ -23,6 +23,7 @@ def run(config: Config) -> None:
     args = config.grpo_config()  # starts the process group, if there is one
     main = args.process_index == 0
     console, recipe, run_dir = Console(main), config.load_recipe(), RunDir(config.run_dir)
+    _require_device(args, config.invariance, config.dtype)  # before a recipe makes its model
     console.print(f"{config.recipe}: invariance={config.invariance}, {config.steps} steps, files in {config.run_dir}")
     model_path = config.model or (recipe.prepare_model or _no_model)(config)
     _quiet()
@@ -124,6 +125,7 @@ def grpo_trainer(
     if problems:
         raise ConfigErrors(problems)
     runtime.configure()
+    _require_device(args, invariance, dtype)
     import torch
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -137,7 +139,7 @@ def grpo_trainer(
     if isinstance(model, (str, Path)):
         try:
             config = AutoConfig.from_pretrained(model)
-            if invariance != "off" and (reasons := list(unsupported(config))):  # before the weights are loaded
+            if invariance != "off" and (reasons := list(unsupported(config, args.device.type))):  # before loading weights
                 kind = ", ".join(config.architectures or [type(config).__name__])
                 raise UnsupportedModel(f"model={model}: {kind} cannot run exactly: {'; '.join(reasons)}")
             model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
@@ -160,6 +162,15 @@ def grpo_trainer(
     )
 
 
+def _require_device(args: Any, invariance: str, dtype: str) -> None:
+    import torch
+
+    from rlinvariant.support import device_problems
+
+    if problems := device_problems(args, invariance, getattr(torch, dtype)):
+        raise ConfigErrors(problems)
+
+
 def _no_model(config: Config) -> str:
     raise UserError(f"model: missing, recipe {config.recipe} has none of its own; write model=DIRECTORY or model=ORG/NAME")
 
@@ -169,8 +180,9 @@ def _sampler_options(config: Config) -> dict[str, Any]:
     options: dict[str, Any] = {
         "max_num_seqs": s.max_num_seqs,
         "enable_prefix_caching": s.enable_prefix_caching,
-        "enforce_eager": s.enforce_eager,
     }
+    if s.enforce_eager is not None:
+        options["enforce_eager"] = s.enforce_eager
     if s.max_num_batched_tokens is not None:
         options["max_num_batched_tokens"] = s.max_num_batched_tokens
     return {"max_model_len": s.max_model_len, "kv_cache_gib": s.kv_cache_gib, "options": options}
@@ -188,6 +200,8 @@ def _kernels(config: Config) -> dict[str, str]:
     """What computed this run, and which linear shapes the self-check let the vendor GEMM have."""
     if config.invariance == "off":
         return {"sampler": "stock vLLM", "trainer": "stock transformers"}
+    import torch
+
     from rlinvariant.kernels import cpu
     from rlinvariant.ops.linear import routes
 
@@ -195,4 +209,6 @@ def _kernels(config: Config) -> dict[str, str]:
     for shape, route in sorted(routes().items()):
         by_route.setdefault(route, []).append(shape)
     linear = "; ".join(f"{route} for {' '.join(shapes)}" for route, shapes in by_route.items())
+    if torch.cuda.is_available():
+        return {"linear": linear, "attention": "FlashAttention-3, one split", "other ops": "kernels/*.py, Triton"}
     return {"linear": linear, "other ops": f"kernels/cpu.c, gcc {' '.join(cpu.FLAGS[:3])}"}

@@ -1,10 +1,11 @@
-"""What the op tests share: batch sizes, neighbours, thread counts, yardsticks, and the checks of a relation between
-bits.
+"""What the op tests share: devices, batch sizes, neighbours, thread counts, yardsticks, and the checks of a relation
+between bits.
 
 A check takes the function that it tests, so that each test can hand it a stock or a broken function and see it fail.
+Tensors are made on the default device, which tests/ops/conftest.py sets to that of the test.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -20,6 +21,8 @@ LADDER = (1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 2
 DTYPES = (torch.bfloat16, torch.float32)
 NEIGHBOURS = (0.0, float("inf"), float("nan"), 1e30, None)  # None: random rows
 
+DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
+
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
 
 
@@ -28,13 +31,47 @@ def dtype_name(value: object) -> str | None:
     return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else None
 
 
+def per_device(names: str, cpu: Iterable, cuda: Iterable, indirect: tuple[str, ...] = ()) -> pytest.MarkDecorator:
+    """Parametrise a test by device and `names` together: for what one device does not take.
+
+    Values are tuples if there are several names. Those in `indirect` are fixtures.
+    """
+    several = "," in names
+    rows = [("cpu", *(v if several else (v,))) for v in cpu]
+    rows += [pytest.param("cuda", *(v if several else (v,)), marks=pytest.mark.gpu) for v in cuda]
+    return pytest.mark.parametrize(f"device, {names}", rows, ids=dtype_name, indirect=["device", *indirect])
+
+
+cpu_only = pytest.mark.parametrize("device", DEVICES[:1], indirect=True)
+gpu_only = pytest.mark.parametrize("device", DEVICES[1:], indirect=True)
+matrix_dtypes = per_device("dtype", DTYPES, [torch.bfloat16])  # what `linear` and `attention` take
+
+
 def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, wide: bool = False) -> Tensor:
-    """Normal values; `wide` spreads their exponents, so that another order of summation shows."""
+    """Normal values, the same on every device; `wide` spreads their exponents, so that another order of summation shows."""
     rng = torch.Generator().manual_seed(seed)
-    x = torch.randn(shape, generator=rng)
+    x = torch.randn(shape, generator=rng, device="cpu")
     if wide:
-        x = x * torch.exp2(torch.randint(-8, 8, shape, generator=rng))
-    return x.to(dtype)
+        x = x * torch.exp2(torch.randint(-8, 8, shape, generator=rng, device="cpu"))
+    return x.to(torch.get_default_device(), dtype)
+
+
+def randint(high: int, *shape: int, seed: int = 0) -> Tensor:
+    rng = torch.Generator().manual_seed(seed)
+    return torch.randint(0, high, shape, generator=rng, device="cpu").to(torch.get_default_device())
+
+
+def randperm(n: int, seed: int = 0) -> Tensor:
+    rng = torch.Generator().manual_seed(seed)
+    return torch.randperm(n, generator=rng, device="cpu").to(torch.get_default_device())
+
+
+def cancelling(rows: int, n: int, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x and w whose exact products are 0, so that an output is only rounding error: bf16 cannot hide another order of sums."""
+    x, w, order = randn(rows, k, seed=1, wide=True), randn(n, k, seed=2), randperm(k, seed=3)
+    a, b = order[: k // 2], order[k // 2 : k // 2 * 2]
+    x[:, a], w[:, a] = -x[:, b], w[:, b]
+    return x.to(dtype), w.to(dtype)
 
 
 @contextmanager
@@ -53,10 +90,10 @@ def assert_same(a: Tensor | tuple[Tensor, ...], b: Tensor | tuple[Tensor, ...], 
         assert_bits_equal(x, y, f"{what}, output {i}")
 
 
-def assert_batch_invariant(f: Function, *rows: Tensor) -> None:
+def assert_batch_invariant(f: Function, *rows: Tensor, ladder: tuple[int, ...] = LADDER) -> None:
     """f(rows[:m]) = f(rows)[:m] for every m of the ladder, and f(rows[s:]) = f(rows)[s:], which moves every row."""
     full = _tuple(f(*rows))
-    for m in LADDER:
+    for m in ladder:
         if m <= len(rows[0]):
             assert_same(f(*(x[:m].clone() for x in rows)), tuple(y[:m] for y in full), f"the first {m} rows alone")
     for s in (1, 21):
@@ -102,11 +139,15 @@ def assert_as_accurate(ours: Function, stock: Function, exact: Function, *inputs
         assert torch.isfinite(a).all() and (a - t).norm() <= allowed, f"output {i}: {(a - t).norm():.3e} > {allowed:.3e}"
 
 
-def assert_opaque(f: Function, operator: torch._ops.OpOverload, *inputs: object) -> None:
-    """Schema, shape function and autograd key agree with what the operator does; compiled code keeps its bits."""
+def assert_registered(operator: torch._ops.OpOverload, *inputs: object) -> None:
+    """Schema, shape function and autograd key agree with what the operator does."""
     torch.library.opcheck(operator, inputs, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
-    compiled = torch.compile(f, fullgraph=True, backend="eager")
-    assert_same(compiled(*inputs), f(*inputs), "compiled")
+
+
+def assert_opaque(f: Function, *inputs: object, backend: str = "eager") -> None:
+    """f compiles to one graph, which keeps its bits."""
+    expected = f(*inputs)
+    assert_same(torch.compile(f, fullgraph=True, backend=backend)(*inputs), expected, f"compiled by {backend}")
 
 
 def assert_control(check: Callable[..., None], planted: Function, stock: list[tuple[Function, tuple[Tensor, ...]]]) -> None:

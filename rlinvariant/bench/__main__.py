@@ -1,52 +1,66 @@
 """`python -m rlinvariant.bench NAME`: measure, and write DIRECTORY/NAME.json; or print what is there as Markdown."""
 
 import argparse
+import importlib
 import os
 import sys
 from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results" / "cpu"
+RESULTS = Path(__file__).parent / "results"
+# name -> (module on a CPU, on a GPU, what it measures)
 NAMES = {
-    "ops": "each op against PyTorch's, transformers' or vLLM's own, forward and forward + backward",
-    "trainer": "log-probs and their gradients, with peak memory, against TRL's own path",
-    "step": "whole steps of the recipe arithmetic, exact against invariance=off",
-    "parity": "tokens whose log-prob differs: sampler against itself and against the trainer, with controls",
-    "report": "print the results as Markdown",
+    "ops": ("ops", None, "each op against PyTorch's, transformers' or vLLM's own, forward and forward + backward"),
+    "linear": (None, "linear", "matrix products of Qwen3 1.7B and 8B against cuBLAS"),
+    "norms": (None, "norms", "rms_norm, add_rms_norm, rope and swiglu against vLLM's kernels"),
+    "attention": (None, "attention", "prefill and decode against FlashAttention-3 as vLLM runs it"),
+    "logprob": (None, "logprob", "token_logprobs and sample against TRL's and vLLM's"),
+    "sampler": (None, "sampler", "tokens/s against stock vLLM, and against VLLM_BATCH_INVARIANT=1"),
+    "trainer": ("trainer", "gpu_trainer", "log-probs and their gradients, with peak memory, against TRL's own path"),
+    "step": ("step", "gpu_step", "whole steps, exact against stock TRL and stock vLLM"),
+    "parity": ("parity", "gpu_parity", "tokens whose log-prob differs: sampler against itself and the trainer, with controls"),
+    "tune": (None, "tune", "find the tiles of the small matrix products: writes kernels/linear_tiles.json"),
+    "report": ("report", "report", "print the results as Markdown"),
 }
 
 
 def main(argv: list[str]) -> int:
-    names = "\n".join(f"  {name:8} {text}" for name, text in NAMES.items())
+    where = {(True, True): "", (True, False): " (CPU)", (False, True): " (GPU)"}
+    names = "\n".join(f"  {n:9} {text}{where[cpu is not None, gpu is not None]}" for n, (cpu, gpu, text) in NAMES.items())
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         "python -m rlinvariant.bench", description=str(__doc__) + "\n\n" + names, formatter_class=form
     )
     parser.add_argument("name", choices=NAMES, metavar="NAME")
-    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIRECTORY", help="default: %(default)s")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIRECTORY", help=f"default: {RESULTS}/GPU, or /cpu; of tune: where the package reads it"
+    )
     parser.add_argument("--tiny", action="store_true", help="small shapes and few samples: does it run?")
+    parser.add_argument("--tokens", type=int, metavar="N", help="parity on a GPU: N tokens of qwen3-1.7b, nothing else")
     parser.add_argument("--readme", type=Path, metavar="FILE", help="with report: put the tables between the file's markers")
     options = parser.parse_args(argv)
     # As `rlinvariant train` does, for ours and for the stock side; libgomp reads it when torch is imported
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    from rlinvariant.bench import gpu, measure
+
+    machine = gpu.name()
+    module = NAMES[options.name][machine != "cpu"]
+    if module is None:
+        here = ", ".join(n for n, modules in NAMES.items() if modules[machine != "cpu"])
+        parser.error(f"{options.name}: not for this machine ({machine}); here: {here}")
+    out = options.out or RESULTS / machine
+    bench = importlib.import_module(f"rlinvariant.bench.{module}")
     if options.name == "report":
-        from rlinvariant.bench.report import markdown, update
+        bench.main(options.out, options.readme)
+    elif options.name == "tune":
+        from rlinvariant.bench.tune import FILE
 
-        if options.readme is not None:
-            update(options.readme, options.out)
-        else:
-            print(markdown(options.out))
-        return 0
-    from rlinvariant.bench import measure
-
-    if options.name == "ops":
-        from rlinvariant.bench.ops import rows
-    elif options.name == "trainer":
-        from rlinvariant.bench.trainer import rows
-    elif options.name == "parity":
-        from rlinvariant.bench.parity import rows
+        directory = options.out or (Path("runs") if options.tiny else FILE.parent)
+        bench.run(directory / FILE.name, options.tiny)
     else:
-        from rlinvariant.bench.step import rows
-    measure.write(options.out / f"{options.name}.json", rows(options.tiny), options.tiny)
+        extra = {"tokens": options.tokens} if options.tokens is not None else {}
+        if extra and module != "gpu_parity":
+            parser.error("--tokens: only with parity, on a GPU")
+        measure.write(out / f"{options.name}.json", bench.rows(options.tiny, **extra), options.tiny)
     return 0
 
 

@@ -153,16 +153,32 @@ def peak_memory() -> float:
 
 
 def write(path: Path, rows: Iterable[Any], tiny: bool) -> None:
-    """Measure, print every row as it comes, and write {"environment", "rows"}."""
+    """Measure, print every row as it comes, and write {"environment", "rows"}, also if a later row fails.
+
+    Exit 1 if a row of ours depends on its batch.
+    """
+    from rlinvariant.bench import gpu
     from rlinvariant.report.rundir import environment
 
     began, others, measured = os.getloadavg(), Others(), []
-    for row in rows:
-        measured.append(row)
-        print(f"{row.ratio:7.2f}x  {row.ours:>12,.1f} / {row.stock:,.1f} {row.unit}  {row.case}", flush=True)
-    machine = {"loadavg": [began, os.getloadavg()], "others": round(others.share(), 3), "tiny": tiny}
-    machine["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"environment": environment() | machine, "rows": [asdict(row) for row in measured]}
-    path.write_text(json.dumps(content, indent=1) + "\n")
-    print(path)
+    try:
+        for row in rows:
+            measured.append(row)
+            print(_line(row), flush=True)
+    finally:
+        machine = {"loadavg": [began, os.getloadavg()], "others": round(others.share(), 3), "tiny": tiny, **gpu.environment()}
+        machine["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = {"environment": environment() | machine, "rows": [asdict(row) for row in measured]}
+        path.write_text(json.dumps(content, indent=1) + "\n")
+        print(path)
+    if differing := [row.case for row in measured if isinstance(row, Row) and row.bits_equal["ours"] is False]:
+        sys.exit(f"BITS DIFFER in {len(differing)} rows: {'; '.join(differing)[:2000]}")
+
+
+def _line(row: Any) -> str:
+    if not isinstance(row, Row):
+        return " ".join(f"{name}={value}" for name, value in asdict(row).items())
+    bits = " ".join(f"{side} {'same' if same else 'DIFFER'}" for side, same in row.bits_equal.items() if same is not None)
+    target = "" if row.target is None else f" (target {row.target})"
+    return f"{row.ratio:7.2f}x  {row.ours:>12,.1f} / {row.stock:,.1f} {row.unit}  {row.case}{target}; bits: {bits or '-'}"

@@ -1,7 +1,6 @@
 """Each op against what it takes the place of."""
 
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, apply_rotary_pos_emb
 
-from rlinvariant import bits, ops
+from rlinvariant import ops
+from rlinvariant.bench.cases import Case, call, check
 from rlinvariant.bench.measure import Row, pair
 
 EPS = 1e-6
@@ -39,18 +39,6 @@ RECIPE = Size("recipe", 128, 384, 4, 2, 98, 128, 40)
 LARGER = Size("512", 512, 1408, 8, 4, 32000, 16, 256)
 
 
-@dataclass(frozen=True)
-class Case:
-    name: str
-    ours: Callable[..., Any]
-    stock: Callable[..., Any]
-    inputs: tuple[Tensor, ...]
-    sliced: int  # how many of the inputs have a row per token or sequence: the first ones
-    unit: int = 1  # consecutive rows that belong together
-    gradients: tuple[int, ...] = ()  # inputs to differentiate by; none: forward alone
-    same: bool = True  # both compute the same numbers, up to rounding
-
-
 def rows(tiny: bool) -> Iterator[Row]:
     torch.manual_seed(0)
     for size in [Size("tiny", 128, 64, 4, 2, 98, 8, 16)] if tiny else [RECIPE, LARGER]:
@@ -60,45 +48,10 @@ def rows(tiny: bool) -> Iterator[Row]:
 
 def _row(case: Case, seconds: float) -> Row:
     """Bits first, then time."""
-    with torch.no_grad():
-        full = [_tuple(f(*case.inputs)) for f in (case.ours, case.stock)]
-        if case.same:
-            for ours, stock in zip(*full, strict=True):
-                torch.testing.assert_close(ours.float(), stock.float(), rtol=0.05, atol=0.05)
-        invariant = [_invariant(f, case, out) for f, out in zip((case.ours, case.stock), full, strict=True)]
-    assert invariant[0], f"{case.name}: a row's bits depend on its batch"
-    calls = [_call(f, case) for f in (case.ours, case.stock)]
-    numbers = pair(calls[0], calls[1], seconds)
-    return Row("ops", case.name, target=None, bits_equal={"ours": invariant[0], "stock": invariant[1]}, **numbers)
-
-
-def _invariant(function: Callable[..., Any], case: Case, full: tuple[Tensor, ...]) -> bool:
-    """Whether the first rows come out the same alone and in the whole batch."""
-    count = len(case.inputs[0]) // case.unit
-    for k in sorted({1, 2, 3, 9, count // 2 + 1} & set(range(1, count))):
-        n = k * case.unit
-        part = _tuple(function(*(x[:n].clone() for x in case.inputs[: case.sliced]), *case.inputs[case.sliced :]))
-        if any(bits.compare(some, whole[:n]) is not None for some, whole in zip(part, full, strict=True)):
-            return False
-    return True
-
-
-def _call(function: Callable[..., Any], case: Case) -> Callable[[], Any]:
-    if not case.gradients:
-        return lambda: _no_grad(function, case.inputs)
-    inputs = [x.detach().requires_grad_(i in case.gradients) for i, x in enumerate(case.inputs)]
-    wanted = [inputs[i] for i in case.gradients]
-    upstream = [torch.randn_like(x) for x in _tuple(function(*inputs))]
-    return lambda: torch.autograd.grad(_tuple(function(*inputs)), wanted, upstream)
-
-
-def _no_grad(function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> Any:
-    with torch.no_grad():
-        return function(*inputs)
-
-
-def _tuple(x: Any) -> tuple[Tensor, ...]:
-    return x if isinstance(x, tuple) else (x,)
+    equal = check(case)
+    assert equal["ours"], f"{case.name}: a row's bits depend on its batch"
+    ours, stock = (call(f, case.inputs, case.gradients) for f in (case.ours, case.stock))
+    return Row("ops", case.name, target=None, bits_equal=equal, **pair(ours, stock, seconds))
 
 
 def _cases(s: Size) -> Iterator[Case]:
@@ -230,10 +183,9 @@ def _decode(s: Size, shape: str) -> Case:
 
 def _vllm_cpu() -> tuple[Any, Any]:
     """vLLM's CPU attention module, and its operators."""
-    from rlinvariant.sampler.vllm_model import CPUAttentionBackend
+    from vllm.v1.attention.backends import cpu_attn
 
-    backend: Any = sys.modules[CPUAttentionBackend.__module__]
-    return backend, backend.ops
+    return cpu_attn, vars(cpu_attn)["ops"]
 
 
 def _head(s: Size, m: int, decode: int) -> Iterator[Case]:

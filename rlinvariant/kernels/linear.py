@@ -22,34 +22,15 @@ import triton.language as tl
 from torch import Tensor
 
 from rlinvariant.errors import UserError
+from rlinvariant.kernels.routes import ROUTES
 
 TILES = Path(__file__).with_name("linear_tiles.json")  # written by `python -m rlinvariant.bench tune`
 FEW = (16, 32, 64, 128, 256)  # row counts up to which a tile is tuned; more rows go to cuBLASLt
 MANY = (128, 128, 64, 8, 3)  # tile for many rows, should cuBLASLt ever disagree
-CHECKED_ROWS = (
-    *range(1, 18),
-    31,
-    33,
-    63,
-    64,
-    65,
-    100,
-    127,
-    128,
-    129,
-    200,
-    255,
-    257,
-    384,
-    511,
-    777,
-    1024,
-    1536,
-    2048,
-    3001,
-    4096,
-    8192,
-)
+CHECKED_ROWS = (  # each edge of a tile, and plenty between: cuBLASLt picks its kernel by the row count
+    17, 24, 31, 32, 33, 48, 63, 64, 65, 100, 127, 128, 129, 200, 255, 256, 257, 300, 384, 511, 512, 777, 1000, 1024, 1536,
+    2048, 3001, 4096, 5000, 6144, 8192,
+)  # fmt: skip
 CHECKED_BYTES = 1 << 29  # outputs larger than this are not compared
 
 Tile = tuple[int, int, int, int, int]
@@ -100,8 +81,9 @@ def tiled(x: Tensor, w: Tensor, b: Tensor | None, tile: Tile) -> Tensor:
 def cublaslt(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
     """The same by cuBLASLt with one accumulator over K. The switches are process-wide: the backward gets them back."""
     matmul = torch.backends.cuda.matmul
-    before = matmul.allow_bf16_reduced_precision_reduction_split_k, matmul.allow_bf16_reduced_precision_reduction
-    library = torch.backends.cuda.preferred_blas_library("cublaslt")
+    before = matmul.allow_bf16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction_split_k
+    library = torch.backends.cuda.preferred_blas_library()
+    torch.backends.cuda.preferred_blas_library("cublaslt")
     matmul.allow_bf16_reduced_precision_reduction = (False, False)
     try:
         return torch.mm(x, w.t()) if b is None else torch.addmm(b, x, w.t())
@@ -124,7 +106,10 @@ def _table() -> dict[tuple[int, int], dict[int, Tile | None]]:
 
 @functools.cache
 def tile_for(m: int, n: int, k: int) -> Tile | None:
-    """The tuned tile for m rows, that of the nearest tuned weight shape for others; None: cuBLASLt."""
+    """The tuned tile for m rows, that of the nearest tuned weight shape for others; None: cuBLASLt.
+
+    Up to 16 rows it is always a tile: for one row cuBLASLt has a kernel with another order.
+    """
     few = next((rows for rows in FEW if m <= rows), None)
     if few is None:
         return None
@@ -138,7 +123,7 @@ def tile_for(m: int, n: int, k: int) -> Tile | None:
 def check(n: int, k: int, bias: bool, device: int) -> bool:
     """Whether cuBLASLt gives the bits of the Triton tiles for a weight [n, k]. False: Triton takes every row count.
 
-    Compared at 37 row counts, and every tuned tile with the others; milliseconds, cached for the process.
+    Compared at up to 31 row counts, and every tuned tile with the others; milliseconds, cached for the process.
 
     Raises:
         UserError: the Triton tiles differ among themselves, so nothing on this GPU is known to be exact.
@@ -161,20 +146,22 @@ def check(n: int, k: int, bias: bool, device: int) -> bool:
                 f"linear: on {torch.cuda.get_device_name(device)} the result for a weight [{n}, {k}] depends on the tile "
                 f"({rows} rows, tile {tile}); exact mode is not possible here; use invariance=off"
             )
-    return all(_same(cublaslt(x[:m], w, b), expected[:m]) for m in CHECKED_ROWS if m <= most)
+    vendor = [m for m in CHECKED_ROWS if m <= most and tile_for(m, n, k) is None]
+    return all(_same(cublaslt(x[:m], w, b), expected[:m]) for m in vendor)
 
 
 def linear(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-    """x [M, K], w [N, K], b [N] or None, all bf16 -> [M, N]."""
+    """x [*rows, K] bf16, w [N, K], b [N] or None -> [*rows, N]."""
+    shape, x = x.shape, x.reshape(-1, x.shape[-1])
+    w, b = w.to(x.dtype), None if b is None else b.to(x.dtype)
     if x.stride(-1) != 1:
         x = x.contiguous()
+    w = w if w.stride(-1) == 1 else w.contiguous()
     vendor = check(w.shape[0], w.shape[1], b is not None, x.device.index)
-    if not len(x):
-        return x.new_empty(0, w.shape[0])
-    tile = tile_for(len(x), *w.shape)
-    if tile is None and vendor:
-        return cublaslt(x, w, b)
-    return tiled(x, w, b, tile or MANY)
+    ROUTES[f"{w.shape[0]}x{w.shape[1]} bfloat16"] = "Triton, and cuBLASLt without split-K" if vendor else "Triton"
+    tile = tile_for(max(1, len(x)), *w.shape)
+    y = cublaslt(x, w, b) if tile is None and vendor else tiled(x, w, b, tile or MANY)
+    return y.view(*shape[:-1], w.shape[0])
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -37,7 +37,10 @@ from rlinvariant.errors import UserError
 from rlinvariant.kernels import cpu
 
 ATTENTION = "rlinvariant"  # name of the attention implementation, in transformers' registry
-HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)  # those of vLLM's CPU key-value cache
+HEAD_SIZES = {
+    "cpu": (32, 64, 80, 96, 112, 128, 160, 192, 224, 256),  # those of vLLM's CPU key-value cache
+    "cuda": (64, 128, 256),  # those where FlashAttention-3 gives a paged and a packed call the same bits
+}
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # angles depend on the position alone, not on the sequence length
 SCALINGS = ("final_logit_softcapping", "attn_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")
 
@@ -58,7 +61,10 @@ def make_invariant(model: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
 
     Bits: with fp32 masters, the forward has the bits of the model cast to `dtype`. Run `audit` after it.
     """
-    if reasons := list(unsupported(model.config)):
+    device = next(model.parameters()).device.type
+    if device == "meta":  # vLLM's, which goes to its GPU
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if reasons := list(unsupported(model.config, device)):
         raise UnsupportedModel(f"{type(model).__name__} cannot run exactly: " + "; ".join(reasons))
     if getattr(getattr(model, "lm_head", None), "bias", None) is not None:
         raise UnsupportedModel(f"{type(model).__name__} cannot run exactly: its lm_head has a bias")
@@ -77,11 +83,11 @@ def make_invariant(model: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
     return model
 
 
-def unsupported(config) -> Iterator[str]:
-    """Each reason, in words, why a model of this configuration cannot run exactly."""
+def unsupported(config, device: str = "cpu") -> Iterator[str]:
+    """Each reason, in words, why a model of this configuration cannot run exactly on a device type, "cpu" or "cuda"."""
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if head not in HEAD_SIZES:
-        yield f"head_dim={head} is not one of {', '.join(map(str, HEAD_SIZES))}"
+    if head not in HEAD_SIZES[device]:
+        yield f"head_dim={head} is not one of {', '.join(map(str, HEAD_SIZES[device]))}"
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type", "default") not in ROPE_TYPES:
         yield f"rope_type={rope['rope_type']} changes with the sequence length; supported: {', '.join(ROPE_TYPES)}"
@@ -218,12 +224,17 @@ class _RMSNorm(nn.Module):
 
 
 class _MLP(nn.Module):
+    """Gate and up projections, joined by `ops.swiglu`, and down. vLLM merges the first two by replacing `gate_and_up`."""
+
     gate_proj: nn.Module
     up_proj: nn.Module
     down_proj: nn.Module
 
+    def gate_and_up(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.gate_proj(x), self.up_proj(x)
+
     def forward(self, x):
-        return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(ops.swiglu(*self.gate_and_up(x)))
 
 
 class _DecoderLayer(nn.Module):

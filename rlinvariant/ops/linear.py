@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlinvariant.kernels import cpu
+from rlinvariant.kernels.routes import ROUTES as _routes
 from rlinvariant.ops.register import define
 
 ROWS = 256  # rows per call of the vendor GEMM
@@ -73,9 +74,6 @@ def forget_routes() -> None:
 def routes() -> dict[str, str]:
     """The route taken by each weight shape used so far, for the run's environment.json."""
     return dict(_routes)
-
-
-_routes: dict[str, str] = {}
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

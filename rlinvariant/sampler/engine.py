@@ -50,7 +50,7 @@ class Sampler:
         invariant: run `rlinvariant.ops` in it; else it is a stock engine.
         dtype: "bfloat16" or "float32".
         max_model_len: longest prompt plus completion, in tokens; None takes the model's.
-        kv_cache_gib: memory for keys and values, in GiB (CPU).
+        kv_cache_gib: memory for keys and values, in GiB; None: 1 on a CPU, an eighth of a GPU's.
         options: further keyword arguments of `vllm.LLM`.
 
     Raises:
@@ -64,7 +64,7 @@ class Sampler:
         invariant: bool,
         dtype: str = "bfloat16",
         max_model_len: int | None = None,
-        kv_cache_gib: float = 1.0,
+        kv_cache_gib: float | None = None,
         options: dict[str, Any] | None = None,
     ) -> None:
         runtime.configure()
@@ -74,6 +74,9 @@ class Sampler:
             from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
             from vllm.plugins import load_general_plugins
 
+            cuda = torch.cuda.is_available()
+            if kv_cache_gib is None:
+                kv_cache_gib = torch.cuda.get_device_properties().total_memory / 2**33 if cuda else 1.0
             arguments: dict[str, Any] = {
                 "dtype": dtype,
                 "max_model_len": max_model_len,
@@ -81,11 +84,14 @@ class Sampler:
                 "disable_log_stats": True,
                 "logprobs_mode": "processed_logprobs",
                 "kv_cache_memory_bytes": int(kv_cache_gib * 2**30),
-                "enforce_eager": True,  # a compiled stock engine is faster on a GPU; on a CPU it takes a minute to start
-                "async_scheduling": False,
+                "enforce_eager": not cuda,  # on a CPU compilation takes a minute and gains little
                 "generation_config": "vllm",
                 "use_tqdm_on_load": False,
             }
+            if cuda:  # what is asked for is kv_cache_gib; this share is only compared with what the trainer has left free
+                arguments |= {"gpu_memory_utilization": 0.01}
+            else:
+                arguments |= {"async_scheduling": False}
             fixed = (arguments.keys() - {"enforce_eager"}) | {"quantization", "hf_overrides"}
             if clash := sorted(fixed & (options or {}).keys()):
                 raise UserError(f"sampler options {', '.join(clash)}: rlinvariant sets them itself; remove them")
@@ -109,8 +115,8 @@ class Sampler:
 
     @property
     def model(self) -> Any:
-        """The module that vLLM runs."""
-        return self._runner.model
+        """The module that vLLM runs, without the wrapper that captures CUDA graphs."""
+        return self._runner.get_model()
 
     def _install(self) -> None:
         from rlinvariant.sampler.vllm_model import (

@@ -1,19 +1,21 @@
-"""What runs inside vLLM in place of its own layers: all that depends on vLLM's internals, for the day they move.
+"""What runs inside vLLM in place of its own layers. Here and in vllm_attention.py is all that depends on vLLM's internals,
+for the day they move; written for vLLM 0.26 (CUDA) and 0.32 (CPU).
 
 vLLM's transformers backend builds the Hugging Face model; `make_invariant` patches it exactly as it patches the trainer's;
 vLLM then puts its linear layers, cache and attention into it, and these classes make them call `rlinvariant.ops`.
 """
 
 import secrets
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoModel
+from vllm.compilation.decorators import support_torch_compile
 from vllm.config import CompilationMode
 from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.linear import LinearBase, MergedColumnParallelLinear, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
@@ -21,33 +23,77 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     VocabParallelEmbedding,
 )
 from vllm.model_executor.models.transformers import TransformersForCausalLM
-from vllm.v1.attention.backend import AttentionImpl, AttentionMetadataBuilder
-from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 from vllm.v1.sample.sampler import Sampler
 
 from rlinvariant import ops
 from rlinvariant.models.patch import make_invariant
 from rlinvariant.sampler.plugin import QUANTIZATION
+from rlinvariant.sampler.vllm_attention import InvariantAttentionBackend
 
 
 class InvariantForCausalLM(TransformersForCausalLM):
     """The transformers backend with the model patched before vLLM replaces its layers."""
 
     def recursive_replace(self) -> None:
+        AutoModel._model_mapping._extra_content.pop(type(self.config), None)  # see _decorate_for_torch_compile
         make_invariant(self.model, self.model_config.dtype)
         self._patch_config()  # the attention is vLLM's here: it owns the cache
+        for name, module in self.model.named_modules():
+            if hasattr(module, "gate_and_up"):
+                self._merge_gate_and_up(f"model.{name}", module)
         super().recursive_replace()
 
-    def _decorate_for_torch_compile(self) -> None:
-        """Only when compiling: vLLM decorates the Hugging Face class itself, and no other model of it could then be built."""
-        if self.compilation_config.mode != CompilationMode.NONE:
-            super()._decorate_for_torch_compile()
+    def _merge_gate_and_up(self, name: str, mlp: Any) -> None:
+        """One product for gate and up, as vLLM's own models have it. vLLM 0.26 merges them only around its own SwiGLU."""
+        mlp.gate_up_proj = MergedColumnParallelLinear(
+            mlp.gate_proj.in_features,
+            [mlp.gate_proj.out_features, mlp.up_proj.out_features],
+            bias=mlp.gate_proj.bias is not None,
+            quant_config=self.quant_config,
+            prefix=f"{name}.gate_up_proj",
+            return_bias=False,
+        )
+        for shard, part in enumerate(("gate_proj", "up_proj")):
+            self.hf_to_vllm_mapper.orig_to_new_stacked[f"{name}.{part}"] = (f"{name}.gate_up_proj", shard)
+            delattr(mlp, part)
+        cls = type(mlp)
+        mlp.__class__ = type(cls.__name__, (cls,), {"gate_and_up": lambda self, x: self.gate_up_proj(x).chunk(2, -1)})
+
+    def _decorate_for_torch_compile(self, **from_config) -> None:
+        """Compile a subclass of the decoder. vLLM would decorate the Hugging Face class, for every other model of it too.
+
+        The mapping makes `AutoModel.from_config`, which vLLM calls next, build the subclass.
+        """
+        if self.compilation_config.mode == CompilationMode.NONE:
+            return
+        stock = AutoModel._model_mapping[type(self.config)]
+        compiled = type(stock.__name__, (stock,), {"__module__": stock.__module__})
+        axes = {"input_ids": 1, "inputs_embeds": 1, "position_ids": -1}  # where the tokens are, in [1, T] and [1, T, D]
+        support_torch_compile(dynamic_arg_dims=axes)(compiled)
+        AutoModel._model_mapping._extra_content[type(self.config)] = compiled
 
     def _get_attn_cls(self):
+        """vLLM 0.32 asks for the class."""
         if (cls := super()._get_attn_cls()) is not Attention:
             raise NotImplementedError(f"rlinvariant: {cls.__name__} is not supported, only decoder attention")
         return partial(Attention, attn_backend=InvariantAttentionBackend)
+
+    def create_attention_instances(self) -> dict[int, Attention]:
+        """vLLM 0.26 asks for the layers."""
+        heads = {
+            "num_heads": self.model_config.get_num_attention_heads(self.parallel_config),
+            "num_kv_heads": self.model_config.get_num_kv_heads(self.parallel_config),
+            "head_size": self.model_config.get_head_size(),
+        }
+        shared = {
+            "cache_config": self.cache_config,
+            "quant_config": self.quant_config,
+            "attn_backend": InvariantAttentionBackend,
+        }
+        scale = heads["head_size"] ** -0.5  # the model's own is set when it first calls
+        layers = range(self.text_config.num_hidden_layers)
+        return {i: Attention(**heads, scale=scale, **shared, prefix=f"{i}.attn") for i in layers}
 
 
 class InvariantConfig(QuantizationConfig):
@@ -86,8 +132,11 @@ class _Linear(UnquantizedLinearMethod):
         """Leave the weight as it is: vLLM would repack and free it, and weight sync could not reach it."""
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """One product for each projection that vLLM merged (q, k, v; gate, up): the trainer's shapes, hence its bits."""
-        if len(layer.parts) == 1:
+        """On a CPU one product for each projection that vLLM merged: the trainer's shapes, hence its bits.
+
+        On CUDA an output column does not depend on how many columns there are.
+        """
+        if len(layer.parts) == 1 or x.is_cuda:
             return ops.linear(x, layer.weight, bias)
         weights = layer.weight.split(layer.parts)
         biases = [None] * len(weights) if bias is None else bias.split(layer.parts)
@@ -101,89 +150,6 @@ class _Head(UnquantizedEmbeddingMethod):
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Logits over the model's own vocabulary: vLLM pads the weight to a multiple of 64 rows."""
         return ops.linear(x, layer.weight[: layer.org_vocab_size], bias)
-
-
-class InvariantAttentionBackend(CPUAttentionBackend):
-    """`ops.paged_attention` over vLLM's own CPU key-value cache."""
-
-    @staticmethod
-    def get_impl_cls() -> type["_AttentionImpl"]:
-        return _AttentionImpl
-
-    @staticmethod
-    def get_builder_cls() -> type["_AttentionBuilder"]:
-        return _AttentionBuilder
-
-
-@dataclass
-class _AttentionMetadata:
-    tokens: int
-    cu_seqlens_q: Tensor  # [sequences + 1] int32
-    kv_lens: Tensor  # [sequences] int32
-    block_table: Tensor  # [sequences, width] int32
-    slot_mapping: Tensor  # [tokens] int64
-    causal: bool = True
-
-
-class _AttentionBuilder(AttentionMetadataBuilder):
-    def __init__(self, kv_cache_spec, layer_names, vllm_config, device) -> None:  # abstract in vLLM, though it has a body
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-
-    def build(self, common_prefix_len: int, common_attn_metadata, fast_build: bool = False) -> _AttentionMetadata:
-        m = common_attn_metadata
-        if m.causal is not True:
-            raise NotImplementedError("rlinvariant: only causal attention is supported")
-        return _AttentionMetadata(m.num_actual_tokens, m.query_start_loc, m.seq_lens, m.block_table_tensor, m.slot_mapping)
-
-
-class _AttentionImpl(AttentionImpl):
-    def __init__(
-        self,
-        num_heads: int,
-        head_size: int,
-        scale: float,
-        num_kv_heads: int,
-        alibi_slopes: Any = None,
-        sliding_window: int | None = None,
-        kv_cache_dtype: str = "auto",
-        logits_soft_cap: float | None = None,
-        attn_type: str = "decoder",
-        *args,
-        **kwargs,
-    ) -> None:
-        unsupported = {"alibi_slopes": alibi_slopes, "sliding_window": sliding_window, "logits_soft_cap": logits_soft_cap}
-        if refused := [f"{k}={v}" for k, v in unsupported.items() if v]:
-            raise NotImplementedError(f"rlinvariant: attention with {', '.join(refused)} is not supported")
-        self.num_heads, self.head_size, self.scale, self.num_kv_heads = num_heads, head_size, float(scale), num_kv_heads
-        self.kv_cache_dtype, self.attn_type, self.sliding_window = kv_cache_dtype, attn_type, -1
-        self.kv_sharing_target_layer_name = None
-
-    def do_kv_cache_update(self, layer, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
-        slots = slot_mapping
-        page, d = kv_cache.shape[2], self.head_size
-        block, offset = slots // page, slots % page
-        kv_cache[block, :, offset, :d] = key[: len(slots)]
-        kv_cache[block, :, offset, d:] = value[: len(slots)]
-
-    def forward(
-        self,
-        layer,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        kv_cache: Tensor,
-        attn_metadata: _AttentionMetadata | None,
-        output: Tensor,
-        output_scale=None,
-        output_block_scale=None,
-    ) -> Tensor:
-        if attn_metadata is None:  # vLLM's profiling run
-            return output
-        m = attn_metadata
-        q = query[: m.tokens].view(m.tokens, self.num_heads, self.head_size)
-        out = ops.paged_attention(q, kv_cache, m.block_table, m.cu_seqlens_q, m.kv_lens, self.scale)
-        output[: m.tokens] = out.view(output[: m.tokens].shape)
-        return output
 
 
 class _SeedKeeper(Sampler):
@@ -228,16 +194,21 @@ class InvariantSampler(_SeedKeeper):
         drawn = [len(batch.req_output_token_ids[i] or ()) for i in range(rows)]
         logits = self.apply_logits_processors(logits, md, predict_bonus_token)
         if md.temperature is None:
-            temperature = torch.zeros(rows)
+            temperature = torch.zeros(rows, device=logits.device)
         else:
             temperature = torch.where(md.temperature < 1e-5, 0.0, md.temperature).float()
-        tokens, logprobs, ranks = ops.sample(logits, temperature, torch.tensor(seeds), torch.tensor(drawn))
+        noise = torch.tensor([seeds, drawn], pin_memory=logits.is_cuda).to(logits.device, non_blocking=True)
+        tokens, logprobs, ranks = ops.sample(logits, temperature, *noise)
         extra = md.max_num_logprobs
         if extra == 0:
             out = LogprobsTensors(tokens.int()[:, None], logprobs[:, None], ranks)
         elif extra is not None:
             table = ops.log_softmax(logits, temperature)
-            top, ids = table.topk(extra) if extra > 0 else (table, torch.arange(table.shape[1]).expand(table.shape))
+            top, ids = (
+                table.topk(extra)
+                if extra > 0
+                else (table, torch.arange(table.shape[1], device=table.device).expand(table.shape))
+            )
             out = LogprobsTensors(torch.cat([tokens[:, None], ids], 1).int(), torch.cat([logprobs[:, None], top], 1), ranks)
         else:
             out = None

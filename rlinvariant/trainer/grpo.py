@@ -25,6 +25,7 @@ from rlinvariant.errors import ConfigErrors, ParityError
 from rlinvariant.models import make_invariant, require_exact
 from rlinvariant.rewards import check_dataset, checked_reward
 from rlinvariant.rollout import Completion, request_seed
+from rlinvariant.support import device_problems
 from rlinvariant.trainer.packing import pack
 
 SIDES = {"exact": (True, True), "off": (False, False), "sampler": (True, False), "trainer": (False, True)}
@@ -85,16 +86,16 @@ class InvariantGRPOTrainer(GRPOTrainer):
         self.invariance = invariance
         self._sampler_is_invariant, self._trainer_is_invariant = SIDES[invariance]
         self._on_row, self._on_samples, self._samples_every = on_row, on_samples, samples_every
-        if problems := self._conflicts(model, args, kwargs):
+        if problems := [*device_problems(args, invariance, dtype), *self._conflicts(model, args, kwargs)]:
             raise ConfigErrors(problems)
         for name in ("train_dataset", "eval_dataset"):
             if kwargs.get(name) is not None:
                 check_dataset(kwargs[name], name.removesuffix("_dataset"))
         rewards = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-        if self._trainer_is_invariant:
-            require_exact(make_invariant(model, dtype))
+        if self._trainer_is_invariant:  # on the device: its kernels are what is checked
+            require_exact(make_invariant(model.to(args.device), dtype))
         elif self._sampler_is_invariant:
-            require_exact(make_invariant(copy.deepcopy(model), dtype))  # what the sampler will run
+            require_exact(make_invariant(copy.deepcopy(model).to(args.device), dtype))  # what the sampler will run
         super().__init__(model, [checked_reward(f) for f in rewards], args, **kwargs)
         if self.accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
             kind = self.accelerator.distributed_type.value
@@ -103,9 +104,6 @@ class InvariantGRPOTrainer(GRPOTrainer):
             self.model.__dict__.pop("forward", None)  # TRL's fused head, with another order of summation
             if self.ref_model is not None:
                 make_invariant(self.ref_model, dtype).__dict__.pop("forward", None)
-        if invariance != "off" and self.accelerator.device.type != "cpu":
-            device = self.accelerator.device
-            raise ConfigErrors([f"device={device}: expected cpu: there are no GPU ops yet; use use_cpu=True or invariance=off"])
         self.remove_callback(PrinterCallback)  # prints every number of every step; our console and files have them
         self.use_vllm = True  # TRL's name for "the rollout carries log-probs": turns on its correction, if asked for
         self.sampler = sampler()
@@ -197,7 +195,7 @@ class InvariantGRPOTrainer(GRPOTrainer):
             self._scoring_rollout = False
         if self.model.training and self._scores_ahead and "old_per_token_logps" in output:
             self._compare(output["old_per_token_logps"], output)
-            output["compared"] = torch.ones(len(output["completion_ids"]), dtype=torch.bool)
+            output["compared"] = torch.ones_like(output["completion_ids"][:, 0], dtype=torch.bool)
         return output
 
     @property

@@ -1,4 +1,13 @@
-import os
+from collections.abc import Iterator
 
-# Read when torch loads its OpenMP runtime: threads that wait sleep, so that kernels on a busy machine do not spin for seconds.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+import pytest
+import torch
+
+from tests.ladders import DEVICES
+
+
+@pytest.fixture(autouse=True, params=DEVICES)
+def device(request) -> Iterator[str]:
+    """Every op test runs on both devices, on tensors made there; `ladders.per_device` and its like say otherwise."""
+    with torch.device(request.param):
+        yield request.param

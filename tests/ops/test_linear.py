@@ -1,4 +1,5 @@
 import importlib
+from itertools import product
 
 import pytest
 import torch
@@ -8,34 +9,26 @@ from torch import Tensor
 from rlinvariant import ops
 from rlinvariant.bits import assert_bits_equal
 from tests import ladders
-from tests.ladders import DTYPES, LADDER, dtype_name, randn, threads
+from tests.ladders import DTYPES, LADDER, cancelling, cpu_only, dtype_name, matrix_dtypes, per_device, randn, threads
 
 module = importlib.import_module("rlinvariant.ops.linear")  # the package attribute of this name is the function
 
 # 3072: oneDNN splits K from about there. 3083: 3072 + 11, no multiple of 16. 100: K short and no multiple of 16.
-# N = 66: two columns beyond a tile of 64, in the last tile of 4.
+# N = 66: two columns beyond a tile of 64, in the last tile of 4. (Model shapes on a GPU: tests/kernels/test_linear.py.)
 WEIGHTS = ((66, 3072), (64, 3083), (5, 100), (64, 64))
-ROUTES = ("chosen", "cpu.c")
+CHECKS = {"cpu.c": ("rlinvariant.ops.linear", "is_exact"), "Triton": ("rlinvariant.kernels.linear", "check")}
+ROUTES = ("chosen", "cpu.c"), ("chosen", "Triton")  # of a CPU, of a GPU
+
+routes = per_device("route", *ROUTES, indirect=("route",))
+route_dtypes = per_device("route, dtype", product(ROUTES[0], DTYPES), product(ROUTES[1], [torch.bfloat16]), indirect=("route",))
 
 
-@pytest.fixture(params=ROUTES)
+@pytest.fixture
 def route(request, monkeypatch):
-    """The route that this machine takes (vendor GEMM where it is exact), and kernels/cpu.c forced."""
-    if request.param == "cpu.c":
-        monkeypatch.setattr(module, "is_exact", lambda *_: False)
-    return request.param
-
-
-def cancelling(rows: int, n: int, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x and w whose exact products are 0, so that an output is only rounding error: bf16 cannot hide another order of sums."""
-    x, w, order = (
-        randn(rows, k, seed=1, wide=True),
-        randn(n, k, seed=2),
-        torch.randperm(k, generator=torch.Generator().manual_seed(3)),
-    )
-    a, b = order[: k // 2], order[k // 2 : k // 2 * 2]
-    x[:, a], w[:, a] = -x[:, b], w[:, b]
-    return x.to(dtype), w.to(dtype)
+    """The route that this machine takes (the vendor's GEMM where a check allows it), and the other one forced."""
+    if request.param in CHECKS:
+        where, name = CHECKS[request.param]
+        monkeypatch.setattr(importlib.import_module(where), name, lambda *_: False)
 
 
 def split_by_batch(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
@@ -64,14 +57,14 @@ def reference(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
     return module._written(x.contiguous(), w.contiguous(), b)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@route_dtypes
 @pytest.mark.parametrize("shape", WEIGHTS)
 def test_linear_is_batch_invariant(shape, dtype, route):
     x, w = cancelling(1024, *shape, dtype)
     ladders.assert_batch_invariant(lambda x: ops.linear(x, w), x)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@route_dtypes
 @pytest.mark.parametrize("shape", WEIGHTS)
 def test_linear_is_position_invariant(shape, dtype, route):
     x, w = cancelling(1, *shape, dtype)
@@ -79,6 +72,7 @@ def test_linear_is_position_invariant(shape, dtype, route):
     ladders.assert_needle(lambda x: ops.linear(x, w, bias), x)
 
 
+@cpu_only
 def test_batch_size_control():
     x, w = cancelling(1024, 66, 3072, torch.bfloat16)
     others = [cancelling(1024, n, k, d) for n, k, d in ((512, 3072, torch.float32), (128, 512, torch.bfloat16))]
@@ -86,6 +80,7 @@ def test_batch_size_control():
     ladders.assert_control(ladders.assert_batch_invariant, lambda x: split_by_batch(x, w), stock)
 
 
+@cpu_only
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("fault", [split_by_batch, reverse_odd_rows, leak])
 def test_is_exact_refuses_a_gemm_that_breaks_rows(fault, dtype, monkeypatch):
@@ -96,6 +91,7 @@ def test_is_exact_refuses_a_gemm_that_breaks_rows(fault, dtype, monkeypatch):
     assert not probe(10, 300, dtype, False, 1) and not probe(10, 300, dtype, True, 1)
 
 
+@cpu_only
 @pytest.mark.parametrize("fault", [split_by_batch, reverse_odd_rows, leak])
 def test_needle_and_ladder_find_a_gemm_that_breaks_rows(fault):
     x, w = cancelling(64, 66, 3072, torch.bfloat16)
@@ -104,6 +100,7 @@ def test_needle_and_ladder_find_a_gemm_that_breaks_rows(fault):
         ladders.assert_needle(lambda x: fault(x, w), x)
 
 
+@cpu_only
 def test_a_gemm_that_is_not_exact_takes_the_written_route(monkeypatch):
     x, w = cancelling(8, 7, 72, torch.float32)
     monkeypatch.setattr(module, "is_exact", lambda *_: False)
@@ -114,6 +111,7 @@ def test_a_gemm_that_is_not_exact_takes_the_written_route(monkeypatch):
     assert "vendor" in module.routes()["7x72 float32"]
 
 
+@cpu_only
 def test_the_vendor_is_called_with_proven_row_counts_alone(monkeypatch):
     x, w = cancelling(1024, 8, 72, torch.float32)
     vendor, called = F.linear, set()
@@ -124,6 +122,7 @@ def test_the_vendor_is_called_with_proven_row_counts_alone(monkeypatch):
     assert called <= set(range(module.STEP, module.ROWS + 1, module.STEP))
 
 
+@cpu_only
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("count", [1, 2])
 def test_is_exact_is_true_only_of_what_the_ladder_confirms(count, dtype):
@@ -135,24 +134,26 @@ def test_is_exact_is_true_only_of_what_the_ladder_confirms(count, dtype):
                 ladders.assert_batch_invariant(lambda x, w=w: module._vendor(x, w, None), x)
 
 
+@cpu_only
 def test_written_linear_is_thread_invariant():
     for dtype in DTYPES:
         x, w = cancelling(200, 70, 3083, dtype)
         ladders.assert_thread_invariant(reference, x, w)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@route_dtypes
 def test_linear_matches_float64(dtype, route):
     x, w, b = randn(40, 3083, dtype=dtype), randn(66, 3083, dtype=dtype, seed=1), randn(66, dtype=dtype, seed=2)
     ladders.assert_as_accurate(ops.linear, F.linear, F.linear, x, w, b)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@matrix_dtypes
 def test_linear_gradients_match_float64(dtype):
     x, w, b = randn(3, 7, 200, dtype=dtype), randn(66, 200, dtype=dtype, seed=1), randn(66, dtype=dtype, seed=2)
     ladders.assert_as_accurate(ops.linear, F.linear, F.linear, x, w, b, grad=True)
 
 
+@cpu_only
 def test_linear_passes_gradcheck_of_its_formulas():
     """In fp32 the gradients are those of autograd through the stock function, with and without a bias."""
     x, w, b = randn(2, 5, 30), randn(8, 30, seed=1), randn(8, seed=2)
@@ -161,35 +162,38 @@ def test_linear_passes_gradcheck_of_its_formulas():
             torch.testing.assert_close(ours, stock, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@route_dtypes
 def test_linear_gradients_are_deterministic(dtype, route):
     inputs = randn(300, 3072, dtype=dtype), randn(66, 3072, dtype=dtype, seed=1), randn(66, dtype=dtype, seed=2)
     ladders.assert_same(ladders.gradients(ops.linear, inputs), ladders.gradients(ops.linear, inputs), "gradients, again")
 
 
+@routes
 def test_float32_masters_have_the_bits_of_the_cast_weight(route):
     x, w, b = randn(9, 100, dtype=torch.bfloat16), randn(8, 100, seed=1), randn(8, seed=2)
     assert_bits_equal(ops.linear(x, w, b), ops.linear(x, w.bfloat16(), b.bfloat16()), "fp32 masters")
     dx, dw, db = ladders.gradients(ops.linear, (x, w, b))
     assert (dx.dtype, dw.dtype, db.dtype) == (torch.bfloat16, torch.float32, torch.float32)
-    assert ladders.differs(ops.linear(x.float(), w, b).bfloat16(), ops.linear(x, w, b))  # control: the cast matters
+    assert ladders.differs(F.linear(x.float(), w, b).bfloat16(), ops.linear(x, w, b))  # control: the cast matters
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
-def test_strides_and_leading_dimensions_change_no_bits(dtype, route):
-    x, w = cancelling(24, 12, 100, dtype)
+@route_dtypes
+@pytest.mark.parametrize("rows", [24, 300])  # on a GPU a Triton tile, and cuBLASLt
+def test_strides_and_leading_dimensions_change_no_bits(rows, dtype, route):
+    x, w = cancelling(rows, 12, 100, dtype)
     y, bias = ops.linear(x, w), randn(24, dtype=dtype)
-    assert_bits_equal(ops.linear(x.view(2, 3, 4, 100), w), y.view(2, 3, 4, 12), "[2, 3, 4, K]")
+    assert_bits_equal(ops.linear(x.view(2, 3, -1, 100), w), y.view(2, 3, -1, 12), "[2, 3, *, K]")
     assert_bits_equal(ops.linear(x[0], w), y[0], "[K]")
     assert_bits_equal(ops.linear(x.t().contiguous().t(), w), y, "x with stride 1 along rows")
     assert_bits_equal(ops.linear(x.repeat_interleave(2, 0)[::2], w), y, "every other row")
+    assert_bits_equal(ops.linear(torch.cat([x, x], 1)[:, 100:], w), y, "half of a wider tensor")
     assert_bits_equal(ops.linear(x, w.t().contiguous().t()), y, "transposed weight")
-    unaligned = torch.cat([w.new_zeros(1), w.flatten()])[1:].view(w.shape)
-    assert_bits_equal(ops.linear(x, unaligned), y, "weight off the cache line")
+    x_moved, w_moved = (torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape) for t in (x, w))
+    assert_bits_equal(ops.linear(x_moved, w_moved), y, "x and weight off the cache line")
     assert_bits_equal(ops.linear(x, w, bias[::2]), ops.linear(x, w, bias[::2].clone()), "strided bias")
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@route_dtypes
 def test_no_rows_give_no_rows(dtype, route):
     x, w, b = randn(0, 64, dtype=dtype), randn(8, 64, dtype=dtype), randn(8, dtype=dtype)
     assert ops.linear(x, w, b).shape == (0, 8) and ops.linear(x.view(0, 3, 64), w).shape == (0, 3, 8)
@@ -198,22 +202,31 @@ def test_no_rows_give_no_rows(dtype, route):
 
 
 @pytest.mark.parametrize(
-    ("x", "weight", "bias", "error"),
+    ("x", "weight", "bias"),
     [
-        (randn(4, 6), randn(5, 3), None, ValueError),  # K differs, but divides x
-        (randn(4, 6), randn(2, 12), None, ValueError),
-        (randn(4, 6), randn(5, 6, 1), None, ValueError),
-        (randn(4, 6), randn(5, 6), randn(4), ValueError),
-        (randn(4, 6).double(), randn(5, 6), None, ValueError),
-        (randn(4, 6).half(), randn(5, 6), None, ValueError),
-        (randn(4, 6).long(), randn(5, 6), None, ValueError),
+        ((4, 6), (5, 3), None),  # K differs, but divides x
+        ((4, 6), (2, 12), None),
+        ((4, 6), (5, 6, 1), None),
+        ((4, 6), (5, 6), (4,)),
     ],
 )
-def test_other_shapes_and_dtypes_are_refused(x, weight, bias, error, route):
-    with pytest.raises(error):
+@routes
+def test_other_shapes_are_refused(x, weight, bias, route):
+    x, weight, bias = (None if shape is None else randn(*shape, dtype=torch.bfloat16) for shape in (x, weight, bias))
+    with pytest.raises(ValueError):
         ops.linear(x, weight, bias)
 
 
+OTHERS = (torch.float64, torch.float16, torch.int64)
+
+
+@per_device("dtype", OTHERS, (*OTHERS, torch.float32))
+def test_other_dtypes_are_refused_by_name(dtype):
+    with pytest.raises(ValueError, match=f"bfloat16.*got x {dtype}"):
+        ops.linear(randn(4, 6).to(dtype), randn(5, 6))
+
+
 def test_linear_is_opaque():
-    x, w, b = randn(4, 64), randn(8, 64, seed=1), randn(8, seed=2)
-    ladders.assert_opaque(ops.linear, torch.ops.rlinvariant.linear.default, x, w, b)
+    x, w, b = randn(4, 64, dtype=torch.bfloat16), randn(8, 64, seed=1, dtype=torch.bfloat16), randn(8, seed=2)
+    ladders.assert_registered(torch.ops.rlinvariant.linear.default, x, w, b)
+    ladders.assert_opaque(ops.linear, x, w, b)

@@ -1,0 +1,87 @@
+"""One op on one set of inputs, ours against another's: bits first, then time."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlinvariant import bits
+from rlinvariant.bench import gpu
+from rlinvariant.bench.measure import Row
+
+LADDER = (1, 2, 3, 9, 17, 257)  # so many first rows are computed apart from the others; and half of them and one
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    ours: Callable[..., Any]
+    stock: Callable[..., Any]
+    inputs: tuple[Tensor, ...]
+    sliced: int  # how many of the inputs have a row per token or sequence: the first ones
+    unit: int = 1  # consecutive rows that belong together
+    gradients: tuple[int, ...] = ()  # inputs to differentiate by; none: forward alone
+    same: bool = True  # both compute the same numbers, up to rounding
+    target: float | None = None
+
+
+def check(case: Case) -> dict[str, bool | None]:
+    """Whether each side's rows come out the same alone and in the whole batch: "ours", "stock".
+
+    Raises:
+        AssertionError: the two sides do not compute the same.
+    """
+    with torch.no_grad():
+        full = [_fresh(f, case.inputs) for f in (case.ours, case.stock)]
+        if case.same:
+            for ours, stock in zip(*full, strict=True):
+                torch.testing.assert_close(ours.float(), stock.float(), rtol=0.05, atol=0.05, msg=lambda m: f"{case.name}: {m}")
+        ours, stock = (_invariant(f, case, out) for f, out in zip((case.ours, case.stock), full, strict=True))
+    return {"ours": ours, "stock": stock}
+
+
+def call(function: Callable[..., Any], inputs: tuple[Tensor, ...], gradients: tuple[int, ...]) -> Callable[[], Any]:
+    """What is timed: the function, or the function and its gradients."""
+    if not gradients:
+        return lambda: _no_grad(function, inputs)
+    leaves = [x.detach().requires_grad_(i in gradients) for i, x in enumerate(inputs)]
+    wanted = [leaves[i] for i in gradients]
+    upstream = [torch.randn_like(x) for x in as_tuple(function(*leaves))]
+    return lambda: torch.autograd.grad(as_tuple(function(*leaves)), wanted, upstream)
+
+
+def gpu_row(bench: str, case: Case, seconds: float, graphs: bool = True) -> Row:
+    """Check, and time with as many copies of the inputs as keep each out of the cache, up to a graph's launches."""
+    equal = check(case)
+    count = min(gpu.LAUNCHES, gpu.copies(sum(x.numel() * x.element_size() for x in case.inputs))) if graphs else 1
+    sides = [
+        [call(f, tuple(x.clone() for x in case.inputs), case.gradients) for _ in range(count)] for f in (case.ours, case.stock)
+    ]
+    return Row(bench, case.name, target=case.target, bits_equal=equal, **gpu.pair(*sides, seconds, graphs))
+
+
+def as_tuple(x: Any) -> tuple[Tensor, ...]:
+    return x if isinstance(x, tuple) else (x,)
+
+
+def _invariant(function: Callable[..., Any], case: Case, full: tuple[Tensor, ...]) -> bool:
+    """Whether the first rows come out the same alone and in the whole batch."""
+    count = len(case.inputs[0]) // case.unit
+    for k in sorted({*LADDER, count // 2 + 1} & set(range(1, count))):
+        n = k * case.unit
+        part = _fresh(function, (*(x[:n] for x in case.inputs[: case.sliced]), *case.inputs[case.sliced :]))
+        if any(bits.compare(some, whole[:n]) is not None for some, whole in zip(part, full, strict=True)):
+            return False
+    return True
+
+
+def _fresh(function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Of copies: some of the others' write where they read."""
+    return as_tuple(function(*(x.clone() for x in inputs)))
+
+
+def _no_grad(function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> Any:
+    with torch.no_grad():
+        return function(*inputs)

@@ -1,0 +1,131 @@
+"""Time kernels on a GPU: launches captured in CUDA graphs, both sides in turns, inputs rotated so that no cache holds them."""
+
+import functools
+import re
+import subprocess
+from collections.abc import Callable, Sequence
+from statistics import median
+from typing import Any, Protocol
+
+import torch
+
+Call = Callable[[], Any]
+LAUNCHES = 20  # of a graph: what a launch costs is spread over them
+COLD = 200 << 20  # bytes of inputs in rotation, several times the level-2 cache
+
+
+class Replayable(Protocol):
+    def replay(self) -> Any: ...
+
+
+class Loop:
+    """Calls that a CUDA graph cannot hold, replayed from Python."""
+
+    def __init__(self, calls: Sequence[Call]) -> None:
+        self.calls = calls
+
+    def replay(self) -> None:
+        for call in self.calls:
+            call()
+
+
+def name() -> str:
+    """Of the directory of results: "h200", or "cpu" without a GPU."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().removeprefix("NVIDIA ").lower()).strip("-")
+
+
+def environment() -> dict[str, Any]:
+    """What the JSON says about the GPU; empty without one."""
+    if not torch.cuda.is_available():
+        return {}
+    query = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.max.sm,power.limit", "--format=csv,noheader", "-i", "0"]
+    try:
+        asked = subprocess.run(query, capture_output=True, text=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        asked = ""
+    names = ("driver", "clock", "largest_clock", "power_limit")
+    found = dict(zip(names, asked.split(", "), strict=False)) if asked else {}
+    p = torch.cuda.get_device_properties(0)
+    memory = round(p.total_memory / 2**30, 1)
+    size = {"multiprocessors": p.multi_processor_count, "memory_gib": memory, "compute": f"{p.major}.{p.minor}"}
+    return {"gpu": {"name": p.name, **size, "cuda": torch.version.cuda, **found}}
+
+
+def copies(size: int) -> int:
+    """How many inputs of `size` bytes must take turns for each to be out of the cache when its turn comes."""
+    return max(1, -(-COLD // size))
+
+
+def rotate(calls: Sequence[Call], launches: int = LAUNCHES) -> list[Call]:
+    """At least `launches` calls, every one of `calls` the same number of times but for one."""
+    return [calls[i % len(calls)] for i in range(max(launches, len(calls)))]
+
+
+@functools.cache
+def _stream() -> torch.cuda.Stream:
+    """The one that captures, so that cuBLAS has one workspace for all graphs."""
+    return torch.cuda.Stream()
+
+
+def capture(calls: Sequence[Call], pool: Any = None) -> torch.cuda.CUDAGraph:
+    """A graph of the calls, after one of them has run: what compiles, loads or checks cannot be captured.
+
+    `torch.cuda.graph` would collect garbage and empty the allocator's cache every time, which takes far longer than this.
+    """
+    graph, stream = torch.cuda.CUDAGraph(), _stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        calls[0]()
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        try:
+            for call in calls:
+                call()
+        finally:
+            graph.capture_end()
+    torch.cuda.current_stream().wait_stream(stream)
+    return graph
+
+
+def turns(graphs: Sequence[Replayable], rounds: int) -> list[list[float]]:
+    """Replay all in turns, forwards and backwards, `rounds` times: milliseconds of every replay of each."""
+    events: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in graphs]
+    for graph in graphs:
+        graph.replay()  # and keep the GPU behind the processor, so that no launch is waited for
+    for at in range(rounds):
+        for i in range(len(graphs)) if at % 2 else reversed(range(len(graphs))):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            graphs[i].replay()
+            end.record()
+            events[i].append((start, end))
+    torch.cuda.synchronize()
+    return [[start.elapsed_time(end) for start, end in pairs] for pairs in events]
+
+
+def pair(ours: Sequence[Call], stock: Sequence[Call], seconds: float, graphs: bool = True) -> dict[str, Any]:
+    """Time two functions, each given as calls with inputs of their own: the numeric fields of a Row, in microseconds.
+
+    Args:
+        seconds: about how long to measure.
+        graphs: capture the calls; else they are launched from Python, and an operator that waits for the GPU may be timed.
+    """
+    torch.cuda.synchronize()
+    for call in (*ours, *stock):
+        call()
+    torch.cuda.synchronize()
+    sides = [rotate(x) if graphs else list(x) for x in (ours, stock)]
+    held: list[Replayable] = [capture(x) if graphs else Loop(x) for x in sides]
+    once = sum(median(x) for x in turns(held, 3)) / 1e3
+    times = turns(held, min(200, max(5, round(seconds / max(once, 1e-6)))))
+    wall = [median(x) * 1e3 / len(side) for x, side in zip(times, sides, strict=True)]
+    return numbers(wall[0], wall[1], "us", len(times[0]))
+
+
+def numbers(ours: float, stock: float, unit: str, samples: int) -> dict[str, Any]:
+    """The numeric fields of a Row. Nobody shares the GPU, so nothing is known of others."""
+    return {
+        "ours": round(ours, 2), "stock": round(stock, 2), "unit": unit, "ratio": round(ours / max(stock, 1e-9), 3),
+        "samples": samples, "others": 0.0,
+    }  # fmt: skip

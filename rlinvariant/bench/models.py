@@ -1,0 +1,101 @@
+"""Models of known shapes with random weights: there is no hub to load them from, and speed and bits need no more.
+
+`build("qwen3-1.7b", directory)` saves one; engines load it with `skip_tokenizer_init`.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of a decoder. `kind` says which of transformers' models has it; None: only its weight shapes are used."""
+
+    hidden: int
+    mlp: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    tied: bool
+    kind: str
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """[N, K] of the weights, q, k, v and gate, up merged as vLLM merges them."""
+        q = self.heads * self.head_dim
+        return {
+            "qkv": (q + 2 * self.kv_heads * self.head_dim, self.hidden),
+            "o": (self.hidden, q),
+            "gate_up": (2 * self.mlp, self.hidden),
+            "down": (self.hidden, self.mlp),
+            "lm_head": (self.vocab, self.hidden),
+        }
+
+
+SHAPES = {
+    "qwen3-0.6b": Shape(1024, 3072, 28, 16, 8, 128, 151936, True, "qwen3"),
+    "qwen3-1.7b": Shape(2048, 6144, 28, 16, 8, 128, 151936, True, "qwen3"),
+    "qwen3-4b": Shape(2560, 9728, 36, 32, 8, 128, 151936, True, "qwen3"),
+    "qwen3-8b": Shape(4096, 12288, 36, 32, 8, 128, 151936, False, "qwen3"),
+    "qwen2.5-0.5b": Shape(896, 4864, 24, 14, 2, 64, 151936, True, "qwen2"),
+    "qwen2.5-1.5b": Shape(1536, 8960, 28, 12, 2, 128, 151936, True, "qwen2"),
+    "qwen2.5-3b": Shape(2048, 11008, 36, 16, 2, 128, 151936, True, "qwen2"),
+    "qwen2.5-7b": Shape(3584, 18944, 28, 28, 4, 128, 152064, False, "qwen2"),
+    "llama-3.2-1b": Shape(2048, 8192, 16, 32, 8, 64, 128256, True, "llama"),
+    "llama-3.2-3b": Shape(3072, 8192, 28, 24, 8, 128, 128256, True, "llama"),
+    "llama-3.1-8b": Shape(4096, 14336, 32, 32, 8, 128, 128256, False, "llama"),
+    "tiny": Shape(256, 512, 2, 2, 1, 128, 1024, True, "qwen3"),
+}
+POSITIONS = {"qwen3": 40960, "qwen2": 32768, "llama": 131072}
+EPS = {"qwen3": 1e-6, "qwen2": 1e-6, "llama": 1e-5}
+ROPE: dict[str, dict[str, Any]] = {
+    "qwen3": {"rope_type": "default", "rope_theta": 1e6},
+    "qwen2": {"rope_type": "default", "rope_theta": 1e6},
+    "llama": {
+        "rope_type": "llama3", "rope_theta": 5e5, "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+}  # fmt: skip
+
+
+def config(name: str) -> Any:
+    """transformers' configuration of a model of `SHAPES`."""
+    from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+
+    s = SHAPES[name]
+    kind = {"qwen3": Qwen3Config, "qwen2": Qwen2Config, "llama": LlamaConfig}[s.kind]
+    head: dict[str, Any] = {} if s.kind == "qwen2" else {"head_dim": s.head_dim}
+    return kind(
+        hidden_size=s.hidden, intermediate_size=s.mlp, num_hidden_layers=s.layers, num_attention_heads=s.heads,
+        num_key_value_heads=s.kv_heads, vocab_size=s.vocab, tie_word_embeddings=s.tied, rms_norm_eps=EPS[s.kind],
+        max_position_embeddings=POSITIONS[s.kind], rope_parameters=dict(ROPE[s.kind]), initializer_range=0.02,
+        bos_token_id=0, eos_token_id=1, pad_token_id=2, **head,
+    )  # fmt: skip
+
+
+def build(name: str, directory: str | Path) -> str:
+    """Save a bf16 model with random weights, std 0.02, in `directory`, unless one is there; made on the GPU if there is one.
+
+    Biases and the weights of norms are random too, or a comparison of bits would not see them. Returns the directory.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    directory = Path(directory)
+    if (directory / "config.json").exists():
+        return str(directory)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with torch.random.fork_rng(), torch.device(device), torch.no_grad():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config(name), dtype=torch.bfloat16)
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter += 0.02 * torch.randn_like(parameter)
+    model.save_pretrained(directory)
+    del model
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    return str(directory)

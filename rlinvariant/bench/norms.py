@@ -1,0 +1,93 @@
+"""rms_norm, add_rms_norm, rope and swiglu against vLLM's own CUDA kernels, at the shapes of Qwen3 1.7B and 8B."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlinvariant import ops
+from rlinvariant.bench.cases import Case, gpu_row
+from rlinvariant.bench.measure import Row
+from rlinvariant.bench.models import SHAPES, Shape
+
+EPS = 1e-6
+TOKENS = (1, 16, 256, 4096, 16384)
+POSITIONS = 4096
+
+
+def rows(tiny: bool) -> Iterator[Row]:
+    torch.manual_seed(0)
+    theirs = _theirs()
+    for model in ("tiny",) if tiny else ("qwen3-1.7b", "qwen3-8b"):
+        for tokens in (1, 40) if tiny else TOKENS:
+            for case in _cases(model, SHAPES[model], tokens, theirs):
+                yield gpu_row("norms", case, 0.02 if tiny else 0.2)
+
+
+def _theirs() -> Any:
+    """vLLM's operators. They write into their arguments."""
+    import vllm._custom_ops  # noqa: F401 - registers them
+
+    return torch.ops._C
+
+
+def _randn(*shape: int) -> Tensor:
+    return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+
+
+def _cases(model: str, s: Shape, tokens: int, theirs: Any) -> Iterator[Case]:
+    d, q, kv = s.head_dim, s.heads * s.head_dim, s.kv_heads * s.head_dim
+    x, y, w = _randn(tokens, s.hidden), _randn(tokens, s.hidden), 1 + 0.1 * _randn(s.hidden)
+    qkv, gate_up, head = _randn(tokens, q + 2 * kv), _randn(tokens, 2 * s.mlp), 1 + 0.1 * _randn(d)
+
+    def rms(x: Tensor, w: Tensor) -> Tensor:
+        return ops.rms_norm(x, w, EPS)
+
+    def rms_theirs(x: Tensor, w: Tensor) -> Tensor:
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        theirs.rms_norm(out, x, w, EPS)
+        return out
+
+    def heads(qkv: Tensor) -> tuple[Tensor, Tensor]:
+        return qkv[:, :q].unflatten(-1, (s.heads, d)), qkv[:, q : q + kv].unflatten(-1, (s.kv_heads, d))
+
+    def add(x: Tensor, y: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        return ops.add_rms_norm(x, y, w, EPS)
+
+    def add_theirs(x: Tensor, y: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        theirs.fused_add_rms_norm(x, y, w, EPS)
+        return x, y
+
+    position = torch.arange(tokens, device="cuda") % POSITIONS
+    angle = torch.arange(POSITIONS, device="cuda")[:, None] / 1e6 ** (torch.arange(d // 2, device="cuda") / (d // 2))
+    cache = torch.cat((angle.cos(), angle.sin()), -1).bfloat16()  # vLLM's has the model's dtype
+    cos, sin = angle.cos()[position], angle.sin()[position]
+
+    def turn(qkv: Tensor, cos: Tensor, sin: Tensor, position: Tensor, cache: Tensor) -> tuple[Tensor, Tensor]:
+        of_q, of_k = heads(qkv)
+        return ops.rope(of_q, cos, sin), ops.rope(of_k, cos, sin)
+
+    def turn_theirs(qkv: Tensor, cos: Tensor, sin: Tensor, position: Tensor, cache: Tensor) -> tuple[Tensor, Tensor]:
+        of_q, of_k = qkv[:, :q], qkv[:, q : q + kv]
+        theirs.rotary_embedding(position, of_q, of_k, d, cache, True)
+        return of_q.unflatten(-1, (s.heads, d)), of_k.unflatten(-1, (s.kv_heads, d))
+
+    def swiglu(gate_up: Tensor) -> Tensor:
+        return ops.swiglu(*gate_up.chunk(2, -1))
+
+    def swiglu_theirs(gate_up: Tensor) -> Tensor:
+        out = torch.empty(len(gate_up), s.mlp, dtype=gate_up.dtype, device=gate_up.device)
+        theirs.silu_and_mul(out, gate_up)
+        return out
+
+    def name(op: str, shape: str) -> str:
+        return f"{op}, {model}, {tokens} x {shape}"
+
+    by_head = lambda f: lambda qkv, w: f(heads(qkv)[0], w)  # noqa: E731
+    of_heads = f"{s.heads}+{s.kv_heads} x {d}"
+    yield Case(name("rms_norm", f"{s.hidden}"), rms, rms_theirs, (x, w), 1, target=1.0)
+    yield Case(name("rms_norm of q", f"{s.heads} x {d}"), by_head(rms), by_head(rms_theirs), (qkv, head), 1, target=1.0)
+    yield Case(name("add_rms_norm", f"{s.hidden}"), add, add_theirs, (x, y, w), 2, target=1.0)
+    yield Case(name("rope", of_heads), turn, turn_theirs, (qkv, cos, sin, position, cache), 4, target=1.0)
+    yield Case(name("swiglu", f"{s.mlp}"), swiglu, swiglu_theirs, (gate_up,), 1, target=1.0)

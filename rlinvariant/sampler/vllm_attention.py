@@ -1,0 +1,140 @@
+"""vLLM's attention layer with `ops.paged_attention` in it, over vLLM's own key-value cache, on CPU and on CUDA."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.platforms import current_platform
+from vllm.v1.attention.backend import AttentionCGSupport, AttentionImpl, AttentionMetadataBuilder
+
+from rlinvariant import ops
+
+if current_platform.is_cuda():
+    from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend as _Stock
+else:
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend as _Stock
+
+
+class InvariantAttentionBackend(_Stock):
+    """The layout of vLLM's own cache, [pages, heads, page size, 2 D], with our attention."""
+
+    @staticmethod
+    def get_impl_cls() -> type["_AttentionImpl"]:
+        return _AttentionImpl
+
+    @staticmethod
+    def get_builder_cls() -> type["_AttentionBuilder"]:
+        return _AttentionBuilder
+
+
+@dataclass
+class _AttentionMetadata:
+    tokens: int
+    cu_seqlens_q: Tensor  # [sequences + 1] int32
+    kv_lens: Tensor  # [sequences] int32
+    block_table: Tensor  # [sequences, width] int32
+    slot_mapping: Tensor  # [tokens] int64
+    max_seqlen_q: int
+    max_seqlen_k: int
+    schedule: Tensor | None
+    causal: bool = True
+
+
+class _AttentionBuilder(AttentionMetadataBuilder):
+    _cudagraph_support = AttentionCGSupport.ALWAYS  # FlashAttention-3 reads every length on the device
+
+    def __init__(self, kv_cache_spec, layer_names, vllm_config, device) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._schedule: Tensor | None = None
+        if current_platform.is_cuda():
+            model, parallel = vllm_config.model_config, vllm_config.parallel_config
+            self._heads = model.get_num_attention_heads(parallel), model.get_num_kv_heads(parallel), model.get_head_size()
+            graphs = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+            sequences = max(vllm_config.scheduler_config.max_num_seqs, graphs)
+            # A CUDA graph reads the plan where it was when captured: 4 numbers a sequence, rounded up, and a counter
+            self._schedule = torch.zeros(1 + (sequences + 3) // 4 * 16, dtype=torch.int32, device=device)
+
+    def build(self, common_prefix_len: int, common_attn_metadata, fast_build: bool = False) -> _AttentionMetadata:
+        m = common_attn_metadata
+        if m.causal is not True:
+            raise NotImplementedError("rlinvariant: only causal attention is supported")
+        return _AttentionMetadata(
+            m.num_actual_tokens,
+            m.query_start_loc,
+            m.seq_lens,
+            m.block_table_tensor,
+            m.slot_mapping,
+            m.max_query_len,
+            m.max_seq_len,
+            self._plan(m),
+        )
+
+    def _plan(self, m: Any) -> Tensor | None:
+        """FlashAttention-3's schedule of this step, made once for all layers."""
+        if self._schedule is None:
+            return None
+        from rlinvariant.kernels.attention import schedule
+
+        lengths = m.query_start_loc, m.seq_lens, m.max_query_len, m.max_seq_len
+        plan = schedule(*lengths, *self._heads, self.kv_cache_spec.block_size)
+        self._schedule[: len(plan)] = plan
+        self._schedule[len(plan) :] = 0
+        return self._schedule[: len(plan)]
+
+
+class _AttentionImpl(AttentionImpl):
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int,
+        alibi_slopes: Any = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = "decoder",
+        *args,
+        **kwargs,
+    ) -> None:
+        unsupported = {"alibi_slopes": alibi_slopes, "sliding_window": sliding_window, "logits_soft_cap": logits_soft_cap}
+        if refused := [f"{k}={v}" for k, v in unsupported.items() if v]:
+            raise NotImplementedError(f"rlinvariant: attention with {', '.join(refused)} is not supported")
+        self.num_heads, self.head_size, self.scale, self.num_kv_heads = num_heads, head_size, float(scale), num_kv_heads
+        self.kv_cache_dtype, self.attn_type, self.sliding_window = kv_cache_dtype, attn_type, -1
+        self.kv_sharing_target_layer_name = None
+
+    def do_kv_cache_update(self, layer, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
+        if kv_cache.is_cuda:
+            keys, values = kv_cache.transpose(1, 2).split(self.head_size, -1)
+            scales = layer._k_scale, layer._v_scale  # of an fp8 cache; unused
+            torch.ops._C_cache_ops.reshape_and_cache_flash(key, value, keys, values, slot_mapping, "auto", *scales)
+            return
+        page, d, count = kv_cache.shape[2], self.head_size, len(slot_mapping)
+        block, offset = slot_mapping // page, slot_mapping % page
+        kv_cache[block, :, offset, :d] = key[:count]
+        kv_cache[block, :, offset, d:] = value[:count]
+
+    def forward(
+        self,
+        layer,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: _AttentionMetadata | None,
+        output: Tensor,
+        output_scale=None,
+        output_block_scale=None,
+    ) -> Tensor:
+        if attn_metadata is None:  # vLLM's profiling run
+            return output.fill_(0)
+        m = attn_metadata
+        shape = (m.tokens, self.num_heads, self.head_size)
+        q, out = query[: m.tokens].view(shape), output[: m.tokens].view(shape)
+        ops.paged_attention(
+            q, kv_cache, m.block_table, m.cu_seqlens_q, m.kv_lens, self.scale, max_seqlen_q=m.max_seqlen_q,
+            max_seqlen_k=m.max_seqlen_k, schedule=m.schedule, out=out,
+        )  # fmt: skip
+        return output
