@@ -125,7 +125,7 @@ def gradients(f: Function, inputs: tuple[Tensor, ...], seed: int = 99) -> tuple[
     """Gradients of a random projection of f's outputs, with respect to every input."""
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
     outputs = _tuple(f(*leaves))
-    return torch.autograd.grad(outputs, leaves, [randn(*y.shape, seed=seed + i).to(y.dtype) for i, y in enumerate(outputs)])
+    return torch.autograd.grad(outputs, leaves, [randn(*y.shape, seed=seed + i).to(y) for i, y in enumerate(outputs)])
 
 
 def assert_as_accurate(ours: Function, stock: Function, exact: Function, *inputs: Tensor, grad: bool = False) -> None:

@@ -15,7 +15,7 @@ ROWS = (
     {"bits", "rollout", "runtime"},
     {"kernels"},
     {"ops"},
-    {"models", "metrics", "rewards", "conflicts"},
+    {"models", "metrics", "rewards", "conflicts", "support"},
     {"config"},
     {"sampler", "trainer"},
     {"report"},
@@ -30,8 +30,8 @@ ROWS = (
 LEVEL = {unit: level for level, row in enumerate(ROWS) for unit in row}
 IMPORTERS = {
     "triton": {"kernels"},
-    "vllm": {"sampler"},
-    "trl": {"trainer", "config"},
+    "vllm": {"sampler", "kernels", "bench"},  # kernels: its build of FlashAttention-3; bench: what ours is measured against
+    "trl": {"trainer", "config", "bench"},
     "accelerate": {"trainer", "config"},
 }
 

@@ -1,4 +1,4 @@
-"""Attention against FlashAttention-3 as vLLM runs it: over the paged cache, planned once a step, with as many splits as it likes.
+"""Attention against FlashAttention-3 as vLLM runs it: over the paged cache, planned once a step, free to split the keys.
 
 The packed call of the trainer, forward and backward, stands beside PyTorch's, which Hugging Face models take.
 """

@@ -1,4 +1,4 @@
-"""token_logprobs against the head that TRL trains with and against PyTorch; sample against vLLM's sampler. Vocabulary of Qwen3."""
+"""token_logprobs against the head that TRL trains with and against PyTorch; sample against vLLM's sampler."""
 
 from collections.abc import Iterator
 from typing import Any

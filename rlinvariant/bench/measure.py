@@ -22,7 +22,7 @@ QUIET = 0.05  # share of the processors used by others, up to which a window is 
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison. `ratio` is ours / stock: of medians of wall time, or of peak memory."""
+    """One comparison. `ratio` is ours / stock: of medians of wall time, of peak memory, or of tokens per second."""
 
     bench: str
     case: str
@@ -30,7 +30,7 @@ class Row:
     stock: float
     unit: str
     ratio: float
-    target: float | None  # the ratio promised, if any
+    target: float | None  # the ratio promised, if any: at most, or with unit "tok/s" at least
     bits_equal: dict[str, bool | None]  # "ours", "stock": are the bits the same for a row alone and in a batch?
     samples: int
     others: float  # largest share of the processors that other processes used during a sample that counts
@@ -145,6 +145,11 @@ def turns(workers: dict[str, Worker], seconds: float, **request: Any) -> tuple[l
     return quietest(windows)
 
 
+def rounds(workers: dict[str, Worker], count: int, **request: Any) -> list[dict[str, dict[str, Any]]]:
+    """Ask all workers the same, in turns, `count` times: {name: answer} of each round. For a GPU, which nobody shares."""
+    return [{name: workers[name].ask(**request) for name in (workers if at % 2 else reversed(workers))} for at in range(count)]
+
+
 def peak_memory() -> float:
     """Of this process so far, MiB."""
     import resource
@@ -155,7 +160,7 @@ def peak_memory() -> float:
 def write(path: Path, rows: Iterable[Any], tiny: bool) -> None:
     """Measure, print every row as it comes, and write {"environment", "rows"}, also if a later row fails.
 
-    Exit 1 if a row of ours depends on its batch.
+    Exit 1 if the bits of ours differ anywhere.
     """
     from rlinvariant.bench import gpu
     from rlinvariant.report.rundir import environment
@@ -172,8 +177,15 @@ def write(path: Path, rows: Iterable[Any], tiny: bool) -> None:
         content = {"environment": environment() | machine, "rows": [asdict(row) for row in measured]}
         path.write_text(json.dumps(content, indent=1) + "\n")
         print(path)
-    if differing := [row.case for row in measured if isinstance(row, Row) and row.bits_equal["ours"] is False]:
+    if differing := [what for row in measured if (what := _differing(row))]:
         sys.exit(f"BITS DIFFER in {len(differing)} rows: {'; '.join(differing)[:2000]}")
+
+
+def _differing(row: Any) -> str:
+    """What must not be: ours, dependent on the batch, or a token that sampler and trainer see differently."""
+    if isinstance(row, Row):
+        return row.case if row.bench != "peer" and row.bits_equal["ours"] is False else ""
+    return f"{row.model}, {row.compared}: {row.mismatched}" if row.mismatched else ""
 
 
 def _line(row: Any) -> str:

@@ -5,16 +5,15 @@ that tokens differ in likelihood, ragged prompts. The control is the same compar
 """
 
 import tempfile
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
+from rlinvariant.bench.compare import Parity, against_stock_trainer, against_trainer, differing
 from rlinvariant.models import make_invariant, require_exact
 from rlinvariant.rollout import Completion, request_seed
 from rlinvariant.sampler.engine import Sampler
-from rlinvariant.trainer.packing import pack
 
 SHAPE = {"hidden_size": 256, "intermediate_size": 3072, "num_hidden_layers": 2, "num_attention_heads": 8,
          "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 1009, "max_position_embeddings": 512,
@@ -25,20 +24,6 @@ MODELS = {
     "Llama": LlamaConfig(**SHAPE, tie_word_embeddings=False),
 }
 _kept: list[Sampler] = []  # engines of one process share process groups: none may be collected
-
-
-@dataclass(frozen=True)
-class Parity:
-    """One comparison of log-probs: how many tokens, how many of them not equal, and the same with stock kernels."""
-
-    bench: str
-    model: str
-    dtype: str
-    compared: str
-    tokens: int
-    mismatched: int
-    control: str
-    control_mismatched: int
 
 
 def rows(tiny: bool) -> list[Parity]:
@@ -77,13 +62,13 @@ def _model(name: str, config: Any, dtype: str, requests: int, length: int) -> li
             together = draw(engine, list(range(requests)))
             engine.llm.reset_prefix_cache()
             apart = {i: draw(engine, [i])[i] for i in range(one_by_one)}
-            return sum(_differing(together[i], one) for i, one in apart.items())
+            return sum(differing(together[i], one) for i, one in apart.items())
 
         def warm(engine: Sampler) -> int:
             engine.llm.reset_prefix_cache()
             cold = draw(engine, list(range(requests)))
             again = draw(engine, list(reversed(range(requests))))
-            return sum(_differing(cold[i], again[i]) for i in cold)
+            return sum(differing(cold[i], again[i]) for i in cold)
 
         def add(compared: str, tokens: int, mismatched: int, control: str, control_mismatched: int) -> None:
             at = f"{compared}, T = {temperature}"  # noqa: B023
@@ -93,49 +78,8 @@ def _model(name: str, config: Any, dtype: str, requests: int, length: int) -> li
         add("sampler: cold prefix against warm, shuffled", requests * length, warm(ours), "stock vLLM", warm(stock))
         drawn, drawn_stock = draw(ours, list(range(requests))), draw(stock, list(range(requests)))
         for rows_per_batch in (1, 16):
-            mismatched = _against_trainer(exact, prompts, drawn, temperature, rows_per_batch)
-            control = _against_stock_trainer(plain, prompts, drawn_stock, temperature)
+            mismatched = against_trainer(exact, prompts, list(drawn.values()), temperature, rows_per_batch)
+            control = against_stock_trainer(plain, prompts, list(drawn_stock.values()), temperature)
             what = f"sampler against trainer, micro-batch {rows_per_batch}"
             add(what, requests * length, mismatched, "stock vLLM and transformers", control)
     return found
-
-
-def _differing(a: Completion, b: Completion) -> int:
-    """Tokens whose log-prob differs, or that come after the completions part."""
-    same = [x == y and p == q for x, y, p, q in zip(a.token_ids, b.token_ids, *_words(a, b), strict=True)]
-    parted = next((i for i, (x, y) in enumerate(zip(a.token_ids, b.token_ids, strict=True)) if x != y), len(same))
-    return sum(not s for s in same[:parted]) + len(same) - parted
-
-
-def _words(*completions: Completion) -> list[list[int]]:
-    return [torch.tensor(c.sampler_logprobs).view(torch.int32).tolist() for c in completions]
-
-
-def _against_trainer(model: Any, prompts: list[list[int]], drawn: dict[int, Completion], t: float, size: int) -> int:
-    mismatched = 0
-    for at in range(0, len(prompts), size):
-        part = range(at, min(at + size, len(prompts)))
-        width, length = max(len(prompts[i]) for i in part), max(len(drawn[i].token_ids) for i in part)
-        ids, mask = torch.zeros(len(part), width + length, dtype=torch.int64), torch.zeros(len(part), width + length).long()
-        for row, i in enumerate(part):
-            ids[row, width - len(prompts[i]) : width + len(drawn[i].token_ids)] = torch.tensor(prompts[i] + drawn[i].token_ids)
-            mask[row, width - len(prompts[i]) : width + len(drawn[i].token_ids)] = 1
-        batch = pack(ids, mask, length)
-        logprobs, _ = model(
-            **batch.inputs, token_ids=batch.token_ids, predicted_from=batch.predicted_from, temperature=t
-        )  # fmt: skip
-        sampled = torch.tensor([x for i in part for x in drawn[i].sampler_logprobs])
-        mismatched += int((logprobs.detach().view(torch.int32) != sampled.view(torch.int32)).sum())
-    return mismatched
-
-
-@torch.no_grad()
-def _against_stock_trainer(model: Any, prompts: list[list[int]], drawn: dict[int, Completion], t: float) -> int:
-    mismatched = 0
-    for i, prompt in enumerate(prompts):
-        ids = torch.tensor([prompt + drawn[i].token_ids])
-        logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float() / t
-        logprobs = logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0]
-        sampled = torch.tensor(drawn[i].sampler_logprobs)
-        mismatched += int((logprobs.view(torch.int32) != sampled.view(torch.int32)).sum())
-    return mismatched

@@ -111,7 +111,8 @@ class _Shape:
 
         self.n, self.k, self.weights, self.differing = n, k, weights, []
         self.x, self.w = cancelling(max(ROWS), n, k)
-        self.expected = linear.tiled(self.x, self.w, None, linear.MANY)
+        self.many: Tile = linear.MANY
+        self.expected = linear.tiled(self.x, self.w, None, self.many)
         self.launches = max(len(weights), min(gpu.LAUNCHES, -(-LAUNCHED // (2 * n * k))))
 
     def best(self, rows: int, some: Sequence[Tile | None]) -> tuple[Tile | None, float]:
@@ -122,7 +123,8 @@ class _Shape:
             return gpu.capture(gpu.rotate([partial(function, x, w) for w in self.weights], self.launches), pool)
 
         stock = graph(lambda x, w: torch.mm(x, w.t()))
-        graphs = {tile: graph(partial(_product, tile)) for tile in some if self._same(rows, tile)}
+        same = [tile for tile in some if self._same(rows, tile)] or [self.many]
+        graphs = {tile: graph(partial(_product, tile)) for tile in same}
         rough = {tile: _time(graph) for tile, graph in graphs.items()}
         last = [*sorted(rough, key=lambda t: rough[t])[:BEST]]
         last += [] if None in last or None not in graphs else [None]

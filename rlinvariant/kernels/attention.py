@@ -46,6 +46,8 @@ def schedule(
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, max_seqlen: int) -> tuple[Tensor, Tensor]:
+    if not len(q):
+        return torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
     check(q.shape[1], k.shape[1], q.shape[2], q.device.index)
     cu = cu_seqlens.to(torch.int32).contiguous()
     out, lse = _packed(q, k, v, cu, max_seqlen, scale)
@@ -63,6 +65,8 @@ def paged_attention(
     q: Tensor, kv_cache: Tensor, block_table: Tensor, cu_seqlens_q: Tensor, kv_lens: Tensor, scale: float, max_seqlen_q: int,
     max_seqlen_k: int, plan: Tensor | None, out: Tensor,
 ) -> None:  # fmt: skip
+    if not len(q):
+        return
     if not torch.cuda.is_current_stream_capturing():
         check(q.shape[1], kv_cache.shape[1], q.shape[2], q.device.index)
     _paged(q, kv_cache, block_table, cu_seqlens_q, kv_lens, scale, max_seqlen_q, max_seqlen_k, plan, out)
@@ -88,6 +92,8 @@ def attention_backward(
     max_seqlen: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """FlashAttention-2's, in its deterministic form: it reads FlashAttention-3's output and log-sum-exp."""
+    if not len(q):
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     cu = cu_seqlens.to(torch.int32).contiguous()
     state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of dropout, which there is none of
     before, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()

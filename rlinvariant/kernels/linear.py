@@ -23,6 +23,7 @@ from torch import Tensor
 
 from rlinvariant.errors import UserError
 from rlinvariant.kernels.routes import ROUTES
+from rlinvariant.kernels.rows import flat
 
 TILES = Path(__file__).with_name("linear_tiles.json")  # written by `python -m rlinvariant.bench tune`
 FEW = (16, 32, 64, 128, 256)  # row counts up to which a tile is tuned; more rows go to cuBLASLt
@@ -42,20 +43,24 @@ def _tile_kernel(
     x_ptr, w_ptr, b_ptr, y_ptr, m, n, k, x_row, w_row, BIAS: tl.constexpr, WHOLE: tl.constexpr, N: tl.constexpr,
     M: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    """y^T = w x^T: the weight takes the side of the matrix unit that must be 64 wide, few rows of x the one that may be 8."""
-    col = tl.program_id(0) * N + tl.arange(0, N)
-    row = tl.program_id(1) * M + tl.arange(0, M)
+    """y^T = w x^T: the weight takes the side of the matrix unit that must be 64 wide, few rows of x the one that may be 8.
+
+    Programs that share a weight tile are neighbours, so that it comes from memory once.
+    """
+    col = tl.program_id(1) * N + tl.arange(0, N)
+    row = tl.program_id(0) * M + tl.arange(0, M)
+    read = tl.minimum(row, m - 1)  # rows past the end repeat the last one: a mask would cost 20 % where m is no multiple of 16
     depth = tl.arange(0, K)
     w_at = w_ptr + col.to(tl.int64)[:, None] * w_row + depth[None, :]
-    x_at = x_ptr + row.to(tl.int64)[None, :] * x_row + depth[:, None]
+    x_at = x_ptr + read.to(tl.int64)[None, :] * x_row + depth[:, None]
     acc = tl.zeros((N, M), tl.float32)
     for start in range(0, k, K):
         if WHOLE:
             w = tl.load(w_at, mask=col[:, None] < n, other=0.0)
-            x = tl.load(x_at, mask=row[None, :] < m, other=0.0)
+            x = tl.load(x_at)
         else:
             w = tl.load(w_at, mask=(col[:, None] < n) & (start + depth[None, :] < k), other=0.0)
-            x = tl.load(x_at, mask=(row[None, :] < m) & (start + depth[:, None] < k), other=0.0)
+            x = tl.load(x_at, mask=start + depth[:, None] < k, other=0.0)
         acc = tl.dot(w, x, acc)
         w_at += K
         x_at += K
@@ -70,7 +75,9 @@ def tiled(x: Tensor, w: Tensor, b: Tensor | None, tile: Tile) -> Tensor:
     (m, k), n = x.shape, w.shape[0]
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
     bn, bm, bk, warps, stages = tile
-    grid = (triton.cdiv(n, bn), triton.cdiv(m, bm))
+    grid = (triton.cdiv(m, bm), triton.cdiv(n, bn))
+    if not m:
+        return y
     _tile_kernel[grid](
         x, w, w if b is None else b, y, m, n, k, x.stride(0), w.stride(0), BIAS=b is not None, WHOLE=k % bk == 0, N=bn, M=bm,
         K=bk, num_warps=warps, num_stages=stages,
@@ -152,11 +159,8 @@ def check(n: int, k: int, bias: bool, device: int) -> bool:
 
 def linear(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
     """x [*rows, K] bf16, w [N, K], b [N] or None -> [*rows, N]."""
-    shape, x = x.shape, x.reshape(-1, x.shape[-1])
-    w, b = w.to(x.dtype), None if b is None else b.to(x.dtype)
-    if x.stride(-1) != 1:
-        x = x.contiguous()
-    w = w if w.stride(-1) == 1 else w.contiguous()
+    shape, x = x.shape, flat(x)
+    w, b = flat(w.to(x.dtype)), None if b is None else b.to(x.dtype).contiguous()
     vendor = check(w.shape[0], w.shape[1], b is not None, x.device.index)
     ROUTES[f"{w.shape[0]}x{w.shape[1]} bfloat16"] = "Triton, and cuBLASLt without split-K" if vendor else "Triton"
     tile = tile_for(max(1, len(x)), *w.shape)

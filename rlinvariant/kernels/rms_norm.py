@@ -68,6 +68,7 @@ def _backward(
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     x, outer, inner, so, si = rows(x)
+    weight = weight.contiguous()
     r, d, warps = _tile(x.shape[-1])
     grid = (triton.cdiv(outer * inner, r),)
     _forward[grid](
@@ -79,7 +80,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     y, total = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
     x, outer, inner, so, si = rows(flat(x))
-    residual, _, _, ro, ri = rows(flat(residual))
+    residual, _, other, ro, ri = rows(flat(residual))
+    if inner != other:
+        (x, outer, inner, so, si), (residual, _, _, ro, ri) = rows(x.contiguous()), rows(residual.contiguous())
+    weight = weight.contiguous()
     r, d, warps = _tile(x.shape[-1])
     grid = (triton.cdiv(outer * inner, r),)
     _forward[grid](
@@ -92,6 +96,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, dtotal: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     x, outer, inner, so, si = rows(x)
+    weight = weight.contiguous()
     r, d, warps = _tile(x.shape[-1])
     blocks = triton.cdiv(outer * inner, r)
     partial = torch.empty(max(1, min(PARTIALS, blocks)), x.shape[-1], dtype=torch.float32, device=x.device)

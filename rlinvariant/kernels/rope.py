@@ -30,6 +30,8 @@ def _turn(
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
+    if not cos.shape[-1]:
+        return x.clone(memory_format=torch.contiguous_format)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.stride(-1) != 1:
         x = x.contiguous()

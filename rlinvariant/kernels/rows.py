@@ -1,5 +1,6 @@
 """How a kernel finds the rows of a tensor that may be a slice of a wider one, so that merged projections are read in place."""
 
+import torch
 from torch import Tensor
 
 
@@ -12,14 +13,17 @@ def flat(x: Tensor) -> Tensor:
 def rows(x: Tensor) -> tuple[Tensor, int, int, int, int]:
     """x as [outer, inner, D] with contiguous D: (tensor, outer, inner, stride of outer, stride of inner), in elements.
 
-    Two strides reach the heads of a slice [T, H, D] of a merged projection; anything more scattered is copied.
+    Two strides reach the heads of a slice [T, H, D] of a merged projection; anything more scattered is copied. So is what is
+    not aligned: Triton lays a reduction out by what it knows of the alignment, and another layout is another order.
     """
-    d = x.shape[-1]
-    if not x.is_contiguous() and x.stride(-1) == 1 and x.dim() > 2:
+    if x.is_contiguous() and not x.data_ptr() % 16:
+        return x, x.numel() // max(1, x.shape[-1]), 1, x.shape[-1], 0
+    x = x[None] if x.dim() == 2 else x
+    if x.stride(-1) == 1 and x.dim() > 2 and not (x.data_ptr() % 16 or any(s % 16 for s in x.stride()[:-1])):
         try:
             x = x.view(-1, *x.shape[-2:])
             return x, x.shape[0], x.shape[1], x.stride(0), x.stride(1)
         except RuntimeError:  # the outer dimensions have no common stride
             pass
-    x = flat(x)
-    return x, x.shape[0], 1, x.stride(0), d
+    x = x.clone(memory_format=torch.contiguous_format)
+    return x, x.numel() // max(1, x.shape[-1]), 1, x.shape[-1], 0

@@ -35,19 +35,14 @@ def _blocks(logits_ptr, t_ptr, max_ptr, sum_ptr, weighted_ptr, vocab, BLOCK: tl.
 
 
 @triton.jit
-def _whole(max_ptr, sum_ptr, weighted_ptr, row, blocks, NB: tl.constexpr):
-    """Of a whole row, from its blocks, in fp64: maximum, per block sum of e^(x - maximum), log of their sum, entropy."""
+def _parts(max_ptr, sum_ptr, row, blocks, NB: tl.constexpr):
+    """Of a row's blocks: maxima, the row's maximum, and in fp64 what brings a block's sum to it and the sum brought there."""
     b = tl.arange(0, NB)
     m = tl.load(max_ptr + row * blocks + b, mask=b < blocks, other=-float("inf"))
     s = tl.load(sum_ptr + row * blocks + b, mask=b < blocks, other=0.0).to(tl.float64)
-    w = tl.load(weighted_ptr + row * blocks + b, mask=b < blocks, other=0.0).to(tl.float64)
     top = tl.max(m, 0)
     shift = tl.where(m == -float("inf"), 0.0, (m - top).to(tl.float64))
-    scale = tl.where(m == -float("inf"), 0.0, tl.exp(shift))
-    parts = s * scale
-    total = tl.sum(parts, 0)
-    entropy = tl.log(total) - tl.sum(scale * (w + shift * s), 0) / total
-    return top, parts, total, entropy
+    return m, top, shift, s * tl.where(m == -float("inf"), 0.0, tl.exp(shift))
 
 
 @triton.jit
@@ -55,12 +50,22 @@ def _logprobs(
     logits_ptr, ids_ptr, t_ptr, max_ptr, sum_ptr, weighted_ptr, logprob_ptr, entropy_ptr, stats_ptr, vocab, blocks,
     PICK: tl.constexpr, NB: tl.constexpr,
 ):  # fmt: skip
+    """The one kernel that adds the blocks of a row up: the order of a sum depends on the warps of its kernel.
+
+    stats: maximum, log of the sum, the sum.
+    """
     row = tl.program_id(0).to(tl.int64)
-    top, _, total, entropy = _whole(max_ptr, sum_ptr, weighted_ptr, row, blocks, NB)
+    m, top, shift, parts = _parts(max_ptr, sum_ptr, row, blocks, NB)
+    total = tl.sum(parts, 0)
     log_sum = tl.log(total)
-    tl.store(stats_ptr + 2 * row, top.to(tl.float64))
-    tl.store(stats_ptr + 2 * row + 1, log_sum)
+    tl.store(stats_ptr + 3 * row, top.to(tl.float64))
+    tl.store(stats_ptr + 3 * row + 1, log_sum)
+    tl.store(stats_ptr + 3 * row + 2, total)
     if PICK:
+        b = tl.arange(0, NB)
+        w = tl.load(weighted_ptr + row * blocks + b, mask=b < blocks, other=0.0).to(tl.float64)
+        scale = tl.where(m == -float("inf"), 0.0, tl.exp(shift))
+        entropy = log_sum - tl.sum(scale * w + shift * parts, 0) / total
         x = tl.load(logits_ptr + row * vocab + tl.load(ids_ptr + row)).to(tl.float32)
         x = tl.div_rn(x, tl.load(t_ptr + row))
         tl.store(logprob_ptr + row, (x.to(tl.float64) - top.to(tl.float64) - log_sum).to(tl.float32))
@@ -75,7 +80,7 @@ def _gradient(
     """(glp (1[j = id] - p_j) - gent p_j (log p_j + entropy)) / temperature"""
     row, col = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     t, glp, chosen = tl.load(t_ptr + row), tl.load(glp_ptr + row), tl.load(ids_ptr + row)
-    top, log_sum = tl.load(stats_ptr + 2 * row), tl.load(stats_ptr + 2 * row + 1)
+    top, log_sum = tl.load(stats_ptr + 3 * row), tl.load(stats_ptr + 3 * row + 1)
     x = _load_x(logits_ptr, row, col, vocab, t)
     lp = x - top.to(tl.float32) - log_sum.to(tl.float32)
     p = tl.exp(lp)
@@ -104,14 +109,14 @@ def _uniform(seed, position):
 
 @triton.jit
 def _draw(
-    logits_ptr, t_ptr, seeds_ptr, positions_ptr, max_ptr, sum_ptr, weighted_ptr, token_ptr, logprob_ptr, x_ptr, vocab,
+    logits_ptr, t_ptr, seeds_ptr, positions_ptr, max_ptr, sum_ptr, stats_ptr, token_ptr, logprob_ptr, x_ptr, vocab,
     blocks, NB: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    top, parts, total, _ = _whole(max_ptr, sum_ptr, weighted_ptr, row, blocks, NB)
+    maxima, top, _, parts = _parts(max_ptr, sum_ptr, row, blocks, NB)
+    log_sum, total = tl.load(stats_ptr + 3 * row + 1), tl.load(stats_ptr + 3 * row + 2)
     t = tl.load(t_ptr + row)
     b = tl.arange(0, NB)
-    maxima = tl.load(max_ptr + row * blocks + b, mask=b < blocks, other=-float("inf"))
     target = _uniform(tl.load(seeds_ptr + row), tl.load(positions_ptr + row)) * total
     running = tl.cumsum(parts, 0)
     hit = tl.min(tl.where((running > target) & (parts > 0.0), b, NB), 0)
@@ -132,7 +137,7 @@ def _draw(
     own = tl.div_rn(own, tl.where(t == 0.0, 1.0, t))
     tl.store(token_ptr + row, token.to(tl.int64))
     tl.store(x_ptr + row, own)
-    tl.store(logprob_ptr + row, (own.to(tl.float64) - top.to(tl.float64) - tl.log(total)).to(tl.float32))
+    tl.store(logprob_ptr + row, (own.to(tl.float64) - top.to(tl.float64) - log_sum).to(tl.float32))
 
 
 @triton.jit
@@ -155,9 +160,15 @@ def _reduced(logits: Tensor, temperature: Tensor) -> tuple[tuple[Tensor, Tensor,
 
 
 def row_logprobs(logits: Tensor, ids: Tensor | None, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    logprobs, entropy, stats = _row_logprobs(logits, ids, temperature)
+    return logprobs, entropy, stats[:, :2].contiguous()
+
+
+def _row_logprobs(logits: Tensor, ids: Tensor | None, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    logits = _aligned(logits)
     rows, vocab = logits.shape
     logprobs, entropy = (torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(2))
-    stats = torch.empty(rows, 2, dtype=torch.float64, device=logits.device)
+    stats = torch.empty(rows, 3, dtype=torch.float64, device=logits.device)
     parts, blocks, padded = _reduced(logits, temperature)
     if rows:
         _logprobs[(rows,)](
@@ -171,7 +182,8 @@ def row_logprobs_backward(
     logits: Tensor, ids: Tensor, temperature: Tensor, dlogprobs: Tensor, dentropy: Tensor | None
 ) -> Tensor:
     """Gradient of the logits, like them; the statistics are taken anew."""
-    _, entropy, stats = row_logprobs(logits, ids, temperature)
+    logits = _aligned(logits)
+    _, entropy, stats = _row_logprobs(logits, ids, temperature)
     out = torch.empty_like(logits)
     rows, vocab = logits.shape
     if rows:
@@ -183,16 +195,28 @@ def row_logprobs_backward(
 
 
 def sample(logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    logits, temperature = logits.contiguous(), temperature.float().contiguous()
+    logits, temperature = _aligned(logits), temperature.float().contiguous()
     rows, vocab = logits.shape
     tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
     logprobs, x = (torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(2))
+    stats = torch.empty(rows, 3, dtype=torch.float64, device=logits.device)
     parts, blocks, padded = _reduced(logits, temperature)
     larger = torch.empty(rows, blocks, dtype=torch.int32, device=logits.device)
     if rows:
+        unused = logprobs
+        _logprobs[(rows,)](
+            logits, logits, temperature, *parts, unused, unused, stats, vocab, blocks, PICK=False, NB=padded, num_warps=1
+        )
         _draw[(rows,)](
-            logits, temperature, seeds.contiguous(), positions.contiguous(), *parts, tokens, logprobs, x, vocab, blocks,
-            NB=padded, BLOCK=BLOCK, num_warps=8,
+            logits, temperature, seeds.contiguous(), positions.contiguous(), *parts[:2], stats, tokens, logprobs, x, vocab,
+            blocks, NB=padded, BLOCK=BLOCK, num_warps=8,
         )  # fmt: skip
         _likelier[(rows, blocks)](logits, temperature, x, larger, vocab, BLOCK=BLOCK, num_warps=8)
     return tokens, logprobs, larger.sum(1)
+
+
+def _aligned(logits: Tensor) -> Tensor:
+    """Contiguous from a multiple of 16 bytes: what Triton knows of the alignment decides how it lays out a sum."""
+    return (
+        logits if logits.is_contiguous() and not logits.data_ptr() % 16 else logits.clone(memory_format=torch.contiguous_format)
+    )

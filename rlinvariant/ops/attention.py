@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from rlinvariant.kernels import cpu
-from rlinvariant.ops.register import define
+from rlinvariant.ops.register import define, require_dtype
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, max_seqlen: int | None = None) -> Tensor:
@@ -75,6 +75,7 @@ def paged_attention(
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, max_seqlen: int) -> None:
+    require_dtype("attention", q, (torch.bfloat16,) if q.is_cuda else cpu.DTYPES)
     (t, heads, dim), kv_heads = q.shape, k.shape[1]
     if k.shape != v.shape or k.shape != (t, kv_heads, dim) or heads % kv_heads or not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"attention: q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit together")
@@ -101,6 +102,7 @@ def _lengths(cu: Tensor, rows: int) -> Tensor:
 
 
 def _paged_check(q, kv_cache, block_table, cu_seqlens_q, kv_lens, scale, max_seqlen_q, max_seqlen_k, schedule, out) -> None:
+    require_dtype("paged_attention", q, (torch.bfloat16,) if q.is_cuda else cpu.DTYPES)
     (_, heads, dim), kv_heads = q.shape, kv_cache.shape[1]
     if kv_cache.shape[-1] != 2 * dim or kv_cache.stride(-1) != 1 or kv_cache.dtype != q.dtype or heads % kv_heads:
         raise ValueError(f"paged_attention: q {tuple(q.shape)} does not fit a {kv_cache.dtype} cache {tuple(kv_cache.shape)}")

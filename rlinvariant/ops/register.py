@@ -18,6 +18,12 @@ _LIBRARY = torch.library.Library("rlinvariant", "DEF")
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
+def require_dtype(op: str, x: torch.Tensor, dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32)) -> None:
+    """Raise TypeError for any other dtype."""
+    if x.dtype not in dtypes:
+        raise TypeError(f"{op}: expected {' or '.join(str(d)[6:] for d in dtypes)}, got {str(x.dtype)[6:]}")
+
+
 def define(
     schema: str,
     *,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rlinvariant.kernels import cpu
-from rlinvariant.ops.register import define
+from rlinvariant.ops.register import define, require_dtype
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -47,6 +47,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 
 
 def _check(x: Tensor, weight: Tensor, eps: float) -> None:
+    require_dtype("rms_norm", x)
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"rms_norm: x {tuple(x.shape)} needs a weight of [{x.shape[-1]}], got {tuple(weight.shape)}")
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from rlinvariant.kernels import cpu
-from rlinvariant.ops.register import define
+from rlinvariant.ops.register import define, require_dtype
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -25,6 +25,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _check(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> None:
+    require_dtype("rope", x)
     (t, _, d), half = x.shape, cos.shape[-1]
     if not cos.shape == sin.shape == (t, half) or 2 * half > d or not cos.dtype == sin.dtype == torch.float32:
         raise ValueError(f"rope: x {tuple(x.shape)} needs fp32 cos and sin of [{t}, at most {d // 2}], got {tuple(cos.shape)}")

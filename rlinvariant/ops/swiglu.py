@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from rlinvariant.kernels import cpu
-from rlinvariant.ops.register import define
+from rlinvariant.ops.register import define, require_dtype
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -24,6 +24,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def _check(gate: Tensor, up: Tensor) -> None:
+    require_dtype("swiglu", gate)
     if gate.shape != up.shape or gate.dtype != up.dtype:
         raise ValueError(f"swiglu: gate {gate.dtype} {tuple(gate.shape)} and up {up.dtype} {tuple(up.shape)} differ")
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlinvariant.kernels import cpu
 from rlinvariant.ops.linear import linear
-from rlinvariant.ops.register import define
+from rlinvariant.ops.register import define, require_dtype
 
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}  # logits held at a time
 
@@ -73,11 +73,12 @@ def log_softmax(logits: Tensor, temperature: Tensor) -> Tensor:
     logits, t = logits.contiguous(), torch.where(temperature == 0, 1.0, temperature).float().contiguous()
     _, _, stats = _row_logprobs(logits, None, t)
     # IEEE arithmetic alone from here, so torch gives the bits that the kernels give for one token
-    return ((logits.float() / t[:, None]).double() - stats[:, :1] - stats[:, 1:]).float()
+    return ((logits.float() / t[:, None]).double() - stats[:, 0:1] - stats[:, 1:2]).float()
 
 
 def _row_logprobs_cpu(logits: Tensor, ids: Tensor | None, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    logprobs, entropy, stats = torch.empty(len(logits)), torch.empty(len(logits)), torch.empty(len(logits), 2).double()
+    logprobs, entropy = torch.empty(len(logits)), torch.empty(len(logits))
+    stats = torch.empty(len(logits), 2, dtype=torch.float64)
     outputs = (None, None, stats) if ids is None else (logprobs, entropy, stats)
     cpu.call("token_logprobs", logits, ids, temperature, *outputs, *logits.shape, cpu.is_bf16(logits))
     return logprobs, entropy, stats
@@ -113,6 +114,7 @@ def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
 
 
 def _check(hidden: Tensor, weight: Tensor, token_ids: Tensor, temperature: float) -> None:
+    require_dtype("token_logprobs", hidden)
     if hidden.dim() != 2 or token_ids.shape != hidden.shape[:1] or token_ids.dtype is not torch.int64 or not temperature > 0:
         got = f"token_ids {token_ids.dtype} {tuple(token_ids.shape)}, temperature {temperature}"
         raise ValueError(f"token_logprobs: expected token_ids int64 [{len(hidden)}] and a positive temperature, got {got}")
@@ -151,6 +153,7 @@ def _backward(ctx, dlogprobs: Tensor | None, dentropy: Tensor | None):
 
 
 def _sample_check(logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor) -> None:
+    require_dtype("sample", logits)
     rows = logits.shape[0]
     per_row = temperature.shape == seeds.shape == positions.shape == (rows,)
     positive = logits.is_cuda or bool((temperature >= 0).all())  # on a GPU, looking would wait for it at every step

@@ -173,18 +173,38 @@ class Sampler:
             )
         from vllm import SamplingParams
 
-        shared: dict[str, Any] = {"temperature": temperature, "max_tokens": max_tokens, "logprobs": 0, "detokenize": False}
+        shared: dict[str, Any] = {"temperature": temperature, "max_tokens": max_tokens, "detokenize": False}
+        shared |= {} if self.invariant else {"logprobs": 0}
         shared |= {"stop_token_ids": list(stop_token_ids), **sampling}
         params = [SamplingParams(seed=None if temperature == 0 else s, **shared) for s in seeds]
-        with _undisturbed():
-            outputs = self.llm.generate(
-                [{"prompt_token_ids": list(p)} for p in prompts], params, use_tqdm=False
-            )  # fmt: skip
+        inputs: list[Any] = [{"prompt_token_ids": list(p)} for p in prompts]
+        if self.invariant:
+            self._runner.sampler.keep_drawn()
+        try:
+            with _undisturbed():
+                outputs = self.llm.generate(inputs, params, use_tqdm=False)
+        finally:
+            drawn = self._runner.sampler.take_drawn() if self.invariant else {}
+        if self.invariant:
+            return self._drawn(outputs, drawn)
         completions = []
         for output in outputs:
             ids = list(output.outputs[0].token_ids)
             table: Any = output.outputs[0].logprobs
             completions.append(Completion(ids, [row[i].logprob for i, row in zip(ids, table, strict=True)]))
+        return completions
+
+    @staticmethod
+    def _drawn(outputs: Sequence[Any], drawn: dict[str, tuple[list[int], list[float]]]) -> list[Completion]:
+        """The log-probs that our sampler kept, joined with vLLM's tokens, which must be the ones it drew."""
+        drawn = {_external(request): row for request, row in drawn.items()}
+        completions = []
+        for output in outputs:
+            ids = list(output.outputs[0].token_ids)
+            tokens, logprobs = drawn.get(output.request_id, ([], []))
+            if tokens[: len(ids)] != ids:
+                raise RuntimeError(f"request {output.request_id}: vLLM's tokens are not those that were drawn for it")
+            completions.append(Completion(ids, logprobs[: len(ids)]))
         return completions
 
     def sync(self, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -248,6 +268,11 @@ def _columns(layer: Any, expected: Tensor) -> tuple[Tensor, Tensor]:
     product = layer.cpu_linear(units, layer.weight, None)
     product = product[:, :n] if hasattr(layer, "org_vocab_size") else product  # vLLM pads the vocabulary
     return product.to(dtype), expected.to(dtype)[:, at].t()
+
+
+def _external(request: str) -> str:
+    """A request's id as `LLM.generate` reports it: vLLM adds eight characters to it inside."""
+    return request[:-9] if len(request) > 9 and request[-9] == "-" else request
 
 
 def _same_bytes(a: Tensor, b: Tensor) -> bool:

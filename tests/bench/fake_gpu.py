@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from rlinvariant import ops
 from rlinvariant.bench import gpu
 
 
@@ -38,10 +39,63 @@ def install(monkeypatch) -> None:
     monkeypatch.setattr(gpu, "COLD", 1 << 20)
     for name in ("synchronize", "empty_cache", "graph_pool_handle", "reset_peak_memory_stats"):
         monkeypatch.setattr(torch.cuda, name, lambda: None)
-    product = lambda x, w, b: torch.nn.functional.linear(x.float(), w.float()).to(x.dtype)  # noqa: E731
+    product = lambda x, w, b: ops.linear(x, w)  # noqa: E731
     linear = types.ModuleType("rlinvariant.kernels.linear")
     vars(linear).update(tiled=lambda x, w, b, tile: product(x, w, b), cublaslt=product, MANY=(128, 128, 64, 8, 3))
     monkeypatch.setitem(sys.modules, linear.__name__, linear)
     import rlinvariant.kernels
 
     monkeypatch.setattr(rlinvariant.kernels, "linear", linear, raising=False)
+
+
+class Vllm:
+    """vLLM's operators, in PyTorch: they write where vLLM's do."""
+
+    @staticmethod
+    def rms_norm(out, x, w, eps):
+        wide = x.float()
+        out.copy_((wide * (wide.pow(2).mean(-1, keepdim=True) + eps).rsqrt()).to(x.dtype) * w)
+
+    @staticmethod
+    def fused_add_rms_norm(x, residual, w, eps):
+        residual += x
+        Vllm.rms_norm(x, residual.clone(), w, eps)
+
+    @staticmethod
+    def rotary_embedding(positions, q, k, d, cache, neox):
+        cos, sin = cache[positions].float()[:, None].chunk(2, -1)
+        for x in (q, k):
+            a, b = x.unflatten(-1, (-1, d)).float().chunk(2, -1)
+            x.copy_(torch.cat((a * cos - b * sin, b * cos + a * sin), -1).flatten(1))
+
+    @staticmethod
+    def silu_and_mul(out, x):
+        gate, up = x.chunk(2, -1)
+        out.copy_(torch.nn.functional.silu(gate) * up)
+
+    @staticmethod
+    def apply_temperature(logits, slots, temperature):
+        logits /= temperature[slots.long(), None]
+
+    @staticmethod
+    def gumbel_sample(logits, slots, temperature, seeds, positions, apply_temperature):
+        return logits.float().argmax(-1)
+
+    @staticmethod
+    def compute_topk_scores(logits, count, tokens):
+        scores = logits.float().log_softmax(-1).gather(-1, tokens[:, None])
+        return types.SimpleNamespace(logprobs=scores, selected_token_ranks=tokens)
+
+
+def install_attention(monkeypatch, attention) -> None:
+    """FlashAttention-3 by our own CPU attention."""
+
+    def varlen(q, k, v, most_q, cu, most_k, *, seqused_k, softmax_scale, block_table, out, **_):
+        cache = torch.cat((k, v), -1).transpose(1, 2)
+        return ops.paged_attention(q, cache, block_table, cu, seqused_k, softmax_scale, out=out)
+
+    fa3 = types.SimpleNamespace(flash_attn_varlen_func=varlen, get_scheduler_metadata=lambda **_: None)
+    monkeypatch.setattr(attention, "_fa3", lambda: fa3)
+    kernels = types.ModuleType("rlinvariant.kernels.attention")
+    vars(kernels)["schedule"] = lambda *_: None
+    monkeypatch.setitem(sys.modules, kernels.__name__, kernels)

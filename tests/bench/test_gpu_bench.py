@@ -2,11 +2,12 @@
 
 import json
 
-import fake_gpu
 import pytest
 import torch
 
-from rlinvariant.bench import gpu, linear, models, tune
+from rlinvariant import ops
+from rlinvariant.bench import attention, gpu, linear, logprob, models, norms, tune
+from tests.bench import fake_gpu
 
 
 @pytest.fixture
@@ -29,15 +30,15 @@ def test_tune_writes_a_tile_for_every_row_count(on_cpu, monkeypatch, tmp_path, c
 
 def test_tune_leaves_out_a_tile_whose_bits_differ_and_fails(on_cpu, monkeypatch, tmp_path):
     def product(tile, x, w):
-        y = torch.nn.functional.linear(x.float(), w.float()).to(x.dtype)
-        return y if tile is None else y + 1
+        return ops.linear(x, w) if tile is None else ops.linear(x, w) + 1
 
     monkeypatch.setattr(tune, "shapes", lambda tiny: [(64, 128)])
     monkeypatch.setattr(tune, "_compile", lambda some: [""] * len(some))
     monkeypatch.setattr(tune, "_product", product)
     with pytest.raises(SystemExit, match="BITS DIFFER"):
         tune.run(tmp_path / "tiles.json", tiny=False)
-    assert set(json.loads((tmp_path / "tiles.json").read_text())["tiles"]["64x128"].values()) == {None}
+    found = json.loads((tmp_path / "tiles.json").read_text())["tiles"]["64x128"]
+    assert found == {"16": [128, 128, 64, 8, 3], "32": None, "64": None, "128": None, "256": None}
 
 
 def test_candidates_fit_into_a_multiprocessor():
@@ -54,6 +55,44 @@ def test_linear_has_a_row_for_each_shape_and_a_mean(on_cpu):
     assert len(rows) == 6 and all(r.bench == "linear" and r.ours > 0 and r.stock > 0 for r in rows)
     assert {r.target for r in rows} == {linear.FEW, linear.MANY, linear.MEAN}
     assert all(r.bits_equal["ours"] for r in rows)
+
+
+def _names(rows):
+    return {row.case.split(",")[0].split(" ")[0] for row in rows}
+
+
+def _invariant(rows):
+    return all(row.bits_equal["ours"] for row in rows)
+
+
+def test_norms_are_compared_with_kernels_that_write_in_place(on_cpu, monkeypatch):
+    monkeypatch.setattr(norms, "_theirs", lambda: fake_gpu.Vllm)
+    rows = list(norms.rows(tiny=True))
+    assert _names(rows) == {"rms_norm", "add_rms_norm", "rope", "swiglu"} and len(rows) == 10 and _invariant(rows)
+
+
+def test_a_stock_kernel_that_looks_at_the_batch_is_found_out(on_cpu, monkeypatch):
+    class Batchy(fake_gpu.Vllm):
+        @staticmethod
+        def rms_norm(out, x, w, eps):
+            fake_gpu.Vllm.rms_norm(out, x, w, eps if len(x) < 40 else 1e-3)
+
+    monkeypatch.setattr(norms, "_theirs", lambda: Batchy)
+    found = {row.case: row.bits_equal["stock"] for row in norms.rows(tiny=True)}
+    assert not found["rms_norm, tiny, 40 x 256"] and found["add_rms_norm, tiny, 40 x 256"]
+
+
+def test_attention_compares_paged_steps_and_packed_rows(on_cpu, monkeypatch):
+    fake_gpu.install_attention(monkeypatch, attention)
+    rows = list(attention.rows(tiny=True))
+    assert _names(rows) == {"prefill", "decode", "packed"} and _invariant(rows)
+    assert {row.target for row in rows if row.case.startswith("decode") and "up to" not in row.case} == {1.02}
+
+
+def test_logprob_compares_the_head_with_two_others_and_sample(on_cpu, monkeypatch):
+    monkeypatch.setattr(logprob, "_vllm", lambda: fake_gpu.Vllm)
+    rows = list(logprob.rows(tiny=True))
+    assert _names(rows) == {"token_logprobs", "sample"} and len(rows) == 6 and _invariant(rows)
 
 
 @pytest.mark.parametrize("name", [n for n in models.SHAPES if n != "tiny"])

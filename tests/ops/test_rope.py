@@ -5,7 +5,7 @@ from torch import Tensor
 from rlinvariant import ops
 from rlinvariant.bits import assert_bits_equal
 from tests import ladders
-from tests.ladders import DTYPES, dtype_name, randn
+from tests.ladders import DTYPES, cpu_only, dtype_name, randn
 
 SHAPES = ((3, 64, 32), (2, 80, 20), (1, 96, 48), (2, 128, 64), (1, 32, 0))  # heads, dim, half of the rotary columns
 
@@ -54,6 +54,7 @@ def test_batch_size_control():
     )
 
 
+@cpu_only
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_rope_is_thread_invariant(dtype):
     x, cos, sin = operands(301, (2, 128, 64), dtype)
@@ -98,6 +99,8 @@ def test_strides_change_no_bits(dtype):
     assert_bits_equal(ops.rope(heads_first, cos, sin), y, "[H, T, D] in memory")
     fused = torch.cat([x.flatten(1), x.flatten(1)], 1)[:, 192:].view(24, 3, 64)  # a slice of a fused q, k, v
     assert_bits_equal(ops.rope(fused, cos, sin), y, "slice of a fused projection")
+    odd = torch.cat([x.flatten(1), x.flatten(1)[:, :5]], 1)[:, :192].view(24, 3, 64)
+    assert_bits_equal(ops.rope(odd, cos, sin), y, "rows off the alignment")
     wide = torch.cat([cos, cos], 1)[:, :32], torch.cat([sin, sin], 1)[:, :32]
     assert_bits_equal(ops.rope(x, *wide), y, "half of a full-width table")
     leaf = x.clone().requires_grad_()
@@ -112,22 +115,27 @@ def test_no_tokens_give_no_tokens():
 
 
 @pytest.mark.parametrize(
-    ("x", "cos", "sin"),
+    ("x", "cos", "sin", "dtypes"),
     [
-        (randn(4, 2, 32), randn(3, 16), randn(3, 16)),
-        (randn(4, 2, 32), randn(4, 16), randn(4, 8)),
-        (randn(4, 2, 32), randn(4, 17), randn(4, 17)),
-        (randn(4, 2, 32), randn(4, 16).bfloat16(), randn(4, 16).bfloat16()),
-        (randn(4, 2, 32), randn(4, 16), randn(4, 16).double()),
-        (randn(4, 2, 32), randn(4, 16), randn(4, 16).bfloat16()),
-        (randn(4, 32), randn(4, 16), randn(4, 16)),
-        (randn(4, 2, 32).double(), randn(4, 16), randn(4, 16)),
+        ((4, 2, 32), (3, 16), (3, 16), "fff"),
+        ((4, 2, 32), (4, 16), (4, 8), "fff"),
+        ((4, 2, 32), (4, 17), (4, 17), "fff"),
+        ((4, 2, 32), (4, 16), (4, 16), "fbb"),
+        ((4, 2, 32), (4, 16), (4, 16), "ffd"),
+        ((4, 2, 32), (4, 16), (4, 16), "ffb"),
+        ((4, 32), (4, 16), (4, 16), "fff"),
+        ((4, 2, 32), (4, 16), (4, 16), "dff"),
+        ((4, 2, 32), (4, 16), (4, 16), "hff"),
     ],
 )
-def test_other_shapes_and_dtypes_are_refused(x, cos, sin):
+def test_other_shapes_and_dtypes_are_refused(x, cos, sin, dtypes):
+    kinds = {"f": torch.float32, "b": torch.bfloat16, "d": torch.float64, "h": torch.float16}
     with pytest.raises((ValueError, TypeError)):
-        ops.rope(x, cos, sin)
+        ops.rope(*(randn(*shape, dtype=kinds[t]) for shape, t in zip((x, cos, sin), dtypes, strict=True)))
 
 
 def test_rope_is_opaque():
-    ladders.assert_opaque(ops.rope, torch.ops.rlinvariant.rope.default, *operands(4, (2, 64, 32), torch.bfloat16))
+    inputs = operands(4, (2, 64, 32), torch.bfloat16)
+    for sign in (1.0, -1.0):
+        ladders.assert_registered(torch.ops.rlinvariant.rope.default, *inputs, sign)
+    ladders.assert_opaque(ops.rope, *inputs)

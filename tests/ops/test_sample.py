@@ -7,7 +7,7 @@ from torch import Tensor
 from rlinvariant import ops
 from rlinvariant.bits import assert_bits_equal
 from tests import ladders
-from tests.ladders import DTYPES, dtype_name, randn
+from tests.ladders import DTYPES, cpu_only, dtype_name, gpu_only, randn
 
 MASK = (1 << 64) - 1
 
@@ -20,6 +20,11 @@ def uniform(seed: int, position: int) -> float:
         z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK
         z ^= z >> 31
     return (z >> 11) * 2.0**-53
+
+
+def uniforms(seeds: Tensor, positions: Tensor) -> Tensor:
+    pairs = zip(seeds.tolist(), positions.tolist(), strict=True)
+    return torch.tensor([uniform(s, p) for s, p in pairs], dtype=torch.float64)
 
 
 def draw(logits: Tensor, seeds: Tensor, positions: Tensor | None = None, temperature: float = 1.0) -> tuple[Tensor, ...]:
@@ -56,7 +61,7 @@ def test_batch_control():
     """torch.multinomial draws from one stream: a row's token depends on the rows before it."""
 
     def stock(logits: Tensor, seeds: Tensor) -> Tensor:
-        return torch.multinomial(torch.softmax(logits, -1), 1, generator=torch.Generator().manual_seed(0))
+        return torch.multinomial(torch.softmax(logits, -1), 1, generator=torch.Generator(logits.device).manual_seed(0))
 
     def shared_noise(logits: Tensor, seeds: Tensor) -> tuple[Tensor, ...]:
         return draw(logits, seeds, torch.arange(len(logits)))
@@ -74,7 +79,7 @@ def test_tokens_follow_the_inverse_cdf(temperature, vocab, dtype):
     logits, seeds, positions = 2 * randn(rows, vocab, dtype=dtype), torch.arange(rows) * 104729 - 5000, torch.arange(rows) % 7
     tokens, _, _ = draw(logits, seeds, positions, temperature)
     cdf = torch.softmax(logits.double() / temperature, -1).cumsum(-1)
-    u = torch.tensor([uniform(s, p) for s, p in zip(seeds.tolist(), positions.tolist(), strict=True)], dtype=torch.float64)
+    u = uniforms(seeds, positions)
     upper = cdf.gather(1, tokens[:, None])[:, 0]
     lower = torch.where(tokens > 0, cdf.gather(1, (tokens - 1).clamp(min=0)[:, None])[:, 0], 0.0)
     assert ((lower - 1e-6 <= u) & (u <= upper + 1e-6)).all()
@@ -82,6 +87,33 @@ def test_tokens_follow_the_inverse_cdf(temperature, vocab, dtype):
     if vocab > 1:  # control: the hash of another position fails the same check
         other, _, _ = draw(logits, seeds, positions + 1, temperature)
         assert (other != tokens).float().mean() > 0.1
+
+
+def test_the_noise_is_the_same_53_bits_on_every_device():
+    """Equal probabilities, whose sums are exact: the token is the leading 20 bits of u, which Python computes too."""
+    seeds = torch.tensor([0, 1, 2, 12345, -1, -(2**63), 2**63 - 1, 7919])
+    positions = torch.tensor([0, 1, 5, 100, 0, 3, 2**40, 31])
+    tokens, _, _ = draw(torch.zeros(8, 2**20), seeds, positions)
+    assert torch.equal(tokens, (uniforms(seeds, positions) * 2**20).long())
+    assert not torch.equal(tokens, draw(torch.zeros(8, 2**20), seeds, positions + 1)[0])  # control
+
+
+@gpu_only
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("vocab", [17, 4097, 20000])
+def test_cpu_and_gpu_draw_the_same_tokens(vocab, temperature):
+    """From the same fp32 logits, wherever u is not within rounding of the edge between two tokens."""
+    rows = 300
+    logits, seeds, positions = 3 * randn(rows, vocab), torch.arange(rows) * 104729, torch.arange(rows) % 7
+    tokens, logprobs, ranks = draw(logits, seeds, positions, temperature)
+    with torch.device("cpu"):
+        expected = draw(logits.cpu(), seeds.cpu(), positions.cpu(), temperature)
+    cdf = torch.softmax(logits.double() / (temperature or 1.0), -1).cumsum(-1)
+    clear = ((cdf - uniforms(seeds, positions)[:, None]).abs().min(1).values > 1e-6) | (temperature == 0)
+    assert clear.sum() > 0.9 * rows
+    assert torch.equal(tokens[clear].cpu(), expected[0][clear.cpu()])
+    assert torch.equal(ranks[clear].cpu(), expected[2][clear.cpu()])
+    torch.testing.assert_close(logprobs[clear].cpu(), expected[1][clear.cpu()], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -191,26 +223,45 @@ def test_no_rows_give_no_tokens():
     assert ops.log_softmax(randn(0, 50), torch.ones(0)).shape == (0, 50)
 
 
+LONG, INT, FLOAT = torch.int64, torch.int32, torch.float32
+
+
 @pytest.mark.parametrize(
     ("logits", "temperature", "seeds", "positions"),
     [
-        (randn(4, 9).double(), torch.ones(4), torch.arange(4), torch.arange(4)),
-        (randn(4, 9), torch.ones(3), torch.arange(4), torch.arange(4)),
-        (randn(4, 9), torch.ones(4), torch.arange(3), torch.arange(4)),
-        (randn(4, 9), torch.ones(4), torch.arange(4), torch.arange(5)),
-        (randn(4, 9), torch.ones(4), torch.arange(4).int(), torch.arange(4)),
-        (randn(4, 9), torch.ones(4), torch.arange(4), torch.arange(4).int()),
-        (randn(4, 9), torch.ones(4), torch.arange(4).float(), torch.arange(4)),
-        (randn(9), torch.ones(1), torch.arange(1), torch.arange(1)),
-        (randn(4, 9), torch.tensor([1.0, -1.0, 1.0, 1.0]), torch.arange(4), torch.arange(4)),
-        (randn(4, 9), torch.tensor([1.0, float("nan"), 1.0, 1.0]), torch.arange(4), torch.arange(4)),
+        ((4, 9), 3, (4, LONG), (4, LONG)),
+        ((4, 9), 4, (3, LONG), (4, LONG)),
+        ((4, 9), 4, (4, LONG), (5, LONG)),
+        ((4, 9), 4, (4, INT), (4, LONG)),
+        ((4, 9), 4, (4, LONG), (4, INT)),
+        ((4, 9), 4, (4, FLOAT), (4, LONG)),
+        ((9,), 1, (1, LONG), (1, LONG)),
     ],
 )
 def test_other_shapes_and_dtypes_are_refused(logits, temperature, seeds, positions):
+    ids = (torch.arange(n, dtype=dtype) for n, dtype in (seeds, positions))
     with pytest.raises((ValueError, TypeError)):
-        ops.sample(logits, temperature, seeds, positions)
+        ops.sample(randn(*logits), torch.ones(temperature), *ids)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=dtype_name)
+def test_logits_of_another_dtype_are_refused_by_name(dtype):
+    logits, ones, ids = randn(4, 9, dtype=dtype), torch.ones(4), torch.arange(4)
+    with pytest.raises((ValueError, TypeError), match=dtype_name(dtype)):
+        ops.sample(logits, ones, ids, ids)
+    with pytest.raises((ValueError, TypeError), match=dtype_name(dtype)):
+        ops.log_softmax(logits, ones)
+
+
+@cpu_only  # looking at it would make a GPU wait at every step
+@pytest.mark.parametrize("temperature", [-1.0, float("nan")])
+def test_a_negative_temperature_is_refused(temperature):
+    t = torch.tensor([1.0, temperature, 1.0, 1.0])
+    with pytest.raises(ValueError, match="temperature >= 0"):
+        ops.sample(randn(4, 9), t, torch.arange(4), torch.arange(4))
 
 
 def test_sample_is_opaque():
     inputs = randn(4, 50), torch.ones(4), torch.arange(4), torch.arange(4)
-    ladders.assert_opaque(ops.sample, torch.ops.rlinvariant.sample.default, *inputs)
+    ladders.assert_registered(torch.ops.rlinvariant.sample.default, *inputs)
+    ladders.assert_opaque(ops.sample, *inputs)

@@ -1,5 +1,6 @@
 import importlib
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,17 +12,18 @@ from rlinvariant import ops
 from rlinvariant.bits import assert_bits_equal
 from rlinvariant.kernels import cpu
 from tests import ladders
-from tests.ladders import DTYPES, dtype_name, randn
+from tests.ladders import DTYPES, cpu_only, dtype_name, matrix_dtypes, per_device, randint, randn
 
 module = importlib.import_module("rlinvariant.ops.token_logprobs")  # the package attribute of this name is the function
 
 VOCABS = (1, 15, 16, 17, 4095, 4096, 4097, 32000)  # around a vector, around a block, several blocks
 TEMPERATURES = (1.0, 0.7)  # 0.7: x / 0.7 is not x * (1 / 0.7)
 
+widest = per_device("dtype", [torch.float32], [torch.bfloat16])
+
 
 def operands(tokens: int, vocab: int, dtype: torch.dtype, dim: int = 64) -> tuple[Tensor, Tensor, Tensor]:
-    ids = torch.randint(0, vocab, (tokens,), generator=torch.Generator().manual_seed(3))
-    return randn(tokens, dim, dtype=dtype), randn(vocab, dim, dtype=dtype, seed=1) / 4, ids
+    return randn(tokens, dim, dtype=dtype), randn(vocab, dim, dtype=dtype, seed=1) / 4, randint(vocab, tokens, seed=3)
 
 
 def stock(hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -37,7 +39,7 @@ def spikes(values: list[float], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return torch.ones(1, 1, dtype=dtype), torch.tensor(values, dtype=dtype)[:, None]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@matrix_dtypes
 @pytest.mark.parametrize("shape", [(100, 64), (33, 3072), (4097, 100)])
 def test_logprobs_are_batch_invariant(shape, dtype):
     hidden, weight, ids = operands(1024 if shape[0] < 4000 else 300, *shape[:1], dtype, shape[1])
@@ -45,21 +47,22 @@ def test_logprobs_are_batch_invariant(shape, dtype):
     ladders.assert_needle(lambda h, i: ops.token_logprobs(h, weight, i, 0.7), hidden[:1], ids[:1])
 
 
-def test_batch_size_control():
+@widest
+def test_batch_size_control(dtype):
     def shifted(hidden: Tensor, ids: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Planted fault: hidden states in another order of sums for fewer than 32 tokens."""
         flip = (lambda x: x.flip(-1).contiguous()) if len(hidden) < 32 else (lambda x: x)
         return ops.token_logprobs(flip(hidden), flip(weight), ids, 0.7)
 
-    hidden, weight, ids = operands(300, 512, torch.float32, 3072)
-    others = [operands(300, 33, torch.float32, 3072), operands(300, 128, torch.bfloat16, 512)]
+    hidden, weight, ids = operands(300, 512, dtype, 3072)
+    others = [operands(300, 33, dtype, 3072), operands(300, 128, torch.bfloat16, 512)]
     inputs = [(hidden, ids, weight)] + [(h, i, w) for h, w, i in others]
     stocks = [((lambda h, i, w=w: stock(h, w, i, 0.7)), (h, i)) for h, i, w in inputs]
     ladders.assert_control(ladders.assert_batch_invariant, lambda h, i: shifted(h, i, weight), stocks)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
-def test_logprobs_are_chunk_invariant(dtype, monkeypatch):
+@matrix_dtypes
+def test_logprobs_are_chunk_invariant(dtype, device, monkeypatch):
     hidden, weight, ids = operands(1100, 50, dtype)
 
     def run() -> tuple[Tensor, ...]:
@@ -70,7 +73,7 @@ def test_logprobs_are_chunk_invariant(dtype, monkeypatch):
     whole = run()
     assert len(module._chunks(hidden, weight)) == 1
     for rows in (256, 512, 768):
-        monkeypatch.setattr(module, "CHUNK_BYTES", rows * 50 * hidden.element_size())
+        monkeypatch.setitem(module.CHUNK_BYTES, device, rows * 50 * hidden.element_size())
         assert len(module._chunks(hidden, weight)) == -(-1100 // rows)
         chunked = run()
         ladders.assert_same(chunked[:2], whole[:2], f"log-probs and entropy by {rows} tokens")
@@ -78,7 +81,7 @@ def test_logprobs_are_chunk_invariant(dtype, monkeypatch):
             assert (ours - expected).float().norm() < 1e-2 * expected.float().norm()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@matrix_dtypes
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize("vocab", VOCABS)
 def test_trainer_matches_sampler(vocab, temperature, dtype):
@@ -95,12 +98,31 @@ def test_trainer_matches_sampler(vocab, temperature, dtype):
         assert_bits_equal(same, every, "every token of a row")
 
 
+@matrix_dtypes
 @pytest.mark.parametrize("temperature", TEMPERATURES)
-def test_sampler_formula_control(temperature):
+@pytest.mark.parametrize("vocab", [20000, 151936])  # 5 blocks of 4,096 columns, and 38: Qwen's
+def test_trainer_matches_sampler_for_certain_tokens(vocab, temperature, dtype):
+    """A log-prob of -1e-10 has all the bits of 1 + 1e-10: the order in which the blocks of a row are added shows."""
+    rows = 32
+    logits = (randn(rows, vocab) - 35) * temperature
+    likely = randint(vocab, rows, seed=1)
+    logits[torch.arange(rows), likely] = 0
+    logits, eye = logits.to(dtype), torch.eye(rows, dtype=dtype)  # exact: a product with the identity
+    tokens, sampled, _ = ops.sample(logits, torch.full((rows,), temperature), torch.arange(rows), torch.arange(rows))
+    assert torch.equal(tokens, likely) and ((sampled < 0) & (sampled > -1e-6)).all()
+    trained = ops.token_logprobs(eye, logits.t(), tokens, temperature)[0]
+    assert_bits_equal(trained, sampled, "token_logprobs, sample")
+    every = ops.log_softmax(logits, torch.full((rows,), temperature))
+    assert_bits_equal(every.gather(1, tokens[:, None])[:, 0], sampled, "log_softmax, sample")
+
+
+@widest
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_sampler_formula_control(temperature, dtype):
     """Of the same logits, vLLM's log-probs (log_softmax) and TRL's (logit - logsumexp) differ, and both from ours."""
-    hidden, weight, ids = operands(300, 4097, torch.float32)
-    logits = ops.linear(hidden, weight)
-    x = logits / temperature
+    hidden, weight, ids = operands(300, 4097, dtype)
+    logits = ops.linear(hidden, weight).float()
+    x = logits / torch.tensor(temperature)
     vllm = torch.log_softmax(x, -1).gather(1, ids[:, None])[:, 0]
     trl = x.gather(1, ids[:, None])[:, 0] - x.logsumexp(-1)
     ours, _ = ops.token_logprobs(hidden, weight, ids, temperature)
@@ -112,7 +134,7 @@ def test_sampler_formula_control(temperature):
         assert ladders.differs(ours, multiplied)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@matrix_dtypes
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize("vocab", [v for v in VOCABS if 1 < v < 32000])
 def test_logprobs_and_entropy_match_float64(vocab, temperature, dtype):
@@ -132,7 +154,7 @@ def test_logprobs_and_entropy_match_float64(vocab, temperature, dtype):
         ladders.assert_as_accurate(lambda x: ops.log_softmax(x, t), *stock_softmax, logits)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@matrix_dtypes
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize("vocab", [17, 4097])
 def test_gradients_match_float64(vocab, temperature, dtype):
@@ -145,10 +167,11 @@ def test_gradients_match_float64(vocab, temperature, dtype):
     ladders.assert_as_accurate(run(ops.token_logprobs), run(stock), run(stock), hidden, weight, grad=True)
 
 
+@widest
 @pytest.mark.parametrize("output", [0, 1])
-def test_each_gradient_alone_matches_float64(output):
+def test_each_gradient_alone_matches_float64(output, dtype):
     """The gradient of the log-probs without the entropy's, and the reverse."""
-    hidden, weight, ids = operands(20, 100, torch.float32)
+    hidden, weight, ids = operands(20, 100, dtype)
 
     def run(f):
         return lambda h, w: f(h, w, ids, 0.7)[output]
@@ -156,30 +179,32 @@ def test_each_gradient_alone_matches_float64(output):
     ladders.assert_as_accurate(run(ops.token_logprobs), run(stock), run(stock), hidden, weight, grad=True)
 
 
-def test_gradient_of_a_certain_token_does_not_cancel():
-    """1 - p of a token whose probability is nearly 1, to fp32's relative accuracy; stock fp32 gives 0."""
-    hidden, weight = spikes([20.0, 0.0, -1.0, 1.0], torch.float32)
+@per_device("dtype, accuracy", [(torch.float32, 1e-6)], [(torch.bfloat16, 2**-8)])
+def test_gradient_of_a_certain_token_does_not_cancel(dtype, accuracy):
+    """1 - p of a token whose probability is nearly 1, to the dtype's relative accuracy; the stock formulas give 0."""
+    hidden, weight = spikes([20.0, 0.0, -1.0, 1.0], dtype)
     ours, theirs, exact = (
         ladders.gradients(lambda w, f=f: f(hidden.to(w.dtype), w, torch.tensor([0]), 1.0)[0], (w,))[0].double()
         for f, w in ((ops.token_logprobs, weight), (stock, weight), (stock, weight.double()))
     )
-    torch.testing.assert_close(ours, exact, rtol=1e-6, atol=0)
+    torch.testing.assert_close(ours, exact, rtol=accuracy, atol=0)
     assert theirs[0] == 0  # control
 
 
-def test_gradients_of_likely_and_unlikely_tokens_match_float64():
+@widest
+def test_gradients_of_likely_and_unlikely_tokens_match_float64(dtype):
     """p of the token near 1, and near 0."""
-    hidden, weight = spikes([12.0, 0.0, -1.0, 1.0], torch.float32)
+    hidden, weight = spikes([12.0, 0.0, -1.0, 1.0], dtype)
     for token in (0, 2):
         ids = torch.tensor([token])
         ours, theirs = (lambda w, f=f, i=ids: f(hidden.to(w.dtype), w, i, 1.0) for f in (ops.token_logprobs, stock))
         ladders.assert_as_accurate(ours, theirs, theirs, weight, grad=True)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
-def test_gradients_are_deterministic(dtype, monkeypatch):
+@matrix_dtypes
+def test_gradients_are_deterministic(dtype, device, monkeypatch):
     hidden, weight, ids = operands(600, 300, dtype)
-    monkeypatch.setattr(module, "CHUNK_BYTES", 0)  # the least: 256 tokens at a time
+    monkeypatch.setitem(module.CHUNK_BYTES, device, 0)  # the least: 256 tokens at a time
 
     def run(h: Tensor, w: Tensor) -> tuple[Tensor, ...]:
         return ladders.gradients(lambda h, w: ops.token_logprobs(h, w, ids, 0.7), (h, w))
@@ -187,6 +212,7 @@ def test_gradients_are_deterministic(dtype, monkeypatch):
     ladders.assert_same(run(hidden, weight), run(hidden, weight), "gradients, again")
 
 
+@cpu_only
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_softmax_is_thread_invariant(dtype):
     logits, t, ids = randn(301, 4097, dtype=dtype), torch.full((301,), 0.7), torch.arange(301)
@@ -210,7 +236,7 @@ def test_float32_masters_have_the_bits_of_the_cast_weight():
     assert (dh.dtype, dw.dtype) == (torch.bfloat16, torch.float32)
 
 
-def peak_bytes(f) -> int:
+def peak_of_cpu(f: Callable[[], None]) -> int:
     """The most tensor memory held at once inside f, from the allocator's own events."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
         f()
@@ -222,11 +248,22 @@ def peak_bytes(f) -> int:
     return peak
 
 
-def test_tokens_by_vocabulary_is_never_held(monkeypatch):
-    tokens, vocab = 4096, 512
-    hidden, weight, ids = operands(tokens, vocab, torch.float32, 16)
-    matrix = tokens * vocab * 4
-    monkeypatch.setattr(module, "CHUNK_BYTES", matrix // 16)
+def peak_of_gpu(f: Callable[[], None]) -> int:
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    f()
+    return torch.cuda.max_memory_allocated() - before
+
+
+@per_device(
+    "tokens, vocab, dtype, peak_bytes",
+    [(4096, 512, torch.float32, peak_of_cpu)],
+    [(8192, 32768, torch.bfloat16, peak_of_gpu)],  # 512 MiB: cuBLAS's workspace must not show
+)
+def test_tokens_by_vocabulary_is_never_held(tokens, vocab, dtype, peak_bytes, device, monkeypatch):
+    hidden, weight, ids = operands(tokens, vocab, dtype, 16)
+    matrix = tokens * vocab * dtype.itemsize
+    monkeypatch.setitem(module.CHUNK_BYTES, device, matrix // 16)
 
     def step(f) -> None:
         leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
@@ -238,7 +275,7 @@ def test_tokens_by_vocabulary_is_never_held(monkeypatch):
     assert peak_bytes(lambda: step(stock)) > 2 * matrix  # control
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@matrix_dtypes
 def test_extreme_logits_give_the_limits(dtype):
     inf, nan = float("inf"), float("nan")
 
@@ -255,13 +292,14 @@ def test_extreme_logits_give_the_limits(dtype):
         assert all(torch.tensor(logprob(values, 1)).isnan())
 
 
-def test_masked_logits_get_no_gradient():
-    hidden, weight = spikes([float("-inf"), 1.0, 2.0], torch.float32)
+@widest
+def test_masked_logits_get_no_gradient(dtype):
+    hidden, weight = spikes([float("-inf"), 1.0, 2.0], dtype)
     (dw,) = ladders.gradients(lambda w: ops.token_logprobs(hidden, w, torch.tensor([1]), 0.7), (weight,))
     assert dw.isfinite().all() and dw[0] == 0 and dw[1:].all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@matrix_dtypes
 def test_strides_change_no_bits(dtype):
     hidden, weight, ids = operands(24, 100, dtype)
     expected = ops.token_logprobs(hidden, weight, ids, 0.7)
@@ -283,33 +321,47 @@ def test_no_tokens_give_no_logprobs():
 
 @pytest.mark.parametrize("token", [-1, 100, 2**40, -(2**40)])
 def test_a_token_outside_the_vocabulary_is_an_index_error(token):
-    hidden, weight, ids = operands(4, 100, torch.float32)
+    hidden, weight, ids = operands(4, 100, torch.bfloat16)
     ids[2] = token
     with pytest.raises(IndexError, match=r"\[0, 100\)"):
         ops.token_logprobs(hidden, weight, ids, 1.0)
 
 
 @pytest.mark.parametrize(
-    ("hidden", "ids", "temperature"),
+    ("hidden", "ids", "ids_dtype", "temperature"),
     [
-        (randn(4, 64), torch.zeros(4, dtype=torch.int32), 1.0),
-        (randn(4, 64), torch.zeros(4), 1.0),
-        (randn(4, 64), torch.zeros(3, dtype=torch.int64), 1.0),
-        (randn(4, 64), torch.zeros(4, 1, dtype=torch.int64), 1.0),
-        (randn(2, 2, 64), torch.zeros(2, dtype=torch.int64), 1.0),
-        (randn(4, 32), torch.zeros(4, dtype=torch.int64), 1.0),
-        (randn(4, 64).double(), torch.zeros(4, dtype=torch.int64), 1.0),
-        (randn(4, 64), torch.zeros(4, dtype=torch.int64), 0.0),
-        (randn(4, 64), torch.zeros(4, dtype=torch.int64), -1.0),
+        ((4, 64), (4,), torch.int32, 1.0),
+        ((4, 64), (4,), torch.float32, 1.0),
+        ((4, 64), (3,), torch.int64, 1.0),
+        ((4, 64), (4, 1), torch.int64, 1.0),
+        ((2, 2, 64), (2,), torch.int64, 1.0),
+        ((4, 32), (4,), torch.int64, 1.0),
+        ((4, 64), (4,), torch.int64, 0.0),
+        ((4, 64), (4,), torch.int64, -1.0),
+        ((4, 64), (4,), torch.int64, float("nan")),
     ],
 )
-def test_other_shapes_and_dtypes_are_refused(hidden, ids, temperature):
-    with pytest.raises((ValueError, TypeError)):
-        ops.token_logprobs(hidden, randn(100, 64), ids, temperature)
+def test_other_shapes_and_temperatures_are_refused(hidden, ids, ids_dtype, temperature):
+    weight = randn(100, 64)
+    with pytest.raises(ValueError):
+        ops.token_logprobs(randn(*hidden, dtype=torch.bfloat16), weight, torch.zeros(ids, dtype=ids_dtype), temperature)
+
+
+@per_device("dtype", [torch.float64, torch.float16], [torch.float64, torch.float16, torch.float32])
+def test_other_dtypes_are_refused_by_name(dtype):
+    with pytest.raises((ValueError, TypeError), match=dtype_name(dtype)):
+        ops.token_logprobs(randn(4, 64, dtype=dtype), randn(100, 64), torch.arange(4), 1.0)
 
 
 def test_token_logprobs_is_opaque():
     hidden, weight, ids = operands(4, 100, torch.bfloat16)
-    ladders.assert_opaque(ops.token_logprobs, torch.ops.rlinvariant.token_logprobs.default, hidden, weight, ids, 0.7)
-    logits, t = ops.linear(hidden, weight), torch.full((4,), 0.7)
-    ladders.assert_opaque(ops.log_softmax, torch.ops.rlinvariant.log_softmax.default, logits, t)
+    ladders.assert_registered(torch.ops.rlinvariant.token_logprobs.default, hidden, weight, ids, 0.7)
+    ladders.assert_opaque(ops.token_logprobs, hidden, weight, ids, 0.7)
+
+
+def test_softmax_is_opaque():
+    logits, ids, t, g = randn(4, 100), randint(100, 4), torch.full((4,), 0.7), randn(4)
+    ladders.assert_registered(torch.ops.rlinvariant.row_logprobs.default, logits, ids, t)
+    ladders.assert_registered(torch.ops.rlinvariant.row_logprobs_backward.default, logits, ids, t, g, None)
+    ladders.assert_registered(torch.ops.rlinvariant.row_logprobs_backward.default, logits, ids, t, g, g)
+    ladders.assert_opaque(ops.log_softmax, logits, t)

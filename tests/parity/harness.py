@@ -67,7 +67,7 @@ class Request:
     def params(self, engine: Sampler) -> SamplingParams:
         """What `Sampler.generate` would hand to vLLM."""
         with mock.patch.object(engine.llm, "generate", return_value=[]) as llm_generate:
-            engine.generate([self.prompt], [self.seed], temperature=self.temperature, max_tokens=self.max_tokens)
+            engine.generate([self.prompt], [self.seed], temperature=self.temperature, max_tokens=self.max_tokens, logprobs=0)
         (params,) = llm_generate.call_args.args[1]
         return params
 

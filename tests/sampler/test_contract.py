@@ -71,12 +71,12 @@ def test_hooks_have_the_signature_expected(function):
 )
 def test_every_method_of_ours_overrides_one_of_vllm(ours):
     """A method that vLLM renamed would be left behind, never called."""
-    known = {"__init__", "give_back", "take_away", "do_kv_cache_update"}  # ours, and one that no base class declares
+    of_other_versions = {"create_attention_instances"}  # vLLM 0.26
+    known = {"__init__", "give_back", "take_away", "keep_drawn", "take_drawn", "_merge_gate_and_up"} | of_other_versions
     bases = [base for base in ours.__mro__[1:] if base.__module__.startswith("vllm")]
     for name, value in vars(ours).items():
         if (
             bases
-            and name != "do_kv_cache_update"
             and inspect.isfunction(inspect.unwrap(getattr(value, "__func__", value)))
             and name not in known
         ):

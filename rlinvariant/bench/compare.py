@@ -1,0 +1,76 @@
+"""Count log-probs that are not the same 32 bits: of one engine's completions, and of a sampler's against a trainer's."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlinvariant.rollout import Completion
+from rlinvariant.trainer.packing import pack
+
+
+@dataclass(frozen=True)
+class Parity:
+    """One comparison of log-probs: how many tokens, how many of them not equal, and the same with stock kernels."""
+
+    bench: str
+    model: str
+    dtype: str
+    compared: str
+    tokens: int
+    mismatched: int
+    control: str
+    control_mismatched: int
+
+
+def differing(a: Completion, b: Completion) -> int:
+    """Tokens whose log-prob differs, or that come after the completions part."""
+    same = [x == y and p == q for x, y, p, q in zip(a.token_ids, b.token_ids, *_words(a, b), strict=True)]
+    parted = next((i for i, (x, y) in enumerate(zip(a.token_ids, b.token_ids, strict=True)) if x != y), len(same))
+    return sum(not s for s in same[:parted]) + len(same) - parted
+
+
+def _words(*completions: Completion) -> list[list[int]]:
+    return [torch.tensor(c.sampler_logprobs).view(torch.int32).tolist() for c in completions]
+
+
+def against_trainer(
+    model: Any, prompts: Sequence[list[int]], drawn: Sequence[Completion], temperature: float, rows: int
+) -> int:
+    """Tokens whose log-prob a patched model computes otherwise, given `rows` of TRL's padded rows at a time."""
+    mismatched, device = 0, next(model.parameters()).device
+    for at in range(0, len(prompts), rows):
+        part = range(at, min(at + rows, len(prompts)))
+        width, length = max(len(prompts[i]) for i in part), max(len(drawn[i].token_ids) for i in part)
+        ids, mask = torch.zeros(2, len(part), width + length, dtype=torch.int64)
+        for row, i in enumerate(part):
+            ids[row, width - len(prompts[i]) : width + len(drawn[i].token_ids)] = torch.tensor(prompts[i] + drawn[i].token_ids)
+            mask[row, width - len(prompts[i]) : width + len(drawn[i].token_ids)] = 1
+        batch = pack(ids.to(device), mask.to(device), length)
+        with torch.no_grad():
+            logprobs, _ = model(
+                **batch.inputs, token_ids=batch.token_ids, predicted_from=batch.predicted_from, temperature=temperature
+            )
+        mismatched += _unequal(logprobs, [x for i in part for x in drawn[i].sampler_logprobs])
+    return mismatched
+
+
+@torch.no_grad()
+def against_stock_trainer(model: Any, prompts: Sequence[list[int]], drawn: Sequence[Completion], temperature: float) -> int:
+    """The same with a model of transformers as it is, one completion at a time: the control."""
+    mismatched, device = 0, next(model.parameters()).device
+    for prompt, completion in zip(prompts, drawn, strict=True):
+        ids = torch.tensor([prompt + completion.token_ids], device=device)
+        logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float() / temperature
+        logprobs = logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0]
+        mismatched += _unequal(logprobs, completion.sampler_logprobs)
+    return mismatched
+
+
+def _unequal(logprobs: Tensor, sampled: list[float]) -> int:
+    words, others = logprobs.cpu().view(torch.int32), torch.tensor(sampled).view(torch.int32)
+    if words.shape != others.shape:
+        raise ValueError(f"{len(words)} log-probs were computed for {len(others)} sampled tokens")
+    return int((words != others).sum())

@@ -1,0 +1,93 @@
+"""One call of every op that has a CUDA kernel, with operands of a small model, for tests of what holds for all of them."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from rlinvariant import ops
+from tests.ladders import Function, randint, randn
+
+Case = tuple[Function, tuple[Tensor, ...]]
+"""A function of floating-point tensors, and those tensors."""
+
+TOKENS, HEADS, KV_HEADS, DIM, HIDDEN, MLP, VOCAB, PAGE = 40, 4, 2, 64, 256, 768, 5000, 16
+
+
+def bf16(*shape: int, seed: int = 0) -> Tensor:
+    return randn(*shape, dtype=torch.bfloat16, seed=seed)
+
+
+def int32(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def linear(rows: int) -> Case:
+    return ops.linear, (bf16(rows, HIDDEN), bf16(MLP, HIDDEN, seed=1), bf16(MLP, seed=2))
+
+
+def rms_norm() -> Case:
+    """Of the heads in a merged projection, read in place."""
+    heads = bf16(TOKENS, (HEADS + 2 * KV_HEADS) * DIM)
+    return lambda x, w: ops.rms_norm(x[:, : HEADS * DIM].unflatten(1, (-1, DIM)), w, 1e-6), (heads, randn(DIM, seed=1))
+
+
+def add_rms_norm() -> Case:
+    operands = bf16(TOKENS, HIDDEN), bf16(TOKENS, HIDDEN, seed=1), randn(HIDDEN, seed=2)
+    return lambda x, r, w: ops.add_rms_norm(x, r, w, 1e-6), operands
+
+
+def rope() -> Case:
+    angles = torch.arange(TOKENS)[:, None] * 10000.0 ** -torch.linspace(0, 1, DIM // 2)
+    return lambda x: ops.rope(x, angles.cos(), angles.sin()), (bf16(TOKENS, HEADS, DIM),)
+
+
+def swiglu() -> Case:
+    return lambda x: ops.swiglu(*x.chunk(2, -1)), (bf16(TOKENS, 2 * MLP),)
+
+
+def attention() -> Case:
+    cu = int32(0, 25, 25, TOKENS)
+    operands = bf16(TOKENS, HEADS, DIM), bf16(TOKENS, KV_HEADS, DIM, seed=1), bf16(TOKENS, KV_HEADS, DIM, seed=2)
+    return lambda q, k, v: ops.attention(q, k, v, cu, 0.125, 25), operands
+
+
+def paged_attention() -> Case:
+    table, cu, lens = int32(3, 0, 5, 1, 2, 4).view(2, 3), int32(0, 39, TOKENS), int32(39, 48)
+
+    def call(q: Tensor, cache: Tensor) -> Tensor:
+        return ops.paged_attention(q, cache, table, cu, lens, 0.125, max_seqlen_q=39, max_seqlen_k=48)
+
+    return call, (bf16(TOKENS, HEADS, DIM), bf16(6, KV_HEADS, PAGE, 2 * DIM, seed=1))
+
+
+def token_logprobs() -> Case:
+    ids = randint(VOCAB, TOKENS)
+    return lambda h, w: ops.token_logprobs(h, w, ids, 0.7), (bf16(TOKENS, HIDDEN), bf16(VOCAB, HIDDEN, seed=1) / 8)
+
+
+def log_softmax() -> Case:
+    return ops.log_softmax, (bf16(TOKENS, VOCAB), torch.linspace(0, 2, TOKENS))
+
+
+def sample() -> Case:
+    seeds, positions = randint(2**62, TOKENS), randint(99, TOKENS, seed=1)
+    return lambda x, t: ops.sample(x, t, seeds, positions), (bf16(TOKENS, VOCAB), torch.linspace(0, 2, TOKENS))
+
+
+CASES: dict[str, Callable[[], Case]] = {
+    "linear, 1 row": lambda: linear(1),
+    "linear, 40 rows": lambda: linear(40),
+    "linear, 400 rows": lambda: linear(400),
+    "rms_norm": rms_norm,
+    "add_rms_norm": add_rms_norm,
+    "rope": rope,
+    "swiglu": swiglu,
+    "attention": attention,
+    "paged_attention": paged_attention,
+    "token_logprobs": token_logprobs,
+    "log_softmax": log_softmax,
+    "sample": sample,
+}
+WITHOUT_GRADIENT = {"paged_attention", "log_softmax", "sample"}
+WAITS_FOR_THE_GPU = {"token_logprobs"}  # it reads whether the token ids lie in the vocabulary

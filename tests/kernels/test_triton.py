@@ -1,0 +1,84 @@
+"""What the Triton compiler made of the kernels: nothing here depends on values, so it is read off the machine code."""
+
+import importlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from tests import ladders
+from tests.kernels.cases import CASES, WITHOUT_GRADIENT
+from tests.kernels.test_linear import TUNED, small_bias
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("on_gpu")]
+
+MODULES = ("linear", "rms_norm", "rope", "swiglu", "token_logprobs")
+ATOMIC = re.compile(r"\b(?:atom|red)\.")
+PRODUCT = re.compile(r"\b(?:wgmma\.mma_async|mma)\.sync\.aligned\.\S+")
+CANONICAL = re.compile(r"\.m\d+n\d+k16\..*f32\.bf16\.bf16")  # sixteen bf16 products at a time into fp32
+
+
+def compiled() -> Iterator[tuple[str, Any]]:
+    """Every kernel that this process has compiled and launched."""
+    from triton import JITFunction
+
+    device = torch.cuda.current_device()
+    for module in MODULES:
+        for name, function in vars(importlib.import_module(f"rlinvariant.kernels.{module}")).items():
+            if isinstance(function, JITFunction) and device in function.device_caches:
+                for kernel in function.device_caches[device][0].values():
+                    yield f"{module}.{name}", kernel
+
+
+@pytest.fixture(scope="module")
+def kernels() -> list[tuple[str, Any]]:
+    """After a call and a gradient of every op, and a call of every tuned tile."""
+    with torch.device("cuda"):
+        for name, case in CASES.items():
+            f, inputs = case()
+            f(*inputs)
+            if name not in WITHOUT_GRADIENT:
+                ladders.gradients(f, inputs)
+        linear = importlib.import_module("rlinvariant.kernels.linear")
+        x, w = ladders.cancelling(40, 512, 3072, torch.bfloat16)
+        for tile in (*TUNED, linear.MANY):
+            linear.tiled(x, w, small_bias(512), tile)
+    return list(compiled())
+
+
+def test_every_kernel_is_looked_at(kernels):
+    expected = {
+        "linear._tile_kernel", "rms_norm._forward", "rms_norm._backward", "rope._turn", "swiglu._forward", "swiglu._backward",
+        "token_logprobs._blocks", "token_logprobs._logprobs", "token_logprobs._gradient", "token_logprobs._draw",
+        "token_logprobs._likelier",
+    }  # fmt: skip
+    assert {name for name, _ in kernels} >= expected
+
+
+def test_nothing_spills(kernels):
+    assert not {f"{name}: {kernel.n_spills}" for name, kernel in kernels if kernel.n_spills}
+
+
+def test_nothing_is_added_atomically(kernels):
+    assert not {name for name, kernel in kernels if ATOMIC.search(kernel.asm["ptx"])}
+
+
+def test_every_tile_multiplies_sixteen_bf16_at_a_time_into_fp32(kernels):
+    tiles = [kernel.asm["ptx"] for name, kernel in kernels if name == "linear._tile_kernel"]
+    for ptx in tiles:
+        products = PRODUCT.findall(ptx)
+        assert products and all(CANONICAL.search(p) for p in products), products
+
+
+def test_the_patterns_find_what_they_look_for():
+    """Control: PTX of an atomic addition, of a reduction in memory, and of products of other widths and types."""
+    for line in ("atom.global.gpu.acq_rel.add.f32 %f1, [%rd1], %f2;", "@%p1 red.global.add.f32 [%rd1], %f2;"):
+        assert ATOMIC.search(line)
+    for line in ("mov.b32 %r1, %shared.red;", "ld.global.b32 %atom1, [%rd1];"):
+        assert not ATOMIC.search(line)
+    right = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {", "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {"
+    wrong = "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {", "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {"
+    assert all(CANONICAL.search(*PRODUCT.findall(line)) for line in right)
+    assert not any(CANONICAL.search(*PRODUCT.findall(line)) for line in wrong)
