@@ -1,6 +1,6 @@
 """Models of known shapes with random weights: there is no hub to load them from, and speed and bits need no more.
 
-`build("qwen3-1.7b", directory)` saves one; engines load it with `skip_tokenizer_init`.
+`build("qwen3-1.7b", directory)` saves one, with a tokenizer that has a word for every token: w0, w1, ...
 """
 
 from dataclasses import dataclass
@@ -76,10 +76,11 @@ def config(name: str) -> Any:
     )  # fmt: skip
 
 
-def build(name: str, directory: str | Path) -> str:
+def build(name: str, directory: str | Path, stops: int = 1) -> str:
     """Save a bf16 model with random weights, std 0.02, in `directory`, unless one is there; made on the GPU if there is one.
 
-    Biases and the weights of norms are random too, or a comparison of bits would not see them. Returns the directory.
+    Biases and the weights of norms are random too, or a comparison of bits would not see them. A completion ends at any of
+    `stops` tokens: the model draws nearly evenly from its vocabulary. Returns the directory.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -94,8 +95,21 @@ def build(name: str, directory: str | Path) -> str:
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter += 0.02 * torch.randn_like(parameter)
+    model.generation_config.eos_token_id = [1, *range(3, 2 + stops)] if stops > 1 else 1
     model.save_pretrained(directory)
+    _tokenizer(SHAPES[name].vocab).save_pretrained(directory)
     del model
     if device == "cuda":
         torch.cuda.empty_cache()
     return str(directory)
+
+
+def _tokenizer(vocabulary: int) -> Any:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(vocabulary)}, unk_token="w3"))
+    words.pre_tokenizer = WhitespaceSplit()  # type: ignore[assignment]
+    return PreTrainedTokenizerFast(tokenizer_object=words, bos_token="w0", eos_token="w1", pad_token="w2")

@@ -1,4 +1,4 @@
-"""rms_norm, add_rms_norm, rope and swiglu against vLLM's own CUDA kernels, at the shapes of Qwen3 1.7B and 8B."""
+"""rms_norm, add_rms_norm, qk_norm_rope and swiglu against vLLM's own CUDA kernels, at the shapes of Qwen3 1.7B and 8B."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -64,14 +64,26 @@ def _cases(model: str, s: Shape, tokens: int, theirs: Any) -> Iterator[Case]:
     cache = torch.cat((angle.cos(), angle.sin()), -1).bfloat16()  # vLLM's has the model's dtype
     cos, sin = angle.cos()[position], angle.sin()[position]
 
-    def turn(qkv: Tensor, cos: Tensor, sin: Tensor, position: Tensor, cache: Tensor) -> tuple[Tensor, Tensor]:
-        of_q, of_k = heads(qkv)
-        return ops.rope(of_q, cos, sin), ops.rope(of_k, cos, sin)
+    turning = (qkv, cos, sin, position, cache, head)
 
-    def turn_theirs(qkv: Tensor, cos: Tensor, sin: Tensor, position: Tensor, cache: Tensor) -> tuple[Tensor, Tensor]:
-        of_q, of_k = qkv[:, :q], qkv[:, q : q + kv]
-        theirs.rotary_embedding(position, of_q, of_k, d, cache, True)
-        return of_q.unflatten(-1, (s.heads, d)), of_k.unflatten(-1, (s.kv_heads, d))
+    def turn(qkv: Tensor, cos: Tensor, sin: Tensor, position: Tensor, cache: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        return ops.qk_norm_rope(*heads(qkv), None, None, cos, sin, EPS)
+
+    def turn_theirs(qkv: Tensor, cos: Tensor, sin: Tensor, position: Tensor, cache: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        theirs.rotary_embedding(position, qkv[:, :q], qkv[:, q : q + kv], d, cache, True)
+        return heads(qkv)
+
+    def norm(qkv: Tensor, cos: Tensor, sin: Tensor, position: Tensor, cache: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        return ops.qk_norm_rope(*heads(qkv), w, w, cos, sin, EPS)
+
+    def norm_theirs(qkv: Tensor, cos: Tensor, sin: Tensor, position: Tensor, cache: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        of_q, of_k = (rms_theirs(x, w) for x in heads(qkv))
+        theirs.rotary_embedding(position, of_q.flatten(1), of_k.flatten(1), d, cache, True)
+        return of_q, of_k
+
+    def norm_fused(qkv: Tensor, cos: Tensor, sin: Tensor, position: Tensor, cache: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        theirs.fused_qk_norm_rope(qkv, s.heads, s.kv_heads, s.kv_heads, d, EPS, w, w, cache, True, position, -1)
+        return heads(qkv)
 
     def swiglu(gate_up: Tensor) -> Tensor:
         return ops.swiglu(*gate_up.chunk(2, -1))
@@ -84,10 +96,10 @@ def _cases(model: str, s: Shape, tokens: int, theirs: Any) -> Iterator[Case]:
     def name(op: str, shape: str) -> str:
         return f"{op}, {model}, {tokens} x {shape}"
 
-    by_head = lambda f: lambda qkv, w: f(heads(qkv)[0], w)  # noqa: E731
     of_heads = f"{s.heads}+{s.kv_heads} x {d}"
     yield Case(name("rms_norm", f"{s.hidden}"), rms, rms_theirs, (x, w), 1, target=1.0)
-    yield Case(name("rms_norm of q", f"{s.heads} x {d}"), by_head(rms), by_head(rms_theirs), (qkv, head), 1, target=1.0)
     yield Case(name("add_rms_norm", f"{s.hidden}"), add, add_theirs, (x, y, w), 2, target=1.0)
-    yield Case(name("rope", of_heads), turn, turn_theirs, (qkv, cos, sin, position, cache), 4, target=1.0)
+    yield Case(name("rope", of_heads), turn, turn_theirs, turning, 4, target=1.0)
+    yield Case(name("qk_norm_rope", of_heads), norm, norm_theirs, turning, 4, target=1.0)
+    yield Case(name("qk_norm_rope against the fused kernel, off by default", of_heads), norm, norm_fused, turning, 4)
     yield Case(name("swiglu", f"{s.mlp}"), swiglu, swiglu_theirs, (gate_up,), 1, target=1.0)

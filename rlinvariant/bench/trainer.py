@@ -62,15 +62,15 @@ def _model(name: str) -> tuple[Any, Any]:
     return Qwen3ForCausalLM(config), tokenizer
 
 
-def _batch(case: str, vocab: int, rows: int, prompt: int, completion: int) -> tuple[Any, Any]:
-    """TRL's padded batch: prompts on the left, completions on the right; ragged ones half to all of the longest."""
+def padded_batch(case: str, vocab: int, rows: int, prompt: int, completion: int, least: float = 0.5) -> tuple[Any, Any]:
+    """TRL's padded batch: prompts on the left, completions on the right; ragged ones `least` to all of the longest."""
     import torch
 
     mask = torch.ones(rows, prompt + completion, dtype=torch.int64)
     if case == "ragged":
         column = torch.arange(prompt + completion)
-        left = torch.randint(0, prompt // 2 + 1, (rows, 1))
-        right = torch.randint(0, completion // 2 + 1, (rows, 1))
+        left = torch.randint(0, int(prompt * (1 - least)) + 1, (rows, 1))
+        right = torch.randint(0, int(completion * (1 - least)) + 1, (rows, 1))
         left[0] = right[0] = 0
         mask = ((column >= left) & (column < prompt + completion - right)).long()
     return torch.randint(4, vocab, mask.shape) * mask, mask
@@ -97,7 +97,7 @@ def _worker(side: str, size: str) -> None:
                                        invariance=side, train_dataset=rows, processing_class=tokenizer)  # fmt: skip
     model = trainer.accelerator.prepare(trainer.model)
     model.train()
-    batches = {case: _batch(case, model.config.vocab_size, count, prompt, completion) for case in CASES}
+    batches = {case: padded_batch(case, model.config.vocab_size, count, prompt, completion) for case in CASES}
     upstream = torch.randn(count, completion)
 
     def logprobs(ids: Any, mask: Any) -> Any:

@@ -11,7 +11,7 @@ ELEMENTS = 1024  # of a program: short rows (the heads of a query) share one
 PARTIALS = 264  # programs of the backward, each with its own sum for dweight: two for each of 132 multiprocessors
 
 
-def _tile(d: int) -> tuple[int, int, int]:
+def tile(d: int) -> tuple[int, int, int]:
     """(rows, columns, warps) of a program."""
     width = triton.next_power_of_2(d)
     return max(1, ELEMENTS // width), width, 4 if width <= 2048 else 8
@@ -69,7 +69,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     x, outer, inner, so, si = rows(x)
     weight = weight.contiguous()
-    r, d, warps = _tile(x.shape[-1])
+    r, d, warps = tile(x.shape[-1])
     grid = (triton.cdiv(outer * inner, r),)
     _forward[grid](
         x, x, weight, y, y, outer * inner, inner, x.shape[-1], eps, so, si, 0, 0, ADD=False, R=r, D=d, num_warps=warps
@@ -84,7 +84,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     if inner != other:
         (x, outer, inner, so, si), (residual, _, _, ro, ri) = rows(x.contiguous()), rows(residual.contiguous())
     weight = weight.contiguous()
-    r, d, warps = _tile(x.shape[-1])
+    r, d, warps = tile(x.shape[-1])
     grid = (triton.cdiv(outer * inner, r),)
     _forward[grid](
         x, residual, weight, y, total, outer * inner, inner, x.shape[-1], eps, so, si, ro, ri, ADD=True, R=r, D=d,
@@ -97,7 +97,7 @@ def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, dtotal: Tensor | No
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     x, outer, inner, so, si = rows(x)
     weight = weight.contiguous()
-    r, d, warps = _tile(x.shape[-1])
+    r, d, warps = tile(x.shape[-1])
     blocks = triton.cdiv(outer * inner, r)
     partial = torch.empty(max(1, min(PARTIALS, blocks)), x.shape[-1], dtype=torch.float32, device=x.device)
     dtotal = None if dtotal is None else dtotal.contiguous()

@@ -139,7 +139,9 @@ def require_exact(model: Any) -> None:
     with _evaluating(model):
         logprobs, _ = model(**inputs, token_ids=ids[1:], predicted_from=rows, temperature=0.7)
         logits = model(**inputs).logits[0, rows]
-        expected = ops.log_softmax(logits, torch.full((8,), 0.7, device=logits.device)).gather(1, ids[1:, None])[:, 0]
+        expected = ops.log_softmax(logits, torch.full((8,), 0.7, dtype=torch.float32, device=logits.device)).gather(
+            1, ids[1:, None]
+        )[:, 0]
     if not torch.equal(logprobs.view(torch.int32), expected.view(torch.int32)):
         raise UnsupportedModel(
             f"{type(model).__name__} changes its hidden states or logits on the way to log-probs, which ops.token_logprobs "

@@ -12,7 +12,8 @@ class, to a subclass with another forward. No global is patched, so an unpatched
 | MLP with gate_proj, up_proj, down_proj and SiLU | `ops.swiglu` between the projections |
 | decoder layer with the two Llama norms | `ops.add_rms_norm` after attention |
 | `*RotaryEmbedding` | cos and sin from a table made once, on the CPU, in float64 |
-| attention that calls `apply_rotary_pos_emb` | the same forward with `ops.rope` in its place |
+| attention of Llama's or Qwen3's form | `ops.qk_norm_rope` between the projections and `ops.attention` |
+| other attention that calls `apply_rotary_pos_emb` | the same forward with `ops.rope` in its place |
 | the causal LM | the same, and `ops.token_logprobs` when called with `token_ids` |
 
 What is swapped is compared with what it replaces on random input, and `models.require_exact` then runs the whole model and
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rlinvariant import ops
 from rlinvariant.errors import UserError
@@ -107,7 +109,7 @@ def unsupported(config, device: str = "cpu") -> Iterator[str]:
 def _subclass(cls: type, rule: type) -> type:
     """`cls` with the forward of `rule`, under the same name, so that saved configurations and messages keep it."""
     body = dict(vars(rule))
-    if rule is _Attention:
+    if rule is _Rotated:
         body["forward"] = _rebind(cls.forward, apply_rotary_pos_emb=_apply_rotary)
     body = {k: v for k, v in body.items() if k not in ("__dict__", "__weakref__", "__doc__", "__qualname__", "__module__")}
     return type(cls.__name__, (cls,), {**body, "__module__": cls.__module__, "__qualname__": cls.__qualname__, "stock": cls})
@@ -138,10 +140,20 @@ def _rule(module: nn.Module) -> type | None:
     if set(children) == {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}:
         return _DecoderLayer
     if "apply_rotary_pos_emb" in getattr(inspect.unwrap(cls.forward), "__code__", _rule.__code__).co_names:
-        return _Attention
+        return _Attention if _has_plain_heads(module, children) else _Rotated
     if isinstance(module, PreTrainedModel) and "lm_head" in children:
         return _CausalLM
     return None
+
+
+def _has_plain_heads(attention: Any, children: dict[str, nn.Module]) -> bool:
+    """Whether norms, if any, are of each head of queries and keys, and no module does anything else."""
+    projections = {"q_proj", "k_proj", "v_proj", "o_proj"}
+    if set(children) == projections:
+        return True
+    norms = [children.get(name) for name in ("q_norm", "k_norm")]
+    of_a_head = all(n is not None and getattr(n, "weight", torch.empty(0)).shape == (attention.head_dim,) for n in norms)
+    return set(children) == projections | {"q_norm", "k_norm"} and of_a_head and _epsilon(norms[0]) == _epsilon(norms[1])
 
 
 def _epsilon(norm: Any) -> Any:
@@ -182,6 +194,25 @@ def _module_pair(module: Any) -> tuple[Tensor, Tensor]:
         if rule := _rule(child):
             child.__class__ = _subclass(type(child), rule)
     return expected, original(x)
+
+
+def _attention_pair(attention: Any) -> tuple[Tensor, Tensor]:
+    """The class's own forward, with transformers' attention, and ours, on one sequence with random weights."""
+    original = copy.deepcopy(attention).to_empty(device="cpu").to(torch.float32)
+    original.config = copy.deepcopy(attention.config)
+    for p in original.parameters():
+        p.normal_(0.5, 0.5) if p.dim() == 1 else p.normal_(0, p.shape[-1] ** -0.5)
+    t, half = 5, original.head_dim // 2
+    x = torch.randn(1, t, original.q_proj.in_features, dtype=torch.float32)
+    cos, sin = torch.randn(2, 1, t, half, dtype=torch.float32)
+    mask = torch.full((1, 1, t, t), float("-inf"), dtype=torch.float32).triu(1)
+    original.config._attn_implementation = "eager"
+    expected = original(x, position_embeddings=(cos.repeat(1, 1, 2), sin.repeat(1, 1, 2)), attention_mask=mask)[0]
+    original.config._attn_implementation = ATTENTION
+    for child in reversed(list(original.modules())):
+        if rule := _rule(child):
+            child.__class__ = _subclass(type(child), rule)
+    return expected, original(x, position_embeddings=(cos, sin), attention_mask=None)[0]
 
 
 def _rotary_pair(attention: Any) -> tuple[Tensor, Tensor]:
@@ -293,6 +324,44 @@ def _apply_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim:
 
 
 class _Attention(nn.Module):
+    """Llama's and Qwen3's, written so that vLLM can still merge the three projections."""
+
+    config: Any
+    head_dim: int
+    scaling: float
+    layer_idx: int
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
+    o_proj: nn.Module
+
+    def forward(self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, **kwargs):
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        q = self.q_proj(hidden_states).view(shape)
+        k = self.k_proj(hidden_states).view(shape)
+        v = self.v_proj(hidden_states).view(shape).transpose(1, 2)
+        q, k = _norm_and_turn(self, q, k, *position_embeddings)
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        window = getattr(self, "sliding_window", getattr(self.config, "sliding_window", None))  # which refuses, if set
+        out, weights = attend(self, q, k, v, attention_mask, scaling=self.scaling, sliding_window=window, **kwargs)
+        return self.o_proj(out.reshape(*shape[:-2], -1)), weights
+
+
+def _norm_and_turn(attention: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """q [B, T, H, D] and k -> normalised and rotated, [B, H, T, D]."""
+    (b, t), half = q.shape[:2], cos.shape[-1]
+    cos, sin = (x.expand(b, t, half).flatten(0, 1) for x in (cos, sin))
+    norms = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+    weights = (norm.weight if norm is not None else None for norm in norms)
+    eps = 0.0 if norms[0] is None else _epsilon(norms[0])
+    turned = ops.qk_norm_rope(q.flatten(0, 1), k.flatten(0, 1), *weights, cos, sin, eps)
+    first, second = (x.view(b, t, *x.shape[1:]).transpose(1, 2) for x in turned)
+    return first, second
+
+
+class _Rotated(nn.Module):
     """The class's own forward, with `apply_rotary_pos_emb` meaning `_apply_rotary`; see `_subclass`."""
 
 
@@ -317,7 +386,8 @@ _CHECKS: dict[type, Callable[[nn.Module], tuple[Tensor, Tensor]]] = {
     _RMSNorm: _module_pair,
     _MLP: _module_pair,
     _DecoderLayer: _module_pair,
-    _Attention: _rotary_pair,
+    _Attention: _attention_pair,
+    _Rotated: _rotary_pair,
 }
 
 

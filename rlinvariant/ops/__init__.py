@@ -5,6 +5,7 @@ Nothing else in a model may sum, and nothing else may call a transcendental func
 
 from rlinvariant.ops.attention import attention, paged_attention
 from rlinvariant.ops.linear import linear
+from rlinvariant.ops.qk_norm_rope import qk_norm_rope
 from rlinvariant.ops.rms_norm import add_rms_norm, rms_norm
 from rlinvariant.ops.rope import rope
 from rlinvariant.ops.swiglu import swiglu
@@ -16,6 +17,7 @@ __all__ = [
     "linear",
     "log_softmax",
     "paged_attention",
+    "qk_norm_rope",
     "rms_norm",
     "rope",
     "sample",

@@ -85,7 +85,7 @@ def _cpu(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, max_
     q, k, v, cu = q.contiguous(), k.contiguous(), v.contiguous(), cu_seqlens.to(torch.int32).contiguous()
     (t, heads, dim), kv_heads = q.shape, k.shape[1]
     lengths = _lengths(cu, t)
-    out, lse = torch.empty_like(q), torch.empty(t, heads)
+    out, lse = torch.empty_like(q), torch.empty(t, heads, dtype=torch.float32)
     cpu.call(
         "attention", q, k, v, out, lse, cu, lengths, None, 0, 0, 0, kv_heads * dim, dim,
         cu.numel() - 1, heads, kv_heads, dim, scale, cpu.is_bf16(q),

@@ -68,7 +68,7 @@ def _cpu(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def _cpu_backward(dy: Tensor, x: Tensor, weight: Tensor, dtotal: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     dy, x, w = dy.contiguous(), x.contiguous(), weight.to(x.dtype).contiguous()
-    dx, dw, d = torch.empty_like(x), torch.empty(x.shape[-1]), x.shape[-1]
+    dx, dw, d = torch.empty_like(x), torch.empty(x.shape[-1], dtype=torch.float32), x.shape[-1]
     rows = x.numel() // d
     cpu.call("rms_norm_backward", dy, x, w, dx, dw, rows, d, eps, cpu.is_bf16(x))
     return dx if dtotal is None else dx + dtotal, dw.to(weight.dtype)
@@ -81,7 +81,7 @@ def _save(ctx: Any, inputs, output) -> None:
 
 def _backward(ctx: Any, dy: Tensor):
     x, weight = ctx.saved_tensors
-    return *_rms_norm_backward(dy, x, weight, None, ctx.eps), None
+    return *rms_norm_backward(dy, x, weight, None, ctx.eps), None
 
 
 def _add_cpu(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -96,11 +96,11 @@ def _add_save(ctx: Any, inputs, output) -> None:
 
 def _add_backward(ctx: Any, dy: Tensor, dtotal: Tensor):
     total, weight = ctx.saved_tensors
-    dx, dw = _rms_norm_backward(dy, total, weight, dtotal, ctx.eps)
+    dx, dw = rms_norm_backward(dy, total, weight, dtotal, ctx.eps)
     return dx, dx, dw, None
 
 
-_rms_norm_backward = define(
+rms_norm_backward = define(
     "rms_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor? dtotal, float eps) -> (Tensor, Tensor)",
     cpu=_cpu_backward,
     cuda="rms_norm.rms_norm_backward",

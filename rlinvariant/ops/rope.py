@@ -38,13 +38,17 @@ def _cpu(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
     return y
 
 
+def rope_backward(dy: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The rotation back."""
+    return _rope(dy, cos, sin, -1.0)
+
+
 def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs[1:3])
 
 
 def _backward(ctx, dy: Tensor):
-    cos, sin = ctx.saved_tensors
-    return _rope(dy, cos, sin, -1.0), None, None, None
+    return rope_backward(dy, *ctx.saved_tensors), None, None, None
 
 
 _rope = define(

@@ -77,7 +77,7 @@ def log_softmax(logits: Tensor, temperature: Tensor) -> Tensor:
 
 
 def _row_logprobs_cpu(logits: Tensor, ids: Tensor | None, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    logprobs, entropy = torch.empty(len(logits)), torch.empty(len(logits))
+    logprobs, entropy = (torch.empty(len(logits), dtype=torch.float32) for _ in range(2))
     stats = torch.empty(len(logits), 2, dtype=torch.float64)
     outputs = (None, None, stats) if ids is None else (logprobs, entropy, stats)
     cpu.call("token_logprobs", logits, ids, temperature, *outputs, *logits.shape, cpu.is_bf16(logits))
@@ -124,7 +124,7 @@ def _check(hidden: Tensor, weight: Tensor, token_ids: Tensor, temperature: float
 
 def _forward(hidden: Tensor, weight: Tensor, token_ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     w, ids = weight.to(hidden.dtype), token_ids.contiguous()
-    temperatures = torch.full((len(hidden),), temperature, device=hidden.device)
+    temperatures = torch.full((len(hidden),), temperature, dtype=torch.float32, device=hidden.device)
     logprobs, entropy = torch.empty_like(temperatures), torch.empty_like(temperatures)
     for c in _chunks(hidden, w):
         logprobs[c], entropy[c], _ = _row_logprobs(linear(hidden[c], w), ids[c], temperatures[c])
@@ -139,10 +139,10 @@ def _save(ctx, inputs, output) -> None:
 def _backward(ctx, dlogprobs: Tensor | None, dentropy: Tensor | None):
     hidden, weight, token_ids = ctx.saved_tensors
     w, ids = weight.to(hidden.dtype), token_ids.contiguous()
-    temperatures = torch.full((len(hidden),), ctx.temperature, device=hidden.device)
+    temperatures = torch.full((len(hidden),), ctx.temperature, dtype=torch.float32, device=hidden.device)
     dlogprobs = torch.zeros_like(temperatures) if dlogprobs is None else dlogprobs.contiguous()
     dentropy = None if dentropy is None else dentropy.contiguous()
-    dhidden, dweight = torch.empty_like(hidden), torch.zeros(weight.shape, device=weight.device)
+    dhidden, dweight = torch.empty_like(hidden), torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
     for c in _chunks(hidden, w):
         logits = linear(hidden[c], w)
         gent = None if dentropy is None else dentropy[c]
@@ -164,7 +164,11 @@ def _sample_check(logits: Tensor, temperature: Tensor, seeds: Tensor, positions:
 def _sample_cpu(logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     logits, rows = logits.contiguous(), logits.shape[0]
     inputs = (logits, temperature.float().contiguous(), seeds.contiguous(), positions.contiguous())
-    outputs = (torch.empty(rows, dtype=torch.int64), torch.empty(rows), torch.empty(rows, dtype=torch.int64))
+    outputs = (
+        torch.empty(rows, dtype=torch.int64),
+        torch.empty(rows, dtype=torch.float32),
+        torch.empty(rows, dtype=torch.int64),
+    )
     cpu.call("sample", *inputs, *outputs, *logits.shape, cpu.is_bf16(logits))
     return outputs
 

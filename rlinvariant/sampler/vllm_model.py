@@ -227,7 +227,7 @@ class InvariantSampler(_SeedKeeper):
         if md.all_random:
             temperature = md.temperature
         elif md.temperature is None:
-            temperature = torch.zeros(rows, device=logits.device)
+            temperature = torch.zeros(rows, dtype=torch.float32, device=logits.device)
         else:
             temperature = torch.where(md.temperature < 1e-5, 0.0, md.temperature)
         noise = torch.from_numpy(np.stack([np.array(seeds, np.int64), positions]))

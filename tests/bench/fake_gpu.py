@@ -69,6 +69,13 @@ class Vllm:
             x.copy_(torch.cat((a * cos - b * sin, b * cos + a * sin), -1).flatten(1))
 
     @staticmethod
+    def fused_qk_norm_rope(qkv, heads, kv_heads, _, d, eps, q_weight, k_weight, cache, neox, positions, warps):
+        q, k, _ = qkv.split((heads * d, kv_heads * d, kv_heads * d), -1)
+        for x, w in ((q, q_weight), (k, k_weight)):
+            Vllm.rms_norm(x.unflatten(-1, (-1, d)), x.unflatten(-1, (-1, d)).clone(), w, eps)
+        Vllm.rotary_embedding(positions, q, k, d, cache, neox)
+
+    @staticmethod
     def silu_and_mul(out, x):
         gate, up = x.chunk(2, -1)
         out.copy_(torch.nn.functional.silu(gate) * up)

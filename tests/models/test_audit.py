@@ -158,7 +158,8 @@ def test_audit_leaves_the_model_as_it_was():
     audit(model)
     assert model.training and all(p.grad is None for p in model.parameters())
     assert (len(nn.modules.module._global_forward_hooks), len(nn.modules.module._global_forward_pre_hooks)) == hooks
-    broken = make_invariant(build("Mistral", **GROUPED, sliding_window=8)).train()
+    broken = make_invariant(build("Mistral", **GROUPED, sliding_window=None)).train()
+    broken.config.sliding_window = 8
     with pytest.raises(UnsupportedModel):
         audit(broken)
     assert broken.training

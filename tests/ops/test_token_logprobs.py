@@ -12,7 +12,7 @@ from rlinvariant import ops
 from rlinvariant.bits import assert_bits_equal
 from rlinvariant.kernels import cpu
 from tests import ladders
-from tests.ladders import DTYPES, cpu_only, dtype_name, matrix_dtypes, per_device, randint, randn
+from tests.ladders import DTYPES, cancelling, cpu_only, dtype_name, matrix_dtypes, per_device, randint, randn
 
 module = importlib.import_module("rlinvariant.ops.token_logprobs")  # the package attribute of this name is the function
 
@@ -42,7 +42,8 @@ def spikes(values: list[float], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 @matrix_dtypes
 @pytest.mark.parametrize("shape", [(100, 64), (33, 3072), (4097, 100)])
 def test_logprobs_are_batch_invariant(shape, dtype):
-    hidden, weight, ids = operands(1024 if shape[0] < 4000 else 300, *shape[:1], dtype, shape[1])
+    hidden, weight = cancelling(1024 if shape[0] < 4000 else 300, *shape, dtype)
+    ids = randint(shape[0], len(hidden))
     ladders.assert_batch_invariant(lambda h, i: ops.token_logprobs(h, weight, i, 0.7), hidden, ids)
     ladders.assert_needle(lambda h, i: ops.token_logprobs(h, weight, i, 0.7), hidden[:1], ids[:1])
 
@@ -54,9 +55,9 @@ def test_batch_size_control(dtype):
         flip = (lambda x: x.flip(-1).contiguous()) if len(hidden) < 32 else (lambda x: x)
         return ops.token_logprobs(flip(hidden), flip(weight), ids, 0.7)
 
-    hidden, weight, ids = operands(300, 512, dtype, 3072)
-    others = [operands(300, 33, dtype, 3072), operands(300, 128, torch.bfloat16, 512)]
-    inputs = [(hidden, ids, weight)] + [(h, i, w) for h, w, i in others]
+    shapes = ((512, 3072, dtype), (33, 3072, dtype), (128, 512, torch.bfloat16))
+    inputs = [(h, randint(n, 300), w) for n, k, d in shapes for h, w in [cancelling(300, n, k, d)]]
+    weight = inputs[0][2]
     stocks = [((lambda h, i, w=w: stock(h, w, i, 0.7)), (h, i)) for h, i, w in inputs]
     ladders.assert_control(ladders.assert_batch_invariant, lambda h, i: shifted(h, i, weight), stocks)
 
