@@ -115,7 +115,7 @@ def test_tokenizer_round_trips_characters(tmp_path: Path) -> None:
 
 def test_model_is_one_that_the_ops_support() -> None:
     model, tokenizer = arithmetic.build_model()
-    assert model.config.head_dim in (32, 64, 80, 96, 112, 128)
+    assert model.config.head_dim in (64, 128, 256)  # on a CPU and on a GPU
     assert model.config.num_key_value_heads < model.config.num_attention_heads
     assert model.config.tie_word_embeddings and model.config.vocab_size == len(tokenizer)
 
