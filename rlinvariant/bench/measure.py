@@ -158,21 +158,23 @@ def peak_memory() -> float:
 
 
 def write(path: Path, rows: Iterable[Any], tiny: bool) -> None:
-    """Measure, print every row as it comes, and write {"environment", "rows"}, also if a later row fails.
+    """Measure, print every row as it comes, and write {"environment", "rows"}; what came before a failure to PATH.partial.
 
     Exit 1 if the bits of ours differ anywhere.
     """
     from rlinvariant.bench import gpu
     from rlinvariant.report.rundir import environment
 
-    began, others, measured = os.getloadavg(), Others(), []
+    began, others, measured, whole = os.getloadavg(), Others(), [], False
     try:
         for row in rows:
             measured.append(row)
             print(_line(row), flush=True)
+        whole = True
     finally:
         machine = {"loadavg": [began, os.getloadavg()], "others": round(others.share(), 3), "tiny": tiny, **gpu.environment()}
         machine["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY")
+        path = path if whole else path.with_name(path.name + ".partial")
         path.parent.mkdir(parents=True, exist_ok=True)
         content = {"environment": environment() | machine, "rows": [asdict(row) for row in measured]}
         path.write_text(json.dumps(content, indent=1) + "\n")

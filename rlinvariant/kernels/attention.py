@@ -51,7 +51,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float,
     check(q.shape[1], k.shape[1], q.shape[2], q.device.index)
     cu = cu_seqlens.to(torch.int32).contiguous()
     out, lse = _packed(q, k, v, cu, max_seqlen, scale)
-    return out, lse.t()
+    return out, lse.t().contiguous()
 
 
 def _packed(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, scale: float) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,8 @@ def rows(x: Tensor) -> tuple[Tensor, int, int, int, int]:
     if x.is_contiguous() and not x.data_ptr() % 16:
         return x, x.numel() // max(1, x.shape[-1]), 1, x.shape[-1], 0
     x = x[None] if x.dim() == 2 else x
-    if x.stride(-1) == 1 and x.dim() > 2 and not (x.data_ptr() % 16 or any(s % 16 for s in x.stride()[:-1])):
+    aligned = not any(n % 16 for n in (x.data_ptr(), x.shape[-1], *x.stride()[:-1]))
+    if x.stride(-1) == 1 and x.dim() > 2 and aligned:
         try:
             x = x.view(-1, *x.shape[-2:])
             return x, x.shape[0], x.shape[1], x.stride(0), x.stride(1)

@@ -21,13 +21,18 @@ def _load_x(logits_ptr, row, col, vocab, temperature):
 
 @triton.jit
 def _blocks(logits_ptr, t_ptr, max_ptr, sum_ptr, weighted_ptr, vocab, BLOCK: tl.constexpr):
-    """Of one block: its maximum m, sum of e^(x - m), and sum of e^(x - m) (x - m)."""
+    """Of one block: its maximum m, and sums of e^(x - m) and e^(x - m) (x - m) over all but the first maximum.
+
+    The maximum's own 1 is added in fp64: in fp32 it would swallow what a token that is all but certain leaves to others.
+    """
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     t = tl.load(t_ptr + row)
-    x = _load_x(logits_ptr, row, block * BLOCK + tl.arange(0, BLOCK), vocab, tl.where(t == 0.0, 1.0, t))
+    col = tl.arange(0, BLOCK)
+    x = _load_x(logits_ptr, row, block * BLOCK + col, vocab, tl.where(t == 0.0, 1.0, t))
     m = tl.max(x, 0)
+    first = tl.min(tl.where(x == m, col, BLOCK), 0)
     gap = tl.where(x == -float("inf"), -float("inf"), x - m)
-    e = tl.exp(gap)
+    e = tl.where(col == first, 0.0, tl.exp(gap))
     at = row * tl.num_programs(1) + block
     tl.store(max_ptr + at, m)
     tl.store(sum_ptr + at, tl.sum(e, 0))
@@ -39,7 +44,7 @@ def _parts(max_ptr, sum_ptr, row, blocks, NB: tl.constexpr):
     """Of a row's blocks: maxima, the row's maximum, and in fp64 what brings a block's sum to it and the sum brought there."""
     b = tl.arange(0, NB)
     m = tl.load(max_ptr + row * blocks + b, mask=b < blocks, other=-float("inf"))
-    s = tl.load(sum_ptr + row * blocks + b, mask=b < blocks, other=0.0).to(tl.float64)
+    s = 1.0 + tl.load(sum_ptr + row * blocks + b, mask=b < blocks, other=0.0).to(tl.float64)
     top = tl.max(m, 0)
     shift = tl.where(m == -float("inf"), 0.0, (m - top).to(tl.float64))
     return m, top, shift, s * tl.where(m == -float("inf"), 0.0, tl.exp(shift))

@@ -98,6 +98,7 @@ _row_logprobs = define(
     cpu=_row_logprobs_cpu,
     cuda="token_logprobs.row_logprobs",
     fake=lambda x, ids, t: (t.new_empty(t.shape), t.new_empty(t.shape), t.new_empty(len(t), 2, dtype=torch.float64)),
+    check=lambda x, ids, t: require_dtype("row_logprobs", x),
 )
 """Of contiguous logits: log-probs and entropies [R] fp32 (undefined without ids), and (maximum, log sum) [R, 2] fp64."""
 _row_logprobs_backward = define(

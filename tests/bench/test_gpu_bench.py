@@ -304,9 +304,11 @@ def test_what_was_measured_before_a_failure_is_kept(tmp_path):
         yield Row("linear", "x", 1, 1, "us", 1, None, {"ours": True, "stock": True}, 1, 0)
         raise RuntimeError("out of memory")
 
+    (tmp_path / "x.json").write_text("an earlier result")
     with pytest.raises(RuntimeError, match="out of memory"):
         measure.write(tmp_path / "x.json", rows(), tiny=True)
-    assert len(json.loads((tmp_path / "x.json").read_text())["rows"]) == 1
+    assert len(json.loads((tmp_path / "x.json.partial").read_text())["rows"]) == 1
+    assert (tmp_path / "x.json").read_text() == "an earlier result"
 
 
 @pytest.mark.parametrize("name", list(__main__.NAMES))

@@ -37,9 +37,23 @@ def add_rms_norm() -> Case:
     return lambda x, r, w: ops.add_rms_norm(x, r, w, 1e-6), operands
 
 
+def angles() -> Tensor:
+    return torch.arange(TOKENS)[:, None] * 10000.0 ** -torch.linspace(0, 1, DIM // 2)
+
+
 def rope() -> Case:
-    angles = torch.arange(TOKENS)[:, None] * 10000.0 ** -torch.linspace(0, 1, DIM // 2)
-    return lambda x: ops.rope(x, angles.cos(), angles.sin()), (bf16(TOKENS, HEADS, DIM),)
+    cos, sin = angles().cos(), angles().sin()
+    return lambda x: ops.rope(x, cos, sin), (bf16(TOKENS, HEADS, DIM),)
+
+
+def qk_norm_rope() -> Case:
+    cos, sin = angles().cos(), angles().sin()
+
+    def call(qkv: Tensor, q_weight: Tensor, k_weight: Tensor) -> tuple[Tensor, Tensor]:
+        q, k, _ = (x.unflatten(1, (-1, DIM)) for x in qkv.split([HEADS * DIM, KV_HEADS * DIM, KV_HEADS * DIM], 1))
+        return ops.qk_norm_rope(q, k, q_weight, k_weight, cos, sin, 1e-6)
+
+    return call, (bf16(TOKENS, (HEADS + 2 * KV_HEADS) * DIM), randn(DIM, seed=1), randn(DIM, seed=2))
 
 
 def swiglu() -> Case:
@@ -82,6 +96,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "rms_norm": rms_norm,
     "add_rms_norm": add_rms_norm,
     "rope": rope,
+    "qk_norm_rope": qk_norm_rope,
     "swiglu": swiglu,
     "attention": attention,
     "paged_attention": paged_attention,

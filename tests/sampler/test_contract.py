@@ -75,11 +75,7 @@ def test_every_method_of_ours_overrides_one_of_vllm(ours):
     known = {"__init__", "give_back", "take_away", "keep_drawn", "take_drawn", "_merge_gate_and_up"} | of_other_versions
     bases = [base for base in ours.__mro__[1:] if base.__module__.startswith("vllm")]
     for name, value in vars(ours).items():
-        if (
-            bases
-            and inspect.isfunction(inspect.unwrap(getattr(value, "__func__", value)))
-            and name not in known
-        ):
+        if bases and inspect.isfunction(inspect.unwrap(getattr(value, "__func__", value))) and name not in known:
             assert any(hasattr(base, name) for base in bases), f"{ours.__name__}.{name} overrides nothing"
 
 
