@@ -359,7 +359,7 @@ def check(config: Config, env: Mapping[str, str], recipe: Recipe | None = None) 
         least = f"more than trainer.max_completion_length={length}, to leave room for the prompt"
         require(sampler.max_model_len > length, "sampler.max_model_len", least)
     require(sampler.max_num_seqs >= 1, "sampler.max_num_seqs", "at least 1")
-    require(sampler.kv_cache_gib > 0, "sampler.kv_cache_gib", "more than 0")
+    require(sampler.kv_cache_gib is None or sampler.kv_cache_gib > 0, "sampler.kv_cache_gib", "more than 0")
     reports = trainer.report_to if isinstance(trainer.report_to, list) else [trainer.report_to]
     require(not {"wandb", "all"} & set(reports), "trainer.report_to", "no wandb or all: W&B is set by wandb.mode=")
     return errors

@@ -6,6 +6,7 @@ longest query selects another tile, the longest query is declared to be at least
 """
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,8 +98,8 @@ def attention_backward(
     cu = cu_seqlens.to(torch.int32).contiguous()
     state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of dropout, which there is none of
     before, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[assignment]
+    deterministic: Any = torch.utils.deterministic
+    fill, deterministic.fill_uninitialized_memory = deterministic.fill_uninitialized_memory, False
     torch.use_deterministic_algorithms(True)
     try:
         return torch.ops.aten._flash_attention_backward(
@@ -107,7 +108,7 @@ def attention_backward(
         )  # fmt: skip
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warn)
-        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[assignment]
+        deterministic.fill_uninitialized_memory = fill
 
 
 @functools.cache

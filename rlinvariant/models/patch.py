@@ -354,9 +354,9 @@ def _norm_and_turn(attention: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tenso
     (b, t), half = q.shape[:2], cos.shape[-1]
     cos, sin = (x.expand(b, t, half).flatten(0, 1) for x in (cos, sin))
     norms = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
-    weights = (norm.weight if norm is not None else None for norm in norms)
+    q_weight, k_weight = (norm.weight if norm is not None else None for norm in norms)
     eps = 0.0 if norms[0] is None else _epsilon(norms[0])
-    turned = ops.qk_norm_rope(q.flatten(0, 1), k.flatten(0, 1), *weights, cos, sin, eps)
+    turned = ops.qk_norm_rope(q.flatten(0, 1), k.flatten(0, 1), q_weight, k_weight, cos, sin, eps)
     first, second = (x.view(b, t, *x.shape[1:]).transpose(1, 2) for x in turned)
     return first, second
 

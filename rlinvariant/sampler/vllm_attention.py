@@ -10,10 +10,15 @@ from vllm.v1.attention.backend import AttentionCGSupport, AttentionImpl, Attenti
 
 from rlinvariant import ops
 
+_Stock: Any
 if current_platform.is_cuda():
-    from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend as _Stock
+    from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
+
+    _Stock = FlashAttentionBackend
 else:
-    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend as _Stock
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    _Stock = CPUAttentionBackend
 
 
 class InvariantAttentionBackend(_Stock):

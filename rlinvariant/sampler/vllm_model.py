@@ -55,8 +55,9 @@ class InvariantForCausalLM(TransformersForCausalLM):
             prefix=f"{name}.gate_up_proj",
             return_bias=False,
         )
+        stacked: Any = self.hf_to_vllm_mapper.orig_to_new_stacked
         for shard, part in enumerate(("gate_proj", "up_proj")):
-            self.hf_to_vllm_mapper.orig_to_new_stacked[f"{name}.{part}"] = (f"{name}.gate_up_proj", shard)
+            stacked[f"{name}.{part}"] = (f"{name}.gate_up_proj", shard)
             delattr(mlp, part)
         cls = type(mlp)
         mlp.__class__ = type(cls.__name__, (cls,), {"gate_and_up": lambda self, x: self.gate_up_proj(x).chunk(2, -1)})
@@ -68,9 +69,13 @@ class InvariantForCausalLM(TransformersForCausalLM):
         """
         if self.compilation_config.mode == CompilationMode.NONE:
             return
-        stock = AutoModel._model_mapping[type(self.config)]
+        stock: Any = AutoModel._model_mapping[type(self.config)]
         compiled = type(stock.__name__, (stock,), {"__module__": stock.__module__})
-        axes = {"input_ids": 1, "inputs_embeds": 1, "position_ids": -1}  # where the tokens are, in [1, T] and [1, T, D]
+        axes: dict[str, Any] = {
+            "input_ids": 1,
+            "inputs_embeds": 1,
+            "position_ids": -1,
+        }  # where the tokens are, in [1, T] and [1, T, D]
         support_torch_compile(dynamic_arg_dims=axes)(compiled)
         AutoModel._model_mapping._extra_content[type(self.config)] = compiled
 
@@ -204,7 +209,8 @@ class InvariantSampler(_SeedKeeper):
         steps, self._steps = self._steps, None
         if not steps:
             return {}
-        tokens, logprobs = (torch.cat([step[i] for step in steps]).tolist() for i in (2, 3))
+        tokens = torch.cat([step[2] for step in steps]).tolist()
+        logprobs = torch.cat([step[3] for step in steps]).tolist()
         found: dict[str, tuple[list[int], list[float]]] = {}
         at = 0
         for requests, positions, _, _ in steps:
@@ -224,12 +230,10 @@ class InvariantSampler(_SeedKeeper):
         self.take_away(rows)
         positions = batch.num_tokens_no_spec[:rows].astype(np.int64) - batch.num_prompt_tokens[:rows]
         logits = self.apply_logits_processors(logits, md, predict_bonus_token)
-        if md.all_random:
-            temperature = md.temperature
-        elif md.temperature is None:
+        if md.temperature is None:
             temperature = torch.zeros(rows, dtype=torch.float32, device=logits.device)
         else:
-            temperature = torch.where(md.temperature < 1e-5, 0.0, md.temperature)
+            temperature = md.temperature if md.all_random else torch.where(md.temperature < 1e-5, 0.0, md.temperature)
         noise = torch.from_numpy(np.stack([np.array(seeds, np.int64), positions]))
         if logits.is_cuda:
             noise = noise.pin_memory().to(logits.device, non_blocking=True)
