@@ -86,6 +86,9 @@ def run(config: Config) -> None:
                 after = greedy_reward(trainer, eval_dataset)
         finish_wandb()
         run_dir.write_environment({"kernels": _kernels(config), **record})
+        if args.device.type == "cuda":
+            total, peak = memory_gib()
+            console.print(f"GPU memory  {peak:.1f} GiB at its peak, trainer and sampler together, of {total:.1f}")
         console.summary(read_metrics(run_dir.path), before, after, run_dir.path, time.monotonic() - started)
 
 
@@ -160,6 +163,13 @@ def grpo_trainer(
         sampler=engine,
         **kwargs,
     )
+
+
+def memory_gib() -> tuple[float, float]:
+    """(all, most ever taken by this process) of the GPU's memory."""
+    import torch
+
+    return torch.cuda.get_device_properties().total_memory / 2**30, torch.cuda.max_memory_reserved() / 2**30
 
 
 def _require_device(args: Any, invariance: str, dtype: str) -> None:

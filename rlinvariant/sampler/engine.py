@@ -39,6 +39,11 @@ NOT_ACTIVE = (
     "entry point, and unset VLLM_PLUGINS or let it name rlinvariant"
 )
 HARMLESS = ("ignore_eos", "logprobs", "detokenize")  # the only further sampling settings that leave the distribution as it is
+ALONE = {  # engine options that an exact sampler leaves as they are: it runs whole, on one device, the model that is trained
+    "tensor_parallel_size": 1, "pipeline_parallel_size": 1, "data_parallel_size": 1, "enable_lora": False,
+    "speculative_config": None, "kv_cache_dtype": "auto", "attention_config": None, "model_impl": "auto",
+    "cpu_offload_gb": 0,
+}  # fmt: skip
 NEUTRAL = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 
 
@@ -97,6 +102,7 @@ class Sampler:
                 raise UserError(f"sampler options {', '.join(clash)}: rlinvariant sets them itself; remove them")
             arguments |= options or {}
             if invariant:
+                self._refuse(options or {})
                 load_general_plugins()
                 if QUANTIZATION not in QUANTIZATION_METHODS:
                     raise UserError(NOT_ACTIVE)
@@ -107,6 +113,15 @@ class Sampler:
                 arguments["distributed_executor_backend"] = "external_launcher"
             self.llm = LLM(str(model), **arguments)
             self._install()
+
+    @staticmethod
+    def _refuse(options: dict[str, Any]) -> None:
+        """What would give the engine other kernels or another model, in one list."""
+        found = [f"sampler option {k}={v}: expected {ALONE[k]}" for k, v in options.items() if k in ALONE and v != ALONE[k]]
+        if (value := os.environ.get("VLLM_BATCH_INVARIANT", "0")) != "0":
+            found.append(f"VLLM_BATCH_INVARIANT={value}: expected unset: it puts vLLM's own kernels in place of ours")
+        if found:
+            raise UserError("; ".join(found) + "; remove it, or use invariance=off")
 
     @property
     def _runner(self) -> Any:
@@ -183,6 +198,10 @@ class Sampler:
         try:
             with _undisturbed():
                 outputs = self.llm.generate(inputs, params, use_tqdm=False)
+        except BaseException:  # an interrupted batch must not linger: the next one would wait for it forever
+            engine: Any = self.llm.llm_engine
+            engine.abort_request(list(engine.output_processor.request_states), internal=True)
+            raise
         finally:
             drawn = self._runner.sampler.take_drawn() if self.invariant else {}
         if self.invariant:
