@@ -76,7 +76,7 @@ REPLACED = f"{EXACT}: it replaces operations that the invariant ops own; remove 
         ("dtype=float16", "dtype=float16: expected one of bfloat16, float32; default 'bfloat16'"),
         ("wandb.mode=on", "wandb.mode=on: expected one of auto, online, offline, disabled; default 'auto'"),
         ("data.size=big", "data.size=big: expected int; default 5"),
-        ("sampler.enforce_eager=auto", "sampler.enforce_eager=auto: expected bool; default True"),
+        ("sampler.enforce_eager=auto", "sampler.enforce_eager=auto: expected bool | None; default None"),
         ("trainer.beta=small", "trainer.beta=small: expected float; default 0.0"),
         (
             "trainer.loss_type=ppo",

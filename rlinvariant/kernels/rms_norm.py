@@ -48,7 +48,7 @@ def _backward(
     w = tl.load(w_ptr + col, mask=col < d, other=0.0).to(dx_ptr.dtype.element_ty).to(tl.float32)
     dw = tl.zeros([D], tl.float32)
     for block in range(tl.program_id(0), tl.cdiv(count, R), tl.num_programs(0)):
-        row = block.to(tl.int64) * R + tl.arange(0, R)
+        row = (block * R + tl.arange(0, R)).to(tl.int64)
         live = (row < count)[:, None] & (col < d)[None, :]
         at = ((row // inner) * x_outer + (row % inner) * x_inner)[:, None] + col[None, :]
         x = tl.load(x_ptr + at, mask=live, other=0.0).to(tl.float32)

@@ -1,0 +1,71 @@
+"""Run the GPU kernels on CPU tensors in Triton's interpreter and compare them with the CPU ops. See test_interpreted.py."""
+
+import importlib
+
+import torch
+
+from rlinvariant import ops
+from rlinvariant.kernels import linear, qk_norm_rope, rms_norm, rope, swiglu, token_logprobs
+
+cpu = {name: importlib.import_module(f"rlinvariant.ops.{name}") for name in ("rms_norm", "rope", "swiglu", "token_logprobs")}
+torch.manual_seed(0)
+compared = []
+
+
+def same(what, ours, expected, tolerance=2e-5):
+    ours, expected = ((x,) if isinstance(x, torch.Tensor) else x for x in (ours, expected))
+    for i, (a, b) in enumerate(zip(ours, expected, strict=True)):
+        limits = {"rtol": tolerance, "atol": tolerance, "equal_nan": True}
+        torch.testing.assert_close(a, b, **limits, msg=lambda m, i=i: f"{what}, output {i}: {m}")
+    compared.append(what)
+
+
+for m, n, k, tile in ((5, 70, 96, (16, 16, 32, 4, 3)), (17, 33, 100, (16, 16, 64, 4, 3)), (1, 16, 64, (32, 16, 64, 4, 3))):
+    x, w, b = torch.randn(m, k), torch.randn(n, k), torch.randn(n)
+    same(f"linear {m} {n} {k}", linear.tiled(x, w, b, tile), x @ w.t() + b, 1e-4)
+    same(f"linear {m} {n} {k}, no bias", linear.tiled(x, w, None, tile), x @ w.t(), 1e-4)
+for shape in ((7, 96), (2, 3, 4, 128), (3, 2048)):
+    x, r, dy, ds = torch.randn(4, *shape)
+    w = torch.randn(shape[-1])
+    same(f"rms_norm {shape}", rms_norm.rms_norm(x, w, 1e-6), ops.rms_norm(x, w, 1e-6))
+    same(f"add_rms_norm {shape}", rms_norm.add_rms_norm(x, r, w, 1e-6), ops.add_rms_norm(x, r, w, 1e-6))
+    for total in (None, ds):
+        expected = cpu["rms_norm"].rms_norm_backward(dy, x, w, total, 1e-6)
+        same(f"rms_norm_backward {shape}", rms_norm.rms_norm_backward(dy, x, w, total, 1e-6), expected)
+merged = torch.randn(6, 5 * 128)
+q, k = merged[:, : 3 * 128].view(6, 3, 128), merged[:, 3 * 128 : 4 * 128].view(6, 1, 128)
+for half in (64, 20):
+    cos, sin = torch.randn(2, 6, half)
+    for sign in (1.0, -1.0):
+        same(f"rope {half}", rope.rope(q, cos, sin, sign), cpu["rope"]._rope(q.contiguous(), cos, sin, sign))
+    for weights in ((None, None), (torch.randn(128), torch.randn(128))):
+        expected = ops.qk_norm_rope(q.contiguous(), k.contiguous(), *weights, cos, sin, 1e-6)
+        same(f"qk_norm_rope {half}", qk_norm_rope.qk_norm_rope(q, k, *weights, cos, sin, 1e-6), expected)
+gate, up = torch.randn(5, 2 * 1100).chunk(2, -1)
+dy = torch.randn(5, 1100)
+same("swiglu", swiglu.swiglu(gate, up), ops.swiglu(gate, up))
+same("swiglu_backward", swiglu.swiglu_backward(dy, gate, up), cpu["swiglu"]._swiglu_backward(dy, gate, up))
+for vocab in (99, 4096, 9000):
+    logits = torch.randn(6, vocab) * 4
+    logits[1, 5], logits[2, : vocab // 2], logits[3, 7] = 50.0, -torch.inf, torch.nan
+    ids, t = torch.tensor([5, 5, vocab - 1, 0, 1, 2]), torch.tensor([1.0, 0.7, 1.0, 1.0, 2.0, 0.5])
+    expected = cpu["token_logprobs"]._row_logprobs(logits, ids, t)
+    ours = token_logprobs.row_logprobs(logits, ids, t)
+    same(f"row_logprobs {vocab}", ours[:2], expected[:2])
+    known = torch.tensor([0, 1, 2, 4, 5])  # of the row with a NaN, one of the two statistics must be NaN, no matter which
+    same(f"row_logprobs {vocab}, statistics", ours[2][known], expected[2][known])
+    assert ours[2][3].isnan().any()
+    dlogprobs, dentropy = torch.randn(2, 6)
+    for grads in ((dlogprobs, None), (dlogprobs, dentropy)):
+        expected = cpu["token_logprobs"]._row_logprobs_backward(logits, ids, t, *grads)
+        same(f"row_logprobs_backward {vocab}", token_logprobs.row_logprobs_backward(logits, ids, t, *grads), expected)
+    rows = torch.tensor([0, 1, 2, 4, 5])
+    t = torch.tensor([1.0, 0.7, 1.0, 0.0, 0.5])
+    drawn = logits[rows], t, rows * 987_654_321_987, rows
+    ours, expected = token_logprobs.sample(*drawn), ops.sample(*drawn)
+    assert torch.equal(ours[0], expected[0]) and torch.equal(ours[2], expected[2]), (vocab, ours, expected)
+    same(f"sample {vocab}", ours[1], expected[1])
+try:  # control
+    same("control", rms_norm.rms_norm(x, w, 1e-6), ops.rms_norm(x, w, 1e-1))
+except AssertionError:
+    print("compared", len(compared))
