@@ -14,6 +14,7 @@ def train(argv: list[str]) -> int:
     """Parse, run, and print a user's mistakes as one line each. Returns the exit code."""
     # libgomp reads it when torch is imported: spinning threads make a run 10 times slower as soon as cores are shared
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # "is an experimental feature", said of a switch for cuBLASLt
     try:
         from rlinvariant.config import parse
 

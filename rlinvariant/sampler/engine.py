@@ -75,7 +75,7 @@ class Sampler:
         runtime.configure()
         self.invariant = invariant
         with _undisturbed():
-            from vllm import LLM
+            from vllm import LLM, ModelRegistry
             from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
             from vllm.plugins import load_general_plugins
 
@@ -106,6 +106,10 @@ class Sampler:
                 load_general_plugins()
                 if QUANTIZATION not in QUANTIZATION_METHODS:
                     raise UserError(NOT_ACTIVE)
+                from rlinvariant.sampler.vllm_model import InvariantForCausalLM
+
+                # The class itself: one that vLLM knows by name alone it inspects in another process, which takes 10 s
+                ModelRegistry.register_model(ARCHITECTURE, InvariantForCausalLM)
                 arguments |= {"quantization": QUANTIZATION, "hf_overrides": {"architectures": [ARCHITECTURE]}}
             if (
                 torch.distributed.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1
