@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
         "--out", type=Path, metavar="DIRECTORY", help=f"default: {RESULTS}/GPU, or /cpu; of tune: where the package reads it"
     )
     parser.add_argument("--tiny", action="store_true", help="small shapes and few samples: does it run?")
-    parser.add_argument("--tokens", type=int, metavar="N", help="parity on a GPU: N tokens of qwen3-1.7b, nothing else")
+    parser.add_argument("--tokens", type=int, metavar="N", help="parity on a GPU: N more tokens of parity_soak.json")
     parser.add_argument("--readme", type=Path, metavar="FILE", help="with report: put the tables between the file's markers")
     options = parser.parse_args(argv)
     # As `rlinvariant train` does, for ours and for the stock side; libgomp reads it when torch is imported
@@ -57,10 +57,12 @@ def main(argv: list[str]) -> int:
         directory = options.out or (Path("runs") if options.tiny else FILE.parent)
         bench.run(directory / FILE.name, options.tiny)
     else:
-        extra = {"tokens": options.tokens} if options.tokens is not None else {}
-        if extra and module != "gpu_parity":
+        if options.tokens is not None and module != "gpu_parity":
             parser.error("--tokens: only with parity, on a GPU")
-        measure.write(out / f"{options.name}.json", bench.rows(options.tiny, **extra), options.tiny)
+        if options.tokens is not None:
+            bench.soak(out / "parity_soak.json", options.tokens, options.tiny)
+        else:
+            measure.write(out / f"{options.name}.json", bench.rows(options.tiny), options.tiny)
     return 0
 
 

@@ -1,9 +1,10 @@
 """Count the sampled tokens whose log-prob is not the same 32 bits, on a GPU, at the shapes of real models.
 
 Random weights, ragged prompts. Each model has two processes: one with the exact sampler and trainer, one with stock vLLM and a
-stock model of transformers, the control. With `tokens`, one long run of the 1.7B shape instead: as many tokens as asked for.
+stock model of transformers, the control. `soak` is one long run of the 1.7B shape instead: as many tokens as asked for.
 """
 
+import json
 import random
 import sys
 import tempfile
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rlinvariant.bench.compare import Parity, against_stock_trainer, against_trainer, differing
-from rlinvariant.bench.measure import Link, Worker
+from rlinvariant.bench.measure import Link, Machine, Missing, Worker, Workers, end_on_sigterm, reason
 from rlinvariant.rollout import Completion, request_seed
 
 SMALL = ("qwen3-0.6b", "qwen3-1.7b", "qwen2.5-0.5b", "llama-3.2-1b")
@@ -22,22 +23,21 @@ LARGE = ("qwen3-8b",)  # has the GPU to itself
 TEMPERATURES = (1.0, 0.7)
 PACKED = (1, 16)  # rows scored together
 REQUESTS, LENGTH, PROMPT, APART = 128, 128, (3, 600), 16
-SOAK_MODEL, SOAK_REQUESTS, SOAK_LENGTH, SOAK_PROMPT = "qwen3-1.7b", 1024, 512, (16, 256)
-SOAK_TOGETHER, SOAK_ROWS, SOAK_KV_GIB = 640, 48, 56  # requests decoded at a time; rows scored at a time; memory
-SOAK_SECONDS = 480  # a run that would take longer ends here, and says how far it came
-SOAK_CONTROL = 32  # requests of the first rollout that the control scores
+SOAK_MODEL, SOAK_LENGTH, SOAK_PROMPT = "qwen3-1.7b", 512, (16, 65)
+SOAK_SIDES = ("exact-1", "exact-2")  # two: while one's processor schedules or its trainer scores, the other's tokens are drawn
+SOAK_TOGETHER, SOAK_KV_GIB = 512, 32  # requests decoded at a time, as many as vLLM's largest CUDA graph; memory of each
+SOAK_ROWS = 112  # scored at a time: about 64,000 tokens
+SOAK_SECONDS = 530  # a run that would take longer ends here, and says how far it came
+SOAK_CONTROL = 100  # requests that the control draws
 
 
-def rows(tiny: bool, tokens: int | None = None) -> Iterator[Parity]:
+def rows(tiny: bool) -> Iterator[Parity | Missing]:
     with tempfile.TemporaryDirectory() as directory:
-        if tokens is not None:
-            yield from _soak(directory, tokens, tiny)
-            return
         for models, at_a_time in ((("tiny",), 2),) if tiny else ((SMALL, 4), (LARGE, 1)):
             yield from _models(Path(directory), models, at_a_time, "tiny" if tiny else "full")
 
 
-def _models(directory: Path, models: tuple[str, ...], at_a_time: int, size: str) -> Iterator[Parity]:
+def _models(directory: Path, models: tuple[str, ...], at_a_time: int, size: str) -> Iterator[Parity | Missing]:
     """So many processes at a time; the rows of a model as soon as both of its processes are done."""
     from rlinvariant.bench.models import build
 
@@ -45,13 +45,18 @@ def _models(directory: Path, models: tuple[str, ...], at_a_time: int, size: str)
 
     def count(model: str, side: str) -> dict[str, list[int]]:
         worker = Worker(__name__, side, paths[model], size)
-        found = worker.ask(what="count")
-        worker.close()
-        return found
+        try:
+            return worker.ask(what="count")
+        finally:
+            worker.close()
 
     with ThreadPoolExecutor(at_a_time) as pool:
         jobs = {model: [pool.submit(count, model, side) for side in ("exact", "stock")] for model in models}
         for model, (exact, stock) in jobs.items():
+            if ended := [str(error) for job in (exact, stock) if (error := job.exception())]:
+                print("\n".join(ended), flush=True)
+                yield Missing("parity", model, "; ".join(map(reason, ended)), {})
+                continue
             theirs = stock.result()
             for what, (mismatched, of) in exact.result().items():
                 control = "stock vLLM and transformers" if "trainer" in what else "stock vLLM"
@@ -60,6 +65,9 @@ def _models(directory: Path, models: tuple[str, ...], at_a_time: int, size: str)
 
 def _worker(side: str, path: str, size: str) -> None:
     link = Link()
+    if side in (*SOAK_SIDES, "control"):
+        _soak_worker(link, side, path, size)
+        return
     for _ in link.requests():
         link.send(**_count(side, path, size))
 
@@ -99,62 +107,127 @@ def _count(side: str, path: str, size: str) -> dict[str, tuple[int, int]]:
     return found
 
 
-def _pair(side: str, path: str, kv_gib: float, **options: Any) -> tuple[Any, Any]:
+def _pair(side: str, path: str, kv_gib: float) -> tuple[Any, Any]:
     """Trainer's model, made first, and sampler of a checkpoint: exact, or stock."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    from rlinvariant.models import make_invariant, require_exact
     from rlinvariant.sampler.engine import Sampler
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     if side == "exact":
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, device_map=device)
-        require_exact(make_invariant(model, torch.bfloat16))
+        model = _exact_model(path)
     else:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, device_map=device)
-    return model.eval(), Sampler(path, invariant=side == "exact", max_model_len=1024, kv_cache_gib=kv_gib, options=options)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, device_map=device).eval()
+    return model, Sampler(path, invariant=side == "exact", max_model_len=1024, kv_cache_gib=kv_gib)
+
+
+def _exact_model(path: str) -> Any:
+    """The trainer's, with fp32 parameters."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from rlinvariant.models import make_invariant, require_exact
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, device_map=device)
+    require_exact(make_invariant(model, torch.bfloat16))
+    return model.eval()
 
 
 def _prompts(rng: random.Random, count: int, lengths: tuple[int, int], vocabulary: int) -> list[list[int]]:
     return [[rng.randrange(vocabulary) for _ in range(rng.randrange(*lengths))] for _ in range(count)]
 
 
-def _soak(directory: str, tokens: int, tiny: bool) -> Iterator[Parity]:
-    """Rollouts of new prompts and seeds until `tokens` are compared, each scored before the next; T alternates."""
-    import torch
-    from transformers import AutoModelForCausalLM
+def soak(file: Path, tokens: int, tiny: bool) -> None:
+    """Draw and score new prompts with new seeds until `tokens` are compared, and add them to what `file` has.
 
+    The file is written after every rollout: {"tokens", "mismatched", "coverage", "control", "runs": [...]}. The control, a
+    stock engine against the same trainer, is made once.
+
+    Raises:
+        SystemExit: a token of ours differs, the control does not, or not all tokens were compared.
+    """
     from rlinvariant.bench.models import build
 
-    name = "tiny" if tiny else SOAK_MODEL
-    requests, length, kv_gib = (8, 16, 0.3) if tiny else (SOAK_REQUESTS, SOAK_LENGTH, SOAK_KV_GIB)
-    path = build(name, directory)
-    model, engine = _pair("exact", path, kv_gib, max_num_seqs=SOAK_TOGETHER)
-    seed = time.time_ns() % 2**31  # every run adds tokens that no other run has seen
-    rng, vocabulary = random.Random(seed), model.config.vocab_size
-    compared = mismatched = sampled = control = of_control = step = 0
-    began = time.perf_counter()
-    while compared < tokens and time.perf_counter() - began < SOAK_SECONDS:
-        prompts, t = _prompts(rng, requests, SOAK_PROMPT, vocabulary), TEMPERATURES[step % len(TEMPERATURES)]
-        seeds = [request_seed(seed, step, i, 0) for i in range(requests)]
-        drawn = engine.generate(prompts, seeds, temperature=t, max_tokens=length, ignore_eos=True)
-        sampled += sum(len(c.token_ids) for c in drawn)
-        mismatched += against_trainer(model, prompts, drawn, t, SOAK_ROWS)
-        compared += sum(len(c.sampler_logprobs) for c in drawn)
-        if step == 0:
-            stock = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, device_map=model.device).eval()
-            control = against_stock_trainer(stock, prompts[:SOAK_CONTROL], drawn[:SOAK_CONTROL], t)
-            of_control = sum(len(c.token_ids) for c in drawn[:SOAK_CONTROL])
-            del stock
-        step += 1
-        seconds = time.perf_counter() - began
-        print(f"{mismatched:,} mismatched of {compared:,} compared, {sampled:,} sampled, {seconds:.0f} s", flush=True)
-    what = (
-        f"soak: sampler against trainer, {step} rollouts of {requests} x {length}, seed {seed}, coverage {compared / sampled}"
+    end_on_sigterm()
+    began, machine, name = time.perf_counter(), Machine(tiny), "tiny" if tiny else SOAK_MODEL
+    kept = json.loads(file.read_text()) if file.exists() else {"runs": [], "control": None}
+    run: dict[str, Any] = {"tokens": 0, "sampled": 0, "mismatched": 0, "rollouts": 0, "seconds": 0.0, "missing": {}}
+    run["seed"] = time.time_ns() % 2**31  # every run adds tokens that no other run has seen
+    rng = random.Random(run["seed"])
+    with tempfile.TemporaryDirectory() as directory:
+        path = build(name, directory)
+        sides = SOAK_SIDES if kept["control"] else (*SOAK_SIDES, "control")
+        with Workers({side: Worker(__name__, side, path, "tiny" if tiny else "full") for side in sides}) as workers:
+            waited = dict.fromkeys(workers.alive, 0.0)  # the longest that each took
+            asked = {}
+
+            def ask(side: str) -> None:
+                t = TEMPERATURES[run["rollouts"] % len(TEMPERATURES)]
+                asked[side] = time.perf_counter()
+                workers.alive[side].send(seed=rng.getrandbits(48), temperature=t)
+                run["rollouts"] += side != "control"
+
+            for side in sides:
+                ask(side)
+            while asked:
+                for side, found in workers.first(list(asked)).items():
+                    now = time.perf_counter()
+                    waited[side] = now - asked.pop(side)
+                    if found is None:
+                        run["missing"][side] = workers.missing[side]
+                    elif side == "control":
+                        kept["control"] = {"compared": "stock vLLM against the same trainer", **found}
+                        workers.alive.pop(side).close()
+                    else:
+                        for key in ("tokens", "sampled", "mismatched"):
+                            run[key] += found[key]
+                    run["seconds"] = round(now - began, 1)
+                    _save(file, machine, name, kept, run)
+                    on_the_way = sum(s != "control" for s in asked) * (run["tokens"] // max(1, run["rollouts"] - len(asked)))
+                    print(
+                        f"{side}: {found}; {run['mismatched']:,} mismatched of {run['tokens']:,}, {now - began:.0f} s",
+                        flush=True,
+                    )
+                    in_time = now - began + waited[side] < SOAK_SECONDS
+                    if found is not None and side != "control" and run["tokens"] + on_the_way < tokens and in_time:
+                        ask(side)
+    control = kept["control"]
+    if run["mismatched"] or control is None or not control["mismatched"] or run["tokens"] < tokens:
+        sys.exit(f"soak: {run['mismatched']:,} mismatched of {run['tokens']:,} (asked for {tokens:,}); control: {control}")
+
+
+def _save(file: Path, machine: Machine, model: str, kept: dict[str, Any], run: dict[str, Any]) -> None:
+    runs = [*kept["runs"], run]
+    tokens, sampled, mismatched = (sum(r[key] for r in runs) for key in ("tokens", "sampled", "mismatched"))
+    total = {"model": model, "tokens": tokens, "mismatched": mismatched, "coverage": tokens / max(1, sampled)}
+    machine.write(file, {**total, "control": kept["control"], "runs": runs})
+
+
+def _soak_worker(link: Link, side: str, path: str, size: str) -> None:
+    """A rollout for each request, scored by the exact trainer; the control draws from a stock engine."""
+    from rlinvariant.sampler.engine import Sampler
+
+    together, length, kv_gib = (SOAK_TOGETHER, SOAK_LENGTH, SOAK_KV_GIB) if size == "full" else (8, 16, 0.3)
+    count = min(SOAK_CONTROL, together) if side == "control" else together
+    model = _exact_model(path)
+    kv_gib = min(kv_gib, 8.0) if side == "control" else kv_gib
+    engine = Sampler(
+        path, invariant=side != "control", max_model_len=1024, kv_cache_gib=kv_gib, options={"max_num_seqs": together}
     )
-    against = f"stock transformers, first {of_control:,} tokens"
-    yield Parity("parity", name, "bfloat16", what, compared, mismatched, against, control)
+    for request in link.requests():
+        rng, began = random.Random(request["seed"]), time.perf_counter()
+        prompts = _prompts(rng, count, SOAK_PROMPT, model.config.vocab_size)
+        seeds = [rng.getrandbits(62) for _ in prompts]
+        drawn = engine.generate(prompts, seeds, temperature=request["temperature"], max_tokens=length, ignore_eos=True)
+        drew = time.perf_counter()
+        mismatched = against_trainer(model, prompts, drawn, request["temperature"], SOAK_ROWS)
+        engine.llm.reset_prefix_cache()
+        link.send(
+            tokens=sum(len(c.sampler_logprobs) for c in drawn), sampled=sum(len(c.token_ids) for c in drawn),
+            mismatched=mismatched, rollout_s=round(drew - began, 1), score_s=round(time.perf_counter() - drew, 1),
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -2,9 +2,12 @@
 """Whole GRPO steps on one GPU: ours against stock TRL with stock vLLM colocated, both as their users would start them.
 
 64 prompts x 8 completions of up to 512 tokens; a share of the vocabulary ends a completion, so lengths vary as in a real run.
-The learning rate is 0, so that every step samples from the same policy. Each side is a process, and they take turns.
+The learning rate is 0, so that every step samples from the same policy. Each side is a process, and they take turns, after a
+step of short completions that compiles and allocates.
 """
 
+import importlib
+import os
 import random
 import sys
 import tempfile
@@ -14,46 +17,66 @@ from statistics import mean, median
 from typing import Any
 
 from rlinvariant.bench.gpu_trainer import grpo_arguments
-from rlinvariant.bench.measure import Link, Row, Worker, rounds
+from rlinvariant.bench.measure import Link, Missing, Row, Worker, Workers
 
 MODEL = "qwen3-1.7b"
-# name -> (prompts, micro-batch in rows, longest completion, steps measured, GiB for keys and values)
-SIZES = {"tiny": (2, 8, 8, 2, 0.3), "full": (64, 16, 512, 3, 18.0)}
+# name -> (prompts, micro-batch in rows, longest completion, of the first step, GiB for keys and values)
+SIZES = {"tiny": (2, 8, 8, 4, 0.3), "full": (64, 16, 512, 64, 14.0)}
 GENERATIONS, PROMPT, STOP_SHARE = 8, (64, 256), 1 / 300
+ROUNDS, SECONDS = 3, 225  # steps of each side; fewer, but one, if another would not end in time
 TARGET = 0.85
 SIDES = ("exact", "stock")
 
 
-def rows(tiny: bool) -> Iterator[Row]:
+def rows(tiny: bool) -> Iterator[Row | Missing]:
     from rlinvariant.bench.models import SHAPES, build
 
     size, model = ("tiny", "tiny") if tiny else ("full", MODEL)
-    prompts, _, length, count, _ = SIZES[size]
+    prompts, _, length, short, _ = SIZES[size]
+    name, began = f"{model}, {prompts} prompts x {GENERATIONS}, up to {length} new tokens", time.perf_counter()
     with tempfile.TemporaryDirectory() as directory:
         path = build(model, directory, stops=round(SHAPES[model].vocab * STOP_SHARE))
-        workers: dict[str, Worker] = {}
-        for side in reversed(SIDES):  # one after the other: vLLM measures how much memory is left when it starts
-            workers[side] = Worker(__name__, side, path, size)
-            workers[side].ask()  # warm up
-        answers = rounds(workers, count)
-        seconds = {side: median(a[side]["seconds"] for a in answers) for side in SIDES}
-        tokens = {side: mean(a[side]["tokens"] for a in answers) for side in SIDES}
-        parts = {part: median(a["exact"][part] for a in answers) for part in ("rollout", "train", "sync")}
-        same = {side: all(a[side]["exact"] for a in answers) for side in SIDES}
-        equal: dict[str, bool | None] = {"ours": same["exact"], "stock": same["stock"]}
-        print("of ours: " + ", ".join(f"{part} {value:.2f} s" for part, value in parts.items()), flush=True)
-        name = f"{model}, {prompts} prompts x {GENERATIONS}, up to {length} new tokens"
-        many = f"{tokens['exact']:,.0f} and {tokens['stock']:,.0f} tokens a step"
-        yield Row("step", f"step: {name}; {many}", round(seconds["exact"], 3), round(seconds["stock"], 3), "s",
-                  round(seconds["exact"] / seconds["stock"], 3), TARGET, equal, count, 0.0)  # fmt: skip
-        ours, stock = (seconds[side] / tokens[side] * 1e6 for side in SIDES)
-        yield Row("step", f"step, for each million sampled tokens: {name}", round(ours, 2), round(stock, 2), "s",
-                  round(ours / stock, 3), None, equal, count, 0.0)  # fmt: skip
-        ours, stock = (answers[-1][side]["peak"] for side in SIDES)
-        yield Row("step", f"peak memory of the process's tensors: {name}", round(ours), round(stock), "MiB",
-                  round(ours / stock, 3), None, {"ours": None, "stock": None}, 1, 0.0)  # fmt: skip
-        for worker in workers.values():
-            worker.close()
+        with Workers({side: Worker(__name__, side, path, size) for side in SIDES}) as workers:
+            workers.ask(SIDES, together=True, length=short)
+            print(f"started after {time.perf_counter() - began:.0f} s", flush=True)
+            answers: list[dict[str, dict[str, Any]]] = []
+            for at in range(ROUNDS):
+                round_began = time.perf_counter()
+                answers.append(workers.ask(SIDES if at % 2 else SIDES[::-1], length=length))
+                for side, found in answers[-1].items():
+                    print(
+                        f"{side}: " + ", ".join(f"{k} {v if v is None else round(v, 2)}" for k, v in found.items()), flush=True
+                    )
+                yield from _rows(name, workers, [a for a in answers if len(a) == len(SIDES)] or answers[-1:])
+                now = time.perf_counter()
+                if len(answers[-1]) < len(SIDES) or now - began + (now - round_began) > SECONDS:
+                    break
+
+
+def _rows(name: str, workers: Workers, answers: list[dict[str, dict[str, Any]]]) -> Iterator[Row | Missing]:
+    """What is known so far: a later row takes the place of an earlier one."""
+    sides = [side for side in SIDES if side in answers[0]]
+    seconds = {side: median(a[side]["seconds"] for a in answers) for side in sides}
+    if len(sides) < len(SIDES):
+        yield Missing("step", f"step: {name}", "; ".join(workers.missing.values()), seconds)
+        return
+    same = {side: all(a[side]["exact"] for a in answers) for side in SIDES}
+    equal: dict[str, bool | None] = {"ours": same["exact"], "stock": same["stock"]}
+    none: dict[str, bool | None] = {"ours": None, "stock": None}
+    tokens = {side: mean(a[side]["tokens"] for a in answers) for side in SIDES}
+
+    def row(case: str, found: dict[str, float], unit: str, target: float | None, bits: dict[str, bool | None]) -> Row:
+        ours, stock = (found[side] for side in SIDES)
+        ratio = round(ours / max(stock, 1e-9), 3)
+        return Row("step", f"{case}: {name}", round(ours, 3), round(stock, 3), unit, ratio, target, bits, len(answers), 0.0)
+
+    yield row("step", seconds, "s", TARGET, equal)
+    yield row("sampled tokens of a step", tokens, "tokens", None, none)
+    yield row("step, for each million sampled tokens", {s: seconds[s] / tokens[s] * 1e6 for s in SIDES}, "s", None, equal)
+    rollout = {side: median(a[side]["rollout"] for a in answers) for side in SIDES}
+    yield row("rollout", rollout, "s", None, none)
+    yield row("all but the rollout", {side: seconds[side] - rollout[side] for side in SIDES}, "s", None, none)
+    yield row("peak memory of the process's tensors", {s: answers[-1][s]["peak"] for s in SIDES}, "MiB", None, none)
 
 
 def reward(completion_ids: list[list[int]], **_: Any) -> list[float | None]:
@@ -70,7 +93,7 @@ def _worker(side: str, path: str, size: str) -> None:
             "max_completion_length": length, "max_steps": 10**6, "temperature": 1.0,
         }  # fmt: skip
         trainer = (_ours if side == "exact" else _stock)(path, directory, settings, kv_gib)
-        trainer.add_callback(_turns(link))
+        trainer.add_callback(_turns(link, trainer))
         trainer.train()
 
 
@@ -101,34 +124,67 @@ def _ours(path: str, directory: str, settings: dict[str, Any], kv_gib: float) ->
 
 
 def _stock(path: str, directory: str, settings: dict[str, Any], kv_gib: float) -> Any:
-    """TRL as it comes, its vLLM in this process. Of vLLM's memory only the share is set, so that both sides fit."""
+    """TRL as it comes, its vLLM in this process. Only vLLM's memory is given in bytes, as ours is, so that both sides fit.
+
+    TRL would give a share of the GPU's memory, from which vLLM subtracts whatever another process takes meanwhile.
+    """
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # TRL's engine must be in this process
+    os.environ["VLLM_USE_FLASHINFER_SAMPLER"] = "0"  # see bench/sampler.py
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "VLLM_NO_USAGE_STATS": "1"}
     import torch
     from transformers import AutoModelForCausalLM
     from trl.trainer.grpo_trainer import GRPOTrainer
 
+    generation: Any = importlib.import_module("trl.generation.vllm_generation")
+    llm, memory = generation.LLM, {"kv_cache_memory_bytes": int(kv_gib * 2**30)}
+    generation.LLM = lambda **arguments: llm(**arguments | memory)
     dataset, tokenizer = _dataset(path)
-    total = torch.cuda.get_device_properties().total_memory / 2**30
-    share = (kv_gib + 6) / total  # and the model, and what vLLM computes with
     args = grpo_arguments(
-        directory, bf16=True, use_vllm=True, vllm_mode="colocate", vllm_max_model_length=1024,
-        vllm_gpu_memory_utilization=round(share, 3), **settings,
+        directory, bf16=True, use_cpu=not torch.cuda.is_available(), use_vllm=True, vllm_mode="colocate",
+        vllm_max_model_length=1024, vllm_gpu_memory_utilization=0.01, **settings,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     return GRPOTrainer(model, reward, args, train_dataset=dataset, processing_class=tokenizer)
 
 
-def _turns(link: Link) -> Any:
+def _limit(trainer: Any, length: int) -> None:
+    """How long completions may get from now on."""
+    trainer.max_completion_length = length
+    if (generation := getattr(trainer, "vllm_generation", None)) is not None:
+        generation.max_completion_length = length
+
+
+def _time_rollouts(trainer: Any) -> list[float]:
+    """Seconds of every call of TRL's vLLM from now on; ours are in the log."""
+    seconds: list[float] = []
+    if (generation := getattr(trainer, "vllm_generation", None)) is not None:
+        generate = generation.generate
+
+        def timed(*arguments: Any, **options: Any) -> Any:
+            began = time.perf_counter()
+            found = generate(*arguments, **options)
+            seconds.append(time.perf_counter() - began)
+            return found
+
+        generation.generate = timed
+    return seconds
+
+
+def _turns(link: Link, trainer: Any) -> Any:
     """A callback that waits before every step until this side is asked for one, and answers after it."""
     import torch
     from transformers import TrainerCallback
 
-    requests = link.requests()
+    requests, rollouts = link.requests(), _time_rollouts(trainer)
     cuda = torch.cuda.is_available()
 
     class Turns(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if next(requests, None) is None:
+            request = next(requests, None)
+            if request is None:
                 sys.exit(0)
+            _limit(trainer, request["length"])
+            rollouts.clear()
             self.began = time.perf_counter()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -145,8 +201,8 @@ def _turns(link: Link) -> Any:
             apart = logs.get("onpolicy/mismatched_tokens", logs.get("sampling/sampling_logp_difference/max"))
             link.send(
                 seconds=self.seconds, tokens=float(logs["completions/mean_length"]) * rows, exact=apart == 0,
+                rollout=logs.get("time/rollout", sum(rollouts)), train=logs.get("time/train"), sync=logs.get("time/sync"),
                 peak=torch.cuda.max_memory_allocated() / 2**20 if cuda else 0.0,
-                **{part: logs.get(f"time/{part}", 0.0) for part in ("rollout", "train", "sync")},
             )  # fmt: skip
 
     return Turns()

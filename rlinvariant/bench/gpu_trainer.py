@@ -12,44 +12,51 @@ from collections.abc import Callable, Iterator
 from statistics import median
 from typing import Any
 
-from rlinvariant.bench.measure import Link, Row, Worker, peak_memory, rounds
+from rlinvariant.bench.measure import Link, Missing, Row, Worker, Workers, peak_memory
 from rlinvariant.bench.trainer import padded_batch
 
 MODEL = "qwen3-1.7b"
-# name -> (rows, prompt tokens, completion tokens); ragged rows have an eighth to all of these
-SIZES = {"tiny": (4, 16, 24), "2k": (8, 512, 1536), "8k": (4, 1024, 7168)}
+# name -> (rows, prompt tokens, completion tokens, times); ragged rows have an eighth to all of these
+SIZES = {"tiny": (4, 16, 24, 2), "2k": (8, 512, 1536, 3), "8k": (4, 1024, 7168, 3)}
 LEAST = 1 / 8
 TARGETS = {"equal": 1.0, "ragged": 1.25}
 SIDES = ("exact", "stock")
 
 
-def rows(tiny: bool) -> Iterator[Row]:
+def rows(tiny: bool) -> Iterator[Row | Missing]:
     from rlinvariant.bench.models import build
 
     with tempfile.TemporaryDirectory() as directory:
         path = build("tiny" if tiny else MODEL, directory)
-        for size in ("tiny",) if tiny else ("2k", "8k"):
-            workers = {side: Worker(__name__, side, path, size) for side in SIDES}
-            yield from _size(workers, size, 2 if tiny else 5)
-            for worker in workers.values():
-                worker.close()
+        with Workers({side: Worker(__name__, side, path) for side in SIDES}) as workers:  # they start together
+            for size in ("tiny",) if tiny else ("2k", "8k"):
+                yield from _size(workers, size)
 
 
-def _size(workers: dict[str, Worker], size: str, count: int) -> Iterator[Row]:
-    same = {side: {case: worker.ask(case=case, what="bits")["same"] for case in TARGETS} for side, worker in workers.items()}
-    number, prompt, completion = SIZES[size]
+def _size(workers: Workers, size: str) -> Iterator[Row | Missing]:
+    number, prompt, completion, count = SIZES[size]
     for case, target in TARGETS.items():
-        equal: dict[str, bool | None] = {"ours": same["exact"][case], "stock": same["stock"][case]}
         name = f"{number} {case} rows of {'' if case == 'equal' else 'up to '}{prompt}+{completion} tokens"
-        for what, label in (("train", "forward + backward"), ("old", "the same, and TRL's old-logprob pass")):
-            rounds(workers, 1, case=case, what=what)  # warm up
-            answers = rounds(workers, count, case=case, what=what)
-            ours, stock = (median(a[side]["tokens"] / a[side]["seconds"] for a in answers) for side in SIDES)
-            yield Row("trainer", f"{name}, {label}", round(ours, 1), round(stock, 1), "tok/s", round(ours / stock, 3),
-                      target if what == "train" else None, equal, count, 0.0)  # fmt: skip
-    ours, stock = (workers[side].ask(what="memory")["peak"] for side in SIDES)
-    yield Row("trainer", f"{size}, peak memory: parameters, gradients, activations", round(ours), round(stock), "MiB",
-              round(ours / stock, 3), 1.0, {"ours": None, "stock": None}, 1, 0.0)  # fmt: skip
+        asked: dict[str, Any] = {"size": size, "case": case}
+        same = {side: found["same"] for side, found in workers.ask(SIDES, what="bits", **asked).items()}
+        workers.ask(SIDES, what="train", **asked)  # warm up
+        answers = workers.rounds(SIDES, count, what="train", **asked)
+        for what, label in (("train", "forward + backward"), ("step", "the same, and TRL's old-logprob pass")):
+            found = {side: [a[side]["tokens"] / a[side][what] for a in answers if side in a] for side in SIDES}
+            speed = {side: median(rates) for side, rates in found.items() if rates}
+            yield _row(workers, f"{name}, {label}", speed, "tok/s", target if what == "train" else None, same, count)
+    peak = {side: found["peak"] for side, found in workers.ask(SIDES, what="memory").items()}
+    yield _row(workers, f"{size}, peak memory: parameters, gradients, activations", peak, "MiB", 1.0, {}, 1)
+
+
+def _row(
+    workers: Workers, case: str, found: dict[str, float], unit: str, target: float | None, same: dict[str, bool], samples: int
+) -> Row | Missing:
+    if len(found) < len(SIDES):
+        return Missing("trainer", case, "; ".join(workers.missing.values()), found)
+    ours, stock = (found[side] for side in SIDES)
+    equal = {"ours": same.get("exact"), "stock": same.get("stock")}
+    return Row("trainer", case, round(ours, 1), round(stock, 1), unit, round(ours / stock, 3), target, equal, samples, 0.0)
 
 
 def grpo_arguments(directory: str, **settings: Any) -> Any:
@@ -83,55 +90,65 @@ def _trainer(side: str, path: str, directory: str) -> Any:
     return InvariantGRPOTrainer(model, args=grpo_arguments(directory, bf16=False, **settings), sampler=none, **shared)
 
 
-def _worker(side: str, path: str, size: str) -> None:
+def _worker(side: str, path: str) -> None:
     import torch
 
     link = Link()
     torch.manual_seed(0)
-    number, prompt, completion = SIZES[size]
     with tempfile.TemporaryDirectory() as directory:
         trainer = _trainer(side, path, directory)
     trainer.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs)
     device, model = trainer.accelerator.device, trainer.accelerator.prepare(trainer.model)
     model.train()
     wait, peak = _device(device.type)
-    shape = (trainer.model.config.vocab_size, number, prompt, completion)
-    batches = {case: [x.to(device) for x in padded_batch(case, *shape, LEAST)] for case in TARGETS}
-    upstream = torch.randn(number, completion, device=device)
 
-    def logprobs(ids: Any, mask: Any) -> Any:
+    def logprobs(ids: Any, mask: Any, completion: int) -> Any:
         with trainer.compute_loss_context_manager():
             return trainer._get_per_token_logps_and_entropies(model, ids, mask, completion, compute_entropy=True)[0]
 
     for request in link.requests():
-        ids, mask = batches[request.get("case", "equal")]
         if request["what"] == "memory":
             link.send(peak=peak())
-        elif request["what"] == "bits":  # every row with the others, and alone
+            continue
+        number, prompt, completion, _ = SIZES[request["size"]]
+        torch.manual_seed(0)  # the same batch every time, and on both sides
+        batch = padded_batch(request["case"], trainer.model.config.vocab_size, number, prompt, completion, LEAST)
+        ids, mask = (x.to(device) for x in batch)
+        if request["what"] == "bits":  # every row with the others, and alone
             with torch.no_grad():
-                full = logprobs(ids, mask)
-                alone = torch.cat([logprobs(ids[i : i + 1], mask[i : i + 1]) for i in range(number)])
+                full = logprobs(ids, mask, completion)
+                alone = torch.cat([logprobs(ids[i : i + 1], mask[i : i + 1], completion) for i in range(number)])
             keep = mask[:, -completion:].bool()
             link.send(same=torch.equal(full[keep].view(torch.int32), alone[keep].view(torch.int32)))
         else:
+            upstream = torch.randn(number, completion, device=device) * mask[:, -completion:]
             model.zero_grad(set_to_none=True)
             wait()
             began = time.perf_counter()
-            if request["what"] == "old" and side == "stock":
+            if side == "stock":
                 with torch.no_grad():
-                    logprobs(ids, mask)
-            ((logprobs(ids, mask) * upstream) * mask[:, -completion:]).sum().backward()
+                    logprobs(ids, mask, completion)
+                wait()
+            old = time.perf_counter()
+            (logprobs(ids, mask, completion) * upstream).sum().backward()
             wait()
-            link.send(seconds=time.perf_counter() - began, tokens=int(mask.sum()))
+            end = time.perf_counter()
+            link.send(train=end - old, step=end - began, tokens=int(mask.sum()))
 
 
 def _device(kind: str) -> tuple[Callable[[], None], Callable[[], float]]:
-    """How to wait for it, and its peak memory so far in MiB."""
+    """How to wait for it, and its peak memory in MiB: so far, on a GPU since last asked."""
     import torch
 
     if kind == "cpu":
         return lambda: None, peak_memory
-    return torch.cuda.synchronize, lambda: torch.cuda.max_memory_allocated() / 2**20
+
+    def peak() -> float:
+        found = torch.cuda.max_memory_allocated() / 2**20
+        torch.cuda.reset_peak_memory_stats()
+        return found
+
+    return torch.cuda.synchronize, peak
 
 
 if __name__ == "__main__":

@@ -6,11 +6,14 @@ processors meanwhile: only the quiet windows are kept, or, where there are few, 
 
 import json
 import os
+import select
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -35,6 +38,16 @@ class Row:
     samples: int
     others: float  # largest share of the processors that other processes used during a sample that counts
     cpu_ratio: float | None = None  # the same ratio of processor time, which other processes disturb less
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A comparison that was not made: whose process ended, and what the others measured."""
+
+    bench: str
+    case: str
+    missing: str
+    found: dict[str, float]
 
 
 class Others:
@@ -98,25 +111,125 @@ def _time(f: Callable[[], Any], loops: int) -> tuple[float, float]:
     return (time.perf_counter() - wall) / loops, (time.process_time() - cpu) / loops
 
 
+class WorkerEnded(RuntimeError):
+    """A worker's process ended before it answered."""
+
+
 class Worker:
     """A process that answers requests, one line of JSON each. Several take turns: one computes while the others wait."""
 
     def __init__(self, module: str, *arguments: str) -> None:
+        self.name = " ".join([module.rpartition(".")[2], *(a for a in arguments if "/" not in a)])
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        command = [sys.executable, "-m", module, *arguments]
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self.log, text=True, bufsize=1)
+        command, pipe = [sys.executable, "-m", module, *arguments], subprocess.PIPE
+        self.process = subprocess.Popen(  # with its own children, in a group that can be ended
+            command, stdin=pipe, stdout=pipe, stderr=self.log, text=True, bufsize=1, process_group=0
+        )
 
     def ask(self, **request: Any) -> dict[str, Any]:
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write(json.dumps(request) + "\n")
-        if line := self.process.stdout.readline():
-            return json.loads(line)
-        self.log.seek(0)
-        raise RuntimeError(f"{' '.join(map(str, self.process.args))} ended: {self.log.read()[-3000:]}")  # type: ignore[arg-type]
+        self.send(**request)
+        return self.answer()
 
-    def close(self) -> None:
-        self.process.communicate()
+    def send(self, **request: Any) -> None:
+        """Several workers compute at a time when all are sent to before any is waited for."""
+        assert self.process.stdin is not None
+        with suppress(BrokenPipeError):  # `answer` says why
+            self.process.stdin.write(json.dumps(request) + "\n")
+
+    def answer(self) -> dict[str, Any]:
+        """What it says to the request.
+
+        Raises:
+            WorkerEnded: it has ended; with its exit code and the end of its log.
+        """
+        assert self.process.stdout is not None
+        while not self.ready(2):
+            pass
+        if line := self.process.stdout.readline() if select.select([self.process.stdout], [], [], 0)[0] else "":
+            return json.loads(line)
+        raise WorkerEnded(f"{self.name} ended with exit code {self.process.wait()}\n{self._log()}")
+
+    def ready(self, seconds: float) -> bool:
+        """Whether it answers, or has ended, within `seconds`; a child of it may still have the other end of the pipe."""
+        assert self.process.stdout is not None
+        return bool(select.select([self.process.stdout], [], [], seconds)[0]) or self.process.poll() is not None
+
+    def _log(self, lines: int = 40) -> str:
+        """Its end, after earlier lines that name an error: a process that the worker started may have written them."""
+        size = os.fstat(self.log.fileno()).st_size
+        text = os.pread(self.log.fileno(), 1 << 18, max(0, size - (1 << 18))).decode(errors="replace").splitlines()
+        earlier = [line for line in text[:-lines] if "Error: " in line]
+        return "\n".join([*earlier[-10:], *text[-lines:]])
+
+    def no_more(self) -> None:
+        """Nothing will be asked: it ends."""
+        with suppress(OSError):
+            if self.process.stdin is not None:
+                self.process.stdin.close()
+
+    def close(self, seconds: float = 10) -> None:
+        """Let it end; after `seconds` end it, and whatever processes it has started."""
+        self.no_more()
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(seconds)
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+class Workers:
+    """Workers by side, some of which may end early. To be used with `with`."""
+
+    def __init__(self, workers: Mapping[str, Worker]) -> None:
+        self.alive, self.missing = dict(workers), dict[str, str]()
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self.alive.values():
+            worker.no_more()
+        for worker in self.alive.values():
+            worker.close()
+
+    def ask(self, sides: Iterable[str], together: bool = False, **request: Any) -> dict[str, dict[str, Any]]:
+        """{side: answer} of those that still are, one after the other or all at once."""
+        sides = [side for side in sides if side in self.alive]
+        for side in sides if together else ():
+            self.alive[side].send(**request)
+        found = {}
+        for side in sides:
+            if not together:
+                self.alive[side].send(**request)
+            found[side] = self._answer(side)
+        return {side: answer for side, answer in found.items() if answer is not None}
+
+    def first(self, sides: Sequence[str]) -> dict[str, dict[str, Any] | None]:
+        """The answers that come first of what has been sent; None: it has ended."""
+        while True:
+            if ready := [side for side in sides if self.alive[side].ready(0.5 / len(sides))]:
+                return {side: self._answer(side) for side in ready}
+
+    def _answer(self, side: str) -> dict[str, Any] | None:
+        try:
+            return self.alive[side].answer()
+        except WorkerEnded as ended:
+            print(ended, flush=True)
+            self.missing[side] = reason(str(ended))
+            self.alive.pop(side).close()
+            return None
+
+    def rounds(self, sides: Sequence[str], count: int, **request: Any) -> list[dict[str, dict[str, Any]]]:
+        """Ask in turns, `count` times. For a GPU, which nobody shares."""
+        return [self.ask(sides if at % 2 else sides[::-1], **request) for at in range(count)]
+
+
+def reason(text: str) -> str:
+    """Of a worker's end, in one line: what ended, and the last of its log that looks like an error."""
+    first, *log = text.splitlines()
+    errors = [line.strip() for line in log if "Error: " in line]
+    told = [line for line in errors if "Engine core" not in line and "Worker failed" not in line]  # vLLM's, of another process
+    return f"{first}: {(told or errors or log or [''])[-1][:300]}"
 
 
 class Link:
@@ -145,11 +258,6 @@ def turns(workers: dict[str, Worker], seconds: float, **request: Any) -> tuple[l
     return quietest(windows)
 
 
-def rounds(workers: dict[str, Worker], count: int, **request: Any) -> list[dict[str, dict[str, Any]]]:
-    """Ask all workers the same, in turns, `count` times: {name: answer} of each round. For a GPU, which nobody shares."""
-    return [{name: workers[name].ask(**request) for name in (workers if at % 2 else reversed(workers))} for at in range(count)]
-
-
 def peak_memory() -> float:
     """Of this process so far, MiB."""
     import resource
@@ -158,39 +266,68 @@ def peak_memory() -> float:
 
 
 def write(path: Path, rows: Iterable[Any], tiny: bool) -> None:
-    """Measure, print every row as it comes, and write {"environment", "rows"}; what came before a failure to PATH.partial.
+    """Measure, print every row as it comes, and write {"environment", "complete", "rows"} after each.
 
-    Exit 1 if the bits of ours differ anywhere.
+    A row takes the place of an earlier one of the same case. Exit 1 if the bits of ours differ anywhere, or a process ended.
     """
-    from rlinvariant.bench import gpu
-    from rlinvariant.report.rundir import environment
+    machine = Machine(tiny)
+    measured: dict[tuple[str, str], Any] = {}
 
-    began, others, measured, whole = os.getloadavg(), Others(), [], False
-    try:
-        for row in rows:
-            measured.append(row)
-            print(_line(row), flush=True)
-        whole = True
-    finally:
-        machine = {"loadavg": [began, os.getloadavg()], "others": round(others.share(), 3), "tiny": tiny, **gpu.environment()}
-        machine["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY")
-        path = path if whole else path.with_name(path.name + ".partial")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        content = {"environment": environment() | machine, "rows": [asdict(row) for row in measured]}
-        path.write_text(json.dumps(content, indent=1) + "\n")
-        print(path)
-    if differing := [what for row in measured if (what := _differing(row))]:
+    def save(complete: bool) -> None:
+        machine.write(path, {"complete": complete, "rows": [asdict(row) for row in measured.values()]})
+
+    end_on_sigterm()
+    for row in rows:
+        measured[row.bench, row.case if hasattr(row, "case") else f"{row.model}, {row.dtype}, {row.compared}"] = row
+        print(_line(row), flush=True)
+        save(complete=False)
+    missing = [row.missing for row in measured.values() if isinstance(row, Missing)]
+    save(complete=not missing)
+    print(path)
+    if differing := [what for row in measured.values() if (what := _differing(row))]:
         sys.exit(f"BITS DIFFER in {len(differing)} rows: {'; '.join(differing)[:2000]}")
+    if missing:
+        sys.exit(f"not measured: {'; '.join(dict.fromkeys(missing))}")
+
+
+class Machine:
+    """What a file of results says about where it was measured, from now on."""
+
+    def __init__(self, tiny: bool) -> None:
+        from rlinvariant.bench import gpu
+        from rlinvariant.report.rundir import environment
+
+        self._known = environment() | {"tiny": tiny, **gpu.environment()}
+        self._began, self._start, self._others, self._most = os.getloadavg(), time.perf_counter(), Others(), 0.0
+
+    def write(self, path: Path, content: dict[str, Any]) -> None:
+        """In one move: whoever ends this process leaves a whole file."""
+        self._most = max(self._most, self._others.share())
+        now = {"loadavg": [self._began, os.getloadavg()], "others": round(self._most, 3)}
+        now |= {"seconds": round(time.perf_counter() - self._start, 1), "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY")}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(json.dumps({"environment": self._known | now, **content}, indent=1) + "\n")
+        partial.replace(path)
+
+
+def end_on_sigterm() -> None:
+    """As by an exception, so that workers end too."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
 
 def _differing(row: Any) -> str:
     """What must not be: ours, dependent on the batch, or a token that sampler and trainer see differently."""
+    if isinstance(row, Missing):
+        return ""
     if isinstance(row, Row):
         return row.case if row.bench != "peer" and row.bits_equal["ours"] is False else ""
     return f"{row.model}, {row.compared}: {row.mismatched}" if row.mismatched else ""
 
 
 def _line(row: Any) -> str:
+    if isinstance(row, Missing):
+        return f"MISSING  {row.case}: {row.missing}; {row.found}"
     if not isinstance(row, Row):
         return " ".join(f"{name}={value}" for name, value in asdict(row).items())
     bits = " ".join(f"{side} {'same' if same else 'DIFFER'}" for side, same in row.bits_equal.items() if same is not None)

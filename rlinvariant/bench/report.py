@@ -2,28 +2,34 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Sequence
+from html import escape
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 HEAD = "| case | ours | stock | | ratio | target | invariant: ours | stock |\n|---|--:|--:|---|--:|--:|---|---|"
 YES = {True: "yes", False: "no", None: ""}
-# bench -> (row, column) of a case, for those with a number for each of many sizes
-MATRICES = {
-    "linear": re.compile(r"^(?P<row>.+?)(?:, (?P<column>\d+) x \d+ -> \d+|, (?P<mean>\d+) rows)$"),
-    "norms": re.compile(r"^(?P<row>.+), (?P<column>\d+) x .+$"),
-}
+MARKED = re.compile(r"<!-- ([\w./-]+) -->\n.*?<!-- end -->", re.DOTALL)
+# Cases that differ in size alone share a line of the README: what they match is replaced
+SIZES = [
+    (re.compile(r"^\S+ \S+, (\d+) x \d+ -> \d+$"), r"\1 rows, each shape"),
+    (re.compile(r"^(\w+), [^,]+, \d+ x [\dx+ ]+$"), r"\1"),
+    (re.compile(r"^decode (?:16|64|256) at 2048, \S+"), "decode, batch 16 to 256 at 2048,"),
+    (re.compile(r"^token_logprobs, [^,]+, [^,]+"), "token_logprobs"),
+    (re.compile(r"^sample, \d+ x \d+"), "sample"),
+]
+OURS, THEIRS, LABEL, BAR, WIDTH = "#1f6f54", "#b9b9b9", 330, 330, 720  # of the figure
 
 
 def main(directory: Path | None, readme: Path | None) -> None:
     """Print the tables of one directory, or of all results; or update a file; and draw what can be drawn."""
-    directories = [directory] if directory is not None else sorted(path.parent for path in RESULTS.glob("*/*.json"))
-    directories = list(dict.fromkeys(directories))
+    directories = [directory] if directory is not None else sorted({path.parent for path in RESULTS.glob("*/*.json")})
+    if readme is not None:
+        update(readme, directories)
     for one in directories:
-        if readme is not None:
-            update(readme, one)
-        else:
+        if readme is None:
             print(markdown(one))
         figure(one)
 
@@ -31,79 +37,118 @@ def main(directory: Path | None, readme: Path | None) -> None:
 def markdown(directory: Path) -> str:
     """One section for each file of `directory`."""
     sections = []
-    for name, environment, rows in _files(directory):
+    for name, content in _files(directory).items():
+        if name == "parity_soak":
+            sections.append("### soak\n\n" + _soak(content))
+            continue
         if name == "parity":
-            sections.append("### parity\n\n" + _parity(rows))
+            sections.append("### parity\n\n" + _parity(content["rows"]))
             continue
         lines = [HEAD]
-        for row in rows:
+        for row in content["rows"]:
+            if "missing" in row:
+                lines.append(_missing(row, 7))
+                continue
             bits = row["bits_equal"]
             lines.append(
                 f"| {row['case']} | {_number(row['ours'])} | {_number(row['stock'])} | {row['unit']} | {row['ratio']:.2f} "
                 f"| {_target(row)} | {YES[bits['ours']]} | {YES[bits['stock']]} |"
             )
-        sections.append(f"### {name}\n\n{_where(environment)}\n\n" + "\n".join(lines))
+        sections.append(f"### {name}\n\n{_where(content['environment'])}\n\n" + "\n".join(lines) + _incomplete(content))
     return "\n\n".join(sections)
 
 
-def update(readme: Path, directory: Path) -> None:
+def update(readme: Path, directories: Sequence[Path]) -> None:
     """Put the tables that the README shows between `<!-- NAME -->` (CPU) or `<!-- GPU/NAME -->` and `<!-- end -->`.
 
-    On a CPU: parity, and of the costs those with a target, whole steps and the training part.
+    A file that is not there leaves "not measured yet". With one directory, the marks of others stay as they are.
     """
-    text = readme.read_text()
-    for name, environment, rows in _files(directory):
-        marker, table = (f"{directory.name}/{name}", _gpu_table) if "gpu" in environment else (name, _costs)
-        begin, end = f"<!-- {marker} -->", "<!-- end -->"
-        if begin not in text:
-            continue
-        before, _, rest = text.partition(begin)
-        content = _parity(rows) if name == "parity" else table(rows)
-        text = f"{before}{begin}\n{content}\n{end}{rest.partition(end)[2]}"
-    readme.write_text(text)
+    found = {directory.name: directory for directory in directories}
+
+    def replaced(match: re.Match[str]) -> str:
+        place, _, name = match[1].rpartition("/")
+        place = place or "cpu"
+        if place not in found and found.keys() != {path.parent.name for path in RESULTS.glob("*/*.json")}:
+            return match[0]
+        content = _files(found[place]).get(name) if place in found else None
+        return f"<!-- {match[1]} -->\n{_table(name, content)}\n<!-- end -->"
+
+    readme.write_text(MARKED.sub(replaced, readme.read_text()))
+
+
+def _table(name: str, content: dict[str, Any] | None) -> str:
+    if content is None:
+        return "not measured yet"
+    if name == "parity_soak":
+        return _soak(content)
+    if name == "parity":
+        return _parity(content["rows"]) + _incomplete(content)
+    if "gpu" not in content["environment"]:  # of the costs those with a target, whole steps and the training part
+        return _costs(content["rows"])
+    return _gpu_table(content["rows"]) + _incomplete(content)
 
 
 def figure(directory: Path) -> None:
-    """cost.svg: time as a share of stock's, of engines, trainer and step. Nothing where there is no such file."""
-    found = {name: rows for name, environment, rows in _files(directory) if "gpu" in environment}
-    bars = [bar for name in ("sampler", "trainer", "step") for row in found.get(name, []) if (bar := _bar(row))]
-    if not bars:
-        return
-    try:
-        import matplotlib  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        print(f"{directory / 'cost.svg'}: not drawn, matplotlib is not installed")
-        return
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "rlinvariant"
-    from matplotlib import pyplot  # pyright: ignore[reportMissingImports]
+    """cost.svg: time as a multiple of stock's, of engines, trainer and step. Nothing where there is no such file."""
+    files = _files(directory)
+    rows = [
+        row
+        for name in ("sampler", "trainer", "step")
+        if "gpu" in files.get(name, {}).get("environment", ())
+        for row in files[name]["rows"]
+    ]
+    if bars := [bar for row in rows if (bar := _bar(row))]:
+        (directory / "cost.svg").write_text(_svg(bars))
+        print(directory / "cost.svg")
 
-    labels, times, ours = zip(*reversed(bars), strict=True)
-    plot, axes = pyplot.subplots(figsize=(8, 0.9 + 0.3 * len(bars)), layout="constrained")
-    drawn = axes.barh(range(len(bars)), times, color=["#1f6f54" if mine else "#b9b9b9" for mine in ours])
-    axes.bar_label(drawn, fmt="%.2f", padding=3, fontsize=8)
-    axes.axvline(1.0, color="black", linewidth=1)
-    axes.set_yticks(range(len(bars)), labels, fontsize=8)
-    axes.set_xlabel("time, as a multiple of stock vLLM's or stock TRL's")
-    axes.spines[["top", "right"]].set_visible(False)
-    plot.savefig(directory / "cost.svg", metadata={"Date": None})
-    print(directory / "cost.svg")
+
+def _svg(bars: Sequence[tuple[str, float, bool]]) -> str:
+    """A bar for each (label, time over stock's, whether it is ours), and a line at 1."""
+    scale = BAR / max(1.25, *(time for _, time, _ in bars))
+    height, one = 22 * len(bars) + 44, LABEL + scale
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" font-family="sans-serif" font-size="12">',
+        f'<rect width="{WIDTH}" height="{height}" fill="white"/>',
+    ]
+    for i, (label, time, mine) in enumerate(bars):
+        y, end = 22 * i + 8, LABEL + time * scale
+        lines += [
+            f'<text x="{LABEL - 8}" y="{y + 12}" text-anchor="end">{escape(label)}</text>',
+            f'<rect x="{LABEL}" y="{y}" width="{time * scale:.1f}" height="16" fill="{OURS if mine else THEIRS}"/>',
+            f'<text x="{end + 6:.1f}" y="{y + 12}">{time:.2f}</text>',
+        ]
+    note = "time, as a multiple of stock vLLM's or stock TRL's (line: 1)"
+    lines += [
+        f'<line x1="{one:.1f}" x2="{one:.1f}" y1="4" y2="{height - 30}" stroke="black"/>',
+        f'<text x="{LABEL}" y="{height - 12}">{note}</text>',
+        "</svg>",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def _bar(row: dict[str, Any]) -> tuple[str, float, bool] | None:
     """(label, time over stock's, whether it is ours), or None for what is no time."""
-    if row["unit"] not in ("tok/s", "s") or (row["bench"] != "peer" and row["target"] is None):
+    if "missing" in row or row["unit"] not in ("tok/s", "s") or row["ratio"] <= 0:
+        return None
+    if row["target"] is None and (row["bench"] != "peer" or row["unit"] != "tok/s"):
         return None
     label = row["case"].split(";")[0].removeprefix("ours: ")
     return label, 1 / row["ratio"] if row["unit"] == "tok/s" else row["ratio"], row["bench"] != "peer"
 
 
-def _files(directory: Path) -> Iterator[tuple[str, dict[str, Any], list[dict[str, Any]]]]:
-    """Name, environment and rows of every result."""
-    for path in sorted(directory.glob("*.json")):
-        content = json.loads(path.read_text())
-        if "rows" in content:
-            yield path.stem, content["environment"], content["rows"]
+def _files(directory: Path) -> dict[str, dict[str, Any]]:
+    """Every result, by name."""
+    found = {path.stem: json.loads(path.read_text()) for path in sorted(directory.glob("*.json"))}
+    return {name: content for name, content in found.items() if "rows" in content or "runs" in content}
+
+
+def _incomplete(content: dict[str, Any]) -> str:
+    return "" if content.get("complete", True) else "\n\nNot complete: the run ended early, or an engine did."
+
+
+def _missing(row: dict[str, Any], columns: int) -> str:
+    why = row["missing"].replace("|", "\\|")
+    return f"| {row['case']} | not measured: {why} |" + " |" * (columns - 1)
 
 
 def _where(environment: dict[str, Any]) -> str:
@@ -133,6 +178,8 @@ def _parity(rows: list[dict]) -> str:
     """One line per model and comparison: the two temperatures and the two micro-batches are added up."""
     table: dict[tuple[str, str, str], list[int]] = {}
     for row in rows:
+        if "missing" in row:
+            continue
         key = (f"{row['model']}, {row['dtype']}", row["compared"].split(", T =")[0].split(", micro")[0], row["control"])
         sums = table.setdefault(key, [0, 0, 0])
         for i, name in enumerate(("tokens", "mismatched", "control_mismatched")):
@@ -141,6 +188,7 @@ def _parity(rows: list[dict]) -> str:
     for (model, compared, control), (tokens, mismatched, differing) in table.items():
         of = control.rpartition("first ")[2].removesuffix(" tokens") if "first " in control else f"{tokens:,}"
         lines.append(f"| {model} | {compared} | **{mismatched:,}** / {tokens:,} | {differing:,} / {of} |")
+    lines += [_missing(row, 3) for row in rows if "missing" in row]
     return "\n".join(lines)
 
 
@@ -153,31 +201,55 @@ def _costs(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def _soak(content: dict[str, Any]) -> str:
+    control = content["control"]
+    against = f"{control['mismatched']:,} / {control['tokens']:,}" if control else "not measured yet"
+    return "\n".join(
+        [
+            "| soak | mismatched / tokens | coverage | control: stock vLLM |",
+            "|---|--:|--:|--:|",
+            f"| {content['model']}, sampler against trainer, {len(content['runs'])} runs | **{content['mismatched']:,}** / "
+            f"{content['tokens']:,} | {content['coverage']:.6g} | {against} |",
+        ]
+    )
+
+
 def _gpu_table(rows: list[dict]) -> str:
-    """All rows, as a matrix of ratios where there are many sizes of the same."""
-    if rows and (pattern := MATRICES.get(rows[0]["bench"])):
-        return _matrix(rows, pattern)
-    head = "| measured | ours | stock | | ratio | target | met | invariant: ours | stock |"
-    lines = [head, "|---|--:|--:|---|--:|--:|---|---|---|"]
-    for row in rows:
-        numbers = f"{_number(row['ours'])} | {_number(row['stock'])} | {row['unit']} | **{row['ratio']:.2f}** | {_target(row)}"
-        bits = row["bits_equal"]
-        lines.append(f"| {row['case']} | {numbers} | {YES[_met(row)]} | {YES[bits['ours']]} | {YES[bits['stock']]} |")
-    return "\n".join(lines)
+    """A line for each comparison that has a target, or is a rate or a peer's; the sizes of one share a line.
+
+    Where nothing has a target, all are shown.
+    """
+    shown = [r for r in rows if "missing" in r or r["target"] is not None or r["unit"] == "tok/s" or r["bench"] == "peer"]
+    groups: dict[tuple[str, float | None], list[dict]] = {}
+    for row in rows if all(row.get("target") is None for row in rows) else shown:
+        groups.setdefault((_label(row["case"]), row.get("target")), []).append(row)
+    head = "| measured | ours / stock | ratio | target | met | invariant: ours | stock |"
+    return "\n".join([head, "|---|--:|--:|--:|---|---|---|", *(_group(label, some) for (label, _), some in groups.items())])
 
 
-def _matrix(rows: list[dict], pattern: re.Pattern[str]) -> str:
-    """Ratios, a line for each case and a column for each number of rows; what misses its target is bold."""
-    cells: dict[str, dict[int, str]] = {}
-    for row in rows:
-        found = pattern.match(row["case"])
-        if found is None:
-            raise ValueError(f"{row['bench']}: a case of another form: {row['case']}")
-        names = found.groupdict()
-        ratio = f"{row['ratio']:.2f}"
-        cells.setdefault(names["row"], {})[int(names["column"] or names["mean"])] = ratio if _met(row) else f"**{ratio}**"
-    columns = sorted({column for line in cells.values() for column in line})
-    lines = ["| time / stock, for rows: | " + " | ".join(map(str, columns)) + " |", "|---|" + "--:|" * len(columns)]
-    lines += [f"| {name} | " + " | ".join(line.get(c, "") for c in columns) + " |" for name, line in cells.items()]
-    met = sum(_met(row) is True for row in rows)
-    return "\n".join(lines) + f"\n\n{met} of {len(rows)} meet their target; bold: missed."
+def _label(case: str) -> str:
+    for pattern, label in SIZES:
+        case = pattern.sub(label, case)
+    return case
+
+
+def _group(label: str, rows: list[dict]) -> str:
+    if "missing" in rows[0]:
+        return _missing(rows[0], 6)
+    ratios = [row["ratio"] for row in rows]
+    if len(rows) == 1:
+        numbers = f"{_number(rows[0]['ours'])} / {_number(rows[0]['stock'])} {rows[0]['unit']}"
+        ratio, met = f"**{ratios[0]:.2f}**", YES[_met(rows[0])]
+    else:
+        numbers = f"{len(rows)} sizes"
+        ratio, met = f"**{median(ratios):.2f}** ({min(ratios):.2f} to {max(ratios):.2f})", _of([_met(row) for row in rows])
+    sides = [_of([row["bits_equal"][side] for row in rows]) for side in ("ours", "stock")]
+    return f"| {label} | {numbers} | {ratio} | {_target(rows[0])} | {met} | {sides[0]} | {sides[1]} |"
+
+
+def _of(found: Sequence[bool | None]) -> str:
+    """How many are true: all, none, or so many of them."""
+    known = [x for x in found if x is not None]
+    if len(set(known)) < 2:
+        return YES[known[0] if known else None]
+    return f"{sum(known)} of {len(known)}"

@@ -1,7 +1,8 @@
 """Tokens per second of the exact sampler against stock vLLM with its defaults, and against VLLM_BATCH_INVARIANT=1.
 
-Each engine has a process of its own on the same GPU, and they take turns. First it is seen whether a request has the same
-log-probs alone as among 256: the stock engines are given seeds for that, and none when they are timed.
+Each engine has a process of its own on the same GPU; they start together, which takes less time than one after the other, and
+then take turns. First it is seen whether a request has the same log-probs alone as among 256: the stock engines are given
+seeds for that, and none when they are timed. An engine that ends early costs its own rows alone.
 """
 
 import os
@@ -13,55 +14,85 @@ from collections.abc import Iterator, Sequence
 from statistics import median
 from typing import Any, Protocol
 
-from rlinvariant.bench.measure import Link, Row, Worker, rounds
+from rlinvariant.bench.measure import Link, Missing, Row, Worker, Workers
 from rlinvariant.rollout import Completion
 
 MODEL = "qwen3-1.7b"
 TARGETS = {1: 0.92, 16: 0.95, 64: 0.95, 256: 0.97}
-PROMPT, LENGTH, ALONE = (64, 512), 256, 6  # tokens; new tokens; requests that are also run alone
+PROMPT, LENGTH, ALONE = (64, 512), 256, 4  # tokens; new tokens; requests that are also run alone
 KV_GIB = 28  # for 256 requests of the longest kind
-NAMES = {"exact": "ours", "stock": "stock vLLM", "peer": "VLLM_BATCH_INVARIANT=1"}
+ROUNDS, PEER_ROUNDS = 3, 1  # of each batch; the peer has no target and is slow
+ENGINES = ("exact", "stock", "peer")
+NAMES = {
+    "exact": "ours",
+    "logprobs": "ours, and vLLM's own report of log-probs (logprobs=0)",
+    "peer": "VLLM_BATCH_INVARIANT=1",
+}
 
 
 class Engine(Protocol):
     vocabulary: int
 
-    def generate(self, prompts: Sequence[list[int]], length: int, seeds: Sequence[int] | None) -> list[Completion]: ...
+    def generate(
+        self, prompts: Sequence[list[int]], length: int, seeds: Sequence[int] | None, logprobs: bool = False
+    ) -> list[Completion]: ...
 
     def forget(self) -> None: ...
 
 
-def rows(tiny: bool) -> Iterator[Row]:
+def rows(tiny: bool) -> Iterator[Row | Missing]:
     from rlinvariant.bench.models import build
 
-    size, count = ("tiny", 2) if tiny else ("full", 5)
-    batches = (1, 4) if tiny else tuple(TARGETS)
     with tempfile.TemporaryDirectory() as directory:
-        path = build("tiny" if tiny else MODEL, directory)
-        workers = {side: Worker(__name__, side, path, size) for side in NAMES}  # they start together
-        alone = {side: worker.ask(what="alone") for side, worker in workers.items()}
-        same = {side: found["differing"] == 0 for side, found in alone.items()}
-        for side in ("exact", "peer"):
-            found, stock = alone[side], alone["stock"]
-            case = f"{NAMES[side]}: {found['requests']} requests alone against among {found['batch']}: log-probs that differ"
-            yield Row(_bench(side), case, found["differing"], stock["differing"], f"of {found['tokens']}",
-                      round(found["differing"] / max(1, stock["differing"]), 3), 0.0 if side == "exact" else None,
-                      {"ours": same[side], "stock": same["stock"]}, 1, 0.0)  # fmt: skip
-        for batch in batches:
-            rounds(workers, 1, what="generate", batch=batch)  # warm up
-            answers = rounds(workers, count, what="generate", batch=batch)
-            speed = {side: median(a[side]["tokens"] / a[side]["seconds"] for a in answers) for side in NAMES}
+        model = "tiny" if tiny else MODEL
+        path = build(model, directory)
+        engines = {side: Worker(__name__, side, path, "tiny" if tiny else "full") for side in ENGINES}
+        with Workers(engines) as workers:
+            started = {side: a["seconds"] for side, a in workers.ask(ENGINES, together=True, what="start").items()}
             for side in ("exact", "peer"):
-                yield Row(_bench(side), f"{NAMES[side]}: {MODEL}, batch {batch}", round(speed[side], 1),
-                          round(speed["stock"], 1), "tok/s", round(speed[side] / speed["stock"], 3),
-                          TARGETS.get(batch) if side == "exact" else None,
-                          {"ours": same[side], "stock": same["stock"]}, count, 0.0)  # fmt: skip
-        for worker in workers.values():
-            worker.close()
+                yield _row(workers, side, "seconds to start, all engines at once", started, "s", None, {}, 1)
+            alone = workers.ask(ENGINES, what="alone")
+            same = {side: found["differing"] == 0 for side, found in alone.items()}
+            apart = {side: float(found["differing"]) for side, found in alone.items()}
+            for side in ("exact", "peer"):
+                found = next(iter(alone.values()), {"requests": 0, "batch": 0, "tokens": 0})
+                case = f"{found['requests']} requests alone against among {found['batch']}: log-probs that differ"
+                target = 0.0 if side == "exact" else None
+                yield _row(workers, side, case, apart, f"of {found['tokens']}", target, same, 1)
+            for batch in (1, 4) if tiny else tuple(TARGETS):
+                yield from _batch(workers, f"{model}, batch {batch}", batch, TARGETS.get(batch), same)
 
 
-def _bench(side: str) -> str:
-    return "peer" if side == "peer" else "sampler"
+def _batch(workers: Workers, case: str, batch: int, target: float | None, same: dict[str, bool]) -> Iterator[Row | Missing]:
+    """Rates at one batch size; the first and the largest are warm already."""
+    asked: dict[str, Any] = {"what": "generate", "batch": batch}
+    if batch not in (min(TARGETS), max(TARGETS)):
+        workers.ask(ENGINES, **asked)
+    rates: dict[str, list[float]] = {side: [] for side in (*NAMES, "stock")}
+    for at in range(ROUNDS):
+        turn = ("exact", "logprobs", "stock", *(("peer",) if at < PEER_ROUNDS else ()))
+        for side in turn if at % 2 else turn[::-1]:
+            engine, more = ("exact", {"logprobs": True}) if side == "logprobs" else (side, {})
+            for found in workers.ask([engine], **asked, more=more).values():
+                rates[side].append(found["tokens"] / found["seconds"])
+    speed = {side: median(values) for side, values in rates.items() if values}
+    for side in NAMES:
+        yield _row(workers, side, case, speed, "tok/s", target if side == "exact" else None, same, len(rates[side]))
+
+
+def _row(
+    workers: Workers, side: str, case: str, found: dict[str, float], unit: str, target: float | None,
+    same: dict[str, bool], samples: int,
+) -> Row | Missing:  # fmt: skip
+    """One side against the stock engine, or what is known of them where one has ended."""
+    bench, case = "peer" if side == "peer" else "sampler", f"{NAMES[side]}: {case}"
+    engine = "exact" if side == "logprobs" else side
+    if side not in found or "stock" not in found:
+        gone = [reason for name, reason in workers.missing.items() if name in (engine, "stock")]
+        return Missing(bench, case, "; ".join(gone), {s: round(found[s], 1) for s in (side, "stock") if s in found})
+    ratio = round(found[side] / max(found["stock"], 1e-9 if unit in ("tok/s", "s") else 1), 3)
+    equal = {"ours": same.get(engine), "stock": same.get("stock")}
+    return Row(bench, case, round(found[side], 1), round(found["stock"], 1), unit, ratio, target, equal, samples, 0.0)
 
 
 class _Ours:
@@ -71,16 +102,22 @@ class _Ours:
         self.sampler = Sampler(path, invariant=True, max_model_len=tokens, kv_cache_gib=kv_gib)
         self.vocabulary = self.sampler.llm.llm_engine.model_config.get_vocab_size()
 
-    def generate(self, prompts: Sequence[list[int]], length: int, seeds: Sequence[int] | None) -> list[Completion]:
+    def generate(
+        self, prompts: Sequence[list[int]], length: int, seeds: Sequence[int] | None, logprobs: bool = False
+    ) -> list[Completion]:
         seeds = range(len(prompts)) if seeds is None else seeds
-        return self.sampler.generate(prompts, seeds, temperature=1.0, max_tokens=length, ignore_eos=True)
+        more: dict[str, Any] = {"logprobs": 0} if logprobs else {}
+        return self.sampler.generate(prompts, seeds, temperature=1.0, max_tokens=length, ignore_eos=True, **more)
 
     def forget(self) -> None:
         self.sampler.llm.reset_prefix_cache()
 
 
 class _Stock:
-    """vLLM with its defaults; only the memory for keys and values is given, so that several engines fit."""
+    """vLLM with its defaults; only the memory for keys and values is given, so that several engines fit.
+
+    It is asked for the log-prob of each token, as ours always has it.
+    """
 
     def __init__(self, path: str, tokens: int, kv_gib: float) -> None:
         from vllm import LLM
@@ -91,7 +128,9 @@ class _Stock:
         )  # fmt: skip
         self.vocabulary = self.llm.llm_engine.model_config.get_vocab_size()
 
-    def generate(self, prompts: Sequence[list[int]], length: int, seeds: Sequence[int] | None) -> list[Completion]:
+    def generate(
+        self, prompts: Sequence[list[int]], length: int, seeds: Sequence[int] | None, logprobs: bool = True
+    ) -> list[Completion]:
         from vllm import SamplingParams
 
         shared: Any = {"temperature": 1.0, "max_tokens": length, "logprobs": 0, "detokenize": False, "ignore_eos": True}
@@ -109,15 +148,21 @@ class _Stock:
 
 
 def _worker(side: str, path: str, size: str) -> None:
+    began = time.perf_counter()
     link = Link()
-    os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
+    os.environ["VLLM_LOGGING_LEVEL"] = "WARNING"
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    if side != "exact":
+        # FlashInfer's sampler serves top-p and top-k alone, of which there is none here; but vLLM's warm-up calls it, which
+        # compiles it with nvcc, and without its sources the engine ends
+        os.environ["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
     if side == "peer":
         os.environ["VLLM_BATCH_INVARIANT"] = "1"
-    serve(link, (_Ours if side == "exact" else _Stock)(path, 1024, KV_GIB if size == "full" else 0.5), size)
+    engine = (_Ours if side == "exact" else _Stock)(path, 1024, KV_GIB if size == "full" else 0.5)
+    serve(link, engine, size, time.perf_counter() - began)
 
 
-def serve(link: Link, engine: Engine, size: str) -> None:
+def serve(link: Link, engine: Engine, size: str, started: float) -> None:
     """Answer what `rows` asks."""
     from rlinvariant.bench.compare import differing
 
@@ -125,6 +170,9 @@ def serve(link: Link, engine: Engine, size: str) -> None:
     rng = random.Random(0)
     prompts = [[rng.randrange(engine.vocabulary) for _ in range(rng.randrange(*PROMPT))] for _ in range(batch)]
     for request in link.requests():
+        if request["what"] == "start":
+            link.send(seconds=started)
+            continue
         engine.forget()
         if request["what"] == "alone":
             seeds = list(range(1, batch + 1))
@@ -136,7 +184,7 @@ def serve(link: Link, engine: Engine, size: str) -> None:
             link.send(differing=count, tokens=few * length, requests=few, batch=batch)
         else:
             began = time.perf_counter()
-            out = engine.generate(prompts[: request["batch"]], length, None)
+            out = engine.generate(prompts[: request["batch"]], length, None, **request.get("more", {}))
             seconds = time.perf_counter() - began
             link.send(seconds=seconds, tokens=sum(len(c.token_ids) for c in out))
 

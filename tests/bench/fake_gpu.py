@@ -1,8 +1,10 @@
 """A CPU in place of the GPU, so that the GPU benchmarks' own code can run here: tensors, graphs and clocks, no kernels."""
 
+import random
 import sys
 import time
 import types
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -106,3 +108,34 @@ def install_attention(monkeypatch, attention) -> None:
     kernels = types.ModuleType("rlinvariant.kernels.attention")
     vars(kernels)["schedule"] = lambda *_: None
     monkeypatch.setitem(sys.modules, kernels.__name__, kernels)
+
+
+def engine():
+    """A class in place of `vllm.LLM` as TRL uses it: draws at random, and remembers what it was given."""
+
+    class Engine:
+        arguments, limits, loaded = {}, [], 0
+
+        def __init__(self, **arguments):
+            Engine.arguments = arguments
+            runner = SimpleNamespace(model=self)
+            worker = SimpleNamespace(model_runner=runner)
+            self.llm_engine = SimpleNamespace(model_executor=SimpleNamespace(driver_worker=worker))
+
+        def load_weights(self, pairs):
+            Engine.loaded += len(list(pairs))
+
+        def reset_prefix_cache(self):
+            return True
+
+        def generate(self, prompts, sampling_params, use_tqdm):
+            Engine.limits.append(sampling_params.max_tokens)
+            return [self._output(p["prompt_token_ids"], 1 + i % sampling_params.max_tokens) for i, p in enumerate(prompts)]
+
+        @staticmethod
+        def _output(prompt, length):
+            ids = [random.randrange(9, 1000) for _ in range(length)]
+            logprobs = [{i: SimpleNamespace(logprob=-6.9, rank=1)} for i in ids]
+            return SimpleNamespace(prompt_token_ids=prompt, outputs=[SimpleNamespace(token_ids=ids, logprobs=logprobs)])
+
+    return Engine

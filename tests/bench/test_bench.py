@@ -26,7 +26,7 @@ def ops_json(tmp_path_factory):
 
 def test_rows_have_the_fields_of_the_schema(ops_json):
     content = json.loads(ops_json.read_text())
-    assert set(content) == {"environment", "rows"}
+    assert set(content) == {"environment", "complete", "rows"} and content["complete"] is True
     assert {"cpu", "packages", "git", "threads", "loadavg", "others", "OMP_WAIT_POLICY"} <= set(content["environment"])
     for row in content["rows"]:
         assert {name: isinstance(row[name], kind) for name, kind in FIELDS.items()} == dict.fromkeys(row, True)

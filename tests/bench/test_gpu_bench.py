@@ -2,7 +2,8 @@
 
 import importlib
 import json
-import sys
+from concurrent.futures import ThreadPoolExecutor
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -155,12 +156,12 @@ def test_rotation_gives_every_input_its_turn():
     assert len(turned) == gpu.LAUNCHES and {turned.count(i) for i in range(7)} == {2, 3}
 
 
-class Workers:
-    """In place of processes: what each would answer."""
+class Fakes:
+    """In place of processes: what each would answer; `dead` ones end when they are first asked."""
 
-    def __init__(self, monkeypatch, module, answer):
+    def __init__(self, monkeypatch, module, answer, dead=()):
         self.asked, self.closed = [], []
-        workers = self
+        fakes = self
 
         class Worker:
             def __init__(self, name, side, *arguments):
@@ -168,39 +169,79 @@ class Workers:
                 self.side = side
 
             def ask(self, **request):
-                workers.asked.append((self.side, request))
-                return answer(self.side, **request)
+                self.send(**request)
+                return self.answer()
+
+            def send(self, **request):
+                fakes.asked.append((self.side, request))
+                self.request = request
+
+            def answer(self):
+                if self.side in dead:
+                    raise measure.WorkerEnded(f"{self.side} ended with exit code 9\nValueError: no memory")
+                return answer(self.side, **self.request)
+
+            def ready(self, seconds):
+                return True
+
+            def no_more(self):
+                pass
 
             def close(self):
-                workers.closed.append(self.side)
+                fakes.closed.append(self.side)
 
         monkeypatch.setattr(module, "Worker", Worker)
         monkeypatch.setattr(models, "build", lambda *_, **__: "path")
 
 
-def test_sampler_rows_are_rates_with_a_target_and_a_peer(monkeypatch):
-    def answer(side, what, batch=None):
-        if what == "alone":
-            return {"differing": 0 if side == "exact" else 5, "tokens": 16, "requests": 2, "batch": 4}
-        return {"tokens": 8 * batch, "seconds": {"exact": 2.0, "stock": 1.0, "peer": 4.0}[side]}
+def _engine(side, what, batch=None, more=None):
+    if what == "start":
+        return {"seconds": 50.0 if side == "exact" else 100.0}
+    if what == "alone":
+        return {"differing": 0 if side == "exact" else 5, "tokens": 16, "requests": 2, "batch": 4}
+    return {"tokens": 8 * batch, "seconds": {"exact": 2.5 if more else 2.0, "stock": 1.0, "peer": 4.0}[side]}
 
-    workers = Workers(monkeypatch, sampler, answer)
+
+def test_sampler_rows_are_rates_with_a_target_and_a_peer(monkeypatch):
+    fakes = Fakes(monkeypatch, sampler, _engine)
     rows = list(sampler.rows(tiny=False))
     rates = {row.case: row for row in rows if row.unit == "tok/s"}
     ours, peer = rates["ours: qwen3-1.7b, batch 16"], rates["VLLM_BATCH_INVARIANT=1: qwen3-1.7b, batch 16"]
     assert (ours.bench, ours.ratio, ours.target, ours.bits_equal) == ("sampler", 0.5, 0.95, {"ours": True, "stock": False})
     assert (peer.bench, peer.ratio, peer.target, peer.bits_equal["ours"]) == ("peer", 0.25, None, False)
-    assert len(rates) == 8 and [row.ours for row in rows[:2]] == [0, 5] and sorted(workers.closed) == sorted(sampler.NAMES)
-    orders = ["".join(side[0] for side, request in workers.asked if request.get("batch") == 1)]
-    assert orders[0].startswith("pseespp") or "esppse" in orders[0], "the engines do not take turns"
+    assert (ours.samples, peer.samples) == (sampler.ROUNDS, sampler.PEER_ROUNDS)
+    reported = [row for row in rates.values() if "vLLM's own report" in row.case]
+    assert {(row.ratio, row.target) for row in reported} == {(0.4, None)} and len(reported) == 4
+    assert [(row.ours, row.unit) for row in rows[:4]] == [(50, "s"), (100, "s"), (0, "of 16"), (5, "of 16")]
+    assert len(rates) == 12 and sorted(fakes.closed) == sorted(sampler.ENGINES)
+    order = [side[0] + "r" * bool(request["more"]) for side, request in fakes.asked if request.get("batch") == 1]
+    assert order == ["p", "s", "er", "e", "e", "er", "s", "s", "er", "e"], "the engines do not take turns"
+
+
+@pytest.mark.parametrize("dead", ["peer", "stock", "exact"])
+def test_an_engine_that_ends_costs_its_own_rows_alone(monkeypatch, tmp_path, dead):
+    Fakes(monkeypatch, sampler, _engine, dead=[dead])
+    with pytest.raises(SystemExit, match="not measured: .*exit code 9: ValueError: no memory"):
+        measure.write(tmp_path / "x.json", sampler.rows(tiny=False), tiny=False)
+    content = json.loads((tmp_path / "x.json").read_text())
+    missing = [row for row in content["rows"] if "missing" in row]
+    assert content["complete"] is False and len(content["rows"]) == 16
+    assert len(missing) == {"peer": 6, "exact": 10, "stock": 16}[dead]
+    alive = [row["found"] for row in missing if row["case"] == "ours: qwen3-1.7b, batch 16"]
+    assert alive == {"peer": [], "exact": [{"stock": 128.0}], "stock": [{"exact": 64.0}]}[dead]
+    tables = report.markdown(tmp_path)
+    assert tables.count("not measured: ") == len(missing) and "Not complete" in tables
 
 
 @pytest.mark.parametrize("batchy", [False, True])
 def test_a_sampler_that_depends_on_its_batch_is_counted(batchy):
+    reported = []
+
     class Engine:
         vocabulary = 50
 
-        def generate(self, prompts, length, seeds):
+        def generate(self, prompts, length, seeds, logprobs=False):
+            reported.append(logprobs)
             shift = len(prompts) if batchy else 0
             return [Completion([1] * length, [-1.0 - shift] * length) for _ in prompts]
 
@@ -211,56 +252,130 @@ def test_a_sampler_that_depends_on_its_batch_is_counted(batchy):
         sent = []
 
         def requests(self):
-            return iter([{"what": "alone"}, {"what": "generate", "batch": 3}])
+            timed = {"what": "generate", "batch": 3}
+            return iter([{"what": "start"}, {"what": "alone"}, timed | {"more": {}}, timed | {"more": {"logprobs": True}}])
 
         def send(self, **answer):
             self.sent.append(answer)
 
     link = Link()
     link.sent = []
-    sampler.serve(link, Engine(), "tiny")
-    assert link.sent[0] == {"differing": 16 if batchy else 0, "tokens": 16, "requests": 2, "batch": 4}
-    assert link.sent[1]["tokens"] == 24
+    sampler.serve(link, Engine(), "tiny", 7.0)
+    assert link.sent[0] == {"seconds": 7.0}
+    assert link.sent[1] == {"differing": 16 if batchy else 0, "tokens": 16, "requests": 2, "batch": 4}
+    assert link.sent[2]["tokens"] == link.sent[3]["tokens"] == 24 and reported == [False] * 4 + [True]
 
 
 def test_trainer_rows_count_real_tokens_and_memory(monkeypatch):
-    def answer(side, what, case=None):
+    def answer(side, what, size=None, case=None):
         if what == "memory":
             return {"peak": 900.0 if side == "exact" else 1000.0}
         if what == "bits":
             return {"same": side == "exact"}
-        return {"seconds": 1.0 if side == "exact" else 2.0, "tokens": 100}
+        return {"train": 1.0 if side == "exact" else 2.0, "step": 1.0 if side == "exact" else 4.0, "tokens": 100}
 
-    Workers(monkeypatch, gpu_trainer, answer)
+    fakes = Fakes(monkeypatch, gpu_trainer, answer)
     rows = list(gpu_trainer.rows(tiny=False))
     assert [row.target for row in rows] == [1.0, None, 1.25, None, 1.0] * 2
-    assert {row.ratio for row in rows if row.unit == "tok/s"} == {2.0} and rows[4].ratio == 0.9
-    assert rows[0].bits_equal == {"ours": True, "stock": False}
+    assert [row.ratio for row in rows] == [2.0, 4.0, 2.0, 4.0, 0.9] * 2
+    assert rows[0].bits_equal == {"ours": True, "stock": False} and sorted(fakes.closed) == ["exact", "stock"]
+
+
+def test_rows_of_a_trainer_that_ends_are_missing(monkeypatch):
+    Fakes(
+        monkeypatch,
+        gpu_trainer,
+        lambda side, **_: {"same": True, "train": 1.0, "step": 1.0, "tokens": 100, "peak": 5.0},
+        ["stock"],
+    )
+    rows = list(gpu_trainer.rows(tiny=True))
+    assert [row.found for row in rows] == [{"exact": 100.0}] * 4 + [{"exact": 5.0}]
+    assert {row.missing for row in rows} == {"stock ended with exit code 9: ValueError: no memory"}
 
 
 def test_step_rows_are_seconds_and_exact_only_if_every_step_was(monkeypatch):
-    exact = iter([True, True, True, False])  # the warm-up and three steps
+    exact = iter([True, True, True, False])  # the first, short step and three others
 
-    def answer(side):
+    def answer(side, length):
         mine = next(exact) if side == "exact" else False
         return {"seconds": 8.0 if side == "exact" else 10.0, "tokens": 1e5 if side == "exact" else 2e5, "exact": mine,
-                "peak": 1.0, "rollout": 1.0, "train": 1.0, "sync": 0.0}  # fmt: skip
+                "peak": 1.0, "rollout": 2.0, "train": None, "sync": None}  # fmt: skip
 
-    workers = Workers(monkeypatch, gpu_step, answer)
-    step, each, _ = gpu_step.rows(tiny=False)
-    assert (step.ratio, step.target, step.bits_equal) == (0.8, 0.85, {"ours": False, "stock": False})
-    assert each.ratio == 1.6 and "100,000 and 200,000 tokens" in step.case
-    assert [side for side, _ in workers.asked[:2]] == ["stock", "exact"]
+    fakes = Fakes(monkeypatch, gpu_step, answer)
+    rows = list(gpu_step.rows(tiny=False))
+    last = {row.case.split(":")[0]: row for row in rows}
+    step = last["step"]
+    assert (step.ratio, step.target, step.samples) == (0.8, 0.85, 3) and step.bits_equal == {"ours": False, "stock": False}
+    assert last["step, for each million sampled tokens"].ratio == 1.6 and last["sampled tokens of a step"].ours == 1e5
+    assert last["all but the rollout"].ratio == 0.75 and len(rows) == 3 * len(last)
+    assert [(side, request["length"]) for side, request in fakes.asked[:3]] == [("exact", 64), ("stock", 64), ("stock", 512)]
+
+
+def test_steps_end_when_another_would_not_be_in_time(monkeypatch):
+    monkeypatch.setattr(gpu_step, "SECONDS", 0)
+    answer = {"seconds": 1.0, "tokens": 1.0, "exact": True, "peak": 1.0, "rollout": 0.0, "train": None, "sync": None}
+    Fakes(monkeypatch, gpu_step, lambda side, length: answer)
+    assert {row.samples for row in gpu_step.rows(tiny=True)} == {1}
+
+
+def test_stock_trl_steps_with_a_colocated_engine(monkeypatch, tmp_path):
+    """TRL's own trainer, from its construction to two steps, with an engine that draws at random in place of vLLM's."""
+    generation = importlib.import_module("trl.generation.vllm_generation")
+    made = fake_gpu.engine()
+    monkeypatch.setattr(generation, "LLM", made)
+    monkeypatch.setattr(generation, "is_vllm_available", lambda *_: True)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "VLLM_ENABLE_V1_MULTIPROCESSING",
+                 "VLLM_USE_FLASHINFER_SAMPLER", "VLLM_NO_USAGE_STATS"):  # fmt: skip
+        monkeypatch.setenv(name, "0")
+        monkeypatch.delenv(name)  # now, and what it was afterwards
+
+    class Link:
+        sent = []
+
+        def requests(self):
+            return iter([{"length": 3}, {"length": 8}])
+
+        def send(self, **answer):
+            self.sent.append(answer)
+
+    path, link = models.build("tiny", tmp_path / "model", stops=5), Link()
+    settings = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "max_completion_length": 8, "max_steps": 9}
+    trainer = gpu_step._stock(path, str(tmp_path / "out"), settings, kv_gib=0.5)
+    trainer.add_callback(gpu_step._turns(link, trainer))
+    with pytest.raises(SystemExit):
+        trainer.train()
+    assert made.arguments["kv_cache_memory_bytes"] == 2**29 and made.arguments["gpu_memory_utilization"] == 0.01
+    assert made.arguments["max_num_seqs"] == 16 and made.arguments["distributed_executor_backend"] == "external_launcher"
+    assert made.limits == [3, 8] and made.loaded == 2 * len(list(trainer.model.named_parameters()))
+    assert [answer["exact"] for answer in link.sent] == [False, False] and all(answer["rollout"] > 0 for answer in link.sent)
 
 
 def test_parity_puts_both_processes_of_a_model_together(monkeypatch):
     def answer(side, what):
         return {"sampler against trainer, micro-batch 1, T = 1.0": (0 if side == "exact" else 7, 8)}
 
-    Workers(monkeypatch, gpu_parity, answer)
+    Fakes(monkeypatch, gpu_parity, answer)
     rows = list(gpu_parity.rows(tiny=False))
     assert [row.model for row in rows] == [*gpu_parity.SMALL, *gpu_parity.LARGE]
     assert {(row.mismatched, row.tokens, row.control_mismatched) for row in rows} == {(0, 8, 7)}
+
+
+def test_a_model_whose_process_ends_costs_its_own_rows_alone(monkeypatch, tmp_path):
+    ended = iter(gpu_parity.SMALL[:1] * 2)
+
+    def answer(side, what):
+        if next(ended, None):
+            raise measure.WorkerEnded("gpu_parity ended with exit code 1\nKeyError: 'x'")
+        return {"sampler against trainer, micro-batch 1, T = 1.0": (0, 8)}
+
+    Fakes(monkeypatch, gpu_parity, answer)
+    monkeypatch.setattr(gpu_parity, "ThreadPoolExecutor", lambda _: ThreadPoolExecutor(1))  # the first model's come first
+    with pytest.raises(SystemExit, match="not measured: .*KeyError"):
+        measure.write(tmp_path / "parity.json", gpu_parity.rows(tiny=False), tiny=False)
+    rows = json.loads((tmp_path / "parity.json").read_text())["rows"]
+    assert [row.get("case", row.get("model")) for row in rows] == [*gpu_parity.SMALL, *gpu_parity.LARGE]
+    assert [("missing" in row) for row in rows] == [True, False, False, False, False]
+    assert f"| {gpu_parity.SMALL[0]} | not measured: " in report.markdown(tmp_path)
 
 
 def test_a_trainer_that_scores_other_tokens_than_were_sampled_is_refused():
@@ -302,13 +417,39 @@ def test_a_difference_is_written_down_and_fails(tmp_path, row, fails):
 def test_what_was_measured_before_a_failure_is_kept(tmp_path):
     def rows():
         yield Row("linear", "x", 1, 1, "us", 1, None, {"ours": True, "stock": True}, 1, 0)
+        yield Row("linear", "y", 1, 1, "us", 1, None, {"ours": True, "stock": True}, 1, 0)
+        yield Row("linear", "x", 2, 1, "us", 2, None, {"ours": True, "stock": True}, 2, 0)
         raise RuntimeError("out of memory")
 
-    (tmp_path / "x.json").write_text("an earlier result")
     with pytest.raises(RuntimeError, match="out of memory"):
         measure.write(tmp_path / "x.json", rows(), tiny=True)
-    assert len(json.loads((tmp_path / "x.json.partial").read_text())["rows"]) == 1
-    assert (tmp_path / "x.json").read_text() == "an earlier result"
+    content = json.loads((tmp_path / "x.json").read_text())
+    assert [(row["case"], row["samples"]) for row in content["rows"]] == [("x", 2), ("y", 1)] and content["complete"] is False
+    assert list(tmp_path.iterdir()) == [tmp_path / "x.json"]
+
+
+@pytest.mark.parametrize("code", ["raise ValueError('no memory')", "import os; os._exit(7)"])
+def test_a_worker_that_ends_is_named_with_its_exit_code_and_log(tmp_path, monkeypatch, code, capsys):
+    early = "import sys; print('OSError: from a child', file=sys.stderr); [print(i, file=sys.stderr) for i in range(99)]"
+    (tmp_path / "ends.py").write_text(f"{early}\n{code}\n")
+    (tmp_path / "echoes.py").write_text("import sys\nfor line in sys.stdin:\n    print(line, end='', flush=True)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with measure.Workers({"a": measure.Worker("ends", "a", "/a/path"), "b": measure.Worker("echoes")}) as workers:
+        assert workers.ask(["a", "b"], x=1) == {"b": {"x": 1}} == workers.ask(["a", "b"], together=True, x=1)
+        alive = workers.alive["b"]
+    printed = capsys.readouterr().out
+    assert ("ends a ended with exit code 7" if "exit" in code else "ends a ended with exit code 1") in printed
+    assert "OSError: from a child" in printed and "98" in printed and "\n50\n" not in printed
+    assert ("OSError: from a child" if "exit" in code else "ValueError: no memory") in workers.missing["a"]
+    assert alive.process.poll() == 0
+
+
+def test_a_worker_that_does_not_end_is_ended(tmp_path, monkeypatch):
+    (tmp_path / "stays.py").write_text("import time\ntime.sleep(600)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    worker = measure.Worker("stays")
+    worker.close(seconds=0.2)
+    assert worker.process.returncode == -9
 
 
 @pytest.mark.parametrize("name", list(__main__.NAMES))
@@ -334,10 +475,56 @@ def test_each_machine_has_its_benchmarks(monkeypatch, capsys, tmp_path):
 def test_parity_gets_the_number_of_tokens(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu, "name", lambda: "h200")
     asked = []
-    monkeypatch.setattr(gpu_parity, "rows", lambda tiny, tokens=None: asked.append((tiny, tokens)) or [])
+    monkeypatch.setattr(gpu_parity, "soak", lambda file, tokens, tiny: asked.append((file.name, tokens, tiny)))
+    monkeypatch.setattr(gpu_parity, "rows", lambda tiny: asked.append(tiny) or [])
     __main__.main(["parity", "--tiny", "--tokens", "99", "--out", str(tmp_path)])
     __main__.main(["parity", "--out", str(tmp_path)])
-    assert asked == [(True, 99), (False, None)]
+    assert asked == [("parity_soak.json", 99, True), False]
+
+
+def _rollouts(mismatched=0, control=9):
+    def answer(side, seed, temperature):
+        return {"tokens": 100, "sampled": 100, "mismatched": control if side == "control" else mismatched}
+
+    return answer
+
+
+def test_a_soak_adds_up_over_runs_and_has_one_control(monkeypatch, tmp_path):
+    file = tmp_path / "parity_soak.json"
+    fakes = Fakes(monkeypatch, gpu_parity, _rollouts())
+    gpu_parity.soak(file, 700, tiny=True)
+    content = json.loads(file.read_text())
+    assert content["tokens"] >= 700 and content["mismatched"] == 0 and content["coverage"] == 1 and len(content["runs"]) == 1
+    assert content["control"]["mismatched"] == 9 and [side for side, _ in fakes.asked].count("control") == 1
+    gpu_parity.soak(file, 300, tiny=True)
+    again = json.loads(file.read_text())
+    assert again["tokens"] >= content["tokens"] + 300 and again["runs"][0] == content["runs"][0] and len(again["runs"]) == 2
+    assert [side for side, _ in fakes.asked].count("control") == 1
+    assert len({request["seed"] for _, request in fakes.asked}) == len(fakes.asked)
+    assert {request["temperature"] for _, request in fakes.asked} == {1.0, 0.7}
+    assert f"{again['tokens']:,} | 1 | 9 / 100 |" in report.markdown(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("answer", "dead", "says"),
+    [
+        (_rollouts(mismatched=1), [], "mismatched of"),
+        (_rollouts(control=0), [], "0 mismatched of"),
+        (_rollouts(), ["exact-1", "exact-2"], "0 mismatched of 0 "),
+        (_rollouts(), ["control"], "control: None"),
+    ],
+)
+def test_a_soak_that_proves_nothing_fails(monkeypatch, tmp_path, answer, dead, says):
+    Fakes(monkeypatch, gpu_parity, answer, dead)
+    with pytest.raises(SystemExit, match=says):
+        gpu_parity.soak(tmp_path / "parity_soak.json", 300, tiny=True)
+    assert set(json.loads((tmp_path / "parity_soak.json").read_text())["runs"][0]["missing"]) == set(dead)
+
+
+def test_one_half_of_a_soak_goes_on_without_the_other(monkeypatch, tmp_path):
+    Fakes(monkeypatch, gpu_parity, _rollouts(), ["exact-1"])
+    gpu_parity.soak(tmp_path / "parity_soak.json", 300, tiny=True)
+    assert json.loads((tmp_path / "parity_soak.json").read_text())["tokens"] == 300
 
 
 @pytest.fixture
@@ -354,6 +541,7 @@ def results(tmp_path):
         "linear",
         Row("linear", "m qkv, 8 x 64 -> 32", 2, 1, "us", 1.2, 1.15, bits, 3, 0),
         Row("linear", "m qkv, 64 x 64 -> 32", 1, 1, "us", 1.004, 1.0, bits, 3, 0),
+        Row("linear", "m o, 64 x 64 -> 16", 1, 1, "us", 1.1, 1.0, bits, 3, 0),
         Row("linear", "geometric mean of 1 shapes, 8 rows", 2, 1, "us", 1.0, 1.05, bits, 3, 0),
     )
     write("norms", Row("norms", "rms_norm, m, 16 x 64", 1, 2, "us", 0.5, 1.0, bits, 3, 0))
@@ -366,22 +554,37 @@ def results(tmp_path):
     return directory
 
 
-def test_the_readme_gets_a_matrix_and_whether_targets_are_met(results, tmp_path):
+def test_the_readme_gets_a_line_for_each_comparison_and_whether_its_target_is_met(results, tmp_path):
     readme = tmp_path / "README.md"
-    names = ("linear", "norms", "sampler")
-    readme.write_text("a\n" + "".join(f"<!-- h200/{name} -->\nstale\n<!-- end -->\n" for name in names) + "z\n")
-    report.update(readme, results)
+    names = ("linear", "norms", "sampler", "trainer")
+    readme.write_text(
+        "a\n" + "".join(f"<!-- h200/{name} -->\nstale\n<!-- end -->\n" for name in names) + "<!-- x/y -->\nz\n<!-- end -->"
+    )
+    report.update(readme, [results])
     text = readme.read_text()
-    assert "| m qkv | **1.20** | 1.00 |" in text and "| geometric mean of 1 shapes | 1.00 |  |" in text
-    assert "| rms_norm, m | 0.50 |" in text and "2 of 3 meet their target" in text and "stale" not in text
-    assert "| ours: m, batch 1 | 90 | 100 | tok/s | **0.90** | ≥ 0.92 | no | yes | no |" in text
-    assert text.startswith("a\n") and text.endswith("z\n")
-    report.update(readme, results)
+    assert "| 8 rows, each shape | 2 / 1 us | **1.20** | ≤ 1.15 | no | yes | no |" in text
+    assert "| 64 rows, each shape | 2 sizes | **1.05** (1.00 to 1.10) | ≤ 1.0 | 1 of 2 | yes | no |" in text
+    assert "| rms_norm | 1 / 2 us | **0.50** |" in text and text.count("stale") == 0
+    assert "| ours: m, batch 1 | 90 / 100 tok/s | **0.90** | ≥ 0.92 | no | yes | no |" in text
+    assert "<!-- h200/trainer -->\nnot measured yet\n<!-- end -->" in text
+    assert text.startswith("a\n") and text.endswith("<!-- x/y -->\nz\n<!-- end -->")
+    report.update(readme, [results])
     assert readme.read_text() == text
 
 
-def test_the_figure_is_drawn_or_said_not_to_be(results, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+def test_the_figure_has_a_bar_for_each_row_with_a_target_and_each_peer(results):
     report.figure(results)
-    assert "not drawn, matplotlib is not installed" in capsys.readouterr().out
+    drawn = ElementTree.parse(results / "cost.svg").getroot()
+    space = "{http://www.w3.org/2000/svg}"
+    bars = [rect for rect in drawn.iter(f"{space}rect") if rect.get("x")]
+    assert [bar.get("fill") for bar in bars] == [report.OURS, report.THEIRS]
+    widths = [float(bar.get("width", 0)) for bar in bars]
+    assert widths[1] / widths[0] == pytest.approx(0.9 / 0.3, rel=0.01)
+    assert [text.text for text in drawn.iter(f"{space}text")][:2] == ["m, batch 1", "1.11"]
     assert report._bar(vars(Row("sampler", "ours: m; x", 90, 100, "tok/s", 0.8, 0.92, {}, 3, 0))) == ("m", 1.25, True)
+
+
+def test_nothing_is_drawn_of_what_was_not_measured(results):
+    (results / "sampler.json").unlink()
+    report.figure(results)
+    assert not (results / "cost.svg").exists()
