@@ -7,6 +7,7 @@ from torch import nn
 from rlinvariant import ops
 from rlinvariant.models import Finding, UnsupportedModel, audit, make_invariant, require_exact, watch
 from tests.models.test_patch import FAMILIES, GROUPED, build
+from tests.parity.device import DEVICE
 
 
 class Inside(nn.Module):
@@ -40,7 +41,7 @@ def test_audit_passes_the_families(family):
 def test_audit_finds_everything_in_the_stock_model(family):
     """Control: the same model unpatched, through the same watch."""
     with torch.no_grad(), watch() as found:
-        build(family)(input_ids=torch.arange(9)[None])
+        build(family)(input_ids=torch.arange(9, device=DEVICE)[None])
     operators = {finding.op for finding in found}
     assert {"aten.mm.default", "aten.mean.dim", "aten.silu.default", "aten.cos.default"} <= operators
     assert {f.module for f in found} >= {"Linear", "SiLUActivation"}
@@ -99,7 +100,7 @@ def test_audit_passes_what_ieee_754_fixes(f):
 
 @pytest.mark.parametrize("place", ["model.layers.1.self_attn.o_proj", "model.norm"])
 def test_audit_names_the_class_of_a_planted_module(place):
-    model = make_invariant(build("llama"), torch.float32)
+    model = make_invariant(build("llama"))
     original = model.get_submodule(place)
 
     class Planted(nn.Module):
@@ -120,9 +121,9 @@ def test_audit_finds_a_module_that_make_invariant_did_not_know():
     class Unknown(nn.Linear):
         pass
 
-    model = build("llama")
+    model = build("llama").bfloat16()
     model.model.layers[0].mlp.up_proj.__class__ = Unknown
-    make_invariant(model, torch.float32)
+    make_invariant(model)
     assert audit(model) == [Finding("aten.mm.default", "Unknown")] or audit(model)[0].module == "Unknown"
 
 
@@ -143,7 +144,7 @@ def test_a_forward_that_scales_its_logits_is_refused(factor):
             return out
 
     torch.manual_seed(0)
-    model = make_invariant(Scaled(build("llama").config), torch.float32)
+    model = make_invariant(Scaled(build("llama").config).to(DEVICE))
     assert audit(model) == []
     if factor == 1.0:
         require_exact(model)

@@ -1,12 +1,14 @@
 """Drive engines and trainers as the tests need them, and compare what they give, bit for bit."""
 
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
@@ -14,12 +16,13 @@ from trl import GRPOConfig
 from vllm import SamplingParams
 
 from rlinvariant.bits import assert_bits_equal
+from rlinvariant.errors import ParityError
 from rlinvariant.rollout import Completion
+from rlinvariant.sampler import vllm_model
 from rlinvariant.sampler.engine import Sampler
 from rlinvariant.trainer import InvariantGRPOTrainer
 from rlinvariant.trainer.packing import pack
-
-BLOCK = 32  # tokens per KV page: vLLM's CPU cache wants a multiple of 32, and its default of 128 would hide page edges
+from tests.parity.device import BLOCK, CUDA, DEVICE
 
 
 def save_model(config: PreTrainedConfig, path: Path, seed: int = 0) -> str:
@@ -30,12 +33,18 @@ def save_model(config: PreTrainedConfig, path: Path, seed: int = 0) -> str:
     return str(path)
 
 
+def load(path: str, dtype: torch.dtype = torch.float32) -> Any:
+    """The checkpoint in transformers, on the device."""
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(DEVICE)
+
+
 def start_engine(
-    path: str, *, invariant: bool = True, dtype: str = "bfloat16", kv_bytes: int = 64 << 20, **options: Any
+    path: str, *, invariant: bool = True, dtype: str = "bfloat16", kv_bytes: int = 64 << 20, longest: int = 192, **options: Any
 ) -> Sampler:
-    options = {"max_num_seqs": 64, "max_num_batched_tokens": 2048, "block_size": BLOCK} | options
+    """Without compilation, which takes a minute, unless asked for by `enforce_eager=False`."""
+    options = {"max_num_seqs": 64, "max_num_batched_tokens": 2048, "block_size": BLOCK, "enforce_eager": True} | options
     gib = kv_bytes / 2**30
-    engine = Sampler(path, invariant=invariant, dtype=dtype, max_model_len=192, kv_cache_gib=gib, options=options)
+    engine = Sampler(path, invariant=invariant, dtype=dtype, max_model_len=longest, kv_cache_gib=gib, options=options)
     keep(engine)
     return engine
 
@@ -49,7 +58,9 @@ def keep(engine: Sampler) -> None:
     At the end the process goes as it is: shutting an engine down takes seconds, and nothing is to be handed back.
     """
     _kept.append(engine)
-    engine.llm.llm_engine.engine_core._finalizer.atexit = False
+    core: Any = engine.llm.llm_engine.engine_core
+    if hasattr(core, "_finalizer"):  # vLLM 0.26 has none
+        core._finalizer.atexit = False
 
 
 # ---- requests, and an engine stepped by hand
@@ -94,15 +105,10 @@ def generate(engine: Sampler, requests: Sequence[Request]) -> list[Completion]:
     )
 
 
-def drive(engine: Sampler, requests: Sequence[Request], *, cold: bool = True) -> Trace:
-    """Add, step and abort by hand, counting what the scheduler does."""
-    if cold:
-        assert engine.llm.reset_prefix_cache()
-    llm, trace = engine.llm.llm_engine, Trace([None] * len(requests))
-    scheduler = llm.engine_core.engine_core.scheduler
-    waiting, step = dict(enumerate(requests)), 0
-    ids = {f"{id(trace)}-{i}": i for i in range(len(requests))}
-    names = {i: name for name, i in ids.items()}
+@contextmanager
+def counting(engine: Sampler) -> Iterator[Trace]:
+    """Count what the scheduler does meanwhile."""
+    trace, scheduler = Trace([]), engine.llm.llm_engine.engine_core.engine_core.scheduler
     preempt, schedule = scheduler._preempt_request, scheduler.schedule
 
     def counted_preempt(*args: Any, **kwargs: Any) -> Any:
@@ -121,6 +127,19 @@ def drive(engine: Sampler, requests: Sequence[Request], *, cold: bool = True) ->
         mock.patch.object(scheduler, "_preempt_request", counted_preempt),
         mock.patch.object(scheduler, "schedule", counted_schedule),
     ):
+        yield trace
+
+
+def drive(engine: Sampler, requests: Sequence[Request], *, cold: bool = True) -> Trace:
+    """Add, step and abort by hand, counting what the scheduler does."""
+    if cold:
+        assert engine.llm.reset_prefix_cache()
+    llm, waiting, step = engine.llm.llm_engine, dict(enumerate(requests)), 0
+    scheduler = llm.engine_core.engine_core.scheduler
+    with counting(engine) as trace:
+        trace.completions = [None] * len(requests)
+        ids = {f"{id(trace)}-{i}": i for i in range(len(requests))}
+        names = {i: name for name, i in ids.items()}
         while waiting or llm.has_unfinished_requests():
             for i in [i for i, r in waiting.items() if r.arrives <= step]:
                 request = waiting.pop(i)
@@ -173,7 +192,8 @@ class Layout:
 def score(
     model: Any, prompts: Sequence[Sequence[int]], completions: Sequence[Completion], temperature: float, layout: Layout
 ) -> list[torch.Tensor]:
-    """Log-probs of each completion, by `pack` and the patched model, as `InvariantGRPOTrainer` computes them."""
+    """Log-probs of each completion, on the CPU, by `pack` and the patched model, as `InvariantGRPOTrainer` computes them."""
+    device = next(model.parameters()).device
     order = list(range(len(prompts)))
     if layout.order == "reversed":
         order.reverse()
@@ -183,7 +203,7 @@ def score(
     for at in range(0, len(order), layout.micro_batch):
         rows = order[at : at + layout.micro_batch]
         ids, mask, length = padded([prompts[i] for i in rows], [completions[i].token_ids for i in rows], layout)
-        packed = pack(ids, mask, length)
+        packed = pack(ids.to(device), mask.to(device), length)
         with torch.set_grad_enabled(layout.grad):
             logprobs, _ = model(
                 **packed.inputs,
@@ -192,9 +212,9 @@ def score(
                 predicted_from=packed.predicted_from,
                 temperature=temperature,
             )
-        table = packed.unpack(logprobs.detach())
+        table, keep = packed.unpack(logprobs.detach()).cpu(), packed.keep.cpu()
         for row, i in enumerate(rows):
-            found[i] = table[row][packed.keep[row]]
+            found[i] = table[row][keep[row]]
     return [found[i] for i in range(len(order))]
 
 
@@ -249,7 +269,7 @@ def new_trainer(path: str, engine: Any, output_dir: Path | str, *, invariance: s
     arguments: dict[str, Any] = {
         "output_dir": str(output_dir),
         "bf16": False,
-        "use_cpu": True,
+        "use_cpu": not CUDA,
         "report_to": "none",
         "save_strategy": "no",
         "disable_tqdm": True,
@@ -297,8 +317,30 @@ def assert_exact(run: Run, floor: int) -> None:
     assert run.total("compared_tokens") >= floor, f"{run.total('compared_tokens')} tokens compared, expected {floor}"
 
 
+def assert_stops(run: Run, message: str = "mismatched") -> None:
+    """ParityError, before the optimizer step that the fault would have reached, with the count in the row."""
+    with pytest.raises(ParityError, match=message):
+        run.trainer.train()
+    if message == "mismatched":
+        assert run.rows[-1]["onpolicy/mismatched_tokens"] > 0 and run.mismatches[-1] is not None
+
+
+def off_by_an_ulp(row: int) -> Callable[..., torch.Tensor]:
+    """A sampler's lm_head with a fault: one bf16 ulp more in each weight of one row."""
+    apply = vllm_model._Head.apply
+
+    def faulty(self: Any, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        weight = layer.weight.detach().clone()
+        weight[row].view(torch.int16).add_(1)
+        head: Any = torch.nn.Module()
+        head.weight, head.org_vocab_size = weight, layer.org_vocab_size
+        return apply(self, head, x, bias)
+
+    return faulty
+
+
 def weights(run: Run) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in run.trainer.model.named_parameters()}
+    return {name: p.detach().cpu().clone() for name, p in run.trainer.model.named_parameters()}
 
 
 def assert_same_weights(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor], what: str) -> None:

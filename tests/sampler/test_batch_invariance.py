@@ -18,20 +18,22 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 from rlinvariant import ops
 from rlinvariant.rollout import Completion
 from rlinvariant.sampler.engine import Sampler
+from tests.parity.device import BLOCK, cpu_only
 from tests.parity.harness import (
-    BLOCK,
     Request,
     assert_same_completions,
     drive,
     fp32,
     generate,
+    load,
     save_model,
     start_engine,
 )
 
 VOCABULARY = 97  # no multiple of 64: vLLM pads the head
-CHUNK = 16  # tokens per engine step, half a page, so that prompts are cut inside and at page edges
-PAGES = 16  # of 32 tokens, one of which vLLM keeps, for requests that need up to 5 each: they run out while they decode
+CHUNK = 16  # tokens per engine step, shared with those that decode, so that prompts are cut inside and at page edges
+KV_TOKENS = 512  # less a page that vLLM keeps, for requests that need up to 153 each: they run out while they decode
+KV_BYTES = 2 * 2 * 64 * 2  # of a token: 2 layers x (keys, values) x 64 x 2 bytes
 TEMPERATURES = (0.0, 0.7, 1.0)  # request i has the (i mod 3)th: greedy and sampled requests share every batch
 # 1, 2: shortest. 7-9, 15-17, 31-33, 63-65, 127-129: vector, tile and page edges. The rest fill up to 64 ragged requests,
 # above the 44 co-resident sequences from which stock vLLM went wrong (vllm #51187).
@@ -64,8 +66,9 @@ class Engines:
             options = {
                 "wide": {"max_num_batched_tokens": 5120},  # all 64 prompts in one step
                 "chunked": {"max_num_batched_tokens": CHUNK, "max_num_seqs": CHUNK},
-                # 2 layers x (keys, values) x 2 heads x 32 x 2 bytes = 512 bytes per token
-                "small": {"kv_bytes": PAGES * BLOCK * 512},
+                "small": {"kv_bytes": KV_TOKENS * KV_BYTES},
+                # as users run it: CUDA graphs, whose batches are padded to the sizes that were captured
+                "compiled": {"max_num_batched_tokens": 5120, "enforce_eager": False},
             }[name]
             self.started[name] = start_engine(self.path, invariant=self.invariant, **options)
         return self.started[name]
@@ -79,9 +82,9 @@ def path(tmp_path_factory) -> str:
         hidden_size=128,
         intermediate_size=3136,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=64,
         max_position_embeddings=256,
         tie_word_embeddings=True,
     )
@@ -139,6 +142,12 @@ def warm_prefix(engines, asked):
     return warm.completions, ALL
 
 
+def compiled(engines, asked):
+    config = engines("compiled")._runner.compilation_config
+    assert "NONE" not in (config.mode.name, config.cudagraph_mode.name), "neither compiled nor captured"
+    return drive(engines("compiled"), asked).completions, ALL
+
+
 def preempted(engines, asked):
     trace = drive(engines("small"), asked)
     assert trace.preemptions >= 3, f"only {trace.preemptions} requests were preempted"
@@ -156,6 +165,7 @@ def arriving(engines, asked):
 
 
 WAYS: list[Way] = [again, alone, shuffled, chunked_prefill, warm_prefix, preempted, arriving]
+COMPILED = pytest.param(compiled, marks=pytest.mark.gpu)  # for a minute; an engine on a CPU is never compiled
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +178,7 @@ def check(way: Way, engines: Engines, asked: list[Request], reference: Sequence[
     return assert_same_completions(completions, [reference[i] for i in ran], way.__name__)
 
 
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+@pytest.mark.parametrize("way", [*WAYS, COMPILED], ids=lambda way: way.__name__)
 def test_sampler_is_batch_invariant(way, exact, reference):
     compared = check(way, exact, requests(), reference)
     # 19 needles, 51 requests that were not aborted, or all 64: up to 24 tokens each, a few end early
@@ -273,7 +283,20 @@ def test_stock_vllm_is_not_batch_invariant(way, stock):
         pytest.xfail("blind: stock vLLM gives the same bits here; the planted fault above is seen")
 
 
-@pytest.mark.parametrize("kind", ["exact", "stock"])
+@pytest.mark.gpu
+def test_a_compiled_engine_computes_with_its_weights(exact, path, reference):
+    """Its captured graphs read the weights that it was given last; the comparison sees one bf16 ulp in one column of one."""
+    name, true = "model.layers.1.mlp.down_proj.weight", dict(load(path).named_parameters())
+    faulty = true[name].detach().bfloat16()
+    faulty[:, 0].copy_(faulty[:, 0] * (1 + 2**-7))
+    exact("compiled").sync((true | {name: faulty.float()}).items())
+    with pytest.raises(AssertionError, match="^compiled: request"):
+        check(compiled, exact, requests(), reference)
+    exact("compiled").sync(true.items())
+    assert check(compiled, exact, requests(), reference) >= 64 * 20
+
+
+@pytest.mark.parametrize("kind", ["exact", pytest.param("stock", marks=cpu_only("a CUDA generator can be rewound"))])
 def test_a_sampled_request_survives_a_cut_prefill(kind, request):
     """vLLM rewinds the generator of such a request, which a CPU generator cannot do."""
     engines = request.getfixturevalue(kind)

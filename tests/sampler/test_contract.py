@@ -1,6 +1,10 @@
-"""What the sampler relies on inside vLLM: an upgrade that moves it fails here, by name."""
+"""What the sampler relies on inside vLLM: an upgrade that moves it fails here, by name.
+
+Two releases are in use, 0.32 on a CPU and 0.26 on a GPU: what they have in common, and what each has of its own.
+"""
 
 import inspect
+from typing import Any
 
 import pytest
 import vllm
@@ -12,12 +16,19 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
 from vllm.model_executor.models.transformers import TransformersForCausalLM
 from vllm.v1.attention.backend import AttentionImpl, AttentionMetadataBuilder
-from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
 from vllm.v1.sample.sampler import Sampler
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from rlinvariant import runtime
 from rlinvariant.sampler import plugin, vllm_model
+from tests.parity.device import BLOCK, CUDA
+
+VERSION = "0.26." if CUDA else "0.32."
+Backend: Any
+if CUDA:
+    from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend as Backend
+else:
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend as Backend
 
 
 def parameters(function) -> list[str]:
@@ -41,23 +52,23 @@ SIGNATURES = {
         "logits_soft_cap", "attn_type",
     ],
     AttentionImpl.forward: ["self", "layer", "query", "key", "value", "kv_cache", "attn_metadata", "output"],
-    CPUAttentionBackendImpl.do_kv_cache_update: ["self", "layer", "key", "value", "kv_cache", "slot_mapping"],
+    Backend.get_impl_cls().do_kv_cache_update: ["self", "layer", "key", "value", "kv_cache", "slot_mapping"],
     TransformersForCausalLM.recursive_replace: ["self"],
-    TransformersForCausalLM._decorate_for_torch_compile: ["self"],
-    TransformersForCausalLM._get_attn_cls: ["self"],
+    TransformersForCausalLM._decorate_for_torch_compile: ["self", "kwargs"] if CUDA else ["self"],
     TransformersForCausalLM._patch_config: ["self"],
     TransformersForCausalLM.load_weights: ["self", "weights"],
-    CPUAttentionBackend.get_impl_cls: [],
-    CPUAttentionBackend.get_builder_cls: [],
+    Backend.get_impl_cls: [],
+    Backend.get_builder_cls: [],
     GPUModelRunner.reload_weights: ["self", "weights_iterator"],
     LLM.reset_prefix_cache: ["self"],
     LLM.generate: ["self", "prompts", "sampling_params"],
     register_quantization_config: ["quantization"],
 }  # fmt: skip
+ATTENTION_HOOKS = {"_get_attn_cls": "0.32.", "create_attention_instances": "0.26."}  # of both; each release asks for one
 
 
 def test_vllm_is_the_version_that_was_read():
-    assert vllm.__version__.startswith("0.32."), f"vLLM {vllm.__version__}: read sampler/vllm_model.py beside it again"
+    assert vllm.__version__.startswith(VERSION), f"vLLM {vllm.__version__}: read sampler/vllm_model.py beside it again"
 
 
 @pytest.mark.parametrize("function", SIGNATURES, ids=lambda f: f.__qualname__)
@@ -66,13 +77,20 @@ def test_hooks_have_the_signature_expected(function):
     assert parameters(function)[: len(expected)] == expected, f"vLLM's {function.__qualname__} has changed"
 
 
+@pytest.mark.parametrize("name", ATTENTION_HOOKS)
+def test_each_release_asks_for_attention_by_its_own_hook(name):
+    """`InvariantForCausalLM` has both; the one that this release does not have is never called."""
+    found = getattr(TransformersForCausalLM, name, None)
+    assert (found is not None) == (ATTENTION_HOOKS[name] == VERSION), f"vLLM {vllm.__version__}: {name} is {found}"
+    assert found is None or parameters(found) == ["self"] == parameters(getattr(vllm_model.InvariantForCausalLM, name))
+
+
 @pytest.mark.parametrize(
     "ours", [c for c in vars(vllm_model).values() if inspect.isclass(c) and c.__module__ == vllm_model.__name__]
 )
 def test_every_method_of_ours_overrides_one_of_vllm(ours):
     """A method that vLLM renamed would be left behind, never called."""
-    of_other_versions = {"create_attention_instances"}  # vLLM 0.26
-    known = {"__init__", "give_back", "take_away", "keep_drawn", "take_drawn", "_merge_gate_and_up"} | of_other_versions
+    known = {"__init__", "give_back", "take_away", "keep_drawn", "take_drawn", "_merge_gate_and_up", *ATTENTION_HOOKS}
     bases = [base for base in ours.__mro__[1:] if base.__module__.startswith("vllm")]
     for name, value in vars(ours).items():
         if bases and inspect.isfunction(inspect.unwrap(getattr(value, "__func__", value))) and name not in known:
@@ -81,7 +99,7 @@ def test_every_method_of_ours_overrides_one_of_vllm(ours):
 
 def test_the_cache_is_written_apart_from_the_attention():
     """vLLM's layer then calls `impl.do_kv_cache_update`, which no base class declares."""
-    assert CPUAttentionBackend.forward_includes_kv_cache_update is False
+    assert Backend.forward_includes_kv_cache_update is False
     assert "impl.do_kv_cache_update(" in inspect.getsource(inspect.getmodule(Attention))
 
 
@@ -119,12 +137,14 @@ def test_the_engine_is_reached_by_the_path_expected(exact_engine):
     """`Sampler._runner`, what it holds, and what a request's place in the batch is known by."""
     runner = exact_engine._runner
     assert isinstance(runner, GPUModelRunner)
-    for name in ("model", "sampler", "input_batch", "compilation_config", "kv_cache_config"):
+    for name in ("model", "sampler", "input_batch", "compilation_config", "kv_cache_config", "discard_request_mask"):
         assert hasattr(runner, name), f"the model runner has no {name}"
-    for name in ("req_output_token_ids", "generators", "req_ids", "req_id_to_index"):
+    for name in ("num_tokens_no_spec", "num_prompt_tokens", "generators", "req_ids", "req_id_to_index"):
         assert hasattr(runner.input_batch, name), f"the input batch has no {name}"
     assert type(runner.sampler).__name__ == "InvariantSampler"
-    assert len(runner.compilation_config.static_forward_context) == 2, "one attention layer per decoder layer"
-    for cache in runner.kv_caches:
+    layers = runner.compilation_config.static_forward_context
+    assert len(layers) == 2, "one attention layer per decoder layer"
+    assert {layer.attn_backend.__name__ for layer in layers.values()} == {"InvariantAttentionBackend"}
+    for cache in runner.kv_caches:  # of the arithmetic recipe: one head of keys and values, 64 wide
         blocks, heads, page, width = cache.shape  # [pages, H_kv, page, keys and values]
-        assert (heads, page, width) == (2, 32, 2 * 32) and cache.stride(-1) == 1
+        assert (heads, page, width) == (1, BLOCK, 2 * 64) and cache.stride(-1) == 1

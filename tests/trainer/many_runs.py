@@ -86,7 +86,7 @@ def unsupported(model: str) -> None:
     mistake("GPT-2", f"model={path}")
     mistake("GPT-2, sampler", f"model={path}", "invariance=sampler")
     mistake("head of 16", f"model={random_model(model, 'small_heads', Qwen3Config(**sizes, head_dim=16))}")
-    window = MistralConfig(**sizes, head_dim=32, sliding_window=8)
+    window = MistralConfig(**sizes, head_dim=64, sliding_window=8)
     mistake("sliding window", f"model={random_model(model, 'window', window)}")
 
 

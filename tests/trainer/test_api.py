@@ -7,12 +7,13 @@ from trl import GRPOConfig
 
 import rlinvariant
 from rlinvariant.trainer.evaluate import greedy_reward
+from tests.parity.device import CUDA
 from tests.parity.harness import keep, new_trainer, questions, variety
 
 
 def arguments(directory) -> GRPOConfig:
     return GRPOConfig(str(directory), per_device_train_batch_size=8, num_generations=4, max_completion_length=12, max_steps=2,
-                      learning_rate=1e-3, logging_steps=1, bf16=False, use_cpu=True, report_to="none", save_strategy="no",
+                      learning_rate=1e-3, logging_steps=1, bf16=False, use_cpu=not CUDA, report_to="none", save_strategy="no",
                       disable_tqdm=True)  # fmt: skip
 
 
@@ -27,7 +28,7 @@ def test_grpo_trainer_takes_what_trl_takes(loaded, arithmetic_dir, tmp_path):
         arguments(tmp_path),
         questions(),
         processing_class=AutoTokenizer.from_pretrained(arithmetic_dir),
-        sampler_options={"max_model_len": 64, "kv_cache_gib": 0.02},
+        sampler_options={"max_model_len": 64, "kv_cache_gib": 0.02, "options": {"enforce_eager": True}},
         on_row=lambda row, mismatch: rows.append(row),
     )
     keep(trainer.sampler)

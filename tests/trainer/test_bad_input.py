@@ -8,7 +8,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Con
 from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.models import UnsupportedModel
 from rlinvariant.sampler.engine import Sampler
-from tests.parity.harness import new_trainer, variety
+from tests.parity.device import DEVICE
+from tests.parity.harness import load, new_trainer, variety
 
 
 class NoEngine:
@@ -58,10 +59,10 @@ def test_rows_without_a_prompt_are_named(rows, words, refused):
 
 HEADS = {"vocab_size": 99, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
 MODELS = {
-    "head of 16": (LlamaConfig(**HEADS), ["LlamaForCausalLM", "head_dim=16 is not one of 32, 64"]),
+    "head of 16": (LlamaConfig(**HEADS), ["LlamaForCausalLM", "head_dim=16 is not one of"]),
     "head of 48": (Qwen3Config(**HEADS, num_key_value_heads=2, head_dim=48), ["Qwen3ForCausalLM", "head_dim=48"]),
     "dynamic angles": (
-        LlamaConfig(**HEADS, head_dim=32, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
+        LlamaConfig(**HEADS, head_dim=64, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
         ["rope_type=dynamic"],
     ),
     "two reasons": (LlamaConfig(**HEADS, hidden_act="gelu"), ["head_dim=16", "hidden_act=gelu"]),
@@ -131,9 +132,10 @@ def test_a_padded_batch_is_refused(arithmetic_dir):
     """A patched model builds no mask; a caller that relies on one must hear of it."""
     from rlinvariant.models import make_invariant
 
-    model = make_invariant(AutoModelForCausalLM.from_pretrained(arithmetic_dir, dtype=torch.float32))
-    mask = torch.ones(2, 5, dtype=torch.long)
-    model(input_ids=torch.ones(2, 5, dtype=torch.long), attention_mask=mask)
+    model = make_invariant(load(arithmetic_dir))
+    ids = mask = torch.ones(2, 5, dtype=torch.long, device=DEVICE)
+    model(input_ids=ids, attention_mask=mask)
+    mask = mask.clone()
     mask[0, 0] = 0
     with pytest.raises(UserError, match="pack"):
-        model(input_ids=torch.ones(2, 5, dtype=torch.long), attention_mask=mask)
+        model(input_ids=ids, attention_mask=mask)

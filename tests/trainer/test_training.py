@@ -11,6 +11,7 @@ from rlinvariant.bits import assert_bits_equal
 from rlinvariant.metrics import KEYS
 from rlinvariant.models import make_invariant
 from rlinvariant.trainer import InvariantGRPOTrainer
+from tests.parity.device import DEVICE, fp32_only_on_cpu
 from tests.parity.harness import (
     Layout,
     assert_exact,
@@ -222,6 +223,7 @@ def test_another_seed_gives_another_run(run, plain):
     assert numbers(run(seed=1))[0] != numbers(plain)[0]
 
 
+@fp32_only_on_cpu
 def test_two_dtypes_train(run, arithmetic_dir, tmp_path):
     """fp32 activations on both sides are exact too, and are not bf16 in disguise."""
     engine = start_engine(arithmetic_dir, dtype="float32")
@@ -255,7 +257,7 @@ def test_a_checkpoint_loads_in_transformers_and_in_a_fresh_sampler(saved, exact_
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
     assert type(model).__name__ == "Qwen3ForCausalLM" and type(model).__module__.startswith("transformers.")
     assert_same_weights(dict(model.named_parameters()), weights(whole), "loaded")
-    engine = start_engine(path)
+    engine, model = start_engine(path), model.to(DEVICE)
     assert engine.differing_weights(model.named_parameters()) == []
     prompts = [[1, 4 + i, 5] for i in range(8)]
     completions = engine.generate(prompts, range(8), temperature=0.7, max_tokens=12)

@@ -21,6 +21,7 @@ DEFAULTS = arithmetic.DEFAULTS | {
     "trainer.warmup_steps": 0,
     "sampler.max_model_len": 64,
     "sampler.kv_cache_gib": 0.05,
+    "sampler.enforce_eager": True,
 }
 
 

@@ -1,0 +1,266 @@
+"""What a GPU cannot run exactly is refused in one line each, before weights are loaded.
+
+Most need no GPU: the machine is one that says that it has an H200. The marked ones ask the real one.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from trl import GRPOConfig
+
+import rlinvariant
+from rlinvariant import ops, support
+from rlinvariant.errors import ConfigErrors, UserError
+from rlinvariant.models import UnsupportedModel, make_invariant, require_exact, unsupported
+from rlinvariant.sampler.engine import Sampler
+from tests.parity.device import DEVICE
+from tests.parity.harness import load, questions, variety
+
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+class Machine:
+    """What `support` asks of a machine: one H200 with the [cuda] install, unless changed."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.capability, self.name, self.vllm, self.missing = (9, 0), "NVIDIA H200", "0.26.0", ()
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: self.name)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: self.capability)
+        finder = SimpleNamespace(find_spec=lambda name: None if name in self.missing else object())
+        monkeypatch.setattr(support, "importlib", SimpleNamespace(util=finder))
+        monkeypatch.setattr(support, "_version", lambda name: self.vllm)
+
+    def problems(self, dtype: torch.dtype = BF16, invariance: str = "exact", device: str = "cuda") -> list[str]:
+        return support.device_problems(SimpleNamespace(device=torch.device(device)), invariance, dtype)
+
+
+@pytest.fixture
+def machine(monkeypatch) -> Machine:
+    return Machine(monkeypatch)
+
+
+def test_an_h200_with_the_cuda_install_is_accepted(machine):
+    """Control."""
+    assert machine.problems() == []
+
+
+@pytest.mark.parametrize(("name", "capability"), [("NVIDIA A100", (8, 0)), ("NVIDIA L40S", (8, 9)), ("NVIDIA B200", (10, 0))])
+def test_another_gpu_is_refused(name, capability, machine):
+    machine.name, machine.capability = name, capability
+    (line,) = machine.problems()
+    assert line.startswith(f"device={name} (sm_{capability[0]}{capability[1]}): exact mode runs on sm_90")
+    assert "use invariance=off" in line and "\n" not in line
+
+
+def test_float32_is_refused_on_a_gpu_alone(machine):
+    (line,) = machine.problems(FP32)
+    assert line.startswith("dtype=float32: expected bfloat16 on a GPU") and "\n" not in line
+    assert machine.problems(FP32, device="cpu") == []
+
+
+@pytest.mark.parametrize("package", ["triton", "vllm"])
+def test_a_missing_package_is_named(package, machine):
+    machine.missing = (package,)
+    (line,) = machine.problems()
+    assert line == f"package {package}: missing; pip install -e '.[cuda]'"
+
+
+@pytest.mark.parametrize("version", ["0.25.1", "0.32.0", "1.0.26"])
+def test_another_vllm_is_refused(version, machine):
+    machine.vllm = version
+    (line,) = machine.problems()
+    assert line.startswith(f"vllm=={version}: expected 0.26 on a GPU")
+
+
+def test_the_version_of_a_package_that_is_not_there_is_unknown():
+    assert support._version("torch") == torch.__version__.split("+")[0] or support._version("torch") == torch.__version__
+    assert support._version("no-such-package") == "unknown"
+
+
+def test_another_device_type_is_refused(machine):
+    (line,) = machine.problems(device="mps")
+    assert line.startswith("device=mps: expected cpu or cuda")
+
+
+def test_every_reason_is_given_at_once(machine):
+    machine.capability, machine.missing, machine.vllm = (8, 0), ("triton",), "0.32.0"
+    lines = machine.problems(FP32)
+    assert [line.split("=")[0] for line in lines] == [
+        "device",
+        "dtype",
+        "package triton: missing; pip install -e '.[cuda]'",
+        "vllm",
+    ]
+
+
+def test_a_stock_run_needs_none_of_it(machine):
+    machine.capability, machine.missing = (8, 0), ("triton",)
+    assert machine.problems(FP32, invariance="off") == []
+
+
+SIZES = {"vocab_size": 99, "hidden_size": 192, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 64}
+
+
+@pytest.mark.parametrize("head", [32, 96, 64, 128, 256])
+def test_head_sizes_of_a_gpu(head):
+    """32 and 96 run on a CPU; on a GPU packed and paged calls of 96 take different tiles, and there is no kernel for 32."""
+    config, refused = LlamaConfig(**SIZES, head_dim=head), head in (32, 96)
+    assert list(unsupported(config, "cpu")) == []
+    assert list(unsupported(config, "cuda")) == [f"head_dim={head} is not one of 64, 128, 256"] * refused
+
+
+# ---- through the one call that users make
+
+
+@pytest.fixture
+def nothing_loads(monkeypatch) -> None:
+    """Neither weights nor an engine."""
+
+    def loaded(*_: Any, **__: Any) -> None:
+        raise AssertionError("weights were loaded before the refusal")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", loaded)
+    monkeypatch.setattr("vllm.LLM", loaded)
+
+
+@pytest.fixture
+def on_gpu(machine, monkeypatch) -> Machine:
+    """TRL's arguments say that the device is a GPU."""
+    own: Any = GRPOConfig.device  # which also sets up what TRL asks for later
+    monkeypatch.setattr(GRPOConfig, "device", property(lambda self: own.__get__(self) and torch.device("cuda")))
+    return machine
+
+
+@pytest.fixture
+def refused(arithmetic_dir, tmp_path, nothing_loads):
+    """The one line that `grpo_trainer` answers with."""
+
+    def line(model: str = arithmetic_dir, **options: Any) -> str:
+        args = GRPOConfig(str(tmp_path / "run"), bf16=False, logging_steps=1, report_to="none", use_cpu=DEVICE == "cpu")
+        tokenizer = AutoTokenizer.from_pretrained(arithmetic_dir)
+        with pytest.raises(UserError) as error:
+            rlinvariant.grpo_trainer(model, variety, args, questions(), processing_class=tokenizer, **options)
+        assert len(lines := str(error.value).splitlines()) == 1, lines
+        return lines[0]
+
+    return line
+
+
+def copied(model: str, directory: Path, **changes: Any) -> str:
+    """The checkpoint with another config.json."""
+    shutil.copytree(model, directory)
+    config = directory / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    return str(directory)
+
+
+def test_another_gpu_is_refused_before_weights_are_loaded(on_gpu, refused):
+    on_gpu.capability = (8, 0)
+    assert "sm_80" in refused()
+
+
+def test_float32_is_refused_before_weights_are_loaded(on_gpu, refused):
+    assert refused(dtype="float32").startswith("dtype=float32: expected bfloat16 on a GPU")
+
+
+@pytest.mark.parametrize("head", [32, 96])
+def test_a_head_size_is_refused_before_weights_are_loaded(head, on_gpu, refused, arithmetic_dir, tmp_path):
+    line = refused(copied(arithmetic_dir, tmp_path / "model", head_dim=head))
+    assert f"head_dim={head} is not one of 64, 128, 256" in line
+
+
+def test_a_quantised_checkpoint_is_refused_before_weights_are_loaded(refused, arithmetic_dir, tmp_path):
+    quantised = copied(arithmetic_dir, tmp_path / "model", quantization_config={"quant_method": "fp8"})
+    assert "the checkpoint is quantised" in refused(quantised)
+
+
+def test_vllms_own_switch_is_refused_before_weights_are_loaded(refused, monkeypatch):
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    assert refused().startswith("VLLM_BATCH_INVARIANT=1: expected unset")
+
+
+ENGINE_OPTIONS = [("tensor_parallel_size", 2), ("enable_lora", True)]
+
+
+@pytest.mark.parametrize(("option", "value"), ENGINE_OPTIONS)
+def test_an_engine_option_is_refused_before_the_engine_loads(option, value, arithmetic_dir, nothing_loads):
+    with pytest.raises(UserError, match=f"sampler option {option}={value}: expected") as error:
+        Sampler(arithmetic_dir, invariant=True, options={option: value})
+    assert "\n" not in str(error.value)
+
+
+not_yet = pytest.mark.xfail(strict=True, raises=AssertionError, reason="not yet refused before weights are loaded")
+
+
+@not_yet
+@pytest.mark.parametrize(("option", "value"), ENGINE_OPTIONS)
+def test_an_engine_option_is_refused_before_the_trainer_loads(option, value, refused):
+    assert f"sampler option {option}={value}" in refused(sampler_options={"options": {option: value}})
+
+
+@not_yet
+def test_a_quantised_checkpoint_is_refused_by_the_sampler_itself(arithmetic_dir, tmp_path, nothing_loads):
+    quantised = copied(arithmetic_dir, tmp_path / "model", quantization_config={"quant_method": "fp8"})
+    with pytest.raises(UserError, match="quantised"):
+        Sampler(quantised, invariant=True)
+
+
+@not_yet
+@pytest.mark.gpu
+def test_float32_is_refused_by_the_sampler_itself(arithmetic_dir, nothing_loads):
+    with pytest.raises(UserError, match="dtype=float32: expected bfloat16"):
+        Sampler(arithmetic_dir, invariant=True, dtype="float32")
+
+
+def test_problems_reach_a_user_of_the_trainer(on_gpu, arithmetic_dir, tmp_path):
+    """Those who build InvariantGRPOTrainer themselves hear of the device too, and of everything else at once."""
+    on_gpu.vllm = "0.32.0"
+    args = GRPOConfig(str(tmp_path), bf16=False, logging_steps=2, report_to="none", use_cpu=DEVICE == "cpu")
+    model = AutoModelForCausalLM.from_pretrained(arithmetic_dir, dtype=FP32)
+    with pytest.raises(ConfigErrors) as error:
+        rlinvariant.InvariantGRPOTrainer(model, variety, args, sampler=lambda: None, train_dataset=questions())
+    assert [line.split("=")[0] for line in error.value.errors] == ["vllm", "logging_steps"]
+
+
+# ---- on a GPU
+
+
+@pytest.mark.gpu
+def test_this_gpu_is_accepted_in_bfloat16_alone():
+    args = SimpleNamespace(device=torch.device("cuda"))
+    assert support.device_problems(args, "exact", BF16) == []
+    (line,) = support.device_problems(args, "exact", FP32)
+    assert line.startswith("dtype=float32: expected bfloat16")
+
+
+@pytest.mark.gpu
+def test_float32_is_refused_before_this_gpu_loads_weights(refused):
+    assert refused(dtype="float32").startswith("dtype=float32: expected bfloat16 on a GPU")
+
+
+@pytest.mark.gpu
+def test_a_model_in_float32_is_refused_by_name(arithmetic_dir):
+    model = make_invariant(load(arithmetic_dir), FP32)
+    with pytest.raises(UnsupportedModel, match="linear: expected .* in bfloat16"):
+        require_exact(model)
+
+
+@pytest.mark.gpu
+def test_attention_in_float32_is_refused_by_name():
+    q = torch.zeros(4, 2, 64, device="cuda")
+    with pytest.raises(TypeError, match="attention: expected bfloat16, got float32"):
+        ops.attention(q, q, q, torch.tensor([0, 4], dtype=torch.int32, device="cuda"), 0.125)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head", [32, 96])
+def test_a_model_of_another_head_size_is_refused(head):
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES, head_dim=head)).to("cuda")
+    with pytest.raises(UnsupportedModel, match=f"head_dim={head} is not one of 64, 128, 256"):
+        make_invariant(model)
