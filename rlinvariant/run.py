@@ -135,9 +135,11 @@ def grpo_trainer(
     from transformers.utils import logging as transformers_logging
 
     from rlinvariant.models import UnsupportedModel, unsupported
-    from rlinvariant.sampler.engine import Sampler
+    from rlinvariant.sampler.engine import Sampler, refuse
     from rlinvariant.trainer.grpo import SIDES, InvariantGRPOTrainer
 
+    if SIDES[invariance][0]:
+        refuse((sampler_options or {}).get("options") or {}, str(source), dtype)
     transformers_logging.disable_progress_bar()
     if isinstance(model, (str, Path)):
         try:

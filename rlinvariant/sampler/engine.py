@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from rlinvariant import runtime
-from rlinvariant.errors import UserError
+from rlinvariant.errors import ConfigErrors, UserError
+from rlinvariant.models import unsupported
 from rlinvariant.rollout import Completion
 from rlinvariant.sampler.plugin import ARCHITECTURE, QUANTIZATION
+from rlinvariant.support import cuda_problems
 
 
 @contextmanager
@@ -45,6 +47,25 @@ ALONE = {  # engine options that an exact sampler leaves as they are: it runs wh
     "cpu_offload_gb": 0,
 }  # fmt: skip
 NEUTRAL = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+
+
+def refuse(options: dict[str, Any], model: str, dtype: str) -> None:
+    """Raise ConfigErrors for what would give an exact engine other kernels or another model. Loads no weights."""
+    from transformers import AutoConfig
+
+    fix = "remove it, or use invariance=off"
+    found = [f"sampler option {k}={v}: expected {ALONE[k]}; {fix}" for k, v in options.items() if k in ALONE and v != ALONE[k]]
+    if (value := os.environ.get("VLLM_BATCH_INVARIANT", "0")) != "0":
+        found.append(f"VLLM_BATCH_INVARIANT={value}: expected unset: it puts vLLM's own kernels in place of ours; {fix}")
+    cuda = torch.cuda.is_available()
+    found += cuda_problems(getattr(torch, dtype)) if cuda else []
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model={model}: cannot be loaded: {' '.join(str(error).split())[:400]}") from error
+    found += [f"model={model}: {reason}; use invariance=off" for reason in unsupported(config, "cuda" if cuda else "cpu")]
+    if found:
+        raise ConfigErrors(found)
 
 
 class Sampler:
@@ -102,7 +123,7 @@ class Sampler:
                 raise UserError(f"sampler options {', '.join(clash)}: rlinvariant sets them itself; remove them")
             arguments |= options or {}
             if invariant:
-                self._refuse(options or {})
+                refuse(options or {}, str(model), dtype)
                 load_general_plugins()
                 if QUANTIZATION not in QUANTIZATION_METHODS:
                     raise UserError(NOT_ACTIVE)
@@ -117,15 +138,6 @@ class Sampler:
                 arguments["distributed_executor_backend"] = "external_launcher"
             self.llm = LLM(str(model), **arguments)
             self._install()
-
-    @staticmethod
-    def _refuse(options: dict[str, Any]) -> None:
-        """What would give the engine other kernels or another model, in one list."""
-        found = [f"sampler option {k}={v}: expected {ALONE[k]}" for k, v in options.items() if k in ALONE and v != ALONE[k]]
-        if (value := os.environ.get("VLLM_BATCH_INVARIANT", "0")) != "0":
-            found.append(f"VLLM_BATCH_INVARIANT={value}: expected unset: it puts vLLM's own kernels in place of ours")
-        if found:
-            raise UserError("; ".join(found) + "; remove it, or use invariance=off")
 
     @property
     def _runner(self) -> Any:

@@ -195,23 +195,17 @@ def test_an_engine_option_is_refused_before_the_engine_loads(option, value, arit
     assert "\n" not in str(error.value)
 
 
-not_yet = pytest.mark.xfail(strict=True, raises=AssertionError, reason="not yet refused before weights are loaded")
-
-
-@not_yet
 @pytest.mark.parametrize(("option", "value"), ENGINE_OPTIONS)
 def test_an_engine_option_is_refused_before_the_trainer_loads(option, value, refused):
     assert f"sampler option {option}={value}" in refused(sampler_options={"options": {option: value}})
 
 
-@not_yet
 def test_a_quantised_checkpoint_is_refused_by_the_sampler_itself(arithmetic_dir, tmp_path, nothing_loads):
     quantised = copied(arithmetic_dir, tmp_path / "model", quantization_config={"quant_method": "fp8"})
     with pytest.raises(UserError, match="quantised"):
         Sampler(quantised, invariant=True)
 
 
-@not_yet
 @pytest.mark.gpu
 def test_float32_is_refused_by_the_sampler_itself(arithmetic_dir, nothing_loads):
     with pytest.raises(UserError, match="dtype=float32: expected bfloat16"):
