@@ -88,7 +88,7 @@ def run(config: Config) -> None:
         run_dir.write_environment({"kernels": _kernels(config), **record})
         if args.device.type == "cuda":
             total, peak = memory_gib()
-            console.print(f"GPU memory  {peak:.1f} GiB at its peak, trainer and sampler together, of {total:.1f}")
+            console.print(f"GPU memory  {peak:.1f} GiB at PyTorch's peak, trainer and sampler together, of {total:.1f}")
         console.summary(read_metrics(run_dir.path), before, after, run_dir.path, time.monotonic() - started)
 
 
@@ -139,7 +139,8 @@ def grpo_trainer(
     from rlinvariant.trainer.grpo import SIDES, InvariantGRPOTrainer
 
     if SIDES[invariance][0]:
-        refuse((sampler_options or {}).get("options") or {}, str(source), dtype)
+        given = sampler_options or {}
+        refuse(given.get("options") or {}, str(source), dtype, given.get("max_model_len"))
     transformers_logging.disable_progress_bar()
     if isinstance(model, (str, Path)):
         try:
@@ -168,7 +169,7 @@ def grpo_trainer(
 
 
 def memory_gib() -> tuple[float, float]:
-    """(all, most ever taken by this process) of the GPU's memory."""
+    """(all, most ever taken by this process through PyTorch) of the GPU's memory."""
     import torch
 
     return torch.cuda.get_device_properties().total_memory / 2**30, torch.cuda.max_memory_reserved() / 2**30

@@ -14,8 +14,10 @@ VLLM = ("0.26",)  # releases on which exact mode has run on a GPU
 def device_problems(args: Any, invariance: str, dtype: torch.dtype) -> list[str]:
     """One line for each reason why `args.device` (of TrainingArguments) cannot run this."""
     kind = args.device.type
-    if invariance == "off" or kind == "cpu":
+    if invariance == "off" or (kind == "cpu" and not torch.cuda.is_available()):
         return []
+    if kind == "cpu":
+        return ["use_cpu=True: expected False where there is a GPU, which vLLM would take; or hide it: CUDA_VISIBLE_DEVICES="]
     if kind != "cuda":
         return [f"device={args.device}: expected cpu or cuda; set use_cpu=True, or use invariance=off"]
     return list(cuda_problems(dtype))
@@ -34,7 +36,7 @@ def cuda_problems(dtype: torch.dtype) -> Iterator[str]:
     for package in ("triton", "vllm"):
         if importlib.util.find_spec(package) is None:
             yield f"package {package}: missing; pip install -e '.[cuda]'"
-    if importlib.util.find_spec("vllm") is not None and not _version("vllm").startswith(VLLM):
+    if importlib.util.find_spec("vllm") is not None and ".".join(_version("vllm").split(".")[:2]) not in VLLM:
         yield f"vllm=={_version('vllm')}: expected {' or '.join(VLLM)} on a GPU; pip install -e '.[cuda]'"
 
 

@@ -68,8 +68,7 @@ def paged_attention(
 ) -> None:  # fmt: skip
     if not len(q):
         return
-    if not torch.cuda.is_current_stream_capturing():
-        check(q.shape[1], kv_cache.shape[1], q.shape[2], q.device.index)
+    check(q.shape[1], kv_cache.shape[1], q.shape[2], q.device.index, kv_cache.shape[2])
     _paged(q, kv_cache, block_table, cu_seqlens_q, kv_lens, scale, max_seqlen_q, max_seqlen_k, plan, out)
 
 
@@ -112,7 +111,7 @@ def attention_backward(
 
 
 @functools.cache
-def check(heads: int, kv_heads: int, head_size: int, device: int) -> None:
+def check(heads: int, kv_heads: int, head_size: int, device: int, page: int = 16) -> None:
     """Compare packed, decode, chunked and shared calls for these heads before they are first used; milliseconds.
 
     Raises:
@@ -120,7 +119,9 @@ def check(heads: int, kv_heads: int, head_size: int, device: int) -> None:
     """
     if head_size not in HEAD_SIZES:
         raise UserError(f"head_dim={head_size}: expected one of {', '.join(map(str, HEAD_SIZES))} on a GPU; use invariance=off")
-    page, lengths = 16, (300, 1, 17, 1500, 129)
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(f"attention: heads of {head_size} were first met inside a CUDA graph; call it once before")
+    lengths = (300, 1, 17, 1500, 129)
     total, most = sum(lengths), max(lengths)
     with torch.random.fork_rng(devices=[device]), torch.device(f"cuda:{device}"):
         torch.manual_seed(heads * 100_003 + head_size)

@@ -28,11 +28,8 @@ from rlinvariant.kernels.rows import flat
 TILES = Path(__file__).with_name("linear_tiles.json")  # written by `python -m rlinvariant.bench tune`
 FEW = (16, 32, 64, 128, 256)  # row counts up to which a tile is tuned; more rows go to cuBLASLt
 MANY = (128, 128, 64, 8, 3)  # tile for many rows, should cuBLASLt ever disagree
-CHECKED_ROWS = (  # each edge of a tile, and plenty between: cuBLASLt picks its kernel by the row count
-    17, 24, 31, 32, 33, 48, 63, 64, 65, 100, 127, 128, 129, 200, 255, 256, 257, 300, 384, 511, 512, 777, 1000, 1024, 1536,
-    2048, 3001, 4096, 5000, 6144, 8192,
-)  # fmt: skip
-CHECKED_BYTES = 1 << 29  # outputs larger than this are not compared
+CALLS = (8192, 4096, 2048, 1024, 512)  # more rows go to cuBLASLt in calls of these sizes, all of which `check` has made
+CHECKED_BYTES = 1 << 29  # a call whose output would be larger is not made
 
 Tile = tuple[int, int, int, int, int]
 """Weight rows, x rows, depth, warps, stages."""
@@ -85,7 +82,7 @@ def tiled(x: Tensor, w: Tensor, b: Tensor | None, tile: Tile) -> Tensor:
     return y
 
 
-def cublaslt(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+def cublaslt(x: Tensor, w: Tensor, b: Tensor | None, out: Tensor | None = None) -> Tensor:
     """The same by cuBLASLt with one accumulator over K. The switches are process-wide: the backward gets them back."""
     matmul = torch.backends.cuda.matmul
     before = matmul.allow_bf16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction_split_k
@@ -93,7 +90,7 @@ def cublaslt(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
     torch.backends.cuda.preferred_blas_library("cublaslt")
     matmul.allow_bf16_reduced_precision_reduction = (False, False)
     try:
-        return torch.mm(x, w.t()) if b is None else torch.addmm(b, x, w.t())
+        return torch.mm(x, w.t(), out=out) if b is None else torch.addmm(b, x, w.t(), out=out)
     finally:
         matmul.allow_bf16_reduced_precision_reduction = before
         torch.backends.cuda.preferred_blas_library(library)
@@ -111,62 +108,98 @@ def _table() -> dict[tuple[int, int], dict[int, Tile | None]]:
     }
 
 
-@functools.cache
 def tile_for(m: int, n: int, k: int) -> Tile | None:
     """The tuned tile for m rows, that of the nearest tuned weight shape for others; None: cuBLASLt.
 
     Up to 16 rows it is always a tile: for one row cuBLASLt has a kernel with another order.
     """
     few = next((rows for rows in FEW if m <= rows), None)
-    if few is None:
-        return None
+    return None if few is None else _tile(few, n, k)
+
+
+@functools.cache
+def _tile(few: int, n: int, k: int) -> Tile | None:
     if not (table := _table()):
         return (16 if n <= 4096 else 64, max(16, min(few, 64)), 128, 4, 4) if few < 64 else None
     nearest = min(table, key=lambda s: abs(math.log(s[0] / n)) + abs(math.log(s[1] / k)))
     return table[nearest][few]
 
 
+def calls(n: int) -> list[int]:
+    """Row counts, largest first, in which more than 512 rows go to cuBLASLt."""
+    return [rows for rows in CALLS if rows * n * 2 <= CHECKED_BYTES] or [CALLS[-1]]
+
+
 @functools.cache
 def check(n: int, k: int, bias: bool, device: int) -> bool:
     """Whether cuBLASLt gives the bits of the Triton tiles for a weight [n, k]. False: Triton takes every row count.
 
-    Compared at up to 31 row counts, and every tuned tile with the others; milliseconds, cached for the process.
+    Makes every call that `linear` would make of cuBLASLt, and one of every tuned tile, once a process: in tens of
+    milliseconds, or a fifth of a second for a lm_head.
 
     Raises:
         UserError: the Triton tiles differ among themselves, so nothing on this GPU is known to be exact.
     """
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(f"linear: weight [{n}, {k}] was first met inside a CUDA graph; call it once before")
-    with torch.random.fork_rng(devices=[device]), torch.cuda.device(device):
+    sizes = [*calls(n), *range(CALLS[-1] - 1, 0, -1)]
+    with torch.random.fork_rng(devices=[device]), torch.device(f"cuda:{device}"):
         torch.manual_seed(n * 1_000_003 + k)
-        most = min(CHECKED_ROWS[-1], CHECKED_BYTES // (2 * n))
-        x = torch.randn(most, k, device="cuda") * torch.exp2(torch.randint(-4, 4, (most, k), device="cuda"))
-        w, order = torch.randn(n, k, device="cuda"), torch.randperm(k, device="cuda")
+        x = (
+            torch.randn(sizes[0], k, dtype=torch.bfloat16)
+            * torch.exp2(torch.randint(-4, 4, (sizes[0], k), dtype=torch.int8)).bfloat16()
+        )
+        w, order = torch.randn(n, k, dtype=torch.bfloat16), torch.randperm(k)
         one, other = order[: k // 2], order[k // 2 : k // 2 * 2]
         x[:, one], w[:, one] = -x[:, other], w[:, other]
-        x, w = x.bfloat16(), w.bfloat16()
-        b = torch.randn(n, device="cuda").bfloat16() / 64 if bias else None
+        b = torch.randn(n, dtype=torch.bfloat16) / 64 if bias else None
     expected = tiled(x, w, b, MANY)
     for rows in FEW:
-        if (tile := tile_for(rows, n, k)) is not None and not _same(tiled(x[:rows], w, b, tile), expected[:rows]):
+        if (tile := tile_for(rows, n, k)) is not None and not _same(tiled(x[:rows], w, b, tile), expected[:rows]).item():
             raise UserError(
                 f"linear: on {torch.cuda.get_device_name(device)} the result for a weight [{n}, {k}] depends on the tile "
                 f"({rows} rows, tile {tile}); exact mode is not possible here; use invariance=off"
             )
-    vendor = [m for m in CHECKED_ROWS if m <= most and tile_for(m, n, k) is None]
-    return all(_same(cublaslt(x[:m], w, b), expected[:m]) for m in vendor)
+    tried = [m for m in sizes if tile_for(m, n, k) is None]
+    same = torch.stack([_same(cublaslt(x[:m], w, b), expected[:m]) for m in tried]) if tried else torch.ones(1)
+    agrees = bool(same.all())
+    ROUTES[f"{n}x{k} bfloat16"] = "Triton for few rows, cuBLASLt without split-K for many" if agrees else "Triton"
+    return agrees
 
 
 def linear(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
     """x [*rows, K] bf16, w [N, K], b [N] or None -> [*rows, N]."""
-    shape, x = x.shape, flat(x)
-    w, b = flat(w.to(x.dtype)), None if b is None else b.to(x.dtype).contiguous()
-    vendor = check(w.shape[0], w.shape[1], b is not None, x.device.index)
-    ROUTES[f"{w.shape[0]}x{w.shape[1]} bfloat16"] = "Triton, and cuBLASLt without split-K" if vendor else "Triton"
+    shape, (n, k) = x.shape, w.shape
+    x, w = _aligned(flat(x)), _aligned(flat(w.to(x.dtype)))
+    b = None if b is None else _aligned(b.to(x.dtype)[None])[0]
+    vendor, m = check(n, k, b is not None, x.device.index), len(x)
+    if not vendor:
+        y = tiled(x, w, b, tile_for(m, n, k) or MANY)
+    elif m < CALLS[-1]:
+        y = _few(x, w, b)
+    else:
+        y, at = x.new_empty(m, n), 0
+        for rows in calls(n):
+            while m - at >= rows:
+                cublaslt(x[at : at + rows], w, b, out=y[at : at + rows])
+                at += rows
+        if at < m:
+            y[at:] = _few(x[at:], w, b)
+    return y.view(*shape[:-1], n)
+
+
+def _few(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+    """Fewer than 512 rows."""
     tile = tile_for(max(1, len(x)), *w.shape)
-    y = cublaslt(x, w, b) if tile is None and vendor else tiled(x, w, b, tile or MANY)
-    return y.view(*shape[:-1], w.shape[0])
+    return cublaslt(x, w, b) if tile is None else tiled(x, w, b, tile)
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a.view(torch.int16), b.view(torch.int16))
+def _aligned(x: Tensor) -> Tensor:
+    """x [rows, D], aligned as the operands of `check` are: cuBLASLt chooses its kernel by alignment too."""
+    in_place = x.data_ptr() % 16 == 0 and (x.is_contiguous() or x.stride(0) % 8 == x.shape[1] % 8 == 0)
+    return x if in_place else x.clone(memory_format=torch.contiguous_format)
+
+
+def _same(a: Tensor, b: Tensor) -> Tensor:
+    """Whether the bits are, as a tensor: nobody waits for it."""
+    return (a.view(torch.int16) == b.view(torch.int16)).all()

@@ -81,7 +81,7 @@ def qk_norm_rope(
     q_programs = triton.cdiv(q_heads, r)
     _kernel[(t, q_programs + triton.cdiv(k_heads, r))](
         q, k, *weights, cos.contiguous(), sin.contiguous(), q_out, k_out, q_heads, k_heads, q_programs, d, half, eps, q_token,
-        q_head, k_token, k_head, NORM=norm, R=r, D=width, HALF=triton.next_power_of_2(half),
+        q_head, k_token, k_head, NORM=norm, R=r, D=width, HALF=triton.next_power_of_2(max(1, half)),
         REST=triton.next_power_of_2(d - 2 * half) if d > 2 * half else 0, num_warps=warps,
     )  # fmt: skip
     return q_out, k_out

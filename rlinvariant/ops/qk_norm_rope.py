@@ -4,7 +4,9 @@ import torch
 from torch import Tensor
 
 from rlinvariant.ops.register import define
+from rlinvariant.ops.rms_norm import _check as check_rms_norm
 from rlinvariant.ops.rms_norm import rms_norm, rms_norm_backward
+from rlinvariant.ops.rope import _check as check_rope
 from rlinvariant.ops.rope import rope, rope_backward
 
 
@@ -28,7 +30,13 @@ def qk_norm_rope(
     return _qk_norm_rope(q, k, q_weight, k_weight, cos, sin, eps)
 
 
-def _check(q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, *_) -> None:
+def _check(
+    q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos: Tensor, sin: Tensor, eps: float
+) -> None:
+    check_rope(q, cos, sin, 1.0)
+    for weight in (q_weight, k_weight):
+        if weight is not None:
+            check_rms_norm(q, weight, eps)
     if q.shape[0] != k.shape[0] or q.shape[2] != k.shape[2] or q.dtype != k.dtype or (q_weight is None) != (k_weight is None):
         raise ValueError(
             f"qk_norm_rope: q {q.dtype} {tuple(q.shape)} and k {k.dtype} {tuple(k.shape)} do not fit, or one weight is missing"

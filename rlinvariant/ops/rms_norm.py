@@ -19,9 +19,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         weight: [D], any float dtype; cast to x.dtype at use.
         eps: added to the mean square, before the root.
 
-    Order: fp32 squares, column i to accumulator i % 16, ascending, then a fixed tree (`lanes` in kernels/cpu.c).
-    Bits: a row of y and of dx depends on that row and `weight` alone. dweight sums rows in index order: deterministic,
-        not batch invariant. CPU and CUDA follow one rounding but do not promise the same bits.
+    Order: fp32 squares; CPU: column i to accumulator i % 16, ascending, then a fixed tree (`lanes` in kernels/cpu.c); CUDA:
+        one tree, whose shape depends on D alone.
+    Bits: a row of y and of dx depends on that row and `weight` alone. dweight sums rows in an order that their number fixes:
+        deterministic, not batch invariant. CPU and CUDA follow one rounding but do not promise the same bits.
     Ref: Zhang and Sennrich 2019, arXiv:1910.07467; rounding as in transformers' LlamaRMSNorm.
     """
     return _rms_norm(x, weight, eps)

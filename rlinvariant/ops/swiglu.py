@@ -15,8 +15,8 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     Args:
         gate, up: same shape and dtype, bf16 or fp32.
 
-    Order: no sums. exp is the polynomial of kernels/cpu.c, the same for every element (a vectorised library exp and its
-        scalar tail are not).
+    Order: no sums. exp is the polynomial of kernels/cpu.c, or the GPU's ex2: the same for every element (a vectorised library
+        exp and its scalar tail are not).
     Bits: an element of y and of both gradients depends on that element of gate and up (and dy) alone.
     Ref: Shazeer 2020, arXiv:2002.05202; rounding as in transformers' LlamaMLP.
     """

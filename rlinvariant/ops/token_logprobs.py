@@ -1,8 +1,8 @@
 """From hidden states to log-probabilities, and from logits to sampled tokens: the trainer's and the sampler's last step.
 
-Both read the same statistics of a row (`softmax_row` of kernels/cpu.c, `_whole` of kernels/token_logprobs.py): x = logit / T,
-its maximum m, and s = sum exp(x - m) over fixed blocks of the vocabulary. The log-probability is round32(x[token] - m - log s),
-formed in fp64.
+Both read the same statistics of a row (`softmax_row` of kernels/cpu.c, `_logprobs` of kernels/token_logprobs.py): x = logit
+/ T, its maximum m, and s = sum exp(x - m) over fixed blocks of the vocabulary. The log-probability is round32(x[token] - m -
+log s), formed in fp64.
 """
 
 import torch
@@ -12,7 +12,7 @@ from rlinvariant.kernels import cpu
 from rlinvariant.ops.linear import linear
 from rlinvariant.ops.register import define, require_dtype
 
-CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}  # logits held at a time
+CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 29}  # logits held at a time
 
 
 def token_logprobs(hidden: Tensor, weight: Tensor, token_ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

@@ -44,13 +44,17 @@ HARMLESS = ("ignore_eos", "logprobs", "detokenize")  # the only further sampling
 ALONE = {  # engine options that an exact sampler leaves as they are: it runs whole, on one device, the model that is trained
     "tensor_parallel_size": 1, "pipeline_parallel_size": 1, "data_parallel_size": 1, "enable_lora": False,
     "speculative_config": None, "kv_cache_dtype": "auto", "attention_config": None, "model_impl": "auto",
-    "cpu_offload_gb": 0,
+    "cpu_offload_gb": 0, "decode_context_parallel_size": 1, "prefill_context_parallel_size": 1, "enable_dbo": False,
+    "attention_backend": None, "logits_processors": None, "kv_transfer_config": None, "kv_offloading_size": None,
 }  # fmt: skip
 NEUTRAL = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 
 
-def refuse(options: dict[str, Any], model: str, dtype: str) -> None:
-    """Raise ConfigErrors for what would give an exact engine other kernels or another model. Loads no weights."""
+def refuse(options: dict[str, Any], model: str, dtype: str, max_model_len: int | None = None) -> int:
+    """Raise ConfigErrors for what would give an exact engine other kernels or another model. Loads no weights.
+
+    Returns how many positions the model has.
+    """
     from transformers import AutoConfig
 
     fix = "remove it, or use invariance=off"
@@ -64,8 +68,12 @@ def refuse(options: dict[str, Any], model: str, dtype: str) -> None:
     except (OSError, ValueError) as error:
         raise UserError(f"model={model}: cannot be loaded: {' '.join(str(error).split())[:400]}") from error
     found += [f"model={model}: {reason}; use invariance=off" for reason in unsupported(config, "cuda" if cuda else "cpu")]
+    positions = config.get_text_config().max_position_embeddings
+    if max_model_len is not None and max_model_len > positions:
+        found.append(f"sampler.max_model_len={max_model_len}: expected at most {positions}, the model's positions")
     if found:
         raise ConfigErrors(found)
+    return positions
 
 
 class Sampler:
@@ -123,7 +131,8 @@ class Sampler:
                 raise UserError(f"sampler options {', '.join(clash)}: rlinvariant sets them itself; remove them")
             arguments |= options or {}
             if invariant:
-                refuse(options or {}, str(model), dtype)
+                positions = refuse(options or {}, str(model), dtype, max_model_len)
+                arguments["max_model_len"] = max_model_len or positions  # vLLM's own default may be beyond the rotary table
                 load_general_plugins()
                 if QUANTIZATION not in QUANTIZATION_METHODS:
                     raise UserError(NOT_ACTIVE)
@@ -192,6 +201,8 @@ class Sampler:
                 invariant engine, whose log-probs are of the whole softmax.
         """
         refused = [f"{k}={v}" for k, v in sampling.items() if k not in HARMLESS and v not in (NEUTRAL.get(k), None)]
+        if self.invariant and 0 < temperature < 0.01:
+            refused.append(f"temperature={temperature}, which vLLM would raise to 0.01")
         if self.invariant and refused:
             raise UserError(f"{', '.join(refused)}: an exact sampler draws from the whole distribution; remove it")
         if empty := [i for i, p in enumerate(prompts) if not p]:
@@ -218,10 +229,8 @@ class Sampler:
             engine: Any = self.llm.llm_engine
             engine.abort_request(list(engine.output_processor.request_states), internal=True)
             raise
-        finally:
-            drawn = self._runner.sampler.take_drawn() if self.invariant else {}
         if self.invariant:
-            return self._drawn(outputs, drawn)
+            return self._drawn(outputs, self._runner.sampler.take_drawn())
         completions = []
         for output in outputs:
             ids = list(output.outputs[0].token_ids)
@@ -267,15 +276,14 @@ class Sampler:
         for name, weight in weights:
             target, shard = _target(self.model, name)
             parts.setdefault(target, {})[shard] = weight.detach()
-        whole = {name: torch.cat([pieces[s] for s in sorted(pieces, key=_ORDER.index)]) for name, pieces in parts.items()}
         own = dict(self.model.named_parameters())
         tied = "lm_head.weight" not in own
-        bad = [name for name in whole if name not in own and not (tied and name == "lm_head.weight")]
+        bad = [name for name in parts if name not in own and not (tied and name == "lm_head.weight")]
         for name, have in own.items():
-            if name not in whole or not _same_bytes(*self._readable(name, have.detach(), whole[name])):
+            if name not in parts or not _same_bytes(*self._readable(name, have.detach(), _whole(parts[name]))):
                 bad.append(name)
         head = getattr(self.model, "lm_head", None)
-        embedding = next((x for n, x in whole.items() if n.endswith("embed_tokens.weight")), None)
+        embedding = next((_whole(x) for n, x in parts.items() if n.endswith("embed_tokens.weight")), None)
         packed_apart = tied and hasattr(head, "cpu_linear") and not self.invariant
         if packed_apart and embedding is not None and not _same_bytes(*_columns(head, embedding)):
             bad.append("lm_head.weight")
@@ -291,6 +299,10 @@ class Sampler:
 
 
 _ORDER: list[Any] = [None, "q", "k", "v", *range(16)]  # how vLLM stacks the parts of a merged projection
+
+
+def _whole(pieces: dict[Any, Tensor]) -> Tensor:
+    return next(iter(pieces.values())) if len(pieces) == 1 else torch.cat([pieces[s] for s in sorted(pieces, key=_ORDER.index)])
 
 
 def _columns(layer: Any, expected: Tensor) -> tuple[Tensor, Tensor]:

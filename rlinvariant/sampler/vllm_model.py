@@ -159,10 +159,11 @@ class _Head(UnquantizedEmbeddingMethod):
 
 
 class _SeedKeeper(Sampler):
-    """Seeds that survive a chunked prefill on a CPU.
+    """Seeds that survive a chunked prefill.
 
-    vLLM samples for a request whose prefill was cut, throws the token away and rewinds its generator; a CPU generator cannot
-    be rewound and raises. So the generators of such requests are taken away before vLLM looks, and given back afterwards.
+    vLLM samples for a request whose prefill was cut, throws the token away and rewinds its generator, by what its own sampler
+    would have drawn; a CPU generator cannot be rewound at all, and raises. So the generators of such requests are taken away
+    before vLLM looks, and given back afterwards.
     """
 
     def __init__(self, runner: Any) -> None:
@@ -216,6 +217,8 @@ class InvariantSampler(_SeedKeeper):
         for requests, positions, _, _ in steps:
             for request, position in zip(requests, positions.tolist(), strict=True):
                 its_tokens, its_logprobs = found.setdefault(request, ([], []))
+                if position > len(its_tokens):
+                    raise RuntimeError(f"request {request}: token {position} was drawn after {len(its_tokens)}")
                 its_tokens[position:] = [tokens[at]]
                 its_logprobs[position:] = [logprobs[at]]
                 at += 1
