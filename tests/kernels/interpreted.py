@@ -24,6 +24,22 @@ for m, n, k, tile in ((5, 70, 96, (16, 16, 32, 4, 3)), (17, 33, 100, (16, 16, 64
     x, w, b = torch.randn(m, k), torch.randn(n, k), torch.randn(n)
     same(f"linear {m} {n} {k}", linear.tiled(x, w, b, tile), x @ w.t() + b, 1e-4)
     same(f"linear {m} {n} {k}, no bias", linear.tiled(x, w, None, tile), x @ w.t(), 1e-4)
+made: list[int] = []
+
+
+def vendor(x, w, b, out=None):
+    """cuBLASLt's place: records how many rows it is called with."""
+    made.append(len(x))
+    y = x @ w.t() + (0.0 if b is None else b)
+    return y if out is None else out.copy_(y)
+
+
+linear.check, linear.cublaslt = lambda *_: True, vendor
+for m, expected_calls in ((0, []), (5, []), (300, [300]), (513, [512]), (3000, [2048, 512, 440]), (9000, [8192, 512, 296])):
+    x, w, b = torch.randn(m, 40), torch.randn(24, 40), torch.randn(24)
+    made.clear()
+    same(f"linear in calls, {m}", linear.linear(x, w, b), x @ w.t() + b, 1e-4)
+    assert made == expected_calls, (m, made)
 for shape in ((7, 96), (2, 3, 4, 128), (3, 2048)):
     x, r, dy, ds = torch.randn(4, *shape)
     w = torch.randn(shape[-1])
