@@ -133,15 +133,12 @@ class _Stock:
     ) -> list[Completion]:
         from vllm import SamplingParams
 
+        from rlinvariant.sampler.engine import reported
+
         shared: Any = {"temperature": 1.0, "max_tokens": length, "logprobs": 0, "detokenize": False, "ignore_eos": True}
         params = [SamplingParams(seed=s, **shared) for s in (seeds or [None] * len(prompts))]
         outputs = self.llm.generate([{"prompt_token_ids": list(p)} for p in prompts], params, use_tqdm=False)
-        found = []
-        for output in outputs:
-            ids = list(output.outputs[0].token_ids)
-            table: Any = output.outputs[0].logprobs
-            found.append(Completion(ids, [row[i].logprob for i, row in zip(ids, table, strict=True)]))
-        return found
+        return reported(outputs)
 
     def forget(self) -> None:
         self.llm.reset_prefix_cache()

@@ -4,6 +4,11 @@ import torch
 from torch import Tensor
 
 
+def aligned(x: Tensor) -> Tensor:
+    """x, or a copy, contiguous from a multiple of 16 bytes: what Triton knows of it decides how it lays out a sum."""
+    return x if x.is_contiguous() and not x.data_ptr() % 16 else x.clone(memory_format=torch.contiguous_format)
+
+
 def flat(x: Tensor) -> Tensor:
     """x as [rows, D] with contiguous D; a copy only if no view has that form."""
     x = x.reshape(-1, x.shape[-1])

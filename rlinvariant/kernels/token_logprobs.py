@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rlinvariant.kernels.rows import aligned
+
 BLOCK = 4096  # columns of a block of the vocabulary
 
 
@@ -170,7 +172,7 @@ def row_logprobs(logits: Tensor, ids: Tensor | None, temperature: Tensor) -> tup
 
 
 def _row_logprobs(logits: Tensor, ids: Tensor | None, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    logits = _aligned(logits)
+    logits = aligned(logits)
     rows, vocab = logits.shape
     logprobs, entropy = (torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(2))
     stats = torch.empty(rows, 3, dtype=torch.float64, device=logits.device)
@@ -187,7 +189,7 @@ def row_logprobs_backward(
     logits: Tensor, ids: Tensor, temperature: Tensor, dlogprobs: Tensor, dentropy: Tensor | None
 ) -> Tensor:
     """Gradient of the logits, like them; the statistics are taken anew."""
-    logits = _aligned(logits)
+    logits = aligned(logits)
     _, entropy, stats = _row_logprobs(logits, ids, temperature)
     out = torch.empty_like(logits)
     rows, vocab = logits.shape
@@ -200,7 +202,7 @@ def row_logprobs_backward(
 
 
 def sample(logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    logits, temperature = _aligned(logits), temperature.float().contiguous()
+    logits, temperature = aligned(logits), temperature.float().contiguous()
     rows, vocab = logits.shape
     tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
     logprobs, x = (torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(2))
@@ -218,10 +220,3 @@ def sample(logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor
         )  # fmt: skip
         _likelier[(rows, blocks)](logits, temperature, x, larger, vocab, BLOCK=BLOCK, num_warps=8)
     return tokens, logprobs, larger.sum(1)
-
-
-def _aligned(logits: Tensor) -> Tensor:
-    """Contiguous from a multiple of 16 bytes: what Triton knows of the alignment decides how it lays out a sum."""
-    return (
-        logits if logits.is_contiguous() and not logits.data_ptr() % 16 else logits.clone(memory_format=torch.contiguous_format)
-    )

@@ -36,12 +36,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rlinvariant import ops
 from rlinvariant.errors import UserError
-from rlinvariant.kernels import cpu
+from rlinvariant.kernels import attention, cpu
 
 ATTENTION = "rlinvariant"  # name of the attention implementation, in transformers' registry
 HEAD_SIZES = {
     "cpu": (32, 64, 80, 96, 112, 128, 160, 192, 224, 256),  # those of vLLM's CPU key-value cache
-    "cuda": (64, 128, 256),  # those where FlashAttention-3 gives a paged and a packed call the same bits
+    "cuda": attention.HEAD_SIZES,  # those where FlashAttention-3 gives a paged and a packed call the same bits
 }
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # angles depend on the position alone, not on the sequence length
 SCALINGS = ("final_logit_softcapping", "attn_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")

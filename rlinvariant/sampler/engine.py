@@ -76,6 +76,16 @@ def refuse(options: dict[str, Any], model: str, dtype: str, max_model_len: int |
     return positions
 
 
+def reported(outputs: Sequence[Any]) -> list[Completion]:
+    """The completions of vLLM's `RequestOutput`s, with the log-prob that vLLM reports for each token, by token id."""
+    completions = []
+    for output in outputs:
+        ids = list(output.outputs[0].token_ids)
+        table: Any = output.outputs[0].logprobs
+        completions.append(Completion(ids, [row[i].logprob for i, row in zip(ids, table, strict=True)]))
+    return completions
+
+
 class Sampler:
     """vLLM for rollouts. Engines of one process share vLLM's process groups: keep each alive as long as any other is used.
 
@@ -231,12 +241,7 @@ class Sampler:
             raise
         if self.invariant:
             return self._drawn(outputs, self._runner.sampler.take_drawn())
-        completions = []
-        for output in outputs:
-            ids = list(output.outputs[0].token_ids)
-            table: Any = output.outputs[0].logprobs
-            completions.append(Completion(ids, [row[i].logprob for i, row in zip(ids, table, strict=True)]))
-        return completions
+        return reported(outputs)
 
     @staticmethod
     def _drawn(outputs: Sequence[Any], drawn: dict[str, tuple[list[int], list[float]]]) -> list[Completion]:
