@@ -36,6 +36,11 @@ def name() -> str:
     return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().removeprefix("NVIDIA ").lower()).strip("-")
 
 
+def fits(gib: float) -> bool:
+    """Whether the GPU has so much memory, in GiB: benchmarks that hold several engines make do with fewer at a time."""
+    return torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory > gib * 2**30
+
+
 def environment() -> dict[str, Any]:
     """What the JSON says about the GPU; empty without one."""
     if not torch.cuda.is_available():

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from rlinvariant.bench import gpu
 from rlinvariant.bench.compare import Parity, against_stock_trainer, against_trainer, differing
 from rlinvariant.bench.measure import Link, Machine, Missing, Worker, Workers, end_on_sigterm, reason
 from rlinvariant.rollout import Completion, request_seed
@@ -25,10 +26,12 @@ PACKED = (1, 16)  # rows scored together
 REQUESTS, LENGTH, PROMPT, APART = 128, 128, (3, 600), 16
 SOAK_MODEL, SOAK_LENGTH, SOAK_PROMPT = "qwen3-1.7b", 512, (16, 65)
 SOAK_SIDES = ("exact-1", "exact-2")  # two: while one's processor schedules or its trainer scores, the other's tokens are drawn
-SOAK_TOGETHER, SOAK_KV_GIB = 512, 32  # requests decoded at a time, as many as vLLM's largest CUDA graph; memory of each
-SOAK_ROWS = 112  # scored at a time: about 64,000 tokens
+# Requests decoded at a time, as many as vLLM's largest CUDA graph; GiB for keys and values; rows scored at a time
+SOAK_SIZES = {"tiny": (8, 0.3, 8), "full": (512, 32.0, 112), "small": (256, 16.0, 56)}
+SOAK_BOTH_GIB = 120  # of GPU memory that the full size takes; a GPU with less has the small one
 SOAK_SECONDS = 530  # a run that would take longer ends here, and says how far it came
 SOAK_CONTROL = 100  # requests that the control draws
+CONTROL = "stock vLLM against the same trainer"
 
 
 def rows(tiny: bool) -> Iterator[Parity | Missing]:
@@ -158,8 +161,14 @@ def soak(file: Path, tokens: int, tiny: bool) -> None:
     rng = random.Random(run["seed"])
     with tempfile.TemporaryDirectory() as directory:
         path = build(name, directory)
+        size = "tiny" if tiny else "full" if gpu.fits(SOAK_BOTH_GIB) else "small"
+        if size == "small" and not kept["control"]:  # nor does a third engine fit: before the others
+            with Workers({"control": Worker(__name__, "control", path, size)}) as workers:
+                found = workers.ask(["control"], seed=rng.getrandbits(48), temperature=TEMPERATURES[0])
+                kept["control"] = {"compared": CONTROL, **found["control"]} if found else None
+                print(f"control: {kept['control']}", flush=True)
         sides = SOAK_SIDES if kept["control"] else (*SOAK_SIDES, "control")
-        with Workers({side: Worker(__name__, side, path, "tiny" if tiny else "full") for side in sides}) as workers:
+        with Workers({side: Worker(__name__, side, path, size) for side in sides}) as workers:
             waited = dict.fromkeys(workers.alive, 0.0)  # the longest that each took
             asked = {}
 
@@ -178,7 +187,7 @@ def soak(file: Path, tokens: int, tiny: bool) -> None:
                     if found is None:
                         run["missing"][side] = workers.missing[side]
                     elif side == "control":
-                        kept["control"] = {"compared": "stock vLLM against the same trainer", **found}
+                        kept["control"] = {"compared": CONTROL, **found}
                         workers.alive.pop(side).close()
                     else:
                         for key in ("tokens", "sampled", "mismatched"):
@@ -209,7 +218,8 @@ def _soak_worker(link: Link, side: str, path: str, size: str) -> None:
     """A rollout for each request, scored by the exact trainer; the control draws from a stock engine."""
     from rlinvariant.sampler.engine import Sampler
 
-    together, length, kv_gib = (SOAK_TOGETHER, SOAK_LENGTH, SOAK_KV_GIB) if size == "full" else (8, 16, 0.3)
+    together, kv_gib, rows_ = SOAK_SIZES[size]
+    length = 16 if size == "tiny" else SOAK_LENGTH
     count = min(SOAK_CONTROL, together) if side == "control" else together
     model = _exact_model(path)
     kv_gib = min(kv_gib, 8.0) if side == "control" else kv_gib
@@ -222,7 +232,7 @@ def _soak_worker(link: Link, side: str, path: str, size: str) -> None:
         seeds = [rng.getrandbits(62) for _ in prompts]
         drawn = engine.generate(prompts, seeds, temperature=request["temperature"], max_tokens=length, ignore_eos=True)
         drew = time.perf_counter()
-        mismatched = against_trainer(model, prompts, drawn, request["temperature"], SOAK_ROWS)
+        mismatched = against_trainer(model, prompts, drawn, request["temperature"], rows_)
         engine.llm.reset_prefix_cache()
         link.send(
             tokens=sum(len(c.sampler_logprobs) for c in drawn), sampled=sum(len(c.token_ids) for c in drawn),

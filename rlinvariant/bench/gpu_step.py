@@ -3,7 +3,7 @@
 
 64 prompts x 8 completions of up to 512 tokens; a share of the vocabulary ends a completion, so lengths vary as in a real run.
 The learning rate is 0, so that every step samples from the same policy. Each side is a process, and they take turns, after a
-step of short completions that compiles and allocates.
+step of short completions that compiles and allocates; on a GPU that cannot hold both, one follows the other.
 """
 
 import importlib
@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from statistics import mean, median
 from typing import Any
 
+from rlinvariant.bench import gpu
 from rlinvariant.bench.gpu_trainer import grpo_arguments
 from rlinvariant.bench.measure import Link, Missing, Row, Worker, Workers
 
@@ -24,6 +25,7 @@ MODEL = "qwen3-1.7b"
 SIZES = {"tiny": (2, 8, 8, 4, 0.3), "full": (64, 16, 512, 64, 14.0)}
 GENERATIONS, PROMPT, STOP_SHARE = 8, (64, 256), 1 / 300
 ROUNDS, SECONDS = 3, 225  # steps of each side; fewer, but one, if another would not end in time
+BOTH_GIB = 120  # of GPU memory that the two sides take
 TARGET = 0.85
 SIDES = ("exact", "stock")
 
@@ -33,32 +35,38 @@ def rows(tiny: bool) -> Iterator[Row | Missing]:
 
     size, model = ("tiny", "tiny") if tiny else ("full", MODEL)
     prompts, _, length, short, _ = SIZES[size]
-    name, began = f"{model}, {prompts} prompts x {GENERATIONS}, up to {length} new tokens", time.perf_counter()
+    name = f"{model}, {prompts} prompts x {GENERATIONS}, up to {length} new tokens"
     with tempfile.TemporaryDirectory() as directory:
         path = build(model, directory, stops=round(SHAPES[model].vocab * STOP_SHARE))
-        with Workers({side: Worker(__name__, side, path, size) for side in SIDES}) as workers:
-            workers.ask(SIDES, together=True, length=short)
-            print(f"started after {time.perf_counter() - began:.0f} s", flush=True)
-            answers: list[dict[str, dict[str, Any]]] = []
-            for at in range(ROUNDS):
-                round_began = time.perf_counter()
-                answers.append(workers.ask(SIDES if at % 2 else SIDES[::-1], length=length))
-                for side, found in answers[-1].items():
-                    print(
-                        f"{side}: " + ", ".join(f"{k} {v if v is None else round(v, 2)}" for k, v in found.items()), flush=True
-                    )
-                yield from _rows(name, workers, [a for a in answers if len(a) == len(SIDES)] or answers[-1:])
-                now = time.perf_counter()
-                if len(answers[-1]) < len(SIDES) or now - began + (now - round_began) > SECONDS:
-                    break
+        answers: list[dict[str, dict[str, Any]]] = [{} for _ in range(ROUNDS)]
+        missing: dict[str, str] = {}
+        groups = [SIDES] if tiny or gpu.fits(BOTH_GIB) else [(side,) for side in SIDES]
+        for group in groups:
+            began = time.perf_counter()
+            with Workers({side: Worker(__name__, side, path, size) for side in group}) as workers:
+                workers.ask(group, together=True, length=short)
+                print(f"{', '.join(group)}: started after {time.perf_counter() - began:.0f} s", flush=True)
+                for at, answer in enumerate(answers):
+                    round_began = time.perf_counter()
+                    answer |= (found := workers.ask(group if at % 2 else group[::-1], length=length))
+                    for side, of_side in found.items():
+                        numbers = ", ".join(f"{k} {v if v is None else round(v, 2)}" for k, v in of_side.items())
+                        print(f"{side}: {numbers}", flush=True)
+                    missing |= workers.missing
+                    if group == groups[-1]:
+                        whole = [a for a in answers if len(a) == len(SIDES)]
+                        yield from _rows(name, missing, whole or [a for a in answers if a] or answers[:1])
+                    now = time.perf_counter()
+                    if workers.missing or now - began + (now - round_began) > SECONDS:
+                        break
 
 
-def _rows(name: str, workers: Workers, answers: list[dict[str, dict[str, Any]]]) -> Iterator[Row | Missing]:
+def _rows(name: str, missing: dict[str, str], answers: list[dict[str, dict[str, Any]]]) -> Iterator[Row | Missing]:
     """What is known so far: a later row takes the place of an earlier one."""
     sides = [side for side in SIDES if side in answers[0]]
     seconds = {side: median(a[side]["seconds"] for a in answers) for side in sides}
     if len(sides) < len(SIDES):
-        yield Missing("step", f"step: {name}", "; ".join(workers.missing.values()), seconds)
+        yield Missing("step", f"step: {name}", "; ".join(missing.values()), seconds)
         return
     same = {side: all(a[side]["exact"] for a in answers) for side in SIDES}
     equal: dict[str, bool | None] = {"ours": same["exact"], "stock": same["stock"]}
