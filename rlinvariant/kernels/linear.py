@@ -28,7 +28,7 @@ from rlinvariant.kernels.rows import flat
 TILES = Path(__file__).with_name("linear_tiles.json")  # written by `python -m rlinvariant.bench tune`
 FEW = (16, 32, 64, 128, 256)  # row counts up to which a tile is tuned; more rows go to cuBLASLt
 MANY = (128, 128, 64, 8, 3)  # tile for many rows, should cuBLASLt ever disagree
-CALLS = (8192, 4096, 2048, 1024, 512)  # more rows go to cuBLASLt in calls of these sizes, all of which `check` has made
+CALLS = tuple(range(8192, 0, -512))  # more rows go to cuBLASLt in calls of these sizes, all of which `check` has made
 CHECKED_BYTES = 1 << 29  # a call whose output would be larger is not made
 
 Tile = tuple[int, int, int, int, int]

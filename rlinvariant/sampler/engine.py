@@ -2,8 +2,9 @@
 
 import os
 import random
+import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,15 @@ def _undisturbed() -> Iterator[None]:
             torch.set_default_dtype(dtype)
             if torch.get_num_threads() != threads:
                 torch.set_num_threads(threads)
+
+
+def _stdout_with_descriptor() -> AbstractContextManager[Any]:
+    """vLLM silences NCCL through sys.stdout's file descriptor, and raises where there is none: in a notebook, or redirected."""
+    try:
+        sys.stdout.fileno()
+    except (AttributeError, OSError):  # io.UnsupportedOperation is one
+        return redirect_stdout(sys.__stdout__)
+    return nullcontext()
 
 
 NOT_ACTIVE = (
@@ -113,7 +123,7 @@ class Sampler:
     ) -> None:
         runtime.configure()
         self.invariant = invariant
-        with _undisturbed():
+        with _undisturbed(), _stdout_with_descriptor():
             from vllm import LLM, ModelRegistry
             from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
             from vllm.plugins import load_general_plugins

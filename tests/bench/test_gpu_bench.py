@@ -302,6 +302,7 @@ def test_step_rows_are_seconds_and_exact_only_if_every_step_was(monkeypatch):
                 "peak": 1.0, "rollout": 2.0, "train": None, "sync": None}  # fmt: skip
 
     fakes = Fakes(monkeypatch, gpu_step, answer)
+    monkeypatch.setattr(gpu, "fits", lambda gib: True)
     rows = list(gpu_step.rows(tiny=False))
     last = {row.case.split(":")[0]: row for row in rows}
     step = last["step"]
@@ -309,6 +310,22 @@ def test_step_rows_are_seconds_and_exact_only_if_every_step_was(monkeypatch):
     assert last["step, for each million sampled tokens"].ratio == 1.6 and last["sampled tokens of a step"].ours == 1e5
     assert last["all but the rollout"].ratio == 0.75 and len(rows) == 3 * len(last)
     assert [(side, request["length"]) for side, request in fakes.asked[:3]] == [("exact", 64), ("stock", 64), ("stock", 512)]
+
+
+def test_steps_of_sides_that_do_not_fit_together_follow_each_other(monkeypatch):
+    """And are compared round by round all the same."""
+    seconds = {"exact": iter([9.0, 1.0, 2.0, 3.0]), "stock": iter([9.0, 10.0, 20.0, 30.0])}
+
+    def answer(side, length):
+        return {"seconds": next(seconds[side]), "tokens": 1.0, "exact": side == "exact", "peak": 1.0, "rollout": 0.0,
+                "train": None, "sync": None}  # fmt: skip
+
+    fakes = Fakes(monkeypatch, gpu_step, answer)
+    monkeypatch.setattr(gpu, "fits", lambda gib: False)
+    rows = list(gpu_step.rows(tiny=False))
+    assert [side for side, _ in fakes.asked] == ["exact"] * 4 + ["stock"] * 4
+    step = {row.case.split(":")[0]: row for row in rows}["step"]
+    assert (step.ours, step.stock, step.samples) == (2.0, 20.0, 3) and step.bits_equal == {"ours": True, "stock": False}
 
 
 def test_steps_end_when_another_would_not_be_in_time(monkeypatch):

@@ -3,7 +3,10 @@
 Two releases are in use, 0.32 on a CPU and 0.26 on a GPU: what they have in common, and what each has of its own.
 """
 
+import contextlib
 import inspect
+import io
+import sys
 from typing import Any
 
 import pytest
@@ -21,6 +24,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from rlinvariant import runtime
 from rlinvariant.sampler import plugin, vllm_model
+from rlinvariant.sampler.engine import _stdout_with_descriptor
 from tests.parity.device import BLOCK, CUDA
 
 VERSION = "0.26." if CUDA else "0.32."
@@ -148,3 +152,14 @@ def test_the_engine_is_reached_by_the_path_expected(exact_engine):
     for cache in runner.kv_caches:  # of the arithmetic recipe: one head of keys and values, 64 wide
         blocks, heads, page, width = cache.shape  # [pages, H_kv, page, keys and values]
         assert (heads, page, width) == (1, BLOCK, 2 * 64) and cache.stride(-1) == 1
+
+
+def test_an_engine_starts_where_stdout_has_no_descriptor():
+    """vLLM's start-up takes it; a notebook's stdout has none. What the user prints stays where it was redirected to."""
+    with contextlib.redirect_stdout(io.StringIO()) as redirected:
+        with pytest.raises(io.UnsupportedOperation):
+            sys.stdout.fileno()
+        with _stdout_with_descriptor():
+            assert sys.stdout.fileno() >= 0
+        print("mine")
+    assert redirected.getvalue() == "mine\n"

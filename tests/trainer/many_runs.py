@@ -81,7 +81,7 @@ def unsupported(model: str) -> None:
     from transformers import GPT2Config, MistralConfig, Qwen3Config
 
     sizes = {"vocab_size": 99, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64}
-    config = GPT2Config(vocab_size=99, n_embd=64, n_layer=1, n_head=2, n_positions=128, bos_token_id=1, eos_token_id=2)
+    config = GPT2Config(vocab_size=99, n_embd=128, n_layer=1, n_head=2, n_positions=128, bos_token_id=1, eos_token_id=2)
     path = random_model(model, "gpt2", config)
     mistake("GPT-2", f"model={path}")
     mistake("GPT-2, sampler", f"model={path}", "invariance=sampler")

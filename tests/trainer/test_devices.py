@@ -58,9 +58,10 @@ def test_another_gpu_is_refused(name, capability, machine):
     assert "use invariance=off" in line and "\n" not in line
 
 
-def test_float32_is_refused_on_a_gpu_alone(machine):
+def test_float32_is_refused_on_a_gpu_alone(machine, monkeypatch):
     (line,) = machine.problems(FP32)
     assert line.startswith("dtype=float32: expected bfloat16 on a GPU") and "\n" not in line
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert machine.problems(FP32, device="cpu") == []
 
 
