@@ -20,7 +20,7 @@ SIZES = [
     (re.compile(r"^token_logprobs, [^,]+, [^,]+"), "token_logprobs"),
     (re.compile(r"^sample, \d+ x \d+"), "sample"),
 ]
-OURS, THEIRS, LABEL, BAR, WIDTH = "#1f6f54", "#b9b9b9", 330, 330, 720  # of the figure
+OURS, THEIRS, LABEL, BAR, WIDTH = "#1f6f54", "#b9b9b9", 440, 330, 830  # of the figure
 
 
 def main(directory: Path | None, readme: Path | None) -> None:
@@ -109,17 +109,17 @@ def _svg(bars: Sequence[tuple[str, float, bool]]) -> str:
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" font-family="sans-serif" font-size="12">',
         f'<rect width="{WIDTH}" height="{height}" fill="white"/>',
+        f'<line x1="{one:.1f}" x2="{one:.1f}" y1="4" y2="{height - 30}" stroke="black"/>',
     ]
     for i, (label, time, mine) in enumerate(bars):
         y, end = 22 * i + 8, LABEL + time * scale
         lines += [
             f'<text x="{LABEL - 8}" y="{y + 12}" text-anchor="end">{escape(label)}</text>',
             f'<rect x="{LABEL}" y="{y}" width="{time * scale:.1f}" height="16" fill="{OURS if mine else THEIRS}"/>',
-            f'<text x="{end + 6:.1f}" y="{y + 12}">{time:.2f}</text>',
+            f'<text x="{end + 6:.1f}" y="{y + 12}" stroke="white" stroke-width="4" paint-order="stroke">{time:.2f}</text>',
         ]
     note = "time, as a multiple of stock vLLM's or stock TRL's (line: 1)"
     lines += [
-        f'<line x1="{one:.1f}" x2="{one:.1f}" y1="4" y2="{height - 30}" stroke="black"/>',
         f'<text x="{LABEL}" y="{height - 12}">{note}</text>',
         "</svg>",
     ]
