@@ -3,12 +3,14 @@
 import importlib.util
 from collections.abc import Iterator
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
 
 CAPABILITY = (9, 0)  # H100, H200: where the order of summation of every kernel used has been measured
-VLLM = ("0.26",)  # releases on which exact mode has run on a GPU
+RELEASES = {"vllm": ("0.26",), "torch": ("2.11",)}  # on which exact mode has run on a GPU
+FA3 = "vllm_flash_attn/_vllm_fa3_C*.so"  # in vLLM's CUDA wheel
 
 
 def device_problems(args: Any, invariance: str, dtype: torch.dtype) -> list[str]:
@@ -36,8 +38,13 @@ def cuda_problems(dtype: torch.dtype) -> Iterator[str]:
     for package in ("triton", "vllm"):
         if importlib.util.find_spec(package) is None:
             yield f"package {package}: missing; pip install -e '.[cuda]'"
-    if importlib.util.find_spec("vllm") is not None and ".".join(_version("vllm").split(".")[:2]) not in VLLM:
-        yield f"vllm=={_version('vllm')}: expected {' or '.join(VLLM)} on a GPU; pip install -e '.[cuda]'"
+    vllm = importlib.util.find_spec("vllm")
+    if vllm is not None and not any(found for at in vllm.submodule_search_locations or () for found in Path(at).glob(FA3)):
+        yield f"FlashAttention-3: no {FA3} in the installed vllm, whose CUDA wheel holds it; pip install -e '.[cuda]'"
+    for package, releases in RELEASES.items():
+        missing = importlib.util.find_spec(package) is None
+        if not missing and ".".join((version := _version(package)).split(".")[:2]) not in releases:
+            yield f"{package}=={version}: expected {' or '.join(releases)} on a GPU; pip install -e '.[cuda]'"
 
 
 def _version(package: str) -> str:

@@ -28,21 +28,26 @@ BF16, FP32 = torch.bfloat16, torch.float32
 class Machine:
     """What `support` asks of a machine: one H200 with the [cuda] install, unless changed."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.capability, self.name, self.vllm, self.missing = (9, 0), "NVIDIA H200", "0.26.0", ()
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, packages: Path) -> None:
+        self.capability, self.name, self.missing = (9, 0), "NVIDIA H200", ()
+        self.versions = {"vllm": "0.26.0", "torch": "2.11.0+cu130"}
+        self.fa3 = packages / "vllm_flash_attn/_vllm_fa3_C.abi3.so"
+        self.fa3.parent.mkdir()
+        self.fa3.touch()
+        package = SimpleNamespace(submodule_search_locations=[str(packages)])
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: self.name)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: self.capability)
-        finder = SimpleNamespace(find_spec=lambda name: None if name in self.missing else object())
+        finder = SimpleNamespace(find_spec=lambda name: None if name in self.missing else package)
         monkeypatch.setattr(support, "importlib", SimpleNamespace(util=finder))
-        monkeypatch.setattr(support, "_version", lambda name: self.vllm)
+        monkeypatch.setattr(support, "_version", self.versions.__getitem__)
 
     def problems(self, dtype: torch.dtype = BF16, invariance: str = "exact", device: str = "cuda") -> list[str]:
         return support.device_problems(SimpleNamespace(device=torch.device(device)), invariance, dtype)
 
 
 @pytest.fixture
-def machine(monkeypatch) -> Machine:
-    return Machine(monkeypatch)
+def machine(monkeypatch, tmp_path) -> Machine:
+    return Machine(monkeypatch, tmp_path)
 
 
 def test_an_h200_with_the_cuda_install_is_accepted(machine):
@@ -72,11 +77,21 @@ def test_a_missing_package_is_named(package, machine):
     assert line == f"package {package}: missing; pip install -e '.[cuda]'"
 
 
-@pytest.mark.parametrize("version", ["0.25.1", "0.32.0", "1.0.26"])
-def test_another_vllm_is_refused(version, machine):
-    machine.vllm = version
+@pytest.mark.parametrize(
+    ("package", "version", "expected"),
+    [*(("vllm", v, "0.26") for v in ("0.25.1", "0.32.0", "1.0.26")), *(("torch", v, "2.11") for v in ("2.12.0", "2.1.1"))],
+)
+def test_another_release_is_refused(package, version, expected, machine):
+    machine.versions[package] = version
     (line,) = machine.problems()
-    assert line.startswith(f"vllm=={version}: expected 0.26 on a GPU")
+    assert line.startswith(f"{package}=={version}: expected {expected} on a GPU")
+
+
+def test_a_vllm_without_flash_attention_3_is_refused(machine):
+    """A build of another platform, say: before weights are loaded, not at the first attention call."""
+    machine.fa3.unlink()
+    (line,) = machine.problems()
+    assert line.startswith("FlashAttention-3: no vllm_flash_attn/_vllm_fa3_C*.so in the installed vllm")
 
 
 def test_the_version_of_a_package_that_is_not_there_is_unknown():
@@ -90,7 +105,7 @@ def test_another_device_type_is_refused(machine):
 
 
 def test_every_reason_is_given_at_once(machine):
-    machine.capability, machine.missing, machine.vllm = (8, 0), ("triton",), "0.32.0"
+    machine.capability, machine.missing, machine.versions["vllm"] = (8, 0), ("triton",), "0.32.0"
     lines = machine.problems(FP32)
     assert [line.split("=")[0] for line in lines] == [
         "device",
@@ -215,7 +230,7 @@ def test_float32_is_refused_by_the_sampler_itself(arithmetic_dir, nothing_loads)
 
 def test_problems_reach_a_user_of_the_trainer(on_gpu, arithmetic_dir, tmp_path):
     """Those who build InvariantGRPOTrainer themselves hear of the device too, and of everything else at once."""
-    on_gpu.vllm = "0.32.0"
+    on_gpu.versions["vllm"] = "0.32.0"
     args = GRPOConfig(str(tmp_path), bf16=False, logging_steps=2, report_to="none", use_cpu=DEVICE == "cpu")
     model = AutoModelForCausalLM.from_pretrained(arithmetic_dir, dtype=FP32)
     with pytest.raises(ConfigErrors) as error:
