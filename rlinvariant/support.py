@@ -42,8 +42,8 @@ def cuda_problems(dtype: torch.dtype) -> Iterator[str]:
     if vllm is not None and not any(found for at in vllm.submodule_search_locations or () for found in Path(at).glob(FA3)):
         yield f"FlashAttention-3: no {FA3} in the installed vllm, whose CUDA wheel holds it; pip install -e '.[cuda]'"
     for package, releases in RELEASES.items():
-        missing = importlib.util.find_spec(package) is None
-        if not missing and ".".join((version := _version(package)).split(".")[:2]) not in releases:
+        version = _version(package)
+        if (package != "vllm" or vllm is not None) and ".".join(version.split(".")[:2]) not in releases:
             yield f"{package}=={version}: expected {' or '.join(releases)} on a GPU; pip install -e '.[cuda]'"
 
 

@@ -4,6 +4,7 @@ Random weights, ragged prompts. Each model has two processes: one with the exact
 stock model of transformers, the control. `soak` is one long run of the 1.7B shape instead: as many tokens as asked for.
 """
 
+import itertools
 import json
 import random
 import sys
@@ -28,7 +29,7 @@ SOAK_MODEL, SOAK_LENGTH, SOAK_PROMPT = "qwen3-1.7b", 512, (16, 65)
 SOAK_SIDES = ("exact-1", "exact-2")  # two: while one's processor schedules or its trainer scores, the other's tokens are drawn
 # Requests decoded at a time, as many as vLLM's largest CUDA graph; GiB for keys and values; rows scored at a time
 SOAK_SIZES = {"tiny": (8, 0.3, 8), "full": (512, 32.0, 112), "small": (256, 16.0, 56)}
-SOAK_BOTH_GIB = 120  # of GPU memory that the full size takes; a GPU with less has the small one
+LARGE_GIB = 120  # of GPU memory: with less, fewer processes at a time, and the small size
 SOAK_SECONDS = 530  # a run that would take longer ends here, and says how far it came
 SOAK_CONTROL = 100  # requests that the control draws
 CONTROL = "stock vLLM against the same trainer"
@@ -36,7 +37,7 @@ CONTROL = "stock vLLM against the same trainer"
 
 def rows(tiny: bool) -> Iterator[Parity | Missing]:
     with tempfile.TemporaryDirectory() as directory:
-        for models, at_a_time in ((("tiny",), 2),) if tiny else ((SMALL, 4), (LARGE, 1)):
+        for models, at_a_time in ((("tiny",), 2),) if tiny else ((SMALL, 4 if gpu.fits(LARGE_GIB) else 2), (LARGE, 1)):
             yield from _models(Path(directory), models, at_a_time, "tiny" if tiny else "full")
 
 
@@ -161,22 +162,22 @@ def soak(file: Path, tokens: int, tiny: bool) -> None:
     rng = random.Random(run["seed"])
     with tempfile.TemporaryDirectory() as directory:
         path = build(name, directory)
-        size = "tiny" if tiny else "full" if gpu.fits(SOAK_BOTH_GIB) else "small"
+        size = "tiny" if tiny else "full" if gpu.fits(LARGE_GIB) else "small"
         if size == "small" and not kept["control"]:  # nor does a third engine fit: before the others
             with Workers({"control": Worker(__name__, "control", path, size)}) as workers:
                 found = workers.ask(["control"], seed=rng.getrandbits(48), temperature=TEMPERATURES[0])
                 kept["control"] = {"compared": CONTROL, **found["control"]} if found else None
+                run["missing"] |= workers.missing
                 print(f"control: {kept['control']}", flush=True)
-        sides = SOAK_SIDES if kept["control"] else (*SOAK_SIDES, "control")
+        sides = SOAK_SIDES if kept["control"] or size == "small" else (*SOAK_SIDES, "control")
         with Workers({side: Worker(__name__, side, path, size) for side in sides}) as workers:
             waited = dict.fromkeys(workers.alive, 0.0)  # the longest that each took
-            asked = {}
+            asked: dict[str, float] = {}
+            temperatures = itertools.cycle(TEMPERATURES)
 
             def ask(side: str) -> None:
-                t = TEMPERATURES[run["rollouts"] % len(TEMPERATURES)]
                 asked[side] = time.perf_counter()
-                workers.alive[side].send(seed=rng.getrandbits(48), temperature=t)
-                run["rollouts"] += side != "control"
+                workers.alive[side].send(seed=rng.getrandbits(48), temperature=next(temperatures))
 
             for side in sides:
                 ask(side)
@@ -190,11 +191,12 @@ def soak(file: Path, tokens: int, tiny: bool) -> None:
                         kept["control"] = {"compared": CONTROL, **found}
                         workers.alive.pop(side).close()
                     else:
+                        run["rollouts"] += 1
                         for key in ("tokens", "sampled", "mismatched"):
                             run[key] += found[key]
                     run["seconds"] = round(now - began, 1)
                     _save(file, machine, name, kept, run)
-                    on_the_way = sum(s != "control" for s in asked) * (run["tokens"] // max(1, run["rollouts"] - len(asked)))
+                    on_the_way = sum(s != "control" for s in asked) * (run["tokens"] // max(1, run["rollouts"]))
                     print(
                         f"{side}: {found}; {run['mismatched']:,} mismatched of {run['tokens']:,}, {now - began:.0f} s",
                         flush=True,

@@ -24,7 +24,7 @@ MODEL = "qwen3-1.7b"
 # name -> (prompts, micro-batch in rows, longest completion, of the first step, GiB for keys and values)
 SIZES = {"tiny": (2, 8, 8, 4, 0.3), "full": (64, 16, 512, 64, 14.0)}
 GENERATIONS, PROMPT, STOP_SHARE = 8, (64, 256), 1 / 300
-ROUNDS, SECONDS = 3, 225  # steps of each side; fewer, but one, if another would not end in time
+ROUNDS, SECONDS = 3, 225  # steps of each side; fewer, but one, if another would not end in time, of those that run together
 BOTH_GIB = 120  # of GPU memory that the two sides take
 TARGET = 0.85
 SIDES = ("exact", "stock")
@@ -53,9 +53,8 @@ def rows(tiny: bool) -> Iterator[Row | Missing]:
                         numbers = ", ".join(f"{k} {v if v is None else round(v, 2)}" for k, v in of_side.items())
                         print(f"{side}: {numbers}", flush=True)
                     missing |= workers.missing
-                    if group == groups[-1]:
-                        whole = [a for a in answers if len(a) == len(SIDES)]
-                        yield from _rows(name, missing, whole or [a for a in answers if a] or answers[:1])
+                    whole = [a for a in answers if len(a) == len(SIDES)]
+                    yield from _rows(name, missing, whole or [a for a in answers if a] or answers[:1])
                     now = time.perf_counter()
                     if workers.missing or now - began + (now - round_began) > SECONDS:
                         break
@@ -66,7 +65,7 @@ def _rows(name: str, missing: dict[str, str], answers: list[dict[str, dict[str, 
     sides = [side for side in SIDES if side in answers[0]]
     seconds = {side: median(a[side]["seconds"] for a in answers) for side in sides}
     if len(sides) < len(SIDES):
-        yield Missing("step", f"step: {name}", "; ".join(missing.values()), seconds)
+        yield Missing("step", f"step: {name}", "; ".join(missing.values()) or "the other side has not run", seconds)
         return
     same = {side: all(a[side]["exact"] for a in answers) for side in SIDES}
     equal: dict[str, bool | None] = {"ours": same["exact"], "stock": same["stock"]}

@@ -219,7 +219,10 @@ def _gpu_table(rows: list[dict]) -> str:
 
     Where nothing has a target, all are shown.
     """
-    shown = [r for r in rows if "missing" in r or r["target"] is not None or r["unit"] == "tok/s" or r["bench"] == "peer"]
+    shown = [
+        r for r in rows
+        if "missing" in r or r["target"] is not None or r["unit"] == "tok/s" or (r["bench"] == "peer" and r["unit"] != "s")
+    ]  # fmt: skip
     groups: dict[tuple[str, float | None], list[dict]] = {}
     for row in rows if all(row.get("target") is None for row in rows) else shown:
         groups.setdefault((_label(row["case"]), row.get("target")), []).append(row)

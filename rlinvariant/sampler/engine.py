@@ -123,7 +123,7 @@ class Sampler:
     ) -> None:
         runtime.configure()
         self.invariant = invariant
-        with _undisturbed(), _stdout_with_descriptor():
+        with _undisturbed():
             from vllm import LLM, ModelRegistry
             from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
             from vllm.plugins import load_general_plugins
@@ -165,7 +165,8 @@ class Sampler:
                 torch.distributed.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1
             ):  # one engine per rank, each a world of its own to vLLM's tensor parallelism
                 arguments["distributed_executor_backend"] = "external_launcher"
-            self.llm = LLM(str(model), **arguments)
+            with _stdout_with_descriptor():
+                self.llm = LLM(str(model), **arguments)
             self._install()
 
     @property

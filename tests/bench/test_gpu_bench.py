@@ -1,5 +1,6 @@
 """The GPU benchmarks' own code, on a CPU that stands in for the GPU: they run, and their rows have what is promised."""
 
+import contextlib
 import importlib
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -536,6 +537,19 @@ def test_a_soak_that_proves_nothing_fails(monkeypatch, tmp_path, answer, dead, s
     with pytest.raises(SystemExit, match=says):
         gpu_parity.soak(tmp_path / "parity_soak.json", 300, tiny=True)
     assert set(json.loads((tmp_path / "parity_soak.json").read_text())["runs"][0]["missing"]) == set(dead)
+
+
+@pytest.mark.parametrize("dead", [[], ["control"]])
+def test_a_soak_on_a_small_gpu_has_its_control_first(monkeypatch, tmp_path, dead):
+    """And alone: two engines fit, a third does not."""
+    fakes = Fakes(monkeypatch, gpu_parity, _rollouts(), dead)
+    monkeypatch.setattr(gpu, "fits", lambda gib: False)
+    with pytest.raises(SystemExit, match="control: None") if dead else contextlib.nullcontext():
+        gpu_parity.soak(tmp_path / "parity_soak.json", 300, tiny=False)
+    run = json.loads((tmp_path / "parity_soak.json").read_text())["runs"][0]
+    assert [side for side, _ in fakes.asked].index("control") == 0
+    assert [side for side, _ in fakes.asked].count("control") == 1 and list(run["missing"]) == dead
+    assert run["rollouts"] == len(fakes.asked) - 1 and run["tokens"] >= 300
 
 
 def test_one_half_of_a_soak_goes_on_without_the_other(monkeypatch, tmp_path):

@@ -23,8 +23,7 @@ from vllm.v1.sample.sampler import Sampler
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from rlinvariant import runtime
-from rlinvariant.sampler import plugin, vllm_model
-from rlinvariant.sampler.engine import _stdout_with_descriptor
+from rlinvariant.sampler import engine, plugin, vllm_model
 from tests.parity.device import BLOCK, CUDA
 
 VERSION = "0.26." if CUDA else "0.32."
@@ -154,12 +153,20 @@ def test_the_engine_is_reached_by_the_path_expected(exact_engine):
         assert (heads, page, width) == (1, BLOCK, 2 * 64) and cache.stride(-1) == 1
 
 
-def test_an_engine_starts_where_stdout_has_no_descriptor():
-    """vLLM's start-up takes it; a notebook's stdout has none. What the user prints stays where it was redirected to."""
+def test_an_engine_starts_where_stdout_has_no_descriptor(arithmetic_dir, monkeypatch):
+    """vLLM's start-up asks for it on CUDA; a notebook's stdout has none. What the user prints goes where it did."""
+
+    class Started(Exception):
+        pass
+
+    def start(*_: Any, **__: Any) -> None:
+        raise Started(sys.stdout.fileno())
+
+    monkeypatch.setattr("vllm.LLM", start)
     with contextlib.redirect_stdout(io.StringIO()) as redirected:
         with pytest.raises(io.UnsupportedOperation):
-            sys.stdout.fileno()
-        with _stdout_with_descriptor():
-            assert sys.stdout.fileno() >= 0
+            sys.stdout.fileno()  # control
+        with pytest.raises(Started):
+            engine.Sampler(arithmetic_dir, invariant=False)
         print("mine")
     assert redirected.getvalue() == "mine\n"
