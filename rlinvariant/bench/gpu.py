@@ -36,9 +36,9 @@ def name() -> str:
     return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().removeprefix("NVIDIA ").lower()).strip("-")
 
 
-def fits(gib: float) -> bool:
-    """Whether the GPU has so much memory, in GiB: benchmarks that hold several engines make do with fewer at a time."""
-    return torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory > gib * 2**30
+def large() -> bool:
+    """Whether the GPU has over 120 GiB, as an H200 has: on less, benchmarks of several engines hold fewer at a time."""
+    return torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory > 120 * 2**30
 
 
 def environment() -> dict[str, Any]:

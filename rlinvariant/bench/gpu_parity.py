@@ -29,15 +29,13 @@ SOAK_MODEL, SOAK_LENGTH, SOAK_PROMPT = "qwen3-1.7b", 512, (16, 65)
 SOAK_SIDES = ("exact-1", "exact-2")  # two: while one's processor schedules or its trainer scores, the other's tokens are drawn
 # Requests decoded at a time, as many as vLLM's largest CUDA graph; GiB for keys and values; rows scored at a time
 SOAK_SIZES = {"tiny": (8, 0.3, 8), "full": (512, 32.0, 112), "small": (256, 16.0, 56)}
-LARGE_GIB = 120  # of GPU memory: with less, fewer processes at a time, and the small size
 SOAK_SECONDS = 530  # a run that would take longer ends here, and says how far it came
 SOAK_CONTROL = 100  # requests that the control draws
-CONTROL = "stock vLLM against the same trainer"
 
 
 def rows(tiny: bool) -> Iterator[Parity | Missing]:
     with tempfile.TemporaryDirectory() as directory:
-        for models, at_a_time in ((("tiny",), 2),) if tiny else ((SMALL, 4 if gpu.fits(LARGE_GIB) else 2), (LARGE, 1)):
+        for models, at_a_time in ((("tiny",), 2),) if tiny else ((SMALL, 4 if gpu.large() else 2), (LARGE, 1)):
             yield from _models(Path(directory), models, at_a_time, "tiny" if tiny else "full")
 
 
@@ -162,15 +160,14 @@ def soak(file: Path, tokens: int, tiny: bool) -> None:
     rng = random.Random(run["seed"])
     with tempfile.TemporaryDirectory() as directory:
         path = build(name, directory)
-        size = "tiny" if tiny else "full" if gpu.fits(LARGE_GIB) else "small"
-        if size == "small" and not kept["control"]:  # nor does a third engine fit: before the others
+        size = "tiny" if tiny else "full" if gpu.large() else "small"
+        if not kept["control"]:  # before the others: a third engine might not fit
             with Workers({"control": Worker(__name__, "control", path, size)}) as workers:
                 found = workers.ask(["control"], seed=rng.getrandbits(48), temperature=TEMPERATURES[0])
-                kept["control"] = {"compared": CONTROL, **found["control"]} if found else None
+                kept["control"] = {"compared": "stock vLLM against the same trainer", **found["control"]} if found else None
                 run["missing"] |= workers.missing
                 print(f"control: {kept['control']}", flush=True)
-        sides = SOAK_SIDES if kept["control"] or size == "small" else (*SOAK_SIDES, "control")
-        with Workers({side: Worker(__name__, side, path, size) for side in sides}) as workers:
+        with Workers({side: Worker(__name__, side, path, size) for side in SOAK_SIDES}) as workers:
             waited = dict.fromkeys(workers.alive, 0.0)  # the longest that each took
             asked: dict[str, float] = {}
             temperatures = itertools.cycle(TEMPERATURES)
@@ -179,7 +176,7 @@ def soak(file: Path, tokens: int, tiny: bool) -> None:
                 asked[side] = time.perf_counter()
                 workers.alive[side].send(seed=rng.getrandbits(48), temperature=next(temperatures))
 
-            for side in sides:
+            for side in SOAK_SIDES:
                 ask(side)
             while asked:
                 for side, found in workers.first(list(asked)).items():
@@ -187,22 +184,19 @@ def soak(file: Path, tokens: int, tiny: bool) -> None:
                     waited[side] = now - asked.pop(side)
                     if found is None:
                         run["missing"][side] = workers.missing[side]
-                    elif side == "control":
-                        kept["control"] = {"compared": CONTROL, **found}
-                        workers.alive.pop(side).close()
                     else:
                         run["rollouts"] += 1
                         for key in ("tokens", "sampled", "mismatched"):
                             run[key] += found[key]
                     run["seconds"] = round(now - began, 1)
                     _save(file, machine, name, kept, run)
-                    on_the_way = sum(s != "control" for s in asked) * (run["tokens"] // max(1, run["rollouts"]))
+                    on_the_way = len(asked) * (run["tokens"] // max(1, run["rollouts"]))
                     print(
                         f"{side}: {found}; {run['mismatched']:,} mismatched of {run['tokens']:,}, {now - began:.0f} s",
                         flush=True,
                     )
                     in_time = now - began + waited[side] < SOAK_SECONDS
-                    if found is not None and side != "control" and run["tokens"] + on_the_way < tokens and in_time:
+                    if found is not None and run["tokens"] + on_the_way < tokens and in_time:
                         ask(side)
     control = kept["control"]
     if run["mismatched"] or control is None or not control["mismatched"] or run["tokens"] < tokens:

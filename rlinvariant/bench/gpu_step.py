@@ -25,7 +25,6 @@ MODEL = "qwen3-1.7b"
 SIZES = {"tiny": (2, 8, 8, 4, 0.3), "full": (64, 16, 512, 64, 14.0)}
 GENERATIONS, PROMPT, STOP_SHARE = 8, (64, 256), 1 / 300
 ROUNDS, SECONDS = 3, 225  # steps of each side; fewer, but one, if another would not end in time, of those that run together
-BOTH_GIB = 120  # of GPU memory that the two sides take
 TARGET = 0.85
 SIDES = ("exact", "stock")
 
@@ -40,7 +39,7 @@ def rows(tiny: bool) -> Iterator[Row | Missing]:
         path = build(model, directory, stops=round(SHAPES[model].vocab * STOP_SHARE))
         answers: list[dict[str, dict[str, Any]]] = [{} for _ in range(ROUNDS)]
         missing: dict[str, str] = {}
-        groups = [SIDES] if tiny or gpu.fits(BOTH_GIB) else [(side,) for side in SIDES]
+        groups = [SIDES] if tiny or gpu.large() else [(side,) for side in SIDES]
         for group in groups:
             began = time.perf_counter()
             with Workers({side: Worker(__name__, side, path, size) for side in group}) as workers:

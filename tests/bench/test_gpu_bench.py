@@ -303,7 +303,7 @@ def test_step_rows_are_seconds_and_exact_only_if_every_step_was(monkeypatch):
                 "peak": 1.0, "rollout": 2.0, "train": None, "sync": None}  # fmt: skip
 
     fakes = Fakes(monkeypatch, gpu_step, answer)
-    monkeypatch.setattr(gpu, "fits", lambda gib: True)
+    monkeypatch.setattr(gpu, "large", lambda: True)
     rows = list(gpu_step.rows(tiny=False))
     last = {row.case.split(":")[0]: row for row in rows}
     step = last["step"]
@@ -322,7 +322,7 @@ def test_steps_of_sides_that_do_not_fit_together_follow_each_other(monkeypatch):
                 "train": None, "sync": None}  # fmt: skip
 
     fakes = Fakes(monkeypatch, gpu_step, answer)
-    monkeypatch.setattr(gpu, "fits", lambda gib: False)
+    monkeypatch.setattr(gpu, "large", lambda: False)
     rows = list(gpu_step.rows(tiny=False))
     assert [side for side, _ in fakes.asked] == ["exact"] * 4 + ["stock"] * 4
     step = {row.case.split(":")[0]: row for row in rows}["step"]
@@ -540,10 +540,10 @@ def test_a_soak_that_proves_nothing_fails(monkeypatch, tmp_path, answer, dead, s
 
 
 @pytest.mark.parametrize("dead", [[], ["control"]])
-def test_a_soak_on_a_small_gpu_has_its_control_first(monkeypatch, tmp_path, dead):
-    """And alone: two engines fit, a third does not."""
+def test_a_soak_has_its_control_first(monkeypatch, tmp_path, dead):
+    """And alone: on a small GPU two engines fit, a third does not."""
     fakes = Fakes(monkeypatch, gpu_parity, _rollouts(), dead)
-    monkeypatch.setattr(gpu, "fits", lambda gib: False)
+    monkeypatch.setattr(gpu, "large", lambda: False)
     with pytest.raises(SystemExit, match="control: None") if dead else contextlib.nullcontext():
         gpu_parity.soak(tmp_path / "parity_soak.json", 300, tiny=False)
     run = json.loads((tmp_path / "parity_soak.json").read_text())["runs"][0]
