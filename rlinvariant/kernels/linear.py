@@ -23,13 +23,14 @@ from torch import Tensor
 
 from rlinvariant.errors import UserError
 from rlinvariant.kernels.routes import ROUTES
-from rlinvariant.kernels.rows import flat
+from rlinvariant.kernels.rows import STEP, flat
 
 TILES = Path(__file__).with_name("linear_tiles.json")  # written by `python -m rlinvariant.bench tune`
 FEW = (16, 32, 64, 128, 256)  # row counts up to which a tile is tuned; more rows go to cuBLASLt
 MANY = (128, 128, 64, 8, 3)  # tile for many rows, should cuBLASLt ever disagree
-CALLS = tuple(range(8192, 0, -512))  # more rows go to cuBLASLt in calls of these sizes, all of which `check` has made
-CHECKED_BYTES = 1 << 29  # a call whose output would be larger is not made
+ANY = 512  # below it any number of rows is one call; from it on, a multiple of STEP, and the rest of the rows another call
+MOST = 8192  # rows of a call, fewer where its output would be larger than
+MOST_BYTES = 1 << 29
 
 Tile = tuple[int, int, int, int, int]
 """Weight rows, x rows, depth, warps, stages."""
@@ -67,10 +68,10 @@ def _tile_kernel(
     tl.store(out, acc.to(y_ptr.dtype.element_ty), mask=(row[None, :] < m) & (col[:, None] < n))
 
 
-def tiled(x: Tensor, w: Tensor, b: Tensor | None, tile: Tile) -> Tensor:
-    """x [M, K] times w [N, K] transposed, plus b [N], with one Triton tile shape."""
+def tiled(x: Tensor, w: Tensor, b: Tensor | None, tile: Tile, out: Tensor | None = None) -> Tensor:
+    """x [M, K] times w [N, K] transposed, plus b [N], with one Triton tile shape; into `out` [M, N], contiguous, if given."""
     (m, k), n = x.shape, w.shape[0]
-    y = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    y = torch.empty(m, n, dtype=x.dtype, device=x.device) if out is None else out
     bn, bm, bk, warps, stages = tile
     grid = (triton.cdiv(m, bm), triton.cdiv(n, bn))
     if not m:
@@ -125,9 +126,9 @@ def _tile(few: int, n: int, k: int) -> Tile | None:
     return table[nearest][few]
 
 
-def calls(n: int) -> list[int]:
-    """Row counts, largest first, in which more than 512 rows go to cuBLASLt."""
-    return [rows for rows in CALLS if rows * n * 2 <= CHECKED_BYTES] or [CALLS[-1]]
+def most(n: int) -> int:
+    """Rows of the largest call for a weight of n rows."""
+    return max(ANY, min(MOST, MOST_BYTES // (2 * n) // STEP * STEP))
 
 
 @functools.cache
@@ -142,7 +143,7 @@ def check(n: int, k: int, bias: bool, device: int) -> bool:
     """
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(f"linear: weight [{n}, {k}] was first met inside a CUDA graph; call it once before")
-    sizes = [*calls(n), *range(CALLS[-1] - 1, 0, -1)]
+    sizes = [*range(most(n), ANY - 1, -STEP), *range(ANY - 1, 0, -1)]
     with torch.random.fork_rng(devices=[device]), torch.device(f"cuda:{device}"):
         torch.manual_seed(n * 1_000_003 + k)
         x = (
@@ -172,25 +173,22 @@ def linear(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
     b = None if b is None else _aligned(b.to(x.dtype)[None])[0]
     vendor, m = check(n, k, b is not None, x.device.index), len(x)
     ROUTES[f"{n}x{k} bfloat16"] = "Triton, and cuBLASLt without split-K" if vendor else "Triton"
-    if not vendor:
-        y = tiled(x, w, b, tile_for(m, n, k) or MANY)
-    elif m < CALLS[-1]:
-        y = _few(x, w, b)
-    else:
-        y, at = x.new_empty(m, n), 0
-        for rows in calls(n):
-            while m - at >= rows:
-                cublaslt(x[at : at + rows], w, b, out=y[at : at + rows])
-                at += rows
-        if at < m:
-            y[at:] = _few(x[at:], w, b)
+    y, at = x.new_empty(m, n), 0
+    while at < m:
+        rows = _call(m - at, most(n)) if vendor else m
+        part, out = x[at : at + rows], y[at : at + rows]
+        tile = tile_for(rows, n, k)
+        if vendor and tile is None:
+            cublaslt(part, w, b, out)
+        else:
+            tiled(part, w, b, tile or MANY, out)
+        at += rows
     return y.view(*shape[:-1], n)
 
 
-def _few(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-    """Fewer than 512 rows."""
-    tile = tile_for(max(1, len(x)), *w.shape)
-    return cublaslt(x, w, b) if tile is None else tiled(x, w, b, tile)
+def _call(rows: int, most: int) -> int:
+    """How many of the rows still to do go into the next call: a number that `check` has compared."""
+    return rows if rows < ANY else min(most, rows // STEP * STEP)
 
 
 def _aligned(x: Tensor) -> Tensor:

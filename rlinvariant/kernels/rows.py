@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+STEP = 64  # `linear` takes any multiple of so many rows in one call; a trainer pads its packed rows to one
+
 
 def aligned(x: Tensor) -> Tensor:
     """x, or a copy, contiguous from a multiple of 16 bytes: what Triton knows of it decides how it lays out a sum."""

@@ -2,5 +2,15 @@
 
 from rlinvariant.models.audit import Finding, audit, require_exact, watch
 from rlinvariant.models.patch import UnsupportedModel, make_invariant, unsupported
+from rlinvariant.models.working import use_working_copies
 
-__all__ = ["Finding", "UnsupportedModel", "audit", "make_invariant", "require_exact", "unsupported", "watch"]
+__all__ = [
+    "Finding",
+    "UnsupportedModel",
+    "audit",
+    "make_invariant",
+    "require_exact",
+    "unsupported",
+    "use_working_copies",
+    "watch",
+]

@@ -20,8 +20,8 @@ from rlinvariant.models.patch import UnsupportedModel
 # fmt: off
 MOVES = frozenset((
     "view", "unsafe_view", "reshape", "reshape_alias", "transpose", "t", "permute", "expand", "slice", "select", "unsqueeze",
-    "squeeze", "cat", "stack", "split", "split_with_sizes", "unbind", "clone", "copy", "to_copy", "detach", "alias",
-    "lift_fresh", "index", "index_select", "index_put", "gather", "embedding", "where", "masked_fill", "masked_select",
+    "squeeze", "cat", "stack", "split", "split_with_sizes", "unbind", "clone", "copy", "to_copy", "foreach_copy", "detach",
+    "alias", "lift_fresh", "index", "index_select", "index_put", "gather", "embedding", "where", "masked_fill", "masked_select",
     "empty", "empty_like", "empty_strided", "new_empty", "new_zeros", "new_ones", "new_full", "zeros", "zeros_like", "ones",
     "ones_like", "full", "full_like", "fill", "zero", "flip", "roll", "repeat", "as_strided", "contiguous", "narrow",
     "diagonal", "chunk", "resize", "set",

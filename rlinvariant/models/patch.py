@@ -255,7 +255,7 @@ class _RMSNorm(nn.Module):
 
 
 class _MLP(nn.Module):
-    """Gate and up projections, joined by `ops.swiglu`, and down. vLLM merges the first two by replacing `gate_and_up`."""
+    """Gate and up projections, joined by `ops.swiglu`, and down. Whoever merges the first two replaces `gate_and_up`."""
 
     gate_proj: nn.Module
     up_proj: nn.Module
@@ -324,7 +324,7 @@ def _apply_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim:
 
 
 class _Attention(nn.Module):
-    """Llama's and Qwen3's, written so that vLLM can still merge the three projections."""
+    """Llama's and Qwen3's, written so that vLLM can still merge the three projections, as can models/working.py."""
 
     config: Any
     head_dim: int
@@ -336,11 +336,16 @@ class _Attention(nn.Module):
     o_proj: nn.Module
 
     def forward(self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, **kwargs):
-        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        q = self.q_proj(hidden_states).view(shape)
-        k = self.k_proj(hidden_states).view(shape)
-        v = self.v_proj(hidden_states).view(shape).transpose(1, 2)
-        q, k = _norm_and_turn(self, q, k, *position_embeddings)
+        q = self.q_proj(hidden_states)
+        k = self.k_proj(hidden_states)
+        v = self.v_proj(hidden_states)
+        return self.attend(q, k, v, position_embeddings, attention_mask, past_key_values, **kwargs)
+
+    def attend(self, q, k, v, position_embeddings, attention_mask=None, past_key_values=None, **kwargs):
+        """q, k, v [B, T, H D], possibly slices of one product."""
+        shape = (*q.shape[:-1], -1, self.head_dim)
+        q, k = _norm_and_turn(self, q.view(shape), k.view(shape), *position_embeddings)
+        v = v.view(shape).transpose(1, 2)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]

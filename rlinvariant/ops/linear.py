@@ -1,6 +1,8 @@
 """Matrix product in which an output element depends on its own row of x and its own row of the weight, and on nothing else."""
 
 import functools
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -129,10 +131,21 @@ def _save(ctx, inputs, output) -> None:
 
 def _backward(ctx, dy: Tensor):
     x, weight = ctx.saved_tensors
-    flat = dy.reshape(-1, dy.shape[-1])
-    dx = (flat @ weight.to(dy.dtype)).view(x.shape) if ctx.needs_input_grad[0] else None
-    dw = (flat.t() @ x.reshape(-1, x.shape[-1])).to(weight.dtype) if ctx.needs_input_grad[1] else None
-    db = flat.float().sum(0).to(ctx.bias) if ctx.bias is not None and ctx.needs_input_grad[2] else None
+    return gradients(dy, x, weight.to(dy.dtype), ctx.needs_input_grad, weight.dtype, ctx.bias)
+
+
+def gradients(
+    dy: Tensor, x: Tensor, weight: Tensor, needed: Sequence[bool], dtype: torch.dtype, bias: torch.dtype | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dx, dweight, dbias) of `linear` by stock GEMMs, each None unless `needed`; dweight in `dtype`, dbias in `bias`.
+
+    On a GPU the sum over rows is stored in fp32 as it is, not rounded to dy.dtype on the way.
+    """
+    rows, flat = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+    dx = (rows @ weight).view(x.shape) if needed[0] else None
+    wide: dict[str, Any] = {"out_dtype": dtype} if dy.is_cuda and dtype == torch.float32 != dy.dtype else {}
+    dw = torch.mm(rows.t(), flat, **wide).to(dtype) if needed[1] else None
+    db = rows.float().sum(0).to(bias) if bias is not None and needed[2] else None
     return dx, dw, db
 
 

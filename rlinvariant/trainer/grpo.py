@@ -7,6 +7,7 @@ logging. Rewards, advantages, losses, optimisation, checkpoints and resuming sta
 import copy
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -22,7 +23,8 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from rlinvariant import metrics
 from rlinvariant.conflicts import conflicts
 from rlinvariant.errors import ConfigErrors, ParityError
-from rlinvariant.models import make_invariant, require_exact
+from rlinvariant.kernels.rows import STEP
+from rlinvariant.models import make_invariant, require_exact, use_working_copies
 from rlinvariant.rewards import check_dataset, checked_reward
 from rlinvariant.rollout import Completion, request_seed
 from rlinvariant.support import device_problems
@@ -53,6 +55,9 @@ class InvariantGRPOTrainer(GRPOTrainer):
         sampler: called once, when models and process group exist; returns the engine.
         invariance: "exact" (both sides), "off", "sampler" or "trainer" (that side only).
         dtype: of the trainer's activations where it is invariant.
+        staleness: k, a constant policy lag: a rollout is sampled with the weights of k optimizer steps ago (of the first
+            step, until there are so many; also after a resume). Costs k fp32 copies of the weights, in host memory. The
+            log-probs of two versions differ, as they should: they are counted, and required to be equal only at lag 0.
         on_row: called on the main process with the metrics of every optimizer step, and the first mismatch or None.
         on_samples: called on the main process, every `samples_every` steps, with a few rows (prompt, completion, reward).
 
@@ -78,6 +83,7 @@ class InvariantGRPOTrainer(GRPOTrainer):
         sampler: Callable[[], SamplerLike],
         invariance: str = "exact",
         dtype: torch.dtype = torch.bfloat16,
+        staleness: int = 0,
         on_row: Callable[[dict[str, Any], metrics.FirstMismatch | None], None] | None = None,
         on_samples: Callable[[list[dict[str, Any]]], None] | None = None,
         samples_every: int = 10,
@@ -93,7 +99,8 @@ class InvariantGRPOTrainer(GRPOTrainer):
                 check_dataset(kwargs[name], name.removesuffix("_dataset"))
         rewards = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         if self._trainer_is_invariant:  # on the device: its kernels are what is checked
-            require_exact(make_invariant(model.to(args.device), dtype))
+            make_invariant(model.to(args.device), dtype)
+            require_exact(use_working_copies(model, dtype) if args.device.type == "cuda" else model)
         elif self._sampler_is_invariant:
             require_exact(make_invariant(copy.deepcopy(model).to(args.device), dtype))  # what the sampler will run
         super().__init__(model, [checked_reward(f) for f in rewards], args, **kwargs)
@@ -107,12 +114,14 @@ class InvariantGRPOTrainer(GRPOTrainer):
         self.remove_callback(PrinterCallback)  # prints every number of every step; our console and files have them
         self.use_vllm = True  # TRL's name for "the rollout carries log-probs": turns on its correction, if asked for
         self.sampler = sampler()
-        self._synced_step = -1
+        self.staleness = staleness
+        self._older: deque[tuple[int, dict[str, Tensor]]] = deque(maxlen=staleness)  # (step, weights before it), oldest first
+        self._sampler_version = -1  # how many optimizer steps the sampler's weights have had
         self._rollouts: dict[bool, tuple[int, int]] = {}  # training or not -> (step, rollouts that this step has had before)
         self._sampler_logprobs: list[list[float]] = []
         self._scoring_rollout = False
         self._exact_streak = 0
-        self._rollout_step = 0
+        self._rollout_step = self._rollout_version = 0
         self._start_step()
 
     def _conflicts(self, model: Any, args: GRPOConfig, kwargs: dict[str, Any]) -> list[str]:
@@ -131,14 +140,15 @@ class InvariantGRPOTrainer(GRPOTrainer):
 
     def train(self, *args, **kwargs):
         """As TRL's; the first rollout syncs the weights, whatever the sampler held."""
-        self._synced_step = -1
+        self._sampler_version = -1
+        self._older.clear()
         return super().train(*args, **kwargs)
 
     # ---- sampling
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs):
         """Sample one completion per prompt; TRL has repeated each prompt `num_generations` times over all ranks."""
-        self.sync()
+        self.sync(stale=self.model.training)
         seeds = self._seeds(len(prompt_ids), num_generations)
         with self._timed("rollout"):
             completions = self.sampler.generate(
@@ -150,7 +160,7 @@ class InvariantGRPOTrainer(GRPOTrainer):
             )
         self._sampler_logprobs = [c.sampler_logprobs for c in completions]
         if self.model.training:
-            self._rollout_step = self.state.global_step
+            self._rollout_step, self._rollout_version = self.state.global_step, self._sampler_version
             self._completions += [c.token_ids for c in completions]
         return [c.token_ids for c in completions], self._sampler_logprobs
 
@@ -167,23 +177,40 @@ class InvariantGRPOTrainer(GRPOTrainer):
         first = self.accelerator.process_index * count
         return [request_seed(run, step, i // group, i % group) for i in range(first, first + count)]
 
-    def sync(self, force: bool = False) -> None:
-        """Give the sampler the current weights, unless it has had this step's; `force` when they may have moved without one."""
-        if self._synced_step == self.state.global_step and not force:
+    def sync(self, force: bool = False, stale: bool = False) -> None:
+        """Give the sampler the current weights, unless it has them; `force` when they may have moved without a step.
+
+        `stale`: those of `staleness` steps ago instead.
+        """
+        version, older = self._older[0] if stale and self._older else (self.state.global_step, None)
+        if self._sampler_version == version and not force:
             return
         with self._timed("sync"):
-            self.sampler.sync(self._weights())
-            differing = self.sampler.differing_weights(self._weights())
+            self.sampler.sync(self._weights(older))
+            differing = self.sampler.differing_weights(self._weights(older))
         self._weights_equal = not differing
-        self._synced_step = self.state.global_step
+        self._sampler_version = version
         if differing and self.invariance == "exact":
             raise ParityError(
                 f"step {self.state.global_step + 1}: after the weight sync, {len(differing)} of the sampler's parameters "
                 f"differ from the trainer's, first {differing[0]}"
             )
 
-    def _weights(self) -> Iterable[tuple[str, Tensor]]:
+    def _weights(self, older: dict[str, Tensor] | None = None) -> Iterable[tuple[str, Tensor]]:
+        if older is not None:
+            return ((name, w.to(self.accelerator.device)) for name, w in older.items())
         return self.accelerator.unwrap_model(self.model).named_parameters()
+
+    def _keep_weights(self) -> None:
+        """Before the optimizer step: what the sampler will be given `staleness` steps later."""
+        step = self.state.global_step
+        if self.staleness and not (self._older and self._older[-1][0] == step):
+            self._older.append((step, {name: w.detach().to("cpu", copy=True) for name, w in self._weights()}))
+
+    @property
+    def _must_be_equal(self) -> bool:
+        """Whether the last rollout was sampled by the function that is trained: exact, and with the trainer's own weights."""
+        return self.invariance == "exact" and self._rollout_version == self._rollout_step
 
     # ---- log-probs
 
@@ -208,7 +235,7 @@ class InvariantGRPOTrainer(GRPOTrainer):
     ):
         """The one place where TRL computes log-probs: policy, old policy and reference."""
         old = self._scoring_rollout and model is self.model
-        if old and self.invariance == "exact" and not self._scores_ahead:
+        if old and self._must_be_equal and not self._scores_ahead:
             # The old log-probs are the sampler's: the loss, which runs on the same weights, will prove it. TRL's extra pass
             # over the rollout, a quarter of a step's arithmetic, is not needed.
             rows = [torch.tensor(x, dtype=torch.float32) for x in self._sampler_logprobs]
@@ -230,7 +257,7 @@ class InvariantGRPOTrainer(GRPOTrainer):
         return result
 
     def _packed_logprobs(self, model, input_ids: Tensor, attention_mask: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        batch = pack(input_ids, attention_mask, length)
+        batch = pack(input_ids, attention_mask, length, STEP if input_ids.is_cuda else 1)
         logprobs, entropies = model(
             **batch.inputs,
             attention_mask=None,
@@ -244,7 +271,7 @@ class InvariantGRPOTrainer(GRPOTrainer):
 
     def _compute_loss(self, model, inputs):
         loss = super()._compute_loss(model, inputs)
-        if self.model.training and "compared" not in inputs and self._synced_step == self.state.global_step:
+        if self.model.training and "compared" not in inputs and self._rollout_step == self.state.global_step:
             self._compare(self._trainer_logprobs, inputs)
             inputs["compared"] = True
         elif self.model.training:  # a later pass over the rollout: the policy has moved, as it should
@@ -258,13 +285,13 @@ class InvariantGRPOTrainer(GRPOTrainer):
         return inputs["sampling_per_token_logps"][mask].cpu().numpy(), trainer_logprobs[mask].cpu().numpy()
 
     def _compare(self, trainer_logprobs: Tensor, inputs: dict[str, Any]) -> None:
-        """Keep both log-probs of every sampled token; with invariance="exact", stop at the first that differs."""
+        """Keep both log-probs of every sampled token; stop at the first that differs where they must be equal."""
         mask = inputs["completion_mask"].bool()
         sampler, trainer = inputs["sampling_per_token_logps"], trainer_logprobs
         self._pairs.append(self._pair(trainer, inputs))
         if self._first_mismatch is None:
             self._first_mismatch = metrics.first_mismatch(sampler, trainer, mask)
-        if self._first_mismatch is not None and self.invariance == "exact":
+        if self._first_mismatch is not None and self._must_be_equal:
             step = self.state.global_step + 1
             numbers = self._onpolicy([self._pairs], sum(map(len, self._completions)))
             if self._on_row is not None and self.accelerator.is_main_process:
@@ -308,6 +335,7 @@ class InvariantGRPOTrainer(GRPOTrainer):
     def training_step(self, *args, **kwargs):
         began, before = time.perf_counter(), sum(self._seconds.values())
         result = super().training_step(*args, **kwargs)
+        self._keep_weights()
         self._seconds["train"] += time.perf_counter() - began - (sum(self._seconds.values()) - before)
         return result
 
@@ -354,7 +382,7 @@ class InvariantGRPOTrainer(GRPOTrainer):
             **onpolicy,
             "onpolicy/group_unique_frac": metrics.group_unique_frac(completions, self.num_generations),
             "onpolicy/weights_equal": int(all(rank[4] for rank in ranks)),
-            "onpolicy/weight_version_lag": self.state.global_step - 1 - self._rollout_step,
+            "onpolicy/weight_version_lag": self.state.global_step - 1 - self._rollout_version,
             "onpolicy/exact_streak_tokens": self._exact_streak,
             "reward/mean": trl.get("reward", float("nan")),
             **metrics.rollout_stats([len(c) for c in completions], [not c or c[-1] not in ends for c in completions]),

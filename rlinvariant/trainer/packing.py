@@ -21,7 +21,7 @@ class Packed:
         return values.new_zeros(self.keep.shape).masked_scatter(self.keep, values)
 
 
-def pack(input_ids: Tensor, attention_mask: Tensor, completion_length: int) -> Packed:
+def pack(input_ids: Tensor, attention_mask: Tensor, completion_length: int, multiple: int = 1) -> Packed:
     """Drop the padding of a batch and find the completion tokens.
 
     Positions count real tokens, so a left-padded row is rotated as vLLM rotated it; TRL's padded forward passes none.
@@ -30,6 +30,7 @@ def pack(input_ids: Tensor, attention_mask: Tensor, completion_length: int) -> P
         input_ids: [B, L] int64, prompts left-padded, completions right-padded.
         attention_mask: [B, L], 1 on real tokens.
         completion_length: C, how many of the last columns belong to completions.
+        multiple: of what N is to be; what is missing is a sequence of its own, which nothing is scored of.
     """
     mask = attention_mask.bool()
     lengths = mask.sum(1)
@@ -37,12 +38,16 @@ def pack(input_ids: Tensor, attention_mask: Tensor, completion_length: int) -> P
     row_of[mask] = torch.arange(int(lengths.sum()), device=input_ids.device)
     keep = mask[:, -completion_length:]
     scored = row_of[:, -completion_length:][keep]
-    ids = input_ids[mask]
+    ids, positions = input_ids[mask], (attention_mask.cumsum(1) - 1)[mask]
+    if missing := -len(ids) % multiple:
+        ids = F.pad(ids, (0, missing))
+        positions = torch.cat([positions, torch.arange(missing, device=ids.device)])
+        lengths = F.pad(lengths, (0, 1), value=missing)
     cu = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
     longest = int(lengths.max())
     inputs: dict[str, Tensor | int] = {
         "input_ids": ids[None],
-        "position_ids": (attention_mask.cumsum(1) - 1)[mask][None],
+        "position_ids": positions[None],
         "cu_seq_lens_q": cu,
         "cu_seq_lens_k": cu,
         "max_length_q": longest,
