@@ -148,6 +148,9 @@ class Config:
     invariance: Literal["exact", "off", "sampler", "trainer"] = chz.field(
         default="exact", doc="Which sides run the invariant ops; sampler and trainer: that side only."
     )
+    staleness: int = chz.field(
+        default=0, doc="Optimizer steps by which the sampler's weights are older than the trainer's; 0: on policy."
+    )
     steps: int = chz.field(default=100, doc="Optimizer steps.")
     seed: int = chz.field(default=0, doc="Seed of data order and sampling.")
     run: str = chz.field(default="", doc="Name under runs/; empty: recipe and time.")
@@ -347,6 +350,9 @@ def check(config: Config, env: Mapping[str, str], recipe: Recipe | None = None) 
 
     require(config.steps >= 1, "steps", "at least 1")
     require(0 <= config.seed < 2**32, "seed", "0 to 4294967295")
+    require(config.staleness >= 0, "staleness", "0 or more optimizer steps")
+    start = "0 with resume=True: the older weights are in no checkpoint; start a new run"
+    require(not (config.resume and config.staleness > 0), "staleness", start)
     errors += _check_model(config, recipe)
     errors += _check_batches(config, int(env.get("WORLD_SIZE", 1)))
     if recipe is not None and recipe.check is not None:
@@ -418,7 +424,7 @@ def _check_model(config: Config, recipe: Recipe | None) -> list[str]:
 
 def _check_run(config: Config, env: Mapping[str, str]) -> list[str]:
     """A run directory is written once. Only the main process looks: it may have made it before the others get here."""
-    if not re.fullmatch(r"\w[\w.-]*", config.run):
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", config.run):
         return [f"run={config.run}: expected a name of letters, digits, '.', '_' and '-'; it is a directory under runs/"]
     if config.resume and "run" not in config.sources:
         return ["resume=True: expected run=NAME too, the run to continue"]

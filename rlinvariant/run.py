@@ -25,6 +25,9 @@ def run(config: Config) -> None:
     console, recipe, run_dir = Console(main), config.load_recipe(), RunDir(config.run_dir)
     _require_device(args, config.invariance, config.dtype)  # before a recipe makes its model
     console.print(f"{config.recipe}: invariance={config.invariance}, {config.steps} steps, files in {config.run_dir}")
+    if config.staleness:
+        lag = f"staleness={config.staleness}: the sampler's weights lag by as many steps"
+        console.print(f"{lag}; log-probs of two versions are counted, not required to be equal")
     model_path = config.model or (recipe.prepare_model or _no_model)(config)
     _quiet()
     with console.stage("loading transformers, TRL and vLLM"):
@@ -59,6 +62,7 @@ def run(config: Config) -> None:
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
             invariance=config.invariance,
+            staleness=config.staleness,
             dtype=config.dtype,
             sampler_options=_sampler_options(config),
             on_row=on_row,
@@ -89,7 +93,9 @@ def run(config: Config) -> None:
         if args.device.type == "cuda":
             total, peak = memory_gib()
             console.print(f"GPU memory  {peak:.1f} GiB at PyTorch's peak, trainer and sampler together, of {total:.1f}")
-        console.summary(read_metrics(run_dir.path), before, after, run_dir.path, time.monotonic() - started)
+        seconds = time.monotonic() - started
+        console.summary(read_metrics(run_dir.path), before, after, run_dir.path, seconds)
+        run_dir.write_result({"finished": True, "accuracy_before": before, "accuracy_after": after, "seconds": seconds})
 
 
 def grpo_trainer(

@@ -162,8 +162,9 @@ REPLACED = f"{EXACT}: it replaces operations that the invariant ops own; remove 
         ("model=nowhere", f"model=nowhere: {NO_DIRECTORY}"),
         ("model=./no/where", f"model=./no/where: {NO_DIRECTORY}"),
         ("model=runs/x/checkpoint-3", f"model=runs/x/checkpoint-3: {NO_DIRECTORY}"),
-        ("run=a/b", "run=a/b: expected a name of letters, digits, '.', '_' and '-'; it is a directory under runs/"),
+        ("run=a/../b", "run=a/../b: expected a name of letters, digits, '.', '_' and '-'; it is a directory under runs/"),
         ("resume=true", "resume=True: expected run=NAME too, the run to continue"),
+        ("staleness=-1", "staleness=-1: expected 0 or more optimizer steps"),
     ],
 )
 def test_one_mistake_gives_one_line(argument: str, message: str) -> None:
@@ -267,6 +268,14 @@ def test_allowed_in_exact_mode() -> None:
         "trainer.temperature=0.7",
     )
     assert config.trainer.vllm_importance_sampling_correction and config.trainer.num_iterations == 2
+
+
+def test_a_stale_run_starts_anew() -> None:
+    Path("runs/old").mkdir(parents=True)
+    assert good("run=old", "resume=true").resume
+    assert errors("run=old", "resume=true", "staleness=4") == [
+        "staleness=4: expected 0 with resume=True: the older weights are in no checkpoint; start a new run"
+    ]
 
 
 def test_steps_and_max_steps_are_one_value() -> None:

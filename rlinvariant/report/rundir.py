@@ -1,4 +1,4 @@
-"""The run directory: runs/NAME/ with config.json, environment.json, metrics.jsonl and samples.jsonl.
+"""The run directory: runs/NAME/ with config.json, environment.json, metrics.jsonl, samples.jsonl; result.json once finished.
 
 Only the main process writes. A .json file is replaced whole; a .jsonl file grows by whole lines, each flushed to the
 disk, so a killed run leaves every row it appended. JSON has no NaN and no infinities: they are written as the strings
@@ -37,13 +37,15 @@ class RunDir:
         self.environment = self.path / "environment.json"
         self.metrics = self.path / "metrics.jsonl"
         self.samples = self.path / "samples.jsonl"
+        self.result = self.path / "result.json"
         self.checkpoints = self.path / "checkpoints"
 
     @classmethod
     def create(cls, path: str | Path, config: Mapping[str, Any], resume: bool = False) -> Self:
         """Make the directory and write config.json; with `resume`, continue one that a run left.
 
-        On resume a torn last line is cut off, and a config.json that differs is kept as config.1.json, ...
+        On resume a torn last line is cut off, and a config.json that differs is kept as config.1.json, ...; a result.json,
+        which would no longer be true, as result.1.json, ...
 
         Raises:
             UserError: not resuming and the directory holds files; resuming and it holds no run; it cannot be written.
@@ -59,6 +61,9 @@ class RunDir:
             if resume and run.config.read_text() != text:
                 taken = sum(1 for _ in run.path.glob("config.*.json"))
                 _write_atomically(run.path / f"config.{taken + 1}.json", run.config.read_text())
+            if run.result.exists():
+                taken = sum(1 for _ in run.path.glob("result.*.json"))
+                os.replace(run.result, run.path / f"result.{taken + 1}.json")
             _write_atomically(run.config, text)
             for lines in (run.metrics, run.samples):
                 _cut_torn_line(lines)
@@ -69,6 +74,10 @@ class RunDir:
     def write_environment(self, extra: Mapping[str, Any]) -> None:
         """Write environment.json: what `environment()` finds, and `extra` (GPU, kernels actually used) over it."""
         _write_atomically(self.environment, _json_text(environment() | dict(extra)))
+
+    def write_result(self, result: Mapping[str, Any]) -> None:
+        """Write result.json, which only a finished run has: finished, accuracy_before and _after (or null), seconds."""
+        _write_atomically(self.result, _json_text(result))
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """Append the one row of a step; it is on the disk when this returns.

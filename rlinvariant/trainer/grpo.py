@@ -89,7 +89,7 @@ class InvariantGRPOTrainer(GRPOTrainer):
         samples_every: int = 10,
         **kwargs: Any,
     ) -> None:
-        self.invariance = invariance
+        self.invariance, self.staleness = invariance, staleness
         self._sampler_is_invariant, self._trainer_is_invariant = SIDES[invariance]
         self._on_row, self._on_samples, self._samples_every = on_row, on_samples, samples_every
         if problems := [*device_problems(args, invariance, dtype), *self._conflicts(model, args, kwargs)]:
@@ -114,7 +114,6 @@ class InvariantGRPOTrainer(GRPOTrainer):
         self.remove_callback(PrinterCallback)  # prints every number of every step; our console and files have them
         self.use_vllm = True  # TRL's name for "the rollout carries log-probs": turns on its correction, if asked for
         self.sampler = sampler()
-        self.staleness = staleness
         self._older: deque[tuple[int, dict[str, Tensor]]] = deque(maxlen=staleness)  # (step, weights before it), oldest first
         self._sampler_version = -1  # how many optimizer steps the sampler's weights have had
         self._rollouts: dict[bool, tuple[int, int]] = {}  # training or not -> (step, rollouts that this step has had before)
@@ -127,6 +126,8 @@ class InvariantGRPOTrainer(GRPOTrainer):
     def _conflicts(self, model: Any, args: GRPOConfig, kwargs: dict[str, Any]) -> list[str]:
         """What in TRL's own arguments cannot be: for those who come without our configuration."""
         found = conflicts(args, self.invariance, os.environ)
+        if self.staleness < 0:
+            found.append(f"staleness={self.staleness}: expected 0 or more optimizer steps")
         if args.use_vllm:
             found.append("use_vllm=True: expected False; the sampler is attached by rlinvariant")
         for name in ("rollout_func", "tools", "environment_factory"):
