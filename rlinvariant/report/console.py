@@ -100,7 +100,7 @@ class Console:
         cells = [f"{_decimal(row.get(key), spec):>{width}}" for _, key, spec, width in _COLUMNS]
         mismatched, compared = row.get("onpolicy/mismatched_tokens"), row.get("onpolicy/compared_tokens")
         self.print(
-            "  ".join([f"{place:>7}", *cells, f"mismatched {_integer(mismatched)} / {_integer(compared)}"]),
+            "  ".join([f"{place:>7}", *cells, f"mismatched {integer(mismatched)} / {integer(compared)}"]),
             style="yellow" if mismatched else "",
         )
         new = (compared or 0) + (row.get("onpolicy/unscored_tokens") or 0)  # 0: a further step on an earlier rollout
@@ -109,8 +109,8 @@ class Console:
             self.print("  " + "  ".join(drift), style="yellow")
         if first_mismatch is not None:
             self.print(f"  first mismatch: {first_mismatch}", style="yellow")
-        if (coverage := _coverage([row])) != "1" and (new or compared is None):
-            self.print(f"  coverage {coverage}", style="yellow")
+        if (covered := coverage([row])) != "1" and (new or compared is None):
+            self.print(f"  coverage {covered}", style="yellow")
 
     def samples(self, rows: Iterable[Row]) -> None:
         """Print decoded samples, three lines each, cut to the width: reward, prompt, completion."""
@@ -132,7 +132,7 @@ class Console:
         """Print the outcome of a run from its metrics rows: reward, accuracy, the contract, where the files are."""
         rewards = [r for row in rows if (r := row.get("reward/mean")) is not None and not math.isnan(r)]
         window = min(10, max(1, len(rewards) // 2)) if rewards else 0
-        mismatched, compared = _total(rows, "onpolicy/mismatched_tokens"), _total(rows, "onpolicy/compared_tokens")
+        mismatched, compared = total(rows, "onpolicy/mismatched_tokens"), total(rows, "onpolicy/compared_tokens")
         lines = [("steps", f"{len(rows):,}" + (f" in {_duration(elapsed_s)}" if elapsed_s is not None else ""))]
         if window:
             first, last = sum(rewards[:window]) / window, sum(rewards[-window:]) / window
@@ -143,7 +143,7 @@ class Console:
         lines += [
             (
                 "on policy",
-                f"mismatched {_integer(mismatched)} / {_integer(compared)} tokens, coverage {_coverage(rows)}",
+                f"mismatched {integer(mismatched)} / {integer(compared)} tokens, coverage {coverage(rows)}",
             ),
             ("files", str(run_dir)),
         ]
@@ -153,8 +153,7 @@ class Console:
 
     def _printable(self, text: str) -> str:
         """Escape what a terminal would obey or what this stream cannot encode; completions are a model's own text."""
-        shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
-        return shown.encode(self._rich.encoding, "backslashreplace").decode(self._rich.encoding)
+        return printable(text).encode(self._rich.encoding, "backslashreplace").decode(self._rich.encoding)
 
     @contextmanager
     def _spinner(self, text: str, total: int | None) -> Iterator[Advance]:
@@ -188,6 +187,11 @@ class Console:
             thread.join()
 
 
+def printable(text: str, keep: str = "") -> str:
+    """Write control characters, and others that cannot be seen, as escapes; those in `keep` stay."""
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
 def _decimal(value: float | None, spec: str) -> str:
     return "-" if value is None else format(value, spec)
 
@@ -196,7 +200,7 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f} %"
 
 
-def _integer(value: float | None) -> str:
+def integer(value: float | None) -> str:
     """A count with thousands separators; a count that is no integer is a bug, and rounding would hide it."""
     if value is None:
         return "-"
@@ -209,15 +213,15 @@ def _scientific(value: float | None) -> str:
     return "-" if value is None else "0" if value == 0 else f"{value:.3e}" if math.isfinite(value) else str(value)
 
 
-def _total(rows: Iterable[Row], key: str) -> int | None:
+def total(rows: Iterable[Row], key: str) -> int | None:
     """Sum of a count over the rows; None if a row lacks it, as what was not counted is not 0."""
     counts = [row.get(key) for row in rows]
     return None if not counts or None in counts else sum(int(count) for count in counts if count is not None)
 
 
-def _coverage(rows: Sequence[Row]) -> str:
+def coverage(rows: Sequence[Row]) -> str:
     """1 if every sampled token was compared, else the two counts; - if a row does not say."""
-    compared, unscored = _total(rows, "onpolicy/compared_tokens"), _total(rows, "onpolicy/unscored_tokens")
+    compared, unscored = total(rows, "onpolicy/compared_tokens"), total(rows, "onpolicy/unscored_tokens")
     if compared is None or unscored is None:
         return "-"
     return "1" if compared and not unscored else f"{compared:,} / {compared + unscored:,}"

@@ -1,0 +1,284 @@
+"""The report of a run or an ablation as one file: no network, no other file, and JavaScript for hovering alone."""
+
+import base64
+import hashlib
+import json
+import math
+import os
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlinvariant import __version__
+from rlinvariant.report import stats, svg, tables
+from rlinvariant.report.console import printable
+from rlinvariant.report.panels import PANELS, Panel
+from rlinvariant.report.study import Run, Study, load
+
+HERE = Path(__file__).parent
+SHOWN = 2000  # characters of a prompt or a completion
+FILE = "report.html"
+
+
+def write(path: str | Path) -> tuple[Path, Study]:
+    """Make PATH/report.html of the run or ablation at PATH, in place of an earlier one.
+
+    Raises:
+        UserError: as `study.load`.
+    """
+    study = load(path)
+    file = study.path / FILE
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text(page(study), encoding="utf-8", errors="backslashreplace")
+    os.replace(partial, file)
+    return file, study
+
+
+def page(study: Study) -> str:
+    """The whole page. Everything that comes from a run is escaped, and no script but the page's own may run."""
+    css, script = (HERE / "page.css").read_text(), (HERE / "page.js").read_text()
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+    title = _title(study)
+    head = [
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">',
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
+        '<meta name="viewport" content="width=device-width,initial-scale=1">',
+        f"<title>{_text(title)}</title><style>{css}</style></head><body>",
+    ]
+    body = [
+        f"<header><h1>{_text(title)}</h1>",
+        f'<p class="meta">{_text(str(study.path))}; rlinvariant {__version__}</p></header>',
+        '<ul class="verdict">' + "".join(f"<li><b>{_text(a)}:</b> {_text(b)}</li>" for a, b in tables.sentences(study)) + "</ul>",
+        _notes(study.notes),
+        _summary(study),
+        *_curves(study),
+        _samples(study),
+        _reproduce(study),
+        _method(study),
+        f"<script>{script}</script></body></html>",
+    ]
+    return "\n".join([*head, *(part for part in body if part)]) + "\n"
+
+
+def _title(study: Study) -> str:
+    if not study.is_ablation:
+        return f"{study.recipe}: {study.arms[0].name}, {study.steps:,} steps"
+    seeds = len({run.seed for _, run in study.runs})
+    return f"{study.recipe}: {len(study.arms)} arms, {seeds} seed{'s' * (seeds != 1)}, {study.steps:,} steps"
+
+
+def _text(text: str) -> str:
+    return escape(printable(text))
+
+
+def _notes(notes: Sequence[str]) -> str:
+    if not notes:
+        return ""
+    return '<ul class="notes" aria-label="notes">' + "".join(f"<li>{_text(note)}</li>" for note in notes) + "</ul>"
+
+
+def _summary(study: Study) -> str:
+    found = [tables.summary(study), tables.differences(study)]
+    return "<h2>Numbers</h2>" + "".join(_table(table) for table in found if table is not None)
+
+
+def _table(table: tables.Table) -> str:
+    head = "".join(f'<th scope="col">{_text(title)}</th>' for title in table.head)
+    lines = []
+    for first, *rest in table.rows:
+        cells = "".join(f"<td>{_text(cell.text)}{_said(cell)}</td>" for cell in rest)
+        lines.append(f'<tr><th scope="row">{_text(first.text)}</th>{cells}</tr>')
+    body = "".join(lines)
+    caption = _text(table.caption)
+    return f'<div class="wide"><table><caption>{caption}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _said(cell: tables.Cell) -> str:
+    return f'<span class="said{" differs" * cell.differs}">{_text(cell.said)}</span>' if cell.said else ""
+
+
+def _curves(study: Study) -> Iterator[str]:
+    """A section for each group of panels; a panel that no run has a finite number for is left out, and named."""
+    if not any(run.rows for _, run in study.runs):
+        return
+    sections: dict[str, list[str]] = {}
+    absent = []
+    for panel in PANELS:
+        if lines := _lines(study, panel):
+            drawn = svg.chart(panel.title, panel.unit, lines, panel.scale)
+            sections.setdefault(panel.section, []).append(_figure(panel.title, panel.unit, panel.notice, drawn))
+        elif any(panel.shown_for(run.config) for _, run in study.runs):
+            absent.append(panel.title)
+    if study.is_ablation and (accuracy := _accuracy(study)):
+        sections.setdefault("Learning", []).append(accuracy)
+    legend = _legend(study) if study.is_ablation else ""
+    for section, figures in sections.items():
+        yield f'<h2>{_text(section)}</h2>{legend}<div class="panels">{"".join(figures)}</div>'
+        legend = ""
+    if absent:
+        yield f'<p class="small">Not drawn, as no run has a number for it: {_text(", ".join(absent))}.</p>'
+
+
+def _figure(title: str, unit: str, notice: str, drawn: str) -> str:
+    caption = f'<b>{_text(title)}</b> <span class="unit">{_text(unit)}</span><span class="notice">{_text(notice)}</span>'
+    return f"<figure><figcaption>{caption}</figcaption>{drawn}</figure>"
+
+
+def _lines(study: Study, panel: Panel) -> list[svg.Line]:
+    """A line for each arm that has at least one finite value."""
+    lines = []
+    for index, arm in enumerate(study.arms):
+        runs = [run for run in arm.runs if run.rows and panel.shown_for(run.config)]
+        if not runs:
+            continue
+        steps = np.array(sorted({row["step"] for run in runs for row in run.rows}))
+        values, present = np.full((len(runs), len(steps)), math.nan), np.zeros((len(runs), len(steps)), bool)
+        for i, run in enumerate(runs):
+            at = np.searchsorted(steps, [row["step"] for row in run.rows])
+            values[i, at], present[i, at] = [panel.value(row) for row in run.rows], True
+        mean, low, high = stats.curve(values, present)
+        if np.isfinite(mean).any():
+            lines.append(svg.Line(arm.name, index, steps, mean, low, high))
+    return lines
+
+
+def _accuracy(study: Study) -> str:
+    """Held-out accuracy after training, a row for each arm; nothing where no run has one."""
+    rows = []
+    for index, arm in enumerate(study.arms):
+        seeds = [value for run in arm.runs if math.isfinite(value := stats.accuracy(run.rows, run.result))]
+        if seeds:
+            rows.append((arm.name, index, stats.estimate(seeds), seeds))
+    if not rows:
+        return ""
+    before = [v for _, run in study.runs if (v := run.result.get("accuracy_before")) is not None]
+    start = f" Before it: {100 * min(before):.1f} to {100 * max(before):.1f} %." if before else ""
+    notice = f"After training, greedy. Dots: seeds; upright: their mean; line: 95 % interval.{start}"
+    return _figure("Held-out accuracy", "%", notice, svg.dots("Held-out accuracy", rows))
+
+
+def _legend(study: Study) -> str:
+    lines = [
+        f"<li>{svg.swatch(i)}<div><b>{_text(arm.name)}</b> <span>{_text(arm.description)}</span></div></li>"
+        for i, arm in enumerate(study.arms)
+    ]
+    seeds = max((len(arm.runs) for arm in study.arms), default=0)
+    said = "Lines: mean over seeds; shading: 95 % interval at each step." if seeds > 1 else "One seed: lines without intervals."
+    return f'<ul class="legend">{"".join(lines)}</ul><p class="small">{said}</p>'
+
+
+def _samples(study: Study) -> str:
+    """Of a run: those of its first and last step. Of an ablation: the last one of the first seed of each arm."""
+    found = []
+    for arm in study.arms:
+        for run in arm.runs[:1]:
+            rows, skipped = _some_samples(run.path / "samples.jsonl")
+            for row in rows[-1:] if study.is_ablation else rows:
+                found.append(_sample(row, f"{arm.name}, seed {run.seed}" if study.is_ablation else ""))
+            if skipped:
+                found.append(f'<p class="small">{skipped} of the lines looked at in {_text(arm.name)} are not JSON: left out.</p>')
+    return "<h2>Samples</h2>" + "".join(found) if found else ""
+
+
+def _some_samples(file: Path, count: int = 3) -> tuple[list[dict[str, Any]], int]:
+    """The first and the last `count` whole lines, and how many of them are not JSON objects."""
+    if not file.is_file():
+        return [], 0
+    first: list[bytes] = []
+    last: deque[bytes] = deque(maxlen=count)
+    with file.open("rb") as lines:
+        for line in lines:
+            if line.endswith(b"\n"):
+                (first if len(first) < count else last).append(line)
+    rows, skipped = [], 0
+    for line in [*first, *last]:
+        try:
+            row = json.loads(line)
+            row["step"]
+            rows.append(row)
+        except (ValueError, TypeError, KeyError):
+            skipped += 1
+    return rows, skipped
+
+
+def _sample(row: Mapping[str, Any], where: str) -> str:
+    reward = row.get("reward")
+    shown = f"{reward:.3f}" if isinstance(reward, int | float) else str(reward)
+    place = ", ".join(x for x in (where, f"step {row['step']}", f"reward {shown}") if x)
+    return (
+        f'<dl class="sample"><dt>sampled</dt><dd>{_text(place)}</dd>'
+        f"<dt>prompt</dt><dd>{_cut(row.get('prompt'))}</dd><dt>completion</dt><dd>{_cut(row.get('completion'))}</dd></dl>"
+    )
+
+
+def _cut(value: Any) -> str:
+    """A text as it is, but for what cannot be seen or could be obeyed; a long one is cut, which is said."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    note = ""
+    if len(text) > SHOWN:
+        note = f'<span class="small">cut: the first {SHOWN:,} of {len(text):,} characters</span>'
+        text = text[:SHOWN]
+    return f"<pre>{escape(printable(text, keep=chr(10)))}</pre>{note}"
+
+
+def _reproduce(study: Study) -> str:
+    run = next((run for _, run in study.runs), None)
+    parts = ["<h2>Reproduce</h2>", f"<pre>{_text(study.command)}</pre>"]
+    if study.is_ablation:
+        arms = "".join(
+            f'<tr><th scope="row">{_text(arm.name)}</th><td class="text"><code>{_text(" ".join(arm.overrides))}</code></td>'
+            f'<td class="text">{_text(", ".join(f"{run.seed}" for run in arm.runs) or "none yet")}</td>'
+            f'<td class="text">{_text(_kernels(arm.runs[0]) if arm.runs else "–")}</td></tr>'
+            for arm in study.arms
+        )
+        titles = "".join(f'<th scope="col" class="text">{t}</th>' for t in ("Arm", "Settings", "Seeds", "Kernels"))
+        parts.append(f'<div class="wide"><table><thead><tr>{titles}</tr></thead><tbody>{arms}</tbody></table></div>')
+    if run is not None:
+        facts = "".join(f'<tr><th scope="row">{_text(k)}</th><td class="text">{_text(v)}</td></tr>' for k, v in _environment(run))
+        parts.append(f'<div class="wide"><table><tbody>{facts}</tbody></table></div>')
+    return "".join(parts)
+
+
+def _kernels(run: Run) -> str:
+    return "; ".join(f"{name}: {value}" for name, value in run.environment.get("kernels", {}).items()) or "–"
+
+
+def _environment(run: Run) -> Iterator[tuple[str, str]]:
+    known = run.environment
+    cpu, git = known.get("cpu") or {}, known.get("git") or {}
+    if git:
+        yield "Commit", f"{git.get('commit')}{', with changes that are not committed' if git.get('modified') else ''}"
+    if known.get("packages"):
+        yield "Packages", ", ".join(f"{name} {version}" for name, version in known["packages"].items())
+    yield "Python", str(known.get("python", "–"))
+    yield "Platform", str(known.get("platform", "–"))
+    if cpu:
+        isa = " ".join(name for name, there in cpu.get("isa", {}).items() if there)
+        yield "CPU", f"{cpu.get('model')}, {cpu.get('cores')} cores, {isa}"
+    if known.get("gpu"):
+        yield "GPU", json.dumps(known["gpu"])
+    yield "Kernels", _kernels(run)
+    yield "Threads", ", ".join(f"{name} {value}" for name, value in known.get("threads", {}).items())
+    if known.get("vllm_environment"):
+        yield "vLLM", " ".join(f"{name}={value}" for name, value in known["vllm_environment"].items())
+
+
+def _method(study: Study) -> str:
+    said = [
+        "Two log-probs are equal when their 32 bits are; KL k3 is the mean of expm1(r) − r over the sampled tokens, "
+        "r = trainer's − sampler's log-prob, in float64.",
+        "Long curves are thinned to the least and the greatest mean in each pixel column.",
+    ]
+    if study.is_ablation:
+        said.append(
+            "Intervals: mean ± t s / √n over n seeds, t the 97.5 % quantile of Student's t with n − 1 degrees of freedom. "
+            "Differences are taken between runs of the same seed. No difference seen: the 95 % interval of the differences "
+            "holds 0, which is not a proof that there is none. Of twenty comparisons of equal arms, about one will look "
+            "different."
+        )
+    return "<h2>Method</h2>" + "".join(f'<p class="small">{_text(line)}</p>' for line in said)

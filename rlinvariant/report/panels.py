@@ -1,0 +1,82 @@
+"""What is drawn of a run: one list, from which the HTML page, the W&B workspace and the W&B report are all made."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Scale = Literal["linear", "from zero", "log", "log and zero"]
+CORRECTION = "trainer.vllm_importance_sampling_correction"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One quantity against the step.
+
+    Attributes:
+        title, unit, notice: shown; `notice` says what to look for.
+        keys: of metrics.jsonl; one, or two: the first divided by the second.
+        scale: "from zero" is linear with 0 in sight; "log" is linear where the values span less than a factor of ten;
+            "log and zero" has a band of its own for an exact 0.
+        arms: "all", or "corrected": only the runs in which TRL corrects by importance sampling have the key.
+    """
+
+    section: str
+    title: str
+    keys: tuple[str, ...]
+    unit: str
+    scale: Scale
+    notice: str
+    arms: Literal["all", "corrected"] = "all"
+
+    def value(self, row: Mapping[str, Any]) -> float:
+        """Of one row of metrics.jsonl; NaN if a key is missing or null."""
+        values = [math.nan if row.get(key) is None else float(row[key]) for key in self.keys]
+        if len(values) == 1:
+            return values[0]
+        return values[0] / values[1] if values[1] else math.nan
+
+    def shown_for(self, config: Mapping[str, Any]) -> bool:
+        """Whether a run with this config.json has the panel's keys."""
+        return self.arms == "all" or bool(config.get(CORRECTION, {}).get("value"))
+
+
+ON_POLICY, LEARNING, SPEED = "Sampler against trainer", "Learning", "Speed"
+
+PANELS = (
+    Panel(ON_POLICY, "KL, sampler to trainer (k3)", ("onpolicy/kl_k3",), "nats per token", "log and zero",
+          "How far the policy that sampled is from the one that is trained. Exact is 0, not small."),
+    Panel(ON_POLICY, "Largest |Δ logprob| in a step", ("onpolicy/logprob_absdiff/max",), "nats", "log and zero",
+          "The worst token: averages hide it, a clipped ratio does not."),
+    Panel(ON_POLICY, "Tokens whose logprob differs", ("onpolicy/mismatched_tokens", "onpolicy/compared_tokens"),
+          "fraction of tokens", "from zero", "Compared as 32-bit words: 0 means every bit of every token."),
+    Panel(ON_POLICY, "Smallest importance ratio", ("onpolicy/is_ratio/min",), "ratio", "log",
+          "1 when exact. Below 1: tokens that the trainer finds less likely than the sampler did."),
+    Panel(ON_POLICY, "Mean importance ratio", ("onpolicy/is_ratio/mean",), "ratio", "linear",
+          "Near 1 in every arm that samples from its own policy; far from 1, the gradient has another scale."),
+    Panel(ON_POLICY, "Largest importance ratio", ("onpolicy/is_ratio/max",), "ratio", "log",
+          "1 when exact. A single large ratio can dominate a gradient that is not clipped."),
+    Panel(ON_POLICY, "Effective sample size", ("onpolicy/is_ess",), "fraction of tokens", "linear",
+          "What weighting by the ratio would leave of the batch: 1 is all of it."),
+    Panel(ON_POLICY, "Ratios over the correction's limit", ("onpolicy/is_clipped_frac",), "fraction of tokens", "from zero",
+          "Tokens that a correction would clip or mask."),
+    Panel(ON_POLICY, "Mean weight that TRL's correction applied", ("sampling/importance_sampling_ratio/mean",), "weight",
+          "linear", "Below 1, the correction has cut or masked something.", arms="corrected"),
+    Panel(ON_POLICY, "Weight updates since the rollout", ("onpolicy/weight_version_lag",), "optimizer steps", "from zero",
+          "0: sampled from the newest weights."),
+    Panel(LEARNING, "Reward", ("reward/mean",), "mean of the step", "linear",
+          "Does drift cost reward here? The tables below say so with an interval."),
+    Panel(LEARNING, "Entropy of the policy", ("policy/entropy",), "nats per token", "from zero",
+          "A fall to 0 is a policy that no longer explores."),
+    Panel(LEARNING, "Gradient norm", ("optim/grad_norm",), "before clipping", "log",
+          "Spikes that one arm alone has."),
+    Panel(LEARNING, "Length of completions", ("rollout/len_mean",), "tokens", "from zero",
+          "Rewards of arms compare best where lengths do."),
+    Panel(SPEED, "Sampler", ("perf/sampler_tok_s",), "tokens/s", "from zero", "The price of the sampler's exact kernels."),
+    Panel(SPEED, "Trainer", ("perf/trainer_tok_s",), "tokens/s", "from zero",
+          "Exact arms skip the pass over old log-probs, and pack."),
+    Panel(SPEED, "Whole step", ("perf/step_s",), "seconds", "from zero", "Rollout, scoring, training, weight sync."),
+)  # fmt: skip
+
+KEYS = tuple(dict.fromkeys(key for panel in PANELS for key in panel.keys))
+"""Every key that a panel reads."""

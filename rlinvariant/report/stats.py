@@ -1,0 +1,168 @@
+"""Means and intervals over seeds, and what may be said of two arms.
+
+An interval is mean ± t s / sqrt(n): s the standard deviation over n seeds (n - 1 in its denominator), t the 97.5 % quantile
+of Student's t with n - 1 degrees of freedom. Two arms are compared by the differences between runs of the same seed, over the
+steps that both runs have, and the verdict is "no difference seen" when the 95 % interval of those differences holds 0.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean, median, stdev
+from typing import Any, Literal
+
+import numpy as np
+
+LAST = 10  # steps whose reward is averaged
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over `n` seeds and the ends of its 95 % interval, NaN with fewer than two."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+    @property
+    def has_interval(self) -> bool:
+        return math.isfinite(self.low) and math.isfinite(self.high)
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Mean and 95 % interval. A value that is not finite makes the mean NaN: it is never left out in silence."""
+    n = len(values)
+    if not n or not all(map(math.isfinite, values)):
+        return Estimate(math.nan, math.nan, math.nan, n)
+    centre = mean(values)
+    if n == 1:
+        return Estimate(centre, math.nan, math.nan, 1)
+    if min(values) == max(values):  # no rounding of a sum may make a width out of equal numbers
+        return Estimate(values[0], values[0], values[0], n)
+    half = t_quantile(n - 1) * stdev(values) / math.sqrt(n)
+    return Estimate(centre, centre - half, centre + half, n)
+
+
+@functools.cache
+def t_quantile(degrees: int, coverage: float = 0.95) -> float:
+    """t with P(|T| <= t) = coverage, T of Student's distribution with `degrees` degrees of freedom.
+
+    Bisection on the finite series that holds for a whole number of degrees.
+
+    Raises:
+        ValueError: fewer than 1 degree of freedom.
+
+    Ref: Abramowitz and Stegun 1964, 26.7.3 and 26.7.4.
+    """
+    if degrees < 1:
+        raise ValueError(f"expected at least 1 degree of freedom, got {degrees}")
+    low, high = 0.0, 2.0
+    while _t_coverage(high, degrees) < coverage:
+        high *= 2
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _t_coverage(middle, degrees) < coverage else (low, middle)
+    return (low + high) / 2
+
+
+def _t_coverage(t: float, degrees: int) -> float:
+    """P(|T| <= t)."""
+    angle, odd = math.atan(t / math.sqrt(degrees)), degrees % 2
+    cosine, total = math.cos(angle), 0.0
+    term = cosine if odd else 1.0
+    for power in range(odd, degrees - 1, 2):
+        term *= cosine**2 * (power - 1) / power if power > odd else 1.0
+        total += term
+    return 2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
+
+
+def curve(values: np.ndarray, present: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`estimate` at every step, over the runs that have it.
+
+    Args:
+        values: [runs, steps] float64. A value that is not finite leaves a gap (NaN) in all three results.
+        present: [runs, steps] bool, whether the run has a row of that step.
+
+    Returns:
+        (mean, low, high), each [steps]; low and high are NaN where fewer than two runs are present.
+    """
+    count = present.sum(0)
+    finite = (np.isfinite(values) | ~present).all(0) & (count > 0)
+    known = np.where(present & finite, values, 0.0)
+    centre = np.where(finite, known.sum(0) / np.maximum(count, 1), math.nan)
+    least = np.where(present, values, math.inf).min(0)
+    equal = finite & (least == np.where(present, values, -math.inf).max(0))
+    centre = np.where(equal, least, centre)  # a sum rounds: equal values have themselves as mean, and no width
+    squares = np.where(present & finite, (values - centre) ** 2, 0.0).sum(0)
+    t = np.array([math.nan, math.nan, *(t_quantile(n - 1) for n in range(2, len(values) + 1))])[count]
+    with np.errstate(invalid="ignore"):
+        half = t * np.sqrt(squares / np.maximum(count - 1, 1) / np.maximum(count, 1))
+    return centre, centre - half, centre + half
+
+
+Summary = Callable[[Sequence[Row], Mapping[str, Any]], float]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One number of a run, of its rows and its result.json; NaN where it is not known.
+
+    `style` says how it is printed: "scientific", "percent", "near one" (never rounded to 1), or a number of decimals.
+    """
+
+    title: str
+    of: Summary
+    style: Literal["scientific", "percent", "near one"] | int
+
+
+def over_steps(key: str, reduce: Callable[[Sequence[float]], float], last: int = 0) -> Summary:
+    """A reduction of one key over the rows, or the `last` ones; NaN if there are none, or one lacks it."""
+
+    def summary(rows: Sequence[Row], result: Mapping[str, Any]) -> float:
+        values = [math.nan if row.get(key) is None else float(row[key]) for row in rows[-last:]]
+        return reduce(values) if values and all(map(math.isfinite, values)) else math.nan
+
+    return summary
+
+
+def accuracy(rows: Sequence[Row], result: Mapping[str, Any]) -> float:
+    """Held out, after training; NaN for a run that did not end, or has no such data."""
+    value = result.get("accuracy_after")
+    return math.nan if value is None else float(value)
+
+
+KL = Measure("KL k3, nats", over_steps("onpolicy/kl_k3", mean), "scientific")
+ESS = Measure("ESS", over_steps("onpolicy/is_ess", mean), "near one")
+REWARD = Measure(f"Reward, last {LAST} steps", over_steps("reward/mean", mean, LAST), 3)
+ACCURACY = Measure("Held-out accuracy, %", accuracy, "percent")
+STEP_S = Measure("Seconds per step", over_steps("perf/step_s", median), 3)
+MEASURES = (KL, ESS, REWARD, ACCURACY, STEP_S)
+"""Mean over the steps of a run; of seconds, the median, since the first step starts things up."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the runs of two arms on the same seeds say of one measure: arm minus reference."""
+
+    difference: Estimate
+    text: str
+
+
+def verdict(arm: Sequence[float], reference: Sequence[float]) -> Verdict:
+    """Compare values of the same seeds, in the same order; pairs in which one is not known are left out, and counted out.
+
+    The text: "no difference seen", "higher", "lower", "one seed: no interval", or "not measured".
+    """
+    differences = [a - b for a, b in zip(arm, reference, strict=True) if math.isfinite(a) and math.isfinite(b)]
+    found = estimate(differences)
+    if found.n == 0:
+        return Verdict(found, "not measured")
+    if not found.has_interval:
+        return Verdict(found, "one seed: no interval")
+    if found.low <= 0 <= found.high:
+        return Verdict(found, "no difference seen")
+    return Verdict(found, "higher" if found.mean > 0 else "lower")

@@ -1,0 +1,221 @@
+"""What a report is about: the runs of an ablation, arm by arm and seed by seed, or one run alone."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from rlinvariant.config import RUNS
+from rlinvariant.errors import UserError
+from rlinvariant.report.panels import PANELS
+from rlinvariant.report.rundir import RunDir, read_metrics
+from rlinvariant.report.stats import MEASURES, Estimate, Measure, Row, Verdict, estimate, verdict
+
+SCHEMA = 1  # of ablation.json and of a run directory
+EXACT = "exact"  # the arm that the others are compared with
+
+
+@dataclass
+class Run:
+    """One run directory, as far as it came."""
+
+    path: Path
+    seed: int
+    config: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    result: Mapping[str, Any]  # empty: the run did not reach its end
+    rows: Sequence[Row]
+
+    @property
+    def finished(self) -> bool:
+        return self.result.get("finished") is True
+
+    def setting(self, key: str) -> Any:
+        return self.config.get(key, {}).get("value")
+
+
+@dataclass
+class Arm:
+    name: str
+    description: str
+    overrides: Sequence[str]
+    runs: list[Run]
+
+    @property
+    def rows(self) -> list[Row]:
+        """Of all seeds."""
+        return [row for run in self.runs for row in run.rows]
+
+    def estimate(self, measure: Measure) -> Estimate:
+        """Over the seeds whose value is known."""
+        values = [measure.of(run.rows, run.result) for run in self.runs]
+        return estimate([value for value in values if math.isfinite(value)])
+
+    def against(self, reference: "Arm", measure: Measure) -> Verdict:
+        """This arm minus `reference`: runs of one seed, over the steps that both have."""
+        pairs = [(run, other) for run in self.runs for other in reference.runs if run.seed == other.seed]
+        values = [
+            tuple(measure.of(one.rows[: min(len(run.rows), len(other.rows))], one.result) for one in (run, other))
+            for run, other in pairs
+        ]
+        return verdict([pair[0] for pair in values], [pair[1] for pair in values])
+
+
+@dataclass
+class Study:
+    """Arms on the same seeds; of a single run, one arm with one seed."""
+
+    path: Path
+    recipe: str
+    steps: int
+    command: str
+    arms: list[Arm]
+    is_ablation: bool
+    notes: list[str] = field(default_factory=list)  # what is missing or odd, for the reader
+
+    @property
+    def runs(self) -> Iterator[tuple[Arm, Run]]:
+        return ((arm, run) for arm in self.arms for run in arm.runs)
+
+    @cached_property
+    def reference(self) -> Arm | None:
+        """The exact arm, if there are others to compare with it."""
+        return next((arm for arm in self.arms if arm.name == EXACT), None) if len(self.arms) > 1 else None
+
+
+def load(path: str | Path) -> Study:
+    """Read a run directory or an ablation's, by its path or its name under runs/.
+
+    Raises:
+        UserError: it holds neither; a file in it is not what it should be; runs that cannot be compared are in one ablation.
+    """
+    path = Path(path)
+    path = path if path.exists() else RUNS / path
+    if (path / "ablation.json").is_file():
+        return _ablation(path)
+    if RunDir(path).config.is_file():
+        return _single(path)
+    raise UserError(f"{path}: holds no ablation.json and no config.json; give the directory of a run or of an ablation")
+
+
+def _single(path: Path) -> Study:
+    run = _run(path, None)
+    name = str(run.setting("run") or path.name)
+    study = Study(path, str(run.setting("recipe")), int(run.setting("steps") or 0), command(run.config),
+                  [Arm(name, f"invariance={run.setting('invariance')}", [], [run])], is_ablation=False)  # fmt: skip
+    study.notes += _notes(study)
+    return study
+
+
+def _ablation(path: Path) -> Study:
+    file = path / "ablation.json"
+    spec = _json(file)
+    if spec.get("schema") != SCHEMA:
+        raise UserError(f"{file}: schema {spec.get('schema')}, expected {SCHEMA}; report it with the version that wrote it")
+    try:
+        recipe, steps, seeds = spec["recipe"], int(spec["steps"]), [int(seed) for seed in spec["seeds"]]
+        arms = [Arm(arm["name"], arm["description"], arm["overrides"], []) for arm in spec["arms"]]
+        study = Study(path, recipe, steps, spec["command"], arms, is_ablation=True)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{file}: not the description of an ablation ({type(error).__name__}: {error})") from error
+    missing = []
+    for arm in arms:
+        for seed in seeds:
+            directory = path / arm.name / f"seed-{seed}"
+            if RunDir(directory).config.is_file():
+                arm.runs.append(_run(directory, seed))
+            else:
+                missing.append(f"{arm.name}/seed-{seed}")
+    _refuse_mixed(study)
+    if missing:
+        study.notes.append(f"Not started yet, and in no number here: {', '.join(missing)}.")
+    study.notes += _notes(study)
+    return study
+
+
+def _refuse_mixed(study: Study) -> None:
+    """An ablation compares runs of one recipe, in one layout of files."""
+    odd = [f"{arm.name}/seed-{run.seed} has recipe={run.setting('recipe')}" for arm, run in study.runs
+           if run.setting("recipe") != study.recipe]  # fmt: skip
+    if odd:
+        raise UserError(f"{study.path}: an ablation of recipe={study.recipe}, but {', '.join(odd)}; move them elsewhere")
+    odd = [f"{arm.name}/seed-{run.seed} has schema {schema}" for arm, run in study.runs
+           if (schema := run.environment.get("schema", SCHEMA)) != SCHEMA]  # fmt: skip
+    if odd:
+        raise UserError(f"{study.path}: expected runs of schema {SCHEMA}, but {', '.join(odd)}; move them elsewhere")
+
+
+def _run(path: Path, seed: int | None) -> Run:
+    files = RunDir(path)
+    config = _json(files.config)
+    try:
+        rows = read_metrics(path) if files.metrics.is_file() else []
+    except ValueError as error:
+        raise UserError(f"{error}; restore it, or remove that line") from error
+    environment, result = (_json(file) if file.is_file() else {} for file in (files.environment, path / "result.json"))
+    given = config.get("seed", {}).get("value")
+    return Run(path, int(given or 0) if seed is None else seed, config, environment, result, rows)
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read as JSON ({error}); restore it") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{file}: expected a JSON object, found {type(found).__name__}; restore it")
+    return found
+
+
+def _notes(study: Study) -> list[str]:
+    """What a reader must know before believing a curve: runs cut short, one seed only, values that are no numbers."""
+    notes = []
+    place = {id(run): f"{arm.name}/seed-{run.seed}" if study.is_ablation else "this run" for arm, run in study.runs}
+    for _, run in study.runs:
+        if not run.rows:
+            notes.append(f"{place[id(run)]} has no step: it ended before the first one.")
+        elif not run.finished:
+            of = f" of {run.setting('steps')}" if run.setting("steps") else ""
+            notes.append(
+                f"{place[id(run)]} has not ended by itself (interrupted, or still running): "
+                f"its rows end at step {run.rows[-1]['step']}{of}, and there is no accuracy after training."
+            )
+    seeds = {run.seed for _, run in study.runs}
+    if study.is_ablation and len(seeds) == 1:
+        notes.append("One seed: no interval, so no verdict. Add seeds to get both.")
+    if len(study.arms) > 1 and study.reference is None:
+        notes.append(f"No arm is named {EXACT}: nothing to compare the others with, so no verdicts.")
+    if len(versions := {json.dumps(run.environment.get("packages"), sort_keys=True) for _, run in study.runs}) > 1:
+        notes.append(f"The runs were made with {len(versions)} different sets of package versions; those of the first are below.")
+    for panel in PANELS:
+        for _, run in study.runs:
+            bad = [
+                row["step"] for row in run.rows
+                if all(row.get(key) is not None for key in panel.keys) and not math.isfinite(panel.value(row))
+            ]  # fmt: skip
+            if bad:
+                where = f"step {bad[0]}" if len(bad) == 1 else f"{len(bad)} steps, first {bad[0]}"
+                notes.append(f"{panel.title}: not a finite number in {place[id(run)]} at {where}; the curve has a gap there.")
+    return notes
+
+
+def command(config: Mapping[str, Any]) -> str:
+    """The command line that gives a run this config.json again."""
+    import shlex
+
+    given = {key: entry["value"] for key, entry in config.items() if entry.get("source") == "command line"}
+    return shlex.join(["rlinvariant", "train", *(f"{key}={_argument(value)}" for key, value in given.items() if key != "resume")])
+
+
+def _argument(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return str(value).lower() if value is not None else "None"
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def measured(study: Study) -> list[Measure]:
+    """The measures that any run has a value of."""
+    return [m for m in MEASURES if any(math.isfinite(m.of(run.rows, run.result)) for _, run in study.runs)]

@@ -1,0 +1,303 @@
+"""Curves with intervals, and dots with intervals, as inline SVG. Colours are CSS variables of the page."""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import numpy as np
+
+from rlinvariant.report.panels import Scale
+from rlinvariant.report.stats import Estimate
+
+WIDTH, HEIGHT = 520, 236
+LEFT, TOP, BOTTOM = 66, 10, 30
+ZERO = 20  # height of the band that shows an exact 0 on a log axis
+GAP = 9  # between that band and the axis
+LABEL = 13  # distance of two direct labels
+COLOURS = 8
+DASHES = ("", "7 3", "2 2.5", "9 3 2 3", "14 3", "5 2 1.5 2 1.5 2", "4 6", "12 3 4 3", "1 4", "18 3 2 3 2 3", "8 6")
+"""Of the n-th line; with COLOURS they repeat together only after 88 lines."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A curve over the seeds of one arm. All arrays are [steps]; NaN leaves a gap."""
+
+    label: str
+    style: int
+    steps: np.ndarray
+    mean: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A vertical axis: `place(value)` is a y coordinate, NaN for what it cannot show."""
+
+    place: Callable[[np.ndarray], np.ndarray]
+    ticks: Sequence[tuple[float, str]]  # (value, label as SVG)
+    has_zero_band: bool
+    name: str  # "log" where it is
+
+
+def style(index: int) -> str:
+    """The classes and the dash of the n-th arm's strokes."""
+    dash = DASHES[index % len(DASHES)]
+    return f'class="line c{index % COLOURS}"' + (f' stroke-dasharray="{dash}"' if dash else "")
+
+
+def swatch(index: int) -> str:
+    """A sample of a line, for a legend."""
+    return f'<svg class="swatch" viewBox="0 0 44 10" aria-hidden="true"><path {style(index)} d="M2 5H42"/></svg>'
+
+
+def chart(title: str, unit: str, lines: Sequence[Line], scale: Scale) -> str:
+    """An SVG of `lines`, labelled at their ends when there are several, and beside it the numbers that hovering shows."""
+    labels = len(lines) > 1
+    right = 14 + (min(132, 12 + 6.2 * max(len(line.label) for line in lines)) if labels else 0)
+    x0, x1 = LEFT, WIDTH - right
+    first, last = _span([line.steps for line in lines])
+    thin = [_thinned(line, first, last, int(x1 - x0)) for line in lines]
+    axis = _axis(thin, scale)
+
+    def across(steps: np.ndarray) -> np.ndarray:
+        return x0 + (np.asarray(steps, float) - first) / max(last - first, 1) * (x1 - x0)
+
+    parts = [
+        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title, quote=True)}, '
+        f'{escape(unit, quote=True)}, against the step" data-x="{x0} {x1:.0f} {first:g} {last:g}">'
+    ]
+    for value, text in axis.ticks:
+        y = float(axis.place(np.array([value]))[0])
+        parts.append(f'<path class="grid" d="M{x0} {y:.1f}H{x1:.1f}"/><text class="tick" x="{x0 - 7}" y="{y + 4:.1f}">{text}</text>')
+    floor = HEIGHT - BOTTOM
+    if axis.has_zero_band:
+        parts.append(f'<rect class="zero" x="{x0}" y="{floor - ZERO}" width="{x1 - x0:.1f}" height="{ZERO}"/>')
+        parts.append(f'<text class="tick" x="{x0 - 7}" y="{floor - ZERO / 2 + 4}">exactly 0</text>')
+    for step in _whole_ticks(first, last):
+        x = float(across(np.array([step]))[0])
+        parts.append(f'<path class="axis" d="M{x:.1f} {floor}v4"/><text class="step" x="{x:.1f}" y="{floor + 16}">{step:,}</text>')
+    parts.append(f'<path class="axis" d="M{x0} {floor}H{x1:.1f}"/><text class="name" x="{x1:.1f}" y="{HEIGHT - 2}">step</text>')
+    drawn = [(line, across(line.steps), [axis.place(x) for x in (line.mean, line.low, line.high)]) for line in thin]
+    for line, x, (_, low, high) in drawn:
+        if path := _band(x, low, high, axis, line):
+            parts.append(f'<path class="band c{line.style % COLOURS}" d="{path}"/>')
+    for line, x, (y, _, _) in reversed(drawn):  # the first, which the others are compared with, on top
+        parts.append(f'<path {style(line.style)} data-label="{escape(line.label, quote=True)}" d="{_curve(x, y)}"/>')
+    if labels:
+        parts += _end_labels(drawn, x1, floor)
+    parts.append(f'<path class="cursor" d="M0 {TOP}V{floor}"/></svg>')
+    return "".join(parts) + _numbers(thin)
+
+
+def dots(title: str, rows: Sequence[tuple[str, int, Estimate, Sequence[float]]], percent: bool = True) -> str:
+    """A row for each (label, style, estimate, value of each seed): the mean with its interval, and the seeds beneath."""
+    left = 20 + 6.4 * max(len(label) for label, *_ in rows)
+    height = 22 * len(rows) + 40
+    factor = 100 if percent else 1
+    values = [v * factor for _, _, e, seeds in rows for v in (*seeds, e.low, e.high) if math.isfinite(v)]
+    low, high, ticks = _linear(min(values), max(values))
+    x0, x1 = left, WIDTH - 70
+
+    def across(value: float) -> float:
+        return x0 + (value * factor - low) / (high - low) * (x1 - x0)
+
+    parts = [f'<svg class="chart" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title, quote=True)}">']
+    for value in ticks:
+        x = across(value / factor)
+        label = _decimal(value, ticks)
+        parts.append(f'<path class="grid" d="M{x:.1f} 4V{height - 30}"/><text class="step" x="{x:.1f}" y="{height - 14}">{label}</text>')
+    for i, (label, index, found, seeds) in enumerate(rows):
+        y = 22 * i + 16
+        parts.append(f'<text class="row" x="{left - 10:.1f}" y="{y + 4}">{escape(label)}</text>')
+        parts += [f'<circle class="seed c{index % COLOURS}" cx="{across(s):.1f}" cy="{y}" r="2.6"/>' for s in seeds]
+        if found.has_interval:
+            parts.append(f'<path class="line c{index % COLOURS}" d="M{across(found.low):.1f} {y}H{across(found.high):.1f}"/>')
+        if math.isfinite(found.mean):
+            parts.append(f'<path class="mean c{index % COLOURS}" d="M{across(found.mean):.1f} {y - 6}v12"/>')
+            parts.append(f'<text class="tick" x="{WIDTH - 4}" y="{y + 4}">{found.mean * factor:.1f} %</text>')
+    return "".join(parts) + "</svg>"
+
+
+def _span(steps: Sequence[np.ndarray]) -> tuple[float, float]:
+    every = np.concatenate([s for s in steps if len(s)])
+    return float(every.min()), float(every.max())
+
+
+def _thinned(line: Line, first: float, last: float, columns: int) -> Line:
+    """At most three points a pixel column: those of its least and greatest mean, and a gap; the band takes in the column's.
+
+    So no spike is lost, and no gap.
+    """
+    if len(line.steps) <= 2 * columns:
+        return line
+    column = np.minimum(((line.steps - first) / (last - first) * columns).astype(int), columns - 1)
+    starts = np.flatnonzero(np.diff(column, prepend=-1))
+    keep: list[int] = []
+    low, high = line.low.copy(), line.high.copy()
+    for start, end in zip(starts, [*starts[1:], len(column)], strict=True):
+        mean = line.mean[start:end]
+        known = np.isfinite(mean)
+        chosen = set() if known.all() else {start + int(np.argmin(known))}
+        if known.any():
+            chosen |= {start + int(np.nanargmin(mean)), start + int(np.nanargmax(mean))}
+        keep += sorted(chosen)
+        if np.isfinite(low[start:end]).any():
+            low[start:end] = np.where(known, np.nanmin(low[start:end]), math.nan)
+            high[start:end] = np.where(known, np.nanmax(high[start:end]), math.nan)
+    at = np.array(keep)
+    return Line(line.label, line.style, line.steps[at], line.mean[at], low[at], high[at])
+
+
+def _axis(lines: Sequence[Line], scale: Scale) -> Axis:
+    means = np.concatenate([line.mean[np.isfinite(line.mean)] for line in lines])
+    every = np.concatenate([means, *(x[np.isfinite(x)] for line in lines for x in (line.low, line.high))])
+    floor = HEIGHT - BOTTOM
+    if scale == "log and zero":
+        positive = means[means > 0]
+        top = max(every.max(initial=0.0), 0.0)
+        # without any: some decades to be seen to be empty
+        low, high = (-8, 0) if not len(positive) else (math.floor(math.log10(positive.min())), math.ceil(math.log10(top)))
+        high = max(high, low + 1)
+        return Axis(_log(low, high, floor - ZERO - GAP, zero_at=floor - ZERO / 2), _decades(low, high), True, "log")
+    if scale == "log" and len(means) and means.min() > 0 and means.max() / means.min() >= 10:
+        low, high = math.floor(math.log10(means.min())), math.ceil(math.log10(every.max()))
+        return Axis(_log(low, high, floor - 4, zero_at=math.nan), _decades(low, high), False, "log")
+    values = every if len(every) else np.array([0.0, 1.0])
+    least, most = float(values.min()), float(values.max())
+    if scale == "from zero":
+        least, most = min(0.0, least), max(0.0, most) or 1.0
+    low, high, ticks = _linear(least, most)
+
+    def place(value: np.ndarray) -> np.ndarray:
+        return floor - 6 - (value - low) / (high - low) * (floor - 6 - TOP)
+
+    return Axis(place, [(tick, _decimal(tick, ticks)) for tick in ticks], False, "")
+
+
+def _log(low: int, high: int, floor: float, zero_at: float) -> Callable[[np.ndarray], np.ndarray]:
+    """Powers of ten from `low` to `high`; smaller values are drawn at the floor, an exact 0 at `zero_at`."""
+
+    def place(value: np.ndarray) -> np.ndarray:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            exponent = np.clip(np.log10(np.where(value > 0, value, math.nan)), low, high)
+        y = floor - (exponent - low) / (high - low) * (floor - TOP)
+        return np.where(value == 0, zero_at, np.where(value < 0, floor, y))
+
+    return place
+
+
+def _decades(low: int, high: int) -> list[tuple[float, str]]:
+    every = -(-(high - low) // 5)
+    return [
+        (10.0**e, f'10<tspan dy="-4" class="power">{e}</tspan>'.replace(">-", ">−")) for e in range(high, low - 1, -every)
+    ]  # fmt: skip
+
+
+def _linear(least: float, most: float) -> tuple[float, float, list[float]]:
+    """(low, high, ticks): about four ticks at 1, 2 or 5 times a power of ten, and an axis that takes in all values."""
+    span = most - least
+    if span <= 1e-9 * max(abs(most), abs(least)) or span == 0:
+        span = abs(most) * 0.2 or 1.0
+        least, most = least - span / 2, most + span / 2
+    rough = span / 4
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(power * m for m in (1, 2, 5, 10) if power * m >= rough * 0.999)
+    ticks = [k * step for k in range(math.ceil(least / step - 1e-6), math.floor(most / step + 1e-6) + 1)]
+    return min(least, *ticks), max(most, *ticks), ticks
+
+
+def _decimal(value: float, ticks: Sequence[float]) -> str:
+    step = min((b - a for a, b in zip(ticks, ticks[1:], strict=False)), default=abs(value) or 1.0)
+    decimals = max(0, -math.floor(math.log10(step) + 1e-9))
+    return f"{value + 0.0:,.{min(decimals, 9)}f}".replace("-", "−")
+
+
+def _whole_ticks(first: float, last: float) -> list[int]:
+    if last == first:
+        return [int(first)]
+    return sorted({round(tick) for tick in _linear(first, last)[2] if first <= tick <= last} | {int(first)})
+
+
+def _pieces(x: np.ndarray, *known: np.ndarray) -> Iterable[tuple[int, int]]:
+    """Stretches [start, end) without a gap."""
+    inside = np.concatenate([[False], np.isfinite(x) & np.all([np.isfinite(k) for k in known], axis=0), [False]])
+    edges = np.flatnonzero(np.diff(inside.astype(int)))
+    return zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)
+
+
+def _points(x: np.ndarray, y: np.ndarray) -> str:
+    return " ".join(f"{a:.1f} {b:.1f}" for a, b in zip(x.tolist(), y.tolist(), strict=True))
+
+
+def _curve(x: np.ndarray, y: np.ndarray) -> str:
+    """A step without neighbours is a dot: a line of no length with round ends."""
+    return "".join(f"M{_points(x[a:b], y[a:b])}" + ("h0" if b - a == 1 else "") for a, b in _pieces(x, y))
+
+
+def _band(x: np.ndarray, low: np.ndarray, high: np.ndarray, axis: Axis, line: Line) -> str:
+    """Closed outlines; a band that reaches to 0 or below on a log axis ends at the axis' floor."""
+    shown = np.isfinite(line.high) & np.isfinite(line.low) & (line.high > line.low)
+    low, high = np.where(shown, low, math.nan), np.where(shown, high, math.nan)
+    if axis.has_zero_band:
+        low = np.where(np.isfinite(low) & (line.low <= 0), HEIGHT - BOTTOM - ZERO - GAP, low)
+    return "".join(
+        f"M{_points(x[a:b], high[a:b])} {_points(x[a:b][::-1], low[a:b][::-1])}Z" for a, b in _pieces(x, low, high) if b - a > 1
+    )
+
+
+def _end_labels(drawn: Sequence[tuple[Line, np.ndarray, list[np.ndarray]]], x1: float, floor: float) -> list[str]:
+    """The names of the lines at their right ends, moved apart, each with a hairline to its end."""
+    ends = []
+    for line, x, (y, _, _) in drawn:
+        if len(at := np.flatnonzero(np.isfinite(y))):
+            ends.append((float(y[at[-1]]), float(x[at[-1]]), line))
+    ends.sort(key=lambda end: end[0])
+    places = _apart([y for y, _, _ in ends], TOP, floor)
+    return [
+        f'<path class="leader c{line.style % COLOURS}" d="M{x + 2:.1f} {y:.1f}L{x1 + 9:.1f} {place:.1f}"/>'
+        f'<text class="label c{line.style % COLOURS}" x="{x1 + 11:.1f}" y="{place + 4:.1f}">{escape(_short(line.label))}</text>'
+        for (y, x, line), place in zip(ends, places, strict=True)
+    ]
+
+
+def _apart(wanted: Sequence[float], top: float, floor: float) -> list[float]:
+    """Ascending places at least LABEL apart (less if they would not fit), as near as may be to the wanted ones."""
+    gap = min(LABEL, (floor - top) / max(len(wanted) - 1, 1))
+    places: list[float] = []
+    for y in wanted:
+        places.append(max(y, places[-1] + gap if places else top))
+    limit = floor
+    for i in reversed(range(len(places))):
+        places[i] = min(places[i], limit)
+        limit = places[i] - gap
+    return places
+
+
+def _short(label: str) -> str:
+    return label if len(label) <= 19 else label[:18] + "…"
+
+
+def _numbers(lines: Sequence[Line]) -> str:
+    """What hovering shows: for each line its label, style, and [step, mean, low, high] of every point drawn."""
+
+    def number(value: float) -> float | None:
+        return float(f"{value:.4g}") if math.isfinite(value) else None
+
+    found: list[dict[str, Any]] = [
+        {
+            "label": line.label,
+            "style": line.style % COLOURS,
+            "points": [
+                [int(s), number(m), *([number(a), number(b)] if math.isfinite(a) else [])]
+                for s, m, a, b in zip(*(v.tolist() for v in (line.steps, line.mean, line.low, line.high)), strict=True)
+            ],
+        }
+        for line in lines
+    ]
+    text = json.dumps(found, separators=(",", ":")).replace("<", "\\u003c")
+    return f'<script type="application/json">{text}</script>'

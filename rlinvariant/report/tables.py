@@ -1,0 +1,189 @@
+"""What a report says in words and in tables, for the page and for the terminal alike."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from rlinvariant.report.console import coverage, integer, total
+from rlinvariant.report.stats import ACCURACY, REWARD, Estimate, Measure, Row, Verdict
+from rlinvariant.report.study import Arm, Study, measured
+
+Style = Literal["scientific", "percent", "near one"] | int
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A number, and what is said of it beneath."""
+
+    text: str
+    said: str = ""
+    differs: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    caption: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+
+    def lines(self) -> list[str]:
+        """For a terminal: columns padded, the first to the left, the others to the right."""
+        texts = [[f"{cell.text}  {cell.said}".rstrip() for cell in row] for row in self.rows]
+        widths = [max(map(len, column)) for column in zip(self.head, *texts, strict=True)]
+        return [
+            "  ".join([row[0].ljust(widths[0]), *(text.rjust(w) for text, w in zip(row[1:], widths[1:], strict=True))]).rstrip()
+            for row in [self.head, *texts]
+        ]
+
+
+def contract(rows: Sequence[Row]) -> str:
+    """As a run prints it: `mismatched 0 / 484,965 tokens, coverage 1`."""
+    if not rows:
+        return "no token compared"
+    mismatched, compared = (total(rows, f"onpolicy/{name}_tokens") for name in ("mismatched", "compared"))
+    return f"mismatched {integer(mismatched)} / {integer(compared)} tokens, coverage {coverage(rows)}"
+
+
+def sentences(study: Study) -> list[tuple[str, str]]:
+    """The outcome, as (who or what, what is said of it)."""
+    if not study.is_ablation:
+        (arm,) = study.arms
+        said = [("On policy", contract(arm.rows))]
+        before, after = (arm.runs[0].result.get(f"accuracy_{when}") for when in ("before", "after"))
+        if before is not None and after is not None:
+            said.append(("Held-out accuracy", f"{100 * before:.1f} % before, {100 * after:.1f} % after, greedy"))
+        return said
+    reference = study.reference
+    first = reference or study.arms[0]
+    others = [arm for arm in study.arms if arm is not first and arm.rows]
+    said = [(first.name, contract(first.rows))]
+    if len(others) <= 3:
+        said += [(arm.name, contract(arm.rows)) for arm in others]
+    else:
+        counts = {arm.name: total(arm.rows, "onpolicy/mismatched_tokens") for arm in others}
+        groups = {
+            "mismatched tokens in": [name for name, count in counts.items() if count],
+            "none in": [name for name, count in counts.items() if count == 0],
+            "not counted in": [name for name, count in counts.items() if count is None],
+        }
+        said.append(("Other arms", "; ".join(f"{what} {', '.join(names)}" for what, names in groups.items() if names)))
+    if reference is not None and others:
+        said += [
+            (f"{measure.title.split(',')[0]} against {reference.name}", _compared(others, reference, measure))
+            for measure in (REWARD, ACCURACY)
+            if measure in measured(study)
+        ]
+    return said
+
+
+def _compared(others: Sequence[Arm], reference: Arm, measure: Measure) -> str:
+    """`no difference seen in a, b; lower in c (−0.03 ± 0.01); 3 seeds`."""
+    groups: dict[str, list[str]] = {}
+    seeds = set()
+    for arm in others:
+        found = arm.against(reference, measure)
+        seeds.add(found.difference.n)
+        name = arm.name + (f" ({_difference(found, measure)})" if found.text in ("higher", "lower") else "")
+        groups.setdefault(found.text, []).append(name)
+    where = {text: f"{text} in {', '.join(names)}" for text, names in groups.items()}
+    if set(groups) == {"one seed: no interval"}:
+        return "one seed: no interval, no verdict"
+    some = f"{min(seeds)} to {max(seeds)} seeds" if len(seeds) > 1 else f"{seeds.pop()} seeds"
+    return "; ".join([*where.values(), f"the same {some} in both"])
+
+
+def summary(study: Study) -> Table:
+    """A line for each arm: counts and extremes over all its runs, and of every measure the mean over seeds ± its interval."""
+    measures = measured(study)
+    head = ["Arm", "Seeds", "Steps", "Mismatched / compared tokens", "Coverage", "Ratio, least … greatest"]
+    rows = []
+    for arm in study.arms:
+        kept = arm.rows
+        counts = [integer(total(kept, f"onpolicy/{name}_tokens")) if kept else "–" for name in ("mismatched", "compared")]
+        extremes = [_extreme(kept, f"onpolicy/is_ratio/{name}", pick) for name, pick in (("min", min), ("max", max))]
+        lengths = sorted({len(run.rows) for run in arm.runs})
+        rows.append([
+            Cell(arm.name), Cell(str(len(arm.runs))), Cell("–".join(str(n) for n in (lengths[:1] + lengths[1:][-1:])) or "–"),
+            Cell(" / ".join(counts)), Cell(coverage(kept) if kept else "–"), Cell(" … ".join(extremes)),
+            *(Cell(_estimate(arm.estimate(m), m.style, len(arm.runs))) for m in measures),
+        ])  # fmt: skip
+    caption = "Counts and extremes over all steps and seeds; other columns: mean over seeds ± half of the 95 % interval."
+    if not study.is_ablation:
+        caption = "Counts and extremes over all steps; other columns of this one run: no interval."
+    return Table(caption, [*head, *(m.title for m in measures)], rows)
+
+
+def differences(study: Study) -> Table | None:
+    """A line for each arm but the exact one: arm minus exact, paired by seed; None without an exact arm to compare with."""
+    reference = study.reference
+    if reference is None or len(study.arms) < 2:
+        return None
+    measures = measured(study)
+    rows = []
+    for arm in study.arms:
+        if arm is not reference:
+            found = [arm.against(reference, m) for m in measures]
+            rows.append([
+                Cell(f"{arm.name} − {reference.name}"),
+                *(Cell(_difference(v, m), v.text + _of(v, arm), v.text in ("higher", "lower"))
+                  for v, m in zip(found, measures, strict=True)),
+            ])  # fmt: skip
+    caption = "Differences of runs with the same seed, over the steps that both have: mean ± half of the 95 % interval."
+    return Table(caption, [f"Arm − {reference.name}", *(m.title for m in measures)], rows)
+
+
+def _of(found: Verdict, arm: Arm) -> str:
+    n = found.difference.n
+    return f" ({n} of {len(arm.runs)} seeds)" if 1 < n < len(arm.runs) else ""
+
+
+def _extreme(rows: Iterable[Row], key: str, pick) -> str:
+    values = [float(row[key]) for row in rows if row.get(key) is not None]
+    return _number(pick(values), "near one") if values and not any(map(math.isnan, values)) else "–"
+
+
+def _estimate(found: Estimate, style: Style, runs: int) -> str:
+    if not math.isfinite(found.mean):
+        return "–"
+    some = f" (n = {found.n})" if found.n != runs else ""
+    return _with_interval(found, style) + some
+
+
+def _difference(found: Verdict, measure: Measure) -> str:
+    mean = found.difference.mean
+    return "–" if not math.isfinite(mean) else ("+" if mean > 0 else "") + _with_interval(found.difference, measure.style, True)
+
+
+def _with_interval(found: Estimate, style: Style, difference: bool = False) -> str:
+    half = found.mean - found.low
+    if style == "near one" and difference:
+        style = "scientific"
+    if not found.has_interval or half == 0:
+        return _number(found.mean, style)
+    if style == "scientific" and found.mean:
+        power = math.floor(math.log10(max(abs(found.mean), half)))
+        return f"({_signed(found.mean / 10.0**power, 2)} ± {half / 10.0**power:.2f})e{power:+03d}".replace("e-", "e−")
+    if style == "near one":
+        style = max(4, 1 - math.floor(math.log10(half)))
+    return f"{_number(found.mean, style)} ± {_number(half, style)}"
+
+
+def _number(value: float, style: Style) -> str:
+    """No rounding makes 0 or 1 of what is not."""
+    if style == "percent":
+        return _signed(100 * value, 1)
+    if style == "scientific":
+        return "0" if value == 0 else f"{value:.2e}".replace("-", "−")
+    if style == "near one":
+        if value in (0, 1) or not math.isfinite(value):
+            return f"{value:g}"
+        if f"{value:.4f}" == "1.0000":
+            return f"1 {'−' if value < 1 else '+'} {abs(value - 1):.1e}".replace("e-", "e−")
+        style = 4 if value >= 0.001 else "scientific"
+        return _number(value, style)
+    return _signed(value, style)
+
+
+def _signed(value: float, decimals: int) -> str:
+    return f"{value:,.{decimals}f}".replace("-", "−")
