@@ -2,39 +2,95 @@
 
 import os
 import sys
+from collections.abc import Callable
 
 from rlinvariant.errors import ConfigErrors, UserError
 
 USAGE = """usage: rlinvariant train recipe=NAME [key=value ...]   train in this process (accelerate launch train.py for more)
        rlinvariant train --help                       every field, its value and where it comes from
+       rlinvariant ablate recipe=NAME seeds=3         the same runs exact, with drift, corrected, stale; a table and a page
+       rlinvariant report RUN_OR_ABLATION             write its report.html, print its tables
+       rlinvariant dashboard push RUN_OR_ABLATION     the same panels as a W&B workspace and report; as JSON without a login
+       rlinvariant dashboard sync RUN_OR_ABLATION     replay metrics.jsonl into W&B and TensorBoard
        rlinvariant --version"""
 
 
 def train(argv: list[str]) -> int:
-    """Parse, run, and print a user's mistakes as one line each. Returns the exit code."""
-    # libgomp reads it when torch is imported: spinning threads make a run 10 times slower as soon as cores are shared
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # "is an experimental feature", said of a switch for cuBLASLt
-    try:
+    """Parse and run. Returns the exit code."""
+
+    def parse_and_run() -> None:
         from rlinvariant.config import parse
 
         config = parse(argv)
         from rlinvariant.run import run
 
         run(config)
+
+    return _call(parse_and_run)
+
+
+def ablate(argv: list[str]) -> int:
+    def run() -> int:
+        from rlinvariant.ablate import ablate
+
+        return ablate(argv)
+
+    return _call(run)
+
+
+def report(argv: list[str]) -> int:
+    def run() -> None:
+        from rlinvariant.report import html, tables
+        from rlinvariant.report.console import Console
+
+        file, study = html.write(_one_path("report", argv))
+        tables.show(study, Console())
+        print(f"report: {file}")
+
+    return _call(run)
+
+
+def dashboard(argv: list[str]) -> int:
+    def run() -> None:
+        verb, *rest = argv or ["", ""]
+        if verb not in ("push", "sync"):
+            raise UserError(f"dashboard {verb}: expected dashboard push or dashboard sync, and a directory")
+        path = _one_path(f"dashboard {verb}", rest)
+        from rlinvariant.report import dashboard
+
+        for line in {"push": dashboard.push, "sync": dashboard.sync}[verb](path):
+            print(line)
+
+    return _call(run)
+
+
+def _one_path(command: str, argv: list[str]) -> str:
+    if len(argv) != 1 or argv[0].startswith("-") or "=" in argv[0]:
+        raise UserError(f"{command}: expected one directory of a run or an ablation, got {' '.join(argv) or 'none'}")
+    return argv[0]
+
+
+def _call(command: Callable[[], int | None]) -> int:
+    """Run a command, and print a user's mistakes as one line each. Returns the exit code."""
+    # libgomp reads it when torch is imported: spinning threads make a run 10 times slower as soon as cores are shared
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # "is an experimental feature", said of a switch for cuBLASLt
+    try:
+        return command() or 0
     except UserError as error:
         # Every rank finds the same configuration errors; other errors are one rank's own.
         if os.environ.get("RANK", "0") == "0" or not isinstance(error, ConfigErrors):
             for line in str(error).splitlines():
                 print(f"error: {line}", file=sys.stderr)
         return 2
-    return 0
 
 
 def main() -> int:
     command, *rest = sys.argv[1:] or ["--help"]
-    if command == "train":
-        return train(rest)
+    if command in (
+        commands := {"train": train, "ablate": ablate, "report": report, "dashboard": dashboard}
+    ):
+        return commands[command](rest)
     if command == "--version":
         from rlinvariant import __version__
 
@@ -42,3 +98,7 @@ def main() -> int:
         return 0
     print(USAGE if command in ("--help", "-h") else f"error: unknown command {command}\n{USAGE}")
     return 0 if command in ("--help", "-h") else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -23,6 +23,7 @@ ROWS = (
     {"run"},
     {"recipes"},
     {"bench"},
+    {"ablate"},
     {"__init__"},
     {"cli"},
     {"train"},

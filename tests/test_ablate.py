@@ -1,0 +1,340 @@
+"""`rlinvariant ablate`: what it runs and refuses, how it goes on, and one small ablation of real runs."""
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import typing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlinvariant import ablate
+from rlinvariant.ablate import ARMS, CORRECTIONS, Plan, checked, extended, prepare, read, refuse_mixed, stale
+from rlinvariant.config import TRAINER_CHOICES, parse
+from rlinvariant.errors import ConfigErrors, UserError
+from rlinvariant.report.rundir import RunDir, read_metrics
+
+ROOT = Path(__file__).parents[1]
+TINY = f"recipe={ROOT / 'tests/trainer/tiny_recipe.py'}"
+
+
+@pytest.fixture(autouse=True)
+def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def plan(*argv: str) -> Plan:
+    return read(["recipe=arithmetic", *argv])
+
+
+def errors(*argv: str) -> list[str]:
+    with pytest.raises(ConfigErrors) as raised:
+        plan(*argv)
+    return raised.value.errors
+
+
+# ---- what to run
+
+
+@pytest.mark.parametrize(
+    ("argument", "seeds"), [("", (0, 1, 2)), ("seeds=1", (0,)), ("seeds=2", (0, 1)), ("seeds=7,", (7,)), ("seeds=5,3", (5, 3))]
+)
+def test_seeds_are_a_number_or_a_list(argument, seeds):
+    assert plan(*([argument] if argument else [])).seeds == seeds
+
+
+def test_every_arm_is_what_its_name_says():
+    """As the runs' own configuration understands it: TRL's four corrections, each side alone, the lag."""
+    configs = checked(plan("steps=5", "arms=" + ",".join([*(arm.name for arm in ARMS), "stale-2-sequence-mask"])))
+    found = {
+        name: (
+            c.invariance,
+            c.staleness,
+            c.trainer.vllm_importance_sampling_correction and c.trainer.vllm_importance_sampling_mode,
+        )
+        for name, c in configs.items()
+    }
+    modes = {mode: mode.replace("-", "_") for mode in CORRECTIONS}
+    assert set(modes.values()) == set(typing.get_args(TRAINER_CHOICES["vllm_importance_sampling_mode"]))
+    assert found == {
+        "exact": ("exact", 0, False),
+        "drift": ("off", 0, False),
+        **{f"drift-{mode}": ("off", 0, trl) for mode, trl in modes.items()},
+        "sampler": ("sampler", 0, False),
+        "trainer": ("trainer", 0, False),
+        "stale-4": ("exact", 4, False),
+        "stale-4-token-truncate": ("exact", 4, "token_truncate"),
+        "stale-2-sequence-mask": ("exact", 2, "sequence_mask"),
+    }
+
+
+def test_runs_of_a_seed_differ_by_their_arm_alone():
+    wanted = plan("arms=exact,drift", "seeds=2", "trainer.beta=0.1", "run=x")
+    assert [(arm.name, seed) for arm, seed in wanted.jobs()] == [("exact", 0), ("drift", 0), ("exact", 1), ("drift", 1)]
+    lines = [wanted.arguments(arm, seed) for arm, seed in wanted.jobs()]
+    shared = ["recipe=arithmetic", "trainer.beta=0.1", "wandb.group=ablation-x"]
+    assert lines[0] == [*shared, "invariance=exact", "seed=0", "run=ablation-x/exact/seed-0"]
+    assert lines[3] == [*shared, "invariance=off", "seed=1", "run=ablation-x/drift/seed-1"]
+
+
+def test_the_command_makes_the_plan_again():
+    wanted = plan("arms=exact,stale-3", "seeds=4,", "steps=9", "run=x", "wandb.tags=a,b")
+    program, command, *argv = wanted.command.split()
+    assert (program, command) == ("rlinvariant", "ablate") and read(argv) == wanted
+
+
+MISTAKES = {
+    "seeds=0": "seeds=0: expected at least 1 seed",
+    "seeds=two": "seeds=two: expected a number of seeds, or a list a,b,c",
+    "seeds=1,1": "seeds=1,1: a seed is given twice",
+    "seed=3": "seed=3: not a setting of ablate; write seeds=, a number of seeds or a list",
+    "arms=exact,exact": "arms: exact given twice",
+    "arms=": "arms=: expected at least one; rlinvariant ablate --help lists them",
+    "arms=stale-0": "arms=stale-0: unknown arm; did you mean stale-4? There are exact, drift, ",
+    "arms=drfit": "arms=drfit: unknown arm; did you mean drift? There are exact, drift, ",
+    "arms=fp16": "arms=fp16: float16 on both sides: not possible",
+    "invariance=off": "invariance=off: not a setting of ablate; each arm sets its own; choose with arms=",
+    "staleness=1": "staleness=1: not a setting of ablate; each arm sets its own; choose with arms=",
+    "resume=true": "resume=true: not a setting of ablate; the same command goes on where it ended",
+    "run=../x": "run=../x: expected a name of letters, digits, '.', '_' and '-'; it becomes runs/ablation-NAME",
+    "launch=nowhere.yaml": "launch=nowhere.yaml: no such file; give an accelerate configuration, e.g. configs/cpu2.yaml",
+    "--seeds=3": "--seeds=3: expected key=value, e.g. seeds=3",
+}
+
+
+@pytest.mark.parametrize("argument", MISTAKES)
+def test_one_mistake_gives_one_line(argument):
+    (line,) = errors(argument)
+    assert line.startswith(MISTAKES[argument])
+
+
+def test_mistakes_come_in_one_list():
+    with pytest.raises(ConfigErrors) as raised:
+        read(["seeds=0", "arms=x"])
+    assert [line.split(":")[0] for line in raised.value.errors] == ["recipe", "seeds=0", "arms=x"]
+
+
+def test_what_a_run_would_refuse_is_refused_before_any_starts():
+    with pytest.raises(ConfigErrors) as raised:
+        checked(plan("arms=exact,drift,stale-4", "trainer.bf16=true", "trainer.top_p=0.9", "steps=4", "stps=3"))
+    lines = raised.value.errors
+    assert [line.split(":")[0] for line in lines] == ["stps=3", "trainer.top_p=0.9", "trainer.bf16=True"]
+    assert lines[2].endswith("(arm exact, stale-4)") and "arm" not in lines[0]
+    with pytest.raises(
+        ConfigErrors, match=r"^steps=4: expected more than the lag of arm stale-4; raise steps, or choose arms="
+    ):
+        checked(plan("arms=exact,stale-4", "steps=4"))
+
+
+def test_processes_of_a_launch_count_in_batch_sizes():
+    Path("two.yaml").write_text("num_processes: 2\n")
+    small = ("arms=exact", "trainer.per_device_train_batch_size=4", "trainer.num_generations=8")
+    with pytest.raises(ConfigErrors, match="divisor of the 4 samples"):
+        checked(plan(*small))
+    wanted = plan(*small, "launch=two.yaml")
+    checked(wanted)
+    command = ablate._command(wanted, ["seed=1"])
+    assert command[-6:] == ["--config_file", "two.yaml", "-m", "rlinvariant.cli", "train", "seed=1"]
+
+
+# ---- going on
+
+
+def written(wanted: Plan, arm: ablate.Arm, seed: int, *changes: str, finished: bool = True) -> RunDir:
+    """The files of a run, as it leaves them."""
+    run = wanted.run_dir(arm, seed)
+    config = parse(
+        [*(a for a in wanted.arguments(arm, seed) if a.split("=")[0] not in [c.split("=")[0] for c in changes]), *changes]
+    )
+    RunDir.create(run.path, config.resolved())
+    if finished:
+        run.write_result({"finished": True, "accuracy_before": 0.5, "accuracy_after": 0.75, "seconds": 1.0})
+    return run
+
+
+def test_other_settings_are_refused_by_the_first_that_differs():
+    wanted = plan("arms=exact,drift", "seeds=1", "steps=20", "run=x")
+    written(wanted, wanted.arms[1], 0)
+    refuse_mixed(wanted, checked(wanted))
+    refuse_mixed(other := plan("arms=exact,drift", "seeds=1", "steps=20", "run=x", "wandb.mode=disabled"), checked(other))
+    for change, then in (("steps=30", 20), ("trainer.learning_rate=0.5", 0.0006), ("data.digits=2", 3)):
+        other = plan("arms=exact,drift", "seeds=1", *{"steps=20", change}, "run=x")
+        other = other if change != "steps=30" else plan("arms=exact,drift", "seeds=1", change, "run=x")
+        key, _, now = change.partition("=")
+        with pytest.raises(UserError) as raised:
+            refuse_mixed(other, checked(other))
+        assert str(raised.value) == (
+            f"run=x: runs/ablation-x/drift/seed-0 was run with {key}={then}, and now it is {now}; "
+            "an ablation has one setting for all: add run=NAME for a new one"
+        )
+
+
+def test_arms_and_seeds_are_added_to_what_is_there():
+    assert extended(plan("seeds=1", "run=x")) == plan("seeds=1", "run=x")
+    Path("runs/ablation-x").mkdir(parents=True)
+    file = Path("runs/ablation-x/ablation.json")
+    arms = [{"name": "exact", "description": "d", "overrides": ["invariance=exact"]}]
+    file.write_text(json.dumps({"schema": 1, "seeds": [0, 5], "arms": arms}))
+    found = extended(plan("seeds=2", "arms=drift", "run=x"))
+    assert found.seeds == (0, 1, 5) and [arm.name for arm in found.arms] == ["exact", "drift"]
+    file.write_text(json.dumps({"schema": 2}))
+    with pytest.raises(UserError, match=r"run=x: .*ablation.json has schema 2, expected 1; choose another run=NAME"):
+        extended(plan("run=x"))
+    file.write_text("{")
+    with pytest.raises(UserError, match="run=x: .*ablation.json is not an ablation's"):
+        extended(plan("run=x"))
+
+
+def test_an_interrupted_run_goes_on_or_is_set_aside_and_nothing_is_lost():
+    wanted = plan("arms=exact,stale-2", "seeds=1", "steps=20", "run=x")
+    exact, old = wanted.arms
+    run = wanted.run_dir(exact, 0)
+    assert prepare(run, 20) == (False, "") and run.path.is_dir()
+    written(wanted, exact, 0, finished=False)
+    (run.checkpoints / "checkpoint-10").mkdir(parents=True)
+    resume, note = prepare(run, 20)
+    assert resume and note == "was interrupted; goes on from its checkpoint of step 10"
+    (run.checkpoints / "checkpoint-20").mkdir()  # all steps done, but what follows them is not
+    resume, note = prepare(run, 20)
+    assert not resume and "starts anew, and what there was is in runs/ablation-x/exact/seed-0.interrupted-1" in note
+    assert (run.path.with_name("seed-0.interrupted-1") / "checkpoints/checkpoint-10").is_dir() and not run.config.exists()
+    written(wanted, exact, 0, finished=False)
+    assert prepare(run, 20)[1].endswith("seed-0.interrupted-2")
+    run = written(wanted, old, 0, finished=False)
+    (run.checkpoints / "checkpoint-10").mkdir(parents=True)
+    assert not prepare(run, 20)[0], "older weights are in no checkpoint"
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """Runs replaced by a few lines of Python that get the run directory: only what becomes of them is tested."""
+
+    def use(code: str) -> None:
+        def command(wanted: Plan, arguments: list[str]) -> list[str]:
+            run = next(a for a in arguments if a.startswith("run=")).removeprefix("run=")
+            return [sys.executable, "-c", f"import os, sys, time; from pathlib import Path; run = Path('runs/{run}')\n{code}"]
+
+        monkeypatch.setattr(ablate, "_command", command)
+
+    return use
+
+
+FINISH = """(run / "result.json").write_text('{"finished": true, "accuracy_before": 0.5, "accuracy_after": 0.75}')"""
+SMALL = ["recipe=arithmetic", "seeds=2", "arms=exact,drift", "steps=3", "run=x"]
+
+
+def test_a_run_that_fails_is_quoted_and_the_others_go_on(fake, capsys, monkeypatch):
+    monkeypatch.setattr(ablate, "report", lambda path, console: console.print(f"report of {path}"))
+    fake(f"print('\\x1b[31mwords')\nif 'drift/seed-0' in str(run): sys.exit('error: out of \\x1b[1mluck')\n{FINISH}")
+    assert ablate.ablate(SMALL) == 1
+    out = capsys.readouterr().out
+    assert "[2/4] drift, seed 0: failed after" in out and "[4/4] drift, seed 1: done in" in out and "min left" in out
+    assert "drift/seed-0 failed; runs/ablation-x/drift/seed-0/log.txt ends with\n    error: out of \\x1b[1mluck\n" in out
+    assert "failed: drift/seed-0; the same command tries them again" in out and "report of runs/ablation-x" in out
+    assert "\x1b" not in out and "accuracy 50.0% -> 75.0%" in out
+    assert "\x1b[31mwords" in Path("runs/ablation-x/exact/seed-0/log.txt").read_text()
+    fake(FINISH)
+    assert ablate.ablate(SMALL) == 0
+    out = capsys.readouterr().out
+    assert "3 of 4 runs done before" in out and "[1/1] drift, seed 0: done in" in out and "exact, seed" not in out
+
+
+def test_if_the_first_run_fails_no_other_starts(fake, capsys):
+    fake("print('Traceback'); sys.exit(3)")
+    assert ablate.ablate(SMALL) == 1
+    out = capsys.readouterr().out
+    assert "    Traceback\n    exit code 3\nthe first run failed, as the others would: they are not started" in out
+    assert "failed: exact/seed-0; the same" in out and not Path("runs/ablation-x/drift").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_stops_the_run_and_says_how_to_go_on(number, fake, capsys):
+    fake("(run / 'pid').write_text(str(os.getpid())); print('started', flush=True); time.sleep(600)")
+    pid = Path("runs/ablation-x/exact/seed-0/pid")
+
+    def interrupt() -> None:
+        while not pid.exists() or not pid.read_text():
+            time.sleep(0.05)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    assert ablate.ablate(SMALL) == 130
+    out = capsys.readouterr().out
+    command = "rlinvariant ablate recipe=arithmetic seeds=0,1 arms=exact,drift run=x steps=3"
+    assert f"stopped: 0 of 4 runs are done and kept; go on with\n  {command}\n" in out
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_two_ablations_in_one_directory_are_refused(fake):
+    Path("runs/ablation-x").mkdir(parents=True)
+    with Path("runs/ablation-x/lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="runs/ablation-x: another ablate, or a run that it started, is at work here"):
+            ablate.ablate(SMALL)
+
+
+def test_a_run_that_outlives_its_ablate_keeps_the_lock(tmp_path):
+    with ablate.locked(tmp_path) as lock:
+        child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=[lock])
+    with pytest.raises(UserError, match="is at work here"), ablate.locked(tmp_path):
+        pass
+    child.communicate(b"\n")
+    with ablate.locked(tmp_path):
+        pass
+
+
+# ---- real runs
+
+
+@pytest.fixture(scope="module")
+def small(arithmetic_dir, tmp_path_factory) -> tuple[Path, list[subprocess.CompletedProcess[str]]]:
+    """Two arms, one seed, two steps; and the same command again."""
+    directory = tmp_path_factory.mktemp("ablation")
+    argv = [TINY, f"model={arithmetic_dir}", "seeds=1", "arms=exact,stale-1", "steps=2", "wandb.mode=disabled"]
+    command = [sys.executable, "-m", "rlinvariant.cli", "ablate", *argv]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    runs = [
+        subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, timeout=300) for _ in range(2)
+    ]
+    return directory / "runs/ablation-tiny_recipe", runs
+
+
+def test_a_small_ablation_leaves_its_files_and_prints_its_table(small):
+    path, (first, second) = small
+    assert first.returncode == 0, first.stdout + first.stderr
+    spec = json.loads((path / "ablation.json").read_text())
+    assert spec["arms"][1]["overrides"] == list(stale(1).overrides) and (spec["steps"], spec["seeds"]) == (2, [0])
+    rows = {name: read_metrics(path / name / "seed-0") for name in ("exact", "stale-1")}
+    clocks = ("time/", "perf/", "step_time", "profiling/")
+    begin = [{k: repr(v) for k, v in r[0].items() if not k.startswith(clocks)} for r in rows.values()]
+    assert begin[0] == begin[1], "at the first step the arms have the same data and weights, and no lag yet"
+    assert [row["onpolicy/weight_version_lag"] for row in rows["stale-1"]] == [0, 1]
+    mismatched = {name: [row["onpolicy/mismatched_tokens"] > 0 for row in r] for name, r in rows.items()}
+    assert mismatched == {"exact": [False, False], "stale-1": [False, True]}
+    for name in rows:
+        result: dict[str, Any] = json.loads((path / name / "seed-0/result.json").read_text())
+        assert result["finished"] is True and 0 <= result["accuracy_after"] <= 1 and result["seconds"] > 0
+        assert "mismatched" in (path / name / "seed-0/log.txt").read_text()
+    assert "staleness=1" in (path / "stale-1/seed-0/log.txt").read_text()
+    compared = sum(row["onpolicy/compared_tokens"] for row in rows["exact"])
+    assert f"0 / {compared:,}" in first.stdout and "[2/2] stale-1, seed 0: done in" in first.stdout
+    summary = json.loads((path / "summary.json").read_text())
+    assert summary["arms"]["exact"]["tokens"] == {"mismatched": 0, "compared": compared}
+    assert "one seed: no interval" in first.stdout and (path / "report.html").stat().st_size > 10_000
+
+
+def test_the_same_command_again_runs_nothing_and_reports(small):
+    _, (first, second) = small
+    assert second.returncode == 0, second.stdout + second.stderr
+    head, *rest = second.stdout.splitlines()
+    assert head.endswith("2 of 2 runs done before") and "seed 0: done" not in second.stdout
+    assert rest == first.stdout.splitlines()[-len(rest) :]
