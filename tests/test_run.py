@@ -140,6 +140,9 @@ def test_a_run_leaves_its_files(jobs):
     samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     assert samples and {"step", "prompt", "completion", "reward"} <= samples[0].keys()
     assert (run / "checkpoints/checkpoint-2/model.safetensors").exists()
+    result = json.loads((run / "result.json").read_text())
+    assert result["finished"] is True and result["seconds"] > 0
+    assert all(0 <= result[f"accuracy_{when}"] <= 1 for when in ("before", "after"))
 
 
 @two_processes
