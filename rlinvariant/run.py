@@ -34,7 +34,7 @@ def run(config: Config) -> None:
         from transformers import AutoTokenizer
 
         from rlinvariant.ops.linear import forget_routes
-        from rlinvariant.report import wandb_log
+        from rlinvariant.report import html, wandb_log
         from rlinvariant.trainer.evaluate import greedy_reward
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_path)
@@ -96,6 +96,7 @@ def run(config: Config) -> None:
         seconds = time.monotonic() - started
         console.summary(read_metrics(run_dir.path), before, after, run_dir.path, seconds)
         run_dir.write_result({"finished": True, "accuracy_before": before, "accuracy_after": after, "seconds": seconds})
+        console.print(f"report      {html.write(run_dir.path)[0]}")
 
 
 def grpo_trainer(

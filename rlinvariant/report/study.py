@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,10 +12,9 @@ from typing import Any
 from rlinvariant.config import RUNS
 from rlinvariant.errors import UserError
 from rlinvariant.report.panels import PANELS
-from rlinvariant.report.rundir import RunDir, read_metrics
+from rlinvariant.report.rundir import SCHEMA, RunDir, read_metrics
 from rlinvariant.report.stats import MEASURES, Estimate, Measure, Row, Verdict, estimate, verdict
 
-SCHEMA = 1  # of ablation.json and of a run directory
 EXACT = "exact"  # the arm that the others are compared with
 
 
@@ -155,7 +155,7 @@ def _run(path: Path, seed: int | None) -> Run:
         rows = read_metrics(path) if files.metrics.is_file() else []
     except ValueError as error:
         raise UserError(f"{error}; restore it, or remove that line") from error
-    environment, result = (_json(file) if file.is_file() else {} for file in (files.environment, path / "result.json"))
+    environment, result = (_json(file) if file.is_file() else {} for file in (files.environment, files.result))
     given = config.get("seed", {}).get("value")
     return Run(path, int(given or 0) if seed is None else seed, config, environment, result, rows)
 
@@ -189,7 +189,9 @@ def _notes(study: Study) -> list[str]:
     if len(study.arms) > 1 and study.reference is None:
         notes.append(f"No arm is named {EXACT}: nothing to compare the others with, so no verdicts.")
     if len(versions := {json.dumps(run.environment.get("packages"), sort_keys=True) for _, run in study.runs}) > 1:
-        notes.append(f"The runs were made with {len(versions)} different sets of package versions; those of the first are below.")
+        notes.append(
+            f"The runs were made with {len(versions)} different sets of package versions; those of the first are below."
+        )
     for panel in PANELS:
         for _, run in study.runs:
             bad = [
@@ -204,10 +206,8 @@ def _notes(study: Study) -> list[str]:
 
 def command(config: Mapping[str, Any]) -> str:
     """The command line that gives a run this config.json again."""
-    import shlex
-
-    given = {key: entry["value"] for key, entry in config.items() if entry.get("source") == "command line"}
-    return shlex.join(["rlinvariant", "train", *(f"{key}={_argument(value)}" for key, value in given.items() if key != "resume")])
+    given = {key: entry["value"] for key, entry in config.items() if entry.get("source") == "command line" and key != "resume"}
+    return shlex.join(["rlinvariant", "train", *(f"{key}={_argument(value)}" for key, value in given.items())])
 
 
 def _argument(value: Any) -> str:

@@ -73,14 +73,18 @@ def chart(title: str, unit: str, lines: Sequence[Line], scale: Scale) -> str:
     ]
     for value, text in axis.ticks:
         y = float(axis.place(np.array([value]))[0])
-        parts.append(f'<path class="grid" d="M{x0} {y:.1f}H{x1:.1f}"/><text class="tick" x="{x0 - 7}" y="{y + 4:.1f}">{text}</text>')
+        parts.append(
+            f'<path class="grid" d="M{x0} {y:.1f}H{x1:.1f}"/><text class="tick" x="{x0 - 7}" y="{y + 4:.1f}">{text}</text>'
+        )
     floor = HEIGHT - BOTTOM
     if axis.has_zero_band:
         parts.append(f'<rect class="zero" x="{x0}" y="{floor - ZERO}" width="{x1 - x0:.1f}" height="{ZERO}"/>')
         parts.append(f'<text class="tick" x="{x0 - 7}" y="{floor - ZERO / 2 + 4}">exactly 0</text>')
     for step in _whole_ticks(first, last):
         x = float(across(np.array([step]))[0])
-        parts.append(f'<path class="axis" d="M{x:.1f} {floor}v4"/><text class="step" x="{x:.1f}" y="{floor + 16}">{step:,}</text>')
+        parts.append(
+            f'<path class="axis" d="M{x:.1f} {floor}v4"/><text class="step" x="{x:.1f}" y="{floor + 16}">{step:,}</text>'
+        )
     parts.append(f'<path class="axis" d="M{x0} {floor}H{x1:.1f}"/><text class="name" x="{x1:.1f}" y="{HEIGHT - 2}">step</text>')
     drawn = [(line, across(line.steps), [axis.place(x) for x in (line.mean, line.low, line.high)]) for line in thin]
     for line, x, (_, low, high) in drawn:
@@ -110,7 +114,9 @@ def dots(title: str, rows: Sequence[tuple[str, int, Estimate, Sequence[float]]],
     for value in ticks:
         x = across(value / factor)
         label = _decimal(value, ticks)
-        parts.append(f'<path class="grid" d="M{x:.1f} 4V{height - 30}"/><text class="step" x="{x:.1f}" y="{height - 14}">{label}</text>')
+        parts.append(
+            f'<path class="grid" d="M{x:.1f} 4V{height - 30}"/><text class="step" x="{x:.1f}" y="{height - 14}">{label}</text>'
+        )
     for i, (label, index, found, seeds) in enumerate(rows):
         y = 22 * i + 16
         parts.append(f'<text class="row" x="{left - 10:.1f}" y="{y + 4}">{escape(label)}</text>')

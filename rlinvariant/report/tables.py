@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from rlinvariant.report.console import coverage, integer, total
+from rlinvariant.report.console import Console, coverage, integer, total
 from rlinvariant.report.stats import ACCURACY, REWARD, Estimate, Measure, Row, Verdict
 from rlinvariant.report.study import Arm, Study, measured
 
@@ -35,6 +35,20 @@ class Table:
             "  ".join([row[0].ljust(widths[0]), *(text.rjust(w) for text, w in zip(row[1:], widths[1:], strict=True))]).rstrip()
             for row in [self.head, *texts]
         ]
+
+
+def show(study: Study, console: Console) -> None:
+    """Print the notes, the tables and the outcome: what the page has, without its curves."""
+    for note in study.notes:
+        console.print(f"note: {note}")
+    for table in (summary(study), differences(study)):
+        if table is not None:
+            console.print("")
+            for line in [*table.lines(), table.caption]:
+                console.print(line)
+    console.print("")
+    for who, what in sentences(study):
+        console.print(f"{who}: {what}")
 
 
 def contract(rows: Sequence[Row]) -> str:
@@ -151,21 +165,23 @@ def _estimate(found: Estimate, style: Style, runs: int) -> str:
 
 
 def _difference(found: Verdict, measure: Measure) -> str:
-    mean = found.difference.mean
-    return "–" if not math.isfinite(mean) else ("+" if mean > 0 else "") + _with_interval(found.difference, measure.style, True)
+    """With its sign. A difference of numbers near 1 is not near 1."""
+    style = "scientific" if measure.style == "near one" else measure.style
+    if not math.isfinite(found.difference.mean):
+        return "–"
+    text = _with_interval(found.difference, style)
+    return text if found.difference.mean <= 0 else "(+" + text[1:] if text[0] == "(" else "+" + text
 
 
-def _with_interval(found: Estimate, style: Style, difference: bool = False) -> str:
+def _with_interval(found: Estimate, style: Style) -> str:
     half = found.mean - found.low
-    if style == "near one" and difference:
-        style = "scientific"
     if not found.has_interval or half == 0:
         return _number(found.mean, style)
     if style == "scientific" and found.mean:
         power = math.floor(math.log10(max(abs(found.mean), half)))
         return f"({_signed(found.mean / 10.0**power, 2)} ± {half / 10.0**power:.2f})e{power:+03d}".replace("e-", "e−")
     if style == "near one":
-        style = max(4, 1 - math.floor(math.log10(half)))
+        style = max(6, 1 - math.floor(math.log10(half)))
     return f"{_number(found.mean, style)} ± {_number(half, style)}"
 
 

@@ -11,8 +11,15 @@ from rlinvariant.errors import UserError
 Log = Callable[[Mapping[str, Any], int], None]
 
 
-def start(settings: Any, run_dir: Path, config: Mapping[str, Any]) -> tuple[str, Log | None, Callable[[], None]]:
+def start(
+    settings: Any, run_dir: Path, config: Mapping[str, Any], run_id: str | None = None
+) -> tuple[str, Log | None, Callable[[], None]]:
     """Open a W&B run for `settings` (`wandb.*` of the configuration).
+
+    A run in a directory of its own arm, runs/ablation-NAME/ARM/seed-N, has ARM as job type, by which W&B groups.
+
+    Args:
+        run_id: of a run at W&B, to which steps that it does not have are added.
 
     Returns:
         (mode, log(row, step) or None, finish()). Mode "auto" becomes online with a login, offline without, and disabled
@@ -26,22 +33,41 @@ def start(settings: Any, run_dir: Path, config: Mapping[str, Any]) -> tuple[str,
         return "disabled", None, lambda: None
     if not installed:
         raise UserError(f"wandb.mode={mode}: wandb is not installed; pip install wandb, or wandb.mode=disabled")
-    os.environ.setdefault("WANDB_SILENT", "true")  # our console says where the run is
-    import wandb
-
-    has_login = mode != "offline" and bool(wandb.login(prompt=False))
+    has_login = mode != "offline" and login(f"wandb.mode={mode}", "wandb.mode=offline")
     if mode == "online" and not has_login:
         raise UserError("wandb.mode=online: no login found; run `wandb login`, or wandb.mode=offline")
-    mode = "online" if has_login else "offline"
+    mode, name = "online" if has_login else "offline", Path(str(config["run"]["value"]))
+    import wandb
+
     run = wandb.init(
         project=settings.project,
         entity=settings.entity,
         group=settings.group,
+        job_type=name.parent.name or None,
         tags=list(settings.tags) or None,
-        name=config["run"]["value"],
+        name=str(name),
+        id=run_id,
+        resume="allow" if run_id else None,
         dir=str(run_dir),
         mode=mode,
         config={key: entry["value"] for key, entry in config.items()},
         settings=wandb.Settings(silent=True),
     )
     return mode, lambda row, step: run.log(dict(row), step=step), run.finish
+
+
+def login(what: str, fix: str) -> bool:
+    """Whether there is a login for W&B, which must be installed.
+
+    Raises:
+        UserError: there is one that does not work; `what` was to be done, `fix` is the way out.
+    """
+    os.environ.setdefault("WANDB_SILENT", "true")  # our console says where the run is
+    import wandb
+    from wandb.errors import Error
+
+    try:
+        return bool(wandb.login(prompt=False))
+    except Error as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{what}: there is a W&B login, but it does not work ({reason}); {fix}") from error

@@ -1,0 +1,197 @@
+"""W&B and TensorBoard as views of what is on the disk.
+
+`push` makes a W&B workspace and a W&B report of the panels that the HTML page has; `sync` replays metrics.jsonl into a W&B run
+and into TensorBoard event files. Both can be repeated. Without a login, and without the packages, what is possible is done,
+and the rest is said.
+"""
+
+import hashlib
+import importlib.util
+import json
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from rlinvariant.errors import UserError
+from rlinvariant.report import tables, wandb_log
+from rlinvariant.report.panels import PANELS, Panel
+from rlinvariant.report.study import Run, Study, load
+
+FIX = "`wandb login --relogin`, or unset WANDB_API_KEY to stay offline"
+INSTALL = 'pip install "rlinvariant[dashboard]"'
+
+
+def push(path: str | Path) -> list[str]:
+    """Write PATH/dashboard/workspace.json and report.json, and with a W&B login save both in the project of the runs.
+
+    Returns:
+        What was done, a line each.
+
+    Raises:
+        UserError: wandb-workspaces is not installed; no runs there; W&B was not reached with the login that there is.
+    """
+    if importlib.util.find_spec("wandb_workspaces") is None:
+        raise UserError(f"dashboard push: wandb-workspaces is not installed; {INSTALL}")
+    study = load(path)
+    run = next((run for _, run in study.runs), None)
+    if run is None:
+        raise UserError(f"{study.path}: no run has started, so there is nothing to show")
+    import wandb
+    from wandb.errors import Error
+
+    entity, project = run.setting("wandb.entity"), run.setting("wandb.project") or "rlinvariant"
+    directory, said = study.path / "dashboard", []
+    directory.mkdir(exist_ok=True)
+    for make in (workspace, report):
+        file = directory / f"{make.__name__}.json"
+        model = make(study, entity or "", project)._to_model()
+        file.write_text(json.dumps(model.model_dump(mode="json", by_alias=True, exclude_none=True), indent=1) + "\n")
+        said.append(f"{make.__name__}: written to {file}")
+    if not wandb_log.login(f"dashboard push, after writing {directory}", FIX):
+        return [*said, "W&B: no login, so nothing was pushed; run `wandb login` and this again"]
+    try:
+        entity = entity or wandb.Api().default_entity or ""
+        for make in (workspace, report):
+            view = make(study, entity, project)
+            view.save()
+            said.append(f"{make.__name__}: {view.url}")
+    except (Error, OSError) as error:
+        raise UserError(f"dashboard push: W&B did not take it ({_line(error)}); it is in {directory}") from error
+    return said
+
+
+def workspace(study: Study, entity: str, project: str) -> Any:
+    """A wandb_workspaces Workspace: a section of line plots for each section of panels, runs of one arm drawn together."""
+    import wandb_workspaces.workspaces as ws
+
+    sections = [
+        ws.Section(name=name, panels=_plots(panels), is_open=True) for name, panels in _sections(study)
+    ]  # fmt: skip
+    by: list[Any] = [ws.Metric("JobType")] if study.is_ablation else []
+    runs = ws.RunsetSettings(filters=_filter(study), groupby=by)
+    return ws.Workspace(entity=entity, project=project, name=_name(study), sections=sections, runset_settings=runs)
+
+
+def report(study: Study, entity: str, project: str) -> Any:
+    """A wandb_workspaces Report: the outcome in words, the tables as text, and the same panels."""
+    import wandb_workspaces.reports.v2.interface as wr
+
+    runs = wr.Runset(entity=entity, project=project, name=_name(study), filters=_filter(study),
+                     groupby=["JobType"] if study.is_ablation else [])  # fmt: skip
+    blocks: list[Any] = [wr.UnorderedList([f"{who}: {what}" for who, what in tables.sentences(study)])]
+    if study.notes:
+        blocks.append(wr.UnorderedList(list(study.notes)))
+    for table in (tables.summary(study), tables.differences(study)):
+        if table is not None:
+            blocks += [wr.P(table.caption), wr.CodeBlock("\n".join(table.lines()), language="markdown")]
+    for name, panels in _sections(study):
+        blocks += [wr.H2(name), wr.PanelGrid(panels=_plots(panels), runsets=[runs])]
+    blocks += [wr.H2("Reproduce"), wr.CodeBlock(study.command, language="markdown")]
+    return wr.Report(entity=entity, project=project, title=_name(study)[:128], description=tables.contract(
+        (study.reference or study.arms[0]).rows), blocks=blocks)  # fmt: skip
+
+
+def sync(path: str | Path) -> list[str]:
+    """Replay metrics.jsonl of a run, or of every run of an ablation, into W&B and into RUN/tensorboard/.
+
+    W&B: online with a login, where the steps that an earlier log of the run lacks are added to it; else a whole run in
+    RUN/wandb/, to be sent later by `wandb sync`. TensorBoard: earlier files of this command are replaced.
+
+    Returns:
+        What was done, a line each.
+
+    Raises:
+        UserError: as `study.load`; neither package is installed; W&B was not reached with the login that there is.
+    """
+    study = load(path)
+    has = {name: importlib.util.find_spec(name) is not None for name in ("wandb", "tensorboard")}
+    if not any(has.values()):
+        raise UserError(f"dashboard sync: neither wandb nor tensorboard is installed; {INSTALL}")
+    online = has["wandb"] and wandb_log.login("dashboard sync", FIX)
+    said = []
+    for _, run in study.runs:
+        if not run.rows:
+            said.append(f"{run.path}: no step yet, nothing to replay")
+            continue
+        if has["wandb"]:
+            said.append(f"{run.path}: {len(run.rows):,} steps to W&B, {_to_wandb(study, run, online)}")
+        if has["tensorboard"]:
+            said.append(f"{run.path}: {len(run.rows):,} steps to TensorBoard, {_to_tensorboard(run)}")
+    said += [f"{name} is not installed; {INSTALL}" for name, there in has.items() if not there]
+    return said
+
+
+def _to_wandb(study: Study, run: Run, online: bool) -> str:
+    """Log every row, under the id that the run has at W&B, or one that stays the same from one sync to the next."""
+    names = ("project", "entity", "group", "tags")
+    settings = SimpleNamespace(mode="online" if online else "offline", **{n: run.setting(f"wandb.{n}") for n in names})
+    settings.project, settings.tags = settings.project or "rlinvariant", settings.tags or []
+    settings.group = settings.group or (study.path.name if study.is_ablation else None)
+    live = sorted((run.path / "wandb").glob("run-*-*"), key=lambda file: file.stat().st_mtime)
+    name = live[-1].name.rpartition("-")[2] if live else hashlib.sha256(str(run.path.resolve()).encode()).hexdigest()[:12]
+    before = set((run.path / "wandb").glob("offline-run-*"))
+    _, log, finish = wandb_log.start(settings, run.path, run.config, run_id=name if online else None)
+    assert log is not None
+    for row in run.rows:
+        log(row, row["step"])
+    finish()
+    made = set((run.path / "wandb").glob("offline-run-*")) - before
+    return f"online, run {name}" if online else f"offline; send it with: wandb sync {' '.join(map(str, made))}"
+
+
+def _to_tensorboard(run: Run) -> Path:
+    from torch.utils.tensorboard import SummaryWriter
+
+    directory = run.path / "tensorboard"
+    for earlier in directory.glob("events.out.tfevents.*"):
+        earlier.unlink()
+    with SummaryWriter(str(directory)) as writer:
+        for row in run.rows:
+            for key, value in row.items():
+                if key != "step" and isinstance(value, int | float):
+                    writer.add_scalar(key, value, row["step"])
+    return directory
+
+
+def _sections(study: Study) -> list[tuple[str, list[Panel]]]:
+    """The panels that these runs have the keys of, by section."""
+    shown = [panel for panel in PANELS if any(panel.shown_for(run.config) for _, run in study.runs)]
+    return [(name, list(panels)) for name, panels in groupby(shown, key=lambda panel: panel.section)]
+
+
+def _plots(panels: Sequence[Panel]) -> list[Any]:
+    """W&B has no axis that shows an exact 0 and small numbers alike: a KL is on its log axis, where 0 is not drawn."""
+    import wandb_workspaces.reports.v2.interface as wr
+
+    return [
+        wr.LinePlot(
+            title=f"{panel.title}, {panel.unit}",
+            x="Step",
+            y=list(panel.keys),
+            custom_expressions=[" / ".join(f"${{{key}}}" for key in panel.keys)] if len(panel.keys) > 1 else None,
+            log_y=True if panel.scale.startswith("log") else None,
+            groupby_aggfunc="mean",
+            groupby_rangefunc="stderr",
+            point_visualization_method="bucketing-gorilla",  # keeps spikes
+            layout=wr.Layout(x=12 * (i % 2), y=8 * (i // 2), w=12, h=8),
+        )
+        for i, panel in enumerate(panels)
+    ]
+
+
+def _name(study: Study) -> str:
+    return f"{study.recipe}: {study.path.name}"
+
+
+def _filter(study: Study) -> str:
+    """An ablation's runs carry its directory's name as group; a run its own name."""
+    if study.is_ablation:
+        run = next(run for _, run in study.runs)
+        return f"Metric('Group') = '{run.setting('wandb.group') or study.path.name}'"
+    return f"Metric('Name') = '{study.arms[0].runs[0].setting('run')}'"
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
