@@ -19,6 +19,7 @@ from rlinvariant.report.panels import PANELS, Panel
 from rlinvariant.report.study import Run, Study, load
 
 HERE = Path(__file__).parent
+LONG = 200  # steps up to which every one can be seen
 SHOWN = 2000  # characters of a prompt or a completion
 FILE = "report.html"
 
@@ -119,7 +120,7 @@ def _curves(study: Study) -> Iterator[str]:
             absent.append(panel.title)
     if study.is_ablation and (accuracy := _accuracy(study)):
         sections.setdefault("Learning", []).append(accuracy)
-    legend = _legend(study) if study.is_ablation else ""
+    legend = _legend(study)
     for section, figures in sections.items():
         yield f'<h2>{_text(section)}</h2>{legend}<div class="panels">{"".join(figures)}</div>'
         legend = ""
@@ -141,13 +142,22 @@ def _lines(study: Study, panel: Panel) -> list[svg.Line]:
             continue
         steps = np.array(sorted({row["step"] for run in runs for row in run.rows}))
         values, present = np.full((len(runs), len(steps)), math.nan), np.zeros((len(runs), len(steps)), bool)
+        running, window = values.copy(), _window(study)
         for i, run in enumerate(runs):
             at = np.searchsorted(steps, [row["step"] for row in run.rows])
-            values[i, at], present[i, at] = [panel.value(row) for row in run.rows], True
-        mean, low, high = stats.curve(values, present)
+            values[i, at], present[i, at] = panel.values(run.rows), True
+            running[i, at] = stats.running_mean(values[i, at], window)
+        mean, low, high = stats.curve(running, present)
         if np.isfinite(mean).any():
-            lines.append(svg.Line(arm.name, index, steps, mean, low, high))
+            raw = mean if window == 1 else stats.curve(values, present)[0]
+            lines.append(svg.Line(arm.name, index, steps, mean, low, high, raw))
     return lines
+
+
+def _window(study: Study) -> int:
+    """Steps over which the curves of a long run are averaged, an odd number; 1 for a short one."""
+    longest = max(len(run.rows) for _, run in study.runs)
+    return 1 if longest <= LONG else longest // 50 | 1
 
 
 def _accuracy(study: Study) -> str:
@@ -170,9 +180,12 @@ def _legend(study: Study) -> str:
         f"<li>{svg.swatch(i)}<div><b>{_text(arm.name)}</b> <span>{_text(arm.description)}</span></div></li>"
         for i, arm in enumerate(study.arms)
     ]
-    seeds = max((len(arm.runs) for arm in study.arms), default=0)
-    said = "Lines: mean over seeds; shading: 95 % interval at each step." if seeds > 1 else "One seed: lines without intervals."
-    return f'<ul class="legend">{"".join(lines)}</ul><p class="small">{said}</p>'
+    seeds, window = max((len(arm.runs) for arm in study.arms), default=0), _window(study)
+    curves = f"running means over {window} steps" if window > 1 else "each step"
+    said = f"Lines: {curves}, mean over seeds; shading: its 95 % interval." if seeds > 1 else f"Lines: {curves}; no intervals."
+    if window > 1:
+        said += " Thin lines: single steps, of each pixel column the least and the greatest."
+    return (f'<ul class="legend">{"".join(lines)}</ul>' if study.is_ablation else "") + f'<p class="small">{said}</p>'
 
 
 def _samples(study: Study) -> str:
@@ -279,7 +292,6 @@ def _method(study: Study) -> str:
     said = [
         "Two log-probs are equal when their 32 bits are; KL k3 is the mean of expm1(r) − r over the sampled tokens, "
         "r = trainer's − sampler's log-prob, in float64.",
-        "Long curves are thinned to the least and the greatest mean in each pixel column.",
     ]
     if study.is_ablation:
         said.append(

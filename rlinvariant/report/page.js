@@ -25,11 +25,11 @@ for (const chart of document.querySelectorAll("svg.chart[data-x]")) {
     if (!tip) { tip = document.createElement("div"); tip.className = "tip"; figure.append(tip); }
     const table = document.createElement("table");
     cell(table.insertRow(), "step " + step);
-    for (const [line, [at, mean, low, high]] of found) {
-      const row = table.insertRow();
+    for (const [line, [at, value, low, high, running]] of found) {
+      const row = table.insertRow(), interval = low == null ? "" : "[" + number(low) + ", " + number(high) + "]";
       cell(row, lines.length > 1 ? line.label : "");
-      cell(row, number(mean) + (at === step ? "" : " (step " + at + ")"));
-      cell(row, low === undefined ? "" : "[" + number(low) + ", " + number(high) + "]");
+      cell(row, number(value) + (at === step ? "" : " (step " + at + ")"));
+      cell(row, running == null ? interval : "running mean " + number(running) + " " + interval);
     }
     tip.replaceChildren(table);
     tip.hidden = false;

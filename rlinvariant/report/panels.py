@@ -1,9 +1,11 @@
 """What is drawn of a run: one list, from which the HTML page, the W&B workspace and the W&B report are all made."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+
+import numpy as np
 
 Scale = Literal["linear", "from zero", "log", "log and zero"]
 CORRECTION = "trainer.vllm_importance_sampling_correction"
@@ -29,12 +31,11 @@ class Panel:
     notice: str
     arms: Literal["all", "corrected"] = "all"
 
-    def value(self, row: Mapping[str, Any]) -> float:
-        """Of one row of metrics.jsonl; NaN if a key is missing or null."""
-        values = [math.nan if row.get(key) is None else float(row[key]) for key in self.keys]
-        if len(values) == 1:
-            return values[0]
-        return values[0] / values[1] if values[1] else math.nan
+    def values(self, rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
+        """[rows] float64 of rows of metrics.jsonl; NaN where a key is missing or null, and for 0 / 0."""
+        columns = [np.array([math.nan if (x := row.get(key)) is None else x for row in rows], float) for key in self.keys]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return columns[0] / columns[1] if len(columns) > 1 else columns[0]
 
     def shown_for(self, config: Mapping[str, Any]) -> bool:
         """Whether a run with this config.json has the panel's keys."""

@@ -104,6 +104,18 @@ def curve(values: np.ndarray, present: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return centre, centre - half, centre + half
 
 
+def running_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """Mean of the finite values among the `window` (odd) around each; NaN where the value itself is not finite.
+
+    Args:
+        values: [steps] float64. At both ends the window is cut.
+    """
+    windows = np.lib.stride_tricks.sliding_window_view(np.pad(values, window // 2, constant_values=math.nan), window)
+    known = np.isfinite(windows)
+    count = known.sum(1)
+    return np.where(np.isfinite(values), np.where(known, windows, 0.0).sum(1) / np.maximum(count, 1), math.nan)
+
+
 Summary = Callable[[Sequence[Row], Mapping[str, Any]], float]
 
 

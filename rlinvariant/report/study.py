@@ -9,6 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from rlinvariant.config import RUNS
 from rlinvariant.errors import UserError
 from rlinvariant.report.panels import PANELS
@@ -194,10 +196,8 @@ def _notes(study: Study) -> list[str]:
         )
     for panel in PANELS:
         for _, run in study.runs:
-            bad = [
-                row["step"] for row in run.rows
-                if all(row.get(key) is not None for key in panel.keys) and not math.isfinite(panel.value(row))
-            ]  # fmt: skip
+            known = [row for row in run.rows if all(row.get(key) is not None for key in panel.keys)]
+            bad = [row["step"] for row, ok in zip(known, np.isfinite(panel.values(known)), strict=True) if not ok]
             if bad:
                 where = f"step {bad[0]}" if len(bad) == 1 else f"{len(bad)} steps, first {bad[0]}"
                 notes.append(f"{panel.title}: not a finite number in {place[id(run)]} at {where}; the curve has a gap there.")

@@ -24,7 +24,11 @@ DASHES = ("", "7 3", "2 2.5", "9 3 2 3", "14 3", "5 2 1.5 2 1.5 2", "4 6", "12 3
 
 @dataclass(frozen=True)
 class Line:
-    """A curve over the seeds of one arm. All arrays are [steps]; NaN leaves a gap."""
+    """A curve over the seeds of one arm. All arrays are [steps]; NaN leaves a gap.
+
+    `raw` is the mean of each step by itself. In a long run `mean`, `low` and `high` are those of running means, and `raw` is
+    drawn thin beneath them; else `raw` is `mean`.
+    """
 
     label: str
     style: int
@@ -32,6 +36,7 @@ class Line:
     mean: np.ndarray
     low: np.ndarray
     high: np.ndarray
+    raw: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,9 @@ def chart(title: str, unit: str, lines: Sequence[Line], scale: Scale) -> str:
     for line, x, (_, low, high) in drawn:
         if path := _band(x, low, high, axis, line):
             parts.append(f'<path class="band c{line.style % COLOURS}" d="{path}"/>')
+    for line, x, _ in drawn:
+        if line.raw is not line.mean:
+            parts.append(f'<path class="raw c{line.style % COLOURS}" d="{_curve(x, axis.place(line.raw))}"/>')
     for line, x, (y, _, _) in reversed(drawn):  # the first, which the others are compared with, on top
         parts.append(f'<path {style(line.style)} data-label="{escape(line.label, quote=True)}" d="{_curve(x, y)}"/>')
     if labels:
@@ -135,33 +143,27 @@ def _span(steps: Sequence[np.ndarray]) -> tuple[float, float]:
 
 
 def _thinned(line: Line, first: float, last: float, columns: int) -> Line:
-    """At most three points a pixel column: those of its least and greatest mean, and a gap; the band takes in the column's.
-
-    So no spike is lost, and no gap.
-    """
+    """At most three points a pixel column: of its least and its greatest `raw`, and of a gap: no spike and no gap is lost."""
     if len(line.steps) <= 2 * columns:
         return line
     column = np.minimum(((line.steps - first) / (last - first) * columns).astype(int), columns - 1)
     starts = np.flatnonzero(np.diff(column, prepend=-1))
-    keep: list[int] = []
-    low, high = line.low.copy(), line.high.copy()
-    for start, end in zip(starts, [*starts[1:], len(column)], strict=True):
-        mean = line.mean[start:end]
-        known = np.isfinite(mean)
-        chosen = set() if known.all() else {start + int(np.argmin(known))}
-        if known.any():
-            chosen |= {start + int(np.nanargmin(mean)), start + int(np.nanargmax(mean))}
-        keep += sorted(chosen)
-        if np.isfinite(low[start:end]).any():
-            low[start:end] = np.where(known, np.nanmin(low[start:end]), math.nan)
-            high[start:end] = np.where(known, np.nanmax(high[start:end]), math.nan)
-    at = np.array(keep)
-    return Line(line.label, line.style, line.steps[at], line.mean[at], low[at], high[at])
+    ends = np.append(starts[1:], len(column)) - 1
+    known = np.isfinite(line.raw)
+    least = np.lexsort((np.where(known, line.raw, math.inf), column))[starts]
+    most = np.lexsort((np.where(known, line.raw, -math.inf), column))[ends]
+    _, gaps = np.unique(column[~known], return_index=True)
+    at = np.unique(np.concatenate([least, most, np.flatnonzero(~known)[gaps]]))
+    arrays = (line.steps, line.mean, line.low, line.high, line.raw)
+    steps, mean, low, high, raw = (x[at] for x in arrays)
+    return Line(line.label, line.style, steps, mean, low, high, mean if line.raw is line.mean else raw)
 
 
 def _axis(lines: Sequence[Line], scale: Scale) -> Axis:
-    means = np.concatenate([line.mean[np.isfinite(line.mean)] for line in lines])
-    every = np.concatenate([means, *(x[np.isfinite(x)] for line in lines for x in (line.low, line.high))])
+    """Takes in all means and most of the bands: with few seeds some are so wide that they would flatten every curve."""
+    means = np.concatenate([line.raw[np.isfinite(line.raw)] for line in lines])
+    bands = [np.quantile(x[np.isfinite(x)], q) for e in lines for x, q in ((e.low, 0.1), (e.high, 0.9)) if np.isfinite(x).any()]
+    every = np.concatenate([means, bands])
     floor = HEIGHT - BOTTOM
     if scale == "log and zero":
         positive = means[means > 0]
@@ -180,7 +182,7 @@ def _axis(lines: Sequence[Line], scale: Scale) -> Axis:
     low, high, ticks = _linear(least, most)
 
     def place(value: np.ndarray) -> np.ndarray:
-        return floor - 6 - (value - low) / (high - low) * (floor - 6 - TOP)
+        return np.clip(floor - 6 - (value - low) / (high - low) * (floor - 6 - TOP), TOP - 4, floor)
 
     return Axis(place, [(tick, _decimal(tick, ticks)) for tick in ticks], False, "")
 
@@ -246,7 +248,7 @@ def _curve(x: np.ndarray, y: np.ndarray) -> str:
 
 
 def _band(x: np.ndarray, low: np.ndarray, high: np.ndarray, axis: Axis, line: Line) -> str:
-    """Closed outlines; a band that reaches to 0 or below on a log axis ends at the axis' floor."""
+    """Closed outlines; a band ends where its axis does."""
     shown = np.isfinite(line.high) & np.isfinite(line.low) & (line.high > line.low)
     low, high = np.where(shown, low, math.nan), np.where(shown, high, math.nan)
     if axis.has_zero_band:
@@ -289,21 +291,18 @@ def _short(label: str) -> str:
 
 
 def _numbers(lines: Sequence[Line]) -> str:
-    """What hovering shows: for each line its label, style, and [step, mean, low, high] of every point drawn."""
+    """What hovering shows: for each line its label, and of every point [step, value, low, high, running mean], cut short."""
 
-    def number(value: float) -> float | None:
-        return float(f"{value:.4g}") if math.isfinite(value) else None
+    def point(step: float, *values: float) -> list[float | int | None]:
+        numbers = [float(f"{value:.4g}") if math.isfinite(value) else None for value in values]
+        while len(numbers) > 1 and numbers[-1] is None:
+            numbers.pop()
+        return [int(step), *numbers]
 
-    found: list[dict[str, Any]] = [
-        {
-            "label": line.label,
-            "style": line.style % COLOURS,
-            "points": [
-                [int(s), number(m), *([number(a), number(b)] if math.isfinite(a) else [])]
-                for s, m, a, b in zip(*(v.tolist() for v in (line.steps, line.mean, line.low, line.high)), strict=True)
-            ],
-        }
-        for line in lines
-    ]
+    found: list[dict[str, Any]] = []
+    for line in lines:
+        running = line.mean if line.raw is not line.mean else np.full(len(line.mean), math.nan)
+        columns = (v.tolist() for v in (line.steps, line.raw, line.low, line.high, running))
+        found.append({"label": line.label, "points": [point(*values) for values in zip(*columns, strict=True)]})
     text = json.dumps(found, separators=(",", ":")).replace("<", "\\u003c")
     return f'<script type="application/json">{text}</script>'

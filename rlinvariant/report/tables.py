@@ -103,23 +103,24 @@ def _compared(others: Sequence[Arm], reference: Arm, measure: Measure) -> str:
     where = {text: f"{text} in {', '.join(names)}" for text, names in groups.items()}
     if set(groups) == {"one seed: no interval"}:
         return "one seed: no interval, no verdict"
-    some = f"{min(seeds)} to {max(seeds)} seeds" if len(seeds) > 1 else f"{seeds.pop()} seeds"
-    return "; ".join([*where.values(), f"the same {some} in both"])
+    some = f"{min(seeds)} to {max(seeds)}" if len(seeds) > 1 else f"{seeds.pop()}"
+    return f"{'; '.join(where.values())} (differences over the same {some} seeds)"
 
 
 def summary(study: Study) -> Table:
     """A line for each arm: counts and extremes over all its runs, and of every measure the mean over seeds ± its interval."""
     measures = measured(study)
-    head = ["Arm", "Seeds", "Steps", "Mismatched / compared tokens", "Coverage", "Ratio, least … greatest"]
+    head = ["Arm", "Seeds × steps", "Mismatched / tokens", "Ratio, least … greatest"]
     rows = []
     for arm in study.arms:
         kept = arm.rows
         counts = [integer(total(kept, f"onpolicy/{name}_tokens")) if kept else "–" for name in ("mismatched", "compared")]
         extremes = [_extreme(kept, f"onpolicy/is_ratio/{name}", pick) for name, pick in (("min", min), ("max", max))]
-        lengths = sorted({len(run.rows) for run in arm.runs})
+        lengths = sorted({len(run.rows) for run in arm.runs}) or [0]
+        steps = f"{lengths[0]:,}" + (f" to {lengths[-1]:,}" if len(lengths) > 1 else "")
         rows.append([
-            Cell(arm.name), Cell(str(len(arm.runs))), Cell("–".join(str(n) for n in (lengths[:1] + lengths[1:][-1:])) or "–"),
-            Cell(" / ".join(counts)), Cell(coverage(kept) if kept else "–"), Cell(" … ".join(extremes)),
+            Cell(arm.name), Cell(f"{len(arm.runs)} × {steps}"),
+            Cell(" / ".join(counts), f"coverage {coverage(kept)}" if kept else ""), Cell(" … ".join(extremes)),
             *(Cell(_estimate(arm.estimate(m), m.style, len(arm.runs))) for m in measures),
         ])  # fmt: skip
     caption = "Counts and extremes over all steps and seeds; other columns: mean over seeds ± half of the 95 % interval."
@@ -181,7 +182,7 @@ def _with_interval(found: Estimate, style: Style) -> str:
         power = math.floor(math.log10(max(abs(found.mean), half)))
         return f"({_signed(found.mean / 10.0**power, 2)} ± {half / 10.0**power:.2f})e{power:+03d}".replace("e-", "e−")
     if style == "near one":
-        style = max(6, 1 - math.floor(math.log10(half)))
+        style = max(4, -math.floor(math.log10(half)))
     return f"{_number(found.mean, style)} ± {_number(half, style)}"
 
 
@@ -194,9 +195,9 @@ def _number(value: float, style: Style) -> str:
     if style == "near one":
         if value in (0, 1) or not math.isfinite(value):
             return f"{value:g}"
-        if f"{value:.4f}" == "1.0000":
+        if f"{value:.5f}" == "1.00000":
             return f"1 {'−' if value < 1 else '+'} {abs(value - 1):.1e}".replace("e-", "e−")
-        style = 4 if value >= 0.001 else "scientific"
+        style = "scientific" if value < 0.001 else 5 if 0.999 < value < 1.001 else 3
         return _number(value, style)
     return _signed(value, style)
 
