@@ -9,6 +9,8 @@ from rlinvariant.errors import ConfigErrors, UserError
 USAGE = """usage: rlinvariant train recipe=NAME [key=value ...]   train in this process (accelerate launch train.py for more)
        rlinvariant train --help                       every field, its value and where it comes from
        rlinvariant ablate recipe=NAME seeds=3         the same runs exact, with drift, corrected, stale; a table and a page
+       rlinvariant demo [MODEL] [key=value ...]       one prompt 1,000 times among changing traffic, ops off and on
+       rlinvariant serve MODEL [vllm options]         vllm serve with the ops on: a request's bytes do not depend on load
        rlinvariant report RUN_OR_ABLATION             write its report.html, print its tables
        rlinvariant dashboard push RUN_OR_ABLATION     the same panels as a W&B workspace and report; as JSON without a login
        rlinvariant dashboard sync RUN_OR_ABLATION     replay metrics.jsonl into W&B and TensorBoard
@@ -34,6 +36,24 @@ def ablate(argv: list[str]) -> int:
         from rlinvariant.ablate import ablate
 
         return ablate(argv)
+
+    return _call(run)
+
+
+def demo(argv: list[str]) -> int:
+    def run() -> None:
+        from rlinvariant.demo import demo
+
+        demo(argv)
+
+    return _call(run)
+
+
+def serve(argv: list[str]) -> int:
+    def run() -> None:
+        from rlinvariant.serve import serve
+
+        serve(argv)
 
     return _call(run)
 
@@ -88,7 +108,7 @@ def _call(command: Callable[[], int | None]) -> int:
 def main() -> int:
     command, *rest = sys.argv[1:] or ["--help"]
     if command in (
-        commands := {"train": train, "ablate": ablate, "report": report, "dashboard": dashboard}
+        commands := {"train": train, "ablate": ablate, "demo": demo, "serve": serve, "report": report, "dashboard": dashboard}
     ):
         return commands[command](rest)
     if command == "--version":

@@ -16,7 +16,7 @@ from rlinvariant import runtime
 from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.models import unsupported
 from rlinvariant.rollout import Completion
-from rlinvariant.sampler.plugin import ARCHITECTURE, QUANTIZATION
+from rlinvariant.sampler.plugin import ARCHITECTURE, NOT_ACTIVE, QUANTIZATION
 from rlinvariant.support import cuda_problems
 
 
@@ -46,10 +46,6 @@ def _stdout_with_descriptor() -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-NOT_ACTIVE = (
-    "plugin not active in the engine: install rlinvariant in this environment (pip install -e .), so that vLLM finds its "
-    "entry point, and unset VLLM_PLUGINS or let it name rlinvariant"
-)
 HARMLESS = ("ignore_eos", "logprobs", "detokenize")  # the only further sampling settings that leave the distribution as it is
 ALONE = {  # engine options that an exact sampler leaves as they are: it runs whole, on one device, the model that is trained
     "tensor_parallel_size": 1, "pipeline_parallel_size": 1, "data_parallel_size": 1, "enable_lora": False,
@@ -60,14 +56,20 @@ ALONE = {  # engine options that an exact sampler leaves as they are: it runs wh
 NEUTRAL = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 
 
-def refuse(options: dict[str, Any], model: str, dtype: str, max_model_len: int | None = None) -> int:
+def refuse(
+    options: dict[str, Any],
+    model: str,
+    dtype: str,
+    max_model_len: int | None = None,
+    otherwise: str = "use invariance=off",
+) -> int:
     """Raise ConfigErrors for what would give an exact engine other kernels or another model. Loads no weights.
 
-    Returns how many positions the model has.
+    Returns how many positions the model has. `otherwise` tells the user how to run it all the same.
     """
     from transformers import AutoConfig
 
-    fix = "remove it, or use invariance=off"
+    fix = f"remove it, or {otherwise}"
     found = [f"sampler option {k}={v}: expected {ALONE[k]}; {fix}" for k, v in options.items() if k in ALONE and v != ALONE[k]]
     if (value := os.environ.get("VLLM_BATCH_INVARIANT", "0")) != "0":
         found.append(f"VLLM_BATCH_INVARIANT={value}: expected unset: it puts vLLM's own kernels in place of ours; {fix}")
@@ -77,7 +79,7 @@ def refuse(options: dict[str, Any], model: str, dtype: str, max_model_len: int |
         config = AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
         raise UserError(f"model={model}: cannot be loaded: {' '.join(str(error).split())[:400]}") from error
-    found += [f"model={model}: {reason}; use invariance=off" for reason in unsupported(config, "cuda" if cuda else "cpu")]
+    found += [f"model={model}: {reason}; {otherwise}" for reason in unsupported(config, "cuda" if cuda else "cpu")]
     positions = config.get_text_config().max_position_embeddings
     if max_model_len is not None and max_model_len > positions:
         found.append(f"sampler.max_model_len={max_model_len}: expected at most {positions}, the model's positions")
@@ -180,22 +182,12 @@ class Sampler:
         return self._runner.get_model()
 
     def _install(self) -> None:
-        from rlinvariant.sampler.vllm_model import (
-            InvariantAttentionBackend,
-            InvariantForCausalLM,
-            InvariantSampler,
-            StockSampler,
-        )
+        from rlinvariant.sampler.vllm_model import StockSampler, install
 
-        if not self.invariant:
+        if self.invariant:
+            install(self._runner)
+        else:
             self._runner.sampler = StockSampler(self._runner)
-            return
-        if not isinstance(self.model, InvariantForCausalLM):
-            raise UserError(f"vLLM runs {type(self.model).__name__}, not {InvariantForCausalLM.__name__}; {NOT_ACTIVE}")
-        for name, layer in self._runner.compilation_config.static_forward_context.items():
-            if (backend := getattr(layer, "attn_backend", None)) is not InvariantAttentionBackend:
-                raise UserError(f"plugin not active in {name}: its attention is {getattr(backend, '__name__', backend)}")
-        self._runner.sampler = InvariantSampler(self._runner)
 
     def generate(
         self,

@@ -6,6 +6,10 @@ for them (`quantization="rlinvariant"` and the architecture below) is a stock en
 
 ARCHITECTURE = "RLInvariantForCausalLM"
 QUANTIZATION = "rlinvariant"
+NOT_ACTIVE = (
+    "plugin not active in the engine: install rlinvariant in this environment (pip install -e .), so that vLLM finds its "
+    "entry point, and unset VLLM_PLUGINS or let it name rlinvariant"
+)
 
 
 def register() -> None:

@@ -28,9 +28,12 @@ from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 from vllm.v1.sample.sampler import Sampler
 
 from rlinvariant import ops
+from rlinvariant.errors import UserError
 from rlinvariant.models.patch import make_invariant
-from rlinvariant.sampler.plugin import QUANTIZATION
+from rlinvariant.sampler.plugin import NOT_ACTIVE, QUANTIZATION
 from rlinvariant.sampler.vllm_attention import InvariantAttentionBackend
+
+ROWS = 256  # whose log-probs over the whole vocabulary are made at once, in fp64: a prompt may have thousands
 
 
 class InvariantForCausalLM(TransformersForCausalLM):
@@ -237,7 +240,8 @@ class InvariantSampler(_SeedKeeper):
             temperature = torch.zeros(rows, dtype=torch.float32, device=logits.device)
         else:
             temperature = md.temperature if md.all_random else torch.where(md.temperature < 1e-5, 0.0, md.temperature)
-        noise = torch.from_numpy(np.stack([np.array(seeds, np.int64), positions]))
+        # unsigned: how a generator gives a negative seed back
+        noise = torch.from_numpy(np.stack([np.array(seeds, np.uint64).view(np.int64), positions]))
         if logits.is_cuda:
             noise = noise.pin_memory().to(logits.device, non_blocking=True)
         tokens, logprobs, ranks = ops.sample(logits, temperature, *noise)
@@ -249,11 +253,60 @@ class InvariantSampler(_SeedKeeper):
         elif extra is not None:
             table = ops.log_softmax(logits, temperature)
             every = torch.arange(table.shape[1], device=table.device).expand(table.shape)
-            top, ids = table.topk(extra) if extra > 0 else (table, every)
+            top, ids = _top(table, extra) if extra > 0 else (table, every)
             out = LogprobsTensors(torch.cat([tokens[:, None], ids], 1).int(), torch.cat([logprobs[:, None], top], 1), ranks)
         else:
             out = None
         return SamplerOutput(sampled_token_ids=tokens.int()[:, None], logprobs_tensors=out)
+
+    @staticmethod
+    def compute_logprobs(logits: Tensor) -> Tensor:
+        """Of a prompt's tokens, at temperature 1."""
+        at = torch.ones(len(logits), dtype=torch.float32, device=logits.device)
+        return torch.cat([ops.log_softmax(x, t) for x, t in zip(logits.split(ROWS), at.split(ROWS), strict=True)])
+
+    @staticmethod
+    def gather_logprobs(logprobs: Tensor, num_logprobs: int, token_ids: Tensor) -> LogprobsTensors:
+        """Of a prompt's tokens: vLLM compiles a kernel for their ranks (11 s on a CPU)."""
+        top, ids = (torch.cat(x) for x in zip(*(_top(x, num_logprobs) for x in logprobs.split(ROWS)), strict=True))
+        own = logprobs.gather(-1, token_ids[:, None])
+        ranks = (logprobs >= own).sum(-1)
+        return LogprobsTensors(torch.cat([token_ids[:, None], ids], 1).int(), torch.cat([own, top], 1), ranks)
+
+
+def _top(logprobs: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` largest of each row and where they are, of equal ones the first.
+
+    `topk` alone takes any of equal ones: which, depends on how many are asked for, and vLLM asks for as many as the most
+    demanding request of the batch.
+    """
+    words = logprobs.view(torch.int32).long()
+    order = torch.where(words < 0, -(2**31) - words, words)  # of floats: increases with the number, -0 like 0
+    place = torch.arange(logprobs.shape[1], device=logprobs.device)
+    ids = (order * 2**32 - place).topk(count).indices
+    return logprobs.gather(-1, ids), ids
+
+
+def require_installed(runner: Any) -> tuple[int, int]:
+    """How many attention layers and matrix products the engine's model has; UserError if one of them is not ours."""
+    model = runner.get_model()
+    if not isinstance(model, InvariantForCausalLM):
+        raise UserError(f"vLLM runs {type(model).__name__}, not {InvariantForCausalLM.__name__}; {NOT_ACTIVE}")
+    layers = runner.compilation_config.static_forward_context
+    for name, layer in layers.items():
+        if (backend := getattr(layer, "attn_backend", None)) is not InvariantAttentionBackend:
+            raise UserError(f"plugin not active in {name}: its attention is {getattr(backend, '__name__', backend)}")
+    products = {n: m for n, m in model.named_modules() if isinstance(m, (LinearBase, ParallelLMHead))}
+    for name, layer in products.items():
+        if type(layer.quant_method) not in (_Linear, _Head):
+            raise UserError(f"plugin not active in {name}: its product is {type(layer.quant_method).__name__}")
+    return len(layers), len(products)
+
+
+def install(runner: Any) -> None:
+    """Put our sampler into an engine whose model is ours; else raise UserError."""
+    require_installed(runner)
+    runner.sampler = InvariantSampler(runner)
 
 
 class StockSampler(_SeedKeeper):
