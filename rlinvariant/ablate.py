@@ -4,7 +4,8 @@
     runs/ablation-NAME/ARM/seed-N/            an ordinary run directory, and log.txt
     runs/ablation-NAME/report.html, summary.json
 
-Each run is a process of its own, one after the other. The same command again goes on where it ended.
+Each run is a process of its own, one after the other. The same command again goes on where it ended. A seed is that of data
+order and sampling; data and initial weights are the recipe's.
 """
 
 import difflib
@@ -28,9 +29,9 @@ from rlinvariant.config import RUNS, Config, parse
 from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.report import html, tables
 from rlinvariant.report.console import Console, total
-from rlinvariant.report.rundir import RunDir
+from rlinvariant.report.rundir import SCHEMA, RunDir
 from rlinvariant.report.stats import Estimate
-from rlinvariant.report.study import SCHEMA, Study, measured
+from rlinvariant.report.study import Study, measured
 
 CORRECTIONS = {  # TRL's four, by the name of an arm: what becomes of an importance ratio beyond the cap
     "token-truncate": "each token weighted by its ratio, at most the cap",
@@ -85,7 +86,8 @@ OWNED = {  # what the user may not set for all arms, and why
 }
 USAGE = """usage: rlinvariant ablate recipe=NAME [seeds=3] [arms=a,b] [steps=N] [run=NAME] [launch=FILE] [key=value ...]
 
-  seeds   a number of seeds, or a list: seeds=3 is seeds=0,1,2
+  seeds   a number of seeds, or a list: seeds=3 is seeds=0,1,2. They are of data order and sampling; the data and the
+          initial weights are the recipe's, and the same in all runs
   arms    a list of the names below, stale-K and stale-K-CORRECTION with any K
   run     the directory is runs/ablation-NAME; by default the recipe's name. The same command goes on where it ended
   launch  an accelerate configuration, e.g. configs/cpu2.yaml, for runs of several processes; without it each run is one process
@@ -317,12 +319,15 @@ def locked(path: Path) -> Iterator[int]:
 
 @contextmanager
 def _terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM, and a terminal that is closed, end the run that is going on as ctrl-C does."""
+    """SIGTERM, and a terminal that is closed, end the run that is going on as ctrl-C does.
+
+    SIGINT is named too: where it was ignored (a script's background), a run would inherit that and could not be stopped by it.
+    """
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     finally:
@@ -363,7 +368,11 @@ def prepare(run: RunDir, steps: int) -> tuple[bool, str]:
         run.path.mkdir(parents=True, exist_ok=True)
         return False, ""
     config = json.loads(run.config.read_text())
-    reached = max((int(p.name.partition("-")[2]) for p in run.checkpoints.glob("checkpoint-*")), default=0)
+    checkpoints = {int(p.name.partition("-")[2]): p for p in run.checkpoints.glob("checkpoint-*")}
+    for step in [step for step, p in checkpoints.items() if not (p / "trainer_state.json").exists()]:  # written last
+        torn = checkpoints.pop(step)
+        torn.rename(torn.with_name(f"torn-{torn.name}"))
+    reached = max(checkpoints, default=0)
     if 0 < reached < steps and not config.get("staleness", {}).get("value"):
         return True, f"was interrupted; goes on from its checkpoint of step {reached}"
     aside = next(p for n in range(1, 10**6) if not (p := run.path.with_name(f"{run.path.name}.interrupted-{n}")).exists())
@@ -445,17 +454,7 @@ def report(path: Path, console: Console) -> None:
     """Write report.html and summary.json, and print the table: the same numbers in all three."""
     page, study = html.write(path)
     _write(path / "summary.json", summary(study))
-    for note in study.notes:
-        console.print(note)
-    for table in (tables.summary(study), tables.differences(study)):
-        if table is not None:
-            console.print("")
-            for line in table.lines():
-                console.print(line)
-            console.print(table.caption, style="dim")
-    console.print("")
-    for who, what in tables.sentences(study):
-        console.print(f"{who}: {what}")
+    tables.show(study, console)
     console.print(f"report: {page}")
 
 

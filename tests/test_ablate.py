@@ -192,23 +192,33 @@ def test_arms_and_seeds_are_added_to_what_is_there():
         extended(plan("run=x"))
 
 
+def checkpoint(run: RunDir, step: int, whole: bool = True) -> None:
+    """As a trainer leaves it: the state comes last."""
+    path = run.checkpoints / f"checkpoint-{step}"
+    path.mkdir(parents=True)
+    for name in ["model.safetensors", *(["trainer_state.json"] if whole else [])]:
+        (path / name).touch()
+
+
 def test_an_interrupted_run_goes_on_or_is_set_aside_and_nothing_is_lost():
     wanted = plan("arms=exact,stale-2", "seeds=1", "steps=20", "run=x")
     exact, old = wanted.arms
     run = wanted.run_dir(exact, 0)
     assert prepare(run, 20) == (False, "") and run.path.is_dir()
     written(wanted, exact, 0, finished=False)
-    (run.checkpoints / "checkpoint-10").mkdir(parents=True)
+    checkpoint(run, 10)
+    checkpoint(run, 15, whole=False)
     resume, note = prepare(run, 20)
+    assert (run.checkpoints / "torn-checkpoint-15").is_dir() and not (run.checkpoints / "checkpoint-15").exists()
     assert resume and note == "was interrupted; goes on from its checkpoint of step 10"
-    (run.checkpoints / "checkpoint-20").mkdir()  # all steps done, but what follows them is not
+    checkpoint(run, 20)  # all steps done, but what follows them is not
     resume, note = prepare(run, 20)
     assert not resume and "starts anew, and what there was is in runs/ablation-x/exact/seed-0.interrupted-1" in note
     assert (run.path.with_name("seed-0.interrupted-1") / "checkpoints/checkpoint-10").is_dir() and not run.config.exists()
     written(wanted, exact, 0, finished=False)
     assert prepare(run, 20)[1].endswith("seed-0.interrupted-2")
     run = written(wanted, old, 0, finished=False)
-    (run.checkpoints / "checkpoint-10").mkdir(parents=True)
+    checkpoint(run, 10)
     assert not prepare(run, 20)[0], "older weights are in no checkpoint"
 
 
@@ -255,7 +265,10 @@ def test_if_the_first_run_fails_no_other_starts(fake, capsys):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_stops_the_run_and_says_how_to_go_on(number, fake, capsys):
+@pytest.mark.parametrize("inherited", [signal.default_int_handler, signal.SIG_IGN])
+def test_an_interrupt_stops_the_run_and_says_how_to_go_on(number, inherited, fake, capsys):
+    """Also where SIGINT was ignored, as in a script's background: the run must not inherit that."""
+    before = signal.signal(signal.SIGINT, inherited)
     fake("(run / 'pid').write_text(str(os.getpid())); print('started', flush=True); time.sleep(600)")
     pid = Path("runs/ablation-x/exact/seed-0/pid")
 
@@ -265,13 +278,19 @@ def test_an_interrupt_stops_the_run_and_says_how_to_go_on(number, fake, capsys):
         os.kill(os.getpid(), number)
 
     threading.Thread(target=interrupt, daemon=True).start()
-    assert ablate.ablate(SMALL) == 130
+    began = time.monotonic()
+    try:
+        assert ablate.ablate(SMALL) == 130
+        assert signal.getsignal(signal.SIGINT) == inherited and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert time.monotonic() - began < 15, "the run did not take its SIGINT"
     out = capsys.readouterr().out
     command = "rlinvariant ablate recipe=arithmetic seeds=0,1 arms=exact,drift run=x steps=3"
+    assert "[1/4] exact, seed 0: stopped after" in out
     assert f"stopped: 0 of 4 runs are done and kept; go on with\n  {command}\n" in out
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid.read_text()), 0)
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_two_ablations_in_one_directory_are_refused(fake):

@@ -81,6 +81,9 @@ class Console:
             with self._heartbeat(text, total) if self.plain else self._spinner(text, total) as advance:
                 yield advance
             outcome = "done in"
+        except KeyboardInterrupt:
+            outcome = "stopped after"
+            raise
         finally:
             self.print(f"{text}: {outcome} {_duration(time.monotonic() - start)}")
 
