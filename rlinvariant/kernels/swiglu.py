@@ -21,7 +21,7 @@ def _forward(gate_ptr, up_ptr, y_ptr, d, per_row, gate_row, up_row, BLOCK: tl.co
 
 @triton.jit
 def _backward(
-    dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, d, per_row, gate_row, up_row, BLOCK: tl.constexpr
+    dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, d, per_row, gate_row, up_row, out_row, BLOCK: tl.constexpr
 ):  # fmt: skip
     row, col = (tl.program_id(0) // per_row).to(tl.int64), tl.program_id(0) % per_row * BLOCK + tl.arange(0, BLOCK)
     live = col < d
@@ -31,8 +31,8 @@ def _backward(
     sigmoid = 1.0 / (1.0 + tl.exp(-gate))
     silu = gate * sigmoid
     dgate = dy * up * (sigmoid + silu * (1.0 - sigmoid))
-    tl.store(dgate_ptr + row * d + col, dgate.to(dgate_ptr.dtype.element_ty), mask=live)
-    tl.store(dup_ptr + row * d + col, (dy * silu).to(dup_ptr.dtype.element_ty), mask=live)
+    tl.store(dgate_ptr + row * out_row + col, dgate.to(dgate_ptr.dtype.element_ty), mask=live)
+    tl.store(dup_ptr + row * out_row + col, (dy * silu).to(dup_ptr.dtype.element_ty), mask=live)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -47,11 +47,27 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     dgate, dup = (torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) for _ in range(2))
+    _differentiate(dy, gate, up, flat(dgate), flat(dup))
+    return dgate, dup
+
+
+def swiglu_merged(gate_up: Tensor) -> Tensor:
+    return swiglu(*gate_up.chunk(2, -1))
+
+
+def swiglu_merged_backward(dy: Tensor, gate_up: Tensor) -> Tensor:
+    """Both gradients in one tensor, as the product before wants them."""
+    out = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
+    _differentiate(dy, *gate_up.chunk(2, -1), *flat(out).chunk(2, -1))
+    return out
+
+
+def _differentiate(dy: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor) -> None:
     gate, up = flat(gate), flat(up)
     d = gate.shape[-1]
     per_row = triton.cdiv(d, BLOCK)
     if dy.numel():
         _backward[(len(gate) * per_row,)](
-            dy.contiguous(), gate, up, dgate, dup, d, per_row, gate.stride(0), up.stride(0), BLOCK=BLOCK, num_warps=4
-        )
-    return dgate, dup
+            dy.contiguous(), gate, up, dgate, dup, d, per_row, gate.stride(0), up.stride(0), dgate.stride(0), BLOCK=BLOCK,
+            num_warps=4,
+        )  # fmt: skip

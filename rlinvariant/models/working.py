@@ -36,10 +36,10 @@ def use_working_copies(model: Any, dtype: torch.dtype) -> Any:
         if hasattr(module, "attend"):
             _swap(module, group(module.q_proj, module.k_proj, module.v_proj), forward=_attention)
         elif hasattr(module, "gate_and_up"):
-            _swap(module, group(module.gate_proj, module.up_proj), gate_and_up=lambda self, x: self.projections(x))
+            _swap(module, group(module.gate_proj, module.up_proj), forward=_mlp)
     for module in decoder.modules():
         if getattr(type(module), "stock", None) is nn.Linear and module not in merged:
-            _swap(module, group(module), forward=lambda self, x: self.projections(x)[0])
+            _swap(module, group(module), forward=lambda self, x: self.projections(x))
     copies = [copy for g in groups for copy in g.parts]
     masters = [linear.weight for g in groups for linear in g.linears]
 
@@ -59,7 +59,12 @@ def _swap(module: Any, projections: "_Group", **methods: Any) -> None:
 
 
 def _attention(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-    return self.attend(*self.projections(hidden_states), *args, **kwargs)
+    projections = self.projections
+    return self.attend(*projections(hidden_states).split(projections.sizes, -1), *args, **kwargs)
+
+
+def _mlp(self: Any, x: Tensor) -> Tensor:
+    return self.down_proj(ops.swiglu_merged(self.projections(x)))
 
 
 class _Group:
@@ -73,10 +78,11 @@ class _Group:
         # and if the weights have moved in between, the masters that the product saves say so.
         self.parts = self.copy.data.split(self.sizes)
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [*, K] -> [*, sum of N]."""
         biases = [linear.bias for linear in self.linears if linear.bias is not None]
         bias = torch.cat([b.to(x.dtype) for b in biases]) if biases else None
-        return _Product.apply(x, self.copy, bias, *(linear.weight for linear in self.linears)).split(self.sizes, -1)
+        return _Product.apply(x, self.copy, bias, *(linear.weight for linear in self.linears))
 
 
 class _Product(torch.autograd.Function):

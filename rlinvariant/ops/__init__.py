@@ -8,7 +8,7 @@ from rlinvariant.ops.linear import linear
 from rlinvariant.ops.qk_norm_rope import qk_norm_rope
 from rlinvariant.ops.rms_norm import add_rms_norm, rms_norm
 from rlinvariant.ops.rope import rope
-from rlinvariant.ops.swiglu import swiglu
+from rlinvariant.ops.swiglu import swiglu, swiglu_merged
 from rlinvariant.ops.token_logprobs import log_softmax, sample, token_logprobs
 
 __all__ = [
@@ -22,5 +22,6 @@ __all__ = [
     "rope",
     "sample",
     "swiglu",
+    "swiglu_merged",
     "token_logprobs",
 ]

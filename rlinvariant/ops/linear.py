@@ -143,10 +143,28 @@ def gradients(
     """
     rows, flat = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
     dx = (rows @ weight).view(x.shape) if needed[0] else None
-    wide: dict[str, Any] = {"out_dtype": dtype} if dy.is_cuda and dtype == torch.float32 != dy.dtype else {}
-    dw = torch.mm(rows.t(), flat, **wide).to(dtype) if needed[1] else None
+    dw = _product(rows.t(), flat, dtype) if needed[1] else None
     db = rows.float().sum(0).to(bias) if bias is not None and needed[2] else None
     return dx, dw, db
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    wide: dict[str, Any] = {"out_dtype": dtype} if _stores_wide(a, dtype) else {}
+    return torch.mm(a, b, **wide).to(dtype)
+
+
+def _stores_wide(a: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the GEMM can store the fp32 sums of narrower operands: cuBLAS can."""
+    return a.is_cuda and dtype == torch.float32 != a.dtype
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total [M, N] += a [M, K] b [K, N], by a stock GEMM; in total's dtype from the accumulator on where it can."""
+    if _stores_wide(a, total.dtype):
+        mm: Any = torch.addmm
+        mm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += a @ b
 
 
 _linear = define(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rlinvariant.kernels import cpu
-from rlinvariant.ops.linear import linear
+from rlinvariant.ops.linear import add_product, linear
 from rlinvariant.ops.register import define, require_dtype
 
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 29}  # logits held at a time
@@ -149,7 +149,7 @@ def _backward(ctx, dlogprobs: Tensor | None, dentropy: Tensor | None):
         gent = None if dentropy is None else dentropy[c]
         dlogits = _row_logprobs_backward(logits, ids[c], temperatures[c], dlogprobs[c], gent)
         torch.mm(dlogits, w, out=dhidden[c])
-        dweight += dlogits.t() @ hidden[c]
+        add_product(dweight, dlogits.t(), hidden[c])
     return dhidden, dweight.to(weight.dtype), None, None
 
 

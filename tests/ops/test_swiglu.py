@@ -48,6 +48,18 @@ def test_swiglu_gradient_is_batch_invariant(dtype):
     ladders.assert_needle(gradient, gate, up, randn(1024, 100, dtype=dtype, seed=2))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_halves_of_one_tensor_give_the_bits_of_two(width, dtype):
+    gate, up = operands(37, width, dtype)
+    dy = randn(37, width, dtype=dtype, seed=2)
+    two, one = (gate.requires_grad_(), up.requires_grad_()), torch.cat([gate, up], -1).detach().requires_grad_()
+    y, merged = ops.swiglu(*two), ops.swiglu_merged(one)
+    assert_bits_equal(merged, y, "swiglu")
+    (gradient,) = torch.autograd.grad(merged, one, dy)
+    assert_bits_equal(gradient, torch.cat(torch.autograd.grad(y, two, dy), -1), "its gradient")
+
+
 def test_batch_size_control():
     inputs = [operands(1024, width, torch.float32) for width in (100, 3072, 7)]
     ladders.assert_control(ladders.assert_batch_invariant, scalar_tail, [(stock, x) for x in inputs])

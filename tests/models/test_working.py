@@ -1,0 +1,118 @@
+"""Working copies of the trainer's weights: the same bits as the masters cast at use, the masters' gradients, never stale."""
+
+import copy
+import importlib
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlinvariant.bits import assert_bits_equal, compare
+from rlinvariant.models import make_invariant, require_exact, use_working_copies
+from rlinvariant.trainer.packing import pack
+from tests.models.test_patch import build, logprobs, sequences
+from tests.parity.device import CUDA, DEVICE
+
+
+@pytest.fixture(autouse=True)
+def one_route(monkeypatch):
+    """On a CPU a product's bits depend on its shape's route, which is why only a GPU's trainer merges: take one for all."""
+    if not CUDA:
+        monkeypatch.setattr(importlib.import_module("rlinvariant.ops.linear"), "is_exact", lambda *_: False)
+
+
+@pytest.fixture(params=["llama tied", "qwen2", "qwen3"])  # the first two with biases
+def pair(request) -> tuple[Any, Any]:
+    """The same patched model, casting its weights at use, and with working copies."""
+    plain = make_invariant(build(request.param))
+    return plain, use_working_copies(copy.deepcopy(plain), torch.bfloat16)
+
+
+def step(model: Any, factor: float = 1.01) -> None:
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(factor)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_bits_and_gradients_are_those_of_the_masters(pair, checkpointing):
+    found = []
+    for model in pair:
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.train()
+        values, _ = logprobs(model, sequences())
+        values.sum().backward()
+        found.append(values.detach())
+    assert_bits_equal(found[1], found[0], "log-probs")
+    for (name, p), q in zip(pair[0].named_parameters(), pair[1].parameters(), strict=True):
+        assert p.grad is not None and q.grad is not None and q.grad.dtype == torch.float32, name
+        assert (p.grad - q.grad).norm() < 0.02 * p.grad.norm(), name  # bf16 on the way, in another order
+
+
+def test_an_optimizer_step_is_seen(pair):
+    plain, working = pair
+    with torch.no_grad():
+        before, _ = logprobs(working, sequences())
+        for model in pair:
+            step(model)
+        after, _ = logprobs(working, sequences())
+        assert_bits_equal(after, logprobs(plain, sequences())[0], "log-probs after a step")
+    assert compare(after, before) is not None
+
+
+def test_copies_that_nobody_refreshes_are_seen(pair):
+    """Control of the test above."""
+    plain, working = pair
+    working.base_model._forward_pre_hooks.clear()
+    for model in pair:
+        step(model)
+    with torch.no_grad():
+        assert compare(logprobs(working, sequences())[0], logprobs(plain, sequences())[0]) is not None
+
+
+def test_weights_that_move_before_the_backward_are_refused(pair):
+    values, _ = logprobs(pair[1], sequences())
+    step(pair[1])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        values.sum().backward()
+
+
+def test_two_forwards_may_come_before_one_backward(pair):
+    first, second = (logprobs(pair[1], sequences())[0] for _ in range(2))
+    (first.sum() + second.sum()).backward()
+
+
+def test_a_frozen_weight_gets_no_gradient(pair):
+    frozen = pair[1].model.layers[0].self_attn.k_proj.weight.requires_grad_(False)
+    logprobs(pair[1], sequences())[0].sum().backward()
+    assert frozen.grad is None and pair[1].model.layers[0].self_attn.v_proj.weight.grad.abs().sum() > 0
+
+
+def test_names_stay_and_the_audit_passes(pair, tmp_path):
+    plain, working = pair
+    require_exact(working)
+    assert list(working.state_dict()) == list(plain.state_dict())
+    working.save_pretrained(tmp_path)
+    loaded = type(build("llama")).from_pretrained(tmp_path) if "Llama" in type(plain).__name__ else None
+    assert loaded is None or loaded.config.architectures == ["LlamaForCausalLM"]
+
+
+def padded() -> tuple[Tensor, Tensor, int]:
+    mask = torch.tensor([[0, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]], device=DEVICE)
+    return torch.arange(1, 19, device=DEVICE).view(3, 6) * mask, mask, 4
+
+
+@pytest.mark.parametrize("multiple", [1, 13, 64])
+def test_rows_are_filled_up_by_a_sequence_that_changes_nothing(pair, multiple):
+    batch = pack(*padded(), multiple)
+    ids, cu = batch.inputs["input_ids"], batch.inputs["cu_seq_lens_q"]
+    assert isinstance(ids, Tensor) and isinstance(cu, Tensor)
+    assert ids.shape[1] % multiple == 0 and int(cu[-1]) == ids.shape[1] and len(batch.token_ids) == 3 + 4 + 1
+    found = []
+    for b in (batch, pack(*padded())):
+        with torch.no_grad():
+            values, _ = pair[1](**b.inputs, token_ids=b.token_ids, predicted_from=b.predicted_from, temperature=0.7)
+        found.append(b.unpack(values))
+    assert_bits_equal(found[0], found[1], f"log-probs, rows a multiple of {multiple}")
