@@ -208,7 +208,8 @@ class Recipe:
 def recipe_names() -> list[str]:
     """Files of the `recipes` package, which is found, not imported: no recipe is a dependency of this module."""
     spec = importlib.util.find_spec("recipes")
-    return sorted(module.name for module in pkgutil.iter_modules(spec.submodule_search_locations if spec else []))
+    names = (module.name for module in pkgutil.iter_modules(spec.submodule_search_locations if spec else []))
+    return sorted(name for name in names if not name.startswith("_"))  # _tiny.py and the like: what recipes share
 
 
 @functools.cache

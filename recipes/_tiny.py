@@ -1,0 +1,199 @@
+"""What the procedural recipes share: a character tokenizer, a tiny Qwen3, problems drawn without a leak, a warm start.
+
+A recipe says what a problem is (`Task`), how an answer is graded, and its defaults; two CPU cores do the rest in minutes.
+"""
+
+import inspect
+import json
+import random
+import string
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import chz
+
+from rlinvariant.config import Config
+from rlinvariant.config import Data as BaseData
+from rlinvariant.errors import UserError
+from rlinvariant.warmstart import warm_start
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+DEFAULTS = {
+    "steps": 120,
+    "trainer.learning_rate": 6e-4,
+    "trainer.adam_beta2": 0.99,  # a run of 120 steps is short for 0.999
+    "trainer.warmup_steps": 10,
+    "trainer.num_generations": 8,
+    "trainer.per_device_train_batch_size": 128,  # 16 prompts x 8 samples
+    "trainer.max_completion_length": 48,
+    "trainer.loss_type": "dapo",
+    "trainer.gradient_checkpointing": False,  # the model is small
+    "sampler.max_model_len": 128,
+    "sampler.max_num_seqs": 128,
+    "sampler.kv_cache_gib": 0.5,
+}
+
+
+@chz.chz
+class Data(BaseData):
+    train_size: int = chz.field(default=8192, doc="Training prompts.")
+    eval_size: int = chz.field(default=256, doc="Held-out prompts; no problem of theirs, however written, is trained on.")
+    seed: int = chz.field(default=0, doc="Of the problems and of the supervised stage.")
+    path: str | None = chz.field(default=None, doc="JSON lines, one problem each, in place of drawn training problems.")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A kind of problem. A problem is whatever `draw` returns, hashable and sortable.
+
+    Args:
+        name: of the warm start's directory.
+        ranges: key of `Data` -> (least, most) of what `draw` depends on.
+        problems: how many different problems there are, at least; called when `ranges` are kept.
+        draw: draws one problem.
+        row: a problem as a row of the dataset: `prompt`, and what the reward needs.
+        solution: what the supervised stage teaches as the completion of a problem.
+        same: one representative of the problems that give each other's answer away.
+        columns: those of `row`; a file of `data.path` must have them.
+        stop_at, max_steps: of `warmstart.supervised`.
+    """
+
+    name: str
+    ranges: Mapping[str, tuple[int, int]]
+    problems: Callable[[], float]
+    draw: Callable[[random.Random], Any]
+    row: Callable[[Any], dict[str, Any]]
+    solution: Callable[[Any], str]
+    same: Callable[[Any], Any] = lambda problem: problem
+    columns: tuple[str, ...] = ("prompt", "answer")
+    stop_at: float = 0.3
+    max_steps: int = 800
+
+    def check(self, config: Config) -> list[str]:
+        """What is wrong with `data.*`, one line each; reads the first line of `data.path`."""
+        data, errors = config.data, []
+        sizes = {"train_size": (1, 10**7), "eval_size": (1, 10**5), "seed": (0, 2**32 - 1)}
+        for key, (least, most) in {**self.ranges, **sizes}.items():
+            if not least <= (value := getattr(data, key)) <= most:
+                errors.append(f"data.{key}={value}: expected {least} to {most}")
+        if not errors and data.eval_size > 0.1 * self.problems():
+            keys = " ".join(f"data.{key}={getattr(data, key)}" for key in self.ranges)
+            errors.append(f"data.eval_size={data.eval_size}: too many for {keys}; lower one or raise the other")
+        if data.path is not None and not Path(data.path).is_file():
+            errors.append(f"data.path={data.path}: no such file; give a JSON lines file with {self._columns}")
+        elif data.path is not None:
+            with open(data.path, encoding="utf-8", errors="replace") as file:
+                if not self._complete(file.readline()):
+                    errors.append(f"data.path={data.path}, line 1: expected a JSON object with {self._columns}")
+        return errors
+
+    def datasets(self, config: Config) -> "tuple[Dataset, Dataset]":
+        """(training problems, held-out problems), the same for the same `data.*`."""
+        from datasets import Dataset, load_dataset
+
+        held_out = self.held_out(config)
+        evaluation = Dataset.from_list([self.row(problem) for problem in sorted(held_out)])
+        if config.data.path is not None:
+            train = load_dataset("json", data_files=config.data.path, split="train")
+            for column in self.columns:
+                if column not in train.column_names and column != "prompt":  # the trainer looks for that one
+                    found = ", ".join(train.column_names)
+                    raise UserError(f"data.path={config.data.path}: no `{column}`; columns found: {found}")
+            return train, evaluation
+        generator = random.Random(f"train {config.data.seed}")
+        train = [self.row(self._training_problem(generator, held_out)) for _ in range(config.data.train_size)]
+        return Dataset.from_list(train), evaluation
+
+    def held_out(self, config: Config) -> set[Any]:
+        """`eval_size` problems, each the representative of its kind."""
+        generator, problems = random.Random(f"eval {config.data.seed}"), set()
+        while len(problems) < config.data.eval_size:
+            problems.add(self.same(self.draw(generator)))
+        return problems
+
+    def prepare_model(self, config: Config) -> str:
+        """The directory of a tiny model that gets about `stop_at` of its samples right."""
+        held_out = self.held_out(config)
+
+        def example(generator: random.Random) -> tuple[str, str]:
+            problem = self._training_problem(generator, held_out)
+            return self.row(problem)["prompt"], self.solution(problem)
+
+        key = {name: getattr(config.data, name) for name in (*self.ranges, "eval_size")}
+        return warm_start(
+            self.name,
+            build_model,
+            example,
+            key=key | {"task": Path(inspect.getfile(self.solution)).read_text()},
+            stop_at=self.stop_at,
+            max_steps=self.max_steps,
+            batch_size=32,
+            learning_rate=3e-3,
+            seed=config.data.seed,
+        )
+
+    def _training_problem(self, generator: random.Random, held_out: set[Any]) -> Any:
+        while self.same(problem := self.draw(generator)) in held_out:
+            pass
+        return problem
+
+    @property
+    def _columns(self) -> str:
+        *most, last = (f"`{column}`" for column in self.columns)
+        return f"{', '.join(most)} and {last}"
+
+    def _complete(self, line: str) -> bool:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            return False
+        return isinstance(row, dict) and row.keys() >= set(self.columns)
+
+
+def build_tokenizer() -> Any:
+    """One token per printable ASCII character, `<pad>`, `<bos>` (put before every prompt), `<eos>` and `<unk>`."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "<bos>", "<eos>", "<unk>"]
+    characters = string.digits + string.ascii_letters + string.punctuation + " \n"
+    vocabulary = {token: index for index, token in enumerate([*special, *characters])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        model_max_length=256,
+    )
+
+
+def build_model() -> tuple[Any, Any]:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    tokenizer = build_tokenizer()
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=64,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return Qwen3ForCausalLM(config), tokenizer
