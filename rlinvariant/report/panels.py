@@ -66,7 +66,7 @@ PANELS = (
     Panel(ON_POLICY, "Weight updates since the rollout", ("onpolicy/weight_version_lag",), "optimizer steps", "from zero",
           "0: sampled from the newest weights."),
     Panel(LEARNING, "Reward", ("reward/mean",), "mean of the step", "linear",
-          "Does drift cost reward here? The tables below say so with an interval."),
+          "Does drift cost reward here? The second table answers with an interval."),
     Panel(LEARNING, "Entropy of the policy", ("policy/entropy",), "nats per token", "from zero",
           "A fall to 0 is a policy that no longer explores."),
     Panel(LEARNING, "Gradient norm", ("optim/grad_norm",), "before clipping", "log",

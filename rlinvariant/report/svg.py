@@ -12,8 +12,8 @@ import numpy as np
 from rlinvariant.report.panels import Scale
 from rlinvariant.report.stats import Estimate
 
-WIDTH, HEIGHT = 520, 236
-LEFT, TOP, BOTTOM = 66, 10, 30
+WIDTH, HEIGHT = 520, 240
+LEFT, TOP, BOTTOM = 66, 10, 34
 ZERO = 20  # height of the band that shows an exact 0 on a log axis
 GAP = 9  # between that band and the axis
 LABEL = 13  # distance of two direct labels
@@ -90,7 +90,7 @@ def chart(title: str, unit: str, lines: Sequence[Line], scale: Scale) -> str:
         parts.append(
             f'<path class="axis" d="M{x:.1f} {floor}v4"/><text class="step" x="{x:.1f}" y="{floor + 16}">{step:,}</text>'
         )
-    parts.append(f'<path class="axis" d="M{x0} {floor}H{x1:.1f}"/><text class="name" x="{x1:.1f}" y="{HEIGHT - 2}">step</text>')
+    parts.append(f'<path class="axis" d="M{x0} {floor}H{x1:.1f}"/><text class="name" x="{x1:.1f}" y="{HEIGHT - 5}">step</text>')
     drawn = [(line, across(line.steps), [axis.place(x) for x in (line.mean, line.low, line.high)]) for line in thin]
     for line, x, (_, low, high) in drawn:
         if path := _band(x, low, high, axis, line):
