@@ -30,7 +30,7 @@ from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.report import html, tables
 from rlinvariant.report.console import Console, total
 from rlinvariant.report.rundir import SCHEMA, RunDir
-from rlinvariant.report.stats import Estimate
+from rlinvariant.report.stats import Estimate, Measure
 from rlinvariant.report.study import Study, measured
 
 CORRECTIONS = {  # TRL's four, by the name of an arm: what becomes of an importance ratio beyond the cap
@@ -461,18 +461,19 @@ def report(path: Path, console: Console) -> None:
 def summary(study: Study) -> dict[str, Any]:
     """Every number of the tables with its interval, and where it comes from; null where there is none."""
 
-    def numbers(found: Estimate) -> dict[str, Any]:
-        known = {"mean": found.mean, "low": found.low, "high": found.high}
+    def numbers(found: Estimate, measure: Measure) -> dict[str, Any]:
+        scale = 100 if measure.style == "percent" else 1
+        known = {"mean": scale * found.mean, "low": scale * found.low, "high": scale * found.high}
         return {key: value if math.isfinite(value) else None for key, value in known.items()} | {"seeds": found.n}
 
     arms = {}
     for arm in study.arms:
         counts = {name: total(arm.rows, f"onpolicy/{name}_tokens") for name in ("mismatched", "compared")}
         arms[arm.name] = {"description": arm.description, "overrides": list(arm.overrides), "tokens": counts}
-        arms[arm.name] |= {"measures": {m.title: numbers(arm.estimate(m)) for m in measured(study)}}
+        arms[arm.name] |= {"measures": {m.title: numbers(arm.estimate(m), m) for m in measured(study)}}
         if study.reference is not None and arm is not study.reference:
-            against = {m.title: arm.against(study.reference, m) for m in measured(study)}
-            said = {title: numbers(v.difference) | {"verdict": v.text} for title, v in against.items()}
+            against = {m: arm.against(study.reference, m) for m in measured(study)}
+            said = {m.title: numbers(v.difference, m) | {"verdict": v.text} for m, v in against.items()}
             arms[arm.name]["minus exact, by seed"] = said
     first = next((run.environment for _, run in study.runs if run.environment), {})
     environment = {key: first.get(key) for key in ("cpu", "packages", "git", "threads")}

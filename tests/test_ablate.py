@@ -1,6 +1,8 @@
 """`rlinvariant ablate`: what it runs and refuses, how it goes on, and one small ablation of real runs."""
 
+import contextlib
 import fcntl
+import io
 import json
 import os
 import signal
@@ -14,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from rlinvariant import ablate
+from rlinvariant import ablate, cli
 from rlinvariant.ablate import ARMS, CORRECTIONS, Plan, checked, extended, prepare, read, refuse_mixed, stale
 from rlinvariant.config import TRAINER_CHOICES, parse
 from rlinvariant.errors import ConfigErrors, UserError
@@ -315,21 +317,21 @@ def test_a_run_that_outlives_its_ablate_keeps_the_lock(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def small(arithmetic_dir, tmp_path_factory) -> tuple[Path, list[subprocess.CompletedProcess[str]]]:
-    """Two arms, one seed, two steps; and the same command again."""
-    directory = tmp_path_factory.mktemp("ablation")
+def small(arithmetic_dir, tmp_path_factory) -> tuple[Path, list[str]]:
+    """Two arms, one seed, two steps; and the same command again. What each printed."""
+    directory, printed = tmp_path_factory.mktemp("ablation"), []
     argv = [TINY, f"model={arithmetic_dir}", "seeds=1", "arms=exact,stale-1", "steps=2", "wandb.mode=disabled"]
-    command = [sys.executable, "-m", "rlinvariant.cli", "ablate", *argv]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    runs = [
-        subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, timeout=300) for _ in range(2)
-    ]
-    return directory / "runs/ablation-tiny_recipe", runs
+    for _ in range(2):
+        output = io.StringIO()
+        with contextlib.chdir(directory), contextlib.redirect_stdout(output):
+            code = cli.ablate(argv)
+        assert code == 0, output.getvalue()
+        printed.append(output.getvalue())
+    return directory / "runs/ablation-tiny_recipe", printed
 
 
 def test_a_small_ablation_leaves_its_files_and_prints_its_table(small):
     path, (first, second) = small
-    assert first.returncode == 0, first.stdout + first.stderr
     spec = json.loads((path / "ablation.json").read_text())
     assert spec["arms"][1]["overrides"] == list(stale(1).overrides) and (spec["steps"], spec["seeds"]) == (2, [0])
     rows = {name: read_metrics(path / name / "seed-0") for name in ("exact", "stale-1")}
@@ -345,15 +347,14 @@ def test_a_small_ablation_leaves_its_files_and_prints_its_table(small):
         assert "mismatched" in (path / name / "seed-0/log.txt").read_text()
     assert "staleness=1" in (path / "stale-1/seed-0/log.txt").read_text()
     compared = sum(row["onpolicy/compared_tokens"] for row in rows["exact"])
-    assert f"0 / {compared:,}" in first.stdout and "[2/2] stale-1, seed 0: done in" in first.stdout
+    assert f"0 / {compared:,}" in first and "[2/2] stale-1, seed 0: done in" in first
     summary = json.loads((path / "summary.json").read_text())
     assert summary["arms"]["exact"]["tokens"] == {"mismatched": 0, "compared": compared}
-    assert "one seed: no interval" in first.stdout and (path / "report.html").stat().st_size > 10_000
+    assert "one seed: no interval" in first and (path / "report.html").stat().st_size > 10_000
 
 
 def test_the_same_command_again_runs_nothing_and_reports(small):
     _, (first, second) = small
-    assert second.returncode == 0, second.stdout + second.stderr
-    head, *rest = second.stdout.splitlines()
-    assert head.endswith("2 of 2 runs done before") and "seed 0: done" not in second.stdout
-    assert rest == first.stdout.splitlines()[-len(rest) :]
+    head, *rest = second.splitlines()
+    assert head.endswith("2 of 2 runs done before") and "seed 0: done" not in second
+    assert rest == first.splitlines()[-len(rest) :]
