@@ -3,7 +3,8 @@ for (const chart of document.querySelectorAll("svg.chart[data-x]")) {
   const figure = chart.closest("figure"), cursor = chart.querySelector(".cursor");
   const [left, right, first, last] = chart.dataset.x.split(" ").map(Number);
   let lines = null, tip = null;
-  const number = (x) => (x === null ? "no number" : x === 0 ? "0" : String(x));
+  const number = (x) =>
+    x === null ? "no number" : x !== 0 && (Math.abs(x) < 1e-3 || Math.abs(x) >= 1e6) ? x.toExponential() : String(x);
   const nearest = (points, step) => {
     let low = 0, high = points.length - 1;
     while (low < high) {

@@ -1,0 +1,156 @@
+"""W&B and TensorBoard hold what metrics.jsonl holds; the W&B views are made of the panels."""
+
+import importlib.util
+import json
+import math
+import struct
+from pathlib import Path
+
+import pytest
+
+from rlinvariant.errors import UserError
+from rlinvariant.report import dashboard, wandb_log
+from rlinvariant.report.panels import CORRECTION, PANELS
+from rlinvariant.report.rundir import read_metrics
+from tests.report.runs import write_ablation, write_run
+
+
+@pytest.fixture(autouse=True)
+def no_login(monkeypatch, tmp_path):
+    """Whatever the machine has: no key, no netrc."""
+    for name in ("WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path))
+
+
+def plots(view: dict) -> list[dict]:
+    """The configurations of all line plots in a view."""
+    if isinstance(view, list):
+        return [plot for item in view for plot in plots(item)]
+    if not isinstance(view, dict):
+        return []
+    mine = [view["config"]] if view.get("viewType") == "Run History Line Plot" else []
+    return mine + [plot for item in view.values() for plot in plots(item)]
+
+
+def history(run: Path) -> list[dict]:
+    """The rows in a W&B run's own file: protocol buffers in LevelDB's log format, which wandb has no reader of in Python.
+
+    Blocks of 32 KiB hold chunks, each with 7 bytes ahead: checksum, length, kind (1 whole, 2 first, 3 middle, 4 last part).
+    """
+    from wandb.proto import wandb_internal_pb2
+
+    (file,) = run.glob("*.wandb")
+    data, at, record, rows = file.read_bytes(), 7, b"", []  # 7 bytes: what the file is
+    while at + 7 <= len(data):
+        if (left := 2**15 - at % 2**15) < 7:
+            at += left
+            continue
+        length, kind = struct.unpack("<HB", data[at + 4 : at + 7])
+        record += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):
+            found, record = wandb_internal_pb2.Record.FromString(record), b""  # pyright: ignore[reportAttributeAccessIssue]
+            if found.WhichOneof("record_type") == "history":
+                items = found.history.item
+                rows.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})
+    return rows
+
+
+def test_views_have_every_panel_of_the_page(tmp_path):
+    arms = {"exact": ["invariance=exact"], "drift-token": ["invariance=off", f"{CORRECTION}=true"]}
+    path = write_ablation(tmp_path / "ablation-a", arms=arms)
+    said = dashboard.push(path)
+    assert said[-1] == "W&B: no login, so nothing was pushed; run `wandb login` and this again"
+    for name in ("workspace", "report"):
+        file = path / "dashboard" / f"{name}.json"
+        view = json.loads(file.read_text())
+        found = plots(view)
+        assert [tuple(plot["metrics"]) for plot in found] == [panel.keys for panel in PANELS]
+        assert [bool(plot.get("yLogScale")) for plot in found] == [panel.scale.startswith("log") for panel in PANELS]
+        for plot, panel in zip(found, PANELS, strict=True):
+            assert plot["chartTitle"].startswith(panel.title)
+            assert plot.get("expressions", [None])[0] == (
+                None if len(panel.keys) == 1 else " / ".join("${" + key + "}" for key in panel.keys)
+            )
+        text = file.read_text()
+        assert '"ablation-a"' in text and '"jobType"' in text
+    assert "mismatched 0 / 3,840 tokens, coverage 1" in text
+
+
+def test_a_view_of_runs_without_a_correction_has_no_panel_of_it(tmp_path):
+    write_run(tmp_path / "run", 0)
+    dashboard.push(tmp_path / "run")
+    view = json.loads((tmp_path / "run" / "dashboard" / "workspace.json").read_text())
+    assert len(plots(view)) == len([panel for panel in PANELS if panel.arms == "all"]) < len(PANELS)
+
+
+def test_a_killed_run_is_replayed_whole(tmp_path):
+    """W&B and TensorBoard get every row, NaN too, with the step it has; a second time TensorBoard has it once."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def odd(of: dict) -> dict:
+        return of | ({"policy/entropy": math.nan, "optim/grad_norm": math.inf} if of["step"] == 3 else {})
+
+    run = write_run(tmp_path / "run", 0, steps=5, drift=0.01, finished=False, change=odd)
+    with run.metrics.open("a") as file:
+        file.write('{"step": 6, "reward/me')
+    said = [dashboard.sync(run.path) for _ in range(2)][-1]
+    assert "5 steps to W&B, offline; send it with: wandb sync" in said[0] and "5 steps to TensorBoard" in said[1]
+    rows = read_metrics(run.path)
+    for logged in (run.path / "wandb").glob("offline-run-*"):
+        found = history(logged)
+        assert [row["_step"] for row in found] == [1, 2, 3, 4, 5]
+        for row, mine in zip(rows, found, strict=True):
+            assert {k: v for k, v in row.items() if math.isfinite(v)} == {
+                k: mine[k] for k, v in row.items() if math.isfinite(v)
+            }
+        assert repr(found[2]["policy/entropy"]) in ("nan", "'NaN'")
+    events = EventAccumulator(str(run.path / "tensorboard"))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == set(rows[0]) - {"step"}
+    assert [(e.step, e.value) for e in events.Scalars("onpolicy/mismatched_tokens")] == [
+        (row["step"], row["onpolicy/mismatched_tokens"]) for row in rows
+    ]
+
+
+def test_every_run_of_an_ablation_is_replayed_and_what_has_no_step_is_named(tmp_path):
+    path = write_ablation(tmp_path / "ablation-a", seeds=[0])
+    write_run(path / "none", 0, steps=0, finished=False)
+    write_run(path / "drift" / "seed-1", 1, steps=0, finished=False)
+    spec = json.loads((path / "ablation.json").read_text())
+    (path / "ablation.json").write_text(json.dumps(spec | {"seeds": [0, 1]}))
+    said = dashboard.sync(path)
+    assert sum("steps to W&B" in line for line in said) == 2 == sum("steps to TensorBoard" in line for line in said)
+    assert f"{path / 'drift' / 'seed-1'}: no step yet, nothing to replay" in said
+
+
+def test_what_is_missing_is_said_with_the_way_to_get_it(tmp_path, monkeypatch):
+    run = write_run(tmp_path / "run", 0, steps=2).path
+    find_spec, absent = importlib.util.find_spec, set[str]()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in absent else find_spec(name))
+    absent.add("wandb")
+    assert dashboard.sync(run)[-1] == f"wandb is not installed; {dashboard.INSTALL}"
+    absent.update({"tensorboard", "wandb_workspaces"})
+    for command in (dashboard.sync, dashboard.push):
+        with pytest.raises(UserError, match=r"install"):
+            command(run)
+
+
+def test_a_login_that_does_not_work_is_one_line_and_loses_nothing(tmp_path, monkeypatch):
+    import wandb
+    from wandb.errors import AuthenticationError
+
+    def refused(**_):
+        raise AuthenticationError("Failed to authenticate with http://127.0.0.1:9:\nno route")
+
+    monkeypatch.setattr(wandb, "login", refused)  # the real one waits ten seconds for a server that is not there
+    run = write_run(tmp_path / "run", 0, steps=2).path
+    for command in (dashboard.push, dashboard.sync):
+        with pytest.raises(UserError, match="there is a W&B login, but it does not work") as raised:
+            command(run)
+        assert "\n" not in str(raised.value)
+    assert (run / "dashboard" / "report.json").is_file()
+    with pytest.raises(UserError, match="wandb.mode=offline"):
+        wandb_log.login("wandb.mode=auto", "wandb.mode=offline")
