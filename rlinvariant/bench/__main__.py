@@ -18,6 +18,7 @@ NAMES = {
     "trainer": ("trainer", "gpu_trainer", "log-probs and their gradients, with peak memory, against TRL's own path"),
     "step": ("step", "gpu_step", "whole steps, exact against stock TRL and stock vLLM"),
     "parity": ("parity", "gpu_parity", "tokens whose log-prob differs: sampler against itself and the trainer, with controls"),
+    "report_speed": ("report_speed", None, "the page of 12 runs x 1,000 steps; what writing the metrics adds to a step"),
     "tune": (None, "tune", "find the tiles of the small matrix products: writes kernels/linear_tiles.json"),
     "report": ("report", "report", "print the results as Markdown"),
 }
@@ -25,7 +26,7 @@ NAMES = {
 
 def main(argv: list[str]) -> int:
     where = {(True, True): "", (True, False): " (CPU)", (False, True): " (GPU)"}
-    names = "\n".join(f"  {n:9} {text}{where[cpu is not None, gpu is not None]}" for n, (cpu, gpu, text) in NAMES.items())
+    names = "\n".join(f"  {n:12} {text}{where[cpu is not None, gpu is not None]}" for n, (cpu, gpu, text) in NAMES.items())
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         "python -m rlinvariant.bench", description=str(__doc__) + "\n\n" + names, formatter_class=form

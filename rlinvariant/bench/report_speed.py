@@ -1,0 +1,146 @@
+"""The report of an ablation against its limits, and what writing a step's numbers adds to the step.
+
+The page: `rlinvariant report` in a process of its own, on 12 runs of 1,000 steps. The step: a run of the recipe arithmetic that
+also logs to W&B, offline; what it adds is the time of the calls, and all that W&B's own process uses of the processors.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from rlinvariant.bench.measure import Link, Others, Row, Worker
+from rlinvariant.metrics import KEYS
+
+SECONDS, MIB = 10, 1024  # limits of the page
+NOTHING: dict[str, bool | None] = {"ours": None, "stock": None}
+
+
+def rows(tiny: bool) -> Iterator[Row]:
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "ablation-speed"
+        steps = 20 if tiny else 1000
+        write_ablation(path, steps)
+        others, samples = Others(), []
+        for _ in range(1 if tiny else 5):
+            samples.append(report(path))
+        share, case = round(others.share(), 3), f"page of 12 runs x {steps:,} steps; stock: the limit"
+        wall, peak = median(s[0] for s in samples), max(s[1] for s in samples)
+        processor = median(s[2] for s in samples)
+        yield Row("report_speed", f"{case}, seconds", round(wall, 2), SECONDS, "s", round(wall / SECONDS, 3), 1.0, NOTHING,
+                  len(samples), share, round(processor / SECONDS, 3))  # fmt: skip
+        yield Row("report_speed", f"{case}, peak memory", round(peak), MIB, "MiB", round(peak / MIB, 3), 1.0, NOTHING,
+                  len(samples), share)  # fmt: skip
+    others = Others()
+    worker = Worker(__name__, "4" if tiny else "60", *(["trainer.per_device_train_batch_size=8"] if tiny else []))
+    answer = worker.ask()
+    worker.close()
+    step, share = answer["step"], round(others.share(), 3)
+    for what, keys in (
+        ("metrics.jsonl", ["metrics"]),
+        ("metrics.jsonl and W&B, offline", ["metrics", "wandb", "wandb_process"]),
+    ):
+        total = step + sum(answer[key] for key in keys)
+        yield Row("report_speed", f"step that writes {what}; stock: that writes nothing", round(total * 1e3, 2),
+                  round(step * 1e3, 2), "ms", round(total / step, 4), 1.01, NOTHING, answer["steps"], share)  # fmt: skip
+
+
+def report(path: Path) -> tuple[float, float, float]:
+    """(seconds, MiB, processor seconds) of `rlinvariant report PATH`."""
+    began = time.perf_counter()
+    process = subprocess.Popen([sys.executable, "-m", "rlinvariant.cli", "report", str(path)], stdout=subprocess.DEVNULL)
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0 and (path / "report.html").stat().st_size > 10_000
+    return time.perf_counter() - began, used.ru_maxrss / 1024, used.ru_utime + used.ru_stime
+
+
+def write_ablation(path: Path, steps: int) -> None:
+    """4 arms x 3 seeds with every key, of numbers that differ from step to step, so that no two points of a curve are one."""
+    import numpy as np
+
+    random = np.random.default_rng(0)
+    arms = [{"name": name, "description": f"arm {name}", "overrides": []} for name in ("exact", "drift", "tis", "sampler")]
+    spec = {"schema": 1, "command": "none", "recipe": "arithmetic", "steps": steps, "seeds": [0, 1, 2], "arms": arms}
+    path.mkdir(parents=True)
+    (path / "ablation.json").write_text(json.dumps(spec))
+    for arm in arms:
+        for seed in (0, 1, 2):
+            run = path / arm["name"] / f"seed-{seed}"
+            run.mkdir(parents=True)
+            config = {"recipe": "arithmetic", "steps": steps, "seed": seed}
+            (run / "config.json").write_text(json.dumps({k: {"value": v, "source": "default"} for k, v in config.items()}))
+            with (run / "metrics.jsonl").open("w") as file:
+                for step, values in enumerate(random.lognormal(size=(steps, len(KEYS))).tolist(), 1):
+                    counts = {"onpolicy/mismatched_tokens": 3, "onpolicy/compared_tokens": 4096, "onpolicy/unscored_tokens": 0}
+                    file.write(json.dumps({"step": step, **dict(zip(KEYS, values, strict=True)), **counts}) + "\n")
+
+
+def _worker(steps: str, *settings: str) -> None:
+    """Train, timing what is written; answer one request with seconds a step: of the step without it, and of each part."""
+    from rlinvariant import run
+    from rlinvariant.config import parse
+    from rlinvariant.report import wandb_log
+    from rlinvariant.report.rundir import RunDir, read_metrics
+
+    link, spent = Link(), {"metrics": 0.0, "wandb": 0.0, "wandb_process": 0.0}
+
+    def timed(what: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*args: Any) -> None:
+            began = time.perf_counter()
+            call(*args)
+            spent[what] += time.perf_counter() - began
+
+        return wrapper
+
+    start = wandb_log.start
+
+    def timed_start(*args: Any) -> Any:
+        mode, log, finish = start(*args)
+        assert mode == "offline" and log is not None
+        before = _wandb_seconds()
+
+        def timed_finish() -> None:
+            spent["wandb_process"] = _wandb_seconds() - before
+            finish()
+
+        return mode, timed("wandb", log), timed_finish
+
+    wandb_log.start = timed_start
+    RunDir.append_metrics = timed("metrics", RunDir.append_metrics)
+    with tempfile.TemporaryDirectory() as directory:
+        cache = Path("runs/.cache").resolve()  # the warm start's, if there is one
+        os.chdir(directory)
+        if cache.is_dir():
+            Path("runs").mkdir()
+            Path("runs/.cache").symlink_to(cache)
+        run.run(parse(["recipe=arithmetic", f"steps={steps}", "run=speed", "wandb.mode=offline", *settings]))
+        found = [row["perf/step_s"] for row in read_metrics(Path("runs/speed"))][1:]  # the first one starts things up
+        for _ in link.requests():
+            count = int(steps)
+            link.send(step=median(found), steps=len(found), **{what: seconds / count for what, seconds in spent.items()})
+        os.chdir("/")
+
+
+def _wandb_seconds() -> float:
+    """Processor seconds so far of W&B's own processes, children of this one."""
+    ticks = 0
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            name, _, fields = stat.read_text().partition("(")[2].rpartition(")")
+        except OSError:  # it has ended meanwhile
+            continue
+        values = fields.split()
+        if name.startswith(("wandb", "gpu_stats")) and int(values[1]) == os.getpid():
+            ticks += int(values[11]) + int(values[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+if __name__ == "__main__":
+    _worker(*sys.argv[1:])
