@@ -97,14 +97,15 @@ def build(name: str, directory: str | Path, stops: int = 1) -> str:
                 parameter += 0.02 * torch.randn_like(parameter)
     model.generation_config.eos_token_id = [1, *range(3, 2 + stops)] if stops > 1 else 1
     model.save_pretrained(directory)
-    _tokenizer(SHAPES[name].vocab).save_pretrained(directory)
+    tokenizer(SHAPES[name].vocab).save_pretrained(directory)
     del model
     if device == "cuda":
         torch.cuda.empty_cache()
     return str(directory)
 
 
-def _tokenizer(vocabulary: int) -> Any:
+def tokenizer(vocabulary: int) -> Any:
+    """One word for each token: w0, w1, ..."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit

@@ -52,14 +52,15 @@ def among_traffic(
     tokens: int,
     vocabulary: int,
     most: int,
-    seed: int = 0,
+    longest: int,
+    seed: int,
     advance: Callable[[int], None] = lambda done: None,
 ) -> Traffic:
     """Complete `prompt` greedily `completions` times, while the number of requests in the engine wanders between 1 and `most`.
 
-    One request in three is another: 1 to 128 random tokens as its prompt, 1 to `tokens` new ones, greedy or sampled; a quarter
-    of them are cancelled on the way. All run to their last token, so what joins and leaves at which step depends on `seed`
-    alone: engines of both kinds see the same traffic.
+    One request in three is another: 1 to `longest` random tokens as its prompt, 1 to `tokens` new ones, greedy or sampled; a
+    quarter of them are cancelled on the way. All run to their last token, so what joins and leaves at which step depends on
+    `seed` alone: engines of both kinds see the same traffic.
 
     Args:
         tokens: length of each completion.
@@ -80,7 +81,7 @@ def among_traffic(
             target = rng.randint(1, most)
         while len(live) < target and asked < completions:
             if rng.random() < 1 / 3:
-                name, ids, length = f"other-{others}", _random(rng, vocabulary), rng.randint(1, tokens)
+                name, ids, length = f"other-{others}", _random(rng, vocabulary, longest), rng.randint(1, tokens)
                 params = _params(length, rng.choice((0.0, 1.0)), others)
                 if rng.random() < 0.25:
                     leaving.setdefault(step + rng.randint(1, length), []).append(name)
@@ -112,8 +113,8 @@ def among_traffic(
     return Traffic(found, drawn, seconds, others, cancelled, min(filter(None, loads)), max(loads))
 
 
-def _random(rng: random.Random, vocabulary: int) -> list[int]:
-    return [rng.randrange(vocabulary) for _ in range(rng.randint(1, 128))]
+def _random(rng: random.Random, vocabulary: int, longest: int) -> list[int]:
+    return [rng.randrange(vocabulary) for _ in range(rng.randint(1, longest))]
 
 
 def _params(tokens: int, temperature: float, seed: int) -> SamplingParams:
