@@ -1,0 +1,145 @@
+"""What the recipes on mathematical problems share: rows of the hub or of a file, chat messages, a held-out split."""
+
+import importlib.util
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import chz
+
+from rlinvariant.config import Config
+from rlinvariant.config import Data as BaseData
+from rlinvariant.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+SYSTEM = r"Reason step by step, and put the final answer, alone, in \boxed{}."
+FILES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+DEFAULTS = {
+    "steps": 200,
+    "trainer.learning_rate": 1e-6,
+    "trainer.lr_scheduler_type": "constant_with_warmup",
+    "trainer.warmup_steps": 10,
+    "trainer.num_generations": 8,
+    "trainer.per_device_train_batch_size": 8,
+    "trainer.gradient_accumulation_steps": 16,  # 16 prompts x 8 samples
+    "trainer.loss_type": "dapo",
+    "sampler.max_num_seqs": 128,
+}
+
+
+@chz.chz
+class Data(BaseData):
+    path: str | None = chz.field(default=None, doc="JSON lines or parquet with the hub's columns, in place of the hub.")
+    eval_size: int = chz.field(default=256, doc="Held-out prompts: of the hub's test split, else taken out of the rows.")
+    seed: int = chz.field(default=0, doc="Of which prompts are held out.")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A dataset on the hub.
+
+    Args:
+        hub, subset: its id, and the name of its configuration.
+        test: name of the split to hold out; None: there is one split.
+        columns: what a row must have; `a|b`: one of them.
+        question, answer: row -> what is asked; what is right, empty if it is not there.
+    """
+
+    hub: str
+    subset: str | None
+    test: str | None
+    columns: tuple[str, ...]
+    question: Callable[[Mapping[str, Any]], str]
+    answer: Callable[[Mapping[str, Any]], str]
+
+    def check(self, config: Config) -> list[str]:
+        """What is wrong before anything is loaded, one line each."""
+        data, errors = config.data, []
+        if not 1 <= data.eval_size <= 10**5:
+            errors.append(f"data.eval_size={data.eval_size}: expected 1 to 100000")
+        if not 0 <= data.seed < 2**32:
+            errors.append(f"data.seed={data.seed}: expected 0 to 4294967295")
+        if data.path is not None and not (Path(data.path).is_file() and Path(data.path).suffix in FILES):
+            errors.append(f"data.path={data.path}: expected a file, .jsonl or .parquet, with the columns of {self.hub}")
+        if importlib.util.find_spec("math_verify") is None:
+            errors.append(f"recipe={config.recipe}: needs math-verify to grade; pip install 'rlinvariant[math]'")
+        return errors
+
+    def datasets(self, config: Config, tokenizer: Any) -> "tuple[Dataset, Dataset]":
+        """(training prompts, held-out prompts): chat messages and `answer`; no question is in both, or twice in one."""
+        from datasets import Dataset
+
+        if not tokenizer.chat_template:
+            model = f"model={config.model}: its tokenizer has no chat template"
+            raise UserError(f"{model}; choose an instruction-tuned model, or save the tokenizer with a chat_template")
+        held_out: dict[str, str] = {}
+        if config.data.path is None and self.test is not None:
+            held_out = self._problems(config, self.test)
+        problems = {q: a for q, a in self._problems(config, "train").items() if q not in held_out}
+        pool = held_out or problems
+        # at least one prompt is left to train on
+        if (size := config.data.eval_size) > (most := len(pool) - (pool is problems)):
+            raise UserError(f"data.eval_size={size}: expected at most {most}, of {len(pool)} different problems; lower it")
+        chosen = set(random.Random(f"eval {config.data.seed}").sample(sorted(pool), size))
+        evaluation = [_row(q, a) for q, a in pool.items() if q in chosen]
+        train = [_row(q, a) for q, a in problems.items() if q not in chosen]
+        for name, rows in (("train", train), ("eval", evaluation)):
+            _check_lengths(config, tokenizer, name, rows)
+        return Dataset.from_list(train), Dataset.from_list(evaluation)
+
+    def _problems(self, config: Config, split: str) -> dict[str, str]:
+        """question -> answer, the first of each question."""
+        rows, where = self._load(config, split)
+        for column in self.columns:
+            if not set(column.split("|")) & set(rows.column_names):
+                names, found = column.replace("|", "` or `"), ", ".join(rows.column_names)
+                raise UserError(f"{where}: no `{names}`; columns found: {found}; expected those of {self.hub}")
+        problems: dict[str, str] = {}
+        for index, row in enumerate(rows):
+            question, answer = self.question(row).strip(), self.answer(row).strip()
+            if not question or not answer:
+                missing = "question" if not question else "answer"
+                raise UserError(f"{where}, row {index}: empty {missing}; expected rows as in {self.hub}")
+            problems.setdefault(question, answer)
+        return problems
+
+    def _load(self, config: Config, split: str) -> tuple[Any, str]:
+        """(rows, what to call them in an error)."""
+        from datasets import load_dataset
+        from datasets.exceptions import DatasetsError
+
+        path = config.data.path
+        try:
+            if path is not None:
+                return load_dataset(FILES[Path(path).suffix], data_files=path, split="train"), f"data.path={path}"
+            return load_dataset(self.hub, self.subset, split=split), f"{self.hub}, {split}"
+        except (OSError, ValueError, DatasetsError) as error:
+            what = f"data.path={path}: cannot be read" if path else f"{self.hub}: cannot be had from the hub"
+            fix = "give a file of the hub's rows" if path else "log in or go online, or give data.path=FILE with its rows"
+            raise UserError(f"{what}: {type(error).__name__}: {' '.join(str(error).split())[:300]}; {fix}") from error
+
+
+def _row(question: str, answer: str) -> dict[str, Any]:
+    return {"prompt": [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}], "answer": answer}
+
+
+def _check_lengths(config: Config, tokenizer: Any, name: str, rows: list[dict[str, Any]]) -> None:
+    """Refuse a prompt that the sampler would refuse many steps later, and a template that takes no system line."""
+    from jinja2 import TemplateError
+
+    longest, answer = config.sampler.max_model_len, config.trainer.max_completion_length or 0
+    for index, row in enumerate(rows):
+        try:
+            text = tokenizer.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            raise UserError(f"model={config.model}: its chat template refuses a system line: {error}") from error
+        if longest is None or len(text.encode()) <= longest - answer:  # a token has a byte at least
+            continue
+        tokens = len(tokenizer(text, add_special_tokens=False)["input_ids"])
+        if tokens > longest - answer:
+            where, keys = f"{name} dataset, row {index}", "sampler.max_model_len and trainer.max_completion_length"
+            raise UserError(f"{where}: a prompt of {tokens} tokens, {keys} leave room for {longest - answer}; change one")

@@ -1,0 +1,165 @@
+"""Countdown, learned in minutes on two CPU cores: prompt `9,7,4,2=8:`, completion `9-7=2,2+4=6,6+2=8;9-7+4+2`.
+
+Reach the target with every number once. The completion works out one operation at a time; the expression follows the semicolon,
+and it alone is graded, exactly: by + - * / and parentheses, and any that is right, not only the one that was taught.
+"""
+
+import ast
+import functools
+import itertools
+import math
+import operator
+import random
+import re
+from collections.abc import Iterator
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import chz
+
+from recipes import _tiny
+from rlinvariant.config import Config
+from rlinvariant.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+DEFAULTS = _tiny.DEFAULTS | {
+    "trainer.learning_rate": 4e-4,
+    "trainer.num_generations": 16,
+    "trainer.per_device_train_batch_size": 256,  # 16 prompts x 16 samples
+    "sampler.max_num_seqs": 256,
+}
+
+
+@chz.chz
+class Data(_tiny.Data):
+    numbers: int = chz.field(default=4, doc="Numbers of a problem.")
+    largest: int = chz.field(default=9, doc="Largest number; the smallest is 1.")
+    operators: str = chz.field(default="+-", doc="What reaches the targets that are drawn: some of + - *; harder with *.")
+
+
+def task(config: Config) -> _tiny.Task:
+    numbers, largest, operators = config.data.numbers, config.data.largest, config.data.operators
+
+    def draw(generator: random.Random) -> tuple[tuple[int, ...], int]:
+        """Numbers, the largest first, and a target that they reach."""
+        while True:
+            nums = tuple(sorted((generator.randint(1, largest) for _ in range(numbers)), reverse=True))
+            if reached := sorted(solutions(nums, operators)):
+                return nums, generator.choice(reached)
+
+    return _tiny.Task(
+        name="countdown",
+        ranges={"numbers": (2, 4), "largest": (2, 99)},
+        problems=lambda: math.comb(largest + numbers - 1, numbers) * math.comb(numbers, 2),  # x targets, about
+        draw=draw,
+        row=lambda problem: {"prompt": prompt(*problem), "nums": list(problem[0]), "target": problem[1]},
+        solution=lambda problem: solutions(problem[0], operators)[problem[1]],
+        columns=("nums", "target"),
+        stop_at=0.2,  # of writing what is taught; about twice as often it is right
+    )
+
+
+def check(config: Config) -> list[str]:
+    errors, operators = task(config).check(config), config.data.operators
+    if not operators or set(operators) - set(OPERATORS):
+        errors.append(f"data.operators={operators}: expected some of {' '.join(OPERATORS)}, e.g. +-")
+    return errors
+
+
+def datasets(config: Config, tokenizer: Any) -> "tuple[Dataset, Dataset]":
+    train, evaluation = task(config).datasets(config)
+    if config.data.path is not None:  # without `prompt`, as the hub's Jiayi-Pan/Countdown-Tasks-3to4
+        rows: list[Any] = train.to_list()
+        for index, row in enumerate(rows):
+            numbers = [*row["nums"], row["target"]] if isinstance(row["nums"], list) else [None]
+            if not all(isinstance(number, int) for number in numbers):
+                where, found = f"data.path={config.data.path}, row {index}", {key: row[key] for key in ("nums", "target")}
+                raise UserError(f"{where}: expected whole numbers, `nums` a list and `target` one, found {found}")
+            row["prompt"] = prompt(row["nums"], row["target"])
+        train = train.from_list(rows)
+    return train, evaluation
+
+
+def prepare_model(config: Config) -> str:
+    return task(config).prepare_model(config)
+
+
+def reward_funcs(config: Config) -> list[Any]:
+    return [reaches_target]
+
+
+def reaches_target(completions: list[str], nums: list[list[int]], target: list[int], **_: Any) -> list[float]:
+    """1 if the expression after the last semicolon uses each number once and equals the target, else 0."""
+    found = [evaluate(text.rpartition(";")[2]) for text in completions]
+    return [float(f is not None and f == (goal, sorted(n))) for f, n, goal in zip(found, nums, target, strict=True)]
+
+
+def prompt(nums: Any, target: int) -> str:
+    return f"{','.join(map(str, nums))}={target}:"
+
+
+EXACT = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+
+
+def evaluate(expression: str) -> tuple[Fraction, list[int]] | None:
+    """(exact value, the numbers used in ascending order) of sums, differences, products and quotients of whole numbers.
+
+    None for anything else, for a division by zero, and for more than 100 characters.
+    """
+    used: list[int] = []
+
+    def value(node: ast.expr) -> Fraction:
+        if isinstance(node, ast.Constant) and isinstance(node.value, int):
+            used.append(node.value)
+            return Fraction(node.value)
+        if isinstance(node, ast.BinOp):
+            return EXACT[type(node.op)](value(node.left), value(node.right))
+        raise KeyError(type(node))
+
+    # Nothing but these characters is parsed: no names, no calls, no floats; the length bounds depth and digits.
+    if not re.fullmatch(r"[0-9+\-*/()]{1,100}", expression):
+        return None
+    try:
+        return value(ast.parse(expression, mode="eval").body), sorted(used)
+    except (SyntaxError, KeyError, ZeroDivisionError):
+        return None
+
+
+@functools.cache
+def solutions(nums: tuple[int, ...], operators: str) -> dict[int, str]:
+    """Target -> the worked solution that is taught, for every target of 1 to 99 that `operators` reach."""
+    reached: dict[int, list[Term]] = {}
+    for term in _join([Term(n, (), str(n), 3, (n,)) for n in nums], operators):
+        reached.setdefault(term.value, []).append(term)
+    # One way of many, so that there is a rule to learn: the shortest, its larger numbers first.
+    taught = {value: min(terms, key=lambda t: (len(t.text), [-n for n in t.order])) for value, terms in reached.items()}
+    return {value: ",".join(term.steps) + ";" + term.text for value, term in taught.items() if 1 <= value <= 99}
+
+
+class Term(NamedTuple):
+    value: int
+    steps: tuple[str, ...]
+    text: str
+    binds: int  # how tightly its last operator does
+    order: tuple[int, ...]  # its numbers as they stand in the text
+
+
+def _join(terms: list[Term], operators: str) -> Iterator[Term]:
+    """Every way to make one of all terms, two at a time, the larger first: nothing negative on the way."""
+    if len(terms) == 1:
+        yield terms[0]
+    for i, j in itertools.combinations(range(len(terms)), 2):
+        rest = [term for k, term in enumerate(terms) if k not in (i, j)]
+        a, b = sorted((terms[i], terms[j]), key=lambda term: -term.value)
+        for sign in operators:
+            function, binds = OPERATORS[sign]
+            value = function(a.value, b.value)
+            left = a.text if a.binds >= binds else f"({a.text})"
+            right = b.text if b.binds > binds or (b.binds == binds and sign != "-") else f"({b.text})"
+            steps = (*a.steps, *b.steps, f"{a.value}{sign}{b.value}={value}")
+            yield from _join([Term(value, steps, f"{left}{sign}{right}", binds, a.order + b.order), *rest], operators)
+
+
+OPERATORS = {"+": (operator.add, 1), "-": (operator.sub, 1), "*": (operator.mul, 2)}

@@ -1,0 +1,38 @@
+"""Grade-school word problems, openai/gsm8k: `train.py recipe=gsm8k model=Qwen/Qwen3-0.6B` on a GPU.
+
+Configuration `main`, 7,473 rows in train, 1,319 in test: `question`, and `answer`, worked out in words, its last line
+`#### 18` (https://huggingface.co/datasets/openai/gsm8k; Cobbe et al. 2021, arXiv:2110.14168).
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from recipes import _math
+from recipes._math import Data
+from rlinvariant.config import Config
+from rlinvariant.rewards import math_answer
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+__all__ = ["DEFAULTS", "Data", "check", "datasets", "reward_funcs"]
+DEFAULTS = _math.DEFAULTS | {"trainer.max_completion_length": 512, "sampler.max_model_len": 1024}
+SOURCE = _math.Source(
+    hub="openai/gsm8k",
+    subset="main",
+    test="test",
+    columns=("question", "answer"),
+    question=lambda row: row["question"],
+    answer=lambda row: row["answer"].partition("####")[2],
+)
+
+
+def check(config: Config) -> list[str]:
+    return SOURCE.check(config)
+
+
+def datasets(config: Config, tokenizer: Any) -> "tuple[Dataset, Dataset]":
+    return SOURCE.datasets(config, tokenizer)
+
+
+def reward_funcs(config: Config) -> list[Any]:
+    return [math_answer]

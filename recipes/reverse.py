@@ -1,0 +1,61 @@
+"""A string backwards, learned in minutes on two CPU cores: prompt `reverse=qxkzt:`, completion `tzkxq`.
+
+The model and the warm start are arithmetic's; the answer is the whole completion, so nothing is spelled out on the way.
+"""
+
+import random
+import string
+from typing import TYPE_CHECKING, Any
+
+import chz
+
+from recipes import _tiny
+from rlinvariant.config import Config
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+DEFAULTS = _tiny.DEFAULTS | {"trainer.max_completion_length": 24}
+
+
+@chz.chz
+class Data(_tiny.Data):
+    longest: int = chz.field(default=8, doc="Letters of the longest string; the shortest has half as many.")
+
+
+def task(config: Config) -> _tiny.Task:
+    longest = config.data.longest
+
+    def draw(generator: random.Random) -> str:
+        return "".join(generator.choices(string.ascii_lowercase, k=generator.randint(2, longest)))
+
+    return _tiny.Task(
+        name="reverse",
+        ranges={"longest": (2, 22)},
+        problems=lambda: 26**longest,
+        draw=draw,
+        row=lambda text: {"prompt": f"{text}>", "answer": text[::-1]},
+        solution=lambda text: text[::-1],
+        same=lambda text: min(text, text[::-1]),  # either is the other's answer
+    )
+
+
+def check(config: Config) -> list[str]:
+    return task(config).check(config)
+
+
+def datasets(config: Config, tokenizer: Any) -> "tuple[Dataset, Dataset]":
+    return task(config).datasets(config)
+
+
+def prepare_model(config: Config) -> str:
+    return task(config).prepare_model(config)
+
+
+def reward_funcs(config: Config) -> list[Any]:
+    return [exact_match]
+
+
+def exact_match(completions: list[str], answer: list[str], **_: Any) -> list[float]:
+    """1 for the answer and nothing else, else 0."""
+    return [float(text == right) for text, right in zip(completions, answer, strict=True)]
