@@ -116,6 +116,7 @@ def demo(argv: Sequence[str]) -> None:
         }
     result = {
         "model": name or default,
+        "random_weights": model != name,
         "options": dataclasses.asdict(options),
         "prompt_token_ids": prompt,
         "device": torch.cuda.get_device_name() if cuda else "cpu",
@@ -247,13 +248,12 @@ def summary(result: dict[str, Any]) -> list[str]:
     """The outcome in lines: what each engine did, and what it cost."""
     lines, arms = [], result["arms"]
     for name, arm in arms.items():
-        of_tokens = f"first differs at token {arm['first_token']}" if arm["first_token"] else "no difference seen"
-        of_words = f"first differs at token {arm['first_logprob']}" if arm["first_logprob"] else "no difference seen"
-        lines.append(
-            f"{name + ':':<6} {arm['completions']:,} completions, {arm['unique']:,} unique, {of_tokens}; log-probs: "
-            f"{arm['unique_logprobs']:,} unique sequences, {of_words}; as when alone: {arm['as_alone']:,}, bit for bit "
-            f"{arm['logprobs_as_alone']:,}"
-        )
+        counted = [
+            f"{arm[key]:,} unique{what}, " + (f"first differing at token {arm[first]}" if arm[first] else "no difference seen")
+            for what, key, first in (("", "unique", "first_token"), (" in log-probs", "unique_logprobs", "first_logprob"))
+        ]
+        lines.append(f"{name + ':':<6} {arm['completions']:,} completions: {'; '.join(counted)}")
+        lines.append(f"       {arm['as_alone']:,} as when alone, {arm['logprobs_as_alone']:,} of them to the last bit")
         if arm["branches"]:
             said = ", ".join(f"{text!r} {count:,} times" for text, count in arm["branches"])
             lines.append(f"       token {arm['first_token']}: {said}")
@@ -286,7 +286,7 @@ def page(result: dict[str, Any]) -> str:
     rows = (
         ("unique completions", "unique"),
         ("first token that differs", "first_token"),
-        ("unique log-prob sequences", "unique_logprobs"),
+        ("unique sequences of log-probs", "unique_logprobs"),
         ("first log-prob that differs, at token", "first_logprob"),
         ("completions as when alone", "as_alone"),
         ("... and their log-probs, bit for bit", "logprobs_as_alone"),
@@ -302,12 +302,13 @@ def page(result: dict[str, Any]) -> str:
         for text, count in arm["samples"]
     )
     sentences = "".join(f"<li>{_text(line.strip())}</li>" for line in summary(result))
+    weights = ", random weights" if result["random_weights"] else ""
     command = " ".join(["rlinvariant demo", result["model"], *(f"{k}={v!r}" for k, v in options.items() if v not in ("",))])
     return f"""<!doctype html><html lang="en"><head><meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
 <meta name="viewport" content="width=device-width,initial-scale=1"><title>{title}</title><style>{css}</style></head><body>
 <header><h1>{title}</h1>
-<p class="meta">{_text(result["model"])}, {options["dtype"]}, {_text(result["device"])}: a prompt of
+<p class="meta">{_text(result["model"])}{weights}, {options["dtype"]}, {_text(result["device"])}: a prompt of
 {len(result["prompt_token_ids"])} tokens, while other requests join and leave</p></header>
 <ul class="verdict">{sentences}</ul>
 <figure style="max-width:720px"><figcaption><b>Different completions so far</b>

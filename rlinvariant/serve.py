@@ -13,7 +13,7 @@ HELP = """usage: rlinvariant serve MODEL [options of vllm serve]     e.g. --port
 vLLM's OpenAI-compatible server with the invariant ops on: the same request (temperature 0, or any with a seed) gets the same
 tokens, text and log-probs, bit for bit, whatever else is being served. Listens on 127.0.0.1 unless --host says otherwise.
 Options that could change bits are refused, and so are requests with top_p, top_k, min_p, penalties, logit_bias, structured
-output (status 400): it draws from the model's whole distribution. `vllm serve --help=all` lists all options.
+output (status 400): it draws from the model's whole distribution. `rlinvariant serve --help=all` lists vLLM's options.
 VLLM_LOGGING_LEVEL=INFO shows vLLM's own log."""
 
 

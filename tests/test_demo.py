@@ -1,0 +1,106 @@
+"""`rlinvariant demo`: what it counts, what it draws, and that it fails where the invariant engine does."""
+
+import json
+import re
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+
+from rlinvariant import demo, ops
+from rlinvariant.errors import ConfigErrors, ParityError, UserError
+from rlinvariant.rollout import Completion
+
+SPELL = SimpleNamespace(decode=lambda ids: "".join(chr(97 + i) for i in ids))
+
+
+def completion(tokens: str, *logprobs: float) -> Completion:
+    return Completion([ord(c) - 97 for c in tokens], list(logprobs))
+
+
+def test_what_is_counted():
+    alone = completion("abc", -1.0, -2.0, -3.0)
+    other = completion("abd", -1.0, -2.5, -3.0)
+    found = demo.measured([alone, alone, other, completion("abc", -1.0, -2.0, -3.0000000001)], alone, SPELL)
+    assert (found["unique"], found["first_token"], found["as_alone"]) == (2, 3, 3)
+    assert (found["unique_logprobs"], found["first_logprob"], found["logprobs_as_alone"]) == (3, 2, 2)
+    assert found["branches"] == [["c", 3], ["d", 1]] and found["samples"] == [["abc", 3], ["abd", 1]]
+    assert found["unique_by_token"] == [1, 1, 2] and found["unique_logprobs_by_token"] == [1, 2, 3]
+    same = demo.measured([alone] * 3, alone, SPELL)
+    assert (same["unique"], same["first_token"], same["first_logprob"], same["branches"]) == (1, None, None, [])
+
+
+def test_log_probs_are_told_apart_by_their_bits():
+    assert demo.measured([completion("a", 0.0), completion("a", -0.0)], completion("a", 0.0), SPELL)["unique_logprobs"] == 2
+    nan = float("nan")
+    assert demo.measured([completion("a", nan), completion("a", nan)], completion("a", nan), SPELL)["unique_logprobs"] == 1
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("completion=5", "unknown key, did you mean completions?"),
+        ("completions=0", "expected a whole number of at least 1"),
+        ("tokens=1e3", "expected a whole number of at least 1"),
+        ("dtype=float16", "expected bfloat16 or float32"),
+        ("run=a/b", "expected a name, not a path"),
+        ("--completions=5", "without dashes"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_starts(argument, message):
+    with pytest.raises(ConfigErrors, match=re.escape(message)) as raised:
+        demo.demo([argument, "m", "another"])
+    assert len(raised.value.errors) == 2 and raised.value.errors[0].startswith(argument)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, arithmetic_dir, exact_engine, stock_engine):
+    """The command on the engines of this process: real ones, that need not start again."""
+    monkeypatch.setattr(demo, "RUNS", tmp_path)
+    engines = {True: exact_engine, False: stock_engine}
+    monkeypatch.setattr("rlinvariant.sampler.engine.Sampler", lambda model, invariant, **_: engines[invariant])
+    arguments = [arithmetic_dir, "prompt=12+34=", "completions=20", "tokens=12", "concurrency=6", "run=it"]
+    return lambda: demo.demo(arguments)
+
+
+def test_it_counts_real_completions_among_real_traffic(run, tmp_path, capsys):
+    run()
+    printed = capsys.readouterr().out
+    result = json.loads((tmp_path / "it" / "demo.json").read_text())
+    ours, stock = result["arms"]["ours"], result["arms"]["stock"]
+    assert "ours:  20 completions: 1 unique, no difference seen; 1 unique in log-probs, no difference seen" in printed
+    assert (ours["unique_logprobs"], ours["logprobs_as_alone"], ours["unique_logprobs_by_token"]) == (1, 20, [1] * 12)
+    assert len(stock["unique_by_token"]) == 12 and stock["completions"] == 20
+    for arm in (ours, stock):  # the same traffic
+        assert (arm["others"], arm["cancelled"], arm["most"]) == (ours["others"], ours["cancelled"], 6) and arm["fewest"] < 6
+        assert arm["others"] > 3 and arm["cancelled"] > 0 and arm["tokens_per_s"] > 0
+    page = (tmp_path / "it" / "demo.html").read_text()
+    assert "ours, tokens and log-probs: 1" in page and "<script" not in page and "http" not in page.split("</style>")[1]
+    with pytest.raises(UserError, match="already holds a demo"):
+        run()
+
+
+def test_it_fails_where_the_invariant_engine_is_not(run, tmp_path, monkeypatch):
+    """Control: a product that depends on the row's place in the batch."""
+
+    def placed(linear, x, weight, bias=None):
+        y = linear(x, weight, bias)
+        y.flatten(0, -2)[::3] *= 1 + 2**-7
+        return y
+
+    monkeypatch.setattr(ops, "linear", partial(placed, ops.linear))
+    with pytest.raises(ParityError, match="the invariant engine gave"):
+        run()
+    assert json.loads((tmp_path / "it" / "demo.json").read_text())["arms"]["ours"]["unique_logprobs"] > 1
+
+
+def test_a_models_words_cannot_harm_the_page():
+    alone = completion("abc", -1.0, -2.0, -3.0)
+    evil = SimpleNamespace(decode=lambda ids: "<script>alert(1)</script>\x1b[2J")
+    arm = demo.measured([alone, completion("abd", -1.0, -2.0, -3.0)], alone, evil)
+    arm |= {"tokens_per_s": 1.0, "seconds": 1.0, "others": 1, "cancelled": 0, "fewest": 1, "most": 2}
+    options = {"completions": 2, "tokens": 3, "dtype": "bfloat16", "prompt": "<b>"}
+    result = {"model": "<i>", "random_weights": False, "options": options, "prompt_token_ids": [1], "device": "cpu"}
+    page = demo.page(result | {"arms": {"stock": arm, "ours": arm}})
+    assert "<script" not in page and "<b>it" not in page and "\x1b" not in page and "<i>" not in page
+    assert "&lt;script&gt;" in page
