@@ -213,6 +213,7 @@ def _quiet() -> None:
     # TRL warns of vLLM releases that its own client was not tested with; that client is not used here
     warnings.filterwarnings("ignore", message="TRL currently supports vLLM")
     warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
+    warnings.filterwarnings("ignore", message="torch.backends.cuda.preferred_blas_library")  # kernels/linear.py uses it
     logging.getLogger("flashinfer.jit").setLevel(logging.ERROR)
     logging.getLogger("vllm.triton_utils.importing").setLevel(logging.ERROR)  # says that a CPU has no Triton
 
