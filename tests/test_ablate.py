@@ -123,6 +123,12 @@ def test_mistakes_come_in_one_list():
     assert [line.split(":")[0] for line in raised.value.errors] == ["recipe", "seeds=0", "arms=x"]
 
 
+def test_it_is_not_for_a_launcher(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    (line,) = errors("seeds=1")
+    assert line.startswith("WORLD_SIZE is set: ablate starts the runs itself; run it without accelerate launch")
+
+
 def test_what_a_run_would_refuse_is_refused_before_any_starts():
     with pytest.raises(ConfigErrors) as raised:
         checked(plan("arms=exact,drift,stale-4", "trainer.bf16=true", "trainer.top_p=0.9", "steps=4", "stps=3"))
