@@ -10,14 +10,15 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import rich.console
 from rich.cells import cell_len, set_cell_size
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from rlinvariant.metrics import FirstMismatch
+if TYPE_CHECKING:  # it imports torch, which takes longer than a whole report
+    from rlinvariant.metrics import FirstMismatch
 
 WIDTH = 120
 HEADER_EVERY = 20
@@ -87,7 +88,7 @@ class Console:
         finally:
             self.print(f"{text}: {outcome} {_duration(time.monotonic() - start)}")
 
-    def step(self, row: Row, steps: int | None = None, first_mismatch: FirstMismatch | None = None) -> None:
+    def step(self, row: Row, steps: int | None = None, first_mismatch: "FirstMismatch | None" = None) -> None:
         """Print the line of a step, the column titles every HEADER_EVERY lines, and below it whatever is not exact.
 
         Args:

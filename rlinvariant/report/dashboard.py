@@ -44,21 +44,22 @@ def push(path: str | Path) -> list[str]:
     entity, project = run.setting("wandb.entity"), run.setting("wandb.project") or "rlinvariant"
     directory, said = study.path / "dashboard", []
     directory.mkdir(exist_ok=True)
-    for make in (workspace, report):
+    for make in (report, workspace):
         file = directory / f"{make.__name__}.json"
-        model = make(study, entity or "", project)._to_model()
+        model = make(study, "", project)._to_model()  # with an entity, W&B would be asked whether the project is there
         file.write_text(json.dumps(model.model_dump(mode="json", by_alias=True, exclude_none=True), indent=1) + "\n")
         said.append(f"{make.__name__}: written to {file}")
     if not wandb_log.login(f"dashboard push, after writing {directory}", FIX):
         return [*said, "W&B: no login, so nothing was pushed; run `wandb login` and this again"]
     try:
         entity = entity or wandb.Api().default_entity or ""
-        for make in (workspace, report):
+        for make in (report, workspace):
             view = make(study, entity, project)
             view.save()
             said.append(f"{make.__name__}: {view.url}")
-    except (Error, OSError) as error:
-        raise UserError(f"dashboard push: W&B did not take it ({_line(error)}); it is in {directory}") from error
+    except (Error, OSError, ValueError) as error:  # ValueError: there is no such project
+        fix = f"it is in {directory}; `rlinvariant dashboard sync {study.path}` makes the project"
+        raise UserError(f"dashboard push: W&B did not take it ({_line(error)}); {fix}") from error
     return said
 
 

@@ -16,8 +16,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Self
 
-import torch
-
 from rlinvariant.errors import UserError
 
 SCHEMA = 1  # of the files of a run and of an ablation: runs of two of them are not compared
@@ -123,6 +121,8 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 def environment() -> dict[str, Any]:
     """Describe interpreter, machine, package versions (nothing is imported for them), commit and threads."""
+    import torch  # here, as reading a run needs none of it
+
     return {
         "python": sys.version,
         "platform": platform.platform(),

@@ -3,8 +3,14 @@
 import importlib.util
 import json
 import math
+import os
 import struct
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -77,6 +83,61 @@ def test_views_have_every_panel_of_the_page(tmp_path):
         text = file.read_text()
         assert '"ablation-a"' in text and '"jobType"' in text
     assert "mismatched 0 / 3,840 tokens, coverage 1" in text
+
+
+class Wandb(BaseHTTPRequestHandler):
+    """Answers as a W&B server with one project does, as far as a login and the saving of views ask it; keeps what is saved."""
+
+    saved: list[dict] = []
+    project: dict | None = {"id": "1", "internalId": "1"}
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        request: dict[str, Any] = json.loads(body) if self.path == "/graphql" else {"query": ""}
+        given: dict[str, Any] = request.get("variables", {})
+        data: dict[str, Any] = {"project": self.project}
+        data["viewer"] = {"id": "1", "entity": "me", "username": "me", "flags": "{}", "teams": {"edges": []}}
+        data["models"] = {"edges": [], "pageInfo": {"endCursor": "", "hasNextPage": False}}
+        if "upsertView" in request["query"]:
+            self.saved.append(given)
+            named = {key: given.get(key) for key in ("name", "type", "displayName", "description", "spec")}
+            where = {"id": "1", "name": given["projectName"], "entityName": given["entityName"]}
+            data["upsertView"] = {"view": named | {"id": "VmlldzoxMjM=", "project": where}, "inserted": True}
+        answer = json.dumps({"data": data}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, *_: Any) -> None:
+        """Nothing to the terminal."""
+
+
+def test_with_a_login_both_views_are_saved_and_without_a_project_that_is_said(tmp_path, monkeypatch):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Wandb)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    path = write_ablation(tmp_path / "ablation-a", seeds=[0])
+    login = {"WANDB_BASE_URL": f"http://127.0.0.1:{server.server_port}", "WANDB_API_KEY": "a" * 40}
+
+    def push() -> subprocess.CompletedProcess[str]:  # a process of its own: wandb keeps a login for all of one
+        command = [sys.executable, "-m", "rlinvariant.cli", "dashboard", "push", str(path)]
+        return subprocess.run(command, env=os.environ | login, capture_output=True, text=True)
+
+    done = push()
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.splitlines()
+    assert [line.split(":")[0] for line in said] == ["report", "workspace"] * 2
+    assert all(f"http://127.0.0.1:{server.server_port}/me/rlinvariant" in line for line in said[2:])
+    wanted = [panel.keys for panel in PANELS if panel.arms == "all"]
+    for view in Wandb.saved:
+        assert (view["entityName"], view["projectName"]) == ("me", "rlinvariant")
+        assert [tuple(plot["metrics"]) for plot in plots(json.loads(view["spec"]))] == wanted
+    assert len(Wandb.saved) == 2
+    monkeypatch.setattr(Wandb, "project", None)
+    done = push()
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and len(Wandb.saved) == 2
+    assert "'me/rlinvariant' not found" in done.stderr and f"dashboard sync {path}` makes the project" in done.stderr
+    server.shutdown()
 
 
 def test_a_view_of_runs_without_a_correction_has_no_panel_of_it(tmp_path):
