@@ -1,7 +1,8 @@
 """The report of an ablation against its limits, and what writing a step's numbers adds to the step.
 
 The page: `rlinvariant report` in a process of its own, on 12 runs of 1,000 steps. The step: a run of the recipe arithmetic that
-also logs to W&B, offline; what it adds is the time of the calls, and all that W&B's own process uses of the processors.
+also logs to W&B, offline; to the median step is added the median time of the calls, and of W&B's own process all that it used
+of the processors, for each step.
 """
 
 import json
@@ -89,13 +90,13 @@ def _worker(steps: str, *settings: str) -> None:
     from rlinvariant.report import wandb_log
     from rlinvariant.report.rundir import RunDir, read_metrics
 
-    link, spent = Link(), {"metrics": 0.0, "wandb": 0.0, "wandb_process": 0.0}
+    link, spent, process = Link(), dict[str, list[float]](metrics=[], wandb=[]), 0.0
 
     def timed(what: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def wrapper(*args: Any) -> None:
             began = time.perf_counter()
             call(*args)
-            spent[what] += time.perf_counter() - began
+            spent[what].append(time.perf_counter() - began)
 
         return wrapper
 
@@ -107,7 +108,8 @@ def _worker(steps: str, *settings: str) -> None:
         before = _wandb_seconds()
 
         def timed_finish() -> None:
-            spent["wandb_process"] = _wandb_seconds() - before
+            nonlocal process
+            process = _wandb_seconds() - before
             finish()
 
         return mode, timed("wandb", log), timed_finish
@@ -123,8 +125,8 @@ def _worker(steps: str, *settings: str) -> None:
         run.run(parse(["recipe=arithmetic", f"steps={steps}", "run=speed", "wandb.mode=offline", *settings]))
         found = [row["perf/step_s"] for row in read_metrics(Path("runs/speed"))][1:]  # the first one starts things up
         for _ in link.requests():
-            count = int(steps)
-            link.send(step=median(found), steps=len(found), **{what: seconds / count for what, seconds in spent.items()})
+            calls = {what: median(seconds) for what, seconds in spent.items()}
+            link.send(step=median(found), steps=len(found), wandb_process=process / int(steps), **calls)
         os.chdir("/")
 
 
