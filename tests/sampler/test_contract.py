@@ -19,11 +19,12 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
 from vllm.model_executor.models.transformers import TransformersForCausalLM
 from vllm.v1.attention.backend import AttentionImpl, AttentionMetadataBuilder
+from vllm.v1.sample.logits_processor import LogitsProcessor
 from vllm.v1.sample.sampler import Sampler
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from rlinvariant import runtime
-from rlinvariant.sampler import engine, plugin, vllm_model
+from rlinvariant.sampler import engine, plugin, vllm_model, vllm_serve
 from tests.parity.device import BLOCK, CUDA
 
 VERSION = "0.26." if CUDA else "0.32."
@@ -41,6 +42,8 @@ def parameters(function) -> list[str]:
 # what we override or call -> its leading parameters
 SIGNATURES = {
     Sampler.forward: ["self", "logits", "sampling_metadata", "predict_bonus_token", "logprobs_mode_override"],
+    Sampler.compute_logprobs: ["logits"],
+    Sampler.gather_logprobs: ["logprobs", "num_logprobs", "token_ids"],
     Sampler.apply_logits_processors: ["self", "logits", "sampling_metadata", "predict_bonus_token"],
     UnquantizedLinearMethod.create_weights: ["self", "layer", "input_size_per_partition", "output_partition_sizes"],
     UnquantizedLinearMethod.apply: ["self", "layer", "x", "bias"],
@@ -66,6 +69,9 @@ SIGNATURES = {
     LLM.reset_prefix_cache: ["self"],
     LLM.generate: ["self", "prompts", "sampling_params"],
     register_quantization_config: ["quantization"],
+    LogitsProcessor.validate_params: ["sampling_params"],
+    vllm_serve._Worker.load_model: ["self"],
+    vllm_serve._Worker.compile_or_warm_up_model: ["self"],
 }  # fmt: skip
 ATTENTION_HOOKS = {"_get_attn_cls": "0.32.", "create_attention_instances": "0.26."}  # of both; each release asks for one
 
