@@ -46,15 +46,15 @@ class Source:
         hub, subset: its id, and the name of its configuration.
         test: name of the split to hold out; None: there is one split.
         columns: what a row must have; `a|b`: one of them.
-        question, answer: row -> what is asked; what is right, empty if it is not there.
+        question, answer: row -> what is asked; what is right; empty or None if it is not there.
     """
 
     hub: str
     subset: str | None
     test: str | None
     columns: tuple[str, ...]
-    question: Callable[[Mapping[str, Any]], str]
-    answer: Callable[[Mapping[str, Any]], str]
+    question: Callable[[Mapping[str, Any]], Any]
+    answer: Callable[[Mapping[str, Any]], Any]
 
     def check(self, config: Config) -> list[str]:
         """What is wrong before anything is loaded, one line each."""
@@ -100,7 +100,7 @@ class Source:
                 raise UserError(f"{where}: no `{names}`; columns found: {found}; expected those of {self.hub}")
         problems: dict[str, str] = {}
         for index, row in enumerate(rows):
-            question, answer = self.question(row).strip(), self.answer(row).strip()
+            question, answer = (str(text or "").strip() for text in (self.question(row), self.answer(row)))
             if not question or not answer:
                 missing = "question" if not question else "answer"
                 raise UserError(f"{where}, row {index}: empty {missing}; expected rows as in {self.hub}")

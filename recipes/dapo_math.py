@@ -23,13 +23,15 @@ DEFAULTS = _math.DEFAULTS | {"trainer.max_completion_length": 4096, "sampler.max
 
 
 def question(row: Mapping[str, Any]) -> str:
-    text = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
+    text = row["prompt"] or ""
+    if not isinstance(text, str):
+        text = text[-1]["content"]
     text = re.sub(r"\ASolve the following math problem step by step\. The last line of your response.*\n+", "", text)
     return re.sub(r'\n+Remember to put your answer on its own line after "Answer:"\.\s*\Z', "", text)
 
 
-def answer(row: Mapping[str, Any]) -> str:
-    return row.get("solution") or (row.get("reward_model") or {}).get("ground_truth") or ""
+def answer(row: Mapping[str, Any]) -> str | None:
+    return row.get("solution") or (row.get("reward_model") or {}).get("ground_truth")
 
 
 SOURCE = _math.Source(

@@ -22,7 +22,7 @@ SOURCE = _math.Source(
     test="test",
     columns=("question", "answer"),
     question=lambda row: row["question"],
-    answer=lambda row: row["answer"].partition("####")[2],
+    answer=lambda row: (row["answer"] or "").partition("####")[2],
 )
 
 

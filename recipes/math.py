@@ -24,7 +24,7 @@ SOURCE = _math.Source(
     test="test",
     columns=("problem", "answer|solution"),
     question=lambda row: row["problem"],
-    answer=lambda row: row.get("answer") or final_answer(row.get("solution") or "") or "",
+    answer=lambda row: row.get("answer") or final_answer(row.get("solution") or ""),
 )
 
 

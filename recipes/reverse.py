@@ -1,6 +1,6 @@
-"""A string backwards, learned in minutes on two CPU cores: prompt `reverse=qxkzt:`, completion `tzkxq`.
+"""A string backwards, learned in minutes on two CPU cores: prompt `qxkzt>`, completion `tzkxq`.
 
-The model and the warm start are arithmetic's; the answer is the whole completion, so nothing is spelled out on the way.
+The whole completion is the answer. The supervised stage stops when short strings go well, and GRPO gets on to longer ones.
 """
 
 import random
@@ -15,12 +15,18 @@ from rlinvariant.config import Config
 if TYPE_CHECKING:
     from datasets import Dataset
 
-DEFAULTS = _tiny.DEFAULTS | {"trainer.max_completion_length": 24}
+DEFAULTS = _tiny.DEFAULTS | {
+    "steps": 300,
+    "trainer.learning_rate": 1e-3,
+    "trainer.per_device_train_batch_size": 256,  # 32 prompts x 8 samples
+    "trainer.max_completion_length": 24,
+    "sampler.max_num_seqs": 256,
+}
 
 
 @chz.chz
 class Data(_tiny.Data):
-    longest: int = chz.field(default=8, doc="Letters of the longest string; the shortest has half as many.")
+    longest: int = chz.field(default=8, doc="Letters of the longest string; the shortest has two.")
 
 
 def task(config: Config) -> _tiny.Task:

@@ -1,0 +1,151 @@
+"""countdown and reverse: their problems, their graders, and that nothing held out is trained on."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recipes import countdown, reverse
+from rlinvariant.config import Config, parse
+from rlinvariant.errors import ConfigErrors, UserError
+from rlinvariant.rewards import check_dataset
+
+RECIPES = {"countdown": countdown, "reverse": reverse}
+
+
+@pytest.fixture(autouse=True)
+def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def config(recipe: str, *argv: str) -> Config:
+    return parse([f"recipe={recipe}", "data.train_size=500", "data.eval_size=50", *argv], {})
+
+
+def graded(recipe: str, row: dict[str, Any], *completions: str) -> list[float]:
+    reward = {"countdown": countdown.reaches_target, "reverse": reverse.exact_match}[recipe]
+    columns = {key: [value] * len(completions) for key, value in row.items() if key != "prompt"}
+    return reward(completions=list(completions), **columns)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "argv"),
+    [
+        ("countdown", ()),
+        ("countdown", ("data.numbers=3", "data.largest=20", "data.operators=+-*")),
+        ("countdown", ("data.numbers=2", "data.largest=99")),  # not every pair reaches a target below 100
+        ("reverse", ()),
+    ],
+)
+def test_what_is_taught_is_right_and_fits(recipe: str, argv: tuple[str, ...]) -> None:
+    limits, generator = config(recipe, *argv), random.Random(1)
+    task = RECIPES[recipe].task(limits)
+    for _ in range(200):
+        problem = task.draw(generator)
+        row, taught = task.row(problem), task.solution(problem)
+        wrong = [taught[:-1], taught + " ", taught + taught[-1], "", ";", taught.replace(taught[-1], "?")]
+        assert graded(recipe, row, taught, *wrong) == [1, *[0] * len(wrong)], (row, taught)
+        assert len(taught) + 1 <= (limits.trainer.max_completion_length or 0)
+        assert len(row["prompt"]) + len(taught) + 2 <= (limits.sampler.max_model_len or 0)
+
+
+@pytest.mark.parametrize(("recipe", "argument"), [("countdown", "data.numbers=4"), ("reverse", "data.longest=3")])
+def test_held_out_problems_are_not_trained_on(recipe: str, argument: str) -> None:
+    parsed, generator = config(recipe, argument), random.Random(2)
+    train, evaluation = RECIPES[recipe].datasets(parsed, None)
+    for name, rows in (("train", train), ("eval", evaluation)):
+        check_dataset(rows, name)
+    held_out = set(evaluation["prompt"])
+    assert (len(train), len(evaluation), len(held_out)) == (500, 50, 50)
+    task = RECIPES[recipe].task(parsed)
+    kinds = task.held_out(parsed)
+    later = [task._training_problem(generator, kinds) for _ in range(2000)]  # what the supervised stage goes on drawing
+    trained_on = set(train["prompt"]) | {task.row(problem)["prompt"] for problem in later}
+    assert not trained_on & held_out
+    assert {task.row(task.draw(generator))["prompt"] for _ in range(2000)} & held_out  # control: unguarded, it would be
+    if recipe == "reverse":
+        assert not trained_on & {f"{prompt[:-1][::-1]}>" for prompt in held_out}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_datasets_are_deterministic_and_seeded(recipe: str) -> None:
+    prompts = [list(RECIPES[recipe].datasets(config(recipe, *argv), None)[0]["prompt"]) for argv in ((), (), ("data.seed=1",))]
+    assert prompts[0] == prompts[1] != prompts[2]
+
+
+LOWER = "lower one or raise the other"
+ROW = {"nums": [9, 7, 4, 2], "target": 8}
+
+
+@pytest.mark.parametrize(
+    ("completion", "reward"),
+    [
+        ("9-7=2,2+4=6,6+2=8;9-7+4+2", 1),
+        ("9-7+4+2", 1),
+        ("4-(7-9)+2", 1),  # not what is taught
+        ("no matter;((9)-7)+(4+2)", 1),
+        ("4*2/(9/9);9-7+4+2", 1),  # the last expression alone counts
+        ("9-7+4+2;", 0),
+        ("9-7+4", 0),  # a number left out
+        ("4*2", 0),
+        ("8", 0),
+        ("9-7+4+2+2-2", 0),  # one used again
+        ("94/2-47+8", 0),  # digits joined
+        ("9+7-4-2", 0),  # another value
+        ("9-7+4+2=8", 0),
+        ("9-7+4+2\n", 0),
+        ("9 - 7 + 4 + 2", 0),
+        ("-7+9+4+2", 0),
+        ("9//7*4*2", 0),  # floor
+        ("9**7-4-2", 0),
+        ("4/(7-7)+9+2", 0),
+        ("9-7+4+True*2", 0),
+        ("9(7)42", 0),
+        ("__import__('os').getpid()", 0),
+        ("9**9**9**9**9", 0),
+        ("9-7+4+" + "(" * 10_000 + "2" + ")" * 10_000, 0),
+        ("(" * 45 + "9-7+4+2" + ")" * 45, 1),
+        ("9" * 100, 0),
+        ("٩-7+4+2", 0),  # a digit, but not one of ours
+    ],
+)
+def test_countdown_is_graded_by_exact_value_and_each_number_once(completion: str, reward: float) -> None:
+    assert graded("countdown", ROW, completion) == [reward]
+
+
+def test_countdown_divides_exactly() -> None:
+    row = {"nums": [1, 3, 3, 5], "target": 5}
+    assert graded("countdown", row, "1/3*3*5", "1/3*5*3", "5/(1/3*3)", "5/(1-3/3)") == [1, 1, 1, 0]
+
+
+def test_countdown_takes_rows_of_the_hub() -> None:
+    Path("hub.jsonl").write_text('{"target": 98, "nums": [44, 19, 35]}\n{"target": 64, "nums": [63, 95, 96]}\n')
+    train, _ = countdown.datasets(config("countdown", "data.path=hub.jsonl"), None)
+    check_dataset(train, "train")
+    assert list(train["prompt"]) == ["44,19,35=98:", "63,95,96=64:"]
+    assert graded("countdown", train[0], "44+19+35", "35+19+44", "44+19") == [1, 1, 0]
+    Path("hub.jsonl").write_text('{"target": 98, "nums": [44, 19]}\n{"target": 1, "nums": null}\n')
+    with pytest.raises(
+        UserError, match=r"^data\.path=hub\.jsonl, row 1: expected whole numbers, `nums` a list and `target` one"
+    ):
+        countdown.datasets(config("countdown", "data.path=hub.jsonl"), None)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "argument", "message"),
+    [
+        ("countdown", "data.numbers=5", "data.numbers=5: expected 2 to 4"),
+        ("countdown", "data.operators=+/", "data.operators=+/: expected some of + - *, e.g. +-"),
+        ("countdown", "data.largest=2", f"data.eval_size=50: too many for data.numbers=4 data.largest=2; {LOWER}"),
+        ("countdown", "data.path=x.jsonl", "data.path=x.jsonl, line 1: expected a JSON object with `nums` and `target`"),
+        ("reverse", "data.longest=99", "data.longest=99: expected 2 to 22"),
+        ("reverse", "data.path=x.jsonl", "data.path=x.jsonl, line 1: expected a JSON object with `prompt` and `answer`"),
+    ],
+)  # fmt: skip
+def test_wrong_data_is_refused_before_the_warm_start(recipe: str, argument: str, message: str) -> None:
+    Path("x.jsonl").write_text(json.dumps({"question": "1+1", "answer": "2"}) + "\n")
+    with pytest.raises(ConfigErrors) as raised:
+        config(recipe, argument)
+    assert raised.value.errors == [message]
