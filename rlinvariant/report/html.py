@@ -250,7 +250,7 @@ def _reproduce(study: Study) -> str:
     if study.is_ablation:
         arms = "".join(
             f'<tr><th scope="row">{_text(arm.name)}</th><td class="text"><code>{_text(" ".join(arm.overrides))}</code></td>'
-            f'<td class="text">{_text(", ".join(f"{run.seed}" for run in arm.runs) or "none yet")}</td>'
+            f'<td class="word">{_text(", ".join(f"{run.seed}" for run in arm.runs) or "none yet")}</td>'
             f'<td class="text">{_text(_kernels(arm.runs[0]) if arm.runs else "–")}</td></tr>'
             for arm in study.arms
         )

@@ -63,7 +63,7 @@ def swatch(index: int) -> str:
 def chart(title: str, unit: str, lines: Sequence[Line], scale: Scale) -> str:
     """An SVG of `lines`, labelled at their ends when there are several, and beside it the numbers that hovering shows."""
     labels = len(lines) > 1
-    right = 14 + (min(132, 12 + 6.2 * max(len(line.label) for line in lines)) if labels else 0)
+    right = 14 + (min(160, 12 + 6.2 * max(len(line.label) for line in lines)) if labels else 0)
     x0, x1 = LEFT, WIDTH - right
     first, last = _span([line.steps for line in lines])
     thin = [_thinned(line, first, last, int(x1 - x0)) for line in lines]
@@ -178,7 +178,7 @@ def _axis(lines: Sequence[Line], scale: Scale) -> Axis:
     values = every if len(every) else np.array([0.0, 1.0])
     least, most = float(values.min()), float(values.max())
     if scale == "from zero":
-        least, most = min(0.0, least), max(0.0, most) or 1.0
+        least, most = min(0.0, means.min(initial=0.0)), max(0.0, most) or 1.0  # not where a band alone is negative
     low, high, ticks = _linear(least, most)
 
     def place(value: np.ndarray) -> np.ndarray:
@@ -287,7 +287,7 @@ def _apart(wanted: Sequence[float], top: float, floor: float) -> list[float]:
 
 
 def _short(label: str) -> str:
-    return label if len(label) <= 19 else label[:18] + "…"
+    return label if len(label) <= 24 else label[:23] + "…"
 
 
 def _numbers(lines: Sequence[Line]) -> str:

@@ -100,6 +100,8 @@ def _compared(others: Sequence[Arm], reference: Arm, measure: Measure) -> str:
         seeds.add(found.difference.n)
         name = arm.name + (f" ({_difference(found, measure)})" if found.text in ("higher", "lower") else "")
         groups.setdefault(found.text, []).append(name)
+    if len(others) > 3 and set(groups) == {"no difference seen"}:
+        groups = {"no difference seen": ["any other arm"]}
     where = {text: f"{text} in {', '.join(names)}" for text, names in groups.items()}
     if set(groups) == {"one seed: no interval"}:
         return "one seed: no interval, no verdict"
