@@ -1,4 +1,4 @@
-"""`train.py`'s command for recipes of the hub, one step each, in one process: run_recipes.py EMPTY-DIRECTORY."""
+"""`train.py`'s command for each kind of recipe, one step, all in one process: run_recipes.py EMPTY-DIRECTORY."""
 
 import os
 import random
@@ -21,7 +21,7 @@ SMALL = (
 
 
 def chatty_model(directory: str) -> str:
-    """A small model with a chat template that puts 6 in a box about half of the time, whatever it is asked."""
+    """A small model with a chat template that often puts 6 in a box, whatever it is asked."""
     torch.manual_seed(0)
     (model, _), tokenizer = build_model(), chat_tokenizer()
 
@@ -30,7 +30,7 @@ def chatty_model(directory: str) -> str:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return text, r"\boxed{6}"
 
-    supervised(model, tokenizer, example, stop_at=0.4, max_steps=100, batch_size=8, learning_rate=3e-3, seed=0)
+    supervised(model, tokenizer, example, stop_at=0.2, max_steps=100, batch_size=8, learning_rate=3e-3, seed=0)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
@@ -39,9 +39,10 @@ def chatty_model(directory: str) -> str:
 if __name__ == "__main__":
     os.chdir(sys.argv[1])
     model = chatty_model("model")
-    for recipe, ending in (("gsm8k", "jsonl"), ("dapo_math", "parquet")):
-        # every question has the answer 6
-        rows = [row | {"answer": "It is so.\n#### 6", "solution": "6.0"} for row in ROWS[recipe](36)]
-        path = write(rows, f"{recipe}.{ending}")
-        if code := train([f"recipe={recipe}", f"run={recipe}", f"model={model}", f"data.path={path}", *SMALL]):
+    runs: dict[str, list[str]] = {"countdown": ["data.train_size=32"], "reverse": ["data.train_size=32"]}
+    for recipe, ending in (("gsm8k", "jsonl"), ("math", "jsonl"), ("dapo_math", "parquet")):
+        six = {"gsm8k": {"answer": "It is so.\n#### 6"}, "math": {"answer": r"\frac{12}{2}"}, "dapo_math": {"solution": "6.0"}}
+        runs[recipe] = ["data.path=" + write([row | six[recipe] for row in ROWS[recipe](36)], f"{recipe}.{ending}")]
+    for recipe, data in runs.items():
+        if code := train([f"recipe={recipe}", f"run={recipe}", f"model={model}", *data, *SMALL]):
             sys.exit(code)

@@ -1,12 +1,20 @@
-"""Every file of recipes/: loads, is a valid configuration, is told of in the README; ablations differ by their defaults alone."""
+"""Every file of recipes/: valid, and in the README; a step of each kind; ablations differ by their defaults alone."""
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from recipes import _math
 from rlinvariant.config import load_recipe, parse, recipe_names
 
-RECIPES = Path(__file__).parents[2] / "recipes"
+ROOT = Path(__file__).parents[2]
+RECIPES = ROOT / "recipes"
+KINDS = ("countdown", "reverse", "gsm8k", "math", "dapo_math")  # arithmetic is run by tests/test_run.py
 PARENTS = {
     "arithmetic_off": ("arithmetic", {"invariance": "off"}),
     "arithmetic_tis": ("arithmetic_off", {"trainer.vllm_importance_sampling_correction": True,
@@ -37,3 +45,35 @@ def test_an_ablation_is_its_parent_with_other_defaults(name: str) -> None:
     assert ours.defaults == {**theirs.defaults, **changes} != theirs.defaults
     for part in ("data", "datasets", "reward_funcs", "prepare_model", "check"):
         assert getattr(ours, part) is getattr(theirs, part), part
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """The directory in which each kind of recipe has run a step."""
+    directory = tmp_path_factory.mktemp("recipes")
+    command = [sys.executable, str(ROOT / "tests/recipes/run_recipes.py"), str(directory)]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return directory
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("recipe", KINDS)
+def test_a_step_of_each_kind_is_exact(recipe: str, finished: Path) -> None:
+    (row,) = lines(finished / "runs" / recipe / "metrics.jsonl")
+    assert row["onpolicy/mismatched_tokens"] == 0 == row["onpolicy/unscored_tokens"] and row["onpolicy/compared_tokens"] > 100
+
+
+@pytest.mark.parametrize("recipe", KINDS[2:])
+def test_mathematics_is_asked_in_chat_and_graded(recipe: str, finished: Path) -> None:
+    """The model often puts 6 in a box; every answer is 6, written in another way."""
+    samples = lines(finished / "runs" / recipe / "samples.jsonl")
+    for sample in samples:
+        assert [message["role"] for message in sample["prompt"]] == ["system", "user"]
+        assert sample["prompt"][0]["content"] == _math.SYSTEM
+        assert sample["reward"] == float(sample["completion"][0]["content"].startswith(r"\boxed{6}")), sample
+    assert any(sample["reward"] for sample in samples)

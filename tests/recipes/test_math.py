@@ -1,8 +1,5 @@
-"""gsm8k, math, dapo_math on rows of the hub's schema: what is asked, what is right, what is refused, and a run of each kind."""
+"""gsm8k, math, dapo_math on rows of the hub's schema: what is asked, what is right, what is refused."""
 
-import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +12,6 @@ from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.rewards import check_dataset
 from tests.recipes.hub_rows import ROWS, chat_tokenizer, original_dapo_math, write
 
-ROOT = Path(__file__).parents[2]
 RECIPES = {"gsm8k": gsm8k, "math": math, "dapo_math": dapo_math}
 
 
@@ -149,21 +145,3 @@ def test_what_is_missing_is_said_at_once(monkeypatch) -> None:
         "data.path=rows.csv: expected a file, .jsonl or .parquet, with the columns of openai/gsm8k",
         "recipe=gsm8k: needs math-verify to grade; pip install 'rlinvariant[math]'",
     ]
-
-
-def test_runs_end_to_end(tmp_path: Path) -> None:
-    """A model that often puts 6 in a box, and questions whose answer that is: asked in chat, graded, exact."""
-    command = [sys.executable, str(ROOT / "tests/recipes/run_recipes.py"), str(tmp_path)]
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    for recipe in ("gsm8k", "dapo_math"):
-        (row,) = [json.loads(line) for line in Path(f"runs/{recipe}/metrics.jsonl").read_text().splitlines()]
-        assert (
-            row["onpolicy/mismatched_tokens"] == 0 == row["onpolicy/unscored_tokens"] and row["onpolicy/compared_tokens"] > 100
-        )
-        samples = [json.loads(line) for line in Path(f"runs/{recipe}/samples.jsonl").read_text().splitlines()]
-        assert samples and all(_math.SYSTEM in str(sample["prompt"]) for sample in samples)
-        for sample in samples:
-            assert sample["reward"] == float(sample["completion"].startswith(r"\boxed{6}")), sample
-        assert 0 < row["reward/mean"] < 1
