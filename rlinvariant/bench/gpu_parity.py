@@ -129,11 +129,11 @@ def _exact_model(path: str) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from rlinvariant.models import make_invariant, require_exact
+    from rlinvariant.models import make_trainable, require_exact
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, device_map=device)
-    require_exact(make_invariant(model, torch.bfloat16))
+    require_exact(make_trainable(model, torch.bfloat16))
     return model.eval()
 
 

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 from rlinvariant.bench.compare import Parity, against_stock_trainer, against_trainer, differing
-from rlinvariant.models import make_invariant, require_exact
+from rlinvariant.models import make_trainable, require_exact
 from rlinvariant.rollout import Completion, request_seed
 from rlinvariant.sampler.engine import Sampler
 
@@ -41,7 +41,7 @@ def _model(name: str, config: Any, dtype: str, requests: int, length: int) -> li
         ours, stock = (Sampler(directory, invariant=i, dtype=dtype, max_model_len=256, kv_cache_gib=0.2) for i in (True, False))
         _kept.extend((ours, stock))
         kind = getattr(torch, dtype)
-        exact = make_invariant(AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32), kind).eval()
+        exact = make_trainable(AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32), kind).eval()
         require_exact(exact)
         plain = AutoModelForCausalLM.from_pretrained(directory, dtype=kind).eval()
 

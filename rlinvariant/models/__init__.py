@@ -2,13 +2,14 @@
 
 from rlinvariant.models.audit import Finding, audit, require_exact, watch
 from rlinvariant.models.patch import UnsupportedModel, make_invariant, unsupported
-from rlinvariant.models.working import use_working_copies
+from rlinvariant.models.working import make_trainable, use_working_copies
 
 __all__ = [
     "Finding",
     "UnsupportedModel",
     "audit",
     "make_invariant",
+    "make_trainable",
     "require_exact",
     "unsupported",
     "use_working_copies",

@@ -324,7 +324,7 @@ def _apply_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim:
 
 
 class _Attention(nn.Module):
-    """Llama's and Qwen3's, written so that vLLM can still merge the three projections, as can models/working.py."""
+    """Llama's and Qwen3's. vLLM reads the source of `forward`: the projections, to merge them, and the interface's call."""
 
     config: Any
     head_dim: int
@@ -339,31 +339,29 @@ class _Attention(nn.Module):
         q = self.q_proj(hidden_states)
         k = self.k_proj(hidden_states)
         v = self.v_proj(hidden_states)
-        return self.attend(q, k, v, position_embeddings, attention_mask, past_key_values, **kwargs)
-
-    def attend(self, q, k, v, position_embeddings, attention_mask=None, past_key_values=None, **kwargs):
-        """q, k, v [B, T, H D], possibly slices of one product."""
-        shape = (*q.shape[:-1], -1, self.head_dim)
-        q, k = _norm_and_turn(self, q.view(shape), k.view(shape), *position_embeddings)
-        v = v.view(shape).transpose(1, 2)
+        q, k, v = self.heads(q, k, v, *position_embeddings)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
-        window = getattr(self, "sliding_window", getattr(self.config, "sliding_window", None))  # which refuses, if set
-        out, weights = attend(self, q, k, v, attention_mask, scaling=self.scaling, sliding_window=window, **kwargs)
-        return self.o_proj(out.reshape(*shape[:-2], -1)), weights
+        out, weights = attend(self, q, k, v, attention_mask, scaling=self.scaling, sliding_window=self.window, **kwargs)
+        return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), weights
 
+    @property
+    def window(self) -> int | None:
+        """What `attention_forward` refuses, if set."""
+        return getattr(self, "sliding_window", getattr(self.config, "sliding_window", None))
 
-def _norm_and_turn(attention: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """q [B, T, H, D] and k -> normalised and rotated, [B, H, T, D]."""
-    (b, t), half = q.shape[:2], cos.shape[-1]
-    cos, sin = (x.expand(b, t, half).flatten(0, 1) for x in (cos, sin))
-    norms = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
-    q_weight, k_weight = (norm.weight if norm is not None else None for norm in norms)
-    eps = 0.0 if norms[0] is None else _epsilon(norms[0])
-    turned = ops.qk_norm_rope(q.flatten(0, 1), k.flatten(0, 1), q_weight, k_weight, cos, sin, eps)
-    first, second = (x.view(b, t, *x.shape[1:]).transpose(1, 2) for x in turned)
-    return first, second
+    def heads(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Projections [B, T, H D], possibly slices of one, as heads [B, H, T, D], queries and keys normalised and rotated."""
+        (b, t, _), half = q.shape, cos.shape[-1]
+        cos, sin = (x.expand(b, t, half).flatten(0, 1) for x in (cos, sin))
+        norms = getattr(self, "q_norm", None), getattr(self, "k_norm", None)
+        q_weight, k_weight = (norm.weight if norm is not None else None for norm in norms)
+        eps = 0.0 if norms[0] is None else _epsilon(norms[0])
+        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))
+        turned = ops.qk_norm_rope(q.flatten(0, 1), k.flatten(0, 1), q_weight, k_weight, cos, sin, eps)
+        q, k = (x.unflatten(0, (b, t)) for x in turned)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
 class _Rotated(nn.Module):
@@ -396,7 +394,7 @@ _CHECKS: dict[type, Callable[[nn.Module], tuple[Tensor, Tensor]]] = {
 }
 
 
-def _attention_forward(module, q, k, v, attention_mask, scaling=None, cu_seq_lens_q=None, dropout=0.0, **kwargs):
+def attention_forward(module, q, k, v, attention_mask, scaling=None, cu_seq_lens_q=None, dropout=0.0, **kwargs):
     """transformers' attention interface for q [B, H, T, D]: packed if `cu_seq_lens_q` is given, else B sequences of T."""
     if kwargs.get("sliding_window") is not None or dropout:
         raise UnsupportedModel(f"{type(module).__name__}: sliding windows and attention dropout are not supported")
@@ -414,5 +412,5 @@ def _mask(attention_mask: Tensor | None = None, **kwargs) -> None:
         raise UserError("attention_mask has zeros: exact attention takes packed sequences (cu_seq_lens_q), not padded ones")
 
 
-AttentionInterface.register(ATTENTION, _attention_forward)
+AttentionInterface.register(ATTENTION, attention_forward)
 AttentionMaskInterface.register(ATTENTION, _mask)

@@ -1,9 +1,9 @@
-"""Working copies of a trainer's weights on a GPU: cast once per forward, not at every use, and side by side where projections
-read the same input.
+"""A trainer's model, and on a GPU its working copies: weights cast once per forward, not at every use, and side by side where
+projections read the same input.
 
 A column of a product does not depend on the columns beside it (`ops.linear` on CUDA), so q, k and v as one product, or gate
 and up, have the bits that they have alone, and that vLLM's merged layers have. What is saved is launches, which a short
-micro-batch spends most of its time on: two thirds of the products and all but a few of the casts. It costs two bytes a
+micro-batch spends most of its time on: three of seven products a layer, and all casts but a few. It costs two bytes a
 parameter. The masters stay parameters of their own modules: state_dict, optimizer and weight sync see no difference.
 """
 
@@ -14,78 +14,106 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from rlinvariant import ops
+from rlinvariant.models.patch import attention_forward, make_invariant
 from rlinvariant.ops.linear import gradients
+
+
+def make_trainable(model: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """`make_invariant`, and what a trainer adds on a GPU: what `InvariantGRPOTrainer` trains, and a proof must run."""
+    make_invariant(model, dtype)
+    return use_working_copies(model, dtype) if next(model.parameters()).is_cuda else model
 
 
 def use_working_copies(model: Any, dtype: torch.dtype) -> Any:
     """Make the linear layers of a patched model's decoder compute, in place, with copies that every forward of it refreshes.
 
     Args:
-        model: a causal LM after `make_invariant`, fp32 parameters, on a CUDA device. The lm_head is left alone.
+        model: a causal LM after `make_invariant`, fp32 parameters, on its device. The lm_head is left alone.
         dtype: of activations.
+
+    A layer called by itself, outside the decoder's forward, uses the weights that the last forward saw.
     """
-    decoder, merged = model.base_model, set()
-    groups: list[_Group] = []
-
-    def group(*linears: Any) -> "_Group":
-        groups.append(_Group(linears, dtype))
-        merged.update(linears)
-        return groups[-1]
-
+    decoder = model.base_model
+    if any(isinstance(hook, _Refresh) for hook in decoder._forward_pre_hooks.values()):
+        return model
+    refresh = _Refresh()
     for module in list(decoder.modules()):
-        if hasattr(module, "attend"):
-            _swap(module, group(module.q_proj, module.k_proj, module.v_proj), forward=_attention)
-        elif hasattr(module, "gate_and_up"):
-            _swap(module, group(module.gate_proj, module.up_proj), forward=_mlp)
+        if hasattr(module, "heads") and _alike(module.q_proj, module.k_proj, module.v_proj):
+            _swap(module, refresh.add(dtype, module.q_proj, module.k_proj, module.v_proj), _attention)
+        elif hasattr(module, "gate_and_up") and _alike(module.gate_proj, module.up_proj):
+            _swap(module, refresh.add(dtype, module.gate_proj, module.up_proj), _mlp)
+    merged = {linear for linears, _ in refresh.groups for linear in linears}
     for module in decoder.modules():
         if getattr(type(module), "stock", None) is nn.Linear and module not in merged:
-            _swap(module, group(module), forward=lambda self, x: self.projections(x))
-    copies = [copy for g in groups for copy in g.parts]
-    masters = [linear.weight for g in groups for linear in g.linears]
-
-    def refresh(*_: Any) -> None:
-        with torch.no_grad():
-            every: Any = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
-            every(copies, masters)
-
+            _swap(module, refresh.add(dtype, module), lambda self, x: self.product(x, self))
     decoder.register_forward_pre_hook(refresh)
+    refresh()
     return model
 
 
-def _swap(module: Any, projections: "_Group", **methods: Any) -> None:
-    cls = type(module)
-    module.__class__ = type(cls.__name__, (cls,), {"__module__": cls.__module__, "__qualname__": cls.__qualname__, **methods})
-    module.projections = projections
+def _alike(*linears: Any) -> bool:
+    """Whether all have a bias, or none."""
+    return len({linear.bias is None for linear in linears}) == 1
 
 
-def _attention(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-    projections = self.projections
-    return self.attend(*projections(hidden_states).split(projections.sizes, -1), *args, **kwargs)
+def _swap(module: Any, product: "_Product", forward: Any) -> None:
+    cls, body = type(module), {"forward": forward}
+    module.__class__ = type(cls.__name__, (cls,), {"__module__": cls.__module__, "__qualname__": cls.__qualname__, **body})
+    module.product = product
+
+
+def _attention(
+    self: Any, hidden_states: Tensor, position_embeddings: Any, attention_mask: Any = None, past_key_values: Any = None,
+    **kwargs: Any,
+) -> Any:  # fmt: skip
+    """As that of models/patch.py, whose source is vLLM's to read and must name three projections."""
+    merged = self.product(hidden_states, self.q_proj, self.k_proj, self.v_proj)
+    q, k, v = self.heads(*merged.split(self.product.sizes, -1), *position_embeddings)
+    if past_key_values is not None:
+        k, v = past_key_values.update(k, v, self.layer_idx)
+    out, weights = attention_forward(self, q, k, v, attention_mask, self.scaling, sliding_window=self.window, **kwargs)
+    return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), weights
 
 
 def _mlp(self: Any, x: Tensor) -> Tensor:
-    return self.down_proj(ops.swiglu_merged(self.projections(x)))
+    return self.down_proj(ops.swiglu_merged(self.product(x, self.gate_proj, self.up_proj)))
 
 
-class _Group:
-    """Linear layers that read the same input, and one copy of their weights, [sum of N, K]."""
+class _Refresh:
+    """The decoder's hook. An object, so that a deep copy of the model refreshes its own copies from its own masters."""
 
-    def __init__(self, linears: tuple[Any, ...], dtype: torch.dtype) -> None:
-        self.linears, self.sizes = linears, [linear.weight.shape[0] for linear in linears]
-        first = linears[0].weight
-        self.copy = torch.empty(sum(self.sizes), first.shape[1], dtype=dtype, device=first.device)
+    def __init__(self) -> None:
+        self.groups: list[tuple[tuple[Any, ...], _Product]] = []
+
+    def add(self, dtype: torch.dtype, *linears: Any) -> "_Product":
+        product = _Product([linear.weight for linear in linears], dtype)
+        self.groups.append((linears, product))
+        return product
+
+    def __call__(self, *_: Any) -> None:
+        masters = [linear.weight for linears, _ in self.groups for linear in linears]  # as they are now: they may be replaced
+        with torch.no_grad():
+            every: Any = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
+            every([part for _, product in self.groups for part in product.parts], masters)
+
+
+class _Product:
+    """By one copy of the weights of linear layers that read the same input, [sum of N, K]."""
+
+    def __init__(self, weights: list[Tensor], dtype: torch.dtype) -> None:
+        self.sizes = [len(weight) for weight in weights]
+        self.copy = torch.empty(sum(self.sizes), weights[0].shape[1], dtype=dtype, device=weights[0].device)
         # An alias, whose writes autograd does not count: a second forward before a backward writes the same values again,
-        # and if the weights have moved in between, the masters that the product saves say so.
+        # and if an optimizer has moved the weights in between, the masters that `_Linear` saves say so.
         self.parts = self.copy.data.split(self.sizes)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, *linears: Any) -> Tensor:
         """x [*, K] -> [*, sum of N]."""
-        biases = [linear.bias for linear in self.linears if linear.bias is not None]
-        bias = torch.cat([b.to(x.dtype) for b in biases]) if biases else None
-        return _Product.apply(x, self.copy, bias, *(linear.weight for linear in self.linears))
+        bias = None if linears[0].bias is None else torch.cat([linear.bias for linear in linears])
+        return _Linear.apply(x, self.copy, bias, *(linear.weight for linear in linears))
 
 
-class _Product(torch.autograd.Function):
+class _Linear(torch.autograd.Function):
     """`ops.linear` by a copy, with gradients for the masters that it was made from: fp32, as the matrix unit adds them up."""
 
     @staticmethod

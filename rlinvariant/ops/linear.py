@@ -131,7 +131,7 @@ def _save(ctx, inputs, output) -> None:
 
 def _backward(ctx, dy: Tensor):
     x, weight = ctx.saved_tensors
-    return gradients(dy, x, weight.to(dy.dtype), ctx.needs_input_grad, weight.dtype, ctx.bias)
+    return gradients(dy, x, weight, ctx.needs_input_grad, weight.dtype, ctx.bias)
 
 
 def gradients(
@@ -142,7 +142,7 @@ def gradients(
     On a GPU the sum over rows is stored in fp32 as it is, not rounded to dy.dtype on the way.
     """
     rows, flat = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
-    dx = (rows @ weight).view(x.shape) if needed[0] else None
+    dx = (rows @ weight.to(dy.dtype)).view(x.shape) if needed[0] else None
     dw = _product(rows.t(), flat, dtype) if needed[1] else None
     db = rows.float().sum(0).to(bias) if bias is not None and needed[2] else None
     return dx, dw, db

@@ -23,8 +23,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from rlinvariant import metrics
 from rlinvariant.conflicts import conflicts
 from rlinvariant.errors import ConfigErrors, ParityError
-from rlinvariant.kernels.rows import STEP
-from rlinvariant.models import make_invariant, require_exact, use_working_copies
+from rlinvariant.models import make_invariant, make_trainable, require_exact
 from rlinvariant.rewards import check_dataset, checked_reward
 from rlinvariant.rollout import Completion, request_seed
 from rlinvariant.support import device_problems
@@ -99,8 +98,7 @@ class InvariantGRPOTrainer(GRPOTrainer):
                 check_dataset(kwargs[name], name.removesuffix("_dataset"))
         rewards = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         if self._trainer_is_invariant:  # on the device: its kernels are what is checked
-            make_invariant(model.to(args.device), dtype)
-            require_exact(use_working_copies(model, dtype) if args.device.type == "cuda" else model)
+            require_exact(make_trainable(model.to(args.device), dtype))
         elif self._sampler_is_invariant:
             require_exact(make_invariant(copy.deepcopy(model).to(args.device), dtype))  # what the sampler will run
         super().__init__(model, [checked_reward(f) for f in rewards], args, **kwargs)
@@ -258,7 +256,7 @@ class InvariantGRPOTrainer(GRPOTrainer):
         return result
 
     def _packed_logprobs(self, model, input_ids: Tensor, attention_mask: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        batch = pack(input_ids, attention_mask, length, STEP if input_ids.is_cuda else 1)
+        batch = pack(input_ids, attention_mask, length)
         logprobs, entropies = model(
             **batch.inputs,
             attention_mask=None,

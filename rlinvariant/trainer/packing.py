@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rlinvariant.kernels.rows import STEP
+
 
 @dataclass(frozen=True)
 class Packed:
@@ -21,7 +23,7 @@ class Packed:
         return values.new_zeros(self.keep.shape).masked_scatter(self.keep, values)
 
 
-def pack(input_ids: Tensor, attention_mask: Tensor, completion_length: int, multiple: int = 1) -> Packed:
+def pack(input_ids: Tensor, attention_mask: Tensor, completion_length: int, multiple: int | None = None) -> Packed:
     """Drop the padding of a batch and find the completion tokens.
 
     Positions count real tokens, so a left-padded row is rotated as vLLM rotated it; TRL's padded forward passes none.
@@ -30,8 +32,9 @@ def pack(input_ids: Tensor, attention_mask: Tensor, completion_length: int, mult
         input_ids: [B, L] int64, prompts left-padded, completions right-padded.
         attention_mask: [B, L], 1 on real tokens.
         completion_length: C, how many of the last columns belong to completions.
-        multiple: of what N is to be; what is missing is a sequence of its own, which nothing is scored of.
+        multiple: of what N is to be, by default what suits the device; the rest is a sequence that nothing is scored of.
     """
+    multiple = multiple or (STEP if input_ids.is_cuda else 1)
     mask = attention_mask.bool()
     lengths = mask.sum(1)
     row_of = torch.full_like(input_ids, -1)
@@ -41,7 +44,7 @@ def pack(input_ids: Tensor, attention_mask: Tensor, completion_length: int, mult
     ids, positions = input_ids[mask], (attention_mask.cumsum(1) - 1)[mask]
     if missing := -len(ids) % multiple:
         ids = F.pad(ids, (0, missing))
-        positions = torch.cat([positions, torch.arange(missing, device=ids.device)])
+        positions = F.pad(positions, (0, missing))
         lengths = F.pad(lengths, (0, 1), value=missing)
     cu = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
     longest = int(lengths.max())

@@ -94,7 +94,7 @@ def test_a_tile_that_reaches_beyond_the_weight_gives_the_same_bits(tile, kernel)
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("shape", [*(shape for shape, _ in WEIGHTS), (4096, 12288)])  # and Qwen3 8B down
 def test_cublaslt_gives_the_bits_of_the_tiles(shape, bias, kernel):
-    """At row counts that `check` has not tried, on operands that it has not seen."""
+    """On operands that `check` has not seen, most of them at row counts that it has not tried."""
     x, w = operands(*shape)
     b = small_bias(shape[0]) if bias else None
     assert kernel.check(*shape, bias, 0), "cuBLASLt is not used for this weight"
@@ -114,7 +114,7 @@ def test_another_order_of_summation_shows(kernel):
 
 
 def test_columns_of_a_merged_projection_have_their_own_bits():
-    """vLLM merges q, k and v, and gate and up; the trainer does not."""
+    """vLLM merges q, k and v, and gate and up, as does the trainer on a GPU; its reference model does not."""
     x, w = operands(4096, 2048)
     b, sizes = small_bias(4096), [2048, 1024, 1024]
     projections = list(zip(w.split(sizes), b.split(sizes), strict=True))

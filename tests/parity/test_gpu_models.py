@@ -23,7 +23,7 @@ from trl import GRPOConfig
 import rlinvariant
 from rlinvariant import metrics
 from rlinvariant.bench.models import build
-from rlinvariant.models import make_invariant, require_exact
+from rlinvariant.models import make_trainable, require_exact
 from rlinvariant.rollout import Completion
 from rlinvariant.sampler import vllm_model
 from rlinvariant.sampler.engine import Sampler
@@ -244,7 +244,7 @@ def test_one_bf16_ulp_in_one_row_of_the_lm_head_is_seen(grpo, another, monkeypat
 def pair(request, path_of) -> Iterator[Pair]:
     release()
     name, path = request.param, path_of(request.param)
-    model = make_invariant(on_gpu(path, torch.float32))
+    model = make_trainable(on_gpu(path, torch.float32))
     require_exact(model)
     rng, vocabulary = random.Random(3), model.config.vocab_size
     lengths = [*EDGES, *(rng.randint(3, 300) for _ in range(SEQUENCES - len(EDGES)))]

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 from rlinvariant import metrics
-from rlinvariant.models import make_invariant, require_exact
+from rlinvariant.models import make_trainable, require_exact
 from rlinvariant.rollout import Completion
 from rlinvariant.sampler.engine import Sampler
 from tests.parity.device import DEVICE, fp32_only_on_cpu
@@ -109,7 +109,7 @@ def pair(request, tmp_path_factory) -> Pair:
             if name.endswith("bias") or "norm" in name:
                 p.data.normal_(1.0 * ("norm" in name), 0.3)
         biased.save_pretrained(path)
-    model = make_invariant(biased.to(DEVICE), getattr(torch, case.dtype))
+    model = make_trainable(biased.to(DEVICE), getattr(torch, case.dtype))
     require_exact(model)
     rng = random.Random(1)
     lengths = [1, 2, 15, 16, 17, 31, 32, 33, 64, 104, LONGEST - 1, LONGEST]

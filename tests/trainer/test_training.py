@@ -9,7 +9,7 @@ from trl.trainer.utils import RepeatSampler
 
 from rlinvariant.bits import assert_bits_equal
 from rlinvariant.metrics import KEYS
-from rlinvariant.models import make_invariant
+from rlinvariant.models import make_trainable
 from rlinvariant.trainer import InvariantGRPOTrainer
 from tests.parity.device import DEVICE, fp32_only_on_cpu
 from tests.parity.harness import (
@@ -261,7 +261,7 @@ def test_a_checkpoint_loads_in_transformers_and_in_a_fresh_sampler(saved, exact_
     assert engine.differing_weights(model.named_parameters()) == []
     prompts = [[1, 4 + i, 5] for i in range(8)]
     completions = engine.generate(prompts, range(8), temperature=0.7, max_tokens=12)
-    scored = torch.cat(score(make_invariant(model), prompts, completions, 0.7, Layout(8)))
+    scored = torch.cat(score(make_trainable(model), prompts, completions, 0.7, Layout(8)))
     assert_bits_equal(scored, torch.cat([fp32(c.sampler_logprobs) for c in completions]), "checkpoint")
 
 
