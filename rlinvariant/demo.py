@@ -24,6 +24,7 @@ HELP = """usage: rlinvariant demo [MODEL] [key=value ...]
 
 Completes one prompt many times at temperature 0 while other requests join and leave, on stock vLLM and with the invariant ops:
 unique completions, the first token that differs, the same of log-probs, tokens/s. Writes runs/demo-*/demo.json and demo.html.
+By default it takes two to four minutes on two cores; completions=200 takes less than one.
 
 MODEL is a Hugging Face directory or hub id, or the name of a shape to fill with random weights: {shapes}. Default: {default}.
 """
@@ -181,7 +182,7 @@ def make_model(name: str) -> str:
 
 
 def build_small(directory: Path) -> None:
-    """Four layers, 256 wide, 8,192 tokens, random: so small that 1,000 completions take a minute on two cores, and with so
+    """Four layers, 256 wide, 8,192 tokens, random: small enough for 1,000 completions in a minute or two on two cores, and with so
     many tokens of nearly the same likelihood that rounding can decide between them, as it can in a long answer of a real model.
     """
     import torch
