@@ -1,10 +1,14 @@
-"""What the notebooks share: a tiny random model, a server in a few lines, how pictures look. Nothing here is the library's."""
+"""What the notebooks share: a tiny random model, a server in a few lines, how pictures look. Nothing here is the library's.
+
+Import it first: some of this must be set before torch is imported.
+"""
 
 import os
 import warnings
 
 warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm would like ipywidgets
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that spin starve each other on a busy machine
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin starve each other on a machine that is shared
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # vLLM says where it allocates
 
 from collections.abc import Callable
 
@@ -13,8 +17,12 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, DynamicCache, Qwen3Config, Qwen3ForCausalLM
 
+from transformers.utils import logging
+
 from rlinvariant import ops
 
+logging.disable_progress_bar()
+logging.set_verbosity_error()
 torch.set_num_threads(1)  # quicker for models this small; and whatever varies here cannot be blamed on threads
 STOCK, OURS, GREY = "#c2571a", "#12766f", "#8a8f98"  # the colours of the two arms, and of what belongs to neither
 plt.rcParams.update(
