@@ -182,8 +182,11 @@ def make_model(name: str) -> str:
 
 
 def build_small(directory: Path) -> None:
-    """Four layers, 256 wide, 8,192 tokens, random: small enough for 1,000 completions in a minute or two on two cores, and with so
-    many tokens of nearly the same likelihood that rounding can decide between them, as it can in a long answer of a real model.
+    """Four layers, 256 wide, 8,192 tokens, random: quick, and so many tokens are nearly as likely that rounding can decide
+    between them, as it can in a long answer of a real model.
+
+    Chosen among a dozen for that, with its long prompt: stock attention on a CPU splits a long context by what else there is to
+    do. On a short prompt stock vLLM often gave one completion, from several sequences of log-probs.
     """
     import torch
     from transformers import AutoModelForCausalLM, Qwen3Config
