@@ -41,6 +41,9 @@ def markdown(directory: Path) -> str:
         if name == "parity_soak":
             sections.append("### soak\n\n" + _soak(content))
             continue
+        if name == "ablation":
+            sections.append("### ablation\n\n" + _ablation(content))
+            continue
         if name == "parity":
             sections.append("### parity\n\n" + _parity(content["rows"]))
             continue
@@ -81,6 +84,8 @@ def _table(name: str, content: dict[str, Any] | None) -> str:
         return "not measured yet"
     if name == "parity_soak":
         return _soak(content)
+    if name == "ablation":
+        return _ablation(content)
     if name == "parity":
         return _parity(content["rows"]) + _incomplete(content)
     if "gpu" not in content["environment"]:  # of the costs those with a target, whole steps and the training part
@@ -139,7 +144,7 @@ def _bar(row: dict[str, Any]) -> tuple[str, float, bool] | None:
 def _files(directory: Path) -> dict[str, dict[str, Any]]:
     """Every result, by name."""
     found = {path.stem: json.loads(path.read_text()) for path in sorted(directory.glob("*.json"))}
-    return {name: content for name, content in found.items() if "rows" in content or "runs" in content}
+    return {name: content for name, content in found.items() if {"rows", "runs", "arms"} & content.keys()}
 
 
 def _incomplete(content: dict[str, Any]) -> str:
@@ -199,6 +204,26 @@ def _costs(rows: list[dict]) -> str:
             numbers = f"{_number(row['ours'])} | {_number(row['stock'])} | {row['unit']} | **{row['ratio']:.2f}**"
             lines.append(f"| {row['case']} | {numbers} | {_target(row)} |")
     return "\n".join(lines)
+
+
+def _ablation(content: dict[str, Any]) -> str:
+    """summary.json of `rlinvariant ablate`: means, and half of their 95 % intervals, over seeds."""
+    titles = ("KL k3, nats", "Reward, last 10 steps", "Held-out accuracy, %")
+
+    def cell(found: dict[str, Any]) -> str:
+        if found["mean"] is None:
+            return ""
+        half = "" if found["high"] is None or found["seeds"] < 2 else f" ± {found['high'] - found['mean']:.2g}"
+        return f"{found['mean']:.3g}{half}"
+
+    lines = [f"| arm | mismatched / tokens | {' | '.join(titles)} | reward, against exact |", "|---|--:|--:|--:|--:|---|"]
+    for name, arm in content["arms"].items():
+        tokens, against = arm["tokens"], arm.get("minus exact, by seed")
+        verdict = "" if against is None else against[titles[1]]["verdict"]
+        numbers = " | ".join(cell(arm["measures"][title]) for title in titles)
+        lines.append(f"| `{name}` | {tokens['mismatched']:,} / {tokens['compared']:,} | {numbers} | {verdict} |")
+    seeds = len(content["seeds"])
+    return "\n".join([*lines, "", f"{seeds} seeds of {content['steps']} steps: `{content['command']}`"])
 
 
 def _soak(content: dict[str, Any]) -> str:
