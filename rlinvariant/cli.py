@@ -11,6 +11,7 @@ USAGE = """usage: rlinvariant train recipe=NAME [key=value ...]   train in this 
        rlinvariant ablate recipe=NAME seeds=3         the same runs exact, with drift, corrected, stale; a table and a page
        rlinvariant demo [MODEL] [key=value ...]       one prompt 1,000 times among changing traffic, ops off and on
        rlinvariant serve MODEL [vllm options]         vllm serve with the ops on: a request's bytes do not depend on load
+       rlinvariant doctor [MODEL] [--json] [--engine] is this machine able, which kernels, what is in the way
        rlinvariant report RUN_OR_ABLATION             write its report.html, print its tables
        rlinvariant dashboard push RUN_OR_ABLATION     the same panels as a W&B workspace and report; as JSON without a login
        rlinvariant dashboard sync RUN_OR_ABLATION     replay metrics.jsonl into W&B and TensorBoard
@@ -54,6 +55,15 @@ def serve(argv: list[str]) -> int:
         from rlinvariant.serve import serve
 
         serve(argv)
+
+    return _call(run)
+
+
+def doctor(argv: list[str]) -> int:
+    def run() -> int:
+        from rlinvariant.doctor import doctor
+
+        return doctor(argv)
 
     return _call(run)
 
@@ -107,9 +117,16 @@ def _call(command: Callable[[], int | None]) -> int:
 
 def main() -> int:
     command, *rest = sys.argv[1:] or ["--help"]
-    if command in (
-        commands := {"train": train, "ablate": ablate, "demo": demo, "serve": serve, "report": report, "dashboard": dashboard}
-    ):
+    commands = {
+        "train": train,
+        "ablate": ablate,
+        "demo": demo,
+        "serve": serve,
+        "doctor": doctor,
+        "report": report,
+        "dashboard": dashboard,
+    }
+    if command in commands:
         return commands[command](rest)
     if command == "--version":
         from rlinvariant import __version__

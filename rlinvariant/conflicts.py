@@ -48,10 +48,17 @@ def conflicts(trainer: Any, invariance: str, env: Mapping[str, str], prefix: str
         if invariance == "exact":
             dropped = "False with invariance=exact: TRL drops truncated completions before they could be compared; remove it"
             require(not trainer.mask_truncated_completions, "mask_truncated_completions", dropped)
-        autocast = env.get("ACCELERATE_MIXED_PRECISION", "no")
-        if autocast != "no" and not (trainer.bf16 or trainer.fp16):  # TRL sets the variable itself when it is asked to
-            fix = "set mixed_precision: 'no' in the accelerate config, drop --mixed_precision, and use dtype=bfloat16"
-            found.append(f"ACCELERATE_MIXED_PRECISION={autocast}: expected no {mode}; {fix}")
+    found += environment_conflicts(env, invariance, bool(trainer.bf16 or trainer.fp16))
+    return found
+
+
+def environment_conflicts(env: Mapping[str, str], invariance: str, autocast_asked: bool = False) -> list[str]:
+    """The part of `conflicts` that is in the environment; `autocast_asked`: TRL sets the variable itself when it is asked to."""
+    found: list[str] = []
+    autocast = env.get("ACCELERATE_MIXED_PRECISION", "no")
+    if invariance in ("exact", "trainer") and autocast != "no" and not autocast_asked:
+        fix = "set mixed_precision: 'no' in the accelerate config, drop --mixed_precision, and use dtype=bfloat16"
+        found.append(f"ACCELERATE_MIXED_PRECISION={autocast}: expected no with invariance={invariance}; {fix}")
     if env.get("VLLM_BATCH_INVARIANT", "0") != "0":
         value = env["VLLM_BATCH_INVARIANT"]
         found.append(f"VLLM_BATCH_INVARIANT={value}: expected unset; invariance= decides; run `unset VLLM_BATCH_INVARIANT`")

@@ -22,7 +22,7 @@ ROWS = (
     {"warmstart"},
     {"run"},
     {"recipes"},
-    {"bench", "serve"},
+    {"bench", "serve", "doctor"},
     {"demo", "ablate"},
     {"__init__"},
     {"cli"},
