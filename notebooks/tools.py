@@ -3,6 +3,7 @@
 Import it first: some of this must be set before torch is imported.
 """
 
+# ruff: noqa: E402
 import os
 import warnings
 
@@ -16,7 +17,6 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, DynamicCache, Qwen3Config, Qwen3ForCausalLM
-
 from transformers.utils import logging
 
 from rlinvariant import ops
