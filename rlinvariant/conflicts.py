@@ -53,7 +53,10 @@ def conflicts(trainer: Any, invariance: str, env: Mapping[str, str], prefix: str
 
 
 def environment_conflicts(env: Mapping[str, str], invariance: str, autocast_asked: bool = False) -> list[str]:
-    """The part of `conflicts` that is in the environment; `autocast_asked`: TRL sets the variable itself when it is asked to."""
+    """The part of `conflicts` that is in the environment.
+
+    autocast_asked: bf16 or fp16 is set, for which TRL sets the variable itself.
+    """
     found: list[str] = []
     autocast = env.get("ACCELERATE_MIXED_PRECISION", "no")
     if invariance in ("exact", "trainer") and autocast != "no" and not autocast_asked:

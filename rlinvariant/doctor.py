@@ -47,13 +47,13 @@ class Finding:
         name: what was looked at.
         verdict: "ok", "note" (exact all the same) or "problem".
         text: what was found; for a problem, with the fix.
-        stock: whether invariance=off runs in spite of it.
+        invariance_off: whether invariance=off runs in spite of it.
     """
 
     name: str
     verdict: str
     text: str
-    stock: bool = True
+    invariance_off: bool = True
 
 
 def doctor(argv: Sequence[str]) -> int:
@@ -118,7 +118,7 @@ def summary(findings: Sequence[Finding]) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "exact": all(x.verdict != "problem" for x in findings),
-        "invariance_off": _stock_runs(findings),
+        "invariance_off": all(x.invariance_off for x in findings),
         "findings": [asdict(x) for x in findings],
         "environment": machine,
     }
@@ -126,11 +126,11 @@ def summary(findings: Sequence[Finding]) -> dict[str, Any]:
 
 def conclusion(findings: Sequence[Finding]) -> str:
     """The last line of the report."""
-    problems = sum(x.verdict == "problem" for x in findings)
-    if not problems:
+    if not (problems := [x for x in findings if x.verdict == "problem"]):
         return "exact mode can run here"
-    off = "invariance=off works as it is" if _stock_runs(findings) else "nor does invariance=off"
-    return f"exact mode cannot run here: {problems} problem{'s' if problems > 1 else ''}, each with its fix above; {off}"
+    met = sum(not x.invariance_off for x in problems)
+    off = f"invariance=off meets {met} of them too" if met else "invariance=off works as it is"
+    return f"exact mode cannot run here: {len(problems)} problem{'s' * (len(problems) > 1)}, fixes above; {off}"
 
 
 def packages() -> Iterator[Finding]:
@@ -187,7 +187,9 @@ def _package(requirement: Any, extra: str = "") -> Finding:
     except metadata.PackageNotFoundError:
         return Finding(name, "problem", f"missing: expected {requirement.specifier}; {fix}", False)
     if not requirement.specifier.contains(version, prereleases=True):
-        return Finding(name, "problem", f"{version}: expected {requirement.specifier}, the releases that were tested; {fix}")
+        return Finding(
+            name, "problem", f"{version}: expected {requirement.specifier}, the releases that were tested; {fix}", False
+        )
     return Finding(name, "ok", f"{name} {version}" if not extra else f"{version} (tested {requirement.specifier})")
 
 
@@ -207,16 +209,14 @@ def compiler() -> Iterator[Finding]:
     except UserError as error:
         yield Finding("compiler", "problem", str(error))
     except OSError as error:
-        fix = "set RLINVARIANT_CACHE to a directory that can be written, and from which libraries can be loaded"
+        fix = "empty it, or set RLINVARIANT_CACHE to a directory that can be written and from which libraries can be loaded"
         yield Finding("compiler", "problem", f"kernels/cpu.c: {_line(error)} in {c.cache_dir()}; {fix}")
-    except (RuntimeError, AttributeError) as error:  # AttributeError: a library that lacks a function
-        fix = f"install a current gcc, or set CC; then remove {c.cache_dir()}"
+    except RuntimeError as error:
+        fix = "install a current gcc, or set CC"
         yield Finding("compiler", "problem", f"kernels/cpu.c: {_line(error)}; {fix}")
     else:
-        took = f"{time.monotonic() - started:.2f} s"
-        yield Finding(
-            "compiler", "ok", f"{os.environ.get('CC', 'gcc')}: kernels/cpu.c ready in {took}, kept in {c.cache_dir()}"
-        )
+        took, name = f"{time.monotonic() - started:.2f} s", os.environ.get("CC", "gcc")
+        yield Finding("compiler", "ok", f"{name}: kernels/cpu.c built and loaded, or found in {c.cache_dir()}, in {took}")
 
 
 def gpu(cuda: bool) -> Iterator[Finding]:
@@ -262,7 +262,7 @@ def variables(env: Mapping[str, str], cuda: bool) -> Iterator[Finding]:
         for line in environment_conflicts(env, invariance):
             if name == "off" or line not in environment_conflicts(env, "off"):
                 clean = False
-                yield Finding("environment", "problem", line, stock=name != "off")
+                yield Finding("environment", "problem", line, invariance_off=name != "off")
     try:
         runtime.configure()
     except UserError as error:
@@ -303,8 +303,8 @@ def accelerate_config(env: Mapping[str, str], cuda: bool) -> Iterator[Finding]:
         problems.append((f"distributed_type: {kind}: expected NO, MULTI_CPU or MULTI_GPU: one process or data parallel", False))
     if config.get("use_cpu") and cuda:
         problems.append(("use_cpu: true: expected false where there is a GPU, which vLLM would take", True))
-    for text, stock in problems:
-        yield Finding("accelerate", "problem", f"{path}: {text}; change it there, {otherwise}", stock)
+    for text, off in problems:
+        yield Finding("accelerate", "problem", f"{path}: {text}; change it there, {otherwise}", off)
     if not problems:
         yield Finding("accelerate", "ok", f"{path}: nothing in the way")
 
@@ -354,17 +354,14 @@ def kernels_cpu(weights: Iterable[tuple[int, int, bool]], dtypes: Sequence[str])
                 large.append(f"{label} ({need / 2**30:.0f} GiB)")
             else:
                 (passed if is_exact(n, k, getattr(torch, dtype), bias, count) else failed).append(label)
-        why = f"equal bits in all sixteen calls here, with {count} threads"
+        why = f"a row's bits are equal in all sixteen calls here, with {count} threads"
+        why_not = f"the vendor GEMM's bits of a row change with the number of rows, with {count} threads"
         if passed:
             yield Finding("linear", "ok", f"{dtype}: vendor GEMM for {', '.join(passed)}: {why}")
         if failed:
-            yield Finding(
-                "linear", "ok", f"{dtype}: kernels/cpu.c for {', '.join(failed)}: the vendor GEMM's bits change with rows"
-            )
+            yield Finding("linear", "ok", f"{dtype}: kernels/cpu.c for {', '.join(failed)}: {why_not}")
         if large:
-            yield Finding(
-                "linear", "note", f"{dtype}: not tried, for lack of free memory: {', '.join(large)}; a run will try them"
-            )
+            yield Finding("linear", "note", f"{dtype}: memory is too short to try, as a run would, {', '.join(large)}")
     yield Finding("other ops", "ok", f"kernels/cpu.c, {os.environ.get('CC', 'gcc')} {' '.join(c.FLAGS[:3])}")
 
 
@@ -394,7 +391,8 @@ def of_model(model: str, cuda: bool) -> Iterator[Finding]:
         yield Finding("model", "problem", f"{model}: cannot be loaded ({_line(error)}); {fix}", False)
         return
     name, layers = type(net).__name__, config.get_text_config().num_hidden_layers
-    weights = list(dict.fromkeys((*m.weight.shape, m.bias is not None) for m in net.modules() if isinstance(m, nn.Linear)))
+    linears = [m for m in net.modules() if isinstance(m, nn.Linear)]
+    weights = dict.fromkeys((m.out_features, m.in_features, m.bias is not None) for m in linears)
     yield Finding("model", "ok", f"{name}, {layers} layers, {sum(p.numel() for p in net.parameters()):,} parameters")
     reasons = list(unsupported(config, "cuda" if cuda else "cpu"))
     if not reasons:
@@ -427,15 +425,10 @@ def ask_engine() -> Iterator[Finding]:
     if done.returncode == 0 and proof is not None:
         yield Finding("engine", "ok", f"{proof} ({took})")
         return
-    said = [
-        x for x in (*done.stderr.splitlines(), *lines) if "Error" in x or x.startswith("error: ")
-    ] or done.stderr.splitlines()
-    text = f"vLLM did not start exactly: {_line(said[-1]) if said else f'exit code {done.returncode}'}; {plugin.NOT_ACTIVE}"
+    log = done.stderr.splitlines() or [f"exit code {done.returncode}"]
+    cause = next((x for x in log if "Error" in x), log[-1])
+    text = f"vLLM did not start exactly: {_line(cause)}; run {' '.join(command[:3])} DIRECTORY to see vLLM's log"
     yield Finding("engine", "problem", text)
-
-
-def _stock_runs(findings: Iterable[Finding]) -> bool:
-    return all(x.stock for x in findings if x.verdict == "problem")
 
 
 def _line(error: object) -> str:

@@ -16,7 +16,7 @@ def ask(directory: str) -> str:
     apart = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn"}
     os.environ.update(runtime.VLLM | runtime.QUIET | apart)
     import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers import AutoModelForCausalLM, Qwen3Config
     from vllm import LLM, ModelRegistry
     from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
     from vllm.plugins import load_general_plugins
@@ -27,7 +27,7 @@ def ask(directory: str) -> str:
         vocab_size=128, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, head_dim=64, max_position_embeddings=256,
     )  # fmt: skip
-    Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(directory)
     load_general_plugins()
     if QUANTIZATION not in QUANTIZATION_METHODS:
         raise UserError(NOT_ACTIVE)
