@@ -276,7 +276,7 @@ def test_if_the_first_run_fails_no_other_starts(fake, capsys):
 @pytest.mark.parametrize("inherited", [signal.default_int_handler, signal.SIG_IGN])
 def test_an_interrupt_stops_the_run_and_says_how_to_go_on(number, inherited, fake, capsys):
     """Also where SIGINT was ignored, as in a script's background: the run must not inherit that."""
-    before = signal.signal(signal.SIGINT, inherited)
+    before, terminate = signal.signal(signal.SIGINT, inherited), signal.getsignal(signal.SIGTERM)
     fake("(run / 'pid').write_text(str(os.getpid())); print('started', flush=True); time.sleep(600)")
     pid = Path("runs/ablation-x/exact/seed-0/pid")
 
@@ -289,7 +289,7 @@ def test_an_interrupt_stops_the_run_and_says_how_to_go_on(number, inherited, fak
     began = time.monotonic()
     try:
         assert ablate.ablate(SMALL) == 130
-        assert signal.getsignal(signal.SIGINT) == inherited and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == (inherited, terminate)
     finally:
         signal.signal(signal.SIGINT, before)
     assert time.monotonic() - began < 15, "the run did not take its SIGINT"

@@ -10,6 +10,7 @@ import pytest
 from rlinvariant import demo, ops
 from rlinvariant.errors import ConfigErrors, ParityError, UserError
 from rlinvariant.rollout import Completion
+from tests.parity.harness import load
 
 SPELL = SimpleNamespace(decode=lambda ids: "".join(chr(97 + i) for i in ids))
 
@@ -58,6 +59,8 @@ def run(tmp_path, monkeypatch, arithmetic_dir, exact_engine, stock_engine):
     """The command on the engines of this process: real ones, that need not start again."""
     monkeypatch.setattr(demo, "RUNS", tmp_path)
     engines = {True: exact_engine, False: stock_engine}
+    for engine in engines.values():  # other tests have trained them
+        engine.sync(load(arithmetic_dir).named_parameters())
     monkeypatch.setattr("rlinvariant.sampler.engine.Sampler", lambda model, invariant, **_: engines[invariant])
     arguments = [arithmetic_dir, "prompt=12+34=", "completions=20", "tokens=12", "concurrency=6", "run=it"]
     return lambda: demo.demo(arguments)
