@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 DEFAULTS = _tiny.DEFAULTS | {
+    "steps": 240,
     "trainer.learning_rate": 4e-4,
     "trainer.num_generations": 16,
     "trainer.per_device_train_batch_size": 256,  # 16 prompts x 16 samples
