@@ -14,7 +14,7 @@ from rlinvariant.config import load_recipe, parse, recipe_names
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "recipes"
-KINDS = ("countdown", "reverse", "gsm8k", "math", "dapo_math")  # arithmetic is run by tests/test_run.py
+KINDS = ("countdown", "gsm8k", "math", "dapo_math")  # tests/test_run.py runs arithmetic, of which reverse differs little
 PARENTS = {
     "arithmetic_off": ("arithmetic", {"invariance": "off"}),
     "arithmetic_tis": ("arithmetic_off", {"trainer.vllm_importance_sampling_correction": True,
@@ -68,7 +68,7 @@ def test_a_step_of_each_kind_is_exact(recipe: str, finished: Path) -> None:
     assert row["onpolicy/mismatched_tokens"] == 0 == row["onpolicy/unscored_tokens"] and row["onpolicy/compared_tokens"] > 100
 
 
-@pytest.mark.parametrize("recipe", KINDS[2:])
+@pytest.mark.parametrize("recipe", KINDS[1:])
 def test_mathematics_is_asked_in_chat_and_graded(recipe: str, finished: Path) -> None:
     """The model often puts 6 in a box; every answer is 6, written in another way."""
     samples = lines(finished / "runs" / recipe / "samples.jsonl")
