@@ -9,6 +9,7 @@ import contextlib
 import copy
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -142,7 +143,7 @@ def packages() -> Iterator[Finding]:
         from packaging.requirements import Requirement
         from packaging.specifiers import SpecifierSet
     except ImportError as error:  # PackageNotFoundError is one
-        missing = "packaging" if error.name == "packaging" else PROJECT
+        missing = (error.name or PROJECT).partition(".")[0]
         yield Finding("packages", "problem", f"{missing}: not installed in {sys.prefix}; pip install -e .", False)
         return
     version = ".".join(map(str, sys.version_info[:3]))
@@ -354,6 +355,8 @@ def kernels_cpu(weights: Iterable[tuple[int, int, bool]], dtypes: Sequence[str])
             if (need := 14 * n * k) > _free_bytes():
                 large.append(f"{label} ({need / 2**30:.0f} GiB)")
             else:
+                if n * k > 1 << 22:  # takes seconds, a head of 150,000 tokens a minute
+                    print(f"trying the vendor GEMM on {label} ...", file=sys.stderr, flush=True)
                 (passed if is_exact(n, k, getattr(torch, dtype), bias, count) else failed).append(label)
         why = f"a row's bits are equal in all sixteen calls here, with {count} threads"
         why_not = f"the vendor GEMM's bits of a row change with the number of rows, with {count} threads"
@@ -449,7 +452,7 @@ def ask_engine() -> Iterator[Finding]:
         yield Finding("engine", "ok", f"{proof} ({took})")
         return
     log = done.stderr.splitlines() or [f"exit code {done.returncode}"]
-    cause = next((x for x in log if "Error" in x), log[-1])
+    cause = next((x for x in log if re.search(r"\b\w+Error: ", x)), log[-1])  # the first: what follows comes of it
     text = f"vLLM did not start exactly: {_line(cause)}; run {' '.join(command[:3])} DIRECTORY to see vLLM's log"
     yield Finding("engine", "problem", text)
 
