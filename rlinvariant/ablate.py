@@ -50,26 +50,26 @@ class Arm:
     overrides: tuple[str, ...]
 
 
-def corrected(mode: str) -> tuple[str, ...]:
+def setting(invariance: str, staleness: int = 0, mode: str = "") -> tuple[str, ...]:
+    """All that arms differ in, so that no default of a recipe gets into one."""
     name = "trainer.vllm_importance_sampling"
-    return (f"{name}_correction=true", f"{name}_mode={mode.replace('-', '_')}")
+    correction = (f"{name}_correction=true", f"{name}_mode={mode.replace('-', '_')}") if mode else (f"{name}_correction=false",)
+    return (f"invariance={invariance}", f"staleness={staleness}", *correction)
 
 
 def stale(steps: int, mode: str = "") -> Arm:
     description = f"both sides invariant, the sampler's weights {steps} optimizer steps old"
-    arm = Arm(f"stale-{steps}", description, ("invariance=exact", f"staleness={steps}"))
-    if not mode:
-        return arm
-    description = f"{description}; {CORRECTIONS[mode]}"
-    return Arm(f"{arm.name}-{mode}", description, (*arm.overrides, *corrected(mode)))
+    if mode:
+        description = f"{description}; {CORRECTIONS[mode]}"
+    return Arm(f"stale-{steps}-{mode}".rstrip("-"), description, setting("exact", steps, mode))
 
 
 ARMS = (
-    Arm("exact", "both sides invariant: nothing to correct", ("invariance=exact",)),
-    Arm("drift", "both sides stock, no correction", ("invariance=off",)),
-    *(Arm(f"drift-{m}", f"both sides stock; {text}", ("invariance=off", *corrected(m))) for m, text in CORRECTIONS.items()),
-    Arm("sampler", "only the sampler invariant", ("invariance=sampler",)),
-    Arm("trainer", "only the trainer invariant", ("invariance=trainer",)),
+    Arm("exact", "both sides invariant: nothing to correct", setting("exact")),
+    Arm("drift", "both sides stock, no correction", setting("off")),
+    *(Arm(f"drift-{m}", f"both sides stock; {text}", setting("off", mode=m)) for m, text in CORRECTIONS.items()),
+    Arm("sampler", "only the sampler invariant", setting("sampler")),
+    Arm("trainer", "only the trainer invariant", setting("trainer")),
     stale(4),
     stale(4, "token-truncate"),
 )

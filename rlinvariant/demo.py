@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import json
 import os
+import shlex
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -301,13 +302,14 @@ def page(result: dict[str, Any]) -> str:
         for label, key in rows
     )
     samples = "".join(
-        f'<tr><th>{name}</th><td>{count:,}</td><td class="text">{_text(text[:300])}</td></tr>'
+        f'<tr><th>{name}</th><td>{count:,}</td><td class="text">{_text(text)}</td></tr>'
         for name, arm in arms.items()
         for text, count in arm["samples"]
     )
     sentences = "".join(f"<li>{_text(line.strip())}</li>" for line in summary(result))
     weights = ", random weights" if result["random_weights"] else ""
-    command = " ".join(["rlinvariant demo", result["model"], *(f"{k}={v!r}" for k, v in options.items() if v not in ("",))])
+    given = [f"{k}={v}" for k, v in options.items() if v != "" and k != "run"]  # a second demo needs another name
+    command = shlex.join(["rlinvariant", "demo", result["model"], *given])
     return f"""<!doctype html><html lang="en"><head><meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
 <meta name="viewport" content="width=device-width,initial-scale=1"><title>{title}</title><style>{css}</style></head><body>
@@ -318,7 +320,7 @@ def page(result: dict[str, Any]) -> str:
 <figure style="max-width:720px"><figcaption><b>Different completions so far</b>
 <span class="unit">of {options["completions"]:,}, against their length in tokens</span></figcaption>{chart(arms)}</figure>
 <div class="wide"><table><thead><tr><th></th><th>stock vLLM</th><th>ours</th></tr></thead><tbody>{table}</tbody></table></div>
-<h2>What was said</h2><p class="small">The five most frequent completions of each engine, their first 300 characters.</p>
+<h2>What was said</h2><p class="small">The five most frequent completions of each engine, whole.</p>
 <div class="wide"><table><thead><tr><th></th><th>times</th><th class="text">completion</th></tr></thead><tbody>{samples}</tbody>
 </table></div><h2>Reproduce</h2><pre>{_text(command)}</pre></body></html>
 """

@@ -52,9 +52,12 @@ def test_seeds_are_a_number_or_a_list(argument, seeds):
     assert plan(*([argument] if argument else [])).seeds == seeds
 
 
-def test_every_arm_is_what_its_name_says():
-    """As the runs' own configuration understands it: TRL's four corrections, each side alone, the lag."""
-    configs = checked(plan("steps=5", "arms=" + ",".join([*(arm.name for arm in ARMS), "stale-2-sequence-mask"])))
+@pytest.mark.parametrize("recipe", ["arithmetic", "arithmetic_stale", "arithmetic_tis", "arithmetic_off"])
+def test_every_arm_is_what_its_name_says(recipe):
+    """As the runs' own configuration understands it, whatever the recipe's defaults are: corrections, sides, the lag."""
+    configs = checked(
+        plan(f"recipe={recipe}", "steps=5", "arms=" + ",".join([*(arm.name for arm in ARMS), "stale-2-sequence-mask"]))
+    )
     found = {
         name: (
             c.invariance,
@@ -82,8 +85,9 @@ def test_runs_of_a_seed_differ_by_their_arm_alone():
     assert [(arm.name, seed) for arm, seed in wanted.jobs()] == [("exact", 0), ("drift", 0), ("exact", 1), ("drift", 1)]
     lines = [wanted.arguments(arm, seed) for arm, seed in wanted.jobs()]
     shared = ["recipe=arithmetic", "trainer.beta=0.1", "wandb.group=ablation-x"]
-    assert lines[0] == [*shared, "invariance=exact", "seed=0", "run=ablation-x/exact/seed-0"]
-    assert lines[3] == [*shared, "invariance=off", "seed=1", "run=ablation-x/drift/seed-1"]
+    own = ["staleness=0", "trainer.vllm_importance_sampling_correction=false"]
+    assert lines[0] == [*shared, "invariance=exact", *own, "seed=0", "run=ablation-x/exact/seed-0"]
+    assert lines[3] == [*shared, "invariance=off", *own, "seed=1", "run=ablation-x/drift/seed-1"]
 
 
 def test_the_command_makes_the_plan_again():

@@ -105,5 +105,11 @@ def test_a_models_words_cannot_harm_the_page():
     options = {"completions": 2, "tokens": 3, "dtype": "bfloat16", "prompt": "<b>"}
     result = {"model": "<i>", "random_weights": False, "options": options, "prompt_token_ids": [1], "device": "cpu"}
     page = demo.page(result | {"arms": {"stock": arm, "ours": arm}})
-    assert "<script" not in page and "<b>it" not in page and "\x1b" not in page and "<i>" not in page
+    assert (
+        "<script" not in page
+        and "prompt=<b>" not in page
+        and "prompt=&lt;b&gt;" in page
+        and "\x1b" not in page
+        and "<i>" not in page
+    )
     assert "&lt;script&gt;" in page
