@@ -265,7 +265,7 @@ def _reproduce(study: Study) -> str:
 
 
 def _kernels(run: Run) -> str:
-    return "; ".join(f"{name}: {value}" for name, value in run.environment.get("kernels", {}).items()) or "–"
+    return "; ".join(f"{name}: {value}" for name, value in (run.environment.get("kernels") or {}).items()) or "–"
 
 
 def _environment(run: Run) -> Iterator[tuple[str, str]]:
@@ -278,12 +278,12 @@ def _environment(run: Run) -> Iterator[tuple[str, str]]:
     yield "Python", str(known.get("python", "–"))
     yield "Platform", str(known.get("platform", "–"))
     if cpu:
-        isa = " ".join(name for name, there in cpu.get("isa", {}).items() if there)
+        isa = " ".join(name for name, there in (cpu.get("isa") or {}).items() if there)
         yield "CPU", f"{cpu.get('model')}, {cpu.get('cores')} cores, {isa}"
     if known.get("gpu"):
         yield "GPU", json.dumps(known["gpu"])
     yield "Kernels", _kernels(run)
-    yield "Threads", ", ".join(f"{name} {value}" for name, value in known.get("threads", {}).items())
+    yield "Threads", ", ".join(f"{name} {value}" for name, value in (known.get("threads") or {}).items())
     if known.get("vllm_environment"):
         yield "vLLM", " ".join(f"{name}={value}" for name, value in known["vllm_environment"].items())
 

@@ -101,7 +101,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     went back over. A last line without its newline was torn by a kill and is left out.
 
     Raises:
-        ValueError: any other line is not JSON (file and line number given).
+        ValueError: any other line is not a JSON object with an integer "step" (file and line number given).
     """
     path = Path(path)
     path = path / "metrics.jsonl" if path.is_dir() else path
@@ -113,6 +113,8 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
             row = json.loads(line)
         except ValueError as error:
             raise ValueError(f"{path}:{number}: not a line of JSON") from error
+        if not isinstance(row, dict) or type(row.get("step")) is not int:
+            raise ValueError(f'{path}:{number}: expected a JSON object with an integer "step"')
         while rows and rows[-1]["step"] >= row["step"]:
             rows.pop()
         rows.append({key: _NONFINITE.get(value, value) if isinstance(value, str) else value for key, value in row.items()})

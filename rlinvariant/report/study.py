@@ -13,11 +13,12 @@ import numpy as np
 
 from rlinvariant.config import RUNS
 from rlinvariant.errors import UserError
-from rlinvariant.report.panels import PANELS
+from rlinvariant.report.panels import KEYS, PANELS
 from rlinvariant.report.rundir import SCHEMA, RunDir, read_metrics
-from rlinvariant.report.stats import MEASURES, Estimate, Measure, Row, Verdict, estimate, verdict
+from rlinvariant.report.stats import LAST, MEASURES, Estimate, Measure, Row, Verdict, estimate, verdict
 
 EXACT = "exact"  # the arm that the others are compared with
+COUNTS = tuple(f"onpolicy/{name}_tokens" for name in ("mismatched", "compared", "unscored"))
 
 
 @dataclass
@@ -95,16 +96,18 @@ def load(path: str | Path) -> Study:
         UserError: it holds neither; a file in it is not what it should be; runs that cannot be compared are in one ablation.
     """
     path = Path(path)
-    path = path if path.exists() else RUNS / path
-    if (path / "ablation.json").is_file():
-        return _ablation(path)
-    if RunDir(path).config.is_file():
-        return _single(path)
+    for place in (path, RUNS / path):
+        if (place / "ablation.json").is_file():
+            return _ablation(place)
+        if RunDir(place).config.is_file():
+            return _single(place)
     raise UserError(f"{path}: holds no ablation.json and no config.json; give the directory of a run or of an ablation")
 
 
 def _single(path: Path) -> Study:
     run = _run(path, None)
+    if (schema := run.environment.get("schema", SCHEMA)) != SCHEMA:
+        raise UserError(f"{path}: schema {schema}, expected {SCHEMA}; report it with the version that wrote it")
     name = str(run.setting("run") or path.name)
     study = Study(path, str(run.setting("recipe")), int(run.setting("steps") or 0), command(run.config),
                   [Arm(name, f"invariance={run.setting('invariance')}", [], [run])], is_ablation=False)  # fmt: skip
@@ -119,8 +122,8 @@ def _ablation(path: Path) -> Study:
         raise UserError(f"{file}: schema {spec.get('schema')}, expected {SCHEMA}; report it with the version that wrote it")
     try:
         recipe, steps, seeds = spec["recipe"], int(spec["steps"]), [int(seed) for seed in spec["seeds"]]
-        arms = [Arm(arm["name"], arm["description"], arm["overrides"], []) for arm in spec["arms"]]
-        study = Study(path, recipe, steps, spec["command"], arms, is_ablation=True)
+        arms = [Arm(str(arm["name"]), str(arm["description"]), list(map(str, arm["overrides"])), []) for arm in spec["arms"]]
+        study = Study(path, recipe, steps, str(spec["command"]), arms, is_ablation=True)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{file}: not the description of an ablation ({type(error).__name__}: {error})") from error
     missing = []
@@ -153,13 +156,54 @@ def _refuse_mixed(study: Study) -> None:
 def _run(path: Path, seed: int | None) -> Run:
     files = RunDir(path)
     config = _json(files.config)
+    for key, entry in config.items():
+        if not isinstance(entry, dict) or "value" not in entry:
+            raise UserError(f'{files.config}: {key} is {_short(entry)}, expected {{"value": ..., "source": ...}}; restore it')
+    for key in ("seed", "steps"):
+        value = config.get(key, {}).get("value")
+        if value is not None and type(value) is not int and not str(value).isdecimal():
+            raise UserError(f"{files.config}: {key} is {_short(value)}, expected an integer; restore it")
     try:
         rows = read_metrics(path) if files.metrics.is_file() else []
     except ValueError as error:
         raise UserError(f"{error}; restore it, or remove that line") from error
+    except OSError as error:
+        raise UserError(f"{files.metrics}: cannot be read ({error.strerror}); restore it") from error
+    _check_numbers(files.metrics, rows)
     environment, result = (_json(file) if file.is_file() else {} for file in (files.environment, files.result))
+    cpu = environment.get("cpu")
+    objects = {key: environment.get(key) for key in ("git", "packages", "cpu", "threads", "kernels", "vllm_environment")}
+    for key, value in (objects | {"cpu.isa": cpu.get("isa") if isinstance(cpu, dict) else None}).items():
+        if value is not None and not isinstance(value, dict):
+            raise UserError(f"{files.environment}: {key} is {_short(value)}, expected a JSON object; restore it")
+    for key in ("accuracy_before", "accuracy_after"):
+        if (value := result.get(key)) is not None and not isinstance(value, int | float):
+            raise UserError(f"{files.result}: {key} is {_short(value)}, expected a number or null; restore it")
     given = config.get("seed", {}).get("value")
     return Run(path, int(given or 0) if seed is None else seed, config, environment, result, rows)
+
+
+def _check_numbers(file: Path, rows: Sequence[Row]) -> None:
+    """What is drawn must be a number or null, and a count of tokens a whole one.
+
+    Raises:
+        UserError: a value is something else.
+    """
+    for row in rows:
+        for key in dict.fromkeys((*KEYS, *COUNTS)):
+            value = row.get(key)
+            if value is not None and not isinstance(value, int | float):
+                expected = "a number or null"
+            elif value is not None and key in COUNTS and not float(value).is_integer():
+                expected = "a whole number of tokens"
+            else:
+                continue
+            raise UserError(f"{file}: step {row['step']}: {key} is {_short(value)}, expected {expected}; restore it")
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else text[:37] + "..."
 
 
 def _json(file: Path) -> dict[str, Any]:
@@ -190,10 +234,17 @@ def _notes(study: Study) -> list[str]:
         notes.append("One seed: no interval, so no verdict. Add seeds to get both.")
     if len(study.arms) > 1 and study.reference is None:
         notes.append(f"No arm is named {EXACT}: nothing to compare the others with, so no verdicts.")
-    if len(versions := {json.dumps(run.environment.get("packages"), sort_keys=True) for _, run in study.runs}) > 1:
-        notes.append(
-            f"The runs were made with {len(versions)} different sets of package versions; those of the first are below."
-        )
+    short = [place[id(run)] for _, run in study.runs if 0 < len(run.rows) < LAST]
+    if short:
+        notes.append(f"Fewer than {LAST} steps in {', '.join(short)}: the reward there is the mean over all of them.")
+    machines = [run.environment for _, run in study.runs if run.environment]
+    for what, of in (
+        ("sets of package versions", [known.get("packages") for known in machines]),
+        ("git commits", [(known.get("git") or {}).get("commit") for known in machines]),
+        ("CPU models", [(known.get("cpu") or {}).get("model") for known in machines]),
+    ):
+        if len(different := {json.dumps(value, sort_keys=True) for value in of}) > 1:
+            notes.append(f"The runs were made with {len(different)} different {what}; of these, the first run's is below.")
     for panel in PANELS:
         for _, run in study.runs:
             known = [row for row in run.rows if all(row.get(key) is not None for key in panel.keys)]

@@ -308,6 +308,53 @@ def test_what_is_no_run_is_refused_in_one_line(tmp_path):
         load(run.path)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("metrics.jsonl", '{"a": 1}\n', r'metrics\.jsonl:1: expected a JSON object with an integer "step"'),
+        ("metrics.jsonl", '{"step": 1}\n[1]\n', r'metrics\.jsonl:2: expected a JSON object with an integer "step"'),
+        ("metrics.jsonl", '{"step": 1.0}\n', r'metrics\.jsonl:1: expected a JSON object with an integer "step"'),
+        ("metrics.jsonl", '{"step": 4, "reward/mean": "high"}\n', 'step 4: reward/mean is "high", expected a number or null'),
+        (
+            "metrics.jsonl",
+            '{"step": 4, "onpolicy/mismatched_tokens": 0.5}\n',
+            r"tokens is 0\.5, expected a whole number of tokens",
+        ),
+        ("config.json", '{"seed": 3}', r"config\.json: seed is 3, expected \{"),
+        ("config.json", '{"steps": {"value": "many"}}', r'config\.json: steps is "many", expected an integer'),
+        ("environment.json", '{"packages": 5}', r"environment\.json: packages is 5, expected a JSON object"),
+        ("environment.json", '{"cpu": {"isa": [1]}}', r"environment\.json: cpu\.isa is \[1\], expected a JSON object"),
+        ("environment.json", '{"schema": 2}', "schema 2, expected 1; report it with the version that wrote it"),
+        ("result.json", '{"accuracy_after": "good"}', r'result\.json: accuracy_after is "good", expected a number or null'),
+    ],
+)
+def test_a_damaged_file_is_one_line_that_says_what_was_expected(tmp_path, capsys, name, content, message):
+    run = write_run(tmp_path / "run", 0, steps=1)
+    (run.path / name).write_text(content)
+    assert cli.report([str(run.path)]) == 2
+    printed = capsys.readouterr().err
+    assert re.search(message, printed) and str(run.path) in printed and printed.count("\n") == 1
+
+
+def test_what_is_null_or_absent_is_no_damage(tmp_path):
+    run = write_run(tmp_path / "run", 0, steps=1, kernels=None, threads=None, cpu={"model": "x", "isa": None}, git=None)
+    html.write(run.path)
+    run.environment.write_text("{}")
+    run.metrics.write_text('{"step": 1, "reward/mean": null, "note": "text"}\n')
+    html.write(run.path)
+
+
+def test_runs_that_differ_in_where_they_were_made_and_short_ones_are_noted(tmp_path):
+    path = write_ablation(tmp_path / "ablation-n")
+    assert not load(path).notes
+    shutil.rmtree(path / "drift" / "seed-1")
+    write_run(path / "drift" / "seed-1", 1, ["invariance=off"], steps=9, packages={}, git={"commit": "x"}, cpu={"model": "x"})
+    notes = "\n".join(load(path).notes)
+    for what in ("sets of package versions", "git commits", "CPU models"):
+        assert f"The runs were made with 2 different {what}" in notes
+    assert "Fewer than 10 steps in drift/seed-1: the reward there is the mean over all of them." in notes
+
+
 def test_samples_are_shown_as_text_and_long_ones_cut(ablation):
     page = (ablation / "report.html").read_text()
     assert len(page) < 600_000 and "\x1b" not in page and "\u202e" not in page and page.count("<script>") == 1
@@ -357,6 +404,7 @@ def test_the_commands_of_the_command_line(ablation, tmp_path, capsys):
     assert capsys.readouterr().out.endswith(f"report: {ablation / 'report.html'}\n")
     for verb, arguments, message in [
         (cli.report, [str(tmp_path / "none")], "holds no ablation.json and no config.json"),
+        (cli.report, ["runs/nope"], "error: runs/nope: holds no ablation.json and no config.json"),
         (cli.report, [], "report: expected one directory of a run or an ablation, got none"),
         (cli.dashboard, ["draw"], "dashboard draw: expected dashboard push or dashboard sync"),
         (cli.dashboard, ["push", "a", "b"], "dashboard push: expected one directory"),

@@ -99,9 +99,15 @@ def test_a_torn_last_line_is_left_out_and_cut_on_resume(tmp_path, torn):
 
 def test_a_bad_line_elsewhere_is_an_error_that_names_it(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2\n{"step": 3}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl:2: not a line of JSON"):
-        read_metrics(path)
+    for line, message in (
+        ('{"step": 2', "not a line of JSON"),
+        ("[2]", 'expected a JSON object with an integer "step"'),
+        ('{"a": 2}', "expected a JSON object"),
+        ('{"step": true}', "expected a JSON object"),
+    ):
+        path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
+        with pytest.raises(ValueError, match=rf"metrics\.jsonl:2: {message}"):
+            read_metrics(path)
 
 
 def test_a_resumed_run_replaces_the_steps_it_went_back_over(tmp_path):
