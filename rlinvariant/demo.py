@@ -17,9 +17,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from rlinvariant.config import RUNS
 from rlinvariant.errors import ConfigErrors, ParityError, UserError
 from rlinvariant.report.console import Console, printable
 from rlinvariant.rollout import Completion
+from rlinvariant.warmstart import CACHE
 
 HELP = """usage: rlinvariant demo [MODEL] [key=value ...]
 
@@ -29,8 +31,6 @@ By default it takes two to four minutes on two cores; completions=200 takes less
 
 MODEL is a Hugging Face directory or hub id, or the name of a shape to fill with random weights: {shapes}. Default: {default}.
 """
-RUNS = Path("runs")
-CACHE = RUNS / ".cache"
 SMALL = "small"  # the default on a CPU
 LONGEST = 128  # tokens of another request's prompt
 

@@ -106,7 +106,9 @@ def prepare(args: Any, default: Any) -> None:
     if problems:
         raise ConfigErrors(problems)
     longest = args.max_model_len if isinstance(args.max_model_len, int) and args.max_model_len > 0 else None
-    positions = refuse({}, args.model, args.dtype, longest, otherwise="use vllm serve")
+    positions = refuse({}, args.model, args.dtype, otherwise="use vllm serve")
+    if longest is not None and longest > positions:
+        raise ConfigErrors([f"--max-model-len {longest}: expected at most {positions}, the model's positions; lower it"])
     args.max_model_len = args.max_model_len or positions  # vLLM's own default may be beyond the rotary table
     for name, value in OURS.items():
         setattr(args, name, value)

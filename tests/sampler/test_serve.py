@@ -281,6 +281,8 @@ def test_a_model_that_could_not_be_exact_is_refused(model, tmp_path):
         vllm_serve.serve([str(tmp_path)])
     with pytest.raises(UserError, match="MODEL: missing"):
         vllm_serve.serve([])
+    with pytest.raises(UserError, match="--max-model-len 99999: expected at most"):
+        vllm_serve.serve([model, "--max-model-len", "99999"])
 
 
 def test_the_trainers_checks_are_made_of_the_configuration(model):
