@@ -8,6 +8,9 @@ and the rest is said.
 import hashlib
 import importlib.util
 import json
+import shlex
+import shutil
+import unicodedata
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
@@ -98,7 +101,8 @@ def sync(path: str | Path) -> list[str]:
     """Replay metrics.jsonl of a run, or of every run of an ablation, into W&B and into RUN/tensorboard/.
 
     W&B: online with a login, where the steps that an earlier log of the run lacks are added to it; else a whole run in
-    RUN/wandb/, to be sent later by `wandb sync`. TensorBoard: earlier files of this command are replaced.
+    RUN/dashboard/wandb/, to be sent later by `wandb sync`. The id is the one under which the run logged itself, if it did,
+    so that W&B has one run of both. Earlier files of this command are replaced; RUN/wandb/, the run's own, is left alone.
 
     Returns:
         What was done, a line each.
@@ -125,21 +129,35 @@ def sync(path: str | Path) -> list[str]:
 
 
 def _to_wandb(study: Study, run: Run, online: bool) -> str:
-    """Log every row, under the id that the run has at W&B, or one that stays the same from one sync to the next."""
+    """Log every row, under the id that the run gave itself, or one that stays the same from one sync to the next."""
     names = ("project", "entity", "group", "tags")
     settings = SimpleNamespace(mode="online" if online else "offline", **{n: run.setting(f"wandb.{n}") for n in names})
     settings.project, settings.tags = settings.project or "rlinvariant", settings.tags or []
     settings.group = settings.group or (study.path.name if study.is_ablation else None)
-    live = sorted((run.path / "wandb").glob("run-*-*"), key=lambda file: file.stat().st_mtime)
-    name = live[-1].name.rpartition("-")[2] if live else hashlib.sha256(str(run.path.resolve()).encode()).hexdigest()[:12]
-    before = set((run.path / "wandb").glob("offline-run-*"))
-    _, log, finish = wandb_log.start(settings, run.path, run.config, run_id=name if online else None)
+    live = _live_ids(run.path)
+    name = live[-1] if live else hashlib.sha256(str(run.path.resolve()).encode()).hexdigest()[:12]
+    directory = run.path / "dashboard"
+    directory.mkdir(exist_ok=True)
+    if (directory / "wandb").is_dir():
+        shutil.rmtree(directory / "wandb")
+    _, log, finish = wandb_log.start(settings, directory, run.config, run_id=name)
     assert log is not None
     for row in run.rows:
         log(row, row["step"])
     finish()
-    made = set((run.path / "wandb").glob("offline-run-*")) - before
-    return f"online, run {name}" if online else f"offline; send it with: wandb sync {' '.join(map(str, made))}"
+    said = f"run {name}" + (", the id under which the run logged itself" if live else "")
+    if len(live) > 1:
+        said += f" (last; parts of it are also in {', '.join(live[:-1])})"
+    if online:
+        return f"online, {said}"
+    (made,) = (directory / "wandb").glob("offline-run-*")
+    return f"offline, {said}; send it with: wandb sync {shlex.quote(str(made))}"
+
+
+def _live_ids(path: Path) -> list[str]:
+    """The W&B ids under which a run logged itself, online or offline, oldest first: a resumed run has several."""
+    found = [file.name.removeprefix("offline-") for file in (path / "wandb").glob("*run-*-*") if file.is_dir()]
+    return list(dict.fromkeys(name.split("-", 2)[2] for name in sorted(found)))  # run-TIME-ID
 
 
 def _to_tensorboard(run: Run) -> Path:
@@ -183,15 +201,22 @@ def _plots(panels: Sequence[Panel]) -> list[Any]:
 
 
 def _name(study: Study) -> str:
-    return f"{study.recipe}: {study.path.name}"
+    """The recipe and the run; a symbol (+ = < > | ~ $ ^, emoji), which wandb-workspaces refuses in a name, becomes _."""
+    name = f"{study.recipe}: {study.path.name}"
+    return "".join("_" if unicodedata.category(c)[0] == "S" or unicodedata.category(c) == "Cs" else c for c in name)
 
 
 def _filter(study: Study) -> str:
     """An ablation's runs carry its directory's name as group; a run its own name."""
     if study.is_ablation:
         run = next(run for _, run in study.runs)
-        return f"Metric('Group') = '{run.setting('wandb.group') or study.path.name}'"
-    return f"Metric('Name') = '{study.arms[0].runs[0].setting('run')}'"
+        return f"Metric('Group') = {_quoted(run.setting('wandb.group') or study.path.name)}"
+    return f"Metric('Name') = {_quoted(study.arms[0].runs[0].setting('run'))}"
+
+
+def _quoted(value: Any) -> str:
+    """As a literal in a filter, in whose strings wandb-workspaces takes even < and = for operators: symbols escaped."""
+    return "'" + "".join(c if c.isalnum() or c in "-_./" else f"\\U{ord(c):08x}" for c in str(value)) + "'"
 
 
 def _line(error: BaseException) -> str:

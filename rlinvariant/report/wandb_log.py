@@ -19,7 +19,7 @@ def start(
     A run in a directory of its own arm, runs/ablation-NAME/ARM/seed-N, has ARM as job type, by which W&B groups.
 
     Args:
-        run_id: of a run at W&B, to which steps that it does not have are added.
+        run_id: online, of a run at W&B, to which steps that it does not have are added; offline, to be sent under.
 
     Returns:
         (mode, log(row, step) or None, finish()). Mode "auto" becomes online with a login, offline without, and disabled
@@ -47,7 +47,7 @@ def start(
         tags=list(settings.tags) or None,
         name=str(name),
         id=run_id,
-        resume="allow" if run_id else None,
+        resume="allow" if run_id and mode == "online" else None,
         dir=str(run_dir),
         mode=mode,
         config={key: entry["value"] for key, entry in config.items()},

@@ -10,6 +10,7 @@ import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -157,23 +158,54 @@ def test_a_killed_run_is_replayed_whole(tmp_path):
     run = write_run(tmp_path / "run", 0, steps=5, drift=0.01, finished=False, change=odd)
     with run.metrics.open("a") as file:
         file.write('{"step": 6, "reward/me')
-    said = [dashboard.sync(run.path) for _ in range(2)][-1]
-    assert "5 steps to W&B, offline; send it with: wandb sync" in said[0] and "5 steps to TensorBoard" in said[1]
+    said, again = (dashboard.sync(run.path) for _ in range(2))
+    (logged,) = run.path.rglob("offline-run-*")  # the second takes the place of the first, under the same id
+    assert said[0].partition(";")[0] == again[0].partition(";")[0] and again[0].endswith(f"wandb sync {logged}")
+    assert f"5 steps to W&B, offline, run {logged.name[-12:]}; send it" in said[0] and "5 steps to TensorBoard" in said[1]
     rows = read_metrics(run.path)
-    for logged in (run.path / "wandb").glob("offline-run-*"):
-        found = history(logged)
-        assert [row["_step"] for row in found] == [1, 2, 3, 4, 5]
-        for row, mine in zip(rows, found, strict=True):
-            assert {k: v for k, v in row.items() if math.isfinite(v)} == {
-                k: mine[k] for k, v in row.items() if math.isfinite(v)
-            }
-        assert repr(found[2]["policy/entropy"]) in ("nan", "'NaN'")
+    found = history(logged)
+    assert [row["_step"] for row in found] == [1, 2, 3, 4, 5]
+    for row, mine in zip(rows, found, strict=True):
+        assert {k: v for k, v in row.items() if math.isfinite(v)} == {k: mine[k] for k, v in row.items() if math.isfinite(v)}
+    assert repr(found[2]["policy/entropy"]) in ("nan", "'NaN'")
     events = EventAccumulator(str(run.path / "tensorboard"))
     events.Reload()
     assert set(events.Tags()["scalars"]) == set(rows[0]) - {"step"}
     assert [(e.step, e.value) for e in events.Scalars("onpolicy/mismatched_tokens")] == [
         (row["step"], row["onpolicy/mismatched_tokens"]) for row in rows
     ]
+
+
+def test_a_replay_has_the_id_under_which_the_run_logged_itself_and_leaves_that_log_alone(tmp_path):
+    """Whoever sends every offline run to W&B gets one."""
+    run = write_run(tmp_path / "run", 0, steps=3)
+    config = json.loads(run.config.read_text())
+    settings = SimpleNamespace(mode="offline", project="rlinvariant", entity=None, group=None, tags=[])
+    _, log, finish = wandb_log.start(settings, run.path, config)
+    assert log is not None
+    for logged in read_metrics(run.path):
+        log(logged, logged["step"])
+    finish()
+    (live,) = (run.path / "wandb").glob("offline-run-*")
+    before = (live / f"run-{live.name.rpartition('-')[2]}.wandb").read_bytes()
+    said = [dashboard.sync(run.path)[0] for _ in range(2)][-1]
+    name = live.name.rpartition("-")[2]
+    assert f"run {name}, the id under which the run logged itself; send it with" in said
+    assert (live / f"run-{name}.wandb").read_bytes() == before
+    (replayed,) = (run.path / "dashboard" / "wandb").glob("offline-run-*")
+    assert [file.name for at in (live, replayed) for file in at.glob("*.wandb")] == [f"run-{name}.wandb"] * 2
+    assert [row["_step"] for row in history(replayed)] == [1, 2, 3] == [row["_step"] for row in history(live)]
+
+
+def test_symbols_in_a_name_do_not_stop_the_views(tmp_path):
+    """They are replaced in the title alone: the filter names the run as it is."""
+    name = "a+b=c<d>e|f~g$h^i`j'k l\\m"
+    run = write_run(tmp_path / name, 0, steps=1)
+    dashboard.push(run.path)
+    for view in ("workspace", "report"):
+        text = (run.path / "dashboard" / f"{view}.json").read_text()
+        assert "a_b_c_d_e_f_g_h_i_j'k l" in text
+        assert json.dumps(json.loads(run.config.read_text())["run"]["value"]) in text
 
 
 def test_every_run_of_an_ablation_is_replayed_and_what_has_no_step_is_named(tmp_path):
