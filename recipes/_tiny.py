@@ -5,10 +5,12 @@ A recipe says what a problem is (`Task`), how an answer is graded, and its defau
 
 import inspect
 import json
+import os
 import random
+import re
 import string
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +43,7 @@ DEFAULTS = {
 @chz.chz
 class Data(BaseData):
     train_size: int = chz.field(default=8192, doc="Training prompts.")
-    eval_size: int = chz.field(default=256, doc="Held-out prompts; no problem of theirs, however written, is trained on.")
+    eval_size: int = chz.field(default=256, doc="Held-out prompts; their problems are not trained on.")
     seed: int = chz.field(default=0, doc="Of the problems and of the supervised stage.")
     path: str | None = chz.field(default=None, doc="JSON lines, one problem each, in place of drawn training problems.")
 
@@ -52,10 +54,12 @@ class Task:
 
     Args:
         name: of the warm start's directory.
-        ranges: key of `Data` -> (least, most) of what `draw` depends on.
-        problems: how many different problems there are, at least; called when `ranges` are kept.
+        ranges, patterns: key of `Data` -> (least, most), or -> (regular expression, the same in words), of what `draw` and
+            `solution` depend on.
+        problems: how many different problems there are, about; called when `ranges` and `patterns` are kept.
         draw: draws one problem.
         row: a problem as a row of the dataset: `prompt`, and what the reward needs.
+        read: the problem of a row of `data.path`, None if it says none; ValueError: not a row of the task.
         solution: what the supervised stage teaches as the completion of a problem.
         same: one representative of the problems that give each other's answer away.
         columns: those of `row`; a file of `data.path` must have them.
@@ -68,6 +72,8 @@ class Task:
     draw: Callable[[random.Random], Any]
     row: Callable[[Any], dict[str, Any]]
     solution: Callable[[Any], str]
+    read: Callable[[Mapping[str, Any]], Any]
+    patterns: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     same: Callable[[Any], Any] = lambda problem: problem
     columns: tuple[str, ...] = ("prompt", "answer")
     stop_at: float = 0.3
@@ -80,9 +86,16 @@ class Task:
         for key, (least, most) in {**self.ranges, **sizes}.items():
             if not least <= (value := getattr(data, key)) <= most:
                 errors.append(f"data.{key}={value}: expected {least} to {most}")
-        if not errors and data.eval_size > 0.1 * self.problems():
-            keys = " ".join(f"data.{key}={getattr(data, key)}" for key in self.ranges)
-            errors.append(f"data.eval_size={data.eval_size}: too many for {keys}; lower one or raise the other")
+        for key, (pattern, expected) in self.patterns.items():
+            if not re.fullmatch(pattern, value := getattr(data, key)):
+                errors.append(f"data.{key}={value}: expected {expected}")
+        if not errors and data.eval_size > (most := int(0.1 * self.problems())):
+            keys = " ".join(f"data.{key}={getattr(data, key)}" for key in (*self.ranges, *self.patterns))
+            if most:
+                expected = f"data.eval_size={data.eval_size}: expected at most {most}, a tenth of the problems with {keys}"
+                errors.append(f"{expected}; lower it or change those")
+            else:
+                errors.append(f"{keys}: next to no problem to draw; change one of them")
         if data.path is not None and not Path(data.path).is_file():
             errors.append(f"data.path={data.path}: no such file; give a JSON lines file with {self._columns}")
         elif data.path is not None:
@@ -92,18 +105,13 @@ class Task:
         return errors
 
     def datasets(self, config: Config) -> "tuple[Dataset, Dataset]":
-        """(training problems, held-out problems), the same for the same `data.*`."""
-        from datasets import Dataset, load_dataset
+        """(training problems, held-out problems), the same for the same `data.*`; no problem is in both."""
+        from datasets import Dataset
 
         held_out = self.held_out(config)
         evaluation = Dataset.from_list([self.row(problem) for problem in sorted(held_out)])
         if config.data.path is not None:
-            train = load_dataset("json", data_files=config.data.path, split="train")
-            for column in self.columns:
-                if column not in train.column_names and column != "prompt":  # the trainer looks for that one
-                    found = ", ".join(train.column_names)
-                    raise UserError(f"data.path={config.data.path}: no `{column}`; columns found: {found}")
-            return train, evaluation
+            return self._of_file(config.data.path, held_out), evaluation
         generator = random.Random(f"train {config.data.seed}")
         train = [self.row(self._training_problem(generator, held_out)) for _ in range(config.data.train_size)]
         return Dataset.from_list(train), evaluation
@@ -123,7 +131,7 @@ class Task:
             problem = self._training_problem(generator, held_out)
             return self.row(problem)["prompt"], self.solution(problem)
 
-        key = {name: getattr(config.data, name) for name in (*self.ranges, "eval_size")}
+        key = {name: getattr(config.data, name) for name in (*self.ranges, *self.patterns, "eval_size")}
         return warm_start(
             self.name,
             build_model,
@@ -135,6 +143,30 @@ class Task:
             learning_rate=3e-3,
             seed=config.data.seed,
         )
+
+    def _of_file(self, path: str, held_out: set[Any]) -> "Dataset":
+        """The rows of a file, less those whose problem is held out."""
+        from datasets import load_dataset
+
+        rows = load_dataset("json", data_files=path, split="train")
+        for column in self.columns:
+            if column not in rows.column_names:
+                raise UserError(f"data.path={path}: no `{column}`; columns found: {', '.join(rows.column_names)}")
+        kept = []
+        row: Any
+        for index, row in enumerate(rows):
+            try:
+                problem = self.read(row)
+            except ValueError as error:
+                raise UserError(f"data.path={path}, row {index}: {error}") from error
+            if problem is None or self.same(problem) not in held_out:
+                kept.append(index)
+        dropped = f"data.path={path}: {len(rows) - len(kept)} of {len(rows)} rows dropped, their problems are held out"
+        if not kept:
+            raise UserError(f"{dropped}; none is left to train on; change data.seed, lower data.eval_size or give other rows")
+        if len(kept) < len(rows) and os.environ.get("RANK", "0") == "0":
+            print(dropped)
+        return rows.select(kept)
 
     def _training_problem(self, generator: random.Random, held_out: set[Any]) -> Any:
         while self.same(problem := self.draw(generator)) in held_out:
@@ -152,6 +184,14 @@ class Task:
         except json.JSONDecodeError:
             return False
         return isinstance(row, dict) and row.keys() >= set(self.columns)
+
+
+def read_prompt(row: Mapping[str, Any], pattern: str) -> Any:
+    """What the groups, str, of `pattern` match in all of a row's prompt, spaces left out; None where it does not match."""
+    if not isinstance(row["prompt"], str) or not row["prompt"]:
+        raise ValueError(f"expected text as `prompt`, found {row['prompt']!r}")
+    found = re.fullmatch(pattern, "".join(row["prompt"].split()))
+    return found and found.groups()
 
 
 def build_tokenizer() -> Any:

@@ -5,6 +5,7 @@ Qwen3 with a character tokenizer is taught the form by a supervised stage that s
 """
 
 import random
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import chz
@@ -32,6 +33,10 @@ def task(config: Config) -> _tiny.Task:
         low, high = 10 ** (digits - 1), 10**digits - 1
         return generator.randint(low, high), generator.randint(low, high)
 
+    def read(row: Mapping[str, Any]) -> tuple[int, int] | None:
+        operands = _tiny.read_prompt(row, r"(\d{1,99})\+(\d{1,99})=?")
+        return operands and (int(operands[0]), int(operands[1]))
+
     return _tiny.Task(
         name="arithmetic",
         ranges={"digits": (1, 6)},
@@ -39,6 +44,7 @@ def task(config: Config) -> _tiny.Task:
         draw=draw,
         row=lambda pair: {"prompt": f"{pair[0]}+{pair[1]}=", "answer": str(sum(pair))},
         solution=lambda pair: worked_sum(*pair),
+        read=read,
         same=lambda pair: (min(pair), max(pair)),  # a+b and b+a have one answer
     )
 

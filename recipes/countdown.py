@@ -11,7 +11,8 @@ import math
 import operator
 import random
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,7 +20,6 @@ import chz
 
 from recipes import _tiny
 from rlinvariant.config import Config
-from rlinvariant.errors import UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -43,43 +43,48 @@ class Data(_tiny.Data):
 def task(config: Config) -> _tiny.Task:
     numbers, largest, operators = config.data.numbers, config.data.largest, config.data.operators
 
+    def draw_numbers(generator: random.Random) -> tuple[int, ...]:
+        return tuple(sorted((generator.randint(1, largest) for _ in range(numbers)), reverse=True))
+
     def draw(generator: random.Random) -> tuple[tuple[int, ...], int]:
         """Numbers, the largest first, and a target that they reach."""
         while True:
-            nums = tuple(sorted((generator.randint(1, largest) for _ in range(numbers)), reverse=True))
+            nums = draw_numbers(generator)
             if reached := sorted(solutions(nums, operators)):
                 return nums, generator.choice(reached)
+
+    def problems() -> float:
+        """An estimate from 200 draws; 0 where fewer than 10 of them reach a target, so that `draw` would go on and on."""
+        generator, reaching, total = random.Random("problems"), 0, 0.0
+        for _ in range(200):
+            nums = draw_numbers(generator)
+            orders = math.factorial(numbers) / math.prod(math.factorial(n) for n in Counter(nums).values())
+            reaching += bool(targets := solutions(nums, operators))
+            total += len(targets) * largest**numbers / orders  # each by how seldom its numbers are drawn
+        return total / 200 if reaching >= 10 else 0
 
     return _tiny.Task(
         name="countdown",
         ranges={"numbers": (2, 4), "largest": (2, 99)},
-        problems=lambda: math.comb(largest + numbers - 1, numbers) * math.comb(numbers, 2),  # x targets, about
+        patterns={"operators": (r"[+\-*]+", f"some of {' '.join(OPERATORS)}, e.g. +-")},
+        problems=problems,
         draw=draw,
         row=lambda problem: {"prompt": prompt(*problem), "nums": list(problem[0]), "target": problem[1]},
         solution=lambda problem: solutions(problem[0], operators)[problem[1]],
+        read=read,
         columns=("nums", "target"),
         stop_at=0.2,  # of writing what is taught; about twice as often it is right
     )
 
 
 def check(config: Config) -> list[str]:
-    errors, operators = task(config).check(config), config.data.operators
-    if not operators or set(operators) - set(OPERATORS):
-        errors.append(f"data.operators={operators}: expected some of {' '.join(OPERATORS)}, e.g. +-")
-    return errors
+    return task(config).check(config)
 
 
 def datasets(config: Config, tokenizer: Any) -> "tuple[Dataset, Dataset]":
     train, evaluation = task(config).datasets(config)
     if config.data.path is not None:  # without `prompt`, as the hub's Jiayi-Pan/Countdown-Tasks-3to4
-        rows: list[Any] = train.to_list()
-        for index, row in enumerate(rows):
-            numbers = [*row["nums"], row["target"]] if isinstance(row["nums"], list) else [None]
-            if not all(isinstance(number, int) for number in numbers):
-                where, found = f"data.path={config.data.path}, row {index}", {key: row[key] for key in ("nums", "target")}
-                raise UserError(f"{where}: expected whole numbers, `nums` a list and `target` one, found {found}")
-            row["prompt"] = prompt(row["nums"], row["target"])
-        train = train.from_list(rows)
+        train = train.from_list([row | {"prompt": prompt(row["nums"], row["target"])} for row in train.to_list()])
     return train, evaluation
 
 
@@ -95,6 +100,14 @@ def reaches_target(completions: list[str], nums: list[list[int]], target: list[i
     """1 if the expression after the last semicolon uses each number once and equals the target, else 0."""
     found = [evaluate(text.rpartition(";")[2]) for text in completions]
     return [float(f is not None and f == (goal, sorted(n))) for f, n, goal in zip(found, nums, target, strict=True)]
+
+
+def read(row: Mapping[str, Any]) -> tuple[tuple[int, ...], int]:
+    nums, target = row["nums"], row["target"]
+    if not isinstance(nums, list) or not all(isinstance(number, int) for number in [*nums, target]):
+        found = {"nums": nums, "target": target}
+        raise ValueError(f"expected whole numbers, `nums` a list and `target` one, found {found}")
+    return tuple(sorted(nums, reverse=True)), target
 
 
 def prompt(nums: Any, target: int) -> str:

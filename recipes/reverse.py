@@ -5,6 +5,7 @@ The whole completion is the answer. The supervised stage stops when short string
 
 import random
 import string
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import chz
@@ -35,6 +36,10 @@ def task(config: Config) -> _tiny.Task:
     def draw(generator: random.Random) -> str:
         return "".join(generator.choices(string.ascii_lowercase, k=generator.randint(2, longest)))
 
+    def read(row: Mapping[str, Any]) -> str | None:
+        text = _tiny.read_prompt(row, r"([a-z]+)>?")
+        return text and text[0]
+
     return _tiny.Task(
         name="reverse",
         ranges={"longest": (2, 22)},
@@ -42,6 +47,7 @@ def task(config: Config) -> _tiny.Task:
         draw=draw,
         row=lambda text: {"prompt": f"{text}>", "answer": text[::-1]},
         solution=lambda text: text[::-1],
+        read=read,
         same=lambda text: min(text, text[::-1]),  # either is the other's answer
     )
 

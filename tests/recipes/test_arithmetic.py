@@ -64,10 +64,8 @@ def test_datasets_are_deterministic_and_seeded() -> None:
 def test_data_of_ones_own(tmp_path: Path) -> None:
     path = tmp_path / "mine.jsonl"
     path.write_text('{"prompt": "1+1=", "answer": "2"}\n{"answer": "3"}\n')
-    train, evaluation = arithmetic.datasets(config(f"data.path={path}"), None)
-    assert len(evaluation) == 50
-    with pytest.raises(UserError, match=r"^train dataset, row 1: no `prompt`, found None; columns found: prompt, answer"):
-        check_dataset(train, "train")
+    with pytest.raises(UserError, match=r"^data\.path=.*mine\.jsonl, row 1: expected text as `prompt`, found None$"):
+        arithmetic.datasets(config(f"data.path={path}"), None)
     path.write_text('{"prompt": "1+1="}\n')
     with pytest.raises(UserError, match=r"^data\.path=.*, line 1: expected a JSON object with `prompt` and `answer`$"):
         config(f"data.path={path}")  # before anything is loaded
@@ -78,7 +76,10 @@ def test_data_of_ones_own(tmp_path: Path) -> None:
     [
         ("data.digits=0", "data.digits=0: expected 1 to 6"),
         ("data.train_size=0", "data.train_size=0: expected 1 to 10000000"),
-        ("data.digits=1", "data.eval_size=50: too many for data.digits=1; lower one or raise the other"),
+        (
+            "data.digits=1",
+            "data.eval_size=50: expected at most 4, a tenth of the problems with data.digits=1; lower it or change those",
+        ),
         ("data.path=no.jsonl", "data.path=no.jsonl: no such file; give a JSON lines file with `prompt` and `answer`"),
     ],
 )

@@ -1,5 +1,6 @@
 """countdown and reverse: their problems, their graders, and that nothing held out is trained on."""
 
+import itertools
 import json
 import random
 from pathlib import Path
@@ -7,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from recipes import countdown, reverse
+from recipes import _tiny, arithmetic, countdown, reverse
 from rlinvariant.config import Config, parse
 from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.rewards import check_dataset
 
-RECIPES = {"countdown": countdown, "reverse": reverse}
+RECIPES = {"arithmetic": arithmetic, "countdown": countdown, "reverse": reverse}
 
 
 @pytest.fixture(autouse=True)
@@ -69,13 +70,58 @@ def test_held_out_problems_are_not_trained_on(recipe: str, argument: str) -> Non
         assert not trained_on & {f"{prompt[:-1][::-1]}>" for prompt in held_out}
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", ["countdown", "reverse"])
 def test_datasets_are_deterministic_and_seeded(recipe: str) -> None:
     prompts = [list(RECIPES[recipe].datasets(config(recipe, *argv), None)[0]["prompt"]) for argv in ((), (), ("data.seed=1",))]
     assert prompts[0] == prompts[1] != prompts[2]
 
 
-LOWER = "lower one or raise the other"
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_held_out_rows_of_a_file_are_dropped(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluation: Any = RECIPES[recipe].datasets(config(recipe), None)[1]
+    leaks: list[dict[str, Any]] = list(evaluation)
+    if recipe == "countdown":
+        leaks += [row | {"nums": row["nums"][::-1]} for row in leaks]
+        kept = [{"nums": [9, 7, 4, 2], "target": 99}]
+    elif recipe == "reverse":
+        leaks += [row | {"prompt": row["answer"] + ">"} for row in leaks]
+        kept = [{"prompt": "abcdefghijk>", "answer": "kjihgfedcba"}]
+    else:
+        leaks += [row | {"prompt": " + ".join(row["prompt"][:-1].split("+")[::-1])} for row in leaks]
+        kept = [{"prompt": "1+1=", "answer": "2"}, {"prompt": "What is 1 and 1?", "answer": "2"}]
+    Path("mine.jsonl").write_text("\n".join(json.dumps(row) for row in [*leaks[:50], *kept, *leaks[50:]]))
+    parsed = config(recipe, "data.path=mine.jsonl")
+    train: Any
+    train, evaluation_of_file = RECIPES[recipe].datasets(parsed, None)
+    assert [{key: row[key] for key in kept[0]} for row in train] == kept
+    assert list(evaluation_of_file) == list(evaluation)
+    said = f"data.path=mine.jsonl: 100 of {100 + len(kept)} rows dropped, their problems are held out"
+    assert capsys.readouterr().out.splitlines() == [said]
+    Path("mine.jsonl").write_text("\n".join(json.dumps(row) for row in leaks))
+    with pytest.raises(UserError, match=r"^data\.path=mine\.jsonl: 100 of 100 rows dropped, .*; none is left to train on; "):
+        RECIPES[recipe].datasets(parsed, None)
+
+
+def test_a_warm_start_is_kept_for_all_that_its_problems_depend_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys: list[dict[str, Any]] = []
+    monkeypatch.setattr(_tiny, "warm_start", lambda *_, key, seed, **__: keys.append(dict(key, seed=seed)) or "")
+    changes = ["numbers=3", "numbers=4", "largest=10", "operators=+-*", "eval_size=40", "seed=1"]
+    for change in [*changes, "train_size=501"]:
+        countdown.prepare_model(config("countdown", "data.numbers=3", f"data.{change}"))
+    assert [keys.index(key) for key in keys] == [*range(len(changes)), 0]
+    assert [key["operators"] for key in keys] == ["+-", "+-", "+-", "+-*", "+-", "+-", "+-"]
+
+
+@pytest.mark.parametrize("argv", [("numbers=2", "largest=99", "operators=*"), ("numbers=3", "largest=9", "operators=+-")])
+def test_countdown_knows_about_how_many_problems_there_are(argv: tuple[str, ...]) -> None:
+    parsed = config("countdown", "data.eval_size=1", *(f"data.{argument}" for argument in argv))
+    data, counted = parsed.data, 0
+    for nums in itertools.combinations_with_replacement(range(data.largest, 0, -1), data.numbers):
+        counted += len(countdown.solutions(nums, data.operators))
+    assert 0.7 < countdown.task(parsed).problems() / counted < 1.4
+
+
+FEW = "a tenth of the problems with data.numbers=4"
 ROW = {"nums": [9, 7, 4, 2], "target": 8}
 
 
@@ -138,7 +184,13 @@ def test_countdown_takes_rows_of_the_hub() -> None:
     [
         ("countdown", "data.numbers=5", "data.numbers=5: expected 2 to 4"),
         ("countdown", "data.operators=+/", "data.operators=+/: expected some of + - *, e.g. +-"),
-        ("countdown", "data.largest=2", f"data.eval_size=50: too many for data.numbers=4 data.largest=2; {LOWER}"),
+        ("countdown", "data.largest=2", 
+         f"data.eval_size=50: expected at most 1, {FEW} data.largest=2 data.operators=+-; lower it or change those"),
+        ("countdown", "data.operators=*",
+         f"data.eval_size=50: expected at most 9, {FEW} data.largest=9 data.operators=*; lower it or change those"),
+        ("countdown", "data.largest=99 data.operators=*",
+         "data.numbers=4 data.largest=99 data.operators=*: next to no problem to draw; change one of them"),
+        ("countdown", "data.operators=", "data.operators=: expected some of + - *, e.g. +-"),
         ("countdown", "data.path=x.jsonl", "data.path=x.jsonl, line 1: expected a JSON object with `nums` and `target`"),
         ("reverse", "data.longest=99", "data.longest=99: expected 2 to 22"),
         ("reverse", "data.path=x.jsonl", "data.path=x.jsonl, line 1: expected a JSON object with `prompt` and `answer`"),
@@ -147,5 +199,5 @@ def test_countdown_takes_rows_of_the_hub() -> None:
 def test_wrong_data_is_refused_before_the_warm_start(recipe: str, argument: str, message: str) -> None:
     Path("x.jsonl").write_text(json.dumps({"question": "1+1", "answer": "2"}) + "\n")
     with pytest.raises(ConfigErrors) as raised:
-        config(recipe, argument)
+        config(recipe, *argument.split())
     assert raised.value.errors == [message]
