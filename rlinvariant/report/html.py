@@ -118,8 +118,12 @@ def _curves(study: Study) -> Iterator[str]:
             sections.setdefault(panel.section, []).append(_figure(panel.title, panel.unit, panel.notice, drawn))
         elif any(panel.shown_for(run.config) for _, run in study.runs):
             absent.append(panel.title)
-    if study.is_ablation and (accuracy := _accuracy(study)):
-        sections.setdefault("Learning", []).append(accuracy)
+    if study.is_ablation:
+        before = [100 * v for _, run in study.runs if (v := run.result.get("accuracy_before")) is not None]
+        start = f" Before it: {min(before):.1f} to {max(before):.1f} %." if before else ""
+        for measure, notice in ((stats.REWARD, ""), (stats.ACCURACY, f" After training, greedy.{start}")):
+            if drawn := _seeds(study, measure, notice):
+                sections.setdefault("Learning", []).append(drawn)
     legend = _legend(study)
     for section, figures in sections.items():
         yield f'<h2>{_text(section)}</h2>{legend}<div class="panels">{"".join(figures)}</div>'
@@ -160,19 +164,18 @@ def _window(study: Study) -> int:
     return 1 if longest <= LONG else longest // 50 | 1
 
 
-def _accuracy(study: Study) -> str:
-    """Held-out accuracy after training, a row for each arm; nothing where no run has one."""
+def _seeds(study: Study, measure: stats.Measure, notice: str) -> str:
+    """One number of every run, a row for each arm: an interval hides which seed collapsed. Nothing where no run has one."""
     rows = []
     for index, arm in enumerate(study.arms):
-        seeds = [value for run in arm.runs if math.isfinite(value := stats.accuracy(run.rows, run.result))]
+        seeds = [value for run in arm.runs if math.isfinite(value := measure.of(run.rows, run.result))]
         if seeds:
             rows.append((arm.name, index, stats.estimate(seeds), seeds))
     if not rows:
         return ""
-    before = [v for _, run in study.runs if (v := run.result.get("accuracy_before")) is not None]
-    start = f" Before it: {100 * min(before):.1f} to {100 * max(before):.1f} %." if before else ""
-    notice = f"After training, greedy. Dots: seeds; upright: their mean; line: 95 % interval.{start}"
-    return _figure("Held-out accuracy", "%", notice, svg.dots("Held-out accuracy", rows))
+    title, _, unit = measure.title.partition(", ")
+    notice = f"Dots: seeds; upright: their mean; line: 95 % interval.{notice}"
+    return _figure(title, unit, notice, svg.dots(title, rows, measure.style == "percent"))
 
 
 def _legend(study: Study) -> str:

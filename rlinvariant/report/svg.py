@@ -133,7 +133,8 @@ def dots(title: str, rows: Sequence[tuple[str, int, Estimate, Sequence[float]]],
             parts.append(f'<path class="line c{index % COLOURS}" d="M{across(found.low):.1f} {y}H{across(found.high):.1f}"/>')
         if math.isfinite(found.mean):
             parts.append(f'<path class="mean c{index % COLOURS}" d="M{across(found.mean):.1f} {y - 6}v12"/>')
-            parts.append(f'<text class="tick" x="{WIDTH - 4}" y="{y + 4}">{found.mean * factor:.1f} %</text>')
+            mean = f"{100 * found.mean:.1f} %" if percent else f"{found.mean:.3f}".replace("-", "−")
+            parts.append(f'<text class="tick" x="{WIDTH - 4}" y="{y + 4}">{mean}</text>')
     return "".join(parts) + "</svg>"
 
 

@@ -355,6 +355,20 @@ def test_runs_that_differ_in_where_they_were_made_and_short_ones_are_noted(tmp_p
     assert "Fewer than 10 steps in drift/seed-1: the reward there is the mean over all of them." in notes
 
 
+def test_a_seed_that_collapsed_is_seen(tmp_path):
+    """Every seed has a dot for its reward and one for its accuracy."""
+    path = write_ablation(tmp_path / "ablation-s")
+    shutil.rmtree(path / "drift" / "seed-1")
+    write_run(path / "drift" / "seed-1", 1, ["invariance=off"], drift=0.01, reward=-2.0)
+    page = html.write(path)[0].read_text()
+    reward = next(part for part in page.split("<figure>") if '<span class="unit">last 10 steps</span>' in part)
+    places = {arm: [float(x) for x in re.findall(rf'class="seed c{arm}" cx="([\d.]+)"', reward)] for arm in (0, 1)}
+    assert len(places[0]) == len(places[1]) == 3
+    collapsed, *others = sorted(places[1])
+    assert others[0] - collapsed > 10 * (others[1] - others[0]) and "%</text>" not in reward
+    assert len(re.findall('class="seed c', figure(page, "Held-out accuracy"))) == 6
+
+
 def test_samples_are_shown_as_text_and_long_ones_cut(ablation):
     page = (ablation / "report.html").read_text()
     assert len(page) < 600_000 and "\x1b" not in page and "\u202e" not in page and page.count("<script>") == 1
