@@ -60,7 +60,7 @@ PANELS = (
     Panel(ON_POLICY, "Effective sample size", ("onpolicy/is_ess",), "fraction of tokens", "linear",
           "What weighting by the ratio would leave of the batch: 1 is all of it."),
     Panel(ON_POLICY, "Ratios of single tokens over the cap", ("onpolicy/is_clipped_frac",), "fraction of tokens", "from zero",
-          "A correction per token would clip or mask these; per sequence, it compares the whole sequence's ratio."),
+          "What a correction per token clips or masks. One per sequence judges the whole sequence's ratio."),
     Panel(ON_POLICY, "Mean weight that TRL's correction applied", ("sampling/importance_sampling_ratio/mean",), "weight",
           "linear", "Below 1, the correction has cut or masked something.", arms="corrected"),
     Panel(ON_POLICY, "Weight updates since the rollout", ("onpolicy/weight_version_lag",), "optimizer steps", "from zero",
