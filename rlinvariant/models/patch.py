@@ -343,13 +343,8 @@ class _Attention(nn.Module):
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
-        out, weights = attend(self, q, k, v, attention_mask, scaling=self.scaling, sliding_window=self.window, **kwargs)
+        out, weights = attend(self, q, k, v, attention_mask, scaling=self.scaling, sliding_window=window(self), **kwargs)
         return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), weights
-
-    @property
-    def window(self) -> int | None:
-        """What `attention_forward` refuses, if set."""
-        return getattr(self, "sliding_window", getattr(self.config, "sliding_window", None))
 
     def heads(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Projections [B, T, H D], possibly slices of one, as heads [B, H, T, D], queries and keys normalised and rotated."""
@@ -358,10 +353,15 @@ class _Attention(nn.Module):
         norms = getattr(self, "q_norm", None), getattr(self, "k_norm", None)
         q_weight, k_weight = (norm.weight if norm is not None else None for norm in norms)
         eps = 0.0 if norms[0] is None else _epsilon(norms[0])
-        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))
+        q, k, v = (x.view(b, t, -1, self.head_dim) for x in (q, k, v))
         turned = ops.qk_norm_rope(q.flatten(0, 1), k.flatten(0, 1), q_weight, k_weight, cos, sin, eps)
-        q, k = (x.unflatten(0, (b, t)) for x in turned)
+        q, k = (x.view(b, t, *x.shape[1:]) for x in turned)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+
+def window(attention: Any) -> int | None:
+    """Of a sliding window: what `attention_forward` refuses, if set."""
+    return getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
 
 
 class _Rotated(nn.Module):

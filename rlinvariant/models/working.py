@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from rlinvariant import ops
-from rlinvariant.models.patch import attention_forward, make_invariant
+from rlinvariant.models.patch import attention_forward, make_invariant, window
 from rlinvariant.ops.linear import gradients
 
 
@@ -71,7 +71,7 @@ def _attention(
     q, k, v = self.heads(*merged.split(self.product.sizes, -1), *position_embeddings)
     if past_key_values is not None:
         k, v = past_key_values.update(k, v, self.layer_idx)
-    out, weights = attention_forward(self, q, k, v, attention_mask, self.scaling, sliding_window=self.window, **kwargs)
+    out, weights = attention_forward(self, q, k, v, attention_mask, self.scaling, sliding_window=window(self), **kwargs)
     return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), weights
 
 
