@@ -8,15 +8,12 @@ data.path= takes rows of the original too, BytedTsinghua-SIA/DAPO-Math-17k: `pro
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from recipes import _math
 from recipes._math import Data
 from rlinvariant.config import Config
 from rlinvariant.rewards import math_answer
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 __all__ = ["DEFAULTS", "Data", "check", "datasets", "reward_funcs"]
 DEFAULTS = _math.DEFAULTS | {"trainer.max_completion_length": 4096, "sampler.max_model_len": 6144}
@@ -42,14 +39,7 @@ SOURCE = _math.Source(
     question=question,
     answer=answer,
 )
-
-
-def check(config: Config) -> list[str]:
-    return SOURCE.check(config)
-
-
-def datasets(config: Config, tokenizer: Any) -> "tuple[Dataset, Dataset]":
-    return SOURCE.datasets(config, tokenizer)
+check, datasets = SOURCE.check, SOURCE.datasets
 
 
 def reward_funcs(config: Config) -> list[Any]:

@@ -4,15 +4,12 @@ Configuration `main`, 7,473 rows in train, 1,319 in test: `question`, and `answe
 `#### 18` (https://huggingface.co/datasets/openai/gsm8k; Cobbe et al. 2021, arXiv:2110.14168).
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from recipes import _math
 from recipes._math import Data
 from rlinvariant.config import Config
 from rlinvariant.rewards import math_answer
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 __all__ = ["DEFAULTS", "Data", "check", "datasets", "reward_funcs"]
 DEFAULTS = _math.DEFAULTS | {"trainer.max_completion_length": 512, "sampler.max_model_len": 1024}
@@ -24,14 +21,7 @@ SOURCE = _math.Source(
     question=lambda row: row["question"],
     answer=lambda row: (row["answer"] or "").partition("####")[2],
 )
-
-
-def check(config: Config) -> list[str]:
-    return SOURCE.check(config)
-
-
-def datasets(config: Config, tokenizer: Any) -> "tuple[Dataset, Dataset]":
-    return SOURCE.datasets(config, tokenizer)
+check, datasets = SOURCE.check, SOURCE.datasets
 
 
 def reward_funcs(config: Config) -> list[Any]:

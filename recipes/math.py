@@ -6,15 +6,12 @@ its last \\boxed{}, `answer`, `subject`, `level`, `unique_id`
 et al. 2023, arXiv:2305.20050). Rows without `answer`, as in EleutherAI/hendrycks_math, will do for data.path=.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from recipes import _math
 from recipes._math import Data
 from rlinvariant.config import Config
 from rlinvariant.rewards import final_answer, math_answer
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 __all__ = ["DEFAULTS", "Data", "check", "datasets", "reward_funcs"]
 DEFAULTS = _math.DEFAULTS | {"trainer.max_completion_length": 2048, "sampler.max_model_len": 4096}
@@ -26,14 +23,7 @@ SOURCE = _math.Source(
     question=lambda row: row["problem"],
     answer=lambda row: row.get("answer") or final_answer(row.get("solution") or ""),
 )
-
-
-def check(config: Config) -> list[str]:
-    return SOURCE.check(config)
-
-
-def datasets(config: Config, tokenizer: Any) -> "tuple[Dataset, Dataset]":
-    return SOURCE.datasets(config, tokenizer)
+check, datasets = SOURCE.check, SOURCE.datasets
 
 
 def reward_funcs(config: Config) -> list[Any]:

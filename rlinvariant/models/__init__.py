@@ -1,6 +1,6 @@
 """Hugging Face models made to compute through `rlinvariant.ops`, and the audit that proves that nothing escapes."""
 
-from rlinvariant.models.audit import Finding, audit, require_exact, watch
+from rlinvariant.models.audit import Finding, audit, require_exact, two_layers, watch
 from rlinvariant.models.patch import UnsupportedModel, make_invariant, unsupported
 from rlinvariant.models.working import make_trainable, use_working_copies
 
@@ -11,6 +11,7 @@ __all__ = [
     "make_invariant",
     "make_trainable",
     "require_exact",
+    "two_layers",
     "unsupported",
     "use_working_copies",
     "watch",

@@ -5,6 +5,7 @@ rounded + - * / sqrt on one element. Sums, products of matrices and transcendent
 depend on shape, vector width and threads. Whatever is not known to be safe is reported.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -95,6 +96,15 @@ def _probe(model: Any) -> dict[str, Any]:
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]], device=device)
     return {"input_ids": ids, "position_ids": positions, "cu_seq_lens_q": cu, "cu_seq_lens_k": cu, "max_length_q": 5,
             "max_length_k": 5}  # fmt: skip
+
+
+def two_layers(config: Any) -> Any:
+    """A copy of a configuration with at most two layers: those of what `unsupported` lets pass are all alike."""
+    small = copy.deepcopy(config)
+    small.num_hidden_layers = min(2, small.num_hidden_layers)
+    if getattr(small, "layer_types", None):
+        small.layer_types = small.layer_types[: small.num_hidden_layers]
+    return small
 
 
 @contextmanager

@@ -5,7 +5,6 @@ that vLLM has an option for: `Worker` puts our sampler into the engine and check
 that could not be exact, in the front end, and `Proof` asks the engine what it runs before the server says that it is ready.
 """
 
-import copy
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +16,7 @@ from vllm.v1.sample.logits_processor import LogitsProcessor
 
 from rlinvariant import runtime
 from rlinvariant.errors import ConfigErrors, UserError
-from rlinvariant.models import make_invariant, require_exact
+from rlinvariant.models import make_invariant, require_exact, two_layers
 from rlinvariant.sampler.engine import refuse
 from rlinvariant.sampler.plugin import ARCHITECTURE, NOT_ACTIVE, QUANTIZATION
 
@@ -189,18 +188,11 @@ class Worker(_Worker):
 
 
 def audit_config(config: Any, dtype: torch.dtype, device: torch.device) -> str:
-    """Do the trainer's checks on the first two layers of a model of this configuration, with random weights; give its class.
-
-    Layers of a configuration that `models.unsupported` lets pass are all alike.
-    """
+    """Do the trainer's checks on the first two layers of a model of this configuration, with random weights; give its class."""
     from transformers import AutoModelForCausalLM
 
-    config = copy.deepcopy(config.get_text_config())
-    config.num_hidden_layers = min(2, config.num_hidden_layers)
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[: config.num_hidden_layers]
     with torch.random.fork_rng(), torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(two_layers(config.get_text_config()), dtype=dtype)
     name = type(model).__name__
     require_exact(make_invariant(model, dtype))
     del model
