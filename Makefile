@@ -14,7 +14,7 @@ train: .venv
 	.venv/bin/accelerate launch -q --config_file $(CONFIG) --num_cpu_threads_per_process $(CORES) train.py $(or $(filter recipe=%,$(ARGS)),recipe=arithmetic) $(filter-out recipe=%,$(ARGS))
 
 test: .venv
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n 2 --dist loadfile
 
 check: .venv
 	.venv/bin/ruff check .

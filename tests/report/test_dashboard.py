@@ -176,6 +176,14 @@ def test_a_killed_run_is_replayed_whole(tmp_path):
     ]
 
 
+def settled(file: Path) -> None:
+    """Wait for W&B's own process, which writes after `finish` has returned."""
+    size = -1
+    while file.stat().st_size != size or size < 100:
+        size = file.stat().st_size
+        time.sleep(1)
+
+
 def test_a_replay_has_the_id_under_which_the_run_logged_itself_and_leaves_that_log_alone(tmp_path):
     """Whoever sends every offline run to W&B gets one."""
     run = write_run(tmp_path / "run", 0, steps=3)
@@ -187,11 +195,13 @@ def test_a_replay_has_the_id_under_which_the_run_logged_itself_and_leaves_that_l
         log(logged, logged["step"])
     finish()
     (live,) = (run.path / "wandb").glob("offline-run-*")
-    before = (live / f"run-{live.name.rpartition('-')[2]}.wandb").read_bytes()
+    file = live / f"run-{live.name.rpartition('-')[2]}.wandb"
+    settled(file)
+    before = file.read_bytes()
     said = [dashboard.sync(run.path)[0] for _ in range(2)][-1]
     name = live.name.rpartition("-")[2]
     assert f"run {name}, the id under which the run logged itself; send it with" in said
-    assert (live / f"run-{name}.wandb").read_bytes() == before
+    assert file.read_bytes() == before
     (replayed,) = (run.path / "dashboard" / "wandb").glob("offline-run-*")
     assert [file.name for at in (live, replayed) for file in at.glob("*.wandb")] == [f"run-{name}.wandb"] * 2
     assert [row["_step"] for row in history(replayed)] == [1, 2, 3] == [row["_step"] for row in history(live)]
