@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rlinvariant.rollout import Completion
-from rlinvariant.trainer.packing import pack
+from rlinvariant.trainer.score import Layout, score
 
 
 @dataclass(frozen=True)
@@ -40,21 +40,8 @@ def against_trainer(
     model: Any, prompts: Sequence[list[int]], drawn: Sequence[Completion], temperature: float, rows: int
 ) -> int:
     """Tokens whose log-prob a patched model computes otherwise, given `rows` of TRL's padded rows at a time."""
-    mismatched, device = 0, next(model.parameters()).device
-    for at in range(0, len(prompts), rows):
-        part = range(at, min(at + rows, len(prompts)))
-        width, length = max(len(prompts[i]) for i in part), max(len(drawn[i].token_ids) for i in part)
-        ids, mask = torch.zeros(2, len(part), width + length, dtype=torch.int64)
-        for row, i in enumerate(part):
-            ids[row, width - len(prompts[i]) : width + len(drawn[i].token_ids)] = torch.tensor(prompts[i] + drawn[i].token_ids)
-            mask[row, width - len(prompts[i]) : width + len(drawn[i].token_ids)] = 1
-        batch = pack(ids.to(device), mask.to(device), length)
-        with torch.no_grad():
-            logprobs, _ = model(
-                **batch.inputs, token_ids=batch.token_ids, predicted_from=batch.predicted_from, temperature=temperature
-            )
-        mismatched += _unequal(logprobs, [x for i in part for x in drawn[i].sampler_logprobs])
-    return mismatched
+    found = score(model, prompts, drawn, temperature, Layout(rows))
+    return _unequal(torch.cat(found), [x for c in drawn for x in c.sampler_logprobs])
 
 
 @torch.no_grad()

@@ -213,11 +213,6 @@ class Sampler:
             UserError: a prompt with its completion would not fit, or `sampling` would change the distribution of an
                 invariant engine, whose log-probs are of the whole softmax.
         """
-        refused = [f"{k}={v}" for k, v in sampling.items() if k not in HARMLESS and v not in (NEUTRAL.get(k), None)]
-        if self.invariant and 0 < temperature < 0.01:
-            refused.append(f"temperature={temperature}, which vLLM would raise to 0.01")
-        if self.invariant and refused:
-            raise UserError(f"{', '.join(refused)}: an exact sampler draws from the whole distribution; remove it")
         if empty := [i for i, p in enumerate(prompts) if not p]:
             raise UserError(f"prompt {empty[0]} of this batch has no tokens: is it blank, or has model= no tokenizer?")
         longest = max(map(len, prompts), default=0)
@@ -226,12 +221,10 @@ class Sampler:
                 f"a prompt of {longest} tokens and a completion of {max_tokens} do not fit sampler.max_model_len={limit}; "
                 "raise it, or lower trainer.max_completion_length"
             )
-        from vllm import SamplingParams
-
-        shared: dict[str, Any] = {"temperature": temperature, "max_tokens": max_tokens, "detokenize": False}
-        shared |= {} if self.invariant else {"logprobs": 0}
-        shared |= {"stop_token_ids": list(stop_token_ids), **sampling}
-        params = [SamplingParams(seed=None if temperature == 0 else s, **shared) for s in seeds]
+        params = [
+            self.params(s, temperature=temperature, max_tokens=max_tokens, stop_token_ids=stop_token_ids, **sampling)
+            for s in seeds
+        ]
         inputs: list[Any] = [{"prompt_token_ids": list(p)} for p in prompts]
         if self.invariant:
             self._runner.sampler.keep_drawn()
@@ -245,6 +238,22 @@ class Sampler:
         if self.invariant:
             return self._drawn(outputs, self._runner.sampler.take_drawn())
         return reported(outputs)
+
+    def params(
+        self, seed: int, *, temperature: float, max_tokens: int, stop_token_ids: Sequence[int] = (), **sampling: Any
+    ) -> Any:
+        """vLLM's `SamplingParams` of one request of `generate`, which says what raises UserError."""
+        refused = [f"{k}={v}" for k, v in sampling.items() if k not in HARMLESS and v not in (NEUTRAL.get(k), None)]
+        if self.invariant and 0 < temperature < 0.01:
+            refused.append(f"temperature={temperature}, which vLLM would raise to 0.01")
+        if self.invariant and refused:
+            raise UserError(f"{', '.join(refused)}: an exact sampler draws from the whole distribution; remove it")
+        from vllm import SamplingParams
+
+        shared: dict[str, Any] = {"temperature": temperature, "max_tokens": max_tokens, "detokenize": False}
+        shared |= {} if self.invariant else {"logprobs": 0}
+        shared |= {"stop_token_ids": list(stop_token_ids), **sampling}
+        return SamplingParams(seed=None if temperature == 0 else seed, **shared)
 
     @staticmethod
     def _drawn(outputs: Sequence[Any], drawn: dict[str, tuple[list[int], list[float]]]) -> list[Completion]:

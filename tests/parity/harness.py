@@ -1,28 +1,28 @@
 """Drive engines and trainers as the tests need them, and compare what they give, bit for bit."""
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from trl import GRPOConfig
-from vllm import SamplingParams
 
 from rlinvariant.bits import assert_bits_equal
 from rlinvariant.errors import ParityError
 from rlinvariant.rollout import Completion
 from rlinvariant.sampler import vllm_model
+from rlinvariant.sampler.drive import Request, Trace, counting, drive
 from rlinvariant.sampler.engine import Sampler
 from rlinvariant.trainer import InvariantGRPOTrainer
-from rlinvariant.trainer.packing import pack
+from rlinvariant.trainer.score import Layout, padded, score
 from tests.parity.device import BLOCK, CUDA, DEVICE
+
+__all__ = ["Layout", "Request", "Trace", "counting", "drive", "padded", "score"]  # which have their place in the package
 
 
 def save_model(config: PreTrainedConfig, path: Path, seed: int = 0) -> str:
@@ -66,36 +66,6 @@ def keep(engine: Sampler) -> None:
 # ---- requests, and an engine stepped by hand
 
 
-@dataclass(frozen=True)
-class Request:
-    prompt: tuple[int, ...]
-    seed: int
-    temperature: float
-    max_tokens: int = 24
-    arrives: int = 0  # engine step before which it is added
-    aborts: int | None = None  # engine step before which it is aborted
-
-    def params(self, engine: Sampler) -> SamplingParams:
-        """What `Sampler.generate` would hand to vLLM."""
-        with mock.patch.object(engine.llm, "generate", return_value=[]) as llm_generate:
-            engine.generate([self.prompt], [self.seed], temperature=self.temperature, max_tokens=self.max_tokens, logprobs=0)
-        (params,) = llm_generate.call_args.args[1]
-        return params
-
-
-@dataclass
-class Trace:
-    """What an engine did with some requests."""
-
-    completions: list[Completion | None]  # None where aborted
-    cached_tokens: int = 0  # prompt tokens that came from the prefix cache
-    preemptions: int = 0
-    together: int = 0  # most requests in one step
-    chunks: int = 0  # times that a prompt was left unfinished
-    steps: int = 0
-    decoding: list[int] = field(default_factory=list)  # requests that had tokens when another arrived
-
-
 def generate(engine: Sampler, requests: Sequence[Request]) -> list[Completion]:
     """Through `Sampler.generate`, from a cold prefix cache; all must share temperature and length."""
     (temperature,), (max_tokens,) = {r.temperature for r in requests}, {r.max_tokens for r in requests}
@@ -103,58 +73,6 @@ def generate(engine: Sampler, requests: Sequence[Request]) -> list[Completion]:
     return engine.generate(
         [r.prompt for r in requests], [r.seed for r in requests], temperature=temperature, max_tokens=max_tokens
     )
-
-
-@contextmanager
-def counting(engine: Sampler) -> Iterator[Trace]:
-    """Count what the scheduler does meanwhile."""
-    trace, scheduler = Trace([]), engine.llm.llm_engine.engine_core.engine_core.scheduler
-    preempt, schedule = scheduler._preempt_request, scheduler.schedule
-
-    def counted_preempt(*args: Any, **kwargs: Any) -> Any:
-        trace.preemptions += 1
-        return preempt(*args, **kwargs)
-
-    def counted_schedule(*args: Any, **kwargs: Any) -> Any:
-        output = schedule(*args, **kwargs)
-        trace.together = max(trace.together, len(output.num_scheduled_tokens))
-        for name in output.num_scheduled_tokens:
-            request = scheduler.requests[name]
-            trace.chunks += request.num_computed_tokens < request.num_prompt_tokens
-        return output
-
-    with (
-        mock.patch.object(scheduler, "_preempt_request", counted_preempt),
-        mock.patch.object(scheduler, "schedule", counted_schedule),
-    ):
-        yield trace
-
-
-def drive(engine: Sampler, requests: Sequence[Request], *, cold: bool = True) -> Trace:
-    """Add, step and abort by hand, counting what the scheduler does."""
-    if cold:
-        assert engine.llm.reset_prefix_cache()
-    llm, waiting, step = engine.llm.llm_engine, dict(enumerate(requests)), 0
-    scheduler = llm.engine_core.engine_core.scheduler
-    with counting(engine) as trace:
-        trace.completions = [None] * len(requests)
-        ids = {f"{id(trace)}-{i}": i for i in range(len(requests))}
-        names = {i: name for name, i in ids.items()}
-        while waiting or llm.has_unfinished_requests():
-            for i in [i for i, r in waiting.items() if r.arrives <= step]:
-                request = waiting.pop(i)
-                trace.decoding.append(sum(r.num_output_tokens > 0 for r in scheduler.running))
-                llm.add_request(names[i], {"prompt_token_ids": list(request.prompt)}, request.params(engine))
-            llm.abort_request([names[i] for i, r in enumerate(requests) if r.aborts == step and i not in waiting])
-            for output in llm.step():
-                if output.finished:
-                    i, done = ids[output.request_id], output.outputs[0]
-                    logprobs = [row[t].logprob for t, row in zip(done.token_ids, done.logprobs, strict=True)]
-                    trace.completions[i] = Completion(list(done.token_ids), logprobs)
-                    trace.cached_tokens += output.num_cached_tokens or 0
-            step += 1
-    trace.steps = step
-    return trace
 
 
 def assert_same_completions(a: Sequence[Completion | None], b: Sequence[Completion | None], what: str) -> int:
@@ -173,65 +91,6 @@ def fp32(values: Sequence[float]) -> torch.Tensor:
     exact = torch.tensor(values, dtype=torch.float64)
     assert_bits_equal(exact.float().double(), exact, "a log-prob is no fp32 number")
     return exact.float()
-
-
-# ---- the trainer's log-probs of given completions
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a batch reaches the trainer."""
-
-    micro_batch: int
-    order: str = "as sampled"  # or "reversed", "shuffled"
-    prompts: str = "left"  # side on which prompts are padded
-    padding: int = 0  # columns of padding beyond the longest, on either part
-    grad: bool = False
-
-
-def score(
-    model: Any, prompts: Sequence[Sequence[int]], completions: Sequence[Completion], temperature: float, layout: Layout
-) -> list[torch.Tensor]:
-    """Log-probs of each completion, on the CPU, by `pack` and the patched model, as `InvariantGRPOTrainer` computes them."""
-    device = next(model.parameters()).device
-    order = list(range(len(prompts)))
-    if layout.order == "reversed":
-        order.reverse()
-    elif layout.order == "shuffled":
-        random.Random(7).shuffle(order)
-    found: dict[int, torch.Tensor] = {}
-    for at in range(0, len(order), layout.micro_batch):
-        rows = order[at : at + layout.micro_batch]
-        ids, mask, length = padded([prompts[i] for i in rows], [completions[i].token_ids for i in rows], layout)
-        packed = pack(ids.to(device), mask.to(device), length)
-        with torch.set_grad_enabled(layout.grad):
-            logprobs, _ = model(
-                **packed.inputs,
-                attention_mask=None,
-                token_ids=packed.token_ids,
-                predicted_from=packed.predicted_from,
-                temperature=temperature,
-            )
-        table, keep = packed.unpack(logprobs.detach()).cpu(), packed.keep.cpu()
-        for row, i in enumerate(rows):
-            found[i] = table[row][keep[row]]
-    return [found[i] for i in range(len(order))]
-
-
-def padded(
-    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], layout: Layout
-) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """TRL's batch: [prompts | completions], with `layout`'s padding; ids of padding are tokens like any other."""
-    width = max(map(len, prompts)) + layout.padding
-    length = max(map(len, completions)) + layout.padding
-    ids = torch.randint(0, 50, (len(prompts), width + length), generator=torch.Generator().manual_seed(3))
-    mask = torch.zeros_like(ids)
-    for row, (p, c) in enumerate(zip(prompts, completions, strict=True)):
-        start = width - len(p) if layout.prompts == "left" else 0
-        for begin, tokens in ((start, p), (width, c)):
-            ids[row, begin : begin + len(tokens)] = torch.tensor(tokens)
-            mask[row, begin : begin + len(tokens)] = 1
-    return ids, mask, length
 
 
 # ---- training

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, Qwen2Config
 
+from rlinvariant.sampler.drive import params
 from tests.parity.device import BLOCK, CUDA
 from tests.parity.harness import Request, assert_same_completions, drive, generate, load, save_model, start_engine
 
@@ -140,7 +141,7 @@ def test_a_stale_prefix_is_seen(engine, weights):
 
 def test_sync_refuses_while_a_request_runs(engine, weights):
     llm = engine.llm.llm_engine
-    llm.add_request("running", {"prompt_token_ids": [1, 2, 3]}, ASKED[0].params(engine))
+    llm.add_request("running", {"prompt_token_ids": [1, 2, 3]}, params(engine, ASKED[0]))
     llm.step()
     with pytest.raises(RuntimeError, match="still running"):
         engine.sync(weights.items())

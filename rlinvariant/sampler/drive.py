@@ -1,0 +1,126 @@
+"""An engine stepped by hand: requests that arrive and leave while others decode, and what the scheduler did with them."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from rlinvariant.rollout import Completion
+from rlinvariant.sampler.engine import Sampler
+
+
+@dataclass(frozen=True)
+class Request:
+    """One completion to draw.
+
+    Args:
+        prompt: token ids, one or more.
+        arrives: engine step before which it is added.
+        aborts: engine step before which it is aborted, or None.
+        ignore_eos: run to the last of max_tokens, whatever is drawn.
+        scored: also ask for the log-probs of the prompt's own tokens, at temperature 1.
+    """
+
+    prompt: tuple[int, ...]
+    seed: int
+    temperature: float
+    max_tokens: int = 24
+    arrives: int = 0
+    aborts: int | None = None
+    ignore_eos: bool = False
+    scored: bool = False
+
+
+@dataclass
+class Trace:
+    """What an engine did with some requests."""
+
+    completions: list[Completion | None]  # None where aborted
+    prompt_logprobs: list[list[float]] = field(default_factory=list)  # of tokens 1 on, where a request asked for them
+    cached_tokens: int = 0  # prompt tokens that came from the prefix cache
+    preemptions: int = 0
+    together: int = 0  # most requests in one step
+    chunks: int = 0  # times that a prompt was left unfinished
+    aborted: int = 0
+    steps: int = 0
+    decoding: list[int] = field(default_factory=list)  # requests that had tokens when another arrived
+
+
+@contextmanager
+def counting(engine: Sampler) -> Iterator[Trace]:
+    """Count what the scheduler does meanwhile."""
+    trace, scheduler = Trace([]), engine.llm.llm_engine.engine_core.engine_core.scheduler  # pyright: ignore
+    preempt, schedule = scheduler._preempt_request, scheduler.schedule
+
+    def counted_preempt(*args: Any, **kwargs: Any) -> Any:
+        trace.preemptions += 1
+        return preempt(*args, **kwargs)
+
+    def counted_schedule(*args: Any, **kwargs: Any) -> Any:
+        output = schedule(*args, **kwargs)
+        trace.together = max(trace.together, len(output.num_scheduled_tokens))
+        for name in output.num_scheduled_tokens:
+            request = scheduler.requests[name]
+            trace.chunks += request.num_computed_tokens < request.num_prompt_tokens
+        return output
+
+    scheduler._preempt_request, scheduler.schedule = counted_preempt, counted_schedule
+    try:
+        yield trace
+    finally:
+        del scheduler._preempt_request, scheduler.schedule  # of the instance: the class's own are back
+
+
+def drive(
+    engine: Sampler, requests: Sequence[Request], *, cold: bool = True, advance: Callable[[int], None] = lambda tokens: None
+) -> Trace:
+    """Add, step and abort by hand, counting what the scheduler does.
+
+    Args:
+        cold: forget the prefixes of earlier requests first.
+        advance: called after each step that ended requests, with how many tokens they had, all together.
+    """
+    if cold and not engine.llm.reset_prefix_cache():
+        raise RuntimeError("vLLM did not reset its prefix cache: a request is still running")
+    llm: Any = engine.llm.llm_engine
+    waiting, step, drawn = dict(enumerate(requests)), 0, 0
+    scheduler = llm.engine_core.engine_core.scheduler
+    with counting(engine) as trace:
+        trace.completions, trace.prompt_logprobs = [None] * len(requests), [[] for _ in requests]
+        ids = {f"{id(trace)}-{i}": i for i in range(len(requests))}
+        names = {i: name for name, i in ids.items()}
+        try:
+            while waiting or llm.has_unfinished_requests():
+                for i in [i for i, r in waiting.items() if r.arrives <= step]:
+                    request = waiting.pop(i)
+                    trace.decoding.append(sum(r.num_output_tokens > 0 for r in scheduler.running))
+                    llm.add_request(names[i], {"prompt_token_ids": list(request.prompt)}, params(engine, request))
+                leaving = [names[i] for i, r in enumerate(requests) if r.aborts == step and i not in waiting]
+                llm.abort_request(leaving)
+                trace.aborted += len(leaving)
+                for output in llm.step():
+                    if output.finished:
+                        i, done = ids[output.request_id], output.outputs[0]
+                        logprobs = [row[t].logprob for t, row in zip(done.token_ids, done.logprobs, strict=True)]
+                        trace.completions[i] = Completion(list(done.token_ids), logprobs)
+                        trace.cached_tokens += output.num_cached_tokens or 0
+                        if requests[i].scored:
+                            rows = zip(requests[i].prompt[1:], output.prompt_logprobs[1:], strict=True)
+                            trace.prompt_logprobs[i] = [row[t].logprob for t, row in rows]
+                        drawn += len(done.token_ids)
+                        advance(drawn)
+                step += 1
+        except BaseException:  # an interrupted batch must not linger: the next one would wait for it forever
+            llm.abort_request(list(ids))
+            raise
+    trace.steps = step
+    return trace
+
+
+def params(engine: Sampler, request: Request) -> Any:
+    params = engine.params(
+        request.seed, temperature=request.temperature, max_tokens=request.max_tokens, ignore_eos=request.ignore_eos, logprobs=0
+    )
+    if request.scored:
+        params.prompt_logprobs = 0
+    return params

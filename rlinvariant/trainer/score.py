@@ -1,0 +1,90 @@
+"""The trainer's log-probs of given completions, in whatever batch, order and padding."""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlinvariant.rollout import Completion
+from rlinvariant.trainer.packing import pack
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How completions reach the trainer's model.
+
+    Args:
+        micro_batch: most sequences in one forward.
+        order: "as sampled", "reversed" or "shuffled".
+        prompts: side on which prompts are padded, "left" as TRL does or "right".
+        padding: columns of padding beyond the longest, of prompts and of completions.
+        grad: keep what a backward needs.
+        tokens: most tokens in one forward, of more than one sequence; None: any number.
+    """
+
+    micro_batch: int
+    order: str = "as sampled"
+    prompts: str = "left"
+    padding: int = 0
+    grad: bool = False
+    tokens: int | None = None
+
+
+def score(
+    model: Any, prompts: Sequence[Sequence[int]], completions: Sequence[Completion], temperature: float, layout: Layout
+) -> list[Tensor]:
+    """fp32 log-probs of each completion, on the CPU, by `pack` and the patched model, as the trainer computes them."""
+    device = next(model.parameters()).device
+    order = list(range(len(prompts)))
+    if layout.order == "reversed":
+        order.reverse()
+    elif layout.order == "shuffled":
+        random.Random(7).shuffle(order)
+    found: dict[int, Tensor] = {}
+    for rows in _batches(order, [len(p) + len(c.token_ids) for p, c in zip(prompts, completions, strict=True)], layout):
+        ids, mask, length = padded([prompts[i] for i in rows], [completions[i].token_ids for i in rows], layout)
+        packed = pack(ids.to(device), mask.to(device), length)
+        with torch.set_grad_enabled(layout.grad):
+            logprobs, _ = model(
+                **packed.inputs,
+                attention_mask=None,
+                token_ids=packed.token_ids,
+                predicted_from=packed.predicted_from,
+                temperature=temperature,
+            )
+        table, keep = packed.unpack(logprobs.detach()).cpu(), packed.keep.cpu()
+        for row, i in enumerate(rows):
+            found[i] = table[row][keep[row]]
+    return [found[i] for i in range(len(order))]
+
+
+def _batches(order: Sequence[int], lengths: Sequence[int], layout: Layout) -> Iterator[list[int]]:
+    rows: list[int] = []
+    for i in order:
+        full = layout.tokens is not None and sum(lengths[j] for j in rows) + lengths[i] > layout.tokens
+        if rows and (full or len(rows) == layout.micro_batch):
+            yield rows
+            rows = []
+        rows.append(i)
+    if rows:
+        yield rows
+
+
+def padded(
+    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], layout: Layout
+) -> tuple[Tensor, Tensor, int]:
+    """TRL's batch: [prompts | completions], its mask, and the width of the second; ids of padding are tokens like any other."""
+    width = max(map(len, prompts)) + layout.padding
+    length = max(map(len, completions)) + layout.padding
+    ids = torch.zeros(len(prompts), width + length, dtype=torch.int64)
+    ids += torch.arange(ids.shape[1]) % 8
+    mask = torch.zeros_like(ids)
+    for row, (p, c) in enumerate(zip(prompts, completions, strict=True)):
+        start = width - len(p) if layout.prompts == "left" else 0
+        for begin, tokens in ((start, p), (width, c)):
+            ids[row, begin : begin + len(tokens)] = torch.tensor(tokens)
+            mask[row, begin : begin + len(tokens)] = 1
+    return ids, mask, length
