@@ -26,7 +26,7 @@ import chz
 from chz.blueprint import Castable, InvalidBlueprintArg
 from chz.tiepin import type_repr
 
-from rlinvariant.conflicts import conflicts
+from rlinvariant.conflicts import conflicts, ppo_conflicts
 from rlinvariant.errors import ConfigErrors, UserError
 
 RUNS = Path("runs")
@@ -46,6 +46,25 @@ class SamplerConfig:
     enable_prefix_caching: bool = chz.field(default=True, doc="Reuse the KV cache of shared prefixes.")
     enforce_eager: bool | None = chz.field(
         default=None, doc="No compilation, no CUDA graphs; None: true on a CPU, where a start would take a minute longer."
+    )
+
+
+@chz.chz
+class PPOConfig:
+    """Of `algorithm=ppo`. The policy's clip range is `trainer.epsilon`, its learning rate `trainer.learning_rate`."""
+
+    gamma: float = chz.field(default=1.0, doc="Discount per token, 0 to 1.")
+    lam: float = chz.field(default=0.95, doc="GAE's lambda: 0 trusts the critic, 1 the rewards alone.")
+    kl_coef: float = chz.field(
+        default=0.0, doc="Reward lost per nat by which a token leaves the first policy; 0: no reference."
+    )
+    whiten_advantages: bool = chz.field(default=True, doc="Advantages of a rollout to mean 0, variance 1.")
+    value_clip: float | None = chz.field(default=0.2, doc="Most that a value may gain by moving, in reward; None: no clipping.")
+    critic: str | None = chz.field(default=None, doc="Hugging Face directory or hub id; None: a copy of the policy.")
+    critic_learning_rate: float | None = chz.field(default=None, doc="None: trainer.learning_rate.")
+    value_warmup_steps: int = chz.field(default=0, doc="First optimizer steps in which the critic alone learns.")
+    target_kl: float | None = chz.field(
+        default=None, doc="KL from the sampling policy above which the rest of a rollout is skipped."
     )
 
 
@@ -148,6 +167,7 @@ class Config:
     invariance: Literal["exact", "off", "sampler", "trainer"] = chz.field(
         default="exact", doc="Which sides run the invariant ops; sampler and trainer: that side only."
     )
+    algorithm: Literal["grpo", "ppo"] = chz.field(default="grpo", doc="ppo: advantages of a critic, see ppo.*.")
     staleness: int = chz.field(
         default=0, doc="Optimizer steps by which the sampler's weights are older than the trainer's; 0: on policy."
     )
@@ -158,6 +178,7 @@ class Config:
     dtype: Literal["bfloat16", "float32"] = chz.field(default="bfloat16", doc="Of compute; master weights are float32.")
     data: RecipeData
     trainer: TrainerConfig
+    ppo: PPOConfig
     sampler: SamplerConfig
     wandb: WandbConfig
     sources: Mapping[str, str] = chz.field(default_factory=dict)
@@ -178,11 +199,19 @@ class Config:
         if self.invariance in ("off", "sampler") and "trainer.bf16" not in self.sources:
             fields["bf16"] = self.dtype == "bfloat16"  # a stock trainer casts by autocast, as TRL does by default
         fields |= {"output_dir": str(self.run_dir / "checkpoints"), "max_steps": self.steps, "seed": self.seed}
+        if (
+            group := fields["num_generations"]
+        ) == 1:  # PPO's; GRPOConfig asks for two that divide a rollout, so gets one that does
+            steps = fields["steps_per_generation"] or fields["gradient_accumulation_steps"]
+            fields["num_generations"] = fields["generation_batch_size"] or fields["per_device_train_batch_size"] * steps
+            fields["num_generations_eval"] = fields["num_generations_eval"] or 1
         try:
             # Without use_cpu, accelerate does not see that several CPU processes belong together.
-            return GRPOConfig(use_cpu=not torch.cuda.is_available(), **fields)
+            args = GRPOConfig(use_cpu=not torch.cuda.is_available(), **fields)
         except ValueError as error:
             raise UserError("trainer.*: " + " ".join(str(error).split())) from error
+        args.num_generations = group
+        return args
 
     def resolved(self) -> dict[str, dict[str, Any]]:
         """Every value with its source, ready for JSON: {"trainer.beta": {"value": 0.0, "source": "default"}, ...}."""
@@ -282,7 +311,8 @@ def parse(argv: Sequence[str], env: Mapping[str, str] = os.environ) -> Config:
         errors.append(str(error))
 
     trainer = trainer_config_class()
-    base = {"recipe": "", "data": recipe.data, "trainer": trainer, "sampler": SamplerConfig, "wandb": WandbConfig}
+    base = {"recipe": "", "data": recipe.data, "trainer": trainer, "ppo": PPOConfig, "sampler": SamplerConfig}
+    base["wandb"] = WandbConfig
     blueprint = chz.Blueprint(Config).apply(base)
     sources: dict[str, str] = {}
     for source, layer in ((f"recipe {recipe.name}", recipe.defaults), ("command line", given)):
@@ -359,7 +389,7 @@ def check(config: Config, env: Mapping[str, str], recipe: Recipe | None = None) 
     if recipe is not None and recipe.check is not None:
         errors += recipe.check(config)
 
-    errors += conflicts(trainer, config.invariance, env, "trainer.")
+    errors += conflicts(trainer, config.invariance, env, "trainer.") + _check_ppo(config)
     length = trainer.max_completion_length
     require(length is not None and length >= 1, "trainer.max_completion_length", "at least 1")
     if sampler.max_model_len is not None and length is not None:
@@ -372,16 +402,29 @@ def check(config: Config, env: Mapping[str, str], recipe: Recipe | None = None) 
     return errors
 
 
+def _check_ppo(config: Config) -> list[str]:
+    """PPO's settings, and that none is set where it would do nothing."""
+    if config.algorithm == "ppo":
+        return ppo_conflicts(config.trainer, config.ppo, "trainer.")
+    # those of a recipe for PPO rest when the command line asks for GRPO
+    resting = "" if config.sources.get("algorithm") == "command line" else "recipe "
+    return [
+        f"{key}={getattr(config.ppo, key.removeprefix('ppo.'))}: expected algorithm=ppo, without which it does nothing; remove it"
+        for key, source in config.sources.items()
+        if key.startswith("ppo.") and (source == "command line" or (resting and source.startswith(resting)))
+    ]
+
+
 def _check_batches(config: Config, processes: int) -> list[str]:
     """Batch sizes that TRL would refuse, told before anything is loaded."""
     trainer, errors = config.trainer, []
     group, per_device = trainer.num_generations, trainer.per_device_train_batch_size
-    sizes = {"num_generations": (group, 2), "num_iterations": (trainer.num_iterations, 1)}
+    sizes = {"num_generations": (group, 1 if config.algorithm == "ppo" else 2), "num_iterations": (trainer.num_iterations, 1)}
     sizes["per_device_train_batch_size"] = (per_device, 1)
     sizes["gradient_accumulation_steps"] = (trainer.gradient_accumulation_steps, 1)
     for key, (value, least) in sizes.items():
         if value is None or value < least:
-            reason = ": a group of one has no advantage" if key == "num_generations" else ""
+            reason = ": a group of one has no advantage, but with algorithm=ppo" if key == "num_generations" else ""
             errors.append(f"trainer.{key}={value}: expected at least {least}{reason}")
     if trainer.auto_find_batch_size:
         errors.append("trainer.auto_find_batch_size=True: expected False; lower trainer.per_device_train_batch_size")
@@ -398,6 +441,8 @@ def _check_batches(config: Config, processes: int) -> list[str]:
     elif samples % global_batch:
         fix = f"a multiple of trainer.per_device_train_batch_size x processes = {per_device} x {processes}"
         return [f"trainer.generation_batch_size={samples}: expected {fix}"]
+    if samples < 2 and group == 1:
+        return [f"trainer.per_device_train_batch_size={per_device}: expected a rollout of at least 2 samples; raise it"]
     if samples % typing.cast(int, group):
         shares = f"trainer.per_device_train_batch_size={per_device}, {processes} process(es)"
         made = f"the {samples} samples of a rollout ({shares})"

@@ -52,6 +52,46 @@ def conflicts(trainer: Any, invariance: str, env: Mapping[str, str], prefix: str
     return found
 
 
+def ppo_conflicts(trainer: Any, ppo: Any, prefix: str = "") -> list[str]:
+    """List what in PPO's settings cannot be, and what of TRL's has no part in PPO, one line each.
+
+    Args:
+        trainer: anything that has GRPOConfig's fields; ppo: `config.PPOConfig`.
+        prefix: what the user writes before a field's name of `trainer`.
+    """
+    found: list[str] = []
+
+    def require(ok: bool, name: str, expected: str) -> None:
+        if not ok:
+            found.append(f"ppo.{name}={getattr(ppo, name)}: expected {expected}")
+
+    def leave(name: str, *values: Any, why: str) -> None:
+        value = getattr(trainer, name)
+        if value not in values:
+            found.append(f"{prefix}{name}={getattr(value, 'value', value)}: expected {values[0]} with algorithm=ppo: {why}")
+
+    require(0 <= ppo.gamma <= 1, "gamma", "0 to 1")
+    require(0 <= ppo.lam <= 1, "lam", "0 to 1")
+    require(0 <= ppo.kl_coef < float("inf"), "kl_coef", "0 or more")
+    require(ppo.value_clip is None or ppo.value_clip > 0, "value_clip", "more than 0, or None for no clipping")
+    rate = ppo.critic_learning_rate
+    require(rate is None or rate >= 0, "critic_learning_rate", "0 or more, or None for trainer.learning_rate")
+    require(ppo.value_warmup_steps >= 0, "value_warmup_steps", "0 or more optimizer steps")
+    require(ppo.target_kl is None or ppo.target_kl > 0, "target_kl", "more than 0, or None for no limit")
+    leave("loss_type", "dapo", why="the losses are means over the tokens of a step; remove it")
+    leave("beta", 0.0, why="the penalty is in the rewards; use ppo.kl_coef")
+    leave("scale_rewards", "group", True, why="advantages come from the critic, not from groups; remove it")
+    leave(
+        "multi_objective_aggregation", "sum_then_normalize", why="rewards are summed, and never compared in groups; remove it"
+    )
+    leave("importance_sampling_level", "token", why="each token has a ratio and an advantage of its own; remove it")
+    leave("off_policy_mask_threshold", None, why="it judges whole completions by one advantage; use ppo.target_kl")
+    leave("mask_truncated_completions", False, why="a masked completion has no token to carry its reward; remove it")
+    leave("load_best_model_at_end", False, why="the critic would stay the last one; remove it")
+    leave("fp16", False, why="the critic's gradients are not scaled; remove it")
+    return found
+
+
 def environment_conflicts(env: Mapping[str, str], invariance: str, autocast_asked: bool = False) -> list[str]:
     """The part of `conflicts` that is in the environment.
 

@@ -1,5 +1,6 @@
 """One run, from a configuration to a trained model and its proof. Read this file to see how the parts fit together."""
 
+import functools
 import logging
 import os
 import time
@@ -9,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from rlinvariant import runtime
-from rlinvariant.config import Config
-from rlinvariant.conflicts import INVARIANCE, conflicts
+from rlinvariant.config import Config, PPOConfig
+from rlinvariant.conflicts import INVARIANCE, conflicts, ppo_conflicts
 from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.report.console import Console
 from rlinvariant.report.rundir import RunDir, read_metrics
@@ -61,6 +62,7 @@ def run(config: Config) -> None:
             train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
+            ppo=config.ppo if config.algorithm == "ppo" else None,
             invariance=config.invariance,
             staleness=config.staleness,
             dtype=config.dtype,
@@ -105,6 +107,7 @@ def grpo_trainer(
     args: Any,
     train_dataset: Any,
     *,
+    ppo: PPOConfig | None = None,
     invariance: str = "exact",
     dtype: str = "bfloat16",
     sampler_model: str | None = None,
@@ -116,6 +119,7 @@ def grpo_trainer(
     Args:
         model: directory or hub id of a Hugging Face causal LM, or a loaded one with fp32 parameters.
         reward_funcs, args, train_dataset: as for `trl.GRPOTrainer`; `args` with use_vllm=False and bf16=False.
+        ppo: PPO's settings, for a PPO trainer in place of a GRPO one: `trainer.ppo.InvariantPPOTrainer`.
         invariance: "exact", "off", "sampler" or "trainer".
         dtype: "bfloat16" or "float32", of both sides' activations; parameters are trained in fp32.
         sampler_model: what vLLM loads; by default the model's own directory or id.
@@ -131,7 +135,7 @@ def grpo_trainer(
     source = sampler_model or (model if isinstance(model, (str, Path)) else model.config._name_or_path)
     if not source:
         problems.append("sampler_model: missing; save the model and name its directory, for vLLM to load")
-    problems += conflicts(args, invariance, os.environ)
+    problems += conflicts(args, invariance, os.environ) + (ppo_conflicts(args, ppo) if ppo is not None else [])
     if problems:
         raise ConfigErrors(problems)
     runtime.configure()
@@ -163,7 +167,13 @@ def grpo_trainer(
     )
     console = Console(args.process_index == 0)
     kwargs.setdefault("on_row", lambda row, first_mismatch: console.step(row, args.max_steps, first_mismatch))
-    return InvariantGRPOTrainer(
+    if ppo is not None:
+        from rlinvariant.trainer.ppo import InvariantPPOTrainer
+
+        kind = functools.partial(InvariantPPOTrainer, ppo=ppo)
+    else:
+        kind = InvariantGRPOTrainer
+    return kind(
         model,
         reward_funcs,
         args,

@@ -101,6 +101,7 @@ class InvariantGRPOTrainer(GRPOTrainer):
             require_exact(make_trainable(model.to(args.device), dtype))
         elif self._sampler_is_invariant:
             require_exact(make_invariant(copy.deepcopy(model).to(args.device), dtype))  # what the sampler will run
+        self._prepare_models(model, args, dtype, kwargs)
         super().__init__(model, [checked_reward(f) for f in rewards], args, **kwargs)
         if self.accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
             kind = self.accelerator.distributed_type.value
@@ -136,6 +137,9 @@ class InvariantGRPOTrainer(GRPOTrainer):
         if self._trainer_is_invariant and (kwargs.get("peft_config") is not None or hasattr(model, "peft_config")):
             found.append(f"peft_config: expected None with invariance={self.invariance}: adapters are not supported yet")
         return found
+
+    def _prepare_models(self, model: Any, args: GRPOConfig, dtype: torch.dtype, kwargs: dict[str, Any]) -> None:
+        """For a subclass that trains more than the policy: the policy is patched, TRL and the engine have not started."""
 
     def train(self, *args, **kwargs):
         """As TRL's; the first rollout syncs the weights, whatever the sampler held."""

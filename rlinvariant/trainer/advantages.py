@@ -1,0 +1,141 @@
+"""PPO's arithmetic on a padded batch of completions, as pure functions: rewards per token, GAE, whitening, value loss.
+
+Everywhere, T counts the tokens of the longest completion, `mask` is 1 on real tokens, which stand at the left of each row, and
+`values[b, t]` is the critic's estimate before token t is chosen.
+"""
+
+import torch
+from torch import Tensor
+
+
+def token_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor | None, mask: Tensor, kl_coef: float) -> Tensor:
+    """Give each token its reward: a penalty for leaving the reference on every one, the completion's score on the last.
+
+        r_t = [t is last] score - kl_coef (logprob_t - ref_logprob_t)
+
+    The penalty's sum over a completion estimates, without bias, kl_coef KL(policy || reference) of whole completions (k1).
+
+    Args:
+        scores: [B] fp32, the reward of each completion.
+        logprobs, ref_logprobs: [B, T] fp32, of the sampled tokens; ref_logprobs None: no penalty.
+        mask: [B, T].
+        kl_coef: in units of reward per nat.
+
+    Returns:
+        [B, T] fp32, 0 where there is no token.
+
+    Raises:
+        ValueError: a row has no token, or a hole: nothing to carry its score.
+
+    Ref: Ouyang et al. 2022, arXiv:2203.02155, equation 2; Schulman 2020, "Approximating KL Divergence" (k1).
+    """
+    last = _lengths(mask) - 1
+    rewards = torch.zeros_like(logprobs)
+    if ref_logprobs is not None:
+        rewards = torch.where(mask.bool(), -kl_coef * (logprobs - ref_logprobs), rewards)
+    return rewards.scatter_add(1, last[:, None], scores[:, None].to(rewards.dtype))
+
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """Estimate advantages, and the returns that the critic is to learn. The last token ends the episode: what follows is worth 0.
+
+        delta_t = r_t + gamma V_{t+1} - V_t,   A_t = delta_t + gamma lam A_{t+1},   R_t = A_t + V_t
+
+    Args:
+        rewards, values: [B, T] fp32.
+        mask: [B, T].
+        gamma: discount per token, 0 to 1.
+        lam: 0 trusts the critic's next value, 1 the rewards alone.
+
+    Returns:
+        advantages, returns: each [B, T] in rewards.dtype, 0 where there is no token.
+
+    Raises:
+        ValueError: a row has no token, or a hole.
+
+    Order: one recursion from the last token to the first, in float64; rounded once, at the end.
+    Bits: a row depends on that row alone, and not on its padding.
+    Ref: Schulman et al. 2016, arXiv:1506.02438, equation 16.
+    """
+    _lengths(mask)
+    real = mask.bool()
+    r, v = (torch.where(real, x.double(), 0.0) for x in (rewards, values))
+    delta = r + gamma * torch.nn.functional.pad(v[:, 1:], (0, 1)) - v
+    advantages, following = torch.zeros_like(delta), torch.zeros_like(delta[:, 0])
+    for t in reversed(range(delta.shape[1])):
+        advantages[:, t] = following = torch.where(real[:, t], delta[:, t] + gamma * lam * following, 0.0)
+    return advantages.to(rewards.dtype), (advantages + v).to(rewards.dtype)
+
+
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None) -> tuple[Tensor, Tensor]:
+    """Half the squared error of each value; a value may not gain by moving further than `clip` from what it was.
+
+        L = 1/2 max((V - R)^2, (V_old + clamp(V - V_old, -clip, clip) - R)^2)
+
+    Args:
+        values: [*] with gradient.
+        old_values, returns: [*], constants.
+        clip: in units of reward; None: plain squared error.
+
+    Returns:
+        loss [*], and whether the clipped error was the larger, [*] bool: there the gradient is 0.
+
+    Ref: PPO's own code, baselines/ppo2; Huang et al. 2022, "The 37 Implementation Details of PPO", detail 9.
+    """
+    error = (values - returns).square()
+    if clip is None:
+        return error / 2, torch.zeros_like(error, dtype=torch.bool)
+    clipped = (old_values + (values - old_values).clamp(-clip, clip) - returns).square()
+    return torch.maximum(error, clipped) / 2, clipped > error
+
+
+def moments(x: Tensor, mask: Tensor) -> Tensor:
+    """[3] float64: how many tokens, their sum, the sum of their squares. Of several ranks: the sum of theirs."""
+    real = x[mask.bool()].double()
+    return torch.stack([real.new_tensor(float(real.numel())), real.sum(), real.square().sum()])
+
+
+def mean_and_variance(moments: Tensor) -> tuple[float, float]:
+    """Of what `moments` counted, in float64; the variance has n in its denominator. NaN of nothing."""
+    count, total, squares = moments.tolist()
+    if not count:
+        return float("nan"), float("nan")
+    mean = total / count
+    return mean, max(squares / count - mean * mean, 0.0)
+
+
+def whiten(advantages: Tensor, mask: Tensor, mean: float, variance: float) -> Tensor:
+    """Shift and scale to mean 0 and variance 1 over the tokens of all ranks; 0 where there is no token, or no spread.
+
+        (A - mean) / (sqrt(variance) + 1e-8)
+
+    Args:
+        advantages, mask: [B, T].
+        mean, variance: of the tokens of all ranks, by `mean_and_variance`.
+    """
+    white = (advantages.double() - mean) / (variance**0.5 + 1e-8)
+    return torch.where(mask.bool(), white, 0.0).to(advantages.dtype)
+
+
+def explained_variance(returns: Tensor, residuals: Tensor) -> float:
+    """How much of the returns' variance the critic explains: 1 all, 0 none, below 0 worse than a constant.
+
+        1 - Var(R - V) / Var(R)
+
+    Args:
+        returns, residuals: `moments` of R and of R - V, of all ranks. NaN where R does not vary.
+    """
+    whole, left = mean_and_variance(returns)[1], mean_and_variance(residuals)[1]
+    return 1.0 - left / whole if whole > 0 else float("nan")
+
+
+def _lengths(mask: Tensor) -> Tensor:
+    """[B] tokens of each row."""
+    real = mask.bool()
+    lengths = real.sum(1)
+    if bool((lengths == 0).any()):
+        row = int((lengths == 0).nonzero()[0])
+        raise ValueError(f"row {row}: every token is masked, or the completion is empty: no token can carry its reward")
+    if bool((real[:, 1:] & ~real[:, :-1]).any()):
+        raise ValueError("mask: expected real tokens at the left of each row, found a hole")
+    return lengths
