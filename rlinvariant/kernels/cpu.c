@@ -67,7 +67,7 @@ static float *buffer(i64 floats) { /* 64-byte aligned, zeroed up to a whole numb
     return p;
 }
 
-/* ---- sums and exp ---------------------------------------------------------------------------------------------- */
+/* ---- sums, exp and tanh ---------------------------------------------------------------------------------------- */
 
 static inline v16 at16(const float *p) { v16 v; memcpy(&v, p, 64); return v; }
 
@@ -131,6 +131,24 @@ static inline float exp_(float x) {
 
 void exp_f32(const float *x, float *y, i64 n) { /* for the tests */
     for (i64 i = 0; i < n; i++) y[i] = exp_(x[i]);
+}
+
+/* tanh x: odd polynomial below 0.625 (fitted; relative error 5e-9), 1 - 2 / (e^2|x| + 1) above; NaN kept */
+static inline float tanh_(float x) {
+    float z = x * x, a = as_float(as_uint(x) & 0x7fffffffu);
+    float p = -5.7049855e-3f;
+    p = __builtin_fmaf(p, z, 2.0639086e-2f);
+    p = __builtin_fmaf(p, z, -5.3739715e-2f);
+    p = __builtin_fmaf(p, z, 1.3331442e-1f);
+    p = __builtin_fmaf(p, z, -3.3333281e-1f);
+    float small = __builtin_fmaf(x * z, p, x);
+    float large = 1.0f - 2.0f / (exp_(a + a) + 1.0f);
+    large = as_float(as_uint(large) | (as_uint(x) & 0x80000000u));
+    return a < 0.625f ? small : large;
+}
+
+void tanh_f32(const float *x, float *y, i64 n) { /* for the tests */
+    for (i64 i = 0; i < n; i++) y[i] = tanh_(x[i]);
 }
 
 /* ---- linear ---------------------------------------------------------------------------------------------------- */
@@ -205,32 +223,38 @@ void linear(const void *x, const void *w, const void *bias, void *y, i64 rows, i
 
 /* ---- rms_norm -------------------------------------------------------------------------------------------------- */
 
-/* y = round(x * rstd) * w; rstd = 1 / sqrt(mean(x^2) + eps), the mean by lanes */
-void rms_norm(const void *x, const void *w, void *y, i64 rows, i64 cols, float eps, int bf16) {
+static void load_weight(float *b, const void *w, i64 cols, int once, float offset, int bf16) {
+    load(b, w, 0, cols, bf16);
+    for (i64 i = 0; once && i < cols; i++) b[i] = offset + b[i];
+}
+
+/* y = round(x * rstd) * w, or, rounding once, x * rstd * (offset + w); rstd = 1 / sqrt(mean(x^2) + eps), the mean by lanes */
+void rms_norm(const void *x, const void *w, void *y, i64 rows, i64 cols, float eps, int once, float offset, int bf16) {
+    int inner = bf16 && !once; /* whether what the weight multiplies is rounded */
 #pragma omp parallel if (rows * cols > 32768)
     {
         float *a = buffer(cols), *b = buffer(cols);
-        load(b, w, 0, cols, bf16);
+        load_weight(b, w, cols, once, offset, bf16);
 #pragma omp for
         for (i64 r = 0; r < rows; r++) {
             load(a, x, r * cols, cols, bf16);
             float rstd = 1.0f / sqrtf(dot_lanes(a, a, PAD16(cols)) / (float)cols + eps);
             float *o = a;
-            for (i64 i = 0; i < cols; i++) o[i] = round_to(a[i] * rstd, bf16) * b[i];
+            for (i64 i = 0; i < cols; i++) o[i] = round_to(a[i] * rstd, inner) * b[i];
             store(y, r * cols, o, cols, bf16);
         }
         free(a), free(b);
     }
 }
 
-/* dx = rstd * (g - x * rstd^2 * mean(g * x)), g = dy * w; dw = sum over rows, ascending, of dy * x * rstd */
+/* dx = rstd * (g - x * rstd^2 * mean(g * x)), g = dy * w, or dy * (offset + w); dw = sum over rows, ascending, of dy * x * rstd */
 void rms_norm_backward(const void *dy, const void *x, const void *w, void *dx, float *dw, i64 rows, i64 cols, float eps,
-                       int bf16) {
+                       int once, float offset, int bf16) {
     float *rstd = buffer(rows);
 #pragma omp parallel if (rows * cols > 32768)
     {
         float *a = buffer(cols), *g = buffer(cols), *b = buffer(cols);
-        load(b, w, 0, cols, bf16);
+        load_weight(b, w, cols, once, offset, bf16);
 #pragma omp for
         for (i64 r = 0; r < rows; r++) {
             load(a, x, r * cols, cols, bf16);
@@ -286,20 +310,35 @@ void rope(const void *x, const float *cs, const float *sn, void *y, i64 tokens, 
 
 /* ---- swiglu ---------------------------------------------------------------------------------------------------- */
 
-/* y = round(silu(gate)) * up, element by element */
-void swiglu(const void *gate, const void *up, void *y, i64 n, int bf16) {
+/* Both activations are g / (1 + e^-u): SiLU with u = g, and GELU's tanh form with u = 2 sqrt(2 / pi) (g + 0.044715 g^3),
+ * since 1 + tanh(u / 2) = 2 / (1 + e^-u). Beyond 16 the quotient is g or 0, and g^3 must not overflow. */
+static inline float gelu_u(float g, float *slope) {
+    float c = g < -16.0f ? -16.0f : g;
+    c = c > 16.0f ? 16.0f : c;
+    float square = c * c;
+    *slope = __builtin_fmaf(square, 0.21406445f, 1.5957691f);
+    return c * __builtin_fmaf(square, 0.071354814f, 1.5957691f);
+}
+
+/* y = round(activation(gate)) * up, element by element */
+void swiglu(const void *gate, const void *up, void *y, i64 n, int gelu, int bf16) {
 #pragma omp parallel for if (n > 16384)
     for (i64 block = 0; block < (n + 1023) / 1024; block++) {
         i64 at = block * 1024, m = n - at < 1024 ? n - at : 1024;
         float g[1024], u[1024];
         load(g, gate, at, m, bf16);
         load(u, up, at, m, bf16);
-        for (i64 i = 0; i < m; i++) u[i] = round_to(g[i] / (1.0f + exp_(-g[i])), bf16) * u[i];
+        float unused;
+        if (gelu)
+            for (i64 i = 0; i < m; i++) u[i] = round_to(g[i] / (1.0f + exp_(-gelu_u(g[i], &unused))), bf16) * u[i];
+        else
+            for (i64 i = 0; i < m; i++) u[i] = round_to(g[i] / (1.0f + exp_(-g[i])), bf16) * u[i];
         store(y, at, u, m, bf16);
     }
 }
 
-void swiglu_backward(const void *dy, const void *gate, const void *up, void *dgate, void *dup, i64 n, int bf16) {
+void swiglu_backward(const void *dy, const void *gate, const void *up, void *dgate, void *dup, i64 n, int gelu,
+                     int bf16) {
 #pragma omp parallel for if (n > 16384)
     for (i64 block = 0; block < (n + 1023) / 1024; block++) {
         i64 at = block * 1024, m = n - at < 1024 ? n - at : 1024;
@@ -308,9 +347,10 @@ void swiglu_backward(const void *dy, const void *gate, const void *up, void *dga
         load(g, gate, at, m, bf16);
         load(u, up, at, m, bf16);
         for (i64 i = 0; i < m; i++) {
-            float sig = 1.0f / (1.0f + exp_(-g[i])), silu = g[i] * sig;
-            float dg = d[i] * u[i] * (sig + silu * (1.0f - sig));
-            u[i] = d[i] * round_to(silu, bf16);
+            float slope = 1.0f, at_gate = gelu ? gelu_u(g[i], &slope) : g[i];
+            float sig = 1.0f / (1.0f + exp_(-at_gate)), act = g[i] * sig;
+            float dg = d[i] * u[i] * (sig + act * (1.0f - sig) * slope);
+            u[i] = d[i] * round_to(act, bf16);
             g[i] = dg;
         }
         store(dgate, at, g, m, bf16);
@@ -334,10 +374,13 @@ static inline i64 key_at(const keys *kv, i64 seq, i64 start, i64 head, i64 j) {
     return row + head * kv->head_stride;
 }
 
-/* fp32 copies of keys and values 0..n-1: rows [n, dp] and/or columns [dim, np]; dp and np are padded to 16 */
-static void gather(const keys *kv, const void *src, i64 seq, i64 start, i64 head, i64 n, i64 dim, float *rows, i64 dp,
-                   float *cols, i64 np, float *tmp, int bf16) {
-    for (i64 j = 0; j < n; j++) {
+/* The first key that a query at position n - 1 attends to */
+static inline i64 first_key(i64 n, i64 window) { return window && n > window ? n - window : 0; }
+
+/* fp32 copies of keys and values from..n-1: rows [n, dp] and/or columns [dim, np]; dp and np are padded to 16 */
+static void gather(const keys *kv, const void *src, i64 seq, i64 start, i64 head, i64 from, i64 n, i64 dim, float *rows,
+                   i64 dp, float *cols, i64 np, float *tmp, int bf16) {
+    for (i64 j = from; j < n; j++) {
         float *row = rows ? rows + j * dp : tmp;
         load(row, src, key_at(kv, seq, start, head, j), dim, bf16);
         if (cols)
@@ -365,11 +408,12 @@ static inline void times_columns(float *s, const float *a, const float *cols, i6
     }
 }
 
-/* o[d] = sum over j < n (chain4) of p[j] * rows[j][d] */
-static inline void times_rows(float *o, const float *p, const float *rows, i64 dp, i64 n) {
+/* o[d] = sum over from <= j < n (chain4) of p[j] * rows[j][d] */
+static inline void times_rows(float *o, const float *p, const float *rows, i64 dp, i64 from, i64 n) {
     for (i64 d = 0; d < dp; d += 16) {
         v16 c[4] = {{0}, {0}, {0}, {0}};
-        i64 j = 0;
+        i64 j = from;
+        for (; j % 4 && j < n; j++) c[j % 4] = fma16(all16(p[j]), at16(rows + j * dp + d), c[j % 4]);
         for (; j + 4 <= n; j += 4)
             for (int k = 0; k < 4; k++) c[k] = fma16(all16(p[j + k]), at16(rows + (j + k) * dp + d), c[k]);
         for (; j < n; j++) c[j % 4] = fma16(all16(p[j]), at16(rows + j * dp + d), c[j % 4]);
@@ -379,13 +423,15 @@ static inline void times_rows(float *o, const float *p, const float *rows, i64 d
 }
 
 /* Causal softmax(scale * q k^T) v, one query row at a time: scores over dim by chain, maximum, exp, sum by lanes over
- * absolute key positions, values by chain4 over keys, one division. A row reads its own sequence's keys 0..position and
- * nothing else, so neither chunking, paging, packing nor the batch can reach it.
+ * absolute key positions, values by chain4 over keys, one division. A row uses its own sequence's keys 0..position and
+ * nothing else, so neither chunking, paging, packing nor the batch can reach it. With a window (0: none) it uses the last
+ * `window` of them: the sums keep the lanes and chains of absolute positions, and earlier pages are not read. With a cap
+ * (0: none) a score s becomes cap * tanh(s / cap).
  * q, out [tokens, heads, dim]; query i of sequence b is at row cu_q[b] + i and position kv_len[b] - (queries of b) + i.
  * lse [tokens, heads] fp32 (max + log sum, of scaled scores), or NULL. */
 void attention(const void *q, const void *k, const void *v, void *out, float *lse, const int32_t *cu_q,
                const int32_t *kv_len, const int32_t *table, i64 table_width, i64 page, i64 block_stride, i64 row_stride,
-               i64 head_stride, i64 seqs, i64 heads, i64 kv_heads, i64 dim, float scale, int bf16) {
+               i64 head_stride, i64 seqs, i64 heads, i64 kv_heads, i64 dim, i64 window, float scale, float cap, int bf16) {
     keys kv = {k, v, table, table_width, page, block_stride, row_stride, head_stride};
     i64 group = heads / kv_heads, dp = PAD16(dim), tasks = 0, longest = 0, work = 0;
     i64 *first = malloc((seqs + 1) * sizeof(i64));
@@ -408,19 +454,23 @@ void attention(const void *q, const void *k, const void *v, void *out, float *ls
             i64 head = (t - first[b]) % kv_heads, block = (t - first[b]) / kv_heads;
             i64 nq = cu_q[b + 1] - cu_q[b], q0 = block * QUERY_BLOCK, q1 = q0 + QUERY_BLOCK < nq ? q0 + QUERY_BLOCK : nq;
             i64 past = kv_len[b] - nq, seen = past + q1;
-            gather(&kv, k, b, cu_q[b], head, seen, dim, NULL, dp, cols, np, o, bf16);
-            gather(&kv, v, b, cu_q[b], head, seen, dim, rows, dp, NULL, np, o, bf16);
+            i64 from = first_key(past + q0 + 1, window);
+            gather(&kv, k, b, cu_q[b], head, from, seen, dim, NULL, dp, cols, np, o, bf16);
+            gather(&kv, v, b, cu_q[b], head, from, seen, dim, rows, dp, NULL, np, o, bf16);
             for (i64 i = q0; i < q1; i++)
                 for (i64 g = 0; g < group; g++) {
                     i64 row = (cu_q[b] + i) * heads + head * group + g, n = past + i + 1;
+                    i64 lo = first_key(n, window), base = lo & ~(i64)15; /* lane 0 of the first key's vector */
                     load(qr, q, row * dim, dim, bf16);
-                    times_columns(s, qr, cols, np, n, dim);
+                    times_columns(s + base, qr, cols + base, np, n - base, dim);
                     float m = -INFINITY;
-                    for (i64 j = 0; j < n; j++) s[j] = s[j] * scale, m = s[j] > m ? s[j] : m;
-                    for (i64 j = 0; j < n; j++) s[j] = exp_(s[j] - m);
+                    for (i64 j = lo; cap > 0.0f && j < n; j++) s[j] = cap * tanh_(s[j] * scale / cap);
+                    for (i64 j = lo; j < n; j++) s[j] = cap > 0.0f ? s[j] : s[j] * scale, m = s[j] > m ? s[j] : m;
+                    for (i64 j = lo; j < n; j++) s[j] = exp_(s[j] - m);
+                    for (i64 j = base; j < lo; j++) s[j] = 0.0f;
                     for (i64 j = n; j < PAD16(n); j++) s[j] = 0.0f;
-                    float sum = sum_lanes(s, PAD16(n));
-                    times_rows(o, s, rows, dp, n);
+                    float sum = sum_lanes(s + base, PAD16(n) - base);
+                    times_rows(o, s, rows, dp, lo, n);
                     for (i64 d = 0; d < dim; d++) o[d] = o[d] / sum;
                     store(out, row * dim, o, dim, bf16);
                     if (lse) lse[row] = (float)((double)m + log((double)sum));
@@ -435,7 +485,7 @@ void attention(const void *q, const void *k, const void *v, void *out, float *ls
  * and then heads of the group ascending: deterministic for any number of threads. */
 void attention_backward(const void *dout, const void *q, const void *k, const void *v, const void *out, const float *lse,
                         void *dq, void *dk, void *dv, const int32_t *cu, i64 seqs, i64 heads, i64 kv_heads, i64 dim,
-                        float scale, int bf16) {
+                        i64 window, float scale, float cap, int bf16) {
     keys kv = {k, v, NULL, 0, 0, 0, kv_heads * dim, dim};
     i64 group = heads / kv_heads, dp = PAD16(dim), longest = 0;
     for (i64 b = 0; b < seqs; b++) longest = cu[b + 1] - cu[b] > longest ? cu[b + 1] - cu[b] : longest;
@@ -447,28 +497,35 @@ void attention_backward(const void *dout, const void *q, const void *k, const vo
 #pragma omp for schedule(dynamic)
         for (i64 t = 0; t < seqs * kv_heads; t++) {
             i64 b = t / kv_heads, head = t % kv_heads, start = cu[b], len = cu[b + 1] - start;
-            gather(&kv, k, b, start, head, len, dim, kr, dp, kc, np, o, bf16);
-            gather(&kv, v, b, start, head, len, dim, NULL, dp, vc, np, o, bf16);
+            gather(&kv, k, b, start, head, 0, len, dim, kr, dp, kc, np, o, bf16);
+            gather(&kv, v, b, start, head, 0, len, dim, NULL, dp, vc, np, o, bf16);
             memset(gk, 0, len * dp * 4), memset(gv, 0, len * dp * 4);
             for (i64 h = head * group; h < (head + 1) * group; h++)
                 for (i64 i = 0; i < len; i++) {
-                    i64 row = (start + i) * heads + h, n = i + 1;
+                    i64 row = (start + i) * heads + h, n = i + 1, lo = first_key(n, window), base = lo & ~(i64)15;
                     load(g, dout, row * dim, dim, bf16);
                     load(o, out, row * dim, dim, bf16);
                     float delta = dot_lanes(g, o, dp);
                     load(qr, q, row * dim, dim, bf16);
-                    times_columns(p, qr, kc, np, n, dim);
-                    times_columns(ds, g, vc, np, n, dim);
+                    times_columns(p + base, qr, kc + base, np, n - base, dim);
+                    times_columns(ds + base, g, vc + base, np, n - base, dim);
                     float l = lse[row];
-                    for (i64 j = 0; j < n; j++) p[j] = exp_(p[j] * scale - l), ds[j] = p[j] * (ds[j] - delta) * scale;
-                    for (i64 j = 0; j < n; j++) {
+                    if (cap > 0.0f)
+                        for (i64 j = lo; j < n; j++) {
+                            float t = tanh_(p[j] * scale / cap);
+                            p[j] = exp_(cap * t - l);
+                            ds[j] = p[j] * (ds[j] - delta) * __builtin_fmaf(-t, t, 1.0f) * scale;
+                        }
+                    else
+                        for (i64 j = lo; j < n; j++) p[j] = exp_(p[j] * scale - l), ds[j] = p[j] * (ds[j] - delta) * scale;
+                    for (i64 j = lo; j < n; j++) {
                         v16 a = all16(ds[j]), c = all16(p[j]);
                         for (i64 d = 0; d < dp; d += 16) {
                             v16 x = fma16(a, at16(qr + d), at16(gk + j * dp + d)), y = fma16(c, at16(g + d), at16(gv + j * dp + d));
                             memcpy(gk + j * dp + d, &x, 64), memcpy(gv + j * dp + d, &y, 64);
                         }
                     }
-                    times_rows(o, ds, kr, dp, n);
+                    times_rows(o, ds, kr, dp, lo, n);
                     store(dq, row * dim, o, dim, bf16);
                     memset(o + dim, 0, (dp - dim) * 4);
                 }
@@ -479,6 +536,39 @@ void attention_backward(const void *dout, const void *q, const void *k, const vo
             }
         }
         free(kc), free(vc), free(kr), free(p), free(ds), free(gk), free(gv), free(qr), free(g), free(o);
+    }
+}
+
+/* ---- scale_logits ---------------------------------------------------------------------------------------------- */
+
+/* y = round(x * scale); with a cap (0: none), round(round(tanh(round(y / cap))) * cap) of it */
+void scale_logits(const void *x, void *y, i64 n, float scale, float cap, int bf16) {
+#pragma omp parallel for if (n > 16384)
+    for (i64 block = 0; block < (n + 1023) / 1024; block++) {
+        i64 at = block * 1024, m = n - at < 1024 ? n - at : 1024;
+        float a[1024];
+        load(a, x, at, m, bf16);
+        for (i64 i = 0; i < m; i++) a[i] = a[i] * scale;
+        if (cap > 0.0f)
+            for (i64 i = 0; i < m; i++) a[i] = round_to(tanh_(round_to(round_to(a[i], bf16) / cap, bf16)), bf16) * cap;
+        store(y, at, a, m, bf16);
+    }
+}
+
+/* dx = dy * scale; with a cap, dy * scale * (1 - tanh^2), the tanh not rounded */
+void scale_logits_backward(const void *dy, const void *x, void *dx, i64 n, float scale, float cap, int bf16) {
+#pragma omp parallel for if (n > 16384)
+    for (i64 block = 0; block < (n + 1023) / 1024; block++) {
+        i64 at = block * 1024, m = n - at < 1024 ? n - at : 1024;
+        float a[1024], g[1024];
+        load(a, x, at, m, bf16);
+        load(g, dy, at, m, bf16);
+        for (i64 i = 0; i < m; i++) g[i] = g[i] * scale;
+        for (i64 i = 0; cap > 0.0f && i < m; i++) {
+            float t = tanh_(round_to(round_to(a[i] * scale, bf16) / cap, bf16));
+            g[i] = g[i] * __builtin_fmaf(-t, t, 1.0f);
+        }
+        store(dx, at, g, m, bf16);
     }
 }
 

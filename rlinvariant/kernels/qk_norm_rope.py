@@ -14,9 +14,16 @@ from rlinvariant.kernels.rows import rows
 
 
 @triton.jit
+def _normed(x, w, offset, ONCE: tl.constexpr, dtype: tl.constexpr):
+    if ONCE:
+        return (x * (offset + w)).to(dtype)
+    return (x.to(dtype).to(tl.float32) * w).to(dtype)
+
+
+@triton.jit
 def _heads(
-    x_ptr, w_ptr, cos_ptr, sin_ptr, y_ptr, token, first, heads, d, half, eps, x_token, x_head, NORM: tl.constexpr,
-    R: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
+    x_ptr, w_ptr, cos_ptr, sin_ptr, y_ptr, token, first, heads, d, half, eps, offset, x_token, x_head,
+    NORM: tl.constexpr, ONCE: tl.constexpr, R: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     head = (first + tl.arange(0, R))[:, None]
     start = x_ptr + token * x_token + head * x_head
@@ -33,8 +40,8 @@ def _heads(
     if NORM:
         w_a = tl.load(w_ptr + col, mask=col < half, other=0.0).to(dtype).to(tl.float32)
         w_b = tl.load(w_ptr + half + col, mask=col < half, other=0.0).to(dtype).to(tl.float32)
-        a = ((a * scale).to(dtype).to(tl.float32) * w_a).to(dtype).to(tl.float32)
-        b = ((b * scale).to(dtype).to(tl.float32) * w_b).to(dtype).to(tl.float32)
+        a = _normed(a * scale, w_a, offset, ONCE, dtype).to(tl.float32)
+        b = _normed(b * scale, w_b, offset, ONCE, dtype).to(tl.float32)
     c = tl.broadcast_to(tl.load(cos_ptr + token * half + col, mask=col < half, other=0.0), a.shape)
     s = tl.broadcast_to(tl.load(sin_ptr + token * half + col, mask=col < half, other=0.0), a.shape)
     tl.store(y + col, tl.fma(a, c, -(b * s)).to(dtype), mask=live)
@@ -45,31 +52,33 @@ def _heads(
         x = tl.load(start + col, mask=live, other=0.0)
         if NORM:
             w = tl.load(w_ptr + col, mask=col < d, other=0.0).to(dtype).to(tl.float32)
-            x = ((x.to(tl.float32) * scale).to(dtype).to(tl.float32) * w).to(dtype)
+            x = _normed(x.to(tl.float32) * scale, w, offset, ONCE, dtype)
         tl.store(y + col, x, mask=live)
 
 
 @triton.jit
 def _kernel(
-    q_ptr, k_ptr, qw_ptr, kw_ptr, cos_ptr, sin_ptr, qy_ptr, ky_ptr, q_heads, k_heads, q_programs, d, half, eps, q_token,
-    q_head, k_token, k_head, NORM: tl.constexpr, R: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
+    q_ptr, k_ptr, qw_ptr, kw_ptr, cos_ptr, sin_ptr, qy_ptr, ky_ptr, q_heads, k_heads, q_programs, d, half, eps, offset,
+    q_token, q_head, k_token, k_head, NORM: tl.constexpr, ONCE: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
+    HALF: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     token, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     if part < q_programs:
         _heads(
-            q_ptr, qw_ptr, cos_ptr, sin_ptr, qy_ptr, token, part * R, q_heads, d, half, eps, q_token, q_head, NORM, R, D, HALF,
-            REST,
+            q_ptr, qw_ptr, cos_ptr, sin_ptr, qy_ptr, token, part * R, q_heads, d, half, eps, offset, q_token, q_head, NORM,
+            ONCE, R, D, HALF, REST,
         )  # fmt: skip
     else:
         _heads(
-            k_ptr, kw_ptr, cos_ptr, sin_ptr, ky_ptr, token, (part - q_programs) * R, k_heads, d, half, eps, k_token, k_head,
-            NORM, R, D, HALF, REST,
+            k_ptr, kw_ptr, cos_ptr, sin_ptr, ky_ptr, token, (part - q_programs) * R, k_heads, d, half, eps, offset, k_token,
+            k_head, NORM, ONCE, R, D, HALF, REST,
         )  # fmt: skip
 
 
 def qk_norm_rope(
-    q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos: Tensor, sin: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos: Tensor, sin: Tensor, eps: float,
+    offset: float | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     (t, q_heads, d), k_heads, half = q.shape, k.shape[1], cos.shape[-1]
     q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
     if not t:
@@ -80,9 +89,10 @@ def qk_norm_rope(
     r, width, warps = tile(d)
     q_programs = triton.cdiv(q_heads, r)
     _kernel[(t, q_programs + triton.cdiv(k_heads, r))](
-        q, k, *weights, cos.contiguous(), sin.contiguous(), q_out, k_out, q_heads, k_heads, q_programs, d, half, eps, q_token,
-        q_head, k_token, k_head, NORM=norm, R=r, D=width, HALF=triton.next_power_of_2(max(1, half)),
-        REST=triton.next_power_of_2(d - 2 * half) if d > 2 * half else 0, num_warps=warps,
+        q, k, *weights, cos.contiguous(), sin.contiguous(), q_out, k_out, q_heads, k_heads, q_programs, d, half, eps,
+        offset or 0.0, q_token, q_head, k_token, k_head, NORM=norm, ONCE=offset is not None, R=r, D=width,
+        HALF=triton.next_power_of_2(max(1, half)), REST=triton.next_power_of_2(d - 2 * half) if d > 2 * half else 0,
+        num_warps=warps,
     )  # fmt: skip
     return q_out, k_out
 

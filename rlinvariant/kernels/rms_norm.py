@@ -19,8 +19,8 @@ def tile(d: int) -> tuple[int, int, int]:
 
 @triton.jit
 def _forward(
-    x_ptr, r_ptr, w_ptr, y_ptr, s_ptr, count, inner, d, eps, x_outer, x_inner, r_outer, r_inner,
-    ADD: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
+    x_ptr, r_ptr, w_ptr, y_ptr, s_ptr, count, inner, d, eps, offset, x_outer, x_inner, r_outer, r_inner,
+    ADD: tl.constexpr, ONCE: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     col = tl.arange(0, D)
@@ -34,18 +34,24 @@ def _forward(
         tl.store(s_ptr + out, total, mask=live)
         x = total.to(tl.float32)
     scale = tl.rsqrt(tl.sum(x * x, 1) / d + eps)
-    y = (x * scale[:, None]).to(y_ptr.dtype.element_ty).to(tl.float32)
+    y = x * scale[:, None]
     w = tl.load(w_ptr + col, mask=col < d, other=0.0).to(y_ptr.dtype.element_ty).to(tl.float32)
+    if ONCE:
+        w = offset + w
+    else:
+        y = y.to(y_ptr.dtype.element_ty).to(tl.float32)
     tl.store(y_ptr + out, (y * w[None, :]).to(y_ptr.dtype.element_ty), mask=live)
 
 
 @triton.jit
 def _backward(
-    dy_ptr, x_ptr, w_ptr, ds_ptr, dx_ptr, dw_ptr, count, inner, d, eps, x_outer, x_inner, ADD: tl.constexpr, R: tl.constexpr,
-    D: tl.constexpr,
+    dy_ptr, x_ptr, w_ptr, ds_ptr, dx_ptr, dw_ptr, count, inner, d, eps, offset, x_outer, x_inner, ADD: tl.constexpr,
+    ONCE: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     col = tl.arange(0, D)
     w = tl.load(w_ptr + col, mask=col < d, other=0.0).to(dx_ptr.dtype.element_ty).to(tl.float32)
+    if ONCE:
+        w = offset + w
     dw = tl.zeros([D], tl.float32)
     for block in range(tl.program_id(0), tl.cdiv(count, R), tl.num_programs(0)):
         row = (block * R + tl.arange(0, R)).to(tl.int64)
@@ -61,23 +67,26 @@ def _backward(
         if ADD:
             dx += tl.load(ds_ptr + out, mask=live, other=0.0).to(tl.float32)
         tl.store(dx_ptr + out, dx.to(dx_ptr.dtype.element_ty), mask=live)
-        dw += tl.sum(dy * xhat.to(dx_ptr.dtype.element_ty).to(tl.float32), 0)
+        if not ONCE:  # what the weight multiplied was rounded
+            xhat = xhat.to(dx_ptr.dtype.element_ty).to(tl.float32)
+        dw += tl.sum(dy * xhat, 0)
     tl.store(dw_ptr + tl.program_id(0) * d + col, dw, mask=col < d)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float | None) -> Tensor:
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     x, outer, inner, so, si = rows(x)
     weight = weight.contiguous()
     r, d, warps = tile(x.shape[-1])
     grid = (triton.cdiv(outer * inner, r),)
     _forward[grid](
-        x, x, weight, y, y, outer * inner, inner, x.shape[-1], eps, so, si, 0, 0, ADD=False, R=r, D=d, num_warps=warps
-    )
+        x, x, weight, y, y, outer * inner, inner, x.shape[-1], eps, offset or 0.0, so, si, 0, 0, ADD=False,
+        ONCE=offset is not None, R=r, D=d, num_warps=warps,
+    )  # fmt: skip
     return y
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float | None) -> tuple[Tensor, Tensor]:
     y, total = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
     x, outer, inner, so, si = rows(flat(x))
     residual, _, other, ro, ri = rows(flat(residual))
@@ -87,13 +96,15 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     r, d, warps = tile(x.shape[-1])
     grid = (triton.cdiv(outer * inner, r),)
     _forward[grid](
-        x, residual, weight, y, total, outer * inner, inner, x.shape[-1], eps, so, si, ro, ri, ADD=True, R=r, D=d,
-        num_warps=warps,
+        x, residual, weight, y, total, outer * inner, inner, x.shape[-1], eps, offset or 0.0, so, si, ro, ri, ADD=True,
+        ONCE=offset is not None, R=r, D=d, num_warps=warps,
     )  # fmt: skip
     return y, total
 
 
-def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, dtotal: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+def rms_norm_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, dtotal: Tensor | None, eps: float, offset: float | None
+) -> tuple[Tensor, Tensor]:
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     x, outer, inner, so, si = rows(x)
     weight = weight.contiguous()
@@ -103,6 +114,6 @@ def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, dtotal: Tensor | No
     dtotal = None if dtotal is None else dtotal.contiguous()
     _backward[(len(partial),)](
         dy.contiguous(), x, weight, dx if dtotal is None else dtotal, dx, partial, outer * inner, inner, x.shape[-1], eps,
-        so, si, ADD=dtotal is not None, R=r, D=d, num_warps=warps,
+        offset or 0.0, so, si, ADD=dtotal is not None, ONCE=offset is not None, R=r, D=d, num_warps=warps,
     )  # fmt: skip
     return dx, partial.sum(0).to(weight.dtype)

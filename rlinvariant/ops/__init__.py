@@ -8,6 +8,7 @@ from rlinvariant.ops.linear import linear
 from rlinvariant.ops.qk_norm_rope import qk_norm_rope
 from rlinvariant.ops.rms_norm import add_rms_norm, rms_norm
 from rlinvariant.ops.rope import rope
+from rlinvariant.ops.scale_logits import scale_logits
 from rlinvariant.ops.swiglu import swiglu, swiglu_merged
 from rlinvariant.ops.token_logprobs import log_softmax, sample, token_logprobs
 
@@ -21,6 +22,7 @@ __all__ = [
     "rms_norm",
     "rope",
     "sample",
+    "scale_logits",
     "swiglu",
     "swiglu_merged",
     "token_logprobs",

@@ -7,10 +7,14 @@ from rlinvariant.kernels import cpu
 from rlinvariant.ops.register import define, require_dtype
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, max_seqlen: int | None = None) -> Tensor:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, max_seqlen: int | None = None,
+    window: int | None = None, softcap: float | None = None,
+) -> Tensor:  # fmt: skip
     """Attend causally inside each of several sequences laid end to end.
 
-        out[i] = sum_{j <= i} softmax_j(scale * q[i] . k[j]) v[j]
+        out[i] = sum_{i - window < j <= i} softmax_j(s_j) v[j]
+        s_j = scale * q[i] . k[j], or softcap * tanh(scale * q[i] . k[j] / softcap)
 
     Args:
         q: [T, H, D], bf16 or fp32.
@@ -18,20 +22,25 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float,
         cu_seqlens: [sequences + 1] int32; sequence b is rows cu_seqlens[b] to cu_seqlens[b + 1].
         scale: multiplies the scores.
         max_seqlen: length of the longest sequence, read off cu_seqlens if not given (which waits for a GPU).
+        window: how many keys a query attends to, its own included; all if None.
+        softcap: bound of the scores; none if None. On a CPU only: a GPU has no backward for it (kernels/attention.py).
 
     Returns:
         [T, H, D] in q.dtype.
 
     Order: everything in fp32. CPU: scores over D ascending, fused, one accumulator; exp of (score - row maximum); its sum over
-        key positions by `lanes`, values by `chain4` (kernels/cpu.c); one division; one rounding. CUDA: FlashAttention-3 with
-        one split, its tile fixed by D alone (kernels/attention.py).
-    Bits: row i depends on its query and on keys and values 0..i of its own sequence. Packing, padding, chunking, paging and
-        the other sequences change nothing: `paged_attention` gives the same bits. Gradients are deterministic.
-    Ref: Vaswani et al. 2017, arXiv:1706.03762; gradient as in Dao et al. 2022, arXiv:2205.14135, appendix B.
+        key positions by `lanes`, values by `chain4` (kernels/cpu.c); one division; one rounding. With a window, lanes and
+        chains are those of absolute key positions. CUDA: FlashAttention-3 with one split, its tile fixed by D and by whether
+        there is a window (kernels/attention.py).
+    Bits: row i depends on its query and on keys and values 0..i (the last `window` of them) of its own sequence. Packing,
+        padding, chunking, paging and the other sequences change nothing: `paged_attention` gives the same bits, and a window
+        that covers the whole sequence those of none (CPU). Gradients are deterministic.
+    Ref: Vaswani et al. 2017, arXiv:1706.03762; gradient as in Dao et al. 2022, arXiv:2205.14135, appendix B;
+        window as transformers' `sliding_window`; softcap as in Gemma 2 (arXiv:2408.00118), here in fp32.
     """
     if max_seqlen is None:
         max_seqlen = int(cu_seqlens.diff().max()) if len(cu_seqlens) > 1 else 0
-    return _attention(q, k, v, cu_seqlens, scale, max_seqlen)[0]
+    return _attention(q, k, v, cu_seqlens, scale, max_seqlen, window, softcap)[0]
 
 
 def paged_attention(
@@ -44,6 +53,8 @@ def paged_attention(
     *,
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
     schedule: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
@@ -56,6 +67,8 @@ def paged_attention(
         cu_seqlens_q: [sequences + 1] int32.
         kv_lens: [sequences] int32, keys per sequence, those of q included.
         scale: multiplies the scores.
+        window, softcap: as in `attention`. Pages wholly before the window of a sequence's first query here are not read (on a
+            GPU: not used), whatever the table says of them.
         max_seqlen_q, max_seqlen_k: bounds of the lengths; read off the tensors if not given, which a CUDA graph cannot.
         schedule: FlashAttention-3's plan of work for this batch, if the caller has made one for several layers (CUDA).
         out: like q; where to write.
@@ -70,25 +83,32 @@ def paged_attention(
     if max_seqlen_k is None:
         max_seqlen_k = int(kv_lens.max()) if len(kv_lens) else 0
     out = q.new_empty(q.shape) if out is None else out
-    _paged_attention(q, kv_cache, block_table, cu_seqlens_q, kv_lens, scale, max_seqlen_q, max_seqlen_k, schedule, out)
+    bounds = max_seqlen_q, max_seqlen_k
+    _paged_attention(q, kv_cache, block_table, cu_seqlens_q, kv_lens, scale, *bounds, window, softcap, schedule, out)
     return out
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, max_seqlen: int) -> None:
+def _check_scores(window: int | None, softcap: float | None) -> None:
+    if window is not None and window < 1 or softcap is not None and not softcap > 0:
+        raise ValueError(f"attention: window={window}, softcap={softcap}: expected positive numbers, or None")
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale, max_seqlen, window, softcap) -> None:
+    _check_scores(window, softcap)
     require_dtype("attention", q, (torch.bfloat16,) if q.is_cuda else cpu.DTYPES)
     (t, heads, dim), kv_heads = q.shape, k.shape[1]
     if k.shape != v.shape or k.shape != (t, kv_heads, dim) or heads % kv_heads or not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"attention: q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit together")
 
 
-def _cpu(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, max_seqlen: int) -> tuple[Tensor, Tensor]:
+def _cpu(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale, max_seqlen, window, softcap) -> tuple[Tensor, Tensor]:
     q, k, v, cu = q.contiguous(), k.contiguous(), v.contiguous(), cu_seqlens.to(torch.int32).contiguous()
     (t, heads, dim), kv_heads = q.shape, k.shape[1]
     lengths = _lengths(cu, t)
     out, lse = torch.empty_like(q), torch.empty(t, heads, dtype=torch.float32)
     cpu.call(
         "attention", q, k, v, out, lse, cu, lengths, None, 0, 0, 0, kv_heads * dim, dim,
-        cu.numel() - 1, heads, kv_heads, dim, scale, cpu.is_bf16(q),
+        cu.numel() - 1, heads, kv_heads, dim, window or 0, scale, softcap or 0.0, cpu.is_bf16(q),
     )  # fmt: skip
     return out, lse
 
@@ -101,14 +121,15 @@ def _lengths(cu: Tensor, rows: int) -> Tensor:
     return lengths
 
 
-def _paged_check(q, kv_cache, block_table, cu_seqlens_q, kv_lens, scale, max_seqlen_q, max_seqlen_k, schedule, out) -> None:
+def _paged_check(q, kv_cache, block_table, cu_seqlens_q, kv_lens, scale, max_q, max_k, window, softcap, schedule, out) -> None:
+    _check_scores(window, softcap)
     require_dtype("paged_attention", q, (torch.bfloat16,) if q.is_cuda else cpu.DTYPES)
     (_, heads, dim), kv_heads = q.shape, kv_cache.shape[1]
     if kv_cache.shape[-1] != 2 * dim or kv_cache.stride(-1) != 1 or kv_cache.dtype != q.dtype or heads % kv_heads:
         raise ValueError(f"paged_attention: q {tuple(q.shape)} does not fit a {kv_cache.dtype} cache {tuple(kv_cache.shape)}")
 
 
-def _paged_cpu(q, kv_cache, block_table, cu_seqlens_q, kv_lens, scale, max_seqlen_q, max_seqlen_k, schedule, out) -> None:
+def _paged_cpu(q, kv_cache, block_table, cu_seqlens_q, kv_lens, scale, max_q, max_k, window, softcap, schedule, out) -> None:
     q, cu, lens = q.contiguous(), cu_seqlens_q.to(torch.int32).contiguous(), kv_lens.to(torch.int32).contiguous()
     table = block_table.to(torch.int32).contiguous()
     (_, heads, dim), (_, kv_heads, page, _) = q.shape, kv_cache.shape
@@ -118,42 +139,44 @@ def _paged_cpu(q, kv_cache, block_table, cu_seqlens_q, kv_lens, scale, max_seqle
     values = kv_cache.data_ptr() + dim * kv_cache.element_size()
     cpu.call(
         "attention", q, kv_cache, values, result, None, cu, lens, table, table.shape[1], page,
-        kv_cache.stride(0), kv_cache.stride(2), kv_cache.stride(1), lens.numel(), heads, kv_heads, dim, scale, cpu.is_bf16(q),
+        kv_cache.stride(0), kv_cache.stride(2), kv_cache.stride(1), lens.numel(), heads, kv_heads, dim, window or 0, scale,
+        softcap or 0.0, cpu.is_bf16(q),
     )  # fmt: skip
     if result is not out:
         out.copy_(result)
 
 
 def _save(ctx, inputs, output) -> None:
-    q, k, v, cu_seqlens, ctx.scale, ctx.max_seqlen = inputs
+    q, k, v, cu_seqlens, *ctx.settings = inputs
     out, lse = output
     ctx.save_for_backward(q, k, v, cu_seqlens, out, lse)
     ctx.mark_non_differentiable(lse)
 
 
 def _backward(ctx, dout: Tensor, _):
-    return *_attention_backward(dout, *ctx.saved_tensors, ctx.scale, ctx.max_seqlen), None, None, None
+    return *_attention_backward(dout, *ctx.saved_tensors, *ctx.settings), *[None] * 5
 
 
-def _cpu_backward(dout, q, k, v, cu, out, lse, scale, max_seqlen) -> tuple[Tensor, Tensor, Tensor]:
+def _cpu_backward(dout, q, k, v, cu, out, lse, scale, max_seqlen, window, softcap) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v, cu = q.contiguous(), k.contiguous(), v.contiguous(), cu.to(torch.int32).contiguous()
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     cpu.call(
         "attention_backward", dout.contiguous(), q, k, v, out, lse, dq, dk, dv, cu,
-        cu.numel() - 1, q.shape[1], k.shape[1], q.shape[2], scale, cpu.is_bf16(q),
+        cu.numel() - 1, q.shape[1], k.shape[1], q.shape[2], window or 0, scale, softcap or 0.0, cpu.is_bf16(q),
     )  # fmt: skip
     return dq, dk, dv
 
 
 _attention_backward = define(
     "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor out, Tensor lse, float scale, "
-    "int max_seqlen) -> (Tensor, Tensor, Tensor)",
+    "int max_seqlen, int? window, float? softcap) -> (Tensor, Tensor, Tensor)",
     cpu=_cpu_backward,
     cuda="attention.attention_backward",
     fake=lambda dout, q, k, v, *_: (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)),
 )
 _attention = define(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, float scale, int max_seqlen) -> (Tensor, Tensor)",
+    "attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, float scale, int max_seqlen, int? window, float? softcap) -> "
+    "(Tensor, Tensor)",
     cpu=_cpu,
     cuda="attention.attention",
     fake=lambda q, *_: (q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)),
@@ -163,7 +186,7 @@ _attention = define(
 )
 _paged_attention = define(
     "paged_attention(Tensor q, Tensor kv_cache, Tensor block_table, Tensor cu_seqlens_q, Tensor kv_lens, float scale, "
-    "int max_seqlen_q, int max_seqlen_k, Tensor? schedule, Tensor(a!) out) -> ()",
+    "int max_seqlen_q, int max_seqlen_k, int? window, float? softcap, Tensor? schedule, Tensor(a!) out) -> ()",
     cpu=_paged_cpu,
     cuda="attention.paged_attention",
     fake=lambda *inputs: None,

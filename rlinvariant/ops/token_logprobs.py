@@ -11,14 +11,18 @@ from torch import Tensor
 from rlinvariant.kernels import cpu
 from rlinvariant.ops.linear import add_product, linear
 from rlinvariant.ops.register import define, require_dtype
+from rlinvariant.ops.scale_logits import _check_scaling, scale_logits, scale_logits_backward
 
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 29}  # logits held at a time
 
 
-def token_logprobs(hidden: Tensor, weight: Tensor, token_ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def token_logprobs(
+    hidden: Tensor, weight: Tensor, token_ids: Tensor, temperature: float, scale: float | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Log-probability of given tokens, and the entropy, without holding [tokens, vocabulary].
 
-        x = linear(hidden, weight) / temperature
+        x = scale_logits(linear(hidden, weight), scale, softcap) / temperature
         logprob = x[id] - logsumexp(x);  entropy = -sum softmax(x) log softmax(x)
 
     Args:
@@ -26,6 +30,7 @@ def token_logprobs(hidden: Tensor, weight: Tensor, token_ids: Tensor, temperatur
         weight: [V, D] of the lm_head, any float dtype; cast to hidden.dtype at use.
         token_ids: [T] int64, in [0, V).
         temperature: divides the logits, in fp32; positive.
+        scale, softcap: as for `scale_logits`.
 
     Returns:
         (logprobs, entropy), both [T] fp32, both with gradients.
@@ -41,7 +46,7 @@ def token_logprobs(hidden: Tensor, weight: Tensor, token_ids: Tensor, temperatur
         logits. Gradients are deterministic; dweight depends on the chunks.
     Ref: Milakov and Gimelshein 2018, arXiv:1805.02867 (online softmax; here in two passes).
     """
-    return _token_logprobs(hidden, weight, token_ids, temperature)
+    return _token_logprobs(hidden, weight, token_ids, temperature, scale, softcap)
 
 
 def sample(logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -114,8 +119,9 @@ def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
     return [slice(at, at + rows) for at in range(0, hidden.shape[0], rows)]
 
 
-def _check(hidden: Tensor, weight: Tensor, token_ids: Tensor, temperature: float) -> None:
+def _check(hidden: Tensor, weight: Tensor, token_ids: Tensor, temperature: float, scale, softcap) -> None:
     require_dtype("token_logprobs", hidden)
+    _check_scaling(scale, softcap)
     if hidden.dim() != 2 or token_ids.shape != hidden.shape[:1] or token_ids.dtype is not torch.int64 or not temperature > 0:
         got = f"token_ids {token_ids.dtype} {tuple(token_ids.shape)}, temperature {temperature}"
         raise ValueError(f"token_logprobs: expected token_ids int64 [{len(hidden)}] and a positive temperature, got {got}")
@@ -123,17 +129,18 @@ def _check(hidden: Tensor, weight: Tensor, token_ids: Tensor, temperature: float
         raise IndexError(f"token_logprobs: token ids must lie in [0, {weight.shape[0]})")
 
 
-def _forward(hidden: Tensor, weight: Tensor, token_ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def _forward(hidden: Tensor, weight: Tensor, token_ids: Tensor, temperature: float, scale, softcap) -> tuple[Tensor, Tensor]:
     w, ids = weight.to(hidden.dtype), token_ids.contiguous()
     temperatures = torch.full((len(hidden),), temperature, dtype=torch.float32, device=hidden.device)
     logprobs, entropy = torch.empty_like(temperatures), torch.empty_like(temperatures)
     for c in _chunks(hidden, w):
-        logprobs[c], entropy[c], _ = _row_logprobs(linear(hidden[c], w), ids[c], temperatures[c])
+        logits = scale_logits(linear(hidden[c], w), scale, softcap)
+        logprobs[c], entropy[c], _ = _row_logprobs(logits, ids[c], temperatures[c])
     return logprobs, entropy
 
 
 def _save(ctx, inputs, output) -> None:
-    hidden, weight, token_ids, ctx.temperature = inputs
+    hidden, weight, token_ids, ctx.temperature, *ctx.scaling = inputs
     ctx.save_for_backward(hidden, weight, token_ids)
 
 
@@ -147,10 +154,13 @@ def _backward(ctx, dlogprobs: Tensor | None, dentropy: Tensor | None):
     for c in _chunks(hidden, w):
         logits = linear(hidden[c], w)
         gent = None if dentropy is None else dentropy[c]
-        dlogits = _row_logprobs_backward(logits, ids[c], temperatures[c], dlogprobs[c], gent)
+        scaled = scale_logits(logits, *ctx.scaling)
+        dlogits = _row_logprobs_backward(scaled, ids[c], temperatures[c], dlogprobs[c], gent)
+        if scaled is not logits:
+            dlogits = scale_logits_backward(dlogits, logits, *ctx.scaling)
         torch.mm(dlogits, w, out=dhidden[c])
         add_product(dweight, dlogits.t(), hidden[c])
-    return dhidden, dweight.to(weight.dtype), None, None
+    return dhidden, dweight.to(weight.dtype), None, None, None, None
 
 
 def _sample_check(logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor) -> None:
@@ -175,10 +185,11 @@ def _sample_cpu(logits: Tensor, temperature: Tensor, seeds: Tensor, positions: T
 
 
 _token_logprobs = define(
-    "token_logprobs(Tensor hidden, Tensor weight, Tensor token_ids, float temperature) -> (Tensor, Tensor)",
+    "token_logprobs(Tensor hidden, Tensor weight, Tensor token_ids, float temperature, float? scale, float? softcap) -> "
+    "(Tensor, Tensor)",
     cpu=_forward,
     cuda=_forward,
-    fake=lambda h, w, ids, t: (h.new_empty(len(h), dtype=torch.float32), h.new_empty(len(h), dtype=torch.float32)),
+    fake=lambda h, *_: (h.new_empty(len(h), dtype=torch.float32), h.new_empty(len(h), dtype=torch.float32)),
     check=_check,
     save=_save,
     backward=_backward,

@@ -5,9 +5,10 @@ import importlib
 import torch
 
 from rlinvariant import ops
-from rlinvariant.kernels import linear, qk_norm_rope, rms_norm, rope, swiglu, token_logprobs
+from rlinvariant.kernels import linear, qk_norm_rope, rms_norm, rope, scale_logits, swiglu, token_logprobs
 
-cpu = {name: importlib.import_module(f"rlinvariant.ops.{name}") for name in ("rms_norm", "rope", "swiglu", "token_logprobs")}
+names = ("rms_norm", "rope", "scale_logits", "swiglu", "token_logprobs")
+cpu = {name: importlib.import_module(f"rlinvariant.ops.{name}") for name in names}
 torch.manual_seed(0)
 compared = []
 
@@ -44,24 +45,35 @@ for m, expected_calls in ((0, []), (5, []), (300, [300]), (513, [512]), (3000, [
 for shape in ((7, 96), (2, 3, 4, 128), (3, 2048)):
     x, r, dy, ds = torch.randn(4, *shape)
     w = torch.randn(shape[-1])
-    same(f"rms_norm {shape}", rms_norm.rms_norm(x, w, 1e-6), ops.rms_norm(x, w, 1e-6))
-    same(f"add_rms_norm {shape}", rms_norm.add_rms_norm(x, r, w, 1e-6), ops.add_rms_norm(x, r, w, 1e-6))
-    for total in (None, ds):
-        expected = cpu["rms_norm"].rms_norm_backward(dy, x, w, total, 1e-6)
-        same(f"rms_norm_backward {shape}", rms_norm.rms_norm_backward(dy, x, w, total, 1e-6), expected)
+    for form in ((1e-6, None), (1e-6, 1.0)):
+        same(f"rms_norm {shape}", rms_norm.rms_norm(x, w, *form), ops.rms_norm(x, w, *form))
+        same(f"add_rms_norm {shape}", rms_norm.add_rms_norm(x, r, w, *form), ops.add_rms_norm(x, r, w, *form))
+        for total in (None, ds):
+            expected = cpu["rms_norm"].rms_norm_backward(dy, x, w, total, *form)
+            same(f"rms_norm_backward {shape}", rms_norm.rms_norm_backward(dy, x, w, total, *form), expected)
 merged = torch.randn(6, 5 * 128)
 q, k = merged[:, : 3 * 128].view(6, 3, 128), merged[:, 3 * 128 : 4 * 128].view(6, 1, 128)
 for half in (64, 20):
     cos, sin = torch.randn(2, 6, half)
     for sign in (1.0, -1.0):
         same(f"rope {half}", rope.rope(q, cos, sin, sign), cpu["rope"]._rope(q.contiguous(), cos, sin, sign))
-    for weights in ((None, None), (torch.randn(128), torch.randn(128))):
-        expected = ops.qk_norm_rope(q.contiguous(), k.contiguous(), *weights, cos, sin, 1e-6)
-        same(f"qk_norm_rope {half}", qk_norm_rope.qk_norm_rope(q, k, *weights, cos, sin, 1e-6), expected)
+    weights = torch.randn(128), torch.randn(128)
+    for form in ((None, None, cos, sin, 1e-6, None), (*weights, cos, sin, 1e-6, None), (*weights, cos, sin, 1e-6, 1.0)):
+        expected = ops.qk_norm_rope(q.contiguous(), k.contiguous(), *form)
+        same(f"qk_norm_rope {half}", qk_norm_rope.qk_norm_rope(q, k, *form), expected)
 gate, up = torch.randn(5, 2 * 1100).chunk(2, -1)
 dy = torch.randn(5, 1100)
-same("swiglu", swiglu.swiglu(gate, up), ops.swiglu(gate, up))
-same("swiglu_backward", swiglu.swiglu_backward(dy, gate, up), cpu["swiglu"]._swiglu_backward(dy, gate, up))
+gate[0, :8] = torch.tensor([-3e38, -40.0, -16.0, -0.0, 16.0, 40.0, 3e38, torch.nan])
+for activation in ("silu", "gelu_tanh"):
+    same(activation, swiglu.swiglu(gate, up, activation), ops.swiglu(gate, up, activation))
+    expected = cpu["swiglu"]._swiglu_backward(dy, gate, up, activation)
+    same(f"{activation} backward", swiglu.swiglu_backward(dy, gate, up, activation), expected)
+x, dy = torch.randn(3, 1100) * torch.logspace(-6, 3, 1100), torch.randn(3, 1100)
+x[0, :4] = torch.tensor([torch.inf, -torch.inf, torch.nan, -0.0])
+for form in ((0.3, None), (None, 30.0), (0.3, 5.0)):
+    same(f"scale_logits {form}", scale_logits.scale_logits(x, *form), ops.scale_logits(x, *form))
+    expected = cpu["scale_logits"].scale_logits_backward(dy, x, *form)
+    same(f"scale_logits_backward {form}", scale_logits.scale_logits_backward(dy, x, *form), expected)
 for vocab in (99, 4096, 9000):
     logits = torch.randn(6, vocab) * 4
     logits[1, 5], logits[2, : vocab // 2], logits[3, 7] = 50.0, -torch.inf, torch.nan
@@ -83,6 +95,6 @@ for vocab in (99, 4096, 9000):
     assert torch.equal(ours[0], expected[0]) and torch.equal(ours[2], expected[2]), (vocab, ours, expected)
     same(f"sample {vocab}", ours[1], expected[1])
 try:  # control
-    same("control", rms_norm.rms_norm(x, w, 1e-6), ops.rms_norm(x, w, 1e-1))
+    same("control", rms_norm.rms_norm(r, w, 1e-6, None), ops.rms_norm(r, w, 1e-1))
 except AssertionError:
     print("compared", len(compared))

@@ -59,7 +59,7 @@ def test_qk_norm_rope_is_batch_invariant():
 def test_qk_norm_rope_is_opaque():
     q, k, weights, cos, sin = operands(9, SHAPES[1], torch.bfloat16, True)
     inputs = (q, k, *weights, cos, sin, EPS)
-    ladders.assert_registered(torch.ops.rlinvariant.qk_norm_rope.default, *inputs)
+    ladders.assert_registered(torch.ops.rlinvariant.qk_norm_rope.default, *inputs, 1.0)
     ladders.assert_opaque(ops.qk_norm_rope, *inputs)
 
 

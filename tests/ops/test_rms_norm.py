@@ -206,9 +206,9 @@ def test_a_residual_of_another_shape_or_dtype_is_refused(shape, dtype):
 
 def test_rms_norm_is_opaque():
     x, r, w = randn(4, 64), randn(4, 64, seed=1), randn(64, seed=2)
-    ladders.assert_registered(torch.ops.rlinvariant.rms_norm.default, x, w, EPS)
-    ladders.assert_registered(torch.ops.rlinvariant.add_rms_norm.default, x, r, w, EPS)
-    ladders.assert_registered(torch.ops.rlinvariant.rms_norm_backward.default, r, x, w, None, EPS)
-    ladders.assert_registered(torch.ops.rlinvariant.rms_norm_backward.default, r, x, w, r, EPS)
+    ladders.assert_registered(torch.ops.rlinvariant.rms_norm.default, x, w, EPS, None)
+    ladders.assert_registered(torch.ops.rlinvariant.add_rms_norm.default, x, r, w, EPS, 1.0)
+    ladders.assert_registered(torch.ops.rlinvariant.rms_norm_backward.default, r, x, w, None, EPS, None)
+    ladders.assert_registered(torch.ops.rlinvariant.rms_norm_backward.default, r, x, w, r, EPS, 1.0)
     ladders.assert_opaque(ops.rms_norm, x, w, EPS)
     ladders.assert_opaque(ops.add_rms_norm, x, r, w, EPS)

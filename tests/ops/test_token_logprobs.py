@@ -356,7 +356,7 @@ def test_other_dtypes_are_refused_by_name(dtype):
 
 def test_token_logprobs_is_opaque():
     hidden, weight, ids = operands(4, 100, torch.bfloat16)
-    ladders.assert_registered(torch.ops.rlinvariant.token_logprobs.default, hidden, weight, ids, 0.7)
+    ladders.assert_registered(torch.ops.rlinvariant.token_logprobs.default, hidden, weight, ids, 0.7, 0.5, 30.0)
     ladders.assert_opaque(ops.token_logprobs, hidden, weight, ids, 0.7)
 
 
