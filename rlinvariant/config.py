@@ -407,11 +407,11 @@ def _check_ppo(config: Config) -> list[str]:
     if config.algorithm == "ppo":
         return ppo_conflicts(config.trainer, config.ppo, "trainer.")
     # those of a recipe for PPO rest when the command line asks for GRPO
-    resting = "" if config.sources.get("algorithm") == "command line" else "recipe "
+    rest = config.sources.get("algorithm") == "command line"
     return [
-        f"{key}={getattr(config.ppo, key.removeprefix('ppo.'))}: expected algorithm=ppo, without which it does nothing; remove it"
+        f"{key}={getattr(config.ppo, key.removeprefix('ppo.'))}: expected algorithm=ppo, or it does nothing; remove it"
         for key, source in config.sources.items()
-        if key.startswith("ppo.") and (source == "command line" or (resting and source.startswith(resting)))
+        if key.startswith("ppo.") and (source == "command line" or not rest)
     ]
 
 

@@ -34,6 +34,7 @@ _COLUMNS = (
     ("sync", "time/sync", ".2f", 5),
     ("save", "time/save", ".2f", 5),
 )
+_CRITIC = (("v loss", "value/loss", ".4f", 6), ("v expl", "value/explained_variance", ".2f", 6))  # of rows of PPO
 # label in the line about a mismatch, key
 _DRIFT = (
     ("kl_k1", "onpolicy/kl_k1"),
@@ -96,12 +97,13 @@ class Console:
             steps: how many there are in all.
             first_mismatch: printed if there is one.
         """
+        columns = (*_COLUMNS, *(_CRITIC if "value/loss" in row else ()))
         if self._steps_printed % HEADER_EVERY == 0:
-            titles = [f"{title:>{width}}" for title, _, _, width in _COLUMNS]
+            titles = [f"{title:>{width}}" for title, _, _, width in columns]
             self.print("  ".join([f"{'step':>7}", *titles]), style="dim")
         self._steps_printed += 1
         place = f"{row['step']}/{steps}" if steps else str(row["step"])
-        cells = [f"{_decimal(row.get(key), spec):>{width}}" for _, key, spec, width in _COLUMNS]
+        cells = [f"{_decimal(row.get(key), spec):>{width}}" for _, key, spec, width in columns]
         mismatched, compared = row.get("onpolicy/mismatched_tokens"), row.get("onpolicy/compared_tokens")
         self.print(
             "  ".join([f"{place:>7}", *cells, f"mismatched {integer(mismatched)} / {integer(compared)}"]),

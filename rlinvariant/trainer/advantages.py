@@ -37,7 +37,7 @@ def token_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor | None,
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """Estimate advantages, and the returns that the critic is to learn. The last token ends the episode: what follows is worth 0.
+    """Estimate advantages, and the returns that the critic is to learn. After the last token nothing more is earned.
 
         delta_t = r_t + gamma V_{t+1} - V_t,   A_t = delta_t + gamma lam A_{t+1},   R_t = A_t + V_t
 

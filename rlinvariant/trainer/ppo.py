@@ -1,8 +1,8 @@
 """PPO on top of the GRPO trainer: a critic, advantages per token, and the same exact rollouts.
 
-TRL's clipped policy loss takes an advantage for each token as it stands; the old log-probs are the sampler's, which in exact mode
-are the trainer's own. What is added is the critic, beside the policy and never inside it: weight sync, checkpoints of the policy
-and TRL see a plain causal LM.
+TRL's clipped policy loss takes an advantage for each token as it stands; the old log-probs are the sampler's, which in exact
+mode are the trainer's own. What is added is the critic, beside the policy and never inside it: weight sync, checkpoints of the
+policy and TRL see a plain causal LM.
 """
 
 import copy
@@ -105,10 +105,9 @@ def load_critic(path: str, policy: Any, tokenizer: Any) -> Any:
     if ours != theirs:
         raise UserError(f"ppo.critic={path}: expected the policy's vocabulary of {ours} tokens, found {theirs}; choose another")
     if tokenizer is not None and _has_tokenizer(path):
-        if AutoTokenizer.from_pretrained(path).get_vocab() != tokenizer.get_vocab():
-            raise UserError(
-                f"ppo.critic={path}: expected the policy's tokenizer, found another vocabulary; choose another critic"
-            )
+        found = AutoTokenizer.from_pretrained(path).get_vocab()
+        if found != tokenizer.get_vocab():
+            raise UserError(f"ppo.critic={path}: expected the policy's tokenizer, found another vocabulary; choose another")
     return backbone
 
 
@@ -121,14 +120,14 @@ class InvariantPPOTrainer(InvariantGRPOTrainer):
 
     Args:
         ppo: PPO's own settings; see `config.PPOConfig`.
-        model, reward_funcs, args, ...: as for `InvariantGRPOTrainer`. `args.num_generations` may be 1 (set it after GRPOConfig is
-            made, which asks for 2). The policy's clip range is `args.epsilon`, `args.epsilon_high`.
+        model, reward_funcs, args, ...: as for `InvariantGRPOTrainer`. `args.num_generations` may be 1 (set it after GRPOConfig
+            is made, which asks for 2). The policy's clip range is `args.epsilon`, `args.epsilon_high`.
 
-    A completion that is cut at `max_completion_length` ends there like any other, and nothing is bootstrapped: the limit is part of
-    the task, the reward function has judged the text as it is, and a value beyond the cut would reward running on.
+    A completion that is cut at `max_completion_length` ends there like any other, without a bootstrapped value: the limit is
+    part of the task, the reward function has judged the text as it is, and a value beyond the cut would reward running on.
 
-    Both losses are means over the tokens of an optimizer step, of all ranks. Policy and critic share an optimizer and a schedule,
-    with a learning rate each, and are clipped apart, each to `args.max_grad_norm`.
+    Both losses are means over the tokens of an optimizer step, of all ranks. Policy and critic share an optimizer and a
+    schedule, with a learning rate each, and are clipped apart, each to `args.max_grad_norm`.
 
     Raises:
         ConfigErrors: as `InvariantGRPOTrainer`, and what PPO cannot be.
@@ -199,13 +198,17 @@ class InvariantPPOTrainer(InvariantGRPOTrainer):
     def _estimate(self, output: dict[str, Any]) -> None:
         """Add `old_values` and `returns`, and put advantages per token, [B, T] each, in place of a group's."""
         mask, old = output["completion_mask"], output["old_per_token_logps"]
-        values = self._old_values(output)
+        # Where the rollout is one micro-batch, the first pass trains these rows with these weights: it takes the values, with
+        # their graph, as they are, and no pass is added.
+        once = self.args.steps_per_generation == 1
+        values = self._rollout_values(output, once)
+        known = values.detach()
         rewards = advantages.token_rewards(self._scores, old, output.get("ref_per_token_logps"), mask, self.ppo.kl_coef)
-        estimates, returns = advantages.gae(rewards, values, mask, self.ppo.gamma, self.ppo.lam)
-        self._require_finite(values=values, rewards=rewards, advantages=estimates)
+        estimates, returns = advantages.gae(rewards, known, mask, self.ppo.gamma, self.ppo.lam)
+        self._require_finite(values=known, rewards=rewards, advantages=estimates)
         counted = mask.bool() & self._scored[:, None]
         penalty = self._scores - rewards.sum(1)
-        of = [estimates, returns, returns - values, values]
+        of = [estimates, returns, returns - known, known]
         sums = torch.stack([*(advantages.moments(x, counted) for x in of), advantages.moments(penalty, self._scored)])
         estimated, returned, left, value, penalties = self.accelerator.reduce(sums, "sum").cpu()
         if not estimated[0]:
@@ -214,19 +217,21 @@ class InvariantPPOTrainer(InvariantGRPOTrainer):
         if self.ppo.whiten_advantages:
             estimates = advantages.whiten(estimates, counted, *advantages.mean_and_variance(estimated))
         output["advantages"] = torch.where(counted, estimates, 0.0)
-        output["returns"] = torch.where(counted, returns, values)  # without a reward, nothing to learn
-        output["old_values"] = values
+        output["returns"] = torch.where(counted, returns, known)  # without a reward, nothing to learn
+        output["old_values"] = known
+        if once:
+            output["values"] = values
         self._rollout_numbers = {
             "value/mean": advantages.mean_and_variance(value)[0],
             "value/explained_variance": advantages.explained_variance(returned, left),
             "reward/kl_penalty": advantages.mean_and_variance(penalties)[0] + 0.0,
         }
 
-    def _old_values(self, output: dict[str, Any]) -> Tensor:
-        """[B, T] fp32, in micro-batches: the one pass that PPO adds to a rollout."""
-        self.critic.eval()
+    def _rollout_values(self, output: dict[str, Any], grad: bool) -> Tensor:
+        """[B, T] fp32, in micro-batches."""
+        self.critic.train(grad)
         rows, count = self.args.per_device_train_batch_size, len(output["completion_ids"])
-        with torch.no_grad(), self.compute_loss_context_manager():
+        with torch.set_grad_enabled(grad), self.compute_loss_context_manager():
             return torch.cat([self._values(output, slice(i, i + rows)) for i in range(0, count, rows)])
 
     def _values(self, inputs: dict[str, Any], rows: slice = slice(None)) -> Tensor:
@@ -254,8 +259,10 @@ class InvariantPPOTrainer(InvariantGRPOTrainer):
     def _learn_values(self, inputs: dict[str, Any]) -> None:
         """The critic's forward and backward: its graph is gone before the policy's is built."""
         mask = inputs["completion_mask"]
-        self.critic.train()
-        values = self._values(inputs)
+        values = inputs.pop("values", None)
+        if values is None:
+            self.critic.train()
+            values = self._values(inputs)
         losses, clipped = advantages.value_loss(values, inputs["old_values"], inputs["returns"], self.ppo.value_clip)
         total = (losses * mask).sum()
         self._require_finite(values=values, value_loss=total)
@@ -306,10 +313,11 @@ class InvariantPPOTrainer(InvariantGRPOTrainer):
         given = {name: x for name, x in tensors.items() if x is not None}
         if bool(torch.stack([x.detach().isfinite().all() for x in given.values()]).all()) if given else True:
             return
-        name, bad = next((name, int((~x.isfinite()).sum())) for name, x in given.items() if not x.isfinite().all())
+        name = next(name for name, x in given.items() if not x.isfinite().all())
+        bad, count = int((~given[name].isfinite()).sum()), given[name].numel()
         raise UserError(
-            f"step {self.state.global_step + 1}: {name.replace('_', ' ') if 'gradient' not in name else name} not finite, {bad:,} of "
-            f"{given[name].numel():,} numbers; stopped before the optimizer step; the last checkpoint is good"
+            f"step {self.state.global_step + 1}: {name}: {bad:,} of {count:,} numbers are not finite; stopped before the "
+            "optimizer step; the last checkpoint is good"
         )
 
     # ---- optimizer, checkpoints
