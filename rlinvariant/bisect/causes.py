@@ -1,0 +1,399 @@
+"""Why a value differs: a short list of rules over what was recorded, and of known variants that are computed again.
+
+Each side's value is first computed anew by `rlinvariant.ops` from that side's own inputs and weights. The side whose bits this
+does not give deviates; a variant (variants.py) that gives its bits is the cause. If both sides' values come back, the cause is
+in what they were given: weights, scalars, inputs.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlinvariant import bits, ops
+from rlinvariant.bisect import variants
+from rlinvariant.bisect.record import OUT, ROTATED, Place
+from rlinvariant.bisect.search import LOGPROB, First, Side, equal, side_at
+
+PARAMETER = {  # role -> the trainer's module that holds its weight
+    "embedding": "embed_tokens", "input norm": "input_layernorm", "q projection": "self_attn.q_proj",
+    "k projection": "self_attn.k_proj", "v projection": "self_attn.v_proj", "o projection": "self_attn.o_proj",
+    "residual and norm": "post_attention_layernorm", "gate": "mlp.gate_proj", "up": "mlp.up_proj",
+    "down projection": "mlp.down_proj", "final norm": "norm", "lm_head": "lm_head", ROTATED[0]: "self_attn.q_norm",
+    ROTATED[1]: "self_attn.k_norm",
+}  # fmt: skip
+LINEAR = ("q projection", "k projection", "v projection", "o projection", "gate", "up", "down projection", "lm_head")
+OP = {  # role -> the op that gives it, where one must
+    **dict.fromkeys(LINEAR, "linear"), "input norm": "rms_norm", "final norm": "rms_norm", "residual and norm": "add_rms_norm",
+    **dict.fromkeys(ROTATED, "qk_norm_rope"), "attention": "attention", "swiglu": "swiglu",
+}  # fmt: skip
+LADDER = (1, 2, 4, 7, 8, 9, 15, 16, 17, 31, 32, 33, 64, 65, 128, 129, 256, 257)  # rows: around the sizes at which tiles change
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Args:
+    inputs: "equal", or in words what differs.
+    weights: the same, with the parameter's name.
+    deviates: the side whose value `rlinvariant.ops` does not give from its own inputs and weights; None: neither, or both.
+    cause: in words.
+    reproduced: what, computed again, gave the wrong bits.
+    """
+
+    inputs: str
+    weights: str
+    deviates: str | None
+    cause: str
+    reproduced: str | None = None
+
+
+class Case:
+    """A first difference, and how to compute its value anew from what either side recorded."""
+
+    def __init__(self, first: First, tokens: list[int], temperature: float, engine: Any) -> None:
+        assert first.place is not None and first.sampler is not None and first.trainer is not None
+        self.first, self.tokens, self.temperature, self.engine = first, tokens, temperature, engine
+        self.sides: dict[str, Side] = {"sampler": first.sampler, "trainer": first.trainer}
+        self.model = first.trainer.recorder.model
+        self.device = next(self.model.parameters()).device
+        self.layer, self.role = first.place
+        config: Any = self.model.config
+        self.dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+    # ---- what a side recorded
+
+    def row(self, side: str, role: str, position: int | None = None, layer: int | None = -1) -> Tensor | None:
+        """A recorded value of a side, on the device; by default at the difference's position and layer."""
+        place: Place = (self.layer if layer == -1 else layer, role)
+        found = side_at(self.sides[side].recorder, place).get(self.first.position if position is None else position)
+        return None if found is None else found.value.to(self.device)
+
+    def call(self, side: str) -> Any:
+        call = self.sides[side].block.call
+        return call if call is not None and call.op == OP.get(self.role) else None
+
+    def weights(self, side: str) -> tuple[Tensor | None, ...]:
+        """Those that the op was given; where no op was, those of the module. () where there is none, or not to be read."""
+        if (call := self.call(side)) is not None and call.weights:
+            found = tuple(call.weights.values())
+            return found if self.role not in ROTATED else (found[ROTATED.index(self.role)],)
+        if self.role not in PARAMETER:
+            return ()
+        suffix = PARAMETER[self.role] if self.layer is None else f"layers.{self.layer}.{PARAMETER[self.role]}"
+        module = self.sides[side].block.module
+        if module is None or not hasattr(module, "weight"):
+            named = self.sides[side].recorder.model.named_modules()
+            module = next((m for name, m in named if name == suffix or name.endswith(f".{suffix}")), None)
+        weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+        if weight is None or weight.numel() == 0:
+            return ()
+        part = self.part(module)
+        if self.role not in LINEAR:
+            return (weight,)
+        return weight[part], bias[part] if isinstance(bias, Tensor) else None
+
+    def part(self, module: Any) -> slice:
+        """Which columns of a merged product's output are this role's."""
+        sizes = list(getattr(module, "output_sizes", []))
+        names = OUT["gate_up_proj"] if self.role in OUT["gate_up_proj"] else OUT["qkv_proj"]
+        if len(sizes) != len(names) or self.role not in names:
+            return slice(None)
+        start = sum(sizes[: names.index(self.role)])
+        return slice(start, start + sizes[names.index(self.role)])
+
+    def inputs(self, side: str) -> dict[str, Tensor]:
+        """Rows that the value was computed from, by name: those that the module or the op took, else the values before it."""
+        call, position = self.call(side), self.first.position
+        if self.role == "attention":  # of all earlier positions too, and they were equal
+            return self._before(side, q=ROTATED[0], k=ROTATED[1], v="v projection")
+        if self.first.place == LOGPROB:
+            return self._before(side, logits="lm_head", layer=None)
+        if self.role in ROTATED:
+            name = "qk"[ROTATED.index(self.role)]
+            found = self._before(side, x=f"{name} projection")
+            if (angles := self.row(side, "rope table", layer=None)) is not None:
+                found["cos"], found["sin"] = angles.chunk(2)
+            if call is not None and {name, "cos", "sin"} <= call.inputs.keys():
+                found = {"x": call.inputs[name], "cos": call.inputs["cos"], "sin": call.inputs["sin"]}
+        elif call is not None and call.inputs and self.role != "lm_head":
+            found = dict(call.inputs)
+            if "gate_up" in found:
+                found["gate"], found["up"] = found.pop("gate_up").chunk(2, -1)
+        elif self.role == "residual and norm":
+            found = self._before(side, x="o projection")
+            before = self.row(side, "layer output", layer=self.layer - 1) if self.layer else self.row(side, "embedding", layer=None)
+            found |= {} if before is None else {"residual": before}
+        elif self.role == "swiglu":
+            found = self._before(side, gate="gate", up="up")
+        else:
+            taken = self.sides[side].block.inputs
+            found = {} if taken is None else {"x": taken}
+        index = self.sides[side].index
+        return {name: (x[index] if x.dim() > 1 else x).to(self.device) for name, x in found.items()}
+
+    def _before(self, side: str, layer: int | None = -1, **roles: str) -> dict[str, Tensor]:
+        rows = {name: self.row(side, role, layer=layer) for name, role in roles.items()}
+        return {name: x for name, x in rows.items() if x is not None}
+
+    def settings(self, side: str) -> dict[str, Any]:
+        """Of the side's op, or where it called none, of the other side's."""
+        calls = [self.call(side), self.call(_other(side))]
+        return next((dict(call.settings) for call in calls if call is not None), {})
+
+    # ---- computed anew
+
+    def ours(self, side: str) -> Tensor | None:
+        """By `rlinvariant.ops`, from the side's own inputs and weights; None where that cannot be done."""
+        try:
+            return None if (function := self.function(side)) is None else function(1)[0].flatten()
+        except (ValueError, TypeError, RuntimeError):  # what the side recorded does not fit the op
+            return None
+
+    def function(self, side: str) -> Callable[[int], Tensor] | None:
+        """The op on n rows that are all the recorded one: n -> [n, D]; None where it is not known."""
+        x, w, settings = self.inputs(side), self.weights(side), self.settings(side)
+        op, weight = OP.get(self.role), w[0] if w else None
+
+        def rows(n: int) -> dict[str, Tensor]:
+            return {name: row.expand(n, *row.shape).contiguous() for name, row in x.items()}
+
+        if op == "linear" and x and weight is not None:
+            return lambda n: ops.linear(**rows(n), weight=weight, bias=w[1])
+        if op == "rms_norm" and x and weight is not None:
+            return lambda n: ops.rms_norm(**rows(n), weight=weight, **settings)
+        if op == "add_rms_norm" and len(x) == 2 and weight is not None:
+            return lambda n: ops.add_rms_norm(**rows(n), weight=weight, **settings)[0]
+        if op == "swiglu" and len(x) == 2:
+            return lambda n: ops.swiglu(**rows(n), **settings)
+        if op == "qk_norm_rope" and len(x) == 3:
+
+            def turned(n: int) -> Tensor:
+                at = rows(n)
+                heads = at["x"].view(n, -1, self.dim)
+                normed = heads if weight is None else ops.rms_norm(heads, weight, **settings)
+                return ops.rope(normed, at["cos"], at["sin"]).flatten(1)
+
+            return turned
+        if op == "attention" and (qkv := self.heads(side)) is not None:
+            scale = settings.pop("scale", self.dim**-0.5)
+            return lambda n: variants.own_attention(*qkv, self.first.position, scale, **settings).flatten()[None]
+        if self.first.place == LOGPROB and x:
+            token, t = self.tokens[self.first.position + 1], torch.full((1,), self.temperature, device=self.device)
+            return lambda n: ops.log_softmax(rows(n)["logits"], t.expand(n))[:, token : token + 1]
+        return None
+
+    def heads(self, side: str) -> tuple[Tensor, Tensor, Tensor] | None:
+        """q, k, v [P, heads, D] of the sequence as far as the side recorded all three."""
+        recorder = self.sides[side].recorder
+        parts = [side_at(recorder, (self.layer, role)) for role in (*ROTATED, "v projection")]
+        count = next((p for p in range(10**9) if not all(p in part for part in parts)), 0)
+        if count <= self.first.position:
+            return None
+        stacked = [torch.stack([part[p].value for p in range(count)]).to(self.device) for part in parts]
+        q, k, v = (x.view(count, -1, self.dim) for x in stacked)
+        return q, k, v
+
+    def angles(self) -> dict[int, Tensor]:
+        """cos and sin of this position and its neighbours, from the trainer's table."""
+        if (rotary := self.rotary()) is None:
+            return {}
+        near = range(max(0, self.first.position - 2), min(len(rotary.cos_table), self.first.position + 3))
+        return {p: torch.cat([rotary.cos_table[p], rotary.sin_table[p]]).to(self.device) for p in near}
+
+    def rotary(self) -> Any:
+        return next((m for m in self.model.modules() if hasattr(m, "cos_table")), None)
+
+    def variants(self, side: str) -> Iterable[tuple[str, Tensor]]:
+        x, w, position, settings = self.inputs(side), self.weights(side), self.first.position, self.settings(side)
+        op, weight, eps = OP.get(self.role), w[0] if w else None, settings.get("eps") or 1e-6
+        if op == "linear" and x and weight is not None:
+            yield from variants.linear(x["x"], weight, w[1], self.sides[side].block.together)
+        elif op == "rms_norm" and x and weight is not None:
+            yield from variants.rms_norm(x["x"], weight, eps)
+        elif op == "add_rms_norm" and len(x) == 2 and weight is not None:
+            yield from variants.add_rms_norm(x["x"], x["residual"], weight, eps)
+        elif op == "qk_norm_rope" and x and (table := self.angles()):
+            pairs = {p: (row.chunk(2)[0], row.chunk(2)[1]) for p, row in table.items()}
+            # without a weight on this side, the other's says that a norm was left out
+            weight = weight if weight is not None else next(iter(self.weights(_other(side))), None)
+            yield from variants.rotate(x["x"].view(-1, self.dim), weight, pairs, position, eps)
+        elif self.role == "rope table" and (table := self.angles()):
+            yield from variants.rope_table(table, position, self.rotary().inv_freq, torch.bfloat16)
+        elif op == "attention" and (qkv := self.heads(side)) is not None:
+            yield from variants.attention(*qkv, position, settings.get("scale", self.dim**-0.5))
+        elif op == "swiglu" and len(x) == 2:
+            yield from variants.swiglu(x["gate"], x["up"])
+        elif self.first.place == LOGPROB and x:
+            near = {d: self.row(side, "lm_head", position + d, layer=None) for d in (-1, 1)}
+            others = {d: row for d, row in near.items() if row is not None}
+            yield from variants.log_prob(x["logits"], self.tokens[position + 1], self.temperature, others)
+
+    def by_rows(self, side: str) -> dict[int, Tensor]:
+        """What the side runs here, again, on equal rows: {how many: the first row's value}."""
+        function, module, x = self.function(side), self.sides[side].block.module, self.inputs(side)
+        if self.role == "lm_head" and side == "sampler" and x:
+            function = lambda n: self.engine.model.compute_logits(x["x"].expand(n, -1).contiguous())  # noqa: E731
+        elif module is not None and self.role in OP and x:
+
+            def function(n: int) -> Tensor:
+                output = module(x["x"].expand(n, -1).contiguous())
+                return (output[0] if isinstance(output, tuple) else output)[:, self.part(module)]
+
+        if function is None or self.role == "attention":
+            return {}
+        return {n: function(n)[0].flatten() for n in LADDER}
+
+
+def explain(first: First, tokens: list[int], temperature: float, engine: Any, stock: tuple[str, ...] = ()) -> Explanation:
+    """Find the cause. `tokens` are those of the whole sequence; `stock` names the sides that run stock kernels."""
+    with torch.inference_mode():
+        return _explain(Case(first, tokens, temperature, engine), stock)
+
+
+def _explain(case: Case, stock: tuple[str, ...]) -> Explanation:
+    values = {name: side.value for name, side in case.sides.items()}
+    anew = {name: case.ours(name) for name in values}
+    deviating = [n for n, y in anew.items() if y is not None and not _gives(y, values[n])]
+    deviates = deviating[0] if len(deviating) == 1 else None
+    inputs, weights = _inputs(case), _weights(case)
+
+    def found(cause: str, reproduced: str | None = None) -> Explanation:
+        return Explanation(inputs, weights, deviates, cause, reproduced)
+
+    if equal(values["sampler"], values["trainer"]):
+        return found("not a number, on both sides: NaN equals nothing, and comes from here")
+    hint = ""
+    if stock:
+        hint = f"stock kernels: the {' and the '.join(stock)} runs without the plugin (invariance is not exact)"
+    widths = {name: len(value) for name, value in values.items()}
+    dtypes = {name: value.dtype for name, value in values.items()}
+    if dtypes["sampler"] != dtypes["trainer"]:
+        taken = {name: next(iter(x.values())).dtype for name in values if (x := case.inputs(name))}
+        came = "; its input came so: autocast or an upcast before it" if len(set(taken.values())) > 1 else ""
+        said = ", ".join(f"{name} in {variants.name(dtype)}" for name, dtype in dtypes.items())
+        return found(hint or f"another dtype (autocast or an upcast): {said}{came}")
+    if (moved := _moved(case)) and inputs != "equal":
+        return found(moved)
+    if inputs != "equal":
+        return found(hint or "something outside the recorded modules changes the input on its way here")
+    if (settings := _settings(case)) and not deviating:
+        return found(f"the op was called otherwise: {settings}", "rlinvariant.ops, called so, gives each side's bits")
+    if weights.startswith("differ") and not deviating and not hint:
+        cause = _weight_cause(case, weights)
+        both = all(y is not None for y in anew.values())
+        return found(cause, "rlinvariant.ops, given each side's own weight, gives each side's bits" if both else None)
+    for name in deviating or [n for n in values if anew[n] is None]:
+        with_rows = case.by_rows(name)
+        same = [n for n, y in with_rows.items() if _gives(y, values[name])]
+        if with_rows and 0 < len(same) < len(with_rows) and not hint:
+            others = [n for n in with_rows if n not in same]
+            return found(
+                f"the {name}'s kernel depends on the number of rows (tile switch, or split-K chosen by it)",
+                f"one row among {_ranges(same)} gives the {name}'s bits, among {_ranges(others)} others",
+            )
+        for what, value in case.variants(name):
+            if _gives(value, values[name]) and not equal(value.flatten().cpu(), values[_other(name)]):
+                return found(f"{hint}; {what}" if hint else what, f"computed so, the {name}'s value has these bits")
+    if widths["sampler"] != widths["trainer"]:
+        return found(f"vocabulary padding: the sampler has {widths['sampler']} columns, the trainer {widths['trainer']}")
+    if hint:
+        return found(hint)
+    bypassed = [n for n in values if case.role in OP and case.call(n) is None]
+    if len(bypassed) == 1:
+        return found(f"the {bypassed[0]} does not compute this by rlinvariant.ops.{OP[case.role]}: another kernel")
+    if deviates is None and not deviating and all(y is not None for y in anew.values()):
+        return found("both values come back from rlinvariant.ops: what is behind it (cache, table, temperature) differs")
+    who = f"of the {deviates} " if deviates else ""
+    return found(f"unknown: inputs and weights are equal, the kernel {who}sums or rounds otherwise, in no way of the catalogue")
+
+
+def _other(side: str) -> str:
+    return "trainer" if side == "sampler" else "sampler"
+
+
+def _gives(value: Tensor, bits_of: Tensor) -> bool:
+    value = value.detach().flatten().cpu()
+    return value.shape == bits_of.shape and value.dtype == bits_of.dtype and equal(value, bits_of)
+
+
+def _inputs(case: Case) -> str:
+    a, b = case.inputs("sampler"), case.inputs("trainer")
+    if not a and not b:
+        return "equal" if case.role in ("embedding", "rope table") else "not recorded"
+    for name in a.keys() & b.keys():
+        x, y = a[name], b[name]
+        if case.first.place == LOGPROB:  # a padded vocabulary is longer
+            x, y = x[: min(len(x), len(y))], y[: min(len(x), len(y))]
+        if x.dtype != y.dtype or x.shape != y.shape:
+            return f"differ: {name} in {variants.name(x.dtype)} {tuple(x.shape)} and {variants.name(y.dtype)} {tuple(y.shape)}"
+        if (difference := bits.compare(x, y)) is not None:
+            return f"differ: {name}, {difference.count:,} of {difference.total:,} values, by up to {difference.max_ulps:,} ulp"
+    return "equal" if a and b else "not recorded on one side"
+
+
+def _settings(case: Case) -> str | None:
+    """How the settings of the two calls differ, if both sides made one."""
+    a, b = case.call("sampler"), case.call("trainer")
+    if a is None or b is None:
+        return None
+    pairs = [(name, a.settings[name], b.settings[name]) for name in a.settings.keys() & b.settings.keys()]
+    return ", ".join(f"{name}={x} in the sampler, {y} in the trainer" for name, x, y in sorted(pairs) if x != y) or None
+
+
+def _moved(case: Case) -> str | None:
+    """Whether a side's input is what stood before it at a neighbouring position."""
+    before = {"lm_head": ((None, "final norm"),)}.get(case.role, ())
+    for place in before:
+        for name in ("trainer", "sampler"):
+            x = case.inputs(name)
+            for offset in (-1, 1):
+                at = side_at(case.sides[name].recorder, place).get(case.first.position + offset)
+                if x and at is not None and equal(x["x"].cpu(), at.value):
+                    return f"position off by {offset:+d}: the {name}'s input is the {place[1]} of position {case.first.position + offset}"
+    return None
+
+
+def _weights(case: Case) -> str:
+    a, b = case.weights("sampler"), case.weights("trainer")
+    if case.role not in PARAMETER:
+        return "none"
+    name = PARAMETER[case.role] if case.layer is None else f"model.layers.{case.layer}.{PARAMETER[case.role]}"
+    if not a or not b:
+        return "not read on one side" if (a or b) else "none"
+    for what, x, y in zip(("weight", "bias"), a, b, strict=False):
+        if x is None or y is None:
+            if x is not y:
+                return f"differ: {name}.{what} is missing in the {'sampler' if x is None else 'trainer'}"
+            continue
+        dtype = case.sides["trainer"].value.dtype
+        rows = min(len(x), len(y))
+        difference = bits.compare(x[:rows].detach().to(dtype).cpu(), y[:rows].detach().to(dtype).cpu())
+        if difference is not None:
+            return f"differ: {name}.{what}, {difference.count:,} of {difference.total:,}, by up to {difference.max_ulps:,} ulp"
+    return "equal"
+
+
+def _weight_cause(case: Case, weights: str) -> str:
+    own = dict(case.sides["trainer"].recorder.model.named_parameters())
+    try:
+        others = case.engine.differing_weights(own.items())
+    except (RuntimeError, AttributeError, ValueError):
+        return "a weight of other bits"
+    if len(others) > len(own) // 2:
+        return f"stale or other weights: {len(others)} parameters of the engine differ, as after a sync that did not run"
+    if others:
+        return f"a weight of other bits, as of a sync that missed it: in the engine {', '.join(others[:3])} differs"
+    return "a weight of other bits at use: the engine's parameters are the trainer's, but the op was given others"
+
+
+def _ranges(counts: list[int]) -> str:
+    """1, 2, 4 and 8 as "1 to 8" where no other rung of the ladder lies between."""
+    runs: list[list[int]] = []
+    for n in counts:
+        if runs and LADDER.index(n) == LADDER.index(runs[-1][-1]) + 1:
+            runs[-1].append(n)
+        else:
+            runs.append([n])
+    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs) + " rows"

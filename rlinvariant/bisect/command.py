@@ -1,0 +1,228 @@
+"""`rlinvariant bisect MODEL [key=value ...]`: arguments, the two sides, and what is printed."""
+
+import dataclasses
+import difflib
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+from rlinvariant.errors import ConfigErrors, UserError
+
+HELP = """usage: rlinvariant bisect MODEL [key=value ...]
+
+Draws completions of random prompts with the exact sampler, scores them with the exact trainer, and where a log-prob differs says
+where the two part first: sequence, token, layer, op, by how many ulps, whether the op's inputs and weights were equal, and the
+likely cause. Exit code 0: nothing differs; 1: something does; 2: it could not be tried.
+
+MODEL is a Hugging Face directory or hub id; with random=true its config.json is enough.
+"""
+
+
+def _field(default: Any, doc: str) -> Any:
+    return dataclasses.field(default=default, metadata={"doc": doc})
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    sequences: int = _field(16, "completions drawn in one batch")
+    prompt: int = _field(48, "longest prompt, in tokens; prompts are ragged")
+    tokens: int = _field(24, "length of each completion")
+    micro_batch: int = _field(4, "sequences that the trainer packs together")
+    chunk: int = _field(0, "most tokens in one step of the engine; 0: vLLM's default")
+    temperature: float = _field(0.7, "of the draws; divides the logits")
+    dtype: str = _field("bfloat16", "bfloat16 or float32")
+    seed: int = _field(0, "of the prompts, the draws and random weights")
+    random: bool = _field(False, "true: take random weights, of MODEL's configuration alone")
+    invariance: str = _field("exact", "exact, or which side alone is ours: sampler, trainer; off: neither")
+
+
+CHOICES = {"dtype": ("bfloat16", "float32"), "invariance": ("exact", "sampler", "trainer", "off")}
+
+
+def parse(argv: Sequence[str]) -> tuple[str, Options]:
+    """(MODEL, options). Raises ConfigErrors with one line per problem."""
+    fields = {field.name: field for field in dataclasses.fields(Options)}
+    model, given, errors = None, {}, []
+    for argument in argv:
+        key, equals, text = argument.partition("=")
+        if not equals and not argument.startswith("-") and model is None:
+            model = argument
+        elif not equals or key.startswith("-"):
+            errors.append(f"{argument}: expected MODEL once, and key=value without dashes; see rlinvariant bisect --help")
+        elif key not in fields:
+            close = difflib.get_close_matches(key, fields, 1)
+            meant = f", did you mean {close[0]}?" if close else ""
+            errors.append(f"{argument}: unknown key{meant}; there are {', '.join(fields)}")
+        else:
+            value = _value(text, fields[key].type, least=0 if key in ("seed", "chunk") else 1)
+            if value is None or text not in CHOICES.get(key, (text,)):
+                kind = {int: "a whole number", float: "a positive number", bool: "true or false", str: "a name"}[fields[key].type]  # type: ignore[index]
+                errors.append(f"{argument}: expected {' or '.join(CHOICES.get(key, (kind,)))}")
+            given[key] = value
+    if model is None:
+        errors.insert(0, "MODEL: missing; write rlinvariant bisect MODEL, a Hugging Face directory or hub id")
+    if errors:
+        raise ConfigErrors(errors)
+    assert model is not None
+    return model, Options(**given)
+
+
+def _value(text: str, kind: Any, least: int) -> Any:
+    """None where the text is no value of that kind."""
+    if kind is bool:
+        return {"true": True, "false": False}.get(text)
+    if kind is int:
+        return int(text) if text.isdigit() and int(text) >= least else None
+    if kind is float:
+        try:
+            number = float(text)
+        except ValueError:
+            return None
+        return number if 0.01 <= number < 1000 else None
+    return text
+
+
+def bisect(argv: Sequence[str]) -> int:
+    """Run the command and print its findings. Returns the exit code: 0 nothing differs, 1 something does.
+
+    Raises:
+        ConfigErrors, UserError: bad arguments, or a model that cannot be loaded or cannot run exactly.
+    """
+    if any(a in ("--help", "-h") for a in argv):
+        print(HELP)
+        for field in dataclasses.fields(Options):
+            print(f"  {field.name + '=' + str(field.default):<20} {field.metadata['doc']}")
+        return 0
+    name, options = parse(argv)
+    from rlinvariant.report.console import Console
+
+    console = Console()
+    with tempfile.TemporaryDirectory(prefix="rlinvariant-bisect-") as directory:
+        with console.stage(f"{name}: loading"):
+            model, engine = _sides(name, options, directory)
+        from rlinvariant.bisect import search
+
+        vocabulary = model.config.get_text_config().vocab_size
+        batch = search.draw_batch(vocabulary, options.sequences, options.prompt, options.tokens, options.temperature, options.seed)
+        batch = dataclasses.replace(batch, rows=options.micro_batch)
+        with console.stage(f"{options.sequences} completions of {options.tokens} tokens: drawing and scoring"):
+            result = search.find(engine, model, batch, stock_trainer=options.invariance in ("sampler", "off"))
+        stock = {"exact": (), "sampler": ("trainer",), "trainer": ("sampler",), "off": ("sampler", "trainer")}
+        for line in lines(result, batch, engine, stock[options.invariance]):
+            console.print(line)
+    return 1 if result.mismatched else 0
+
+
+def _sides(name: str, options: Options, directory: str) -> tuple[Any, Any]:
+    """The trainer's model, made first, and the sampler."""
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from rlinvariant.models import make_trainable, require_exact
+    from rlinvariant.models.random import save_random
+    from rlinvariant.sampler.engine import Sampler, refuse
+
+    exact_trainer = options.invariance in ("exact", "trainer")
+    dtype = getattr(torch, options.dtype)
+    longest = options.prompt + options.tokens
+    if options.invariance == "off":
+        positions = longest
+    else:
+        positions = refuse({}, name, options.dtype, otherwise="invariance=off compares the stock kernels")
+    if longest > positions:
+        raise UserError(f"prompt={options.prompt} and tokens={options.tokens}: together more than the {positions} of {name}")
+    path = name
+    if options.random:
+        path = save_random(AutoConfig.from_pretrained(name), directory, options.seed)
+    try:
+        stored = torch.float32 if exact_trainer else dtype
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=stored)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        hint = "" if options.random else "; random=true takes random weights, of config.json alone"
+        raise UserError(f"MODEL {name}: cannot be loaded: {' '.join(str(error).split())[:200]}{hint}") from error
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    if exact_trainer:
+        require_exact(make_trainable(model, dtype))
+    engine_options: dict[str, Any] = {"enforce_eager": True, "max_num_seqs": options.sequences}
+    if options.chunk:
+        engine_options |= {"max_num_batched_tokens": options.chunk, "enable_chunked_prefill": True}
+    engine = Sampler(
+        path,
+        invariant=options.invariance in ("exact", "sampler"),
+        dtype=options.dtype,
+        max_model_len=longest,
+        options=engine_options,
+    )
+    return model, engine
+
+
+def lines(result: Any, batch: Any, engine: Any, stock: tuple[str, ...] = ()) -> list[str]:
+    """A `search.Result` in at most fifteen lines."""
+    drawn = f"{len(batch.prompts)} sequences at temperature {batch.temperature}"
+    if not result.mismatched:
+        return [f"nothing to bisect: 0 of {result.compared:,} tokens differ ({drawn})"]
+    head = f"{result.mismatched:,} of {result.compared:,} tokens differ ({drawn})"
+    if result.vanished:
+        return [head, f"not reproducible: drawn and scored again, {result.vanished}"]
+    from rlinvariant import bits
+    from rlinvariant.bisect import causes
+
+    first = result.first
+    a, b = (_single(x) for x in (first.sampler_logprob, first.trainer_logprob))
+    position = first.prompt_tokens - 1 + first.token
+    found = [
+        head,
+        f"log-prob   sequence {first.sequence}, token {first.token} of its completion, predicted at position {position}: "
+        f"sampler {_word(a)}, trainer {_word(b)}, {int(bits.ulps(a, b)):,} ulp",
+    ]
+    if first.place is None:
+        return [*found, "first      nothing else that was recorded differs"]
+    layer, role = first.place
+    x, y = first.sampler.value, first.trainer.value
+    where = "prompt" if first.position < first.prompt_tokens else f"token {first.position - first.prompt_tokens}"
+    found.append(f"first      {role}, {'outside the layers' if layer is None else f'layer {layer}'}, at position {first.position} ({where})")
+    for name, side in (("sampler", first.sampler), ("trainer", first.trainer)):
+        op = side.block.call.op if side.block.call else None
+        through = f"rlinvariant.ops.{op}" if op else "no op of rlinvariant seen"
+        count = f"{side.block.together} row{'s' if side.block.together > 1 else ''}"
+        value = "" if x.dtype != y.dtype else _word(side.value[_at(x, y)])
+        found.append(f"  {name}  {value or str(side.value.dtype)[6:]}, {through}, among {count}")
+    if x.dtype == y.dtype and (difference := bits.compare(*_common(x, y))) is not None:
+        found.append(f"  {difference.count:,} of {difference.total:,} {str(x.dtype)[6:]} values differ, by up to "
+                     f"{difference.max_ulps:,} ulp; element {difference.coordinate[0]} is shown")  # fmt: skip
+    why = causes.explain(first, [*batch.prompts[first.sequence], *first.token_ids], batch.temperature, engine, stock)
+    found += [f"inputs     {why.inputs}", f"weights    {why.weights}"]
+    if why.deviates:
+        found.append(f"deviates   the {why.deviates}: rlinvariant.ops gives the other side's bits from the same inputs and weights")
+    found.append(f"cause      {why.cause}")
+    if why.reproduced:
+        found.append(f"reproduced {why.reproduced}")
+    return found
+
+
+def _common(x: Any, y: Any) -> tuple[Any, Any]:
+    columns = min(len(x), len(y))
+    return x[:columns], y[:columns]
+
+
+def _at(x: Any, y: Any) -> int:
+    """The first element that differs; 0 if none does."""
+    from rlinvariant import bits
+
+    difference = bits.compare(*_common(x, y))
+    return 0 if difference is None else difference.coordinate[0]
+
+
+def _single(value: float) -> Any:
+    import torch
+
+    return torch.tensor(value, dtype=torch.float32)
+
+
+def _word(value: Any) -> str:
+    import torch
+
+    word = value.view({2: torch.int16, 4: torch.int32}[value.element_size()]).item()
+    digits = 2 * value.element_size()
+    return f"{value.item():.9g} (0x{word & (16**digits - 1):0{digits}X})"
