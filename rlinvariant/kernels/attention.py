@@ -46,9 +46,9 @@ def longest_sequence(max_seqlen_k: int, window: int | None) -> int:
     return max_seqlen_k if window is None else max(max_seqlen_k, window + 1)
 
 
-def _window_size(window: int | None) -> tuple[int, int]:
+def _window_size(window: int | None) -> list[int]:
     """Keys before and after a query's own; -1: all."""
-    return (-1, -1) if window is None else (window - 1, 0)
+    return [-1, -1] if window is None else [window - 1, 0]
 
 
 def _refuse(softcap: float | None) -> None:

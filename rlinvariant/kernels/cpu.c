@@ -141,10 +141,8 @@ static inline float tanh_(float x) {
     p = __builtin_fmaf(p, z, -5.3739715e-2f);
     p = __builtin_fmaf(p, z, 1.3331442e-1f);
     p = __builtin_fmaf(p, z, -3.3333281e-1f);
-    float small = __builtin_fmaf(x * z, p, x);
-    float large = 1.0f - 2.0f / (exp_(a + a) + 1.0f);
-    large = as_float(as_uint(large) | (as_uint(x) & 0x80000000u));
-    return a < 0.625f ? small : large;
+    float y = a < 0.625f ? __builtin_fmaf(a * z, p, a) : 1.0f - 2.0f / (exp_(a + a) + 1.0f);
+    return as_float(as_uint(y) | (as_uint(x) & 0x80000000u));
 }
 
 void tanh_f32(const float *x, float *y, i64 n) { /* for the tests */

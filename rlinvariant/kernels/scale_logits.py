@@ -20,7 +20,7 @@ def _tanh(x):
 
 
 @triton.jit
-def _capped(x, scale, cap, dtype: tl.constexpr):
+def _capped(x, scale, cap, dtype):
     """tanh(x * scale / cap), every step before the tanh rounded to dtype."""
     x = (x * scale).to(dtype).to(tl.float32)
     return _tanh(tl.div_rn(x, tl.zeros_like(x) + cap).to(dtype).to(tl.float32))
@@ -52,7 +52,8 @@ def scale_logits(logits: Tensor, scale: float | None, softcap: float | None) -> 
     logits = logits.contiguous()
     y = torch.empty_like(logits)
     if n := y.numel():
-        _forward[(triton.cdiv(n, BLOCK),)](logits, y, n, *_numbers(scale, softcap), BLOCK=BLOCK, num_warps=4)
+        factor, cap = 1.0 if scale is None else scale, softcap or 0.0
+        _forward[(triton.cdiv(n, BLOCK),)](logits, y, n, factor, cap, CAP=softcap is not None, BLOCK=BLOCK, num_warps=4)
     return y
 
 
@@ -60,9 +61,6 @@ def scale_logits_backward(dy: Tensor, logits: Tensor, scale: float | None, softc
     dy, logits = dy.contiguous(), logits.contiguous()
     dx = torch.empty_like(logits)
     if n := dx.numel():
-        _backward[(triton.cdiv(n, BLOCK),)](dy, logits, dx, n, *_numbers(scale, softcap), BLOCK=BLOCK, num_warps=4)
+        factor, cap = 1.0 if scale is None else scale, softcap or 0.0
+        _backward[(triton.cdiv(n, BLOCK),)](dy, logits, dx, n, factor, cap, CAP=softcap is not None, BLOCK=BLOCK, num_warps=4)
     return dx
-
-
-def _numbers(scale: float | None, softcap: float | None) -> tuple[float, float, bool]:
-    return 1.0 if scale is None else scale, softcap or 0.0, softcap is not None

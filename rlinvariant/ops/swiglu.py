@@ -83,16 +83,16 @@ _swiglu = define(
 )
 _swiglu_merged_backward = define(
     "swiglu_merged_backward(Tensor dy, Tensor gate_up, str activation) -> Tensor",
-    cpu=lambda dy, gate_up, activation: torch.cat(_cpu_backward(dy, *gate_up.chunk(2, -1), activation), -1),
+    cpu=lambda dy, gate_up, activation: torch.cat(_cpu_backward(dy, *gate_up.chunk(2, -1), activation=activation), -1),
     cuda="swiglu.swiglu_merged_backward",
     fake=lambda dy, gate_up, activation: gate_up.new_empty(gate_up.shape),
 )
 _swiglu_merged = define(
     "swiglu_merged(Tensor gate_up, str activation) -> Tensor",
-    cpu=lambda gate_up, activation: _cpu(*gate_up.chunk(2, -1), activation),
+    cpu=lambda gate_up, activation: _cpu(*gate_up.chunk(2, -1), activation=activation),
     cuda="swiglu.swiglu_merged",
     fake=lambda gate_up, activation: gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2),
-    check=lambda gate_up, activation: _check(*gate_up.chunk(2, -1), activation),
+    check=lambda gate_up, activation: _check(*gate_up.chunk(2, -1), activation=activation),
     save=_save,
     backward=lambda ctx, dy: (_swiglu_merged_backward(dy, *ctx.saved_tensors, ctx.activation), None),
 )

@@ -1,4 +1,5 @@
 import ctypes
+import functools
 import importlib
 import math
 import multiprocessing
@@ -46,16 +47,26 @@ def outputs(library: ctypes.CDLL, dtype: torch.dtype, monkeypatch: pytest.Monkey
     x, w, b = (randn(*shape, dtype=dtype, wide=True, seed=i) for i, shape in enumerate(((13, 333), (70, 333), (70,))))
     keep("linear", ops.linear(x, w, b), ops.linear(x[:, :7], w[:, :7]))
     keep("rms_norm", ops.rms_norm(x, w[0], 1e-6), *gradients(lambda x, w: ops.rms_norm(x, w, 1e-6), (x, w[0])))
+    keep("rms_norm+1", ops.rms_norm(x, w[0], 1e-6, 1.0), *gradients(lambda x, w: ops.rms_norm(x, w, 1e-6, 1.0), (x, w[0])))
     keep("swiglu", ops.swiglu(x, 2 * x), *gradients(ops.swiglu, (x, 2 * x)))
+    gelu = functools.partial(ops.swiglu, activation="gelu_tanh")
+    keep("gelu", gelu(x, 2 * x), *gradients(gelu, (x, 2 * x)))
+    cap = functools.partial(ops.scale_logits, scale=0.3, softcap=5.0)
+    keep("scale_logits", cap(x), *gradients(cap, (x,)))
     q, k, v = (randn(61, heads, 80, dtype=dtype, seed=heads) for heads in (4, 2, 2))
     angles = randn(61, 20, wide=True)
     keep("rope", ops.rope(q, angles.cos(), angles.sin()), *gradients(lambda q: ops.rope(q, angles.cos(), angles.sin()), (q,)))
     cu = torch.tensor([0, 40, 61], dtype=torch.int32)
     keep("attention", ops.attention(q, k, v, cu, 0.3), *gradients(lambda *x: ops.attention(*x, cu, 0.3), (q, k, v)))
+    for name, form in (("window", (7, None)), ("softcap", (None, 2.0)), ("both", (7, 2.0))):
+        capped = lambda *x, form=form: ops.attention(*x, cu, 0.3, 40, *form)  # noqa: E731
+        keep(f"attention:{name}", capped(q, k, v), *gradients(capped, (q, k, v)))
     cache = torch.cat([k, v], -1)[:60].view(6, 10, 2, 160).transpose(1, 2)
     table = torch.tensor([[3, 0, 5], [1, 2, 4]], dtype=torch.int32)
     cu = torch.tensor([0, 7, 8], dtype=torch.int32)
     keep("paged", ops.paged_attention(q[:8], cache, table, cu, torch.tensor([30, 21], dtype=torch.int32), 0.3))
+    lens = torch.tensor([30, 21], dtype=torch.int32)
+    keep("paged:both", ops.paged_attention(q[:8], cache, table, cu, lens, 0.3, window=5, softcap=2.0))
     hidden, head, ids = randn(9, 17, dtype=dtype), randn(4101, 17, dtype=dtype, seed=1), torch.arange(9) * 455
     keep("token_logprobs", *ops.token_logprobs(hidden, head, ids, 0.7))
     logits, t = ops.linear(hidden, head), torch.full((9,), 0.7)
@@ -67,10 +78,14 @@ def outputs(library: ctypes.CDLL, dtype: torch.dtype, monkeypatch: pytest.Monkey
     return found
 
 
-def exp(x: Tensor, library: ctypes.CDLL | None = None) -> Tensor:
+def exp(x: Tensor, library: ctypes.CDLL | None = None, name: str = "exp_f32") -> Tensor:
     y = torch.full_like(x, NAN)
-    (library or cpu.library()).exp_f32(x.data_ptr(), y.data_ptr(), x.numel())
+    getattr(library or cpu.library(), name)(x.data_ptr(), y.data_ptr(), x.numel())
     return y
+
+
+def tanh(x: Tensor, library: ctypes.CDLL | None = None) -> Tensor:
+    return exp(x, library, "tanh_f32")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
@@ -105,7 +120,7 @@ def test_every_element_of_every_output_is_written(dtype, monkeypatch):
 
 
 def test_every_function_is_compared(builds, monkeypatch):
-    """Each function of the library is called by `outputs`; exp_f32 has its own test."""
+    """Each function of the library is called by `outputs`; exp_f32 and tanh_f32 have their own tests."""
     called, native = set(), cpu.library()
 
     class Recorder:
@@ -114,7 +129,7 @@ def test_every_function_is_compared(builds, monkeypatch):
             return getattr(native, name)
 
     outputs(Recorder(), torch.float32, monkeypatch)
-    assert called == set(cpu._SIGNATURES) - {"exp_f32"}
+    assert called == set(cpu._SIGNATURES) - {"exp_f32", "tanh_f32"}
 
 
 def test_exp_is_within_one_ulp_and_monotonic_over_its_range():
@@ -134,16 +149,27 @@ def test_exp_at_and_beyond_the_ends_of_its_range():
     assert math.copysign(1, exp(torch.tensor([-INF]))) == 1
 
 
-def test_exp_of_an_element_does_not_depend_on_its_place(builds):
+@pytest.mark.parametrize("f", [exp, tanh])
+def test_an_element_does_not_depend_on_its_place(f, builds):
     """A vector body and a scalar tail give the same bits; every build too."""
-    x = randn(2049) * 20
-    y = exp(x)
+    x = randn(2049) * torch.linspace(0, 20, 2049)
+    y = f(x)
     for n in (1, 7, 15, 16, 17, 33, 2049):
         for at in (0, 1, 13):
             part = x[at : at + n].clone()
-            assert_bits_equal(exp(part), y[at : at + n], f"{n} elements from {at}")
+            assert_bits_equal(f(part), y[at : at + n], f"{n} elements from {at}")
     for build in ("generic", "haswell"):
-        assert_bits_equal(exp(x, builds[build]), y, build)
+        assert_bits_equal(f(x, builds[build]), y, build)
+
+
+def test_tanh_is_within_two_ulp_odd_monotonic_and_bounded():
+    x = torch.cat([torch.linspace(0, 10, 1_000_003), torch.logspace(-30, 1, 100_003), torch.tensor([0.0, 88.0, 1e30, INF])])
+    y, exact = tanh(x), x.double().tanh()
+    ulp = torch.exp2(torch.frexp(exact.float()).exponent.double() - 24)
+    assert ((y.double() - exact).abs() / ulp).max() <= 2.0
+    assert_bits_equal(tanh(-x), -y, "an odd function")
+    ordered = tanh(x.sort().values)
+    assert (ordered[1:] >= ordered[:-1]).all() and y.max() == 1 and tanh(torch.tensor([NAN])).isnan()
 
 
 def test_bf16_rounds_to_nearest_even_as_torch_does():
