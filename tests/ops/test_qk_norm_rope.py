@@ -18,24 +18,26 @@ def operands(tokens: int, shape: tuple[int, int, int, int], dtype: torch.dtype, 
     return q, k, weights, cos, sin
 
 
-def separately(q: Tensor, k: Tensor, weights, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
-    normed = (x if w is None else ops.rms_norm(x, w, EPS) for x, w in zip((q, k), weights, strict=True))
+def separately(q: Tensor, k: Tensor, weights, cos: Tensor, sin: Tensor, offset: float | None = None) -> tuple[Tensor, ...]:
+    normed = (x if w is None else ops.rms_norm(x, w, EPS, offset) for x, w in zip((q, k), weights, strict=True))
     return tuple(ops.rope(x, cos, sin) for x in normed)
 
 
-def together(q: Tensor, k: Tensor, weights, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
-    return ops.qk_norm_rope(q, k, *weights, cos, sin, EPS)
+def together(q: Tensor, k: Tensor, weights, cos: Tensor, sin: Tensor, offset: float | None = None) -> tuple[Tensor, ...]:
+    return ops.qk_norm_rope(q, k, *weights, cos, sin, EPS, offset)
 
 
-@pytest.mark.parametrize("norm", [True, False], ids=["norm", "plain"])
+@pytest.mark.parametrize("norm, offset", [(True, None), (True, 1.0), (False, None)], ids=["norm", "offset", "plain"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_one_launch_gives_the_bits_of_four(shape, dtype, norm):
+def test_one_launch_gives_the_bits_of_four(shape, dtype, norm, offset):
     q, k, weights, cos, sin = operands(70, shape, dtype, norm)
-    ladders.assert_same(together(q, k, weights, cos, sin), separately(q, k, weights, cos, sin), "forward")
+    expected = separately(q, k, weights, cos, sin, offset)
+    ladders.assert_same(together(q, k, weights, cos, sin, offset), expected, "forward")
     leaves = (q, k, *weights) if norm else (q, k)
     gradients = [
-        ladders.gradients(lambda q, k, *w, f=f: f(q, k, w or (None, None), cos, sin), leaves) for f in (together, separately)
+        ladders.gradients(lambda q, k, *w, f=f: f(q, k, w or (None, None), cos, sin, offset), leaves)
+        for f in (together, separately)
     ]
     ladders.assert_same(*gradients, "gradients")
 
@@ -51,9 +53,10 @@ def test_heads_of_a_merged_projection_are_read_in_place(dtype):
     ladders.assert_same(together(q_slice, k_slice, weights, cos, sin), together(q, k, weights, cos, sin), "slices")
 
 
-def test_qk_norm_rope_is_batch_invariant():
+@pytest.mark.parametrize("offset", [None, 1.0])
+def test_qk_norm_rope_is_batch_invariant(offset):
     q, k, weights, cos, sin = operands(1024, SHAPES[0], torch.bfloat16, True)
-    ladders.assert_batch_invariant(lambda q, k, cos, sin: together(q, k, weights, cos, sin), q, k, cos, sin)
+    ladders.assert_batch_invariant(lambda q, k, cos, sin: together(q, k, weights, cos, sin, offset), q, k, cos, sin)
 
 
 def test_qk_norm_rope_is_opaque():

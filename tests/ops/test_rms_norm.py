@@ -22,6 +22,16 @@ def norm(x: Tensor, weight: Tensor) -> Tensor:
     return ops.rms_norm(x, weight, EPS)
 
 
+def offset_norm(x: Tensor, weight: Tensor) -> Tensor:
+    return ops.rms_norm(x, weight, EPS, 1.0)
+
+
+def gemma(x: Tensor, weight: Tensor, offset: float = 1.0) -> Tensor:
+    """transformers' Gemma2RMSNorm; with an offset of 0, its Olmo2RMSNorm."""
+    wide = x if x.dtype is torch.float64 else x.float()
+    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS) * (offset + weight.to(wide.dtype))).to(x.dtype)
+
+
 def add_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return ops.add_rms_norm(x, residual, weight, EPS)
 
@@ -35,12 +45,13 @@ def changes_at_256_rows(x: Tensor, weight: Tensor) -> Tensor:
     return norm(x, weight) if len(x) >= 256 else norm(x.flip(-1), weight.flip(-1)).flip(-1)
 
 
+@pytest.mark.parametrize("f", [norm, offset_norm])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("width", WIDTHS)
-def test_rms_norm_is_batch_invariant(width, dtype):
+def test_rms_norm_is_batch_invariant(width, dtype, f):
     x, w = randn(1024, width, dtype=dtype, wide=True), randn(width, dtype=dtype, seed=1)
-    ladders.assert_batch_invariant(lambda x: norm(x, w), x)
-    ladders.assert_needle(lambda x: norm(x, w), x)
+    ladders.assert_batch_invariant(lambda x: f(x, w), x)
+    ladders.assert_needle(lambda x: f(x, w), x)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
@@ -75,11 +86,12 @@ def test_needle_control():
 
 
 @cpu_only
+@pytest.mark.parametrize("f", [norm, offset_norm])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
-def test_rms_norm_is_thread_invariant(dtype):
+def test_rms_norm_is_thread_invariant(dtype, f):
     x, w = randn(301, 3083, dtype=dtype, wide=True), randn(3083, dtype=dtype, seed=1)
-    ladders.assert_thread_invariant(norm, x, w)
-    ladders.assert_thread_invariant(lambda x, w: ladders.gradients(norm, (x, w)), x, w)
+    ladders.assert_thread_invariant(f, x, w)
+    ladders.assert_thread_invariant(lambda x, w: ladders.gradients(f, (x, w)), x, w)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
@@ -144,6 +156,32 @@ def test_rounding_is_that_of_transformers():
     once = (stock(x.float(), torch.ones(128)) * w.float()).bfloat16()
     assert (norm(x, w) != stock(x, w)).float().mean() < 1e-3  # fp32 means differ in the last bit, bf16 results hardly ever
     assert (norm(x, w) != once).float().mean() > 0.05  # control
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_norm_with_an_offset_matches_float64(width, dtype):
+    x, r, w = (randn(33, width, dtype=dtype, seed=i) for i in range(3))
+    x[5] = 0
+    for offset in (1.0, 0.0):
+        ours, stock = (lambda x, w, o=offset: ops.rms_norm(x, w, EPS, o)), (lambda x, w, o=offset: gemma(x, w, o))
+        add = lambda x, r, w, o=offset: ops.add_rms_norm(x, r, w, EPS, o)  # noqa: E731
+        stock_add = lambda x, r, w, o=offset: (gemma(x + r, w, o), x + r)  # noqa: E731
+        for grad in (False, True):
+            ladders.assert_as_accurate(ours, stock, stock, x, w[0], grad=grad)
+            ladders.assert_as_accurate(add, stock_add, stock_add, x, r, w[0], grad=grad)
+        y, total = add(x, r, w[0])
+        assert_bits_equal(y, ours(total, w[0]), "norm of the sum")
+
+
+@pytest.mark.parametrize("offset", [1.0, 0.0])
+def test_a_norm_with_an_offset_rounds_once_as_transformers_does(offset):
+    x, w = randn(200, 128, dtype=torch.bfloat16), randn(128, dtype=torch.bfloat16, seed=1)
+    y = ops.rms_norm(x, w, EPS, offset)
+    assert (y != gemma(x, w, offset)).float().mean() < 1e-3
+    assert (y != norm(x, w + offset)).float().mean() > 0.05  # control: Llama's order, with the offset in the weight
+    master = randn(128, seed=2)
+    assert_bits_equal(ops.rms_norm(x, master, EPS, offset), ops.rms_norm(x, master.bfloat16(), EPS, offset), "fp32 masters")
 
 
 def test_float32_masters_have_the_bits_of_the_cast_weight():
