@@ -59,6 +59,23 @@ KEYS = (
 )
 """Every key that a row of metrics.jsonl has, whether invariance is on or off."""
 
+PPO_KEYS = (
+    "value/loss",
+    "value/explained_variance",
+    "value/mean",
+    "value/clip_frac",
+    "value/grad_norm",
+    "value/lr",
+    "policy/ratio_mean",
+    "policy/ratio_min",
+    "policy/ratio_max",
+    "policy/early_stopped",
+    "reward/kl_penalty",
+)
+"""What a row has besides with algorithm=ppo. `value/mean`, `value/explained_variance` and `reward/kl_penalty` are of the rollout
+that the step trains on; ratios, to the policy that sampled, and `value/loss` are of the step itself, before it moves anything. A
+step that is skipped, the policy having moved too far, is 1 in `policy/early_stopped`; what it did not compute is NaN."""
+
 
 def onpolicy(
     sampler_logprobs: np.ndarray | Tensor, trainer_logprobs: np.ndarray | Tensor, sampled_tokens: int, clip_max: float

@@ -1,5 +1,6 @@
-"""The trainer: TRL's, with exact log-probs and the comparison with the sampler."""
+"""The trainers: TRL's, with exact log-probs and the comparison with the sampler."""
 
 from rlinvariant.trainer.grpo import InvariantGRPOTrainer
+from rlinvariant.trainer.ppo import InvariantPPOTrainer
 
-__all__ = ["InvariantGRPOTrainer"]
+__all__ = ["InvariantGRPOTrainer", "InvariantPPOTrainer"]

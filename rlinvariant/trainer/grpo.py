@@ -109,7 +109,8 @@ class InvariantGRPOTrainer(GRPOTrainer):
         if self._trainer_is_invariant:
             self.model.__dict__.pop("forward", None)  # TRL's fused head, with another order of summation
             if self.ref_model is not None:
-                make_invariant(self.ref_model, dtype).__dict__.pop("forward", None)
+                self.ref_model.__dict__.pop("forward", None)
+                make_invariant(self.ref_model, dtype)
         self.remove_callback(PrinterCallback)  # prints every number of every step; our console and files have them
         self.use_vllm = True  # TRL's name for "the rollout carries log-probs": turns on its correction, if asked for
         self.sampler = sampler()

@@ -18,7 +18,7 @@ from rlinvariant.rollout import Completion
 from rlinvariant.sampler import vllm_model
 from rlinvariant.sampler.drive import Request, Trace, counting, drive
 from rlinvariant.sampler.engine import Sampler
-from rlinvariant.trainer import InvariantGRPOTrainer
+from rlinvariant.trainer import InvariantGRPOTrainer, InvariantPPOTrainer
 from rlinvariant.trainer.score import Layout, padded, score
 from tests.parity.device import BLOCK, CUDA, DEVICE
 
@@ -122,7 +122,7 @@ def new_trainer(path: str, engine: Any, output_dir: Path | str, *, invariance: s
     """A trainer on an engine that runs already, and where its rows will be."""
     names = (
         "reward_funcs", "train_dataset", "dtype", "staleness", "on_samples", "eval_dataset", "peft_config", "model",
-        "callbacks",
+        "callbacks", "ppo",
     )  # fmt: skip
     owned = {key: changes.pop(key) for key in names if key in changes}
     arguments: dict[str, Any] = {
@@ -149,7 +149,7 @@ def new_trainer(path: str, engine: Any, output_dir: Path | str, *, invariance: s
         run.mismatches.append(first_mismatch)
 
     model = owned.pop("model", None) or AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    run.trainer = InvariantGRPOTrainer(
+    run.trainer = (InvariantPPOTrainer if "ppo" in owned else InvariantGRPOTrainer)(
         model,
         owned.pop("reward_funcs", variety),
         GRPOConfig(**arguments),

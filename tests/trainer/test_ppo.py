@@ -1,0 +1,432 @@
+"""PPO: exact like GRPO, values that depend on nothing but their tokens, and what PPO adds, each against a control."""
+
+import shutil
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, Qwen3Config, TrainerCallback
+
+from rlinvariant.bits import assert_bits_equal
+from rlinvariant.config import PPOConfig, parse
+from rlinvariant.errors import ConfigErrors, UserError
+from rlinvariant.metrics import KEYS, PPO_KEYS
+from rlinvariant.trainer import InvariantPPOTrainer
+from rlinvariant.trainer.ppo import HEAD, Critic
+from tests.parity.device import DEVICE
+from tests.parity.harness import (
+    Layout,
+    Run,
+    assert_exact,
+    assert_same_weights,
+    load,
+    new_trainer,
+    padded,
+    variety,
+    weights,
+)
+
+STEP = 16 * 8
+TIMES = ("time/", "perf/", "step_time", "profiling/")
+
+
+@pytest.fixture
+def new(arithmetic_dir, exact_engine, tmp_path):
+    """A PPO trainer; settings of PPO by `ppo`, others as for `new_trainer`."""
+
+    def start(ppo: dict[str, Any] | None = None, **changes: Any) -> Run:
+        directory = tmp_path / str(len(list(tmp_path.iterdir())))
+        return new_trainer(arithmetic_dir, exact_engine, directory, ppo=PPOConfig(**(ppo or {})), **changes)
+
+    return start
+
+
+@pytest.fixture
+def run(new):
+    def start(*args: Any, **changes: Any) -> Run:
+        started = new(*args, **changes)
+        started.trainer.train()
+        return started
+
+    return start
+
+
+def critic(run: Run) -> dict[str, Tensor]:
+    return {name: p.detach().cpu().clone() for name, p in run.trainer.critic.named_parameters()}
+
+
+def moved(run: Run, arithmetic_dir: str) -> tuple[bool, bool]:
+    """Whether any weight of (policy, critic's backbone) is another than in the checkpoint."""
+    first = dict(AutoModelForCausalLM.from_pretrained(arithmetic_dir, dtype=torch.float32).named_parameters())
+    backbone = {f"model.{name}": p for name, p in run.trainer.critic.backbone.named_parameters()}
+    return tuple(any((p.cpu() != first[name]).any() for name, p in found.items()) for found in (weights(run), backbone))  # type: ignore[return-value]
+
+
+def test_a_run_is_exact_and_moves_policy_and_critic(run, arithmetic_dir):
+    trained = run()
+    assert_exact(trained, 2 * STEP)
+    assert moved(trained, arithmetic_dir) == (True, True)
+    assert all(p.abs().sum() > 0 for p in critic(trained).values())
+    for row in trained.rows:
+        assert set(KEYS) | set(PPO_KEYS) <= row.keys() and row["onpolicy/coverage"] == 1
+        assert (row["policy/ratio_min"], row["policy/ratio_max"], row["policy/approx_kl"]) == (1.0, 1.0, 0.0)
+    assert trained.rows[0]["value/mean"] == 0.0 != trained.rows[1]["value/mean"], "the head starts at 0"
+
+
+SCHEDULES = {
+    "accumulated": {"gradient_accumulation_steps": 2},
+    "two iterations": {"num_iterations": 2},
+    "minibatches, two iterations": {"steps_per_generation": 2, "num_iterations": 2},
+    "checkpointed": {"gradient_checkpointing": True},
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_schedule_is_exact(schedule, run):
+    trained = run({"kl_coef": 0.1}, max_steps=4, per_device_train_batch_size=8, **SCHEDULES[schedule])
+    assert_exact(trained, STEP)
+    assert trained.rows[0]["policy/ratio_max"] == 1.0
+    later = [row["policy/ratio_max"] for row in trained.rows if not row["onpolicy/compared_tokens"]]
+    assert all(ratio > 1 for ratio in later) and len(later) == (2 if schedule == "two iterations" else len(later))
+
+
+# ---- values
+
+
+def some_rows() -> tuple[list[list[int]], list[list[int]]]:
+    rng = torch.Generator().manual_seed(2)
+    lengths = torch.randint(1, 13, (12, 2), generator=rng).tolist()
+    return tuple([torch.randint(4, 90, (n[i],), generator=rng).tolist() for n in lengths] for i in (0, 1))  # type: ignore[return-value]
+
+
+def valued(critic: Critic, layout: Layout, rows: list[int]) -> list[Tensor]:
+    """Values of each completion, in the order of `rows`, scored in micro-batches."""
+    prompts, completions = some_rows()
+    found = {}
+    for at in range(0, len(rows), layout.micro_batch):
+        part = rows[at : at + layout.micro_batch]
+        ids, mask, length = padded([prompts[i] for i in part], [completions[i] for i in part], layout)
+        with torch.set_grad_enabled(layout.grad):
+            values = critic(ids.to(DEVICE), mask.to(DEVICE), length).detach().cpu()
+        assert not values[mask[:, -length:] == 0].any()
+        found |= {i: values[row][mask[row, -length:].bool()] for row, i in enumerate(part)}
+    return [found[i] for i in range(len(rows))]
+
+
+def new_critic(path: str, invariant: bool) -> Critic:
+    made = Critic(load(path).base_model, torch.bfloat16, invariant).to(DEVICE)
+    torch.nn.init.normal_(made.head.weight, generator=torch.Generator(DEVICE).manual_seed(0))
+    return made.eval()
+
+
+def test_values_do_not_depend_on_micro_batch_order_or_padding(arithmetic_dir):
+    ours, every = new_critic(arithmetic_dir, True), list(range(12))
+    alone = torch.cat(valued(ours, Layout(1), every))
+    assert alone.unique().numel() > 40, "blind: values are alike"
+    others = [Layout(12), Layout(5), Layout(12, padding=3), Layout(7, padding=9, grad=True)]
+    for layout in others:
+        assert_bits_equal(torch.cat(valued(ours, layout, every)), alone, str(layout))
+    assert_bits_equal(torch.cat(valued(ours, Layout(5), every[::-1])), alone, "reversed")
+    stock = new_critic(arithmetic_dir, False)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        control = [torch.cat(valued(stock, layout, every)) for layout in (Layout(1), Layout(12))]
+    assert (control[0] != control[1]).any(), "control: the stock critic's values depend on the batch"
+
+
+# ---- losses
+
+
+def test_the_policy_loss_is_ppos(new, arithmetic_dir):
+    """TRL's loss with advantages per token against float64, by cases, at ratios on both sides of the clip range."""
+    trainer = new().trainer
+    rng = torch.Generator().manual_seed(1)
+    mask = (torch.arange(6) < torch.tensor([[6], [2], [4]])).long().to(DEVICE)
+    old, advantages = (torch.randn(3, 6, generator=rng).to(DEVICE) for _ in range(2))
+    new_logprobs = (old + 0.3 * torch.randn(3, 6, generator=rng).to(DEVICE)).requires_grad_()
+    inputs = dict.fromkeys(("prompt_ids", "prompt_mask", "completion_ids", "completion_mask"), mask)
+    inputs |= dict.fromkeys(("old_per_token_logps", "sampling_per_token_logps"), old)
+    inputs |= {"advantages": advantages, "num_items_in_batch": mask.sum(), "compared": torch.ones(3)}
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1
+    with (
+        mock.patch.object(trainer, "_packed_logprobs", lambda *_: (new_logprobs, new_logprobs.detach() * 0)),
+        mock.patch.object(trainer, "_learn_values"),
+    ):
+        loss = trainer._compute_loss(trainer.model, inputs)
+    total, slopes, clipped = 0.0, torch.zeros(3, 6, dtype=torch.float64), 0
+    for b, t in mask.nonzero().tolist():
+        a, ratio = advantages[b, t].item(), (new_logprobs[b, t].double() - old[b, t].double()).exp().item()
+        flat = ratio > 1.2 if a > 0 else ratio < 0.8
+        total -= a * ((1.2 if a > 0 else 0.8) if flat else ratio)
+        slopes[b, t], clipped = (0.0 if flat else -a * ratio), clipped + flat
+    assert 2 <= clipped <= 8
+    assert loss.item() == pytest.approx(total / 12, rel=1e-5)
+    (gradient,) = torch.autograd.grad(loss, new_logprobs)
+    assert torch.allclose(gradient.double().cpu(), slopes / 12, rtol=1e-5, atol=1e-7)
+
+
+def test_accumulation_and_minibatches_change_no_mean(run):
+    """One step over 16 rows, in one piece or four: the same loss and gradient of the critic, but for rounding."""
+    whole, pieces = run(max_steps=1), run(max_steps=1, per_device_train_batch_size=4, gradient_accumulation_steps=4)
+    for key, error in {"value/loss": 1e-5, "value/grad_norm": 2e-2, "optim/grad_norm": 2e-2, "reward/mean": 0}.items():
+        assert pieces.rows[0][key] == pytest.approx(whole.rows[0][key], rel=error), key
+    assert whole.rows[0]["value/grad_norm"] > 0
+
+
+def test_one_pass_of_the_critic_where_the_rollout_is_one_micro_batch(run):
+    def passes(**changes: Any) -> int:
+        count, forward = 0, Critic.forward
+
+        def counted(self, *args):
+            nonlocal count
+            count += 1
+            return forward(self, *args)
+
+        with mock.patch.object(Critic, "forward", counted):
+            run(max_steps=2, **changes)
+        return count
+
+    assert passes() == 2, "the step's own"
+    assert passes(num_iterations=2) == 2
+    assert passes(gradient_accumulation_steps=2, per_device_train_batch_size=8) == 2 * (2 + 2), "old values, and the step's"
+
+
+# ---- what PPO adds
+
+
+def test_the_penalty_is_in_the_rewards_and_not_in_the_loss(run):
+    """Reference and policy are one function at first: the penalty is 0 without rounding."""
+    trained = run({"kl_coef": 0.5})
+    assert_exact(trained, 2 * STEP)
+    assert trained.rows[0]["reward/kl_penalty"] == 0.0 != trained.rows[1]["reward/kl_penalty"]
+    assert not any("kl" in row for row in trained.rows), "TRL's term of the loss"
+    assert trained.trainer.ref_model is not None and run().trainer.ref_model is None
+
+
+def test_in_the_warm_up_the_critic_alone_learns(run, arithmetic_dir):
+    assert moved(run({"value_warmup_steps": 2}), arithmetic_dir) == (False, True)
+    assert moved(run({"value_warmup_steps": 2}, max_steps=3), arithmetic_dir) == (True, True)
+
+
+class Versions(TrainerCallback):
+    """The weights of policy and critic after each step."""
+
+    def __init__(self) -> None:
+        self.kept: list[Tensor] = []
+        self.run: Any = None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        trainer = self.run.trainer
+        self.kept.append(torch.cat([p.detach().flatten() for m in (trainer.model, trainer.critic) for p in m.parameters()]))
+
+
+def test_a_rollout_is_left_where_the_policy_has_moved_too_far(new):
+    versions = Versions()
+    started = versions.run = new({"target_kl": 1e-7}, num_iterations=3, max_steps=6, callbacks=[versions])
+    started.trainer.train()
+    assert_exact(started, 2 * STEP)
+    assert [row["policy/early_stopped"] for row in started.rows] == [0, 1, 1, 0, 1, 1]
+    same = [bool((a == b).all()) for a, b in zip(versions.kept, versions.kept[1:], strict=False)]
+    assert same == [True, True, False, True, True], "a step that is skipped moves nothing"
+    kl = [row["policy/approx_kl"] for row in started.rows]
+    assert kl[0] == 0 == kl[3] and kl[1] > 1e-7 and kl[2] != kl[2], "the third step computes nothing"
+    free = new({"target_kl": 1e3}, num_iterations=3, max_steps=3)
+    free.trainer.train()
+    assert not any(row["policy/early_stopped"] for row in free.rows)
+
+
+def test_drift_enters_the_ratio(arithmetic_dir, stock_engine, tmp_path):
+    """Stock kernels on both sides, the first pass over a rollout: the ratio should be 1, as it is in exact mode."""
+    drifting = new_trainer(arithmetic_dir, stock_engine, tmp_path, invariance="off", bf16=True, ppo=PPOConfig(kl_coef=0.1))
+    drifting.trainer.train()
+    for row in drifting.rows:
+        assert row["policy/ratio_min"] < 1 < row["policy/ratio_max"] and row["policy/approx_kl"] > 0
+        assert row["onpolicy/mismatched_tokens"] > 0
+    assert drifting.rows[0]["reward/kl_penalty"] != 0, "the reference is not the function that sampled"
+
+
+def test_one_sample_of_each_prompt(arithmetic_dir, exact_engine, tmp_path):
+    """Through the configuration: TRL's own class asks for two."""
+    settings = ["per_device_train_batch_size=16", "max_completion_length=12", "save_strategy=no", "report_to=none"]
+    settings = [f"trainer.{setting}" for setting in (*settings, "num_generations=1")]
+    config = parse([f"model={arithmetic_dir}", "recipe=arithmetic_ppo", *settings])
+    args, rows = config.grpo_config(), []
+    args.output_dir, args.max_steps = str(tmp_path), 2
+    train, _ = config.load_recipe().datasets(config, None)
+    model = AutoModelForCausalLM.from_pretrained(arithmetic_dir, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(arithmetic_dir)
+    trainer = InvariantPPOTrainer(model, variety, args, train_dataset=train, processing_class=tokenizer, ppo=config.ppo,
+                                  sampler=lambda: exact_engine, on_row=lambda row, _: rows.append(row))  # fmt: skip
+    trainer.train()
+    assert [row["onpolicy/mismatched_tokens"] for row in rows] == [0, 0] and trainer.num_generations == 1
+    assert len(set(trainer._logs["prompt"])) > 12, "16 prompts, but for some that are alike"
+
+
+# ---- checkpoints
+
+
+@pytest.fixture(scope="module")
+def saved(arithmetic_dir, exact_engine, tmp_path_factory):
+    """Four steps, a checkpoint after the second and the last."""
+    directory = tmp_path_factory.mktemp("saved")
+    saving = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "ppo": PPOConfig(critic_learning_rate=2e-3)}
+    run = new_trainer(arithmetic_dir, exact_engine, directory, **saving)
+    run.trainer.train()
+    return run, directory
+
+
+def test_a_resumed_run_is_the_run_that_was_not_interrupted(saved, new):
+    whole, directory = saved
+    rest = new({"critic_learning_rate": 2e-3}, max_steps=4)
+    rest.trainer.train(resume_from_checkpoint=str(directory / "checkpoint-2"))
+    assert_exact(rest, 2 * STEP)
+    names = [key for key in whole.rows[0] if not key.startswith((*TIMES, "onpolicy/exact_streak", "num_tokens"))]
+    for a, b in zip(rest.rows, whole.rows[2:], strict=True):
+        assert [repr(a[key]) for key in names] == [repr(b[key]) for key in names]
+    assert_same_weights(weights(rest), weights(whole), "resumed policy")
+    assert_same_weights(critic(rest), critic(whole), "resumed critic")
+
+
+def test_a_saved_critic_is_a_plain_model_and_a_critic_to_start_from(saved, new):
+    whole, directory = saved
+    path = directory / "checkpoint-4" / "critic"
+    model, info = AutoModel.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert type(model).__module__.startswith("transformers.") and (path / HEAD).is_file()
+    assert_same_weights(critic(new({"critic": str(path)})), critic(whole), "loaded")
+
+
+def test_a_checkpoint_of_grpo_is_refused(saved, new, tmp_path):
+    path = shutil.copytree(saved[1] / "checkpoint-2", tmp_path / "checkpoint-2", ignore=shutil.ignore_patterns("critic"))
+    with pytest.raises(UserError, match="no value_head.safetensors: the checkpoint has no critic"):
+        new(max_steps=4).trainer.train(resume_from_checkpoint=str(path))
+
+
+# ---- what goes wrong
+
+
+def poisoned(what: str, run: Run) -> Any:
+    """Make `what` NaN at the second step."""
+    trainer = run.trainer
+
+    def nan(x: Tensor) -> Tensor:
+        return x * (float("nan") if trainer.state.global_step == 1 else 1)
+
+    if what == "values":
+        return trainer.critic.register_forward_hook(lambda m, i, out: nan(out))
+    if what == "policy_loss":
+        packed = InvariantPPOTrainer._packed_logprobs
+        trainer._packed_logprobs = lambda *args: (packed(trainer, *args)[0], nan(packed(trainer, *args)[1]))
+        trainer._entropy_bonus_enabled, trainer.entropy_coef, trainer.use_adaptive_entropy = True, 1.0, False
+        return None
+    return dict([*trainer.model.named_parameters(), ("critic", trainer.critic.head.weight)])[what].register_hook(nan)
+
+
+@pytest.mark.parametrize(
+    ("what", "name"),
+    [
+        ("values", "values"),
+        ("policy_loss", "policy_loss"),
+        ("model.layers.1.mlp.up_proj.weight", "gradient of model.layers.1.mlp.up_proj.weight"),
+        ("critic", "gradient of the critic's head.weight"),
+    ],
+)
+def test_nan_stops_before_the_step_by_name(what, name, new, tmp_path):
+    started = new(max_steps=3, save_strategy="steps", save_steps=1)
+    poisoned(what, started)
+    with pytest.raises(UserError, match=rf"step 2: {name}: [\d,]+ of [\d,]+ numbers are not finite; stopped before") as error:
+        started.trainer.train()
+    assert "\n" not in str(error.value) and len(started.rows) == 1
+    checkpoint = tmp_path / "0" / "checkpoint-1"
+    kept = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    assert_same_weights(dict(kept.named_parameters()), weights(started), "the weights are the checkpoint's")
+    assert all(p.isfinite().all() for p in critic(started).values())
+
+
+REFUSED = {
+    "ppo.gamma=1.5": "ppo.gamma=1.5: expected 0 to 1",
+    "ppo.lam=-0.1": "ppo.lam=-0.1: expected 0 to 1",
+    "ppo.kl_coef=-1": "ppo.kl_coef=-1.0: expected 0 or more",
+    "ppo.value_clip=0": "ppo.value_clip=0.0: expected more than 0",
+    "ppo.target_kl=0": "ppo.target_kl=0.0: expected more than 0",
+    "trainer.loss_type=grpo": "trainer.loss_type=grpo: expected dapo with algorithm=ppo",
+    "trainer.beta=0.1": "trainer.beta=0.1: expected 0.0 with algorithm=ppo: the penalty is in the rewards; use ppo.kl_coef",
+    "trainer.scale_rewards=none": "trainer.scale_rewards=none: expected group with algorithm=ppo",
+}
+
+
+def test_settings_that_cannot_be_are_refused_in_one_line_each(arithmetic_dir):
+    with pytest.raises(ConfigErrors) as error:
+        parse([f"model={arithmetic_dir}", "recipe=arithmetic_ppo", *REFUSED])
+    assert len(error.value.errors) == len(REFUSED)
+    for expected, found in zip(sorted(REFUSED.values()), sorted(error.value.errors), strict=True):
+        assert found.startswith(expected)
+
+
+def test_settings_of_ppo_are_refused_where_they_do_nothing(arithmetic_dir):
+    model = f"model={arithmetic_dir}"
+    with pytest.raises(ConfigErrors, match=r"^ppo.gamma=0.9: expected algorithm=ppo, or it does nothing; remove it$"):
+        parse([model, "recipe=arithmetic", "ppo.gamma=0.9"])
+    settings = [model, "recipe=arithmetic_ppo", "algorithm=grpo", "trainer.num_generations=8"]
+    assert parse(settings).algorithm == "grpo", "the recipe's own rest"
+    with pytest.raises(ConfigErrors, match=r"ppo.lam=0.9: expected algorithm=ppo"):
+        parse([*settings, "ppo.lam=0.9"])
+
+
+def test_a_critic_of_another_vocabulary_is_refused(new, tmp_path_factory, arithmetic_dir):
+    directory = tmp_path_factory.mktemp("critics")
+    sizes = {"vocab_size": 99, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "hidden_size": 64}
+    AutoModel.from_config(Qwen3Config(**sizes, head_dim=64, intermediate_size=64)).save_pretrained(directory / "small")
+    with pytest.raises(UserError, match="small: expected the policy's vocabulary of 100 tokens, found 99"):
+        new({"critic": str(directory / "small")})
+    other = shutil.copytree(arithmetic_dir, directory / "other")
+    text = (other / "tokenizer.json").read_text()
+    (other / "tokenizer.json").write_text(text.replace('"7": 11', '"7": 12', 1).replace('"8": 12', '"8": 11', 1))
+    with pytest.raises(UserError, match="other: expected the policy's tokenizer, found another vocabulary"):
+        new({"critic": str(other)})
+    with pytest.raises(UserError, match=r"^ppo.critic=nowhere: cannot be loaded: "):
+        new({"critic": "nowhere"})
+
+
+def test_a_reference_that_cannot_be_loaded_is_refused(new, arithmetic_dir):
+    model = AutoModelForCausalLM.from_pretrained(arithmetic_dir, dtype=torch.float32)
+    model.config._name_or_path = ""
+    with pytest.raises(ConfigErrors, match=r"^ppo.kl_coef=0.1: expected a model with a directory or hub id"):
+        new({"kl_coef": 0.1}, model=model)
+
+
+def test_no_reward_and_no_token_are_refused(new):
+    started = new(reward_funcs=lambda completions, **_: [None] * len(completions))
+    with pytest.raises(UserError, match="step 1: every completion is masked: no reward function gave any of them a number"):
+        started.trainer.train()
+    started = new()
+    generate = started.trainer.sampler.generate
+
+    def one_is_empty(*args: Any, **kwargs: Any) -> Any:
+        completions = generate(*args, **kwargs)
+        completions[3].token_ids.clear()
+        completions[3].sampler_logprobs.clear()
+        return completions
+
+    with (
+        mock.patch.object(started.trainer, "sampler", mock.Mock(wraps=started.trainer.sampler, generate=one_is_empty)),
+        pytest.raises(UserError, match="step 1, sample 3: empty completion: no token can carry its reward"),
+    ):
+        started.trainer.train()
+
+
+def test_a_completion_without_a_reward_teaches_nothing(new):
+    """Its advantages are 0, and its returns what the critic says."""
+    started, seen = new(reward_funcs=lambda completions, **_: [None, *variety(completions)[1:]], max_steps=1), {}
+    estimate = InvariantPPOTrainer._estimate
+
+    def looking(self, output):
+        estimate(self, output)
+        seen.update(output)
+
+    with mock.patch.object(InvariantPPOTrainer, "_estimate", looking):
+        started.trainer.train()
+    assert not seen["advantages"][0].any() and seen["advantages"][1].any()
+    assert_bits_equal(seen["returns"][0], seen["old_values"][0], "returns")
