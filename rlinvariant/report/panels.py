@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 Scale = Literal["linear", "from zero", "log", "log and zero"]
-CORRECTION = "trainer.vllm_importance_sampling_correction"
+CORRECTION, ALGORITHM = "trainer.vllm_importance_sampling_correction", "algorithm"
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Panel:
         keys: of metrics.jsonl; one, or two: the first divided by the second.
         scale: "from zero" is linear with 0 in sight; "log" is linear where the values span less than a factor of ten;
             "log and zero" has a band of its own for an exact 0.
-        arms: "all", or "corrected": only the runs in which TRL corrects by importance sampling have the key.
+        arms: "all"; "corrected" or "ppo": only the runs in which TRL corrects by importance sampling, or with algorithm=ppo.
     """
 
     section: str
@@ -29,7 +29,7 @@ class Panel:
     unit: str
     scale: Scale
     notice: str
-    arms: Literal["all", "corrected"] = "all"
+    arms: Literal["all", "corrected", "ppo"] = "all"
 
     def values(self, rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
         """[rows] float64 of rows of metrics.jsonl; NaN where a key is missing or null, and for 0 / 0."""
@@ -39,10 +39,12 @@ class Panel:
 
     def shown_for(self, config: Mapping[str, Any]) -> bool:
         """Whether a run with this config.json has the panel's keys."""
+        if self.arms == "ppo":
+            return config.get(ALGORITHM, {}).get("value") == "ppo"
         return self.arms == "all" or bool(config.get(CORRECTION, {}).get("value"))
 
 
-ON_POLICY, LEARNING, SPEED = "Sampler against trainer", "Learning", "Speed"
+ON_POLICY, LEARNING, CRITIC, SPEED = "Sampler against trainer", "Learning", "Critic", "Speed"
 
 PANELS = (
     Panel(ON_POLICY, "KL, sampler to trainer (k3)", ("onpolicy/kl_k3",), "nats per token", "log and zero",
@@ -73,6 +75,19 @@ PANELS = (
           "Spikes that one arm alone has."),
     Panel(LEARNING, "Length of completions", ("rollout/len_mean",), "tokens", "from zero",
           "Rewards of arms compare best where lengths do."),
+    Panel(CRITIC, "Value loss", ("value/loss",), "half squared error", "log",
+          "Falls as the reward stops varying, too.", arms="ppo"),
+    Panel(CRITIC, "Explained variance of the returns", ("value/explained_variance",), "fraction", "linear",
+          "1: the critic knows each return beforehand. 0: a constant would do as well. Below 0: it misleads.", arms="ppo"),
+    Panel(CRITIC, "Mean value", ("value/mean",), "reward", "linear", "Follows the reward if the critic keeps up.", arms="ppo"),
+    Panel(CRITIC, "Values held by the clip", ("value/clip_frac",), "fraction of tokens", "from zero",
+          "Of further passes over a rollout; many: the critic learns in bounds.", arms="ppo"),
+    Panel(CRITIC, "Largest ratio of a step", ("policy/ratio_max",), "ratio", "log",
+          "New policy to the one that sampled. Exact, the first pass has 1; with drift it has not.", arms="ppo"),
+    Panel(CRITIC, "KL of a step (k3)", ("policy/approx_kl",), "nats per token", "log and zero",
+          "How far a rollout's further passes have moved the policy; ppo.target_kl stops them.", arms="ppo"),
+    Panel(CRITIC, "Penalty for leaving the reference", ("reward/kl_penalty",), "reward of a completion", "linear",
+          "What ppo.kl_coef takes off; 0 without it.", arms="ppo"),
     Panel(SPEED, "Sampler", ("perf/sampler_tok_s",), "tokens/s", "from zero", "The price of the sampler's exact kernels."),
     Panel(SPEED, "Trainer", ("perf/trainer_tok_s",), "tokens/s", "from zero",
           "Exact arms skip the pass over old log-probs, and pack."),

@@ -2,25 +2,29 @@
 
 import math
 
+from rlinvariant.config import PPOConfig
 from rlinvariant.metrics import KEYS as TRAINING_KEYS
-from rlinvariant.report.panels import CORRECTION, PANELS
+from rlinvariant.report.panels import ALGORITHM, CORRECTION, PANELS
 from tests.parity.harness import train
 
 
 def test_every_panel_reads_keys_that_training_emits(arithmetic_dir, exact_engine, tmp_path):
-    """Those of all arms are ours; TRL's own are in the rows of a run that corrects, and in no other."""
-    plain, corrected = (
-        train(arithmetic_dir, exact_engine, tmp_path / str(on), max_steps=1, vllm_importance_sampling_correction=on).rows[0]
-        for on in (False, True)
-    )
+    """Those of all arms are ours; TRL's own are in the rows of a run that corrects, the critic's of PPO, and in no other."""
+    kinds = {"all": {}, "corrected": {"vllm_importance_sampling_correction": True}, "ppo": {"ppo": PPOConfig()}}
+    rows = {
+        kind: train(arithmetic_dir, exact_engine, tmp_path / kind, max_steps=1, **changes).rows[0]
+        for kind, changes in kinds.items()
+    }
+    plain = rows["all"]
     for panel in PANELS:
-        assert set(panel.keys) <= corrected.keys(), panel.title
+        special = rows[panel.arms]
+        assert set(panel.keys) <= special.keys(), panel.title
         if panel.arms == "all":
             assert set(panel.keys) <= set(TRAINING_KEYS) and set(panel.keys) <= plain.keys(), panel.title
             assert math.isfinite(panel.values([plain])[0]), panel.title
         else:
             assert not set(panel.keys) <= plain.keys(), panel.title
-            assert math.isfinite(panel.values([corrected])[0]), panel.title
+            assert math.isfinite(panel.values([special])[0]), panel.title
 
 
 def test_panels_are_distinct_and_say_what_to_notice():
@@ -35,7 +39,10 @@ def test_values_of_a_panel_with_two_keys_are_a_quotient():
     assert found[:2] == [0.25, 0] and all(map(math.isnan, found[2:]))
 
 
-def test_a_corrected_arm_is_known_by_its_configuration():
+def test_what_a_run_draws_is_known_by_its_configuration():
+    critic = next(panel for panel in PANELS if panel.arms == "ppo")
+    assert critic.shown_for({ALGORITHM: {"value": "ppo"}})
+    assert not critic.shown_for({ALGORITHM: {"value": "grpo"}}) and not critic.shown_for({})
     panel = next(panel for panel in PANELS if panel.arms == "corrected")
     assert panel.shown_for({CORRECTION: {"value": True}})
     assert not panel.shown_for({CORRECTION: {"value": False}}) and not panel.shown_for({})
