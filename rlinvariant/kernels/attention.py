@@ -177,7 +177,7 @@ def check(heads: int, kv_heads: int, head_size: int, device: int, page: int = 16
     cache = cache.transpose(1, 2)
     expected, _ = _packed(q, k, v, cu, most, scale, window)
     alone, _ = _packed(q[:300], k[:300], v[:300], cu[:2], 300, scale, window)
-    _require_equal(alone, expected[:300], "a sequence alone does", heads, kv_heads, head_size, window)
+    _require_equal(alone, expected[:300], "the rows of a sequence alone do", heads, kv_heads, head_size, window)
     for last in (1, 3, 16, 128, most):  # so many of the last queries of every sequence
         counts = [min(last, n) for n in lengths]
         index = torch.cat([torch.arange(int(e) - c, int(e)) for e, c in zip(cu[1:].tolist(), counts, strict=True)]).to(q.device)

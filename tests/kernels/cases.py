@@ -26,15 +26,15 @@ def linear(rows: int) -> Case:
     return ops.linear, (bf16(rows, HIDDEN), bf16(MLP, HIDDEN, seed=1), bf16(MLP, seed=2))
 
 
-def rms_norm() -> Case:
+def rms_norm(offset: float | None = None) -> Case:
     """Of the heads in a merged projection, read in place."""
     heads = bf16(TOKENS, (HEADS + 2 * KV_HEADS) * DIM)
-    return lambda x, w: ops.rms_norm(x[:, : HEADS * DIM].unflatten(1, (-1, DIM)), w, 1e-6), (heads, randn(DIM, seed=1))
+    return lambda x, w: ops.rms_norm(x[:, : HEADS * DIM].unflatten(1, (-1, DIM)), w, 1e-6, offset), (heads, randn(DIM, seed=1))
 
 
-def add_rms_norm() -> Case:
+def add_rms_norm(offset: float | None = None) -> Case:
     operands = bf16(TOKENS, HIDDEN), bf16(TOKENS, HIDDEN, seed=1), randn(HIDDEN, seed=2)
-    return lambda x, r, w: ops.add_rms_norm(x, r, w, 1e-6), operands
+    return lambda x, r, w: ops.add_rms_norm(x, r, w, 1e-6, offset), operands
 
 
 def angles() -> Tensor:
@@ -46,38 +46,46 @@ def rope() -> Case:
     return lambda x: ops.rope(x, cos, sin), (bf16(TOKENS, HEADS, DIM),)
 
 
-def qk_norm_rope() -> Case:
+def qk_norm_rope(offset: float | None = None) -> Case:
     cos, sin = angles().cos(), angles().sin()
 
     def call(qkv: Tensor, q_weight: Tensor, k_weight: Tensor) -> tuple[Tensor, Tensor]:
         q, k, _ = (x.unflatten(1, (-1, DIM)) for x in qkv.split([HEADS * DIM, KV_HEADS * DIM, KV_HEADS * DIM], 1))
-        return ops.qk_norm_rope(q, k, q_weight, k_weight, cos, sin, 1e-6)
+        return ops.qk_norm_rope(q, k, q_weight, k_weight, cos, sin, 1e-6, offset)
 
     return call, (bf16(TOKENS, (HEADS + 2 * KV_HEADS) * DIM), randn(DIM, seed=1), randn(DIM, seed=2))
 
 
-def swiglu() -> Case:
-    return lambda x: ops.swiglu(*x.chunk(2, -1)), (bf16(TOKENS, 2 * MLP),)
+def swiglu(activation: str = "silu") -> Case:
+    return lambda x: ops.swiglu(*x.chunk(2, -1), activation), (bf16(TOKENS, 2 * MLP),)
 
 
-def attention() -> Case:
+def swiglu_merged() -> Case:
+    return ops.swiglu_merged, (bf16(TOKENS, 2 * MLP),)
+
+
+def attention(window: int | None = None) -> Case:
     cu = int32(0, 25, 25, TOKENS)
     operands = bf16(TOKENS, HEADS, DIM), bf16(TOKENS, KV_HEADS, DIM, seed=1), bf16(TOKENS, KV_HEADS, DIM, seed=2)
-    return lambda q, k, v: ops.attention(q, k, v, cu, 0.125, 25), operands
+    return lambda q, k, v: ops.attention(q, k, v, cu, 0.125, 25, window), operands
 
 
-def paged_attention() -> Case:
+def paged_attention(window: int | None = None) -> Case:
     table, cu, lens = int32(3, 0, 5, 1, 2, 4).view(2, 3), int32(0, 39, TOKENS), int32(39, 48)
 
     def call(q: Tensor, cache: Tensor) -> Tensor:
-        return ops.paged_attention(q, cache, table, cu, lens, 0.125, max_seqlen_q=39, max_seqlen_k=48)
+        return ops.paged_attention(q, cache, table, cu, lens, 0.125, max_seqlen_q=39, max_seqlen_k=48, window=window)
 
     return call, (bf16(TOKENS, HEADS, DIM), bf16(6, KV_HEADS, PAGE, 2 * DIM, seed=1))
 
 
-def token_logprobs() -> Case:
+def scale_logits() -> Case:
+    return lambda x: ops.scale_logits(x, 0.3, 30.0), (bf16(TOKENS, VOCAB),)
+
+
+def token_logprobs(*scaling: float) -> Case:
     ids = randint(VOCAB, TOKENS)
-    return lambda h, w: ops.token_logprobs(h, w, ids, 0.7), (bf16(TOKENS, HIDDEN), bf16(VOCAB, HIDDEN, seed=1) / 8)
+    return lambda h, w: ops.token_logprobs(h, w, ids, 0.7, *scaling), (bf16(TOKENS, HIDDEN), bf16(VOCAB, HIDDEN, seed=1) / 8)
 
 
 def log_softmax() -> Case:
@@ -94,15 +102,24 @@ CASES: dict[str, Callable[[], Case]] = {
     "linear, 40 rows": lambda: linear(40),
     "linear, 400 rows": lambda: linear(400),
     "rms_norm": rms_norm,
+    "rms_norm, offset": lambda: rms_norm(1.0),
     "add_rms_norm": add_rms_norm,
+    "add_rms_norm, offset": lambda: add_rms_norm(1.0),
     "rope": rope,
     "qk_norm_rope": qk_norm_rope,
+    "qk_norm_rope, offset": lambda: qk_norm_rope(1.0),
     "swiglu": swiglu,
+    "swiglu, gelu_tanh": lambda: swiglu("gelu_tanh"),
+    "swiglu_merged": swiglu_merged,
     "attention": attention,
+    "attention, window": lambda: attention(9),
     "paged_attention": paged_attention,
+    "paged_attention, window": lambda: paged_attention(9),
+    "scale_logits": scale_logits,
     "token_logprobs": token_logprobs,
+    "token_logprobs, scaled": lambda: token_logprobs(0.3, 30.0),
     "log_softmax": log_softmax,
     "sample": sample,
 }
-WITHOUT_GRADIENT = {"paged_attention", "log_softmax", "sample"}
-WAITS_FOR_THE_GPU = {"token_logprobs"}  # it reads whether the token ids lie in the vocabulary
+WITHOUT_GRADIENT = {"paged_attention", "paged_attention, window", "log_softmax", "sample"}
+WAITS_FOR_THE_GPU = {"token_logprobs", "token_logprobs, scaled"}  # it reads whether the token ids lie in the vocabulary
