@@ -11,6 +11,7 @@ USAGE = """usage: rlinvariant train recipe=NAME [key=value ...]   train in this 
        rlinvariant ablate recipe=NAME seeds=3         the same runs exact, with drift, corrected, stale; a table and a page
        rlinvariant demo [MODEL] [key=value ...]       one prompt 1,000 times among changing traffic, ops off and on
        rlinvariant serve MODEL [vllm options]         vllm serve with the ops on: a request's bytes do not depend on load
+       rlinvariant verify MODEL [--tokens N|--short]  is it exact here, on my model: every relation, controls, a certificate
        rlinvariant doctor [MODEL] [--json] [--engine] is this machine able, which kernels, what is in the way
        rlinvariant report RUN_OR_ABLATION             write its report.html, print its tables
        rlinvariant dashboard push RUN_OR_ABLATION     the same panels as a W&B workspace and report; as JSON without a login
@@ -55,6 +56,15 @@ def serve(argv: list[str]) -> int:
         from rlinvariant.serve import serve
 
         serve(argv)
+
+    return _call(run)
+
+
+def verify(argv: list[str]) -> int:
+    def run() -> int:
+        from rlinvariant.verify.command import command
+
+        return command(argv)
 
     return _call(run)
 
@@ -122,6 +132,7 @@ def main() -> int:
         "ablate": ablate,
         "demo": demo,
         "serve": serve,
+        "verify": verify,
         "doctor": doctor,
         "report": report,
         "dashboard": dashboard,

@@ -110,7 +110,7 @@ def onpolicy(
     compared = len(sampler)
     if sampled_tokens < compared:
         raise ValueError(f"{compared} tokens compared, but only {sampled_tokens} sampled")
-    mismatched = _mismatched(sampler, trainer)
+    mismatched = mismatches(sampler, trainer)
     numbers = _from_values(sampler, trainer, mismatched, clip_max) if compared else {}
     return {key: float("nan") for key in ONPOLICY_KEYS} | {
         "onpolicy/mismatched_tokens": int(mismatched.sum()),
@@ -188,7 +188,7 @@ def first_mismatch(
         raise ValueError(
             f"expected three arrays [B, T], got sampler {sampler.shape}, trainer {trainer.shape}, mask {chosen.shape}"
         )
-    places = np.argwhere(_mismatched(sampler, trainer) & chosen)
+    places = np.argwhere(mismatches(sampler, trainer) & chosen)
     if not len(places):
         return None
     row, column = (int(i) for i in places[0])
@@ -236,7 +236,8 @@ def rollout_stats(lengths: Sequence[int], truncated: Sequence[bool]) -> dict[str
     }
 
 
-def _mismatched(sampler: np.ndarray, trainer: np.ndarray) -> np.ndarray:
+def mismatches(sampler: np.ndarray, trainer: np.ndarray) -> np.ndarray:
+    """Where two fp32 arrays of one shape are not the same bits, or one of them is NaN."""
     return (sampler.view(np.int32) != trainer.view(np.int32)) | np.isnan(sampler) | np.isnan(trainer)
 
 

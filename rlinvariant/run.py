@@ -1,10 +1,8 @@
 """One run, from a configuration to a trained model and its proof. Read this file to see how the parts fit together."""
 
 import functools
-import logging
 import os
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,7 +28,7 @@ def run(config: Config) -> None:
         lag = f"staleness={config.staleness}: the sampler's weights lag by as many steps"
         console.print(f"{lag}; log-probs of two versions are counted, not required to be equal")
     model_path = config.model or (recipe.prepare_model or _no_model)(config)
-    _quiet()
+    runtime.quiet()
     with console.stage("loading transformers, TRL and vLLM"):
         from transformers import AutoTokenizer
 
@@ -73,7 +71,7 @@ def run(config: Config) -> None:
     forget_routes()
     before = after = None
     finish_wandb: Callable[[], None] = lambda: None  # noqa: E731
-    record: dict[str, Any] = {"vllm_environment": runtime.VLLM}
+    record: dict[str, Any] = {"vllm_environment": runtime.VLLM, "proof": trainer.proof}
     if main:  # nothing is written before the run can start
         RunDir.create(config.run_dir, config.resolved(), config.resume)
         record["wandb"], log_to_wandb, finish_wandb = wandb_log.start(config.wandb, config.run_dir, config.resolved())
@@ -129,7 +127,7 @@ def grpo_trainer(
     Raises:
         UserError: in one list, what would break exactness; see InvariantGRPOTrainer.
     """
-    _quiet()
+    runtime.quiet()
     problems = [] if invariance in INVARIANCE else [f"invariance={invariance}: expected one of {', '.join(INVARIANCE)}"]
     problems += [] if dtype in ("bfloat16", "float32") else [f"dtype={dtype}: expected bfloat16 or float32"]
     source = sampler_model or (model if isinstance(model, (str, Path)) else model.config._name_or_path)
@@ -173,7 +171,7 @@ def grpo_trainer(
         kind = functools.partial(InvariantPPOTrainer, ppo=ppo)
     else:
         kind = InvariantGRPOTrainer
-    return kind(
+    trainer = kind(
         model,
         reward_funcs,
         args,
@@ -183,6 +181,14 @@ def grpo_trainer(
         sampler=engine,
         **kwargs,
     )
+    if invariance == "exact":
+        from rlinvariant.verify.start import prove
+
+        trainer.sync(force=True)
+        policy = trainer.accelerator.unwrap_model(trainer.model)
+        line, trainer.proof = prove(policy, trainer.sampler, AutoConfig.from_pretrained(source), str(source), dtype)
+        console.print(line)
+    return trainer
 
 
 def memory_gib() -> tuple[float, float]:
@@ -216,16 +222,6 @@ def _sampler_options(config: Config) -> dict[str, Any]:
     if s.max_num_batched_tokens is not None:
         options["max_num_batched_tokens"] = s.max_num_batched_tokens
     return {"max_model_len": s.max_model_len, "kv_cache_gib": s.kv_cache_gib, "options": options}
-
-
-def _quiet() -> None:
-    """Silence what is printed at every start and needs nobody's attention."""
-    # TRL warns of vLLM releases that its own client was not tested with; that client is not used here
-    warnings.filterwarnings("ignore", message="TRL currently supports vLLM")
-    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
-    warnings.filterwarnings("ignore", message="torch.backends.cuda.preferred_blas_library")  # kernels/linear.py uses it
-    logging.getLogger("flashinfer.jit").setLevel(logging.ERROR)
-    logging.getLogger("vllm.triton_utils.importing").setLevel(logging.ERROR)  # says that a CPU has no Triton
 
 
 def _kernels(config: Config) -> dict[str, str]:

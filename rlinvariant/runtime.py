@@ -1,6 +1,8 @@
 """What must be set in the process before an engine starts: once, recorded, and refused where something else is set."""
 
+import logging
 import os
+import warnings
 
 from rlinvariant.errors import UserError
 
@@ -25,3 +27,13 @@ def configure() -> dict[str, str]:
     for name, value in (VLLM | QUIET).items():
         os.environ.setdefault(name, value)
     return dict(VLLM)
+
+
+def quiet() -> None:
+    """Silence what is printed at every start and needs nobody's attention."""
+    # TRL warns of vLLM releases that its own client was not tested with; that client is not used here
+    warnings.filterwarnings("ignore", message="TRL currently supports vLLM")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
+    warnings.filterwarnings("ignore", message="torch.backends.cuda.preferred_blas_library")  # kernels/linear.py uses it
+    logging.getLogger("flashinfer.jit").setLevel(logging.ERROR)
+    logging.getLogger("vllm.triton_utils.importing").setLevel(logging.ERROR)  # says that a CPU has no Triton

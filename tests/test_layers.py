@@ -19,7 +19,7 @@ ROWS = (
     {"config"},
     {"sampler", "trainer"},
     {"report"},
-    {"warmstart"},
+    {"warmstart", "verify"},
     {"run"},
     {"recipes"},
     {"bench", "serve", "doctor"},

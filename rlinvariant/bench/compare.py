@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rlinvariant.rollout import Completion
-from rlinvariant.trainer.score import Layout, score
+from rlinvariant.trainer.score import Layout, score, stock_score
 
 
 @dataclass(frozen=True)
@@ -44,16 +44,10 @@ def against_trainer(
     return _unequal(torch.cat(found), [x for c in drawn for x in c.sampler_logprobs])
 
 
-@torch.no_grad()
 def against_stock_trainer(model: Any, prompts: Sequence[list[int]], drawn: Sequence[Completion], temperature: float) -> int:
     """The same with a model of transformers as it is, one completion at a time: the control."""
-    mismatched, device = 0, next(model.parameters()).device
-    for prompt, completion in zip(prompts, drawn, strict=True):
-        ids = torch.tensor([prompt + completion.token_ids], device=device)
-        logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float() / temperature
-        logprobs = logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0]
-        mismatched += _unequal(logprobs, completion.sampler_logprobs)
-    return mismatched
+    found = stock_score(model, prompts, drawn, temperature)
+    return _unequal(torch.cat(found), [x for c in drawn for x in c.sampler_logprobs])
 
 
 def _unequal(logprobs: Tensor, sampled: list[float]) -> int:

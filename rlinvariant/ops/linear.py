@@ -40,17 +40,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def is_exact(n: int, k: int, dtype: torch.dtype, bias: bool, threads: int) -> bool:
     """Whether the vendor GEMM keeps a row's bits for a weight [n, k], in all sixteen calls that `linear` would make.
 
-    Rows and columns are built so that each exact product is zero: the output is then nothing but rounding error, and any
-    other order of summation shows in nearly every element (with random operands a bf16 result hides it). Compared are every
-    row count, a shifted order of rows, and rows beside zeros, huge values and NaN. Under a second; cached for the process.
+    Operands are those of `cancelling`, which another order of summation cannot hide behind. Compared are every row count, a
+    shifted order of rows, and rows beside zeros, huge values and NaN. Under a second; cached for the process.
     The answer holds for one number of threads: sampler and trainer must use the same.
     """
-    rng = torch.Generator().manual_seed(n * 1_000_003 + k)
-    x = torch.randn(ROWS, k, generator=rng) * torch.exp2(torch.randint(-4, 4, (ROWS, k), generator=rng))
-    w, order = torch.randn(n, k, generator=rng), torch.randperm(k, generator=rng)
-    a, b = order[: k // 2], order[k // 2 : k // 2 * 2]
-    x[:, a], w[:, a] = -x[:, b], w[:, b]
-    x, w = x.to(dtype), w.to(dtype)
+    x, w = cancelling(ROWS, n, k, dtype)
     bias_n = torch.zeros(n, dtype=dtype) if bias else None
     full = F.linear(x, w, bias_n)
     for rows in range(STEP, ROWS + 1, STEP):
@@ -66,6 +60,20 @@ def is_exact(n: int, k: int, dtype: torch.dtype, bias: bool, threads: int) -> bo
                 if not _same(F.linear(tile, w, bias_n)[at], full[at]):
                     return False
     return True
+
+
+def cancelling(rows: int, n: int, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x [rows, k] and w [n, k] whose exact products are all zero, on the CPU, the same at every call.
+
+    An output is then nothing but rounding error, and another order of summation shows in nearly every element; with random
+    operands a bf16 result hides it.
+    """
+    rng = torch.Generator().manual_seed(n * 1_000_003 + k)
+    x = torch.randn(rows, k, generator=rng) * torch.exp2(torch.randint(-4, 4, (rows, k), generator=rng))
+    w, order = torch.randn(n, k, generator=rng), torch.randperm(k, generator=rng)
+    a, b = order[: k // 2], order[k // 2 : k // 2 * 2]
+    x[:, a], w[:, a] = -x[:, b], w[:, b]
+    return x.to(dtype), w.to(dtype)
 
 
 def forget_routes() -> None:

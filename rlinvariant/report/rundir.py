@@ -59,11 +59,11 @@ class RunDir:
             text = _json_text(config)
             if resume and run.config.read_text() != text:
                 taken = sum(1 for _ in run.path.glob("config.*.json"))
-                _write_atomically(run.path / f"config.{taken + 1}.json", run.config.read_text())
+                write_atomically(run.path / f"config.{taken + 1}.json", run.config.read_text())
             if run.result.exists():
                 taken = sum(1 for _ in run.path.glob("result.*.json"))
                 os.replace(run.result, run.path / f"result.{taken + 1}.json")
-            _write_atomically(run.config, text)
+            write_atomically(run.config, text)
             for lines in (run.metrics, run.samples):
                 _cut_torn_line(lines)
         except OSError as error:
@@ -72,11 +72,11 @@ class RunDir:
 
     def write_environment(self, extra: Mapping[str, Any]) -> None:
         """Write environment.json: what `environment()` finds, and `extra` (GPU, kernels actually used) over it."""
-        _write_atomically(self.environment, _json_text({"schema": SCHEMA} | environment() | dict(extra)))
+        write_atomically(self.environment, _json_text({"schema": SCHEMA} | environment() | dict(extra)))
 
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Write result.json, which only a finished run has: finished, accuracy_before and _after (or null), seconds."""
-        _write_atomically(self.result, _json_text(result))
+        write_atomically(self.result, _json_text(result))
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """Append the one row of a step; it is on the disk when this returns.
@@ -191,7 +191,7 @@ def _json_text(value: Mapping[str, Any]) -> str:
     return json.dumps(_jsonable(value), indent=2, allow_nan=False) + "\n"
 
 
-def _write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     with partial.open("w") as file:
         file.write(text)

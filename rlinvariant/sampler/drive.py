@@ -72,12 +72,18 @@ def counting(engine: Sampler) -> Iterator[Trace]:
 
 
 def drive(
-    engine: Sampler, requests: Sequence[Request], *, cold: bool = True, advance: Callable[[int], None] = lambda tokens: None
+    engine: Sampler,
+    requests: Sequence[Request],
+    *,
+    cold: bool = True,
+    preempt: Callable[[int], bool] = lambda step: False,
+    advance: Callable[[int], None] = lambda tokens: None,
 ) -> Trace:
     """Add, step and abort by hand, counting what the scheduler does.
 
     Args:
         cold: forget the prefixes of earlier requests first.
+        preempt: whether to take their pages away, before this engine step, from all that run: vLLM computes them again.
         advance: called after each step that ended requests, with how many tokens they had, all together.
     """
     if cold and not engine.llm.reset_prefix_cache():
@@ -98,6 +104,8 @@ def drive(
                 leaving = [names[i] for i, r in enumerate(requests) if r.aborts == step and i not in waiting]
                 llm.abort_request(leaving)
                 trace.aborted += len(leaving)
+                if preempt(step):
+                    engine.llm.reset_prefix_cache(reset_running_requests=True)
                 for output in llm.step():
                     if output.finished:
                         i, done = ids[output.request_id], output.outputs[0]

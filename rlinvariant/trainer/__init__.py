@@ -1,6 +1,18 @@
-"""The trainers: TRL's, with exact log-probs and the comparison with the sampler."""
+"""The trainers: TRL's, with exact log-probs and the comparison with the sampler; by GRPO, and by PPO with a critic."""
 
-from rlinvariant.trainer.grpo import InvariantGRPOTrainer
-from rlinvariant.trainer.ppo import InvariantPPOTrainer
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rlinvariant.trainer.grpo import InvariantGRPOTrainer
+    from rlinvariant.trainer.ppo import InvariantPPOTrainer
 
 __all__ = ["InvariantGRPOTrainer", "InvariantPPOTrainer"]
+_MODULES = {"InvariantGRPOTrainer": "grpo", "InvariantPPOTrainer": "ppo"}
+
+
+def __getattr__(name: str) -> Any:
+    """At first use: TRL takes seconds to import, and scoring needs none of it."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__} has no attribute {name}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -72,6 +72,7 @@ class InvariantGRPOTrainer(GRPOTrainer):
     max_completion_length: int
     num_generations: int
     eos_token_ids: list[int]
+    proof: dict[str, Any] | None = None  # of before the first step, where `rlinvariant.grpo_trainer` has made one
 
     def __init__(
         self,

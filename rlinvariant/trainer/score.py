@@ -61,6 +61,19 @@ def score(
     return [found[i] for i in range(len(order))]
 
 
+@torch.no_grad()
+def stock_score(
+    model: Any, prompts: Sequence[Sequence[int]], completions: Sequence[Completion], temperature: float
+) -> list[Tensor]:
+    """The same by a model of transformers as it is, one completion at a time: a control."""
+    found, device = [], next(model.parameters()).device
+    for prompt, completion in zip(prompts, completions, strict=True):
+        ids = torch.tensor([[*prompt, *completion.token_ids]], device=device)
+        logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float() / temperature
+        found.append(logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0].cpu())
+    return found
+
+
 def _batches(order: Sequence[int], lengths: Sequence[int], layout: Layout) -> Iterator[list[int]]:
     rows: list[int] = []
     for i in order:

