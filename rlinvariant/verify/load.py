@@ -1,6 +1,7 @@
 """The parts that are verified: the trainer's model, the engines, and the stock model, each as a run has them."""
 
 import os
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from transformers.utils import logging
 from rlinvariant import runtime
 from rlinvariant.conflicts import environment_conflicts
 from rlinvariant.errors import ConfigErrors, UserError
-from rlinvariant.models import make_trainable, require_exact
+from rlinvariant.models import make_trainable, require_exact, unsupported
 from rlinvariant.models.random import save_random
 from rlinvariant.ops.linear import routes
 from rlinvariant.sampler.engine import Sampler, refuse
@@ -101,3 +102,8 @@ def description(model: str, random: bool, directory: str, trained: Any) -> dict[
 def kernels() -> dict[str, Any]:
     """Which kernel took which weight, as the self-checks of this process decided."""
     return {"linear": routes(), "attention": "FlashAttention-3, one split" if device() == "cuda" else "kernels/cpu.c"}
+
+
+def supported(families: Mapping[str, Callable[[], Any]]) -> list[str]:
+    """Names of the configurations that `models.unsupported` has no reason against, on this machine's device."""
+    return [name for name, config in families.items() if not list(unsupported(config(), device()))]

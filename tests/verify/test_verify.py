@@ -1,0 +1,264 @@
+"""`rlinvariant verify`: what is exact is certified, what is not is not, and what was not shown is not either."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from rlinvariant import metrics
+from rlinvariant.bench.families import FAMILIES
+from rlinvariant.errors import ParityError, UserError
+from rlinvariant.report.console import Console
+from rlinvariant.sampler import vllm_model
+from rlinvariant.verify import certificate, command, ladder, load, relations, start, table
+from rlinvariant.verify.relations import Pair, Relation
+from tests.parity.harness import off_by_an_ulp
+
+QUICK = relations.Sizes(requests=4, prompt=70, tokens=6, longest=160, in_step=256, in_forward=4096)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> Path:
+    """Certificates of this test alone; the compiled kernels stay where they are."""
+    monkeypatch.setattr(certificate, "cache_dir", lambda: tmp_path / "cache")
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def verify(tmp_path):
+    """The certificate of a random model of a family, and what was printed."""
+
+    def run(family: str, **options: Any) -> dict[str, Any]:
+        FAMILIES[family]().save_pretrained(tmp_path / family)
+        console = Console()
+        given = {"random": True, "short": True} | options
+        return command.verify(str(tmp_path / family), scratch=str(tmp_path / "weights"), console=console, **given)
+
+    return run
+
+
+@pytest.mark.parametrize("family", load.supported(FAMILIES))
+def test_every_supported_family_is_exact(verify, family):
+    found = verify(family)
+    assert found["exact"], [r for r in found["relations"] if r["mismatched"] or not r["shown"] or r["first"]]
+    assert found["mismatched"] == 0 and found["tokens"] > 900
+    names = [r["name"] for r in found["relations"]]
+    assert len(names) == len(set(names)) and sum(n.startswith("op ") for n in names) >= 6
+    assert all(r["compared"] > 0 for r in found["relations"])
+    blind = [c["name"] for c in found["controls"] if c["blind"]]
+    assert not [name for name in blind if "linear" not in name], blind  # whether torch's linear varies depends on the processor
+
+
+def test_a_fault_in_the_sampler_is_no_certificate(verify, monkeypatch, capsys):
+    monkeypatch.setattr(vllm_model._Head, "apply", off_by_an_ulp(40))
+    found = verify("llama")
+    assert not found["exact"] and found["mismatched"] > 0
+    broken = {r["name"] for r in found["relations"] if r["mismatched"]}
+    assert {"sampler = trainer, packed", "random batch compositions = trainer"} <= broken
+    assert not {"alone = in a batch", "warm prefix = cold"} & broken  # the fault is the same in every batch
+    out = capsys.readouterr().out
+    assert "NOT EXACT" in out and "0x" in out
+    lines = "\n".join(table.verdict(found))
+    assert "NOT EXACT: mismatched" in lines and "rlinvariant bisect" in lines
+
+
+def test_what_is_not_shown_or_not_seen_is_no_certificate():
+    """Whatever else holds."""
+    held, seen = Relation("alone", compared=5), Relation("planted: an ulp", compared=5, mismatched=3)
+    blind_stock = Relation("stock: attention", compared=5)
+    assert command.is_exact([held], [seen]) and command.is_exact([held], [seen, blind_stock])
+    for wrong in (Relation("preempted", compared=5, shown=False), Relation("none"), Relation("other", 5, 1)):
+        assert not command.is_exact([held, wrong], [seen])
+    assert not command.is_exact([held], [seen, Relation("planted: stale", compared=5)])
+    assert not command.is_exact([], [seen]) and not command.is_exact([held], [blind_stock])
+
+
+def test_log_probs_are_compared_word_by_word():
+    relation = Relation("words")
+    a = np.array([0.0, -1.0, np.nan, -2.0], np.float32)
+    relation.add([a], [np.array([-0.0, -1.0, np.nan, np.nextafter(np.float32(-2), np.float32(0))], np.float32)])
+    assert (relation.compared, relation.mismatched) == (4, 3) and "position 0: 0x00000000 != 0x80000000" in str(relation.first)
+    relation.add([[-1.0, -2.0]], [[-1.0]])  # what is missing differs
+    assert (relation.compared, relation.mismatched) == (6, 4)
+
+
+def test_the_ladder_sees_a_row_that_depends_on_others():
+    x, w = torch.randn(ladder.PACKED, 8), torch.randn(8, 8)
+    for call, differs in (
+        (lambda x, w: (x * 2,), False),
+        (lambda x, w: (x.cumsum(0),), True),
+        (lambda x, w: (x + len(x),), True),
+        (lambda x, w: (x + 0 * x.sum(),), True),  # NaN of another row
+    ):
+        relation = Relation("op")
+        ladder._rows(relation, call, (x, w))
+        assert bool(relation.mismatched) is differs and relation.compared > 10_000
+
+
+def test_compositions_are_of_their_seed_and_keep_to_the_budget():
+    def of(seed: int, number: int) -> list[Any]:
+        return relations.composition(Pair(None, None, QUICK, seed, 100), number, 2000)[0]  # type: ignore[arg-type]
+
+    assert of(0, 3) == of(0, 3) != of(1, 3) and of(0, 3) != of(0, 5)
+    for number in range(20):
+        found, crowd = relations.composition(Pair(None, None, QUICK, 7, 100), number, 2000)  # type: ignore[arg-type]
+        assert crowd == (number % 2 == 0) and sum(len(r.prompt) for r in found) <= 2000 + len(found)
+        assert not crowd or relations.CROWD[0] <= len(found) <= relations.CROWD[1]
+        assert 1 <= len(found) <= relations.MOST and all(1 <= len(r.prompt) <= QUICK.longest for r in found)
+
+
+# ---- the certificate
+
+
+def a_certificate(**changes: Any) -> dict[str, Any]:
+    about = certificate.subject(FAMILIES["llama"](), "bfloat16")
+    return {"exact": True, "subject": about, "tokens": 5, "date": "2026-01-01T00:00:00Z"} | changes
+
+
+def test_a_certificate_is_found_for_its_own_subject_alone(cache, monkeypatch):
+    path = certificate.write(a_certificate())
+    about = certificate.subject(FAMILIES["llama"](), "bfloat16")
+    assert certificate.find(about) == json.loads(path.read_text()) and path.is_relative_to(cache)
+    assert certificate.find(certificate.subject(FAMILIES["llama"](), "float32")) is None
+    assert certificate.find(certificate.subject(FAMILIES["qwen2"](), "bfloat16")) is None
+    renamed = FAMILIES["llama"]()
+    renamed._name_or_path, renamed.eos_token_id = "elsewhere", 5
+    assert certificate.find(certificate.subject(renamed, "bfloat16")) is not None
+    with monkeypatch.context() as other:
+        other.setattr(torch, "get_num_threads", lambda: 63)
+        assert certificate.find(certificate.subject(FAMILIES["llama"](), "bfloat16")) is None
+    with monkeypatch.context() as other:
+        other.setattr(certificate, "SOURCES", ("kernels",))
+        assert certificate.find(certificate.subject(FAMILIES["llama"](), "bfloat16")) is None
+
+
+def test_one_that_is_not_exact_takes_the_place_of_one_that_was(tmp_path):
+    path = certificate.write(a_certificate())
+    assert certificate.write(a_certificate(exact=False), tmp_path / "deep" / "copy.json") == path
+    assert certificate.find(a_certificate()["subject"]) is None
+    assert json.loads((tmp_path / "deep" / "copy.json").read_text())["exact"] is False
+    path.write_text(path.read_text()[:40])
+    assert certificate.find(a_certificate()["subject"]) is None
+
+
+def test_an_interrupted_verification_leaves_none(tmp_path, cache, monkeypatch, capsys):
+    def interrupted(pair: Pair) -> Relation:
+        raise KeyboardInterrupt
+
+    FAMILIES["qwen3"]().save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(relations, "OF_A_BATCH", (relations.sampler_and_trainer, interrupted))
+    assert command.command([str(tmp_path / "model"), "--random", "--short"]) == 130
+    assert "interrupted" in capsys.readouterr().out and not list(cache.rglob("*.json"))
+
+
+# ---- training
+
+
+def test_training_looks_for_a_certificate_or_makes_sure(exact_engine, arithmetic_dir, monkeypatch):
+    from transformers import AutoConfig
+
+    model, config = load.trained(arithmetic_dir, "bfloat16"), AutoConfig.from_pretrained(arithmetic_dir)
+    exact_engine.sync(model.named_parameters())
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    line, record = start.prove(model, exact_engine, config, arithmetic_dir, "bfloat16")
+    assert "no certificate" in line and f"rlinvariant verify {arithmetic_dir}" in line and "0 / " in line
+    assert record["compared"] > 200 and record["mismatched"] == 0 < record["one_ulp"]
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+    certificate.write(a_certificate(subject=certificate.subject(config, "bfloat16"), tokens=61_440))
+    line, record = start.prove(model, exact_engine, config, arithmetic_dir, "bfloat16")
+    assert "0 / 61,440 tokens, 2026-01-01" in line and record["path"] in line
+
+
+def test_training_does_not_start_where_the_short_form_fails(exact_engine, arithmetic_dir, monkeypatch):
+    from transformers import AutoConfig
+
+    model, config = load.trained(arithmetic_dir, "bfloat16"), AutoConfig.from_pretrained(arithmetic_dir)
+    exact_engine.sync(model.named_parameters())
+    with monkeypatch.context() as blind:
+        blind.setattr(start, "one_ulp", lambda *_: Relation("planted", compared=10))
+        with pytest.raises(ParityError, match="the comparison is blind"):
+            start.prove(model, exact_engine, config, arithmetic_dir, "bfloat16")
+    monkeypatch.setattr(vllm_model._Head, "apply", off_by_an_ulp(40))
+    with pytest.raises(ParityError, match="before the first step: .* log-probs differ.*0x.*rlinvariant bisect"):
+        start.prove(model, exact_engine, config, arithmetic_dir, "bfloat16")
+
+
+# ---- the command
+
+
+def test_the_command_from_outside(tmp_path):
+    """As a user has it: in a process of its own, in seconds."""
+    FAMILIES["qwen3"]().save_pretrained(tmp_path / "model")
+    environment = os.environ | {"RLINVARIANT_CACHE": str(tmp_path / "cache")}
+    arguments = ["verify", str(tmp_path / "model"), "--random", "--short", "--seed", "3", "--out", str(tmp_path / "mine.json")]
+    done = subprocess.run(
+        [sys.executable, "-m", "rlinvariant.cli", *arguments], capture_output=True, text=True, env=environment, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "exact: mismatched 0 / " in done.stdout and str(tmp_path / "mine.json") in done.stdout
+    found = json.loads((tmp_path / "mine.json").read_text())
+    assert found["exact"] and found["seed"] == 3 and found["model"]["random_weights"] and found["model"]["weights_sha256"]
+    (kept,) = (tmp_path / "cache" / "certificates").iterdir()
+    assert json.loads(kept.read_text()) == found
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ([], "MODEL"),
+        (["m", "--toknes", "5"], "--toknes"),
+        (["m", "--tokens", "0"], "expected 1 or more"),
+        (["m", "--tokens", "9", "--short"], "--tokens 9 with --short"),
+        (["m", "--dtype", "float16"], "float16"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line(argv, message):
+    with pytest.raises(UserError, match=message) as error:
+        command.command(argv)
+    assert "\n" not in str(error.value)
+
+
+def bad(path: Path, **changes: Any) -> str:
+    """A directory with a configuration that has been changed."""
+    FAMILIES["llama"]().save_pretrained(path)
+    config = json.loads((path / "config.json").read_text()) | changes
+    (path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v != "drop"}))
+    return str(path)
+
+
+def test_a_model_that_cannot_be_verified_is_one_line(tmp_path, monkeypatch):
+    corrupt = bad(tmp_path / "corrupt")
+    (tmp_path / "corrupt" / "model.safetensors").write_bytes(b"\0" * 100)
+    remote = {"auto_map": {"AutoConfig": "x.C", "AutoModelForCausalLM": "x.M"}, "model_type": "unheard-of"}
+    for path, message in (
+        (bad(tmp_path / "weightless"), "--random"),
+        (corrupt, "cannot be loaded"),
+        (bad(tmp_path / "unknown", model_type="unheard-of"), "unheard-of"),
+        (bad(tmp_path / "remote", **remote), "remote|trust_remote_code"),
+        (bad(tmp_path / "encoder", model_type="t5", architectures=["T5Model"]), "no causal language model"),
+        (bad(tmp_path / "quantised", quantization_config={"quant_method": "awq"}), "quantised"),
+        (bad(tmp_path / "short", max_position_embeddings=32), "max_position_embeddings=32"),
+        (str(tmp_path / "nowhere"), "nowhere"),
+    ):
+        with pytest.raises(UserError, match=message) as error:
+            command.verify(path, scratch=str(tmp_path / "w"), console=Console(), short=True)
+        assert "\n" not in str(error.value), error.value
+
+
+def test_sizes_fit_any_number_of_positions():
+    for positions in (64, 100, 128, 512, 5000):
+        for sizes in (relations.SHORT, relations.FULL):
+            found = sizes.within(positions)
+            assert found.positions <= positions + 1 and found.prompt >= 8 and found.tokens >= 2
+            assert all(v > 0 for v in dataclasses.asdict(found).values())
+
+
+def test_a_nan_log_prob_is_a_mismatch():
+    assert metrics.mismatches(np.float32([np.nan]), np.float32([np.nan])).tolist() == [True]
