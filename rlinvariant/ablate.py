@@ -74,6 +74,8 @@ ARMS = (
     stale(4, "token-truncate"),
 )
 """What runs by default."""
+GRPO = Arm("grpo", "both sides invariant; GRPO in place of PPO", (*setting("exact"), "algorithm=grpo"))
+"""For a recipe of PPO: the same with a group's mean in place of a critic."""
 MISSING = {"fp16": "float16 on both sides: not possible, dtype has bfloat16 and float32 only"}
 """Arms that are asked for elsewhere, and why they cannot run here."""
 OWNED = {  # what the user may not set for all arms, and why
@@ -88,7 +90,7 @@ USAGE = """usage: rlinvariant ablate recipe=NAME [seeds=3] [arms=a,b] [steps=N] 
 
   seeds   a number of seeds, or a list: seeds=3 is seeds=0,1,2. They are of data order and sampling; the data and the
           initial weights are the recipe's, and the same in all runs
-  arms    a list of the names below, stale-K and stale-K-CORRECTION with any K
+  arms    a list of the names below, stale-K and stale-K-CORRECTION with any K, and, for a recipe of PPO, grpo
   run     the directory is runs/ablation-NAME; by default the recipe's name. The same command goes on where it ended
   launch  an accelerate configuration, e.g. configs/cpu2.yaml, for runs of several processes; without it each run is one process
   others  as for `rlinvariant train`, for all arms
@@ -231,7 +233,7 @@ def _seeds(text: str, errors: list[str]) -> tuple[int, ...]:
 
 
 def _arm(name: str, errors: list[str]) -> Arm | None:
-    if found := next((arm for arm in ARMS if arm.name == name), None):
+    if found := next((arm for arm in (*ARMS, GRPO) if arm.name == name), None):
         return found
     if match := re.fullmatch(rf"stale-([1-9]\d*)(?:-({'|'.join(CORRECTIONS)}))?", name):
         return stale(int(match[1]), match[2] or "")
@@ -278,6 +280,8 @@ def checked(plan: Plan) -> dict[str, Config]:
             lines = []
             if config.staleness >= config.steps:
                 lines = [f"steps={config.steps}: expected more than the lag of arm {arm.name}; raise steps, or choose arms="]
+            if arm == GRPO and config.load_recipe().defaults.get("algorithm") != "ppo":
+                lines = [f"arms={arm.name}: recipe={plan.recipe} is one of GRPO, where this is arm exact; leave it out"]
         except ConfigErrors as error:
             lines = error.errors
         for line in lines:

@@ -12,6 +12,7 @@ USAGE = """usage: rlinvariant train recipe=NAME [key=value ...]   train in this 
        rlinvariant demo [MODEL] [key=value ...]       one prompt 1,000 times among changing traffic, ops off and on
        rlinvariant serve MODEL [vllm options]         vllm serve with the ops on: a request's bytes do not depend on load
        rlinvariant verify MODEL [--tokens N|--short]  is it exact here, on my model: every relation, controls, a certificate
+       rlinvariant bisect MODEL [key=value ...]       if not: the first sequence, token, layer, op that differs, and why
        rlinvariant doctor [MODEL] [--json] [--engine] is this machine able, which kernels, what is in the way
        rlinvariant report RUN_OR_ABLATION             write its report.html, print its tables
        rlinvariant dashboard push RUN_OR_ABLATION     the same panels as a W&B workspace and report; as JSON without a login
@@ -65,6 +66,15 @@ def verify(argv: list[str]) -> int:
         from rlinvariant.verify.command import command
 
         return command(argv)
+
+    return _call(run)
+
+
+def bisect(argv: list[str]) -> int:
+    def run() -> int:
+        from rlinvariant.bisect import bisect
+
+        return bisect(argv)
 
     return _call(run)
 
@@ -133,6 +143,7 @@ def main() -> int:
         "demo": demo,
         "serve": serve,
         "verify": verify,
+        "bisect": bisect,
         "doctor": doctor,
         "report": report,
         "dashboard": dashboard,

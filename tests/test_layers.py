@@ -22,7 +22,7 @@ ROWS = (
     {"warmstart", "verify"},
     {"run"},
     {"recipes"},
-    {"bench", "serve", "doctor"},
+    {"bench", "serve", "doctor", "bisect"},
     {"demo", "ablate"},
     {"__init__"},
     {"cli"},

@@ -5,6 +5,7 @@ does not give deviates; a variant (variants.py) that gives its bits is the cause
 in what they were given: weights, scalars, inputs.
 """
 
+import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -14,17 +15,17 @@ from torch import Tensor
 
 from rlinvariant import bits, ops
 from rlinvariant.bisect import variants
-from rlinvariant.bisect.record import OUT, ROTATED, Place
+from rlinvariant.bisect.record import GATE_UP, QKV, ROTATED, Place
 from rlinvariant.bisect.search import LOGPROB, First, Side, equal, side_at
 
 PARAMETER = {  # role -> the trainer's module that holds its weight
     "embedding": "embed_tokens", "input norm": "input_layernorm", "q projection": "self_attn.q_proj",
     "k projection": "self_attn.k_proj", "v projection": "self_attn.v_proj", "o projection": "self_attn.o_proj",
-    "residual and norm": "post_attention_layernorm", "gate": "mlp.gate_proj", "up": "mlp.up_proj",
+    "residual and norm": "post_attention_layernorm", "gate projection": "mlp.gate_proj", "up projection": "mlp.up_proj",
     "down projection": "mlp.down_proj", "final norm": "norm", "lm_head": "lm_head", ROTATED[0]: "self_attn.q_norm",
     ROTATED[1]: "self_attn.k_norm",
 }  # fmt: skip
-LINEAR = ("q projection", "k projection", "v projection", "o projection", "gate", "up", "down projection", "lm_head")
+LINEAR = (*QKV, "o projection", *GATE_UP, "down projection", "lm_head")
 OP = {  # role -> the op that gives it, where one must
     **dict.fromkeys(LINEAR, "linear"), "input norm": "rms_norm", "final norm": "rms_norm", "residual and norm": "add_rms_norm",
     **dict.fromkeys(ROTATED, "qk_norm_rope"), "attention": "attention", "swiglu": "swiglu",
@@ -97,7 +98,7 @@ class Case:
     def part(self, module: Any) -> slice:
         """Which columns of a merged product's output are this role's."""
         sizes = list(getattr(module, "output_sizes", []))
-        names = OUT["gate_up_proj"] if self.role in OUT["gate_up_proj"] else OUT["qkv_proj"]
+        names = GATE_UP if self.role in GATE_UP else QKV
         if len(sizes) != len(names) or self.role not in names:
             return slice(None)
         start = sum(sizes[: names.index(self.role)])
@@ -105,7 +106,7 @@ class Case:
 
     def inputs(self, side: str) -> dict[str, Tensor]:
         """Rows that the value was computed from, by name: those that the module or the op took, else the values before it."""
-        call, position = self.call(side), self.first.position
+        call = self.call(side)
         if self.role == "attention":  # of all earlier positions too, and they were equal
             return self._before(side, q=ROTATED[0], k=ROTATED[1], v="v projection")
         if self.first.place == LOGPROB:
@@ -123,10 +124,12 @@ class Case:
                 found["gate"], found["up"] = found.pop("gate_up").chunk(2, -1)
         elif self.role == "residual and norm":
             found = self._before(side, x="o projection")
-            before = self.row(side, "layer output", layer=self.layer - 1) if self.layer else self.row(side, "embedding", layer=None)
+            before = (
+                self.row(side, "layer output", layer=self.layer - 1) if self.layer else self.row(side, "embedding", layer=None)
+            )
             found |= {} if before is None else {"residual": before}
         elif self.role == "swiglu":
-            found = self._before(side, gate="gate", up="up")
+            found = self._before(side, gate="gate projection", up="up projection")
         else:
             taken = self.sides[side].block.inputs
             found = {} if taken is None else {"x": taken}
@@ -179,6 +182,8 @@ class Case:
         if op == "attention" and (qkv := self.heads(side)) is not None:
             scale = settings.pop("scale", self.dim**-0.5)
             return lambda n: variants.own_attention(*qkv, self.first.position, scale, **settings).flatten()[None]
+        if self.role == "rope table" and (table := self.angles()):
+            return lambda n: table[self.first.position].expand(n, -1)
         if self.first.place == LOGPROB and x:
             token, t = self.tokens[self.first.position + 1], torch.full((1,), self.temperature, device=self.device)
             return lambda n: ops.log_softmax(rows(n)["logits"], t.expand(n))[:, token : token + 1]
@@ -196,9 +201,11 @@ class Case:
         return q, k, v
 
     def angles(self) -> dict[int, Tensor]:
-        """cos and sin of this position and its neighbours, from the trainer's table."""
+        """cos and sin of this position and its neighbours, by a table that is made anew."""
         if (rotary := self.rotary()) is None:
             return {}
+        rotary = copy.deepcopy(rotary).cpu()
+        rotary.build_tables()
         near = range(max(0, self.first.position - 2), min(len(rotary.cos_table), self.first.position + 3))
         return {p: torch.cat([rotary.cos_table[p], rotary.sin_table[p]]).to(self.device) for p in near}
 
@@ -237,11 +244,13 @@ class Case:
             function = lambda n: self.engine.model.compute_logits(x["x"].expand(n, -1).contiguous())  # noqa: E731
         elif module is not None and self.role in OP and x:
 
-            def function(n: int) -> Tensor:
+            def of_module(n: int) -> Tensor:
                 output = module(x["x"].expand(n, -1).contiguous())
                 return (output[0] if isinstance(output, tuple) else output)[:, self.part(module)]
 
-        if function is None or self.role == "attention":
+            function = of_module
+
+        if function is None or self.role in ("attention", "rope table"):
             return {}
         return {n: function(n)[0].flatten() for n in LADDER}
 
@@ -285,17 +294,20 @@ def _explain(case: Case, stock: tuple[str, ...]) -> Explanation:
         both = all(y is not None for y in anew.values())
         return found(cause, "rlinvariant.ops, given each side's own weight, gives each side's bits" if both else None)
     for name in deviating or [n for n in values if anew[n] is None]:
-        with_rows = case.by_rows(name)
+        other = values[_other(name)]
+        known = (what for what, y in case.variants(name) if _gives(y, values[name]) and not equal(y.flatten().cpu(), other))
+        what = next(known, None)
+        with_rows = {} if hint else case.by_rows(name)
         same = [n for n, y in with_rows.items() if _gives(y, values[name])]
-        if with_rows and 0 < len(same) < len(with_rows) and not hint:
-            others = [n for n in with_rows if n not in same]
+        others = [n for n, y in with_rows.items() if _gives(y, other)]
+        if same and (others or (what is None and len(same) < len(with_rows))):
+            also = f"; {what} gives them too" if what else ""
             return found(
-                f"the {name}'s kernel depends on the number of rows (tile switch, or split-K chosen by it)",
-                f"one row among {_ranges(same)} gives the {name}'s bits, among {_ranges(others)} others",
+                f"the {name}'s kernel depends on the number of rows (tile switch, or split-K chosen by it){also}",
+                f"one row among {_ranges(same)} has the {name}'s bits, among {_ranges(others) or 'others'} the other side's",
             )
-        for what, value in case.variants(name):
-            if _gives(value, values[name]) and not equal(value.flatten().cpu(), values[_other(name)]):
-                return found(f"{hint}; {what}" if hint else what, f"computed so, the {name}'s value has these bits")
+        if what is not None:
+            return found(f"{hint}; {what}" if hint else what, f"computed so, all bits are those of the {name}")
     if widths["sampler"] != widths["trainer"]:
         return found(f"vocabulary padding: the sampler has {widths['sampler']} columns, the trainer {widths['trainer']}")
     if hint:
@@ -305,6 +317,8 @@ def _explain(case: Case, stock: tuple[str, ...]) -> Explanation:
         return found(f"the {bypassed[0]} does not compute this by rlinvariant.ops.{OP[case.role]}: another kernel")
     if deviates is None and not deviating and all(y is not None for y in anew.values()):
         return found("both values come back from rlinvariant.ops: what is behind it (cache, table, temperature) differs")
+    if case.role == "attention" and deviates == "sampler":
+        return found("the sampler's cache (keys or values that are not those written, a wrong page or slot), or its kernel")
     who = f"of the {deviates} " if deviates else ""
     return found(f"unknown: inputs and weights are equal, the kernel {who}sums or rounds otherwise, in no way of the catalogue")
 
@@ -351,7 +365,8 @@ def _moved(case: Case) -> str | None:
             for offset in (-1, 1):
                 at = side_at(case.sides[name].recorder, place).get(case.first.position + offset)
                 if x and at is not None and equal(x["x"].cpu(), at.value):
-                    return f"position off by {offset:+d}: the {name}'s input is the {place[1]} of position {case.first.position + offset}"
+                    where = f"{place[1]} of position {case.first.position + offset}"
+                    return f"position off by {offset:+d}: the {name}'s input is the {where}"
     return None
 
 
@@ -367,7 +382,7 @@ def _weights(case: Case) -> str:
             if x is not y:
                 return f"differ: {name}.{what} is missing in the {'sampler' if x is None else 'trainer'}"
             continue
-        dtype = case.sides["trainer"].value.dtype
+        dtype = min((side.value.dtype for side in case.sides.values()), key=lambda d: d.itemsize)
         rows = min(len(x), len(y))
         difference = bits.compare(x[:rows].detach().to(dtype).cpu(), y[:rows].detach().to(dtype).cpu())
         if difference is not None:
@@ -389,11 +404,12 @@ def _weight_cause(case: Case, weights: str) -> str:
 
 
 def _ranges(counts: list[int]) -> str:
-    """1, 2, 4 and 8 as "1 to 8" where no other rung of the ladder lies between."""
+    """Neighbours on the ladder, as 1, 2 and 4, as "1 to 4 rows"."""
     runs: list[list[int]] = []
     for n in counts:
         if runs and LADDER.index(n) == LADDER.index(runs[-1][-1]) + 1:
             runs[-1].append(n)
         else:
             runs.append([n])
-    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs) + " rows"
+    parts = [f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs]
+    return f"{', '.join(parts)} rows" if parts else ""

@@ -1,7 +1,9 @@
 """`rlinvariant bisect MODEL [key=value ...]`: arguments, the two sides, and what is printed."""
 
+import collections
 import dataclasses
 import difflib
+import re
 import tempfile
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +12,7 @@ from rlinvariant.errors import ConfigErrors, UserError
 
 HELP = """usage: rlinvariant bisect MODEL [key=value ...]
 
-Draws completions of random prompts with the exact sampler, scores them with the exact trainer, and where a log-prob differs says
+Draws completions of random prompts with the exact sampler, scores them with the exact trainer, and if log-probs differ says
 where the two part first: sequence, token, layer, op, by how many ulps, whether the op's inputs and weights were equal, and the
 likely cause. Exit code 0: nothing differs; 1: something does; 2: it could not be tried.
 
@@ -36,7 +38,13 @@ class Options:
     invariance: str = _field("exact", "exact, or which side alone is ours: sampler, trainer; off: neither")
 
 
-CHOICES = {"dtype": ("bfloat16", "float32"), "invariance": ("exact", "sampler", "trainer", "off")}
+STOCK = {
+    "exact": (),
+    "sampler": ("trainer",),
+    "trainer": ("sampler",),
+    "off": ("sampler", "trainer"),
+}  # sides that are not ours
+CHOICES = {"dtype": ("bfloat16", "float32"), "invariance": tuple(STOCK)}
 
 
 def parse(argv: Sequence[str]) -> tuple[str, Options]:
@@ -54,9 +62,8 @@ def parse(argv: Sequence[str]) -> tuple[str, Options]:
             meant = f", did you mean {close[0]}?" if close else ""
             errors.append(f"{argument}: unknown key{meant}; there are {', '.join(fields)}")
         else:
-            value = _value(text, fields[key].type, least=0 if key in ("seed", "chunk") else 1)
+            value, kind = _value(text, fields[key].type, least=0 if key in ("seed", "chunk") else 1)
             if value is None or text not in CHOICES.get(key, (text,)):
-                kind = {int: "a whole number", float: "a positive number", bool: "true or false", str: "a name"}[fields[key].type]  # type: ignore[index]
                 errors.append(f"{argument}: expected {' or '.join(CHOICES.get(key, (kind,)))}")
             given[key] = value
     if model is None:
@@ -67,19 +74,16 @@ def parse(argv: Sequence[str]) -> tuple[str, Options]:
     return model, Options(**given)
 
 
-def _value(text: str, kind: Any, least: int) -> Any:
-    """None where the text is no value of that kind."""
+def _value(text: str, kind: Any, least: int) -> tuple[Any, str]:
+    """The value, None where the text is none of that kind, and what is expected."""
     if kind is bool:
-        return {"true": True, "false": False}.get(text)
+        return {"true": True, "false": False}.get(text), "true or false"
     if kind is int:
-        return int(text) if text.isdigit() and int(text) >= least else None
+        return int(text) if text.isdigit() and int(text) >= least else None, f"a whole number of at least {least}"
     if kind is float:
-        try:
-            number = float(text)
-        except ValueError:
-            return None
-        return number if 0.01 <= number < 1000 else None
-    return text
+        number = float(text) if re.fullmatch(r"\d+(\.\d*)?|\.\d+", text) else 0.0
+        return number if number >= 0.01 else None, "a number of at least 0.01"
+    return text, "a name"
 
 
 def bisect(argv: Sequence[str]) -> int:
@@ -102,13 +106,16 @@ def bisect(argv: Sequence[str]) -> int:
             model, engine = _sides(name, options, directory)
         from rlinvariant.bisect import search
 
-        vocabulary = model.config.get_text_config().vocab_size
-        batch = search.draw_batch(vocabulary, options.sequences, options.prompt, options.tokens, options.temperature, options.seed)
-        batch = dataclasses.replace(batch, rows=options.micro_batch)
-        with console.stage(f"{options.sequences} completions of {options.tokens} tokens: drawing and scoring"):
-            result = search.find(engine, model, batch, stock_trainer=options.invariance in ("sampler", "off"))
-        stock = {"exact": (), "sampler": ("trainer",), "trainer": ("sampler",), "off": ("sampler", "trainer")}
-        for line in lines(result, batch, engine, stock[options.invariance]):
+        vocabulary, stock = model.config.get_text_config().vocab_size, STOCK[options.invariance]
+        batches = [  # few rows may take another kernel than many
+            search.draw_batch(
+                vocabulary, count, options.prompt, options.tokens, options.temperature, options.seed + i, options.micro_batch
+            )
+            for i, count in enumerate(dict.fromkeys((options.sequences, 1, 3)))
+        ]
+        with console.stage(f"completions of {options.tokens} tokens: drawing and scoring"):
+            result, batch = search.find_any(engine, model, batches, stock_trainer="trainer" in stock)
+        for line in lines(result, batch, engine, stock):
             console.print(line)
     return 1 if result.mismatched else 0
 
@@ -159,17 +166,19 @@ def _sides(name: str, options: Options, directory: str) -> tuple[Any, Any]:
 
 def lines(result: Any, batch: Any, engine: Any, stock: tuple[str, ...] = ()) -> list[str]:
     """A `search.Result` in at most fifteen lines."""
-    drawn = f"{len(batch.prompts)} sequences at temperature {batch.temperature}"
     if not result.mismatched:
-        return [f"nothing to bisect: 0 of {result.compared:,} tokens differ ({drawn})"]
+        return [f"nothing to bisect: 0 of {result.compared:,} tokens differ (temperature {batch.temperature})"]
+    drawn = f"{len(batch.prompts)} sequences at temperature {batch.temperature}, seed {batch.seed}"
     head = f"{result.mismatched:,} of {result.compared:,} tokens differ ({drawn})"
     if result.vanished:
-        return [head, f"not reproducible: drawn and scored again, {result.vanished}"]
+        return [head, "not reproducible: drawn and scored again, the first difference did not come back", *result.vanished]
+    import torch
+
     from rlinvariant import bits
     from rlinvariant.bisect import causes
 
     first = result.first
-    a, b = (_single(x) for x in (first.sampler_logprob, first.trainer_logprob))
+    a, b = torch.tensor([first.sampler_logprob, first.trainer_logprob], dtype=torch.float32)
     position = first.prompt_tokens - 1 + first.token
     found = [
         head,
@@ -180,21 +189,25 @@ def lines(result: Any, batch: Any, engine: Any, stock: tuple[str, ...] = ()) -> 
         return [*found, "first      nothing else that was recorded differs"]
     layer, role = first.place
     x, y = first.sampler.value, first.trainer.value
-    where = "prompt" if first.position < first.prompt_tokens else f"token {first.position - first.prompt_tokens}"
-    found.append(f"first      {role}, {'outside the layers' if layer is None else f'layer {layer}'}, at position {first.position} ({where})")
+    where = "prompt" if first.position < first.prompt_tokens else f"completion token {first.position - first.prompt_tokens}"
+    inside = "" if layer is None else f"layer {layer}, "
+    found.append(f"first      {inside}{role}, at position {first.position} ({where})")
     for name, side in (("sampler", first.sampler), ("trainer", first.trainer)):
-        op = side.block.call.op if side.block.call else None
-        through = f"rlinvariant.ops.{op}" if op else "no op of rlinvariant seen"
+        called = collections.Counter(side.block.calls)
+        named = [f"rlinvariant.ops.{op}{f' {n} times' if n > 1 else ''}" for op, n in called.items()]
+        through = f", by {', '.join(named)}" if named else ", by no op of rlinvariant" if role in causes.OP else ""
         count = f"{side.block.together} row{'s' if side.block.together > 1 else ''}"
         value = "" if x.dtype != y.dtype else _word(side.value[_at(x, y)])
-        found.append(f"  {name}  {value or str(side.value.dtype)[6:]}, {through}, among {count}")
+        found.append(f"  {name}  {value or str(side.value.dtype)[6:]}{through}, among {count}")
     if x.dtype == y.dtype and (difference := bits.compare(*_common(x, y))) is not None:
         found.append(f"  {difference.count:,} of {difference.total:,} {str(x.dtype)[6:]} values differ, by up to "
                      f"{difference.max_ulps:,} ulp; element {difference.coordinate[0]} is shown")  # fmt: skip
     why = causes.explain(first, [*batch.prompts[first.sequence], *first.token_ids], batch.temperature, engine, stock)
     found += [f"inputs     {why.inputs}", f"weights    {why.weights}"]
     if why.deviates:
-        found.append(f"deviates   the {why.deviates}: rlinvariant.ops gives the other side's bits from the same inputs and weights")
+        found.append(
+            f"deviates   the {why.deviates}: rlinvariant.ops gives the other side's bits from the same inputs and weights"
+        )
     found.append(f"cause      {why.cause}")
     if why.reproduced:
         found.append(f"reproduced {why.reproduced}")
@@ -212,12 +225,6 @@ def _at(x: Any, y: Any) -> int:
 
     difference = bits.compare(*_common(x, y))
     return 0 if difference is None else difference.coordinate[0]
-
-
-def _single(value: float) -> Any:
-    import torch
-
-    return torch.tensor(value, dtype=torch.float32)
 
 
 def _word(value: Any) -> str:

@@ -22,14 +22,14 @@ from rlinvariant import ops
 Place = tuple[int | None, str]
 """Layer, None outside any; role."""
 
+QKV, GATE_UP = ("q projection", "k projection", "v projection"), ("gate projection", "up projection")
 OUT = {  # last part of a module's name -> the role of what it gives
     "embed_tokens": ("embedding",), "rotary_emb": ("rope table",), "input_layernorm": ("input norm",),
-    "q_proj": ("q projection",), "k_proj": ("k projection",), "v_proj": ("v projection",),
-    "qkv_proj": ("q projection", "k projection", "v projection"), "o_proj": ("o projection",),
-    "gate_proj": ("gate",), "up_proj": ("up",), "gate_up_proj": ("gate", "up"), "down_proj": ("down projection",),
+    "q_proj": QKV[:1], "k_proj": QKV[1:2], "v_proj": QKV[2:], "qkv_proj": QKV, "o_proj": ("o projection",),
+    "gate_proj": GATE_UP[:1], "up_proj": GATE_UP[1:], "gate_up_proj": GATE_UP, "down_proj": ("down projection",),
     "norm": ("final norm",), "lm_head": ("lm_head",), "logits_processor": ("lm_head",),
 }  # fmt: skip
-MERGED = {"self_attn": OUT["qkv_proj"], "mlp": OUT["gate_up_proj"]}  # of a trainer's working copies, called by these modules
+MERGED = {"self_attn": QKV, "mlp": GATE_UP}  # of a trainer's working copies, called by these modules
 TAKEN = {  # -> the role of what it takes, and the op that gives that
     "o_proj": ("attention", "attention"), "mlp": ("residual and norm", "add_rms_norm"), "down_proj": ("swiglu", "swiglu"),
 }  # fmt: skip
@@ -46,7 +46,7 @@ _HEADS = ("qk_norm_rope", "rope", "attention", "paged_attention")  # take [T, H,
 
 @dataclass(frozen=True)
 class Call:
-    """One call of an op, by the names of its arguments: the sequence's rows of its inputs, its weights as given, its settings."""
+    """One call of an op, by the names of its arguments: the sequence's rows of inputs, weights as given, settings."""
 
     op: str
     inputs: dict[str, Tensor]
@@ -62,7 +62,8 @@ class Block:
         positions: of the rows in their sequence.
         value: [rows, D], on the CPU.
         inputs: [rows, K] that the module took, None if no module stands here.
-        call: the op that gave the value, None if none did.
+        call: the op that gave the value, None if none did, or several.
+        calls: names of all ops that were called on the way.
         module: whose output it is, None if no module's.
         together: how many rows were computed in that step, other sequences' included.
     """
@@ -73,6 +74,7 @@ class Block:
     call: Call | None
     module: Any
     together: int
+    calls: tuple[str, ...] = ()
 
 
 @dataclass
@@ -157,15 +159,17 @@ class Recorder:
         """One place for each part of a merged product, which is one call, or one for each part."""
         at = 0
         for i, (role, size) in enumerate(zip(roles, sizes, strict=True)):
-            call = calls[i] if len(calls) == len(roles) else calls[-1] if calls else None
+            call = calls[i] if len(calls) == len(roles) else calls[0] if len(calls) == 1 else None
             if call is not None and call.op == "linear" and len(roles) > 1 and len(calls) == 1:
                 part = {name: None if w is None else w[at : at + size] for name, w in call.weights.items()}
                 call = Call(call.op, call.inputs, part)
-            self._keep((layer, role), value[:, at : at + size], inputs, call, module, which)
+            names = tuple(c.op for c in calls) if call is None else (call.op,)
+            self._keep((layer, role), value[:, at : at + size], inputs, call, module, which, names)
             at += size
 
-    def _keep(self, place, value, inputs, call, module, which) -> None:
-        self.trace.setdefault(place, []).append(Block(which[1], value, inputs, call, module, which[2]))
+    def _keep(self, place, value, inputs, call, module, which, names: tuple[str, ...] = ()) -> None:
+        calls = names or (() if call is None else (call.op,))
+        self.trace.setdefault(place, []).append(Block(which[1], value, inputs, call, module, which[2], calls))
 
     def _op(self, op: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         output = original(*args, **kwargs)

@@ -1,5 +1,6 @@
 """Draw, score, and find the first recorded value in which sampler and trainer differ."""
 
+import math
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ class Batch:
     temperature: float
     max_tokens: int
     rows: int  # sequences that the trainer packs together
+    seed: int  # that all of this was drawn by
 
 
 @dataclass(frozen=True)
@@ -71,15 +73,26 @@ class Result:
     compared: int
     mismatched: int
     first: First | None = None
-    vanished: str | None = None
+    vanished: list[str] | None = None
 
 
-def draw_batch(vocabulary: int, sequences: int, longest: int, tokens: int, temperature: float, seed: int) -> Batch:
-    """Ragged prompts of random tokens, of 1 to `longest`, among them one of each."""
+def draw_batch(vocabulary: int, sequences: int, longest: int, tokens: int, temperature: float, seed: int, rows: int) -> Batch:
+    """Ragged prompts of 1 to `longest` random tokens, among them one of each length, and a seed for each."""
     rng = random.Random(seed)
     lengths = [1, longest, *(rng.randint(1, longest) for _ in range(sequences))][:sequences]
     prompts = [[rng.randrange(vocabulary) for _ in range(n)] for n in lengths]
-    return Batch(prompts, [rng.getrandbits(62) for _ in prompts], temperature, tokens, 4)
+    return Batch(prompts, [rng.getrandbits(62) for _ in prompts], temperature, tokens, rows, seed)
+
+
+def find_any(engine: Any, model: Any, batches: Sequence[Batch], stock_trainer: bool = False) -> tuple[Result, Batch]:
+    """`find` in each batch in turn, until something differs; the counts of those compared until then."""
+    compared, batch = 0, batches[0]
+    for batch in batches:
+        result = find(engine, model, batch, stock_trainer)
+        if result.mismatched:
+            return result, batch
+        compared += result.compared
+    return Result(compared, 0), batch
 
 
 def find(engine: Any, model: Any, batch: Batch, stock_trainer: bool = False) -> Result:
@@ -110,8 +123,9 @@ def find(engine: Any, model: Any, batch: Batch, stock_trainer: bool = False) -> 
     was = drawn[s].sampler_logprobs[t], scored[s][t]
     now = again[s].sampler_logprobs[t : t + 1], row[t : t + 1]
     if again[s].token_ids != drawn[s].token_ids or _same(now[0][0], now[1][0]):
-        said = [f"{name} {_word(a)}, then {_word(b[0])}" for name, a, b in zip(("sampler", "trainer"), was, now, strict=True) if b]
-        return Result(compared, len(differing), vanished=f"sequence {s}, token {t}: {'; '.join(said)}")
+        pairs = zip(("sampler", "trainer"), was, now, strict=True)
+        vanished = [f"{side}    sequence {s}, token {t}: {word(a)}, then {word(*b)}" for side, a, b in pairs]
+        return Result(compared, len(differing), vanished=vanished)
     start = len(batch.prompts[s])
     positions = list(range(start - 1, start - 1 + len(row)))
     for recorder, values in ((ours, again[s].sampler_logprobs), (theirs, row)):
@@ -168,12 +182,13 @@ def equal(a: Tensor, b: Tensor) -> bool:
 
 def _same(a: float, b: float) -> bool:
     """NaN equals nothing here."""
-    return a == a and _word(a) == _word(b)
+    return a == a and word(a) == word(b)
 
 
-def _word(value: float) -> str:
-    word = torch.tensor(value, dtype=torch.float32).view(torch.int32).item()
-    return f"{value!r} (0x{word & 0xFFFFFFFF:08X})"
+def word(value: float = math.nan) -> str:
+    """An fp32 number and its bits."""
+    bits_of = int(torch.tensor(value, dtype=torch.float32).view(torch.int32))
+    return f"{value:.9g} (0x{bits_of & 0xFFFFFFFF:08X})"
 
 
 def _draw(engine: Any, batch: Batch) -> list[Completion]:
@@ -236,7 +251,7 @@ def _score_stock(
 
 @contextmanager
 def _packed(model: Any, batch: Batch, drawn: Sequence[Completion], s: int, recorder: Recorder, stock: bool) -> Iterator[None]:
-    """Tell a recorder which rows of the trainer's forward are sequence `s`: all of one of its own, or a part of a packed row."""
+    """Tell a recorder which rows of the trainer's forward are sequence `s`: part of a packed row, or all of its own."""
     at = s if stock else s // batch.rows * batch.rows
     until = at + (1 if stock else batch.rows)
     scored = [len(c.token_ids) for c in drawn[at:until]]

@@ -120,7 +120,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, position: int, scale: float) -> V
         return ops.attention(q[position].expand(len(at), -1, -1).contiguous(), k[at], v[at], cu, with_scale, len(at))[-1]
 
     def wide(keys: range | list[int], dtype: torch.dtype = torch.float32) -> Tensor:
-        """In fp32 with one rounding; or scores and probabilities rounded to `dtype`, as transformers' eager attention has it."""
+        """In fp32, rounded once; or scores and probabilities rounded to `dtype`, as in transformers' eager attention."""
         groups, at = q.shape[1] // k.shape[1], list(keys)
         kk, vv = (x[at].to(dtype).repeat_interleave(groups, 1).transpose(0, 1) for x in (k, v))  # [H, keys, D]
         scores = (q[position].to(dtype)[:, None] @ kk.transpose(1, 2)) * scale
@@ -136,11 +136,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, position: int, scale: float) -> V
     if heads > kv_heads > 1:
         order = [h % kv_heads for h in range(heads)]
         yield "queries are matched with the wrong key heads", own_attention(q, k[:, order], v[:, order], position, scale)
-    sdpa = [x[:end].transpose(0, 1)[None] for x in (q, k, v)]
-    sdpa[1:] = [x.repeat_interleave(heads // kv_heads, 1) for x in sdpa[1:]]
-    whole = F.scaled_dot_product_attention(*sdpa, is_causal=True, scale=scale)
+    qq, kk, vv = (x[:end].transpose(0, 1)[None] for x in (q, k, v))
+    kk, vv = (x.repeat_interleave(heads // kv_heads, 1) for x in (kk, vv))
+    whole = F.scaled_dot_product_attention(qq, kk, vv, is_causal=True, scale=scale)
     yield "torch's scaled_dot_product_attention over the sequence: a stock kernel", whole[0, :, -1]
-    alone = F.scaled_dot_product_attention(sdpa[0][:, :, -1:], *sdpa[1:], scale=scale)
+    alone = F.scaled_dot_product_attention(qq[:, :, -1:], kk, vv, scale=scale)
     yield "torch's scaled_dot_product_attention of one query: a stock kernel", alone[0, :, -1]
     yield f"scores and probabilities are rounded to {name(q.dtype)} (eager attention): a stock kernel", wide(seen, q.dtype)
     yield "another order of summation, as of split keys or a stock kernel (fp32, one rounding)", wide(seen)
@@ -164,9 +164,10 @@ def own_attention(q: Tensor, k: Tensor, v: Tensor, position: int, scale: float, 
 
 def swiglu(gate: Tensor, up: Tensor) -> Variants:
     wide = gate.float()
-    yield "the inner rounding is left out: silu is not rounded before the product", (
-        wide * torch.sigmoid(wide) * up.float()
-    ).to(gate.dtype)
+    yield (
+        "the inner rounding is left out: silu is not rounded before the product",
+        (wide * torch.sigmoid(wide) * up.float()).to(gate.dtype),
+    )
     yield "torch's own silu: a stock kernel", F.silu(gate) * up
     yield "gate and up are exchanged", ops.swiglu(up, gate)
     yield "GELU in place of SiLU", F.gelu(gate, approximate="tanh") * up

@@ -1,4 +1,4 @@
-"""What InvariantGRPOTrainer overrides, calls and reads in TRL: an upgrade that moves it fails here, by name."""
+"""What our trainers override, call and read in TRL: an upgrade that moves it fails here, by name."""
 
 import ast
 import inspect
@@ -8,7 +8,7 @@ import pytest
 import trl
 from trl import GRPOConfig, GRPOTrainer
 
-from rlinvariant.trainer.grpo import InvariantGRPOTrainer
+from rlinvariant.trainer import InvariantGRPOTrainer, InvariantPPOTrainer
 
 # Leading parameters of each method of GRPOTrainer that is overridden, in TRL's order: ours are called with these.
 OVERRIDDEN = {
@@ -22,9 +22,15 @@ OVERRIDDEN = {
     "training_step": ["self", "model", "inputs", "num_items_in_batch"],
     "_save_checkpoint": ["self", "model", "trial"],
     "log": ["self", "logs", "start_time"],
+    "create_optimizer": ["self", "model"],
+    "_save": ["self", "output_dir", "state_dict"],
+    "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
 }  # fmt: skip
 # Attributes that TRL sets and ours reads, and a piece of the source that shows what they mean.
 READ = {
+    "beta": "self.beta = args.beta",
+    "num_iterations": "self.num_iterations = args.num_iterations",
+    "_step": "self._step = 0",
     "temperature": "self.temperature = args.temperature",
     "max_completion_length": "self.max_completion_length = args.max_completion_length",
     "num_generations": "self.num_generations = args.num_generations",
@@ -63,8 +69,8 @@ def test_overridden_methods_have_the_signature_expected(name):
 
 
 def test_every_override_is_under_contract():
-    public_of_trl = {name for name in vars(InvariantGRPOTrainer) if hasattr(GRPOTrainer, name)}
-    ours = {name for name in public_of_trl if inspect.isfunction(vars(InvariantGRPOTrainer)[name])}
+    members = {**vars(InvariantGRPOTrainer), **vars(InvariantPPOTrainer)}
+    ours = {name for name, value in members.items() if hasattr(GRPOTrainer, name) and inspect.isfunction(value)}
     ours -= {"__init__", "train"}  # of public signature
     assert ours <= set(OVERRIDDEN), f"{ours - set(OVERRIDDEN)}: overridden, and not listed above"
 
@@ -107,6 +113,16 @@ def test_log_probs_of_a_rollout_are_kept_for_the_comparison():
     """`use_vllm` is what makes TRL keep the sampler's log-probs apart and apply its correction."""
     text = source(GRPOTrainer._generate_and_score_completions)
     assert "sampling_per_token_logps_list" in text and "self.use_vllm and self.vllm_importance_sampling_correction" in text
+
+
+def test_what_ppo_relies_on():
+    """Advantages per token, a KL term and a reference by `beta` alone, a mean over tokens, and no gradient of ours to clear."""
+    loss = source(GRPOTrainer._compute_loss)
+    assert "if advantages.dim() == 1:" in loss and loss.count("if self.beta != 0.0:") == 3
+    assert "if self.beta != 0.0:" in source(GRPOTrainer._generate_and_score_completions)
+    assert 'if mode == "train":' in loss and 'normalizer = inputs["num_items_in_batch"].clamp(min=1.0)' in loss
+    every = source(GRPOTrainer._prepare_inputs)
+    assert "self._step % generate_every == 0" in every and "self.args.steps_per_generation * self.num_iterations" in every
 
 
 @pytest.mark.parametrize("name", FIELDS)

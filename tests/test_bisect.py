@@ -1,0 +1,461 @@
+"""`rlinvariant bisect` finds planted faults: the right sequence, layer and op, and the cause where its catalogue has it."""
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, Qwen3Config, ViTConfig
+
+from rlinvariant import ops
+from rlinvariant.bisect import bisect, command, search
+from rlinvariant.bisect.command import lines
+from rlinvariant.bisect.record import Recorder
+from rlinvariant.bisect.variants import own_attention
+from rlinvariant.errors import ConfigErrors, UserError
+from rlinvariant.models import make_trainable, require_exact, use_working_copies
+from rlinvariant.models.random import save_random
+from rlinvariant.sampler import vllm_model
+from rlinvariant.trainer import score as scoring
+from tests.parity.device import DEVICE
+from tests.parity.harness import keep, off_by_an_ulp, start_engine
+
+VOCABULARY = 101  # vLLM pads it to 128
+CONFIG = Qwen3Config(
+    vocab_size=VOCABULARY, hidden_size=256, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=64, max_position_embeddings=256, tie_word_embeddings=False,
+)  # fmt: skip
+BATCH = search.draw_batch(VOCABULARY, 12, 40, 12, 0.7, seed=3, rows=5)  # 5 + 5 + 2; vLLM decodes 12 rows
+
+
+@dataclass
+class Pair:
+    path: str
+    engine: Any
+    model: Any
+
+    def sampler(self, name: str) -> Any:
+        return self.engine.model.get_submodule(f"model.{name}")
+
+    def trainer(self, name: str) -> Any:
+        return self.model.get_submodule(f"model.{name}")
+
+    def attention(self, layer: int) -> Any:
+        return search._attentions(self.engine)[layer].impl
+
+    def find(self, stock: tuple[str, ...] = (), engine: Any = None, **changes: Any) -> tuple[search.Result, list[str]]:
+        batch = replace(BATCH, **changes)
+        result = search.find(engine or self.engine, self.model, batch)
+        said = lines(result, batch, engine or self.engine, stock)
+        print("\n".join(said))
+        assert len(said) <= 15 and all(len(line) < 220 for line in said)
+        return result, said
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory) -> Pair:
+    path = save_random(CONFIG, tmp_path_factory.mktemp("models") / "qwen3", 1)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    model = make_trainable(loaded.to(DEVICE))
+    require_exact(model)
+    return Pair(path, start_engine(path, longest=64), model.eval())
+
+
+@contextlib.contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """An attribute of this very object."""
+    had, was = name in vars(owner), getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, was) if had else delattr(owner, name)
+
+
+@contextlib.contextmanager
+def changed(parameter: Any, change: Callable[[torch.Tensor], Any]) -> Iterator[None]:
+    kept = parameter.detach().clone()
+    change(parameter.data)
+    try:
+        yield
+    finally:
+        parameter.data.copy_(kept)
+
+
+def ulp(x: torch.Tensor) -> None:
+    x.view(torch.int16).add_(1)
+
+
+# ---- faults: each returns a context in which one side is wrong
+
+
+def ulp_in_up(pair):
+    return changed(pair.sampler("layers.1.mlp.gate_up_proj").weight, lambda w: ulp(w[384 + 7]))
+
+
+def one_layer_stale(pair):
+    return changed(pair.sampler("layers.1.self_attn.o_proj").weight, lambda w: w.mul_(1.01))
+
+
+@contextlib.contextmanager
+def all_stale(pair):
+    newer = {n: p.detach().clone() for n, p in pair.model.named_parameters()}
+    try:
+        with torch.no_grad():
+            for p in pair.model.parameters():
+                p.mul_(1.02)
+        yield
+    finally:
+        with torch.no_grad():
+            for n, p in pair.model.named_parameters():
+                p.copy_(newer[n])
+
+
+def head_ulp(pair):
+    return replaced(vllm_model._Head, "apply", off_by_an_ulp(40))
+
+
+def halves(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    k = x.shape[-1] // 2
+    parts = [ops.linear(x[..., s].contiguous(), w[:, s].contiguous()) for s in (slice(0, k), slice(k, None))]
+    return parts[0] + parts[1]
+
+
+def split_k(pair):
+    down = pair.sampler("layers.1.mlp.down_proj")
+    return replaced(down, "forward", lambda x: halves(x, down.weight))
+
+
+def split_k_fp32(pair):
+    """In the trainer, in parts of fp32."""
+    down = pair.trainer("layers.0.mlp.down_proj")
+
+    def forward(x):
+        w = down.weight.to(x.dtype).float()
+        return sum(x[..., s].float() @ w[:, s].t() for s in (slice(0, 192), slice(192, 384))).to(x.dtype)  # type: ignore[union-attr]
+
+    return replaced(down, "forward", forward)
+
+
+def tile_switch(pair):
+    down = pair.sampler("layers.1.self_attn.o_proj")
+    forward = down.forward
+    few = 16  # of 12 sequences that decode, and more rows when they are prefilled
+
+    def switched(x):
+        return halves(x, down.weight) if x.reshape(-1, x.shape[-1]).shape[0] <= few else forward(x)
+
+    return replaced(down, "forward", switched)
+
+
+def norm_order(pair):
+    norm = pair.sampler("layers.1.input_layernorm")
+
+    def forward(x):
+        wide = x.float()
+        y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6) * norm.weight.float()
+        return y.to(x.dtype)
+
+    return replaced(norm, "forward", forward)
+
+
+def other_eps(pair):
+    return replaced(pair.sampler("norm"), "variance_epsilon", 1e-3)
+
+
+def swiglu_rounding(pair):
+    mlp = pair.sampler("layers.0.mlp")
+
+    def forward(x):
+        gate, up = mlp.gate_and_up(x)
+        return mlp.down_proj((F.silu(gate.float()) * up.float()).to(x.dtype))
+
+    return replaced(mlp, "forward", forward)
+
+
+@contextlib.contextmanager
+def rope_fp32(pair):
+    rotary = pair.sampler("rotary_emb")
+    inv_freq = 1.0 / (10000.0 ** (torch.arange(0, 64, 2).float() / 64))
+    angles = torch.arange(256).float()[:, None] * inv_freq
+    with replaced_buffers(rotary, cos_table=angles.cos(), sin_table=angles.sin()):
+        yield
+
+
+@contextlib.contextmanager
+def replaced_buffers(module, **buffers):
+    kept = {name: getattr(module, name) for name in buffers}
+    for name, value in buffers.items():
+        setattr(module, name, value.to(kept[name]))
+    yield
+    for name, value in kept.items():
+        setattr(module, name, value)
+
+
+def no_q_norm(pair):
+    """In the trainer, of queries alone."""
+    attention = pair.trainer("layers.1.self_attn")
+    heads = attention.heads
+
+    def without(q, k, v, cos, sin):
+        turned = heads(q, k, v, cos, sin)
+        b, t, half = q.shape[0], q.shape[1], cos.shape[-1]
+        angles = (x.expand(b, t, half).flatten(0, 1) for x in (cos, sin))
+        plain = ops.rope(q.view(b * t, -1, 64), *angles)
+        return plain.view(b, t, -1, 64).transpose(1, 2), turned[1], turned[2]
+
+    return replaced(attention, "heads", without)
+
+
+def attend(pair, layer: int, one: Callable[..., torch.Tensor]):
+    """The sampler's attention of a layer by `one(q, k, v, position, scale)`, q, k, v [P, heads, D] of a sequence."""
+    impl = pair.attention(layer)
+
+    def forward(layer, query, key, value, kv_cache, m, output, *args, **kwargs):
+        starts, lens = m.cu_seqlens_q.tolist(), m.kv_lens.tolist()
+        for i, (a, b) in enumerate(zip(starts, starts[1:], strict=False)):
+            pages = kv_cache[m.block_table[i].long()].transpose(1, 2).flatten(0, 1)[: lens[i]]  # [P, H_kv, 2 D]
+            k, v = pages.split(64, -1)
+            q = torch.zeros(lens[i], 4, 64, dtype=query.dtype)
+            q[lens[i] - (b - a) :] = query[a:b].view(b - a, 4, 64)
+            for row in range(a, b):
+                output.view(-1, 4, 64)[row] = one(q, k, v, lens[i] - (b - row), impl.scale)
+        return output
+
+    return replaced(impl, "forward", forward)
+
+
+def windowed(pair):
+    def one(q, k, v, p, scale):
+        keys = slice(max(0, p - 15), p + 1)
+        kk, vv = (x[keys].float().repeat_interleave(2, 1).transpose(0, 1) for x in (k, v))
+        return ((q[p].float()[:, None] @ kk.transpose(1, 2) * scale).softmax(-1) @ vv)[:, 0]
+
+    return attend(pair, 1, one)
+
+
+def asked_for_a_window(pair):
+    """Of the op."""
+    return attend(pair, 1, lambda q, k, v, p, scale: own_attention(q, k, v, p, scale, window=16))
+
+
+def sdpa(pair):
+    def one(q, k, v, p, scale):
+        qq, kk, vv = (x.transpose(0, 1)[None] for x in (q[p : p + 1], k[: p + 1], v[: p + 1]))
+        kk, vv = (x.repeat_interleave(2, 1) for x in (kk, vv))
+        return F.scaled_dot_product_attention(qq, kk, vv, scale=scale)[0, :, 0]
+
+    return attend(pair, 0, one)
+
+
+def a_key_in_the_cache(pair):
+    impl = pair.attention(1)
+    update = impl.do_kv_cache_update
+
+    def faulty(layer, key, value, *args):
+        key = key.clone()
+        ulp(key[:, 0])
+        update(layer, key, value, *args)
+
+    return replaced(impl, "do_kv_cache_update", faulty)
+
+
+def positions_shifted(pair):
+    rotary = pair.trainer("rotary_emb")
+    forward = rotary.forward
+    return replaced(rotary, "forward", lambda x, position_ids, *args: forward(x, position_ids + 1, *args))
+
+
+def predicted_one_early(pair):
+    pack = scoring.pack
+
+    def shifted(*args):
+        packed = pack(*args)
+        return replace(packed, predicted_from=(packed.predicted_from - 1).clamp(min=0))
+
+    return replaced(scoring, "pack", shifted)
+
+
+def reciprocal(pair):
+    sample = ops.sample
+
+    def faulty(logits, temperature, seeds, positions):
+        return sample(logits.float() * (1 / temperature)[:, None], torch.ones_like(temperature), seeds, positions)
+
+    return replaced(ops, "sample", faulty)
+
+
+def padded_vocabulary(pair):
+    sample = ops.sample
+
+    def faulty(logits, temperature, seeds, positions):
+        tokens, _, ranks = sample(logits, temperature, seeds, positions)
+        logprobs = ops.log_softmax(F.pad(logits, (0, 128 - VOCABULARY)), temperature).gather(1, tokens[:, None])[:, 0]
+        return tokens, logprobs, ranks
+
+    return replaced(ops, "sample", faulty)
+
+
+@contextlib.contextmanager
+def upcast(pair):
+    def wide(module, inputs, output):
+        output.last_hidden_state = output.last_hidden_state.float()
+
+    hook = pair.model.model.register_forward_hook(wide)
+    yield
+    hook.remove()
+
+
+FAULTS = [  # fault, layer, role, side that deviates or None, what the cause must say
+    (ulp_in_up, 1, "up projection", None, "a weight of other bits.*gate_up_proj"),
+    (one_layer_stale, 1, "o projection", None, "a weight of other bits.*o_proj"),
+    (all_stale, None, "embedding", None, "stale or other weights"),
+    (head_ulp, None, "lm_head", None, "the op was given others"),
+    (split_k, 1, "down projection", "sampler", "split-K.* 2 parts, each rounded to bfloat16"),
+    (split_k_fp32, 0, "down projection", "trainer", "split-K: .* 2 fp32 parts"),
+    (tile_switch, 1, "o projection", "sampler", "depends on the number of rows"),
+    (norm_order, 1, "input norm", "sampler", "other rounding order"),
+    (other_eps, None, "final norm", None, "eps=0.001 in the sampler, 1e-06 in the trainer"),
+    (swiglu_rounding, 0, "swiglu", "sampler", "inner rounding is left out"),
+    (rope_fp32, None, "rope table", "sampler", "fp32 angles"),
+    (no_q_norm, 1, "q norm and rotation", "trainer", "norm is left out"),
+    (windowed, 1, "attention", "sampler", "sliding window: only the last 16 of"),
+    (asked_for_a_window, 1, "attention", None, "window=16 in the sampler"),
+    (sdpa, 0, "attention", "sampler", "scaled_dot_product_attention"),
+    (a_key_in_the_cache, 1, "attention", "sampler", "cache"),
+    (positions_shifted, None, "rope table", "trainer", r"position off by \+1"),
+    (predicted_one_early, None, "lm_head", None, "position off by -1: the trainer's input"),
+    (reciprocal, None, "log-prob", "sampler", "reciprocal"),
+    (padded_vocabulary, None, "log-prob", "sampler", "vocabulary padding: .* 27 columns"),
+    (upcast, None, "lm_head", None, "autocast or an upcast"),
+]
+
+
+@pytest.mark.parametrize(("fault", "layer", "role", "deviates", "cause"), FAULTS, ids=[f[0].__name__ for f in FAULTS])
+def test_a_planted_fault_is_located_and_named(pair, fault, layer, role, deviates, cause):
+    with fault(pair):
+        result, said = pair.find()
+    first = result.first
+    assert first is not None and first.place == (layer, role), said
+    assert 0 < result.mismatched <= result.compared == 12 * 12
+    text = "\n".join(said)
+    assert re.search(rf"^cause .*{cause}", text, re.MULTILINE), text
+    assert (f"deviates   the {deviates}" in text) if deviates else ("deviates" not in text), text
+
+
+def test_without_a_fault_there_is_nothing_to_bisect(pair):
+    result, said = pair.find()
+    assert said == ["nothing to bisect: 0 of 144 tokens differ (temperature 0.7)"] and result.first is None
+
+
+def test_a_stock_engine_is_named_as_such(pair):
+    """No plugin in it: vLLM's own model and kernels, of which the modules' outputs are seen."""
+    stock = start_engine(pair.path, longest=64, invariant=False)
+    result, said = pair.find(("sampler",), stock)
+    assert result.first is not None and result.first.place is not None
+    assert result.mismatched > 72 and any("stock kernels: the sampler runs without the plugin" in line for line in said)
+
+
+def test_nan_on_both_sides_is_traced_to_where_it_appears(pair):
+    nan = [changed(w, lambda w: w[5].fill_(float("nan"))) for w in (pair.sampler("norm").weight, pair.trainer("norm").weight)]
+    with nan[0], nan[1]:
+        result, said = pair.find()
+    assert result.mismatched == 144 and result.first is not None and result.first.place == (None, "final norm")
+    assert any("not a number, on both sides" in line for line in said)
+
+
+def test_what_does_not_come_back_is_said(pair):
+    calls = []
+    pack = scoring.pack
+
+    def once(*args):
+        calls.append(True)
+        packed = pack(*args)
+        return replace(packed, predicted_from=(packed.predicted_from - 1).clamp(min=0)) if len(calls) == 1 else packed
+
+    with replaced(scoring, "pack", once):
+        result, said = pair.find()
+    assert result.first is None and result.mismatched > 0
+    assert said[1].startswith("not reproducible") and re.fullmatch(r"sampler .*: (.*), then \1", said[2]), said
+    assert (again := re.fullmatch(r"trainer .*: (.*), then (.*)", said[3])) and again[1] != again[2], said
+
+
+def test_working_copies_are_recorded_as_the_modules_are(pair):
+    """On a GPU the trainer calls no q_proj, k_proj, v_proj, gate_proj or up_proj, but one product for each group."""
+    merged: Any = AutoModelForCausalLM.from_pretrained(pair.path, dtype=torch.float32)
+    merged = use_working_copies(make_trainable(merged), torch.bfloat16).eval()
+    places = []
+    for model in (pair.model, merged):
+        recorder = Recorder(model)
+        drawn = search._draw(pair.engine, BATCH)
+        with recorder.recording(), search._packed(model, BATCH, drawn, 6, recorder, False):
+            search._score(model, BATCH, drawn, 5, False)
+        places.append({place: [list(b.value.shape) for b in blocks] for place, blocks in recorder.trace.items()})
+    assert places[0] == places[1] and len(places[0]) == 4 + 2 * 14
+
+
+# ---- the command
+
+
+def test_the_command(pair, tmp_path, monkeypatch, capsys):
+    """A config.json alone; exit code 0, and 1 with a fault."""
+    CONFIG.save_pretrained(tmp_path)
+    sides = command._sides
+    made = []
+
+    def kept(*args):
+        made.append(sides(*args))
+        keep(made[-1][1])
+        return made[-1]
+
+    monkeypatch.setattr(command, "_sides", kept)
+    assert bisect([str(tmp_path), "random=true", "tokens=4", "sequences=5", "chunk=16", "seed=2"]) == 0
+    assert "nothing to bisect: 0 of 36 tokens differ (temperature 0.7)" in capsys.readouterr().out
+    with_fault = Pair("", made[0][1], made[0][0])
+    monkeypatch.setattr(command, "_sides", lambda *args: made[0])
+    with split_k(with_fault):
+        assert bisect([str(tmp_path), "random=true", "tokens=4", "sequences=5"]) == 1
+    said = capsys.readouterr().out
+    assert "first      layer 1, down projection" in said and "cause      split-K" in said
+
+
+@pytest.mark.parametrize(
+    ("argv", "problems"),
+    [
+        ([], ["MODEL: missing"]),
+        (["a", "b"], ["b: expected MODEL once, and key=value without dashes"]),
+        (["a", "token=4"], ["token=4: unknown key, did you mean tokens?"]),
+        (
+            ["a", "tokens=0", "temperature=0"],
+            ["tokens=0: expected a whole number of", "temperature=0: expected a number"],
+        ),
+        (["a", "random=yes", "dtype=fp8"], ["random=yes: expected true or false", "dtype=fp8: expected bfloat16 or float32"]),
+        (["a", "--seed=1"], ["--seed=1: expected MODEL once"]),
+    ],
+)
+def test_bad_arguments_are_one_line_each(argv, problems):
+    with pytest.raises(ConfigErrors) as caught:
+        bisect(argv)
+    assert len(caught.value.errors) == len(problems)
+    assert all(error.startswith(problem) for error, problem in zip(caught.value.errors, problems, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("config", "arguments", "problem"),
+    [
+        (None, [], "cannot be loaded"),
+        (ViTConfig(), ["random=true", "invariance=off"], "no random causal LM"),
+        (CONFIG, [], "cannot be loaded: .*random=true takes random weights"),
+        (CONFIG, ["random=true", "prompt=250"], "together more than the 256"),
+    ],
+)
+def test_a_model_that_cannot_be_had_is_one_line(config, arguments, problem, tmp_path):
+    if config is not None:
+        config.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=problem) as caught:
+        bisect([str(tmp_path), *arguments])
+    assert len(str(caught.value).splitlines()) == 1
