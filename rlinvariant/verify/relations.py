@@ -224,7 +224,7 @@ def chunked(pair: Pair) -> Relation:
         *(rng.randint(size.longest // 2, size.longest) for _ in range(2 * size.in_step // size.longest + 2)),
     ]
     requests = [
-        Request(pair.prompt(rng, n), i, TEMPERATURES[i % 2], min(8, size.tokens), arrives=i // 2, ignore_eos=True)
+        Request(pair.prompt(rng, n), i, TEMPERATURES[i % 2], min(8, size.tokens), ignore_eos=True)
         for i, n in enumerate(lengths)
     ]
     trace = pair.draw(requests)
@@ -274,7 +274,7 @@ def composition(pair: Pair, number: int, budget: int) -> tuple[list[Request], bo
     if crowd:
         count, longest, arrive = rng.randint(*CROWD), min(24, size.longest), 3
     else:
-        count, longest, arrive = rng.randint(1, MOST), size.longest, 2 * size.tokens
+        count, longest, arrive = rng.randint(1, MOST), size.longest, rng.choice((0, size.tokens // 2, 2 * size.tokens))
     lengths = [max(1, round(longest ** rng.random())) for _ in range(count)]
     lengths[0] = longest if longest <= budget else lengths[0]
     while sum(lengths) > budget and max(lengths[1:], default=0) > 1:

@@ -6,43 +6,56 @@ from typing import Any
 
 import torch
 
-from rlinvariant.sampler.drive import Request, drive
-from rlinvariant.trainer.score import score, stock_score
+from rlinvariant.trainer.packing import pack
+from rlinvariant.trainer.score import Layout, padded
 from rlinvariant.verify.relations import Pair, basic
+
+REQUESTS, ROWS = 64, 8  # drawn at a time, scored at a time
 
 
 def rates(pair: Pair, plain: Any, stock: Any) -> dict[str, Any]:
-    """{"sampler" | "trainer": {"exact", "stock": tok/s, "requests", "tokens"}}: the better of two of each, taken in turn.
+    """{"sampler" | "trainer": {"exact", "stock": tok/s, "tokens"}}: the best of three of each, taken in turn.
 
-    The trainer's is a forward without gradients, of prompts with completions: ours packed, stock one sequence at a time, as its
-    padded batches have no positions of their own.
+    The sampler's are tokens drawn; the trainer's those of prompts and completions, in a forward without gradients to log-probs:
+    ours packed, stock padded, as TRL gives them to it.
     """
-    requests = [Request(r.prompt, r.seed, 1.0, r.max_tokens, ignore_eos=True) for r in basic(pair, salt=2)]
-    drawn = sum(r.max_tokens for r in requests)
-    prompts, completions = [r.prompt for r in requests], _completions(pair, requests)
-    whole = drawn + sum(map(len, prompts))
-    layout = pair.packed()
+    requests = (basic(pair, salt=2) * REQUESTS)[:REQUESTS]
+    length = pair.sizes.tokens
+    prompts, seeds = [[*r.prompt[:32]] for r in requests], list(range(len(requests)))
+
+    def draw(engine: Any) -> Any:
+        engine.llm.reset_prefix_cache()
+        return engine.generate(prompts, seeds, temperature=1.0, max_tokens=length, ignore_eos=True)
+
+    some = draw(pair.sampler)[:ROWS]
+    rows = [[*r.prompt] for r in requests[:ROWS]]
+    device = next(pair.model.parameters()).device
+    ids, mask, columns = padded(rows, [c.token_ids for c in some], Layout(ROWS, "as sampled"))
+    ids, mask = ids.to(device), mask.to(device)
+
+    def packed() -> Any:
+        batch = pack(ids, mask, columns)
+        where = {"token_ids": batch.token_ids, "predicted_from": batch.predicted_from}
+        return pair.model(**batch.inputs, attention_mask=None, **where, temperature=1.0)
+
+    def unpacked() -> Any:
+        logits = plain(input_ids=ids, attention_mask=mask, logits_to_keep=columns + 1).logits[:, :-1].float()
+        return logits.log_softmax(-1).gather(2, ids[:, -columns:, None])
+
     sides: dict[str, tuple[Callable[[], Any], Callable[[], Any], int]] = {
-        "sampler": (lambda: drive(pair.sampler, requests), lambda: drive(stock, requests), drawn),
-        "trainer": (
-            lambda: score(pair.model, prompts, completions, 1.0, layout),
-            lambda: stock_score(plain, prompts, completions, 1.0),
-            whole,
-        ),
+        "sampler": (lambda: draw(pair.sampler), lambda: draw(stock), REQUESTS * length),
+        "trainer": (packed, unpacked, int(mask.sum())),
     }
     found: dict[str, Any] = {}
     for side, (ours, theirs, tokens) in sides.items():
         seconds = {"exact": float("inf"), "stock": float("inf")}
-        for name, run in (("exact", ours), ("stock", theirs)) * 2:
+        for name, run in (("exact", ours), ("stock", theirs)) * 3:
             seconds[name] = min(seconds[name], _timed(run))
-        found[side] = {k: tokens / s for k, s in seconds.items()} | {"requests": len(requests), "tokens": tokens}
+        found[side] = {k: tokens / s for k, s in seconds.items()} | {"tokens": tokens}
     return found
 
 
-def _completions(pair: Pair, requests: list[Request]) -> Any:
-    return drive(pair.sampler, requests).completions
-
-
+@torch.no_grad()
 def _timed(run: Callable[[], Any]) -> float:
     began = time.perf_counter()
     run()

@@ -42,7 +42,7 @@ def line(relation: Relation, control: bool = False) -> str:
 
 def speed(rates: dict[str, Any]) -> Iterator[str]:
     for side, r in rates.items():
-        what = "tokens drawn" if side == "sampler" else "tokens forward"
+        what = "tokens drawn" if side == "sampler" else "tokens scored"
         yield (
             f"{side + ', ' + what + ' per second':<{NAME}} {r['exact']:>12,.0f} exact, {r['stock']:,.0f} stock: "
             f"{r['exact'] / r['stock']:.2f}x"
@@ -56,13 +56,15 @@ def verdict(certificate: dict[str, Any]) -> Iterator[str]:
     seen = sum(not c["blind"] for c in controls)
     took = f"{certificate['seconds']:.0f} s"
     yield ""
-    yield f"{'exact' if certificate['exact'] else 'NOT EXACT'}: {tokens}; {seen} of {len(controls)} controls seen, {took}"
+    wrong = any(r["mismatched"] for r in relations)
+    word = "exact" if certificate["exact"] else "NOT EXACT" if wrong else "not shown to be exact"
+    yield f"{word}: {tokens}; {seen} of {len(controls)} controls seen, {took}"
     for relation in relations:
         if not relation["shown"]:
             yield f"not shown: {relation['name']} ({relation['how']})"
     for control in controls:
         if control["blind"] and control["name"].startswith("planted"):
             yield f"the comparison is blind: {control['name']} changed no log-prob; no certificate can rest on it"
-    if any(r["mismatched"] for r in relations):
+    if wrong:
         flags = " --random" * certificate["model"]["random_weights"]
         yield f"where it begins: rlinvariant bisect {certificate['model']['name']}{flags} --seed {certificate['seed']}"
