@@ -5,7 +5,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rlinvariant.bits import assert_bits_equal, compare
 from rlinvariant.errors import UserError
@@ -23,6 +23,12 @@ FAMILIES = {
     "qwen2 tied": ("Qwen2", {"num_attention_heads": 2, "num_key_value_heads": 2, "tie_word_embeddings": True}),
     "qwen3": ("Qwen3", {**GROUPED}),
     "qwen3 tied": ("Qwen3", {**GROUPED, "tie_word_embeddings": True}),
+    "phi3": ("Phi3", {"num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 0, "sliding_window": 5}),
+    "olmo2": ("Olmo2", {"num_attention_heads": 2, "num_key_value_heads": 1}),
+    "gemma3": (
+        "Gemma3Text",
+        {**GROUPED, "sliding_window": 5, "layer_types": ["full_attention", "sliding_attention"], "intermediate_size": 384},
+    ),
 }
 LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
 ROPES = {
@@ -40,7 +46,7 @@ def build(family: str, **overrides: object) -> PreTrainedModel:
     config = getattr(transformers, f"{name}Config")(**{**SMALL, **kwargs, **overrides})
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
         for p in model.parameters():
             p.normal_(0, 0.1) if p.dim() > 1 else p.normal_(0.8, 0.2)
     return model.to(DEVICE)
@@ -305,6 +311,13 @@ def test_what_an_attention_hands_on_is_found_for_each_layer():
     assert [layer.self_attn.rotated for layer in model.model.layers] == [False, True]
     model = make_invariant(build("Granite", **GROUPED, attention_multiplier=0.3))
     assert [layer.self_attn.scaling for layer in model.model.layers] == [0.3, 0.3]
+
+
+@pytest.mark.parametrize(("family", "offset"), [("llama", None), ("olmo2", 0.0), ("gemma3", 1.0)])
+def test_the_rounding_of_a_norm_is_found(family, offset):
+    """Llama rounds before it multiplies by the weight, OLMo-2 after, Gemma after and by one more."""
+    model = make_invariant(build(family))
+    assert {m.offset for m in model.modules() if "offset" in vars(m)} == {offset}
 
 
 def test_an_attention_that_hands_on_more_is_refused():
