@@ -4,4 +4,4 @@ from recipes.arithmetic import DEFAULTS as PARENT
 from recipes.arithmetic import Data, check, datasets, prepare_model, reward_funcs
 
 __all__ = ["DEFAULTS", "Data", "check", "datasets", "prepare_model", "reward_funcs"]
-DEFAULTS = PARENT | {"algorithm": "ppo", "ppo.critic_learning_rate": 2e-3}
+DEFAULTS = PARENT | {"algorithm": "ppo", "ppo.critic_learning_rate": 1e-3}

@@ -4,4 +4,4 @@ from recipes.countdown import DEFAULTS as PARENT
 from recipes.countdown import Data, check, datasets, prepare_model, reward_funcs
 
 __all__ = ["DEFAULTS", "Data", "check", "datasets", "prepare_model", "reward_funcs"]
-DEFAULTS = PARENT | {"algorithm": "ppo", "ppo.critic_learning_rate": 2e-3}
+DEFAULTS = PARENT | {"algorithm": "ppo", "ppo.critic_learning_rate": 1e-3}

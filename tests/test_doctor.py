@@ -9,7 +9,7 @@ from importlib import metadata
 
 import pytest
 import torch
-from transformers import AutoConfig, Gemma2Config, LlamaConfig, Phi3Config, Qwen2Config
+from transformers import AutoConfig, LlamaConfig, Qwen2Config, Qwen3MoeConfig, Starcoder2Config
 
 from rlinvariant import cli, doctor, runtime
 from rlinvariant.kernels import cpu
@@ -206,11 +206,11 @@ def test_a_shape_that_the_vendor_gemm_gets_wrong_goes_to_ours(monkeypatch):
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        (Gemma2Config(**TINY, num_key_value_heads=1, head_dim=64), ["sliding-window", "final_logit_softcapping=30.0"]),
-        (Phi3Config(**TINY, num_key_value_heads=1, pad_token_id=0, eos_token_id=1), ["aten.silu"]),  # seen by the audit alone
+        (Qwen3MoeConfig(**TINY, num_key_value_heads=1, head_dim=64, num_experts=2), ["num_local_experts=2"]),
+        (Starcoder2Config(**TINY, num_key_value_heads=1), ["aten.gelu"]),  # seen by the audit alone
         (LlamaConfig(**TINY | {"hidden_size": 80}), ["head_dim=40"]),
     ],
-    ids=["gemma2", "phi3", "llama"],
+    ids=["qwen3-moe", "starcoder2", "llama"],
 )
 def test_a_model_that_is_refused(capsys, tmp_path, config, words):
     config.save_pretrained(tmp_path)

@@ -212,7 +212,7 @@ MISTAKES = {
     "GPT-2": ["GPT2LMHeadModel"],
     "GPT-2, sampler": ["GPT2LMHeadModel"],
     "head of 16": ["small_heads", "head_dim=16 is not one of"],
-    "sliding window": ["sliding"],
+    "experts": ["MixtralForCausalLM", "num_local_experts=2"],
     "no plugin": ["plugin not active"],
     "no compiler": ["C compiler no-such-compiler not found", "install gcc, or set CC"],
 }

@@ -1,17 +1,17 @@
-"""A tiny configuration of every model family that is run from end to end, for a CPU: what the families differ in, and no more.
+"""A tiny configuration of every model family that is run from end to end: what the families differ in, and no more.
 
-`FAMILIES["phi3"]()` gives transformers' configuration; `random_model` the model, every parameter random.
+`FAMILIES["phi3"]()` gives transformers' configuration; `models.random.save_random` a checkpoint of it. All have heads of 64,
+which a GPU has too.
 """
 
 from collections.abc import Callable
 from typing import Any
 
 VOCABULARY = 101  # prime: no multiple of any tile, and vLLM pads the head
-WINDOW = 24  # of keys that a sliding layer reads: more than a page of 16, less than most prompts
+WINDOW = 40  # of keys that a sliding layer reads: more than a page of 32, less than most prompts
 
 
 def _config(kind: str, **more: Any) -> Any:
-    """`head_dim` 32 beside 256 columns: no family may take it for hidden_size / heads."""
     import transformers
 
     sizes = {
@@ -22,6 +22,11 @@ def _config(kind: str, **more: Any) -> Any:
     return getattr(transformers, f"{kind}Config")(**sizes | more)
 
 
+def _headed(kind: str, **more: Any) -> Any:
+    """Of a family whose head size is not hidden_size / heads, and must not be taken for it."""
+    return _config(kind, **{"head_dim": 64, "hidden_size": 128} | more)
+
+
 def _alternating(layers: int) -> list[str]:
     return [("sliding_attention", "full_attention")[i % 2] for i in range(layers)]
 
@@ -29,25 +34,23 @@ def _alternating(layers: int) -> list[str]:
 def _gemma(kind: str, **more: Any) -> Any:
     """`query_pre_attn_scalar` is not the head size: the scores' scale must come from it."""
     shared = {
-        "head_dim": 32, "query_pre_attn_scalar": 48, "tie_word_embeddings": True, "num_hidden_layers": 4,
-        "sliding_window": WINDOW, "layer_types": _alternating(4), "hidden_size": 128,
+        "query_pre_attn_scalar": 48, "tie_word_embeddings": True, "num_hidden_layers": 4, "sliding_window": WINDOW,
+        "layer_types": _alternating(4),
     }  # fmt: skip
-    return _config(kind, **shared | more)
+    return _headed(kind, **shared | more)
 
 
 FAMILIES: dict[str, Callable[[], Any]] = {
     # 3,072 columns: from about there a vendor's product splits its sum for a single row
-    "llama": lambda: _config("Llama", head_dim=32, intermediate_size=3072),
+    "llama": lambda: _headed("Llama", intermediate_size=3072),
     "qwen2": lambda: _config("Qwen2"),
     "qwen2-window": lambda: _config(
         "Qwen2", num_hidden_layers=4, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=2
     ),
-    "qwen3": lambda: _config("Qwen3", head_dim=32, tie_word_embeddings=True),
-    "qwen3-window": lambda: _config(
-        "Qwen3", head_dim=32, use_sliding_window=True, sliding_window=WINDOW, layer_types=_alternating(2)
-    ),
-    "mistral": lambda: _config("Mistral", head_dim=32, sliding_window=None),
-    "mistral-window": lambda: _config("Mistral", head_dim=32, sliding_window=WINDOW),
+    "qwen3": lambda: _headed("Qwen3", tie_word_embeddings=True),
+    "qwen3-window": lambda: _headed("Qwen3", use_sliding_window=True, sliding_window=WINDOW, layer_types=_alternating(2)),
+    "mistral": lambda: _headed("Mistral", sliding_window=None),
+    "mistral-window": lambda: _headed("Mistral", sliding_window=WINDOW),
     "phi3": lambda: _config("Phi3", sliding_window=None),
     "phi3-window": lambda: _config("Phi3", sliding_window=WINDOW, num_key_value_heads=4),
     "olmo2": lambda: _config("Olmo2"),
@@ -63,28 +66,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
         },
     ),
-    "qwen3-moe": lambda: _config(
-        "Qwen3Moe", head_dim=32, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, norm_topk_prob=True
+    "qwen3-moe": lambda: _headed(
+        "Qwen3Moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, norm_topk_prob=True
     ),
 }
-
-
-def random_model(family: str, seed: int = 0) -> Any:
-    """The family's causal LM in transformers, fp32, on the CPU, its norms' weights and its biases random too.
-
-    transformers starts those at 1 and 0, which would hide a mistake in them; and its 0.02 for the rest makes every token almost
-    equally likely.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    config = FAMILIES[family]()
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.add_(torch.randn_like(parameter), alpha=0.3)
-            else:
-                parameter.normal_(0.0, 0.1)
-    return model

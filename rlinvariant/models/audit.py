@@ -15,8 +15,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rlinvariant import ops
-from rlinvariant.models.patch import UnsupportedModel
+from rlinvariant.models.modules import UnsupportedModel
 
 # fmt: off
 MOVES = frozenset((
@@ -99,11 +98,15 @@ def _probe(model: Any) -> dict[str, Any]:
 
 
 def two_layers(config: Any) -> Any:
-    """A copy of a configuration with at most two layers: those of what `unsupported` lets pass are all alike."""
-    small = copy.deepcopy(config)
-    small.num_hidden_layers = min(2, small.num_hidden_layers)
-    if getattr(small, "layer_types", None):
-        small.layer_types = small.layer_types[: small.num_hidden_layers]
+    """A copy of a configuration with two layers, or as many as there are kinds (sliding or not, with rotation or without)."""
+    small, count = copy.deepcopy(config), config.num_hidden_layers
+    per_layer = {k: v for k, v in vars(small).items() if isinstance(v, list) and len(v) == count}  # layer_types, say
+    kinds = list(zip(*per_layer.values(), strict=True)) or [()] * count
+    first = {kind: i for i, kind in reversed(list(enumerate(kinds)))}.values()
+    keep = sorted({*first, 0, min(1, count - 1)} if len(first) < 2 else first)
+    small.num_hidden_layers = len(keep)
+    for name, values in per_layer.items():
+        setattr(small, name, [values[i] for i in keep])
     return small
 
 
@@ -127,10 +130,7 @@ def audit(model: Any) -> list[Finding]:
 
 
 def require_exact(model: Any) -> None:
-    """Raise UnsupportedModel unless every operation is owned, and log-probs by `token_ids` are those of the model's logits.
-
-    The second check sees what the stock forward does to logits and the path through `ops.token_logprobs` would skip.
-    """
+    """Raise UnsupportedModel unless every operation on the way to log-probs is owned."""
     try:
         found = audit(model)
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:
@@ -143,17 +143,4 @@ def require_exact(model: Any) -> None:
         raise UnsupportedModel(
             f"{type(model).__name__} computes outside rlinvariant.ops: {listed}. Its bits would depend on the batch; "
             "use invariance=off, or add a rule to models/patch.py"
-        )
-    inputs = _probe(model)
-    ids, rows = inputs["input_ids"][0], torch.arange(8)
-    with _evaluating(model):
-        logprobs, _ = model(**inputs, token_ids=ids[1:], predicted_from=rows, temperature=0.7)
-        logits = model(**inputs).logits[0, rows]
-        expected = ops.log_softmax(logits, torch.full((8,), 0.7, dtype=torch.float32, device=logits.device)).gather(
-            1, ids[1:, None]
-        )[:, 0]
-    if not torch.equal(logprobs.view(torch.int32), expected.view(torch.int32)):
-        raise UnsupportedModel(
-            f"{type(model).__name__} changes its hidden states or logits on the way to log-probs, which ops.token_logprobs "
-            "would skip; use invariance=off"
         )

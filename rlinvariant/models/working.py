@@ -10,11 +10,12 @@ parameter. The masters stay parameters of their own modules: state_dict, optimiz
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rlinvariant import ops
-from rlinvariant.models.patch import attention_forward, make_invariant, window
+from rlinvariant.models.modules import MLP, Attention, Linear, attention_forward
+from rlinvariant.models.patch import make_invariant
 from rlinvariant.ops.linear import gradients
 
 
@@ -38,13 +39,14 @@ def use_working_copies(model: Any, dtype: torch.dtype) -> Any:
         return model
     refresh = _Refresh()
     for module in list(decoder.modules()):
-        if hasattr(module, "heads") and _alike(module.q_proj, module.k_proj, module.v_proj):
+        form = getattr(type(module), "form", None)
+        if form is Attention and _alike(module.q_proj, module.k_proj, module.v_proj):
             _swap(module, refresh.add(dtype, module.q_proj, module.k_proj, module.v_proj), _attention)
-        elif hasattr(module, "gate_and_up") and _alike(module.gate_proj, module.up_proj):
+        elif form is MLP and _alike(module.gate_proj, module.up_proj):
             _swap(module, refresh.add(dtype, module.gate_proj, module.up_proj), _mlp)
     merged = {linear for linears, _ in refresh.groups for linear in linears}
     for module in decoder.modules():
-        if getattr(type(module), "stock", None) is nn.Linear and module not in merged:
+        if getattr(type(module), "form", None) is Linear and module not in merged:
             _swap(module, refresh.add(dtype, module), lambda self, x: self.product(x, self))
     decoder.register_forward_pre_hook(refresh)
     refresh()
@@ -66,17 +68,18 @@ def _attention(
     self: Any, hidden_states: Tensor, position_embeddings: Any, attention_mask: Any = None, past_key_values: Any = None,
     **kwargs: Any,
 ) -> Any:  # fmt: skip
-    """As that of models/patch.py, whose source is vLLM's to read and must name three projections."""
+    """As that of models/modules.py, whose source is vLLM's to read and must name three projections."""
     merged = self.product(hidden_states, self.q_proj, self.k_proj, self.v_proj)
     q, k, v = self.heads(*merged.split(self.product.sizes, -1), *position_embeddings)
     if past_key_values is not None:
         k, v = past_key_values.update(k, v, self.layer_idx)
-    out, weights = attention_forward(self, q, k, v, attention_mask, self.scaling, sliding_window=window(self), **kwargs)
+    how = {"sliding_window": self.window, "softcap": self.softcap} | kwargs
+    out, weights = attention_forward(self, q, k, v, attention_mask, self.scaling, **how)
     return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), weights
 
 
 def _mlp(self: Any, x: Tensor) -> Tensor:
-    return self.down_proj(ops.swiglu_merged(self.product(x, self.gate_proj, self.up_proj)))
+    return self.down_proj(ops.swiglu_merged(self.product(x, self.gate_proj, self.up_proj), self.activation_name))
 
 
 class _Refresh:

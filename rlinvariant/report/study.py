@@ -246,7 +246,7 @@ def _notes(study: Study) -> list[str]:
         if len(different := {json.dumps(value, sort_keys=True) for value in of}) > 1:
             notes.append(f"The runs were made with {len(different)} different {what}; of these, the first run's is below.")
     for panel in PANELS:
-        for _, run in study.runs:
+        for run in (run for _, run in study.runs if panel.shown_for(run.config)):
             known = [row for row in run.rows if all(row.get(key) is not None for key in panel.keys)]
             bad = [row["step"] for row, ok in zip(known, np.isfinite(panel.values(known)), strict=True) if not ok]
             if bad:

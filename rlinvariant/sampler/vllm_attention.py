@@ -53,6 +53,8 @@ class _AttentionBuilder(AttentionMetadataBuilder):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._schedule: Tensor | None = None
         if current_platform.is_cuda():
+            layers = vllm_config.compilation_config.static_forward_context
+            self._windows = {layers[name].impl.window for name in layer_names}
             model, parallel = vllm_config.model_config, vllm_config.parallel_config
             self._heads = model.get_num_attention_heads(parallel), model.get_num_kv_heads(parallel), model.get_head_size()
             graphs = vllm_config.compilation_config.max_cudagraph_capture_size or 0
@@ -76,13 +78,13 @@ class _AttentionBuilder(AttentionMetadataBuilder):
         )
 
     def _plan(self, m: Any) -> Tensor | None:
-        """FlashAttention-3's schedule of this step, made once for all layers."""
-        if self._schedule is None:
+        """FlashAttention-3's schedule of this step, made once for all layers, if they have one window."""
+        if self._schedule is None or len(self._windows) > 1:
             return None
         from rlinvariant.kernels.attention import schedule
 
         lengths = m.query_start_loc, m.seq_lens, m.max_query_len, m.max_seq_len
-        plan = schedule(*lengths, *self._heads, self.kv_cache_spec.block_size)
+        plan = schedule(*lengths, *self._heads, self.kv_cache_spec.block_size, *self._windows)
         self._schedule[: len(plan)] = plan
         self._schedule[len(plan) :] = 0
         return self._schedule[: len(plan)]
@@ -103,9 +105,9 @@ class _AttentionImpl(AttentionImpl):
         *args,
         **kwargs,
     ) -> None:
-        unsupported = {"alibi_slopes": alibi_slopes, "sliding_window": sliding_window, "logits_soft_cap": logits_soft_cap}
-        if refused := [f"{k}={v}" for k, v in unsupported.items() if v]:
-            raise NotImplementedError(f"rlinvariant: attention with {', '.join(refused)} is not supported")
+        if alibi_slopes:
+            raise NotImplementedError(f"rlinvariant: attention with alibi_slopes={alibi_slopes} is not supported")
+        self.window, self.softcap = sliding_window, logits_soft_cap
         self.num_heads, self.head_size, self.scale, self.num_kv_heads = num_heads, head_size, float(scale), num_kv_heads
         self.kv_cache_dtype, self.attn_type, self.sliding_window = kv_cache_dtype, attn_type, -1
         self.kv_sharing_target_layer_name = None
@@ -140,6 +142,6 @@ class _AttentionImpl(AttentionImpl):
         q, out = query[: m.tokens].view(shape), output[: m.tokens].view(shape)
         ops.paged_attention(
             q, kv_cache, m.block_table, m.cu_seqlens_q, m.kv_lens, self.scale, max_seqlen_q=m.max_seqlen_q,
-            max_seqlen_k=m.max_seqlen_k, schedule=m.schedule, out=out,
+            max_seqlen_k=m.max_seqlen_k, window=self.window, softcap=self.softcap, schedule=m.schedule, out=out,
         )  # fmt: skip
         return output

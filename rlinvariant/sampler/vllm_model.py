@@ -7,7 +7,7 @@ vLLM then puts its linear layers, cache and attention into it, and these classes
 
 import secrets
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from vllm.v1.sample.sampler import Sampler
 
 from rlinvariant import ops
 from rlinvariant.errors import UserError
+from rlinvariant.models.modules import logits_scaling
 from rlinvariant.models.patch import make_invariant
 from rlinvariant.sampler.plugin import NOT_ACTIVE, QUANTIZATION
 from rlinvariant.sampler.vllm_attention import InvariantAttentionBackend
@@ -43,9 +44,12 @@ class InvariantForCausalLM(TransformersForCausalLM):
         AutoModel._model_mapping._extra_content.pop(type(self.config), None)  # see _decorate_for_torch_compile
         make_invariant(self.model, self.model_config.dtype)
         self._patch_config()  # the attention is vLLM's here: it owns the cache
+        module: Any
         for name, module in self.model.named_modules():
             if hasattr(module, "gate_and_up"):
                 self._merge_gate_and_up(f"model.{name}", module)
+            elif hasattr(module, "embed_scale"):
+                module.embed_scale.fill_(module.scale)  # vLLM 0.26 takes the layer away and scales by this
         super().recursive_replace()
 
     def _merge_gate_and_up(self, name: str, mlp: Any) -> None:
@@ -72,6 +76,8 @@ class InvariantForCausalLM(TransformersForCausalLM):
         """
         if self.compilation_config.mode == CompilationMode.NONE:
             return
+        # Sums and products between ops round one by one, as they do where nothing is compiled
+        self.compilation_config.inductor_compile_config["emulate_precision_casts"] = True
         stock: Any = AutoModel._model_mapping[type(self.config)]
         compiled = type(stock.__name__, (stock,), {"__module__": stock.__module__})
         axes: dict[str, Any] = {
@@ -100,9 +106,19 @@ class InvariantForCausalLM(TransformersForCausalLM):
             "quant_config": self.quant_config,
             "attn_backend": InvariantAttentionBackend,
         }
-        scale = heads["head_size"] ** -0.5  # the model's own is set when it first calls
-        layers = range(self.text_config.num_hidden_layers)
-        return {i: Attention(**heads, scale=scale, **shared, prefix=f"{i}.attn") for i in layers}
+        return {
+            i: Attention(
+                **heads, **shared, scale=module.scaling, per_layer_sliding_window=module.window,
+                logits_soft_cap=module.softcap, prefix=f"{i}.attn",
+            )
+            for i, module in _attention_modules(self.model).items()
+        }  # fmt: skip
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
+        """As the trainer has them: vLLM's own bounds round elsewhere, and it does not know Granite's scale."""
+        self.logits_processor.scale, self.logits_processor.soft_cap = 1.0, None
+        logits = super().compute_logits(hidden_states)
+        return None if logits is None else ops.scale_logits(logits, *logits_scaling(self.text_config))
 
 
 class InvariantConfig(QuantizationConfig):
@@ -287,15 +303,29 @@ def _top(logprobs: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return logprobs.gather(-1, ids), ids
 
 
+def _attention_modules(model: Any) -> dict[int, Any]:
+    """By the number of their layer."""
+    return {module.layer_idx: module for module in model.modules() if hasattr(module, "softcap")}
+
+
 def require_installed(runner: Any) -> tuple[int, int]:
-    """How many attention layers and matrix products the engine's model has; UserError if one of them is not ours."""
-    model = runner.get_model()
+    """How many attention layers and matrix products the engine's model has.
+
+    Raises UserError if one of them is not ours, or if vLLM read a window, cap or scale off the configuration that the model's
+    own forward does not have.
+    """
+    model: Any = runner.get_model()
     if not isinstance(model, InvariantForCausalLM):
         raise UserError(f"vLLM runs {type(model).__name__}, not {InvariantForCausalLM.__name__}; {NOT_ACTIVE}")
     layers = runner.compilation_config.static_forward_context
     for name, layer in layers.items():
         if (backend := getattr(layer, "attn_backend", None)) is not InvariantAttentionBackend:
             raise UserError(f"plugin not active in {name}: its attention is {getattr(backend, '__name__', backend)}")
+    for i, module in _attention_modules(model.model).items():
+        layer: Any = getattr(module, "attn", None) or cast(Any, model).attention_instances[i]  # in vLLM 0.32, in 0.26
+        found = {name: getattr(layer.impl, name) for name in ("scale", "window", "softcap")}
+        if found != (own := {"scale": module.scaling, "window": module.window, "softcap": module.softcap}):
+            raise UserError(f"layer {i}: vLLM gives its attention {found}, the model's own forward {own}; use invariance=off")
     products = {n: m for n, m in model.named_modules() if isinstance(m, (LinearBase, ParallelLMHead))}
     for name, layer in products.items():
         if type(layer.quant_method) not in (_Linear, _Head):

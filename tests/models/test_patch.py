@@ -5,7 +5,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rlinvariant.bits import assert_bits_equal, compare
 from rlinvariant.errors import UserError
@@ -23,6 +23,12 @@ FAMILIES = {
     "qwen2 tied": ("Qwen2", {"num_attention_heads": 2, "num_key_value_heads": 2, "tie_word_embeddings": True}),
     "qwen3": ("Qwen3", {**GROUPED}),
     "qwen3 tied": ("Qwen3", {**GROUPED, "tie_word_embeddings": True}),
+    "phi3": ("Phi3", {"num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 0, "sliding_window": 5}),
+    "olmo2": ("Olmo2", {"num_attention_heads": 2, "num_key_value_heads": 1}),
+    "gemma3": (
+        "Gemma3Text",
+        {**GROUPED, "sliding_window": 5, "layer_types": ["full_attention", "sliding_attention"], "intermediate_size": 384},
+    ),
 }
 LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
 ROPES = {
@@ -40,7 +46,7 @@ def build(family: str, **overrides: object) -> PreTrainedModel:
     config = getattr(transformers, f"{name}Config")(**{**SMALL, **kwargs, **overrides})
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
         for p in model.parameters():
             p.normal_(0, 0.1) if p.dim() > 1 else p.normal_(0.8, 0.2)
     return model.to(DEVICE)
@@ -273,13 +279,12 @@ def test_tied_weights_get_both_gradients():
         ("llama", dict(head_dim=48), "head_dim=48"),
         ("llama", dict(attention_dropout=0.1), "attention_dropout=0.1"),
         ("llama", dict(rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=2.0)), "rope_type=dynamic"),
-        ("qwen2", dict(use_sliding_window=True, sliding_window=8, max_window_layers=1), "sliding-window"),
-        ("Granite", dict(**GROUPED, residual_multiplier=0.5), "GraniteDecoderLayer"),
-        ("Granite", dict(**GROUPED, logits_scaling=2.0), "logits_scaling=2.0"),
-        ("Gemma2", dict(**GROUPED), "final_logit_softcapping"),
+        ("Gemma2", dict(**GROUPED, use_bidirectional_attention=True), "use_bidirectional_attention=True"),
+        ("llama", dict(layer_types=["full_attention", "chunked_attention"]), "layer_types has chunked_attention"),
         ("Ernie4_5", dict(num_attention_heads=2, num_key_value_heads=1), "Ernie4_5Attention"),  # interleaved rotary columns
-        ("Qwen3Moe", dict(**GROUPED), "Qwen3Moe"),
-        ("Mixtral", dict(num_attention_heads=2, num_key_value_heads=1), "Mixtral"),
+        ("Qwen3Moe", dict(**GROUPED, num_experts=4), "Qwen3Moe.* num_local_experts=4"),
+        ("Mixtral", dict(num_attention_heads=2, num_key_value_heads=1), "Mixtral.* num_local_experts=8"),
+        ("GptOss", dict(**GROUPED, num_local_experts=2), "num_local_experts=2"),
     ],
 )
 def test_what_no_op_owns_is_refused_before_anything_changes(model, overrides, reason):
@@ -296,13 +301,37 @@ def test_every_reason_is_given():
         make_invariant(build("llama", head_dim=16, hidden_act="gelu", attention_dropout=0.5))
 
 
-def test_a_sliding_window_that_the_configuration_hides_is_refused():
-    """Mistral has no layer_types: its window arrives at the attention call, which audit makes."""
-    model = build("Mistral", num_attention_heads=2, num_key_value_heads=1, sliding_window=8)
-    with pytest.raises(UnsupportedModel, match="sliding window"):
-        require_exact(make_invariant(model))
-    allowed = build("Mistral", num_attention_heads=2, num_key_value_heads=1, sliding_window=None)
-    require_exact(make_invariant(allowed))
+def test_what_an_attention_hands_on_is_found_for_each_layer():
+    """Mistral has no layer_types: its window is seen where its own forward hands it to the interface."""
+    model = make_invariant(build("Mistral", num_attention_heads=2, num_key_value_heads=1, sliding_window=8))
+    assert [layer.self_attn.window for layer in model.model.layers] == [8, 8]
+    model = make_invariant(build("qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=1))
+    assert [layer.self_attn.window for layer in model.model.layers] == [None, 8]
+    model = make_invariant(build("SmolLM3", **GROUPED, no_rope_layers=[0, 1], pad_token_id=0))
+    assert [layer.self_attn.rotated for layer in model.model.layers] == [False, True]
+    model = make_invariant(build("Granite", **GROUPED, attention_multiplier=0.3))
+    assert [layer.self_attn.scaling for layer in model.model.layers] == [0.3, 0.3]
+
+
+@pytest.mark.parametrize(("family", "offset"), [("llama", None), ("olmo2", 0.0), ("gemma3", 1.0)])
+def test_the_rounding_of_a_norm_is_found(family, offset):
+    """Llama rounds before it multiplies by the weight, OLMo-2 after, Gemma after and by one more."""
+    model = make_invariant(build(family))
+    assert {m.offset for m in model.modules() if "offset" in vars(m)} == {offset}
+
+
+def test_an_attention_that_hands_on_more_is_refused():
+    """Sinks, say: `ops.attention` would leave them out."""
+    model, attention = build("llama"), type(build("llama").model.layers[0].self_attn)
+
+    class LlamaAttention(attention):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, s_aux=self.o_proj.weight[0], **kwargs)
+
+    model.model.layers[1].self_attn.__class__ = LlamaAttention
+    LlamaAttention.forward.__wrapped__ = attention.forward  # where apply_rotary_pos_emb is looked for
+    with pytest.raises(UnsupportedModel, match="LlamaAttention hands s_aux to its attention"):
+        make_invariant(model)
 
 
 def test_another_norm_or_mlp_of_a_familiar_name_is_refused():

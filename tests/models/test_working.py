@@ -25,7 +25,7 @@ def one_route(monkeypatch):
         monkeypatch.setattr(importlib.import_module("rlinvariant.ops.linear"), "is_exact", lambda *_: False)
 
 
-@pytest.fixture(params=["llama tied", "qwen2", "qwen3"])  # the first two with biases
+@pytest.fixture(params=["llama tied", "qwen2", "qwen3", "phi3", "gemma3"])  # the first two with biases, the last with windows
 def pair(request) -> tuple[Any, Any]:
     """The same patched model, casting its weights at use, and with working copies."""
     plain = make_invariant(build(request.param))
@@ -96,10 +96,12 @@ def test_a_frozen_weight_gets_no_gradient_and_its_neighbours_theirs(pair):
     found = []
     for model in pair:
         attention = model.model.layers[0].self_attn
-        attention.k_proj.weight.requires_grad_(False)
+        merged = hasattr(attention, "qkv_proj")
+        frozen, *others = ("o_proj", "qkv_proj") if merged else ("k_proj", "q_proj", "v_proj")
+        attention.get_parameter(f"{frozen}.weight").requires_grad_(False)
         logprobs(model, sequences())[0].sum().backward()
-        assert attention.k_proj.weight.grad is None
-        found.append([attention.q_proj.weight.grad, attention.v_proj.weight.grad])
+        assert attention.get_parameter(f"{frozen}.weight").grad is None
+        found.append([attention.get_parameter(f"{name}.weight").grad for name in others])
     for expected, got in zip(*found, strict=True):
         assert (expected - got).norm() < 0.02 * expected.norm()
 

@@ -141,6 +141,16 @@ def test_windowed_attention_is_chunk_invariant(page, longest, shape, dtype):
             assert_bits_equal(found, cache.expected(out, asked), f"{asked} of {lengths}, window {window}")
 
 
+@cpu_only  # FlashAttention reads the keys of a whole block, and multiplies them by 0
+def test_pages_before_the_window_are_not_looked_up():
+    """Their numbers lie outside the pool by terabytes: to read there would end the process."""
+    q, k, v = operands(100, (2, 1, 64))
+    cache, out = Cache(k, v, (100,), 16), attend(q, k, v, None, 20)
+    for first, last in ((60, 100), (99, 100)):
+        cache.table[0, : (first - 19) // 16] = 2**30
+        assert_bits_equal(cache.attend(q, [(0, first, last)], window=20), out[first:last], f"queries {first} to {last}")
+
+
 def test_the_check_of_chunks_finds_a_window_off_by_one_and_a_page_freed_too_early():
     """Control."""
     q, k, v = operands(100, (2, 1, 64))

@@ -78,7 +78,7 @@ def unreadable(model: str) -> None:
 
 
 def unsupported(model: str) -> None:
-    from transformers import GPT2Config, MistralConfig, Qwen3Config
+    from transformers import GPT2Config, MixtralConfig, Qwen3Config
 
     sizes = {"vocab_size": 99, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64}
     config = GPT2Config(vocab_size=99, n_embd=128, n_layer=1, n_head=2, n_positions=128, bos_token_id=1, eos_token_id=2)
@@ -86,8 +86,8 @@ def unsupported(model: str) -> None:
     mistake("GPT-2", f"model={path}")
     mistake("GPT-2, sampler", f"model={path}", "invariance=sampler")
     mistake("head of 16", f"model={random_model(model, 'small_heads', Qwen3Config(**sizes, head_dim=16))}")
-    window = MistralConfig(**sizes, head_dim=64, sliding_window=8)
-    mistake("sliding window", f"model={random_model(model, 'window', window)}")
+    experts = MixtralConfig(**sizes, head_dim=64, intermediate_size=64, num_local_experts=2)
+    mistake("experts", f"model={random_model(model, 'experts', experts)}")
 
 
 def no_plugin(model: str) -> None:

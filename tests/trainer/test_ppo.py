@@ -15,7 +15,7 @@ from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.metrics import KEYS, PPO_KEYS
 from rlinvariant.trainer import InvariantPPOTrainer
 from rlinvariant.trainer.ppo import HEAD, Critic
-from tests.parity.device import DEVICE
+from tests.parity.device import DEVICE, fp32_only_on_cpu
 from tests.parity.harness import (
     Layout,
     Run,
@@ -191,6 +191,36 @@ def test_one_pass_of_the_critic_where_the_rollout_is_one_micro_batch(run):
     assert passes() == 2, "the step's own"
     assert passes(num_iterations=2) == 2
     assert passes(gradient_accumulation_steps=2, per_device_train_batch_size=8) == 2 * (2 + 2), "old values, and the step's"
+
+
+@fp32_only_on_cpu
+def test_the_critics_gradient_is_autograds(arithmetic_dir):
+    """Ours, packed through the ops, against the stock model in fp32, on rows of one length, which need no padding."""
+    ids = torch.randint(4, 90, (6, 14), generator=torch.Generator().manual_seed(0))
+    mask, upstream = torch.ones_like(ids), torch.randn(6, 9, generator=torch.Generator().manual_seed(1))
+    gradients = []
+    for invariant in (True, False):
+        made = Critic(load(arithmetic_dir).base_model, torch.float32, invariant)
+        torch.nn.init.normal_(made.head.weight, generator=torch.Generator().manual_seed(0))
+        (made(ids, mask, 9) * upstream).sum().backward()
+        gradients.append({name: p.grad for name, p in made.named_parameters()})
+    for name, stock in gradients[1].items():
+        error = (gradients[0][name] - stock).abs().max() / stock.abs().max()
+        assert 0 <= error < 1e-4, f"{name}: {error}"
+
+
+def test_the_critic_learns_what_can_be_known(run):
+    """A reward that the prompt alone decides: the critic comes to explain it, and nothing of one that is a coin's."""
+
+    def small(prompts: list[str], **_: Any) -> list[float]:
+        return [float(prompt[0] < "5") for prompt in prompts]
+
+    settings = {"learning_rate": 1e-5, "per_device_train_batch_size": 32, "num_generations": 2, "max_completion_length": 4}
+    settings |= {"lr_scheduler_type": "constant", "adam_beta2": 0.95, "max_steps": 40}
+    trained = run({"critic_learning_rate": 1e-3, "lam": 1.0}, reward_funcs=small, **settings)
+    explained = [row["value/explained_variance"] for row in trained.rows]
+    assert explained[0] == 0 and sum(explained[-5:]) / 5 > 0.8, explained
+    assert trained.rows[-1]["value/loss"] < 0.1 * trained.rows[0]["value/loss"]
 
 
 # ---- what PPO adds

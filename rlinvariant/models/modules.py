@@ -1,0 +1,291 @@
+"""What the modules of a Hugging Face model become: the same names and parameters, with a forward that computes by `ops`.
+
+models/patch.py says which module becomes which, and sets the attributes declared here that the stock module does not have.
+"""
+
+import inspect
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from rlinvariant import ops
+from rlinvariant.errors import UserError
+
+ATTENTION = "rlinvariant"  # name of the attention implementation, in transformers' registry
+
+
+class UnsupportedModel(UserError):
+    """The model computes something that no op owns."""
+
+
+def become(module: Any, form: type, **attributes: Any) -> None:
+    """Give the module the forward of `form`, in a class of the same name, so that saved configurations and messages keep it."""
+    cls, body = type(module), {}
+    for base in reversed(form.__mro__):
+        if issubclass(base, nn.Module) and base is not nn.Module:
+            body |= vars(base)
+    if form is Rotated:
+        body["forward"] = _rebind(cls.forward, apply_rotary_pos_emb=apply_rotary)
+    body = {k: v for k, v in body.items() if k not in ("__dict__", "__weakref__", "__doc__", "__qualname__", "__module__")}
+    own = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "stock": cls, "form": form}
+    module.__class__ = type(cls.__name__, (cls,), body | own)
+    for name, value in attributes.items():
+        setattr(module, name, value)
+
+
+def _rebind(function: Callable, **names: Callable) -> Callable:
+    """`function` with other meanings for some of the global names it uses."""
+    f = inspect.unwrap(function)
+    new = types.FunctionType(f.__code__, {**f.__globals__, **names}, f.__name__, f.__defaults__, f.__closure__)
+    new.__kwdefaults__ = f.__kwdefaults__
+    return new
+
+
+def epsilon(norm: Any) -> Any:
+    return getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+
+
+class Linear(nn.Module):
+    weight: Tensor
+    bias: Tensor | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.linear(x, self.weight, self.bias)
+
+
+class Embedding(nn.Module):
+    """Gather, then cast; times `scale`, which is rounded to the dtype first, as Gemma has it."""
+
+    weight: Tensor
+    padding_idx: int | None
+    compute_dtype: torch.dtype
+    scale: float | None
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = F.embedding(ids, self.weight, self.padding_idx).to(self.compute_dtype)
+        return x if self.scale is None else x * self.scale
+
+
+class RMSNorm(nn.Module):
+    weight: Tensor
+    offset: float | None  # added to the weight, as in Gemma; None: rounded before the weight, as in Llama
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.rms_norm(x, self.weight, epsilon(self), self.offset)
+
+
+class MLP(nn.Module):
+    """Gate and up projections, joined by `ops.swiglu`, and down. Whoever merges the first two replaces `gate_and_up`."""
+
+    gate_proj: nn.Module
+    up_proj: nn.Module
+    down_proj: nn.Module
+    activation_name: str
+
+    def gate_and_up(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.gate_proj(x), self.up_proj(x)
+
+    def forward(self, x):
+        return self.down_proj(ops.swiglu(*self.gate_and_up(x), self.activation_name))
+
+
+class MergedMLP(nn.Module):
+    """Gate and up in one projection, as Phi-3 has them."""
+
+    gate_up_proj: nn.Module
+    down_proj: nn.Module
+    activation_name: str
+
+    def forward(self, hidden_states):
+        return self.down_proj(ops.swiglu_merged(self.gate_up_proj(hidden_states), self.activation_name))
+
+
+class DecoderLayer(nn.Module):
+    """Llama's, with the sum and the norm after attention in one launch. Another layer's sums stay where they are."""
+
+    self_attn: nn.Module
+    mlp: nn.Module
+    input_layernorm: nn.Module
+    post_attention_layernorm: Any
+
+    def forward(self, hidden_states, **kwargs):
+        residual = hidden_states
+        hidden_states, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+        norm = self.post_attention_layernorm
+        hidden_states, residual = ops.add_rms_norm(hidden_states, residual, norm.weight, epsilon(norm), norm.offset)
+        return residual + self.mlp(hidden_states)
+
+
+class Rotary(nn.Module):
+    """cos and sin by position from a table, one for each type of layer if their angles differ."""
+
+    config: Any
+    rope_type: Any
+    compute_default_rope_parameters: Callable
+
+    def build_tables(self) -> None:
+        """fp32 cos and sin of every position, [max_position_embeddings, rotary_dim / 2], from fp64 angles.
+
+        The frequencies are transformers' own, but made on the CPU: a power differs by an ulp between CPU and GPU, and vLLM
+        makes them on the GPU.
+        """
+        kinds = self.rope_type if isinstance(self.rope_type, dict) else {None: self.rope_type}
+        for kind, rope_type in kinds.items():
+            prefix, layer = ("", {}) if kind is None else (f"{kind}_", {"layer_type": kind})
+            with torch.device("cpu"):
+                init = ROPE_INIT_FUNCTIONS.get(rope_type) or self.compute_default_rope_parameters
+                inv_freq, scaling = init(self.config, **layer)
+                angles = torch.arange(self.config.max_position_embeddings).double()[:, None] * inv_freq.double()
+                tables = (angles.cos() * scaling).float(), (angles.sin() * scaling).float()
+            device = getattr(self, f"{prefix}inv_freq").device
+            for name, table in zip(("cos_table", "sin_table"), tables, strict=True):
+                self.register_buffer(prefix + name, table.to("cpu" if device.type == "meta" else device), persistent=False)
+
+    def forward(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> tuple[Tensor, Tensor]:
+        """cos and sin, [batch, T, rotary_dim / 2] fp32: half as wide as transformers', for `ops.rope`."""
+        prefix = "" if layer_type is None else f"{layer_type}_"
+        cos, sin = getattr(self, f"{prefix}cos_table"), getattr(self, f"{prefix}sin_table")
+        return F.embedding(position_ids, cos), F.embedding(position_ids, sin)
+
+
+def apply_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+    """transformers' apply_rotary_pos_emb for q, k [B, H, T, D] and cos, sin [B or 1, T, R/2]."""
+
+    def turn(x: Tensor) -> Tensor:
+        tokens = x.transpose(1, 2)
+        shape = tokens.shape
+        wide = (shape[0], shape[1], cos.shape[-1])
+        flat = ops.rope(tokens.flatten(0, 1), cos.expand(wide).flatten(0, 1), sin.expand(wide).flatten(0, 1))
+        return flat.view(shape).transpose(1, 2)
+
+    return turn(q), turn(k)
+
+
+class Attention(nn.Module):
+    """Llama's, Qwen3's, OLMo-2's and Gemma's.
+
+    vLLM reads the source of `forward`: the projections, to merge them, and the interface's call.
+    """
+
+    config: Any
+    head_dim: int
+    scaling: float
+    layer_idx: int
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
+    o_proj: nn.Module
+    window: int | None  # of keys that a query sees, its own included
+    softcap: float | None  # of scores
+    rotated: bool  # or the layer has no positions
+
+    def forward(self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, **kwargs):
+        q = self.q_proj(hidden_states)
+        k = self.k_proj(hidden_states)
+        v = self.v_proj(hidden_states)
+        q, k, v = self.heads(q, k, v, *position_embeddings)
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        out, weights = attend(
+            self, q, k, v, attention_mask, scaling=self.scaling, sliding_window=self.window, softcap=self.softcap, **kwargs
+        )
+        return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), weights
+
+    def heads(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Projections [B, T, H D], possibly slices of one, as heads [B, H, T, D], queries and keys normalised and rotated."""
+        (b, t, _), half = q.shape, cos.shape[-1]
+        norms: Any = getattr(self, "q_norm", None), getattr(self, "k_norm", None)
+        if norms[0] is not None and norms[0].weight.shape[0] != self.head_dim:  # of all heads at once
+            q, k, norms = norms[0](q), norms[1](k), (None, None)
+        q, k, v = (x.view(b, t, -1, self.head_dim) for x in (q, k, v))
+        if self.rotated:
+            cos, sin = (x.expand(b, t, half).flatten(0, 1) for x in (cos, sin))
+            q_weight, k_weight = (norm.weight if norm is not None else None for norm in norms)
+            eps, offset = (0.0, None) if norms[0] is None else (epsilon(norms[0]), norms[0].offset)
+            turned = ops.qk_norm_rope(q.flatten(0, 1), k.flatten(0, 1), q_weight, k_weight, cos, sin, eps, offset)
+            q, k = (x.view(b, t, *x.shape[1:]) for x in turned)
+        elif norms[0] is not None:
+            q, k = norms[0](q), norms[1](k)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+
+class MergedAttention(Attention):
+    """Queries, keys and values in one projection, as Phi-3 has them."""
+
+    qkv_proj: nn.Module
+
+    def forward(self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, **kwargs):
+        q, k, v = self.heads(*self.parts(self.qkv_proj(hidden_states)), *position_embeddings)
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        out, weights = attend(
+            self, q, k, v, attention_mask, scaling=self.scaling, sliding_window=self.window, softcap=self.softcap, **kwargs
+        )
+        return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), weights
+
+    def parts(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, kv = (n * self.head_dim for n in (self.config.num_attention_heads, self.config.num_key_value_heads))
+        return qkv[..., :q], qkv[..., q : q + kv], qkv[..., q + kv :]
+
+
+class Rotated(nn.Module):
+    """The class's own forward, with `apply_rotary_pos_emb` meaning `apply_rotary`; see `become`."""
+
+
+def logits_scaling(config: Any) -> tuple[float | None, float | None]:
+    """For `ops.scale_logits`: what multiplies the logits (Granite divides them), and what bounds them."""
+    by = getattr(config, "logits_scaling", None)
+    return getattr(config, "logit_scale", None) if by is None else 1 / by, getattr(config, "final_logit_softcapping", None)
+
+
+class CausalLM(nn.Module):
+    stock: Any
+    config: Any
+    base_model: nn.Module
+    lm_head: nn.Linear
+
+    def forward(self, *args, token_ids=None, predicted_from=None, temperature=1.0, **kwargs):
+        """As the stock model, or, given `token_ids` [N], their log-probs and entropies, each [N] fp32, without logits.
+
+        `predicted_from` [N] are indices into the packed row (batch of one): the position whose hidden state predicts the
+        token. It is a forward so that DistributedDataParallel and FSDP see it.
+        """
+        if token_ids is None:
+            return self.stock.forward(self, *args, **kwargs)
+        hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
+        scaling = logits_scaling(self.config)
+        return ops.token_logprobs(hidden[0, predicted_from], self.lm_head.weight, token_ids, temperature, *scaling)
+
+
+def attention_forward(
+    module, q, k, v, attention_mask, scaling=None, cu_seq_lens_q=None, dropout=0.0, sliding_window=None, softcap=None, **kwargs
+):
+    """transformers' attention interface for q [B, H, T, D]: packed if `cu_seq_lens_q` is given, else B sequences of T."""
+    if dropout:
+        raise UnsupportedModel(f"{type(module).__name__}: attention dropout is not supported")
+    b, _, t, d = q.shape
+    cu = torch.arange(0, b * t + 1, t, dtype=torch.int32, device=q.device) if cu_seq_lens_q is None else cu_seq_lens_q
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+    longest = t if cu_seq_lens_q is None else kwargs.get("max_length_q")
+    out = ops.attention(q, k, v, cu, d**-0.5 if scaling is None else scaling, longest, sliding_window, softcap)
+    return out.view(b, t, *out.shape[1:]), None
+
+
+def _mask(attention_mask: Tensor | None = None, **kwargs) -> None:
+    """No mask is ever built. A padded batch needs one, so it is refused: pack it instead."""
+    if attention_mask is not None and not bool(attention_mask.all()):
+        raise UserError("attention_mask has zeros: exact attention takes packed sequences (cu_seq_lens_q), not padded ones")
+
+
+AttentionInterface.register(ATTENTION, attention_forward)
+AttentionMaskInterface.register(ATTENTION, _mask)
