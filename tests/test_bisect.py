@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, Qwen3Config, ViTConfig
+from transformers import AutoModelForCausalLM, DistilBertConfig, Qwen3Config
 
 from rlinvariant import ops
 from rlinvariant.bisect import bisect, command, search
@@ -301,6 +301,15 @@ def padded_vocabulary(pair):
 
 
 @contextlib.contextmanager
+def scaled(pair):
+    """The output of a whole MLP."""
+    mlp = pair.sampler("layers.1.mlp")
+    forward = mlp.forward
+    with replaced(mlp, "forward", lambda x: forward(x) * 1.01):
+        yield
+
+
+@contextlib.contextmanager
 def upcast(pair):
     def wide(module, inputs, output):
         output.last_hidden_state = output.last_hidden_state.float()
@@ -331,6 +340,7 @@ FAULTS = [  # fault, layer, role, side that deviates or None, what the cause mus
     (predicted_one_early, None, "lm_head", None, "position off by -1: the trainer's input"),
     (reciprocal, None, "log-prob", "sampler", "reciprocal"),
     (padded_vocabulary, None, "log-prob", "sampler", "vocabulary padding: .* 27 columns"),
+    (scaled, 1, "layer output", None, "between the down projection and this"),
     (upcast, None, "lm_head", None, "autocast or an upcast"),
 ]
 
@@ -413,7 +423,7 @@ def test_the_command(pair, tmp_path, monkeypatch, capsys):
         return made[-1]
 
     monkeypatch.setattr(command, "_sides", kept)
-    assert bisect([str(tmp_path), "random=true", "tokens=4", "sequences=5", "chunk=16", "seed=2"]) == 0
+    assert bisect([str(tmp_path), "random=true", "tokens=4", "sequences=5", "chunk=16", "--seed", "2"]) == 0
     assert "nothing to bisect: 0 of 36 tokens differ (temperature 0.7)" in capsys.readouterr().out
     with_fault = Pair("", made[0][1], made[0][0])
     monkeypatch.setattr(command, "_sides", lambda *args: made[0])
@@ -427,14 +437,15 @@ def test_the_command(pair, tmp_path, monkeypatch, capsys):
     ("argv", "problems"),
     [
         ([], ["MODEL: missing"]),
-        (["a", "b"], ["b: expected MODEL once, and key=value without dashes"]),
+        (["a", "b"], ["b: expected MODEL once, and key=value"]),
         (["a", "token=4"], ["token=4: unknown key, did you mean tokens?"]),
         (
             ["a", "tokens=0", "temperature=0"],
             ["tokens=0: expected a whole number of", "temperature=0: expected a number"],
         ),
         (["a", "random=yes", "dtype=fp8"], ["random=yes: expected true or false", "dtype=fp8: expected bfloat16 or float32"]),
-        (["a", "--seed=1"], ["--seed=1: expected MODEL once"]),
+        (["a", "--sed", "1"], ["--sed: expected MODEL once", "1: expected MODEL once"]),
+        (["a", "--seed", "x", "--random"], ["seed=x: expected a whole number"]),
     ],
 )
 def test_bad_arguments_are_one_line_each(argv, problems):
@@ -448,8 +459,8 @@ def test_bad_arguments_are_one_line_each(argv, problems):
     ("config", "arguments", "problem"),
     [
         (None, [], "cannot be loaded"),
-        (ViTConfig(), ["random=true", "invariance=off"], "no random causal LM"),
-        (CONFIG, [], "cannot be loaded: .*random=true takes random weights"),
+        (DistilBertConfig(), ["random=true"], "is no causal language model"),
+        (CONFIG, [], "cannot be loaded: .*random needs the configuration alone"),
         (CONFIG, ["random=true", "prompt=250"], "together more than the 256"),
     ],
 )

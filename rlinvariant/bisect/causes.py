@@ -60,6 +60,13 @@ class Case:
         self.model = first.trainer.recorder.model
         self.device = next(self.model.parameters()).device
         self.layer, self.role = first.place
+        calls = [side.block.call for side in self.sides.values() if side.block.call is not None]
+        # of another module, as the norms that other layers than Llama's have, what was called
+        self.op = OP.get(self.role) or next(
+            (call.op for call in calls if call.op in ("linear", "rms_norm", "scale_logits")), None
+        )
+        if self.op == "add_rms_norm" and not any(call.op == self.op for call in calls):
+            self.op = None  # such a layer adds and normalises in steps of its own
         config: Any = self.model.config
         self.dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
@@ -73,36 +80,49 @@ class Case:
 
     def call(self, side: str) -> Any:
         call = self.sides[side].block.call
-        return call if call is not None and call.op == OP.get(self.role) else None
+        return call if call is not None and call.op == self.op else None
 
     def weights(self, side: str) -> tuple[Tensor | None, ...]:
         """Those that the op was given; where no op was, those of the module. () where there is none, or not to be read."""
         if (call := self.call(side)) is not None and call.weights:
             found = tuple(call.weights.values())
             return found if self.role not in ROTATED else (found[ROTATED.index(self.role)],)
-        if self.role not in PARAMETER:
-            return ()
-        suffix = PARAMETER[self.role] if self.layer is None else f"layers.{self.layer}.{PARAMETER[self.role]}"
         module = self.sides[side].block.module
         if module is None or not hasattr(module, "weight"):
+            suffix = self.parameter().removeprefix("model.")
+            if not suffix:
+                return ()
             named = self.sides[side].recorder.model.named_modules()
             module = next((m for name, m in named if name == suffix or name.endswith(f".{suffix}")), None)
         weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
         if weight is None or weight.numel() == 0:
             return ()
-        part = self.part(module)
+        part = self.part(len(weight), side)
         if self.role not in LINEAR:
             return (weight,)
         return weight[part], bias[part] if isinstance(bias, Tensor) else None
 
-    def part(self, module: Any) -> slice:
-        """Which columns of a merged product's output are this role's."""
-        sizes = list(getattr(module, "output_sizes", []))
-        names = GATE_UP if self.role in GATE_UP else QKV
-        if len(sizes) != len(names) or self.role not in names:
+    def parameter(self) -> str:
+        """The module whose weight this is, as the trainer names it; "" where there is none."""
+        own, known = self.sides["trainer"].block.module, PARAMETER.get(self.role, "")
+        suffix = f"layers.{self.layer}.{known}" if known and self.layer is not None else known
+        named = [(name, m) for name, m in self.model.named_modules() if hasattr(m, "weight")]
+        found = [n for n, m in named if m is own] + [n for n, _ in named if known and (n == suffix or n.endswith(f".{suffix}"))]
+        return next(iter(found), "")
+
+    def before(self) -> str:
+        """The role that the trainer executed before this one."""
+        places = list(self.sides["trainer"].recorder.trace)
+        return places[max(0, places.index(self.first.place) - 1)][1]  # type: ignore[arg-type]
+
+    def part(self, width: int, side: str) -> slice:
+        """Which columns of an output of that width are this role's: all, or a part of a merged product's."""
+        names = next((names for names in (QKV, GATE_UP) if self.role in names), ())
+        own = len(self.sides[side].value)
+        if width == own or not names:
             return slice(None)
-        start = sum(sizes[: names.index(self.role)])
-        return slice(start, start + sizes[names.index(self.role)])
+        start = sum(self.sides[side].recorder.sizes(names, width)[: names.index(self.role)])
+        return slice(start, start + own)
 
     def inputs(self, side: str) -> dict[str, Tensor]:
         """Rows that the value was computed from, by name: those that the module or the op took, else the values before it."""
@@ -110,7 +130,8 @@ class Case:
         if self.role == "attention":  # of all earlier positions too, and they were equal
             return self._before(side, q=ROTATED[0], k=ROTATED[1], v="v projection")
         if self.first.place == LOGPROB:
-            return self._before(side, logits="lm_head", layer=None)
+            scaled = self._before(side, logits="scaled logits", layer=None)
+            return scaled or self._before(side, logits="lm_head", layer=None)
         if self.role in ROTATED:
             name = "qk"[ROTATED.index(self.role)]
             found = self._before(side, x=f"{name} projection")
@@ -157,13 +178,15 @@ class Case:
     def function(self, side: str) -> Callable[[int], Tensor] | None:
         """The op on n rows that are all the recorded one: n -> [n, D]; None where it is not known."""
         x, w, settings = self.inputs(side), self.weights(side), self.settings(side)
-        op, weight = OP.get(self.role), w[0] if w else None
+        op, weight = self.op, w[0] if w else None
 
         def rows(n: int) -> dict[str, Tensor]:
             return {name: row.expand(n, *row.shape).contiguous() for name, row in x.items()}
 
         if op == "linear" and x and weight is not None:
             return lambda n: ops.linear(**rows(n), weight=weight, bias=w[1])
+        if op == "scale_logits" and x:
+            return lambda n: ops.scale_logits(rows(n).get("logits", next(iter(rows(n).values()))), **settings)
         if op == "rms_norm" and x and weight is not None:
             return lambda n: ops.rms_norm(**rows(n), weight=weight, **settings)
         if op == "add_rms_norm" and len(x) == 2 and weight is not None:
@@ -214,7 +237,7 @@ class Case:
 
     def variants(self, side: str) -> Iterable[tuple[str, Tensor]]:
         x, w, position, settings = self.inputs(side), self.weights(side), self.first.position, self.settings(side)
-        op, weight, eps = OP.get(self.role), w[0] if w else None, settings.get("eps") or 1e-6
+        op, weight, eps = self.op, w[0] if w else None, settings.get("eps") or 1e-6
         if op == "linear" and x and weight is not None:
             yield from variants.linear(x["x"], weight, w[1], self.sides[side].block.together)
         elif op == "rms_norm" and x and weight is not None:
@@ -242,11 +265,12 @@ class Case:
         function, module, x = self.function(side), self.sides[side].block.module, self.inputs(side)
         if self.role == "lm_head" and side == "sampler" and x:
             function = lambda n: self.engine.model.compute_logits(x["x"].expand(n, -1).contiguous())  # noqa: E731
-        elif module is not None and self.role in OP and x:
+        elif module is not None and self.op is not None and "x" in x:
 
             def of_module(n: int) -> Tensor:
                 output = module(x["x"].expand(n, -1).contiguous())
-                return (output[0] if isinstance(output, tuple) else output)[:, self.part(module)]
+                output = output[0] if isinstance(output, tuple) else output
+                return output[:, self.part(output.shape[-1], side)]
 
             function = of_module
 
@@ -275,7 +299,8 @@ def _explain(case: Case, stock: tuple[str, ...]) -> Explanation:
         return found("not a number, on both sides: NaN equals nothing, and comes from here")
     hint = ""
     if stock:
-        hint = f"stock kernels: the {' and the '.join(stock)} runs without the plugin (invariance is not exact)"
+        runs = "runs" if len(stock) == 1 else "run"
+        hint = f"stock kernels: the {' and the '.join(stock)} {runs} without the plugin (invariance is not exact)"
     widths = {name: len(value) for name, value in values.items()}
     dtypes = {name: value.dtype for name, value in values.items()}
     if dtypes["sampler"] != dtypes["trainer"]:
@@ -286,7 +311,9 @@ def _explain(case: Case, stock: tuple[str, ...]) -> Explanation:
     if (moved := _moved(case)) and inputs != "equal":
         return found(moved)
     if inputs != "equal":
-        return found(hint or "something outside the recorded modules changes the input on its way here")
+        return found(
+            hint or f"something between the {case.before()} and here changes the input: a hook, a sum, a scale, a cast"
+        )
     if (settings := _settings(case)) and not deviating:
         return found(f"the op was called otherwise: {settings}", "rlinvariant.ops, called so, gives each side's bits")
     if weights.startswith("differ") and not deviating and not hint:
@@ -295,8 +322,7 @@ def _explain(case: Case, stock: tuple[str, ...]) -> Explanation:
         return found(cause, "rlinvariant.ops, given each side's own weight, gives each side's bits" if both else None)
     for name in deviating or [n for n in values if anew[n] is None]:
         other = values[_other(name)]
-        known = (what for what, y in case.variants(name) if _gives(y, values[name]) and not equal(y.flatten().cpu(), other))
-        what = next(known, None)
+        what, near = _variant(case, name, other)
         with_rows = {} if hint else case.by_rows(name)
         same = [n for n, y in with_rows.items() if _gives(y, values[name])]
         others = [n for n, y in with_rows.items() if _gives(y, other)]
@@ -308,19 +334,45 @@ def _explain(case: Case, stock: tuple[str, ...]) -> Explanation:
             )
         if what is not None:
             return found(f"{hint}; {what}" if hint else what, f"computed so, all bits are those of the {name}")
+        if near is not None:
+            return found(f"{hint}; likely {near[0]}" if hint else f"likely {near[0]}", f"nearly: {near[1]}")
     if widths["sampler"] != widths["trainer"]:
         return found(f"vocabulary padding: the sampler has {widths['sampler']} columns, the trainer {widths['trainer']}")
     if hint:
         return found(hint)
-    bypassed = [n for n in values if case.role in OP and case.call(n) is None]
+    bypassed = [n for n in values if case.op is not None and case.call(n) is None]
     if len(bypassed) == 1:
-        return found(f"the {bypassed[0]} does not compute this by rlinvariant.ops.{OP[case.role]}: another kernel")
+        return found(f"the {bypassed[0]} does not compute this by rlinvariant.ops.{case.op}: another kernel")
     if deviates is None and not deviating and all(y is not None for y in anew.values()):
         return found("both values come back from rlinvariant.ops: what is behind it (cache, table, temperature) differs")
     if case.role == "attention" and deviates == "sampler":
         return found("the sampler's cache (keys or values that are not those written, a wrong page or slot), or its kernel")
+    if case.op is None:
+        return found(f"what stands between the {case.before()} and this differs: a sum, a scale, a cast, or a hook")
     who = f"of the {deviates} " if deviates else ""
     return found(f"unknown: inputs and weights are equal, the kernel {who}sums or rounds otherwise, in no way of the catalogue")
+
+
+def _variant(case: Case, name: str, other: Tensor) -> tuple[str | None, tuple[str, str] | None]:
+    """The first variant that gives a side's bits; if none does, one that comes much nearer than the other side does."""
+    value = case.sides[name].value
+    columns = min(len(value), len(other))
+    count = int((_words(value[:columns]) != _words(other[:columns])).sum())
+    near, fewest = None, count // 4
+    for what, y in case.variants(name):
+        y = y.detach().flatten().cpu()
+        if y.shape != value.shape or y.dtype != value.dtype:
+            continue
+        left = int((_words(y) != _words(value)).sum())
+        if left == 0 and not equal(y, other):
+            return what, None
+        if 0 < left < fewest:
+            near, fewest = (what, f"computed so, all but {left:,} of {len(value):,} values are those of the {name}"), left
+    return None, near
+
+
+def _words(x: Tensor) -> Tensor:
+    return x.contiguous().view(torch.int16 if x.element_size() == 2 else torch.int32)
 
 
 def _other(side: str) -> str:
@@ -372,9 +424,7 @@ def _moved(case: Case) -> str | None:
 
 def _weights(case: Case) -> str:
     a, b = case.weights("sampler"), case.weights("trainer")
-    if case.role not in PARAMETER:
-        return "none"
-    name = PARAMETER[case.role] if case.layer is None else f"model.layers.{case.layer}.{PARAMETER[case.role]}"
+    name = case.parameter()
     if not a or not b:
         return "not read on one side" if (a or b) else "none"
     for what, x, y in zip(("weight", "bias"), a, b, strict=False):

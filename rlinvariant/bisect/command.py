@@ -5,7 +5,7 @@ import dataclasses
 import difflib
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rlinvariant.errors import ConfigErrors, UserError
@@ -16,7 +16,7 @@ Draws completions of random prompts with the exact sampler, scores them with the
 where the two part first: sequence, token, layer, op, by how many ulps, whether the op's inputs and weights were equal, and the
 likely cause. Exit code 0: nothing differs; 1: something does; 2: it could not be tried.
 
-MODEL is a Hugging Face directory or hub id; with random=true its config.json is enough.
+MODEL is a Hugging Face directory or hub id; with random=true its config.json is enough. --seed 3 may stand for seed=3.
 """
 
 
@@ -30,7 +30,7 @@ class Options:
     prompt: int = _field(48, "longest prompt, in tokens; prompts are ragged")
     tokens: int = _field(24, "length of each completion")
     micro_batch: int = _field(4, "sequences that the trainer packs together")
-    chunk: int = _field(0, "most tokens in one step of the engine; 0: vLLM's default")
+    chunk: int = _field(256, "most tokens in one step of the engine: a longer prompt is cut")
     temperature: float = _field(0.7, "of the draws; divides the logits")
     dtype: str = _field("bfloat16", "bfloat16 or float32")
     seed: int = _field(0, "of the prompts, the draws and random weights")
@@ -51,18 +51,18 @@ def parse(argv: Sequence[str]) -> tuple[str, Options]:
     """(MODEL, options). Raises ConfigErrors with one line per problem."""
     fields = {field.name: field for field in dataclasses.fields(Options)}
     model, given, errors = None, {}, []
-    for argument in argv:
+    for argument in _pairs(argv, fields):
         key, equals, text = argument.partition("=")
         if not equals and not argument.startswith("-") and model is None:
             model = argument
         elif not equals or key.startswith("-"):
-            errors.append(f"{argument}: expected MODEL once, and key=value without dashes; see rlinvariant bisect --help")
+            errors.append(f"{argument}: expected MODEL once, and key=value; see rlinvariant bisect --help")
         elif key not in fields:
             close = difflib.get_close_matches(key, fields, 1)
             meant = f", did you mean {close[0]}?" if close else ""
             errors.append(f"{argument}: unknown key{meant}; there are {', '.join(fields)}")
         else:
-            value, kind = _value(text, fields[key].type, least=0 if key in ("seed", "chunk") else 1)
+            value, kind = _value(text, fields[key].type, least=0 if key == "seed" else 1)
             if value is None or text not in CHOICES.get(key, (text,)):
                 errors.append(f"{argument}: expected {' or '.join(CHOICES.get(key, (kind,)))}")
             given[key] = value
@@ -72,6 +72,19 @@ def parse(argv: Sequence[str]) -> tuple[str, Options]:
         raise ConfigErrors(errors)
     assert model is not None
     return model, Options(**given)
+
+
+def _pairs(argv: Sequence[str], fields: Mapping[str, Any]) -> Iterator[str]:
+    """The arguments, those that are written as `verify` has them (--random, --seed 3) as key=value."""
+    words = iter(argv)
+    for word in words:
+        key, equals, text = word.removeprefix("--").replace("-", "_").partition("=")
+        if not word.startswith("--") or key not in fields:
+            yield word
+        elif equals:
+            yield f"{key}={text}"
+        else:
+            yield f"{key}=true" if fields[key].type is bool else f"{key}={next(words, '')}"
 
 
 def _value(text: str, kind: Any, least: int) -> tuple[Any, str]:
@@ -98,9 +111,11 @@ def bisect(argv: Sequence[str]) -> int:
             print(f"  {field.name + '=' + str(field.default):<20} {field.metadata['doc']}")
         return 0
     name, options = parse(argv)
+    from rlinvariant import runtime
     from rlinvariant.report.console import Console
 
     console = Console()
+    runtime.quiet()
     with tempfile.TemporaryDirectory(prefix="rlinvariant-bisect-") as directory:
         with console.stage(f"{name}: loading"):
             model, engine = _sides(name, options, directory)
@@ -121,47 +136,21 @@ def bisect(argv: Sequence[str]) -> int:
 
 
 def _sides(name: str, options: Options, directory: str) -> tuple[Any, Any]:
-    """The trainer's model, made first, and the sampler."""
-    import torch
-    from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForCausalLM
+    """The trainer's model, made first, and the sampler, as `verify` has them."""
+    from rlinvariant.verify import load
+    from rlinvariant.verify.relations import Sizes
 
-    from rlinvariant.models import make_trainable, require_exact
-    from rlinvariant.models.random import save_random
-    from rlinvariant.sampler.engine import Sampler, refuse
-
-    exact_trainer = options.invariance in ("exact", "trainer")
-    dtype = getattr(torch, options.dtype)
-    longest = options.prompt + options.tokens
-    if options.invariance == "off":
-        positions = longest
-    else:
-        positions = refuse({}, name, options.dtype, otherwise="invariance=off compares the stock kernels")
+    config = load.configuration(name, options.dtype)
+    longest, positions = options.prompt + options.tokens, config.get_text_config().max_position_embeddings
     if longest > positions:
         raise UserError(f"prompt={options.prompt} and tokens={options.tokens}: together more than the {positions} of {name}")
-    path = name
-    if options.random:
-        path = save_random(AutoConfig.from_pretrained(name), directory, options.seed)
-    try:
-        stored = torch.float32 if exact_trainer else dtype
-        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=stored)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        hint = "" if options.random else "; random=true takes random weights, of config.json alone"
-        raise UserError(f"MODEL {name}: cannot be loaded: {' '.join(str(error).split())[:200]}{hint}") from error
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    if exact_trainer:
-        require_exact(make_trainable(model, dtype))
-    engine_options: dict[str, Any] = {"enforce_eager": True, "max_num_seqs": options.sequences}
-    if options.chunk:
-        engine_options |= {"max_num_batched_tokens": options.chunk, "enable_chunked_prefill": True}
-    engine = Sampler(
-        path,
-        invariant=options.invariance in ("exact", "sampler"),
-        dtype=options.dtype,
-        max_model_len=longest,
-        options=engine_options,
-    )
-    return model, engine
+    step = max(options.chunk, options.sequences)  # vLLM gives every request in it a token
+    sizes = Sizes(options.sequences, options.prompt, options.tokens, options.prompt, step, longest * options.micro_batch)
+    ours = {side: side not in STOCK[options.invariance] for side in ("sampler", "trainer")}
+    path = load.random_weights(config, directory, options.seed) if options.random else name
+    model = (load.trained if ours["trainer"] else load.stock)(path, options.dtype)
+    more = load.options(sizes, eager=True) | {"max_num_seqs": options.sequences}
+    return model, load.engine(path, ours["sampler"], options.dtype, more, sizes)
 
 
 def lines(result: Any, batch: Any, engine: Any, stock: tuple[str, ...] = ()) -> list[str]:
@@ -206,7 +195,7 @@ def lines(result: Any, batch: Any, engine: Any, stock: tuple[str, ...] = ()) -> 
     found += [f"inputs     {why.inputs}", f"weights    {why.weights}"]
     if why.deviates:
         found.append(
-            f"deviates   the {why.deviates}: rlinvariant.ops gives the other side's bits from the same inputs and weights"
+            f"deviates   the {why.deviates}: computed anew from the same inputs and weights, the other side's bits come out"
         )
     found.append(f"cause      {why.cause}")
     if why.reproduced:
@@ -220,11 +209,11 @@ def _common(x: Any, y: Any) -> tuple[Any, Any]:
 
 
 def _at(x: Any, y: Any) -> int:
-    """The first element that differs; 0 if none does."""
+    """The first element that differs; if none does, the first that is no number."""
     from rlinvariant import bits
 
     difference = bits.compare(*_common(x, y))
-    return 0 if difference is None else difference.coordinate[0]
+    return int(x.isnan().int().argmax()) if difference is None else difference.coordinate[0]
 
 
 def _word(value: Any) -> str:

@@ -82,6 +82,7 @@ class _Frame:
     name: str
     module: Any
     inputs: Tensor | None = None
+    kind: str = ""  # that the module was called with: a type of layer, each with a rope table of its own
     calls: list[Call] = field(default_factory=list)
 
 
@@ -118,16 +119,18 @@ class Recorder:
                 _replace(stack, ops, op, partial(self._op, op))
             head = sys.modules["rlinvariant.ops.token_logprobs"]  # the package's attribute of that name is the function
             _replace(stack, head, "linear", self._head)
+            _replace(stack, head, "scale_logits", self._scaled)
             for layer, attention in enumerate(attentions):
                 _replace(stack, attention, "forward", partial(self._attention, layer))
             yield self
 
     def _before(self, name: str, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        frame = _Frame(name, module)
+        frame = _Frame(name, module, kind=next((f" of {x}" for x in (*args, *kwargs.values()) if isinstance(x, str)), ""))
         self._stack.append(frame)
         tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point()]
         which = self._heads if _last(name) in ("logits_processor", "lm_head") else self._rows
-        frame.inputs = _pick(tensors[0].reshape(-1, tensors[0].shape[-1]), which) if tensors else None
+        if len(tensors) == 1:  # a fused norm of vLLM's takes the residual too
+            frame.inputs = _pick(tensors[0].reshape(-1, tensors[0].shape[-1]), which)
         if _is_layer(name):
             self._last = {}
         if frame.inputs is not None and _layer(name) is not None and _last(name) in TAKEN:
@@ -151,9 +154,19 @@ class Recorder:
         if value is None:
             return
         roles = ("layer output",) if _is_layer(name) else OUT.get(_last(name), (_last(name),))
-        sizes = list(getattr(module, "output_sizes", [])) if len(roles) > 1 else [value.shape[-1]]
+        roles, sizes = tuple(role + frame.kind for role in roles), self.sizes(roles, value.shape[-1])
         calls = frame.calls if leaf else []
         self._split(_layer(name), roles, sizes, value, frame.inputs, calls, module, which)
+
+    def sizes(self, roles: Sequence[str], width: int) -> list[int]:
+        """Columns of each part of an output: of q, k, v, or of gate and up."""
+        if len(roles) != len(QKV):
+            return [width // len(roles)] * len(roles)
+        config: Any = self.model.config
+        config = config.get_text_config()
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        head = width // (heads + 2 * kv_heads)
+        return [heads * head, kv_heads * head, kv_heads * head]
 
     def _split(self, layer, roles, sizes, value, inputs, calls, module, which) -> None:
         """One place for each part of a merged product, which is one call, or one for each part."""
@@ -174,9 +187,8 @@ class Recorder:
     def _op(self, op: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         output = original(*args, **kwargs)
         frame = self._stack[-1] if self._stack else None
-        which = self._rows
-        if op == "sample" or (frame and _last(frame.name) == "logits_processor"):
-            which = self._heads
+        of_heads = op in ("sample", "scale_logits") or (frame and _last(frame.name) == "logits_processor")
+        which = self._heads if of_heads else self._rows
         if not which[0]:
             return output
         bound = SIGNATURES[op].bind(*args, **kwargs)
@@ -194,6 +206,8 @@ class Recorder:
             {name: given[name] for name in SETTINGS if name in given},
         )
         self._last[call.op] = call
+        if op == "scale_logits" and any(call.settings.values()) and (value := _pick(output, which)) is not None:
+            self._keep((None, "scaled logits"), value, call.inputs.get("logits"), call, None, which)
         if frame is None:
             return output
         frame.calls.append(call)
@@ -219,15 +233,25 @@ class Recorder:
     def _head(self, original: Callable[..., Any], x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """The product inside `ops.token_logprobs`, a chunk of all scored tokens."""
         output = original(x, weight, bias)
-        rows, positions, _ = self._heads
-        here = [(r - self._scored, p) for r, p in zip(rows, positions, strict=True) if 0 <= r - self._scored < len(x)]
+        self._chunk = self._scored
         self._scored += len(x)
-        if here:
-            which = [r for r, _ in here], [p for _, p in here], len(x)
-            taken, value = _pick(x, which), _pick(output, which)
-            call = Call("linear", {} if taken is None else {"x": taken}, {"weight": weight, "bias": bias})
-            self._keep((None, "lm_head"), value, taken, call, None, which)
+        self._logits("lm_head", "linear", x, output, {"weight": weight, "bias": bias}, {})
         return output
+
+    def _scaled(self, original: Callable[..., Any], logits: Tensor, scale: float | None, softcap: float | None) -> Tensor:
+        """What follows it there."""
+        output = original(logits, scale, softcap)
+        if scale is not None or softcap is not None:
+            self._logits("scaled logits", "scale_logits", logits, output, {}, {"scale": scale, "softcap": softcap})
+        return output
+
+    def _logits(self, role: str, op: str, x: Tensor, output: Tensor, weights: dict[str, Any], settings: dict[str, Any]) -> None:
+        at = [(r - self._chunk, p) for r, p in zip(*self._heads[:2], strict=True) if 0 <= r - self._chunk < len(x)]
+        which = [r for r, _ in at], [p for _, p in at], len(x)
+        taken, value = _pick(x, which), _pick(output, which)
+        if taken is not None and value is not None:
+            call = Call(op, {"logits" if op == "scale_logits" else "x": taken}, weights, settings)
+            self._keep((None, role), value, taken, call, None, which)
 
 
 def _replace(stack: ExitStack, owner: Any, name: str, wrapper: Callable[..., Any]) -> None:

@@ -1,6 +1,10 @@
 """PPO: exact like GRPO, values that depend on nothing but their tokens, and what PPO adds, each against a control."""
 
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -13,9 +17,10 @@ from rlinvariant.bits import assert_bits_equal
 from rlinvariant.config import PPOConfig, parse
 from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.metrics import KEYS, PPO_KEYS
+from rlinvariant.report.rundir import read_metrics
 from rlinvariant.trainer import InvariantPPOTrainer
 from rlinvariant.trainer.ppo import HEAD, Critic
-from tests.parity.device import DEVICE, fp32_only_on_cpu
+from tests.parity.device import DEVICE, cpu_only, fp32_only_on_cpu
 from tests.parity.harness import (
     Layout,
     Run,
@@ -292,6 +297,30 @@ def test_one_sample_of_each_prompt(arithmetic_dir, exact_engine, tmp_path):
     trainer.train()
     assert [row["onpolicy/mismatched_tokens"] for row in rows] == [0, 0] and trainer.num_generations == 1
     assert len(set(trainer._logs["prompt"])) > 12, "16 prompts, but for some that are alike"
+
+
+@cpu_only("two processes of one run take a GPU each; here they are joined by gloo")
+def test_two_processes_train_one_critic(arithmetic_dir, tmp_path):
+    """Each sees rows of its own; without an average of the gradients the critics would part at the first step."""
+    here = Path(__file__).parent
+    settings = ["steps=2", "run=two", "wandb.mode=disabled", "trainer.per_device_train_batch_size=8", "ppo.kl_coef=0.1"]
+    settings += [
+        "algorithm=ppo",
+        "ppo.critic_learning_rate=1e-3",
+        f"recipe={here / 'tiny_recipe.py'}",
+        f"model={arithmetic_dir}",
+    ]
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "-q", "--num_cpu_threads_per_process", "1"]
+    command += ["--config_file", str(here.parents[1] / "configs/cpu2.yaml"), str(here / "ppo_on_ranks.py"), str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(here.parents[1])}
+    done = subprocess.run([*command, *settings], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    rows = read_metrics(tmp_path / "runs/two")
+    assert [row["onpolicy/mismatched_tokens"] for row in rows] == [0, 0]
+    assert all(row["onpolicy/compared_tokens"] >= STEP and row["value/grad_norm"] > 0 for row in rows)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert_same_weights(first, second, "critics of two ranks")
+    assert first["head.weight"].abs().sum() > 0
 
 
 # ---- checkpoints
