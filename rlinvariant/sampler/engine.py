@@ -182,12 +182,13 @@ class Sampler:
         return self._runner.get_model()
 
     def _install(self) -> None:
-        from rlinvariant.sampler.vllm_model import StockSampler, install
+        from rlinvariant.sampler.vllm_model import StockSampler, install, spare_others
 
         if self.invariant:
             install(self._runner)
         else:
             self._runner.sampler = StockSampler(self._runner)
+            spare_others(self.model)
 
     def generate(
         self,

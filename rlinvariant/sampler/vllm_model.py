@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel
 from vllm.compilation.decorators import support_torch_compile
+from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
 from vllm.config import CompilationMode
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import LinearBase, MergedColumnParallelLinear, UnquantizedLinearMethod
@@ -353,3 +354,19 @@ class StockSampler(_SeedKeeper):
         own = token_ids[:, None]
         ranks = torch.zeros_like(token_ids)
         return LogprobsTensors(torch.cat([own, ids], 1).int(), torch.cat([logprobs.gather(-1, own), top], 1), ranks)
+
+
+def spare_others(model: nn.Module) -> None:
+    """Let Hugging Face models of this process run that were there before a stock engine decorated their class.
+
+    Where vLLM has no model of its own, it takes the Hugging Face one and replaces `__call__` in its class, for every instance.
+    """
+    for cls in {c for module in model.modules() for c in type(module).__mro__ if c.__module__.startswith("transformers.")}:
+        if TorchCompileWithNoGuardsWrapper in cls.__bases__:
+            decorated: Any = vars(cls)["__call__"]
+
+            def call(self: Any, *args: Any, decorated: Any = decorated, **kwargs: Any) -> Any:
+                its_own = "do_not_compile" in vars(self)  # set as vLLM builds it
+                return decorated(self, *args, **kwargs) if its_own else nn.Module.__call__(self, *args, **kwargs)
+
+            cls.__call__ = call  # type: ignore[method-assign]

@@ -19,7 +19,9 @@ class Packed:
     keep: Tensor  # [B, C] where they stand in the padded completions
 
     def unpack(self, values: Tensor) -> Tensor:
-        """[S] -> [B, C], zero where there is no token."""
+        """[S] -> [B, C], zero where there is no token. ValueError for any other number than S."""
+        if len(values) != len(self.token_ids):
+            raise ValueError(f"{len(values)} log-probs were computed for {len(self.token_ids)} sampled tokens")
         return values.new_zeros(self.keep.shape).masked_scatter(self.keep, values)
 
 

@@ -138,9 +138,9 @@ def verify(
         report(controls.stock_attention(pair))
         plain = load.stock(directory, dtype)
         report(controls.stock_trainer(pair, plain))
-        stock = load.engine(directory, False, dtype, options | ({"enforce_eager": True} if short else {}), sizes)
+        stock = load.stock_engine(directory, dtype, options | ({"enforce_eager": True} if short else {}), sizes)
         report(controls.stock_both(pair, plain, stock))
-    rates = {} if short else speed.rates(pair, plain, stock)
+    rates = {} if short or isinstance(stock, str) else speed.rates(pair, plain, stock)
     for line in table.speed(rates):
         console.print(line)
     return {

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlinvariant import ops
+from rlinvariant.sampler.drive import drive
+from rlinvariant.sampler.engine import Sampler
 from rlinvariant.trainer.score import stock_score
 from rlinvariant.verify.relations import Pair, Relation
 
@@ -55,12 +57,14 @@ def stock_trainer(pair: Pair, model: Any) -> Relation:
     return _scored_by_stock(pair, model, Relation("stock: transformers' model, our sampler"), pair.batch.completions)
 
 
-def stock_both(pair: Pair, model: Any, engine: Any) -> Relation:
-    """invariance=off: vLLM and transformers as they are."""
-    from rlinvariant.sampler.drive import drive
-
+def stock_both(pair: Pair, model: Any, engine: Sampler | str) -> Relation:
+    """invariance=off: vLLM and transformers as they are; or why vLLM does not start."""
+    relation = Relation("stock: vLLM, transformers (invariance=off)")
+    if isinstance(engine, str):
+        relation.how, relation.shown = engine, False
+        return relation
     drawn: list[Any] = drive(engine, pair.batch.requests).completions
-    return _scored_by_stock(pair, model, Relation("stock: vLLM, transformers (invariance=off)"), drawn)
+    return _scored_by_stock(pair, model, relation, drawn)
 
 
 def _scored_by_stock(pair: Pair, model: Any, relation: Relation, completions: list[Any]) -> Relation:

@@ -88,6 +88,14 @@ def engine(directory: str, invariant: bool, dtype: str, options: dict[str, Any],
     return made
 
 
+def stock_engine(directory: str, dtype: str, options: dict[str, Any], sizes: Sizes) -> Sampler | str:
+    """vLLM as it is; or why it does not start: it refuses some models that ours runs."""
+    try:
+        return engine(directory, False, dtype, options, sizes)
+    except (AssertionError, NotImplementedError, ValueError) as error:
+        return f"stock vLLM does not run this model: {' '.join(str(error).split())[:160]}"
+
+
 def description(model: str, random: bool, directory: str, trained: Any) -> dict[str, Any]:
     return {
         "name": model,

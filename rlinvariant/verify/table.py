@@ -32,7 +32,8 @@ def line(relation: Relation, control: bool = False) -> str:
     """One line; below it, where bits differ that must not, the first that does."""
     compared = f"{relation.mismatched:,} / {relation.compared:,}"
     if control:
-        remark = "seen" if relation.mismatched else "BLIND: no difference on this model and machine"
+        none = "BLIND: no difference on this model and machine" if relation.shown else relation.how
+        remark = "seen" if relation.mismatched else none
     else:
         remark = "" if relation.holds else "NOT EXACT  " if relation.mismatched else "NOT SHOWN  "
         remark += relation.how

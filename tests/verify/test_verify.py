@@ -21,6 +21,7 @@ from rlinvariant.verify import certificate, command, ladder, load, relations, st
 from rlinvariant.verify.relations import Pair, Relation
 from tests.parity.harness import off_by_an_ulp
 
+UNKNOWN = {"qwen2-window", "qwen3-window"}.__contains__  # to stock vLLM: windows in some of the layers
 QUICK = relations.Sizes(requests=4, prompt=70, tokens=6, longest=160, in_step=256, in_forward=4096)
 
 
@@ -53,7 +54,11 @@ def test_every_supported_family_is_exact(verify, family):
     assert len(names) == len(set(names)) and sum(n.startswith("op ") for n in names) >= 6
     assert all(r["compared"] > 0 for r in found["relations"])
     blind = [c["name"] for c in found["controls"] if c["blind"]]
-    assert not [name for name in blind if "linear" not in name], blind  # whether torch's linear varies depends on the processor
+    # whether torch's linear varies depends on the processor
+    assert {*blind} <= {
+        "stock: torch's linear, a row = among others",
+        *(["stock: vLLM, transformers (invariance=off)"] * UNKNOWN(family)),
+    }
 
 
 def test_a_fault_in_the_sampler_is_no_certificate(verify, monkeypatch, capsys):
