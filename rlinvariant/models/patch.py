@@ -90,6 +90,9 @@ def make_invariant(model: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
 
 def unsupported(config, device: str = "cpu") -> Iterator[str]:
     """Each reason, in words, why a model of this configuration cannot run exactly on a device type, "cpu" or "cuda"."""
+    if config.get_text_config() is not config:
+        yield f"model_type={config.model_type} has a text model inside; only models of text alone are supported"
+        return
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if head not in HEAD_SIZES[device]:
         yield f"head_dim={head} is not one of {', '.join(map(str, HEAD_SIZES[device]))}"

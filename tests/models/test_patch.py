@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rlinvariant.bits import assert_bits_equal, compare
 from rlinvariant.errors import UserError
-from rlinvariant.models import UnsupportedModel, make_invariant, require_exact
+from rlinvariant.models import UnsupportedModel, make_invariant, require_exact, unsupported
 from tests.ladders import dtype_name
 from tests.parity.device import DEVICE, cpu_only, fp32_only_on_cpu
 
@@ -294,6 +294,11 @@ def test_what_no_op_owns_is_refused_before_anything_changes(model, overrides, re
         make_invariant(broken)
     assert [type(m) for m in broken.modules()] == classes
     assert broken.config._attn_implementation != "rlinvariant"
+
+
+def test_a_model_of_more_than_text_is_refused():
+    (reason,) = unsupported(transformers.Gemma3Config())
+    assert reason.startswith("model_type=gemma3 has a text model inside")
 
 
 def test_every_reason_is_given():

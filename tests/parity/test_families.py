@@ -73,6 +73,9 @@ def family(request, tmp_path_factory) -> Family:
     rng = random.Random(1)
     prompts = [[rng.randrange(VOCABULARY) for _ in range(n)] for n in LENGTHS]
     engine = start_engine(path, max_num_batched_tokens=64)  # so that prompts come in chunks
+    if not CUDA:  # where a window has left a page behind, vLLM puts page 0 in its place: nobody may read it
+        for layer in engine._runner.compilation_config.static_forward_context.values():
+            layer.kv_cache[0].fill_(float("nan"))
     return Family(path, engine, model, prompts)
 
 
@@ -103,6 +106,18 @@ def test_a_request_alone_is_the_same_request_in_a_batch(family):
         assert_same_completions(warm.completions, [expected[at]], f"prompt {chosen[at]}, warm prefix")
         if len(request.prompt) > 128:
             assert cold.chunks >= 2 and warm.cached_tokens > 0
+
+
+def test_after_a_step_they_match_again(family):
+    """Every weight moves, the engine takes them, and every parameter that it has is accounted for."""
+    with torch.no_grad():
+        for parameter in family.model.parameters():
+            parameter += 0.02 * torch.randn_like(parameter)
+    assert family.mismatched(family.model, 1.0, Layout(5)) > 0, "control: the engine still has the old ones"
+    family.engine.sync(family.model.named_parameters())
+    assert family.engine.differing_weights(family.model.named_parameters()) == []
+    family.drawn.clear()
+    assert family.mismatched(family.model, 1.0, Layout(5)) == 0
 
 
 @cpu_only("in fp32")

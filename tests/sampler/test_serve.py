@@ -277,7 +277,7 @@ def test_options_that_could_not_be_exact_are_refused_in_one_list(model):
 def test_a_model_that_could_not_be_exact_is_refused(model, tmp_path):
     config = json.loads((Path(model) / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_act": "gelu"}))
-    with pytest.raises(UserError, match="hidden_act=gelu; only silu is supported; use vllm serve"):
+    with pytest.raises(UserError, match="hidden_act=gelu; supported: silu, swish, gelu_pytorch_tanh; use vllm serve"):
         vllm_serve.serve([str(tmp_path)])
     with pytest.raises(UserError, match="MODEL: missing"):
         vllm_serve.serve([])
