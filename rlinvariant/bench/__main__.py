@@ -18,6 +18,7 @@ NAMES = {
     "trainer": ("trainer", "gpu_trainer", "log-probs and their gradients, with peak memory, against TRL's own path"),
     "step": ("step", "gpu_step", "whole steps, exact against stock TRL and stock vLLM"),
     "parity": ("parity", "gpu_parity", "tokens whose log-prob differs: sampler against itself and the trainer, with controls"),
+    "families": ("certify", "certify", "verify every model family with random weights: the matrix of what is supported"),
     "report_speed": ("report_speed", None, "the page of 12 runs x 1,000 steps; what writing the metrics adds to a step"),
     "tune": (None, "tune", "find the tiles of the small matrix products: writes kernels/linear_tiles.json"),
     "report": ("report", "report", "print the results as Markdown"),
@@ -36,7 +37,9 @@ def main(argv: list[str]) -> int:
         "--out", type=Path, metavar="DIRECTORY", help=f"default: {RESULTS}/GPU, or /cpu; of tune: where the package reads it"
     )
     parser.add_argument("--tiny", action="store_true", help="small shapes and few samples: does it run?")
-    parser.add_argument("--tokens", type=int, metavar="N", help="parity on a GPU: N more tokens of parity_soak.json")
+    parser.add_argument(
+        "--tokens", type=int, metavar="N", help="parity on a GPU: N more tokens of parity_soak.json; families: tokens of each"
+    )
     parser.add_argument("--readme", type=Path, metavar="FILE", help="with report: put the tables between the file's markers")
     options = parser.parse_args(argv)
     # As `rlinvariant train` does, for ours and for the stock side; libgomp reads it when torch is imported
@@ -57,9 +60,11 @@ def main(argv: list[str]) -> int:
 
         directory = options.out or (Path("runs") if options.tiny else FILE.parent)
         bench.run(directory / FILE.name, options.tiny)
+    elif options.name == "families":
+        return bench.run(out, options.tokens, options.tiny)
     else:
         if options.tokens is not None and module != "gpu_parity":
-            parser.error("--tokens: only with parity, on a GPU")
+            parser.error("--tokens: only with families, and with parity on a GPU")
         if options.tokens is not None:
             bench.soak(out / "parity_soak.json", options.tokens, options.tiny)
         else:

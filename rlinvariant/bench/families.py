@@ -27,6 +27,12 @@ def _headed(kind: str, **more: Any) -> Any:
     return _config(kind, **{"head_dim": 64, "hidden_size": 128} | more)
 
 
+def _plain(kind: str, **sizes: Any) -> Any:
+    import transformers
+
+    return getattr(transformers, f"{kind}Config")(**sizes)
+
+
 def _alternating(layers: int) -> list[str]:
     return [("sliding_attention", "full_attention")[i % 2] for i in range(layers)]
 
@@ -66,7 +72,16 @@ FAMILIES: dict[str, Callable[[], Any]] = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
         },
     ),
+}
+
+REFUSED: dict[str, Callable[[], Any]] = {
     "qwen3-moe": lambda: _headed(
         "Qwen3Moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, norm_topk_prob=True
     ),
+    "mixtral": lambda: _headed("Mixtral", num_local_experts=4, sliding_window=None),
+    "gpt2": lambda: _plain("GPT2", n_embd=128, n_layer=2, n_head=2, n_positions=256, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0),
+    "cohere": lambda: _config("Cohere"),
+    "qwen3, dynamic rope": lambda: _headed("Qwen3", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
+    "llama, dropout": lambda: _headed("Llama", attention_dropout=0.1),
 }
+"""What has to be refused by name: some form of each kind that no op owns."""

@@ -44,6 +44,9 @@ def markdown(directory: Path) -> str:
         if name == "ablation":
             sections.append("### ablation\n\n" + _ablation(content))
             continue
+        if name == "families":
+            sections.append("### families\n\n" + _families(content["rows"]))
+            continue
         if name == "parity":
             sections.append("### parity\n\n" + _parity(content["rows"]))
             continue
@@ -86,11 +89,28 @@ def _table(name: str, content: dict[str, Any] | None) -> str:
         return _soak(content)
     if name == "ablation":
         return _ablation(content)
+    if name == "families":
+        return _families(content["rows"])
     if name == "parity":
         return _parity(content["rows"]) + _incomplete(content)
     if "gpu" not in content["environment"]:  # of the costs those with a target, whole steps and the training part
         return _costs(content["rows"])
     return _gpu_table(content["rows"]) + _incomplete(content)
+
+
+def _families(rows: Sequence[dict[str, Any]]) -> str:
+    """What is supported, by its certificate, and what is refused, with the reason."""
+    lines = ["| family | model | mismatched / tokens | relations | controls seen |", "|---|---|--:|--:|--:|"]
+    for row in rows:
+        if "refused" not in row:
+            zero = "**0**" if row["exact"] else f"{row['mismatched']:,}, not exact"
+            seen, of = row["controls"]
+            lines.append(
+                f"| {row['family']} | `{row['class']}` | {zero} / {row['tokens']:,} | {row['relations']} | {seen} of {of} |"
+            )
+    lines += ["", "| refused | reason |", "|---|---|"]
+    lines += [f"| {row['family']} | {escape(row['refused'])} |" for row in rows if "refused" in row]
+    return "\n".join(lines)
 
 
 def figure(directory: Path) -> None:
