@@ -1,5 +1,5 @@
 # pyright: reportCallIssue=false
-"""Whole steps of the recipe arithmetic: rollout, weight sync, log-probs, optimizer.
+"""Whole steps of the recipe arithmetic: rollout, weight sync, log-probs, optimizer; GRPO against stock, PPO against GRPO.
 
 Each mode is a process of its own, and they take turns, a step each. The learning rate is 0, so that every step of every mode
 samples from the same policy; the prompts are the same; completions have a fixed length (the end token is ignored), or the
@@ -20,38 +20,43 @@ MODES = {
     "off": OFF,
     "correction": [*OFF, "trainer.vllm_importance_sampling_correction=true"],
     "compiled": [*OFF, "sampler.enforce_eager=false"],
+    "ppo": ["invariance=exact", "algorithm=ppo"],
 }
 NAMES = {
     "off": "stock vLLM, stock TRL",
     "correction": "the same with TRL's importance-sampling correction, its default",
     "compiled": "the same with vLLM's default compilation in place of eager",
+    "exact": "PPO in place of GRPO, both exact",
 }
+TARGETS = {("exact", "off"): 1.3, ("ppo", "exact"): 1.6}  # of a step's time
 PARTS = {"perf/step_s": "step", "time/rollout": "rollout", "time/train": "train", "time/sync": "sync"}
 LENGTH = 32
 
 
 def rows(tiny: bool) -> Iterator[Row]:
     seconds, size = (0, ["trainer.per_device_train_batch_size=8"]) if tiny else (100, [])
-    modes = ("exact", "off") if tiny else tuple(MODES)
+    modes = ("exact", "off", "ppo") if tiny else tuple(MODES)
+    pairs = [("ppo", "exact") if mode == "ppo" else ("exact", mode) for mode in modes[1:]]
     workers = {mode: Worker(__name__, mode, *MODES[mode], *size) for mode in modes}
     for length in (LENGTH, None):
         turns(workers, 0, length=length)  # warm up
         answers, others = turns(workers, seconds, length=length)
-        exact = sum(a["exact"]["onpolicy/mismatched_tokens"] for a in answers) == 0
-        assert exact, "exact mode is not exact"
-        for stock in modes[1:]:
-            bits = {"ours": exact, "stock": sum(a[stock]["onpolicy/mismatched_tokens"] for a in answers) == 0}
-            tokens = [mean(a[m]["onpolicy/compared_tokens"] for a in answers) for m in ("exact", stock)]
+        equal = {mode: sum(a[mode]["onpolicy/mismatched_tokens"] for a in answers) == 0 for mode in modes}
+        assert equal["exact"] and equal["ppo"], "exact mode is not exact"
+        for pair in pairs:
+            ours, stock = pair
+            tokens = [mean(a[m]["onpolicy/compared_tokens"] for a in answers) for m in pair]
             long = f"all of {length} tokens" if length else f"natural ({tokens[0]:,.0f} and {tokens[1]:,.0f} tokens a step)"
             for key, part in PARTS.items():
-                values = [median(a[m][key] for a in answers) * 1e3 for m in ("exact", stock)]
-                target = 1.3 if part == "step" and stock == "off" else None
+                values = [median(a[m][key] for a in answers) * 1e3 for m in pair]
+                target = TARGETS.get(pair) if part == "step" else None
                 yield Row("step", f"{part}: {NAMES[stock]}; completions {long}", *(round(x, 1) for x in values), "ms",
-                          round(values[0] / values[1], 3), target, bits, len(answers), others)  # fmt: skip
-    for stock in modes[1:]:
-        peak = [workers[m].ask(memory=True)["peak"] for m in ("exact", stock)]
-        yield Row("step", f"peak memory of the process: {NAMES[stock]}", *(round(x) for x in peak), "MiB",
-                  round(peak[0] / peak[1], 3), 1.1 if stock == "off" else None,
+                          round(values[0] / values[1], 3), target, {"ours": equal[ours], "stock": equal[stock]}, len(answers),
+                          others)  # fmt: skip
+    for pair in pairs:
+        peak = [workers[m].ask(memory=True)["peak"] for m in pair]
+        yield Row("step", f"peak memory of the process: {NAMES[pair[1]]}", *(round(x) for x in peak), "MiB",
+                  round(peak[0] / peak[1], 3), 1.1 if pair[1] == "off" else None,
                   {"ours": None, "stock": None}, 1, 0.0)  # fmt: skip
     for worker in workers.values():
         worker.close()
@@ -90,7 +95,8 @@ def _worker(mode: str, *settings: str) -> None:
 
     trainer = run.grpo_trainer(
         AutoModelForCausalLM.from_pretrained(path, dtype="float32"), recipe.reward_funcs(config), args,
-        recipe.datasets(config, tokenizer)[0], processing_class=tokenizer, invariance=config.invariance,
+        recipe.datasets(config, tokenizer)[0], ppo=config.ppo if config.algorithm == "ppo" else None,
+        processing_class=tokenizer, invariance=config.invariance,
         dtype=config.dtype, sampler_model=path, sampler_options=run._sampler_options(config), on_row=on_row,
     )  # fmt: skip
     generate = trainer.sampler.generate
