@@ -424,7 +424,7 @@ def _check_batches(config: Config, processes: int) -> list[str]:
     sizes["gradient_accumulation_steps"] = (trainer.gradient_accumulation_steps, 1)
     for key, (value, least) in sizes.items():
         if value is None or value < least:
-            reason = ": a group of one has no advantage, but with algorithm=ppo" if key == "num_generations" else ""
+            reason = ": a group of one has no advantage" if key == "num_generations" else ""
             errors.append(f"trainer.{key}={value}: expected at least {least}{reason}")
     if trainer.auto_find_batch_size:
         errors.append("trainer.auto_find_batch_size=True: expected False; lower trainer.per_device_train_batch_size")
