@@ -281,10 +281,13 @@ def predicted_one_early(pair):
 
 
 def reciprocal(pair):
+    """For one request alone."""
     sample = ops.sample
 
     def faulty(logits, temperature, seeds, positions):
-        return sample(logits.float() * (1 / temperature)[:, None], torch.ones_like(temperature), seeds, positions)
+        tokens, logprobs, ranks = sample(logits, temperature, seeds, positions)
+        _, wrong, _ = sample(logits.float() * (1 / temperature)[:, None], torch.ones_like(temperature), seeds, positions)
+        return tokens, torch.where(seeds == BATCH.seeds[7], wrong, logprobs), ranks
 
     return replaced(ops, "sample", faulty)
 
@@ -325,7 +328,7 @@ FAULTS = [  # fault, layer, role, side that deviates or None, what the cause mus
     (all_stale, None, "embedding", None, "stale or other weights"),
     (head_ulp, None, "lm_head", None, "the op was given others"),
     (split_k, 1, "down projection", "sampler", "split-K.* 2 parts, each rounded to bfloat16"),
-    (split_k_fp32, 0, "down projection", "trainer", "split-K: .* 2 fp32 parts"),
+    (split_k_fp32, 0, "down projection", "trainer", "split-K: .* 2 fp32 parts|number of rows"),
     (tile_switch, 1, "o projection", "sampler", "depends on the number of rows"),
     (norm_order, 1, "input norm", "sampler", "other rounding order"),
     (other_eps, None, "final norm", None, "eps=0.001 in the sampler, 1e-06 in the trainer"),
@@ -351,6 +354,7 @@ def test_a_planted_fault_is_located_and_named(pair, fault, layer, role, deviates
         result, said = pair.find()
     first = result.first
     assert first is not None and first.place == (layer, role), said
+    assert first.sequence == 7 or fault is not reciprocal
     assert 0 < result.mismatched <= result.compared == 12 * 12
     text = "\n".join(said)
     assert re.search(rf"^cause .*{cause}", text, re.MULTILINE), text
@@ -360,6 +364,18 @@ def test_a_planted_fault_is_located_and_named(pair, fault, layer, role, deviates
 def test_without_a_fault_there_is_nothing_to_bisect(pair):
     result, said = pair.find()
     assert said == ["nothing to bisect: 0 of 144 tokens differ (temperature 0.7)"] and result.first is None
+
+
+def test_without_a_fault_everything_recorded_is_equal(pair):
+    """Control: places align, whole on both sides, so that a difference is never one of recording."""
+    ours, theirs, _, _ = search.record(pair.engine, pair.model, BATCH, 6)
+    assert search.first_difference(ours, theirs) is None
+    assert ours.trace.keys() == theirs.trace.keys() and len(theirs.trace) == 5 + 2 * 14
+    last = len(BATCH.prompts[6]) + 11  # the last token drawn goes into the trainer alone
+    for place in theirs.trace:
+        assert search.side_at(ours, place).keys() == search.side_at(theirs, place).keys() - {last}, place
+    assert search.side_at(ours, (1, "attention")).keys() == set(range(last))
+    assert search.side_at(ours, (None, "lm_head")).keys() == set(range(len(BATCH.prompts[6]) - 1, last))
 
 
 def test_a_stock_engine_is_named_as_such(pair):
@@ -459,7 +475,7 @@ def test_bad_arguments_are_one_line_each(argv, problems):
     ("config", "arguments", "problem"),
     [
         (None, [], "cannot be loaded"),
-        (DistilBertConfig(), ["random=true"], "is no causal language model"),
+        (DistilBertConfig(attention_dropout=0.0), ["random=true"], "is no causal language model"),
         (CONFIG, [], "cannot be loaded: .*random needs the configuration alone"),
         (CONFIG, ["random=true", "prompt=250"], "together more than the 256"),
     ],

@@ -165,6 +165,7 @@ def lines(result: Any, batch: Any, engine: Any, stock: tuple[str, ...] = ()) -> 
 
     from rlinvariant import bits
     from rlinvariant.bisect import causes
+    from rlinvariant.bisect.case import OP
 
     first = result.first
     a, b = torch.tensor([first.sampler_logprob, first.trainer_logprob], dtype=torch.float32)
@@ -184,7 +185,7 @@ def lines(result: Any, batch: Any, engine: Any, stock: tuple[str, ...] = ()) -> 
     for name, side in (("sampler", first.sampler), ("trainer", first.trainer)):
         called = collections.Counter(side.block.calls)
         named = [f"rlinvariant.ops.{op}{f' {n} times' if n > 1 else ''}" for op, n in called.items()]
-        through = f", by {', '.join(named)}" if named else ", by no op of rlinvariant" if role in causes.OP else ""
+        through = f", by {', '.join(named)}" if named else ", by no op of rlinvariant" if role in OP else ""
         count = f"{side.block.together} row{'s' if side.block.together > 1 else ''}"
         value = "" if x.dtype != y.dtype else _word(side.value[_at(x, y)])
         found.append(f"  {name}  {value or str(side.value.dtype)[6:]}{through}, among {count}")

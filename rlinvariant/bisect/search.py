@@ -115,26 +115,35 @@ def find(engine: Any, model: Any, batch: Batch, stock_trainer: bool = False) -> 
     if not differing:
         return Result(compared, 0)
     s, t = differing[0]
-    ours, theirs = Recorder(engine.model), Recorder(model)
-    with ours.recording(_attentions(engine)), _following(engine, batch.seeds[s], ours):
-        again = _draw(engine, batch)
-    with theirs.recording(), _packed(model, batch, again, s, theirs, stock_trainer):
-        at = s // batch.rows * batch.rows
-        row = _score(model, batch, again, at, stock_trainer)[s - at]
+    ours, theirs, again, row = record(engine, model, batch, s, stock_trainer)
     was = drawn[s].sampler_logprobs[t], scored[s][t]
-    now = again[s].sampler_logprobs[t : t + 1], row[t : t + 1]
-    if again[s].token_ids != drawn[s].token_ids or _same(now[0][0], now[1][0]):
+    now = again.sampler_logprobs[t : t + 1], row[t : t + 1]
+    if again.token_ids != drawn[s].token_ids or _same(now[0][0], now[1][0]):
         pairs = zip(("sampler", "trainer"), was, now, strict=True)
         vanished = [f"{side}    sequence {s}, token {t}: {word(a)}, then {word(*b)}" for side, a, b in pairs]
         return Result(compared, len(differing), vanished=vanished)
     start = len(batch.prompts[s])
-    positions = list(range(start - 1, start - 1 + len(row)))
-    for recorder, values in ((ours, again[s].sampler_logprobs), (theirs, row)):
-        words = torch.tensor(values, dtype=torch.float32)[:, None]
-        recorder.trace[LOGPROB] = [Block(positions, words, None, None, None, len(words))]
     found = first_difference(ours, theirs) or first_nan(ours, theirs)
     place, position, a, b = found or (None, start - 1 + t, None, None)
-    return Result(compared, len(differing), First(s, t, *was, start, again[s].token_ids, position, place, a, b))
+    return Result(compared, len(differing), First(s, t, *was, start, again.token_ids, position, place, a, b))
+
+
+def record(
+    engine: Any, model: Any, batch: Batch, s: int, stock_trainer: bool = False
+) -> tuple[Recorder, Recorder, Completion, list[float]]:
+    """Draw and score once more, with all that is computed for sequence `s` recorded; also its completion and its scores."""
+    ours, theirs = Recorder(engine.model), Recorder(model)
+    with ours.recording(_attentions(engine)), _following(engine, batch.seeds[s], ours):
+        drawn = _draw(engine, batch)
+    with theirs.recording(), _packed(model, batch, drawn, s, theirs, stock_trainer):
+        at = s // batch.rows * batch.rows
+        row = _score(model, batch, drawn, at, stock_trainer)[s - at]
+    start = len(batch.prompts[s])
+    positions = list(range(start - 1, start - 1 + len(row)))
+    for recorder, values in ((ours, drawn[s].sampler_logprobs), (theirs, row)):
+        words = torch.tensor(values, dtype=torch.float32)[:, None]
+        recorder.trace[LOGPROB] = [Block(positions, words, None, None, None, len(words))]
+    return ours, theirs, drawn[s], row
 
 
 def first_difference(ours: Recorder, theirs: Recorder) -> tuple[Place, int, Side, Side] | None:
