@@ -4,4 +4,5 @@ from recipes.countdown import DEFAULTS as PARENT
 from recipes.countdown import Data, check, datasets, prepare_model, reward_funcs
 
 __all__ = ["DEFAULTS", "Data", "check", "datasets", "prepare_model", "reward_funcs"]
-DEFAULTS = PARENT | {"algorithm": "ppo", "ppo.critic_learning_rate": 1e-3}
+# A constant is a good critic for long: with lam below 1 it would take credit from early tokens, for nothing
+DEFAULTS = PARENT | {"algorithm": "ppo", "ppo.lam": 1.0, "ppo.critic_learning_rate": 3e-4}
