@@ -13,6 +13,7 @@ USAGE = """usage: rlinvariant train recipe=NAME [key=value ...]   train in this 
        rlinvariant serve MODEL [vllm options]         vllm serve with the ops on: a request's bytes do not depend on load
        rlinvariant verify MODEL [--tokens N|--short]  is it exact here, on my model: every relation, controls, a certificate
        rlinvariant bisect MODEL [key=value ...]       if not: the first sequence, token, layer, op that differs, and why
+       rlinvariant replay RUN --step K                draw and score a recorded step again: are the bits the same
        rlinvariant doctor [MODEL] [--json] [--engine] is this machine able, which kernels, what is in the way
        rlinvariant report RUN_OR_ABLATION             write its report.html, print its tables
        rlinvariant dashboard push RUN_OR_ABLATION     the same panels as a W&B workspace and report; as JSON without a login
@@ -75,6 +76,15 @@ def bisect(argv: list[str]) -> int:
         from rlinvariant.bisect import bisect
 
         return bisect(argv)
+
+    return _call(run)
+
+
+def replay(argv: list[str]) -> int:
+    def run() -> int:
+        from rlinvariant.replay import command
+
+        return command(argv)
 
     return _call(run)
 
@@ -144,6 +154,7 @@ def main() -> int:
         "serve": serve,
         "verify": verify,
         "bisect": bisect,
+        "replay": replay,
         "doctor": doctor,
         "report": report,
         "dashboard": dashboard,

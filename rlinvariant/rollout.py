@@ -2,6 +2,7 @@
 
 import hashlib
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -20,6 +21,36 @@ class Completion:
     def __post_init__(self) -> None:
         if len(self.token_ids) != len(self.sampler_logprobs):
             raise ValueError(f"a completion of {len(self.token_ids)} tokens came with {len(self.sampler_logprobs)} log-probs")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Requests that one engine drew together: prompts (token ids), a seed for each, and what came back."""
+
+    prompts: Sequence[Sequence[int]]
+    seeds: Sequence[int]
+    completions: Sequence[Completion]
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """All that a step drew, and what it takes to draw it again.
+
+    Args:
+        batches: of every rank, in order of ranks; of a step that samples more than once, in order of time.
+        temperature, max_tokens, stop_token_ids: as for `Sampler.generate`.
+        weights_sha256: `bits.digest` of the parameters that it was drawn with.
+    """
+
+    batches: Sequence[Batch]
+    temperature: float
+    max_tokens: int
+    stop_token_ids: Sequence[int]
+    weights_sha256: str
+
+    @property
+    def completions(self) -> list[Completion]:
+        return [completion for batch in self.batches for completion in batch.completions]
 
 
 def request_seed(run_seed: int, step: int, prompt: int, sample: int) -> int:

@@ -13,6 +13,7 @@ from rlinvariant.conflicts import INVARIANCE, conflicts, ppo_conflicts
 from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.report.console import Console
 from rlinvariant.report.rundir import RunDir, read_metrics
+from rlinvariant.rollout import Rollout
 
 
 def run(config: Config) -> None:
@@ -33,8 +34,9 @@ def run(config: Config) -> None:
         from transformers import AutoTokenizer
 
         from rlinvariant.ops.linear import forget_routes
-        from rlinvariant.report import html, wandb_log
+        from rlinvariant.report import html, rollouts, wandb_log
         from rlinvariant.trainer.evaluate import greedy_reward
+        from rlinvariant.verify import certificate
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_path)
     except (OSError, ValueError) as error:
@@ -52,6 +54,18 @@ def run(config: Config) -> None:
         run_dir.append_samples(rows)
         console.samples(rows)
 
+    def on_rollout(step: int, rollout: Rollout) -> None:
+        """For `rlinvariant replay`, with all that decides its bits: a run that is resumed may go on with other settings."""
+        initial = os.path.abspath(model_path) if os.path.isdir(model_path) else model_path
+        about = {
+            "weights": initial if step == 1 else f"checkpoint-{step - 1}",
+            "invariance": config.invariance,
+            "dtype": config.dtype,
+            "sampler": _sampler_options(config),
+            "subject": certificate.subject(trainer.accelerator.unwrap_model(trainer.model).config, config.dtype),
+        }
+        rollouts.write(run_dir.path, step, rollout, about)
+
     with console.stage("starting the vLLM engine and checking the model"):
         trainer = grpo_trainer(
             model_path,
@@ -67,6 +81,7 @@ def run(config: Config) -> None:
             sampler_options=_sampler_options(config),
             on_row=on_row,
             on_samples=on_samples,
+            on_rollout=on_rollout,
         )
     forget_routes()
     before = after = None

@@ -22,7 +22,7 @@ ROWS = (
     {"warmstart", "verify"},
     {"run"},
     {"recipes"},
-    {"bench", "serve", "doctor", "bisect"},
+    {"bench", "serve", "doctor", "bisect", "replay"},
     {"demo", "ablate"},
     {"__init__"},
     {"cli"},

@@ -38,6 +38,7 @@ class RunDir:
         self.samples = self.path / "samples.jsonl"
         self.result = self.path / "result.json"
         self.checkpoints = self.path / "checkpoints"
+        self.rollouts = self.path / "rollouts"
 
     @classmethod
     def create(cls, path: str | Path, config: Mapping[str, Any], resume: bool = False) -> Self:
@@ -191,10 +192,10 @@ def _json_text(value: Mapping[str, Any]) -> str:
     return json.dumps(_jsonable(value), indent=2, allow_nan=False) + "\n"
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, content: str | bytes) -> None:
     partial = path.with_name(path.name + ".partial")
-    with partial.open("w") as file:
-        file.write(text)
+    with partial.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)

@@ -20,12 +20,12 @@ from transformers import PrinterCallback
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from rlinvariant import metrics
+from rlinvariant import bits, metrics
 from rlinvariant.conflicts import conflicts
 from rlinvariant.errors import ConfigErrors, ParityError
 from rlinvariant.models import make_invariant, make_trainable, require_exact
 from rlinvariant.rewards import check_dataset, checked_reward
-from rlinvariant.rollout import Completion, request_seed
+from rlinvariant.rollout import Batch, Completion, Rollout, request_seed
 from rlinvariant.support import device_problems
 from rlinvariant.trainer.packing import pack
 
@@ -59,6 +59,8 @@ class InvariantGRPOTrainer(GRPOTrainer):
             log-probs of two versions differ, as they should: they are counted, and required to be equal only at lag 0.
         on_row: called on the main process with the metrics of every optimizer step, and the first mismatch or None.
         on_samples: called on the main process, every `samples_every` steps, with a few rows (prompt, completion, reward).
+        on_rollout: called on the main process with the step and what it has drawn, where the weights that it was drawn with
+            are on the disk: the first step of `train`, and each step after a checkpoint. Before the optimizer step.
 
     Raises:
         ConfigErrors: settings that would break exactness, all of them.
@@ -86,12 +88,14 @@ class InvariantGRPOTrainer(GRPOTrainer):
         staleness: int = 0,
         on_row: Callable[[dict[str, Any], metrics.FirstMismatch | None], None] | None = None,
         on_samples: Callable[[list[dict[str, Any]]], None] | None = None,
+        on_rollout: Callable[[int, Rollout], None] | None = None,
         samples_every: int = 10,
         **kwargs: Any,
     ) -> None:
         self.invariance, self.staleness = invariance, staleness
         self._sampler_is_invariant, self._trainer_is_invariant = SIDES[invariance]
         self._on_row, self._on_samples, self._samples_every = on_row, on_samples, samples_every
+        self._on_rollout = on_rollout
         if problems := [*device_problems(args, invariance, dtype), *self._conflicts(model, args, kwargs)]:
             raise ConfigErrors(problems)
         for name in ("train_dataset", "eval_dataset"):
@@ -117,6 +121,8 @@ class InvariantGRPOTrainer(GRPOTrainer):
         self.sampler = sampler()
         self._older: deque[tuple[int, dict[str, Tensor]]] = deque(maxlen=staleness)  # (step, weights before it), oldest first
         self._sampler_version = -1  # how many optimizer steps the sampler's weights have had
+        self._saved_version: int | None = None  # and those on the disk; None: whatever the first rollout has
+        self._batches: list[Batch] = []  # of a step whose rollout is handed on
         self._rollouts: dict[bool, tuple[int, int]] = {}  # training or not -> (step, rollouts that this step has had before)
         self._sampler_logprobs: list[list[float]] = []
         self._scoring_rollout = False
@@ -145,7 +151,7 @@ class InvariantGRPOTrainer(GRPOTrainer):
 
     def train(self, *args, **kwargs):
         """As TRL's; the first rollout syncs the weights, whatever the sampler held."""
-        self._sampler_version = -1
+        self._sampler_version, self._saved_version = -1, None
         self._older.clear()
         return super().train(*args, **kwargs)
 
@@ -167,7 +173,22 @@ class InvariantGRPOTrainer(GRPOTrainer):
         if self.model.training:
             self._rollout_step, self._rollout_version = self.state.global_step, self._sampler_version
             self._completions += [c.token_ids for c in completions]
+            self._hand_on(Batch(prompt_ids, seeds, completions))
         return [c.token_ids for c in completions], self._sampler_logprobs
+
+    def _hand_on(self, batch: Batch) -> None:
+        """Give `on_rollout` what this step has drawn so far, if the weights that it was drawn with can be loaded again."""
+        step = self.state.global_step
+        self._saved_version = step if self._saved_version is None else self._saved_version
+        if self._on_rollout is None or not self._saved_version == self._sampler_version == step:
+            return
+        with self._timed("save"):
+            batches = gather_object([batch])
+            if not self.accelerator.is_main_process:
+                return
+            self._batches = [*(self._batches if self._rollouts[True][1] else []), *batches]
+            stop, weights = list(self.eos_token_ids), bits.digest(self._weights())
+            self._on_rollout(step + 1, Rollout(self._batches, self.temperature, self.max_completion_length, stop, weights))
 
     def _seeds(self, count: int, group: int) -> list[int]:
         """A seed for each request from (run seed, step, prompt, sample): distinct over a group and over ranks.
@@ -347,6 +368,7 @@ class InvariantGRPOTrainer(GRPOTrainer):
     def _save_checkpoint(self, model, trial):
         with self._timed("save"):
             super()._save_checkpoint(model, trial)
+        self._saved_version = self.state.global_step
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add this step's `onpolicy/*` and the other keys of `metrics.KEYS` to what TRL logs, and hand the row on."""

@@ -51,15 +51,20 @@ def random_weights(config: Any, directory: str, seed: int) -> str:
 
 def trained(directory: str, dtype: str) -> Any:
     """What `InvariantGRPOTrainer` trains: fp32 masters on the device, patched and audited."""
+    model = masters(directory)
+    require_exact(make_trainable(model, getattr(torch, dtype)))
+    return model
+
+
+def masters(directory: str) -> Any:
+    """transformers' model with fp32 parameters, on the device."""
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, device_map=device())
+        return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, device_map=device()).eval()
     except (OSError, ValueError, SafetensorError, RuntimeError) as error:
         if isinstance(error, torch.cuda.OutOfMemoryError):
             raise UserError(f"model={directory}: its fp32 masters do not fit this GPU; choose a smaller one") from error
         fix = "; --random needs the configuration alone" if isinstance(error, OSError) else ""
         raise UserError(f"model={directory}: cannot be loaded: {' '.join(str(error).split())[:300]}{fix}") from error
-    require_exact(make_trainable(model.eval(), getattr(torch, dtype)))
-    return model
 
 
 def stock(directory: str, dtype: str) -> Any:

@@ -1,0 +1,101 @@
+"""Recorded rollouts: RUN/rollouts/step-K.npz, all that step K drew, for `rlinvariant replay`.
+
+A file holds flat arrays, of all requests in order: `prompts` and `completions` (int32 token ids, with `prompt_lengths` and
+`completion_lengths`), `logprobs` (fp32, one per completion token), `seeds` (int64), `batches` (int32, the batch of each
+request), and `about`, JSON: the rest of the rollout, and what the run says of itself. It is written whole, and each array has a
+CRC: a damaged file is seen.
+"""
+
+import io
+import json
+import re
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlinvariant.errors import UserError
+from rlinvariant.report.rundir import SCHEMA, RunDir, write_atomically
+from rlinvariant.rollout import Batch, Completion, Rollout
+
+
+def write(run: str | Path, step: int, rollout: Rollout, about: Mapping[str, Any]) -> Path:
+    """Write what `step` drew, in place of an earlier file of that step; `about`, JSON, comes back from `read`."""
+    prompts = [p for batch in rollout.batches for p in batch.prompts]
+    completions = rollout.completions
+    arrays = {
+        "prompts": np.asarray([t for p in prompts for t in p], np.int32),
+        "prompt_lengths": np.asarray([len(p) for p in prompts], np.int32),
+        "completions": np.asarray([t for c in completions for t in c.token_ids], np.int32),
+        "completion_lengths": np.asarray([len(c.token_ids) for c in completions], np.int32),
+        "logprobs": np.asarray([x for c in completions for x in c.sampler_logprobs], np.float32),
+        "seeds": np.asarray([s for batch in rollout.batches for s in batch.seeds], np.int64),
+        "batches": np.repeat(np.arange(len(rollout.batches), dtype=np.int32), [len(b.prompts) for b in rollout.batches]),
+    }
+    sampling = {
+        "temperature": rollout.temperature,
+        "max_tokens": rollout.max_tokens,
+        "stop_token_ids": list(rollout.stop_token_ids),
+        "weights_sha256": rollout.weights_sha256,
+    }
+    text = json.dumps({"schema": SCHEMA, "step": step, "sampling": sampling, "run": dict(about)})
+    packed = io.BytesIO()
+    np.savez_compressed(packed, about=np.asarray(text), **arrays)
+    path = _path(run, step)
+    path.parent.mkdir(exist_ok=True)
+    write_atomically(path, packed.getvalue())
+    return path
+
+
+def read(run: str | Path, step: int) -> tuple[Rollout, dict[str, Any]]:
+    """The rollout of a step, and the `about` that it was written with. UserError where it was not recorded or is damaged."""
+    path = _path(run, step)
+    if not path.is_file():
+        raise UserError(f"step {step} was not recorded; recorded: {listed(steps(run))}")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            found = {name: file[name] for name in file.files}
+        about = json.loads(str(found["about"]))
+        if about["schema"] != SCHEMA:
+            raise UserError(f"{path}: expected schema {SCHEMA}, found {about['schema']}: of another version of rlinvariant")
+        prompts, ids, logprobs = (
+            _split(found[name], found[f"{of}_lengths"])
+            for name, of in (("prompts", "prompt"), ("completions", "completion"), ("logprobs", "completion"))
+        )
+        completions = [Completion(i, x) for i, x in zip(ids, logprobs, strict=True)]
+        seeds, numbers = found["seeds"].tolist(), found["batches"].tolist()
+        requests = list(zip(prompts, seeds, completions, numbers, strict=True))
+        batches = []
+        for number in dict.fromkeys(numbers):
+            of = [r for r in requests if r[3] == number]
+            batches.append(Batch([r[0] for r in of], [r[1] for r in of], [r[2] for r in of]))
+        return Rollout(batches, **about["sampling"]), about["run"]
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        fix = f"replay another step: {listed([k for k in steps(run) if k != step])}"
+        raise UserError(f"{path}: damaged ({' '.join(str(error).split())[:120]}); {fix}") from error
+
+
+def steps(run: str | Path) -> list[int]:
+    """Those that were recorded, ascending."""
+    names = (re.fullmatch(r"step-(\d+)\.npz", file.name) for file in RunDir(run).rollouts.glob("step-*.npz"))
+    return sorted(int(name[1]) for name in names if name)
+
+
+def listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers)) or "none"
+
+
+def _path(run: str | Path, step: int) -> Path:
+    return RunDir(run).rollouts / f"step-{step}.npz"
+
+
+def _split(flat: np.ndarray, lengths: np.ndarray) -> list[list[Any]]:
+    ends = [0, *accumulate(lengths.tolist())]
+    if ends[-1] != len(flat):
+        raise ValueError(f"{len(flat)} values for {ends[-1]} tokens")
+    values = flat.tolist()
+    return [values[a:b] for a, b in pairwise(ends)]
