@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -150,6 +151,23 @@ def tile_switch(pair):
         return halves(x, down.weight) if x.reshape(-1, x.shape[-1]).shape[0] <= few else forward(x)
 
     return replaced(down, "forward", switched)
+
+
+@contextlib.contextmanager
+def tile_switch_of_the_op(pair):
+    """On both sides: what a changed kernel does."""
+    linear: Any = sys.modules["rlinvariant.ops.linear"]
+
+    def faulty(right):
+        def product(x, w, b):
+            if len(x) > 16 or w.shape != (256, 384):
+                return right(x, w, b)
+            return sum(right(x[:, s].contiguous(), w[:, s].contiguous(), None) for s in (slice(0, 192), slice(192, 384)))
+
+        return product
+
+    with replaced(linear, "_vendor", faulty(linear._vendor)), replaced(linear, "_written", faulty(linear._written)):
+        yield
 
 
 def norm_order(pair):
@@ -330,6 +348,7 @@ FAULTS = [  # fault, layer, role, side that deviates or None, what the cause mus
     (split_k, 1, "down projection", "sampler", "split-K.* 2 parts, each rounded to bfloat16"),
     (split_k_fp32, 0, "down projection", "trainer", "split-K: .* 2 fp32 parts|number of rows"),
     (tile_switch, 1, "o projection", "sampler", "depends on the number of rows"),
+    (tile_switch_of_the_op, 0, "down projection", None, "kernel of both sides depends on the number of rows"),
     (norm_order, 1, "input norm", "sampler", "other rounding order"),
     (other_eps, None, "final norm", None, "eps=0.001 in the sampler, 1e-06 in the trainer"),
     (swiglu_rounding, 0, "swiglu", "sampler", "inner rounding is left out"),

@@ -5,9 +5,10 @@ does not give deviates; a variant (variants.py) that gives its bits is the cause
 in what they were given: weights, settings, inputs.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -80,11 +81,14 @@ def _explain(case: Case, stock: tuple[str, ...]) -> Explanation:
         same = [n for n, y in with_rows.items() if _gives(y, values[name])]
         others = [n for n, y in with_rows.items() if _gives(y, other)]
         if same and (others or (what is None and len(same) < len(with_rows))):
-            also = f"; {what} gives them too" if what else ""
-            return found(
-                f"the {name}'s kernel depends on the number of rows (tile switch, or split-K chosen by it){also}",
+            shared = len({y.tobytes() for y in map(_raw, case.by_rows(other_side(name)).values())}) > 1
+            kernel = "the kernel of both sides" if shared else f"the {name}'s kernel"
+            also = f"; {what} gives them too" if what and not shared else ""
+            explanation = found(
+                f"{kernel} depends on the number of rows (tile switch, or split-K chosen by it){also}",
                 f"one row among {_ranges(same)} has the {name}'s bits, among {_ranges(others) or 'others'} the other side's",
             )
+            return replace(explanation, deviates=None) if shared else explanation
         if what is not None:
             return found(f"{hint}; {what}" if hint else what, f"computed so, all bits are those of the {name}")
         if near is not None:
@@ -126,6 +130,10 @@ def _variant(case: Case, name: str, other: Tensor) -> tuple[str | None, tuple[st
 
 def _words(x: Tensor) -> Tensor:
     return x.contiguous().view(torch.int16 if x.element_size() == 2 else torch.int32)
+
+
+def _raw(x: Tensor) -> np.ndarray:
+    return _words(x.detach().flatten().cpu()).numpy()
 
 
 def _gives(value: Tensor, bits_of: Tensor) -> bool:

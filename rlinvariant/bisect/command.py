@@ -130,7 +130,8 @@ def bisect(argv: Sequence[str]) -> int:
         ]
         with console.stage(f"completions of {options.tokens} tokens: drawing and scoring"):
             result, batch = search.find_any(engine, model, batches, stock_trainer="trainer" in stock)
-        for line in lines(result, batch, engine, stock):
+            said = lines(result, batch, engine, stock)
+        for line in said:
             console.print(line)
     return 1 if result.mismatched else 0
 

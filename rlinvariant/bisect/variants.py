@@ -28,7 +28,7 @@ def linear(x: Tensor, w: Tensor, b: Tensor | None, together: int) -> Variants:
     if bias is not None:
         yield "the bias is added after rounding, not before", (ops.linear(x, cast) + bias)[0]
         yield "the bias is left out", ops.linear(x, cast)[0]
-    if w.dtype != dtype:
+    if not torch.equal(w.float(), cast.float()):
         wide = None if b is None else b.float()
         yield f"the weight is not cast to {name(dtype)} at use", F.linear(x.float(), w.float(), wide).to(dtype)[0]
     for parts in (2, 4, 8) if dtype != torch.float32 else ():
