@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from rlinvariant.metrics import KEYS
+from rlinvariant.report import rollouts
 from rlinvariant.report.rundir import read_metrics
 from tests.parity.device import CUDA, cpu_only
 
@@ -185,6 +186,14 @@ def test_two_processes_draw_distinct_seeds(asked):
     assert len(set(seeds)) == len(seeds) == 2 * 2 * 6
 
 
+@two_processes
+def test_two_processes_record_one_rollout(jobs, asked):
+    rollout, _ = rollouts.read(jobs["two"].result().run("two"), 1)
+    assert [(b.prompts, b.seeds, [c.token_ids for c in b.completions]) for b in rollout.batches] == [
+        (rank[0]["prompts"], rank[0]["seeds"], rank[0]["completions"]) for rank in asked
+    ]
+
+
 def test_a_run_may_be_resumed(metrics_of, many):
     """Two steps, then two more of the same run: by `resume=true`, and exact."""
     assert many["interrupted"]["code"] == 0 == many["resumed"]["code"], many["resumed"]["error"]
@@ -192,6 +201,13 @@ def test_a_run_may_be_resumed(metrics_of, many):
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert total(rows, "mismatched_tokens") == 0 == total(rows, "unscored_tokens")
     assert total(rows, "compared_tokens") >= 2 * TOKENS
+
+
+def test_a_step_after_a_resume_may_be_replayed(jobs, many):
+    assert rollouts.steps(jobs["many"].result().run("resumed")) == [1, 3]
+    assert many["replayed"]["code"] == 0, many["replayed"]["error"]
+    assert "exact: step 3 was replayed bit for bit" in many["replayed"]["output"]
+    assert "resumed/checkpoints/checkpoint-2, sha256" in many["replayed"]["output"]
 
 
 def test_autocast_is_refused_in_one_line(jobs):
@@ -212,7 +228,7 @@ MISTAKES = {
     "GPT-2": ["GPT2LMHeadModel"],
     "GPT-2, sampler": ["GPT2LMHeadModel"],
     "head of 16": ["small_heads", "head_dim=16 is not one of"],
-    "experts": ["MixtralForCausalLM", "num_local_experts=2"],
+    "experts": ["model=experts", "num_local_experts=2"],
     "no plugin": ["plugin not active"],
     "no compiler": ["C compiler no-such-compiler not found", "install gcc, or set CC"],
 }

@@ -49,7 +49,7 @@ class InvariantForCausalLM(TransformersForCausalLM):
         for name, module in self.model.named_modules():
             if hasattr(module, "gate_and_up"):
                 self._merge_gate_and_up(f"model.{name}", module)
-            elif isinstance(module, nn.Embedding) and hasattr(module, "embed_scale"):
+            elif hasattr(module, "embed_scale") and hasattr(module, "compute_dtype"):
                 module.embed_scale.fill_(module.scale)  # vLLM 0.26 takes the layer away and scales by this
         super().recursive_replace()
 
