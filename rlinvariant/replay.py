@@ -72,7 +72,8 @@ def command(argv: Sequence[str]) -> int:
         with console.stage("replaying"):
             for relation in relations(rollout, model, sampler, about["dtype"], trainer_exact):
                 control = relation.name.startswith("planted")
-                console.print(table.line(relation, control), style="" if control or relation.holds else "bold red")
+                for line in table.line(relation, control).splitlines():
+                    console.print(line, style="" if control or relation.holds else "bold red")
                 found.append(relation)
     except KeyboardInterrupt:
         console.print("interrupted: what was compared so far proves nothing of the rest")
@@ -99,8 +100,8 @@ def recorded(run: Path, step: int | None, weights: str | None = None) -> tuple[R
         if at.is_dir():
             return rollout, about, str(at)
         if at.is_absolute() or at.parent == directory.checkpoints:
-            left = [k for k in steps if (directory.checkpoints / f"checkpoint-{k - 1}").is_dir()]
-            fix = f"steps whose checkpoints are there: {listed(left)}; --weights DIR names a copy of these"
+            others = [k for k in steps if k != step and (k == 1 or (directory.checkpoints / f"checkpoint-{k - 1}").is_dir())]
+            fix = f"replay another step: {listed(others)}, or name a copy of them with --weights DIR"
             raise UserError(f"step {step} of {run}: its weights are gone: no directory {at}; {fix}")
     elif not Path(weights).is_dir():
         raise UserError(f"--weights {weights}: no such directory; expected a copy of {about['weights']}")
@@ -145,7 +146,7 @@ def relations(rollout: Rollout, model: Any, sampler: Any, dtype: str, trainer_ex
     some = range(0, len(requests), -(-len(requests) // ALONE))
     apart = [_draw(sampler, rollout, [requests[i][0]], [requests[i][1]])[0] for i in some]
     yield Relation(f"sampler, {len(some)} drawn alone = recorded").of(apart, [completions[i] for i in some])
-    trainer = Relation("trainer = recorded")
+    trainer = Relation("trainer = recorded, which is the sampler's")
     if not trainer_exact:
         device = next(model.parameters()).device.type
         with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):  # as TRL runs a stock trainer
@@ -165,10 +166,11 @@ def verdict(found: Sequence["Relation"], step: int, invariance: str, changed: bo
     compared = [r for r in found if not r.name.startswith("planted")]
     blind = [r for r in found if r.name.startswith("planted") and not r.mismatched]
     wrong, of = sum(r.mismatched for r in compared), sum(r.compared for r in compared)
-    if not wrong and all(r.holds for r in compared) and not blind:
+    if compared and all(r.holds for r in compared) and not blind:
         return 0, ["", f"exact: step {step} was replayed bit for bit, {seconds:.0f} s"]
-    if blind and not wrong:
-        return 1, ["", f"not shown: {blind[0].name} changed no log-prob: the comparison is blind"]
+    if not wrong:
+        why = f"{blind[0].name} changed no log-prob: the comparison is blind" if blind else "nothing was compared"
+        return 1, ["", f"not shown: {why}"]
     counts = f"{wrong:,} / {of:,} log-probs differ, {seconds:.0f} s"
     if invariance != "exact":
         return 1, ["", f"step {step} was not replayed bit for bit, and invariance={invariance} does not promise it: {counts}"]

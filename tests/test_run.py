@@ -162,8 +162,8 @@ def asked(jobs) -> list[list[dict[str, Any]]]:
 
 @two_processes
 def test_two_processes_are_exact_and_their_metrics_are_summed(metrics_of, asked):
-    for row, *rollouts in zip(metrics_of("two"), *asked, strict=True):
-        completions = [c for rollout in rollouts for c in rollout["completions"]]
+    for row, *of_ranks in zip(metrics_of("two"), *asked, strict=True):
+        completions = [c for rollout in of_ranks for c in rollout["completions"]]
         assert len(completions) == 12
         assert row["onpolicy/compared_tokens"] == sum(map(len, completions)) >= 12 * 8
         assert row["onpolicy/mismatched_tokens"] == 0 == row["onpolicy/unscored_tokens"]

@@ -121,7 +121,8 @@ def verify(
     def report(relation: relations.Relation) -> None:
         control = relation.name.startswith(("planted", "stock"))
         (seen if control else found).append(relation)
-        console.print(table.line(relation, control), style="" if control or relation.holds else "bold red")
+        for line in table.line(relation, control).splitlines():
+            console.print(line, style="" if control or relation.holds else "bold red")
 
     console.print(table.TITLES, style="dim")
     with console.stage("verifying", total=tokens) as advance:

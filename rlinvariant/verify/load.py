@@ -58,6 +58,7 @@ def trained(directory: str, dtype: str) -> Any:
 
 def masters(directory: str) -> Any:
     """transformers' model with fp32 parameters, on the device."""
+    logging.disable_progress_bar()
     try:
         return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, device_map=device()).eval()
     except (OSError, ValueError, SafetensorError, RuntimeError) as error:

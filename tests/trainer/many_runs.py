@@ -20,13 +20,14 @@ RECIPE = f"recipe={Path(__file__).with_name('tiny_recipe.py')}"
 RESULTS: dict[str, dict[str, Any]] = {}
 
 
-def attempt(name: str, *arguments: str) -> None:
-    from rlinvariant.cli import train
+def attempt(name: str, *arguments: str, command: str = "train") -> None:
+    from rlinvariant import cli
 
+    arguments = ("wandb.mode=disabled", *arguments) if command == "train" else arguments
     output, error = io.StringIO(), io.StringIO()
     with contextlib.redirect_stderr(error), contextlib.redirect_stdout(output):
         try:
-            code: Any = train(["wandb.mode=disabled", *arguments])
+            code: Any = getattr(cli, command)(list(arguments))
         except BaseException:
             code = "traceback"
             traceback.print_exc()
@@ -58,6 +59,7 @@ def main(model: str, small: list[str]) -> None:
         attempt(invariance, *small, f"invariance={invariance}", f"run={invariance}")
     attempt("interrupted", RECIPE, f"model={model}", "run=resumed", "trainer.save_steps=2")
     attempt("resumed", RECIPE, f"model={model}", "run=resumed", "resume=true", "steps=4")
+    attempt("replayed", "runs/resumed", "--step", "3", command="replay")
     for fault in ("no prompt", "reward raises"):
         mistake(fault, f"model={model}", f"data.fault={fault}")
     unreadable(model)
