@@ -67,7 +67,7 @@ def refuse(
 
     Returns how many positions the model has. `otherwise` tells the user how to run it all the same.
     """
-    from transformers import AutoConfig
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     fix = f"remove it, or {otherwise}"
     found = [f"sampler option {k}={v}: expected {ALONE[k]}; {fix}" for k, v in options.items() if k in ALONE and v != ALONE[k]]
@@ -79,6 +79,9 @@ def refuse(
         config = AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
         raise UserError(f"model={model}: cannot be loaded: {' '.join(str(error).split())[:400]}") from error
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        kind = ", ".join(config.architectures or [type(config).__name__])
+        raise UserError(f"model={model}: {kind} is no causal language model of transformers; name a directory or id of one")
     found += [f"model={model}: {reason}; {otherwise}" for reason in unsupported(config, "cuda" if cuda else "cpu")]
     positions = config.get_text_config().max_position_embeddings
     if max_model_len is not None and max_model_len > positions:

@@ -96,10 +96,12 @@ class Relation:
 
     def of(self, again: Sequence[Completion | None], first: Sequence[Completion]) -> "Relation":
         """Compare what was drawn again with what was drawn first: from where their tokens part, nothing is equal."""
+        kept = []
         for a, b in zip(again, first, strict=True):
             ids = a.token_ids if a is not None else []
             parted = next((i for i, (x, y) in enumerate(zip(ids, b.token_ids, strict=False)) if x != y), len(ids))
-            self.add([a.sampler_logprobs[:parted] if a is not None else []], [b.sampler_logprobs])
+            kept.append(a.sampler_logprobs[:parted] if a is not None else [])
+        self.add(kept, [b.sampler_logprobs for b in first])
         return self
 
 
