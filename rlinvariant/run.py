@@ -206,6 +206,11 @@ def grpo_trainer(
     return trainer
 
 
+def ppo_trainer(*args: Any, ppo: PPOConfig | None = None, **kwargs: Any) -> Any:
+    """An exact PPO trainer from TRL's own arguments: `grpo_trainer`'s, and PPO's settings."""
+    return grpo_trainer(*args, ppo=ppo or PPOConfig(), **kwargs)
+
+
 def memory_gib() -> tuple[float, float]:
     """(all, most ever taken by this process through PyTorch) of the GPU's memory."""
     import torch

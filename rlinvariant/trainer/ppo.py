@@ -134,6 +134,9 @@ class InvariantPPOTrainer(InvariantGRPOTrainer):
         UserError: a completion without tokens, or a number that is not finite; both before the optimizer step.
     """
 
+    accelerator: Any
+    processing_class: Any
+    lr_scheduler: Any
     _step: int
     beta: float
     current_gradient_accumulation_steps: int
@@ -359,7 +362,7 @@ class InvariantPPOTrainer(InvariantGRPOTrainer):
         row = super()._row(logs, trl)
         ranks = gather_object([(torch.cat(self._ratios).cpu() if self._ratios else torch.zeros(0), self._value_sums)])
         log_ratio = torch.cat([rank[0] for rank in ranks]).double()
-        loss, clipped, tokens = sum(rank[1] for rank in ranks).tolist()
+        loss, clipped, tokens = torch.stack([rank[1] for rank in ranks]).sum(0).tolist()
         ratio, none = log_ratio.exp(), float("nan")
         seen = bool(len(ratio))
         return row | self._rollout_numbers | {

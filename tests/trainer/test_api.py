@@ -38,6 +38,26 @@ def test_grpo_trainer_takes_what_trl_takes(loaded, arithmetic_dir, tmp_path):
     assert all(row["onpolicy/coverage"] == 1 and row["onpolicy/compared_tokens"] >= 8 * 8 for row in rows)
 
 
+def test_ppo_trainer_takes_the_same_and_ppos_settings(arithmetic_dir, tmp_path):
+    """One sample of each prompt, which TRL's arguments are given after they are made."""
+    args, rows = arguments(tmp_path), []
+    args.num_generations = 1
+    trainer = rlinvariant.ppo_trainer(
+        arithmetic_dir,
+        variety,
+        args,
+        questions(),
+        ppo=rlinvariant.PPOConfig(kl_coef=0.1),
+        processing_class=AutoTokenizer.from_pretrained(arithmetic_dir),
+        sampler_options={"max_model_len": 64, "kv_cache_gib": 0.02, "options": {"enforce_eager": True}},
+        on_row=lambda row, mismatch: rows.append(row),
+    )
+    keep(trainer.sampler)
+    trainer.train()
+    assert [(row["onpolicy/mismatched_tokens"], row["onpolicy/coverage"]) for row in rows] == [(0, 1), (0, 1)]
+    assert all(row["value/loss"] > 0 for row in rows)
+
+
 def test_greedy_reward_is_the_mean_over_the_rows(arithmetic_dir, exact_engine, tmp_path):
     def length(completions, **_):
         return [float(len(text)) for text in completions]
