@@ -45,7 +45,7 @@ def markdown(directory: Path) -> str:
             sections.append("### ablation\n\n" + _ablation(content))
             continue
         if name == "families":
-            sections.append("### families\n\n" + _families(content["rows"]))
+            sections.append("### families\n\n" + _families(content))
             continue
         if name == "parity":
             sections.append("### parity\n\n" + _parity(content["rows"]))
@@ -90,7 +90,7 @@ def _table(name: str, content: dict[str, Any] | None) -> str:
     if name == "ablation":
         return _ablation(content)
     if name == "families":
-        return _families(content["rows"])
+        return _families(content)
     if name == "parity":
         return _parity(content["rows"]) + _incomplete(content)
     if "gpu" not in content["environment"]:  # of the costs those with a target, whole steps and the training part
@@ -98,18 +98,20 @@ def _table(name: str, content: dict[str, Any] | None) -> str:
     return _gpu_table(content["rows"]) + _incomplete(content)
 
 
-def _families(rows: Sequence[dict[str, Any]]) -> str:
+def _families(content: dict[str, Any]) -> str:
     """What is supported, by its certificate, and what is refused, with the reason."""
-    lines = ["| family | model | mismatched / tokens | relations | controls seen |", "|---|---|--:|--:|--:|"]
-    for row in rows:
-        if "refused" not in row:
-            zero = "**0**" if row["exact"] else f"{row['mismatched']:,}, not exact"
-            seen, of = row["controls"]
-            lines.append(
-                f"| {row['family']} | `{row['class']}` | {zero} / {row['tokens']:,} | {row['relations']} | {seen} of {of} |"
-            )
-    lines += ["", "| refused | reason |", "|---|---|"]
-    lines += [f"| {row['family']} | {escape(row['refused'])} |" for row in rows if "refused" in row]
+    lines = ["| verified | model | mismatched / tokens | relations | controls seen |", "|---|---|--:|--:|--:|"]
+    for c in content["certificates"]:
+        zero = "**0**" if c["exact"] else f"{c['mismatched']:,}, not exact"
+        seen, model = sum(not x["blind"] for x in c["controls"]), c["model"]
+        size = f"{model['parameters'] / 1e6:,.0f}M" if model["parameters"] > 5e7 else f"{model['parameters'] / 1e6:.1f}M"
+        lines.append(
+            f"| {Path(model['name']).name} | `{model['class']}`, {size} | {zero} / {c['tokens']:,} | {len(c['relations'])} "
+            f"| {seen} of {len(c['controls'])} |"
+        )
+    if content["refused"]:
+        lines += ["", "| refused | reason |", "|---|---|"]
+        lines += [f"| {family} | {escape(reason, quote=False)} |" for family, reason in content["refused"].items()]
     return "\n".join(lines)
 
 
@@ -164,7 +166,10 @@ def _bar(row: dict[str, Any]) -> tuple[str, float, bool] | None:
 def _files(directory: Path) -> dict[str, dict[str, Any]]:
     """Every result, by name."""
     found = {path.stem: json.loads(path.read_text()) for path in sorted(directory.glob("*.json"))}
-    return {name: content for name, content in found.items() if {"rows", "runs", "arms"} & content.keys()}
+    found = {name: content for name, content in found.items() if {"rows", "runs", "arms", "refused"} & content.keys()}
+    if certificates := [json.loads(path.read_text()) for path in sorted((directory / "certificates").glob("*.json"))]:
+        found["families"] = {"refused": {}} | found.get("families", {}) | {"certificates": certificates}
+    return found
 
 
 def _incomplete(content: dict[str, Any]) -> str:
