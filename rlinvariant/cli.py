@@ -12,7 +12,7 @@ USAGE = """usage: rlinvariant train recipe=NAME [key=value ...]   train in this 
        rlinvariant demo [MODEL] [key=value ...]       one prompt 1,000 times among changing traffic, ops off and on
        rlinvariant serve MODEL [vllm options]         vllm serve with the ops on: a request's bytes do not depend on load
        rlinvariant verify MODEL [--tokens N|--short]  is it exact here, on my model: every relation, controls, a certificate
-       rlinvariant bisect MODEL [key=value ...]       if not: the first sequence, token, layer, op that differs, and why
+       rlinvariant bisect MODEL [--seed N]            if not: the first sequence, token, layer, op that differs, and why
        rlinvariant replay RUN --step K                draw and score a recorded step again: are the bits the same
        rlinvariant doctor [MODEL] [--json] [--engine] is this machine able, which kernels, what is in the way
        rlinvariant report RUN_OR_ABLATION             write its report.html, print its tables

@@ -1,116 +1,49 @@
-"""`rlinvariant bisect MODEL [key=value ...]`: arguments, the two sides, and what is printed."""
+"""`rlinvariant bisect MODEL`: arguments, the two sides, and what is printed."""
 
 import collections
-import dataclasses
-import difflib
-import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from rlinvariant.errors import ConfigErrors, UserError
+from rlinvariant.arguments import Parser, at_least, temperature
+from rlinvariant.errors import UserError
 
-HELP = """usage: rlinvariant bisect MODEL [key=value ...]
-
-Draws completions of random prompts with the exact sampler, scores them with the exact trainer, and if log-probs differ says
-where the two part first: sequence, token, layer, op, by how many ulps, whether the op's inputs and weights were equal, and the
-likely cause. Exit code 0: nothing differs; 1: something does; 2: it could not be tried.
-
-MODEL is a Hugging Face directory or hub id; with random=true its config.json is enough. --seed 3 may stand for seed=3.
-"""
-
-
-def _field(default: Any, doc: str) -> Any:
-    return dataclasses.field(default=default, metadata={"doc": doc})
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    sequences: int = _field(16, "completions drawn in one batch")
-    prompt: int = _field(48, "longest prompt, in tokens; prompts are ragged")
-    tokens: int = _field(24, "length of each completion")
-    micro_batch: int = _field(4, "sequences that the trainer packs together")
-    chunk: int = _field(256, "most tokens in one step of the engine: a longer prompt is cut")
-    temperature: float = _field(0.7, "of the draws; divides the logits")
-    dtype: str = _field("bfloat16", "bfloat16 or float32")
-    seed: int = _field(0, "of the prompts, the draws and random weights")
-    random: bool = _field(False, "true: take random weights, of MODEL's configuration alone")
-    invariance: str = _field("exact", "exact, or which side alone is ours: sampler, trainer; off: neither")
-
-
+DESCRIPTION = """Draws completions of random prompts with the exact sampler and scores them with the exact trainer. If any log-prob
+differs, says where the two part first: sequence, token, layer, op, by how many ulps, whether the op's inputs and weights were
+equal, and the likely cause. Exit code 0: nothing differs; 1: something does; 2: it could not be tried."""
 STOCK = {
     "exact": (),
     "sampler": ("trainer",),
     "trainer": ("sampler",),
     "off": ("sampler", "trainer"),
 }  # sides that are not ours
-CHOICES = {"dtype": ("bfloat16", "float32"), "invariance": tuple(STOCK)}
 
 
-def parse(argv: Sequence[str]) -> tuple[str, Options]:
-    """(MODEL, options). Raises ConfigErrors with one line per problem."""
-    fields = {field.name: field for field in dataclasses.fields(Options)}
-    model, given, errors = None, {}, []
-    for argument in _pairs(argv, fields):
-        key, equals, text = argument.partition("=")
-        if not equals and not argument.startswith("-") and model is None:
-            model = argument
-        elif not equals or key.startswith("-"):
-            errors.append(f"{argument}: expected MODEL once, and key=value; see rlinvariant bisect --help")
-        elif key not in fields:
-            close = difflib.get_close_matches(key, fields, 1)
-            meant = f", did you mean {close[0]}?" if close else ""
-            errors.append(f"{argument}: unknown key{meant}; there are {', '.join(fields)}")
-        else:
-            value, kind = _value(text, fields[key].type, least=0 if key == "seed" else 1)
-            if value is None or text not in CHOICES.get(key, (text,)):
-                errors.append(f"{argument}: expected {' or '.join(CHOICES.get(key, (kind,)))}")
-            given[key] = value
-    if model is None:
-        errors.insert(0, "MODEL: missing; write rlinvariant bisect MODEL, a Hugging Face directory or hub id")
-    if errors:
-        raise ConfigErrors(errors)
-    assert model is not None
-    return model, Options(**given)
-
-
-def _pairs(argv: Sequence[str], fields: Mapping[str, Any]) -> Iterator[str]:
-    """The arguments, those that are written as `verify` has them (--random, --seed 3) as key=value."""
-    words = iter(argv)
-    for word in words:
-        key, equals, text = word.removeprefix("--").replace("-", "_").partition("=")
-        if not word.startswith("--") or key not in fields:
-            yield word
-        elif equals:
-            yield f"{key}={text}"
-        else:
-            yield f"{key}=true" if fields[key].type is bool else f"{key}={next(words, '')}"
-
-
-def _value(text: str, kind: Any, least: int) -> tuple[Any, str]:
-    """The value, None where the text is none of that kind, and what is expected."""
-    if kind is bool:
-        return {"true": True, "false": False}.get(text), "true or false"
-    if kind is int:
-        return int(text) if text.isdigit() and int(text) >= least else None, f"a whole number of at least {least}"
-    if kind is float:
-        number = float(text) if re.fullmatch(r"\d+(\.\d*)?|\.\d+", text) else 0.0
-        return number if number >= 0.01 else None, "a number of at least 0.01"
-    return text, "a name"
+def parser() -> Parser:
+    p = Parser("bisect", DESCRIPTION)
+    p.add_argument("model", metavar="MODEL", help="a Hugging Face directory or hub id")
+    p.add_argument("--random", action="store_true", help="random weights: MODEL's configuration alone is read")
+    p.add_argument("--seed", type=at_least(0), default=0, help="of the prompts, the draws and random weights")
+    p.add_argument("--sequences", type=at_least(1), default=16, help="completions drawn in one batch")
+    p.add_argument("--prompt", type=at_least(1), default=48, help="longest prompt, in tokens; prompts are ragged")
+    p.add_argument("--tokens", type=at_least(1), default=24, help="length of each completion")
+    p.add_argument("--micro-batch", type=at_least(1), default=4, help="sequences that the trainer packs together")
+    p.add_argument("--chunk", type=at_least(1), default=256, help="most tokens in one step of the engine")
+    p.add_argument("--temperature", type=temperature, default=0.7, help="of the draws; divides the logits")
+    p.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of activations")
+    sides = "exact, or which side alone is ours; off: neither"
+    p.add_argument("--invariance", choices=tuple(STOCK), default="exact", help=sides)
+    return p
 
 
 def bisect(argv: Sequence[str]) -> int:
     """Run the command and print its findings. Returns the exit code: 0 nothing differs, 1 something does.
 
     Raises:
-        ConfigErrors, UserError: bad arguments, or a model that cannot be loaded or cannot run exactly.
+        UserError: bad arguments, or a model that cannot be loaded or cannot run exactly.
     """
-    if any(a in ("--help", "-h") for a in argv):
-        print(HELP)
-        for field in dataclasses.fields(Options):
-            print(f"  {field.name + '=' + str(field.default):<20} {field.metadata['doc']}")
-        return 0
-    name, options = parse(argv)
+    options = parser().parse_args(argv)
+    name = options.model
     from rlinvariant import runtime
     from rlinvariant.report.console import Console
 
@@ -136,7 +69,7 @@ def bisect(argv: Sequence[str]) -> int:
     return 1 if result.mismatched else 0
 
 
-def _sides(name: str, options: Options, directory: str) -> tuple[Any, Any]:
+def _sides(name: str, options: Any, directory: str) -> tuple[Any, Any]:
     """The trainer's model, made first, and the sampler, as `verify` has them."""
     from rlinvariant.verify import load
     from rlinvariant.verify.relations import Sizes
@@ -144,7 +77,9 @@ def _sides(name: str, options: Options, directory: str) -> tuple[Any, Any]:
     config = load.configuration(name, options.dtype)
     longest, positions = options.prompt + options.tokens, config.get_text_config().max_position_embeddings
     if longest > positions:
-        raise UserError(f"prompt={options.prompt} and tokens={options.tokens}: together more than the {positions} of {name}")
+        raise UserError(
+            f"--prompt {options.prompt} and --tokens {options.tokens}: together more than the {positions} of {name}"
+        )
     step = max(options.chunk, options.sequences)  # vLLM gives every request in it a token
     sizes = Sizes(options.sequences, options.prompt, options.tokens, options.prompt, step, longest * options.micro_batch)
     ours = {side: side not in STOCK[options.invariance] for side in ("sampler", "trainer")}

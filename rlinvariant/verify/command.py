@@ -1,14 +1,14 @@
 """`rlinvariant verify MODEL`: is it exact here, on my model? A table, and a certificate."""
 
-import argparse
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from rlinvariant import runtime
+from rlinvariant.arguments import Parser, at_least
 from rlinvariant.errors import UserError
 from rlinvariant.report.console import Console
 
@@ -19,28 +19,18 @@ which training looks for; 1: not exact, or not shown; 2: cannot run."""
 SECONDS = 110  # of random compositions, where --tokens does not say how many
 
 
-def parser() -> argparse.ArgumentParser:
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> NoReturn:
-            raise UserError(f"verify: {message}; see rlinvariant verify --help")
-
-    p = Parser("rlinvariant verify", description=DESCRIPTION, allow_abbrev=False)
+def parser() -> Parser:
+    p = Parser("verify", DESCRIPTION)
     p.add_argument("model", metavar="MODEL", help="a Hugging Face directory or hub id; no tokenizer is needed")
-    p.add_argument("--tokens", type=_positive, help="compare so many sampled tokens with the trainer's, or a few more; "
-                   "default: about two minutes' worth")  # fmt: skip
+    many = "compare so many sampled tokens with the trainer's, or a few more; None: about two minutes' worth"
+    p.add_argument("--tokens", type=at_least(1), help=many)
     p.add_argument("--short", action="store_true", help="every relation with few tokens: seconds for a small model")
     p.add_argument("--random", action="store_true", help="random weights: MODEL's configuration alone is read")
-    p.add_argument("--seed", type=int, default=0, help="of weights, prompts and batches; default 0")
-    p.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of activations; default bfloat16")
+    p.add_argument("--seed", type=at_least(0), default=0, help="of weights, prompts and batches")
+    p.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of activations")
     p.add_argument("--eager", action="store_true", help="on a GPU: without CUDA graphs and compilation, to start sooner")
     p.add_argument("--out", type=Path, metavar="FILE", help="also write the certificate there")
     return p
-
-
-def _positive(text: str) -> int:
-    if (n := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"expected 1 or more tokens, got {n}")
-    return n
 
 
 def command(argv: Sequence[str]) -> int:
