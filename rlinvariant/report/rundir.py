@@ -1,5 +1,7 @@
 """The run directory: runs/NAME/ with config.json, environment.json, metrics.jsonl, samples.jsonl; result.json once finished.
 
+`checkpoints/` is written by TRL, `rollouts/` by `report.rollouts`.
+
 Only the main process writes. A .json file is replaced whole; a .jsonl file grows by whole lines, each flushed to the
 disk, so a killed run leaves every row it appended. JSON has no NaN and no infinities: they are written as the strings
 "NaN", "Infinity" and "-Infinity", and `read_metrics` gives the floats back.
