@@ -8,7 +8,7 @@ from typing import Any
 from rlinvariant.arguments import Parser, at_least, temperature
 from rlinvariant.errors import UserError
 
-DESCRIPTION = """Draws completions of random prompts with the exact sampler and scores them with the exact trainer. If any log-prob
+DESCRIPTION = """Draws completions of random prompts with the exact sampler, scores them with the exact trainer. If a log-prob
 differs, says where the two part first: sequence, token, layer, op, by how many ulps, whether the op's inputs and weights were
 equal, and the likely cause. Exit code 0: nothing differs; 1: something does; 2: it could not be tried."""
 STOCK = {

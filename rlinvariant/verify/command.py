@@ -49,6 +49,13 @@ def command(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         console.print("interrupted: what was compared so far proves nothing of the rest, and no certificate is written")
         return 130
+    except (RuntimeError, MemoryError) as error:  # torch's OutOfMemoryError is a RuntimeError
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
+            raise
+        much = "fp32 masters, a copy in the engine and one of the stock model have to fit"
+        raise UserError(
+            f"verify: out of memory ({' '.join(str(error).split())[:160]}): {much}; choose a smaller model"
+        ) from error
     load.engines.clear()
     path = certificate.write(found, options.out)
     for line in table.verdict(found):

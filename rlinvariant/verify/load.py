@@ -58,8 +58,8 @@ def masters(directory: str) -> Any:
     try:
         return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, device_map=device()).eval()
     except (OSError, ValueError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, torch.cuda.OutOfMemoryError):
-            raise UserError(f"model={directory}: its fp32 masters do not fit this GPU; choose a smaller one") from error
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
         fix = "; --random needs the configuration alone" if isinstance(error, OSError) else ""
         raise UserError(f"model={directory}: cannot be loaded: {' '.join(str(error).split())[:300]}{fix}") from error
 
@@ -80,12 +80,9 @@ def engine(directory: str, invariant: bool, dtype: str, options: dict[str, Any],
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     token = 2 * config.num_hidden_layers * config.num_key_value_heads * head * getattr(torch, dtype).itemsize
     gib = (KEPT + sizes.positions) * token / 2**30
-    try:
-        made = Sampler(
-            directory, invariant=invariant, dtype=dtype, max_model_len=sizes.positions, kv_cache_gib=gib, options=options
-        )
-    except torch.cuda.OutOfMemoryError as error:
-        raise UserError(f"model={directory}: trainer's model and engine do not fit this GPU together") from error
+    made = Sampler(
+        directory, invariant=invariant, dtype=dtype, max_model_len=sizes.positions, kv_cache_gib=gib, options=options
+    )
     engines.append(made)
     return made
 

@@ -163,6 +163,17 @@ def test_an_interrupted_verification_leaves_none(tmp_path, cache, monkeypatch, c
     assert "interrupted" in capsys.readouterr().out and not list(cache.rglob("*.json"))
 
 
+def test_out_of_memory_is_one_line(tmp_path, monkeypatch):
+    def large(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nGPU 0 has ...")
+
+    FAMILIES["qwen3"]().save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(load, "trained", large)
+    with pytest.raises(UserError, match="out of memory .*20 GiB.*smaller model") as error:
+        command.command([str(tmp_path / "model"), "--random", "--short"])
+    assert "\n" not in str(error.value)
+
+
 # ---- training
 
 
