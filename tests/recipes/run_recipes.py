@@ -39,7 +39,7 @@ def chatty_model(directory: str) -> str:
 if __name__ == "__main__":
     os.chdir(sys.argv[1])
     model = chatty_model("model")
-    runs: dict[str, list[str]] = {"countdown": ["data.train_size=32"]}
+    runs: dict[str, list[str]] = {recipe: ["data.train_size=32"] for recipe in ("countdown", "countdown_ppo")}
     for recipe, ending in (("gsm8k", "jsonl"), ("math", "jsonl"), ("dapo_math", "parquet")):
         six = {"gsm8k": {"answer": "It is so.\n#### 6"}, "math": {"answer": r"\frac{12}{2}"}, "dapo_math": {"solution": "6.0"}}
         runs[recipe] = ["data.path=" + write([row | six[recipe] for row in ROWS[recipe](36)], f"{recipe}.{ending}")]

@@ -14,7 +14,14 @@ from rlinvariant.config import load_recipe, parse, recipe_names
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "recipes"
-KINDS = ("countdown", "gsm8k", "math", "dapo_math")  # tests/test_run.py runs arithmetic, of which reverse differs little
+KINDS = (
+    "countdown",
+    "countdown_ppo",
+    "gsm8k",
+    "math",
+    "dapo_math",
+)  # tests/test_run.py runs arithmetic, of which reverse differs little
+PPO = {"algorithm": "ppo", "ppo.lam": 1.0, "ppo.critic_learning_rate": 3e-4}
 PARENTS = {
     "arithmetic_off": ("arithmetic", {"invariance": "off"}),
     "arithmetic_tis": ("arithmetic_off", {"trainer.vllm_importance_sampling_correction": True,
@@ -22,6 +29,8 @@ PARENTS = {
     "arithmetic_mis": ("arithmetic_tis", {"trainer.vllm_importance_sampling_mode": "sequence_mask"}),
     "arithmetic_stale": ("arithmetic", {"staleness": 4}),
     "gsm8k_off": ("gsm8k", {"invariance": "off"}),
+    "arithmetic_ppo": ("arithmetic", PPO),
+    "countdown_ppo": ("countdown", PPO),
 }  # fmt: skip
 
 
@@ -68,7 +77,7 @@ def test_a_step_of_each_kind_is_exact(recipe: str, finished: Path) -> None:
     assert row["onpolicy/mismatched_tokens"] == 0 == row["onpolicy/unscored_tokens"] and row["onpolicy/compared_tokens"] > 100
 
 
-@pytest.mark.parametrize("recipe", KINDS[1:])
+@pytest.mark.parametrize("recipe", KINDS[2:])
 def test_mathematics_is_asked_in_chat_and_graded(recipe: str, finished: Path) -> None:
     """The model often puts 6 in a box; every answer is 6, written in another way."""
     samples = lines(finished / "runs" / recipe / "samples.jsonl")
