@@ -102,8 +102,10 @@ def examine(model: str | None = None, engine: bool = False) -> Iterator[Finding]
     yield from vllm_plugin(os.environ)
     if model is None:
         yield from kernels_cuda() if cuda else kernels_cpu([(n, k, False) for n, k in SHAPES], ("bfloat16", "float32"))
-        tested = "Llama, Qwen2 and Qwen3 are tested end to end, others are checked module by module"
-        yield Finding("models", "ok", f"{tested}: rlinvariant doctor MODEL")
+        from rlinvariant.bench.families import FAMILIES
+
+        verified = f"verified on a CPU: {', '.join(FAMILIES)}; others are checked module by module"
+        yield Finding("models", "ok", f"{verified}: rlinvariant doctor MODEL")
     else:
         yield from of_model(model, cuda)
     if engine:
@@ -410,6 +412,17 @@ def of_model(model: str, cuda: bool) -> Iterator[Finding]:
     linears = [m for m in net.modules() if isinstance(m, nn.Linear)]
     weights = dict.fromkeys((m.out_features, m.in_features, m.bias is not None) for m in linears)
     yield from kernels_cuda() if cuda else kernels_cpu(weights, ("bfloat16",))
+    yield certified(model, config)
+
+
+def certified(model: str, config: Any) -> Finding:
+    """Whether `verify` has been here."""
+    from rlinvariant.verify import certificate
+
+    found = certificate.find(certificate.subject(config, "bfloat16"))
+    if found is None:
+        return Finding("certificate", "note", f"none of this architecture here, in bfloat16: rlinvariant verify {model}")
+    return Finding("certificate", "ok", f"0 / {found['tokens']:,} tokens differed on {found['date'][:10]}")
 
 
 def _audit(config: Any, device: str) -> list[str]:

