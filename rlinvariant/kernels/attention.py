@@ -4,10 +4,10 @@ FlashAttention-3 walks the keys of a query in blocks whose width depends on the 
 same bits as long as nothing makes it take another block: its splits are pinned to 1, and at head size 64, where a short
 longest query selects another tile, the longest query is declared to be at least 128 (it only selects; no row is added).
 
-A window selects another tile at head size 256, but only where it is shorter than the declared longest sequence: with one, the
-longest sequence is declared to be longer than it, so that a batch of short sequences takes the tile of a long one. Keys of
-the window's first block that lie before the window are multiplied by 0: a freed page must hold finite numbers, which vLLM's
-null page does.
+A sliding window is refused: with one, FlashAttention-3 gives a row other bits depending on where its tile of queries begins, so
+decode is not prefill. Measured on an H100 with vLLM 0.26, heads of 64, 128 and 256: of the last 1, 3, 16 or 128 queries of a
+sequence of 1,500, every one differs from the whole forward with a window of 400, and some with 127 and 17; without a window
+none does. How many differ changes with the window, so that no check at the start could vouch for the others.
 """
 
 import functools
@@ -21,7 +21,7 @@ from rlinvariant.errors import UserError
 HEAD_SIZES = (64, 128, 256)  # at 96, paged and packed calls take different tiles
 FLOOR = {64: 128}  # head size -> least max_seqlen_q
 SOFTCAP = False  # whether scores can be bounded here: PyTorch's FlashAttention-2 backward cannot
-CHECKED = 8192  # keys: a longer window is the same kernel, and is checked with this one
+WINDOW = False  # whether a query can attend to its last keys alone: decode would not have the bits of prefill
 
 
 @functools.cache
@@ -41,31 +41,22 @@ def longest_query(max_seqlen_q: int, head_size: int) -> int:
     return max(max_seqlen_q, FLOOR.get(head_size, 1))
 
 
-def longest_sequence(max_seqlen_k: int, window: int | None) -> int:
-    """What to tell it about the longest sequence, so that a window is never dropped for covering everything."""
-    return max_seqlen_k if window is None else max(max_seqlen_k, window + 1)
-
-
-def _window_size(window: int | None) -> list[int]:
-    """Keys before and after a query's own; -1: all."""
-    return [-1, -1] if window is None else [window - 1, 0]
-
-
-def _refuse(softcap: float | None) -> None:
+def _refuse(window: int | None, softcap: float | None) -> None:
+    if window is not None and not WINDOW:
+        raise UserError(f"window={window}: decode with a window does not have the bits of prefill on a GPU; use invariance=off")
     if softcap is not None and not SOFTCAP:
         raise UserError(f"softcap={softcap}: attention scores cannot be bounded on a GPU (no backward); use invariance=off")
 
 
 def schedule(
     cu_seqlens_q: Tensor, kv_lens: Tensor, max_seqlen_q: int, max_seqlen_k: int, heads: int, kv_heads: int, head_size: int,
-    page_size: int, window: int | None = None,
+    page_size: int,
 ) -> Tensor:  # fmt: skip
-    """FlashAttention-3's plan of work for a batch, [*] int32: made once per step instead of once per layer (of one window)."""
+    """FlashAttention-3's plan of work for a batch, [*] int32: made once per step instead of once per layer."""
     return _fa3().get_scheduler_metadata(
-        batch_size=len(kv_lens), max_seqlen_q=longest_query(max_seqlen_q, head_size),
-        max_seqlen_k=longest_sequence(max_seqlen_k, window), num_heads_q=heads, num_heads_kv=kv_heads, headdim=head_size,
-        cache_seqlens=kv_lens, qkv_dtype=torch.bfloat16, cu_seqlens_q=cu_seqlens_q, page_size=page_size, causal=True,
-        window_size=_window_size(window), num_splits=1,
+        batch_size=len(kv_lens), max_seqlen_q=longest_query(max_seqlen_q, head_size), max_seqlen_k=max_seqlen_k,
+        num_heads_q=heads, num_heads_kv=kv_heads, headdim=head_size, cache_seqlens=kv_lens, qkv_dtype=torch.bfloat16,
+        cu_seqlens_q=cu_seqlens_q, page_size=page_size, causal=True, num_splits=1,
     )  # fmt: skip
 
 
@@ -73,22 +64,19 @@ def attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, max_seqlen: int, window: int | None,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    _refuse(softcap)
+    _refuse(window, softcap)
     if not len(q):
         return torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
-    check(q.shape[1], k.shape[1], q.shape[2], q.device.index, window=window)
+    check(q.shape[1], k.shape[1], q.shape[2], q.device.index)
     cu = cu_seqlens.to(torch.int32).contiguous()
-    out, lse = _packed(q, k, v, cu, max_seqlen, scale, window)
+    out, lse = _packed(q, k, v, cu, max_seqlen, scale)
     return out, lse.t().contiguous()
 
 
-def _packed(
-    q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, scale: float, window: int | None
-) -> tuple[Tensor, Tensor]:
+def _packed(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, scale: float) -> tuple[Tensor, Tensor]:
     return _fa3().flash_attn_varlen_func(
-        q, k, v, longest_query(longest, q.shape[2]), cu, longest_sequence(longest, window), cu_seqlens_k=cu,
-        softmax_scale=scale, causal=True, window_size=_window_size(window), num_splits=1, fa_version=3,
-        return_softmax_lse=True,
+        q, k, v, longest_query(longest, q.shape[2]), cu, longest, cu_seqlens_k=cu, softmax_scale=scale, causal=True,
+        num_splits=1, fa_version=3, return_softmax_lse=True,
     )  # fmt: skip
 
 
@@ -96,19 +84,18 @@ def paged_attention(
     q: Tensor, kv_cache: Tensor, block_table: Tensor, cu_seqlens_q: Tensor, kv_lens: Tensor, scale: float, max_seqlen_q: int,
     max_seqlen_k: int, window: int | None, softcap: float | None, plan: Tensor | None, out: Tensor,
 ) -> None:  # fmt: skip
-    _refuse(softcap)
+    _refuse(window, softcap)
     if not len(q):
         return
-    check(q.shape[1], kv_cache.shape[1], q.shape[2], q.device.index, kv_cache.shape[2], window)
-    _paged(q, kv_cache, block_table, cu_seqlens_q, kv_lens, scale, max_seqlen_q, max_seqlen_k, window, plan, out)
+    check(q.shape[1], kv_cache.shape[1], q.shape[2], q.device.index, kv_cache.shape[2])
+    _paged(q, kv_cache, block_table, cu_seqlens_q, kv_lens, scale, max_seqlen_q, max_seqlen_k, plan, out)
 
 
-def _paged(q, kv_cache, block_table, cu_seqlens_q, kv_lens, scale, max_seqlen_q, max_seqlen_k, window, plan, out) -> None:
+def _paged(q, kv_cache, block_table, cu_seqlens_q, kv_lens, scale, max_seqlen_q, max_seqlen_k, plan, out) -> None:
     keys, values = kv_cache.transpose(1, 2).split(q.shape[2], -1)
     _fa3().flash_attn_varlen_func(
-        q, keys, values, longest_query(max_seqlen_q, q.shape[2]), cu_seqlens_q, longest_sequence(max_seqlen_k, window),
-        seqused_k=kv_lens, softmax_scale=scale, causal=True, window_size=_window_size(window), block_table=block_table,
-        scheduler_metadata=plan, num_splits=1, fa_version=3, out=out,
+        q, keys, values, longest_query(max_seqlen_q, q.shape[2]), cu_seqlens_q, max_seqlen_k, seqused_k=kv_lens,
+        softmax_scale=scale, causal=True, block_table=block_table, scheduler_metadata=plan, num_splits=1, fa_version=3, out=out,
     )  # fmt: skip
 
 
@@ -126,10 +113,10 @@ def attention_backward(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """FlashAttention-2's, in its deterministic form: it reads FlashAttention-3's output and log-sum-exp."""
+    _refuse(window, softcap)
     if not len(q):
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     cu = cu_seqlens.to(torch.int32).contiguous()
-    left, right = (None, None) if window is None else _window_size(window)
     state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of dropout, which there is none of
     before, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     deterministic: Any = torch.utils.deterministic
@@ -138,7 +125,7 @@ def attention_backward(
     try:
         return torch.ops.aten._flash_attention_backward(
             dout.contiguous(), q.contiguous(), k.contiguous(), v.contiguous(), out, lse.t().contiguous(), cu, cu, max_seqlen,
-            max_seqlen, 0.0, True, state, state, scale=scale, window_size_left=left, window_size_right=right,
+            max_seqlen, 0.0, True, state, state, scale=scale,
         )  # fmt: skip
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warn)
@@ -146,7 +133,7 @@ def attention_backward(
 
 
 @functools.cache
-def check(heads: int, kv_heads: int, head_size: int, device: int, page: int = 16, window: int | None = None) -> None:
+def check(heads: int, kv_heads: int, head_size: int, device: int, page: int = 16) -> None:
     """Compare packed, decode, chunked and shared calls for these heads before they are first used; milliseconds.
 
     Raises:
@@ -156,8 +143,7 @@ def check(heads: int, kv_heads: int, head_size: int, device: int, page: int = 16
         raise UserError(f"head_dim={head_size}: expected one of {', '.join(map(str, HEAD_SIZES))} on a GPU; use invariance=off")
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(f"attention: heads of {head_size} were first met inside a CUDA graph; call it once before")
-    window = None if window is None else min(window, CHECKED)
-    lengths = (300, 1, 17, max(1500, (window or 0) + 300), 129)
+    lengths = (300, 1, 17, 1500, 129)
     total, most = sum(lengths), max(lengths)
     with torch.random.fork_rng(devices=[device]), torch.device(f"cuda:{device}"):
         torch.manual_seed(heads * 100_003 + head_size)
@@ -175,9 +161,9 @@ def check(heads: int, kv_heads: int, head_size: int, device: int, page: int = 16
         cache[free[at : at + count]] = padded.view(count, page, kv_heads, 2 * head_size)
         at += count
     cache = cache.transpose(1, 2)
-    expected, _ = _packed(q, k, v, cu, most, scale, window)
-    alone, _ = _packed(q[:300], k[:300], v[:300], cu[:2], 300, scale, window)
-    _require_equal(alone, expected[:300], "the rows of a sequence alone do", heads, kv_heads, head_size, window)
+    expected, _ = _packed(q, k, v, cu, most, scale)
+    alone, _ = _packed(q[:300], k[:300], v[:300], cu[:2], 300, scale)
+    _require_equal(alone, expected[:300], "the rows of a sequence alone", heads, kv_heads, head_size)
     for last in (1, 3, 16, 128, most):  # so many of the last queries of every sequence
         counts = [min(last, n) for n in lengths]
         index = torch.cat([torch.arange(int(e) - c, int(e)) for e, c in zip(cu[1:].tolist(), counts, strict=True)]).to(q.device)
@@ -186,18 +172,14 @@ def check(heads: int, kv_heads: int, head_size: int, device: int, page: int = 16
         plan = schedule(starts, lens, max(counts), most, heads, kv_heads, head_size, page)
         for p in (None, plan):
             out = torch.full_like(q[index], float("nan"))
-            _paged(q[index], cache, table, starts, lens, scale, max(counts), most, window, p, out)
-            what = f"the last {last} queries of a sequence do"
-            _require_equal(out, expected[index], what, heads, kv_heads, head_size, window)
+            _paged(q[index], cache, table, starts, lens, scale, max(counts), most, p, out)
+            _require_equal(out, expected[index], f"the last {last} queries of a sequence", heads, kv_heads, head_size)
 
 
-def _require_equal(
-    found: Tensor, expected: Tensor, what: str, heads: int, kv_heads: int, head_size: int, window: int | None
-) -> None:
+def _require_equal(found: Tensor, expected: Tensor, what: str, heads: int, kv_heads: int, head_size: int) -> None:
     if not torch.equal(found.view(torch.int16), expected.view(torch.int16)):
-        span = "" if window is None else f", window {window},"
         raise UserError(
-            f"attention: with {heads} heads of {head_size} ({kv_heads} for keys){span} on "
-            f"{torch.cuda.get_device_name(found.device)}, {what} not have the bits of a whole forward; exact mode is not "
-            "possible here; use invariance=off"
+            f"attention: with {heads} heads of {head_size} ({kv_heads} for keys) on "
+            f"{torch.cuda.get_device_name(found.device)}, {what} do not have the bits that they have in a whole forward; exact "
+            "mode is not possible here; use invariance=off"
         )

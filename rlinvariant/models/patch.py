@@ -41,6 +41,8 @@ HEAD_SIZES = {
     "cpu": (32, 64, 80, 96, 112, 128, 160, 192, 224, 256),  # those of vLLM's CPU key-value cache
     "cuda": attention.HEAD_SIZES,  # those where FlashAttention-3 gives a paged and a packed call the same bits
 }
+WINDOW = {"cpu": True, "cuda": attention.WINDOW}  # whether layers may slide
+SOFTCAP = {"cpu": True, "cuda": attention.SOFTCAP}  # whether scores may be capped
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # angles depend on the position alone, not on the sequence length
 ACTIVATIONS = ("silu", "swish", "gelu_pytorch_tanh")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
@@ -111,10 +113,20 @@ def unsupported(config, device: str = "cpu") -> Iterator[str]:
         yield f"use_bidirectional_attention={config.use_bidirectional_attention}; only causal attention is supported"
     if name := next((name for name in EXPERTS if vars(config).get(name)), None):
         yield f"{name}={vars(config)[name]}: no op has the products of a mixture of experts"
-    if device == "cuda" and getattr(config, "attn_logit_softcapping", None):
+    if not WINDOW[device] and _slides(config):
+        window = getattr(config, "sliding_window", None)
+        yield f"sliding_window={window}: decode with a window does not have the bits of prefill on a GPU"
+    if not SOFTCAP[device] and getattr(config, "attn_logit_softcapping", None):
         yield f"attn_logit_softcapping={config.attn_logit_softcapping}: capped scores have no backward on a GPU"
     if getattr(config, "quantization_config", None):
         yield "the checkpoint is quantised"
+
+
+def _slides(config: Any) -> bool:
+    """Whether some layer has a window: `layer_types` says which, and where a configuration has none of them, all have it."""
+    if types := getattr(config, "layer_types", None):
+        return "sliding_attention" in types
+    return bool(getattr(config, "sliding_window", None)) and getattr(config, "use_sliding_window", True)
 
 
 def _plan(modules: Any, known: dict[Any, Any]) -> Iterator[tuple[Any, type, dict[str, Any]]]:
@@ -247,8 +259,10 @@ def _difference(got: Tensor, expected: Tensor) -> float:
 
 
 def _copy(module: Any, deviation: Callable[[Tensor], float] = lambda p: 0.5) -> Any:
-    """On the CPU, in fp32, with random weights."""
+    """On the CPU, in fp32, with random weights, and with the buffers that it has."""
     original = copy.deepcopy(module).to_empty(device="cpu").to(torch.float32)
+    for buffer, own in zip(original.buffers(), module.buffers(), strict=True):
+        buffer.copy_(own)
     for p in original.parameters():
         p.normal_(0.5, 0.5) if p.dim() == 1 else p.normal_(0.5 if deviation(p) == 0.5 else 0.0, deviation(p))
     return original
@@ -333,6 +347,7 @@ def _embedding(module: Any, form: type, attributes: dict[str, Any], known: dict[
     """Of its first rows: a vocabulary is large."""
     original, ids = copy.copy(module), torch.arange(8)
     original._parameters = {"weight": torch.randn(8, module.weight.shape[1], dtype=torch.float32)}
+    original._buffers = {name: None if buffer is None else buffer.cpu() for name, buffer in module._buffers.items()}
     expected = original(ids)
     become(original, form, compute_dtype=torch.float32, scale=scale_of(module))
     return _difference(original(ids), expected)

@@ -53,8 +53,6 @@ class _AttentionBuilder(AttentionMetadataBuilder):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._schedule: Tensor | None = None
         if current_platform.is_cuda():
-            layers = vllm_config.compilation_config.static_forward_context
-            self._windows = {layers[name].impl.window for name in layer_names}
             model, parallel = vllm_config.model_config, vllm_config.parallel_config
             self._heads = model.get_num_attention_heads(parallel), model.get_num_kv_heads(parallel), model.get_head_size()
             graphs = vllm_config.compilation_config.max_cudagraph_capture_size or 0
@@ -78,13 +76,13 @@ class _AttentionBuilder(AttentionMetadataBuilder):
         )
 
     def _plan(self, m: Any) -> Tensor | None:
-        """FlashAttention-3's schedule of this step, made once for all layers, if they have one window."""
-        if self._schedule is None or len(self._windows) > 1:
+        """FlashAttention-3's schedule of this step, made once for all layers."""
+        if self._schedule is None:
             return None
         from rlinvariant.kernels.attention import schedule
 
         lengths = m.query_start_loc, m.seq_lens, m.max_query_len, m.max_seq_len
-        plan = schedule(*lengths, *self._heads, self.kv_cache_spec.block_size, *self._windows)
+        plan = schedule(*lengths, *self._heads, self.kv_cache_spec.block_size)
         self._schedule[: len(plan)] = plan
         self._schedule[len(plan) :] = 0
         return self._schedule[: len(plan)]

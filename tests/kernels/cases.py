@@ -64,17 +64,17 @@ def swiglu_merged() -> Case:
     return ops.swiglu_merged, (bf16(TOKENS, 2 * MLP),)
 
 
-def attention(window: int | None = None) -> Case:
+def attention() -> Case:
     cu = int32(0, 25, 25, TOKENS)
     operands = bf16(TOKENS, HEADS, DIM), bf16(TOKENS, KV_HEADS, DIM, seed=1), bf16(TOKENS, KV_HEADS, DIM, seed=2)
-    return lambda q, k, v: ops.attention(q, k, v, cu, 0.125, 25, window), operands
+    return lambda q, k, v: ops.attention(q, k, v, cu, 0.125, 25), operands
 
 
-def paged_attention(window: int | None = None) -> Case:
+def paged_attention() -> Case:
     table, cu, lens = int32(3, 0, 5, 1, 2, 4).view(2, 3), int32(0, 39, TOKENS), int32(39, 48)
 
     def call(q: Tensor, cache: Tensor) -> Tensor:
-        return ops.paged_attention(q, cache, table, cu, lens, 0.125, max_seqlen_q=39, max_seqlen_k=48, window=window)
+        return ops.paged_attention(q, cache, table, cu, lens, 0.125, max_seqlen_q=39, max_seqlen_k=48)
 
     return call, (bf16(TOKENS, HEADS, DIM), bf16(6, KV_HEADS, PAGE, 2 * DIM, seed=1))
 
@@ -112,14 +112,12 @@ CASES: dict[str, Callable[[], Case]] = {
     "swiglu, gelu_tanh": lambda: swiglu("gelu_tanh"),
     "swiglu_merged": swiglu_merged,
     "attention": attention,
-    "attention, window": lambda: attention(9),
     "paged_attention": paged_attention,
-    "paged_attention, window": lambda: paged_attention(9),
     "scale_logits": scale_logits,
     "token_logprobs": token_logprobs,
     "token_logprobs, scaled": lambda: token_logprobs(0.3, 30.0),
     "log_softmax": log_softmax,
     "sample": sample,
 }
-WITHOUT_GRADIENT = {"paged_attention", "paged_attention, window", "log_softmax", "sample"}
+WITHOUT_GRADIENT = {"paged_attention", "log_softmax", "sample"}
 WAITS_FOR_THE_GPU = {"token_logprobs", "token_logprobs, scaled"}  # it reads whether the token ids lie in the vocabulary

@@ -11,8 +11,7 @@ from torch import Tensor
 from rlinvariant.bits import assert_bits_equal
 from rlinvariant.errors import UserError
 from tests import ladders
-from tests.ops.test_attention import Cache, offsets, operands
-from tests.ops.test_attention_window import attend
+from tests.ops.test_attention import Cache, attend, offsets, operands
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("on_gpu")]
 
@@ -76,31 +75,6 @@ def test_check_passes_what_the_ladder_confirms(shape, kernel):
     kernel.check.__wrapped__(*shape, 0)
 
 
-@pytest.mark.parametrize("window", [1, 128, 1024, 4096, 32768])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_check_passes_windows(shape, window, kernel):
-    kernel.check.__wrapped__(*shape, 0, 16, window)
-
-
-def test_a_short_batch_takes_the_tile_of_a_long_one(kernel, monkeypatch):
-    """Control of `longest_sequence`: told the lengths as they are, FlashAttention-3 drops a window that covers everything."""
-    monkeypatch.setattr(kernel, "longest_sequence", lambda longest, window: longest)
-    try:
-        kernel.check.__wrapped__(8, 4, 256, 0, 16, 1024)
-    except UserError:
-        return
-    pytest.xfail("blind: the tile without a window gave the same bits")
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_check_finds_a_window_off_by_one(shape, kernel, monkeypatch):
-    """Control: of the packed call alone."""
-    packed = kernel._packed
-    monkeypatch.setattr(kernel, "_packed", lambda *x: packed(*x[:-1], x[-1] + 1))
-    with pytest.raises(UserError, match="window 128, on .* do not have the bits"):
-        kernel.check.__wrapped__(*shape, 0, 16, 128)
-
-
 @pytest.mark.parametrize("shape", SHAPES)
 def test_check_finds_splits(shape, splits, kernel):
     with pytest.raises(UserError, match="do not have the bits"):
@@ -129,11 +103,9 @@ def test_a_schedule_made_once_per_step_changes_no_bits(last, shape, kernel):
         asked = [(b, n - last, n) for b, n in enumerate(lengths)] + [(0, 0, 0)] * padding
         cu, lens = offsets([b - a for _, a, b in asked]), torch.tensor([b for _, _, b in asked], dtype=torch.int32)
         bound = 4096 if padding else max(lengths)
-        for window in (None, 100):
-            plan = kernel.schedule(cu, lens, last, bound, heads, kv_heads, dim, 16, window)
-            found = cache.attend(q, asked, max_seqlen_q=last, max_seqlen_k=bound, window=window, schedule=plan)
-            expected = cache.expected(attend(q, k, v, lengths, window), asked)
-            assert_bits_equal(found, expected, f"{padding} empty sequences, window {window}")
+        plan = kernel.schedule(cu, lens, last, bound, heads, kv_heads, dim, 16)
+        found = cache.attend(q, asked, max_seqlen_q=last, max_seqlen_k=bound, schedule=plan)
+        assert_bits_equal(found, cache.expected(attend(q, k, v, lengths), asked), f"{padding} empty sequences")
 
 
 def backward_twice(kernel: ModuleType, shape: tuple[int, int, int]) -> list[tuple[Tensor, ...]]:

@@ -6,7 +6,7 @@ from torch import nn
 
 from rlinvariant import ops
 from rlinvariant.models import Finding, UnsupportedModel, audit, make_invariant, require_exact, watch
-from tests.models.test_patch import FAMILIES, build
+from tests.models.test_patch import SUPPORTED, build
 from tests.parity.device import DEVICE
 
 
@@ -30,7 +30,7 @@ def findings(f) -> set[str]:
     return {finding.op.split(".")[1] for finding in found}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SUPPORTED)
 def test_audit_passes_the_families(family):
     model = make_invariant(build(family))
     assert audit(model) == []

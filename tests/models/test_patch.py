@@ -1,5 +1,6 @@
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -7,15 +8,17 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from rlinvariant.bench.models import SHAPES, config
 from rlinvariant.bits import assert_bits_equal, compare
 from rlinvariant.errors import UserError
-from rlinvariant.models import UnsupportedModel, make_invariant, require_exact, unsupported
+from rlinvariant.models import UnsupportedModel, make_invariant, modules, patch, require_exact, unsupported
 from tests.ladders import dtype_name
-from tests.parity.device import DEVICE, cpu_only, fp32_only_on_cpu
+from tests.parity.device import CUDA, DEVICE, cpu_only, fp32_only_on_cpu
 
 # 3072: down_proj sums so many columns, where a vendor GEMM starts to split them
 SMALL = dict(vocab_size=97, hidden_size=128, intermediate_size=3072, num_hidden_layers=2, max_position_embeddings=64)
 GROUPED = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=64)
+WINDOW = None if CUDA else 5  # a GPU refuses windows
 FAMILIES = {
     "llama": ("Llama", {**GROUPED}),
     "llama tied": ("Llama", {**GROUPED, "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
@@ -23,7 +26,7 @@ FAMILIES = {
     "qwen2 tied": ("Qwen2", {"num_attention_heads": 2, "num_key_value_heads": 2, "tie_word_embeddings": True}),
     "qwen3": ("Qwen3", {**GROUPED}),
     "qwen3 tied": ("Qwen3", {**GROUPED, "tie_word_embeddings": True}),
-    "phi3": ("Phi3", {"num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 0, "sliding_window": 5}),
+    "phi3": ("Phi3", {"num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 0, "sliding_window": WINDOW}),
     "olmo2": ("Olmo2", {"num_attention_heads": 2, "num_key_value_heads": 1}),
     "gemma3": (
         "Gemma3Text",
@@ -40,10 +43,17 @@ LENGTHS = (1, 9, 17, 4)
 DTYPES = (torch.bfloat16, pytest.param(torch.float32, marks=fp32_only_on_cpu))
 
 
+def configuration(family: str, **overrides: object) -> Any:
+    name, kwargs = FAMILIES.get(family, (family, {}))
+    return getattr(transformers, f"{name}Config")(**{**SMALL, **kwargs, **overrides})
+
+
+SUPPORTED = [family for family in FAMILIES if not list(unsupported(configuration(family), DEVICE))]
+
+
 def build(family: str, **overrides: object) -> PreTrainedModel:
     """A stock fp32 model whose norms, biases and weights all count; the same weights at every call."""
-    name, kwargs = FAMILIES.get(family, (family, {}))
-    config = getattr(transformers, f"{name}Config")(**{**SMALL, **kwargs, **overrides})
+    config = configuration(family, **overrides)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
@@ -87,7 +97,7 @@ def stock_logprobs(model: nn.Module, rows: list[Tensor], temperature: float = 0.
     return torch.cat(found), torch.cat(entropies)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SUPPORTED)
 def test_names_values_and_classes_stay(family):
     model = build(family)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -131,7 +141,7 @@ def test_an_unpatched_model_of_the_same_class_is_untouched(family):
 
 
 @fp32_only_on_cpu
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SUPPORTED)
 def test_patched_model_matches_the_stock_model(family):
     """Log-probs, entropies and logits in fp32, of packed sequences against each alone in the stock model."""
     stock, rows = build(family), sequences()
@@ -169,7 +179,7 @@ def test_rope_types_match_the_stock_model(rope):
 
 
 @fp32_only_on_cpu
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SUPPORTED)
 def test_gradients_match_the_stock_model(family):
     stock, rows = build(family), sequences()
     ours = make_invariant(copy.deepcopy(stock), torch.float32)
@@ -181,7 +191,7 @@ def test_gradients_match_the_stock_model(family):
         assert (a.grad - b.grad).norm() < 1e-4 * b.grad.norm(), name
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SUPPORTED)
 def test_bf16_is_as_accurate_as_the_stock_model(family):
     """Log-probs, and gradients of all of them: no further from fp32's than twice what stock bf16 is."""
     rows = sequences()
@@ -196,7 +206,7 @@ def test_bf16_is_as_accurate_as_the_stock_model(family):
         assert (b - t).norm() > 0 and (a - t).norm() <= 2 * (b - t).norm(), f"log-probs or gradient {i}"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SUPPORTED)
 def test_float32_masters_have_the_bits_of_the_cast_model(family):
     model, rows = build(family), sequences()
     cast = make_invariant(copy.deepcopy(model).bfloat16())
@@ -210,7 +220,7 @@ def test_float32_masters_have_the_bits_of_the_cast_model(family):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SUPPORTED)
 def test_logprobs_packed_are_logprobs_alone(family, dtype):
     """In any company and order; beside 60 more sequences."""
     model, rows = make_invariant(build(family), dtype), sequences()
@@ -301,17 +311,59 @@ def test_a_model_of_more_than_text_is_refused():
     assert reason.startswith("model_type=gemma3 has a text model inside")
 
 
+@pytest.mark.parametrize(
+    ("family", "overrides", "window"),
+    [
+        ("gemma3", {"sliding_window": 5}, 5),  # in one of its layers
+        ("Mistral", {"sliding_window": 8}, 8),  # in every layer: it has no layer_types
+        ("Mistral", {"sliding_window": None}, None),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, 8),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}, None),  # of its two layers none
+        ("qwen2", {"use_sliding_window": False, "sliding_window": 8}, None),
+        ("Qwen2Moe", {"use_sliding_window": False, "sliding_window": 8}, None),
+        ("qwen3", {"layer_types": ["full_attention", "full_attention"]}, None),
+        *((name, {}, None) for name in ("llama", "qwen2", "qwen3", "olmo2")),
+    ],
+)
+def test_a_gpu_refuses_windows_that_a_layer_has(family, overrides, window):
+    model = configuration(family, **GROUPED | overrides)
+    found = [reason for reason in unsupported(model, "cuda") if "window" in reason]
+    sentence = f"sliding_window={window}: decode with a window does not have the bits of prefill on a GPU"
+    assert found == [sentence] * (window is not None)
+    assert not any("window" in reason for reason in unsupported(model, "cpu"))
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_gpu_takes_every_model_that_is_benchmarked(name):
+    assert list(unsupported(config(name), "cuda")) == []
+
+
+def test_an_embedding_is_compared_where_its_scale_is(monkeypatch):
+    """As vLLM builds a model: parameters on "meta", buffers where they will be used."""
+    embedding: Any = build("gemma3").get_input_embeddings()
+    embedding.weight = nn.Parameter(embedding.weight.to("meta"))
+    ((_, form, _),) = patch._plan([embedding], {})
+    assert form is modules.Embedding and embedding.embed_scale.device.type == DEVICE
+    monkeypatch.setattr(patch, "scale_of", lambda _: 11.3)  # control: it is the root of 128
+    with pytest.raises(UnsupportedModel, match="looks like Embedding but differs"):
+        list(patch._plan([embedding], {}))
+
+
 def test_every_reason_is_given():
     with pytest.raises(UnsupportedModel, match=r"head_dim=16 .*; hidden_act=gelu.*; attention_dropout=0.5"):
         make_invariant(build("llama", head_dim=16, hidden_act="gelu", attention_dropout=0.5))
 
 
-def test_what_an_attention_hands_on_is_found_for_each_layer():
+@cpu_only("a GPU refuses windows")
+def test_the_window_that_an_attention_hands_on_is_found_for_each_layer():
     """Mistral has no layer_types: its window is seen where its own forward hands it to the interface."""
     model = make_invariant(build("Mistral", num_attention_heads=2, num_key_value_heads=1, sliding_window=8))
     assert [layer.self_attn.window for layer in model.model.layers] == [8, 8]
     model = make_invariant(build("qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=1))
     assert [layer.self_attn.window for layer in model.model.layers] == [None, 8]
+
+
+def test_what_an_attention_hands_on_is_found_for_each_layer():
     model = make_invariant(build("SmolLM3", **GROUPED, no_rope_layers=[0, 1], pad_token_id=0))
     assert [layer.self_attn.rotated for layer in model.model.layers] == [False, True]
     model = make_invariant(build("Granite", **GROUPED, attention_multiplier=0.3))
@@ -321,7 +373,7 @@ def test_what_an_attention_hands_on_is_found_for_each_layer():
 @pytest.mark.parametrize(("family", "offset"), [("llama", None), ("olmo2", 0.0), ("gemma3", 1.0)])
 def test_the_rounding_of_a_norm_is_found(family, offset):
     """Llama rounds before it multiplies by the weight, OLMo-2 after, Gemma after and by one more."""
-    model = make_invariant(build(family))
+    model = make_invariant(build(family, layer_types=["full_attention"] * 2))
     assert {m.offset for m in model.modules() if "offset" in vars(m)} == {offset}
 
 
