@@ -174,7 +174,7 @@ def verdict(found: Sequence["Relation"], step: int, invariance: str, changed: bo
     counts = f"{wrong:,} / {of:,} log-probs differ, {seconds:.0f} s"
     if invariance != "exact":
         return 1, ["", f"step {step} was not replayed bit for bit, and invariance={invariance} does not promise it: {counts}"]
-    why = "the machine or the versions are not the run's (see the note above)" if changed else "rlinvariant bisect says where"
+    why = "not all that decides bits is as it was (see the note above)" if changed else "rlinvariant bisect says where"
     return 1, ["", f"NOT EXACT: step {step} was not replayed: {counts}; {why}"]
 
 

@@ -154,6 +154,8 @@ def test_what_is_not_the_same_is_seen(run, replayed, fault):
     change, seen = FAULTS[fault]
     found = replayed(run, 3, change)
     assert seen(found[DRAWN].mismatched, found[TRAINER].mismatched), found
+    where = found[DRAWN].first
+    assert where is not None and where.startswith("sequence 0" if fault in ("a seed", "the temperature") else "sequence 1")
     code, lines = replay.verdict(found, 3, "exact", False, 1.0)
     assert code == 1 and "NOT EXACT: step 3 was not replayed" in lines[-1]
 
