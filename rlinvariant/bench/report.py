@@ -41,7 +41,7 @@ def markdown(directory: Path) -> str:
         if name == "parity_soak":
             sections.append("### soak\n\n" + _soak(content))
             continue
-        if name == "ablation":
+        if name.startswith("ablation"):
             sections.append("### ablation\n\n" + _ablation(content))
             continue
         if name == "families":
@@ -87,7 +87,7 @@ def _table(name: str, content: dict[str, Any] | None) -> str:
         return "not measured yet"
     if name == "parity_soak":
         return _soak(content)
-    if name == "ablation":
+    if name.startswith("ablation"):
         return _ablation(content)
     if name == "families":
         return _families(content)
