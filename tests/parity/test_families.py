@@ -15,13 +15,14 @@ from rlinvariant.models import UnsupportedModel, make_invariant, make_trainable,
 from rlinvariant.models.random import save_random
 from rlinvariant.rollout import Completion
 from rlinvariant.sampler.engine import Sampler
+from rlinvariant.verify.load import supported
 from tests.parity.device import CUDA, DEVICE, cpu_only
 from tests.parity.harness import Layout, Request, assert_same_completions, drive, fp32, score, start_engine
 
 LENGTHS = (1, 2, 17, 33, 39, 40, 41, 64, 65, 100, 129, 150)  # about the window of 40, pages of 16 and 32, and chunks of 64
 TOKENS = 16
 ELSEWHERE = ("llama", "qwen2", "qwen3")  # test_trainer_matches_sampler.py has them, in more shapes
-RUN = [name for name in FAMILIES if name not in ELSEWHERE and not (CUDA and name == "gemma2")]
+RUN = [name for name in supported(FAMILIES) if name not in ELSEWHERE]  # a GPU refuses windows and capped scores
 NAMED = {  # what a refusal says
     "qwen3-moe": "Qwen3MoeForCausalLM cannot run exactly: num_local_experts=4",
     "mixtral": "MixtralForCausalLM cannot run exactly: num_local_experts=4",
@@ -131,10 +132,9 @@ def test_after_a_step_they_match_again(family):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["granite", "gemma3", "qwen3-window"])
-def test_a_compiled_engine_matches(name, tmp_path):
+def test_a_compiled_engine_matches(tmp_path):
     """Inductor fuses Granite's product and sum around each block, and must round between them."""
-    path = save_random(FAMILIES[name](), tmp_path)
+    path = save_random(FAMILIES["granite"](), tmp_path)
     engine = start_engine(path, enforce_eager=False)
     compiled = _family(path, engine)
     assert compiled.mismatched(compiled.model, 1.0, Layout(5)) == 0
@@ -184,6 +184,9 @@ def test_a_refusal_says_why(name):
         require_exact(make_invariant(model))
 
 
-def test_a_gpu_refuses_capped_scores():
-    (reason,) = unsupported(FAMILIES["gemma2"](), "cuda")
-    assert reason == "attn_logit_softcapping=2.0: capped scores have no backward on a GPU"
+def test_a_gpu_refuses_windows_and_capped_scores():
+    window = "sliding_window=40: decode with a window does not have the bits of prefill on a GPU"
+    cap = "attn_logit_softcapping=2.0: capped scores have no backward on a GPU"
+    refused = {name: reasons for name, config in FAMILIES.items() if (reasons := list(unsupported(config(), "cuda")))}
+    windowed = ("qwen2-window", "qwen3-window", "mistral-window", "phi3-window", "gemma3")
+    assert refused == dict.fromkeys(windowed, [window]) | {"gemma2": [window, cap]}
