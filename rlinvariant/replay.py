@@ -1,12 +1,12 @@
 """`rlinvariant replay RUN --step K`: a recorded step once more, from the weights it began with. Are the bits the same?"""
 
-import argparse
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from rlinvariant import bits, runtime
+from rlinvariant.arguments import Parser
 from rlinvariant.errors import UserError
 from rlinvariant.report import rollouts
 from rlinvariant.report.console import Console
@@ -25,12 +25,8 @@ ALONE = 8  # requests that are drawn with no other in the engine
 IN_FORWARD = 8192  # most tokens in one forward of the trainer's model
 
 
-def parser() -> argparse.ArgumentParser:
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> NoReturn:
-            raise UserError(f"replay: {message}; see rlinvariant replay --help")
-
-    p = Parser("rlinvariant replay", description=DESCRIPTION, allow_abbrev=False)
+def parser() -> Parser:
+    p = Parser("replay", DESCRIPTION)
     p.add_argument("run", metavar="RUN", type=Path, help="the directory of a run, runs/NAME")
     p.add_argument("--step", type=int, metavar="K", help="which step, as metrics.jsonl counts them")
     p.add_argument("--weights", metavar="DIR", help="where the weights are now, if they were moved")
