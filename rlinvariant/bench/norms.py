@@ -86,7 +86,8 @@ def _cases(model: str, s: Shape, tokens: int, theirs: Any) -> Iterator[Case]:
         return heads(qkv)
 
     def swiglu(gate_up: Tensor) -> Tensor:
-        return ops.swiglu(*gate_up.chunk(2, -1))
+        gate, up = gate_up.chunk(2, -1)
+        return ops.swiglu(gate, up)
 
     def swiglu_theirs(gate_up: Tensor) -> Tensor:
         out = torch.empty(len(gate_up), s.mlp, dtype=gate_up.dtype, device=gate_up.device)
