@@ -405,8 +405,16 @@ def check(config: Config, env: Mapping[str, str], recipe: Recipe | None = None) 
 def _check_ppo(config: Config) -> list[str]:
     """PPO's settings, and that none is set where it would do nothing."""
     if config.algorithm == "ppo":
-        path = config.ppo.critic
-        return ppo_conflicts(config.trainer, config.ppo, "trainer.") + ([] if path is None else _check_path("ppo.critic", path))
+        found, path, first = (
+            ppo_conflicts(config.trainer, config.ppo, "trainer."),
+            config.ppo.critic,
+            config.ppo.value_warmup_steps,
+        )
+        if first >= config.steps > 0:
+            found.append(
+                f"ppo.value_warmup_steps={first}: expected less than steps={config.steps}, or the policy learns nothing"
+            )
+        return found + ([] if path is None else _check_path("ppo.critic", path))
     # those of a recipe for PPO rest when the command line asks for GRPO
     rest = config.sources.get("algorithm") == "command line"
     return [

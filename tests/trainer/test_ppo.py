@@ -416,6 +416,7 @@ REFUSED = {
     "ppo.kl_coef=-1": "ppo.kl_coef=-1.0: expected 0 or more",
     "ppo.value_clip=0": "ppo.value_clip=0.0: expected more than 0",
     "ppo.target_kl=0": "ppo.target_kl=0.0: expected more than 0",
+    "ppo.value_warmup_steps=120": "ppo.value_warmup_steps=120: expected less than steps=120, or the policy learns nothing",
     "ppo.critic=/no/where": "ppo.critic=/no/where: no such directory",
     "trainer.loss_type=grpo": "trainer.loss_type=grpo: expected dapo with algorithm=ppo",
     "trainer.beta=0.1": "trainer.beta=0.1: expected 0.0 with algorithm=ppo: the penalty is in the rewards; use ppo.kl_coef",
