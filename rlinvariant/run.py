@@ -154,11 +154,11 @@ def grpo_trainer(
     runtime.configure()
     _require_device(args, invariance, dtype)
     import torch
-    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
     from rlinvariant.models import UnsupportedModel, unsupported
+    from rlinvariant.models.load import load
     from rlinvariant.sampler.engine import Sampler, refuse
     from rlinvariant.trainer.grpo import SIDES, InvariantGRPOTrainer
 
@@ -169,12 +169,12 @@ def grpo_trainer(
     if isinstance(model, (str, Path)):
         try:
             config = AutoConfig.from_pretrained(model)
-            if invariance != "off" and (reasons := list(unsupported(config, args.device.type))):  # before loading weights
-                kind = ", ".join(config.architectures or [type(config).__name__])
-                raise UnsupportedModel(f"model={model}: {kind} cannot run exactly: {'; '.join(reasons)}")
-            model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-        except (OSError, ValueError, SafetensorError) as error:
-            raise UserError(f"model={source}: cannot be loaded: {' '.join(str(error).split())[:400]}") from error
+        except (OSError, ValueError) as error:
+            raise UserError(f"model={model}: cannot be loaded: {' '.join(str(error).split())[:400]}") from error
+        if invariance != "off" and (reasons := list(unsupported(config, args.device.type))):  # before loading weights
+            kind = ", ".join(config.architectures or [type(config).__name__])
+            raise UnsupportedModel(f"model={model}: {kind} cannot run exactly: {'; '.join(reasons)}; use invariance=off")
+        model = load(AutoModelForCausalLM, model, dtype=torch.float32)
     engine: Callable[[], Sampler] = lambda: Sampler(  # noqa: E731
         source, invariant=SIDES[invariance][0], dtype=dtype, **(sampler_options or {})
     )
