@@ -9,7 +9,7 @@ from typing import Any
 
 from rlinvariant import runtime
 from rlinvariant.config import Config, PPOConfig
-from rlinvariant.conflicts import INVARIANCE, conflicts, ppo_conflicts
+from rlinvariant.conflicts import INVARIANCE, SIDES, conflicts, ppo_conflicts
 from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.report.console import Console
 from rlinvariant.report.rundir import RunDir, read_metrics
@@ -160,7 +160,7 @@ def grpo_trainer(
     from rlinvariant.models import UnsupportedModel, unsupported
     from rlinvariant.models.load import load
     from rlinvariant.sampler.engine import Sampler, refuse
-    from rlinvariant.trainer.grpo import SIDES, InvariantGRPOTrainer
+    from rlinvariant.trainer.grpo import InvariantGRPOTrainer
 
     if SIDES[invariance][0]:
         given = sampler_options or {}
