@@ -83,13 +83,16 @@ def _sides(name: str, options: Any, directory: str) -> tuple[Any, Any]:
 
 
 def room(options: Any, config: Any) -> tuple[int, int]:
-    """(most tokens in one step of the engine, longest prompt): of two steps and a token, as far as the model has positions."""
+    """Most tokens in one step of the engine, and the longest prompt: two steps and a token, or what the model has room for.
+
+    Raises:
+        UserError: the prompts and completions that were asked for do not fit the model's positions.
+    """
     step = max(options.chunk, options.sequences)  # vLLM gives every request in it a token
     most = config.get_text_config().max_position_embeddings - options.tokens - 1
     if options.prompt > most:
-        raise UserError(
-            f"--prompt {options.prompt} and --tokens {options.tokens}: expected at most {most + options.tokens} together"
-        )
+        limit = f"expected at most {most + options.tokens} together, by the positions of {options.model}; lower one of them"
+        raise UserError(f"--prompt {options.prompt} and --tokens {options.tokens}: {limit}")
     return step, max(options.prompt, min(2 * step + 1, most))
 
 

@@ -136,10 +136,8 @@ def trials(
     cut = "only with long prompts, which are cut: look at what the rest of one reads"
     long = trial(min(2 * step // far + 2, CROWD[1]), far, 4, cut, shortest=-(-far // 2))
     again = replace(long, way="warm", hint="only on a warm prefix: look at what is read from the cache")
-    return [
-        *found, long, again,
-        replace(found[0], way="preempted", hint="only when preempted: look at what is computed again"),
-    ]  # fmt: skip
+    preempted = replace(found[0], way="preempted", hint="only when preempted: look at what is computed again")
+    return [*found, long, again, preempted]
 
 
 def find_any(engine: Any, model: Any, trials: Sequence[Trial], stock_trainer: bool = False) -> tuple[Result, Trial]:
@@ -239,7 +237,7 @@ def first_nan(ours: Recorder, theirs: Recorder) -> tuple[Place, int, Side, Side]
 
 
 def side_at(recorder: Recorder, place: Place) -> dict[int, Side]:
-    """By position; what was computed twice, as before a preemption, counts as it was computed last."""
+    """By position; what was computed twice, as on a warm prefix or after a preemption, counts as it was computed last."""
     blocks = recorder.trace.get(place, [])
     return {p: Side(block, i, recorder) for block in blocks for i, p in enumerate(block.positions)}
 
@@ -267,6 +265,7 @@ def shown(value: Tensor) -> str:
 
 
 def draw(engine: Any, trial: Trial) -> tuple[Trace, list[Completion]]:
+    """As the trial says; the trace is of the last draw, where there are two."""
     requests = [
         Request(tuple(p), s, trial.temperature, trial.max_tokens, ignore_eos=True)
         for p, s in zip(trial.prompts, trial.seeds, strict=True)
