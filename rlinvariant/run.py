@@ -192,16 +192,19 @@ def grpo_trainer(
         kind = functools.partial(InvariantPPOTrainer, ppo=ppo)
     else:
         kind = InvariantGRPOTrainer
-    trainer = kind(
-        model,
-        reward_funcs,
-        args,
-        train_dataset=train_dataset,
-        invariance=invariance,
-        dtype=getattr(torch, dtype),
-        sampler=engine,
-        **kwargs,
-    )
+    try:
+        trainer = kind(
+            model,
+            reward_funcs,
+            args,
+            train_dataset=train_dataset,
+            invariance=invariance,
+            dtype=getattr(torch, dtype),
+            sampler=engine,
+            **kwargs,
+        )
+    except UnsupportedModel as error:
+        raise UnsupportedModel(f"model={source}: {error}; use invariance=off") from error
     if invariance == "exact":
         from rlinvariant.verify.start import prove
 

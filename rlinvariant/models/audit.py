@@ -141,6 +141,6 @@ def require_exact(model: Any) -> None:
     if found:
         listed = ", ".join(sorted(f"{f.op} in {f.module}" for f in found))
         raise UnsupportedModel(
-            f"{type(model).__name__} computes outside rlinvariant.ops: {listed}. Its bits would depend on the batch; "
-            "use invariance=off, or add a rule to models/patch.py"
+            f"{type(model).__name__} computes outside rlinvariant.ops: {listed}; its bits would depend on the batch, "
+            "and no rule in models/patch.py has it"
         )

@@ -78,7 +78,11 @@ def make_invariant(model: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
         raise UnsupportedModel(f"{type(model).__name__} cannot run exactly: its lm_head has a bias")
     if noisy := [name for name, m in model.named_modules() if isinstance(m, nn.Dropout) and m.p > 0]:
         raise UnsupportedModel(f"{type(model).__name__} cannot run exactly: dropout in {noisy[0]}; set its probability to 0")
-    for module, form, attributes in list(_plan(model.modules(), {})):
+    try:
+        plan = list(_plan(model.modules(), {}))
+    except UnsupportedModel as error:
+        raise UnsupportedModel(f"{type(model).__name__} cannot run exactly: {error}") from error
+    for module, form, attributes in plan:
         if form is forms.Embedding:
             scale = scale_of(module)
             rounded = None if scale is None else torch.tensor(scale).to(dtype).item()
@@ -94,6 +98,9 @@ def unsupported(config, device: str = "cpu") -> Iterator[str]:
     """Each reason, in words, why a model of this configuration cannot run exactly on a device type, "cpu" or "cuda"."""
     if config.get_text_config() is not config:
         yield f"model_type={config.model_type} has a text model inside; only models of text alone are supported"
+        return
+    if not getattr(config, "num_attention_heads", None):
+        yield f"model_type={config.model_type} has no attention heads; only transformers are supported"
         return
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if head not in HEAD_SIZES[device]:
@@ -212,7 +219,7 @@ def _handed(attention: Any) -> dict[str, Any]:
             functional_call(attention, meta, (), inputs)
         ((given, others),) = seen
     except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
-        raise UnsupportedModel(f"{name} does not call transformers' attention interface as others do ({error})") from error
+        raise UnsupportedModel(f"{name} does not call transformers' attention interface as others do") from error
     finally:
         attention.config = config
     if others:
@@ -244,7 +251,9 @@ def _variant(module: nn.Module, form: type, given: dict[str, Any], known: dict[A
             except Exception as error:  # whatever a foreign module raises on a plain input says that it is no such module
                 if form is forms.DecoderLayer:
                     return None
-                raise UnsupportedModel(f"{name} looks like {what} but cannot be called like one ({error})") from error
+                unknown = ", ".join(_unknown(module))
+                why = f"no rule in models/patch.py has its {unknown}" if unknown else f"{name} is not called as a {what} is"
+                raise UnsupportedModel(why) from error
         if errors[-1] < 1e-5:
             return given | attributes
     if form is forms.DecoderLayer:
@@ -253,6 +262,12 @@ def _variant(module: nn.Module, form: type, given: dict[str, Any], known: dict[A
         f"{name} looks like {what} but differs from it by {min(errors):.1e} (relative) on random input: it is another "
         "function, and needs a rule of its own in models/patch.py"
     )
+
+
+def _unknown(module: nn.Module) -> list[str]:
+    """Classes of the parts that have parameters and no rule."""
+    parts = (m for m in module.modules() if m is not module and any(p is not None for p in m._parameters.values()))
+    return sorted({type(m).__name__ for m in parts if _form(m) is None})
 
 
 def _difference(got: Tensor, expected: Tensor) -> float:

@@ -10,7 +10,7 @@ from transformers.utils import logging
 from rlinvariant import runtime
 from rlinvariant.conflicts import environment_conflicts
 from rlinvariant.errors import ConfigErrors, UserError
-from rlinvariant.models import make_trainable, require_exact
+from rlinvariant.models import UnsupportedModel, make_trainable, require_exact
 from rlinvariant.models.load import load
 from rlinvariant.models.random import save_random
 from rlinvariant.ops.linear import routes
@@ -19,6 +19,7 @@ from rlinvariant.verify.certificate import weights_sha256
 from rlinvariant.verify.relations import MOST, Sizes
 
 PAGE = {"cuda": 16, "cpu": 32}  # tokens of a page of the cache: the least that vLLM takes, so that requests have many
+OTHERWISE = "invariance=off trains it without the proof"
 KEPT = 20_000  # tokens that the cache has room for, beyond the longest request
 engines: list[Sampler] = []  # of one process share process groups: none may be collected while another is used
 
@@ -34,7 +35,7 @@ def configuration(model: str, dtype: str) -> Any:
     logging.disable_progress_bar()
     if found := environment_conflicts(os.environ, "exact"):
         raise ConfigErrors(found)
-    refuse({}, model, dtype, otherwise="invariance=off trains it without the proof")
+    refuse({}, model, dtype, otherwise=OTHERWISE)
     return AutoConfig.from_pretrained(model)
 
 
@@ -47,7 +48,10 @@ def random_weights(config: Any, directory: str, seed: int) -> str:
 def trained(directory: str, dtype: str) -> Any:
     """What `InvariantGRPOTrainer` trains: fp32 masters on the device, patched and audited."""
     model = masters(directory)
-    require_exact(make_trainable(model, getattr(torch, dtype)))
+    try:
+        require_exact(make_trainable(model, getattr(torch, dtype)))
+    except UnsupportedModel as error:
+        raise UnsupportedModel(f"{error}; {OTHERWISE}") from error
     return model
 
 

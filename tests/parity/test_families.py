@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MambaConfig
 
 from rlinvariant.bench.families import FAMILIES, REFUSED, VOCABULARY
 from rlinvariant.bits import compare
@@ -15,6 +15,7 @@ from rlinvariant.models import UnsupportedModel, make_invariant, make_trainable,
 from rlinvariant.models.random import save_random
 from rlinvariant.rollout import Completion
 from rlinvariant.sampler.engine import Sampler
+from rlinvariant.verify.load import trained
 from tests.parity.device import DEVICE, cpu_only
 from tests.parity.harness import Layout, Request, assert_same_completions, drive, fp32, score, start_engine
 
@@ -25,8 +26,9 @@ WINDOWED = ("qwen2-window", "mistral-window", "gemma3")
 NAMED = {  # what a refusal says
     "qwen3-moe": "Qwen3MoeForCausalLM cannot run exactly: num_local_experts=4",
     "mixtral": "MixtralForCausalLM cannot run exactly: num_local_experts=4",
-    "gpt2": "GPT2LMHeadModel",
-    "cohere": "CohereAttention looks like Attention but differs",  # interleaved rotary columns
+    "gpt2": "GPT2LMHeadModel cannot run exactly: no rule in models/patch.py has its Conv1D, LayerNorm$",
+    # interleaved rotary columns
+    "cohere": "CohereForCausalLM cannot run exactly: CohereAttention looks like Attention but differs",
     "qwen3, dynamic rope": "rope_type=dynamic",
     "llama, dropout": "attention_dropout=0.1",
 }
@@ -188,6 +190,16 @@ def test_a_refusal_says_why(name):
     model = AutoModelForCausalLM.from_config(REFUSED[name]()).to(DEVICE)
     with pytest.raises(UnsupportedModel, match=NAMED[name]):
         require_exact(make_invariant(model))
+
+
+def test_a_model_without_attention_is_refused():
+    assert list(unsupported(MambaConfig())) == ["model_type=mamba has no attention heads; only transformers are supported"]
+
+
+def test_verify_says_how_a_model_that_the_audit_refuses_is_trained(tmp_path):
+    path = save_random(REFUSED["cohere"](), tmp_path / "cohere")
+    with pytest.raises(UnsupportedModel, match="^CohereForCausalLM .*; invariance=off trains it without the proof$"):
+        trained(path, "bfloat16")
 
 
 def test_a_gpu_refuses_windows_and_capped_scores():
