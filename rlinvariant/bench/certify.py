@@ -18,21 +18,25 @@ TOKENS = 20_000
 
 
 def run(out: Path, tokens: int | None, tiny: bool) -> int:
-    """Write `out`/certificates/FAMILY.json, and `out`/families.json with what was refused. Returns 1 if one is not exact."""
+    """Write `out`/certificates/FAMILY.json, and `out`/families.json with what was refused. Returns 1 if one is not exact.
+
+    A family that is refused keeps no certificate of an earlier time.
+    """
     console, refused, exact = Console(), {}, True
     (out / "certificates").mkdir(parents=True, exist_ok=True)
     for family, config in (FAMILIES | REFUSED).items():
         with tempfile.TemporaryDirectory() as directory:
             config().save_pretrained(path := Path(directory) / family)
             amount: dict[str, Any] = {"short": True} if tiny else {"tokens": tokens or TOKENS}
-            weights = str(Path(directory) / "weights")
+            weights, certificate = str(Path(directory) / "weights"), out / "certificates" / f"{family}.json"
             try:
                 found = verify(str(path), scratch=weights, console=console, random=True, eager=True, **amount)
             except UserError as error:
                 refused[family] = str(error).splitlines()[0].replace(f"model={path}: ", "").partition("; invariance=off")[0]
                 console.print(f"{family}: refused: {refused[family]}")
+                certificate.unlink(missing_ok=True)
             else:
                 found["model"]["name"], exact = family, exact and found["exact"]
-                (out / "certificates" / f"{family}.json").write_text(json.dumps(found, indent=1, default=str) + "\n")
+                certificate.write_text(json.dumps(found, indent=1, default=str) + "\n")
         Machine(tiny).write(out / "families.json", {"refused": refused})
     return int(not exact)

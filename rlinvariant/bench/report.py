@@ -100,13 +100,17 @@ def _table(name: str, content: dict[str, Any] | None) -> str:
 
 def _families(content: dict[str, Any]) -> str:
     """What is supported, by its certificate, and what is refused, with the reason."""
-    lines = ["| verified | model | mismatched / tokens | relations | controls seen | s |", "|---|---|--:|--:|--:|--:|"]
+    lines = [
+        "| verified | form | model | mismatched / tokens | relations | controls seen | s |",
+        "|---|---|---|--:|--:|--:|--:|",
+    ]
     for c in content["certificates"]:
         zero = "**0**" if c["exact"] else f"{c['mismatched']:,}, not exact"
         seen, model = sum(not x["blind"] for x in c["controls"]), c["model"]
         size = f"{model['parameters'] / 1e6:,.0f}M" if model["parameters"] > 5e7 else f"{model['parameters'] / 1e6:.1f}M"
         lines.append(
-            f"| {Path(model['name']).name} | `{model['class']}`, {size} | {zero} / {c['tokens']:,} | {len(c['relations'])} "
+            f"| {Path(model['name']).name} | {c['form']}, {c['date'][:10]} | `{model['class']}`, {size} "
+            f"| {zero} / {c['tokens']:,} | {len(c['relations'])} "
             f"| {seen} of {len(c['controls'])} | {c['seconds']:.0f} |"
         )
     if content["refused"]:

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from rlinvariant.bench import certify
+from rlinvariant.bench.families import REFUSED
 from rlinvariant.bench.measure import QUIET, Row, quietest
 from rlinvariant.bench.report import markdown
 
@@ -69,3 +71,21 @@ def test_a_row_without_a_target_is_reported(tmp_path):
     environment = {"cpu": {"model": "M", "cores": 2}, "packages": {"torch": "2.13"}}
     (tmp_path / "step.json").write_text(json.dumps({"environment": environment, "rows": [vars(row)]}))
     assert "| x | 1 | 2 | ms | 0.50 |  | yes | no |" in markdown(tmp_path)
+
+
+def test_a_refused_family_loses_its_certificate_and_the_others_say_of_when_they_are(tmp_path, monkeypatch):
+    certificate = {
+        "exact": True, "form": "short", "date": "2026-01-02T03:04:05Z", "tokens": 1118, "mismatched": 0, "relations": [{}],
+        "model": {"name": "llama", "class": "LlamaForCausalLM", "parameters": 2_600_000}, "controls": [{"blind": False}],
+        "seconds": 9.0,
+    }  # fmt: skip
+    (tmp_path / "certificates").mkdir()
+    for name in ("llama", "mixtral"):
+        (tmp_path / "certificates" / f"{name}.json").write_text(json.dumps(certificate))
+    monkeypatch.setattr(certify, "FAMILIES", {})
+    monkeypatch.setattr(certify, "REFUSED", {"mixtral": REFUSED["mixtral"]})
+    assert certify.run(tmp_path, None, True) == 0
+    assert [path.stem for path in (tmp_path / "certificates").iterdir()] == ["llama"]
+    table = markdown(tmp_path)
+    assert "| llama | short, 2026-01-02 | `LlamaForCausalLM`, 2.6M | **0** / 1,118 | 1 | 1 of 1 | 9 |" in table
+    assert "| mixtral | num_local_experts=4: no op has the products of a mixture of experts |" in table
