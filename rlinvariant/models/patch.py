@@ -136,7 +136,8 @@ def _plan(modules: Any, known: dict[Any, Any]) -> Iterator[tuple[Any, type, dict
         if form is None:
             continue
         given = _handed(module) if form in (forms.Attention, forms.MergedAttention, forms.Rotated) else {}
-        key = type(module), form, *given.items(), *(name for name, _ in module.named_modules()), *_plain(module)
+        inside = ((name, type(m)) for name, m in module.named_modules())
+        key = form, *inside, *given.items(), *_plain(module)
         if key not in known:
             known[key] = _variant(module, form, given, known)
         if known[key] is not None:
@@ -258,13 +259,16 @@ def _difference(got: Tensor, expected: Tensor) -> float:
     return ((got - expected).abs().max() / expected.abs().max()).item()
 
 
-def _copy(module: Any, deviation: Callable[[Tensor], float] = lambda p: 0.5) -> Any:
-    """On the CPU, in fp32, with random weights, and with the buffers that it has."""
+def _copy(module: Any) -> Any:
+    """On the CPU, in fp32, with the buffers that it has, and with random weights.
+
+    A matrix keeps the spread of what it multiplies: an activation then gets inputs of about 1, where one differs from another.
+    """
     original = copy.deepcopy(module).to_empty(device="cpu").to(torch.float32)
     for buffer, own in zip(original.buffers(), module.buffers(), strict=True):
         buffer.copy_(own)
     for p in original.parameters():
-        p.normal_(0.5, 0.5) if p.dim() == 1 else p.normal_(0.5 if deviation(p) == 0.5 else 0.0, deviation(p))
+        p.normal_(0.5, 0.5) if p.dim() == 1 else p.normal_(0.0, p.shape[-1] ** -0.5)
     return original
 
 
@@ -298,7 +302,7 @@ def _module(module: Any, form: type, attributes: dict[str, Any], known: dict[Any
 
 def _attention(module: Any, form: type, attributes: dict[str, Any], known: dict[Any, Any]) -> float:
     """The class's own forward, with transformers' attention, and ours, on one sequence."""
-    original = _copy(module, lambda p: p.shape[-1] ** -0.5)
+    original = _copy(module)
     original.config = copy.deepcopy(module.config)
     t, half = 5, _rotary_width(module) // 2
     width = next(m for m in original.modules() if isinstance(m, nn.Linear)).in_features

@@ -409,6 +409,17 @@ def test_another_norm_or_mlp_of_a_familiar_name_is_refused():
         make_invariant(mlp)
 
 
+def test_one_layer_of_another_activation_is_compared_like_the_first():
+    """Modules of one class are compared once only where what is inside them is of one class too."""
+    model = build("llama")
+    model.model.layers[1].mlp.act_fn = transformers.activations.ACT2FN["gelu_pytorch_tanh"]
+    assert [layer.mlp.activation_name for layer in make_invariant(model).model.layers] == ["silu", "gelu_tanh"]
+    model = build("llama")
+    model.model.layers[1].mlp.act_fn = nn.GELU()
+    with pytest.raises(UnsupportedModel, match="LlamaMLP looks like MLP but differs"):
+        make_invariant(model)
+
+
 def test_an_lm_head_with_a_bias_is_refused():
     model = build("llama")
     model.lm_head = nn.Linear(128, 97, device=DEVICE)

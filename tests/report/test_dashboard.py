@@ -18,7 +18,7 @@ import pytest
 
 from rlinvariant.errors import UserError
 from rlinvariant.report import dashboard, wandb_log
-from rlinvariant.report.panels import CORRECTION, PANELS
+from rlinvariant.report.panels import ALGORITHM, CORRECTION, PANELS
 from rlinvariant.report.rundir import read_metrics
 from tests.report.runs import write_ablation, write_run
 
@@ -67,7 +67,9 @@ def history(run: Path) -> list[dict]:
 
 
 def test_views_have_every_panel_of_the_page(tmp_path):
-    arms = {"exact": ["invariance=exact"], "drift-token": ["invariance=off", f"{CORRECTION}=true"]}
+    """Those of PPO and of the correction too, as some run has them."""
+    corrected = ["invariance=off", f"{CORRECTION}=true"]
+    arms = {"exact": ["invariance=exact"], "drift-token": corrected, "ppo": ["invariance=exact", f"{ALGORITHM}=ppo"]}
     path = write_ablation(tmp_path / "ablation-a", arms=arms)
     said = dashboard.push(path)
     assert said[-1] == "W&B: no login, so nothing was pushed; run `wandb login` and this again"
