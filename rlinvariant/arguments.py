@@ -1,7 +1,9 @@
-"""Command lines with options: argparse, with a mistake as one line."""
+"""What command lines share: argparse with a mistake as one line, and names of models."""
 
 import argparse
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 from rlinvariant.errors import UserError
@@ -39,3 +41,19 @@ def temperature(text: str) -> float:
     if not 0.01 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text}: expected a number of at least 0.01")
     return value
+
+
+def model_problems(key: str, model: str) -> list[str]:
+    """Why a model cannot be read, in one line, known without the hub: `key=model` must be a whole model's directory, or look
+    like a hub id."""
+    path = Path(model)
+    if path.is_dir():
+        if (path / "adapter_config.json").exists():
+            return [f"{key}={model}: expected a whole model, found a PEFT adapter; merge it (merge_and_unload) first"]
+        if not (path / "config.json").exists():
+            return [f"{key}={model}: expected a Hugging Face model directory, found no config.json in it"]
+        return []
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model) and not path.parent.is_dir() and not path.exists():
+        return []
+    fix = "write its path without ~" if model.startswith("~") else "give a Hugging Face model directory or a hub id ORG/NAME"
+    return [f"{key}={model}: no such directory; {fix}"]

@@ -56,7 +56,7 @@ def compare(a: Tensor, b: Tensor) -> Difference | None:
     Bits: 0 and -0 differ; two NaNs are equal only as the same word.
     """
     a, b = _checked(a, b)
-    words_a, words_b = _words(a), _words(b)
+    words_a, words_b = words(a), words(b)
     differs = words_a != words_b
     count = int(differs.sum())
     if count == 0:
@@ -70,8 +70,8 @@ def compare(a: Tensor, b: Tensor) -> Difference | None:
         coordinate=at,
         a=a[at].item(),
         b=b[at].item(),
-        a_hex=_hex(words_a[at]),
-        b_hex=_hex(words_b[at]),
+        a_hex=word(a[at]),
+        b_hex=word(b[at]),
         max_ulps=int(ulps(a[differs], b[differs]).max()),
     )
 
@@ -124,18 +124,20 @@ def _checked(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return (a, b) if a.device == b.device else (a.cpu(), b.cpu())
 
 
-def _words(x: Tensor) -> Tensor:
+def words(x: Tensor) -> Tensor:
+    """The bits of each value as an integer of the same size."""
     return x.view(_FLOAT_WORDS[x.dtype]) if x.dtype in _FLOAT_WORDS else x
 
 
 def _order(x: Tensor) -> Tensor:
     if x.dtype not in _FLOAT_WORDS:
         return x.to(torch.int64)
-    words = _words(x)
-    magnitude = words & torch.iinfo(words.dtype).max
-    return torch.where(words < 0, ~magnitude, magnitude).to(torch.int64)
+    bits = words(x)
+    magnitude = bits & torch.iinfo(bits.dtype).max
+    return torch.where(bits < 0, ~magnitude, magnitude).to(torch.int64)
 
 
-def _hex(word: Tensor) -> str:
-    digits = 2 * word.element_size()
-    return f"0x{int(word) & (16**digits - 1):0{digits}X}"
+def word(x: Tensor) -> str:
+    """The bits of one value, as hex."""
+    digits = 2 * x.element_size()
+    return f"0x{int(words(x)) & (16**digits - 1):0{digits}X}"

@@ -131,7 +131,7 @@ def _one_path(command: str, argv: list[str]) -> str:
 
 
 def _call(command: Callable[[], int | None]) -> int:
-    """Run a command, and print a user's mistakes as one line each. Returns the exit code."""
+    """Run a command, and print a user's mistakes, or that it was interrupted, as one line each. Returns the exit code."""
     # libgomp reads it when torch is imported: spinning threads make a run 10 times slower as soon as cores are shared
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # "is an experimental feature", said of a switch for cuBLASLt
@@ -143,6 +143,10 @@ def _call(command: Callable[[], int | None]) -> int:
             for line in str(error).splitlines():
                 print(f"error: {line}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print("interrupted", file=sys.stderr)
+        return 130
 
 
 def main() -> int:

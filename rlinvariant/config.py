@@ -26,6 +26,7 @@ import chz
 from chz.blueprint import Castable, InvalidBlueprintArg
 from chz.tiepin import type_repr
 
+from rlinvariant.arguments import model_problems
 from rlinvariant.conflicts import conflicts, ppo_conflicts
 from rlinvariant.errors import ConfigErrors, UserError
 
@@ -414,7 +415,7 @@ def _check_ppo(config: Config) -> list[str]:
             found.append(
                 f"ppo.value_warmup_steps={first}: expected less than steps={config.steps}, or the policy learns nothing"
             )
-        return found + ([] if path is None else _check_path("ppo.critic", path))
+        return found + ([] if path is None else model_problems("ppo.critic", path))
     # those of a recipe for PPO rest when the command line asks for GRPO
     rest = config.sources.get("algorithm") == "command line"
     return [
@@ -466,19 +467,7 @@ def _check_model(config: Config, recipe: Recipe | None) -> list[str]:
         if recipe is None or not recipe.name or recipe.prepare_model:
             return []
         return [f"model: missing, recipe {recipe.name} has none of its own; write model=DIRECTORY or model=ORG/NAME"]
-    return _check_path("model", model)
-
-
-def _check_path(key: str, model: str) -> list[str]:
-    path = Path(model).expanduser()
-    if path.is_dir():
-        if (path / "adapter_config.json").exists():
-            return [f"{key}={model}: expected a whole model, found a PEFT adapter; merge it (merge_and_unload) first"]
-        if not (path / "config.json").exists():
-            return [f"{key}={model}: expected a Hugging Face model directory, found no config.json in it"]
-        return []
-    is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model) and not path.parent.is_dir() and not path.exists()
-    return [] if is_hub_id else [f"{key}={model}: no such directory; give a Hugging Face model directory or a hub id ORG/NAME"]
+    return model_problems("model", model)
 
 
 def _check_run(config: Config, env: Mapping[str, str]) -> list[str]:

@@ -3,7 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-INVARIANCE = ("exact", "off", "sampler", "trainer")
+SIDES = {"exact": (True, True), "off": (False, False), "sampler": (True, False), "trainer": (False, True)}
+"""invariance -> which of (sampler, trainer) runs the invariant ops."""
+INVARIANCE = tuple(SIDES)
 
 
 def conflicts(trainer: Any, invariance: str, env: Mapping[str, str], prefix: str = "") -> list[str]:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from rlinvariant import runtime
+from rlinvariant.arguments import model_problems
 from rlinvariant.conflicts import environment_conflicts
 from rlinvariant.errors import UserError
 from rlinvariant.report.rundir import SCHEMA, environment
@@ -379,6 +380,9 @@ def _free_bytes() -> float:
 
 def of_model(model: str, cuda: bool) -> Iterator[Finding]:
     """Whether a model is supported, by its configuration and by the trainer's audit with random weights, and its kernels."""
+    if problems := model_problems("MODEL", model):
+        yield Finding("model", "problem", problems[0], False)
+        return
     import torch
     from torch import nn
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -387,6 +391,7 @@ def of_model(model: str, cuda: bool) -> Iterator[Finding]:
     from rlinvariant.models import unsupported
 
     logging.set_verbosity_error()
+    runtime.quiet()
     try:
         config = AutoConfig.from_pretrained(model)
         with torch.device("meta"):  # shapes without memory

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlinvariant import bits, runtime
 from rlinvariant.arguments import Parser
+from rlinvariant.conflicts import SIDES
 from rlinvariant.errors import UserError
 from rlinvariant.report import rollouts
 from rlinvariant.report.console import Console
@@ -53,7 +54,7 @@ def command(argv: Sequence[str]) -> int:
         f"step {step} of {run}: {len(completions):,} completions, {tokens:,} tokens, invariance={about['invariance']}, "
         f"{about['dtype']}, temperature {rollout.temperature:g}"
     )
-    sampler_exact, trainer_exact = _sides(about["invariance"])
+    sampler_exact, trainer_exact = SIDES[about["invariance"]]
     try:
         with console.stage("loading the weights"):
             model = load_model(weights, rollout, about, step)
@@ -110,7 +111,7 @@ def load_model(weights: str, rollout: Rollout, about: Mapping[str, Any], step: i
 
     if about["invariance"] != "off":
         load.configuration(weights, about["dtype"])
-    exact = _sides(about["invariance"])[1]
+    exact = SIDES[about["invariance"]][1]
     model = load.trained(weights, about["dtype"]) if exact else load.masters(weights)
     if (digest := bits.digest(model.named_parameters())) != rollout.weights_sha256:
         raise UserError(
@@ -184,11 +185,6 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     if then["sources"] != now["sources"]:
         found.append("rlinvariant's own sources")
     return found
-
-
-def _sides(invariance: str) -> tuple[bool, bool]:
-    """Which of (sampler, trainer) is exact."""
-    return invariance in ("exact", "sampler"), invariance in ("exact", "trainer")
 
 
 def _draw(sampler: Any, rollout: Rollout, prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[Completion]:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from rlinvariant import runtime
+from rlinvariant.arguments import model_problems
 from rlinvariant.config import Config, PPOConfig
-from rlinvariant.conflicts import INVARIANCE, conflicts, ppo_conflicts
+from rlinvariant.conflicts import INVARIANCE, SIDES, conflicts, ppo_conflicts
 from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.report.console import Console
 from rlinvariant.report.rundir import RunDir, read_metrics
@@ -20,7 +21,9 @@ def run(config: Config) -> None:
     """Train as `config` says. Raises UserError for what the user can mend; the run directory then says how far it came."""
     started = time.monotonic()
     runtime.configure()
-    args = config.grpo_config()  # starts the process group, if there is one
+    args = config.grpo_config()  # imports TRL, and starts the process group, if there is one
+    from transformers.utils import logging as transformers_logging
+
     main = args.process_index == 0
     console, recipe, run_dir = Console(main), config.load_recipe(), RunDir(config.run_dir)
     _require_device(args, config.invariance, config.dtype)  # before a recipe makes its model
@@ -28,8 +31,9 @@ def run(config: Config) -> None:
     if config.staleness:
         lag = f"staleness={config.staleness}: the sampler's weights lag by as many steps"
         console.print(f"{lag}; log-probs of two versions are counted, not required to be equal")
-    model_path = config.model or (recipe.prepare_model or _no_model)(config)
     runtime.quiet()
+    transformers_logging.disable_progress_bar()  # of a model that a recipe saves too
+    model_path = config.model or (recipe.prepare_model or _no_model)(config)
     with console.stage("loading transformers, TRL and vLLM"):
         from transformers import AutoTokenizer
 
@@ -146,6 +150,8 @@ def grpo_trainer(
     problems = [] if invariance in INVARIANCE else [f"invariance={invariance}: expected one of {', '.join(INVARIANCE)}"]
     problems += [] if dtype in ("bfloat16", "float32") else [f"dtype={dtype}: expected bfloat16 or float32"]
     source = sampler_model or (model if isinstance(model, (str, Path)) else model.config._name_or_path)
+    if isinstance(model, (str, Path)):
+        problems += model_problems("model", str(model))
     if not source:
         problems.append("sampler_model: missing; save the model and name its directory, for vLLM to load")
     problems += conflicts(args, invariance, os.environ) + (ppo_conflicts(args, ppo) if ppo is not None else [])
@@ -154,13 +160,13 @@ def grpo_trainer(
     runtime.configure()
     _require_device(args, invariance, dtype)
     import torch
-    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
     from rlinvariant.models import UnsupportedModel, unsupported
+    from rlinvariant.models.load import load
     from rlinvariant.sampler.engine import Sampler, refuse
-    from rlinvariant.trainer.grpo import SIDES, InvariantGRPOTrainer
+    from rlinvariant.trainer.grpo import InvariantGRPOTrainer
 
     if SIDES[invariance][0]:
         given = sampler_options or {}
@@ -169,12 +175,12 @@ def grpo_trainer(
     if isinstance(model, (str, Path)):
         try:
             config = AutoConfig.from_pretrained(model)
-            if invariance != "off" and (reasons := list(unsupported(config, args.device.type))):  # before loading weights
-                kind = ", ".join(config.architectures or [type(config).__name__])
-                raise UnsupportedModel(f"model={model}: {kind} cannot run exactly: {'; '.join(reasons)}")
-            model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-        except (OSError, ValueError, SafetensorError) as error:
-            raise UserError(f"model={source}: cannot be loaded: {' '.join(str(error).split())[:400]}") from error
+        except (OSError, ValueError) as error:
+            raise UserError(f"model={model}: cannot be loaded: {' '.join(str(error).split())[:400]}") from error
+        if invariance != "off" and (reasons := list(unsupported(config, args.device.type))):  # before loading weights
+            kind = ", ".join(config.architectures or [type(config).__name__])
+            raise UnsupportedModel(f"model={model}: {kind} cannot run exactly: {'; '.join(reasons)}; use invariance=off")
+        model = load(AutoModelForCausalLM, model, dtype=torch.float32)
     engine: Callable[[], Sampler] = lambda: Sampler(  # noqa: E731
         source, invariant=SIDES[invariance][0], dtype=dtype, **(sampler_options or {})
     )

@@ -36,4 +36,5 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
     warnings.filterwarnings("ignore", message="torch.backends.cuda.preferred_blas_library")  # kernels/linear.py uses it
     logging.getLogger("flashinfer.jit").setLevel(logging.ERROR)
+    logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)  # two lines for each retry; then it raises
     logging.getLogger("vllm.triton_utils.importing").setLevel(logging.ERROR)  # says that a CPU has no Triton

@@ -235,7 +235,7 @@ def test_a_model_that_is_refused(capsys, tmp_path, config, words):
 def test_a_wrong_path_and_wrong_arguments(capsys, tmp_path):
     _, found = report(capsys, str(tmp_path / "missing"))
     (problem,) = problems(found)
-    assert problem["name"] == "model" and "cannot be loaded" in problem["text"]
+    assert problem["name"] == "model" and "missing: no such directory; give" in problem["text"]
     for argv in (["--jsno"], ["a", "b"], ["model=x"]):
         assert cli.doctor(argv) == 2
         out, error = capsys.readouterr()

@@ -11,6 +11,7 @@ from rlinvariant import ops
 from rlinvariant.bisect import variants
 from rlinvariant.bisect.record import GATE_UP, QKV, ROTATED, Place
 from rlinvariant.bisect.search import LOGPROB, First, Side, side_at
+from rlinvariant.verify.ladder import ROWS
 
 PARAMETER = {  # role -> the trainer's module that holds its weight
     "embedding": "embed_tokens", "input norm": "input_layernorm", "q projection": "self_attn.q_proj",
@@ -24,7 +25,6 @@ OP = {  # role -> the op that gives it, where one must
     **dict.fromkeys(LINEAR, "linear"), "input norm": "rms_norm", "final norm": "rms_norm", "residual and norm": "add_rms_norm",
     **dict.fromkeys(ROTATED, "qk_norm_rope"), "attention": "attention", "swiglu": "swiglu",
 }  # fmt: skip
-LADDER = (1, 2, 4, 7, 8, 9, 15, 16, 17, 31, 32, 33, 64, 65, 128, 129, 256, 257)  # rows: around the sizes at which tiles change
 
 
 class Case:
@@ -253,7 +253,7 @@ class Case:
 
         if function is None or self.role in ("attention", "rope table"):
             return {}
-        return {n: function(n)[0].flatten() for n in LADDER}
+        return {n: function(n)[0].flatten() for n in ROWS}
 
 
 def other_side(side: str) -> str:

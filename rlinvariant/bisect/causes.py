@@ -14,8 +14,9 @@ from torch import Tensor
 
 from rlinvariant import bits
 from rlinvariant.bisect import variants
-from rlinvariant.bisect.case import LADDER, Case, other_side
+from rlinvariant.bisect.case import Case, other_side
 from rlinvariant.bisect.search import LOGPROB, First, equal, side_at
+from rlinvariant.verify.ladder import ROWS
 
 
 @dataclass(frozen=True)
@@ -114,13 +115,13 @@ def _variant(case: Case, name: str, other: Tensor) -> tuple[str | None, tuple[st
     """The first variant that gives a side's bits; if none does, one that comes much nearer than the other side does."""
     value = case.sides[name].value
     columns = min(len(value), len(other))
-    count = int((_words(value[:columns]) != _words(other[:columns])).sum())
+    count = int((bits.words(value[:columns]) != bits.words(other[:columns])).sum())
     near, fewest = None, count // 4
     for what, y in case.variants(name):
         y = y.detach().flatten().cpu()
         if y.shape != value.shape or y.dtype != value.dtype:
             continue
-        left = int((_words(y) != _words(value)).sum())
+        left = int((bits.words(y) != bits.words(value)).sum())
         if left == 0 and not equal(y, other):
             return what, None
         if 0 < left < fewest:
@@ -128,12 +129,8 @@ def _variant(case: Case, name: str, other: Tensor) -> tuple[str | None, tuple[st
     return None, near
 
 
-def _words(x: Tensor) -> Tensor:
-    return x.contiguous().view(torch.int16 if x.element_size() == 2 else torch.int32)
-
-
 def _raw(x: Tensor) -> np.ndarray:
-    return _words(x.detach().flatten().cpu()).numpy()
+    return bits.words(x.detach().flatten().cpu()).numpy()
 
 
 def _gives(value: Tensor, bits_of: Tensor) -> bool:
@@ -208,10 +205,10 @@ def _weight_cause(case: Case) -> str:
 
 
 def _ranges(counts: list[int]) -> str:
-    """Neighbours on the ladder, as 1, 2 and 4, as "1 to 4 rows"."""
+    """Neighbours on the ladder, as 1, 2 and 3, as "1 to 3 rows"."""
     runs: list[list[int]] = []
     for n in counts:
-        if runs and LADDER.index(n) == LADDER.index(runs[-1][-1]) + 1:
+        if runs and ROWS.index(n) == ROWS.index(runs[-1][-1]) + 1:
             runs[-1].append(n)
         else:
             runs.append([n])

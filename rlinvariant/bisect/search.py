@@ -1,34 +1,57 @@
 """Draw, score, and find the first recorded value in which sampler and trainer differ."""
 
-import math
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from rlinvariant import bits
 from rlinvariant.bisect.record import Block, Place, Recorder
+from rlinvariant.metrics import mismatches
 from rlinvariant.rollout import Completion
-from rlinvariant.trainer.score import Layout, score
+from rlinvariant.sampler.drive import Request, Trace, drive
+from rlinvariant.trainer.score import Layout, score, stock_score
+from rlinvariant.verify.relations import CROWD
 
 LOGPROB: Place = (None, "log-prob")
 PADDED = ("lm_head", "scaled logits")  # roles whose value may have columns beyond the vocabulary
 
 
 @dataclass(frozen=True)
-class Batch:
-    """What is drawn: prompts of token ids, a seed for each, one temperature."""
+class Trial:
+    """What is drawn, prompts of token ids, a seed for each, one temperature; and how.
+
+    Args:
+        rows: sequences that the trainer packs together.
+        seed: that all of this was drawn by.
+        way: "cold"; "warm": drawn once more, on the prefixes that are in the cache since the first time; "preempted": half-way
+            all requests lose their pages, and what these held is computed again.
+        hint: where to look if this trial differs and those before it do not.
+    """
 
     prompts: list[list[int]]
     seeds: list[int]
     temperature: float
     max_tokens: int
-    rows: int  # sequences that the trainer packs together
-    seed: int  # that all of this was drawn by
+    rows: int
+    seed: int
+    way: str = "cold"
+    hint: str = ""
+
+    def name(self, trace: Trace) -> str:
+        """With what the engine did: a warm prefix or a preemption that did not come about is seen by its 0."""
+        count, longest = len(self.prompts), max(map(len, self.prompts))
+        cut = f", prefills cut: {trace.chunks}" if trace.chunks else ""
+        how = {
+            "warm": f", again, {trace.cached_tokens:,} tokens from the cache",
+            "preempted": f", {trace.preemptions} preemptions",
+        }
+        return f"{count} of {longest:,}{cut}{how.get(self.way, '')}"
 
 
 @dataclass(frozen=True)
@@ -69,79 +92,113 @@ class First:
 
 @dataclass(frozen=True)
 class Result:
-    """Counts of the first pass; the first difference, or, if it did not come back on the second pass, how that went."""
+    """Counts of the first pass; the first difference, or, if it did not come back on the second pass, how that went.
+
+    `tried` has the names of the trials up to this, with what the engine did.
+    """
 
     compared: int
     mismatched: int
     first: First | None = None
     vanished: list[str] | None = None
+    tried: list[str] = field(default_factory=list)
 
 
-def draw_batch(vocabulary: int, sequences: int, longest: int, tokens: int, temperature: float, seed: int, rows: int) -> Batch:
-    """Ragged prompts of 1 to `longest` random tokens, among them one of each length, and a seed for each."""
+def draw_trial(
+    vocabulary: int, sequences: int, longest: int, tokens: int, temperature: float, seed: int, rows: int, shortest: int = 1
+) -> Trial:
+    """Ragged prompts of `shortest` to `longest` random tokens, among them one of each length, and a seed for each."""
     rng = random.Random(seed)
-    lengths = [1, longest, *(rng.randint(1, longest) for _ in range(sequences))][:sequences]
+    lengths = [shortest, longest, *(rng.randint(shortest, longest) for _ in range(sequences))][:sequences]
     prompts = [[rng.randrange(vocabulary) for _ in range(n)] for n in lengths]
-    return Batch(prompts, [rng.getrandbits(62) for _ in prompts], temperature, tokens, rows, seed)
+    return Trial(prompts, [rng.getrandbits(62) for _ in prompts], temperature, tokens, rows, seed)
 
 
-def find_any(engine: Any, model: Any, batches: Sequence[Batch], stock_trainer: bool = False) -> tuple[Result, Batch]:
-    """`find` in each batch in turn, until something differs; the counts of those compared until then."""
-    compared, batch = 0, batches[0]
-    for batch in batches:
-        result = find(engine, model, batch, stock_trainer)
+def trials(
+    vocabulary: int, sequences: int, longest: int, tokens: int, temperature: float, seed: int, rows: int, step: int, far: int
+) -> list[Trial]:
+    """All that is tried, the plainest first: faults that a few sequences do not show may need many, or another way to draw.
+
+    Args:
+        sequences, longest: of the first trial; `longest` prompt, in tokens.
+        step: most tokens in one step of the engine.
+        far: prompt that is to be cut, in tokens; where it is shorter than a step, several share one.
+    """
+
+    def trial(count: int, longest: int, number: int, hint: str, shortest: int = 1) -> Trial:
+        drawn = draw_trial(vocabulary, count, longest, tokens, temperature, seed + number, rows, shortest)
+        return replace(drawn, hint=hint)
+
+    by_rows = "only with so many rows: look at what depends on their number"  # few may take another kernel than many
+    counts = list(dict.fromkeys((sequences, 1, 3)))
+    found = [trial(count, longest, i, by_rows if i else "") for i, count in enumerate(counts)]
+    found.append(trial(CROWD[1], min(8, longest, max(1, step // CROWD[1])), 3, by_rows))  # so short that none is cut
+    cut = "only with long prompts, which are cut: look at what the rest of one reads"
+    long = trial(min(2 * step // far + 2, CROWD[1]), far, 4, cut, shortest=-(-far // 2))
+    again = replace(long, way="warm", hint="only on a warm prefix: look at what is read from the cache")
+    preempted = replace(found[0], way="preempted", hint="only when preempted: look at what is computed again")
+    return [*found, long, again, preempted]
+
+
+def find_any(engine: Any, model: Any, trials: Sequence[Trial], stock_trainer: bool = False) -> tuple[Result, Trial]:
+    """`find` in each trial in turn, until something differs; if nothing does, the counts of all."""
+    compared, tried = 0, []
+    for trial in trials:
+        result = find(engine, model, trial, stock_trainer)
+        tried += result.tried
         if result.mismatched:
-            return result, batch
+            return replace(result, tried=tried), trial
         compared += result.compared
-    return Result(compared, 0), batch
+    return Result(compared, 0, tried=tried), trials[-1]
 
 
-def find(engine: Any, model: Any, batch: Batch, stock_trainer: bool = False) -> Result:
+def find(engine: Any, model: Any, trial: Trial, stock_trainer: bool = False) -> Result:
     """Compare every sampled token; of the first that differs, draw and score again with everything recorded.
 
     Args:
         engine: a `Sampler`, run eagerly.
         model: the trainer's, from `make_trainable`; with `stock_trainer` one of transformers as it is.
     """
-    drawn = _draw(engine, batch)
-    scored = [row for at in range(0, len(drawn), batch.rows) for row in _score(model, batch, drawn, at, stock_trainer)]
+    trace, drawn = draw(engine, trial)
+    tried = [trial.name(trace)]
+    scored = [row for at in range(0, len(drawn), trial.rows) for row in _score(model, trial, drawn, at, stock_trainer)]
     compared = sum(len(row) for row in scored)
     differing = [
         (s, t)
         for s, (completion, row) in enumerate(zip(drawn, scored, strict=True))
-        for t, (a, b) in enumerate(zip(completion.sampler_logprobs, row, strict=True))
-        if not _same(a, b)
+        for t in _differing(completion.sampler_logprobs, row)
     ]
     if not differing:
-        return Result(compared, 0)
+        return Result(compared, 0, tried=tried)
     s, t = differing[0]
-    ours, theirs, again, row = record(engine, model, batch, s, stock_trainer)
+    ours, theirs, again, row = record(engine, model, trial, s, stock_trainer)
     was = drawn[s].sampler_logprobs[t], scored[s][t]
-    now = again.sampler_logprobs[t : t + 1], row[t : t + 1]
-    if again.token_ids != drawn[s].token_ids or _same(now[0][0], now[1][0]):
+    now = again.sampler_logprobs[t], row[t]
+    if again.token_ids != drawn[s].token_ids or not _differing(now[:1], now[1:]):
         pairs = zip(("sampler", "trainer"), was, now, strict=True)
-        vanished = [f"{side}    sequence {s}, token {t}: {word(a)}, then {word(*b)}" for side, a, b in pairs]
-        return Result(compared, len(differing), vanished=vanished)
-    start = len(batch.prompts[s])
+        vanished = [f"{side}    sequence {s}, token {t}: {shown(fp32(a))}, then {shown(fp32(b))}" for side, a, b in pairs]
+        return Result(compared, len(differing), vanished=vanished, tried=tried)
+    start = len(trial.prompts[s])
     found = first_difference(ours, theirs) or first_nan(ours, theirs)
     place, position, a, b = found or (None, start - 1 + t, None, None)
-    return Result(compared, len(differing), First(s, t, *was, start, again.token_ids, position, place, a, b))
+    first = First(s, t, *was, start, again.token_ids, position, place, a, b)
+    return Result(compared, len(differing), first, tried=tried)
 
 
 def record(
-    engine: Any, model: Any, batch: Batch, s: int, stock_trainer: bool = False
+    engine: Any, model: Any, trial: Trial, s: int, stock_trainer: bool = False
 ) -> tuple[Recorder, Recorder, Completion, list[float]]:
     """Draw and score once more, with all that is computed for sequence `s` recorded; also its completion and its scores."""
     ours, theirs = Recorder(engine.model), Recorder(model)
-    with ours.recording(_attentions(engine)), _following(engine, batch.seeds[s], ours):
-        drawn = _draw(engine, batch)
-    with theirs.recording(), _packed(model, batch, drawn, s, theirs, stock_trainer):
-        at = s // batch.rows * batch.rows
-        row = _score(model, batch, drawn, at, stock_trainer)[s - at]
-    start = len(batch.prompts[s])
+    with ours.recording(_attentions(engine)), _following(engine, trial.seeds[s], ours):
+        drawn = draw(engine, trial)[1]
+    with theirs.recording(), _packed(model, trial, drawn, s, theirs, stock_trainer):
+        at = s // trial.rows * trial.rows
+        row = _score(model, trial, drawn, at, stock_trainer)[s - at]
+    start = len(trial.prompts[s])
     positions = list(range(start - 1, start - 1 + len(row)))
     for recorder, values in ((ours, drawn[s].sampler_logprobs), (theirs, row)):
-        words = torch.tensor(values, dtype=torch.float32)[:, None]
+        words = fp32(values)[:, None]
         recorder.trace[LOGPROB] = [Block(positions, words, None, None, None, len(words))]
     return ours, theirs, drawn[s], row
 
@@ -180,7 +237,7 @@ def first_nan(ours: Recorder, theirs: Recorder) -> tuple[Place, int, Side, Side]
 
 
 def side_at(recorder: Recorder, place: Place) -> dict[int, Side]:
-    """By position; what was computed twice, as before a preemption, counts as it was computed last."""
+    """By position; what was computed twice, as on a warm prefix or after a preemption, counts as it was computed last."""
     blocks = recorder.trace.get(place, [])
     return {p: Side(block, i, recorder) for block in blocks for i, p in enumerate(block.positions)}
 
@@ -193,22 +250,35 @@ def equal(a: Tensor, b: Tensor) -> bool:
     return bits.compare(a[:columns], b[:columns]) is None
 
 
-def _same(a: float, b: float) -> bool:
-    """NaN equals nothing here."""
-    return a == a and word(a) == word(b)
+def _differing(a: Sequence[float], b: Sequence[float]) -> list[int]:
+    """Where two lists of fp32 numbers are not the same bits; NaN equals nothing."""
+    return np.flatnonzero(mismatches(np.asarray(a, np.float32), np.asarray(b, np.float32))).tolist()
 
 
-def word(value: float = math.nan) -> str:
-    """An fp32 number and its bits."""
-    bits_of = int(torch.tensor(value, dtype=torch.float32).view(torch.int32))
-    return f"{value:.9g} (0x{bits_of & 0xFFFFFFFF:08X})"
+def fp32(values: Any) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32)
 
 
-def _draw(engine: Any, batch: Batch) -> list[Completion]:
-    engine.llm.reset_prefix_cache()
-    return engine.generate(
-        batch.prompts, batch.seeds, temperature=batch.temperature, max_tokens=batch.max_tokens, ignore_eos=True
-    )
+def shown(value: Tensor) -> str:
+    """A number and its bits."""
+    return f"{value.item():.9g} ({bits.word(value)})"
+
+
+def draw(engine: Any, trial: Trial) -> tuple[Trace, list[Completion]]:
+    """As the trial says; the trace is of the last draw, where there are two."""
+    requests = [
+        Request(tuple(p), s, trial.temperature, trial.max_tokens, ignore_eos=True)
+        for p, s in zip(trial.prompts, trial.seeds, strict=True)
+    ]
+    if trial.way == "warm":
+        drive(engine, requests)
+    step = engine.llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens
+    half = (
+        -(-sum(map(len, trial.prompts)) // step) + (trial.max_tokens - 1) // 2
+    )  # steps to prefill, and half of those to decode
+    preempt = lambda step: trial.way == "preempted" and step == half  # noqa: E731
+    trace = drive(engine, requests, cold=trial.way != "warm", preempt=preempt)
+    return trace, [c for c in trace.completions if c is not None]
 
 
 def _attentions(engine: Any) -> list[Any]:
@@ -240,37 +310,22 @@ def _following(engine: Any, seed: int, recorder: Recorder) -> Iterator[None]:
         hook.remove()
 
 
-def _score(model: Any, batch: Batch, drawn: Sequence[Completion], at: int, stock: bool) -> list[list[float]]:
+def _score(model: Any, trial: Trial, drawn: Sequence[Completion], at: int, stock: bool) -> list[list[float]]:
     """The trainer's log-probs of one micro-batch, of the sequences from `at` on."""
-    part = slice(at, at + batch.rows)
-    if stock:
-        return _score_stock(model, batch.prompts[part], drawn[part], batch.temperature)
-    found = score(model, batch.prompts[part], drawn[part], batch.temperature, Layout(batch.rows))
-    return [row.tolist() for row in found]
-
-
-@torch.no_grad()
-def _score_stock(
-    model: Any, prompts: Sequence[Sequence[int]], drawn: Sequence[Completion], temperature: float
-) -> list[list[float]]:
-    """By transformers' own forward, one sequence at a time."""
-    found = []
-    for prompt, completion in zip(prompts, drawn, strict=True):
-        ids = torch.tensor([[*prompt, *completion.token_ids]], device=next(model.parameters()).device)
-        logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float() / temperature
-        found.append(logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0].tolist())
-    return found
+    part = slice(at, at + trial.rows)
+    given = model, trial.prompts[part], drawn[part], trial.temperature
+    return [row.tolist() for row in (stock_score(*given) if stock else score(*given, Layout(trial.rows)))]
 
 
 @contextmanager
-def _packed(model: Any, batch: Batch, drawn: Sequence[Completion], s: int, recorder: Recorder, stock: bool) -> Iterator[None]:
+def _packed(model: Any, trial: Trial, drawn: Sequence[Completion], s: int, recorder: Recorder, stock: bool) -> Iterator[None]:
     """Tell a recorder which rows of the trainer's forward are sequence `s`: part of a packed row, or all of its own."""
-    at = s if stock else s // batch.rows * batch.rows
-    until = at + (1 if stock else batch.rows)
+    at = s if stock else s // trial.rows * trial.rows
+    until = at + (1 if stock else trial.rows)
     scored = [len(c.token_ids) for c in drawn[at:until]]
-    lengths = [len(p) + n for p, n in zip(batch.prompts[at:until], scored, strict=True)]
-    first, start, count = sum(lengths[: s - at]), len(batch.prompts[s]), lengths[s - at]
-    own = [*batch.prompts[s], *drawn[s].token_ids]
+    lengths = [len(p) + n for p, n in zip(trial.prompts[at:until], scored, strict=True)]
+    first, start, count = sum(lengths[: s - at]), len(trial.prompts[s]), lengths[s - at]
+    own = [*trial.prompts[s], *drawn[s].token_ids]
 
     def look(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = kwargs["input_ids"]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rlinvariant import runtime
+from rlinvariant.arguments import model_problems
 from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.models import unsupported
 from rlinvariant.rollout import Completion
@@ -67,8 +68,11 @@ def refuse(
 
     Returns how many positions the model has. `otherwise` tells the user how to run it all the same.
     """
+    if problems := model_problems("model", model):
+        raise ConfigErrors(problems)
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    runtime.quiet()
     fix = f"remove it, or {otherwise}"
     found = [f"sampler option {k}={v}: expected {ALONE[k]}; {fix}" for k, v in options.items() if k in ALONE and v != ALONE[k]]
     if (value := os.environ.get("VLLM_BATCH_INVARIANT", "0")) != "0":

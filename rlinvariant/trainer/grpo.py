@@ -21,16 +21,13 @@ from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from rlinvariant import bits, metrics
-from rlinvariant.conflicts import conflicts
+from rlinvariant.conflicts import SIDES, conflicts
 from rlinvariant.errors import ConfigErrors, ParityError
 from rlinvariant.models import make_invariant, make_trainable, require_exact
 from rlinvariant.rewards import check_dataset, checked_reward
 from rlinvariant.rollout import Batch, Completion, Rollout, request_seed
 from rlinvariant.support import device_problems
 from rlinvariant.trainer.packing import pack
-
-SIDES = {"exact": (True, True), "off": (False, False), "sampler": (True, False), "trainer": (False, True)}
-"""invariance -> which of (sampler, trainer) runs the invariant ops."""
 
 
 class SamplerLike(Protocol):

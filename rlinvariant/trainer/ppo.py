@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
@@ -22,11 +21,13 @@ from rlinvariant.config import PPOConfig
 from rlinvariant.conflicts import ppo_conflicts
 from rlinvariant.errors import UserError
 from rlinvariant.models import UnsupportedModel, make_trainable, watch
+from rlinvariant.models.load import load
 from rlinvariant.trainer import advantages
 from rlinvariant.trainer.grpo import InvariantGRPOTrainer
 from rlinvariant.trainer.packing import pack
 
 HEAD = "value_head.safetensors"
+OTHER_HEADS = ("lm_head.", "score.")  # of a causal LM or a reward model that a critic starts from: not its own
 
 
 class Critic(nn.Module):
@@ -70,7 +71,7 @@ class Critic(nn.Module):
         """What `save` wrote, in place."""
         if not (directory / HEAD).is_file():
             raise UserError(f"{directory}: no {HEAD}: the checkpoint has no critic, it is not one of PPO; start a new run")
-        saved = AutoModel.from_pretrained(directory, dtype=torch.float32)
+        saved = load(AutoModel, directory, "critic", dtype=torch.float32)
         self.backbone.load_state_dict(saved.state_dict())
         self._load_head(directory)
 
@@ -95,12 +96,9 @@ def load_critic(path: str, policy: Any, tokenizer: Any) -> Any:
     """The decoder of a Hugging Face checkpoint, fp32.
 
     Raises:
-        UserError: it cannot be loaded, or reads other tokens than the policy writes.
+        UserError: it cannot be loaded whole, or reads other tokens than the policy writes.
     """
-    try:
-        backbone = AutoModel.from_pretrained(path, dtype=torch.float32)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"ppo.critic={path}: cannot be loaded: {' '.join(str(error).split())[:400]}") from error
+    backbone = load(AutoModel, path, "ppo.critic", OTHER_HEADS, dtype=torch.float32)
     ours, theirs = policy.config.vocab_size, backbone.config.vocab_size
     if ours != theirs:
         raise UserError(f"ppo.critic={path}: expected the policy's vocabulary of {ours} tokens, found {theirs}; choose another")

@@ -1,18 +1,17 @@
 """The parts that are verified: the trainer's model, the engines, and the stock model, each as a run has them."""
 
 import os
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
 from rlinvariant import runtime
 from rlinvariant.conflicts import environment_conflicts
 from rlinvariant.errors import ConfigErrors, UserError
-from rlinvariant.models import make_trainable, require_exact, unsupported
+from rlinvariant.models import make_trainable, require_exact
+from rlinvariant.models.load import load
 from rlinvariant.models.random import save_random
 from rlinvariant.ops.linear import routes
 from rlinvariant.sampler.engine import Sampler, refuse
@@ -56,17 +55,15 @@ def masters(directory: str) -> Any:
     """transformers' model with fp32 parameters, on the device."""
     logging.disable_progress_bar()
     try:
-        return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, device_map=device()).eval()
-    except (OSError, ValueError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        fix = "; --random needs the configuration alone" if isinstance(error, OSError) else ""
-        raise UserError(f"model={directory}: cannot be loaded: {' '.join(str(error).split())[:300]}{fix}") from error
+        return load(AutoModelForCausalLM, directory, dtype=torch.float32, device_map=device()).eval()
+    except UserError as error:
+        fix = "; --random needs the configuration alone" if isinstance(error.__cause__, OSError) else ""
+        raise UserError(f"{error}{fix}") from error
 
 
 def stock(directory: str, dtype: str) -> Any:
     """transformers as it is."""
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype), device_map=device()).eval()
+    return load(AutoModelForCausalLM, directory, dtype=getattr(torch, dtype), device_map=device()).eval()
 
 
 def options(sizes: Sizes, eager: bool) -> dict[str, Any]:
@@ -110,8 +107,3 @@ def description(model: str, random: bool, directory: str, trained: Any) -> dict[
 def kernels() -> dict[str, Any]:
     """Which kernel took which weight, as the self-checks of this process decided."""
     return {"linear": routes(), "attention": "FlashAttention-3, one split" if device() == "cuda" else "kernels/cpu.c"}
-
-
-def supported(families: Mapping[str, Callable[[], Any]]) -> list[str]:
-    """Names of the configurations that `models.unsupported` has no reason against, on this machine's device."""
-    return [name for name, config in families.items() if not list(unsupported(config(), device()))]
