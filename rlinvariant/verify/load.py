@@ -1,6 +1,7 @@
 """The parts that are verified: the trainer's model, the engines, and the stock model, each as a run has them."""
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
