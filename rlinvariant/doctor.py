@@ -427,7 +427,7 @@ def certified(model: str, config: Any) -> Finding:
     found = certificate.find(certificate.subject(config, "bfloat16"))
     if found is None:
         return Finding("certificate", "note", f"none of this architecture here, in bfloat16: rlinvariant verify {model}")
-    return Finding("certificate", "ok", f"0 / {found['tokens']:,} tokens differed on {found['date'][:10]}")
+    return Finding("certificate", "ok", f"0 / {found['tokens']:,} tokens differed, {found['form']} form, {found['date'][:10]}")
 
 
 def _audit(config: Any, device: str) -> list[str]:

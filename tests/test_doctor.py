@@ -203,9 +203,9 @@ def test_it_says_whether_the_model_was_verified(tmp_path, monkeypatch):
     finding = doctor.certified("m", config)
     assert finding.verdict == "note" and "rlinvariant verify m" in finding.text
     about = certificate.subject(config, "bfloat16")
-    certificate.write({"exact": True, "subject": about, "tokens": 61_440, "date": "2026-01-01T00:00:00Z"})
+    certificate.write({"exact": True, "form": "short", "subject": about, "tokens": 61_440, "date": "2026-01-01T00:00:00Z"})
     finding = doctor.certified("m", config)
-    assert finding.verdict == "ok" and "0 / 61,440 tokens differed on 2026-01-01" in finding.text
+    assert finding.verdict == "ok" and "0 / 61,440 tokens differed, short form, 2026-01-01" in finding.text
 
 
 def test_a_shape_that_the_vendor_gemm_gets_wrong_goes_to_ours(monkeypatch):

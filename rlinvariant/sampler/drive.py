@@ -94,21 +94,24 @@ def drive(
     with counting(engine) as trace:
         trace.completions, trace.prompt_logprobs = [None] * len(requests), [[] for _ in requests]
         ids = {f"{id(trace)}-{i}": i for i in range(len(requests))}
-        names = {i: name for name, i in ids.items()}
+        names, live = {i: name for name, i in ids.items()}, set[str]()
         try:
             while waiting or llm.has_unfinished_requests():
                 for i in [i for i, r in waiting.items() if r.arrives <= step]:
                     request = waiting.pop(i)
                     trace.decoding.append(sum(r.num_output_tokens > 0 for r in scheduler.running))
+                    live.add(names[i])
                     llm.add_request(names[i], {"prompt_token_ids": list(request.prompt)}, params(engine, request))
                 leaving = [names[i] for i, r in enumerate(requests) if r.aborts == step and i not in waiting]
                 llm.abort_request(leaving)
-                trace.aborted += len(leaving)
+                trace.aborted += sum(name in live for name in leaving)
+                live.difference_update(leaving)
                 if preempt(step):
                     engine.llm.reset_prefix_cache(reset_running_requests=True)
                 for output in llm.step():
                     if output.finished:
                         i, done = ids[output.request_id], output.outputs[0]
+                        live.discard(output.request_id)
                         logprobs = [row[t].logprob for t, row in zip(done.token_ids, done.logprobs, strict=True)]
                         trace.completions[i] = Completion(list(done.token_ids), logprobs)
                         trace.cached_tokens += output.num_cached_tokens or 0

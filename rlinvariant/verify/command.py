@@ -43,25 +43,34 @@ def command(argv: Sequence[str]) -> int:
     runtime.quiet()
     with console.stage("loading transformers and vLLM"):
         from rlinvariant.verify import certificate, load, table
+    certificate.require_writable(*([options.out] if options.out else []), certificate.cache_dir() / "certificates" / "any.json")
     try:
         with tempfile.TemporaryDirectory() as scratch:
             found = verify(**{k: v for k, v in vars(options).items() if k != "out"}, scratch=scratch, console=console)
     except KeyboardInterrupt:
         console.print("interrupted: what was compared so far proves nothing of the rest, and no certificate is written")
         return 130
-    except (RuntimeError, MemoryError) as error:  # torch's OutOfMemoryError is a RuntimeError
-        if not isinstance(error, MemoryError) and "memory" not in str(error):
+    except (RuntimeError, ValueError, MemoryError) as error:
+        if not is_out_of_memory(error):
             raise
         much = "fp32 masters, a copy in the engine and one of the stock model have to fit"
         raise UserError(
             f"verify: out of memory ({' '.join(str(error).split())[:160]}): {much}; choose a smaller model"
         ) from error
     load.engines.clear()
-    path = certificate.write(found, options.out)
     for line in table.verdict(found):
         console.print(line, style="" if found["exact"] else "bold red")
+    path = certificate.write(found, options.out)
     console.print(f"certificate  {path}" + (f", {options.out}" if options.out else ""))
     return 0 if found["exact"] else 1
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """torch's on a GPU and on a CPU, Python's, and vLLM's of the memory for its cache."""
+    import torch
+
+    words = ("out of memory", "can't allocate memory", "No available memory", "available KV cache memory")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(word in str(error) for word in words)
 
 
 def is_exact(relations: Sequence[Any], controls: Sequence[Any]) -> bool:
@@ -122,23 +131,26 @@ def verify(
             console.print(line, style="" if control or relation.holds else "bold red")
 
     console.print(table.TITLES, style="dim")
-    with console.stage("verifying", total=tokens) as advance:
-        pair.advance = advance
+    with console.stage("verifying", total=tokens if tokens or short else SECONDS) as advance:
+        started = time.monotonic()
+        limit = started + (0 if short or tokens else SECONDS)
+        pair.advance = lambda n: advance(n if tokens or short else min(SECONDS, int(time.monotonic() - started)))
         for relation in ladder(trained, torch.Generator().manual_seed(seed)):
             report(relation)
         for check in relations.OF_A_BATCH:
             report(check(pair))
-        limit = time.monotonic() + (0 if short or tokens else SECONDS)
         report(relations.compositions(pair, lambda: pair.tokens < (tokens or 0) or time.monotonic() < limit))
-        report(relations.weight_sync(pair))
         report(controls.one_ulp(pair, getattr(torch, dtype)))
-        report(controls.stale_weights(pair))
         report(controls.stock_attention(pair))
-        plain = load.stock(directory, dtype)
+        plain = load.or_reason(lambda: load.stock(directory, dtype))
         report(controls.stock_trainer(pair, plain))
-        stock = load.stock_engine(directory, dtype, options | ({"enforce_eager": True} if short else {}), sizes)
+        report(relations.weight_sync(pair))
+        report(controls.stale_weights(pair))
+        more = {"enforce_eager": True} if short else {}
+        stock = load.or_reason(lambda: load.engine(directory, False, dtype, options | more, sizes))
         report(controls.stock_both(pair, plain, stock))
-    rates = {} if short or isinstance(stock, str) else speed.rates(pair, plain, stock)
+    known = not isinstance(plain, str) and not isinstance(stock, str)
+    rates = speed.rates(pair, plain, stock) if known and not short else {}
     for line in table.speed(rates):
         console.print(line)
     return {
@@ -147,14 +159,14 @@ def verify(
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "seconds": round(time.monotonic() - began, 1),
         "model": load.description(model, random, directory, trained),
-        "subject": certificate.subject(config, dtype),
+        "subject": certificate.subject(config, dtype, bool(sampler.llm.llm_engine.model_config.enforce_eager)),
         "environment": certificate.environment(),
         "kernels": load.kernels(),
         "engine": options,
         "sizes": asdict(sizes),
         "seed": seed,
         "tokens": pair.tokens,
-        "mismatched": sum(r.mismatched for r in found if r.unit == "tokens"),
+        "mismatched": pair.mismatched,
         "relations": [asdict(r) for r in found],
         "controls": [asdict(c) | {"blind": not c.mismatched} for c in seen],
         "speed": rates,

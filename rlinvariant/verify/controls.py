@@ -14,61 +14,72 @@ from torch import Tensor
 
 from rlinvariant import ops
 from rlinvariant.sampler.drive import drive
-from rlinvariant.sampler.engine import Sampler
 from rlinvariant.trainer.score import stock_score
 from rlinvariant.verify.relations import Pair, Relation
 
 
 def one_ulp(pair: Pair, dtype: torch.dtype) -> Relation:
-    """One unit in the last place, of `dtype`, added to every weight of one row of the trainer's lm_head: of a drawn token."""
-    relation, batch = Relation("planted: one ulp in one row of the lm_head"), pair.batch
-    head, row = pair.model.get_output_embeddings().weight, batch.completions[0].token_ids[0]
+    """One unit in the last place, of `dtype`, added to every weight of one row of the trainer's lm_head: of a drawn token.
+
+    Compared with what the same model gave without it, so that nothing else can be seen.
+    """
+    relation = Relation("planted: one ulp in one row of the lm_head")
+    head, row = pair.model.get_output_embeddings().weight, pair.batch.completions[0].token_ids[0]
     before = head.detach()[row].clone()
-    words = torch.int16 if dtype == torch.bfloat16 else torch.int32
     try:
         with torch.no_grad():
-            head[row] = before.to(dtype).view(words).add(1).view(dtype).to(head.dtype)
-        scored = pair.score(batch.requests, batch.completions, pair.packed())
+            head[row] = _next(before.to(dtype)).to(head.dtype)
+        _scored_again(pair, relation)
     finally:
         with torch.no_grad():
             head[row] = before
-    relation.add([c.sampler_logprobs for c in batch.completions], scored)
     return relation
 
 
+def _next(x: Tensor) -> Tensor:
+    """The neighbour of each number that is one larger in magnitude."""
+    words = torch.int16 if x.dtype == torch.bfloat16 else torch.int32
+    return x.view(words).add(1).view(x.dtype)
+
+
+def _scored_again(pair: Pair, relation: Relation) -> None:
+    relation.add(pair.batch.scored, pair.score(pair.batch.requests, pair.batch.completions, pair.packed()))
+
+
 def stale_weights(pair: Pair) -> Relation:
-    """The trainer of after `weight_sync` on what was drawn before it."""
-    relation, batch = Relation("planted: the sampler's weights one sync old"), pair.batch
-    relation.add([c.sampler_logprobs for c in batch.completions], pair.score(batch.requests, batch.completions, pair.packed()))
+    """The trainer of after `weight_sync`, which moves about half of the weights by an ulp, on what was drawn before it."""
+    relation = Relation("planted: the sampler's weights one sync old")
+    _scored_again(pair, relation)
     return relation
 
 
 def stock_attention(pair: Pair) -> Relation:
     """torch's scaled_dot_product_attention in the trainer, in place of ours."""
-    relation, batch = Relation("stock: torch's attention in the trainer"), pair.batch
+    relation = Relation("stock: torch's attention in the trainer")
     with _in_place_of("attention", _sdpa):
-        scored = pair.score(batch.requests, batch.completions, pair.packed())
-    relation.add([c.sampler_logprobs for c in batch.completions], scored)
+        _scored_again(pair, relation)
     return relation
 
 
 def stock_trainer(pair: Pair, model: Any) -> Relation:
     """transformers as it is, on what our sampler drew. `model` has the weights that `pair.batch` was drawn with."""
-    return _scored_by_stock(pair, model, Relation("stock: transformers' model, our sampler"), pair.batch.completions)
+    return _scored_by_stock(pair, model, Relation("stock: transformers' model, our sampler"), lambda: pair.batch.completions)
 
 
-def stock_both(pair: Pair, model: Any, engine: Sampler | str) -> Relation:
-    """invariance=off: vLLM and transformers as they are; or why vLLM does not start."""
+def stock_both(pair: Pair, model: Any, engine: Any) -> Relation:
+    """invariance=off: vLLM and transformers as they are."""
     relation = Relation("stock: vLLM, transformers (invariance=off)")
     if isinstance(engine, str):
-        relation.how, relation.shown = engine, False
+        model = engine
+    return _scored_by_stock(pair, model, relation, lambda: drive(engine, pair.batch.requests).completions)
+
+
+def _scored_by_stock(pair: Pair, model: Any, relation: Relation, draw: Callable[[], Any]) -> Relation:
+    """A `model` that is a str says why there is none."""
+    if isinstance(model, str):
+        relation.how, relation.shown = model, False
         return relation
-    drawn: list[Any] = drive(engine, pair.batch.requests).completions
-    return _scored_by_stock(pair, model, relation, drawn)
-
-
-def _scored_by_stock(pair: Pair, model: Any, relation: Relation, completions: list[Any]) -> Relation:
-    for request, completion in zip(pair.batch.requests, completions, strict=True):
+    for request, completion in zip(pair.batch.requests, draw(), strict=True):
         scored = stock_score(model, [request.prompt], [completion], request.temperature)
         relation.add([completion.sampler_logprobs], [x.numpy() for x in scored])
     return relation

@@ -14,13 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rlinvariant.bits import compare
 from rlinvariant.ops.linear import cancelling
 from rlinvariant.verify.relations import Relation
 
 # Row counts at which kernels change: 1 (oneDNN, cuBLASLt), vector and tile edges, 256 (vLLM's norms)
 ROWS = (1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257)
-PACKED, SCORED = 521, 509  # primes, so that a dimension of so many is one of rows: tokens of the forward, and those scored
+PRIMES = (521, 509, 503, 499, 491, 487, 479, 467, 463, 461, 457, 449)  # numbers of rows: no other dimension may have them
 OURS = "rlinvariant"
 
 
@@ -45,18 +44,19 @@ def _signature(x: Any) -> Any:
 @torch.no_grad()
 def ladder(model: Any, generator: torch.Generator) -> Iterator[Relation]:
     """One relation for each op that the model calls, and one for the control; counts are of output words."""
-    device = next(model.parameters()).device
+    device, taken = next(model.parameters()).device, {n for p in model.parameters() for n in p.shape}
+    packed, scored = [p for p in PRIMES if p not in taken][:2]  # tokens of the forward, and those whose log-probs are asked for
     lengths = [1, 2, 17, 64, 129]
-    lengths.append(PACKED - sum(lengths))
+    lengths.append(packed - sum(lengths))
     cu = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(device, torch.int32)
-    ids = torch.randint(0, model.config.get_text_config().vocab_size, (1, PACKED), generator=generator).to(device)
+    ids = torch.randint(0, model.config.get_text_config().vocab_size, (1, packed), generator=generator).to(device)
     longest = min(max(lengths), model.config.get_text_config().max_position_embeddings)
     positions = torch.cat([torch.arange(n) % longest for n in lengths])[None].to(device)
     with _Calls() as calls:
         model(
             input_ids=ids, position_ids=positions, cu_seq_lens_q=cu, cu_seq_lens_k=cu, max_length_q=max(lengths),
-            max_length_k=max(lengths), attention_mask=None, token_ids=ids[0, 1 : SCORED + 1],
-            predicted_from=torch.arange(SCORED, device=device), temperature=0.7,
+            max_length_k=max(lengths), attention_mask=None, token_ids=ids[0, 1 : scored + 1],
+            predicted_from=torch.arange(scored, device=device), temperature=0.7,
         )  # fmt: skip
     relations: dict[str, Relation] = {}
     shapes: dict[str, int] = {}
@@ -71,11 +71,15 @@ def ladder(model: Any, generator: torch.Generator) -> Iterator[Relation]:
         else:
             if name == "linear":
                 args = _cancelling(args)
-            _rows(relation, functools.partial(_call, func), args)
+            _rows(relation, functools.partial(_call, func), args, (scored, packed))
             if name == "linear":
-                _rows(stock, lambda x, w, b=None, *_: (F.linear(x, w.to(x.dtype), None if b is None else b.to(x.dtype)),), args)
+                _rows(stock, _stock_linear, args, (scored, packed))
     yield from relations.values()
     yield stock
+
+
+def _stock_linear(x: Tensor, w: Tensor, b: Tensor | None = None, *_: Any) -> tuple[Tensor]:
+    return (F.linear(x, w.to(x.dtype), None if b is None else b.to(x.dtype)),)
 
 
 def _cancelling(args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -96,8 +100,8 @@ def _is_rows(x: Any, size: int) -> int | None:
     return next((d for d, n in enumerate(x.shape) if n == size), None) if isinstance(x, Tensor) else None
 
 
-def _rows(relation: Relation, call: Any, args: tuple[Any, ...]) -> None:
-    size = next(n for n in (SCORED, PACKED) if any(_is_rows(x, n) is not None for x in args))
+def _rows(relation: Relation, call: Any, args: tuple[Any, ...], sizes: tuple[int, ...]) -> None:
+    size = next(n for n in sizes if any(_is_rows(x, n) is not None for x in args))
     dims = [_is_rows(x, size) for x in args]
 
     def pick(change: Any) -> tuple[Any, ...]:
@@ -109,7 +113,7 @@ def _rows(relation: Relation, call: Any, args: tuple[Any, ...]) -> None:
         for a, b in zip(whole, got, strict=True):
             if (d := _is_rows(a, size)) is not None:
                 expected = a[(slice(None),) * d + (rows,)]
-                count(relation, expected, b[(slice(None),) * d + (rows,)] if b.shape != expected.shape else b, what)
+                relation.count(expected, b[(slice(None),) * d + (rows,)] if b.shape != expected.shape else b, what)
 
     for m in (m for m in ROWS if m < size):
         for first in (0, size - m):
@@ -141,17 +145,9 @@ def _sequences(relation: Relation, func: Any, args: tuple[Any, ...], lengths: li
                 own[i] = torch.tensor([0, n], dtype=torch.int32, device=x.device)
             elif names[i].startswith("max_seqlen"):
                 own[i] = n
-            elif isinstance(x, Tensor) and len(x) == PACKED:
+            elif isinstance(x, Tensor) and len(x) == sum(lengths):
                 own[i] = x[at : at + n].clone()
         for a, b in zip(whole, _call(func, *own), strict=True):
-            if isinstance(a, Tensor) and len(a) == PACKED:
-                count(relation, a[at : at + n], b, f"sequence of {n}: ")
+            if isinstance(a, Tensor) and len(a) == sum(lengths):
+                relation.count(a[at : at + n], b, f"sequence of {n}: ")
         at += n
-
-
-def count(relation: Relation, a: Tensor, b: Tensor, what: str) -> None:
-    """Add the words of two outputs to a relation. A NaN equals itself here: neighbours of NaN must not become one."""
-    relation.compared += a.numel()
-    if (difference := compare(a, b)) is not None:
-        relation.mismatched += difference.count
-        relation.first = relation.first or f"{what}{difference}"

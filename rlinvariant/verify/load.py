@@ -1,6 +1,7 @@
 """The parts that are verified: the trainer's model, the engines, and the stock model, each as a run has them."""
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -88,12 +89,13 @@ def engine(directory: str, invariant: bool, dtype: str, options: dict[str, Any],
     return made
 
 
-def stock_engine(directory: str, dtype: str, options: dict[str, Any], sizes: Sizes) -> Sampler | str:
-    """vLLM as it is; or why it does not start: it refuses some models that ours runs."""
+def or_reason(make: Callable[[], Any]) -> Any:
+    """What `make` returns, or why a stock model or engine cannot be had: vLLM refuses some models that ours runs, and what
+    was verified needs neither."""
     try:
-        return engine(directory, False, dtype, options, sizes)
-    except (AssertionError, NotImplementedError, ValueError) as error:
-        return f"stock vLLM does not run this model: {' '.join(str(error).split())[:160]}"
+        return make()
+    except (RuntimeError, AssertionError, NotImplementedError, ValueError, MemoryError, UserError) as error:
+        return f"not run: {' '.join(str(error).split())[:160]}"
 
 
 def description(model: str, random: bool, directory: str, trained: Any) -> dict[str, Any]:

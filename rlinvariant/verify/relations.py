@@ -12,17 +12,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from rlinvariant.bits import compare
 from rlinvariant.errors import UserError
 from rlinvariant.metrics import FirstMismatch, first_mismatch, mismatches
 from rlinvariant.rollout import Completion, request_seed
 from rlinvariant.sampler.drive import Request, Trace, drive
 from rlinvariant.sampler.engine import Sampler
-from rlinvariant.trainer.score import Layout, score
+from rlinvariant.trainer.packing import pack
+from rlinvariant.trainer.score import Layout, padded, score
 
 TEMPERATURES = (1.0, 0.7)  # a division by 0.7 rounds; one by 1.0 does not
 CROWD = (44, 64)  # co-resident sequences: where peers' kernels were found to change (vllm #51187)
 MOST = 128  # requests in the engine at once
+MOVE = 2**-7  # relative, of a weight in a sync, either way at most half of it: some bf16 weights change, by one ulp
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,7 @@ class Relation:
     how: str = ""
     shown: bool = True
     first: str | None = None
+    lost: str = ""
     unit: str = "tokens"
 
     @property
@@ -90,9 +95,21 @@ class Relation:
             wrong = int(mismatches(x[:n], y[:n]).sum()) + max(len(x), len(y)) - n
             if wrong and self.first is None:
                 at: FirstMismatch | None = first_mismatch(x[None, :n], y[None, :n], np.ones((1, n)))
-                where = f"sequence {i}" + (f", position {at.position}: {at.sampler_hex} != {at.trainer_hex}" if at else "")
-                self.first = f"{what}{where}"
+                words = (
+                    ""
+                    if at is None
+                    else f"{at.sampler_logprob:.9g} {at.sampler_hex} != {at.trainer_logprob:.9g} {at.trainer_hex}"
+                )
+                where = f"position {at.position}: {words}" if at else f"{len(x)} log-probs against {len(y)}"
+                self.first = f"{what}sequence {i}, {where}"
             self.mismatched += wrong
+
+    def count(self, a: Tensor, b: Tensor, what: str) -> None:
+        """Compare the words of two outputs of an op. A NaN equals itself here: a neighbour of NaN must not become one."""
+        self.compared += a.numel()
+        if (difference := compare(a, b)) is not None:
+            self.mismatched += difference.count
+            self.first = self.first or f"{what}{difference}"
 
     def of(self, again: Sequence[Completion | None], first: Sequence[Completion]) -> "Relation":
         """Compare what was drawn again with what was drawn first: from where their tokens part, nothing is equal."""
@@ -116,6 +133,7 @@ class Pair:
     vocabulary: int
     advance: Callable[[int], None] = lambda tokens: None
     tokens: int = 0  # compared, sampler against trainer
+    mismatched: int = 0  # of them
     scored: int = 0  # by the trainer's model, prompts with them
     seconds: float = 0.0  # which took so long
     batch: "Batch" = field(init=False)  # of `sampler_and_trainer`
@@ -142,12 +160,22 @@ class Pair:
         return Layout(micro_batch, tokens=self.sizes.in_forward, **layout)
 
     def against_trainer(self, relation: Relation, requests: Sequence[Request], trace: Trace) -> list[np.ndarray]:
-        """Add every completion that came to its end to the relation; returns the trainer's log-probs."""
+        """Add every completion that came to its end to the relation; returns the trainer's log-probs.
+
+        A request that was not to be cancelled must have come to its last token, or nothing is shown.
+        """
         ended = [(r, c) for r, c in zip(requests, trace.completions, strict=True) if c is not None]
         asked, completions = [r for r, _ in ended], [c for _, c in ended]
-        scored = self.score(asked, completions, self.packed())
+        whole = [c is not None and len(c.token_ids) == r.max_tokens for r, c in zip(requests, trace.completions, strict=True)]
+        if lost := [
+            i for i, (r, all_of_it) in enumerate(zip(requests, whole, strict=True)) if r.aborts is None and not all_of_it
+        ]:
+            relation.shown = False
+            relation.lost = f"{len(lost)} of {len(requests)} requests did not come to their last token, first {lost[0]}"
+        scored, before = self.score(asked, completions, self.packed()), relation.mismatched
         relation.add([c.sampler_logprobs for c in completions], scored)
         self.tokens += sum(len(c.token_ids) for c in completions)
+        self.mismatched += relation.mismatched - before
         self.advance(self.tokens)
         return scored
 
@@ -232,7 +260,7 @@ def chunked(pair: Pair) -> Relation:
     trace = pair.draw(requests)
     pair.against_trainer(relation, requests, trace)
     relation.how = f"prompts of up to {max(lengths):,} in steps of {size.in_step:,}: {trace.chunks} times cut"
-    relation.shown = trace.chunks > 0
+    relation.shown &= trace.chunks > 0
     return relation
 
 
@@ -240,20 +268,58 @@ def one_by_one(pair: Pair) -> Relation:
     return _layout(pair, "trainer: micro-batch of 1 = packed", Layout(1))
 
 
-def padded(pair: Pair) -> Relation:
+def shuffled(pair: Pair) -> Relation:
     layout = Layout(5, "shuffled", "right", padding=7, grad=True)
     return _layout(pair, "trainer: padded, shuffled, with grad = packed", layout)
 
 
 def checkpointed(pair: Pair) -> Relation:
-    model, training = pair.model, pair.model.training
+    """Log-probs and the first layer's gradients, which need every layer's activations, computed once or twice."""
+    relation, model, training = (
+        Relation("trainer: gradient checkpointing = none", unit="words"),
+        pair.model,
+        pair.model.training,
+    )
     model.train()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
     try:
-        return _layout(pair, "trainer: gradient checkpointing = packed", pair.packed(8, grad=True))
+        plain = _gradients(pair)
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        try:
+            again = _gradients(pair)
+        finally:
+            model.gradient_checkpointing_disable()
     finally:
-        model.gradient_checkpointing_disable()
         model.train(training)
+    for name, x in plain.items():
+        relation.count(x, again[name], f"{name}: ")
+    relation.shown = len(plain) > 1
+    return relation
+
+
+def _gradients(pair: Pair) -> dict[str, Tensor]:
+    """Log-probs of a few completions, and the gradients of their sum."""
+    chosen = [i for i, r in enumerate(pair.batch.requests) if r.temperature == 1.0][:4]
+    prompts, completions = ([of[i] for i in chosen] for of in ([r.prompt for r in pair.batch.requests], pair.batch.completions))
+    ids, mask, length = padded(prompts, [c.token_ids for c in completions], Layout(4))
+    device = next(pair.model.parameters()).device
+    packed = pack(ids.to(device), mask.to(device), length)
+    first = dict(pair.model.base_model.layers[0].named_parameters())
+    needed = {p: p.requires_grad for p in pair.model.parameters()}
+    try:
+        for p in needed:  # all gradients of a large model would not fit beside an engine
+            p.requires_grad_(False)
+        for p in first.values():
+            p.requires_grad_(True)
+        with torch.enable_grad():
+            logprobs, _ = pair.model(
+                **packed.inputs, attention_mask=None, token_ids=packed.token_ids, predicted_from=packed.predicted_from,
+                temperature=1.0,
+            )  # fmt: skip
+            found = torch.autograd.grad(logprobs.sum(), list(first.values()))
+    finally:
+        for p, before in needed.items():
+            p.requires_grad_(before)
+    return {"log-probs": logprobs.detach(), **dict(zip(first, found, strict=True))}
 
 
 def _layout(pair: Pair, name: str, layout: Layout) -> Relation:
@@ -262,37 +328,40 @@ def _layout(pair: Pair, name: str, layout: Layout) -> Relation:
     return relation
 
 
-def composition(pair: Pair, number: int, budget: int) -> tuple[list[Request], bool]:
-    """One random batch: how many, how long, when they come, which are cancelled. Every other one is a crowd.
+KINDS = ("crowd", "any", "full")
+
+
+def composition(pair: Pair, number: int, budget: int) -> list[Request]:
+    """One random batch of the kind KINDS[number % 3]: how many, how long, when they come, which are cancelled.
+
+    "crowd": 44 to 64 short ones, co-resident. "full": as many as the engine takes, short, at once. "any": 3 to 128, ragged,
+    some of which come while others decode, and some of which are cancelled.
 
     Args:
         budget: of prompt tokens, all together; one prompt of the longest is in it where there is room.
-
-    Returns:
-        the requests, and whether all of them were to be in the engine at once.
     """
-    rng, size = random.Random(request_seed(pair.seed, 3, number, 0)), pair.sizes
-    crowd = number % 2 == 0
-    if crowd:
-        count, longest, arrive = rng.randint(*CROWD), min(24, size.longest), 3
-    else:
-        count, longest, arrive = rng.randint(1, MOST), size.longest, rng.choice((0, size.tokens // 2, 2 * size.tokens))
+    rng, size, kind = random.Random(request_seed(pair.seed, 3, number, 0)), pair.sizes, KINDS[number % len(KINDS)]
+    any_kind = kind == "any"
+    count = rng.randint(3, MOST) if any_kind else rng.randint(*CROWD) if kind == "crowd" else MOST
+    longest = size.longest if any_kind else min(24, size.longest)
     lengths = [max(1, round(longest ** rng.random())) for _ in range(count)]
     lengths[0] = longest if longest <= budget else lengths[0]
     while sum(lengths) > budget and max(lengths[1:], default=0) > 1:
         lengths[1:] = [max(1, n // 2) for n in lengths[1:]]
     requests = []
     for i, n in enumerate(lengths):
-        arrives = rng.randint(0, arrive)
-        tokens = rng.randint(size.tokens // 2, size.tokens)
-        aborts = arrives + rng.randint(1, tokens) if not crowd and rng.random() < 0.15 else None
+        # the second comes while the first decodes, and the last is cancelled on its way, whatever is drawn
+        arrives = 0 if i == 0 or not any_kind else 3 if i == 1 else rng.randint(0, 2 * size.tokens)
+        tokens = rng.randint(size.tokens // 2, size.tokens) if any_kind and 1 < i < count - 1 else size.tokens
+        cancelled = any_kind and (i == count - 1 or (i > 1 and rng.random() < 0.15))
+        aborts = arrives + rng.randint(1, max(1, tokens - 2)) if cancelled else None
         seed, t = request_seed(pair.seed, 4, number, i), rng.choice((*TEMPERATURES, 1.3))
         requests.append(Request(pair.prompt(rng, n), seed, t, tokens, arrives, aborts, ignore_eos=True))
-    return requests, crowd
+    return requests
 
 
 def compositions(pair: Pair, go_on: Callable[[], bool]) -> Relation:
-    """Random compositions while `go_on()`, two at the least: a crowd, and one of any kind.
+    """Random compositions while `go_on()`, one of each kind at the least.
 
     A batch has as many prompt tokens as the trainer's model scores in ten seconds, so that a slow machine is heard of.
     """
@@ -300,18 +369,20 @@ def compositions(pair: Pair, go_on: Callable[[], bool]) -> Relation:
     number = aborted = decoding = 0
     loads, lengths = [], []
     budget = int(min(48_000, max(pair.sizes.longest, 10 * pair.scored / pair.seconds)))
-    while number < 2 or go_on():
-        requests, crowd = composition(pair, number, budget)
-        trace = pair.draw(requests, cold=number % 3 != 2)
+    while number < len(KINDS) or go_on():
+        requests = composition(pair, number, budget)
+        trace = pair.draw(requests, cold=number % 4 != 3)
         pair.against_trainer(relation, requests, trace)
         loads.append(trace.together)
         lengths += [len(r.prompt) for r in requests]
         aborted, decoding = aborted + trace.aborted, decoding + sum(n > 0 for n in trace.decoding)
-        relation.shown &= not crowd or trace.together >= CROWD[0]
+        kind = KINDS[number % len(KINDS)]
+        relation.shown &= kind == "any" or trace.together >= {"crowd": CROWD[0], "full": MOST}[kind]
         number += 1
+    relation.shown &= aborted > 0 and decoding > 0
     relation.how = (
-        f"{number} batches, up to {max(loads)} at once, prompts of {min(lengths)} to {max(lengths):,}, "
-        f"{decoding} arrivals while others decoded, {aborted} cancelled"
+        f"{number} batches of up to {max(loads)}, prompts of {min(lengths)} to {max(lengths):,}, {decoding:,} arrivals while "
+        f"others decoded, {aborted} cancelled"
     )
     return relation
 
@@ -327,15 +398,16 @@ def weight_sync(pair: Pair) -> Relation:
     with torch.no_grad():
         for p in pair.model.parameters():
             noise = torch.rand(p.shape[-1:], generator=generator).to(p.device, p.dtype)
-            p.mul_(1 + 0.02 * (noise - 0.5))
+            p.mul_(1 + MOVE * (noise - 0.5))
     pair.sampler.sync(pair.model.named_parameters())
     differing = pair.sampler.differing_weights(pair.model.named_parameters())
     pair.against_trainer(relation, requests, pair.draw(requests, cold=False))
-    relation.how, relation.shown = f"{len(differing)} parameters differ after it", not differing
+    relation.how = f"{len(differing)} parameters differ after it"
+    relation.shown &= not differing
     return relation
 
 
 OF_A_BATCH = (
-    sampler_and_trainer, alone, prefill_and_decode, warm_prefix, preempted, chunked, one_by_one, padded, checkpointed,
+    sampler_and_trainer, alone, prefill_and_decode, warm_prefix, preempted, chunked, one_by_one, shuffled, checkpointed,
 )  # fmt: skip
 """The first first; `compositions`, and `weight_sync`, which moves the weights, come after."""

@@ -24,18 +24,15 @@ def prove(model: Any, sampler: Any, config: Any, name: str, dtype: str) -> tuple
     Raises:
         ParityError: a log-prob differs, or the comparison does not see a planted fault.
     """
-    found = certificate.find(certificate.subject(config, dtype))
+    eager = bool(sampler.llm.llm_engine.model_config.enforce_eager)
+    found = certificate.find(certificate.subject(config, dtype, eager))
     if found is not None:
-        path = str(certificate.path_of(found["subject"]))
-        line = f"certificate: exact on this model and machine, 0 / {found['tokens']:,} tokens, {found['date'][:10]} ({path})"
-        return line, {"path": path, "tokens": found["tokens"], "date": found["date"]}
+        path = str(certificate.path_of(found["subject"], found["form"]))
+        of = f"0 / {found['tokens']:,} tokens, {found['form']} form, {found['date'][:10]}"
+        line = f"certificate: exact on this model and machine, {of} ({path})"
+        return line, {"path": path, "tokens": found["tokens"], "form": found["form"], "date": found["date"]}
     began, training = time.monotonic(), model.training
-    limit = sampler.llm.llm_engine.model_config.max_model_len
-    tokens = max(1, min(TOKENS, limit // 4))
-    prompt = max(2, min(PROMPT, limit - 2 * tokens - 1))
-    pair = Pair(
-        model.eval(), sampler, Sizes(REQUESTS, prompt, tokens, prompt, 256, 4096), SEED, config.get_text_config().vocab_size
-    )
+    pair = pair_of(model.eval(), sampler, config.get_text_config().vocab_size)
     try:
         relations = [check(pair) for check in (sampler_and_trainer, alone, one_by_one)]
         fault = one_ulp(pair, getattr(torch, dtype))
@@ -53,5 +50,13 @@ def prove(model: Any, sampler: Any, config: Any, name: str, dtype: str) -> tuple
     if not fault.mismatched:
         raise ParityError(f"before the first step: {counts}: the comparison is blind; invariance=off runs without the proof")
     took = time.monotonic() - began
-    line = f"no certificate of this model on this machine (rlinvariant verify {name}); short form: {counts}, {took:.1f} s"
+    line = f"no certificate of this model here (rlinvariant verify {name} makes one); compared now: {counts}, {took:.1f} s"
     return line, {"path": None, "compared": compared, "mismatched": wrong, "one_ulp": fault.mismatched, "seconds": took}
+
+
+def pair_of(model: Any, sampler: Any, vocabulary: int) -> Pair:
+    """As few and as short requests as an engine of any length takes."""
+    limit = sampler.llm.llm_engine.model_config.max_model_len
+    tokens = max(1, min(TOKENS, limit // 4))
+    prompt = max(2, min(PROMPT, limit - 2 * tokens - 1))
+    return Pair(model, sampler, Sizes(REQUESTS, prompt, tokens, prompt, 256, 4096), SEED, vocabulary)

@@ -32,11 +32,11 @@ def line(relation: Relation, control: bool = False) -> str:
     """One line; below it, where bits differ that must not, the first that does."""
     compared = f"{relation.mismatched:,} / {relation.compared:,}"
     if control:
-        none = "BLIND: no difference on this model and machine" if relation.shown else relation.how
-        remark = "seen" if relation.mismatched else none
+        blind = "BLIND" if relation.name.startswith("planted") else "blind: no difference on this model and machine"
+        remark = "seen" if relation.mismatched else blind if relation.shown else relation.how
     else:
         remark = "" if relation.holds else "NOT EXACT  " if relation.mismatched else "NOT SHOWN  "
-        remark += relation.how
+        remark += "; ".join(filter(None, (relation.how, relation.lost)))
     text = f"{relation.name:<{NAME}} {compared:>{COUNTS}}  {remark}".rstrip()
     return text + (f"\n    first: {relation.first}" if relation.first and not control else "")
 
@@ -62,10 +62,11 @@ def verdict(certificate: dict[str, Any]) -> Iterator[str]:
     yield f"{word}: {tokens}; {seen} of {len(controls)} controls seen, {took}"
     for relation in relations:
         if not relation["shown"]:
-            yield f"not shown: {relation['name']} ({relation['how']})"
+            yield f"not shown: {relation['name']} ({'; '.join(filter(None, (relation['how'], relation['lost'])))})"
     for control in controls:
         if control["blind"] and control["name"].startswith("planted"):
             yield f"the comparison is blind: {control['name']} changed no log-prob; no certificate can rest on it"
     if wrong:
         flags = " --random" * certificate["model"]["random_weights"]
+        flags += f" --dtype {certificate['subject']['dtype']}" * (certificate["subject"]["dtype"] != "bfloat16")
         yield f"where it begins: rlinvariant bisect {certificate['model']['name']}{flags} --seed {certificate['seed']}"

@@ -11,14 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from rlinvariant import metrics
+from rlinvariant import ops
 from rlinvariant.bench.families import FAMILIES
 from rlinvariant.errors import ParityError, UserError
-from rlinvariant.models import unsupported
+from rlinvariant.models import make_trainable, unsupported
 from rlinvariant.report.console import Console
+from rlinvariant.rollout import Completion
 from rlinvariant.sampler import vllm_model
-from rlinvariant.verify import certificate, command, ladder, load, relations, start, table
+from rlinvariant.sampler.drive import Request, Trace
+from rlinvariant.verify import certificate, command, controls, ladder, load, relations, start, table
 from rlinvariant.verify.relations import Pair, Relation
 from tests.parity.harness import off_by_an_ulp
 
@@ -91,13 +94,16 @@ def test_log_probs_are_compared_word_by_word():
     relation = Relation("words")
     a = np.array([0.0, -1.0, np.nan, -2.0], np.float32)
     relation.add([a], [np.array([-0.0, -1.0, np.nan, np.nextafter(np.float32(-2), np.float32(0))], np.float32)])
-    assert (relation.compared, relation.mismatched) == (4, 3) and "position 0: 0x00000000 != 0x80000000" in str(relation.first)
+    assert (relation.compared, relation.mismatched) == (4, 3) and "position 0: 0 0x00000000 != -0 0x80000000" in str(
+        relation.first
+    )
     relation.add([[-1.0, -2.0]], [[-1.0]])  # what is missing differs
     assert (relation.compared, relation.mismatched) == (6, 4)
 
 
 def test_the_ladder_sees_a_row_that_depends_on_others():
-    x, w = torch.randn(ladder.PACKED, 8), torch.randn(8, 8)
+    rows = ladder.PRIMES[0]
+    x, w = torch.randn(rows, 8), torch.randn(8, 8)
     for call, differs in (
         (lambda x, w: (x * 2,), False),
         (lambda x, w: (x.cumsum(0),), True),
@@ -105,20 +111,53 @@ def test_the_ladder_sees_a_row_that_depends_on_others():
         (lambda x, w: (x + 0 * x.sum(),), True),  # NaN of another row
     ):
         relation = Relation("op")
-        ladder._rows(relation, call, (x, w))
+        ladder._rows(relation, call, (x, w), (rows,))
         assert bool(relation.mismatched) is differs and relation.compared > 10_000
 
 
 def test_compositions_are_of_their_seed_and_keep_to_the_budget():
     def of(seed: int, number: int) -> list[Any]:
-        return relations.composition(Pair(None, None, QUICK, seed, 100), number, 2000)[0]  # type: ignore[arg-type]
+        return relations.composition(Pair(None, None, QUICK, seed, 100), number, 2000)  # type: ignore[arg-type]
 
-    assert of(0, 3) == of(0, 3) != of(1, 3) and of(0, 3) != of(0, 5)
-    for number in range(20):
-        found, crowd = relations.composition(Pair(None, None, QUICK, 7, 100), number, 2000)  # type: ignore[arg-type]
-        assert crowd == (number % 2 == 0) and sum(len(r.prompt) for r in found) <= 2000 + len(found)
-        assert not crowd or relations.CROWD[0] <= len(found) <= relations.CROWD[1]
-        assert 1 <= len(found) <= relations.MOST and all(1 <= len(r.prompt) <= QUICK.longest for r in found)
+    assert of(0, 3) == of(0, 3) != of(1, 3) and of(0, 3) != of(0, 6)
+    for number in range(30):
+        found, kind = of(7, number), relations.KINDS[number % 3]
+        assert sum(len(r.prompt) for r in found) <= 2000 + len(found) and all(
+            1 <= len(r.prompt) <= QUICK.longest for r in found
+        )
+        if kind == "crowd":
+            assert relations.CROWD[0] <= len(found) <= relations.CROWD[1]
+        elif kind == "full":
+            assert len(found) == relations.MOST and not any(r.arrives or r.aborts for r in found)
+        else:  # whatever is drawn, one comes while another decodes, and one is cancelled on its way
+            assert found[0].aborts is None is found[1].aborts and found[1].arrives == 3 < QUICK.tokens
+            assert found[-1].aborts is not None and found[-1].aborts < found[-1].arrives + found[-1].max_tokens
+
+
+def test_a_completion_that_is_cut_or_lost_is_not_shown():
+    """Whatever the log-probs say that are there."""
+    pair = Pair(None, None, QUICK, 0, 100)  # type: ignore[arg-type]
+    requests = [Request((1,), 0, 1.0, 2), Request((2,), 0, 1.0, 2), Request((3,), 0, 1.0, 2, aborts=1)]
+    whole = Completion([4, 5], [-1.0, -2.0])
+    for second, shown in ((whole, True), (Completion([4], [-1.0]), False), (None, False)):
+        drawn = [c.sampler_logprobs for c in (whole, second) if c is not None]
+        pair.score = lambda *_, drawn=drawn: [np.float32(x) for x in drawn]  # type: ignore[method-assign]
+        relation = Relation("r")
+        pair.against_trainer(relation, requests, Trace([whole, second, None]))
+        assert relation.shown is shown is relation.holds and relation.mismatched == 0
+
+
+@pytest.mark.parametrize("fault", [True, False])
+def test_a_planted_fault_is_seen_and_no_fault_is_not(exact_engine, arithmetic_dir, monkeypatch, fault):
+    """With anything else that moved, a control would be seen without its fault."""
+    pair = start.pair_of(load.trained(arithmetic_dir, "bfloat16"), exact_engine, 99)
+    exact_engine.sync(pair.model.named_parameters())
+    assert relations.sampler_and_trainer(pair).holds
+    if not fault:
+        monkeypatch.setattr(controls, "_next", lambda x: x)
+        monkeypatch.setattr(controls, "_sdpa", ops.attention)
+    for control in (controls.one_ulp(pair, torch.bfloat16), controls.stock_attention(pair)):
+        assert control.compared > 100 and bool(control.mismatched) is fault
 
 
 # ---- the certificate
@@ -126,7 +165,7 @@ def test_compositions_are_of_their_seed_and_keep_to_the_budget():
 
 def a_certificate(**changes: Any) -> dict[str, Any]:
     about = certificate.subject(FAMILIES["llama"](), "bfloat16")
-    return {"exact": True, "subject": about, "tokens": 5, "date": "2026-01-01T00:00:00Z"} | changes
+    return {"exact": True, "form": "full", "subject": about, "tokens": 5, "date": "2026-01-01T00:00:00Z"} | changes
 
 
 def test_a_certificate_is_found_for_its_own_subject_alone(cache, monkeypatch):
@@ -146,13 +185,33 @@ def test_a_certificate_is_found_for_its_own_subject_alone(cache, monkeypatch):
         assert certificate.find(certificate.subject(FAMILIES["llama"](), "bfloat16")) is None
 
 
-def test_one_that_is_not_exact_takes_the_place_of_one_that_was(tmp_path):
+def test_none_is_found_while_one_says_that_it_is_not_exact(tmp_path):
+    """A short one does not take the place of a full one, either way."""
+    about = a_certificate()["subject"]
+    certificate.write(a_certificate(form="short", tokens=3))
+    assert certificate.find(about) == json.loads(certificate.path_of(about, "short").read_text())
     path = certificate.write(a_certificate())
+    assert certificate.find(about) == json.loads(path.read_text())
     assert certificate.write(a_certificate(exact=False), tmp_path / "deep" / "copy.json") == path
-    assert certificate.find(a_certificate()["subject"]) is None
     assert json.loads((tmp_path / "deep" / "copy.json").read_text())["exact"] is False
+    certificate.write(a_certificate(form="short", tokens=3))
+    assert certificate.find(about) is None
+    certificate.write(a_certificate())
+    assert certificate.find(about) is not None
     path.write_text(path.read_text()[:40])
-    assert certificate.find(a_certificate()["subject"]) is None
+    assert certificate.find(about) is None, "a damaged one may have said anything"
+
+
+def test_what_chooses_kernels_is_part_of_the_subject(monkeypatch):
+    about = certificate.subject(FAMILIES["llama"](), "bfloat16")
+    assert certificate.subject(FAMILIES["llama"](), "bfloat16", eager=not about["eager"]) != about
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    assert certificate.subject(FAMILIES["llama"](), "bfloat16") != about
+
+
+def test_a_file_that_cannot_be_written_is_refused_at_the_start(tmp_path):
+    with pytest.raises(UserError, match="y.json cannot be written .*--out"):
+        command.command([str(tmp_path), "--out", "/proc/x/y.json"])
 
 
 def test_an_interrupted_verification_leaves_none(tmp_path, cache, monkeypatch, capsys):
@@ -186,12 +245,12 @@ def test_training_looks_for_a_certificate_or_makes_sure(exact_engine, arithmetic
     exact_engine.sync(model.named_parameters())
     before = {name: p.clone() for name, p in model.named_parameters()}
     line, record = start.prove(model, exact_engine, config, arithmetic_dir, "bfloat16")
-    assert "no certificate" in line and f"rlinvariant verify {arithmetic_dir}" in line and "0 / " in line
+    assert "no certificate" in line and f"rlinvariant verify {arithmetic_dir}" in line and ": 0 / " in line
     assert record["compared"] > 200 and record["mismatched"] == 0 < record["one_ulp"]
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
     certificate.write(a_certificate(subject=certificate.subject(config, "bfloat16"), tokens=61_440))
     line, record = start.prove(model, exact_engine, config, arithmetic_dir, "bfloat16")
-    assert "0 / 61,440 tokens, 2026-01-01" in line and record["path"] in line
+    assert "0 / 61,440 tokens, full form, 2026-01-01" in line and record["path"] in line
 
 
 def test_training_does_not_start_where_the_short_form_fails(exact_engine, arithmetic_dir, monkeypatch):
@@ -270,13 +329,19 @@ def test_a_model_that_cannot_be_verified_is_one_line(tmp_path, monkeypatch):
         assert "\n" not in str(error.value), error.value
 
 
+@pytest.mark.parametrize("size", [{"vocab_size": 521}, {"intermediate_size": 509}])
+def test_no_dimension_is_taken_for_the_rows(size):
+    config = FAMILIES["qwen3"]()
+    for name, value in size.items():
+        setattr(config, name, value)
+    model = make_trainable(AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval(), torch.bfloat16)
+    *found, _ = ladder.ladder(model, torch.Generator().manual_seed(0))
+    assert len(found) >= 6 and all(r.holds for r in found)
+
+
 def test_sizes_fit_any_number_of_positions():
     for positions in (64, 100, 128, 512, 5000):
         for sizes in (relations.SHORT, relations.FULL):
             found = sizes.within(positions)
             assert found.positions <= positions + 1 and found.prompt >= 8 and found.tokens >= 2
             assert all(v > 0 for v in dataclasses.asdict(found).values())
-
-
-def test_a_nan_log_prob_is_a_mismatch():
-    assert metrics.mismatches(np.float32([np.nan]), np.float32([np.nan])).tolist() == [True]
