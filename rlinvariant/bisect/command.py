@@ -5,9 +5,9 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any
 
-from rlinvariant.arguments import Parser, at_least, temperature
+from rlinvariant.arguments import Parser, at_least, model_problems, temperature
 from rlinvariant.conflicts import INVARIANCE, SIDES
-from rlinvariant.errors import UserError
+from rlinvariant.errors import ConfigErrors, UserError
 
 DESCRIPTION = """Draws completions of random prompts with the exact sampler, scores them with the exact trainer. If a log-prob
 differs, says where the two part first: sequence, token, layer, op, by how many ulps, whether the op's inputs and weights were
@@ -43,6 +43,8 @@ def bisect(argv: Sequence[str]) -> int:
         UserError: bad arguments, or a model that cannot be loaded or cannot run exactly.
     """
     options = parser().parse_args(argv)
+    if problems := model_problems("model", options.model):
+        raise ConfigErrors(problems)
     name = options.model
     from rlinvariant import runtime
     from rlinvariant.report.console import Console

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from rlinvariant import runtime
-from rlinvariant.arguments import Parser, at_least
-from rlinvariant.errors import UserError
+from rlinvariant.arguments import Parser, at_least, model_problems
+from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.report.console import Console
 
 DESCRIPTION = """Is exact mode exact here, on this model? Draws with a real vLLM engine, scores with the trainer's model, and
@@ -36,6 +36,8 @@ def parser() -> Parser:
 def command(argv: Sequence[str]) -> int:
     """Verify as `argv` says, print the table, write the certificate. Returns the exit code; raises UserError."""
     options = parser().parse_args(argv)
+    if problems := model_problems("model", options.model):
+        raise ConfigErrors(problems)
     if options.short and options.tokens:
         raise UserError(f"verify: --tokens {options.tokens} with --short: expected one of them; remove one")
     console = Console()
