@@ -152,7 +152,7 @@ def relations(rollout: Rollout, model: Any, sampler: Any, dtype: str, trainer_ex
         yield trainer
         return
     pair = _pair(rollout, model, sampler)
-    scored = pair.score(pair.batch.requests, completions, pair.packed())
+    scored = pair.batch.scored[:] = pair.score(pair.batch.requests, completions, pair.packed())
     trainer.add(scored, [c.sampler_logprobs for c in completions])
     yield trainer
     yield one_ulp(pair, getattr(torch, dtype))

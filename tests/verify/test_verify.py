@@ -210,8 +210,9 @@ def test_what_chooses_kernels_is_part_of_the_subject(monkeypatch):
 
 
 def test_a_file_that_cannot_be_written_is_refused_at_the_start(tmp_path):
+    FAMILIES["qwen3"]().save_pretrained(tmp_path)
     with pytest.raises(UserError, match="y.json cannot be written .*--out"):
-        command.command([str(tmp_path), "--out", "/proc/x/y.json"])
+        command.command([str(tmp_path), "--random", "--out", "/proc/x/y.json"])
 
 
 def test_an_interrupted_verification_leaves_none(tmp_path, cache, monkeypatch, capsys):
@@ -292,7 +293,7 @@ def test_the_command_from_outside(tmp_path):
         ([], "MODEL"),
         (["m", "--toknes", "5"], "--toknes"),
         (["m", "--tokens", "0"], "0: expected a whole number of at least 1"),
-        (["m", "--tokens", "9", "--short"], "--tokens 9 with --short"),
+        (["some/m", "--tokens", "9", "--short"], "--tokens 9 with --short"),
         (["m", "--dtype", "float16"], "float16"),
     ],
 )
