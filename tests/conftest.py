@@ -33,6 +33,20 @@ def exact_engine(arithmetic_dir):
 
 
 @pytest.fixture(scope="session")
+def arithmetic_weights(arithmetic_dir) -> list:
+    from tests.parity.harness import load
+
+    return list(load(arithmetic_dir).named_parameters())
+
+
+@pytest.fixture(autouse=True)
+def weights_of_its_own(request) -> None:
+    """Whatever the test before has left in the shared engine, NaN perhaps."""
+    if "exact_engine" in request.fixturenames:
+        request.getfixturevalue("exact_engine").sync(request.getfixturevalue("arithmetic_weights"))
+
+
+@pytest.fixture(scope="session")
 def stock_engine(arithmetic_dir):
     from tests.parity.harness import start_engine
 

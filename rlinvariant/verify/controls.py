@@ -69,9 +69,8 @@ def stock_trainer(pair: Pair, model: Any) -> Relation:
 def stock_both(pair: Pair, model: Any, engine: Any) -> Relation:
     """invariance=off: vLLM and transformers as they are."""
     relation = Relation("stock: vLLM, transformers (invariance=off)")
-    if isinstance(engine, str):
-        model = engine
-    return _scored_by_stock(pair, model, relation, lambda: drive(engine, pair.batch.requests).completions)
+    known = engine if isinstance(engine, str) else model
+    return _scored_by_stock(pair, known, relation, lambda: drive(engine, pair.batch.requests).completions)
 
 
 def _scored_by_stock(pair: Pair, model: Any, relation: Relation, draw: Callable[[], Any]) -> Relation:

@@ -299,7 +299,7 @@ def checkpointed(pair: Pair) -> Relation:
 def _gradients(pair: Pair) -> dict[str, Tensor]:
     """Log-probs of a few completions, and the gradients of their sum."""
     chosen = [i for i, r in enumerate(pair.batch.requests) if r.temperature == 1.0][:4]
-    prompts, completions = ([of[i] for i in chosen] for of in ([r.prompt for r in pair.batch.requests], pair.batch.completions))
+    prompts, completions = [pair.batch.requests[i].prompt for i in chosen], [pair.batch.completions[i] for i in chosen]
     ids, mask, length = padded(prompts, [c.token_ids for c in completions], Layout(4))
     device = next(pair.model.parameters()).device
     packed = pack(ids.to(device), mask.to(device), length)
