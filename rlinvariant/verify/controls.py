@@ -69,7 +69,7 @@ def stock_trainer(pair: Pair, model: Any) -> Relation:
 def stock_both(pair: Pair, model: Any, engine: Any) -> Relation:
     """invariance=off: vLLM and transformers as they are."""
     relation = Relation("stock: vLLM, transformers (invariance=off)")
-    known = engine if isinstance(engine, str) else model
+    known = model if hasattr(engine, "llm") else engine  # a reason
     return _scored_by_stock(pair, known, relation, lambda: drive(engine, pair.batch.requests).completions)
 
 
