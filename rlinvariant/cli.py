@@ -1,5 +1,6 @@
 """The `rlinvariant` command."""
 
+import functools
 import os
 import sys
 from collections.abc import Callable
@@ -21,107 +22,95 @@ USAGE = """usage: rlinvariant train recipe=NAME [key=value ...]   train in this 
        rlinvariant --version"""
 
 
-def train(argv: list[str]) -> int:
-    """Parse and run. Returns the exit code."""
+def _command(run: Callable[[list[str]], int | None]) -> Callable[[list[str]], int]:
+    """Arguments to exit code, through `_call`. What a command needs is imported when it runs."""
 
-    def parse_and_run() -> None:
-        from rlinvariant.config import parse
+    @functools.wraps(run)
+    def command(argv: list[str]) -> int:
+        return _call(lambda: run(argv))
 
-        config = parse(argv)
-        from rlinvariant.run import run
-
-        run(config)
-
-    return _call(parse_and_run)
+    return command
 
 
+@_command
+def train(argv: list[str]) -> None:
+    from rlinvariant.config import parse
+
+    config = parse(argv)
+    from rlinvariant.run import run
+
+    run(config)
+
+
+@_command
 def ablate(argv: list[str]) -> int:
-    def run() -> int:
-        from rlinvariant.ablate import ablate
+    from rlinvariant.ablate import ablate
 
-        return ablate(argv)
-
-    return _call(run)
+    return ablate(argv)
 
 
-def demo(argv: list[str]) -> int:
-    def run() -> None:
-        from rlinvariant.demo import demo
+@_command
+def demo(argv: list[str]) -> None:
+    from rlinvariant.demo import demo
 
-        demo(argv)
-
-    return _call(run)
+    demo(argv)
 
 
-def serve(argv: list[str]) -> int:
-    def run() -> None:
-        from rlinvariant.serve import serve
+@_command
+def serve(argv: list[str]) -> None:
+    from rlinvariant.serve import serve
 
-        serve(argv)
-
-    return _call(run)
+    serve(argv)
 
 
+@_command
 def verify(argv: list[str]) -> int:
-    def run() -> int:
-        from rlinvariant.verify.command import command
+    from rlinvariant.verify.command import command
 
-        return command(argv)
-
-    return _call(run)
+    return command(argv)
 
 
+@_command
 def bisect(argv: list[str]) -> int:
-    def run() -> int:
-        from rlinvariant.bisect import bisect
+    from rlinvariant.bisect import bisect
 
-        return bisect(argv)
-
-    return _call(run)
+    return bisect(argv)
 
 
+@_command
 def replay(argv: list[str]) -> int:
-    def run() -> int:
-        from rlinvariant.replay import command
+    from rlinvariant.replay import command
 
-        return command(argv)
-
-    return _call(run)
+    return command(argv)
 
 
+@_command
 def doctor(argv: list[str]) -> int:
-    def run() -> int:
-        from rlinvariant.doctor import doctor
+    from rlinvariant.doctor import doctor
 
-        return doctor(argv)
-
-    return _call(run)
+    return doctor(argv)
 
 
-def report(argv: list[str]) -> int:
-    def run() -> None:
-        from rlinvariant.report import html, tables
-        from rlinvariant.report.console import Console
+@_command
+def report(argv: list[str]) -> None:
+    from rlinvariant.report import html, tables
+    from rlinvariant.report.console import Console
 
-        file, study = html.write(_one_path("report", argv))
-        tables.show(study, Console())
-        print(f"report: {file}")
-
-    return _call(run)
+    file, study = html.write(_one_path("report", argv))
+    tables.show(study, Console())
+    print(f"report: {file}")
 
 
-def dashboard(argv: list[str]) -> int:
-    def run() -> None:
-        verb, *rest = argv or ["", ""]
-        if verb not in ("push", "sync"):
-            raise UserError(f"dashboard {verb}: expected dashboard push or dashboard sync, and a directory")
-        path = _one_path(f"dashboard {verb}", rest)
-        from rlinvariant.report import dashboard
+@_command
+def dashboard(argv: list[str]) -> None:
+    verb, *rest = argv or ["", ""]
+    if verb not in ("push", "sync"):
+        raise UserError(f"dashboard {verb}: expected dashboard push or dashboard sync, and a directory")
+    path = _one_path(f"dashboard {verb}", rest)
+    from rlinvariant.report import dashboard
 
-        for line in {"push": dashboard.push, "sync": dashboard.sync}[verb](path):
-            print(line)
-
-    return _call(run)
+    for line in {"push": dashboard.push, "sync": dashboard.sync}[verb](path):
+        print(line)
 
 
 def _one_path(command: str, argv: list[str]) -> str:

@@ -71,8 +71,12 @@ def require_writable(*files: Path) -> None:
             with tempfile.TemporaryFile(dir=file.parent):
                 pass
         except OSError as error:
-            fix = "set RLINVARIANT_CACHE, or choose another --out"
-            raise UserError(f"certificate: {file} cannot be written ({error.strerror}); {fix}") from error
+            raise _unwritable(file, error) from error
+
+
+def _unwritable(file: Any, error: OSError) -> UserError:
+    fix = "set RLINVARIANT_CACHE, or choose another --out"
+    return UserError(f"certificate: {file} cannot be written ({error.strerror}); {fix}")
 
 
 def write(certificate: dict[str, Any], also: Path | None = None) -> Path:
@@ -83,9 +87,7 @@ def write(certificate: dict[str, Any], also: Path | None = None) -> Path:
             target.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(target, json.dumps({"schema": SCHEMA, **certificate}, indent=2, default=str) + "\n")
     except OSError as error:
-        raise UserError(
-            f"certificate: cannot write {error.filename} ({error.strerror}); set RLINVARIANT_CACHE or --out"
-        ) from error
+        raise _unwritable(error.filename, error) from error
     return path
 
 

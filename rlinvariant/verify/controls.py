@@ -47,7 +47,7 @@ def _scored_again(pair: Pair, relation: Relation) -> None:
 
 
 def stale_weights(pair: Pair) -> Relation:
-    """The trainer of after `weight_sync`, which moves about half of the weights by an ulp, on what was drawn before it."""
+    """The trainer of after `weight_sync`, which moves some of the bf16 weights by an ulp, on what was drawn before it."""
     relation = Relation("planted: the sampler's weights one sync old")
     _scored_again(pair, relation)
     return relation

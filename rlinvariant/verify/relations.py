@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rlinvariant.bits import compare
 from rlinvariant.errors import UserError
-from rlinvariant.metrics import FirstMismatch, first_mismatch, mismatches
+from rlinvariant.metrics import first_mismatch, mismatches
 from rlinvariant.rollout import Completion, request_seed
 from rlinvariant.sampler.drive import Request, Trace, drive
 from rlinvariant.sampler.engine import Sampler
@@ -94,13 +94,10 @@ class Relation:
             self.compared += max(len(x), len(y))
             wrong = int(mismatches(x[:n], y[:n]).sum()) + max(len(x), len(y)) - n
             if wrong and self.first is None:
-                at: FirstMismatch | None = first_mismatch(x[None, :n], y[None, :n], np.ones((1, n)))
-                words = (
-                    ""
-                    if at is None
-                    else f"{at.sampler_logprob:.9g} {at.sampler_hex} != {at.trainer_logprob:.9g} {at.trainer_hex}"
-                )
-                where = f"position {at.position}: {words}" if at else f"{len(x)} log-probs against {len(y)}"
+                where = f"{len(x)} log-probs against {len(y)}"
+                if (at := first_mismatch(x[None, :n], y[None, :n], np.ones((1, n)))) is not None:
+                    a_word, b_word = f"{at.sampler_logprob:.9g} {at.sampler_hex}", f"{at.trainer_logprob:.9g} {at.trainer_hex}"
+                    where = f"position {at.position}: {a_word} != {b_word}"
                 self.first = f"{what}sequence {i}, {where}"
             self.mismatched += wrong
 
@@ -166,10 +163,8 @@ class Pair:
         """
         ended = [(r, c) for r, c in zip(requests, trace.completions, strict=True) if c is not None]
         asked, completions = [r for r, _ in ended], [c for _, c in ended]
-        whole = [c is not None and len(c.token_ids) == r.max_tokens for r, c in zip(requests, trace.completions, strict=True)]
-        if lost := [
-            i for i, (r, all_of_it) in enumerate(zip(requests, whole, strict=True)) if r.aborts is None and not all_of_it
-        ]:
+        drawn = [0 if c is None else len(c.token_ids) for c in trace.completions]
+        if lost := [i for i, r in enumerate(requests) if r.aborts is None and drawn[i] != r.max_tokens]:
             relation.shown = False
             relation.lost = f"{len(lost)} of {len(requests)} requests did not come to their last token, first {lost[0]}"
         scored, before = self.score(asked, completions, self.packed()), relation.mismatched

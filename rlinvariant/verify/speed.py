@@ -30,7 +30,7 @@ def rates(pair: Pair, plain: Any, stock: Any) -> dict[str, Any]:
     some = draw(pair.sampler)[:ROWS]
     rows = [[*r.prompt] for r in requests[:ROWS]]
     device = next(pair.model.parameters()).device
-    ids, mask, columns = padded(rows, [c.token_ids for c in some], Layout(ROWS, "as sampled"))
+    ids, mask, columns = padded(rows, [c.token_ids for c in some], Layout(ROWS))
     ids, mask = ids.to(device), mask.to(device)
 
     def packed() -> Any:

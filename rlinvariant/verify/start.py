@@ -41,10 +41,10 @@ def prove(model: Any, sampler: Any, config: Any, name: str, dtype: str) -> tuple
         sampler.llm.reset_prefix_cache()
     compared, wrong = sum(r.compared for r in relations), sum(r.mismatched for r in relations)
     counts = f"{wrong:,} / {compared:,} log-probs differ, {fault.mismatched:,} / {fault.compared:,} with one ulp in the lm_head"
-    if wrong:
-        first = next(r for r in relations if r.mismatched)
+    if broken := next((r for r in relations if not r.holds), None):
+        why = broken.first or broken.lost or "nothing was compared"
         raise ParityError(
-            f"before the first step: {counts}; first in {first.name}: {first.first}. rlinvariant bisect {name} says where; "
+            f"before the first step: {counts}; first in {broken.name}: {why}. rlinvariant bisect {name} says where; "
             "invariance=off runs without the proof"
         )
     if not fault.mismatched:

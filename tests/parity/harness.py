@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,26 @@ def keep(engine: Sampler) -> None:
 
 
 # ---- requests, and an engine stepped by hand
+
+
+@dataclass
+class Pair:
+    """A trained side and a sampling side of one checkpoint, and prompts, of which each temperature is drawn once."""
+
+    path: str
+    engine: Sampler
+    model: Any
+    prompts: list[list[int]]
+    max_tokens: int = 24
+    drawn: dict[float, list[Completion]] = field(default_factory=dict)
+
+    def completions(self, temperature: float) -> list[Completion]:
+        if temperature not in self.drawn:
+            seeds = range(len(self.prompts))
+            self.drawn[temperature] = self.engine.generate(
+                self.prompts, seeds, temperature=temperature, max_tokens=self.max_tokens
+            )
+        return self.drawn[temperature]
 
 
 def generate(engine: Sampler, requests: Sequence[Request]) -> list[Completion]:

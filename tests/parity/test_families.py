@@ -2,7 +2,6 @@
 
 import copy
 import random
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -13,11 +12,10 @@ from rlinvariant.bench.families import FAMILIES, REFUSED, VOCABULARY
 from rlinvariant.bits import compare
 from rlinvariant.models import UnsupportedModel, make_invariant, make_trainable, require_exact, unsupported
 from rlinvariant.models.random import save_random
-from rlinvariant.rollout import Completion
 from rlinvariant.sampler.engine import Sampler
 from rlinvariant.verify.load import trained
 from tests.parity.device import DEVICE, cpu_only
-from tests.parity.harness import Layout, Request, assert_same_completions, drive, fp32, score, start_engine
+from tests.parity.harness import Layout, Pair, Request, assert_same_completions, drive, fp32, score, start_engine
 
 LENGTHS = (1, 2, 17, 33, 39, 40, 41, 64, 65, 100, 129, 150)  # about the window of 40, pages of 16 and 32, and chunks of 64
 TOKENS = 16
@@ -48,21 +46,7 @@ OWN: dict[str, dict[str, Any]] = {
 windows = cpu_only("a GPU refuses windows")
 
 
-@dataclass
-class Family:
-    path: str
-    engine: Sampler
-    model: Any
-    prompts: list[list[int]]
-    drawn: dict[float, list[Completion]] = field(default_factory=dict)
-
-    def completions(self, temperature: float) -> list[Completion]:
-        if temperature not in self.drawn:
-            assert self.engine.llm.reset_prefix_cache()
-            seeds = range(len(self.prompts))
-            self.drawn[temperature] = self.engine.generate(self.prompts, seeds, temperature=temperature, max_tokens=TOKENS)
-        return self.drawn[temperature]
-
+class Family(Pair):
     def mismatched(self, model: Any, temperature: float, layout: Layout) -> int:
         """Tokens whose log-probs differ in a bit, of all that were drawn."""
         completions = self.completions(temperature)
@@ -91,7 +75,7 @@ def _family(path: str, engine: Sampler) -> Family:
     model = make_trainable(load(path), torch.bfloat16)
     require_exact(model)
     rng = random.Random(1)
-    return Family(path, engine, model, [[rng.randrange(VOCABULARY) for _ in range(n)] for n in LENGTHS])
+    return Family(path, engine, model, [[rng.randrange(VOCABULARY) for _ in range(n)] for n in LENGTHS], TOKENS)
 
 
 @windows

@@ -10,10 +10,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Co
 
 from rlinvariant import metrics
 from rlinvariant.models import make_trainable, require_exact
-from rlinvariant.rollout import Completion
-from rlinvariant.sampler.engine import Sampler
 from tests.parity.device import DEVICE, fp32_only_on_cpu
-from tests.parity.harness import Layout, fp32, load, padded, save_model, score, start_engine
+from tests.parity.harness import Layout, Pair, fp32, load, padded, save_model, score, start_engine
 
 VOCABULARY = 101  # prime: no multiple of any tile, and vLLM pads the head
 SEQUENCES = 40  # 16 + 16 + 8, 8 x 5: whole and broken micro-batches
@@ -76,23 +74,6 @@ CASES = [
     Case("qwen3", "bfloat16", True, 256, (2, 1), 256, 384),
 ]
 MARKS = {"float32": [fp32_only_on_cpu], "d256": [pytest.mark.gpu]}
-
-
-@dataclass
-class Pair:
-    """A trained side and a sampling side of one checkpoint, and prompts."""
-
-    path: str
-    engine: Sampler
-    model: Any
-    prompts: list[list[int]]
-    drawn: dict[float, list[Completion]] = field(default_factory=dict)
-
-    def completions(self, temperature: float) -> list[Completion]:
-        if temperature not in self.drawn:
-            seeds = range(len(self.prompts))
-            self.drawn[temperature] = self.engine.generate(self.prompts, seeds, temperature=temperature, max_tokens=24)
-        return self.drawn[temperature]
 
 
 def marked(case: Case):

@@ -263,6 +263,10 @@ def test_training_does_not_start_where_the_short_form_fails(exact_engine, arithm
         blind.setattr(start, "one_ulp", lambda *_: Relation("planted", compared=10))
         with pytest.raises(ParityError, match="the comparison is blind"):
             start.prove(model, exact_engine, config, arithmetic_dir, "bfloat16")
+    with monkeypatch.context() as cut:
+        cut.setattr(start, "alone", lambda *_: Relation("alone", compared=10, shown=False, lost="1 of 12 requests"))
+        with pytest.raises(ParityError, match="first in alone: 1 of 12 requests"):
+            start.prove(model, exact_engine, config, arithmetic_dir, "bfloat16")
     monkeypatch.setattr(vllm_model._Head, "apply", off_by_an_ulp(40))
     with pytest.raises(ParityError, match="before the first step: .* log-probs differ.*0x.*rlinvariant bisect"):
         start.prove(model, exact_engine, config, arithmetic_dir, "bfloat16")
