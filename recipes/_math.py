@@ -11,7 +11,7 @@ import chz
 
 from rlinvariant.config import Config
 from rlinvariant.config import Data as BaseData
-from rlinvariant.errors import UserError
+from rlinvariant.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -120,7 +120,7 @@ class Source:
         except (OSError, ValueError, DatasetsError) as error:
             what = f"data.path={path}: cannot be read" if path else f"{self.hub}: cannot be had from the hub"
             fix = "give a file of the hub's rows" if path else "log in or go online, or give data.path=FILE with its rows"
-            raise UserError(f"{what}: {type(error).__name__}: {' '.join(str(error).split())[:300]}; {fix}") from error
+            raise UserError(f"{what}: {type(error).__name__}: {one_line(error)}; {fix}") from error
 
 
 def _row(question: str, answer: str) -> dict[str, Any]:

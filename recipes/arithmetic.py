@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import chz
 
-from recipes import _tiny
-from recipes._tiny import build_model, build_tokenizer
 from rlinvariant.config import Config
+from rlinvariant.recipes import _tiny
+from rlinvariant.recipes._tiny import build_model, build_tokenizer
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -1,7 +1,7 @@
 """arithmetic, exact, but sampled with weights that are four optimizer steps old: off policy, and not for a kernel's sake."""
 
-from recipes.arithmetic import DEFAULTS as PARENT
-from recipes.arithmetic import Data, check, datasets, prepare_model, reward_funcs
+from rlinvariant.recipes.arithmetic import DEFAULTS as PARENT
+from rlinvariant.recipes.arithmetic import Data, check, datasets, prepare_model, reward_funcs
 
 __all__ = ["DEFAULTS", "Data", "check", "datasets", "prepare_model", "reward_funcs"]
 DEFAULTS = PARENT | {"staleness": 4}

@@ -1,7 +1,7 @@
 """arithmetic with stock kernels on both sides, the drift corrected by truncated importance sampling of each token."""
 
-from recipes.arithmetic_off import DEFAULTS as PARENT
-from recipes.arithmetic_off import Data, check, datasets, prepare_model, reward_funcs
+from rlinvariant.recipes.arithmetic_off import DEFAULTS as PARENT
+from rlinvariant.recipes.arithmetic_off import Data, check, datasets, prepare_model, reward_funcs
 
 __all__ = ["DEFAULTS", "Data", "check", "datasets", "prepare_model", "reward_funcs"]
 DEFAULTS = PARENT | {

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import chz
 
-from recipes import _tiny
 from rlinvariant.config import Config
+from rlinvariant.recipes import _tiny
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -10,9 +10,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from recipes import _math
-from recipes._math import Data
 from rlinvariant.config import Config
+from rlinvariant.recipes import _math
+from rlinvariant.recipes._math import Data
 from rlinvariant.rewards import math_answer
 
 __all__ = ["DEFAULTS", "Data", "check", "datasets", "reward_funcs"]

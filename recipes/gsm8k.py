@@ -6,9 +6,9 @@ Configuration `main`, 7,473 rows in train, 1,319 in test: `question`, and `answe
 
 from typing import Any
 
-from recipes import _math
-from recipes._math import Data
 from rlinvariant.config import Config
+from rlinvariant.recipes import _math
+from rlinvariant.recipes._math import Data
 from rlinvariant.rewards import math_answer
 
 __all__ = ["DEFAULTS", "Data", "check", "datasets", "reward_funcs"]

@@ -8,9 +8,9 @@ et al. 2023, arXiv:2305.20050). Rows without `answer`, as in EleutherAI/hendryck
 
 from typing import Any
 
-from recipes import _math
-from recipes._math import Data
 from rlinvariant.config import Config
+from rlinvariant.recipes import _math
+from rlinvariant.recipes._math import Data
 from rlinvariant.rewards import final_answer, math_answer
 
 __all__ = ["DEFAULTS", "Data", "check", "datasets", "reward_funcs"]

@@ -27,6 +27,7 @@ from typing import Any
 
 from rlinvariant.config import RUNS, Config, parse
 from rlinvariant.errors import ConfigErrors, UserError
+from rlinvariant.files import write_atomically
 from rlinvariant.report import html, tables
 from rlinvariant.report.console import Console, total
 from rlinvariant.report.rundir import SCHEMA, RunDir
@@ -486,6 +487,4 @@ def summary(study: Study) -> dict[str, Any]:
 
 
 def _write(path: Path, value: Any) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(partial, path)
+    write_atomically(path, json.dumps(value, indent=2) + "\n")

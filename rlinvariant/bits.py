@@ -76,6 +76,39 @@ def compare(a: Tensor, b: Tensor) -> Difference | None:
     )
 
 
+def same(a: Tensor, b: Tensor) -> Tensor:
+    """Return whether two tensors of one shape and dtype have the same bits, as a bool tensor []: no device is waited for.
+
+    Raises:
+        TypeError, ValueError: as `compare`.
+
+    Bits: as `compare`: same(a, b) is true exactly where compare(a, b) is None.
+    """
+    a, b = _checked(a, b)
+    return (words(a) == words(b)).all()
+
+
+def cancelling(rows: int, n: int, k: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """Return x [rows, k] and w [n, k] whose products x @ w.T are exactly zero in real arithmetic.
+
+    A computed product is then nothing but rounding error, and another order of summation shows in nearly every element; with
+    ordinary operands a bf16 result hides it.
+
+    Args:
+        rows, n, k: sizes; of an odd k the last column takes part in no cancellation.
+        dtype: of both; values have normal mantissas, x with exponents spread over 2**-4 to 2**3.
+        device: where they are made. Calls with the same sizes on the same device return the same bits.
+    """
+    rng = torch.Generator(device).manual_seed(n * 1_000_003 + k)
+    x = torch.randn(rows, k, generator=rng, device=device)
+    x *= torch.exp2(torch.randint(-4, 4, (rows, k), generator=rng, device=device))
+    w = torch.randn(n, k, generator=rng, device=device)
+    order = torch.randperm(k, generator=rng, device=device)
+    one, other = order[: k // 2], order[k // 2 : k // 2 * 2]
+    x[:, one], w[:, one] = -x[:, other], w[:, other]
+    return x.to(dtype), w.to(dtype)
+
+
 def assert_bits_equal(a: Tensor, b: Tensor, what: str) -> None:
     """Raise AssertionError with the whole difference, headed by `what`, unless all bits are the same."""
     difference = compare(a, b)

@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from rlinvariant.errors import ConfigErrors, UserError
+from rlinvariant.errors import MISUSED, NOT_EXACT, ConfigErrors, ParityError, UserError
 
 USAGE = """usage: rlinvariant train recipe=NAME [key=value ...]   train in this process (accelerate launch train.py for more)
        rlinvariant train --help                       every field, its value and where it comes from
@@ -131,7 +131,10 @@ def _call(command: Callable[[], int | None]) -> int:
         if os.environ.get("RANK", "0") == "0" or not isinstance(error, ConfigErrors):
             for line in str(error).splitlines():
                 print(f"error: {line}", file=sys.stderr)
-        return 2
+        return MISUSED
+    except ParityError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return NOT_EXACT
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
             print("interrupted", file=sys.stderr)

@@ -28,7 +28,7 @@ from chz.tiepin import type_repr
 
 from rlinvariant.arguments import model_problems
 from rlinvariant.conflicts import conflicts, ppo_conflicts
-from rlinvariant.errors import ConfigErrors, UserError
+from rlinvariant.errors import ConfigErrors, UserError, one_line
 
 RUNS = Path("runs")
 
@@ -210,7 +210,7 @@ class Config:
             # Without use_cpu, accelerate does not see that several CPU processes belong together.
             args = GRPOConfig(use_cpu=not torch.cuda.is_available(), **fields)
         except ValueError as error:
-            raise UserError("trainer.*: " + " ".join(str(error).split())) from error
+            raise UserError("trainer.*: " + one_line(error)) from error
         args.num_generations = group
         return args
 
@@ -236,9 +236,8 @@ class Recipe:
 
 
 def recipe_names() -> list[str]:
-    """Files of the `recipes` package, which is found, not imported: no recipe is a dependency of this module."""
-    spec = importlib.util.find_spec("recipes")
-    names = (module.name for module in pkgutil.iter_modules(spec.submodule_search_locations if spec else []))
+    """Names of the packaged recipes, which are listed, not imported: no recipe is a dependency of this module."""
+    names = (module.name for module in pkgutil.iter_modules([str(Path(__file__).parent / "recipes")]))
     return sorted(name for name in names if not name.startswith("_"))  # _tiny.py and the like: what recipes share
 
 
@@ -254,7 +253,7 @@ def load_recipe(recipe: str) -> Recipe:
         if recipe not in recipe_names():
             hint = _suggest(recipe, recipe_names())
             raise UserError(f"recipe={recipe}: unknown recipe{hint}; there are: {_listed()}, or a path to a .py file")
-        name, module = recipe, importlib.import_module(f"recipes.{recipe}")
+        name, module = recipe, importlib.import_module(f"rlinvariant.recipes.{recipe}")
     missing = [function for function in ("datasets", "reward_funcs") if not callable(getattr(module, function, None))]
     if missing:
         raise UserError(f"recipe={recipe}: does not define {' and '.join(missing)}; see recipes/arithmetic.py")

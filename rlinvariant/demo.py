@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rlinvariant.config import RUNS
-from rlinvariant.errors import ConfigErrors, ParityError, UserError
+from rlinvariant.errors import ConfigErrors, ParityError, UserError, one_line
 from rlinvariant.report.console import Console, printable
 from rlinvariant.rollout import Completion
 from rlinvariant.warmstart import CACHE
@@ -59,7 +59,7 @@ def demo(argv: Sequence[str]) -> None:
     cuda = torch.cuda.is_available()
     default = "qwen3-0.6b" if cuda else SMALL
     if {"--help", "-h"} & set(argv):
-        from rlinvariant.bench.models import SHAPES
+        from rlinvariant.models.shapes import SHAPES
 
         print(HELP.format(shapes=", ".join([SMALL, *SHAPES]), default=default))
         for field in dataclasses.fields(Options):
@@ -80,7 +80,7 @@ def demo(argv: Sequence[str]) -> None:
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
-        raise UserError(f"MODEL {model}: no tokenizer: {' '.join(str(error).split())[:400]}") from error
+        raise UserError(f"MODEL {model}: no tokenizer: {one_line(error, 400)}") from error
     prompt = prompt_ids(options, tokenizer, len(tokenizer))
     longest = max(len(prompt), LONGEST) + options.tokens
     if longest > positions:
@@ -168,7 +168,7 @@ def make_model(name: str) -> str:
     """The directory of a model: as it is named, or made with random weights if a shape is named, once."""
     from filelock import FileLock
 
-    from rlinvariant.bench.models import SHAPES, build
+    from rlinvariant.models.shapes import SHAPES, build
 
     if name != SMALL and name not in SHAPES:
         return name
@@ -192,7 +192,7 @@ def build_small(directory: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, Qwen3Config
 
-    from rlinvariant.bench.models import tokenizer
+    from rlinvariant.models.shapes import tokenizer
 
     config = Qwen3Config(
         vocab_size=8192, hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=8,

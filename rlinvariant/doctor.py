@@ -24,7 +24,7 @@ from typing import Any
 from rlinvariant import runtime
 from rlinvariant.arguments import model_problems
 from rlinvariant.conflicts import environment_conflicts
-from rlinvariant.errors import UserError
+from rlinvariant.errors import UserError, one_line
 from rlinvariant.report.rundir import SCHEMA, environment
 from rlinvariant.sampler import plugin
 
@@ -90,7 +90,7 @@ def examine(model: str | None = None, engine: bool = False) -> Iterator[Finding]
     try:
         import torch
     except Exception as error:  # a broken install raises OSError, ImportError, RuntimeError, ...
-        yield Finding("torch", "problem", f"cannot be imported ({_line(error)}); install it anew: pip install -e .", False)
+        yield Finding("torch", "problem", f"cannot be imported ({one_line(error)}); install it anew: pip install -e .", False)
         return
     cuda = torch.cuda.is_available()
     yield from vllm_package("cuda" if cuda else "cpu")
@@ -103,7 +103,7 @@ def examine(model: str | None = None, engine: bool = False) -> Iterator[Finding]
     yield from vllm_plugin(os.environ)
     if model is None:
         yield from kernels_cuda() if cuda else kernels_cpu([(n, k, False) for n, k in SHAPES], ("bfloat16", "float32"))
-        from rlinvariant.bench.families import FAMILIES
+        from rlinvariant.models.families import FAMILIES
 
         verified = f"verified on a CPU: {', '.join(FAMILIES)}; others are checked module by module"
         yield Finding("models", "ok", f"{verified}: rlinvariant doctor MODEL")
@@ -214,10 +214,10 @@ def compiler() -> Iterator[Finding]:
         yield Finding("compiler", "problem", str(error))
     except OSError as error:
         fix = "empty it, or set RLINVARIANT_CACHE to a directory that can be written and from which libraries can be loaded"
-        yield Finding("compiler", "problem", f"kernels/cpu.c: {_line(error)} in {c.cache_dir()}; {fix}")
+        yield Finding("compiler", "problem", f"kernels/cpu.c: {one_line(error)} in {c.cache_dir()}; {fix}")
     except RuntimeError as error:
         fix = "install a current gcc, or set CC"
-        yield Finding("compiler", "problem", f"kernels/cpu.c: {_line(error)}; {fix}")
+        yield Finding("compiler", "problem", f"kernels/cpu.c: {one_line(error)}; {fix}")
     else:
         took, name = f"{time.monotonic() - started:.2f} s", os.environ.get("CC", "gcc")
         yield Finding("compiler", "ok", f"{name}: kernels/cpu.c built and loaded, or found in {c.cache_dir()}, in {took}")
@@ -297,7 +297,7 @@ def accelerate_config(env: Mapping[str, str], cuda: bool) -> Iterator[Finding]:
         if not isinstance(config, dict):
             raise ValueError("no mapping")
     except (OSError, ValueError, yaml.YAMLError) as error:
-        yield Finding("accelerate", "problem", f"{path}: cannot be read ({_line(error)}); remove it, {otherwise}", False)
+        yield Finding("accelerate", "problem", f"{path}: cannot be read ({one_line(error)}); remove it, {otherwise}", False)
         return
     problems = []
     # YAML reads an unquoted no as false
@@ -324,7 +324,7 @@ def vllm_plugin(env: Mapping[str, str]) -> Iterator[Finding]:
     try:
         registers = ours.load() is plugin.register
     except (ImportError, AttributeError) as error:
-        yield Finding("vllm plugin", "problem", f"entry point {ours.value}: {_line(error)}; install anew: pip install -e .")
+        yield Finding("vllm plugin", "problem", f"entry point {ours.value}: {one_line(error)}; install anew: pip install -e .")
         return
     if not registers:
         yield Finding("vllm plugin", "problem", f"entry point {ours.value} is another install's; pip install -e .")
@@ -397,7 +397,7 @@ def of_model(model: str, cuda: bool) -> Iterator[Finding]:
         with torch.device("meta"):  # shapes without memory
             net = AutoModelForCausalLM.from_config(config)
     except Exception as error:  # whatever transformers raises on a configuration that it cannot use
-        cause = _line(error).partition(" Model type should be")[0]  # a hundred names follow
+        cause = one_line(error).partition(" Model type should be")[0]  # a hundred names follow
         fix = "name a directory or hub id of a causal LM that transformers loads without remote code"
         yield Finding("model", "problem", f"{model}: cannot be loaded ({cause}); {fix}", False)
         return
@@ -446,7 +446,7 @@ def _audit(config: Any, device: str) -> list[str]:
     except UserError as error:
         return [str(error)]
     except (RuntimeError, OSError) as error:  # no kernels, which is a finding of its own; or no memory
-        return [f"the audit did not run ({_line(error)})"]
+        return [f"the audit did not run ({one_line(error)})"]
     return []
 
 
@@ -468,12 +468,8 @@ def ask_engine() -> Iterator[Finding]:
         return
     log = done.stderr.splitlines() or [f"exit code {done.returncode}"]
     cause = next((x for x in log if re.search(r"\b\w+Error: ", x)), log[-1])  # the first: what follows comes of it
-    text = f"vLLM did not start exactly: {_line(cause)}; run {' '.join(command[:3])} DIRECTORY to see vLLM's log"
+    text = f"vLLM did not start exactly: {one_line(cause)}; run {' '.join(command[:3])} DIRECTORY to see vLLM's log"
     yield Finding("engine", "problem", text)
-
-
-def _line(error: object) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _print(finding: Finding) -> None:

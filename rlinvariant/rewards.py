@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from rlinvariant.errors import UserError
+from rlinvariant.errors import UserError, one_line
 
 GRADING_CPU_S = 2  # of one answer: fifty times what an honest one takes
 GRADING_BYTES = 4 << 30  # of one grader's address space
@@ -40,7 +40,7 @@ def checked_reward(reward: Any) -> Any:
     def failure(arguments: dict[str, Any], raised: Sequence[bool], error: Exception) -> UserError:
         # The function was called again on each sample alone, to find the one that it fails on.
         sample = f"sample {list(raised).index(True)}" if any(raised) else "no sample alone, only the whole batch"
-        return UserError(f"{where(arguments)}, {sample}: raised {type(error).__name__}: {' '.join(str(error).split())}")
+        return UserError(f"{where(arguments)}, {sample}: raised {type(error).__name__}: {one_line(error)}")
 
     def where(arguments: dict[str, Any]) -> str:
         state = arguments.get("trainer_state")

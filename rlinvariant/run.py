@@ -11,7 +11,7 @@ from rlinvariant import runtime
 from rlinvariant.arguments import model_problems
 from rlinvariant.config import Config, PPOConfig
 from rlinvariant.conflicts import INVARIANCE, SIDES, conflicts, ppo_conflicts
-from rlinvariant.errors import ConfigErrors, UserError
+from rlinvariant.errors import ConfigErrors, UserError, one_line
 from rlinvariant.report.console import Console
 from rlinvariant.report.rundir import RunDir, read_metrics
 from rlinvariant.rollout import Rollout
@@ -44,7 +44,7 @@ def run(config: Config) -> None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_path)
     except (OSError, ValueError) as error:
-        raise UserError(f"model={model_path}: no tokenizer: {' '.join(str(error).split())[:400]}") from error
+        raise UserError(f"model={model_path}: no tokenizer: {one_line(error, 400)}") from error
     train_dataset, eval_dataset = recipe.datasets(config, tokenizer)
     log_to_wandb: wandb_log.Log | None = None
 
@@ -176,7 +176,7 @@ def grpo_trainer(
         try:
             config = AutoConfig.from_pretrained(model)
         except (OSError, ValueError) as error:
-            raise UserError(f"model={model}: cannot be loaded: {' '.join(str(error).split())[:400]}") from error
+            raise UserError(f"model={model}: cannot be loaded: {one_line(error, 400)}") from error
         if invariance != "off" and (reasons := list(unsupported(config, args.device.type))):  # before loading weights
             kind = ", ".join(config.architectures or [type(config).__name__])
             raise UnsupportedModel(f"model={model}: {kind} cannot run exactly: {'; '.join(reasons)}; use invariance=off")

@@ -14,7 +14,7 @@ def arithmetic_dir(tmp_path_factory) -> str:
     """The recipe's model and tokenizer with random weights: two layers, 128 wide, tied head, 99 tokens."""
     import torch
 
-    from recipes.arithmetic import build_model
+    from rlinvariant.recipes.arithmetic import build_model
 
     path = tmp_path_factory.mktemp("models") / "arithmetic"
     torch.manual_seed(0)

@@ -378,7 +378,7 @@ def test_ranks_agree_on_the_name_of_a_run() -> None:
 
 def test_a_recipe_may_derive_from_another(in_tmp: Path) -> None:
     Path("child.py").write_text(
-        "from recipes.arithmetic import DEFAULTS as PARENT, Data, datasets, prepare_model, reward_funcs\n"
+        "from rlinvariant.recipes.arithmetic import DEFAULTS as PARENT, Data, datasets, prepare_model, reward_funcs\n"
         'DEFAULTS = {**PARENT, "invariance": "off", "data.digits": 2}\n'
     )
     config = parse([f"recipe={in_tmp}/child.py"], {})

@@ -8,9 +8,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from rlinvariant.bench.families import FAMILIES, REFUSED
 from rlinvariant.bench.measure import Machine
 from rlinvariant.errors import UserError
+from rlinvariant.models.families import FAMILIES, REFUSED
 from rlinvariant.report.console import Console
 from rlinvariant.verify.command import verify
 

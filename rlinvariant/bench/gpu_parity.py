@@ -41,7 +41,7 @@ def rows(tiny: bool) -> Iterator[Parity | Missing]:
 
 def _models(directory: Path, models: tuple[str, ...], at_a_time: int, size: str) -> Iterator[Parity | Missing]:
     """So many processes at a time; the rows of a model as soon as both of its processes are done."""
-    from rlinvariant.bench.models import build
+    from rlinvariant.models.shapes import build
 
     paths = {model: build(model, directory / model) for model in models}
 
@@ -150,7 +150,7 @@ def soak(file: Path, tokens: int, tiny: bool) -> None:
     Raises:
         SystemExit: a token of ours differs, the control does not, or not all tokens were compared.
     """
-    from rlinvariant.bench.models import build
+    from rlinvariant.models.shapes import build
 
     end_on_sigterm()
     began, machine, name = time.perf_counter(), Machine(tiny), "tiny" if tiny else SOAK_MODEL

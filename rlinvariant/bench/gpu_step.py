@@ -30,7 +30,7 @@ SIDES = ("exact", "stock")
 
 
 def rows(tiny: bool) -> Iterator[Row | Missing]:
-    from rlinvariant.bench.models import SHAPES, build
+    from rlinvariant.models.shapes import SHAPES, build
 
     size, model = ("tiny", "tiny") if tiny else ("full", MODEL)
     prompts, _, length, short, _ = SIZES[size]

@@ -24,7 +24,7 @@ SIDES = ("exact", "stock")
 
 
 def rows(tiny: bool) -> Iterator[Row | Missing]:
-    from rlinvariant.bench.models import build
+    from rlinvariant.models.shapes import build
 
     with tempfile.TemporaryDirectory() as directory:
         path = build("tiny" if tiny else MODEL, directory)

@@ -10,7 +10,7 @@ from torch import Tensor
 from rlinvariant import bits, ops
 from rlinvariant.bench import gpu
 from rlinvariant.bench.measure import Row
-from rlinvariant.bench.models import SHAPES
+from rlinvariant.models.shapes import SHAPES
 
 MODELS = ("qwen3-1.7b", "qwen3-8b")
 ROWS = (1, 8, 16, 64, 256, 1024, 4096)

@@ -10,7 +10,7 @@ from torch import Tensor
 from rlinvariant import ops
 from rlinvariant.bench.cases import Case, gpu_row
 from rlinvariant.bench.measure import Row
-from rlinvariant.bench.models import SHAPES
+from rlinvariant.models.shapes import SHAPES
 
 T = 0.7  # temperature
 TOKENS = 4096

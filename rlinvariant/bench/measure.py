@@ -19,6 +19,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
 
+from rlinvariant.files import write_atomically
+
 T = TypeVar("T")
 QUIET = 0.05  # share of the processors used by others, up to which a window is undisturbed
 
@@ -306,9 +308,7 @@ class Machine:
         now = {"loadavg": [self._began, os.getloadavg()], "others": round(self._most, 3)}
         now |= {"seconds": round(time.perf_counter() - self._start, 1), "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY")}
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps({"environment": self._known | now, **content}, indent=1) + "\n")
-        partial.replace(path)
+        write_atomically(path, json.dumps({"environment": self._known | now, **content}, indent=1) + "\n")
 
 
 def end_on_sigterm() -> None:

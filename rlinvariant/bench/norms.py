@@ -9,7 +9,7 @@ from torch import Tensor
 from rlinvariant import ops
 from rlinvariant.bench.cases import Case, gpu_row
 from rlinvariant.bench.measure import Row
-from rlinvariant.bench.models import SHAPES, Shape
+from rlinvariant.models.shapes import SHAPES, Shape
 
 EPS = 1e-6
 TOKENS = (1, 16, 256, 4096, 16384)

@@ -41,7 +41,7 @@ class Engine(Protocol):
 
 
 def rows(tiny: bool) -> Iterator[Row | Missing]:
-    from rlinvariant.bench.models import build
+    from rlinvariant.models.shapes import build
 
     with tempfile.TemporaryDirectory() as directory:
         model = "tiny" if tiny else MODEL

@@ -48,7 +48,7 @@ def rows(tiny: bool) -> Iterator[Row]:
 
 
 def _model(name: str) -> tuple[Any, Any]:
-    from recipes.arithmetic import build_model
+    from rlinvariant.recipes.arithmetic import build_model
 
     model, tokenizer = build_model()
     if name != "512":

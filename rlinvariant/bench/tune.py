@@ -22,7 +22,8 @@ from torch import Tensor
 
 from rlinvariant.bench import gpu
 from rlinvariant.bench.linear import cancelling
-from rlinvariant.bench.models import SHAPES
+from rlinvariant.errors import one_line
+from rlinvariant.models.shapes import SHAPES
 
 FILE = Path(__file__).parents[1] / "kernels" / "linear_tiles.json"
 Tile = tuple[int, int, int, int, int]  # weight rows, x rows, depth, warps, stages
@@ -169,7 +170,7 @@ def _try(tile: Tile) -> str:
         linear.tiled(x, w, None, tile)
         torch.cuda.synchronize()
     except Exception as error:  # whatever the compiler or the driver says, the candidate is out
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        return f"{type(error).__name__}: {one_line(error, 120)}"
     return ""
 
 

@@ -7,7 +7,7 @@ import torch
 from safetensors import SafetensorError
 from transformers.utils import logging
 
-from rlinvariant.errors import UserError
+from rlinvariant.errors import UserError, one_line
 
 
 def load(kind: Any, source: str | Path, key: str = "model", heads: tuple[str, ...] = (), **options: Any) -> Any:
@@ -31,7 +31,7 @@ def load(kind: Any, source: str | Path, key: str = "model", heads: tuple[str, ..
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, SafetensorError, RuntimeError) as error:
-        raise UserError(f"{where}: cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"{where}: cannot be loaded: {one_line(error)}") from error
     finally:
         logging.set_verbosity(before)
     fix = "is its config.json another model's, or a file damaged?"

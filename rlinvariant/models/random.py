@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from rlinvariant.errors import UserError
+from rlinvariant.errors import UserError, one_line
 
 GAIN = 1.6  # of a matrix: logits then spread over several nats, where transformers' 0.02 makes every token almost as likely
 NOISE = 0.3  # added to what is 0 or 1 at first
@@ -33,7 +33,7 @@ def save_random(config: PreTrainedConfig, directory: str | Path, seed: int = 0) 
         try:
             model: Any = AutoModelForCausalLM.from_config(config, dtype=getattr(config, "dtype", None) or torch.float32)
         except (ValueError, TypeError, RuntimeError, ImportError) as error:  # the first: no causal LM has this configuration
-            raise UserError(f"{type(config).__name__}: no random causal LM: {' '.join(str(error).split())[:160]}") from error
+            raise UserError(f"{type(config).__name__}: no random causal LM: {one_line(error, 160)}") from error
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.add_(torch.randn_like(parameter), alpha=NOISE)

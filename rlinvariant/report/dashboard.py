@@ -17,7 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from rlinvariant.errors import UserError
+from rlinvariant.errors import UserError, one_line
 from rlinvariant.report import tables, wandb_log
 from rlinvariant.report.panels import PANELS, Panel
 from rlinvariant.report.study import Run, Study, load
@@ -220,4 +220,4 @@ def _quoted(value: Any) -> str:
 
 
 def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
+    return one_line(error)

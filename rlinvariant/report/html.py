@@ -4,7 +4,6 @@ import base64
 import hashlib
 import json
 import math
-import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from rlinvariant.files import write_atomically
 from rlinvariant.report import stats, svg, tables
 from rlinvariant.report.console import printable
 from rlinvariant.report.panels import PANELS, Panel
@@ -32,9 +32,7 @@ def write(path: str | Path) -> tuple[Path, Study]:
     """
     study = load(path)
     file = study.path / FILE
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(page(study), encoding="utf-8", errors="backslashreplace")
-    os.replace(partial, file)
+    write_atomically(file, page(study))
     return file, study
 
 

@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from rlinvariant.errors import UserError
-from rlinvariant.report.rundir import SCHEMA, RunDir, write_atomically
+from rlinvariant.errors import UserError, one_line
+from rlinvariant.files import write_atomically
+from rlinvariant.report.rundir import SCHEMA, RunDir
 from rlinvariant.rollout import Batch, Completion, Rollout
 
 
@@ -76,7 +77,7 @@ def read(run: str | Path, step: int) -> tuple[Rollout, dict[str, Any]]:
         return Rollout(batches, **about["sampling"]), about["run"]
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         fix = f"replay another step: {listed([k for k in steps(run) if k != step])}"
-        raise UserError(f"{path}: damaged ({' '.join(str(error).split())[:120]}); {fix}") from error
+        raise UserError(f"{path}: damaged ({one_line(error, 120)}); {fix}") from error
 
 
 def steps(run: str | Path) -> list[int]:

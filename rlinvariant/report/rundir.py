@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from rlinvariant.errors import UserError
+from rlinvariant.files import sync_directory, write_atomically
 
 SCHEMA = 1  # of the files of a run and of an ablation: runs of two of them are not compared
 PACKAGES = (
@@ -194,16 +195,6 @@ def _json_text(value: Mapping[str, Any]) -> str:
     return json.dumps(_jsonable(value), indent=2, allow_nan=False) + "\n"
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    _sync_directory(path.parent)
-
-
 def _append_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     text = "".join(json.dumps(_jsonable(row), allow_nan=False) + "\n" for row in rows)
     with path.open("ab") as file:
@@ -219,12 +210,4 @@ def _cut_torn_line(path: Path) -> None:
         whole = file.read().rfind(b"\n") + 1
         file.truncate(whole)
         os.fsync(file.fileno())
-    _sync_directory(path.parent)
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_directory(path.parent)

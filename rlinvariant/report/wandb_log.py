@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rlinvariant.errors import UserError
+from rlinvariant.errors import UserError, one_line
 
 Log = Callable[[Mapping[str, Any], int], None]
 
@@ -69,5 +69,5 @@ def login(what: str, fix: str) -> bool:
     try:
         return bool(wandb.login(prompt=False))
     except Error as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)
         raise UserError(f"{what}: there is a W&B login, but it does not work ({reason}); {fix}") from error

@@ -8,7 +8,7 @@ import os
 import sys
 
 from rlinvariant import runtime
-from rlinvariant.sampler.plugin import NOT_ACTIVE, QUANTIZATION
+from rlinvariant.sampler.names import NOT_ACTIVE, QUANTIZATION
 
 
 def ask(directory: str) -> str:

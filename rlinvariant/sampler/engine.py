@@ -14,10 +14,10 @@ from torch import Tensor
 
 from rlinvariant import runtime
 from rlinvariant.arguments import model_problems
-from rlinvariant.errors import ConfigErrors, UserError
+from rlinvariant.errors import ConfigErrors, UserError, one_line
 from rlinvariant.models import unsupported
 from rlinvariant.rollout import Completion
-from rlinvariant.sampler.plugin import ARCHITECTURE, NOT_ACTIVE, QUANTIZATION
+from rlinvariant.sampler.names import ARCHITECTURE, NOT_ACTIVE, QUANTIZATION
 from rlinvariant.support import cuda_problems
 
 
@@ -82,7 +82,7 @@ def refuse(
     try:
         config = AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
-        raise UserError(f"model={model}: cannot be loaded: {' '.join(str(error).split())[:400]}") from error
+        raise UserError(f"model={model}: cannot be loaded: {one_line(error, 400)}") from error
     if type(config) not in AutoModelForCausalLM._model_mapping:
         kind = ", ".join(config.architectures or [type(config).__name__])
         raise UserError(f"model={model}: {kind} is no causal language model of transformers; name a directory or id of one")

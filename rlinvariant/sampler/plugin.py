@@ -4,12 +4,7 @@ It only registers two names, through vLLM's public registries; it replaces no fu
 for them (`quantization="rlinvariant"` and the architecture below) is a stock engine, also in the same process.
 """
 
-ARCHITECTURE = "RLInvariantForCausalLM"
-QUANTIZATION = "rlinvariant"
-NOT_ACTIVE = (
-    "plugin not active in the engine: install rlinvariant in this environment (pip install -e .), so that vLLM finds its "
-    "entry point, and unset VLLM_PLUGINS or let it name rlinvariant"
-)
+from rlinvariant.sampler.names import ARCHITECTURE, QUANTIZATION
 
 
 def register() -> None:

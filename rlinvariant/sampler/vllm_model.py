@@ -32,7 +32,7 @@ from rlinvariant import ops
 from rlinvariant.errors import UserError
 from rlinvariant.models.modules import logits_scaling
 from rlinvariant.models.patch import make_invariant
-from rlinvariant.sampler.plugin import NOT_ACTIVE, QUANTIZATION
+from rlinvariant.sampler.names import NOT_ACTIVE, QUANTIZATION
 from rlinvariant.sampler.vllm_attention import InvariantAttentionBackend
 
 ROWS = 256  # whose log-probs over the whole vocabulary are made at once, in fp64: a prompt may have thousands

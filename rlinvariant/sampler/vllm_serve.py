@@ -15,10 +15,10 @@ from vllm.platforms import current_platform
 from vllm.v1.sample.logits_processor import LogitsProcessor
 
 from rlinvariant import runtime
-from rlinvariant.errors import ConfigErrors, UserError
+from rlinvariant.errors import ConfigErrors, UserError, one_line
 from rlinvariant.models import make_invariant, require_exact, two_layers
 from rlinvariant.sampler.engine import refuse
-from rlinvariant.sampler.plugin import ARCHITECTURE, NOT_ACTIVE, QUANTIZATION
+from rlinvariant.sampler.names import ARCHITECTURE, NOT_ACTIVE, QUANTIZATION
 
 _Worker: Any
 if current_platform.is_cuda():
@@ -76,7 +76,7 @@ def serve(argv: Sequence[str]) -> None:
     try:
         command.cmd(args)
     except RuntimeError as error:
-        raise UserError(f"vLLM: {' '.join(str(error).split())[:200]} (the cause is in the log above)") from error
+        raise UserError(f"vLLM: {one_line(error, 200)} (the cause is in the log above)") from error
 
 
 def prepare(args: Any, default: Any) -> None:

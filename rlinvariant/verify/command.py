@@ -9,7 +9,7 @@ from typing import Any
 
 from rlinvariant import runtime
 from rlinvariant.arguments import Parser, at_least, model_problems
-from rlinvariant.errors import ConfigErrors, UserError
+from rlinvariant.errors import ConfigErrors, UserError, one_line
 from rlinvariant.report.console import Console
 
 DESCRIPTION = """Is exact mode exact here, on this model? Draws with a real vLLM engine, scores with the trainer's model, and
@@ -56,9 +56,7 @@ def command(argv: Sequence[str]) -> int:
         if not is_out_of_memory(error):
             raise
         much = "fp32 masters, a copy in the engine and one of the stock model have to fit"
-        raise UserError(
-            f"verify: out of memory ({' '.join(str(error).split())[:160]}): {much}; choose a smaller model"
-        ) from error
+        raise UserError(f"verify: out of memory ({one_line(error, 160)}): {much}; choose a smaller model") from error
     load.engines.clear()
     for line in table.verdict(found):
         console.print(line, style="" if found["exact"] else "bold red")

@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 from rlinvariant import runtime
 from rlinvariant.conflicts import environment_conflicts
-from rlinvariant.errors import ConfigErrors, UserError
+from rlinvariant.errors import ConfigErrors, UserError, one_line
 from rlinvariant.models import UnsupportedModel, make_trainable, require_exact
 from rlinvariant.models.load import load
 from rlinvariant.models.random import save_random
@@ -95,7 +95,7 @@ def or_reason(make: Callable[[], Any]) -> Any:
     try:
         return make()
     except (RuntimeError, AssertionError, NotImplementedError, ValueError, MemoryError, UserError) as error:
-        return f"not run: {' '.join(str(error).split())[:160]}"
+        return f"not run: {one_line(error, 160)}"
 
 
 def description(model: str, random: bool, directory: str, trained: Any) -> dict[str, Any]:

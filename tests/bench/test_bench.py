@@ -7,9 +7,9 @@ import sys
 import pytest
 
 from rlinvariant.bench import certify
-from rlinvariant.bench.families import REFUSED
 from rlinvariant.bench.measure import QUIET, Row, quietest
 from rlinvariant.bench.report import markdown
+from rlinvariant.models.families import REFUSED
 
 FIELDS = {
     "bench": str, "case": str, "ours": float, "stock": float, "unit": str, "ratio": float, "target": float | None,

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 from trl.trainer.grpo_config import GRPOConfig
 
-from rlinvariant.bench.families import FAMILIES
 from rlinvariant.errors import UserError
+from rlinvariant.models.families import FAMILIES
 from rlinvariant.models.load import load
 from rlinvariant.models.random import save_random
 from rlinvariant.run import grpo_trainer

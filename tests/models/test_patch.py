@@ -8,10 +8,10 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from rlinvariant.bench.models import SHAPES, config
 from rlinvariant.bits import assert_bits_equal, compare
 from rlinvariant.errors import UserError
 from rlinvariant.models import UnsupportedModel, make_invariant, modules, patch, require_exact, unsupported
+from rlinvariant.models.shapes import SHAPES, config
 from tests.ladders import dtype_name
 from tests.parity.device import CUDA, DEVICE, cpu_only, fp32_only_on_cpu
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, MambaConfig
 
-from rlinvariant.bench.families import FAMILIES, REFUSED, VOCABULARY
 from rlinvariant.bits import compare
 from rlinvariant.models import UnsupportedModel, make_invariant, make_trainable, require_exact, unsupported
+from rlinvariant.models.families import FAMILIES, REFUSED, VOCABULARY
 from rlinvariant.models.random import save_random
 from rlinvariant.sampler.engine import Sampler
 from rlinvariant.verify.load import trained

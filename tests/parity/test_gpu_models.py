@@ -22,8 +22,8 @@ from trl import GRPOConfig
 
 import rlinvariant
 from rlinvariant import metrics
-from rlinvariant.bench.models import build
 from rlinvariant.models import make_trainable, require_exact
+from rlinvariant.models.shapes import build
 from rlinvariant.rollout import Completion
 from rlinvariant.sampler import vllm_model
 from rlinvariant.sampler.engine import Sampler

@@ -77,7 +77,7 @@ def write(rows: list[dict[str, Any]], path: Path | str) -> str:
 
 
 def chat_tokenizer() -> Any:
-    from recipes._tiny import build_tokenizer
+    from rlinvariant.recipes._tiny import build_tokenizer
 
     tokenizer = build_tokenizer()
     tokenizer.chat_template = TEMPLATE

@@ -6,9 +6,9 @@ import sys
 
 import torch
 
-from recipes import _math
-from recipes._tiny import build_model
 from rlinvariant.cli import train
+from rlinvariant.recipes import _math
+from rlinvariant.recipes._tiny import build_model
 from rlinvariant.warmstart import supervised
 from tests.recipes.hub_rows import ROWS, chat_tokenizer, write
 

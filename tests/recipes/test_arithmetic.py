@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from recipes import arithmetic
 from rlinvariant import warmstart
 from rlinvariant.config import Config, parse
 from rlinvariant.errors import ConfigErrors, UserError
+from rlinvariant.recipes import arithmetic
 from rlinvariant.rewards import check_dataset
 
 REPO = Path(__file__).parents[2]
@@ -173,7 +173,7 @@ def test_interrupted_warm_start_leaves_no_model(monkeypatch: pytest.MonkeyPatch)
 
 def test_processes_that_start_together_train_once(tmp_path: Path) -> None:
     code = (
-        "import recipes.arithmetic as a; from rlinvariant.warmstart import warm_start\n"
+        "import rlinvariant.recipes.arithmetic as a; from rlinvariant.warmstart import warm_start\n"
         "e = lambda g: (f'{g.randint(10, 99)}+', '1')\n"
         f"print('path', warm_start('t', a.build_model, e, key={{}}, **{SHORT!r}))\n"
     )

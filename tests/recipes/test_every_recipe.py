@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from recipes import _math
 from rlinvariant.config import load_recipe, parse, recipe_names
+from rlinvariant.recipes import _math
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "recipes"

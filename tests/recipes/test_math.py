@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from recipes import _math, dapo_math, gsm8k, math
 from rlinvariant.config import Config, parse
 from rlinvariant.errors import ConfigErrors, UserError
+from rlinvariant.recipes import _math, dapo_math, gsm8k, math
 from rlinvariant.rewards import check_dataset
 from tests.recipes.hub_rows import ROWS, chat_tokenizer, original_dapo_math, write
 
@@ -116,7 +116,7 @@ def test_torn_files_are_refused_in_one_line(tokenizer) -> None:
 
 
 def test_a_model_that_cannot_chat_is_refused(tokenizer) -> None:
-    from recipes._tiny import build_tokenizer
+    from rlinvariant.recipes._tiny import build_tokenizer
 
     with pytest.raises(UserError, match=r"^model=org/name: its tokenizer has no chat template; choose an instruction-tuned"):
         prepared("gsm8k", build_tokenizer(), ROWS["gsm8k"](6))

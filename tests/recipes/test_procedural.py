@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from recipes import _tiny, arithmetic, countdown, reverse
 from rlinvariant.config import Config, parse
 from rlinvariant.errors import ConfigErrors, UserError
+from rlinvariant.recipes import _tiny, arithmetic, countdown, reverse
 from rlinvariant.rewards import check_dataset
 
 RECIPES = {"arithmetic": arithmetic, "countdown": countdown, "reverse": reverse}

@@ -7,8 +7,8 @@ from typing import Any
 
 import chz
 
-from recipes import arithmetic
 from rlinvariant.config import Config
+from rlinvariant.recipes import arithmetic
 
 DEFAULTS = arithmetic.DEFAULTS | {
     "steps": 2,

@@ -14,9 +14,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rlinvariant import ops
-from rlinvariant.bench.families import FAMILIES
 from rlinvariant.errors import ParityError, UserError
 from rlinvariant.models import make_trainable, unsupported
+from rlinvariant.models.families import FAMILIES
 from rlinvariant.report.console import Console
 from rlinvariant.rollout import Completion
 from rlinvariant.sampler import vllm_model
