@@ -65,7 +65,7 @@ def serve(argv: list[str]) -> None:
 
 @_command
 def verify(argv: list[str]) -> int:
-    from rlinvariant.verify.command import command
+    from rlinvariant.verification.command import command
 
     return command(argv)
 

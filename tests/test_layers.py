@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # A unit imports itself and units of rows above its own: sampler and trainer, on one row, never each other.
 ROWS = (
-    {"errors"},
+    {"errors", "text"},
     {"arguments", "files"},
     {"bits", "rollout", "runtime"},
     {"kernels"},
@@ -20,7 +20,7 @@ ROWS = (
     {"config"},
     {"sampler", "trainer"},
     {"report"},
-    {"warmstart", "verify"},
+    {"warmstart", "verification"},
     {"run"},
     {"recipes"},
     {"bench", "serve", "bisect", "replay"},

@@ -19,8 +19,8 @@ from rlinvariant.config import PPOConfig
 from rlinvariant.errors import UserError
 from rlinvariant.report import rollouts
 from rlinvariant.rollout import Batch, Completion, Rollout
-from rlinvariant.verify import load
-from rlinvariant.verify.relations import Relation
+from rlinvariant.verification import load
+from rlinvariant.verification.relations import Relation
 from tests.parity.harness import assert_exact, new_trainer
 
 ABOUT = {"invariance": "exact", "dtype": "bfloat16", "sampler": {}}

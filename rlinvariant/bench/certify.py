@@ -12,7 +12,7 @@ from rlinvariant.bench.measure import Machine
 from rlinvariant.errors import UserError
 from rlinvariant.models.families import FAMILIES, REFUSED
 from rlinvariant.report.console import Console
-from rlinvariant.verify.command import verify
+from rlinvariant.verification.command import verify
 
 TOKENS = 20_000
 

@@ -11,7 +11,7 @@ from rlinvariant import ops
 from rlinvariant.bisect import variants
 from rlinvariant.bisect.record import GATE_UP, QKV, ROTATED, Place
 from rlinvariant.bisect.search import LOGPROB, First, Side, side_at
-from rlinvariant.verify.ladder import ROWS
+from rlinvariant.verification.ladder import ROWS
 
 PARAMETER = {  # role -> the trainer's module that holds its weight
     "embedding": "embed_tokens", "input norm": "input_layernorm", "q projection": "self_attn.q_proj",

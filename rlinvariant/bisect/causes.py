@@ -16,7 +16,7 @@ from rlinvariant import bits
 from rlinvariant.bisect import variants
 from rlinvariant.bisect.case import Case, other_side
 from rlinvariant.bisect.search import LOGPROB, First, equal, side_at
-from rlinvariant.verify.ladder import ROWS
+from rlinvariant.verification.ladder import ROWS
 
 
 @dataclass(frozen=True)

@@ -71,8 +71,8 @@ def bisect(argv: Sequence[str]) -> int:
 
 def _sides(name: str, options: Any, directory: str) -> tuple[Any, Any]:
     """The trainer's model, made first, and the sampler, as `verify` has them."""
-    from rlinvariant.verify import load
-    from rlinvariant.verify.relations import CROWD, Sizes
+    from rlinvariant.verification import load
+    from rlinvariant.verification.relations import CROWD, Sizes
 
     config = load.configuration(name, options.dtype)
     step, longest = room(options, config)

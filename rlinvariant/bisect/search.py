@@ -16,7 +16,7 @@ from rlinvariant.metrics import mismatches
 from rlinvariant.rollout import Completion
 from rlinvariant.sampler.drive import Request, Trace, drive
 from rlinvariant.trainer.score import Layout, score, stock_score
-from rlinvariant.verify.relations import CROWD
+from rlinvariant.verification.relations import CROWD
 
 LOGPROB: Place = (None, "log-prob")
 PADDED = ("lm_head", "scaled logits")  # roles whose value may have columns beyond the vocabulary

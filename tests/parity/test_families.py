@@ -13,13 +13,13 @@ from rlinvariant.models import UnsupportedModel, make_invariant, make_trainable,
 from rlinvariant.models.families import FAMILIES, REFUSED, VOCABULARY
 from rlinvariant.models.random import save_random
 from rlinvariant.sampler.engine import Sampler
-from rlinvariant.verify.load import trained
+from rlinvariant.verification.load import trained
 from tests.parity.device import DEVICE, cpu_only
 from tests.parity.harness import Layout, Pair, Request, assert_same_completions, drive, fp32, score, start_engine
 
 LENGTHS = (1, 2, 17, 33, 39, 40, 41, 64, 65, 100, 129, 150)  # about the window of 40, pages of 16 and 32, and chunks of 64
 TOKENS = 16
-# tests/verify draws from every family; here are those whose windows leave pages behind, in some layers or in all
+# tests/verification draws from every family; here are those whose windows leave pages behind, in some layers or in all
 WINDOWED = ("qwen2-window", "mistral-window", "gemma3")
 NAMED = {  # what a refusal says
     "qwen3-moe": "Qwen3MoeForCausalLM cannot run exactly: num_local_experts=4",

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from rlinvariant.report.rundir import environment
-from rlinvariant.verify.relations import Relation
+from rlinvariant.verification.relations import Relation
 
 NAME, COUNTS = 48, 26
 TITLES = f"{'':<{NAME}} {'mismatched / compared':>{COUNTS}}"

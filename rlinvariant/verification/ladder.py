@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlinvariant.ops.linear import cancelling
-from rlinvariant.verify.relations import Relation
+from rlinvariant.verification.relations import Relation
 
 # Row counts at which kernels change: 1 (oneDNN, cuBLASLt), vector and tile edges, 256 (vLLM's norms)
 ROWS = (1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257)

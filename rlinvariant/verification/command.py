@@ -44,7 +44,7 @@ def command(argv: Sequence[str]) -> int:
     runtime.configure()
     runtime.quiet()
     with console.stage("loading transformers and vLLM"):
-        from rlinvariant.verify import certificate, load, table
+        from rlinvariant.verification import certificate, load, table
     certificate.require_writable(*([options.out] if options.out else []), certificate.cache_dir() / "certificates" / "any.json")
     try:
         with tempfile.TemporaryDirectory() as scratch:
@@ -106,8 +106,8 @@ def verify(
     began = time.monotonic()
     import torch
 
-    from rlinvariant.verify import certificate, controls, load, relations, speed, table
-    from rlinvariant.verify.ladder import ladder
+    from rlinvariant.verification import certificate, controls, load, relations, speed, table
+    from rlinvariant.verification.ladder import ladder
 
     config = load.configuration(model, dtype)
     sizes = (relations.SHORT if short else relations.FULL).within(config.get_text_config().max_position_embeddings)

@@ -16,8 +16,8 @@ from rlinvariant.models.load import load
 from rlinvariant.models.random import save_random
 from rlinvariant.ops.linear import routes
 from rlinvariant.sampler.engine import Sampler, refuse
-from rlinvariant.verify.certificate import weights_sha256
-from rlinvariant.verify.relations import MOST, Sizes
+from rlinvariant.verification.certificate import weights_sha256
+from rlinvariant.verification.relations import MOST, Sizes
 
 PAGE = {"cuda": 16, "cpu": 32}  # tokens of a page of the cache: the least that vLLM takes, so that requests have many
 OTHERWISE = "invariance=off trains it without the proof"

