@@ -104,7 +104,7 @@ def assert_needle(f: Function, *rows: Tensor, size: int = 33) -> None:
     """A row keeps its bits when it stands first, in the middle or last among rows that would poison any shared sum."""
     alone = f(*(x[:1] for x in rows))
     for neighbour in NEIGHBOURS:
-        for at in (0, size // 2, size - 1):
+        for at in (0, 1, size // 2, size - 1):  # places of both parities: a kernel may pair its rows
             hay = [_hay(x, size, neighbour) for x in rows]
             for h, x in zip(hay, rows, strict=True):
                 h[at] = x[0]

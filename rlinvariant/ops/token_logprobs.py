@@ -36,7 +36,8 @@ def token_logprobs(
         (logprobs, entropy), both [T] fp32, both with gradients.
 
     Raises:
-        IndexError: a token id outside [0, V).
+        IndexError: a token id lies outside [0, V). On a GPU, which would have to be waited for, the log-prob, the entropy and
+            the gradients of such a token are NaN instead.
         ValueError: shapes, dtypes or the temperature are not as above.
 
     Order: logits in hidden.dtype as by `linear`; exponentials summed inside blocks of 4,096 columns, by `lanes` (CPU) or in
@@ -125,13 +126,21 @@ def _check(hidden: Tensor, weight: Tensor, token_ids: Tensor, temperature: float
     if hidden.dim() != 2 or token_ids.shape != hidden.shape[:1] or token_ids.dtype is not torch.int64 or not temperature > 0:
         got = f"token_ids {token_ids.dtype} {tuple(token_ids.shape)}, temperature {temperature}"
         raise ValueError(f"token_logprobs: expected token_ids int64 [{len(hidden)}] and a positive temperature, got {got}")
-    if token_ids.numel() and not 0 <= int(token_ids.min()) <= int(token_ids.max()) < weight.shape[0]:
+    if token_ids.is_cuda or not token_ids.numel():  # on a GPU, looking would wait for it at every call: see `_targets`
+        return
+    if not 0 <= int(token_ids.min()) <= int(token_ids.max()) < weight.shape[0]:
         raise IndexError(f"token_logprobs: token ids must lie in [0, {weight.shape[0]})")
 
 
+def _targets(token_ids: Tensor, vocab: int, temperature: float) -> tuple[Tensor, Tensor]:
+    """Return ids inside the vocabulary, and temperatures, NaN where an id was outside: all results of its row are NaN."""
+    inside = token_ids.clamp(0, vocab - 1).contiguous()
+    temperatures = torch.full(token_ids.shape, temperature, dtype=torch.float32, device=token_ids.device)
+    return inside, temperatures.masked_fill(inside != token_ids, float("nan"))
+
+
 def _forward(hidden: Tensor, weight: Tensor, token_ids: Tensor, temperature: float, scale, softcap) -> tuple[Tensor, Tensor]:
-    w, ids = weight.to(hidden.dtype), token_ids.contiguous()
-    temperatures = torch.full((len(hidden),), temperature, dtype=torch.float32, device=hidden.device)
+    w, (ids, temperatures) = weight.to(hidden.dtype), _targets(token_ids, weight.shape[0], temperature)
     logprobs, entropy = torch.empty_like(temperatures), torch.empty_like(temperatures)
     for c in _chunks(hidden, w):
         logits = scale_logits(linear(hidden[c], w), scale, softcap)
@@ -146,8 +155,7 @@ def _save(ctx, inputs, output) -> None:
 
 def _backward(ctx, dlogprobs: Tensor | None, dentropy: Tensor | None):
     hidden, weight, token_ids = ctx.saved_tensors
-    w, ids = weight.to(hidden.dtype), token_ids.contiguous()
-    temperatures = torch.full((len(hidden),), ctx.temperature, dtype=torch.float32, device=hidden.device)
+    w, (ids, temperatures) = weight.to(hidden.dtype), _targets(token_ids, weight.shape[0], ctx.temperature)
     dlogprobs = torch.zeros_like(temperatures) if dlogprobs is None else dlogprobs.contiguous()
     dentropy = None if dentropy is None else dentropy.contiguous()
     dhidden, dweight = torch.empty_like(hidden), torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)

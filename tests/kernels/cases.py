@@ -120,4 +120,3 @@ CASES: dict[str, Callable[[], Case]] = {
     "sample": sample,
 }
 WITHOUT_GRADIENT = {"paged_attention", "log_softmax", "sample"}
-WAITS_FOR_THE_GPU = {"token_logprobs", "token_logprobs, scaled"}  # it reads whether the token ids lie in the vocabulary

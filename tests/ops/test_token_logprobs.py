@@ -1,11 +1,13 @@
 import importlib
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
 from rlinvariant import ops
@@ -320,12 +322,43 @@ def test_no_tokens_give_no_logprobs():
     assert dh.shape == hidden.shape and not dw.any()
 
 
-@pytest.mark.parametrize("token", [-1, 100, 2**40, -(2**40)])
+outside = pytest.mark.parametrize("token", [-1, 100, 2**40, -(2**40)])
+
+
+@cpu_only
+@outside
 def test_a_token_outside_the_vocabulary_is_an_index_error(token):
     hidden, weight, ids = operands(4, 100, torch.bfloat16)
     ids[2] = token
     with pytest.raises(IndexError, match=r"\[0, 100\)"):
         ops.token_logprobs(hidden, weight, ids, 1.0)
+
+
+@outside
+def test_a_token_outside_the_vocabulary_shows_as_nan_where_looking_would_wait(token):
+    """Both devices have the code that a GPU relies on; the other rows keep their bits."""
+    hidden, weight, ids = operands(4, 100, torch.bfloat16)
+    clean = module._forward(hidden, weight, ids, 1.0, None, None)
+    ids[2] = token
+    broken = module._forward(hidden, weight, ids, 1.0, None, None)
+    kept = torch.arange(4) != 2
+    for x, expected in zip(broken, clean, strict=True):
+        assert x[2].isnan()
+        assert_bits_equal(x[kept], expected[kept], "rows beside it")
+    context = SimpleNamespace(saved_tensors=(hidden, weight, ids), temperature=1.0, scaling=(None, None))
+    dhidden, dweight, *_ = module._backward(context, torch.ones(4), torch.ones(4))
+    assert dhidden[2].isnan().all() and dweight.isnan().all() and dhidden[kept].isfinite().all()
+
+
+@cpu_only
+def test_no_call_waits_for_a_gpu():
+    """On tensors of a GPU that hold no values: to read one would raise."""
+    with FakeTensorMode():
+        hidden, weight, ids = (torch.empty(s, device="cuda") for s in ((4, 64), (100, 64), (4,)))
+        module._check(hidden, weight, ids.long(), 0.7, None, None)
+        assert all(x.shape == (4,) for x in module._targets(ids.long(), 100, 0.7))
+        with pytest.raises(DataDependentOutputException):  # control
+            ids.min().item()
 
 
 @pytest.mark.parametrize(
