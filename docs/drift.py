@@ -1,6 +1,6 @@
 """Draw docs/images/drift.svg: the importance ratios of the two runs recorded in notebooks/data, exact and stock.
 
-    python docs/drift.py
+python docs/drift.py
 """
 
 import json
