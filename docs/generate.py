@@ -1,0 +1,181 @@
+"""Write the pages of docs/reference that the code itself knows: commands, configuration, Python API, ops.
+
+    python docs/generate.py
+
+tests/docs/test_docs.py compares what is committed with what this generates.
+"""
+
+import argparse
+import enum
+import importlib
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+REFERENCE = Path(__file__).resolve().parent / "reference"
+BY = "<!-- Written by docs/generate.py: edit the code, then run it. -->\n\n"
+
+
+def pages() -> dict[Path, str]:
+    """Return every generated page: path to text."""
+    made = {"cli": commands(), "config": configuration(), "api": api(), "ops": ops()}
+    return {REFERENCE / f"{name}.md": text for name, text in made.items()}
+
+
+def table(head: str, rows: list[tuple[str, ...]]) -> str:
+    """Return a Markdown table; `|` in a cell is escaped."""
+    lines = [f"| {head} |", "|---" * (head.count("|") + 1) + "|"]
+    return "\n".join([*lines, *("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)]) + "\n"
+
+
+def commands() -> str:
+    """Return the page of commands, from their parsers."""
+    from rlinvariant import cli, errors
+
+    text = [BY + "# Commands", "```\nrlinvariant COMMAND --help\n```"]
+    text.append(table("command | what it does", [(f"[`{c.name}`](#{c.name})", c.summary) for c in cli.COMMANDS]))
+    text.append("`rlinvariant --version` prints the version. Errors go to stderr, one line each; a mistake has no traceback.")
+    text += ["## Exit codes", table("code | meaning", [(str(code), said) for code, said in errors.EXIT_CODES.items()])]
+    for command in cli.COMMANDS:
+        module = importlib.import_module(command.module)
+        whole = cli.build_parser(command.name, module)
+        (below,) = (action for action in whole._actions if isinstance(action, argparse._SubParsersAction))
+        parser = below.choices[command.name]
+        text += [f"## {command.name}", " ".join(module.DESCRIPTION.split())]
+        text += [f"```\n{module.EXAMPLE.strip()}\n```", *options(parser, command.name)]
+    return "\n\n".join(text).rstrip() + "\n"
+
+
+def options(parser: argparse.ArgumentParser, name: str) -> Iterator[str]:
+    """Yield the table of a command's arguments; of its verbs, where it has some."""
+    rows = []
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for verb, below in action.choices.items():
+                yield f"### {name} {verb}"
+                yield from options(below, f"{name} {verb}")
+        elif action.help != argparse.SUPPRESS and action.dest != "help":
+            rows.append((f"`{shown(action)}`", default(action), " ".join(str(action.help or "").split()).replace("%%", "%")))
+    if rows:
+        yield table("argument | default | meaning", rows)
+
+
+def shown(action: argparse.Action) -> str:
+    """Return an argument as it is written: `--tokens N`, `MODEL`, `key=value ...`."""
+    metavar = action.metavar or (",".join(map(str, action.choices)) if action.choices else action.dest.upper())
+    value = metavar if isinstance(metavar, str) else " ".join(metavar)
+    if not action.option_strings:
+        return f"{value} ..." if action.nargs in ("*", "+") else value
+    return action.option_strings[-1] + ("" if action.nargs == 0 else f" {value}")
+
+
+def default(action: argparse.Action) -> str:
+    """Return what an option is without being given, where that is worth a word."""
+    unsaid = action.default is None or action.default is False or action.default == [] or action.default == argparse.SUPPRESS
+    return "" if unsaid or action.nargs == 0 else f"`{action.default}`"
+
+
+def configuration() -> str:
+    """Return the page of settings, from the tree `Config`."""
+    from rlinvariant import config
+
+    parts: dict[str, Any] = {
+        "": config.Config,
+        "sampler.": config.SamplerConfig,
+        "ppo.": config.PPOConfig,
+        "wandb.": config.WandbConfig,
+        "trainer.": config.trainer_config_class(),
+    }
+    said = {
+        "": "Then come the parts below, and `data.*`, which each recipe says itself: `rlinvariant train recipe=NAME --help=all`.",
+        "sampler.": "The vLLM engine that draws.",
+        "ppo.": "With `algorithm=ppo` alone.",
+        "wandb.": "W&B, a view of `metrics.jsonl`.",
+        "trainer.": "The fields of `trl.GRPOConfig`, with TRL's names and words, and the defaults that hold here.",
+    }
+    text = [
+        BY + "# Configuration",
+        "`rlinvariant train key=value ...`. A value comes from the command line, else from the recipe's `DEFAULTS`, else from here; "
+        "`config.json` in the [run directory](run-directory.md) says for each which it was. Unknown keys, values of another type and "
+        "conflicts are listed all at once, before anything is loaded.",
+    ]
+    for prefix, part in parts.items():
+        text += [
+            f"## {prefix}*" if prefix else "## The run",
+            said[prefix],
+            table("key | type | default | meaning", fields(part, prefix)),
+        ]
+    owned = [(f"`trainer.{key}`", why) for key, why in config.OWNED.items()]
+    owned += [(f"`{key}`", f"use {name}=") for key, name in config.ALIASES.items()]
+    text += ["## Fields of TRL that are set elsewhere", table("key | in its place", owned)]
+    return "\n\n".join(text).rstrip() + "\n"
+
+
+def fields(part: Any, prefix: str) -> list[tuple[str, ...]]:
+    """Return a row for each setting of one part of the tree."""
+    import chz
+
+    rows = []
+    for name, field in chz.chz_fields(part).items():
+        if chz.is_chz(field.final_type) or name in ("sources", "data", "trainer"):
+            continue
+        factory = field._default_factory
+        value = factory() if callable(factory) else field._default
+        said = " ".join((field._doc or "").split()).replace("<", "&lt;")
+        rows.append((f"`{prefix}{name}`", kind(field.final_type), literal(value), said))
+    return rows
+
+
+def literal(value: Any) -> str:
+    """Return a default as it would be written after `key=`; nothing where there is none."""
+    value = value.value if isinstance(value, enum.Enum) else value
+    return "" if "MISSING" in type(value).__name__ or "MISSING" in repr(value) or value == "" else f"`{value}`"
+
+
+def kind(annotation: Any) -> str:
+    """Return a type in words: the values, where they are few."""
+    if typing.get_origin(annotation) is typing.Literal:
+        return ", ".join(f"`{value}`" for value in typing.get_args(annotation))
+    if isinstance(annotation, enum.EnumMeta):
+        return ", ".join(f"`{member.value}`" for member in list[Any](annotation))
+    members = [member for member in typing.get_args(annotation) if member is not type(None)]
+    if type(None) in typing.get_args(annotation):
+        return " or ".join(dict.fromkeys([*map(kind, members), "None"]))
+    return str(getattr(annotation, "__name__", annotation)) if not members else str(annotation).replace("typing.", "")
+
+
+def api() -> str:
+    """Return the page of the package's public names, whose docstrings mkdocstrings reads."""
+    import rlinvariant
+
+    text = [
+        BY + "# Python API",
+        "`import rlinvariant` loads no framework and touches no device: a name is imported when it is first used.",
+    ]
+    text += [f"::: {place(getattr(rlinvariant, name), name)}" for name in sorted(rlinvariant.__all__, key=str.lower)]
+    return "\n\n".join(text) + "\n"
+
+
+def ops() -> str:
+    """Return the page of ops."""
+    from rlinvariant import ops
+
+    text = [
+        BY + "# Ops",
+        "The ops of which sampler and trainer are both made. Nothing else in a model may sum, and nothing else may call a "
+        "transcendental function. Each contract has *Order* (in which order sums are taken), *Bits* (what the bits of a row "
+        "depend on, which is what the tests check) and *Ref*.",
+    ]
+    return "\n\n".join([*text, *(f"::: {place(getattr(ops, name), name)}" for name in ops.__all__)]) + "\n"
+
+
+def place(found: Any, name: str) -> str:
+    """Return where an object is defined, as mkdocstrings wants it."""
+    return f"{found.__module__}.{getattr(found, '__qualname__', name)}"
+
+
+if __name__ == "__main__":
+    for path, text in pages().items():
+        path.write_text(text)
+        print(path)
