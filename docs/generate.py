@@ -88,7 +88,7 @@ def configuration() -> str:
         "trainer.": config.trainer_config_class(),
     }
     said = {
-        "": "Then come the parts below, and `data.*`, which each recipe says itself: `rlinvariant train recipe=NAME --help=all`.",
+        "": "Each recipe adds its own `data.*`: `rlinvariant train recipe=NAME --help=all`.",
         "sampler.": "The vLLM engine that draws.",
         "ppo.": "With `algorithm=ppo` alone.",
         "wandb.": "W&B, a view of `metrics.jsonl`.",
@@ -96,9 +96,9 @@ def configuration() -> str:
     }
     text = [
         BY + "# Configuration",
-        "`rlinvariant train key=value ...`. A value comes from the command line, else from the recipe's `DEFAULTS`, else from here; "
-        "`config.json` in the [run directory](run-directory.md) says for each which it was. Unknown keys, values of another type and "
-        "conflicts are listed all at once, before anything is loaded.",
+        "`rlinvariant train key=value ...`. A value comes from the command line, else from the recipe's `DEFAULTS`, else from "
+        "here; `config.json` in the [run directory](run-directory.md) says for each which it was. Unknown keys, values of another "
+        "type and conflicts are listed all at once, before anything is loaded.",
     ]
     for prefix, part in parts.items():
         text += [
