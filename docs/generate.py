@@ -97,8 +97,8 @@ def configuration() -> str:
     text = [
         BY + "# Configuration",
         "`rlinvariant train key=value ...`. A value comes from the command line, else from the recipe's `DEFAULTS`, else from "
-        "here; `config.json` in the [run directory](run-directory.md) says for each which it was. Unknown keys, values of another "
-        "type and conflicts are listed all at once, before anything is loaded.",
+        "here; `config.json` in the [run directory](run-directory.md) says for each which it was. Unknown keys, wrong "
+        "types and conflicts are listed all at once, before anything is loaded.",
     ]
     for prefix, part in parts.items():
         text += [
