@@ -40,7 +40,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--tokens", type=int, metavar="N", help="parity on a GPU: N more tokens of parity_soak.json; families: tokens of each"
     )
-    parser.add_argument("--readme", type=Path, metavar="FILE", help="with report: put the tables between the file's markers")
+    parser.add_argument(
+        "pages", nargs="*", type=Path, metavar="FILE.md", help="with report: fill these pages, and print nothing"
+    )
     options = parser.parse_args(argv)
     # As `rlinvariant train` does, for ours and for the stock side; libgomp reads it when torch is imported
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -54,7 +56,7 @@ def main(argv: list[str]) -> int:
     out = options.out or RESULTS / machine
     bench = importlib.import_module(f"rlinvariant.bench.{module}")
     if options.name == "report":
-        bench.main(options.out, options.readme)
+        bench.main(options.out, options.pages)
     elif options.name == "tune":
         from rlinvariant.bench.tune import FILE
 

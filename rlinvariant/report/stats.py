@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 LAST = 10  # steps whose reward is averaged
+UNDECIDED = "no verdict: the seeds disagree"
 
 Row = Mapping[str, Any]
 
