@@ -1,8 +1,8 @@
-"""Train a policy: `accelerate launch train.py recipe=NAME key=value ...`; `--help` lists every field."""
+"""Train a policy: `accelerate launch train.py recipe=NAME key=value ...`; `--help` shows the fields."""
 
 import sys
 
-from rlinvariant.cli import train
+from rlinvariant.cli import main
 
 if __name__ == "__main__":
-    sys.exit(train(sys.argv[1:]))
+    sys.exit(main(["train", *sys.argv[1:]], script="train.py"))

@@ -1,16 +1,67 @@
-"""What command lines share: argparse with a mistake as one line, and names of models."""
+"""What the commands' arguments share: a parser whose mistakes are one line, suggestions, and names of models."""
 
 import argparse
+import difflib
+import functools
 import re
-from collections.abc import Callable
+import shutil
+import textwrap
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from rlinvariant.errors import UserError
 
+WIDEST_HELP = 118
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """argparse's help as wide as the terminal; examples keep their lines, and only a default that says something is shown."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=28, width=help_width())
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+def help_width() -> int:
+    """Return how many columns a help text may take in this terminal."""
+    return min(shutil.get_terminal_size().columns - 2, WIDEST_HELP)
+
+
+def wrapped(text: str, indent: str = "", hanging: str = "") -> str:
+    """Fill each paragraph of `text` to the terminal's width, indented; all lines but its first by `hanging` instead."""
+    fill = functools.partial(textwrap.fill, width=help_width(), initial_indent=indent, subsequent_indent=hanging or indent)
+    return "\n\n".join(fill(" ".join(part.split())) for part in text.strip().split("\n\n"))
+
+
+def suggestion(word: str, options: Iterable[str], cutoff: float = 0.6) -> str:
+    """Return `; did you mean X?` for the option nearest to `word`, or nothing if none is as near as `cutoff` (0 to 1)."""
+    close = difflib.get_close_matches(word, list(options), 1, cutoff)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Parser of `rlinvariant` and of each of its commands. Raises UserError where argparse would print its usage and exit."""
+
+    passes_on = ""
+    """Name under which all arguments are handed on unread, for another program's parser; a plain --help is still ours."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, conflict_handler="resolve", **options)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self.passes_on and list(args or [])[:1] not in ([], ["-h"], ["--help"]):
+            return argparse.Namespace(**{self.passes_on: list(args)}), []
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{self.prog.removeprefix('rlinvariant ')}: {message}; see {self.prog} --help")
+
 
 class Parser(argparse.ArgumentParser):
-    """Of `rlinvariant COMMAND`. Raises UserError where argparse would print its usage and exit."""
+    """Parser of a command that cli.py does not build itself yet. Raises UserError as `CommandParser` does."""
 
     def __init__(self, command: str, description: str) -> None:
         form = argparse.ArgumentDefaultsHelpFormatter
@@ -22,7 +73,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def at_least(least: float) -> Callable[[str], int]:
-    """A whole number of at least so much, as argparse's `type`."""
+    """Return an argparse `type` that reads a whole number of at least `least`."""
 
     def number(text: str) -> int:
         if not text.isdigit() or int(text) < least:
@@ -33,7 +84,7 @@ def at_least(least: float) -> Callable[[str], int]:
 
 
 def temperature(text: str) -> float:
-    """At least 0.01, to which vLLM raises smaller ones."""
+    """Read a temperature of at least 0.01, to which vLLM raises smaller ones."""
     try:
         value = float(text)
     except ValueError:
@@ -44,8 +95,12 @@ def temperature(text: str) -> float:
 
 
 def model_problems(key: str, model: str) -> list[str]:
-    """Why a model cannot be read, in one line, known without the hub: `key=model` must be a whole model's directory, or look
-    like a hub id."""
+    """Say in at most one line why a model cannot be read, without asking the hub.
+
+    Args:
+        key: what the user wrote the model after; the line starts with `key=model`.
+        model: a whole model's directory, or something that looks like a hub id.
+    """
     path = Path(model)
     if path.is_dir():
         if (path / "adapter_config.json").exists():

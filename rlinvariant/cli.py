@@ -1,169 +1,156 @@
-"""The `rlinvariant` command."""
+"""The `rlinvariant` command: one parser, whose subcommands are the table below.
 
-import functools
+A command is a module that is light to import, with `DESCRIPTION` and `EXAMPLE`, `add_arguments(parser)`, and `run(options)`,
+which returns an exit code of errors.py, or None for 0, and raises UserError or ParityError.
+"""
+
+import argparse
+import importlib
 import os
+import select
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import NamedTuple
 
-from rlinvariant.errors import MISUSED, NOT_EXACT, ConfigErrors, ParityError, UserError
+from rlinvariant import errors
+from rlinvariant.arguments import CommandParser, suggestion, wrapped
+from rlinvariant.errors import ConfigErrors, ParityError, UserError
 
-USAGE = """usage: rlinvariant train recipe=NAME [key=value ...]   train in this process (accelerate launch train.py for more)
-       rlinvariant train --help                       every field, its value and where it comes from
-       rlinvariant ablate recipe=NAME seeds=3         the same runs exact, with drift, corrected, stale; a table and a page
-       rlinvariant demo [MODEL] [key=value ...]       one prompt 1,000 times among changing traffic, ops off and on
-       rlinvariant serve MODEL [vllm options]         vllm serve with the ops on: a request's bytes do not depend on load
-       rlinvariant verify MODEL [--tokens N|--short]  is it exact here, on my model: every relation, controls, a certificate
-       rlinvariant bisect MODEL [--seed N]            if not: the first sequence, token, layer, op that differs, and why
-       rlinvariant replay RUN --step K                draw and score a recorded step again: are the bits the same
-       rlinvariant doctor [MODEL] [--json] [--engine] is this machine able, which kernels, what is in the way
-       rlinvariant report RUN_OR_ABLATION             write its report.html, print its tables
-       rlinvariant dashboard push RUN_OR_ABLATION     the same panels as a W&B workspace and report; as JSON without a login
-       rlinvariant dashboard sync RUN_OR_ABLATION     replay metrics.jsonl into W&B and TensorBoard
-       rlinvariant --version"""
+DESCRIPTION = "Exact on-policy RL: vLLM samples and a Hugging Face model trains, and their log-probs are the same 32 bits."
 
 
-def _command(run: Callable[[list[str]], int | None]) -> Callable[[list[str]], int]:
-    """Arguments to exit code, through `_call`. What a command needs is imported when it runs."""
+class Command(NamedTuple):
+    """A subcommand. `entry` names the function of a module that has no `add_arguments` yet and parses its arguments itself."""
 
-    @functools.wraps(run)
-    def command(argv: list[str]) -> int:
-        return _call(lambda: run(argv))
-
-    return command
-
-
-@_command
-def train(argv: list[str]) -> None:
-    from rlinvariant.config import parse
-
-    config = parse(argv)
-    from rlinvariant.run import run
-
-    run(config)
+    name: str
+    module: str
+    summary: str
+    entry: str = ""
 
 
-@_command
-def ablate(argv: list[str]) -> int:
-    from rlinvariant.ablate import ablate
-
-    return ablate(argv)
-
-
-@_command
-def demo(argv: list[str]) -> None:
-    from rlinvariant.demo import demo
-
-    demo(argv)
-
-
-@_command
-def serve(argv: list[str]) -> None:
-    from rlinvariant.serve import serve
-
-    serve(argv)
+COMMANDS = (
+    Command("train", "rlinvariant.train", "train a policy by a recipe, with GRPO or PPO"),
+    Command("verify", "rlinvariant.verification.command", "is it exact here, on my model? counts and a certificate", "command"),
+    Command("bisect", "rlinvariant.bisect.command", "where sampler and trainer differ first, and why", "bisect"),
+    Command("doctor", "rlinvariant.doctor", "is this machine able, and what is in the way", "doctor"),
+    Command("replay", "rlinvariant.replay", "draw and score a recorded step again, bit for bit", "command"),
+    Command("ablate", "rlinvariant.ablate", "compare exact, drift, corrections, staleness over seeds", "ablate"),
+    Command("demo", "rlinvariant.demo", "one prompt 1,000 times in changing traffic, ops off and on", "demo"),
+    Command("serve", "rlinvariant.serve", "vLLM's server with the ops on: load changes no byte"),
+    Command("report", "rlinvariant.report.command", "write report.html of a run or an ablation, print its tables"),
+    Command("dashboard", "rlinvariant.report.dashboard_command", "the same in W&B and TensorBoard; as JSON without a login"),
+)
+EXAMPLES_OF = ("train", "verify", "report")  # whose examples `rlinvariant --help` shows
 
 
-@_command
-def verify(argv: list[str]) -> int:
-    from rlinvariant.verification.command import command
+def build_parser(chosen: str, module: ModuleType | None, script: str = "") -> argparse.ArgumentParser:
+    """Build the parser of all commands. Only the chosen one gets its arguments, so that no other module is imported.
 
-    return command(argv)
+    Args:
+        chosen: the command that is to be parsed, or "".
+        module: the chosen command's module.
+        script: file that starts this command alone; it then stands for `rlinvariant COMMAND` in help and errors.
+    """
+    from rlinvariant import __version__
 
-
-@_command
-def bisect(argv: list[str]) -> int:
-    from rlinvariant.bisect import bisect
-
-    return bisect(argv)
-
-
-@_command
-def replay(argv: list[str]) -> int:
-    from rlinvariant.replay import command
-
-    return command(argv)
-
-
-@_command
-def doctor(argv: list[str]) -> int:
-    from rlinvariant.doctor import doctor
-
-    return doctor(argv)
+    parser = CommandParser(prog="rlinvariant", description=wrapped(DESCRIPTION))
+    parser.add_argument("-V", "--version", action="version", version=__version__, help="print the version and exit")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
+    for name, _, summary, _ in COMMANDS:
+        command = commands.add_parser(name, help=summary, prog=script or None)
+        if name == chosen and module is not None:
+            command.description, command.epilog = wrapped(module.DESCRIPTION), _examples(module.EXAMPLE)
+            module.add_arguments(command)
+    if not chosen:
+        modules = [importlib.import_module(command.module) for command in COMMANDS if command.name in EXAMPLES_OF]
+        examples = _examples("\n".join(module.EXAMPLE.splitlines()[0] for module in modules if hasattr(module, "EXAMPLE")))
+        codes = "\n".join(wrapped(f"{code}: {meaning}", "  ", "    ") for code, meaning in errors.EXIT_CODES.items())
+        parser.epilog = f"{examples}\n\nexit codes:\n{codes}\n\n`rlinvariant COMMAND --help` says more of each."
+    return parser
 
 
-@_command
-def report(argv: list[str]) -> None:
-    from rlinvariant.report import html, tables
-    from rlinvariant.report.console import Console
-
-    file, study = html.write(_one_path("report", argv))
-    tables.show(study, Console())
-    print(f"report: {file}")
+def _examples(text: str) -> str:
+    lines = text.strip().splitlines()
+    return "\n".join([f"example{'s' if len(lines) > 1 else ''}:", *(f"  {line.strip()}" for line in lines)])
 
 
-@_command
-def dashboard(argv: list[str]) -> None:
-    verb, *rest = argv or ["", ""]
-    if verb not in ("push", "sync"):
-        raise UserError(f"dashboard {verb}: expected dashboard push or dashboard sync, and a directory")
-    path = _one_path(f"dashboard {verb}", rest)
-    from rlinvariant.report import dashboard
+def main(arguments: Sequence[str] | None = None, script: str = "") -> int:
+    """Run a command line, of this process if none is given, and return its exit code.
 
-    for line in {"push": dashboard.push, "sync": dashboard.sync}[verb](path):
-        print(line)
-
-
-def _one_path(command: str, argv: list[str]) -> str:
-    if len(argv) != 1 or argv[0].startswith("-") or "=" in argv[0]:
-        raise UserError(f"{command}: expected one directory of a run or an ablation, got {' '.join(argv) or 'none'}")
-    return argv[0]
+    Args:
+        arguments: command and its arguments.
+        script: as for `build_parser`.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    return exit_code(lambda: _dispatch(given, script))
 
 
-def _call(command: Callable[[], int | None]) -> int:
-    """Run a command, and print a user's mistakes, or that it was interrupted, as one line each. Returns the exit code."""
+def _dispatch(arguments: list[str], script: str) -> int | None:
+    if arguments[:1] == ["help"]:
+        arguments = [*arguments[1:2], "--help"]
+    arguments = arguments or ["--help"]
+    name = arguments[0]
+    command = next((command for command in COMMANDS if command.name == name), None)
+    if command is None:
+        if not name.startswith("-"):
+            raise UserError(f"{name}: unknown command{suggestion(name, [c.name for c in COMMANDS])}; see rlinvariant --help")
+        build_parser("", None).parse_args(arguments)  # prints a help or the version and exits, or refuses
+        raise UserError("COMMAND: missing; see rlinvariant --help")
+    module = importlib.import_module(command.module)
+    if not hasattr(module, "add_arguments"):
+        return getattr(module, command.entry)(arguments[1:])
+    parser = build_parser(name, module, script)
+    options, others = parser.parse_known_args(arguments)
+    if others and hasattr(options, "settings"):
+        options.settings += others  # key=value arguments: what is wrong with these is said with all other mistakes
+    elif others:
+        raise UserError(f"{name}: unrecognized arguments: {' '.join(others)}; see rlinvariant {name} --help")
+    return module.run(options)
+
+
+def exit_code(command: Callable[[], int | None]) -> int:
+    """Run a command and return its exit code. A user's mistake, a broken proof and ctrl-C are printed as a line each."""
     # libgomp reads it when torch is imported: spinning threads make a run 10 times slower as soon as cores are shared
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # "is an experimental feature", said of a switch for cuBLASLt
     try:
-        return command() or 0
+        code = _reported(command)
+        sys.stdout.flush()  # a reader that went away is noticed here, not when the interpreter ends
+        return code
+    except BrokenPipeError:
+        if not _reader_is_gone():  # the pipe was another, between processes of this run
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return errors.PIPE_CLOSED
+
+
+def _reported(command: Callable[[], int | None]) -> int:
+    main_process = os.environ.get("RANK", "0") == "0"
+    try:
+        return command() or errors.OK
+    except SystemExit as end:  # argparse has printed a help or the version
+        return end.code if isinstance(end.code, int) else errors.OK if end.code is None else errors.MISUSED
     except UserError as error:
         # Every rank finds the same configuration errors; other errors are one rank's own.
-        if os.environ.get("RANK", "0") == "0" or not isinstance(error, ConfigErrors):
+        if main_process or not isinstance(error, ConfigErrors):
             for line in str(error).splitlines():
                 print(f"error: {line}", file=sys.stderr)
-        return MISUSED
+        return errors.MISUSED
     except ParityError as error:
         print(f"error: {error}", file=sys.stderr)
-        return NOT_EXACT
+        return errors.NOT_EXACT
     except KeyboardInterrupt:
-        if os.environ.get("RANK", "0") == "0":
+        if main_process:
             print("interrupted", file=sys.stderr)
-        return 130
+        return errors.INTERRUPTED
 
 
-def main() -> int:
-    command, *rest = sys.argv[1:] or ["--help"]
-    commands = {
-        "train": train,
-        "ablate": ablate,
-        "demo": demo,
-        "serve": serve,
-        "verify": verify,
-        "bisect": bisect,
-        "replay": replay,
-        "doctor": doctor,
-        "report": report,
-        "dashboard": dashboard,
-    }
-    if command in commands:
-        return commands[command](rest)
-    if command == "--version":
-        from rlinvariant import __version__
-
-        print(__version__)
-        return 0
-    print(USAGE if command in ("--help", "-h") else f"error: unknown command {command}\n{USAGE}")
-    return 0 if command in ("--help", "-h") else 2
+def _reader_is_gone() -> bool:
+    """Say whether nobody reads this process's output any more."""
+    poll = select.poll()
+    poll.register(1, select.POLLOUT)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 if __name__ == "__main__":

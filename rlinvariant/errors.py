@@ -1,9 +1,16 @@
-"""What a command can end with besides success: a mistake of the user's, and a broken proof."""
+"""How a command can end: the errors that a user meets, and the table of exit codes."""
 
 from collections.abc import Sequence
 
-OK, NOT_EXACT, MISUSED, INTERRUPTED = 0, 1, 2, 130
-"""Exit codes of every command: done and exact; not exact, or not shown to be; refused; stopped by ctrl-C."""
+OK, NOT_EXACT, MISUSED, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 130, 141
+EXIT_CODES = {
+    OK: "done, and exact where the command looks",
+    NOT_EXACT: "not exact, not shown to be, or not finished; a crash too, with its traceback",
+    MISUSED: "refused: something in the command, the machine or the model has to change; one line says what",
+    INTERRUPTED: "stopped by ctrl-C",
+    PIPE_CLOSED: "the reader of the output went away, as `head` does",
+}
+"""Exit code of every command -> its meaning, as `rlinvariant --help` and the documentation show it."""
 
 
 class UserError(Exception):
@@ -11,7 +18,7 @@ class UserError(Exception):
 
 
 class ConfigErrors(UserError):
-    """Every conflict found in the configuration, one line each."""
+    """Every problem found in a configuration or a command line, one line each."""
 
     def __init__(self, errors: Sequence[str]) -> None:
         super().__init__("\n".join(errors))

@@ -4,26 +4,32 @@ The same request gets the same tokens, text and log-probs, bit for bit, whatever
 with a seed. The parts that run inside vLLM are in sampler/vllm_serve.py.
 """
 
-from collections.abc import Sequence
+import argparse
 
-from rlinvariant.report.console import Console
+from rlinvariant.arguments import CommandParser
 
-HELP = """usage: rlinvariant serve MODEL [options of vllm serve]     e.g. --port 8000 --max-model-len 4096 --max-num-seqs 64
+DESCRIPTION = """vLLM's OpenAI-compatible server with the invariant ops on: the same request (temperature 0, or any with a seed)
+gets the same tokens, text and log-probs, bit for bit, whatever else is being served. It listens on 127.0.0.1 unless --host says
+otherwise.
 
-vLLM's OpenAI-compatible server with the invariant ops on: the same request (temperature 0, or any with a seed) gets the same
-tokens, text and log-probs, bit for bit, whatever else is being served. Listens on 127.0.0.1 unless --host says otherwise.
-Options that could change bits are refused, and so are requests with top_p, top_k, min_p, penalties, logit_bias, structured
-output (status 400): it draws from the model's whole distribution. `rlinvariant serve --help=all` lists vLLM's options.
-VLLM_LOGGING_LEVEL=INFO shows vLLM's own log."""
+Options that could change bits are refused. Requests with top_p, top_k, min_p, penalties, logit_bias or structured output get
+status 400: the server draws from the model's whole distribution. VLLM_LOGGING_LEVEL=INFO shows vLLM's own log."""
+EXAMPLE = "rlinvariant serve Qwen/Qwen3-0.6B --port 8000 --max-model-len 4096 --max-num-seqs 64"
 
 
-def serve(argv: Sequence[str]) -> None:
+def add_arguments(parser: CommandParser) -> None:
+    """Describe the arguments. All of them go to vLLM's own parser, in the order in which they were written."""
+    parser.add_argument("model", metavar="MODEL", help="a Hugging Face directory or hub id")
+    parser.add_argument("options", nargs="*", default=[], metavar="OPTION", help="options of `vllm serve`")
+    parser.add_argument("--help=all", action="store_true", help="list vLLM's options")
+    parser.passes_on = "arguments"
+
+
+def run(options: argparse.Namespace) -> None:
     """Serve until stopped. Raises UserError for what the user can mend, before any weights are loaded."""
-    if not argv or argv[0] in ("--help", "-h"):
-        print(HELP)
-        return
-    console = Console()
-    console.print("starting vLLM: half a minute on a CPU, a minute or more on a GPU ...")
+    from rlinvariant.report.console import Console
+
+    Console().print("starting vLLM: half a minute on a CPU, a minute or more on a GPU ...")
     from rlinvariant.sampler import vllm_serve
 
-    vllm_serve.serve(argv)
+    vllm_serve.serve(options.arguments)

@@ -334,7 +334,7 @@ def small(arithmetic_dir, tmp_path_factory) -> tuple[Path, list[str]]:
     for _ in range(2):
         output = io.StringIO()
         with contextlib.chdir(directory), contextlib.redirect_stdout(output):
-            code = cli.ablate(argv)
+            code = cli.main(["ablate", *argv])
         assert code == 0, output.getvalue()
         printed.append(output.getvalue())
     return directory / "runs/ablation-tiny_recipe", printed

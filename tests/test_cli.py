@@ -1,31 +1,97 @@
-"""What every command does with ctrl-C, with the name of a model that is not there, and with a hub that does not answer."""
+"""What every command does with --help, a typing error, a closed pipe, ctrl-C, a model that is not there, a silent hub."""
 
 import os
 import signal
 import socket
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
 from trl.trainer.grpo_config import GRPOConfig
 
-from rlinvariant import cli, grpo_trainer
+from rlinvariant import __version__, cli, grpo_trainer
 from rlinvariant.arguments import model_problems
 from rlinvariant.config import parse
 from rlinvariant.doctor import of_model
-from rlinvariant.errors import UserError
+from rlinvariant.errors import EXIT_CODES, PIPE_CLOSED, UserError
 from rlinvariant.run import run
 from rlinvariant.sampler.engine import refuse
+
+
+@pytest.mark.parametrize("name", [c.name for c in cli.COMMANDS if hasattr(import_module(c.module), "add_arguments")])
+@pytest.mark.parametrize("option", ["--help", "-h"])
+def test_each_command_has_a_help_with_an_example(name, option, capsys):
+    assert cli.main([name, option]) == 0
+    shown, error = capsys.readouterr()
+    assert f"usage: rlinvariant {name} " in shown and f"\n  rlinvariant {name} " in shown and not error
+    assert cli.main(["help", name]) == 0 and capsys.readouterr().out == shown
+
+
+def test_the_help_lists_all_commands_and_exit_codes(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    for arguments in ([], ["--help"], ["-h"], ["help"]):
+        assert cli.main(arguments) == 0
+        shown = capsys.readouterr().out
+        for command in cli.COMMANDS:
+            assert f"    {command.name:<12} {command.summary}\n" in shown
+        assert all(f"  {code}: " in shown for code in EXIT_CODES) and shown.count("\n  rlinvariant ") >= 2
+        assert all(len(line) <= 80 for line in shown.splitlines())
+
+
+@pytest.mark.parametrize("option", ["-V", "--version"])
+def test_the_version(option, capsys):
+    assert cli.main([option]) == 0 and capsys.readouterr().out == f"{__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["tran"], "tran: unknown command; did you mean train?; see rlinvariant --help"),
+        (["dashbord", "push"], "dashbord: unknown command; did you mean dashboard?; see rlinvariant --help"),
+        (["frobnicate"], "frobnicate: unknown command; see rlinvariant --help"),
+        (["--frobnicate"], "rlinvariant: unrecognized arguments: --frobnicate; see rlinvariant --help"),
+        (["report"], "report: the following arguments are required: RUN_OR_ABLATION; see rlinvariant report --help"),
+        (["serve"], "serve: the following arguments are required: MODEL; see rlinvariant serve --help"),
+    ],
+)
+def test_a_wrong_command_is_one_line_on_stderr(arguments, line, capsys):
+    assert cli.main(arguments) == 2
+    assert capsys.readouterr() == ("", f"error: {line}\n")
+
+
+def test_a_script_is_called_by_its_own_name(capsys):
+    assert cli.main(["train", "--help"], script="train.py") == 0
+    assert capsys.readouterr().out.startswith("usage: train.py ")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["--version"]])
+def test_a_closed_pipe_ends_a_command_quietly(arguments):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "rlinvariant.cli", *arguments]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, env=environment)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (PIPE_CLOSED, "")
+
+
+def test_a_broken_pipe_that_is_not_the_output_is_not_hidden():
+    def command() -> None:
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        cli.exit_code(command)
 
 
 def test_ctrl_c_is_one_line(capsys, monkeypatch):
     def command() -> None:
         signal.raise_signal(signal.SIGINT)
 
-    assert cli._call(command) == 130
+    assert cli.exit_code(command) == 130
     assert capsys.readouterr().err == "interrupted\n"
     monkeypatch.setenv("RANK", "1")
-    assert cli._call(command) == 130
+    assert cli.exit_code(command) == 130
     assert capsys.readouterr().err == ""
 
 
@@ -50,7 +116,8 @@ def test_a_hub_that_does_not_answer_is_one_line():
         code = (
             "import sys, time; time.sleep = lambda seconds: None\n"
             "from rlinvariant import cli\n"
-            "sys.exit(cli._call(lambda: __import__('rlinvariant.sampler.engine').sampler.engine.refuse({}, 'a/b', 'bfloat16')))"
+            "from rlinvariant.sampler.engine import refuse\n"
+            "sys.exit(cli.exit_code(lambda: refuse({}, 'a/b', 'bfloat16')))"
         )
         environment = os.environ | {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "CUDA_VISIBLE_DEVICES": ""}
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)

@@ -404,11 +404,11 @@ def test_help_says_where_values_come_from(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_train_prints_errors_without_a_traceback(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from rlinvariant.cli import train
+    from rlinvariant.cli import main
 
     for rank, shown in (("0", "error: stps=3: unknown key; did you mean steps?\n"), ("1", "")):
         monkeypatch.setenv("RANK", rank)
-        assert train(["recipe=arithmetic", "stps=3"]) == 2
+        assert main(["train", "recipe=arithmetic", "stps=3"]) == 2
         assert capsys.readouterr() == ("", shown)
 
 

@@ -37,9 +37,9 @@ def clean(monkeypatch, tmp_path):
 
 def report(capsys, *argv: str) -> tuple[int, dict]:
     """Exit code and JSON, after checking that the table says the same."""
-    code = cli.doctor([*argv, "--json"])
+    code = cli.main(["doctor", *argv, "--json"])
     found = json.loads(capsys.readouterr().out)
-    assert cli.doctor(list(argv)) == code
+    assert cli.main(["doctor", *argv]) == code
     *lines, last = capsys.readouterr().out.splitlines()
     assert [x.split()[0] for x in lines] == [x["verdict"] for x in found["findings"]]
     for line, finding in zip(lines, found["findings"], strict=True):
@@ -237,6 +237,6 @@ def test_a_wrong_path_and_wrong_arguments(capsys, tmp_path):
     (problem,) = problems(found)
     assert problem["name"] == "model" and "missing: no such directory; give" in problem["text"]
     for argv in (["--jsno"], ["a", "b"], ["model=x"]):
-        assert cli.doctor(argv) == 2
+        assert cli.main(["doctor", *argv]) == 2
         out, error = capsys.readouterr()
         assert not out and error.startswith("error: doctor: ") and "expected" in error and len(error.splitlines()) == 1

@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from rlinvariant.cli import train
+from rlinvariant.cli import main
 from rlinvariant.recipes import _math
 from rlinvariant.recipes._tiny import build_model
 from rlinvariant.warmstart import supervised
@@ -44,5 +44,5 @@ if __name__ == "__main__":
         six = {"gsm8k": {"answer": "It is so.\n#### 6"}, "math": {"answer": r"\frac{12}{2}"}, "dapo_math": {"solution": "6.0"}}
         runs[recipe] = ["data.path=" + write([row | six[recipe] for row in ROWS[recipe](36)], f"{recipe}.{ending}")]
     for recipe, data in runs.items():
-        if code := train([f"recipe={recipe}", f"run={recipe}", f"model={model}", *data, *SMALL]):
+        if code := main(["train", f"recipe={recipe}", f"run={recipe}", f"model={model}", *data, *SMALL]):
             sys.exit(code)

@@ -331,7 +331,7 @@ def test_what_is_no_run_is_refused_in_one_line(tmp_path):
 def test_a_damaged_file_is_one_line_that_says_what_was_expected(tmp_path, capsys, name, content, message):
     run = write_run(tmp_path / "run", 0, steps=1)
     (run.path / name).write_text(content)
-    assert cli.report([str(run.path)]) == 2
+    assert cli.main(["report", str(run.path)]) == 2
     printed = capsys.readouterr().err
     assert re.search(message, printed) and str(run.path) in printed and printed.count("\n") == 1
 
@@ -414,15 +414,16 @@ def test_the_command_of_a_run_gives_its_configuration_again(tmp_path, monkeypatc
 
 
 def test_the_commands_of_the_command_line(ablation, tmp_path, capsys):
-    assert cli.report([str(ablation)]) == 0
+    assert cli.main(["report", str(ablation)]) == 0
     assert capsys.readouterr().out.endswith(f"report: {ablation / 'report.html'}\n")
-    for verb, arguments, message in [
-        (cli.report, [str(tmp_path / "none")], "holds no ablation.json and no config.json"),
-        (cli.report, ["runs/nope"], "error: runs/nope: holds no ablation.json and no config.json"),
-        (cli.report, [], "report: expected one directory of a run or an ablation, got none"),
-        (cli.dashboard, ["draw"], "dashboard draw: expected dashboard push or dashboard sync"),
-        (cli.dashboard, ["push", "a", "b"], "dashboard push: expected one directory"),
+    for arguments, message in [
+        (["report", str(tmp_path / "none")], "holds no ablation.json and no config.json"),
+        (["report", "runs/nope"], "error: runs/nope: holds no ablation.json and no config.json"),
+        (["report"], "report: the following arguments are required: RUN_OR_ABLATION; see rlinvariant report --help"),
+        (["report", "a", "b"], "report: unrecognized arguments: b; see rlinvariant report --help"),
+        (["dashboard", "draw"], "dashboard: argument action: invalid choice: 'draw' (choose from "),
+        (["dashboard", "push", "a", "b"], "dashboard: unrecognized arguments: b; see rlinvariant dashboard --help"),
     ]:
-        assert verb(arguments) == 2
+        assert cli.main(arguments) == 2
         printed = capsys.readouterr().err
         assert printed.startswith("error: ") and message in printed and printed.count("\n") == 1

@@ -22,7 +22,7 @@ def main(directory: str, arguments: list[str]) -> int:
         return result
 
     InvariantPPOTrainer.train = recording
-    return cli.train(arguments)
+    return cli.main(["train", *arguments])
 
 
 if __name__ == "__main__":
