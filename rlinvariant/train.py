@@ -10,9 +10,7 @@ rlinvariant train recipe=gsm8k --help"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "settings", nargs="*", metavar="key=value", help="recipe=NAME or a path, and any field below"
-    )
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="recipe=NAME or a path, and any field below")
     parser.add_argument("-h", "--help", action="store_true", help="show every field, its value and where it comes from")
     parser.set_defaults(parser=parser)
 
