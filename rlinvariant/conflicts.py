@@ -1,9 +1,16 @@
 """Settings under which sampler and trainer could not be one function: one list, for our configuration and for TRL scripts."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
-SIDES = {"exact": (True, True), "off": (False, False), "sampler": (True, False), "trainer": (False, True)}
+Invariance = Literal["exact", "off", "sampler", "trainer"]
+"""Which sides run the invariant ops: both, none, or that one only."""
+SIDES: dict[Invariance, tuple[bool, bool]] = {
+    "exact": (True, True),
+    "off": (False, False),
+    "sampler": (True, False),
+    "trainer": (False, True),
+}
 """invariance -> which of (sampler, trainer) runs the invariant ops."""
 INVARIANCE = tuple(SIDES)
 

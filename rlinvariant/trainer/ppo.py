@@ -3,114 +3,35 @@
 TRL's clipped policy loss takes an advantage for each token as it stands; the old log-probs are the sampler's, which in exact
 mode are the trainer's own. What is added is the critic, beside the policy and never inside it: weight sync, checkpoints of the
 policy and TRL see a plain causal LM.
+
+Eight of TRL's methods are overridden here, and each calls the one below it:
+
+    _generate_single_turn                  refuses a completion without tokens
+    _calculate_rewards                     keeps the rewards of this rank's completions
+    _generate_and_score_completions        estimates advantages and returns, for each token
+    _compute_loss                          trains the critic, and leaves TRL's own penalty out
+    training_step                          prepares the optimizer step, or skips what is left of a rollout
+    create_optimizer                       adds the critic's parameters
+    _save, _load_from_checkpoint           add the critic
 """
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
-from accelerate.utils import gather_object
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer
+from transformers import PreTrainedModel
 from trl.trainer.grpo_config import GRPOConfig
 
-from rlinvariant import ops
 from rlinvariant.config import PPOConfig
 from rlinvariant.conflicts import ppo_conflicts
 from rlinvariant.errors import UserError
-from rlinvariant.models import UnsupportedModel, make_trainable, watch
-from rlinvariant.models.load import load
 from rlinvariant.trainer import advantages
+from rlinvariant.trainer.critic import Critic, load_critic
 from rlinvariant.trainer.grpo import InvariantGRPOTrainer
-from rlinvariant.trainer.packing import pack
-
-HEAD = "value_head.safetensors"
-OTHER_HEADS = ("lm_head.", "score.")  # of a causal LM or a reward model that a critic starts from: not its own
-
-
-class Critic(nn.Module):
-    """The value of every prefix that a token is sampled after: a Hugging Face decoder, and a scalar head that starts at 0.
-
-    Args:
-        backbone: a decoder without lm_head, fp32 parameters, on its device; patched in place.
-        dtype: of activations, and so of values, where invariant.
-        invariant: through `ops`, packed; else the stock forward, padded, under autocast, as TRL runs the policy.
-
-    Bits: where invariant, a value depends on the tokens before it alone: not on micro-batch, order of rows or padding.
-    """
-
-    def __init__(self, backbone: Any, dtype: torch.dtype, invariant: bool) -> None:
-        super().__init__()
-        self.invariant = invariant
-        self.backbone = make_trainable(backbone, dtype) if invariant else backbone
-        weight = next(backbone.parameters())
-        self.head = nn.Linear(backbone.config.hidden_size, 1, bias=False, device=weight.device, dtype=weight.dtype)
-        nn.init.zeros_(self.head.weight)
-        if invariant:
-            self._require_exact()
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, length: int) -> Tensor:
-        """[B, length] fp32: the value before each of the last `length` tokens, 0 where there is none; arguments as `pack`'s."""
-        if not self.invariant:
-            hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
-            values = self.head(hidden[:, -length - 1 : -1])[..., 0].float()
-            return values.masked_fill(attention_mask[:, -length:] == 0, 0.0)
-        batch = pack(input_ids, attention_mask, length)
-        hidden = self.backbone(**batch.inputs, attention_mask=None, use_cache=False).last_hidden_state
-        values = ops.linear(hidden[0, batch.predicted_from], self.head.weight)
-        return batch.unpack(values[:, 0].float())
-
-    def save(self, directory: Path) -> None:
-        """As a Hugging Face model directory, and the head beside it."""
-        self.backbone.save_pretrained(directory)
-        save_file({"weight": self.head.weight.detach().cpu().contiguous()}, directory / HEAD)
-
-    def load(self, directory: Path) -> None:
-        """What `save` wrote, in place."""
-        if not (directory / HEAD).is_file():
-            raise UserError(f"{directory}: no {HEAD}: the checkpoint has no critic, it is not one of PPO; start a new run")
-        saved = load(AutoModel, directory, "critic", dtype=torch.float32)
-        self.backbone.load_state_dict(saved.state_dict())
-        self._load_head(directory)
-
-    def _load_head(self, directory: Path) -> None:
-        with torch.no_grad():
-            self.head.weight.copy_(load_file(directory / HEAD)["weight"])
-
-    def _require_exact(self) -> None:
-        """What `models.require_exact` is to a policy."""
-        device = self.head.weight.device
-        ids = torch.arange(10, device=device).view(2, 5) % self.backbone.config.vocab_size
-        mask = torch.ones_like(ids)
-        mask[0, 0] = 0
-        with torch.no_grad(), watch() as findings:
-            self.backbone(**pack(ids, mask, 3).inputs, attention_mask=None, use_cache=False)
-        if findings:
-            listed = ", ".join(sorted(f"{f.op} in {f.module}" for f in findings))
-            raise UnsupportedModel(f"critic {type(self.backbone).__name__} computes outside rlinvariant.ops: {listed}")
-
-
-def load_critic(path: str, policy: Any, tokenizer: Any) -> Any:
-    """The decoder of a Hugging Face checkpoint, fp32.
-
-    Raises:
-        UserError: it cannot be loaded whole, or reads other tokens than the policy writes.
-    """
-    backbone = load(AutoModel, path, "ppo.critic", OTHER_HEADS, dtype=torch.float32)
-    ours, theirs = policy.config.vocab_size, backbone.config.vocab_size
-    if ours != theirs:
-        raise UserError(f"ppo.critic={path}: expected the policy's vocabulary of {ours} tokens, found {theirs}; choose another")
-    if tokenizer is not None and _has_tokenizer(path):
-        found = AutoTokenizer.from_pretrained(path).get_vocab()
-        if found != tokenizer.get_vocab():
-            raise UserError(f"ppo.critic={path}: expected the policy's tokenizer, found another vocabulary; choose another")
-    return backbone
-
-
-def _has_tokenizer(path: str) -> bool:
-    return (Path(path) / "tokenizer.json").is_file() or not Path(path).is_dir()
+from rlinvariant.trainer.interface import InvariantOptions, RewardFunction, Row
+from rlinvariant.trainer.record import PPORecord
 
 
 class InvariantPPOTrainer(InvariantGRPOTrainer):
@@ -132,6 +53,8 @@ class InvariantPPOTrainer(InvariantGRPOTrainer):
         UserError: a completion without tokens, or a number that is not finite; both before the optimizer step.
     """
 
+    record_type = PPORecord
+    _record: PPORecord
     accelerator: Any
     processing_class: Any
     lr_scheduler: Any
@@ -139,7 +62,15 @@ class InvariantPPOTrainer(InvariantGRPOTrainer):
     beta: float
     current_gradient_accumulation_steps: int
 
-    def __init__(self, model: Any, reward_funcs: Any, args: GRPOConfig, *, ppo: PPOConfig | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        reward_funcs: RewardFunction | list[RewardFunction],
+        args: GRPOConfig,
+        *,
+        ppo: PPOConfig | None = None,
+        **kwargs: Unpack[InvariantOptions],
+    ) -> None:
         self.ppo = ppo or PPOConfig()
         self._given = args
         args = copy.copy(args)
@@ -159,14 +90,15 @@ class InvariantPPOTrainer(InvariantGRPOTrainer):
         return found
 
     def _prepare_models(self, model: Any, args: GRPOConfig, dtype: torch.dtype, kwargs: dict[str, Any]) -> None:
+        super()._prepare_models(model, args, dtype, kwargs)
         path = self.ppo.critic
         if path is None:
             backbone = copy.deepcopy(model.base_model)
         else:
             backbone = load_critic(path, model, kwargs.get("processing_class"))
         self.critic = Critic(backbone.to(args.device), dtype, self._trainer_is_invariant)
-        if path is not None and (Path(path) / HEAD).is_file():
-            self.critic._load_head(Path(path))
+        if path is not None:
+            self.critic.load_head(Path(path))
 
     # ---- the rollout
 
@@ -178,7 +110,7 @@ class InvariantPPOTrainer(InvariantGRPOTrainer):
         return ids, logprobs
 
     def _calculate_rewards(self, inputs, prompts, *args, **kwargs):
-        """TRL's; keeps the rewards of this rank's completions before TRL compares them within groups."""
+        """Keep the rewards of this rank's completions before TRL compares them within groups."""
         rewards = super()._calculate_rewards(inputs, prompts, *args, **kwargs)
         first = self.accelerator.process_index * len(prompts)
         own = rewards[first : first + len(prompts)]
@@ -197,7 +129,7 @@ class InvariantPPOTrainer(InvariantGRPOTrainer):
         return output
 
     def _estimate(self, output: dict[str, Any]) -> None:
-        """Add `old_values` and `returns`, and put advantages per token, [B, T] each, in place of a group's."""
+        """Add `old_values` and `returns`, and put advantages per token in place of a group's: [B, T] fp32 each."""
         mask, old = output["completion_mask"], output["old_per_token_logps"]
         # Where the rollout is one micro-batch, the first pass trains these rows with these weights: it takes the values, with
         # their graph, as they are, and no pass is added.
@@ -229,7 +161,7 @@ class InvariantPPOTrainer(InvariantGRPOTrainer):
         }
 
     def _rollout_values(self, output: dict[str, Any], grad: bool) -> Tensor:
-        """[B, T] fp32, in micro-batches."""
+        """Return the values of a rollout's completions, [B, T] fp32, computed in micro-batches."""
         self.critic.train(grad)
         rows, count = self.args.per_device_train_batch_size, len(output["completion_ids"])
         with torch.set_grad_enabled(grad), self.compute_loss_context_manager():
@@ -254,11 +186,11 @@ class InvariantPPOTrainer(InvariantGRPOTrainer):
             self.beta = beta
         self._require_finite(policy_loss=loss)
         log_ratio = (self._trainer_logprobs - inputs["old_per_token_logps"])[inputs["completion_mask"].bool()].double()
-        self._ratios.append(log_ratio)
+        self._record.log_ratios.append(log_ratio.cpu())
         return loss
 
     def _learn_values(self, inputs: dict[str, Any]) -> None:
-        """The critic's forward and backward: its graph is gone before the policy's is built."""
+        """Run the critic's forward and backward: its graph is gone before the policy's is built."""
         mask = inputs["completion_mask"]
         values = inputs.pop("values", None)
         if values is None:
@@ -272,7 +204,8 @@ class InvariantPPOTrainer(InvariantGRPOTrainer):
         tokens = inputs["num_items_in_batch"].clamp(min=1.0) * share / self.accelerator.num_processes
         with torch.autocast(values.device.type, enabled=False):
             (total / tokens).backward()
-        self._value_sums += torch.tensor([total.item(), (clipped * mask).sum().item(), mask.sum().item()], dtype=torch.float64)
+        sums = [total.item(), (clipped * mask).sum().item(), mask.sum().item()]
+        self._record.value_sums += torch.tensor(sums, dtype=torch.float64)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         if self._stopped and self._step % (self.args.steps_per_generation * self.num_iterations):
@@ -298,19 +231,18 @@ class InvariantPPOTrainer(InvariantGRPOTrainer):
         self._require_finite(**{f"gradient of the critic's {name}": p.grad for name, p in self.critic.named_parameters()})
         most = self.args.max_grad_norm
         norm = nn.utils.clip_grad_norm_(self.critic.parameters(), most if most and most > 0 else float("inf"))
-        self._value_grad_norm = norm.item()
+        self._record.value_grad_norm = norm.item()
         if self.state.global_step < self.ppo.value_warmup_steps:
             self.model.zero_grad()
 
     def _approx_kl(self) -> float:
-        """KL(old || new), k3, of the tokens of this optimizer step, of all ranks."""
-        log_ratio = torch.cat(self._ratios)
-        sums = torch.stack([(torch.expm1(log_ratio) - log_ratio).sum(), log_ratio.new_tensor(float(len(log_ratio)))])
+        """Estimate KL(old || new), in nats, on the tokens of this optimizer step, of all ranks."""
+        sums = self._record.kl_sums().to(self.accelerator.device)
         total, count = self.accelerator.reduce(sums, "sum").tolist()
         return total / count
 
     def _require_finite(self, **tensors: Tensor | None) -> None:
-        """Stop at the first tensor that is not, by its name."""
+        """Raise UserError at the first tensor that has a number that is not finite, and name it."""
         given = {name: x for name, x in tensors.items() if x is not None}
         if bool(torch.stack([x.detach().isfinite().all() for x in given.values()]).all()) if given else True:
             return
@@ -324,7 +256,7 @@ class InvariantPPOTrainer(InvariantGRPOTrainer):
     # ---- optimizer, checkpoints
 
     def create_optimizer(self, model=None):
-        """TRL's, with the critic's parameters as two groups more: a learning rate of their own, the same schedule."""
+        """Add the critic's parameters to TRL's optimizer as two groups: a learning rate of their own, the same schedule."""
         new = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if new:
@@ -351,26 +283,8 @@ class InvariantPPOTrainer(InvariantGRPOTrainer):
 
     def _start_step(self) -> None:
         super()._start_step()
-        self._ratios: list[Tensor] = []
-        self._value_sums = torch.zeros(3, dtype=torch.float64)  # loss, clipped, tokens
-        self._value_grad_norm = float("nan")
         self.critic.zero_grad()
 
-    def _row(self, logs: dict[str, float], trl: dict[str, float]) -> dict[str, Any]:
-        row = super()._row(logs, trl)
-        ranks = gather_object([(torch.cat(self._ratios).cpu() if self._ratios else torch.zeros(0), self._value_sums)])
-        log_ratio = torch.cat([rank[0] for rank in ranks]).double()
-        loss, clipped, tokens = torch.stack([rank[1] for rank in ranks]).sum(0).tolist()
-        ratio, none = log_ratio.exp(), float("nan")
-        seen = bool(len(ratio))
-        return row | self._rollout_numbers | {
-            "value/loss": loss / tokens if tokens else none,
-            "value/clip_frac": clipped / tokens if tokens else none,
-            "value/grad_norm": self._value_grad_norm,
-            "value/lr": self.lr_scheduler.get_last_lr()[-1],
-            "policy/approx_kl": (torch.expm1(log_ratio) - log_ratio).mean().item() if seen else none,
-            "policy/ratio_mean": ratio.mean().item() if seen else none,
-            "policy/ratio_min": ratio.min().item() if seen else none,
-            "policy/ratio_max": ratio.max().item() if seen else none,
-            "policy/early_stopped": int(self._stopped),
-        }  # fmt: skip
+    def _row(self, record: PPORecord, logs: dict[str, float], means: dict[str, float]) -> Row:
+        row = super()._row(record, logs, means) | self._rollout_numbers | record.ppo_row()
+        return row | {"value/lr": self.lr_scheduler.get_last_lr()[-1], "policy/early_stopped": int(self._stopped)}

@@ -16,7 +16,7 @@ from rlinvariant.models.families import FAMILIES
 from rlinvariant.models.load import load
 from rlinvariant.models.random import save_random
 from rlinvariant.run import grpo_trainer
-from rlinvariant.trainer.ppo import load_critic
+from rlinvariant.trainer.critic import load_critic
 from rlinvariant.verification import load as verify_load
 from tests.parity.device import CUDA
 from tests.parity.harness import variety

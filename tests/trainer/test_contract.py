@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import re
 import textwrap
 
 import pytest
@@ -73,6 +74,16 @@ def test_every_override_is_under_contract():
     ours = {name for name, value in members.items() if hasattr(GRPOTrainer, name) and inspect.isfunction(value)}
     ours -= {"__init__", "train"}  # of public signature
     assert ours <= set(OVERRIDDEN), f"{ours - set(OVERRIDDEN)}: overridden, and not listed above"
+
+
+@pytest.mark.parametrize("kind", [InvariantGRPOTrainer, InvariantPPOTrainer])
+def test_the_module_says_which_methods_are_overridden(kind):
+    overridden = {name for name, value in vars(kind).items() if hasattr(GRPOTrainer, name) and inspect.isfunction(value)}
+    table = [line for line in inspect.getmodule(kind).__doc__.splitlines() if line.startswith("    ")]
+    told = {name for line in table for name in re.split("  +", line.strip())[0].split(", ")}
+    assert told == overridden - {"__init__"}
+    count = {8: "Eight", 9: "Nine"}
+    assert f"{count[len(table) + (kind is InvariantPPOTrainer)]} " in inspect.getmodule(kind).__doc__
 
 
 @pytest.mark.parametrize("name", READ)

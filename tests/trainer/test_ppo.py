@@ -19,7 +19,7 @@ from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.metrics import KEYS, PPO_KEYS
 from rlinvariant.report.rundir import read_metrics
 from rlinvariant.trainer import InvariantPPOTrainer
-from rlinvariant.trainer.ppo import HEAD, Critic
+from rlinvariant.trainer.critic import VALUE_HEAD_FILE, Critic
 from tests.parity.device import DEVICE, cpu_only, fp32_only_on_cpu
 from tests.parity.harness import (
     Layout,
@@ -359,7 +359,7 @@ def test_a_saved_critic_is_a_plain_model_and_a_critic_to_start_from(saved, new):
     path = directory / "checkpoint-4" / "critic"
     model, info = AutoModel.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert type(model).__module__.startswith("transformers.") and (path / HEAD).is_file()
+    assert type(model).__module__.startswith("transformers.") and (path / VALUE_HEAD_FILE).is_file()
     assert_same_weights(critic(new({"critic": str(path)})), critic(whole), "loaded")
 
 

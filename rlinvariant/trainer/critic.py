@@ -1,0 +1,113 @@
+"""PPO's critic: a Hugging Face decoder with a scalar head, exact where the policy is, saved as a model directory."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModel, AutoTokenizer
+
+from rlinvariant import ops
+from rlinvariant.errors import UserError
+from rlinvariant.models import UnsupportedModel, make_trainable, watch
+from rlinvariant.models.load import load
+from rlinvariant.trainer.packing import pack
+
+VALUE_HEAD_FILE = "value_head.safetensors"
+FOREIGN_HEADS = ("lm_head.", "score.")  # in the checkpoint of a causal LM or a reward model: a critic leaves them out
+
+
+class Critic(nn.Module):
+    """Gives a value to every prefix that a token is sampled after: a Hugging Face decoder, and a scalar head that starts at 0.
+
+    Args:
+        backbone: a decoder without lm_head, fp32 parameters, on its device; patched in place.
+        dtype: what activations, and so values, are computed in where invariant.
+        invariant: run through `ops`, packed; else the stock forward, padded, under autocast, as TRL runs the policy.
+
+    Bits: where invariant, a value depends on the tokens before it alone: not on micro-batch, order of rows or padding.
+    """
+
+    def __init__(self, backbone: Any, dtype: torch.dtype, invariant: bool) -> None:
+        super().__init__()
+        self.invariant = invariant
+        self.backbone = make_trainable(backbone, dtype) if invariant else backbone
+        weight = next(backbone.parameters())
+        self.head = nn.Linear(backbone.config.hidden_size, 1, bias=False, device=weight.device, dtype=weight.dtype)
+        nn.init.zeros_(self.head.weight)
+        if invariant:
+            self._require_exact()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, length: int) -> Tensor:
+        """Return [B, length] fp32: the value before each of the last `length` tokens, 0 where there is no token.
+
+        Args:
+            input_ids, attention_mask: [B, L], as for `pack`; length: how many of the last columns are completions.
+        """
+        if not self.invariant:
+            hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+            values = self.head(hidden[:, -length - 1 : -1])[..., 0].float()
+            return values.masked_fill(attention_mask[:, -length:] == 0, 0.0)
+        batch = pack(input_ids, attention_mask, length)
+        hidden = self.backbone(**batch.inputs, attention_mask=None, use_cache=False).last_hidden_state
+        values = ops.linear(hidden[0, batch.predicted_from], self.head.weight)
+        return batch.unpack(values[:, 0].float())
+
+    def save(self, directory: Path) -> None:
+        """Write a Hugging Face model directory, and the head beside it."""
+        self.backbone.save_pretrained(directory)
+        save_file({"weight": self.head.weight.detach().cpu().contiguous()}, directory / VALUE_HEAD_FILE)
+
+    def load(self, directory: Path) -> None:
+        """Take over what `save` wrote, in place.
+
+        Raises:
+            UserError: the directory has no critic, or one that cannot be loaded whole.
+        """
+        if not (directory / VALUE_HEAD_FILE).is_file():
+            why = "the checkpoint has no critic, it is not one of PPO; start a new run"
+            raise UserError(f"{directory}: no {VALUE_HEAD_FILE}: {why}")
+        saved = load(AutoModel, directory, "critic", dtype=torch.float32)
+        self.backbone.load_state_dict(saved.state_dict())
+        self.load_head(directory)
+
+    def load_head(self, directory: Path) -> None:
+        """Take over the head that `save` wrote, if there is one."""
+        if not (directory / VALUE_HEAD_FILE).is_file():
+            return
+        with torch.no_grad():
+            self.head.weight.copy_(load_file(directory / VALUE_HEAD_FILE)["weight"])
+
+    def _require_exact(self) -> None:
+        """Raise UnsupportedModel unless every operation on the way to a value is owned, as `models.require_exact` does."""
+        device = self.head.weight.device
+        ids = torch.arange(10, device=device).view(2, 5) % self.backbone.config.vocab_size
+        mask = torch.ones_like(ids)
+        mask[0, 0] = 0
+        with torch.no_grad(), watch() as findings:
+            self.backbone(**pack(ids, mask, 3).inputs, attention_mask=None, use_cache=False)
+        if findings:
+            listed = ", ".join(sorted(f"{f.op} in {f.module}" for f in findings))
+            raise UnsupportedModel(f"critic {type(self.backbone).__name__} computes outside rlinvariant.ops: {listed}")
+
+
+def load_critic(path: str, policy: Any, tokenizer: Any) -> Any:
+    """Load the decoder of a Hugging Face checkpoint, fp32, for a critic to start from.
+
+    Raises:
+        UserError: it cannot be loaded whole, or reads other tokens than the policy writes.
+    """
+    backbone = load(AutoModel, path, "ppo.critic", FOREIGN_HEADS, dtype=torch.float32)
+    ours, theirs = policy.config.vocab_size, backbone.config.vocab_size
+    if ours != theirs:
+        raise UserError(f"ppo.critic={path}: expected the policy's vocabulary of {ours} tokens, found {theirs}; choose another")
+    if tokenizer is not None and _has_tokenizer(path):
+        found = AutoTokenizer.from_pretrained(path).get_vocab()
+        if found != tokenizer.get_vocab():
+            raise UserError(f"ppo.critic={path}: expected the policy's tokenizer, found another vocabulary; choose another")
+    return backbone
+
+
+def _has_tokenizer(path: str) -> bool:
+    return (Path(path) / "tokenizer.json").is_file() or not Path(path).is_dir()

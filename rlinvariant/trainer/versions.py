@@ -1,0 +1,58 @@
+"""Which weights the sampler, the last rollout and the disk hold: a version is the optimizer steps that weights have had."""
+
+from collections import deque
+from collections.abc import Iterable
+
+from torch import Tensor
+
+Weights = Iterable[tuple[str, Tensor]]
+
+
+class PolicyVersions:
+    """Versions of the policy, and copies of the older ones where the sampler is to lag behind.
+
+    Args:
+        staleness: how many optimizer steps the sampler's weights lag behind in training; as many fp32 copies of the
+            weights are held in host memory.
+    """
+
+    def __init__(self, staleness: int) -> None:
+        self.staleness = staleness
+        self.rollout = self.rollout_step = 0  # the version that sampled the last rollout for training, and when it did
+        self._older: deque[tuple[int, dict[str, Tensor]]] = deque(maxlen=staleness)  # oldest first
+        self.forget()
+
+    def forget(self) -> None:
+        """Start anew: nothing is known of the sampler, and the disk holds whatever the first rollout is sampled with."""
+        self.sampler: int | None = None
+        self.disk: int | None = None
+        self._older.clear()
+
+    def to_sample_with(self, step: int, stale: bool) -> tuple[int, dict[str, Tensor] | None]:
+        """Return the version that the sampler should have, and its weights; None: those that the trainer has now.
+
+        Args:
+            step: optimizer steps done so far.
+            stale: whether the sampler is to lag behind; as far as there are older versions yet.
+        """
+        return self._older[0] if stale and self._older else (step, None)
+
+    def keep(self, step: int, weights: Weights) -> None:
+        """Copy the weights before the optimizer step that follows `step`, once, if the sampler will need them later."""
+        if self.staleness and not (self._older and self._older[-1][0] == step):
+            self._older.append((step, {name: w.detach().to("cpu", copy=True) for name, w in weights}))
+
+    def sampled(self, step: int) -> None:
+        """Note that a rollout for training was sampled after `step` optimizer steps."""
+        assert self.sampler is not None, "no weights were synced"
+        self.rollout, self.rollout_step = self.sampler, step
+        self.disk = step if self.disk is None else self.disk
+
+    @property
+    def on_policy(self) -> bool:
+        """Whether the last rollout was sampled with the weights that the trainer had then."""
+        return self.rollout == self.rollout_step
+
+    def on_disk(self, step: int) -> bool:
+        """Whether the weights that a rollout was sampled with just now can be loaded again."""
+        return self.disk == self.sampler == step

@@ -1,0 +1,101 @@
+"""What a step leaves behind: merged over ranks, and turned into a row, without TRL, a model or an engine."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from rlinvariant.metrics import KEYS, PPO_KEYS, FirstMismatch
+from rlinvariant.trainer.record import PARTS, Pair, PPORecord, StepRecord, sample_rows, trl_row
+from rlinvariant.trainer.versions import PolicyVersions
+
+SETTINGS = {"group_size": 2, "end_ids": [9], "clip_max": 2.0, "step_s": 3.0}
+
+
+def pair(sampler: list[float], trainer: list[float]) -> Pair:
+    return Pair(np.array(sampler, np.float32), np.array(trainer, np.float32))
+
+
+def record(**changes) -> StepRecord:
+    settings = {"compared": [pair([-1, -2, -3], [-1, -2, -3])], "completions": [[4, 9], [4]]} | changes
+    return StepRecord(**settings)
+
+
+def test_the_record_of_all_ranks_has_every_token_and_the_slowest_seconds():
+    a = record(seconds=dict.fromkeys(PARTS, 1.0) | {"rollout": 5.0})
+    mismatch = FirstMismatch(0, 1, -1.0, -2.0, "0x0", "0x1")
+    b = record(compared=[pair([-4], [-5])], first_mismatch=mismatch, weights_equal=False, completions=[[7], [9]])
+    whole = StepRecord.merge([a, b])
+    assert Pair.join(whole.compared).sampler.tolist() == [-1, -2, -3, -4]
+    assert whole.completions == [[4, 9], [4], [7], [9]] and whole.sampled == 5
+    assert whole.seconds == dict.fromkeys(PARTS, 1.0) | {"rollout": 5.0} and whole.began == a.began
+    assert whole.first_mismatch is mismatch and not whole.weights_equal
+    row = whole.row(**SETTINGS)
+    assert row["onpolicy/mismatched_tokens"] == 1 and row["onpolicy/compared_tokens"] == 4
+    assert row["onpolicy/unscored_tokens"] == 1 and row["onpolicy/weights_equal"] == 0
+    assert row["perf/sampler_tok_s"] == 1.0 and row["perf/trainer_tok_s"] == 4.0 and row["perf/step_s"] == 3.0
+
+
+def test_a_row_has_every_key_that_is_not_counted_over_the_run():
+    logs, means = {"loss": 0.5, "grad_norm": 1.0}, {"reward": 0.25}
+    row = record().row(**SETTINGS) | trl_row(logs, means)
+    assert set(KEYS) - row.keys() == {"onpolicy/weight_version_lag", "onpolicy/exact_streak_tokens"} and row.keys() < set(KEYS)
+    assert row["onpolicy/coverage"] == 1 and row["onpolicy/mismatched_tokens"] == 0
+    assert row["onpolicy/group_unique_frac"] == 1 and row["rollout/truncated_frac"] == 0.5
+    assert row["reward/mean"] == 0.25 and row["optim/loss"] == 0.5 and math.isnan(row["policy/entropy"])
+    assert math.isnan(row["policy/approx_kl"]) and math.isnan(row["perf/sampler_tok_s"])
+
+
+def test_later_passes_count_as_trained_and_not_as_compared():
+    moved = record(moved=[pair([-1], [-1.5])], seconds=dict.fromkeys(PARTS, 2.0))
+    row = moved.row(**SETTINGS)
+    assert row["onpolicy/compared_tokens"] == 3 and row["perf/trainer_tok_s"] == 2.0
+    assert row["policy/approx_kl"] == pytest.approx(math.expm1(-0.5) + 0.5)
+
+
+def test_a_part_inside_another_is_counted_once():
+    timed = StepRecord()
+    with timed.timed("train"), timed.timed("rollout"):
+        pass
+    timed.seconds["rollout"] = 0.0
+    with timed.timed("train"):
+        timed.seconds["rollout"] += 100.0  # as long as the rollout inside it took
+    assert timed.seconds["train"] < 0 < timed.seconds["rollout"], "100 s of the block are the rollout's"
+
+
+def test_ppos_record_is_of_all_ranks_too():
+    ranks = [
+        PPORecord(log_ratios=[torch.zeros(3, dtype=torch.float64)], value_sums=torch.tensor([6.0, 1, 3]), value_grad_norm=2.0),
+        PPORecord(log_ratios=[torch.ones(1, dtype=torch.float64)], value_sums=torch.tensor([2.0, 0, 1]), value_grad_norm=2.0),
+    ]
+    whole = PPORecord.merge(ranks)
+    row = whole.ppo_row()
+    assert row["value/loss"] == 2.0 and row["value/clip_frac"] == 0.25 and row["value/grad_norm"] == 2.0
+    assert row["policy/ratio_min"] == 1.0 and row["policy/ratio_max"] == math.e
+    assert row["policy/approx_kl"] == pytest.approx((math.e - 2) / 4) == whole.kl_sums()[0].item() / whole.kl_sums()[1].item()
+    empty = PPORecord().ppo_row()
+    assert empty.keys() == row.keys() < {*PPO_KEYS, "policy/approx_kl"} and all(map(math.isnan, empty.values()))
+
+
+def test_a_sample_has_the_sum_of_its_rewards():
+    logs = {"prompt": ["a", "b"], "completion": ["x", "y"], "rewards": {"f": [1.0, 2.0], "g": [0.5, 0.0]}}
+    first = {"step": 7, "prompt": "a", "completion": "x", "reward": 1.5, "rewards": {"f": 1.0, "g": 0.5}}
+    assert sample_rows(7, logs, 1) == [first] and len(sample_rows(7, logs)) == 2
+
+
+def test_versions_lag_by_as_many_steps_as_asked():
+    versions, weights = PolicyVersions(2), torch.zeros(1)
+    lags = []
+    for step in range(5):
+        versions.sampler, older = versions.to_sample_with(step, stale=True)
+        assert older is None or older["w"].item() == versions.sampler
+        versions.sampled(step)
+        lags.append(versions.rollout_step - versions.rollout)
+        assert versions.on_policy == (lags[-1] == 0) and versions.on_disk(step) == (step == 0)
+        for _ in range(2):  # two micro-batches: the weights are those of one version
+            versions.keep(step, [("w", weights)])
+        weights += 1
+    assert lags == [0, 1, 2, 2, 2] and versions.to_sample_with(5, stale=False) == (5, None)
+    versions.forget()
+    assert versions.sampler is None and versions.to_sample_with(0, stale=True) == (0, None)
