@@ -10,12 +10,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 import rich.console
 from rich.cells import cell_len, set_cell_size
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
+
+from rlinvariant.report.terminal import Screen, others_above
 
 if TYPE_CHECKING:  # it imports torch, which takes longer than a whole report
     from rlinvariant.metrics import FirstMismatch
@@ -58,7 +60,10 @@ class Console:
     """
 
     def __init__(self, main_process: bool = True, file: TextIO | None = None, heartbeat_s: float = 20.0) -> None:
-        self._rich = rich.console.Console(file=file, quiet=not main_process, markup=False, highlight=False, emoji=False)
+        self._screen = Screen(file)
+        self._rich = rich.console.Console(
+            file=cast(TextIO, self._screen), quiet=not main_process, markup=False, highlight=False, emoji=False
+        )
         terminal = self._rich.file.isatty() and not self._rich.is_dumb_terminal
         self.plain = not terminal or os.environ.get("CI", "").lower() not in ("", "0", "false")
         self._main_process = main_process
@@ -68,6 +73,9 @@ class Console:
     def print(self, text: str, style: str = "") -> None:
         """Print a line as it is: no markup, no control characters, no wrapping; flushed."""
         self._rich.print(Text(self._printable(text), style=style), soft_wrap=True)
+
+    def _print_others(self, line: str) -> None:
+        self._rich.print(Text.from_ansi(line), soft_wrap=True)
 
     @contextmanager
     def stage(self, text: str, total: int | None = None) -> Iterator[Advance]:
@@ -165,10 +173,14 @@ class Console:
     def _spinner(self, text: str, total: int | None) -> Iterator[Advance]:
         bar = (BarColumn(), MofNCompleteColumn()) if total else ()
         columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), *bar, TimeElapsedColumn())
-        # A logger set up inside a stage (vLLM's) would keep the redirected stdout for good.
+        # rich would put a stream of its own in place of sys.stdout, and a logger set up meanwhile (vLLM's) keep it for good
         live = Progress(*columns, console=self._rich, transient=True, redirect_stdout=False, redirect_stderr=False)
-        with live:
-            task = live.add_task(self._printable(text), total=total)
+        task = live.add_task(self._printable(text), total=total)
+
+        def of_a_library(progress: str) -> None:
+            live.update(task, description=self._printable(f"{text} ({progress})" if progress else text))
+
+        with others_above(self._screen, self._print_others, of_a_library), live:
             yield lambda done: live.update(task, completed=done)
 
     @contextmanager
