@@ -1,7 +1,7 @@
 """One terminal, several writers: a spinner that turns in the last line, and the lines that libraries print meanwhile.
 
-Libraries write to sys.stdout and sys.stderr, and a logger that is set up while a spinner turns keeps the stream that it found. So the
-streams stay what they are; only their `write` is replaced for the time, for everyone but the spinner.
+Libraries write to sys.stdout and sys.stderr, and a logger that is set up while a spinner turns keeps the stream that it found.
+So the streams stay what they are; only their `write` is replaced for the time, for everyone but the spinner.
 """
 
 import re

@@ -9,7 +9,7 @@ from rlinvariant.bench import figure, report
 from rlinvariant.bench.measure import Row
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "recipes" / "README.md", *sorted((ROOT / "docs" / "results").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "recipes" / "README.md", *sorted((ROOT / "docs" / "results").glob("*.md"))]
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What a reader sees on a terminal while a spinner turns and libraries print: a real pseudo-terminal, and what it would show."""
+"""What a reader sees on a terminal while a spinner turns and libraries print, on a real pseudo-terminal."""
 
 import fcntl
 import os
