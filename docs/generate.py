@@ -26,7 +26,7 @@ def pages() -> dict[Path, str]:
 def table(head: str, rows: list[tuple[str, ...]]) -> str:
     """Return a Markdown table; `|` in a cell is escaped."""
     lines = [f"| {head} |", "|---" * (head.count("|") + 1) + "|"]
-    return "\n".join([*lines, *("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)]) + "\n"
+    return "\n".join([*lines, *("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)])
 
 
 def commands() -> str:
@@ -39,6 +39,8 @@ def commands() -> str:
     text += ["## Exit codes", table("code | meaning", [(str(code), said) for code, said in errors.EXIT_CODES.items()])]
     for command in cli.COMMANDS:
         module = importlib.import_module(command.module)
+        if not hasattr(module, "add_arguments"):
+            continue
         whole = cli.build_parser(command.name, module)
         (below,) = (action for action in whole._actions if isinstance(action, argparse._SubParsersAction))
         parser = below.choices[command.name]
@@ -63,7 +65,7 @@ def options(parser: argparse.ArgumentParser, name: str) -> Iterator[str]:
 
 def shown(action: argparse.Action) -> str:
     """Return an argument as it is written: `--tokens N`, `MODEL`, `key=value ...`."""
-    metavar = action.metavar or (",".join(map(str, action.choices)) if action.choices else action.dest.upper())
+    metavar = action.metavar or (" or ".join(map(str, action.choices)) if action.choices else action.dest.upper())
     value = metavar if isinstance(metavar, str) else " ".join(metavar)
     if not action.option_strings:
         return f"{value} ..." if action.nargs in ("*", "+") else value
