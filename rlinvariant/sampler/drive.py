@@ -1,4 +1,4 @@
-"""An engine stepped by hand: requests that arrive and leave while others decode, and what the scheduler did with them."""
+"""Step an engine by hand: requests arrive and leave while others decode, and what the scheduler does is counted."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,10 +15,13 @@ class Request:
 
     Args:
         prompt: token ids, one or more.
+        seed: in [0, 2**63), as for `Sampler.generate`.
+        temperature: 0 for greedy.
+        max_tokens: most tokens of the completion.
         arrives: engine step before which it is added.
         aborts: engine step before which it is aborted, or None.
-        ignore_eos: run to the last of max_tokens, whatever is drawn.
-        scored: also ask for the log-probs of the prompt's own tokens, at temperature 1.
+        ignore_eos: whether it runs to the last of max_tokens, whatever is drawn.
+        scored: whether the log-probs of the prompt's own tokens are asked for too, at temperature 1.
     """
 
     prompt: tuple[int, ...]
@@ -36,7 +39,7 @@ class Trace:
     """What an engine did with some requests."""
 
     completions: list[Completion | None]  # None where aborted
-    prompt_logprobs: list[list[float]] = field(default_factory=list)  # of tokens 1 on, where a request asked for them
+    prompt_logprobs: list[list[float]] = field(default_factory=list)  # from token 1 on, where a request asked for them
     cached_tokens: int = 0  # prompt tokens that came from the prefix cache
     preemptions: int = 0
     together: int = 0  # most requests in one step
@@ -48,7 +51,7 @@ class Trace:
 
 @contextmanager
 def counting(engine: Sampler) -> Iterator[Trace]:
-    """Count what the scheduler does meanwhile."""
+    """Count, in the trace that is handed out, what the engine's scheduler does inside the `with` block."""
     trace, scheduler = Trace([]), engine.llm.llm_engine.engine_core.engine_core.scheduler  # pyright: ignore
     preempt, schedule = scheduler._preempt_request, scheduler.schedule
 
@@ -68,7 +71,7 @@ def counting(engine: Sampler) -> Iterator[Trace]:
     try:
         yield trace
     finally:
-        del scheduler._preempt_request, scheduler.schedule  # of the instance: the class's own are back
+        del scheduler._preempt_request, scheduler.schedule  # the instance's: the class's own are back
 
 
 def drive(
@@ -79,12 +82,18 @@ def drive(
     preempt: Callable[[int], bool] = lambda step: False,
     advance: Callable[[int], None] = lambda tokens: None,
 ) -> Trace:
-    """Add, step and abort by hand, counting what the scheduler does.
+    """Run requests to their end, stepping the engine by hand, and count what the scheduler does.
 
     Args:
-        cold: forget the prefixes of earlier requests first.
-        preempt: whether to take their pages away, before this engine step, from all that run: vLLM computes them again.
-        advance: called after each step that ended requests, with how many tokens they had, all together.
+        engine: with nothing running in it.
+        requests: in any order of arrival.
+        cold: whether the prefixes of earlier requests are forgotten first.
+        preempt: told the number of an engine step, says whether all running requests lose their pages before it; vLLM then
+            computes them again.
+        advance: called after each step that ended requests, with how many tokens all ended requests have.
+
+    Raises:
+        RuntimeError: `cold`, and a request is still running.
     """
     if cold and not engine.llm.reset_prefix_cache():
         raise RuntimeError("vLLM did not reset its prefix cache: a request is still running")
@@ -129,6 +138,7 @@ def drive(
 
 
 def params(engine: Sampler, request: Request) -> Any:
+    """Return vLLM's `SamplingParams` of a request."""
     params = engine.params(
         request.seed, temperature=request.temperature, max_tokens=request.max_tokens, ignore_eos=request.ignore_eos, logprobs=0
     )

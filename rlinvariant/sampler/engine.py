@@ -1,4 +1,11 @@
-"""A vLLM engine in the trainer's process, with log-probs by token id and weights that follow the trainer's."""
+"""A vLLM engine in the trainer's process, with log-probs by token id and weights that follow the trainer's.
+
+sampler = Sampler("Qwen/Qwen3-0.6B", invariant=True)
+[completion] = sampler.generate([[9707, 11]], seeds=[7], temperature=1.0, max_tokens=16)
+completion.token_ids, completion.sampler_logprobs    # one fp32 log-prob for each token
+sampler.sync(model.named_parameters())               # after an optimizer step
+assert not sampler.differing_weights(model.named_parameters())
+"""
 
 import os
 import random
@@ -6,7 +13,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,8 +24,42 @@ from rlinvariant.arguments import model_problems
 from rlinvariant.errors import ConfigErrors, UserError, one_line
 from rlinvariant.models import unsupported
 from rlinvariant.rollout import Completion
-from rlinvariant.sampler.names import ARCHITECTURE, NOT_ACTIVE, QUANTIZATION
+from rlinvariant.sampler import plugin
+from rlinvariant.sampler import weights as synced
+from rlinvariant.sampler.names import ARCHITECTURE, QUANTIZATION
 from rlinvariant.support import cuda_problems
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+    from vllm import LLM, SamplingParams
+
+SHAPELESS_SETTINGS = ("ignore_eos", "logprobs", "detokenize")  # further sampling settings that leave the distribution as it is
+NEUTRAL_SETTINGS = {
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
+UNTOUCHED_OPTIONS = {  # of vllm.LLM: an exact sampler runs whole, on one device, the model that is trained
+    "attention_backend": None,
+    "attention_config": None,
+    "cpu_offload_gb": 0,
+    "data_parallel_size": 1,
+    "decode_context_parallel_size": 1,
+    "enable_dbo": False,
+    "enable_lora": False,
+    "kv_cache_dtype": "auto",
+    "kv_offloading_size": None,
+    "kv_transfer_config": None,
+    "logits_processors": None,
+    "model_impl": "auto",
+    "pipeline_parallel_size": 1,
+    "prefill_context_parallel_size": 1,
+    "speculative_config": None,
+    "tensor_parallel_size": 1,
+}
 
 
 @contextmanager
@@ -39,22 +80,12 @@ def _undisturbed() -> Iterator[None]:
 
 
 def _stdout_with_descriptor() -> AbstractContextManager[Any]:
-    """vLLM silences NCCL through sys.stdout's file descriptor, and raises where there is none: in a notebook, or redirected."""
+    """Redirect stdout where it has no file descriptor, as in a notebook: vLLM silences NCCL through it, and would raise."""
     try:
         sys.stdout.fileno()
     except (AttributeError, OSError):  # io.UnsupportedOperation is one
         return redirect_stdout(sys.__stdout__)
     return nullcontext()
-
-
-HARMLESS = ("ignore_eos", "logprobs", "detokenize")  # the only further sampling settings that leave the distribution as it is
-ALONE = {  # engine options that an exact sampler leaves as they are: it runs whole, on one device, the model that is trained
-    "tensor_parallel_size": 1, "pipeline_parallel_size": 1, "data_parallel_size": 1, "enable_lora": False,
-    "speculative_config": None, "kv_cache_dtype": "auto", "attention_config": None, "model_impl": "auto",
-    "cpu_offload_gb": 0, "decode_context_parallel_size": 1, "prefill_context_parallel_size": 1, "enable_dbo": False,
-    "attention_backend": None, "logits_processors": None, "kv_transfer_config": None, "kv_offloading_size": None,
-}  # fmt: skip
-NEUTRAL = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 
 
 def refuse(
@@ -63,29 +94,38 @@ def refuse(
     dtype: str,
     max_model_len: int | None = None,
     otherwise: str = "use invariance=off",
+    config: "PreTrainedConfig | None" = None,
 ) -> int:
-    """Raise ConfigErrors for what would give an exact engine other kernels or another model. Loads no weights.
+    """Refuse what would give an exact engine other kernels or another model, before any weights are loaded.
 
-    Returns how many positions the model has. `otherwise` tells the user how to run it all the same.
+    Args:
+        options: keyword arguments of `vllm.LLM` that the user chose.
+        model: directory or hub id of a Hugging Face checkpoint.
+        dtype: "bfloat16" or "float32".
+        max_model_len: longest prompt plus completion, in tokens; None: not limited by the user.
+        otherwise: how to run it all the same, for the messages.
+        config: the model's configuration, where the caller has loaded it; None: it is loaded here.
+
+    Returns:
+        How many positions the model has. `Sampler` takes this number as the proof that nothing was refused.
+
+    Raises:
+        ConfigErrors: every option, variable, device and property of the model that would change the bits, one line each.
+        UserError: the configuration cannot be loaded, or is not a causal language model's.
     """
     if problems := model_problems("model", model):
         raise ConfigErrors(problems)
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     runtime.quiet()
     fix = f"remove it, or {otherwise}"
-    found = [f"sampler option {k}={v}: expected {ALONE[k]}; {fix}" for k, v in options.items() if k in ALONE and v != ALONE[k]]
+    touched = {k: v for k, v in options.items() if k in UNTOUCHED_OPTIONS and v != UNTOUCHED_OPTIONS[k]}
+    found = [f"sampler option {k}={v}: expected {UNTOUCHED_OPTIONS[k]}; {fix}" for k, v in touched.items()]
     if (value := os.environ.get("VLLM_BATCH_INVARIANT", "0")) != "0":
         found.append(f"VLLM_BATCH_INVARIANT={value}: expected unset: it puts vLLM's own kernels in place of ours; {fix}")
     cuda = torch.cuda.is_available()
     found += cuda_problems(getattr(torch, dtype)) if cuda else []
-    try:
-        config = AutoConfig.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise UserError(f"model={model}: cannot be loaded: {one_line(error, 400)}") from error
-    if type(config) not in AutoModelForCausalLM._model_mapping:
-        kind = ", ".join(config.architectures or [type(config).__name__])
-        raise UserError(f"model={model}: {kind} is no causal language model of transformers; name a directory or id of one")
+    if config is None:
+        config = _load_config(model)
+    _require_causal_lm(config, model)
     found += [f"model={model}: {reason}; {otherwise}" for reason in unsupported(config, "cuda" if cuda else "cpu")]
     positions = config.get_text_config().max_position_embeddings
     if max_model_len is not None and max_model_len > positions:
@@ -95,8 +135,51 @@ def refuse(
     return positions
 
 
+def _load_config(model: str) -> "PreTrainedConfig":
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model={model}: cannot be loaded: {one_line(error, 400)}") from error
+
+
+def _require_causal_lm(config: "PreTrainedConfig", model: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        kind = ", ".join(config.architectures or [type(config).__name__])
+        raise UserError(f"model={model}: {kind} is not a transformers causal language model; name a directory or id of one")
+
+
+def _arguments(dtype: str, max_model_len: int | None, kv_cache_gib: float | None) -> dict[str, Any]:
+    """Return the arguments of `vllm.LLM` that are set here, for either kind of engine; each says what vLLM reads it for."""
+    cuda = torch.cuda.is_available()
+    if kv_cache_gib is None:
+        kv_cache_gib = torch.cuda.get_device_properties().total_memory / 2**33 if cuda else 1.0
+    arguments: dict[str, Any] = {
+        "dtype": dtype,  # of parameters and activations; its default is the checkpoint's
+        "max_model_len": max_model_len,  # longest request; sizes the block table and, on some models, the rotary table
+        "skip_tokenizer_init": True,  # load no tokenizer: prompts come and completions go as token ids
+        "disable_log_stats": True,  # count no statistics of its own
+        "logprobs_mode": "processed_logprobs",  # which log-probs a stock engine reports: after the temperature, not before
+        "kv_cache_memory_bytes": int(kv_cache_gib * 2**30),  # size of the cache, in place of a share of the device's memory
+        "enforce_eager": not cuda,  # neither compile nor capture graphs: on a CPU compilation takes a minute and gains little
+        "generation_config": "vllm",  # where defaults of sampling come from: from vLLM, not from the checkpoint's directory
+        "use_tqdm_on_load": False,  # draw no progress bar
+    }
+    if cuda:
+        arguments["gpu_memory_utilization"] = 0.01  # the share that must be free at start, which the trainer may have taken
+    else:
+        arguments["async_scheduling"] = False  # schedule a step while the last one computes: on a CPU they share the cores
+    if torch.distributed.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # who starts the workers: nobody, since each rank of the trainer has an engine of its own, a world of one to vLLM
+        arguments["distributed_executor_backend"] = "external_launcher"
+    return arguments
+
+
 def reported(outputs: Sequence[Any]) -> list[Completion]:
-    """The completions of vLLM's `RequestOutput`s, with the log-prob that vLLM reports for each token, by token id."""
+    """Return the completions of vLLM's `RequestOutput`s, with the log-prob that vLLM reports for each token, by token id."""
     completions = []
     for output in outputs:
         ids = list(output.outputs[0].token_ids)
@@ -106,19 +189,26 @@ def reported(outputs: Sequence[Any]) -> list[Completion]:
 
 
 class Sampler:
-    """vLLM for rollouts. Engines of one process share vLLM's process groups: keep each alive as long as any other is used.
+    """A vLLM engine that draws rollouts, in this process, with the weights that `sync` gave it last.
+
+    Engines of one process share vLLM's process groups: keep each alive as long as any other is used.
 
     Args:
-        model: directory of a Hugging Face checkpoint.
-        invariant: run `rlinvariant.ops` in it; else it is a stock engine.
-        dtype: "bfloat16" or "float32".
-        max_model_len: longest prompt plus completion, in tokens; None takes the model's.
+        model: directory or hub id of a Hugging Face checkpoint.
+        invariant: whether the engine computes through `rlinvariant.ops`; else it is a stock engine.
+        dtype: of activations and of the engine's weights, "bfloat16" or "float32".
+        max_model_len: longest prompt plus completion, in tokens; None: the model's number of positions.
         kv_cache_gib: memory for keys and values, in GiB; None: 1 on a CPU, an eighth of a GPU's.
         options: further keyword arguments of `vllm.LLM`.
+        positions: what `refuse` returned for the same arguments, where it has run already; None: it runs here.
 
     Raises:
-        UserError: the plugin is not active in the engine, or a setting would change the bits.
+        UserError: the plugin is not active in the engine, or an option is one that is set here.
+        ConfigErrors: what `refuse` finds.
     """
+
+    llm: "LLM"  # for what this class does not wrap
+    invariant: bool
 
     def __init__(
         self,
@@ -129,51 +219,25 @@ class Sampler:
         max_model_len: int | None = None,
         kv_cache_gib: float | None = None,
         options: dict[str, Any] | None = None,
+        positions: int | None = None,
     ) -> None:
         runtime.configure()
         self.invariant = invariant
         with _undisturbed():
-            from vllm import LLM, ModelRegistry
-            from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
-            from vllm.plugins import load_general_plugins
+            from vllm import LLM
 
-            cuda = torch.cuda.is_available()
-            if kv_cache_gib is None:
-                kv_cache_gib = torch.cuda.get_device_properties().total_memory / 2**33 if cuda else 1.0
-            arguments: dict[str, Any] = {
-                "dtype": dtype,
-                "max_model_len": max_model_len,
-                "skip_tokenizer_init": True,
-                "disable_log_stats": True,
-                "logprobs_mode": "processed_logprobs",
-                "kv_cache_memory_bytes": int(kv_cache_gib * 2**30),
-                "enforce_eager": not cuda,  # on a CPU compilation takes a minute and gains little
-                "generation_config": "vllm",
-                "use_tqdm_on_load": False,
-            }
-            if cuda:  # what is asked for is kv_cache_gib; this share is only compared with what the trainer has left free
-                arguments |= {"gpu_memory_utilization": 0.01}
-            else:
-                arguments |= {"async_scheduling": False}
+            arguments = _arguments(dtype, max_model_len, kv_cache_gib)
             fixed = (arguments.keys() - {"enforce_eager"}) | {"quantization", "hf_overrides"}
             if clash := sorted(fixed & (options or {}).keys()):
                 raise UserError(f"sampler options {', '.join(clash)}: rlinvariant sets them itself; remove them")
             arguments |= options or {}
             if invariant:
-                positions = refuse(options or {}, str(model), dtype, max_model_len)
+                if positions is None:
+                    positions = refuse(options or {}, str(model), dtype, max_model_len)
                 arguments["max_model_len"] = max_model_len or positions  # vLLM's own default may be beyond the rotary table
-                load_general_plugins()
-                if QUANTIZATION not in QUANTIZATION_METHODS:
-                    raise UserError(NOT_ACTIVE)
-                from rlinvariant.sampler.vllm_model import InvariantForCausalLM
-
-                # The class itself: one that vLLM knows by name alone it inspects in another process, which takes 10 s
-                ModelRegistry.register_model(ARCHITECTURE, InvariantForCausalLM)
+                plugin.require()
+                plugin.register_class()
                 arguments |= {"quantization": QUANTIZATION, "hf_overrides": {"architectures": [ARCHITECTURE]}}
-            if (
-                torch.distributed.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1
-            ):  # one engine per rank, each a world of its own to vLLM's tensor parallelism
-                arguments["distributed_executor_backend"] = "external_launcher"
             with _stdout_with_descriptor():
                 self.llm = LLM(str(model), **arguments)
             self._install()
@@ -207,19 +271,22 @@ class Sampler:
         stop_token_ids: Sequence[int] = (),
         **sampling: Any,
     ) -> list[Completion]:
-        """One completion for each prompt of token ids, in order.
+        """Draw one completion for each prompt, in the order of the prompts.
 
         Args:
-            prompts: token ids; must not be empty.
+            prompts: token ids of each; none may be empty.
             seeds: one per prompt, in [0, 2**63); equal seeds of equal prompts give equal completions.
-            temperature: 0 for greedy.
-            max_tokens: longest completion.
-            stop_token_ids: end a completion, and belong to it.
-            sampling: further `vllm.SamplingParams`.
+            temperature: 0 draws greedily; an invariant engine takes 0 or at least 0.01.
+            max_tokens: most tokens of a completion.
+            stop_token_ids: tokens that end a completion and belong to it, beside the model's own end token.
+            sampling: further fields of `vllm.SamplingParams`.
+
+        Returns:
+            A `Completion` for each prompt: its tokens and, for each, the log-prob at `temperature` as an fp32 value.
 
         Raises:
-            UserError: a prompt with its completion would not fit, or `sampling` would change the distribution of an
-                invariant engine, whose log-probs are of the whole softmax.
+            UserError: a prompt is empty or does not fit with its completion, or `sampling` would change the distribution of an
+                invariant engine, whose log-probs are those of the whole softmax.
         """
         if empty := [i for i, p in enumerate(prompts) if not p]:
             raise UserError(f"prompt {empty[0]} of this batch has no tokens: is it blank, or has model= no tokenizer?")
@@ -249,9 +316,12 @@ class Sampler:
 
     def params(
         self, seed: int, *, temperature: float, max_tokens: int, stop_token_ids: Sequence[int] = (), **sampling: Any
-    ) -> Any:
-        """vLLM's `SamplingParams` of one request of `generate`, which says what raises UserError."""
-        refused = [f"{k}={v}" for k, v in sampling.items() if k not in HARMLESS and v not in (NEUTRAL.get(k), None)]
+    ) -> "SamplingParams":
+        """Return vLLM's settings of one request; arguments and errors are those of `generate`."""
+        shaping = {
+            k: v for k, v in sampling.items() if k not in SHAPELESS_SETTINGS and v not in (NEUTRAL_SETTINGS.get(k), None)
+        }
+        refused = [f"{k}={v}" for k, v in shaping.items()]
         if self.invariant and 0 < temperature < 0.01:
             refused.append(f"temperature={temperature}, which vLLM would raise to 0.01")
         if self.invariant and refused:
@@ -265,7 +335,7 @@ class Sampler:
 
     @staticmethod
     def _drawn(outputs: Sequence[Any], drawn: dict[str, tuple[list[int], list[float]]]) -> list[Completion]:
-        """The log-probs that our sampler kept, joined with vLLM's tokens, which must be the ones it drew."""
+        """Join the log-probs that our sampler kept with vLLM's tokens, which must be the ones that were drawn."""
         drawn = {_external(request): row for request, row in drawn.items()}
         completions = []
         for output in outputs:
@@ -277,7 +347,15 @@ class Sampler:
         return completions
 
     def sync(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Load the trainer's parameters, by their Hugging Face names, and forget what was computed with the old ones."""
+        """Load the trainer's parameters and forget the prefix cache, which was computed with the old ones.
+
+        Args:
+            weights: Hugging Face names and tensors of the checkpoint's shapes, of any float dtype and device; they are rounded
+                to the engine's dtype.
+
+        Raises:
+            RuntimeError: a request is still running.
+        """
         pairs = [(name, w.detach()) for name, w in weights]
         with _undisturbed(), torch.no_grad():
             if self.invariant:
@@ -292,69 +370,17 @@ class Sampler:
             raise RuntimeError("vLLM did not reset its prefix cache: a request is still running")
 
     def differing_weights(self, weights: Iterable[tuple[str, Tensor]]) -> list[str]:
-        """Names of the sampler's parameters whose bytes differ from `weights` cast to its dtype. Empty when in sync.
+        """Name the sampler's parameters whose bytes differ from `weights` cast to its dtype. Empty when in sync.
 
         Every parameter of the vLLM model must be accounted for: one that no weight maps to is named too. A stock CPU engine
         has packed its matrices and freed the originals: there, up to 64 columns of each are read back by multiplying.
+
+        Args:
+            weights: as for `sync`.
         """
-        parts: dict[str, dict[Any, Tensor]] = {}
-        for name, weight in weights:
-            target, shard = _target(self.model, name)
-            parts.setdefault(target, {})[shard] = weight.detach()
-        own = dict(self.model.named_parameters())
-        tied = "lm_head.weight" not in own
-        bad = [name for name in parts if name not in own and not (tied and name == "lm_head.weight")]
-        for name, have in own.items():
-            if name not in parts or not _same_bytes(*self._readable(name, have.detach(), _whole(parts[name]))):
-                bad.append(name)
-        head = getattr(self.model, "lm_head", None)
-        embedding = next((_whole(x) for n, x in parts.items() if n.endswith("embed_tokens.weight")), None)
-        packed_apart = tied and hasattr(head, "cpu_linear") and not self.invariant
-        if packed_apart and embedding is not None and not _same_bytes(*_columns(head, embedding)):
-            bad.append("lm_head.weight")
-        return bad
-
-    def _readable(self, name: str, have: Tensor, expected: Tensor) -> tuple[Tensor, Tensor]:
-        """The parameter as vLLM computes with it, and what it should be, in one dtype."""
-        if have.numel() == 0 and expected.numel():
-            return _columns(self.model.get_submodule(name.rpartition(".")[0]), expected)
-        if name.endswith(("embed_tokens.weight", "lm_head.weight")):
-            have = have[: len(expected)]  # vLLM pads the vocabulary
-        return have, expected.to(have.dtype)
-
-
-_ORDER: list[Any] = [None, "q", "k", "v", *range(16)]  # how vLLM stacks the parts of a merged projection
-
-
-def _whole(pieces: dict[Any, Tensor]) -> Tensor:
-    return next(iter(pieces.values())) if len(pieces) == 1 else torch.cat([pieces[s] for s in sorted(pieces, key=_ORDER.index)])
-
-
-def _columns(layer: Any, expected: Tensor) -> tuple[Tensor, Tensor]:
-    """Some columns of a packed weight, by multiplying unit vectors, and of the expected one."""
-    n, k = expected.shape
-    at = torch.arange(0, k, max(1, k // 64))
-    dtype = next((p.dtype for p in layer.parameters()), torch.bfloat16)
-    units = torch.zeros(len(at), k, dtype=dtype)
-    units[torch.arange(len(at)), at] = 1
-    product = layer.cpu_linear(units, layer.weight, None)
-    product = product[:, :n] if hasattr(layer, "org_vocab_size") else product  # vLLM pads the vocabulary
-    return product.to(dtype), expected.to(dtype)[:, at].t()
+        return synced.differing(self.model, weights, self.invariant)
 
 
 def _external(request: str) -> str:
-    """A request's id as `LLM.generate` reports it: vLLM adds eight characters to it inside."""
+    """Return a request's id as `LLM.generate` reports it: inside, vLLM adds a dash and eight characters to it."""
     return request[:-9] if len(request) > 9 and request[-9] == "-" else request
-
-
-def _same_bytes(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
-
-
-def _target(model: Any, name: str) -> tuple[str, Any]:
-    """Where vLLM keeps a Hugging Face parameter: the name of its own parameter, and which part of it."""
-    mapper = getattr(model, "hf_to_vllm_mapper", None)
-    for original, (merged, shard) in getattr(mapper, "orig_to_new_stacked", {}).items():
-        if f"{original}." in name:
-            return name.replace(original, merged), shard
-    return name, None

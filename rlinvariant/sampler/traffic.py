@@ -1,4 +1,4 @@
-"""One request many times among others that join and leave, on an engine that is stepped by hand."""
+"""Complete one request many times among others that join and leave, on an engine that is stepped by hand."""
 
 import random
 import time
@@ -17,11 +17,11 @@ class Traffic:
     """What the engine did.
 
     Args:
-        completions: of the request, in the order in which they were asked for.
-        tokens: drawn in requests that came to their end, those of others included.
-        seconds: of stepping the engine.
-        others: requests that shared it; `cancelled` of them left before their end.
-        fewest, most: requests in the engine at once.
+        completions: those of the request, in the order in which they were asked for.
+        tokens: how many were drawn in requests that came to their end, other requests included.
+        seconds: time spent stepping the engine.
+        others: how many other requests shared the engine; `cancelled` of them left before their end.
+        fewest, most: how many requests were in the engine at once.
     """
 
     completions: list[Completion]
@@ -34,7 +34,7 @@ class Traffic:
 
 
 def alone(sampler: Sampler, prompt: Sequence[int], tokens: int) -> Completion:
-    """The request by itself, greedy, from a cold prefix cache."""
+    """Complete the request by itself, greedily, from a cold prefix cache."""
     sampler.llm.reset_prefix_cache()
     llm = sampler.llm.llm_engine
     llm.add_request("alone", {"prompt_token_ids": list(prompt)}, _params(tokens, 0.0, 0))
@@ -63,8 +63,14 @@ def among_traffic(
     `seed` alone: engines of both kinds see the same traffic.
 
     Args:
+        sampler: with nothing running in it.
+        prompt: token ids.
+        completions: how many times it is completed.
         tokens: length of each completion.
-        vocabulary: prompts of others are drawn from it.
+        vocabulary: number of token ids that prompts of others are drawn from.
+        most: highest number of requests in the engine at once.
+        longest: tokens of the longest prompt of another request.
+        seed: of the traffic.
         advance: called with how many completions are done.
     """
     rng, llm = random.Random(seed), sampler.llm.llm_engine

@@ -22,7 +22,7 @@ else:
 
 
 class InvariantAttentionBackend(_Stock):
-    """The layout of vLLM's own cache, [pages, heads, page size, 2 D], with our attention."""
+    """vLLM's own backend, for the layout of its cache [pages, H_kv, page, 2 D], with our attention in it."""
 
     @staticmethod
     def get_impl_cls() -> type["_AttentionImpl"]:
@@ -35,6 +35,8 @@ class InvariantAttentionBackend(_Stock):
 
 @dataclass
 class _AttentionMetadata:
+    """What a step's attention needs, the same in all layers."""
+
     tokens: int
     cu_seqlens_q: Tensor  # [sequences + 1] int32
     kv_lens: Tensor  # [sequences] int32
@@ -76,7 +78,7 @@ class _AttentionBuilder(AttentionMetadataBuilder):
         )
 
     def _plan(self, m: Any) -> Tensor | None:
-        """FlashAttention-3's schedule of this step, made once for all layers."""
+        """Return FlashAttention-3's schedule of this step, made once for all layers; None on a CPU."""
         if self._schedule is None:
             return None
         from rlinvariant.kernels.attention import schedule
@@ -111,6 +113,7 @@ class _AttentionImpl(AttentionImpl):
         self.kv_sharing_target_layer_name = None
 
     def do_kv_cache_update(self, layer, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
+        """Write keys and values [rows, H_kv, D] of this step into the slots of the cache that `slot_mapping` [tokens] names."""
         if kv_cache.is_cuda:
             keys, values = kv_cache.transpose(1, 2).split(self.head_size, -1)
             scales = layer._k_scale, layer._v_scale  # of an fp8 cache; unused
@@ -133,13 +136,14 @@ class _AttentionImpl(AttentionImpl):
         output_scale=None,
         output_block_scale=None,
     ) -> Tensor:
+        """Attend for query [rows, H, D], of which `attn_metadata.tokens` rows are real; `output` has the same shape."""
         if attn_metadata is None:  # vLLM's profiling run
             return output.fill_(0)
         m = attn_metadata
         shape = (m.tokens, self.num_heads, self.head_size)
         q, out = query[: m.tokens].view(shape), output[: m.tokens].view(shape)
-        ops.paged_attention(
-            q, kv_cache, m.block_table, m.cu_seqlens_q, m.kv_lens, self.scale, max_seqlen_q=m.max_seqlen_q,
-            max_seqlen_k=m.max_seqlen_k, window=self.window, softcap=self.softcap, schedule=m.schedule, out=out,
-        )  # fmt: skip
+        lengths = {"max_seqlen_q": m.max_seqlen_q, "max_seqlen_k": m.max_seqlen_k}
+        shape_of_scores = {"window": self.window, "softcap": self.softcap}
+        cache = kv_cache, m.block_table, m.cu_seqlens_q, m.kv_lens
+        ops.paged_attention(q, *cache, self.scale, **lengths, **shape_of_scores, schedule=m.schedule, out=out)
         return output

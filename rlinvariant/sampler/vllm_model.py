@@ -1,5 +1,6 @@
-"""What runs inside vLLM in place of its own layers. Here and in vllm_attention.py is all that depends on vLLM's internals,
-for the day they move; written for vLLM 0.26 (CUDA) and 0.32 (CPU).
+"""What runs inside vLLM in place of its own layers; written for vLLM 0.26 (CUDA) and 0.32 (CPU).
+
+This file, vllm_attention.py and vllm_serve.py hold all that depends on vLLM's internals, for the day they move.
 
 vLLM's transformers backend builds the Hugging Face model; `make_invariant` patches it exactly as it patches the trainer's;
 vLLM then puts its linear layers, cache and attention into it, and these classes make them call `rlinvariant.ops`.
@@ -30,12 +31,21 @@ from vllm.v1.sample.sampler import Sampler
 
 from rlinvariant import ops
 from rlinvariant.errors import UserError
-from rlinvariant.models.modules import logits_scaling
+from rlinvariant.models.modules import become, logits_scaling
 from rlinvariant.models.patch import make_invariant
 from rlinvariant.sampler.names import NOT_ACTIVE, QUANTIZATION
 from rlinvariant.sampler.vllm_attention import InvariantAttentionBackend
 
-ROWS = 256  # whose log-probs over the whole vocabulary are made at once, in fp64: a prompt may have thousands
+ROWS_IN_FP64 = 256  # rows whose log-probs over the whole vocabulary are made at once: a prompt may have thousands
+
+
+class _GateAndUpInOne(nn.Module):
+    """The form of an MLP whose gate and up projections vLLM has merged."""
+
+    gate_up_proj: nn.Module
+
+    def gate_and_up(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.gate_up_proj(x).chunk(2, -1)
 
 
 class InvariantForCausalLM(TransformersForCausalLM):
@@ -54,7 +64,7 @@ class InvariantForCausalLM(TransformersForCausalLM):
         super().recursive_replace()
 
     def _merge_gate_and_up(self, name: str, mlp: Any) -> None:
-        """One product for gate and up, as vLLM's own models have it. vLLM 0.26 merges them only around its own SwiGLU."""
+        """Make one product of gate and up, as vLLM's own models have it. vLLM 0.26 merges them only around its own SwiGLU."""
         mlp.gate_up_proj = MergedColumnParallelLinear(
             mlp.gate_proj.in_features,
             [mlp.gate_proj.out_features, mlp.up_proj.out_features],
@@ -67,8 +77,7 @@ class InvariantForCausalLM(TransformersForCausalLM):
         for shard, part in enumerate(("gate_proj", "up_proj")):
             stacked[f"{name}.{part}"] = (f"{name}.gate_up_proj", shard)
             delattr(mlp, part)
-        cls = type(mlp)
-        mlp.__class__ = type(cls.__name__, (cls,), {"gate_and_up": lambda self, x: self.gate_up_proj(x).chunk(2, -1)})
+        become(mlp, _GateAndUpInOne)
 
     def _decorate_for_torch_compile(self, **from_config) -> None:
         """Compile a subclass of the decoder. vLLM would decorate the Hugging Face class, for every other model of it too.
@@ -81,42 +90,39 @@ class InvariantForCausalLM(TransformersForCausalLM):
         self.compilation_config.inductor_compile_config["emulate_precision_casts"] = True
         stock: Any = AutoModel._model_mapping[type(self.config)]
         compiled = type(stock.__name__, (stock,), {"__module__": stock.__module__})
-        axes: dict[str, Any] = {
-            "input_ids": 1,
-            "inputs_embeds": 1,
-            "position_ids": -1,
-        }  # where the tokens are, in [1, T] and [1, T, D]
+        axes: dict[str, Any] = {"input_ids": 1, "inputs_embeds": 1, "position_ids": -1}  # of the tokens, in [1, T], [1, T, D]
         support_torch_compile(dynamic_arg_dims=axes)(compiled)
         AutoModel._model_mapping._extra_content[type(self.config)] = compiled
 
     def _get_attn_cls(self):
-        """vLLM 0.32 asks for the class."""
+        """Return the attention class, which vLLM 0.32 asks for."""
         if (cls := super()._get_attn_cls()) is not Attention:
             raise NotImplementedError(f"rlinvariant: {cls.__name__} is not supported, only decoder attention")
         return partial(Attention, attn_backend=InvariantAttentionBackend)
 
     def create_attention_instances(self) -> dict[int, Attention]:
-        """vLLM 0.26 asks for the layers."""
-        heads = {
+        """Return the attention layers by the number of their decoder layer, which vLLM 0.26 asks for."""
+        shared = {
             "num_heads": self.model_config.get_num_attention_heads(self.parallel_config),
             "num_kv_heads": self.model_config.get_num_kv_heads(self.parallel_config),
             "head_size": self.model_config.get_head_size(),
-        }
-        shared = {
             "cache_config": self.cache_config,
             "quant_config": self.quant_config,
             "attn_backend": InvariantAttentionBackend,
         }
-        return {
-            i: Attention(
-                **heads, **shared, scale=module.scaling, per_layer_sliding_window=module.window,
-                logits_soft_cap=module.softcap, prefix=f"{i}.attn",
-            )
-            for i, module in _attention_modules(self.model).items()
-        }  # fmt: skip
+
+        def layer(i: int, module: Any) -> Attention:
+            own = {"scale": module.scaling, "per_layer_sliding_window": module.window, "logits_soft_cap": module.softcap}
+            return Attention(**shared, **own, prefix=f"{i}.attn")
+
+        return {i: layer(i, module) for i, module in _attention_modules(self.model).items()}
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
-        """As the trainer has them: vLLM's own bounds round elsewhere, and it does not know Granite's scale."""
+        """Return logits scaled and bounded as the trainer's: vLLM rounds its bounds elsewhere, and ignores Granite's scale.
+
+        Args:
+            hidden_states: [rows, D], bf16 or fp32.
+        """
         self.logits_processor.scale, self.logits_processor.soft_cap = 1.0, None
         logits = super().compute_logits(hidden_states)
         return None if logits is None else ops.scale_logits(logits, *logits_scaling(self.text_config))
@@ -158,7 +164,7 @@ class _Linear(UnquantizedLinearMethod):
         """Leave the weight as it is: vLLM would repack and free it, and weight sync could not reach it."""
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """On a CPU one product for each projection that vLLM merged: the trainer's shapes, hence its bits.
+        """Multiply; on a CPU once for each projection that vLLM merged, in the trainer's shapes, hence with its bits.
 
         On CUDA an output column does not depend on how many columns there are.
         """
@@ -171,15 +177,15 @@ class _Linear(UnquantizedLinearMethod):
 
 class _Head(UnquantizedEmbeddingMethod):
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """Leave the weight as it is, as above."""
+        """Leave the weight as it is, for the reason given in `_Linear`."""
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Logits over the model's own vocabulary: vLLM pads the weight to a multiple of 64 rows."""
+        """Return logits over the model's own vocabulary: vLLM pads the weight to a multiple of 64 rows."""
         return ops.linear(x, layer.weight[: layer.org_vocab_size], bias)
 
 
 class _SeedKeeper(Sampler):
-    """Seeds that survive a chunked prefill.
+    """vLLM's sampler with seeds that survive a chunked prefill.
 
     vLLM samples for a request whose prefill was cut, throws the token away and rewinds its generator, by what its own sampler
     would have drawn; a CPU generator cannot be rewound at all, and raises. So the generators of such requests are taken away
@@ -205,7 +211,7 @@ class _SeedKeeper(Sampler):
 
 
 class InvariantSampler(_SeedKeeper):
-    """`ops.sample`: temperature, log-prob and noise in one op that reads its own row alone.
+    """Samples by `ops.sample`: temperature, log-prob and noise in one op, in which a row depends on that row alone.
 
     The noise is a hash of the request's seed and of how many tokens it has drawn: unlike a generator it has no state that a
     preempted request would have to replay.
@@ -218,11 +224,11 @@ class InvariantSampler(_SeedKeeper):
         self._steps: list[tuple[list[str], np.ndarray, Tensor, Tensor]] | None = None
 
     def keep_drawn(self) -> None:
-        """From now on, until `take_drawn`."""
+        """Keep what is drawn from now on, until `take_drawn`."""
         self._steps = []
 
     def take_drawn(self) -> dict[str, tuple[list[int], list[float]]]:
-        """Tokens and log-probs of every request since `keep_drawn`, by vLLM's internal request id.
+        """Return tokens and log-probs of every request since `keep_drawn`, by vLLM's internal request id.
 
         A position may have been drawn twice, the same each time: in a prefill that was cut, or before a preemption. The last
         counts. A request that vLLM has found to be finished one step late has a token too many.
@@ -247,6 +253,7 @@ class InvariantSampler(_SeedKeeper):
     def forward(
         self, logits: Tensor, sampling_metadata, predict_bonus_token=False, logprobs_mode_override=None
     ) -> SamplerOutput:
+        """Draw a token for each row of logits [rows, V], and report as many log-probs as the most demanding row wants."""
         md, rows, batch = sampling_metadata, len(logits), self.runner.input_batch
         self.give_back()
         seeds = [batch.generators[i].initial_seed() if i in batch.generators else secrets.randbits(63) for i in range(rows)]
@@ -278,21 +285,23 @@ class InvariantSampler(_SeedKeeper):
 
     @staticmethod
     def compute_logprobs(logits: Tensor) -> Tensor:
-        """Of a prompt's tokens, at temperature 1."""
-        at = torch.ones(len(logits), dtype=torch.float32, device=logits.device)
-        return torch.cat([ops.log_softmax(x, t) for x, t in zip(logits.split(ROWS), at.split(ROWS), strict=True)])
+        """Return the log-probs [rows, V] of a prompt's rows at temperature 1."""
+        temperature = torch.ones(len(logits), dtype=torch.float32, device=logits.device)
+        blocks = zip(logits.split(ROWS_IN_FP64), temperature.split(ROWS_IN_FP64), strict=True)
+        return torch.cat([ops.log_softmax(x, t) for x, t in blocks])
 
     @staticmethod
     def gather_logprobs(logprobs: Tensor, num_logprobs: int, token_ids: Tensor) -> LogprobsTensors:
-        """Of a prompt's tokens: vLLM compiles a kernel for their ranks (11 s on a CPU)."""
-        top, ids = (torch.cat(x) for x in zip(*(_top(x, num_logprobs) for x in logprobs.split(ROWS)), strict=True))
+        """Gather log-probs and ranks of a prompt's tokens; vLLM's own compiles a kernel for the ranks (11 s on a CPU)."""
+        blocks = [_top(x, num_logprobs) for x in logprobs.split(ROWS_IN_FP64)]
+        top, ids = (torch.cat(x) for x in zip(*blocks, strict=True))
         own = logprobs.gather(-1, token_ids[:, None])
         ranks = (logprobs >= own).sum(-1)
         return LogprobsTensors(torch.cat([token_ids[:, None], ids], 1).int(), torch.cat([own, top], 1), ranks)
 
 
 def _top(logprobs: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` largest of each row and where they are, of equal ones the first.
+    """Return the `count` largest values of each row and where they are; of equal ones the first come first.
 
     `topk` alone takes any of equal ones: which, depends on how many are asked for, and vLLM asks for as many as the most
     demanding request of the batch.
@@ -305,15 +314,16 @@ def _top(logprobs: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _attention_modules(model: Any) -> dict[int, Any]:
-    """By the number of their layer."""
+    """Return the patched attention modules by the number of their decoder layer."""
     return {module.layer_idx: module for module in model.modules() if hasattr(module, "softcap")}
 
 
 def require_installed(runner: Any) -> tuple[int, int]:
-    """How many attention layers and matrix products the engine's model has.
+    """Return how many attention layers and matrix products the engine's model has, all of which are ours.
 
-    Raises UserError if one of them is not ours, or if vLLM read a window, cap or scale off the configuration that the model's
-    own forward does not have.
+    Raises:
+        UserError: one of them is not ours, or vLLM read a window, cap or scale off the configuration that the model's own
+            forward does not have.
     """
     model: Any = runner.get_model()
     if not isinstance(model, InvariantForCausalLM):
@@ -335,13 +345,13 @@ def require_installed(runner: Any) -> tuple[int, int]:
 
 
 def install(runner: Any) -> None:
-    """Put our sampler into an engine whose model is ours; else raise UserError."""
+    """Put our sampler into an engine. Raises UserError if its model is not ours."""
     require_installed(runner)
     runner.sampler = InvariantSampler(runner)
 
 
 class StockSampler(_SeedKeeper):
-    """vLLM's own, less the rank of a token, which vLLM compiles a kernel for at the first request (11 s on a CPU)."""
+    """vLLM's own sampler without the rank of a token, for which vLLM compiles a kernel at the first request (11 s on a CPU)."""
 
     def forward(self, logits: Tensor, *args, **kwargs) -> SamplerOutput:
         self.give_back()
@@ -357,7 +367,7 @@ class StockSampler(_SeedKeeper):
 
 
 def spare_others(model: nn.Module) -> None:
-    """Let Hugging Face models of this process run that were there before a stock engine decorated their class.
+    """Let the process's other Hugging Face models run after a stock engine has decorated their class.
 
     Where vLLM has no model of its own, it takes the Hugging Face one and replaces `__call__` in its class, for every instance.
     """

@@ -1,4 +1,4 @@
-"""What runs in the processes of `vllm serve` to make it exact. As vllm_model.py, written for vLLM 0.26 (CUDA) and 0.32 (CPU).
+"""What runs in the processes of `vllm serve` to make it exact; written for vLLM 0.26 (CUDA) and 0.32 (CPU).
 
 The server's engine is in a process of its own, which gets strings and plain values alone. So each part goes in by a name
 that vLLM has an option for: `Worker` puts our sampler into the engine and checks the model there, `Requests` refuses a request
@@ -17,6 +17,7 @@ from vllm.v1.sample.logits_processor import LogitsProcessor
 from rlinvariant import runtime
 from rlinvariant.errors import ConfigErrors, UserError, one_line
 from rlinvariant.models import make_invariant, require_exact, two_layers
+from rlinvariant.sampler import plugin
 from rlinvariant.sampler.engine import refuse
 from rlinvariant.sampler.names import ARCHITECTURE, NOT_ACTIVE, QUANTIZATION
 
@@ -27,23 +28,28 @@ else:
     from vllm.v1.worker.cpu_worker import CPUWorker as _Worker
 
 REMOVE = "remove it, or use vllm serve"
-OURS = {  # engine options that are set here
-    "quantization": QUANTIZATION, "hf_overrides": {"architectures": [ARCHITECTURE]}, "logprobs_mode": "processed_logprobs",
-    "generation_config": "vllm", "worker_cls": f"{__name__}.Worker", "logits_processors": [f"{__name__}:Requests"],
+SET_HERE: dict[str, Any] = {  # engine options that are set here; vLLM reads each for
+    "quantization": QUANTIZATION,  # who owns the linear layers and the lm_head
+    "hf_overrides": {"architectures": [ARCHITECTURE]},  # which model class it builds, in place of config.json's
+    "logprobs_mode": "processed_logprobs",  # which log-probs it reports: after the temperature
+    "generation_config": "vllm",  # where a request's defaults come from: vLLM, not the checkpoint's generation_config.json
+    "worker_cls": f"{__name__}.Worker",  # what runs in the engine's process
+    "logits_processors": [f"{__name__}:Requests"],  # whom the front end asks about each request before it is queued
+}
+BITS_UNCHANGED_BY = {  # engine options that change no bit of a completion; any other must keep its default
+    "block_size", "cudagraph_capture_sizes", "disable_log_stats", "download_dir", "dtype", "enable_chunked_prefill",
+    "enable_log_requests", "enable_prefix_caching", "enforce_eager", "gpu_memory_utilization", "hf_token",
+    "kv_cache_memory_bytes", "long_prefill_token_threshold", "max_cudagraph_capture_size", "max_logprobs", "max_model_len",
+    "max_num_batched_tokens", "max_num_queued_reqs", "max_num_queued_tokens", "max_num_seqs", "model",
+    "num_gpu_blocks_override", "prefix_caching_hash_algo", "reasoning_parser", "reasoning_parser_plugin", "revision",
+    "scheduling_policy", "seed", "served_model_name", "shutdown_timeout", "stream_interval", "tokenizer", "tokenizer_mode",
+    "tokenizer_revision", "use_tqdm_on_load",
 }  # fmt: skip
-HARMLESS = {  # engine options that change no bit of a completion; any other must keep its default
-    "model", "tokenizer", "tokenizer_mode", "tokenizer_revision", "revision", "hf_token", "download_dir", "served_model_name",
-    "dtype", "seed", "max_model_len", "max_logprobs", "max_num_seqs", "max_num_batched_tokens", "max_num_queued_reqs",
-    "max_num_queued_tokens", "long_prefill_token_threshold", "enable_chunked_prefill", "scheduling_policy", "stream_interval",
-    "block_size", "gpu_memory_utilization", "kv_cache_memory_bytes", "num_gpu_blocks_override", "enable_prefix_caching",
-    "prefix_caching_hash_algo", "enforce_eager", "cudagraph_capture_sizes", "max_cudagraph_capture_size", "use_tqdm_on_load",
-    "disable_log_stats", "enable_log_requests", "reasoning_parser", "reasoning_parser_plugin", "shutdown_timeout",
-}  # fmt: skip
-ALONE = ("headless", "grpc", "grpc_port", "api_server_count", "lora_modules")  # options of the front end that must be default
-SAMPLING = {  # fields of SamplingParams that leave the distribution as it is; any other must be neutral
-    "n", "temperature", "seed", "stop", "stop_token_ids", "ignore_eos", "max_tokens", "logprobs", "prompt_logprobs",
-    "flat_logprobs", "detokenize", "skip_special_tokens", "spaces_between_special_tokens", "include_stop_str_in_output",
-    "output_kind", "stream_interval", "skip_clone", "output_text_buffer_length", "skip_reading_prefix_cache",
+UNTOUCHED_FRONT_END = ("headless", "grpc", "grpc_port", "api_server_count", "lora_modules")  # its options that must be default
+SHAPELESS_SETTINGS = {  # fields of SamplingParams that leave the distribution as it is; any other must be neutral
+    "detokenize", "flat_logprobs", "ignore_eos", "include_stop_str_in_output", "logprobs", "max_tokens", "n", "output_kind",
+    "output_text_buffer_length", "prompt_logprobs", "seed", "skip_clone", "skip_reading_prefix_cache", "skip_special_tokens",
+    "spaces_between_special_tokens", "stop", "stop_token_ids", "stream_interval", "temperature",
 }  # fmt: skip
 
 
@@ -55,10 +61,7 @@ def serve(argv: Sequence[str]) -> None:
         UserError: no model is named, or the plugin is not installed.
     """
     runtime.configure()
-    from vllm import ModelRegistry
     from vllm.entrypoints.cli.serve import ServeSubcommand
-    from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
-    from vllm.plugins import load_general_plugins
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     command, parser = ServeSubcommand(), FlexibleArgumentParser(prog="rlinvariant")
@@ -66,12 +69,8 @@ def serve(argv: Sequence[str]) -> None:
     args: Any = parser.parse_args(["serve", *argv])
     default: Any = parser.parse_args(["serve"])
     prepare(args, default)
-    load_general_plugins()
-    if QUANTIZATION not in QUANTIZATION_METHODS:
-        raise UserError(NOT_ACTIVE)
-    from rlinvariant.sampler.vllm_model import InvariantForCausalLM
-
-    ModelRegistry.register_model(ARCHITECTURE, InvariantForCausalLM)  # the class itself: see sampler/engine.py
+    plugin.require()
+    plugin.register_class()
     command.validate(args)
     try:
         command.cmd(args)
@@ -80,23 +79,20 @@ def serve(argv: Sequence[str]) -> None:
 
 
 def prepare(args: Any, default: Any) -> None:
-    """Set in `args`, parsed from a command line, what an exact server needs; `default`: parsed from none. Raises as `serve`."""
-    from dataclasses import fields
+    """Set in `args`, parsed from a command line, what an exact server needs.
 
-    from vllm import AsyncEngineArgs
+    Args:
+        args: vLLM's namespace of the user's command line; changed in place.
+        default: vLLM's namespace of an empty command line.
 
+    Raises:
+        ConfigErrors, UserError: see `serve`.
+    """
     args.model = args.model_tag or (args.model if args.model != default.model else None)
     if not args.model:
         raise UserError("MODEL: missing; write rlinvariant serve MODEL, a Hugging Face directory or hub id")
     given = {k: v for k, v in vars(args).items() if v != getattr(default, k)}
-    engine = {field.name for field in fields(AsyncEngineArgs)}
-    problems = []
-    for name, value in given.items():
-        option = f"--{name.replace('_', '-')} {value}"
-        if name in OURS:
-            problems.append(f"{option}: rlinvariant sets it itself; {REMOVE}")
-        elif (name in engine and name not in HARMLESS) or name in ALONE:
-            problems.append(f"{option}: expected {getattr(default, name)}: not known to leave the bits as they are; {REMOVE}")
+    problems = _option_problems(given, default)
     if os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"):
         problems.append(f"VLLM_USE_RUST_FRONTEND={os.environ['VLLM_USE_RUST_FRONTEND']}: expected unset: it checks no request")
     args.dtype = "bfloat16" if args.dtype == "auto" else args.dtype
@@ -109,21 +105,37 @@ def prepare(args: Any, default: Any) -> None:
     if longest is not None and longest > positions:
         raise ConfigErrors([f"--max-model-len {longest}: expected at most {positions}, the model's positions; lower it"])
     args.max_model_len = args.max_model_len or positions  # vLLM's own default may be beyond the rotary table
-    for name, value in OURS.items():
+    for name, value in SET_HERE.items():
         setattr(args, name, value)
     args.middleware = [*args.middleware, f"{__name__}.Proof"]
     args.host = args.host or "127.0.0.1"
-    if not torch.cuda.is_available():  # as sampler/engine.py has it
+    if not torch.cuda.is_available():  # see sampler/engine.py
         args.enforce_eager, args.async_scheduling = True, False
         if {"kv_cache_memory_bytes", "gpu_memory_utilization"}.isdisjoint(given):
             args.kv_cache_memory_bytes = 2**30
 
 
+def _option_problems(given: dict[str, Any], default: Any) -> list[str]:
+    """Return one line for each of the options `given` that is set here, or is not known to leave the bits as they are."""
+    from dataclasses import fields
+
+    from vllm import AsyncEngineArgs
+
+    engine, problems = {field.name for field in fields(AsyncEngineArgs)}, []
+    for name, value in given.items():
+        option = f"--{name.replace('_', '-')} {value}"
+        if name in SET_HERE:
+            problems.append(f"{option}: rlinvariant sets it itself; {REMOVE}")
+        elif (name in engine and name not in BITS_UNCHANGED_BY) or name in UNTOUCHED_FRONT_END:
+            problems.append(f"{option}: expected {getattr(default, name)}: not known to leave the bits as they are; {REMOVE}")
+    return problems
+
+
 class Requests(LogitsProcessor):
     """Refuses, with status 400, a request whose tokens would not be drawn from the model's whole distribution.
 
-    vLLM asks each logits processor whether it can do a request before it is queued, and this one is there to be asked: `Worker`
-    takes it out of the engine.
+    Before a request is queued, vLLM asks each logits processor whether it takes the request. `Requests` is there to be asked
+    and does nothing else: `Worker` takes it out of the engine.
     """
 
     @classmethod
@@ -133,7 +145,7 @@ class Requests(LogitsProcessor):
         for name in SamplingParams.__struct_fields__:
             value = getattr(sampling_params, name)
             same = value in (getattr(neutral, name), None, [], {}) or (name == "top_k" and value == -1)
-            if not (same or name in SAMPLING or name.startswith("_")):
+            if not (same or name in SHAPELESS_SETTINGS or name.startswith("_")):
                 refused.append(f"{name}={value}")
         if refused:
             raise ValueError(
@@ -158,6 +170,8 @@ class Worker(_Worker):
     """vLLM's worker with our sampler in it. It does not start unless the model passes the trainer's checks."""
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        if not plugin.is_registered():
+            raise UserError(NOT_ACTIVE)
         vllm_config.model_config.logits_processors = None  # in the engine it would cost a copy of every token drawn
         super().__init__(vllm_config, *args, **kwargs)
 
@@ -173,8 +187,12 @@ class Worker(_Worker):
         install(self.model_runner)
         return times
 
+    def registered_here(self) -> bool:
+        """Return whether this process found the plugin by its entry point; a forked one has its parent's registration."""
+        return plugin.is_registered_here()
+
     def prove(self) -> str:
-        """What this engine runs, in words. Raises UserError where it is not all ours."""
+        """Return what this engine runs, in words. Raises UserError where it is not all ours."""
         from rlinvariant.sampler.vllm_model import InvariantSampler, require_installed
 
         attentions, products = require_installed(self.model_runner)
@@ -188,7 +206,19 @@ class Worker(_Worker):
 
 
 def audit_config(config: Any, dtype: torch.dtype, device: torch.device) -> str:
-    """Do the trainer's checks on the first two layers of a model of this configuration, with random weights; give its class."""
+    """Run the trainer's checks on the first two layers of a model of this configuration, with random weights.
+
+    Args:
+        config: transformers' configuration of the model.
+        dtype: of activations and weights.
+        device: where the layers run.
+
+    Returns:
+        The name of the model's class.
+
+    Raises:
+        UnsupportedModel, UserError: what is not exact in it.
+    """
     from transformers import AutoModelForCausalLM
 
     with torch.random.fork_rng(), torch.device(device):
