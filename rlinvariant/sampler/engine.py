@@ -235,7 +235,7 @@ class Sampler:
                 if positions is None:
                     positions = refuse(options or {}, str(model), dtype, max_model_len)
                 arguments["max_model_len"] = max_model_len or positions  # vLLM's own default may be beyond the rotary table
-                plugin.require()
+                plugin.load()
                 plugin.register_class()
                 arguments |= {"quantization": QUANTIZATION, "hf_overrides": {"architectures": [ARCHITECTURE]}}
             with _stdout_with_descriptor():

@@ -43,15 +43,21 @@ def is_registered() -> bool:
     return QUANTIZATION in QUANTIZATION_METHODS
 
 
-def is_registered_here() -> bool:
-    """Return whether this very process registered them, and did not inherit them from a parent that forked it."""
-    return is_registered() and _registered_by == os.getpid()
-
-
-def require() -> None:
+def load() -> None:
     """Let vLLM load its plugins in this process. Raises UserError if ours is not among them."""
     from vllm.plugins import load_general_plugins
 
     load_general_plugins()
     if not is_registered():
         raise UserError(NOT_ACTIVE)
+
+
+def require_own_registration() -> None:
+    """Make sure that this very process has registered both names. Raises UserError if none has, or a parent that forked it."""
+    if not is_registered():
+        raise UserError(NOT_ACTIVE)
+    if _registered_by != os.getpid():
+        raise UserError(
+            "the engine's process was forked: it has the plugin from its parent, which says nothing about the entry point; "
+            "unset VLLM_WORKER_MULTIPROC_METHOD"
+        )

@@ -61,6 +61,7 @@ def serve(argv: Sequence[str]) -> None:
         UserError: no model is named, or the plugin is not installed.
     """
     runtime.configure()
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # as vLLM's own command does
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -69,7 +70,7 @@ def serve(argv: Sequence[str]) -> None:
     args: Any = parser.parse_args(["serve", *argv])
     default: Any = parser.parse_args(["serve"])
     prepare(args, default)
-    plugin.require()
+    plugin.load()
     plugin.register_class()
     command.validate(args)
     try:
@@ -170,8 +171,7 @@ class Worker(_Worker):
     """vLLM's worker with our sampler in it. It does not start unless the model passes the trainer's checks."""
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-        if not plugin.is_registered():
-            raise UserError(NOT_ACTIVE)
+        plugin.require_own_registration()
         vllm_config.model_config.logits_processors = None  # in the engine it would cost a copy of every token drawn
         super().__init__(vllm_config, *args, **kwargs)
 
@@ -186,10 +186,6 @@ class Worker(_Worker):
         times = super().compile_or_warm_up_model()
         install(self.model_runner)
         return times
-
-    def registered_here(self) -> bool:
-        """Return whether this process found the plugin by its entry point; a forked one has its parent's registration."""
-        return plugin.is_registered_here()
 
     def prove(self) -> str:
         """Return what this engine runs, in words. Raises UserError where it is not all ours."""
