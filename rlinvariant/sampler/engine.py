@@ -221,6 +221,7 @@ class Sampler:
         options: dict[str, Any] | None = None,
         positions: int | None = None,
     ) -> None:
+        runtime.quiet()
         runtime.configure()
         self.invariant = invariant
         with _undisturbed():
