@@ -1,5 +1,6 @@
 """Results, as the JSON files hold them, written as Markdown tables."""
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
@@ -7,7 +8,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from rlinvariant.report.stats import UNDECIDED
+from rlinvariant.report.stats import UNDECIDED, Estimate, disagree
+from rlinvariant.text import plural
 
 Result = dict[str, Any]
 """The content of one JSON file."""
@@ -145,26 +147,30 @@ def ablation(content: Result) -> str:
     lines = [f"| arm | mismatched / tokens | {' | '.join(ABLATION_MEASURES)} | reward, against exact |"]
     lines += ["|---|--:|--:|--:|--:|---|"]
     for name, arm in content["arms"].items():
-        tokens, measures, against = arm["tokens"], arm["measures"], arm.get("minus exact, by seed")
-        verdict = "" if against is None else UNDECIDED if _is_wide(measures[REWARD]) else against[REWARD]["verdict"]
-        numbers = " | ".join(_estimate(measures[title]) for title in ABLATION_MEASURES)
-        lines.append(f"| `{name}` | {_share(tokens, 'compared')} | {numbers} | {verdict} |")
-    seeds = len(content["seeds"])
-    return "\n".join([*lines, "", f"{seeds} seeds of {content['steps']} steps: `{content['command']}`"])
+        measures, verdict = arm["measures"], ""
+        if against := arm.get("minus exact, by seed"):
+            verdict = against[REWARD]["verdict"]
+            arms = (_estimate(some["measures"][REWARD]) for some in (arm, content["arms"]["exact"]))
+            if verdict == "no difference seen" and disagree(_estimate(against[REWARD]), *arms):
+                verdict = UNDECIDED
+        numbers = " | ".join(_mean(_estimate(measures[title])) for title in ABLATION_MEASURES)
+        lines.append(f"| `{name}` | {_share(arm['tokens'], 'compared')} | {numbers} | {verdict} |")
+    return "\n".join(
+        [*lines, "", f"{plural(len(content['seeds']), 'seed')} of {content['steps']} steps: `{content['command']}`"]
+    )
 
 
-def _estimate(found: Result) -> str:
-    if found["mean"] is None:
+def _estimate(found: Result) -> Estimate:
+    mean, low, high = (math.nan if found[key] is None else found[key] for key in ("mean", "low", "high"))
+    return Estimate(mean, low, high, found["seeds"], tuple(found.get("values", ())))
+
+
+def _mean(found: Estimate) -> str:
+    if not math.isfinite(found.mean):
         return ""
-    if _is_wide(found) and found.get("values"):
-        return ", ".join(f"{value:.3g}" for value in sorted(found["values"], reverse=True))
-    half = "" if found["high"] is None or found["seeds"] < 2 else f" ± {found['high'] - found['mean']:.2g}"
-    return f"{found['mean']:.3g}{half}"
-
-
-def _is_wide(found: Result) -> bool:
-    """Whether half of the interval is more than the mean."""
-    return found["high"] is not None and found["high"] - found["mean"] > abs(found["mean"])
+    if found.is_wide and found.values:
+        return ", ".join(f"{value:.3g}" for value in sorted(found.values, reverse=True))
+    return f"{found.mean:.3g}" + (f" ± {found.half:.2g}" if found.has_interval else "")
 
 
 def cpu_costs(content: Result) -> str:

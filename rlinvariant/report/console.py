@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.text import Text
 
 from rlinvariant.report.terminal import Screen, others_above
+from rlinvariant.text import percent, plural
 
 if TYPE_CHECKING:  # it imports torch, which takes longer than a whole report
     from rlinvariant.metrics import FirstMismatch
@@ -66,6 +67,8 @@ class Console:
         )
         terminal = self._rich.file.isatty() and not self._rich.is_dumb_terminal
         self.plain = not terminal or os.environ.get("CI", "").lower() not in ("", "0", "false")
+        self.width = self._rich.width if terminal else None
+        """Characters of a line on the terminal; None where lines may have any length."""
         self._main_process = main_process
         self._heartbeat_s = heartbeat_s
         self._steps_printed = 0
@@ -150,7 +153,8 @@ class Console:
         lines = [("steps", f"{len(rows):,}" + (f" in {_duration(elapsed_s)}" if elapsed_s is not None else ""))]
         if window:
             first, last = sum(rewards[:window]) / window, sum(rewards[-window:]) / window
-            lines += [("reward", f"{first:.3f} (first {window} steps) -> {last:.3f} (last {window}), {last - first:+.3f}")]
+            begin, end = f"{first:.3f} (first {plural(window, 'step')})", f"{last:.3f} (last {window})"
+            lines.append(("reward", f"{begin} -> {end}, {last - first:+.3f}"))
         if accuracy_before is not None or accuracy_after is not None:
             after = f"{_percent(accuracy_before)} before -> {_percent(accuracy_after)} after, held out, greedy"
             lines.append(("accuracy", after))
@@ -215,7 +219,7 @@ def _decimal(value: float | None, spec: str) -> str:
 
 
 def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f} %"
+    return "-" if value is None else percent(value)
 
 
 def integer(value: float | None) -> str:

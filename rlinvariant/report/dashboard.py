@@ -21,6 +21,7 @@ from rlinvariant.errors import UserError, one_line
 from rlinvariant.report import tables, wandb_log
 from rlinvariant.report.panels import PANELS, Panel
 from rlinvariant.report.study import Run, Study, load
+from rlinvariant.text import plural
 
 FIX = "`wandb login --relogin`, or unset WANDB_API_KEY to stay offline"
 INSTALL = 'pip install "rlinvariant[dashboard]"'
@@ -121,9 +122,9 @@ def sync(path: str | Path) -> list[str]:
             said.append(f"{run.path}: no step yet, nothing to replay")
             continue
         if has["wandb"]:
-            said.append(f"{run.path}: {len(run.rows):,} steps to W&B, {_to_wandb(study, run, online)}")
+            said.append(f"{run.path}: {plural(len(run.rows), 'step')} to W&B, {_to_wandb(study, run, online)}")
         if has["tensorboard"]:
-            said.append(f"{run.path}: {len(run.rows):,} steps to TensorBoard, {_to_tensorboard(run)}")
+            said.append(f"{run.path}: {plural(len(run.rows), 'step')} to TensorBoard, {_to_tensorboard(run)}")
     said += [f"{name} is not installed; {INSTALL}" for name, there in has.items() if not there]
     return said
 

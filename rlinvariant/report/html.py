@@ -17,6 +17,7 @@ from rlinvariant.report import stats, svg, tables
 from rlinvariant.report.console import printable
 from rlinvariant.report.panels import PANELS, Panel
 from rlinvariant.report.study import Run, Study, load
+from rlinvariant.text import percent, plural
 
 HERE = Path(__file__).parent
 LONG = 200  # steps up to which every one can be seen
@@ -65,9 +66,10 @@ def page(study: Study) -> str:
 
 def _title(study: Study) -> str:
     if not study.is_ablation:
-        return f"{study.recipe}: {study.arms[0].name}, {study.steps:,} steps"
+        return f"{study.recipe}: {study.arms[0].name}, {plural(study.steps, 'step')}"
     seeds = len({run.seed for _, run in study.runs})
-    return f"{study.recipe}: {len(study.arms)} arms, {seeds} seed{'s' * (seeds != 1)}, {study.steps:,} steps"
+    sizes = (len(study.arms), "arm"), (seeds, "seed"), (study.steps, "step")
+    return f"{study.recipe}: {', '.join(plural(*size) for size in sizes)}"
 
 
 def _text(text: str) -> str:
@@ -117,8 +119,8 @@ def _curves(study: Study) -> Iterator[str]:
         elif any(panel.shown_for(run.config) for _, run in study.runs):
             absent.append(panel.title)
     if study.is_ablation:
-        before = [100 * v for _, run in study.runs if (v := run.result.get("accuracy_before")) is not None]
-        start = f" Before it: {min(before):.1f} to {max(before):.1f} %." if before else ""
+        before = [v for _, run in study.runs if (v := run.result.get("accuracy_before")) is not None]
+        start = f" Before it: {percent(min(before))} to {percent(max(before))}." if before else ""
         for measure, notice in ((stats.REWARD, ""), (stats.ACCURACY, f" After training, greedy.{start}")):
             if drawn := _seeds(study, measure, notice):
                 sections.setdefault("Learning", []).append(drawn)
@@ -198,9 +200,8 @@ def _samples(study: Study) -> str:
             for row in rows[-1:] if study.is_ablation else rows:
                 found.append(_sample(row, f"{arm.name}, seed {run.seed}" if study.is_ablation else ""))
             if skipped:
-                found.append(
-                    f'<p class="small">{skipped} of the lines looked at in {_text(arm.name)} are not JSON: left out.</p>'
-                )
+                said = f"{plural(skipped, 'line')} of those looked at in {arm.name}: not JSON, left out."
+                found.append(f'<p class="small">{_text(said)}</p>')
     return "<h2>Samples</h2>" + "".join(found) if found else ""
 
 

@@ -2,7 +2,8 @@
 
 An interval is mean ± t s / sqrt(n): s the standard deviation over n seeds (n - 1 in its denominator), t the 97.5 % quantile
 of Student's t with n - 1 degrees of freedom. Two arms are compared by the differences between runs of the same seed, over the
-steps that both runs have, and the verdict is "no difference seen" when the 95 % interval of those differences holds 0.
+steps that both runs have, and the verdict is "no difference seen" when the 95 % interval of those differences holds 0; unless
+the interval is that wide because one seed went another way than the others, where there is no verdict.
 """
 
 import functools
@@ -22,16 +23,27 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over `n` seeds and the ends of its 95 % interval, NaN with fewer than two."""
+    """A mean over `n` seeds and the ends of its 95 % interval, NaN with fewer than two; and what it is the mean of."""
 
     mean: float
     low: float
     high: float
     n: int
+    values: tuple[float, ...] = ()
 
     @property
     def has_interval(self) -> bool:
         return math.isfinite(self.low) and math.isfinite(self.high)
+
+    @property
+    def half(self) -> float:
+        """Half of the interval."""
+        return self.mean - self.low
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether half of the interval is more than the mean: the seeds' own values then say more than both."""
+        return self.has_interval and self.half > abs(self.mean)
 
 
 def estimate(values: Sequence[float]) -> Estimate:
@@ -39,13 +51,11 @@ def estimate(values: Sequence[float]) -> Estimate:
     n = len(values)
     if not n or not all(map(math.isfinite, values)):
         return Estimate(math.nan, math.nan, math.nan, n)
+    if n > 1 and min(values) == max(values):  # no rounding of a sum may make a width out of equal numbers
+        return Estimate(values[0], values[0], values[0], n, tuple(values))
     centre = mean(values)
-    if n == 1:
-        return Estimate(centre, math.nan, math.nan, 1)
-    if min(values) == max(values):  # no rounding of a sum may make a width out of equal numbers
-        return Estimate(values[0], values[0], values[0], n)
-    half = t_quantile(n - 1) * stdev(values) / math.sqrt(n)
-    return Estimate(centre, centre - half, centre + half, n)
+    half = t_quantile(n - 1) * stdev(values) / math.sqrt(n) if n > 1 else math.nan
+    return Estimate(centre, centre - half, centre + half, n, tuple(values))
 
 
 @functools.cache
@@ -168,14 +178,23 @@ class Verdict:
 def verdict(arm: Sequence[float], reference: Sequence[float]) -> Verdict:
     """Compare values of the same seeds, in the same order; pairs in which one is not known are left out, and counted out.
 
-    The text: "no difference seen", "higher", "lower", "one seed: no interval", or "not measured".
+    The text: "no difference seen", "higher", "lower", "one seed: no interval", "not measured", or UNDECIDED.
     """
-    differences = [a - b for a, b in zip(arm, reference, strict=True) if math.isfinite(a) and math.isfinite(b)]
-    found = estimate(differences)
+    pairs = [(a, b) for a, b in zip(arm, reference, strict=True) if math.isfinite(a) and math.isfinite(b)]
+    found = estimate([a - b for a, b in pairs])
     if found.n == 0:
         return Verdict(found, "not measured")
     if not found.has_interval:
         return Verdict(found, "one seed: no interval")
-    if found.low <= 0 <= found.high:
-        return Verdict(found, "no difference seen")
-    return Verdict(found, "higher" if found.mean > 0 else "lower")
+    if not found.low <= 0 <= found.high:
+        return Verdict(found, "higher" if found.mean > 0 else "lower")
+    seeds_disagree = disagree(found, *(estimate(side) for side in zip(*pairs, strict=True)))
+    return Verdict(found, UNDECIDED if seeds_disagree else "no difference seen")
+
+
+def disagree(difference: Estimate, *arms: Estimate) -> bool:
+    """Whether the difference of two arms is as uncertain as the wide mean of one of them.
+
+    An interval of 0.4 ± 0.8 holds 0 and everything else, for one seed of three that went another way: it says nothing.
+    """
+    return any(arm.is_wide and difference.half > abs(arm.mean) for arm in arms)

@@ -11,6 +11,7 @@ import numpy as np
 
 from rlinvariant.report.panels import Scale
 from rlinvariant.report.stats import Estimate
+from rlinvariant.text import percent
 
 WIDTH, HEIGHT = 520, 240
 LEFT, TOP, BOTTOM = 66, 10, 34
@@ -106,11 +107,11 @@ def chart(title: str, unit: str, lines: Sequence[Line], scale: Scale) -> str:
     return "".join(parts) + _numbers(thin)
 
 
-def dots(title: str, rows: Sequence[tuple[str, int, Estimate, Sequence[float]]], percent: bool = True) -> str:
+def dots(title: str, rows: Sequence[tuple[str, int, Estimate, Sequence[float]]], in_percent: bool = True) -> str:
     """A row for each (label, style, estimate, value of each seed): the mean with its interval, and the seeds beneath."""
     left = 20 + 6.4 * max(len(label) for label, *_ in rows)
     height = 22 * len(rows) + 40
-    factor = 100 if percent else 1
+    factor = 100 if in_percent else 1
     values = [v * factor for _, _, e, seeds in rows for v in (*seeds, e.low, e.high) if math.isfinite(v)]
     low, high, ticks = _linear(min(values), max(values))
     x0, x1 = left, WIDTH - 70
@@ -133,7 +134,7 @@ def dots(title: str, rows: Sequence[tuple[str, int, Estimate, Sequence[float]]],
             parts.append(f'<path class="line c{index % COLOURS}" d="M{across(found.low):.1f} {y}H{across(found.high):.1f}"/>')
         if math.isfinite(found.mean):
             parts.append(f'<path class="mean c{index % COLOURS}" d="M{across(found.mean):.1f} {y - 6}v12"/>')
-            mean = f"{100 * found.mean:.1f} %" if percent else f"{found.mean:.3f}".replace("-", "−")
+            mean = percent(found.mean) if in_percent else f"{found.mean:.3f}".replace("-", "−")
             parts.append(f'<text class="tick" x="{WIDTH - 4}" y="{y + 4}">{mean}</text>')
     return "".join(parts) + "</svg>"
 

@@ -1,13 +1,18 @@
 """What a report says in words and in tables, for the page and for the terminal alike."""
 
 import math
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain, zip_longest
 from typing import Literal
 
 from rlinvariant.report.console import Console, coverage, integer, total
 from rlinvariant.report.stats import ACCURACY, REWARD, Estimate, Measure, Row, Verdict
 from rlinvariant.report.study import Arm, Study, measured
+from rlinvariant.text import percent, plural
+
+HEAD_WIDTH, SAID_WIDTH = 14, 24  # characters, of a title and of what stands below a number
 
 Style = Literal["scientific", "percent", "near one"] | int
 
@@ -27,14 +32,24 @@ class Table:
     head: Sequence[str]
     rows: Sequence[Sequence[Cell]]
 
-    def lines(self) -> list[str]:
-        """For a terminal: columns padded, the first to the left, the others to the right."""
-        texts = [[f"{cell.text}  {cell.said}".rstrip() for cell in row] for row in self.rows]
-        widths = [max(map(len, column)) for column in zip(self.head, *texts, strict=True)]
-        return [
-            "  ".join([row[0].ljust(widths[0]), *(text.rjust(w) for text, w in zip(row[1:], widths[1:], strict=True))]).rstrip()
-            for row in [self.head, *texts]
-        ]
+    def lines(self, width: int | None = None) -> list[str]:
+        """Lay the table out in columns, or, where these are wider than `width` characters, in a block for each row."""
+        rows = [[textwrap.wrap(title, HEAD_WIDTH) for title in self.head]]
+        rows += [[[cell.text, *textwrap.wrap(cell.said, SAID_WIDTH)] for cell in row] for row in self.rows]
+        widths = [max(map(len, chain(*column))) for column in zip(*rows, strict=True)]
+        if width is not None and sum(widths) + 2 * (len(widths) - 1) > width:
+            return [line for row in self.rows for line in self._block(row, width)]
+        return ["  ".join([first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]).rstrip()
+                for row in rows for first, *others in zip_longest(*row, fillvalue="")]  # fmt: skip
+
+    def _block(self, row: Sequence[Cell], width: int) -> list[str]:
+        """The name of a row, and below it a line for each column: its title and the cell."""
+        indent = max(map(len, self.head[1:])) + 4
+        lines = [row[0].text]
+        for title, cell in zip(self.head[1:], row[1:], strict=True):
+            text = f"{cell.text}  {cell.said}".rstrip()
+            lines += textwrap.wrap(text, width, initial_indent=f"  {title}".ljust(indent), subsequent_indent=" " * indent)
+        return lines
 
 
 def show(study: Study, console: Console) -> None:
@@ -44,7 +59,7 @@ def show(study: Study, console: Console) -> None:
     for table in (summary(study), differences(study)):
         if table is not None:
             console.print("")
-            for line in [*table.lines(), table.caption]:
+            for line in [*table.lines(console.width), table.caption]:
                 console.print(line)
     console.print("")
     for who, what in sentences(study):
@@ -66,7 +81,7 @@ def sentences(study: Study) -> list[tuple[str, str]]:
         said = [("On policy", contract(arm.rows))]
         before, after = (arm.runs[0].result.get(f"accuracy_{when}") for when in ("before", "after"))
         if before is not None and after is not None:
-            said.append(("Held-out accuracy", f"{100 * before:.1f} % before, {100 * after:.1f} % after, greedy"))
+            said.append(("Held-out accuracy", f"{percent(before)} before, {percent(after)} after, greedy"))
         return said
     reference = study.reference
     first = reference or study.arms[0]
@@ -105,8 +120,8 @@ def _compared(others: Sequence[Arm], reference: Arm, measure: Measure) -> str:
     where = {text: f"{text} in {', '.join(names)}" for text, names in groups.items()}
     if set(groups) == {"one seed: no interval"}:
         return "one seed: no interval, no verdict"
-    some = f"{min(seeds)} to {max(seeds)}" if len(seeds) > 1 else f"{seeds.pop()}"
-    return f"{'; '.join(where.values())} (differences over the same {some} seeds)"
+    some = f"{min(seeds)} to {max(seeds)} seeds" if len(seeds) > 1 else plural(seeds.pop(), "seed")
+    return f"{'; '.join(where.values())} (differences over the same {some})"
 
 
 def summary(study: Study) -> Table:
@@ -126,6 +141,8 @@ def summary(study: Study) -> Table:
             *(Cell(_estimate(arm.estimate(m), m.style, len(arm.runs))) for m in measures),
         ])  # fmt: skip
     caption = "Counts and extremes over all steps and seeds; other columns: mean over seeds ± half of the 95 % interval."
+    if any(arm.estimate(m).is_wide for arm in study.arms for m in measures):
+        caption += " Where that half is more than the mean: the values of the seeds."
     if not study.is_ablation:
         caption = "Counts and extremes over all steps; other columns of this one run: no interval."
     return Table(caption, [*head, *(m.title for m in measures)], rows)
@@ -152,7 +169,7 @@ def differences(study: Study) -> Table | None:
 
 def _of(found: Verdict, arm: Arm) -> str:
     n = found.difference.n
-    return f" ({n} of {len(arm.runs)} seeds)" if 1 < n < len(arm.runs) else ""
+    return f" ({n} of {plural(len(arm.runs), 'seed')})" if 1 < n < len(arm.runs) else ""
 
 
 def _extreme(rows: Iterable[Row], key: str, pick) -> str:
@@ -164,6 +181,8 @@ def _estimate(found: Estimate, style: Style, runs: int) -> str:
     if not math.isfinite(found.mean):
         return "–"
     some = f" (n = {found.n})" if found.n != runs else ""
+    if found.is_wide:
+        return ", ".join(_number(value, style) for value in sorted(found.values, reverse=True)) + some
     return _with_interval(found, style) + some
 
 
@@ -177,7 +196,7 @@ def _difference(found: Verdict, measure: Measure) -> str:
 
 
 def _with_interval(found: Estimate, style: Style) -> str:
-    half = found.mean - found.low
+    half = found.half
     if not found.has_interval or half == 0:
         return _number(found.mean, style)
     if style == "scientific" and found.mean:

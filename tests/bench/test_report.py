@@ -95,7 +95,8 @@ def test_an_interval_wider_than_its_mean_gives_way_to_the_seeds(tmp_path):
         return {title: known for title in ("KL k3, nats", "Reward, last 10 steps", "Held-out accuracy, %")}
 
     tokens = {"mismatched": 1, "compared": 10}
-    verdict = {"Reward, last 10 steps": {"verdict": "no difference seen"}}
+    difference = {"mean": -0.2, "low": -0.9, "high": 0.5, "seeds": 3}
+    verdict = {"Reward, last 10 steps": difference | {"verdict": "no difference seen"}}
     arms = {
         "exact": {"tokens": tokens, "measures": measures(0.8, 0.04, [0.8, 0.8, 0.8])},
         "near": {"tokens": tokens, "measures": measures(0.7, 0.6, [0.5, 0.7, 0.9]), "minus exact, by seed": verdict},

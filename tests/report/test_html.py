@@ -338,10 +338,17 @@ def test_a_damaged_file_is_one_line_that_says_what_was_expected(tmp_path, capsys
 
 def test_what_is_null_or_absent_is_no_damage(tmp_path):
     run = write_run(tmp_path / "run", 0, steps=1, kernels=None, threads=None, cpu={"model": "x", "isa": None}, git=None)
-    html.write(run.path)
+    file, study = html.write(run.path)
+    facts = dict(re.findall(r'<th scope="row">(\w+)</th><td class="text">(.*?)</td>', file.read_text()))
+    assert facts["CPU"] == "x, None cores, " and facts["Kernels"] == "–" and facts["Threads"] == "" and "Commit" not in facts
+    assert curves(file.read_text(), "Reward") and not study.notes[1:]
     run.environment.write_text("{}")
     run.metrics.write_text('{"step": 1, "reward/mean": null, "note": "text"}\n')
-    html.write(run.path)
+    page = html.write(run.path)[0].read_text()
+    facts = dict(re.findall(r'<th scope="row">(\w+)</th><td class="text">(.*?)</td>', page))
+    assert facts == {"Python": "–", "Platform": "–", "Kernels": "–", "Threads": ""}
+    assert "Not drawn, as no run has a number for it: " in page and "<b>Reward</b>" not in page
+    assert "mismatched - / - tokens, coverage -" in text_of(page)
 
 
 def test_runs_that_differ_in_where_they_were_made_and_short_ones_are_noted(tmp_path):
@@ -427,3 +434,17 @@ def test_the_commands_of_the_command_line(ablation, tmp_path, capsys):
         assert cli.main(arguments) == 2
         printed = capsys.readouterr().err
         assert printed.startswith("error: ") and message in printed and printed.count("\n") == 1
+
+
+def test_a_terminal_that_is_too_narrow_for_the_columns_gets_a_block_for_each_arm(ablation):
+    study = load(ablation)
+    for table in (tables.summary(study), tables.differences(study)):
+        assert table is not None
+        for width in (80, 150, None):
+            lines = table.lines(width)
+            assert all(len(line) <= (width or 1000) for line in lines)
+            said = re.sub(r"\s+", " ", " ".join(lines))
+            assert all(cell.text in said for row in table.rows for cell in row)
+    narrow = tables.summary(study).lines(80)
+    assert narrow[0] == "exact" and "  Mismatched / tokens      0 / 3,840  coverage 1" in narrow
+    assert table.lines(40)[:1] == ["drift − exact"]

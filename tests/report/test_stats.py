@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from rlinvariant.report.stats import curve, estimate, over_steps, running_mean, t_quantile, verdict
+from rlinvariant.report.stats import UNDECIDED, curve, estimate, over_steps, running_mean, t_quantile, verdict
 
 
 @pytest.mark.parametrize(  # of a printed table, to its digits
@@ -63,14 +63,23 @@ def test_equal_values_have_no_width():
         ([5.0, math.nan], [1.0, 2.0], "one seed: no interval"),
         ([5.0, math.nan], [math.nan, 2.0], "not measured"),
         ([], [], "not measured"),
+        ([0.6, 0.6, 0.0], [0.8, 0.8, 0.75], UNDECIDED),  # one seed collapsed
+        ([0.6, 0.6, 0.6], [0.8, 0.8, 0.0], UNDECIDED),
+        ([0.01, -0.01, 0.02], [0.011, -0.011, 0.021], "no difference seen"),  # near 0, and together
     ],
 )
 def test_a_verdict_is_of_paired_differences(arm, reference, text):
     assert verdict(arm, reference).text == text
 
 
+def test_a_mean_that_says_less_than_its_seeds_is_wide():
+    assert estimate([0.58, 0.56, 0.02]).is_wide and not estimate([0.58, 0.56, 0.52]).is_wide
+    assert not estimate([0.0, 0.0]).is_wide and not estimate([1.0]).is_wide
+    assert estimate([3.0, 1.0]).values == (3.0, 1.0)
+
+
 def test_a_paired_verdict_needs_the_right_pairs():
-    assert verdict([1.1, 2.1, 3.1001], [3.0, 1.0, 2.0]).text == "no difference seen"
+    assert verdict([11.1, 12.1, 13.1001], [13.0, 11.0, 12.0]).text == "no difference seen"
 
 
 def test_a_running_mean_keeps_what_is_exact_and_where_the_gaps_are():
