@@ -59,6 +59,7 @@ def build_parser(chosen: str, module: ModuleType | None, script: str = "") -> ar
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
     for name, _, summary, _ in COMMANDS:
         command = commands.add_parser(name, help=summary, prog=script or None)
+        command.set_defaults(script=script)
         if name == chosen and module is not None:
             command.description, command.epilog = wrapped(module.DESCRIPTION), _examples(module.EXAMPLE)
             module.add_arguments(command)

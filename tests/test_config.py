@@ -408,7 +408,7 @@ def test_train_prints_errors_without_a_traceback(capsys: pytest.CaptureFixture[s
 
     for rank, shown in (("0", "error: stps=3: unknown key; did you mean steps?\n"), ("1", "")):
         monkeypatch.setenv("RANK", rank)
-        assert main(["train", "recipe=arithmetic", "stps=3"]) == 2
+        assert main(["train", "recipe=arithmetic", "stps=3"], script="train.py") == 2
         assert capsys.readouterr() == ("", shown)
 
 

@@ -16,7 +16,7 @@ ROWS = (
     {"bits", "rollout", "runtime"},
     {"kernels"},
     {"ops"},
-    {"models", "metrics", "rewards", "conflicts", "support"},
+    {"models", "metrics", "rewards", "conflicts", "support", "launch"},
     {"config"},
     {"sampler", "trainer"},
     {"report"},
@@ -27,6 +27,7 @@ ROWS = (
     {"demo", "ablate", "doctor"},
     {"__init__"},
     {"cli"},
+    {"__main__"},
     {"train"},
 )
 LEVEL = {unit: level for level, row in enumerate(ROWS) for unit in row}
@@ -34,7 +35,7 @@ IMPORTERS = {
     "triton": {"kernels"},
     "vllm": {"sampler", "kernels", "bench"},  # kernels: its build of FlashAttention-3; bench: what ours is measured against
     "trl": {"trainer", "config", "bench"},
-    "accelerate": {"trainer", "config"},
+    "accelerate": {"trainer", "config", "launch"},
 }
 
 

@@ -44,5 +44,5 @@ if __name__ == "__main__":
         six = {"gsm8k": {"answer": "It is so.\n#### 6"}, "math": {"answer": r"\frac{12}{2}"}, "dapo_math": {"solution": "6.0"}}
         runs[recipe] = ["data.path=" + write([row | six[recipe] for row in ROWS[recipe](36)], f"{recipe}.{ending}")]
     for recipe, data in runs.items():
-        if code := main(["train", f"recipe={recipe}", f"run={recipe}", f"model={model}", *data, *SMALL]):
+        if code := main(["train", f"recipe={recipe}", f"run={recipe}", f"model={model}", *data, *SMALL], script="train.py"):
             sys.exit(code)

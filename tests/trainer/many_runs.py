@@ -27,7 +27,7 @@ def attempt(name: str, *arguments: str, command: str = "train") -> None:
     output, error = io.StringIO(), io.StringIO()
     with contextlib.redirect_stderr(error), contextlib.redirect_stdout(output):
         try:
-            code: Any = cli.main([command, *arguments])
+            code: Any = cli.main([command, *arguments], script="train.py" if command == "train" else "")
         except BaseException:
             code = "traceback"
             traceback.print_exc()

@@ -1,0 +1,112 @@
+"""`rlinvariant train` starts a run as `accelerate launch train.py` does: which file, how often, what comes back."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rlinvariant import launch
+from rlinvariant.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+LAUNCHED = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_CPU")
+# A recipe that says in which process it was imported, and does what the test wants there.
+RECIPE = """
+import os, signal, sys
+say = lambda **facts: os.write(1, (repr(facts) + "\\n").encode())
+say(pid=os.getpid(), rank=os.environ.get("RANK", "0"), cpu=os.environ.get("ACCELERATE_USE_CPU"),
+    threads=os.environ["OMP_NUM_THREADS"], package=__import__("rlinvariant").__file__)
+{}
+"""
+
+
+def start(folder: Path, body: str, *arguments: str, **variables: str) -> subprocess.Popen[str]:
+    """Start `rlinvariant train` with a recipe of this body in an empty folder."""
+    (folder / "mine.py").write_text(RECIPE.format(body))
+    kept = {name: value for name, value in os.environ.items() if name not in (*LAUNCHED, "OMP_NUM_THREADS")}
+    environment = kept | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""} | variables
+    command = [sys.executable, "-m", "rlinvariant", "train", "recipe=./mine.py", *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **pipes)
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, list[dict], str]:
+    out, err = process.communicate(timeout=300)
+    return process.returncode, [eval(line) for line in out.splitlines() if line.startswith("{")], err
+
+
+def test_the_packaged_machine_files_are_accelerates():
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    processes = {name: load_config_from_file(str(launch.machine_file(name))).num_processes for name in launch.machines()}
+    assert processes == {"1gpu": 1, "cpu": 1, "cpu2": 2}
+    for name in launch.machines():
+        assert yaml.safe_load(launch.machine_file(name).read_text())["mixed_precision"] == "no"
+
+
+def test_a_wrong_machine_is_refused_before_anything_is_loaded(monkeypatch):
+    code = (
+        "import sys\nfrom rlinvariant import launch\nfrom rlinvariant.errors import UserError\n"
+        "try: launch.launch([], 'gpu')\nexcept UserError as error: print(error)\n"
+        "print([x for x in ('torch', 'accelerate', 'transformers', 'trl', 'vllm') if x in sys.modules])"
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in LAUNCHED} | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    line = "machine=gpu: expected 1gpu, cpu, cpu2, or the path of an accelerate file (.yaml); or remove it"
+    assert done.stdout.splitlines() == [line, "[]"], done.stderr
+
+
+@pytest.mark.parametrize("content", ["", "- a list", "{", "num_processes: 1\n", "distributed_type: 'NO'\nspeed: 11\n"])
+def test_a_file_that_accelerate_cannot_use_is_refused(content, tmp_path, monkeypatch):
+    for name in LAUNCHED:
+        monkeypatch.delenv(name, raising=False)
+    file = tmp_path / "machine.yaml"
+    file.write_text(content)
+    with pytest.raises(UserError, match=rf"^machine={file}: accelerate cannot use it: .*; mend the file, or remove machine=$"):
+        launch.launch([], str(file))
+
+
+def test_a_launched_process_does_not_launch_again(monkeypatch):
+    for name in ("LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"):
+        assert launch.is_launched({name: "0"})
+    assert not launch.is_launched({"RANK": "0"})
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(UserError, match="^machine=cpu: already started by accelerate or torchrun"):
+        launch.launch([], "cpu")
+
+
+def test_one_process_is_the_one_that_was_started(tmp_path):
+    process = start(tmp_path, "sys.exit(7)", OMP_NUM_THREADS="3")
+    code, said, err = finish(process)
+    package = str(ROOT / "rlinvariant" / "__init__.py")
+    assert said == [{"pid": process.pid, "rank": "0", "cpu": "True", "threads": "3", "package": package}], err
+    assert code == 7 and err == ""
+
+
+def test_two_processes_each_have_their_share_of_the_cores(tmp_path):
+    code, said, err = finish(start(tmp_path, "sys.exit(3)", "machine=cpu2"))
+    assert sorted(line["rank"] for line in said) == ["0", "1"] and code == 3, err
+    assert {line["threads"] for line in said} == {str(max(1, len(os.sched_getaffinity(0)) // 2))}
+
+
+@pytest.mark.parametrize("machine", ["cpu", "cpu2"])
+def test_a_mistake_is_printed_once(machine, tmp_path):
+    code, _, err = finish(start(tmp_path, "", f"machine={machine}", "stpes=3"))
+    lines = err.splitlines()
+    assert code == 2 and len(lines) == len(set(lines)) and all(line.startswith("error: ") for line in lines), err
+    assert any(line.startswith("error: stpes=3: ") for line in lines)
+
+
+@pytest.mark.parametrize("machine", ["cpu", "cpu2"])
+def test_ctrl_c_ends_every_process(machine, tmp_path):
+    process = start(tmp_path, "signal.pause()", f"machine={machine}")
+    assert process.stdout is not None
+    for _ in range(2 if machine == "cpu2" else 1):
+        assert "pid" in process.stdout.readline()  # all are there and wait
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    code, _, err = finish(process)
+    assert code == 130 and err.splitlines() == ["interrupted"], err
