@@ -9,6 +9,7 @@ import importlib
 import os
 import select
 import sys
+import time
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import NamedTuple
@@ -137,6 +138,8 @@ def _reported(command: Callable[[], int | None]) -> int:
         if main_process or not isinstance(error, ConfigErrors):
             for line in str(error).splitlines():
                 print(f"error: {line}", file=sys.stderr)
+        elif "TORCHELASTIC_RUN_ID" in os.environ:
+            time.sleep(10)  # torchrun ends all ranks with the first: this one waits to be ended after rank 0 has said why
         return errors.MISUSED
     except ParityError as error:
         print(f"error: {error}", file=sys.stderr)

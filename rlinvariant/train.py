@@ -5,7 +5,8 @@ import argparse
 from rlinvariant.launch import is_launched, launch, machines
 
 DESCRIPTION = """Train a policy by a recipe, with GRPO or PPO: vLLM samples, TRL and accelerate train, and every sampled token's
-log-prob is compared. accelerate starts the processes, as the machine file says. Arguments are key=value; all mistakes are listed at once, before anything is loaded."""
+log-prob is compared. accelerate starts the processes, as the machine file says. Arguments are key=value; all mistakes are
+listed at once, before anything is loaded."""
 EXAMPLE = """rlinvariant train recipe=arithmetic steps=20
 rlinvariant train recipe=gsm8k model=Qwen/Qwen3-0.6B trainer.learning_rate=2e-6 run=first
 rlinvariant train recipe=gsm8k --help"""

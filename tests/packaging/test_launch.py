@@ -88,7 +88,9 @@ def test_one_process_is_the_one_that_was_started(tmp_path):
 
 
 def test_two_processes_each_have_their_share_of_the_cores(tmp_path):
-    code, said, err = finish(start(tmp_path, "sys.exit(3)", "machine=cpu2"))
+    os.mkfifo(tmp_path / "both")  # opens when both are there
+    body = "open('both', 'r' if os.environ['RANK'] == '0' else 'w'); sys.exit(3)"
+    code, said, err = finish(start(tmp_path, body, "machine=cpu2"))
     assert sorted(line["rank"] for line in said) == ["0", "1"] and code == 3, err
     assert {line["threads"] for line in said} == {str(max(1, len(os.sched_getaffinity(0)) // 2))}
 
