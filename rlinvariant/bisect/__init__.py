@@ -1,5 +1,1 @@
-"""`rlinvariant bisect MODEL`: where sampler and trainer differ first, by how much, and why."""
-
-from rlinvariant.bisect.command import bisect
-
-__all__ = ["bisect"]
+"""Where sampler and trainer differ first: sequence, token, layer, op, by how many ulps, and why."""

@@ -1,8 +1,8 @@
-"""Why a value differs: a short list of rules over what was recorded, and of known variants that are computed again.
+"""Why a value differs: a short list of rules over what was recorded, and known variants that are computed again.
 
-Each side's value is first computed anew by `rlinvariant.ops` from that side's own inputs and weights. The side whose bits this
-does not give deviates; a variant (variants.py) that gives its bits is the cause. If both sides' values come back, the cause is
-in what they were given: weights, settings, inputs.
+Each side's value is first computed anew by `rlinvariant.ops` from that side's own inputs and weights. A side whose bits do not
+come back deviates, and a variant (variants.py) that gives its bits is the cause. If both sides' bits come back, the cause is in
+what the sides were given: weights, settings, inputs.
 """
 
 from dataclasses import dataclass, replace
@@ -15,18 +15,21 @@ from torch import Tensor
 from rlinvariant import bits
 from rlinvariant.bisect import variants
 from rlinvariant.bisect.case import Case, other_side
-from rlinvariant.bisect.search import LOGPROB, First, equal, side_at
-from rlinvariant.verification.ladder import ROWS
+from rlinvariant.bisect.record import LOGPROB_PLACE
+from rlinvariant.bisect.search import First, equal, side_at
+from rlinvariant.verification.ladder import ROW_COUNTS
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """Args:
-    inputs: "equal", or in words what differs.
-    weights: the same, with the parameter's name.
-    deviates: the side whose value `rlinvariant.ops` does not give from its own inputs and weights; None: neither, or both.
-    cause: in words.
-    reproduced: what, computed again, gave the wrong bits.
+    """What `bisect` says of a difference.
+
+    Args:
+        inputs: "equal", or in words what differs.
+        weights: the same, with the parameter's name.
+        deviates: the side whose value `rlinvariant.ops` does not give from its own inputs and weights; None: neither, or both.
+        cause: in words.
+        reproduced: what gave the wrong bits when it was computed again; None if nothing did.
     """
 
     inputs: str
@@ -37,7 +40,15 @@ class Explanation:
 
 
 def explain(first: First, tokens: list[int], temperature: float, engine: Any, stock: tuple[str, ...] = ()) -> Explanation:
-    """Find the cause. `tokens` are those of the whole sequence; `stock` names the sides that run stock kernels."""
+    """Find the cause of a first difference.
+
+    Args:
+        first: the difference; something recorded must differ.
+        tokens: those of the whole sequence.
+        temperature: of the draw.
+        engine: the sampler.
+        stock: names of the sides that run stock kernels.
+    """
     with torch.inference_mode():
         return _explain(Case(first, tokens, temperature, engine), stock)
 
@@ -112,7 +123,10 @@ def _explain(case: Case, stock: tuple[str, ...]) -> Explanation:
 
 
 def _variant(case: Case, name: str, other: Tensor) -> tuple[str | None, tuple[str, str] | None]:
-    """The first variant that gives a side's bits; if none does, one that comes much nearer than the other side does."""
+    """Find the first variant that gives a side's bits, or else one that comes much nearer than the other side does.
+
+    Returns (variant, None), (None, (variant, how near)) or (None, None).
+    """
     value = case.sides[name].value
     columns = min(len(value), len(other))
     count = int((bits.words(value[:columns]) != bits.words(other[:columns])).sum())
@@ -134,17 +148,19 @@ def _raw(x: Tensor) -> np.ndarray:
 
 
 def _gives(value: Tensor, bits_of: Tensor) -> bool:
+    """Return whether two values are the same in shape, dtype and bits."""
     value = value.detach().flatten().cpu()
     return value.shape == bits_of.shape and value.dtype == bits_of.dtype and equal(value, bits_of)
 
 
 def _inputs(case: Case) -> str:
+    """Say how the inputs of the two sides differ, or that they are equal."""
     a, b = case.inputs("sampler"), case.inputs("trainer")
     if not a and not b:
         return "equal" if case.role in ("embedding", "rope table") else "not recorded"
     for name in a.keys() & b.keys():
         x, y = a[name], b[name]
-        if case.first.place == LOGPROB:  # a padded vocabulary is longer
+        if case.first.place == LOGPROB_PLACE:  # a padded vocabulary is longer
             x, y = x[: min(len(x), len(y))], y[: min(len(x), len(y))]
         if x.dtype != y.dtype or x.shape != y.shape:
             return f"differ: {name} in {variants.name(x.dtype)} {tuple(x.shape)} and {variants.name(y.dtype)} {tuple(y.shape)}"
@@ -154,7 +170,7 @@ def _inputs(case: Case) -> str:
 
 
 def _settings(case: Case) -> str | None:
-    """How the settings of the two calls differ, if both sides made one."""
+    """Say how the settings of the two calls differ; None if they do not, or if a side made no call."""
     a, b = case.call("sampler"), case.call("trainer")
     if a is None or b is None:
         return None
@@ -163,7 +179,7 @@ def _settings(case: Case) -> str | None:
 
 
 def _moved(case: Case) -> str | None:
-    """Whether what a side's lm_head took is the final norm of a neighbouring position."""
+    """Say whether a side's lm_head took the final norm of a neighbouring position; None if neither did."""
     for name in ("trainer", "sampler") if case.role == "lm_head" else ():
         norms, taken = side_at(case.sides[name].recorder, (None, "final norm")), case.inputs(name).get("x")
         for offset in (-1, 1):
@@ -174,6 +190,7 @@ def _moved(case: Case) -> str | None:
 
 
 def _weights(case: Case) -> str:
+    """Say how the weights of the two sides differ at use, or that they are equal."""
     a, b = case.weights("sampler"), case.weights("trainer")
     name = case.parameter()
     if not a or not b:
@@ -192,6 +209,7 @@ def _weights(case: Case) -> str:
 
 
 def _weight_cause(case: Case) -> str:
+    """Say why weights differ: a sync that missed them, or an op that was given others."""
     own = dict(case.sides["trainer"].recorder.model.named_parameters())
     try:
         others = case.engine.differing_weights(own.items())
@@ -205,10 +223,10 @@ def _weight_cause(case: Case) -> str:
 
 
 def _ranges(counts: list[int]) -> str:
-    """Neighbours on the ladder, as 1, 2 and 3, as "1 to 3 rows"."""
+    """List row counts, neighbours on the ladder of row counts as a range: `1 to 3, 8 rows`."""
     runs: list[list[int]] = []
     for n in counts:
-        if runs and ROWS.index(n) == ROWS.index(runs[-1][-1]) + 1:
+        if runs and ROW_COUNTS.index(n) == ROW_COUNTS.index(runs[-1][-1]) + 1:
             runs[-1].append(n)
         else:
             runs.append([n])

@@ -1,8 +1,9 @@
 """Record what one side computes, value by value, for the rows of one sequence.
 
-A place is (layer, role): what the module of that name gave, or what the next module took where no module stands between. Both
-sides run the same modules, so places align; vLLM's merged projections are split. Calls of `rlinvariant.ops` inside a module are
-kept with its value: their rows of input, the very weights they were given, their settings. Rows are kept by absolute position.
+A value's place is (layer, role): it is the output of the module of that name, or the input of the next module where no module
+gives it. Both sides run the same modules, so places align; vLLM's merged projections are split. Calls of `rlinvariant.ops`
+inside a module are kept with the module's value: their rows of input, the weights that they were given, and their settings.
+Rows are kept by absolute position.
 """
 
 import inspect
@@ -20,33 +21,49 @@ from torch import Tensor, nn
 from rlinvariant import ops
 
 Place = tuple[int | None, str]
-"""Layer, None outside any; role."""
+"""A layer, None outside any, and a role."""
 
-QKV, GATE_UP = ("q projection", "k projection", "v projection"), ("gate projection", "up projection")
-OUT = {  # last part of a module's name -> the role of what it gives
-    "embed_tokens": ("embedding",), "rotary_emb": ("rope table",), "input_layernorm": ("input norm",),
-    "q_proj": QKV[:1], "k_proj": QKV[1:2], "v_proj": QKV[2:], "qkv_proj": QKV, "o_proj": ("o projection",),
-    "gate_proj": GATE_UP[:1], "up_proj": GATE_UP[1:], "gate_up_proj": GATE_UP, "down_proj": ("down projection",),
-    "norm": ("final norm",), "lm_head": ("lm_head",), "logits_processor": ("lm_head",),
-}  # fmt: skip
-MERGED = {"self_attn": QKV, "mlp": GATE_UP}  # of a trainer's working copies, called by these modules
-TAKEN = {  # -> the role of what it takes, and the op that gives that
-    "o_proj": ("attention", "attention"), "mlp": ("residual and norm", "add_rms_norm"), "down_proj": ("swiglu", "swiglu"),
-}  # fmt: skip
-ROTATED = ("q norm and rotation", "k norm and rotation")
-RECORDED = (
-    "linear", "rms_norm", "add_rms_norm", "qk_norm_rope", "rope", "attention", "paged_attention", "swiglu", "swiglu_merged",
-    "scale_logits", "sample",
-)  # fmt: skip
-SIGNATURES = {op: inspect.signature(getattr(ops, op)) for op in RECORDED}
-WEIGHTS = ("weight", "bias", "q_weight", "k_weight")
-SETTINGS = ("eps", "offset", "scale", "window", "softcap", "activation")  # what must be equal too
-_HEADS = ("qk_norm_rope", "rope", "attention", "paged_attention")  # take [T, H, D], the others [*rows, D]
+LOGPROB_PLACE: Place = (None, "log-prob")
+QKV_ROLES = ("q projection", "k projection", "v projection")
+GATE_UP_ROLES = ("gate projection", "up projection")
+ROTATED_ROLES = ("q norm and rotation", "k norm and rotation")
+OUTPUT_ROLES = {  # last part of a module's name -> roles of its output's parts
+    "embed_tokens": ("embedding",),
+    "rotary_emb": ("rope table",),
+    "input_layernorm": ("input norm",),
+    "q_proj": QKV_ROLES[:1],
+    "k_proj": QKV_ROLES[1:2],
+    "v_proj": QKV_ROLES[2:],
+    "qkv_proj": QKV_ROLES,
+    "o_proj": ("o projection",),
+    "gate_proj": GATE_UP_ROLES[:1],
+    "up_proj": GATE_UP_ROLES[1:],
+    "gate_up_proj": GATE_UP_ROLES,
+    "down_proj": ("down projection",),
+    "norm": ("final norm",),
+    "lm_head": ("lm_head",),
+    "logits_processor": ("lm_head",),
+}
+MERGED_ROLES = {"self_attn": QKV_ROLES, "mlp": GATE_UP_ROLES}  # modules that call a trainer's merged product -> its parts
+INPUT_ROLES = {  # last part of a module's name -> role of its input, and the op that gives the input
+    "o_proj": ("attention", "attention"),
+    "mlp": ("residual and norm", "add_rms_norm"),
+    "down_proj": ("swiglu", "swiglu"),
+}
+HEAD_OPS = ("qk_norm_rope", "rope", "attention", "paged_attention")  # they take [T, H, D], the others [*rows, D]
+ROW_OPS = ("linear", "rms_norm", "add_rms_norm", "swiglu", "swiglu_merged", "scale_logits", "sample")
+OP_SIGNATURES = {op: inspect.signature(getattr(ops, op)) for op in (*ROW_OPS, *HEAD_OPS)}
+WEIGHT_ARGUMENTS = ("weight", "bias", "q_weight", "k_weight")
+SETTING_ARGUMENTS = ("eps", "offset", "scale", "window", "softcap", "activation")
+
+
+Which = tuple[list[int], list[int], int]
+"""Rows of a forward that belong to the sequence, their positions, and how many rows the forward has."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of an op, by the names of its arguments: the sequence's rows of inputs, weights as given, settings."""
+    """One call of an op: by argument name, the sequence's rows of the inputs, the weights as given, and the settings."""
 
     op: str
     inputs: dict[str, Tensor]
@@ -59,13 +76,13 @@ class Block:
     """Rows of one place that were computed at once.
 
     Args:
-        positions: of the rows in their sequence.
+        positions: of the rows, in their sequence.
         value: [rows, D], on the CPU.
-        inputs: [rows, K] that the module took, None if no module stands here.
-        call: the op that gave the value, None if none did, or several.
+        inputs: [rows, K] that the module took; None if no module stands here.
+        call: the op that gave the value; None if none did, or several.
+        module: the module whose output the value is; None if there is none.
+        together: rows computed in that step, other sequences' included.
         calls: names of all ops that were called on the way.
-        module: whose output it is, None if no module's.
-        together: how many rows were computed in that step, other sequences' included.
     """
 
     positions: list[int]
@@ -82,27 +99,27 @@ class _Frame:
     name: str
     module: Any
     inputs: Tensor | None = None
-    kind: str = ""  # that the module was called with: a type of layer, each with a rope table of its own
+    kind: str = ""  # type of layer that the module was called with; each type has a rope table of its own
     calls: list[Call] = field(default_factory=list)
 
 
 class Recorder:
-    """Of one side. `trace` has a place's blocks, places in the order of their first execution."""
+    """A recorder of one side. `trace` has the blocks of each place, places in the order of their first execution."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.trace: dict[Place, list[Block]] = {}
         self._stack: list[_Frame] = []
         self._last: dict[str, Call] = {}
-        self._heads: tuple[list[int], list[int], int] = ([], [], 0)
-        self._rows: tuple[list[int], list[int], int] = ([], [], 0)
+        self._heads: Which = ([], [], 0)
+        self._rows: Which = ([], [], 0)
 
     def expect(self, rows: Sequence[int], positions: Sequence[int], together: int) -> None:
-        """Which rows of the coming forward belong to the sequence, of how many; where they stand in it."""
+        """Announce which rows of the coming forward, of how many, belong to the sequence, and at which positions."""
         self._rows = list(rows), list(positions), together
 
     def expect_logits(self, rows: Sequence[int], positions: Sequence[int], together: int) -> None:
-        """The same of the lm_head's rows; in a trainer, counted over all its calls of one forward."""
+        """Announce the same of the lm_head's rows; in a trainer, counted over all calls of the lm_head in one forward."""
         self._heads = list(rows), list(positions), together
         self._scored = 0
 
@@ -115,7 +132,7 @@ class Recorder:
                     before, after = partial(self._before, name), partial(self._after, name)
                     stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
                     stack.callback(module.register_forward_hook(after, always_call=True).remove)
-            for op in RECORDED:
+            for op in OP_SIGNATURES:
                 _replace(stack, ops, op, partial(self._op, op))
             head = sys.modules["rlinvariant.ops.token_logprobs"]  # the package's attribute of that name is the function
             _replace(stack, head, "linear", self._head)
@@ -129,17 +146,17 @@ class Recorder:
         self._stack.append(frame)
         tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point()]
         which = self._heads if _last(name) in ("logits_processor", "lm_head") else self._rows
-        if len(tensors) == 1:  # a fused norm of vLLM's takes the residual too
+        if len(tensors) == 1:  # vLLM's fused norm takes the residual too
             frame.inputs = _pick(tensors[0].reshape(-1, tensors[0].shape[-1]), which)
         if _is_layer(name):
             self._last = {}
-        if frame.inputs is not None and _layer(name) is not None and _last(name) in TAKEN:
-            role, op = TAKEN[_last(name)]
+        if frame.inputs is not None and _layer(name) is not None and _last(name) in INPUT_ROLES:
+            role, op = INPUT_ROLES[_last(name)]
             self._keep((_layer(name), role), frame.inputs, None, self._last.get(op), None, self._rows)
 
     def _after(self, name: str, module: Any, args: Any, output: Any) -> None:
         frame = self._stack.pop()
-        while frame.module is not module:  # of a module that raised
+        while frame.module is not module:  # a module that raised left its frame
             frame = self._stack.pop()
         leaf = next(module.children(), None) is None
         if output is None or not (leaf or _is_layer(name)) or _last(name) == "attn":
@@ -153,14 +170,14 @@ class Recorder:
         value = _pick(output.reshape(-1, output.shape[-1]), which)
         if value is None:
             return
-        roles = ("layer output",) if _is_layer(name) else OUT.get(_last(name), (_last(name),))
+        roles = ("layer output",) if _is_layer(name) else OUTPUT_ROLES.get(_last(name), (_last(name),))
         roles, sizes = tuple(role + frame.kind for role in roles), self.sizes(roles, value.shape[-1])
         calls = frame.calls if leaf else []
         self._split(_layer(name), roles, sizes, value, frame.inputs, calls, module, which)
 
     def sizes(self, roles: Sequence[str], width: int) -> list[int]:
-        """Columns of each part of an output: of q, k, v, or of gate and up."""
-        if len(roles) != len(QKV):
+        """Return how many columns each part of an output has: q, k and v, or gate and up."""
+        if len(roles) != len(QKV_ROLES):
             return [width // len(roles)] * len(roles)
         config: Any = self.model.config
         config = config.get_text_config()
@@ -168,8 +185,18 @@ class Recorder:
         head = width // (heads + 2 * kv_heads)
         return [heads * head, kv_heads * head, kv_heads * head]
 
-    def _split(self, layer, roles, sizes, value, inputs, calls, module, which) -> None:
-        """One place for each part of a merged product, which is one call, or one for each part."""
+    def _split(
+        self,
+        layer: int | None,
+        roles: Sequence[str],
+        sizes: Sequence[int],
+        value: Tensor,
+        inputs: Tensor | None,
+        calls: Sequence[Call],
+        module: nn.Module | None,
+        which: Which,
+    ) -> None:
+        """Keep each part of an output at its place; a merged product is one call, or one for each part."""
         at = 0
         for i, (role, size) in enumerate(zip(roles, sizes, strict=True)):
             call = calls[i] if len(calls) == len(roles) else calls[0] if len(calls) == 1 else None
@@ -180,7 +207,16 @@ class Recorder:
             self._keep((layer, role), value[:, at : at + size], inputs, call, module, which, names)
             at += size
 
-    def _keep(self, place, value, inputs, call, module, which, names: tuple[str, ...] = ()) -> None:
+    def _keep(
+        self,
+        place: Place,
+        value: Tensor,
+        inputs: Tensor | None,
+        call: Call | None,
+        module: nn.Module | None,
+        which: Which,
+        names: tuple[str, ...] = (),
+    ) -> None:
         calls = names or (() if call is None else (call.op,))
         self.trace.setdefault(place, []).append(Block(which[1], value, inputs, call, module, which[2], calls))
 
@@ -191,19 +227,19 @@ class Recorder:
         which = self._heads if of_heads else self._rows
         if not which[0]:
             return output
-        bound = SIGNATURES[op].bind(*args, **kwargs)
+        bound = OP_SIGNATURES[op].bind(*args, **kwargs)
         bound.apply_defaults()
         given = bound.arguments
         rows = {
-            name: _pick(x.flatten(1) if op in _HEADS else x.reshape(-1, x.shape[-1]), which)
+            name: _pick(x.flatten(1) if op in HEAD_OPS else x.reshape(-1, x.shape[-1]), which)
             for name, x in given.items()
-            if name not in WEIGHTS and isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 1
+            if name not in WEIGHT_ARGUMENTS and isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 1
         }
         call = Call(
             op.removesuffix("_merged").removeprefix("paged_"),
             {name: x for name, x in rows.items() if x is not None},
-            {name: given[name] for name in WEIGHTS if name in given},
-            {name: given[name] for name in SETTINGS if name in given},
+            {name: given[name] for name in WEIGHT_ARGUMENTS if name in given},
+            {name: given[name] for name in SETTING_ARGUMENTS if name in given},
         )
         self._last[call.op] = call
         if op == "scale_logits" and any(call.settings.values()) and (value := _pick(output, which)) is not None:
@@ -215,7 +251,7 @@ class Recorder:
         if op == "linear" and len(sizes) > 1:
             value = _pick(output.reshape(-1, output.shape[-1]), which)
             if value is not None:
-                self._split(layer, MERGED[_last(frame.name)], sizes, value, call.inputs.get("x"), [call], None, which)
+                self._split(layer, MERGED_ROLES[_last(frame.name)], sizes, value, call.inputs.get("x"), [call], None, which)
         if op == "attention":
             self._rotated(layer, *args[:2])
         return output
@@ -225,13 +261,13 @@ class Recorder:
         return original(query, key, *args, **kwargs)
 
     def _rotated(self, layer: int | None, q: Tensor, k: Tensor) -> None:
-        """What attention takes, before vLLM's cache or a kernel has it."""
-        for role, x in zip(ROTATED, (q, k), strict=True):
+        """Keep what attention takes, before vLLM's cache or a kernel has it."""
+        for role, x in zip(ROTATED_ROLES, (q, k), strict=True):
             if (value := _pick(x.flatten(1), self._rows)) is not None:
                 self._keep((layer, role), value, None, self._last.get("qk_norm_rope"), None, self._rows)
 
     def _head(self, original: Callable[..., Any], x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The product inside `ops.token_logprobs`, a chunk of all scored tokens."""
+        """Run the product inside `ops.token_logprobs`, a chunk of all scored tokens, and keep its rows."""
         output = original(x, weight, bias)
         self._chunk = self._scored
         self._scored += len(x)
@@ -239,7 +275,7 @@ class Recorder:
         return output
 
     def _scaled(self, original: Callable[..., Any], logits: Tensor, scale: float | None, softcap: float | None) -> Tensor:
-        """What follows it there."""
+        """Run the scaling that follows that product, and keep its rows."""
         output = original(logits, scale, softcap)
         if scale is not None or softcap is not None:
             self._logits("scaled logits", "scale_logits", logits, output, {}, {"scale": scale, "softcap": softcap})
@@ -255,17 +291,23 @@ class Recorder:
 
 
 def _replace(stack: ExitStack, owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
+    """Put a wrapper, which gets the original first, in the place of an attribute until the stack is closed."""
     original, own = getattr(owner, name), name in vars(owner)
     setattr(owner, name, partial(wrapper, original))
     stack.callback(lambda: setattr(owner, name, original) if own else delattr(owner, name))
 
 
-def _pick(x: Tensor, which: tuple[list[int], list[int], int]) -> Tensor | None:
-    """A copy of the sequence's rows; None where x does not have that many rows."""
+def _pick(x: Tensor, which: Which) -> Tensor | None:
+    """Return a copy of the sequence's rows on the CPU; None where x does not have the expected number of rows."""
     rows, _, together = which
     if not rows or len(x) != together:
         return None
     return x.detach()[torch.tensor(rows, device=x.device)].cpu()
+
+
+def fp32(values: Any) -> Tensor:
+    """Return numbers as a fp32 tensor."""
+    return torch.tensor(values, dtype=torch.float32)
 
 
 def _last(name: str) -> str:

@@ -1,9 +1,12 @@
 """Known ways to compute an op otherwise: if one gives the wrong bits again, it is the cause.
 
-Each generator takes what an op took, one row of it, and yields (what is done otherwise, the value). They are written with torch
-alone where a stock kernel is meant, and with `rlinvariant.ops` where all but one thing is ours.
+Each generator takes what an op took, one row of it, and yields (what is done otherwise, the value). A variant is written with
+torch alone where a stock kernel is meant, and with `rlinvariant.ops` where all but one thing is ours.
+
+Shapes: K input and N output columns, D features, P positions, H and H_kv heads, R rotated features, V vocabulary.
 """
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlinvariant import ops
+from rlinvariant import bits, ops
 
 Variants = Iterator[tuple[str, Tensor]]
 
 
 def linear(x: Tensor, w: Tensor, b: Tensor | None, together: int) -> Variants:
-    """x [K], w [N, K] as the side keeps it: perhaps fp32 masters; b [N] or None; `together`: rows of the call."""
+    """Vary `ops.linear`: x [K], w [N, K] as the side keeps it, perhaps in fp32, b [N] or None, `together` rows in the call."""
     dtype, k = x.dtype, x.shape[0]
     x, cast, bias = x[None], w.to(dtype), None if b is None else b.to(dtype)
     for parts in (2, 3, 4, 8):
@@ -28,13 +31,14 @@ def linear(x: Tensor, w: Tensor, b: Tensor | None, together: int) -> Variants:
     if bias is not None:
         yield "the bias is added after rounding, not before", (ops.linear(x, cast) + bias)[0]
         yield "the bias is left out", ops.linear(x, cast)[0]
-    if not torch.equal(w.float(), cast.float()):
+    if not bits.same(w.float(), cast.float()):
         wide = None if b is None else b.float()
         yield f"the weight is not cast to {name(dtype)} at use", F.linear(x.float(), w.float(), wide).to(dtype)[0]
     for parts in (2, 4, 8) if dtype != torch.float32 else ():
         bounds = [k * i // parts for i in range(parts + 1)]
         sums = [F.linear(x[:, i:j].float(), cast[:, i:j].float()) for i, j in zip(bounds, bounds[1:], strict=False)]
-        yield f"split-K: the sum over K is taken in {parts} fp32 parts", _biased(sum(sums), bias).to(dtype)[0]  # type: ignore[arg-type]
+        whole = functools.reduce(torch.add, sums)
+        yield f"split-K: the sum over K is taken in {parts} fp32 parts", _biased(whole, bias).to(dtype)[0]
     for rows in dict.fromkeys((together, 1)):
         yield f"torch's own linear on {rows} rows: a stock kernel", F.linear(x.expand(rows, k).contiguous(), cast, bias)[0]
 
@@ -44,7 +48,7 @@ def _biased(y: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def rms_norm(x: Tensor, w: Tensor, eps: float) -> Variants:
-    """x [..., D], w [D]."""
+    """Vary `ops.rms_norm`: x [..., D], w [D]."""
     dtype, w = x.dtype, w.to(x.dtype)
     wide = x.float()
     scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
@@ -59,6 +63,7 @@ def rms_norm(x: Tensor, w: Tensor, eps: float) -> Variants:
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, w: Tensor, eps: float) -> Variants:
+    """Vary `ops.add_rms_norm`: x and residual [D], w [D]."""
     total = x.float() + residual.float()
     for what, value in rms_norm(total, w.float(), eps):
         if what.startswith(("other rounding", "torch's")):
@@ -68,7 +73,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, w: Tensor, eps: float) -> Variants
 
 
 def rotate(x: Tensor, w: Tensor | None, table: dict[int, tuple[Tensor, Tensor]], position: int, eps: float) -> Variants:
-    """x [H, D] of one token; w [D] or None; `table`: position -> cos and sin, [R/2] fp32, of some positions."""
+    """Vary `ops.qk_norm_rope`: x [H, D] of a token, w [D] or None, `table` from some positions to cos and sin, [R/2] fp32."""
     cos, sin = table[position]
 
     def turn(y: Tensor, c: Tensor = cos, s: Tensor = sin) -> Tensor:
@@ -98,7 +103,7 @@ def rotate(x: Tensor, w: Tensor | None, table: dict[int, tuple[Tensor, Tensor]],
 
 
 def rope_table(table: dict[int, Tensor], position: int, inv_freq: Tensor | None, dtype: torch.dtype) -> Variants:
-    """`table`: position -> cos and sin, [R]."""
+    """Vary the rope table: `table` from positions to cos and sin, [R] together; inv_freq [R/2] or None."""
     for other, row in table.items():
         if other != position:
             yield f"position off by {other - position:+d}: the row of position {other}", row
@@ -109,18 +114,18 @@ def rope_table(table: dict[int, Tensor], position: int, inv_freq: Tensor | None,
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, position: int, scale: float) -> Variants:
-    """q [P, H, D], k and v [P, H_kv, D] of the whole sequence; the value is row `position`, [H, D]."""
+    """Vary `ops.attention`: q [P, H, D], k and v [P, H_kv, D] of the whole sequence; the value is row `position`, [H, D]."""
     end, dim = position + 1, q.shape[-1]
     seen = range(end)
 
     def ours(keys: range | list[int], with_scale: float = scale) -> Tensor:
-        """Our kernel by as many equal queries as there are keys: the last sees all of them."""
+        """Run our kernel on as many equal queries as there are keys: the last query sees all of them."""
         cu = torch.tensor([0, len(keys)], dtype=torch.int32, device=q.device)
         at = list(keys)
         return ops.attention(q[position].expand(len(at), -1, -1).contiguous(), k[at], v[at], cu, with_scale, len(at))[-1]
 
     def wide(keys: range | list[int], dtype: torch.dtype = torch.float32) -> Tensor:
-        """In fp32, rounded once; or scores and probabilities rounded to `dtype`, as in transformers' eager attention."""
+        """Compute in fp32 and round once, or round scores and probabilities to `dtype`, as eager attention does."""
         groups, at = q.shape[1] // k.shape[1], list(keys)
         kk, vv = (x[at].to(dtype).repeat_interleave(groups, 1).transpose(0, 1) for x in (k, v))  # [H, keys, D]
         scores = (q[position].to(dtype)[:, None] @ kk.transpose(1, 2)) * scale
@@ -147,6 +152,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, position: int, scale: float) -> V
 
 
 def _masks(position: int, keys: int) -> Iterator[tuple[str, range]]:
+    """Yield wrong masks, as (what is wrong, the keys that are seen)."""
     if position:
         yield "mask off by one: a token does not see itself", range(position)
     if position + 1 < keys:
@@ -156,25 +162,24 @@ def _masks(position: int, keys: int) -> Iterator[tuple[str, range]]:
 
 
 def own_attention(q: Tensor, k: Tensor, v: Tensor, position: int, scale: float, **settings: Any) -> Tensor:
-    """Row `position` of `ops.attention` over one sequence."""
+    """Return row `position`, [H, D], of `ops.attention` over one sequence."""
     end = position + 1
     cu = torch.tensor([0, end], dtype=torch.int32, device=q.device)
     return ops.attention(q[:end].contiguous(), k[:end].contiguous(), v[:end].contiguous(), cu, scale, end, **settings)[-1]
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Variants:
+    """Vary `ops.swiglu`: gate and up [D]."""
     wide = gate.float()
-    yield (
-        "the inner rounding is left out: silu is not rounded before the product",
-        (wide * torch.sigmoid(wide) * up.float()).to(gate.dtype),
-    )
+    once = (wide * torch.sigmoid(wide) * up.float()).to(gate.dtype)
+    yield "the inner rounding is left out: silu is not rounded before the product", once
     yield "torch's own silu: a stock kernel", F.silu(gate) * up
     yield "gate and up are exchanged", ops.swiglu(up, gate)
     yield "GELU in place of SiLU", F.gelu(gate, approximate="tanh") * up
 
 
 def log_prob(logits: Tensor, token: int, temperature: float, others: dict[int, Tensor]) -> Variants:
-    """logits [V] -> the log-prob, [1]; `others`: offset -> the logits of a neighbouring position."""
+    """Vary `ops.log_softmax`: logits [V] give the log-prob [1]; `others` from offsets to logits of neighbouring positions."""
     one, t = torch.ones(1, device=logits.device), torch.full((1,), temperature, device=logits.device)
 
     def ours(x: Tensor, at: Tensor = one) -> Tensor:
@@ -201,4 +206,5 @@ def log_prob(logits: Tensor, token: int, temperature: float, others: dict[int, T
 
 
 def name(dtype: torch.dtype) -> str:
+    """Return a dtype's short name: `bfloat16`."""
     return str(dtype).removeprefix("torch.")

@@ -1,1 +1,1 @@
-"""Is it exact here, on this model? Relations counted on a real engine and trainer, controls, a certificate."""
+"""Is it exact here, on my model? Relations between a real engine and a trainer's model, negative controls, a certificate."""

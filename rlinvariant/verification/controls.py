@@ -1,7 +1,7 @@
-"""Negative controls: what must be seen if the comparison can see at all, and what stock kernels do on this model and machine.
+"""Negative controls: planted faults that the comparison must see, and what stock kernels do on this model and machine.
 
-A control in which no token differs is *blind*. A planted fault that is blind takes the certificate's ground away; a blind stock
-control says that drift does not show at these sizes here, and nothing else.
+A control in which no token differs is *blind*. A blind planted fault voids the certificate. A blind stock control says only
+that drift does not show at these sizes on this machine.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,22 +13,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlinvariant import ops
+from rlinvariant.bits import words
 from rlinvariant.sampler.drive import drive
 from rlinvariant.trainer.score import stock_score
-from rlinvariant.verification.relations import Pair, Relation
+from rlinvariant.verification.pair import Pair
+from rlinvariant.verification.relation import Relation
 
 
 def one_ulp(pair: Pair, dtype: torch.dtype) -> Relation:
-    """One unit in the last place, of `dtype`, added to every weight of one row of the trainer's lm_head: of a drawn token.
+    """Add one unit in the last place of `dtype` to the trainer's lm_head, in every weight of the row of one drawn token.
 
-    Compared with what the same model gave without it, so that nothing else can be seen.
+    The log-probs are compared with the same model's from before, so that nothing but the fault can be seen.
     """
     relation = Relation("planted: one ulp in one row of the lm_head")
     head, row = pair.model.get_output_embeddings().weight, pair.batch.completions[0].token_ids[0]
     before = head.detach()[row].clone()
     try:
         with torch.no_grad():
-            head[row] = _next(before.to(dtype)).to(head.dtype)
+            head[row] = _one_ulp_larger(before.to(dtype)).to(head.dtype)
         _scored_again(pair, relation)
     finally:
         with torch.no_grad():
@@ -36,45 +38,51 @@ def one_ulp(pair: Pair, dtype: torch.dtype) -> Relation:
     return relation
 
 
-def _next(x: Tensor) -> Tensor:
-    """The neighbour of each number that is one larger in magnitude."""
-    words = torch.int16 if x.dtype == torch.bfloat16 else torch.int32
-    return x.view(words).add(1).view(x.dtype)
+def _one_ulp_larger(x: Tensor) -> Tensor:
+    """Return, for each number, the representable number next to it that is larger in magnitude."""
+    return words(x).add(1).view(x.dtype)
 
 
 def _scored_again(pair: Pair, relation: Relation) -> None:
+    """Score the batch again with the trainer's model as it is now, and compare with the log-probs from before."""
     relation.add(pair.batch.scored, pair.score(pair.batch.requests, pair.batch.completions, pair.packed()))
 
 
 def stale_weights(pair: Pair) -> Relation:
-    """The trainer of after `weight_sync`, which moves some of the bf16 weights by an ulp, on what was drawn before it."""
+    """Score what was drawn before `relations.weight_sync` with the weights from after it: some differ by one bf16 ulp."""
     relation = Relation("planted: the sampler's weights one sync old")
     _scored_again(pair, relation)
     return relation
 
 
 def stock_attention(pair: Pair) -> Relation:
-    """torch's scaled_dot_product_attention in the trainer, in place of ours."""
+    """Put torch's scaled_dot_product_attention in the place of `ops.attention` in the trainer."""
     relation = Relation("stock: torch's attention in the trainer")
-    with _in_place_of("attention", _sdpa):
+    with _in_place_of("attention", _torch_attention):
         _scored_again(pair, relation)
     return relation
 
 
 def stock_trainer(pair: Pair, model: Any) -> Relation:
-    """transformers as it is, on what our sampler drew. `model` has the weights that `pair.batch` was drawn with."""
+    """Score what our sampler drew with transformers' own `model`, or say why there is none (a str).
+
+    The model has the weights that `pair.batch` was drawn with.
+    """
     return _scored_by_stock(pair, model, Relation("stock: transformers' model, our sampler"), lambda: pair.batch.completions)
 
 
 def stock_both(pair: Pair, model: Any, engine: Any) -> Relation:
-    """invariance=off: vLLM and transformers as they are."""
+    """Draw with vLLM's own `engine` and score with transformers' own `model`; each may be a str that says why there is none."""
     relation = Relation("stock: vLLM, transformers (invariance=off)")
-    known = model if hasattr(engine, "llm") else engine  # a reason
-    return _scored_by_stock(pair, known, relation, lambda: drive(engine, pair.batch.requests).completions)
+
+    def draw() -> Any:
+        return drive(engine, pair.batch.requests).completions
+
+    return _scored_by_stock(pair, engine if isinstance(engine, str) else model, relation, draw)
 
 
 def _scored_by_stock(pair: Pair, model: Any, relation: Relation, draw: Callable[[], Any]) -> Relation:
-    """A `model` that is a str says why there is none."""
+    """Compare what `draw` gives with the scores of a stock model; a `model` that is a str says why it was not run."""
     if isinstance(model, str):
         relation.how, relation.shown = model, False
         return relation
@@ -85,7 +93,8 @@ def _scored_by_stock(pair: Pair, model: Any, relation: Relation, draw: Callable[
 
 
 @contextmanager
-def _in_place_of(op: str, other: Callable) -> Iterator[None]:
+def _in_place_of(op: str, other: Callable[..., Tensor]) -> Iterator[None]:
+    """Put another function in the place of an op of `rlinvariant.ops` for a while."""
     ours = getattr(ops, op)
     setattr(ops, op, other)
     try:
@@ -94,11 +103,20 @@ def _in_place_of(op: str, other: Callable) -> Iterator[None]:
         setattr(ops, op, ours)
 
 
-def _sdpa(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, max_seqlen: Any = None, window: int | None = None,
+def _torch_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    scale: float,
+    max_seqlen: int | None = None,
+    window: int | None = None,
     softcap: float | None = None,
-) -> Tensor:  # fmt: skip
-    """`ops.attention` as torch has it, one sequence at a time; a soft cap, which torch has not, is written out."""
+) -> Tensor:
+    """Compute what `ops.attention` does with torch's own kernel, one sequence at a time; arguments as there.
+
+    torch has no soft cap: with one, attention is written out.
+    """
     parts = []
     for q1, k1, v1 in zip(*(x.split(cu_seqlens.diff().tolist()) for x in (q, k, v)), strict=True):
         at = torch.arange(len(q1), device=q.device)

@@ -1,8 +1,8 @@
-"""Every op, as this model calls it on this device: does a row's result depend on the rows beside it?
+"""The ladder of row counts: does a row's result of an op depend on the rows beside it, as this model calls the op here?
 
-One packed forward of the model is watched; each distinct call of an op (by weights' shapes, dtypes and constants) is then made
-again with fewer rows, in reversed order, and among rows of NaN. Attention is called again a sequence at a time. The control is
-torch's own product in the same ladder.
+One packed forward of the model is watched. Each distinct call of an op (by shapes and dtypes of weights, and by constants) is
+made again with fewer rows, in reversed order, and among rows of NaN. Attention is called again one sequence at a time. The
+control is torch's own product on the same ladder.
 """
 
 import functools
@@ -14,24 +14,26 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rlinvariant.ops.linear import cancelling
-from rlinvariant.verification.relations import Relation
+from rlinvariant.bits import cancelling
+from rlinvariant.text import plural
+from rlinvariant.verification.relation import Relation
 
-# Row counts at which kernels change: 1 (oneDNN, cuBLASLt), vector and tile edges, 256 (vLLM's norms)
-ROWS = (1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257)
-PRIMES = (521, 509, 503, 499, 491, 487, 479, 467, 463, 461, 457, 449)  # numbers of rows: no other dimension may have them
-OURS = "rlinvariant"
+# Kernels change at 1 row (oneDNN, cuBLASLt), at the edges of vectors and tiles, and at 256 rows (vLLM's norms)
+ROW_COUNTS = (1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257)
+# Lengths of the watched forward: a prime that no dimension of the model has tells which dimension of a tensor is the rows
+FORWARD_LENGTHS = (521, 509, 503, 499, 491, 487, 479, 467, 463, 461, 457, 449)
+OP_NAMESPACE = "rlinvariant"
 
 
-class _Calls(TorchDispatchMode):
-    """The first of each distinct call of our ops."""
+class _DistinctCalls(TorchDispatchMode):
+    """Keep the first of each distinct call of an op of this package: `found` has the op and its arguments."""
 
     def __init__(self) -> None:
         super().__init__()
         self.found: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == OURS:
+        if func.namespace == OP_NAMESPACE:
             key = (str(func), *(_signature(x) for x in args))
             self.found.setdefault(key, (func, args))
         return func(*args, **(kwargs or {}))
@@ -43,34 +45,30 @@ def _signature(x: Any) -> Any:
 
 @torch.no_grad()
 def ladder(model: Any, generator: torch.Generator) -> Iterator[Relation]:
-    """One relation for each op that the model calls, and one for the control; counts are of output words."""
-    device, taken = next(model.parameters()).device, {n for p in model.parameters() for n in p.shape}
-    packed, scored = [p for p in PRIMES if p not in taken][:2]  # tokens of the forward, and those whose log-probs are asked for
+    """Yield one relation for each op that the model calls, and one for the control; they count output words.
+
+    Args:
+        model: a trainer's model, patched.
+        generator: decides the token ids of the watched forward.
+    """
+    taken = {n for p in model.parameters() for n in p.shape}
+    packed, scored = [n for n in FORWARD_LENGTHS if n not in taken][:2]  # tokens of the forward; log-probs that it is asked for
     lengths = [1, 2, 17, 64, 129]
     lengths.append(packed - sum(lengths))
-    cu = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(device, torch.int32)
-    ids = torch.randint(0, model.config.get_text_config().vocab_size, (1, packed), generator=generator).to(device)
-    longest = min(max(lengths), model.config.get_text_config().max_position_embeddings)
-    positions = torch.cat([torch.arange(n) % longest for n in lengths])[None].to(device)
-    with _Calls() as calls:
-        model(
-            input_ids=ids, position_ids=positions, cu_seq_lens_q=cu, cu_seq_lens_k=cu, max_length_q=max(lengths),
-            max_length_k=max(lengths), attention_mask=None, token_ids=ids[0, 1 : scored + 1],
-            predicted_from=torch.arange(scored, device=device), temperature=0.7,
-        )  # fmt: skip
+    calls = _watch_forward(model, lengths, scored, generator)
     relations: dict[str, Relation] = {}
     shapes: dict[str, int] = {}
     stock = Relation("stock: torch's linear, a row = among others", unit="words")
-    for func, args in calls.found.values():
+    for func, args in calls:
         name = func.__name__.split(".")[0]
         relation = relations.setdefault(name, Relation(f"op {name}: a row = among others", unit="words"))
         shapes[name] = shapes.get(name, 0) + 1
-        relation.how = f"{shapes[name]} distinct call{'s' * (shapes[name] > 1)}"
+        relation.how = plural(shapes[name], "distinct call")
         if "cu_seqlens" in {a.name for a in func._schema.arguments}:
             _sequences(relation, func, args, lengths)
         else:
             if name == "linear":
-                args = _cancelling(args)
+                args = _cancelling_operands(args)
             _rows(relation, functools.partial(_call, func), args, (scored, packed))
             if name == "linear":
                 _rows(stock, _stock_linear, args, (scored, packed))
@@ -78,12 +76,38 @@ def ladder(model: Any, generator: torch.Generator) -> Iterator[Relation]:
     yield stock
 
 
+def _watch_forward(model: Any, lengths: list[int], scored: int, generator: torch.Generator) -> list[tuple[Any, Any]]:
+    """Return the distinct calls of ops, as op and arguments, in a packed forward of sequences of these lengths.
+
+    The forward is asked for `scored` log-probs.
+    """
+    device, config, tokens = next(model.parameters()).device, model.config.get_text_config(), sum(lengths)
+    cu_seqlens = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(device, torch.int32)
+    ids_BT = torch.randint(0, config.vocab_size, (1, tokens), generator=generator).to(device)
+    longest = min(max(lengths), config.max_position_embeddings)
+    positions_BT = torch.cat([torch.arange(n) % longest for n in lengths])[None].to(device)
+    with _DistinctCalls() as calls:
+        model(
+            input_ids=ids_BT,
+            position_ids=positions_BT,
+            cu_seq_lens_q=cu_seqlens,
+            cu_seq_lens_k=cu_seqlens,
+            max_length_q=max(lengths),
+            max_length_k=max(lengths),
+            attention_mask=None,
+            token_ids=ids_BT[0, 1 : scored + 1],
+            predicted_from=torch.arange(scored, device=device),
+            temperature=0.7,
+        )
+    return list(calls.found.values())
+
+
 def _stock_linear(x: Tensor, w: Tensor, b: Tensor | None = None, *_: Any) -> tuple[Tensor]:
     return (F.linear(x, w.to(x.dtype), None if b is None else b.to(x.dtype)),)
 
 
-def _cancelling(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Operands of the same shapes that show every other order of summation."""
+def _cancelling_operands(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return operands of the same shapes in which another order of summation shows; the bias, if any, is zero."""
     x, w, *more = args
     rows, (n, k) = x.numel() // x.shape[-1], w.shape
     a, b = (t.to(x.device) for t in cancelling(rows, n, k, x.dtype))
@@ -95,14 +119,22 @@ def _call(func: Any, *args: Any) -> tuple[Any, ...]:
     return tuple(out) if isinstance(out, (tuple, list)) else (out,)
 
 
-def _is_rows(x: Any, size: int) -> int | None:
-    """Which dimension of x has the rows."""
+def _row_dimension(x: Any, size: int) -> int | None:
+    """Return which dimension of x has the `size` rows, None if none has."""
     return next((d for d, n in enumerate(x.shape) if n == size), None) if isinstance(x, Tensor) else None
 
 
 def _rows(relation: Relation, call: Any, args: tuple[Any, ...], sizes: tuple[int, ...]) -> None:
-    size = next(n for n in sizes if any(_is_rows(x, n) is not None for x in args))
-    dims = [_is_rows(x, size) for x in args]
+    """Compare one call's rows with those of calls on fewer rows, reversed rows, and rows among NaN.
+
+    Args:
+        relation: gets the counts.
+        call: the op, as a function that returns a tuple of outputs.
+        args: of the call; tensors with a dimension of one of the `sizes` are cut along it.
+        sizes: numbers of rows that the call may have.
+    """
+    size = next(n for n in sizes if any(_row_dimension(x, n) is not None for x in args))
+    dims = [_row_dimension(x, size) for x in args]
 
     def pick(change: Any) -> tuple[Any, ...]:
         return tuple(x if d is None else change(x, d) for x, d in zip(args, dims, strict=True))
@@ -111,15 +143,16 @@ def _rows(relation: Relation, call: Any, args: tuple[Any, ...], sizes: tuple[int
 
     def add(rows: slice, got: tuple[Any, ...], what: str) -> None:
         for a, b in zip(whole, got, strict=True):
-            if (d := _is_rows(a, size)) is not None:
+            if (d := _row_dimension(a, size)) is not None:
                 expected = a[(slice(None),) * d + (rows,)]
                 relation.count(expected, b[(slice(None),) * d + (rows,)] if b.shape != expected.shape else b, what)
 
-    for m in (m for m in ROWS if m < size):
-        for first in (0, size - m):
-            add(slice(first, first + m), call(*pick(lambda x, d: x.narrow(d, first, m).clone())), f"{m} rows from {first}: ")  # noqa: B023
+    for count in (n for n in ROW_COUNTS if n < size):
+        for first in (0, size - count):
+            fewer = call(*pick(lambda x, d, first=first, count=count: x.narrow(d, first, count).clone()))
+            add(slice(first, first + count), fewer, f"{count} rows from {first}: ")
     turned = call(*pick(lambda x, d: x.flip(d)))
-    add(slice(None), tuple(x.flip(d) if (d := _is_rows(x, size)) is not None else x for x in turned), "reversed: ")
+    add(slice(None), tuple(x.flip(d) if (d := _row_dimension(x, size)) is not None else x for x in turned), "reversed: ")
     rows = slice(100, 117)
 
     def among_nan(x: Tensor, d: int) -> Tensor:
@@ -134,7 +167,7 @@ def _rows(relation: Relation, call: Any, args: tuple[Any, ...], sizes: tuple[int
 
 
 def _sequences(relation: Relation, func: Any, args: tuple[Any, ...], lengths: list[int]) -> None:
-    """Attention: each sequence by itself."""
+    """Compare attention over all sequences with attention over each sequence by itself."""
     names = [a.name for a in func._schema.arguments]
     whole = _call(func, *args)
     at = 0

@@ -1,4 +1,4 @@
-"""The parts that are verified: the trainer's model, the engines, and the stock model, each as a run has them."""
+"""Load the parts that are verified, each as a run has it: the trainer's model, the engines, and the stock model."""
 
 import os
 from collections.abc import Callable
@@ -17,47 +17,49 @@ from rlinvariant.models.random import save_random
 from rlinvariant.ops.linear import routes
 from rlinvariant.sampler.engine import Sampler, refuse
 from rlinvariant.verification.certificate import weights_sha256
-from rlinvariant.verification.relations import MOST, Sizes
+from rlinvariant.verification.compositions import ENGINE_REQUESTS
+from rlinvariant.verification.pair import Sizes
 
-PAGE = {"cuda": 16, "cpu": 32}  # tokens of a page of the cache: the least that vLLM takes, so that requests have many
-OTHERWISE = "invariance=off trains it without the proof"
-KEPT = 20_000  # tokens that the cache has room for, beyond the longest request
-engines: list[Sampler] = []  # of one process share process groups: none may be collected while another is used
+PAGE_TOKENS = {"cuda": 16, "cpu": 32}  # of the engine's cache: the least that vLLM takes, so that requests have many pages
+WITHOUT_PROOF = "invariance=off trains it without the proof"
+SPARE_CACHE_TOKENS = 20_000  # that the engine's cache has room for beyond the longest request
+live_engines: list[Sampler] = []  # engines of a process share process groups: none may be collected while another is used
 
 
 def device() -> str:
+    """Return where exact mode runs here: "cuda" or "cpu"."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def configuration(model: str, dtype: str) -> Any:
-    """transformers' configuration of a model that can run exactly here; UserError or ConfigErrors for any other."""
+    """Return transformers' configuration of a model that can run exactly here. Raises UserError for any other model."""
     runtime.configure()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     if found := environment_conflicts(os.environ, "exact"):
         raise ConfigErrors(found)
-    refuse({}, model, dtype, otherwise=OTHERWISE)
+    refuse({}, model, dtype, otherwise=WITHOUT_PROOF)
     return AutoConfig.from_pretrained(model)
 
 
 def random_weights(config: Any, directory: str, seed: int) -> str:
-    """A checkpoint in bf16, as most are."""
+    """Write a checkpoint with random weights in bf16, the dtype of most checkpoints, and return its directory."""
     config.dtype = torch.bfloat16
     return save_random(config, directory, seed)
 
 
 def trained(directory: str, dtype: str) -> Any:
-    """What `InvariantGRPOTrainer` trains: fp32 masters on the device, patched and audited."""
+    """Load what `InvariantGRPOTrainer` trains: fp32 masters on the device, patched and audited."""
     model = masters(directory)
     try:
         require_exact(make_trainable(model, getattr(torch, dtype)))
     except UnsupportedModel as error:
-        raise UnsupportedModel(f"{error}; {OTHERWISE}") from error
+        raise UnsupportedModel(f"{error}; {WITHOUT_PROOF}") from error
     return model
 
 
 def masters(directory: str) -> Any:
-    """transformers' model with fp32 parameters, on the device."""
+    """Load transformers' own model with fp32 parameters on the device."""
     logging.disable_progress_bar()
     try:
         return load(AutoModelForCausalLM, directory, dtype=torch.float32, device_map=device()).eval()
@@ -67,31 +69,33 @@ def masters(directory: str) -> Any:
 
 
 def stock(directory: str, dtype: str) -> Any:
-    """transformers as it is."""
+    """Load transformers' own model with parameters of `dtype` on the device."""
     return load(AutoModelForCausalLM, directory, dtype=getattr(torch, dtype), device_map=device()).eval()
 
 
 def options(sizes: Sizes, eager: bool) -> dict[str, Any]:
-    """Of the engine: small steps, so that prompts are cut, and small pages."""
+    """Return the engine's options: small steps, so that prompts are cut, and small pages of its cache."""
     more = {"enforce_eager": True} if eager else {}
-    return {"max_num_seqs": MOST, "max_num_batched_tokens": sizes.in_step, "block_size": PAGE[device()], **more}
+    steps = {"max_num_seqs": ENGINE_REQUESTS, "max_num_batched_tokens": sizes.in_step}
+    return {**steps, "block_size": PAGE_TOKENS[device()], **more}
 
 
 def engine(directory: str, invariant: bool, dtype: str, options: dict[str, Any], sizes: Sizes) -> Sampler:
+    """Start an engine with room in its cache for these sizes, and keep it alive in `live_engines`."""
     config = AutoConfig.from_pretrained(directory).get_text_config()
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    token = 2 * config.num_hidden_layers * config.num_key_value_heads * head * getattr(torch, dtype).itemsize
-    gib = (KEPT + sizes.positions) * token / 2**30
-    made = Sampler(
-        directory, invariant=invariant, dtype=dtype, max_model_len=sizes.positions, kv_cache_gib=gib, options=options
-    )
-    engines.append(made)
-    return made
+    token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * head * getattr(torch, dtype).itemsize
+    cache_gib = (SPARE_CACHE_TOKENS + sizes.positions) * token_bytes / 2**30
+    room = {"max_model_len": sizes.positions, "kv_cache_gib": cache_gib}
+    live_engines.append(Sampler(directory, invariant=invariant, dtype=dtype, **room, options=options))
+    return live_engines[-1]
 
 
 def or_reason(make: Callable[[], Any]) -> Any:
-    """What `make` returns, or why a stock model or engine cannot be had: vLLM refuses some models that ours runs, and what
-    was verified needs neither."""
+    """Return what `make` returns, or in words why it failed.
+
+    It makes a stock model or engine for a control. vLLM's own refuses some models that ours runs, and no proof needs it.
+    """
     try:
         return make()
     except (RuntimeError, AssertionError, NotImplementedError, ValueError, MemoryError, UserError) as error:
@@ -99,6 +103,7 @@ def or_reason(make: Callable[[], Any]) -> Any:
 
 
 def description(model: str, random: bool, directory: str, trained: Any) -> dict[str, Any]:
+    """Return what a certificate says of its model."""
     return {
         "name": model,
         "class": type(trained).__name__,
@@ -110,5 +115,5 @@ def description(model: str, random: bool, directory: str, trained: Any) -> dict[
 
 
 def kernels() -> dict[str, Any]:
-    """Which kernel took which weight, as the self-checks of this process decided."""
+    """Return which kernel took which weight, as the self-checks of this process decided."""
     return {"linear": routes(), "attention": "FlashAttention-3, one split" if device() == "cuda" else "kernels/cpu.c"}

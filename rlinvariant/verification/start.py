@@ -1,4 +1,4 @@
-"""What an exact run does before its first step: find a certificate of its model and machine, or make sure in seconds."""
+"""What an exact run does before its first step: find a certificate for its architecture and machine, or compare now."""
 
 import time
 from typing import Any
@@ -8,18 +8,21 @@ import torch
 from rlinvariant.errors import ParityError
 from rlinvariant.verification import certificate
 from rlinvariant.verification.controls import one_ulp
-from rlinvariant.verification.relations import Pair, Sizes, alone, one_by_one, sampler_and_trainer
+from rlinvariant.verification.pair import Pair, Sizes
+from rlinvariant.verification.relations import alone, one_by_one, sampler_and_trainer
 
-REQUESTS, PROMPT, TOKENS, SEED = 12, 40, 12, 0
+START_SIZES = Sizes(requests=12, prompt=40, tokens=12, longest=40, in_step=256, in_forward=4096)
 
 
 def prove(model: Any, sampler: Any, config: Any, name: str, dtype: str) -> tuple[str, dict[str, Any]]:
-    """A line for the user, and a record for the run, of why these two are the same function.
+    """Return a line for the user, and a record for the run, of why sampler and trainer are the same function.
 
     Args:
-        model, sampler: a trainer's, with the same weights. Both are left as they were.
+        model: the trainer's model. Its weights and mode are left as they were.
+        sampler: the trainer's engine, with the same weights; its prefix cache is emptied.
         config: transformers' configuration of the model, as loaded.
-        name: of the model, for messages.
+        name: the model's name for messages.
+        dtype: of activations, "bfloat16" or "float32".
 
     Raises:
         ParityError: a log-prob differs, or the comparison does not see a planted fault.
@@ -27,10 +30,8 @@ def prove(model: Any, sampler: Any, config: Any, name: str, dtype: str) -> tuple
     eager = bool(sampler.llm.llm_engine.model_config.enforce_eager)
     found = certificate.find(certificate.subject(config, dtype, eager))
     if found is not None:
-        path = str(certificate.path_of(found["subject"], found["form"]))
-        of = f"0 / {found['tokens']:,} tokens, {found['form']} form, {found['date'][:10]}"
-        line = f"certificate: exact on this model and machine, {of} ({path})"
-        return line, {"path": path, "tokens": found["tokens"], "form": found["form"], "date": found["date"]}
+        path = certificate.path_of(found["subject"], found["form"])
+        return certified(found, str(path)), {"path": str(path), **{key: found[key] for key in ("tokens", "form", "date")}}
     began, training = time.monotonic(), model.training
     pair = pair_of(model.eval(), sampler, config.get_text_config().vocab_size)
     try:
@@ -49,14 +50,24 @@ def prove(model: Any, sampler: Any, config: Any, name: str, dtype: str) -> tuple
         )
     if not fault.mismatched:
         raise ParityError(f"before the first step: {counts}: the comparison is blind; invariance=off runs without the proof")
-    took = time.monotonic() - began
-    line = f"no certificate of this model here (rlinvariant verify {name} makes one); compared now: {counts}, {took:.1f} s"
-    return line, {"path": None, "compared": compared, "mismatched": wrong, "one_ulp": fault.mismatched, "seconds": took}
+    seconds = time.monotonic() - began
+    makes = f"no certificate for this architecture here (rlinvariant verify {name} makes one)"
+    record = {"path": None, "compared": compared, "mismatched": wrong, "one_ulp": fault.mismatched, "seconds": seconds}
+    return f"{makes}; compared now: {counts}, {seconds:.1f} s", record
+
+
+def certified(found: dict[str, Any], path: str) -> str:
+    """Say what a certificate covers: an architecture on this machine, with the weights that were compared then."""
+    verified = found["model"]
+    weights = "random weights" if verified["random_weights"] else f"the weights of {verified['name']}"
+    counts = f"0 / {found['tokens']:,} tokens differed, {found['form']} form, {found['date'][:10]}"
+    return f"certificate: this architecture is exact on this machine, as verified with {weights}: {counts} ({path})"
 
 
 def pair_of(model: Any, sampler: Any, vocabulary: int) -> Pair:
-    """As few and as short requests as an engine of any length takes."""
+    """Return a pair that draws few and short requests, which an engine of any length takes."""
     limit = sampler.llm.llm_engine.model_config.max_model_len
-    tokens = max(1, min(TOKENS, limit // 4))
-    prompt = max(2, min(PROMPT, limit - 2 * tokens - 1))
-    return Pair(model, sampler, Sizes(REQUESTS, prompt, tokens, prompt, 256, 4096), SEED, vocabulary)
+    tokens = max(1, min(START_SIZES.tokens, limit // 4))
+    prompt = max(2, min(START_SIZES.prompt, limit - 2 * tokens - 1))
+    sizes = Sizes(START_SIZES.requests, prompt, tokens, prompt, START_SIZES.in_step, START_SIZES.in_forward)
+    return Pair(model, sampler, sizes, seed=0, vocabulary=vocabulary)

