@@ -32,12 +32,12 @@ class Command(NamedTuple):
 
 COMMANDS = (
     Command("train", "rlinvariant.train", "train a policy by a recipe, with GRPO or PPO"),
-    Command("verify", "rlinvariant.verification.command", "is it exact here, on my model? counts and a certificate", "command"),
-    Command("bisect", "rlinvariant.bisect.command", "where sampler and trainer differ first, and why", "bisect"),
-    Command("doctor", "rlinvariant.doctor", "is this machine able, and what is in the way", "doctor"),
-    Command("replay", "rlinvariant.replay", "draw and score a recorded step again, bit for bit", "command"),
-    Command("ablate", "rlinvariant.ablate", "compare exact, drift, corrections, staleness over seeds", "ablate"),
-    Command("demo", "rlinvariant.demo", "one prompt 1,000 times in changing traffic, ops off and on", "demo"),
+    Command("verify", "rlinvariant.verification.command", "is it exact here, on my model? counts and a certificate"),
+    Command("bisect", "rlinvariant.bisect.command", "where sampler and trainer differ first, and why"),
+    Command("doctor", "rlinvariant.doctor.command", "is this machine able, and what is in the way"),
+    Command("replay", "rlinvariant.replay", "draw and score a recorded step again, bit for bit"),
+    Command("ablate", "rlinvariant.ablate.command", "compare exact, drift, corrections, staleness over seeds"),
+    Command("demo", "rlinvariant.demo.command", "one prompt 1,000 times in changing traffic, ops off and on"),
     Command("serve", "rlinvariant.serve", "vLLM's server with the ops on: load changes no byte"),
     Command("report", "rlinvariant.report.command", "write report.html of a run or an ablation, print its tables"),
     Command("dashboard", "rlinvariant.report.dashboard_command", "the same in W&B and TensorBoard; as JSON without a login"),

@@ -29,8 +29,7 @@ from chz.tiepin import type_repr
 from rlinvariant.arguments import model_problems
 from rlinvariant.conflicts import conflicts, ppo_conflicts
 from rlinvariant.errors import ConfigErrors, UserError, one_line
-
-RUNS = Path("runs")
+from rlinvariant.files import RUNS
 
 
 @chz.chz

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from rlinvariant.errors import UserError
 
+RUNS = Path("runs")  # in the working directory: where runs, ablations and demos keep their files
+
 
 def require_writable(path: Path, what: str, fix: str, directory: bool = False) -> None:
     """Raise UserError unless `path` could be written now. Nothing is made or changed.

@@ -16,11 +16,16 @@ from typing import Any
 
 import pytest
 
-from rlinvariant import ablate, cli
-from rlinvariant.ablate import ARMS, CORRECTIONS, Plan, checked, extended, prepare, read, refuse_mixed, stale
+from rlinvariant import cli
+from rlinvariant.ablate import results, runs
+from rlinvariant.ablate.arms import CORRECTION_MODES, DEFAULT_ARMS, Arm, stale
+from rlinvariant.ablate.check import checked, refuse_mixed
+from rlinvariant.ablate.plan import Plan, extended, read
+from rlinvariant.ablate.runs import prepare
 from rlinvariant.config import TRAINER_CHOICES, parse
 from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.report.rundir import RunDir, read_metrics
+from tests import commands
 
 ROOT = Path(__file__).parents[1]
 TINY = f"recipe={ROOT / 'tests/trainer/tiny_recipe.py'}"
@@ -56,7 +61,7 @@ def test_seeds_are_a_number_or_a_list(argument, seeds):
 def test_every_arm_is_what_its_name_says(recipe):
     """As the runs' own configuration understands it, whatever the recipe's defaults are: corrections, sides, the lag."""
     configs = checked(
-        plan(f"recipe={recipe}", "steps=5", "arms=" + ",".join([*(arm.name for arm in ARMS), "stale-2-sequence-mask"]))
+        plan(f"recipe={recipe}", "steps=5", "arms=" + ",".join([*(arm.name for arm in DEFAULT_ARMS), "stale-2-sequence-mask"]))
     )
     found = {
         name: (
@@ -66,7 +71,7 @@ def test_every_arm_is_what_its_name_says(recipe):
         )
         for name, c in configs.items()
     }
-    modes = {mode: mode.replace("-", "_") for mode in CORRECTIONS}
+    modes = {mode: mode.replace("-", "_") for mode in CORRECTION_MODES}
     assert set(modes.values()) == set(typing.get_args(TRAINER_CHOICES["vllm_importance_sampling_mode"]))
     assert found == {
         "exact": ("exact", 0, False),
@@ -152,14 +157,14 @@ def test_processes_of_a_launch_count_in_batch_sizes():
         checked(plan(*small))
     wanted = plan(*small, "launch=two.yaml")
     checked(wanted)
-    command = ablate._command(wanted, ["seed=1"])
+    command = runs._command(wanted, ["seed=1"])
     assert command[-6:] == ["--config_file", "two.yaml", "-m", "rlinvariant.cli", "train", "seed=1"]
 
 
 # ---- going on
 
 
-def written(wanted: Plan, arm: ablate.Arm, seed: int, *changes: str, finished: bool = True) -> RunDir:
+def written(wanted: Plan, arm: Arm, seed: int, *changes: str, finished: bool = True) -> RunDir:
     """The files of a run, as it leaves them."""
     run = wanted.run_dir(arm, seed)
     config = parse(
@@ -243,7 +248,7 @@ def fake(monkeypatch):
             run = next(a for a in arguments if a.startswith("run=")).removeprefix("run=")
             return [sys.executable, "-c", f"import os, sys, time; from pathlib import Path; run = Path('runs/{run}')\n{code}"]
 
-        monkeypatch.setattr(ablate, "_command", command)
+        monkeypatch.setattr(runs, "_command", command)
 
     return use
 
@@ -253,24 +258,24 @@ SMALL = ["recipe=arithmetic", "seeds=2", "arms=exact,drift", "steps=3", "run=x"]
 
 
 def test_a_run_that_fails_is_quoted_and_the_others_go_on(fake, capsys, monkeypatch):
-    monkeypatch.setattr(ablate, "report", lambda path, console: console.print(f"report of {path}"))
+    monkeypatch.setattr(results, "report", lambda path, console: console.print(f"report of {path}"))
     fake(f"print('\\x1b[31mwords')\nif 'drift/seed-0' in str(run): sys.exit('error: out of \\x1b[1mluck')\n{FINISH}")
-    assert ablate.ablate(SMALL) == 1
+    assert commands.run("ablate", *SMALL) == 1
     out = capsys.readouterr().out
     assert "[2/4] drift, seed 0: failed after" in out and "[4/4] drift, seed 1: done in" in out and "min left" in out
     assert "drift/seed-0 failed; runs/ablation-x/drift/seed-0/log.txt ends with\n    error: out of \\x1b[1mluck\n" in out
     assert "failed: drift/seed-0; the same command tries them again" in out and "report of runs/ablation-x" in out
-    assert "\x1b" not in out and "accuracy 50.0% -> 75.0%" in out
+    assert "\x1b" not in out and "accuracy 50.0 % -> 75.0 %" in out
     assert "\x1b[31mwords" in Path("runs/ablation-x/exact/seed-0/log.txt").read_text()
     fake(FINISH)
-    assert ablate.ablate(SMALL) == 0
+    assert commands.run("ablate", *SMALL) == 0
     out = capsys.readouterr().out
     assert "3 of 4 runs done before" in out and "[1/1] drift, seed 0: done in" in out and "exact, seed" not in out
 
 
 def test_if_the_first_run_fails_no_other_starts(fake, capsys):
     fake("print('Traceback'); sys.exit(3)")
-    assert ablate.ablate(SMALL) == 1
+    assert commands.run("ablate", *SMALL) == 1
     out = capsys.readouterr().out
     assert "    Traceback\n    exit code 3\nthe first run failed, as the others would: they are not started" in out
     assert "failed: exact/seed-0; the same" in out and not Path("runs/ablation-x/drift").exists()
@@ -292,7 +297,7 @@ def test_an_interrupt_stops_the_run_and_says_how_to_go_on(number, inherited, fak
     threading.Thread(target=interrupt, daemon=True).start()
     began = time.monotonic()
     try:
-        assert ablate.ablate(SMALL) == 130
+        assert commands.run("ablate", *SMALL) == 130
         assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == (inherited, terminate)
     finally:
         signal.signal(signal.SIGINT, before)
@@ -310,16 +315,16 @@ def test_two_ablations_in_one_directory_are_refused(fake):
     with Path("runs/ablation-x/lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="runs/ablation-x: another ablate, or a run that it started, is at work here"):
-            ablate.ablate(SMALL)
+            commands.run("ablate", *SMALL)
 
 
 def test_a_run_that_outlives_its_ablate_keeps_the_lock(tmp_path):
-    with ablate.locked(tmp_path) as lock:
+    with runs.locked(tmp_path) as lock:
         child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=[lock])
-    with pytest.raises(UserError, match="is at work here"), ablate.locked(tmp_path):
+    with pytest.raises(UserError, match="is at work here"), runs.locked(tmp_path):
         pass
     child.communicate(b"\n")
-    with ablate.locked(tmp_path):
+    with runs.locked(tmp_path):
         pass
 
 

@@ -13,15 +13,16 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, DistilBertConfig, Qwen3Config
 
 from rlinvariant import ops
-from rlinvariant.bisect import bisect, command, search
-from rlinvariant.bisect.command import lines
+from rlinvariant.bisect import both_sides, command, search, trials
 from rlinvariant.bisect.record import Recorder
+from rlinvariant.bisect.report import lines
 from rlinvariant.bisect.variants import own_attention
 from rlinvariant.errors import UserError
 from rlinvariant.models import make_trainable, require_exact, use_working_copies
 from rlinvariant.models.random import save_random
 from rlinvariant.sampler import vllm_model
 from rlinvariant.trainer import score as scoring
+from tests import commands
 from tests.parity.device import DEVICE
 from tests.parity.harness import keep, off_by_an_ulp, start_engine
 
@@ -30,7 +31,7 @@ CONFIG = Qwen3Config(
     vocab_size=VOCABULARY, hidden_size=256, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, head_dim=64, max_position_embeddings=256, tie_word_embeddings=False,
 )  # fmt: skip
-TRIAL = search.draw_trial(VOCABULARY, 12, 40, 12, 0.7, seed=3, rows=5)  # 5 + 5 + 2; vLLM decodes 12 rows
+TRIAL = trials.draw_trial(VOCABULARY, 12, 40, 12, 0.7, seed=3, rows=5)  # 5 + 5 + 2; vLLM decodes 12 rows
 STEP, LONGEST = 256, 128  # tokens, of a step of the engine and of its longest request
 
 
@@ -47,13 +48,13 @@ class Pair:
         return self.model.get_submodule(f"model.{name}")
 
     def attention(self, layer: int) -> Any:
-        return search._attentions(self.engine)[layer].impl
+        return both_sides.attention_layers(self.engine)[layer].impl
 
     def find(self, stock: tuple[str, ...] = (), engine: Any = None, **changes: Any) -> tuple[search.Result, list[str]]:
         return self.find_any([replace(TRIAL, **changes)], stock, engine)
 
-    def find_any(self, trials: list[search.Trial], stock: tuple[str, ...] = (), engine: Any = None):
-        result, trial = search.find_any(engine or self.engine, self.model, trials)
+    def find_any(self, tried: list[trials.Trial], stock: tuple[str, ...] = (), engine: Any = None):
+        result, trial = search.find_any(engine or self.engine, self.model, tried)
         said = lines(result, trial, engine or self.engine, stock)
         print("\n".join(said))
         assert len(said) <= 15 and all(len(line) < 240 for line in said)
@@ -386,7 +387,8 @@ def test_a_planted_fault_is_located_and_named(pair, fault, layer, role, deviates
 def test_without_a_fault_there_is_nothing_to_bisect(pair):
     result, said = pair.find()
     assert said[0] == "nothing to bisect: 0 of 144 tokens differ (temperature 0.7)" and result.first is None
-    assert said[1] == "tried      prompts of up to so many tokens: 12 of 40, prefills cut: 1. Exit code 0: none of these differ"
+    assert said[1] == "equal      12 prompts of up to 40 tokens (1 prefill cut)"
+    assert said[2].startswith("exit code  0: none of these differ")
 
 
 # ---- faults that the first batch does not show
@@ -401,7 +403,7 @@ def rows_of_the_crowd(pair):
 @contextlib.contextmanager
 def shifted_when(pair, when: Callable[[Any], bool], update: Callable[..., None] = lambda **how: None):
     """Layer 1 attends wrongly where `when(metadata)`; `update` hears how each draw is done."""
-    impl, drive = pair.attention(1), search.drive
+    impl, drive = pair.attention(1), trials.drive
     forward = impl.forward
 
     def faulty(layer, query, key, value, kv_cache, m, output, *args, **kwargs):
@@ -414,7 +416,7 @@ def shifted_when(pair, when: Callable[[Any], bool], update: Callable[..., None] 
         update(**how)
         return drive(engine, requests, **how)
 
-    with replaced(impl, "forward", faulty), replaced(search, "drive", heard):
+    with replaced(impl, "forward", faulty), replaced(trials, "drive", heard):
         yield
 
 
@@ -461,16 +463,17 @@ RARE = [  # fault, trials until it shows, what the first difference is, what the
 
 @pytest.mark.parametrize(("fault", "until", "role", "hint"), RARE, ids=[f[0].__name__ for f in RARE])
 def test_a_fault_that_the_first_batch_does_not_show_is_found(pair, fault, until, role, hint):
-    trials = search.trials(VOCABULARY, 12, 20, 8, 0.7, 3, 5, STEP, LONGEST - 9)
+    tried = trials.all_trials(VOCABULARY, 12, 20, 8, 0.7, 3, 5, STEP, LONGEST - 9)
     with fault(pair):
-        result, said = pair.find_any(trials)
+        result, said = pair.find_any(tried)
     assert len(result.tried) == until and result.first is not None and result.first.place == (1, role), said
-    assert said[-2] == f"shows      {hint}" and said[-1].endswith("(differs)"), said
+    assert said[-3] == f"shows      {hint}" and said[-2].startswith("equal      12 prompts of up to 20 tokens"), said
+    assert said[-1].startswith("differs    "), said
 
 
 def test_without_a_fault_everything_recorded_is_equal(pair):
     """Control: places align, whole on both sides, so that a difference is never one of recording."""
-    ours, theirs, _, _ = search.record(pair.engine, pair.model, TRIAL, 6)
+    ours, theirs, _, _ = both_sides.record(pair.engine, pair.model, TRIAL, 6)
     assert search.first_difference(ours, theirs) is None
     assert ours.trace.keys() == theirs.trace.keys() and len(theirs.trace) == 5 + 2 * 14
     last = len(TRIAL.prompts[6]) + 11  # the last token drawn goes into the trainer alone
@@ -519,9 +522,9 @@ def test_working_copies_are_recorded_as_the_modules_are(pair):
     places = []
     for model in (pair.model, merged):
         recorder = Recorder(model)
-        drawn = search.draw(pair.engine, TRIAL)[1]
-        with recorder.recording(), search._packed(model, TRIAL, drawn, 6, recorder, False):
-            search._score(model, TRIAL, drawn, 5, False)
+        drawn = trials.draw(pair.engine, TRIAL)[1]
+        with recorder.recording(), both_sides.expecting(model, TRIAL, drawn, 6, recorder, False):
+            both_sides.score_rows(model, TRIAL, drawn, 5, False)
         places.append({place: [list(b.value.shape) for b in blocks] for place, blocks in recorder.trace.items()})
     assert places[0] == places[1] and len(places[0]) == 4 + 2 * 14
 
@@ -532,7 +535,7 @@ def test_working_copies_are_recorded_as_the_modules_are(pair):
 def test_the_command(pair, tmp_path, monkeypatch, capsys):
     """A config.json alone; exit code 0, and 1 with a fault."""
     CONFIG.save_pretrained(tmp_path)
-    sides = command._sides
+    sides = command.load_sides
     made = []
 
     def kept(*args):
@@ -540,21 +543,24 @@ def test_the_command(pair, tmp_path, monkeypatch, capsys):
         keep(made[-1][1])
         return made[-1]
 
-    monkeypatch.setattr(command, "_sides", kept)
-    assert bisect([str(tmp_path), "--random", "--tokens", "4", "--sequences", "5", "--chunk", "64", "--seed", "2"]) == 0
+    monkeypatch.setattr(command, "load_sides", kept)
+    few = ["--random", "--tokens", "4", "--sequences", "5"]
+    assert commands.run("bisect", str(tmp_path), *few, "--chunk", "64", "--seed", "2") == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "nothing to bisect: 0 of 328 tokens differ (temperature 0.7)" in said
-    assert re.search(
-        r"tokens: 5 of 48, .*; 1 of 1; 3 of 48, .*; 64 of 1; 2 of 129, prefills cut: [1-9]; 2 of 129, .*again, "
-        r"[1-9]\d+ tokens from the cache; 5 of 48, .*[1-5] preemptions\. Exit code 0: none of these differ$", said
-    ), said  # fmt: skip
+    in_words = (
+        r"5 prompts of up to 48 tokens .*; 1 of up to 1; 3 of up to 48 .*; 64 of up to 1; "
+        r"2 of up to 129 \([1-9] prefills? cut\); 2 of up to 129 \(.*drawn again, [1-9]\d+ tokens from the cache\); "
+        r"5 of up to 48 \(.*[1-5] preemptions?\) exit code 0"
+    )
+    assert re.search(in_words, said), said
     with_fault = Pair("", made[0][1], made[0][0])
-    monkeypatch.setattr(command, "_sides", lambda *args: made[0])
+    monkeypatch.setattr(command, "load_sides", lambda *args: made[0])
     with split_k(with_fault):
-        assert bisect([str(tmp_path), "--random", "--tokens", "4", "--sequences", "5"]) == 1
+        assert commands.run("bisect", str(tmp_path), *few) == 1
     said = capsys.readouterr().out
     assert "first      layer 1, down projection" in said and "cause      split-K" in said
-    assert "5 of 48, prefills cut: 1 (differs)" in said
+    assert "differs    5 prompts of up to 48 tokens (1 prefill cut)" in said
 
 
 @pytest.mark.parametrize(
@@ -572,7 +578,7 @@ def test_the_command(pair, tmp_path, monkeypatch, capsys):
 )
 def test_bad_arguments_are_one_line(argv, problem):
     with pytest.raises(UserError) as caught:
-        bisect(argv)
+        commands.run("bisect", *argv)
     assert problem in str(caught.value) and len(str(caught.value).splitlines()) == 1
 
 
@@ -589,5 +595,5 @@ def test_a_model_that_cannot_be_had_is_one_line(config, arguments, problem, tmp_
     if config is not None:
         config.save_pretrained(tmp_path)
     with pytest.raises(UserError, match=problem) as caught:
-        bisect([str(tmp_path), *arguments])
+        commands.run("bisect", str(tmp_path), *arguments)
     assert len(str(caught.value).splitlines()) == 1

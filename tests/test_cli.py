@@ -13,7 +13,7 @@ from trl.trainer.grpo_config import GRPOConfig
 from rlinvariant import __version__, cli, grpo_trainer
 from rlinvariant.arguments import model_problems
 from rlinvariant.config import parse
-from rlinvariant.doctor import of_model
+from rlinvariant.doctor.model import of_model
 from rlinvariant.errors import EXIT_CODES, PIPE_CLOSED, UserError
 from rlinvariant.run import run
 from rlinvariant.sampler.engine import refuse

@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import subprocess
 import sys
 from importlib import metadata
@@ -11,7 +10,8 @@ import pytest
 import torch
 from transformers import AutoConfig, LlamaConfig, Qwen2Config, Qwen3MoeConfig, Starcoder2Config
 
-from rlinvariant import cli, doctor, runtime
+from rlinvariant import cli, runtime
+from rlinvariant.doctor import kernels, machine, model, packages
 from rlinvariant.kernels import cpu
 from rlinvariant.ops import linear
 from rlinvariant.ops.linear import forget_routes, routes
@@ -25,7 +25,7 @@ TINY = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hi
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch, tmp_path):
-    """No user's variables and files; what `runtime.configure` sets is taken back."""
+    """Hide the user's variables and files, and take back what `runtime.configure` sets."""
     for name in (*runtime.VLLM, *runtime.QUIET, "VLLM_PLUGINS", "VLLM_BATCH_INVARIANT", "ACCELERATE_MIXED_PRECISION", "CC"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
@@ -36,7 +36,7 @@ def clean(monkeypatch, tmp_path):
 
 
 def report(capsys, *argv: str) -> tuple[int, dict]:
-    """Exit code and JSON, after checking that the table says the same."""
+    """Return exit code and JSON, after checking that the table says the same."""
     code = cli.main(["doctor", *argv, "--json"])
     found = json.loads(capsys.readouterr().out)
     assert cli.main(["doctor", *argv]) == code
@@ -57,12 +57,10 @@ def problems(found: dict) -> list[dict]:
     return [x for x in found["findings"] if x["verdict"] == "problem"]
 
 
-def test_this_machine_in_under_three_seconds_without_vllm_or_transformers():
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+def test_this_machine_without_vllm_or_transformers():
     command = [sys.executable, "-X", "importtime", "-m", "rlinvariant.cli", "doctor", "--json"]
     cpu.library()  # built before, as in any second run
     done = subprocess.run(command, capture_output=True, text=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     found = json.loads(done.stdout)
     true = list(cuda_problems(torch.bfloat16)) if CUDA else []
     assert [x["text"] for x in problems(found)] == true and done.returncode == int(bool(true))
@@ -70,8 +68,6 @@ def test_this_machine_in_under_three_seconds_without_vllm_or_transformers():
     assert found["environment"]["packages"]["torch"] == torch.__version__
     imported = {x.rpartition("|")[2].strip().partition(".")[0] for x in done.stderr.splitlines() if x.startswith("import time")}
     assert "torch" in imported and not imported & {"vllm", "transformers", "trl", "accelerate"}
-    # Of the processor: by the clock it depends on who else uses the machine
-    assert after.ru_utime + after.ru_stime - used.ru_utime - used.ru_stime < 3
 
 
 @pytest.mark.parametrize(
@@ -163,7 +159,7 @@ def test_a_python_of_another_release_and_a_missing_entry_point(capsys, monkeypat
 
 
 def test_not_installed_and_a_torch_that_cannot_be_imported(capsys, monkeypatch):
-    monkeypatch.setattr(doctor, "PROJECT", "no-such-project")
+    monkeypatch.setattr(packages, "DISTRIBUTION", "no-such-project")
     monkeypatch.setitem(sys.modules, "torch", None)
     _, found = report(capsys)
     assert [x["name"] for x in problems(found)] == ["packages", "torch"] and found["environment"] is None
@@ -172,16 +168,16 @@ def test_not_installed_and_a_torch_that_cannot_be_imported(capsys, monkeypatch):
 def test_another_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
-    what, *reasons = doctor.gpu(cuda=True)
+    what, *reasons = machine.gpu(cuda=True)
     assert "NVIDIA A100, sm_80" in what.text and what.verdict == "ok"
     assert "exact mode runs on sm_90" in reasons[0].text and "use invariance=off" in reasons[0].text
     assert {x.verdict for x in reasons} == {"problem"} and all(x.invariance_off for x in reasons)
 
 
 def test_the_reported_kernel_is_the_one_that_runs(tmp_path):
-    """Over every shape of a model: what `ops.linear` does is what was said."""
+    """For every shape of a model, `ops.linear` does what was said."""
     Qwen2Config(**TINY, num_key_value_heads=1).save_pretrained(tmp_path)
-    found = list(doctor.of_model(str(tmp_path), cuda=False))
+    found = list(model.of_model(str(tmp_path), cuda=False))
     assert {x.verdict for x in found if x.name != "certificate"} == {"ok"}
     said = {}
     for line in (x.text for x in found if x.name == "linear"):
@@ -197,21 +193,51 @@ def test_the_reported_kernel_is_the_one_that_runs(tmp_path):
         assert list(routes().values())[0].startswith(kernel)
 
 
+def a_certificate(subject: dict) -> dict:
+    verified = {"name": "x", "class": "Qwen2ForCausalLM", "random_weights": True}
+    counts = {"exact": True, "form": "short", "tokens": 61_440, "date": "2026-01-01T00:00:00Z"}
+    return {**counts, "subject": subject, "model": verified}
+
+
+def test_it_claims_of_models_what_certificates_say_and_no_more(tmp_path, monkeypatch):
+    monkeypatch.setattr(certificate, "cache_dir", lambda: tmp_path / "cache")
+    monkeypatch.setattr(model, "SHIPPED_RESULTS", tmp_path / "results")
+    (finding,) = model.known_models(cuda=False)
+    assert finding.text.startswith("no certificate of this machine and these versions")
+    about = certificate.subject(Qwen2Config(**TINY, num_key_value_heads=1), "bfloat16")
+    certificate.write(a_certificate(about | {"packages": {"torch": "1.0"}, "architecture": "old"}))  # of other versions
+    assert len(list(model.known_models(cuda=False))) == 1
+    certificate.write(a_certificate(about))
+    here, _ = model.known_models(cuda=False)
+    assert (
+        "exact here" in here.text and "Qwen2ForCausalLM (0 / 61,440 tokens differed, short form, random weights)" in here.text
+    )
+    shipped = tmp_path / "results/cpu/certificates"
+    shipped.mkdir(parents=True)
+    about |= {"device": "Some CPU", "packages": {"torch": "2.9"}, "isa": {}}
+    (shipped / "llama.json").write_text(json.dumps(a_certificate(about)))
+    (shipped / "phi3.json").write_text(json.dumps(a_certificate(about) | {"exact": False}))
+    (shipped / "qwen3.json").write_text(json.dumps(a_certificate(about | {"isa": None, "device": "Some GPU"})))
+    _, there, _ = model.known_models(cuda=False)
+    assert there.text == "exact in the results in this source tree (Some CPU, torch 2.9): llama"
+
+
 def test_it_says_whether_the_model_was_verified(tmp_path, monkeypatch):
     monkeypatch.setattr(certificate, "cache_dir", lambda: tmp_path / "cache")
     config = Qwen2Config(**TINY, num_key_value_heads=1)
-    finding = doctor.certified("m", config)
+    finding = model.certified("m", config)
     assert finding.verdict == "note" and "rlinvariant verify m" in finding.text
     about = certificate.subject(config, "bfloat16")
-    certificate.write({"exact": True, "form": "short", "subject": about, "tokens": 61_440, "date": "2026-01-01T00:00:00Z"})
-    finding = doctor.certified("m", config)
-    assert finding.verdict == "ok" and "0 / 61,440 tokens differed, short form, 2026-01-01" in finding.text
+    certificate.write(a_certificate(about))
+    finding = model.certified("m", config)
+    said = "2026-01-01, 0 / 61,440 tokens differed, short form, random weights"
+    assert finding.verdict == "ok" and finding.text == said
 
 
 def test_a_shape_that_the_vendor_gemm_gets_wrong_goes_to_ours(monkeypatch):
     module = sys.modules["rlinvariant.ops.linear"]
     monkeypatch.setattr(module, "is_exact", lambda n, k, dtype, bias, threads: k == 64)
-    ours, theirs = (x for x in doctor.kernels_cpu([(8, 64, False), (8, 32, True)], ["float32"]) if x.name == "linear")
+    ours, theirs = (x for x in kernels.kernels_cpu([(8, 64, False), (8, 32, True)], ["float32"]) if x.name == "linear")
     assert "vendor GEMM for 8x64:" in ours.text and "kernels/cpu.c for 8x32 with bias:" in theirs.text
 
 
@@ -236,7 +262,7 @@ def test_a_wrong_path_and_wrong_arguments(capsys, tmp_path):
     _, found = report(capsys, str(tmp_path / "missing"))
     (problem,) = problems(found)
     assert problem["name"] == "model" and "missing: no such directory; give" in problem["text"]
-    for argv in (["--jsno"], ["a", "b"], ["model=x"]):
+    for argv, wrong in ((["--jsno"], "--jsno"), (["a", "b"], "b"), (["model=x"], "model=x")):
         assert cli.main(["doctor", *argv]) == 2
         out, error = capsys.readouterr()
-        assert not out and error.startswith("error: doctor: ") and "expected" in error and len(error.splitlines()) == 1
+        assert not out and error.startswith("error: doctor: ") and wrong in error and len(error.splitlines()) == 1

@@ -20,7 +20,8 @@ from rlinvariant.errors import UserError
 from rlinvariant.report import rollouts
 from rlinvariant.rollout import Batch, Completion, Rollout
 from rlinvariant.verification import load
-from rlinvariant.verification.relations import Relation
+from rlinvariant.verification.relation import Relation
+from tests import commands
 from tests.parity.harness import assert_exact, new_trainer
 
 ABOUT = {"invariance": "exact", "dtype": "bfloat16", "sampler": {}}
@@ -262,7 +263,7 @@ def test_a_mistake_gives_one_line(run, tmp_path, mistake):
     if prepare is not None:
         prepare(copy)
     with pytest.raises(UserError) as found:
-        replay.command([str(copy) if argument == "RUN" else argument for argument in arguments])
+        commands.run("replay", *(str(copy) if argument == "RUN" else argument for argument in arguments))
     assert "\n" not in str(found.value)
     for words in expected:
         assert words in str(found.value)

@@ -12,7 +12,7 @@ from rlinvariant.bench.measure import Machine
 from rlinvariant.errors import UserError
 from rlinvariant.models.families import FAMILIES, REFUSED
 from rlinvariant.report.console import Console
-from rlinvariant.verification.command import verify
+from rlinvariant.verification.verify import verify
 
 TOKENS = 20_000
 
@@ -28,9 +28,9 @@ def run(out: Path, tokens: int | None, tiny: bool) -> int:
         with tempfile.TemporaryDirectory() as directory:
             config().save_pretrained(path := Path(directory) / family)
             amount: dict[str, Any] = {"short": True} if tiny else {"tokens": tokens or TOKENS}
-            weights, certificate = str(Path(directory) / "weights"), out / "certificates" / f"{family}.json"
+            certificate = out / "certificates" / f"{family}.json"
             try:
-                found = verify(str(path), scratch=weights, console=console, random=True, eager=True, **amount)
+                found = verify(str(path), console=console, random=True, eager=True, **amount)
             except UserError as error:
                 refused[family] = str(error).splitlines()[0].replace(f"model={path}: ", "").partition("; invariance=off")[0]
                 console.print(f"{family}: refused: {refused[family]}")

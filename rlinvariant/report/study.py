@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from rlinvariant.config import RUNS
 from rlinvariant.errors import UserError
+from rlinvariant.files import RUNS
 from rlinvariant.report.panels import KEYS, PANELS
 from rlinvariant.report.rundir import SCHEMA, RunDir, read_metrics
 from rlinvariant.report.stats import LAST, MEASURES, Estimate, Measure, Row, Verdict, estimate, verdict

@@ -22,7 +22,7 @@ import httpx
 import pytest
 import torch
 
-from rlinvariant.demo import build_small
+from rlinvariant.demo.model import build_small
 from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.sampler import vllm_model, vllm_serve
 from tests.parity.device import CUDA

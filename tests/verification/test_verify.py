@@ -21,38 +21,38 @@ from rlinvariant.report.console import Console
 from rlinvariant.rollout import Completion
 from rlinvariant.sampler import vllm_model
 from rlinvariant.sampler.drive import Request, Trace
-from rlinvariant.verification import certificate, command, controls, ladder, load, relations, start, table
-from rlinvariant.verification.relations import Pair, Relation
+from rlinvariant.verification import certificate, compositions, controls, ladder, load, relations, start, table, verify
+from rlinvariant.verification.pair import FULL_SIZES, SHORT_SIZES, Pair, Sizes
+from rlinvariant.verification.relation import Relation
+from tests import commands
 from tests.parity.harness import off_by_an_ulp
 
 UNKNOWN = {"qwen2-window", "qwen3-window"}.__contains__  # to stock vLLM: windows in some of the layers
 SUPPORTED = [name for name, config in FAMILIES.items() if not list(unsupported(config(), load.device()))]
-QUICK = relations.Sizes(requests=4, prompt=70, tokens=6, longest=160, in_step=256, in_forward=4096)
+QUICK = Sizes(requests=4, prompt=70, tokens=6, longest=160, in_step=256, in_forward=4096)
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch) -> Path:
-    """Certificates of this test alone; the compiled kernels stay where they are."""
+    """Give each test certificates of its own; the compiled kernels stay where they are."""
     monkeypatch.setattr(certificate, "cache_dir", lambda: tmp_path / "cache")
     return tmp_path / "cache"
 
 
 @pytest.fixture
-def verify(tmp_path):
-    """The certificate of a random model of a family, and what was printed."""
+def verified(tmp_path):
+    """Verify a random model of a family, print the table, and return the certificate."""
 
-    def run(family: str, **options: Any) -> dict[str, Any]:
+    def run(family: str) -> certificate.Certificate:
         FAMILIES[family]().save_pretrained(tmp_path / family)
-        console = Console()
-        given = {"random": True, "short": True} | options
-        return command.verify(str(tmp_path / family), scratch=str(tmp_path / "weights"), console=console, **given)
+        return verify.verify(str(tmp_path / family), random=True, short=True, console=Console())
 
     return run
 
 
 @pytest.mark.parametrize("family", SUPPORTED)
-def test_every_supported_family_is_exact(verify, family):
-    found = verify(family)
+def test_every_supported_family_is_exact(verified, family):
+    found = verified(family)
     assert found["exact"], [r for r in found["relations"] if r["mismatched"] or not r["shown"] or r["first"]]
     assert found["mismatched"] == 0 and found["tokens"] > 900
     names = [r["name"] for r in found["relations"]]
@@ -66,9 +66,9 @@ def test_every_supported_family_is_exact(verify, family):
     }
 
 
-def test_a_fault_in_the_sampler_is_no_certificate(verify, monkeypatch, capsys):
+def test_a_fault_in_the_sampler_is_no_certificate(verified, monkeypatch, capsys):
     monkeypatch.setattr(vllm_model._Head, "apply", off_by_an_ulp(40))
-    found = verify("llama")
+    found = verified("llama")
     assert not found["exact"] and found["mismatched"] > 0
     broken = {r["name"] for r in found["relations"] if r["mismatched"]}
     assert {"sampler = trainer, packed", "random batch compositions = trainer"} <= broken
@@ -80,14 +80,14 @@ def test_a_fault_in_the_sampler_is_no_certificate(verify, monkeypatch, capsys):
 
 
 def test_what_is_not_shown_or_not_seen_is_no_certificate():
-    """Whatever else holds."""
+    """It is none whatever else holds."""
     held, seen = Relation("alone", compared=5), Relation("planted: an ulp", compared=5, mismatched=3)
     blind_stock = Relation("stock: attention", compared=5)
-    assert command.is_exact([held], [seen]) and command.is_exact([held], [seen, blind_stock])
+    assert verify.is_exact([held], [seen]) and verify.is_exact([held], [seen, blind_stock])
     for wrong in (Relation("preempted", compared=5, shown=False), Relation("none"), Relation("other", 5, 1)):
-        assert not command.is_exact([held, wrong], [seen])
-    assert not command.is_exact([held], [seen, Relation("planted: stale", compared=5)])
-    assert not command.is_exact([], [seen]) and not command.is_exact([held], [blind_stock])
+        assert not verify.is_exact([held, wrong], [seen])
+    assert not verify.is_exact([held], [seen, Relation("planted: stale", compared=5)])
+    assert not verify.is_exact([], [seen]) and not verify.is_exact([held], [blind_stock])
 
 
 def test_log_probs_are_compared_word_by_word():
@@ -102,7 +102,7 @@ def test_log_probs_are_compared_word_by_word():
 
 
 def test_the_ladder_sees_a_row_that_depends_on_others():
-    rows = ladder.PRIMES[0]
+    rows = ladder.FORWARD_LENGTHS[0]
     x, w = torch.randn(rows, 8), torch.randn(8, 8)
     for call, differs in (
         (lambda x, w: (x * 2,), False),
@@ -117,25 +117,25 @@ def test_the_ladder_sees_a_row_that_depends_on_others():
 
 def test_compositions_are_of_their_seed_and_keep_to_the_budget():
     def of(seed: int, number: int) -> list[Any]:
-        return relations.composition(Pair(None, None, QUICK, seed, 100), number, 2000)  # type: ignore[arg-type]
+        return compositions.composition(Pair(None, None, QUICK, seed, 100), number, 2000)  # type: ignore[arg-type]
 
     assert of(0, 3) == of(0, 3) != of(1, 3) and of(0, 3) != of(0, 6)
     for number in range(30):
-        found, kind = of(7, number), relations.KINDS[number % 3]
+        found, kind = of(7, number), compositions.COMPOSITION_KINDS[number % 3]
         assert sum(len(r.prompt) for r in found) <= 2000 + len(found) and all(
             1 <= len(r.prompt) <= QUICK.longest for r in found
         )
         if kind == "crowd":
-            assert relations.CROWD[0] <= len(found) <= relations.CROWD[1]
+            assert compositions.CROWD_SIZES[0] <= len(found) <= compositions.CROWD_SIZES[1]
         elif kind == "full":
-            assert len(found) == relations.MOST and not any(r.arrives or r.aborts for r in found)
+            assert len(found) == compositions.ENGINE_REQUESTS and not any(r.arrives or r.aborts for r in found)
         else:  # whatever is drawn, one comes while another decodes, and one is cancelled on its way
             assert found[0].aborts is None is found[1].aborts and found[1].arrives == 3 < QUICK.tokens
             assert found[-1].aborts is not None and found[-1].aborts < found[-1].arrives + found[-1].max_tokens
 
 
 def test_a_completion_that_is_cut_or_lost_is_not_shown():
-    """Whatever the log-probs say that are there."""
+    """It is not shown whatever the log-probs say that are there."""
     pair = Pair(None, None, QUICK, 0, 100)  # type: ignore[arg-type]
     requests = [Request((1,), 0, 1.0, 2), Request((2,), 0, 1.0, 2), Request((3,), 0, 1.0, 2, aborts=1)]
     whole = Completion([4, 5], [-1.0, -2.0])
@@ -149,13 +149,13 @@ def test_a_completion_that_is_cut_or_lost_is_not_shown():
 
 @pytest.mark.parametrize("fault", [True, False])
 def test_a_planted_fault_is_seen_and_no_fault_is_not(exact_engine, arithmetic_dir, monkeypatch, fault):
-    """With anything else that moved, a control would be seen without its fault."""
+    """If anything else moved, a control would be seen without its fault."""
     pair = start.pair_of(load.trained(arithmetic_dir, "bfloat16"), exact_engine, 99)
     exact_engine.sync(pair.model.named_parameters())
     assert relations.sampler_and_trainer(pair).holds
     if not fault:
-        monkeypatch.setattr(controls, "_next", lambda x: x)
-        monkeypatch.setattr(controls, "_sdpa", ops.attention)
+        monkeypatch.setattr(controls, "_one_ulp_larger", lambda x: x)
+        monkeypatch.setattr(controls, "_torch_attention", ops.attention)
     for control in (controls.one_ulp(pair, torch.bfloat16), controls.stock_attention(pair)):
         assert control.compared > 100 and bool(control.mismatched) is fault
 
@@ -165,7 +165,9 @@ def test_a_planted_fault_is_seen_and_no_fault_is_not(exact_engine, arithmetic_di
 
 def a_certificate(**changes: Any) -> dict[str, Any]:
     about = certificate.subject(FAMILIES["llama"](), "bfloat16")
-    return {"exact": True, "form": "full", "subject": about, "tokens": 5, "date": "2026-01-01T00:00:00Z"} | changes
+    model = {"name": "tiny-llama", "random_weights": True}
+    whole = {"exact": True, "form": "full", "subject": about, "tokens": 5, "date": "2026-01-01T00:00:00Z", "model": model}
+    return whole | changes
 
 
 def test_a_certificate_is_found_for_its_own_subject_alone(cache, monkeypatch):
@@ -181,7 +183,7 @@ def test_a_certificate_is_found_for_its_own_subject_alone(cache, monkeypatch):
         other.setattr(torch, "get_num_threads", lambda: 63)
         assert certificate.find(certificate.subject(FAMILIES["llama"](), "bfloat16")) is None
     with monkeypatch.context() as other:
-        other.setattr(certificate, "SOURCES", ("kernels",))
+        other.setattr(certificate, "SUBJECT_SOURCES", ("kernels",))
         assert certificate.find(certificate.subject(FAMILIES["llama"](), "bfloat16")) is None
 
 
@@ -211,8 +213,8 @@ def test_what_chooses_kernels_is_part_of_the_subject(monkeypatch):
 
 def test_a_file_that_cannot_be_written_is_refused_at_the_start(tmp_path):
     FAMILIES["qwen3"]().save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="y.json cannot be written .*--out"):
-        command.command([str(tmp_path), "--random", "--out", "/proc/x/y.json"])
+    with pytest.raises(UserError, match="--out: /proc/x/y.json cannot be written .*another file"):
+        commands.run("verify", str(tmp_path), "--random", "--out", "/proc/x/y.json")
 
 
 def test_an_interrupted_verification_leaves_none(tmp_path, cache, monkeypatch, capsys):
@@ -220,8 +222,8 @@ def test_an_interrupted_verification_leaves_none(tmp_path, cache, monkeypatch, c
         raise KeyboardInterrupt
 
     FAMILIES["qwen3"]().save_pretrained(tmp_path / "model")
-    monkeypatch.setattr(relations, "OF_A_BATCH", (relations.sampler_and_trainer, interrupted))
-    assert command.command([str(tmp_path / "model"), "--random", "--short"]) == 130
+    monkeypatch.setattr(relations, "BATCH_RELATIONS", (relations.sampler_and_trainer, interrupted))
+    assert commands.run("verify", str(tmp_path / "model"), "--random", "--short") == 130
     assert "interrupted" in capsys.readouterr().out and not list(cache.rglob("*.json"))
 
 
@@ -232,7 +234,7 @@ def test_out_of_memory_is_one_line(tmp_path, monkeypatch):
     FAMILIES["qwen3"]().save_pretrained(tmp_path / "model")
     monkeypatch.setattr(load, "trained", large)
     with pytest.raises(UserError, match="out of memory .*20 GiB.*smaller model") as error:
-        command.command([str(tmp_path / "model"), "--random", "--short"])
+        commands.run("verify", str(tmp_path / "model"), "--random", "--short")
     assert "\n" not in str(error.value)
 
 
@@ -251,7 +253,11 @@ def test_training_looks_for_a_certificate_or_makes_sure(exact_engine, arithmetic
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
     certificate.write(a_certificate(subject=certificate.subject(config, "bfloat16"), tokens=61_440))
     line, record = start.prove(model, exact_engine, config, arithmetic_dir, "bfloat16")
-    assert "0 / 61,440 tokens, full form, 2026-01-01" in line and record["path"] in line
+    assert "this architecture is exact on this machine, as verified with random weights" in line
+    assert "0 / 61,440 tokens differed, full form, 2026-01-01" in line and record["path"] in line
+    own = a_certificate(subject=certificate.subject(config, "bfloat16"), model={"name": "m", "random_weights": False})
+    certificate.write(own)
+    assert "as verified with the weights of m:" in start.prove(model, exact_engine, config, arithmetic_dir, "bfloat16")[0]
 
 
 def test_training_does_not_start_where_the_short_form_fails(exact_engine, arithmetic_dir, monkeypatch):
@@ -276,13 +282,12 @@ def test_training_does_not_start_where_the_short_form_fails(exact_engine, arithm
 
 
 def test_the_command_from_outside(tmp_path):
-    """As a user has it: in a process of its own, in seconds."""
+    """It runs in a process of its own, as a user has it."""
     FAMILIES["qwen3"]().save_pretrained(tmp_path / "model")
     environment = os.environ | {"RLINVARIANT_CACHE": str(tmp_path / "cache")}
     arguments = ["verify", str(tmp_path / "model"), "--random", "--short", "--seed", "3", "--out", str(tmp_path / "mine.json")]
-    done = subprocess.run(
-        [sys.executable, "-m", "rlinvariant.cli", *arguments], capture_output=True, text=True, env=environment, timeout=300
-    )
+    command = [sys.executable, "-m", "rlinvariant.cli", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "exact: mismatched 0 / " in done.stdout and str(tmp_path / "mine.json") in done.stdout
     found = json.loads((tmp_path / "mine.json").read_text())
@@ -303,12 +308,12 @@ def test_the_command_from_outside(tmp_path):
 )
 def test_a_wrong_command_line_is_one_line(argv, message):
     with pytest.raises(UserError, match=message) as error:
-        command.command(argv)
+        commands.run("verify", *argv)
     assert "\n" not in str(error.value)
 
 
 def bad(path: Path, **changes: Any) -> str:
-    """A directory with a configuration that has been changed."""
+    """Return a directory with a configuration that has been changed."""
     FAMILIES["llama"]().save_pretrained(path)
     config = json.loads((path / "config.json").read_text()) | changes
     (path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v != "drop"}))
@@ -330,7 +335,7 @@ def test_a_model_that_cannot_be_verified_is_one_line(tmp_path, monkeypatch):
         (str(tmp_path / "nowhere"), "nowhere"),
     ):
         with pytest.raises(UserError, match=message) as error:
-            command.verify(path, scratch=str(tmp_path / "w"), console=Console(), short=True)
+            verify.verify(path, short=True)
         assert "\n" not in str(error.value), error.value
 
 
@@ -346,7 +351,7 @@ def test_no_dimension_is_taken_for_the_rows(size):
 
 def test_sizes_fit_any_number_of_positions():
     for positions in (64, 100, 128, 512, 5000):
-        for sizes in (relations.SHORT, relations.FULL):
+        for sizes in (SHORT_SIZES, FULL_SIZES):
             found = sizes.within(positions)
             assert found.positions <= positions + 1 and found.prompt >= 8 and found.tokens >= 2
             assert all(v > 0 for v in dataclasses.asdict(found).values())

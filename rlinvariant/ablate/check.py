@@ -1,0 +1,55 @@
+"""What a run of an ablation would refuse, refused before any starts."""
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from rlinvariant.ablate.arms import GRPO_ARM
+from rlinvariant.ablate.plan import Plan
+from rlinvariant.config import Config, parse
+from rlinvariant.errors import ConfigErrors, UserError
+
+
+def checked(plan: Plan) -> dict[str, Config]:
+    """Return the configuration of each arm by name. Raises ConfigErrors with what a run would refuse, each line once."""
+    environment: dict[str, str] = {key: value for key, value in os.environ.items() if key != "WORLD_SIZE"}
+    if plan.launch is not None:
+        processes = re.search(r"^num_processes: *(\d+)", Path(plan.launch).read_text(), re.M)
+        if processes is None:
+            raise UserError(f"launch={plan.launch}: has no num_processes; give an accelerate configuration")
+        environment |= {"WORLD_SIZE": processes[1], "LOCAL_WORLD_SIZE": processes[1]}
+    configs, found = {}, dict[str, list[str]]()
+    for arm in plan.arms:
+        arguments = [a for a in plan.arguments(arm, plan.seeds[0]) if not a.startswith("run=")]
+        try:
+            config = configs[arm.name] = parse([*arguments, f"run=ablation-{plan.name}/{arm.name}/check"], environment)
+            lines = []
+            if config.staleness >= config.steps:
+                lines = [f"steps={config.steps}: expected more than the lag of arm {arm.name}; raise steps, or choose arms="]
+            if arm == GRPO_ARM and config.load_recipe().defaults.get("algorithm") != "ppo":
+                lines = [f"arms={arm.name}: recipe={plan.recipe} is a GRPO recipe, for which this is arm exact; leave it out"]
+        except ConfigErrors as error:
+            lines = error.errors
+        for line in lines:
+            found.setdefault(line, []).append(arm.name)
+    if found:
+        everywhere = len(plan.arms)
+        raise ConfigErrors([a if len(b) == everywhere else f"{a} (arm {', '.join(b)})" for a, b in found.items()])
+    return configs
+
+
+def refuse_mixed(plan: Plan, configs: Mapping[str, Config]) -> None:
+    """Raise UserError unless every run that is there was made with the settings of now."""
+    for arm, seed in plan.jobs():
+        run = plan.run_dir(arm, seed)
+        if not run.config.exists():
+            continue
+        then, now = json.loads(run.config.read_text()), configs[arm.name].resolved()
+        for key in now.keys() & then.keys() - {"run", "resume", "seed"}:
+            if not key.startswith("wandb.") and then[key]["value"] != now[key]["value"]:
+                raise UserError(
+                    f"run={plan.name}: {run.path} was run with {key}={then[key]['value']}, and now it is {now[key]['value']}; "
+                    "an ablation has one setting for all: add run=NAME for a new one"
+                )
