@@ -297,7 +297,7 @@ class Machine:
 
     def __init__(self, tiny: bool) -> None:
         from rlinvariant.bench import gpu
-        from rlinvariant.report.rundir import environment
+        from rlinvariant.machine import environment
 
         self._known = environment() | {"tiny": tiny, **gpu.environment()}
         self._began, self._start, self._others, self._most = os.getloadavg(), time.perf_counter(), Others(), 0.0

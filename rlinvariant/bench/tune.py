@@ -175,7 +175,7 @@ def _try(tile: Tile) -> str:
 
 
 def _write(path: Path, tiles: dict[str, dict[str, Tile | None]]) -> None:
-    from rlinvariant.report.rundir import environment
+    from rlinvariant.machine import environment
 
     lines = ",\n".join(f"  {json.dumps(shape)}: {json.dumps(by_rows)}" for shape, by_rows in sorted(tiles.items()))
     about = json.dumps(environment() | gpu.environment())

@@ -183,7 +183,7 @@ def prompt_ids(asked: Options, tokenizer: Any) -> list[int]:
 def write(directory: Path, result: dict[str, Any]) -> None:
     """Write demo.html, and demo.json with the environment, which says that the demo is done."""
     from rlinvariant.demo.page import page
-    from rlinvariant.report.rundir import environment
+    from rlinvariant.machine import environment
 
     directory.mkdir(parents=True, exist_ok=True)
     write_atomically(directory / "demo.html", page(result))

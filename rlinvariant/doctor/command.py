@@ -14,7 +14,8 @@ from typing import Any
 from rlinvariant.doctor import engine, kernels, machine, model, packages
 from rlinvariant.doctor.finding import Finding
 from rlinvariant.errors import NOT_EXACT, OK, UserError, one_line
-from rlinvariant.report.rundir import SCHEMA, environment
+from rlinvariant.machine import environment
+from rlinvariant.report.rundir import SCHEMA
 from rlinvariant.text import plural
 
 DESCRIPTION = """Is this machine able to run exact mode, which kernels would be used and why, and what is in the way. One line

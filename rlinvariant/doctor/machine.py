@@ -9,7 +9,7 @@ from rlinvariant import runtime
 from rlinvariant.conflicts import environment_conflicts
 from rlinvariant.doctor.finding import Finding
 from rlinvariant.errors import UserError, one_line
-from rlinvariant.report.rundir import environment
+from rlinvariant.machine import environment
 
 TF32_VARIABLES = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE")
 

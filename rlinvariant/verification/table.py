@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from rlinvariant.report.rundir import environment
+from rlinvariant.machine import environment
 from rlinvariant.verification.relation import Relation
 
 NAME_COLUMNS, COUNT_COLUMNS = 48, 26

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from rlinvariant.machine import environment
 from rlinvariant.metrics import KEYS, onpolicy
-from rlinvariant.report.rundir import SCHEMA, RunDir, _append_lines, environment
+from rlinvariant.report.rundir import SCHEMA, RunDir, _append_lines
 
 ARMS = {"exact": ["invariance=exact"], "drift": ["invariance=off"]}
 Change = Callable[[dict[str, Any]], dict[str, Any]]

@@ -8,7 +8,6 @@ import struct
 import subprocess
 import sys
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,8 +46,10 @@ def history(run: Path) -> list[dict]:
 
     Blocks of 32 KiB hold chunks, each with 7 bytes ahead: checksum, length, kind (1 whole, 2 first, 3 middle, 4 last part).
     """
+    import wandb
     from wandb.proto import wandb_internal_pb2
 
+    wandb.teardown()  # ends W&B's own process, which writes after `finish` has returned
     (file,) = run.glob("*.wandb")
     data, at, record, rows = file.read_bytes(), 7, b"", []  # 7 bytes: what the file is
     while at + 7 <= len(data):
@@ -179,16 +180,10 @@ def test_a_killed_run_is_replayed_whole(tmp_path):
     ]
 
 
-def settled(file: Path) -> None:
-    """Wait for W&B's own process, which writes after `finish` has returned."""
-    size = -1
-    while file.stat().st_size != size or size < 100:
-        size = file.stat().st_size
-        time.sleep(1)
-
-
 def test_a_replay_has_the_id_under_which_the_run_logged_itself_and_leaves_that_log_alone(tmp_path):
     """Whoever sends every offline run to W&B gets one."""
+    import wandb
+
     run = write_run(tmp_path / "run", 0, steps=3)
     config = json.loads(run.config.read_text())
     settings = SimpleNamespace(mode="offline", project="rlinvariant", entity=None, group=None, tags=[])
@@ -199,7 +194,7 @@ def test_a_replay_has_the_id_under_which_the_run_logged_itself_and_leaves_that_l
     finish()
     (live,) = (run.path / "wandb").glob("offline-run-*")
     file = live / f"run-{live.name.rpartition('-')[2]}.wandb"
-    settled(file)
+    wandb.teardown()  # ends W&B's own process, which writes after `finish` has returned
     before = file.read_bytes()
     said = [dashboard.sync(run.path)[0] for _ in range(2)][-1]
     name = live.name.rpartition("-")[2]
@@ -242,6 +237,23 @@ def test_what_is_missing_is_said_with_the_way_to_get_it(tmp_path, monkeypatch):
     for command in (dashboard.sync, dashboard.push):
         with pytest.raises(UserError, match=r"install"):
             command(run)
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_wandb_advertises_nothing(tmp_path, wanted):
+    """Where a client library of its list is imported, as vLLM does, it would; control: neither is silenced."""
+    run = write_run(tmp_path / "run", 0, steps=1)
+    code = (
+        "import json, sys, types; from pathlib import Path; from rlinvariant.report import wandb_log\n"
+        "sys.modules['openai'] = types.ModuleType('openai')\n"
+        "settings = types.SimpleNamespace(mode='offline', project='p', entity=None, group=None, tags=[])\n"
+        f"wandb_log.start(settings, Path({str(tmp_path)!r}), json.loads(Path({str(run.config)!r}).read_text()))[2]()"
+    )
+    switches = ("WANDB_SILENT", "WANDB_DISABLE_WEAVE")
+    environment = {name: value for name, value in os.environ.items() if name not in switches}
+    environment |= dict.fromkeys(switches, "false") if wanted else {}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert ("Weave" in done.stdout + done.stderr) is wanted
 
 
 def test_a_login_that_does_not_work_is_one_line_and_loses_nothing(tmp_path, monkeypatch):

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from rlinvariant.errors import UserError
-from rlinvariant.report.rundir import RunDir, environment, read_metrics
+from rlinvariant.machine import environment
+from rlinvariant.report.rundir import RunDir, read_metrics
 
 WRITER = """
 import sys
@@ -202,7 +203,7 @@ def test_environment_says_where_it_ran_and_imports_nothing_for_it(tmp_path):
     assert set(written["cpu"]["isa"]) >= {"avx512_bf16", "amx_bf16"} and written["cpu"]["model"]
     assert environment()["threads"]["torch"] == torch.get_num_threads()
     code = (
-        "import sys, rlinvariant.report.rundir as r; r.environment(); "
+        "import sys, rlinvariant.machine as m; m.environment(); "
         "print([m for m in ('vllm', 'trl', 'transformers', 'accelerate', 'wandb') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
