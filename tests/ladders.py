@@ -1,5 +1,6 @@
-"""What the op tests share: devices, batch sizes, neighbours, thread counts, yardsticks, and the checks of a relation
-between bits.
+"""What the op tests share: devices, batch sizes, neighbours, thread counts, and the checks of a relation between bits.
+
+How accurate an op must be is in tests/bounded.py.
 
 A check takes the function that it tests, so that each test can hand it a stock or a broken function and see it fail.
 Tensors are made on the default device, which tests/ops/conftest.py sets to that of the test.
@@ -126,17 +127,6 @@ def gradients(f: Function, inputs: tuple[Tensor, ...], seed: int = 99) -> tuple[
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
     outputs = _tuple(f(*leaves))
     return torch.autograd.grad(outputs, leaves, [randn(*y.shape, seed=seed + i).to(y) for i, y in enumerate(outputs)])
-
-
-def assert_as_accurate(ours: Function, stock: Function, exact: Function, *inputs: Tensor, grad: bool = False) -> None:
-    """The error of `ours` against `exact` in fp64 is at most twice that of `stock` on the same inputs, output by output."""
-    run = gradients if grad else lambda f, xs: _tuple(f(*xs))
-    truth = run(exact, tuple(x.double() if x.is_floating_point() else x for x in inputs))
-    for i, (a, b, t) in enumerate(zip(run(ours, inputs), run(stock, inputs), truth, strict=True)):
-        a, b, t = a.double(), b.double(), t.double()
-        # half a ulp (of fp32: every dtype's outputs pass through it) forgives a stock function that happens to be exact
-        allowed = 2 * (b - t).norm() + 2**-24 * t.norm()
-        assert torch.isfinite(a).all() and (a - t).norm() <= allowed, f"output {i}: {(a - t).norm():.3e} > {allowed:.3e}"
 
 
 def assert_registered(operator: torch._ops.OpOverload, *inputs: object) -> None:

@@ -1,29 +1,50 @@
-"""The ops of which sampler and trainer are both made. Each file gives one op's contract: formula, order of summation, bits.
+"""The ops of which sampler and trainer are both made. Each file gives one op's contract: formula, order of summation, bits;
+and beside it `X_ref`, the same formula in plain PyTorch, for tests and benchmarks to measure it by.
 
 Nothing else in a model may sum, and nothing else may call a transcendental function: `models.audit` fails if it does.
 """
 
-from rlinvariant.ops.attention import attention, paged_attention
-from rlinvariant.ops.linear import linear
-from rlinvariant.ops.qk_norm_rope import qk_norm_rope
-from rlinvariant.ops.rms_norm import add_rms_norm, rms_norm
-from rlinvariant.ops.rope import rope
-from rlinvariant.ops.scale_logits import scale_logits
-from rlinvariant.ops.swiglu import swiglu, swiglu_merged
-from rlinvariant.ops.token_logprobs import log_softmax, sample, token_logprobs
+from rlinvariant.ops.attention import attention, attention_ref, paged_attention, paged_attention_ref
+from rlinvariant.ops.linear import linear, linear_ref
+from rlinvariant.ops.qk_norm_rope import qk_norm_rope, qk_norm_rope_ref
+from rlinvariant.ops.rms_norm import add_rms_norm, add_rms_norm_ref, rms_norm, rms_norm_ref
+from rlinvariant.ops.rope import rope, rope_ref
+from rlinvariant.ops.scale_logits import scale_logits, scale_logits_ref
+from rlinvariant.ops.swiglu import swiglu, swiglu_merged, swiglu_merged_ref, swiglu_ref
+from rlinvariant.ops.token_logprobs import (
+    log_softmax,
+    log_softmax_ref,
+    sample,
+    sample_ref,
+    token_logprobs,
+    token_logprobs_ref,
+)
 
 __all__ = [
     "add_rms_norm",
+    "add_rms_norm_ref",
     "attention",
+    "attention_ref",
     "linear",
+    "linear_ref",
     "log_softmax",
+    "log_softmax_ref",
     "paged_attention",
+    "paged_attention_ref",
     "qk_norm_rope",
+    "qk_norm_rope_ref",
     "rms_norm",
+    "rms_norm_ref",
     "rope",
+    "rope_ref",
     "sample",
+    "sample_ref",
     "scale_logits",
+    "scale_logits_ref",
     "swiglu",
     "swiglu_merged",
+    "swiglu_merged_ref",
+    "swiglu_ref",
     "token_logprobs",
+    "token_logprobs_ref",
 ]

@@ -1,10 +1,12 @@
 """Causal attention over packed sequences, and its twin over a paged key-value cache."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
 from rlinvariant.kernels import cpu
-from rlinvariant.ops.register import define, require_dtype
+from rlinvariant.ops.register import define, require_dtype, widened
 
 
 def attention(
@@ -86,6 +88,39 @@ def paged_attention(
     bounds = max_seqlen_q, max_seqlen_k
     _paged_attention(q, kv_cache, block_table, cu_seqlens_q, kv_lens, scale, *bounds, window, softcap, schedule, out)
     return out
+
+
+def attention_ref(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, max_seqlen: int | None = None,
+    window: int | None = None, softcap: float | None = None,
+) -> Tensor:  # fmt: skip
+    """Compute `attention` in plain PyTorch, one matrix of scores per sequence: any float dtype, differentiable by autograd."""
+    group, out = q.shape[1] // k.shape[1], []
+    for first, last in pairwise(cu_seqlens.tolist()):
+        queries, keys, values = (widened(x[first:last]).transpose(0, 1) for x in (q, k, v))
+        keys, values = keys.repeat_interleave(group, 0), values.repeat_interleave(group, 0)
+        s = queries @ keys.mT * scale
+        s = s if softcap is None else torch.tanh(s / softcap) * softcap
+        i, j = torch.arange(last - first, device=q.device)[:, None], torch.arange(last - first, device=q.device)
+        seen = (j <= i) & (j > i - window) if window else j <= i
+        out.append((s.masked_fill(~seen, -torch.inf).softmax(-1) @ values).transpose(0, 1).to(q.dtype))
+    return torch.cat(out) if out else torch.zeros_like(q)
+
+
+def paged_attention_ref(
+    q: Tensor, kv_cache: Tensor, block_table: Tensor, cu_seqlens_q: Tensor, kv_lens: Tensor, scale: float,
+    window: int | None = None, softcap: float | None = None,
+) -> Tensor:  # fmt: skip
+    """Compute `paged_attention` in plain PyTorch: gather a sequence's pages, attend from all positions, keep the last."""
+    out, page = [], kv_cache.shape[2]
+    for b, (first, last) in enumerate(pairwise(cu_seqlens_q.tolist())):
+        length, count = int(kv_lens[b]), last - first
+        at = torch.arange(length, device=q.device)
+        k, v = kv_cache[block_table[b, at // page].long(), :, at % page].chunk(2, -1)
+        queries = torch.cat([q.new_zeros(length - count, *q.shape[1:]), q[first:last]])
+        whole = torch.tensor([0, length])
+        out.append(attention_ref(queries, k, v, whole, scale, None, window, softcap)[length - count :])
+    return torch.cat(out) if out else torch.zeros_like(q)
 
 
 def _check_scores(window: int | None, softcap: float | None) -> None:

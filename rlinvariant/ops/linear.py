@@ -36,6 +36,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _linear(x, weight, bias)
 
 
+def linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Compute `linear` in plain PyTorch: x of any float dtype, in the order of whatever kernel PyTorch takes."""
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
 @functools.cache
 def is_exact(n: int, k: int, dtype: torch.dtype, bias: bool, threads: int) -> bool:
     """Whether the vendor GEMM keeps a row's bits for a weight [n, k], in all sixteen calls that `linear` would make.

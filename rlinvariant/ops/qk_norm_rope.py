@@ -5,9 +5,9 @@ from torch import Tensor
 
 from rlinvariant.ops.register import define
 from rlinvariant.ops.rms_norm import _check as check_rms_norm
-from rlinvariant.ops.rms_norm import rms_norm, rms_norm_backward
+from rlinvariant.ops.rms_norm import rms_norm, rms_norm_backward, rms_norm_ref
 from rlinvariant.ops.rope import _check as check_rope
-from rlinvariant.ops.rope import rope, rope_backward
+from rlinvariant.ops.rope import rope, rope_backward, rope_ref
 
 
 def qk_norm_rope(
@@ -29,6 +29,16 @@ def qk_norm_rope(
     Ref: attention of Qwen3, and with an offset of 1 of Gemma 3, in transformers.
     """
     return _qk_norm_rope(q, k, q_weight, k_weight, cos, sin, eps, offset)
+
+
+def qk_norm_rope_ref(
+    q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos: Tensor, sin: Tensor, eps: float,
+    offset: float | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Compute `qk_norm_rope` in plain PyTorch, with its roundings."""
+    if q_weight is not None and k_weight is not None:
+        q, k = rms_norm_ref(q, q_weight, eps, offset), rms_norm_ref(k, k_weight, eps, offset)
+    return rope_ref(q, cos, sin), rope_ref(k, cos, sin)
 
 
 def _check(q: Tensor, k: Tensor, q_weight, k_weight, cos: Tensor, sin: Tensor, eps: float, offset: float | None) -> None:

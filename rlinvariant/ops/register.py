@@ -24,6 +24,11 @@ def require_dtype(op: str, x: torch.Tensor, dtypes: tuple[torch.dtype, ...] = (t
         raise TypeError(f"{op}: expected {' or '.join(str(d)[6:] for d in dtypes)}, got {str(x.dtype)[6:]}")
 
 
+def widened(x: torch.Tensor) -> torch.Tensor:
+    """Return x in the precision that the references compute in: fp64 stays, anything narrower becomes fp32."""
+    return x if x.dtype is torch.float64 else x.float()
+
+
 def define(
     schema: str,
     *,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rlinvariant.kernels import cpu
-from rlinvariant.ops.register import define, require_dtype
+from rlinvariant.ops.register import define, require_dtype, widened
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float | None = None) -> Tensor:
@@ -48,6 +48,22 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset
     Ref: pre-norm residual stream as in transformers' LlamaDecoderLayer.
     """
     return _add_rms_norm(x, residual, weight, eps, offset)
+
+
+def rms_norm_ref(x: Tensor, weight: Tensor, eps: float, offset: float | None = None) -> Tensor:
+    """Compute `rms_norm` in plain PyTorch, with its roundings: x of any float dtype, differentiable by autograd."""
+    wide = widened(x)
+    y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    w = weight.to(x.dtype)
+    return y.to(x.dtype) * w if offset is None else (y * (offset + w.to(y.dtype))).to(x.dtype)
+
+
+def add_rms_norm_ref(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Compute `add_rms_norm` in plain PyTorch, with its roundings."""
+    total = x + residual
+    return rms_norm_ref(total, weight, eps, offset), total
 
 
 def _check(x: Tensor, weight: Tensor, eps: float, offset: float | None) -> None:

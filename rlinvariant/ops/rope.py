@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from rlinvariant.kernels import cpu
-from rlinvariant.ops.register import define, require_dtype
+from rlinvariant.ops.register import define, require_dtype, widened
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -22,6 +22,14 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Ref: Su et al. 2021, arXiv:2104.09864; halves paired as in transformers' rotate_half.
     """
     return _rope(x, cos, sin, 1.0)
+
+
+def rope_ref(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Compute `rope` in plain PyTorch: x of any float dtype, rounded to it once; the product is not fused with the sum."""
+    half, wide = cos.shape[-1], widened(x)
+    c, s = (t[:, None].to(wide.dtype) for t in (cos, sin))
+    a, b, rest = wide[..., :half], wide[..., half : 2 * half], wide[..., 2 * half :]
+    return torch.cat([a * c - b * s, b * c + a * s, rest], -1).to(x.dtype)
 
 
 def _check(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> None:

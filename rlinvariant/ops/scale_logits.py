@@ -32,6 +32,12 @@ def scale_logits(logits: Tensor, scale: float | None = None, softcap: float | No
     return _scale_logits(logits, scale, softcap)
 
 
+def scale_logits_ref(logits: Tensor, scale: float | None = None, softcap: float | None = None) -> Tensor:
+    """Compute `scale_logits` in plain PyTorch, of any float dtype, with its roundings."""
+    x = logits if scale is None else logits * scale
+    return x if softcap is None else torch.tanh(x / softcap) * softcap
+
+
 def _check_scaling(scale: float | None, softcap: float | None) -> None:
     if softcap is not None and not softcap > 0:
         raise ValueError(f"scale_logits: softcap={softcap}: expected a positive number, or None")

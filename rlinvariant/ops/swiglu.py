@@ -1,10 +1,12 @@
 """Gated activations: of the Llama family (SwiGLU), and of Gemma (the same with GELU for a gate)."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from rlinvariant.kernels import cpu
-from rlinvariant.ops.register import define, require_dtype
+from rlinvariant.ops.register import define, require_dtype, widened
 
 ACTIVATIONS = ("silu", "gelu_tanh")
 
@@ -36,6 +38,21 @@ def swiglu_merged(gate_up: Tensor, activation: str = "silu") -> Tensor:
         activation: as in `swiglu`.
     """
     return _swiglu_merged(gate_up, activation)
+
+
+def swiglu_ref(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
+    """Compute `swiglu` in plain PyTorch, of any float dtype, with its roundings.
+
+    `F.gelu` would form 1 + tanh, which has no digits left for a gate below -6, even in fp64.
+    """
+    wide = widened(gate)
+    u = wide if activation == "silu" else 2 * math.sqrt(2 / math.pi) * (wide + 0.044715 * wide**3)
+    return (wide * torch.sigmoid(u)).to(gate.dtype) * up
+
+
+def swiglu_merged_ref(gate_up: Tensor, activation: str = "silu") -> Tensor:
+    """Compute `swiglu_merged` in plain PyTorch."""
+    return swiglu_ref(*gate_up.chunk(2, -1), activation)
 
 
 def _check(gate: Tensor, up: Tensor, activation: str) -> None:

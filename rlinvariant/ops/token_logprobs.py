@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from rlinvariant.kernels import cpu
-from rlinvariant.ops.linear import add_product, linear
-from rlinvariant.ops.register import define, require_dtype
-from rlinvariant.ops.scale_logits import _check_scaling, scale_logits, scale_logits_backward
+from rlinvariant.ops.linear import add_product, linear, linear_ref
+from rlinvariant.ops.register import define, require_dtype, widened
+from rlinvariant.ops.scale_logits import _check_scaling, scale_logits, scale_logits_backward, scale_logits_ref
 
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 29}  # logits held at a time
 
@@ -80,6 +80,40 @@ def log_softmax(logits: Tensor, temperature: Tensor) -> Tensor:
     _, _, stats = _row_logprobs(logits, None, t)
     # IEEE arithmetic alone from here, so torch gives the bits that the kernels give for one token
     return ((logits.float() / t[:, None]).double() - stats[:, 0:1] - stats[:, 1:2]).float()
+
+
+def log_softmax_ref(logits: Tensor, temperature: Tensor) -> Tensor:
+    """Compute `log_softmax` in plain PyTorch: logits of any float dtype; fp64 if they are, else fp32."""
+    return torch.log_softmax(widened(logits) / torch.where(temperature == 0, 1.0, temperature)[:, None], -1)
+
+
+def token_logprobs_ref(
+    hidden: Tensor, weight: Tensor, token_ids: Tensor, temperature: float, scale: float | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Compute `token_logprobs` in plain PyTorch, holding the whole [T, V]; differentiable by autograd."""
+    logits = scale_logits_ref(linear_ref(hidden, weight), scale, softcap)
+    logprobs = torch.log_softmax(widened(logits) / temperature, -1)
+    return logprobs.gather(-1, token_ids[:, None])[:, 0], -(logprobs.exp() * logprobs).sum(-1)
+
+
+def sample_ref(logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute `sample` in plain PyTorch, in fp64: another token only where u is within rounding of the edge between two."""
+    x, logprobs = widened(logits).double(), log_softmax_ref(logits.double(), temperature)
+    cdf, u = logprobs.exp().cumsum(-1), _uniform(seeds, positions)
+    drawn = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True).clamp(max=logits.shape[-1] - 1)
+    tokens = torch.where(temperature[:, None] == 0, x.argmax(-1, keepdim=True), drawn)
+    return tokens[:, 0], logprobs.gather(1, tokens)[:, 0].float(), (x > x.gather(1, tokens)).sum(1)
+
+
+def _uniform(seeds: Tensor, positions: Tensor) -> Tensor:
+    """u of `sample`, [R] fp64: splitmix64's finaliser, twice; int64 wraps, and shifts are made logical by masks."""
+    z = seeds + (positions + 1) * -0x61C8864680B583EB
+    for _ in range(2):
+        z = (z ^ (z >> 30 & (1 << 34) - 1)) * -0x40A7B892E31B1A47
+        z = (z ^ (z >> 27 & (1 << 37) - 1)) * -0x6B2FB644ECCEEE15
+        z = z ^ (z >> 31 & (1 << 33) - 1)
+    return (z >> 11 & (1 << 53) - 1).double() * 2.0**-53
 
 
 def _row_logprobs_cpu(logits: Tensor, ids: Tensor | None, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from rlinvariant.bits import assert_bits_equal
 from rlinvariant.errors import UserError
 from tests import ladders
-from tests.ops.test_attention import Cache, attend, offsets, operands
+from tests.ops.sequences import Cache, attend, offsets, operands
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("on_gpu")]
 

@@ -24,6 +24,7 @@ BUILDS = {
     "fast": ("-O1", "-march=native", "-ffp-contract=fast", "-fassociative-math", "-freciprocal-math", "-fno-signed-zeros",
              "-fno-trapping-math", "-fno-math-errno", "-fopenmp", "-fPIC", "-shared"),
 }  # fmt: skip
+HASWELL = {"avx2", "fma"} <= set(Path("/proc/cpuinfo").read_text().split())  # whether such a build runs here
 INF, NAN = float("inf"), float("nan")
 
 
@@ -91,7 +92,7 @@ def tanh(x: Tensor, library: ctypes.CDLL | None = None) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("build", ["generic", "haswell"])
 def test_any_vector_width_and_optimisation_gives_the_same_bits(build, dtype, builds, monkeypatch):
-    if build == "haswell" and not ({"avx2", "fma"} <= set(Path("/proc/cpuinfo").read_text().split())):
+    if build == "haswell" and not HASWELL:
         pytest.skip("needs a processor with AVX2 and FMA")
     native, other = (outputs(library, dtype, monkeypatch) for library in (cpu.library(), builds[build]))
     for name in native:
@@ -158,7 +159,7 @@ def test_an_element_does_not_depend_on_its_place(f, builds):
         for at in (0, 1, 13):
             part = x[at : at + n].clone()
             assert_bits_equal(f(part), y[at : at + n], f"{n} elements from {at}")
-    for build in ("generic", "haswell"):
+    for build in ("generic", "haswell") if HASWELL else ("generic",):
         assert_bits_equal(f(x, builds[build]), y, build)
 
 
@@ -235,7 +236,7 @@ def test_two_processes_may_build_at_once(monkeypatch, tmp_path):
     for process in both:
         process.start()
     for process in both:
-        process.join(120)
+        process.join()
         assert process.exitcode == 0
     assert [p.suffix for p in tmp_path.iterdir()] == [".so"]  # one library, no half-written file beside it
 

@@ -1,6 +1,6 @@
 import random
 from collections.abc import Callable
-from itertools import accumulate, pairwise, product
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -11,37 +11,11 @@ from rlinvariant import ops
 from rlinvariant.bits import assert_bits_equal
 from rlinvariant.errors import UserError
 from tests import ladders
-from tests.ladders import DTYPES, LADDER, cpu_only, gpu_only, matrix_dtypes, per_device, randn, randperm
-
-BF16 = torch.bfloat16
-SHAPES = ((2, 1, 32), (4, 2, 64), (3, 3, 80), (4, 1, 96), (2, 2, 128))  # heads, kv_heads, head_dim
-# Of a GPU: Llama 3.2 1B (64), Qwen3 0.6B and 1.7B (128), groups of one, of seven (Qwen2.5 0.5B), and head_dim 256.
-GPU_SHAPES = ((32, 8, 64), (14, 2, 64), (16, 8, 128), (3, 3, 128), (4, 1, 256))
-LENGTHS = (3, 127, 1, 128, 33, 129)  # 127-129: FlashAttention's tile; 33: one query more than cpu.c's block
-NAN, INF = float("nan"), float("inf")
-# FlashAttention multiplies the values of masked keys by a weight of 0, so NaN and Inf in a value (not in a key) reach the rows
-# of its tile: on a GPU the promise is about finite values.
-UNUSED = {"cpu": NAN, "cuda": 3e38}  # what fills the slots of a cache that no token fills
+from tests.ladders import DTYPES, LADDER, cpu_only, gpu_only, matrix_dtypes, per_device, randn
+from tests.ops.sequences import BF16, GPU_SHAPES, INF, LENGTHS, NAN, SHAPES, Cache, attend, offsets, operands
 
 shapes = per_device("shape, dtype", product(SHAPES, DTYPES), product(GPU_SHAPES, [BF16]))
 decode_shapes = per_device("shape, dtype", product([(4, 2, 64)], DTYPES), product(GPU_SHAPES, [BF16]))
-
-
-def offsets(lengths: tuple[int, ...] | list[int]) -> Tensor:
-    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-
-
-def operands(tokens: int, shape: tuple[int, int, int], dtype: torch.dtype = BF16) -> tuple[Tensor, Tensor, Tensor]:
-    heads, kv_heads, dim = shape
-    return (
-        randn(tokens, heads, dim, dtype=dtype),
-        randn(tokens, kv_heads, dim, dtype=dtype, seed=1),
-        randn(tokens, kv_heads, dim, dtype=dtype, seed=2),
-    )
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...] | list[int] | None = None) -> Tensor:
-    return ops.attention(q, k, v, offsets([len(q)] if lengths is None else lengths), q.shape[-1] ** -0.5)
 
 
 def stock(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...] | list[int] | None = None) -> Tensor:
@@ -50,33 +24,6 @@ def stock(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...] | list[int] 
         one = (x[a:b].transpose(0, 1)[None] for x in (q, k, v))
         out.append(F.scaled_dot_product_attention(*one, is_causal=True, enable_gqa=True)[0].transpose(0, 1))
     return torch.cat(out)
-
-
-class Cache:
-    """Keys and values of sequences in pages of a pool, in a random order; the slots that no token fills are poisoned."""
-
-    def __init__(self, k: Tensor, v: Tensor, lengths: tuple[int, ...] | list[int], page: int, seed: int = 0) -> None:
-        widths = [-(-n // page) for n in lengths]
-        order = randperm(sum(widths) + 3, seed).int()
-        self.pages = k.new_full((len(order), k.shape[1], page, 2 * k.shape[2]), UNUSED[k.device.type])
-        self.table = torch.full((len(lengths), max(widths, default=0) + 1), int(order[-1]), dtype=torch.int32)
-        self.starts, used = offsets(lengths).tolist(), 0
-        for b, (start, width, n) in enumerate(zip(self.starts, widths, lengths, strict=False)):
-            self.table[b, :width] = order[used : used + width]
-            used += width
-            at = torch.arange(n)
-            self.pages[self.table[b, at // page], :, at % page] = torch.cat([k, v], -1)[start : start + n]
-
-    def attend(self, q: Tensor, asked: list[tuple[int, int, int]], **options: object) -> Tensor:
-        """Queries first..last of each (sequence, first, last), in one call; keys from last on have not been written yet."""
-        rows = self.expected(q, asked)
-        table = self.table[[b for b, _, _ in asked]]
-        lens = torch.tensor([last for _, _, last in asked], dtype=torch.int32)
-        cu = offsets([last - first for _, first, last in asked])
-        return ops.paged_attention(rows, self.pages, table, cu, lens, q.shape[-1] ** -0.5, **options)
-
-    def expected(self, out: Tensor, asked: list[tuple[int, int, int]]) -> Tensor:
-        return torch.cat([out[self.starts[b] + first : self.starts[b] + last] for b, first, last in asked])
 
 
 def assert_prefix_invariant(f: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -254,35 +201,12 @@ def test_grouped_queries_have_the_bits_of_repeated_keys(dtype):
     assert ladders.differs(attend(q, k.flip(1), v.flip(1), (20, 40)), repeated)
 
 
-@shapes
-def test_attention_matches_float64(shape, dtype):
-    lengths = (33, 1, 70)
-    inputs = operands(sum(lengths), shape, dtype)
-    for grad in (False, True):
-        ladders.assert_as_accurate(*(lambda *x, f=f: f(*x, lengths) for f in (attend, stock, stock)), *inputs, grad=grad)
-
-
-@per_device("dtype", [torch.float32], [BF16])
-def test_attention_is_accurate_over_long_sequences(dtype):
-    inputs = operands(1500, (1, 1, 64), dtype)
-    ladders.assert_as_accurate(attend, stock, stock, *inputs)
-    ladders.assert_as_accurate(attend, stock, stock, *inputs, grad=True)
-
-
 @matrix_dtypes
 def test_the_scale_multiplies_the_scores(dtype):
     q, k, v = operands(20, (2, 1, 64), dtype)
     half = ops.attention(q, k, v, offsets([20]), 0.5 * 64**-0.5)
     assert_bits_equal(ops.attention(q / 2, k, v, offsets([20]), 64**-0.5), half, "q / 2")  # a power of two is exact
     assert_bits_equal(attend(q, k, v)[:1], v[:1].expand(-1, 2, -1), "one key: its value")
-
-
-@per_device("dtype, tolerance", [(torch.float32, 1e-4)], [(BF16, 1e-2)])
-def test_large_scores_do_not_overflow(dtype, tolerance):
-    q, k, v = operands(40, (2, 1, 64), dtype)
-    q, k = q * 1e4, k * 1e4
-    expected = stock(q.double(), k.double(), v.double()).to(dtype)
-    torch.testing.assert_close(attend(q, k, v), expected, rtol=tolerance, atol=tolerance)
 
 
 @cpu_only

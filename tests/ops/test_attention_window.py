@@ -15,7 +15,7 @@ from rlinvariant.bits import assert_bits_equal
 from rlinvariant.errors import UserError
 from tests import ladders
 from tests.ladders import DTYPES, cpu_only, dtype_name, gpu_only, randn
-from tests.ops.test_attention import LENGTHS, UNUSED, Cache, offsets, operands
+from tests.ops.sequences import LENGTHS, UNUSED, Cache, offsets, operands
 
 SHAPES = ((4, 2, 64), (3, 3, 80))  # heads, kv_heads, head_dim
 # one key; around a vector of cpu.c (16) and multiples of its block of queries (32); all keys
@@ -30,21 +30,6 @@ FORMS = ((7, None), (None, 2.0), (20, 2.0))
 def attend(q: Tensor, k: Tensor, v: Tensor, lengths=None, window: int | None = None, softcap: float | None = None) -> Tensor:
     cu = offsets([len(q)] if lengths is None else lengths)
     return ops.attention(q, k, v, cu, q.shape[-1] ** -0.5, None, window, softcap)
-
-
-def stock(q: Tensor, k: Tensor, v: Tensor, lengths=None, window: int | None = None, softcap: float | None = None) -> Tensor:
-    """The formula, in fp32 (fp64), with the mask that transformers builds for `sliding_window`."""
-    out = []
-    for a, b in pairwise(offsets([len(q)] if lengths is None else lengths).tolist()):
-        one = (x[a:b].transpose(0, 1) for x in (q, k, v))
-        wide, keys, values = (x if x.dtype is torch.float64 else x.float() for x in one)
-        keys, values = (x.repeat_interleave(q.shape[1] // k.shape[1], 0) for x in (keys, values))
-        s = wide @ keys.mT * q.shape[-1] ** -0.5
-        s = s if softcap is None else torch.tanh(s / softcap) * softcap
-        i, j = torch.arange(b - a)[:, None], torch.arange(b - a)
-        seen = (j <= i) & (j > i - window) if window else j <= i
-        out.append((s.masked_fill(~seen, -torch.inf).softmax(-1) @ values).transpose(0, 1).to(q.dtype))
-    return torch.cat(out)
 
 
 @cpu_only
@@ -182,17 +167,6 @@ def test_keys_before_the_window_do_not_leak(value, dtype):
     assert_bits_equal(out[:30], clean[:30], "before")
     assert_bits_equal(out[50:], clean[50:], "from the first row whose window has left it")
     assert all(ladders.differs(out[i], clean[i]) for i in range(30, 50))  # control
-
-
-@cpu_only
-@pytest.mark.parametrize("form", FORMS)
-@dtypes
-def test_windows_and_bounded_scores_match_float64(form, dtype):
-    lengths, inputs = (33, 1, 70), operands(104, (4, 2, 64), dtype)
-    f, g = (lambda *x, f=f: f(*x, lengths, *form) for f in (attend, stock))
-    for grad in (False, True):
-        ladders.assert_as_accurate(f, g, g, *inputs, grad=grad)
-    assert ladders.differs(f(*inputs), attend(*inputs, lengths))  # control: the form does something
 
 
 @cpu_only

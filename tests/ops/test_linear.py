@@ -8,7 +8,8 @@ from torch import Tensor
 
 from rlinvariant import ops
 from rlinvariant.bits import assert_bits_equal
-from tests import ladders
+from tests import bounds, ladders
+from tests.bounded import Arithmetic, Bounded, assert_accurate, assert_found, coarse_sum, slope_scaled
 from tests.ladders import DTYPES, LADDER, cancelling, cpu_only, dtype_name, matrix_dtypes, per_device, randn, threads
 
 module = importlib.import_module("rlinvariant.ops.linear")  # the package attribute of this name is the function
@@ -150,22 +151,57 @@ def test_written_linear_is_thread_invariant():
 @route_dtypes
 def test_linear_matches_float64(dtype, route):
     x, w, b = randn(40, 3083, dtype=dtype), randn(66, 3083, dtype=dtype, seed=1), randn(66, dtype=dtype, seed=2)
-    ladders.assert_as_accurate(ops.linear, F.linear, F.linear, x, w, b)
+    assert_accurate(ops.linear, ops.linear_ref, bounds.linear, x, w, b)
+    assert_accurate(ops.linear, ops.linear_ref, bounds.linear, x, w)
+
+
+def gradient_operands(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    return randn(3, 7, 200, dtype=dtype), randn(66, 200, dtype=dtype, seed=1), randn(66, dtype=dtype, seed=2)
+
+
+def gradient_bounds(a: Arithmetic, x: Bounded, w: Bounded, b: Bounded, dy: Bounded) -> bounds.Bounds:
+    return bounds.linear_backward(a, x, w, dy)
 
 
 @matrix_dtypes
 def test_linear_gradients_match_float64(dtype):
-    x, w, b = randn(3, 7, 200, dtype=dtype), randn(66, 200, dtype=dtype, seed=1), randn(66, dtype=dtype, seed=2)
-    ladders.assert_as_accurate(ops.linear, F.linear, F.linear, x, w, b, grad=True)
+    x, w, b = gradient_operands(dtype)
+    assert_accurate(ops.linear, ops.linear_ref, gradient_bounds, x, w, b, grad=True)
+    without_bias = lambda a, x, w, dy: bounds.linear_backward(a, x, w, dy, bias=False)  # noqa: E731
+    assert_accurate(ops.linear, ops.linear_ref, without_bias, x, w, grad=True)
 
 
-@cpu_only
-def test_linear_passes_gradcheck_of_its_formulas():
-    """In fp32 the gradients are those of autograd through the stock function, with and without a bias."""
-    x, w, b = randn(2, 5, 30), randn(8, 30, seed=1), randn(8, seed=2)
-    for inputs in ((x, w), (x, w, b)):
-        for ours, stock in zip(ladders.gradients(ops.linear, inputs), ladders.gradients(F.linear, inputs), strict=True):
-            torch.testing.assert_close(ours, stock, rtol=1e-5, atol=1e-5)
+FAULTS = {  # each in a function of x, w, b
+    "sum in bf16": lambda x, w, b: (coarse_sum(x[:, None].float() * w.float(), -1) + b.float()).to(x.dtype),
+    "last term dropped": lambda x, w, b: ops.linear_ref(x[:, :-1], w[:, :-1], b),
+    "last row dropped": lambda x, w, b: F.pad(ops.linear_ref(x[:-1], w, b), (0, 0, 0, 1)),
+    "no bias": lambda x, w, b: ops.linear_ref(x, w),
+    "2 % too large": lambda x, w, b: 1.02 * ops.linear_ref(x, w, b),
+}
+
+
+@matrix_dtypes
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_bound_finds_a_fault(fault, dtype):
+    x, w, b = randn(40, 3083, dtype=dtype), randn(66, 3083, dtype=dtype, seed=1), randn(66, dtype=dtype, seed=2)
+    assert_found(lambda f: assert_accurate(f, ops.linear_ref, bounds.linear, x, w, b), ops.linear, FAULTS[fault])
+
+
+GRADIENT_FAULTS = {
+    "2 % too large": slope_scaled(ops.linear_ref, 1.02),
+    "last term of dx dropped": lambda x, w, b: torch.cat(
+        [ops.linear_ref(x, w[:-1], b[:-1]), ops.linear_ref(x.detach(), w[-1:], b[-1:])], -1
+    ),
+    "last row dropped": lambda x, w, b: torch.cat([ops.linear_ref(x[:2], w, b), ops.linear_ref(x, w, b)[2:].detach()]),
+}
+
+
+@matrix_dtypes
+@pytest.mark.parametrize("fault", GRADIENT_FAULTS)
+def test_the_bound_of_gradients_finds_a_fault(fault, dtype):
+    operands = gradient_operands(dtype)
+    check = lambda f: assert_accurate(f, ops.linear_ref, gradient_bounds, *operands, grad=True)  # noqa: E731
+    assert_found(check, ops.linear, GRADIENT_FAULTS[fault])
 
 
 @route_dtypes

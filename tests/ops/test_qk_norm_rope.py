@@ -1,9 +1,12 @@
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
 from rlinvariant import ops
-from tests import ladders
+from tests import bounds, ladders
+from tests.bounded import Arithmetic, Bounded, assert_accurate, assert_found, exact
 from tests.ladders import DTYPES, dtype_name, randn
 
 SHAPES = ((16, 8, 128, 64), (3, 1, 64, 32), (2, 2, 96, 20))  # query heads, key heads, dim, half of the rotary columns
@@ -51,6 +54,23 @@ def test_heads_of_a_merged_projection_are_read_in_place(dtype):
     q_slice, k_slice = parts[0].view(33, heads, dim), parts[1].view(33, kv_heads, dim)
     assert not k_slice.is_contiguous()
     ladders.assert_same(together(q_slice, k_slice, weights, cos, sin), together(q, k, weights, cos, sin), "slices")
+
+
+@pytest.mark.parametrize("offset", [None, 1.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_qk_norm_rope_matches_float64(dtype, offset):
+    q, k, _, cos, sin = operands(33, SHAPES[2], dtype, True)
+    w = randn(SHAPES[2][2], dtype=dtype, seed=4)
+
+    def call(f: Callable) -> Callable:
+        return lambda q, k, w: f(q, k, w, w, cos, sin, EPS, offset)
+
+    def bound(a: Arithmetic, q: Bounded, k: Bounded, w: Bounded) -> bounds.Bounds:
+        normed = (bounds.rms_norm(a, x, w, EPS, offset)[0] for x in (q, k))
+        return tuple(bounds.rope(a, x, exact(cos), exact(sin))[0] for x in normed)
+
+    check = lambda f: assert_accurate(call(f), call(ops.qk_norm_rope_ref), bound, q, k, w)  # noqa: E731
+    assert_found(check, ops.qk_norm_rope, lambda q, k, *rest: ops.qk_norm_rope_ref(q, k.roll(1, 1), *rest))
 
 
 @pytest.mark.parametrize("offset", [None, 1.0])

@@ -1,3 +1,6 @@
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -5,17 +8,12 @@ from torch import Tensor
 
 from rlinvariant import ops
 from rlinvariant.bits import assert_bits_equal
-from tests import ladders
+from tests import bounds, ladders
+from tests.bounded import Arithmetic, Bounded, assert_accurate, assert_found, coarse_sum, slope_scaled
 from tests.ladders import DTYPES, cpu_only, dtype_name, randn
 
 EPS = 1e-6
 WIDTHS = (3072, 3083, 100, 7)  # a long row; no multiple of 16; one vector and a tail; less than a vector
-
-
-def stock(x: Tensor, weight: Tensor) -> Tensor:
-    """transformers' LlamaRMSNorm."""
-    wide = x if x.dtype is torch.float64 else x.float()
-    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)).to(x.dtype)
 
 
 def norm(x: Tensor, weight: Tensor) -> Tensor:
@@ -26,18 +24,18 @@ def offset_norm(x: Tensor, weight: Tensor) -> Tensor:
     return ops.rms_norm(x, weight, EPS, 1.0)
 
 
-def gemma(x: Tensor, weight: Tensor, offset: float = 1.0) -> Tensor:
-    """transformers' Gemma2RMSNorm; with an offset of 0, its Olmo2RMSNorm."""
-    wide = x if x.dtype is torch.float64 else x.float()
-    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS) * (offset + weight.to(wide.dtype))).to(x.dtype)
-
-
 def add_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return ops.add_rms_norm(x, residual, weight, EPS)
 
 
-def stock_add_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    return stock(x + residual, weight), x + residual
+def stock(x: Tensor, weight: Tensor) -> Tensor:
+    """transformers' LlamaRMSNorm."""
+    return ops.rms_norm_ref(x, weight, EPS)
+
+
+def gemma(x: Tensor, weight: Tensor, offset: float = 1.0) -> Tensor:
+    """transformers' Gemma2RMSNorm; with an offset of 0, its Olmo2RMSNorm."""
+    return ops.rms_norm_ref(x, weight, EPS, offset)
 
 
 def changes_at_256_rows(x: Tensor, weight: Tensor) -> Tensor:
@@ -133,21 +131,81 @@ def test_heads_in_a_merged_projection_are_read_in_place(dtype):
         assert_bits_equal(norm(batched, w), norm(batched.clone(), w), "[B, H, T, D]")
 
 
+def assert_norm_accurate(f: Callable, offset: float | None, *inputs: Tensor, grad: bool = False) -> None:
+    """f(x, w, eps, offset), or f(x, r, w, eps, offset) of the sum of x and r."""
+    ours, ref = (
+        partial(g, eps=EPS, offset=offset) for g in (f, ops.rms_norm_ref if len(inputs) == 2 else ops.add_rms_norm_ref)
+    )
+    form = {"eps": EPS, "offset": offset}
+
+    def bound(a: Arithmetic, *operands: Bounded) -> bounds.Bounds:
+        if len(inputs) == 2:
+            return (bounds.rms_norm_backward if grad else bounds.rms_norm)(a, *operands, **form)
+        x, r, w, *gradients = operands
+        total = (x + r).to(a.dtype)
+        if not grad:
+            return *bounds.rms_norm(a, total, w, **form), total
+        dx, dw = bounds.rms_norm_backward(a, total, w, gradients[0], **form, dtotal=gradients[1])
+        return dx, dx, dw
+
+    assert_accurate(ours, ref, bound, *inputs, grad=grad)
+
+
+@pytest.mark.parametrize("offset", [None, 1.0, 0.0])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("width", WIDTHS)
-def test_rms_norm_matches_float64(width, dtype):
+def test_rms_norm_matches_float64(width, dtype, offset):
     x, r, w = (randn(33, width, dtype=dtype, seed=i) for i in range(3))
     x[5] = 0  # only eps keeps this row finite
     r[5] = 0
     for grad in (False, True):
-        ladders.assert_as_accurate(norm, stock, stock, x, w[0], grad=grad)
-        ladders.assert_as_accurate(add_norm, stock_add_norm, stock_add_norm, x, r, w[0], grad=grad)
+        assert_norm_accurate(ops.rms_norm, offset, x, w[0], grad=grad)
+        assert_norm_accurate(ops.add_rms_norm, offset, x, r, w[0], grad=grad)
 
 
 def test_weight_gradient_is_accurate_over_many_rows():
     """A sum over tokens in one fp32 accumulator would lose a bit per fourfold batch."""
     x, w = randn(4096, 65), randn(65, seed=1)
-    ladders.assert_as_accurate(norm, stock, stock, x, w, grad=True)
+    assert_norm_accurate(ops.rms_norm, None, x, w, grad=True)
+
+
+def by_hand(mean: Callable[[Tensor], Tensor]) -> Callable:
+    """The norm with another mean of squares."""
+
+    def planted(x: Tensor, weight: Tensor, eps: float, offset: float | None) -> Tensor:
+        y = x.float() * torch.rsqrt(mean(x.float().square())[..., None] + eps)
+        return y.to(x.dtype) * weight if offset is None else (y * (offset + weight.float())).to(x.dtype)
+
+    return planted
+
+
+def one_short(x: Tensor, weight: Tensor, eps: float, offset: float | None) -> Tensor:
+    """Planted fault: the last row adds nothing to dweight."""
+    return torch.cat([ops.rms_norm_ref(x[:-1], weight, eps, offset), ops.rms_norm_ref(x[-1:], weight.detach(), eps, offset)])
+
+
+FAULTS = {  # whether of gradients
+    "sum in bf16": (by_hand(lambda t: coarse_sum(t, -1) / t.shape[-1]), False),
+    "last column dropped": (by_hand(lambda t: t[..., :-1].sum(-1) / t.shape[-1]), False),
+    "1.02 times the mean": (by_hand(lambda t: t.mean(-1) * 1.02), False),
+    "no eps": (lambda x, w, eps, offset: ops.rms_norm_ref(x, w, 0.0, offset), False),
+    "mean held constant": (by_hand(lambda t: t.mean(-1).detach()), True),
+    "2 % too large": (lambda *args, **form: slope_scaled(partial(ops.rms_norm_ref, **form), 1.02)(*args), True),
+    "last row dropped": (one_short, True),
+}
+
+
+@pytest.mark.parametrize("offset", [None, 1.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_bound_finds_a_fault(fault, dtype, offset):
+    planted, grad = FAULTS[fault]
+    x, w = (
+        randn(33, 333 if fault == "sum in bf16" else 20, dtype=dtype),
+        randn(333, dtype=dtype, seed=2)[: 333 if fault == "sum in bf16" else 20],
+    )
+    x[5] = 0
+    assert_found(lambda f: assert_norm_accurate(f, offset, x, w, grad=grad), ops.rms_norm, planted)
 
 
 def test_rounding_is_that_of_transformers():
@@ -160,18 +218,11 @@ def test_rounding_is_that_of_transformers():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("width", WIDTHS)
-def test_a_norm_with_an_offset_matches_float64(width, dtype):
+def test_add_rms_norm_with_an_offset_is_the_norm_of_the_sum(width, dtype):
     x, r, w = (randn(33, width, dtype=dtype, seed=i) for i in range(3))
-    x[5] = 0
     for offset in (1.0, 0.0):
-        ours, stock = (lambda x, w, o=offset: ops.rms_norm(x, w, EPS, o)), (lambda x, w, o=offset: gemma(x, w, o))
-        add = lambda x, r, w, o=offset: ops.add_rms_norm(x, r, w, EPS, o)  # noqa: E731
-        stock_add = lambda x, r, w, o=offset: (gemma(x + r, w, o), x + r)  # noqa: E731
-        for grad in (False, True):
-            ladders.assert_as_accurate(ours, stock, stock, x, w[0], grad=grad)
-            ladders.assert_as_accurate(add, stock_add, stock_add, x, r, w[0], grad=grad)
-        y, total = add(x, r, w[0])
-        assert_bits_equal(y, ours(total, w[0]), "norm of the sum")
+        y, total = ops.add_rms_norm(x, r, w[0], EPS, offset)
+        assert_bits_equal(y, ops.rms_norm(total, w[0], EPS, offset), "norm of the sum")
 
 
 @pytest.mark.parametrize("offset", [1.0, 0.0])

@@ -4,7 +4,8 @@ from torch import Tensor
 
 from rlinvariant import ops
 from rlinvariant.bits import assert_bits_equal
-from tests import ladders
+from tests import bounds, ladders
+from tests.bounded import Arithmetic, Bounded, assert_accurate, assert_found, exact
 from tests.ladders import DTYPES, cpu_only, dtype_name, randn
 
 SHAPES = ((3, 64, 32), (2, 80, 20), (1, 96, 48), (2, 128, 64), (1, 32, 0))  # heads, dim, half of the rotary columns
@@ -35,9 +36,7 @@ def scalar_tail(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def turn_x(f, cos: Tensor, sin: Tensor):
     """f of x alone: no gradient is promised for cos and sin."""
-    return lambda x: f(
-        x, cos.to(x.dtype) if x.dtype is torch.float64 else cos, sin.to(x.dtype) if x.dtype is torch.float64 else sin
-    )
+    return lambda x: f(x, cos, sin)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
@@ -67,14 +66,38 @@ def test_rope_is_thread_invariant(dtype):
 def test_rope_matches_float64(shape, dtype):
     x, cos, sin = operands(50, shape, dtype)
     for grad in (False, True):
-        ladders.assert_as_accurate(turn_x(ops.rope, cos, sin), turn_x(stock, cos, sin), turn_x(stock, cos, sin), x, grad=grad)
+        assert_rope_accurate(turn_x(ops.rope, cos, sin), x, cos, sin, grad)
+
+
+def assert_rope_accurate(f, x: Tensor, cos: Tensor, sin: Tensor, grad: bool) -> None:
+    def bound(a: Arithmetic, x: Bounded, *dy: Bounded) -> bounds.Bounds:
+        return bounds.rope(a, dy[0], exact(cos), exact(-sin)) if grad else bounds.rope(a, x, exact(cos), exact(sin))
+
+    assert_accurate(f, turn_x(ops.rope_ref, cos, sin), bound, x, grad=grad)
+
+
+FAULTS = {
+    "cos and sin in bf16": lambda x, cos, sin: ops.rope_ref(x, cos.bfloat16(), sin.bfloat16()),
+    "turned back": lambda x, cos, sin: ops.rope_ref(x, cos, -sin),
+    "the angle of the next token": lambda x, cos, sin: ops.rope_ref(x, cos.roll(-1, 0), sin.roll(-1, 0)),
+    "a product dropped": lambda x, cos, sin: x * torch.cat([cos, cos], -1)[:, None].to(x.dtype),
+}
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["output", "gradient"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_bound_finds_a_fault(fault, dtype, grad):
+    x, cos, sin = operands(50, (3, 64, 32), dtype)
+    check = lambda f: assert_rope_accurate(f, x, cos, sin, grad)  # noqa: E731
+    assert_found(check, turn_x(ops.rope, cos, sin), turn_x(FAULTS[fault], cos, sin))
 
 
 def test_rope_rounds_to_bf16_once():
     x, cos, sin = operands(50, (2, 128, 64), torch.bfloat16)
-    exact = stock(x.double(), cos.double(), sin.double()).float().bfloat16()
-    assert (ops.rope(x, cos, sin) != exact).float().mean() < 1e-3  # where a product in fp32 falls on a tie of bf16
-    assert (stock(x, cos, sin) != exact).float().mean() > 0.05  # control: three roundings
+    once = ops.rope_ref(x.double(), cos, sin).float().bfloat16()
+    assert (ops.rope(x, cos, sin) != once).float().mean() < 1e-3  # where a product in fp32 falls on a tie of bf16
+    assert (stock(x, cos, sin) != once).float().mean() > 0.05  # control: three roundings
 
 
 def test_rope_turns_back():

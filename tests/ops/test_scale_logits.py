@@ -1,20 +1,22 @@
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
 
 from rlinvariant import ops
 from rlinvariant.bits import assert_bits_equal
-from tests import ladders
+from tests import bounds, ladders
+from tests.bounded import assert_accurate, assert_found, slope_scaled
 from tests.ladders import DTYPES, cpu_only, dtype_name, matrix_dtypes, per_device, randint, randn
+from tests.ops.test_token_logprobs_accuracy import assert_logprobs_accurate
 
 FORMS = ((0.3, None), (None, 30.0), (0.0625, 5.0))  # Granite's and Cohere's, Gemma 2's, both
 forms = pytest.mark.parametrize("form", FORMS)
 
 
-def stock(x: Tensor, scale: float | None, softcap: float | None) -> Tensor:
-    """transformers' lines, one rounding each."""
-    x = x if scale is None else x * scale
-    return x if softcap is None else torch.tanh(x / softcap) * softcap
+stock = ops.scale_logits_ref  # transformers' lines, one rounding each
 
 
 def operands(rows: int, width: int, dtype: torch.dtype) -> Tensor:
@@ -58,9 +60,36 @@ def test_scale_logits_is_thread_invariant():
 @forms
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_scale_logits_matches_float64(dtype, form):
-    ours, theirs = (lambda x, f=f: f(x, *form) for f in (ops.scale_logits, stock))
     for grad in (False, True):
-        ladders.assert_as_accurate(ours, theirs, theirs, operands(64, 333, dtype), grad=grad)
+        assert_scaling_accurate(ops.scale_logits, form, dtype, grad)
+
+
+def assert_scaling_accurate(f: Callable, form: tuple[float | None, float | None], dtype: torch.dtype, grad: bool) -> None:
+    scaling = {"scale": form[0], "softcap": form[1]}
+    bound = bounds.scale_logits_backward if grad else bounds.scale_logits
+    ours, ref = (partial(g, **scaling) for g in (f, stock))
+    assert_accurate(ours, ref, partial(bound, **scaling), operands(64, 333, dtype), grad=grad)
+
+
+FAULTS = {  # whether of gradients, and in which dtypes it shows
+    "tanh in bf16": (lambda x, scale, softcap: stock(x.bfloat16(), scale, softcap).float(), False, [torch.float32]),
+    "not scaled": (lambda x, scale, softcap: stock(x, None, softcap), False, DTYPES),
+    "capped and then scaled": (lambda x, scale, softcap: stock(stock(x, None, softcap), scale), False, DTYPES),
+    "3 % too large": (lambda x, scale, softcap: stock(x, scale, softcap) * 1.03, False, DTYPES),
+    "slope of 3 % too much": (
+        lambda x, scale, softcap: slope_scaled(lambda x: stock(x, scale, softcap), 1.03)(x),
+        True,
+        DTYPES,
+    ),
+    "slope of the scale alone": (lambda x, scale, softcap: x * scale + (stock(x, scale, softcap) - x).detach(), True, DTYPES),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_bound_finds_a_fault(fault):
+    planted, grad, dtypes = FAULTS[fault]
+    for dtype in dtypes:
+        assert_found(lambda f, d=dtype: assert_scaling_accurate(f, (0.3, 5.0), d, grad), ops.scale_logits, planted)
 
 
 def test_rounding_is_that_of_transformers():
@@ -104,16 +133,8 @@ def test_trainer_matches_sampler(dtype, form):
 def test_gradients_of_token_logprobs_match_float64(dtype, form):
     hidden, weight, ids = randn(33, 64, dtype=dtype), randn(500, 64, dtype=dtype, seed=1), randint(500, 33, seed=2)
 
-    def reference(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        logits = stock(hidden @ weight.t(), *form)
-        logp = torch.log_softmax((logits if logits.dtype is torch.float64 else logits.float()) / 0.7, -1)
-        return logp.gather(-1, ids[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
-
-    def ours(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        return ops.token_logprobs(hidden, weight, ids, 0.7, *form)
-
     for grad in (False, True):
-        ladders.assert_as_accurate(ours, reference, reference, hidden, weight, grad=grad)
+        assert_logprobs_accurate(ops.token_logprobs, hidden, weight, ids, 0.7, *form, grad=grad)
 
 
 def test_neither_is_the_same_tensor():

@@ -1,0 +1,138 @@
+"""Log-probs, entropies and their gradients against float64."""
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlinvariant import ops
+from tests import bounds, ladders
+from tests.bounded import Arithmetic, Bounded, assert_accurate, assert_found, coarse_sum, exact, slope_scaled
+from tests.ladders import matrix_dtypes, per_device
+from tests.ops.test_token_logprobs import TEMPERATURES, VOCABS, operands, spikes, stock, widest
+
+
+def assert_logprobs_accurate(
+    f: Callable, hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float, *scaling: float | None, grad: bool = False,
+    output: int | None = None,
+) -> None:  # fmt: skip
+    """Log-probs and entropies together, or one `output` of the two."""
+
+    def run(g: Callable) -> Callable:
+        whole = lambda h, w: g(h, w, ids, temperature, *scaling)  # noqa: E731
+        return whole if output is None else lambda h, w: whole(h, w)[output]
+
+    def bound(a: Arithmetic, h: Bounded, w: Bounded, *gradients: Bounded) -> bounds.Bounds:
+        if not grad:
+            both = bounds.token_logprobs(a, h, w, ids, temperature, *scaling)
+            return both if output is None else (both[output],)
+        if output is not None:
+            gradients = tuple(exact(torch.zeros(len(ids))) if i != output else gradients[0] for i in range(2))
+        return bounds.token_logprobs_backward(a, h, w, *gradients, ids, temperature, *scaling)
+
+    assert_accurate(run(f), run(stock), bound, hidden, weight, grad=grad)
+
+
+@matrix_dtypes
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("vocab", [v for v in VOCABS if 1 < v < 32000])
+def test_logprobs_and_entropy_match_float64(vocab, temperature, dtype):
+    """From logits that are exact: what is measured is the softmax."""
+    hidden, weight, ids = operands(20, vocab, dtype)
+    logits, t = ops.linear(hidden, weight), torch.full((20,), temperature)
+    softmax = partial(bounds.log_softmax, temperature=temperature)
+    assert_accurate(
+        lambda x: ops.log_softmax(x, t), lambda x: ops.log_softmax_ref(x, t.double().fill_(temperature)), softmax, logits
+    )
+    if vocab > 100:
+        return
+    identity = torch.eye(vocab, dtype=dtype)
+    for grad in (False, True):
+        bound = bounds.row_logprobs_backward if grad else bounds.row_logprobs
+        assert_accurate(
+            *(lambda x, f=f: f(x, identity.to(x.dtype), ids, temperature) for f in (ops.token_logprobs, stock)),
+            lambda a, x, *dy, b=bound: b(a, x, *dy, ids=ids, temperature=temperature), logits, grad=grad,
+        )  # fmt: skip
+
+
+@matrix_dtypes
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("vocab", [17, 4097])
+def test_token_logprobs_and_their_gradients_match_float64(vocab, temperature, dtype):
+    """Of log-probs and entropy together, for hidden states and weight."""
+    hidden, weight, ids = operands(20, vocab, dtype)
+    for grad in (False, True):
+        assert_logprobs_accurate(ops.token_logprobs, hidden, weight, ids, temperature, grad=grad)
+
+
+@widest
+@pytest.mark.parametrize("output", [0, 1])
+def test_each_gradient_alone_matches_float64(output, dtype):
+    """The gradient of the log-probs without the entropy's, and the reverse."""
+    hidden, weight, ids = operands(20, 100, dtype)
+    assert_logprobs_accurate(ops.token_logprobs, hidden, weight, ids, 0.7, grad=True, output=output)
+
+
+def by_hand(log_sum: Callable[[Tensor], Tensor], weighted: Callable[[Tensor, Tensor], Tensor]) -> Callable:
+    """token_logprobs with another log of a sum of exponentials, or another entropy of probabilities and their logs."""
+
+    def planted(hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        x = ops.linear_ref(hidden, weight).float() / temperature
+        logp = x - x.amax(-1, keepdim=True)
+        logp = logp - log_sum(logp)[:, None]
+        return logp.gather(1, ids[:, None])[:, 0], -weighted(logp.exp(), logp)
+
+    return planted
+
+
+def log_sum(x: Tensor) -> Tensor:
+    return x.exp().sum(-1).log()
+
+
+def entropy(p: Tensor, logp: Tensor) -> Tensor:
+    return (p * logp).sum(-1)
+
+
+FAULTS = {  # whether of gradients
+    "sum in bf16": (by_hand(lambda x: coarse_sum(x.exp(), -1).log(), entropy), False),
+    "a column dropped": (by_hand(lambda x: log_sum(x[:, :-1]), entropy), False),
+    "entropy in bf16": (by_hand(log_sum, lambda p, logp: coarse_sum(p * logp, -1)), False),
+    "entropy without a column": (by_hand(log_sum, lambda p, logp: entropy(p[:, :-1], logp[:, :-1])), False),
+    "3 % too warm": (lambda h, w, ids, t: stock(h, w, ids, 1.03 * t), False),
+    "the next token": (lambda h, w, ids, t: stock(h, w, ids.roll(1), t), False),
+    "sum held constant": (by_hand(lambda x: log_sum(x).detach(), entropy), True),
+    "3 % too large": (lambda h, w, ids, t: slope_scaled(lambda h, w: stock(h, w, ids, t), 1.03)(h, w), True),
+    "a row dropped": (lambda h, w, ids, t: stock(torch.cat([h[:-1], h[-1:].detach()]), w, ids, t), True),
+}
+
+
+@widest
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_bound_finds_a_fault(fault, dtype):
+    """Of hidden states of eight columns: the roundings of their products hide none of the softmax's."""
+    planted, grad = FAULTS[fault]
+    hidden, weight, ids = operands(20, 300, dtype, 8)
+    check = lambda f: assert_logprobs_accurate(f, hidden, weight, ids, 0.7, grad=grad)  # noqa: E731
+    assert_found(check, ops.token_logprobs, planted)
+
+
+@per_device("dtype, accuracy", [(torch.float32, 1e-6)], [(torch.bfloat16, 2**-8)])
+def test_gradient_of_a_certain_token_does_not_cancel(dtype, accuracy):
+    """1 - p of a token whose probability is nearly 1, to the dtype's relative accuracy; the stock formulas give 0."""
+    hidden, weight = spikes([20.0, 0.0, -1.0, 1.0], dtype)
+    ours, theirs, exact = (
+        ladders.gradients(lambda w, f=f: f(hidden.to(w.dtype), w, torch.tensor([0]), 1.0)[0], (w,))[0].double()
+        for f, w in ((ops.token_logprobs, weight), (stock, weight), (stock, weight.double()))
+    )
+    torch.testing.assert_close(ours, exact, rtol=accuracy, atol=0)
+    assert theirs[0] == 0  # control
+
+
+@widest
+def test_gradients_of_likely_and_unlikely_tokens_match_float64(dtype):
+    """p of the token near 1, and near 0."""
+    hidden, weight = spikes([12.0, 0.0, -1.0, 1.0], dtype)
+    for token in (0, 2):
+        assert_logprobs_accurate(ops.token_logprobs, hidden, weight, torch.tensor([token]), 1.0, grad=True)
