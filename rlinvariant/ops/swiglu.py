@@ -52,7 +52,8 @@ def swiglu_ref(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
 
 def swiglu_merged_ref(gate_up: Tensor, activation: str = "silu") -> Tensor:
     """Compute `swiglu_merged` in plain PyTorch."""
-    return swiglu_ref(*gate_up.chunk(2, -1), activation)
+    gate, up = gate_up.chunk(2, -1)
+    return swiglu_ref(gate, up, activation)
 
 
 def _check(gate: Tensor, up: Tensor, activation: str) -> None:
