@@ -229,10 +229,9 @@ def gradients_and_logprobs(model: nn.Module, score: Callable) -> list[Tensor]:
 def assert_errors_of_one_rounding_a_module(found: list[Tensor], family: str) -> None:
     """Log-probs, and gradients of all weights, are no further from fp32's than four times what those roundings cost.
 
-    The fp32 model that rounds what each module hands on, and nothing else, measures the condition of this model for errors of
-    2^-8, with no bf16 kernel of any machine. A patched model has at most four roundings for each of those (sums of the residual
-    stream, heads, angles, halves of a gate), so that its error is at most four times as large; roundings are independent, and it
-    is twice as large at most where they all count alike.
+    The fp32 model that rounds what each module hands on, and nothing else, measures how this model multiplies errors of 2^-8,
+    with no bf16 kernel of any machine. Between two of those roundings a patched model has at most four (of a sum of the
+    residual stream, heads, an angle, a gate): all together they cost at most four times as much.
     """
     truth = gradients_and_logprobs(build(family), stock_logprobs)
     rounded = gradients_and_logprobs(round_every_output(build(family)), stock_logprobs)
