@@ -12,6 +12,7 @@ import chz
 from rlinvariant.config import Config
 from rlinvariant.config import Data as BaseData
 from rlinvariant.errors import UserError, one_line
+from rlinvariant.install import install_hint
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -66,7 +67,7 @@ class Source:
         if data.path is not None and not (Path(data.path).is_file() and Path(data.path).suffix in FILES):
             errors.append(f"data.path={data.path}: expected a file, .jsonl or .parquet, with the columns of {self.hub}")
         if importlib.util.find_spec("math_verify") is None:
-            errors.append(f"recipe={config.recipe}: needs math-verify to grade; pip install 'rlinvariant[math]'")
+            errors.append(f"recipe={config.recipe}: needs math-verify to grade; {install_hint('math')}")
         return errors
 
     def datasets(self, config: Config, tokenizer: Any) -> "tuple[Dataset, Dataset]":

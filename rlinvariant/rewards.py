@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from rlinvariant.errors import UserError, one_line
+from rlinvariant.install import install_hint
 
 GRADING_CPU_S = 2  # of one answer: fifty times what an honest one takes
 GRADING_BYTES = 4 << 30  # of one grader's address space
@@ -189,7 +190,7 @@ class _Grader:
                 [sys.executable, "-c", code], text=True, env=os.environ | {"PYTHONPATH": paths}, **pipes
             )
             if self.process.stdout.readline() != "ready\n":
-                raise UserError("math-verify: cannot be loaded; pip install 'rlinvariant[math]', then: import math_verify")
+                raise UserError(f"math-verify: cannot be loaded; {install_hint('math')}, then: import math_verify")
         try:
             self.process.stdin.write(json.dumps([right, found]) + "\n")
             self.process.stdin.flush()

@@ -16,7 +16,7 @@ QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRAC
 
 
 def configure() -> dict[str, str]:
-    """Set the variables that vLLM reads when an engine starts, and return them.
+    """Set the variables that vLLM reads when an engine starts, and return them; call `quiet`.
 
     Raises:
         UserError: one of them is set to another value.
@@ -26,6 +26,7 @@ def configure() -> dict[str, str]:
         raise UserError(f"environment: {found}: expected {', '.join(f'{k}={VLLM[k]}' for k in wrong)}; unset it")
     for name, value in (VLLM | QUIET).items():
         os.environ.setdefault(name, value)
+    quiet()
     return dict(VLLM)
 
 
@@ -34,6 +35,8 @@ def quiet() -> None:
     # TRL warns of vLLM releases that its own client was not tested with; that client is not used here
     warnings.filterwarnings("ignore", message="TRL currently supports vLLM")
     warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
+    # TRL's default is set by the name that transformers 5.24 renames
+    warnings.filterwarnings("ignore", message="`gradient_checkpointing` is deprecated", category=FutureWarning)
     warnings.filterwarnings("ignore", message="torch.backends.cuda.preferred_blas_library")  # kernels/linear.py uses it
     logging.getLogger("flashinfer.jit").setLevel(logging.ERROR)
     logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)  # two lines for each retry; then it raises

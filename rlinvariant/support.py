@@ -2,11 +2,12 @@
 
 import importlib.util
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from rlinvariant.install import install_hint, installed_version
 
 CAPABILITY = (9, 0)  # H100, H200: where the order of summation of every kernel used has been measured
 RELEASES = {"vllm": ("0.26",), "torch": ("2.11",)}  # on which exact mode has run on a GPU
@@ -14,8 +15,13 @@ FA3 = "vllm_flash_attn/_vllm_fa3_C*.so"  # in vLLM's CUDA wheel
 
 
 def device_problems(args: Any, invariance: str, dtype: torch.dtype) -> list[str]:
-    """One line for each reason why `args.device` (of TrainingArguments) cannot run this."""
+    """Return one line for each reason why `args.device` (of TrainingArguments) cannot run this.
+
+    vLLM is missed here, not on the first import of it, which comes after a recipe has made its model.
+    """
     kind = args.device.type
+    if (kind == "cpu" or invariance == "off") and importlib.util.find_spec("vllm") is None:
+        return [f"package vllm: missing; {install_hint('cpu' if kind == 'cpu' else 'cuda')}"]
     if invariance == "off" or (kind == "cpu" and not torch.cuda.is_available()):
         return []
     if kind == "cpu":
@@ -26,7 +32,7 @@ def device_problems(args: Any, invariance: str, dtype: torch.dtype) -> list[str]
 
 
 def cuda_problems(dtype: torch.dtype) -> Iterator[str]:
-    """One line for each reason why this machine's GPU cannot run exactly."""
+    """Yield one line for each reason why this machine's GPU cannot run exactly."""
     name = torch.cuda.get_device_name()
     if (found := torch.cuda.get_device_capability()) != CAPABILITY:
         yield (
@@ -37,18 +43,11 @@ def cuda_problems(dtype: torch.dtype) -> Iterator[str]:
         yield f"dtype={str(dtype)[6:]}: expected bfloat16 on a GPU: FlashAttention-3 has no float32; remove it"
     for package in ("triton", "vllm"):
         if importlib.util.find_spec(package) is None:
-            yield f"package {package}: missing; pip install -e '.[cuda]'"
+            yield f"package {package}: missing; {install_hint('cuda')}"
     vllm = importlib.util.find_spec("vllm")
     if vllm is not None and not any(found for at in vllm.submodule_search_locations or () for found in Path(at).glob(FA3)):
-        yield f"FlashAttention-3: no {FA3} in the installed vllm, whose CUDA wheel holds it; pip install -e '.[cuda]'"
+        yield f"FlashAttention-3: no {FA3} in the installed vllm, whose CUDA wheel holds it; {install_hint('cuda')}"
     for package, releases in RELEASES.items():
-        version = _version(package)
+        version = installed_version(package) or "unknown"
         if (package != "vllm" or vllm is not None) and ".".join(version.split(".")[:2]) not in releases:
-            yield f"{package}=={version}: expected {' or '.join(releases)} on a GPU; pip install -e '.[cuda]'"
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "unknown"
+            yield f"{package}=={version}: expected {' or '.join(releases)} on a GPU; {install_hint('cuda')}"

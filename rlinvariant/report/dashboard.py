@@ -18,13 +18,14 @@ from types import SimpleNamespace
 from typing import Any
 
 from rlinvariant.errors import UserError, one_line
+from rlinvariant.install import install_hint
 from rlinvariant.report import tables, wandb_log
 from rlinvariant.report.panels import PANELS, Panel
 from rlinvariant.report.study import Run, Study, load
 from rlinvariant.text import plural
 
 FIX = "`wandb login --relogin`, or unset WANDB_API_KEY to stay offline"
-INSTALL = 'pip install "rlinvariant[dashboard]"'
+INSTALL = install_hint("dashboard")
 
 
 def push(path: str | Path) -> list[str]:

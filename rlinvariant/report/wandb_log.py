@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlinvariant.errors import UserError, one_line
+from rlinvariant.install import install_hint
 
 Log = Callable[[Mapping[str, Any], int], None]
 
@@ -33,7 +34,7 @@ def start(
     if mode == "disabled" or (mode == "auto" and not installed):
         return "disabled", None, lambda: None
     if not installed:
-        raise UserError(f"wandb.mode={mode}: wandb is not installed; pip install wandb, or wandb.mode=disabled")
+        raise UserError(f"wandb.mode={mode}: wandb is not installed; {install_hint('dashboard')}, or wandb.mode=disabled")
     has_login = mode != "offline" and login(f"wandb.mode={mode}", "wandb.mode=offline")
     if mode == "online" and not has_login:
         raise UserError("wandb.mode=online: no login found; run `wandb login`, or wandb.mode=offline")

@@ -143,5 +143,5 @@ def test_what_is_missing_is_said_at_once(monkeypatch) -> None:
         "data.eval_size=0: expected 1 to 100000",
         "data.seed=-1: expected 0 to 4294967295",
         "data.path=rows.csv: expected a file, .jsonl or .parquet, with the columns of openai/gsm8k",
-        "recipe=gsm8k: needs math-verify to grade; pip install 'rlinvariant[math]'",
+        "recipe=gsm8k: needs math-verify to grade; pip install -e '.[math]'",
     ]

@@ -39,7 +39,7 @@ class Machine:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: self.capability)
         finder = SimpleNamespace(find_spec=lambda name: None if name in self.missing else package)
         monkeypatch.setattr(support, "importlib", SimpleNamespace(util=finder))
-        monkeypatch.setattr(support, "_version", self.versions.__getitem__)
+        monkeypatch.setattr(support, "installed_version", self.versions.__getitem__)
 
     def problems(self, dtype: torch.dtype = BF16, invariance: str = "exact", device: str = "cuda") -> list[str]:
         return support.device_problems(SimpleNamespace(device=torch.device(device)), invariance, dtype)
@@ -94,9 +94,13 @@ def test_a_vllm_without_flash_attention_3_is_refused(machine):
     assert line.startswith("FlashAttention-3: no vllm_flash_attn/_vllm_fa3_C*.so in the installed vllm")
 
 
-def test_the_version_of_a_package_that_is_not_there_is_unknown():
-    assert support._version("torch") == torch.__version__.split("+")[0] or support._version("torch") == torch.__version__
-    assert support._version("no-such-package") == "unknown"
+@pytest.mark.parametrize("invariance", ["exact", "off"])
+def test_a_cpu_without_vllm_is_refused(invariance, machine, monkeypatch):
+    """Before the recipe makes its model: stock runs sample with vLLM too."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert machine.problems(FP32, device="cpu", invariance=invariance) == []
+    machine.missing = ("vllm",)
+    assert machine.problems(FP32, device="cpu", invariance=invariance) == ["package vllm: missing; pip install -e '.[cpu]'"]
 
 
 def test_another_device_type_is_refused(machine):
