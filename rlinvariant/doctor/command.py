@@ -14,6 +14,7 @@ from typing import Any
 from rlinvariant.doctor import engine, kernels, machine, model, packages
 from rlinvariant.doctor.finding import Finding
 from rlinvariant.errors import NOT_EXACT, OK, UserError, one_line
+from rlinvariant.install import install_hint
 from rlinvariant.machine import environment
 from rlinvariant.report.rundir import SCHEMA
 from rlinvariant.text import plural
@@ -67,7 +68,7 @@ def examine(name: str | None = None, ask_engine: bool = False) -> Iterator[Findi
     try:
         import torch
     except Exception as error:  # a broken install raises OSError, ImportError, RuntimeError, ...
-        yield Finding("torch", "problem", f"cannot be imported ({one_line(error)}); install it anew: pip install -e .", False)
+        yield Finding("torch", "problem", f"cannot be imported ({one_line(error)}); install it anew: {install_hint()}", False)
         return
     cuda = torch.cuda.is_available()
     yield from packages.vllm_package("cuda" if cuda else "cpu")

@@ -7,6 +7,7 @@ from typing import Any
 
 from rlinvariant.doctor.finding import Finding
 from rlinvariant.errors import one_line
+from rlinvariant.install import install_hint, install_problems
 from rlinvariant.sampler import plugin
 
 DISTRIBUTION = "rlinvariant"
@@ -21,13 +22,15 @@ def packages() -> Iterator[Finding]:
         from packaging.specifiers import SpecifierSet
     except ImportError as error:  # PackageNotFoundError is one
         missing = (error.name or DISTRIBUTION).partition(".")[0]
-        yield Finding("packages", "problem", f"{missing}: not installed in {sys.prefix}; pip install -e .", False)
+        yield Finding("packages", "problem", f"{missing}: not installed in {sys.prefix}; {install_hint()}", False)
         return
     version = ".".join(map(str, sys.version_info[:3]))
     if SpecifierSet(expected).contains(version):
         yield Finding("python", "ok", f"{version} (tested {expected})")
     else:
         yield Finding("python", "problem", f"{version}: expected {expected}; make .venv PYTHON=python3.11", False)
+    for line in install_problems():
+        yield Finding("packages", "problem", line, False)
     fits = []
     for requirement in map(Requirement, requires):
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
@@ -61,7 +64,7 @@ def vllm_package(extra: str) -> Iterator[Finding]:
 def _package(requirement: Any, extra: str = "") -> Finding:
     """Compare one installed package with its `packaging` requirement."""
     name = requirement.name
-    fix = f"pip install '{name}{requirement.specifier}'" if not extra else f"pip install -e '.[{extra}]'"
+    fix = f"pip install '{name}{requirement.specifier}'" if not extra else install_hint(extra)
     try:
         version = metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -77,16 +80,16 @@ def vllm_plugin(env: Mapping[str, str]) -> Iterator[Finding]:
     ours = next((x for x in metadata.entry_points(group="vllm.general_plugins") if x.name == DISTRIBUTION), None)
     named = env.get("VLLM_PLUGINS")
     if ours is None:
-        text = f"no entry point {DISTRIBUTION} in vllm.general_plugins of {sys.prefix}; pip install -e ."
+        text = f"no entry point {DISTRIBUTION} in vllm.general_plugins of {sys.prefix}; {install_hint()}"
         yield Finding("vllm plugin", "problem", text)
         return
     try:
         registers = ours.load() is plugin.register
     except (ImportError, AttributeError) as error:
-        yield Finding("vllm plugin", "problem", f"entry point {ours.value}: {one_line(error)}; install anew: pip install -e .")
+        yield Finding("vllm plugin", "problem", f"entry point {ours.value}: {one_line(error)}; install anew: {install_hint()}")
         return
     if not registers:
-        yield Finding("vllm plugin", "problem", f"entry point {ours.value} is another install's; pip install -e .")
+        yield Finding("vllm plugin", "problem", f"entry point {ours.value} is another install's; {install_hint()}")
     elif named is not None and DISTRIBUTION not in named.split(","):
         fix = f"run `unset VLLM_PLUGINS`, or add {DISTRIBUTION} to it"
         yield Finding("vllm plugin", "problem", f"VLLM_PLUGINS={named}: expected unset, or to name {DISTRIBUTION}; {fix}")

@@ -100,7 +100,9 @@ def test_a_cpu_without_vllm_is_refused(invariance, machine, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert machine.problems(FP32, device="cpu", invariance=invariance) == []
     machine.missing = ("vllm",)
-    assert machine.problems(FP32, device="cpu", invariance=invariance) == ["package vllm: missing; pip install -e '.[cpu]'"]
+    assert machine.problems(FP32, device="cpu", invariance=invariance) == [
+        "package vllm: missing; pip install -e '.[cpu]' --extra-index-url https://download.pytorch.org/whl/cpu"
+    ]
 
 
 def test_another_device_type_is_refused(machine):
