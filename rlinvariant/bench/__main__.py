@@ -8,7 +8,7 @@ from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
 # name -> (module on a CPU, on a GPU, what it measures)
-NAMES = {
+BENCHMARKS = {
     "ops": ("ops", None, "each op against PyTorch's, transformers' or vLLM's own, forward and forward + backward"),
     "linear": (None, "linear", "matrix products of Qwen3 1.7B and 8B against cuBLAS"),
     "norms": (None, "norms", "rms_norm, add_rms_norm, rope and swiglu against vLLM's kernels"),
@@ -26,13 +26,14 @@ NAMES = {
 
 
 def main(argv: list[str]) -> int:
+    """Run a benchmark, or print results. Returns the exit code."""
     where = {(True, True): "", (True, False): " (CPU)", (False, True): " (GPU)"}
-    names = "\n".join(f"  {n:12} {text}{where[cpu is not None, gpu is not None]}" for n, (cpu, gpu, text) in NAMES.items())
+    names = "\n".join(f"  {n:12} {text}{where[cpu is not None, gpu is not None]}" for n, (cpu, gpu, text) in BENCHMARKS.items())
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         "python -m rlinvariant.bench", description=str(__doc__) + "\n\n" + names, formatter_class=form
     )
-    parser.add_argument("name", choices=NAMES, metavar="NAME")
+    parser.add_argument("name", choices=BENCHMARKS, metavar="NAME")
     parser.add_argument(
         "--out", type=Path, metavar="DIRECTORY", help=f"default: {RESULTS}/GPU, or /cpu; of tune: where the package reads it"
     )
@@ -49,19 +50,19 @@ def main(argv: list[str]) -> int:
     from rlinvariant.bench import gpu, measure
 
     machine = gpu.name()
-    module = NAMES[options.name][machine != "cpu"]
+    module = BENCHMARKS[options.name][machine != "cpu"]
     if module is None:
-        here = ", ".join(n for n, modules in NAMES.items() if modules[machine != "cpu"])
+        here = ", ".join(n for n, modules in BENCHMARKS.items() if modules[machine != "cpu"])
         parser.error(f"{options.name}: not for this machine ({machine}); here: {here}")
     out = options.out or RESULTS / machine
     bench = importlib.import_module(f"rlinvariant.bench.{module}")
     if options.name == "report":
         bench.main(options.out, options.pages)
     elif options.name == "tune":
-        from rlinvariant.bench.tune import FILE
+        from rlinvariant.bench.tune import TILES_FILE
 
-        directory = options.out or (Path("runs") if options.tiny else FILE.parent)
-        bench.run(directory / FILE.name, options.tiny)
+        directory = options.out or (Path("runs") if options.tiny else TILES_FILE.parent)
+        bench.run(directory / TILES_FILE.name, options.tiny)
     elif options.name == "families":
         return bench.run(out, options.tokens, options.tiny)
     else:

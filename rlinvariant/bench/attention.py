@@ -17,14 +17,14 @@ from rlinvariant.bench import gpu
 from rlinvariant.bench.cases import Case, gpu_row
 from rlinvariant.bench.measure import Row
 
-PAGE = 16  # vLLM's default
-HEADS = ((16, 8, 128), (32, 8, 64))  # Qwen3-1.7B, Llama-3.2-1B
+PAGE_TOKENS = 16  # vLLM's default
+HEAD_SHAPES = ((16, 8, 128), (32, 8, 64))  # Qwen3-1.7B, Llama-3.2-1B
 GRAPH_SPLITS = 32  # what vLLM allows inside its CUDA graphs
 
 
 @dataclass(frozen=True)
 class Work:
-    """So many new queries of each sequence, and so many keys."""
+    """One step of an engine: how many new queries and how many keys each sequence has."""
 
     name: str
     queries: tuple[int, ...]
@@ -32,20 +32,20 @@ class Work:
     target: float
 
 
-WORK = (
+WORKLOADS = (
     Work("prefill 8 x 2048", (2048,) * 8, (2048,) * 8, 1.02),
     Work("64 decode at 2048 and 4 prefill 512 after 512", (1,) * 64 + (512,) * 4, (2048,) * 64 + (1024,) * 4, 1.02),
     *(Work(f"decode {b} at 2048", (1,) * b, (2048,) * b, 1.02) for b in (16, 64, 256)),
     Work("decode 1 at 8192", (1,), (8192,), 1.5),
 )
-TINY = (Work("decode 4 at 96", (1,) * 4, (96,) * 4, 1.02), Work("prefill 2 x 40", (40,) * 2, (40,) * 2, 1.02))
+TINY_WORKLOADS = (Work("decode 4 at 96", (1,) * 4, (96,) * 4, 1.02), Work("prefill 2 x 40", (40,) * 2, (40,) * 2, 1.02))
 
 
 def rows(tiny: bool) -> Iterator[Row]:
     torch.manual_seed(0)
     seconds = 0.02 if tiny else 0.3
-    for heads in HEADS:
-        for work in TINY if tiny else WORK:
+    for heads in HEAD_SHAPES:
+        for work in TINY_WORKLOADS if tiny else WORKLOADS:
             yield from _paged(work, *heads, seconds)
         for case in _packed(*heads, sequences=2 if tiny else 8, length=40 if tiny else 2048):
             yield gpu_row("attention", case, seconds)
@@ -68,7 +68,7 @@ class _Step:
         from rlinvariant.kernels.attention import schedule
 
         (_, heads, d), kv_heads = self.q.shape, self.cache.shape[1]
-        plan = schedule(self.cu, self.lens, self.most_q, self.most_k, heads, kv_heads, d, PAGE)
+        plan = schedule(self.cu, self.lens, self.most_q, self.most_k, heads, kv_heads, d, PAGE_TOKENS)
         return partial(
             ops.paged_attention, self.q, self.cache, self.table, self.cu, self.lens, self.scale, max_seqlen_q=self.most_q,
             max_seqlen_k=self.most_k, schedule=plan, out=self.out,
@@ -80,7 +80,7 @@ class _Step:
         plan = fa3.get_scheduler_metadata(
             batch_size=len(self.lens), max_seqlen_q=self.most_q, max_seqlen_k=self.most_k, num_heads_q=heads,
             num_heads_kv=kv_heads, headdim=d, cache_seqlens=self.lens, qkv_dtype=self.q.dtype, cu_seqlens_q=self.cu,
-            page_size=PAGE, causal=True, num_splits=splits,
+            page_size=PAGE_TOKENS, causal=True, num_splits=splits,
         )  # fmt: skip
         keys, values = self.cache.transpose(1, 2).split(d, -1)
         return partial(
@@ -97,13 +97,13 @@ def _fa3() -> Any:
 
 
 def _paged(work: Work, heads: int, kv_heads: int, d: int, seconds: float) -> Iterator[Row]:
-    pages = [-(-n // PAGE) for n in work.keys]
-    size = sum(pages) * PAGE * kv_heads * 2 * d * 2
+    pages = [-(-n // PAGE_TOKENS) for n in work.keys]
+    size = sum(pages) * PAGE_TOKENS * kv_heads * 2 * d * 2
     everyone = range(len(work.keys))
     steps = []
-    for _ in range(min(gpu.LAUNCHES, gpu.copies(size))):
+    for _ in range(min(gpu.GRAPH_LAUNCHES, gpu.copies(size))):
         q = torch.randn(sum(work.queries), heads, d, device="cuda", dtype=torch.bfloat16)
-        cache = torch.randn(sum(pages), PAGE, kv_heads, 2 * d, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+        cache = torch.randn(sum(pages), PAGE_TOKENS, kv_heads, 2 * d, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
         table = torch.zeros(len(pages), max(pages), device="cuda", dtype=torch.int32)
         order, at = torch.randperm(sum(pages), device="cuda").int(), 0
         for i, count in enumerate(pages):
@@ -130,12 +130,12 @@ def _paged(work: Work, heads: int, kv_heads: int, d: int, seconds: float) -> Ite
 
 
 def _alone(together: Tensor, calls: list[Callable[[], Tensor]], spans: list[slice]) -> bool:
-    """Whether sequences come out the same one at a time."""
-    return all(bits.compare(call().clone(), together[span]) is None for call, span in zip(calls, spans, strict=True))
+    """Return whether sequences come out the same one at a time."""
+    return all(bits.same(call(), together[span]) for call, span in zip(calls, spans, strict=True))
 
 
 def _packed(heads: int, kv_heads: int, d: int, sequences: int, length: int) -> Iterator[Case]:
-    """The trainer's: sequences of one length, which is where PyTorch's own has nothing to mask."""
+    """Return the trainer's calls, on sequences of one length, where PyTorch's own attention has nothing to mask."""
     q, k, v = (torch.randn(sequences * length, n, d, device="cuda", dtype=torch.bfloat16) for n in (heads, kv_heads, kv_heads))
     every = torch.arange(0, sequences * length + 1, length, dtype=torch.int32, device="cuda")
 

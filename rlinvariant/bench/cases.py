@@ -11,11 +11,13 @@ from rlinvariant import bits
 from rlinvariant.bench import gpu
 from rlinvariant.bench.measure import Row
 
-LADDER = (1, 2, 3, 9, 17, 257)  # so many first rows are computed apart from the others; and half of them and one
+FIRST_ROWS = (1, 2, 3, 9, 17, 257)  # how many first rows are computed apart from the others; also half of all and one
 
 
 @dataclass(frozen=True)
 class Case:
+    """An op of ours and another's, with the inputs that both get."""
+
     name: str
     ours: Callable[..., Any]
     stock: Callable[..., Any]
@@ -28,7 +30,7 @@ class Case:
 
 
 def check(case: Case) -> dict[str, bool | None]:
-    """Whether each side's rows come out the same alone and in the whole batch: "ours", "stock".
+    """Return {"ours": ..., "stock": ...}: whether each side's rows come out the same alone and in the whole batch.
 
     Raises:
         AssertionError: the two sides do not compute the same.
@@ -43,7 +45,7 @@ def check(case: Case) -> dict[str, bool | None]:
 
 
 def call(function: Callable[..., Any], inputs: tuple[Tensor, ...], gradients: tuple[int, ...]) -> Callable[[], Any]:
-    """What is timed: the function, or the function and its gradients."""
+    """Return what is timed: the function, or the function and its gradients."""
     if not gradients:
         return lambda: _no_grad(function, inputs)
     leaves = [x.detach().requires_grad_(i in gradients) for i, x in enumerate(inputs)]
@@ -53,9 +55,9 @@ def call(function: Callable[..., Any], inputs: tuple[Tensor, ...], gradients: tu
 
 
 def gpu_row(bench: str, case: Case, seconds: float, graphs: bool = True) -> Row:
-    """Check, and time with as many copies of the inputs as keep each out of the cache, up to a graph's launches."""
+    """Check the bits, then time with as many copies of the inputs as keep each out of the cache, up to a graph's launches."""
     equal = check(case)
-    count = min(gpu.LAUNCHES, gpu.copies(sum(x.numel() * x.element_size() for x in case.inputs))) if graphs else 1
+    count = min(gpu.GRAPH_LAUNCHES, gpu.copies(sum(x.numel() * x.element_size() for x in case.inputs))) if graphs else 1
     sides = [
         [call(f, tuple(x.clone() for x in case.inputs), case.gradients) for _ in range(count)] for f in (case.ours, case.stock)
     ]
@@ -67,18 +69,18 @@ def as_tuple(x: Any) -> tuple[Tensor, ...]:
 
 
 def _invariant(function: Callable[..., Any], case: Case, full: tuple[Tensor, ...]) -> bool:
-    """Whether the first rows come out the same alone and in the whole batch."""
+    """Return whether the first rows come out the same alone and in the whole batch."""
     count = len(case.inputs[0]) // case.unit
-    for k in sorted({*LADDER, count // 2 + 1} & set(range(1, count))):
+    for k in sorted({*FIRST_ROWS, count // 2 + 1} & set(range(1, count))):
         n = k * case.unit
         part = _fresh(function, (*(x[:n] for x in case.inputs[: case.sliced]), *case.inputs[case.sliced :]))
-        if any(bits.compare(some, whole[:n]) is not None for some, whole in zip(part, full, strict=True)):
+        if not all(bits.same(some, whole[:n]) for some, whole in zip(part, full, strict=True)):
             return False
     return True
 
 
 def _fresh(function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Of copies: some of the others' write where they read."""
+    """Call a function on copies of the inputs: some of the others' kernels write where they read."""
     return as_tuple(function(*(x.clone() for x in inputs)))
 
 

@@ -1,6 +1,6 @@
-"""Verify every family of `families.py` with random weights, and keep the certificates: the README's matrix of what runs.
+"""Verify every family of models/families.py with random weights, and keep the certificates: docs/results/parity.md.
 
-Each is `rlinvariant verify --random --tokens N`, in one process. What is refused is a row too, with the reason.
+Each run is `rlinvariant verify --random --tokens N`, all in one process. A refused family is a row too, with the reason.
 """
 
 import json
@@ -14,7 +14,7 @@ from rlinvariant.models.families import FAMILIES, REFUSED
 from rlinvariant.report.console import Console
 from rlinvariant.verification.verify import verify
 
-TOKENS = 20_000
+TOKENS_PER_FAMILY = 20_000
 
 
 def run(out: Path, tokens: int | None, tiny: bool) -> int:
@@ -27,7 +27,7 @@ def run(out: Path, tokens: int | None, tiny: bool) -> int:
     for family, config in (FAMILIES | REFUSED).items():
         with tempfile.TemporaryDirectory() as directory:
             config().save_pretrained(path := Path(directory) / family)
-            amount: dict[str, Any] = {"short": True} if tiny else {"tokens": tokens or TOKENS}
+            amount: dict[str, Any] = {"short": True} if tiny else {"tokens": tokens or TOKENS_PER_FAMILY}
             certificate = out / "certificates" / f"{family}.json"
             try:
                 found = verify(str(path), console=console, random=True, eager=True, **amount)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlinvariant import bits
 from rlinvariant.rollout import Completion
 from rlinvariant.trainer.score import Layout, score, stock_score
 
@@ -26,32 +27,29 @@ class Parity:
 
 
 def differing(a: Completion, b: Completion) -> int:
-    """Tokens whose log-prob differs, or that come after the completions part."""
-    same = [x == y and p == q for x, y, p, q in zip(a.token_ids, b.token_ids, *_words(a, b), strict=True)]
+    """Count the tokens whose log-prob differs, or that come after the place where the completions part."""
+    words = [bits.words(torch.tensor(c.sampler_logprobs)).tolist() for c in (a, b)]
+    same = [x == y and p == q for x, y, p, q in zip(a.token_ids, b.token_ids, *words, strict=True)]
     parted = next((i for i, (x, y) in enumerate(zip(a.token_ids, b.token_ids, strict=True)) if x != y), len(same))
     return sum(not s for s in same[:parted]) + len(same) - parted
-
-
-def _words(*completions: Completion) -> list[list[int]]:
-    return [torch.tensor(c.sampler_logprobs).view(torch.int32).tolist() for c in completions]
 
 
 def against_trainer(
     model: Any, prompts: Sequence[list[int]], drawn: Sequence[Completion], temperature: float, rows: int
 ) -> int:
-    """Tokens whose log-prob a patched model computes otherwise, given `rows` of TRL's padded rows at a time."""
+    """Count the tokens whose log-prob a patched model computes otherwise, given `rows` of TRL's padded rows at a time."""
     found = score(model, prompts, drawn, temperature, Layout(rows))
     return _unequal(torch.cat(found), [x for c in drawn for x in c.sampler_logprobs])
 
 
 def against_stock_trainer(model: Any, prompts: Sequence[list[int]], drawn: Sequence[Completion], temperature: float) -> int:
-    """The same with a model of transformers as it is, one completion at a time: the control."""
+    """Count the same with a stock transformers model, one completion at a time: the control."""
     found = stock_score(model, prompts, drawn, temperature)
     return _unequal(torch.cat(found), [x for c in drawn for x in c.sampler_logprobs])
 
 
 def _unequal(logprobs: Tensor, sampled: list[float]) -> int:
-    words, others = logprobs.cpu().view(torch.int32), torch.tensor(sampled).view(torch.int32)
-    if words.shape != others.shape:
-        raise ValueError(f"{len(words)} log-probs were computed for {len(others)} sampled tokens")
-    return int((words != others).sum())
+    if len(logprobs) != len(sampled):
+        raise ValueError(f"{len(logprobs)} log-probs were computed for {len(sampled)} sampled tokens")
+    found = bits.compare(logprobs, torch.tensor(sampled))
+    return found.count if found else 0

@@ -10,11 +10,13 @@ from typing import Any, Protocol
 import torch
 
 Call = Callable[[], Any]
-LAUNCHES = 20  # of a graph: what a launch costs is spread over them
-COLD = 200 << 20  # bytes of inputs in rotation, several times the level-2 cache
+GRAPH_LAUNCHES = 20  # in one graph: the cost of starting it is spread over them
+ROTATED_BYTES = 200 << 20  # inputs in rotation, several times the level-2 cache
 
 
 class Replayable(Protocol):
+    """A CUDA graph, or what stands for one."""
+
     def replay(self) -> Any: ...
 
 
@@ -30,19 +32,19 @@ class Loop:
 
 
 def name() -> str:
-    """Of the directory of results: "h200", or "cpu" without a GPU."""
+    """Return the name of the directory of results: "h200", or "cpu" without a GPU."""
     if not torch.cuda.is_available():
         return "cpu"
     return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().removeprefix("NVIDIA ").lower()).strip("-")
 
 
 def large() -> bool:
-    """Whether the GPU has over 120 GiB, as an H200 has: on less, benchmarks of several engines hold fewer at a time."""
+    """Return whether the GPU has over 120 GiB, as an H200 has. On less, benchmarks of several engines hold fewer at a time."""
     return torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory > 120 * 2**30
 
 
 def environment() -> dict[str, Any]:
-    """What the JSON says about the GPU; empty without one."""
+    """Return what a result says about the GPU; nothing without one."""
     if not torch.cuda.is_available():
         return {}
     query = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.max.sm,power.limit", "--format=csv,noheader", "-i", "0"]
@@ -59,23 +61,23 @@ def environment() -> dict[str, Any]:
 
 
 def copies(size: int) -> int:
-    """How many inputs of `size` bytes must take turns for each to be out of the cache when its turn comes."""
-    return max(1, -(-COLD // size))
+    """Return how many inputs of `size` bytes must take turns for each to be out of the cache when its turn comes."""
+    return max(1, -(-ROTATED_BYTES // size))
 
 
-def rotate(calls: Sequence[Call], launches: int = LAUNCHES) -> list[Call]:
-    """At least `launches` calls, every one of `calls` the same number of times but for one."""
+def rotate(calls: Sequence[Call], launches: int = GRAPH_LAUNCHES) -> list[Call]:
+    """Return at least `launches` calls, in which each of `calls` occurs equally often, or once more than another."""
     return [calls[i % len(calls)] for i in range(max(launches, len(calls)))]
 
 
 @functools.cache
 def _stream() -> torch.cuda.Stream:
-    """The one that captures, so that cuBLAS has one workspace for all graphs."""
+    """Return the one stream that captures, so that cuBLAS has one workspace for all graphs."""
     return torch.cuda.Stream()
 
 
 def capture(calls: Sequence[Call], pool: Any = None) -> torch.cuda.CUDAGraph:
-    """A graph of the calls, after one of them has run: what compiles, loads or checks cannot be captured.
+    """Return a graph of the calls, after one of them has run: what compiles, loads or checks cannot be captured.
 
     `torch.cuda.graph` would collect garbage and empty the allocator's cache every time, which takes far longer than this.
     """
@@ -94,7 +96,7 @@ def capture(calls: Sequence[Call], pool: Any = None) -> torch.cuda.CUDAGraph:
 
 
 def turns(graphs: Sequence[Replayable], rounds: int) -> list[list[float]]:
-    """Replay all in turns, forwards and backwards, `rounds` times: milliseconds of every replay of each."""
+    """Replay all graphs in turns, forwards and backwards, `rounds` times; return the milliseconds of each graph's replays."""
     events: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in graphs]
     for graph in graphs:
         graph.replay()  # and keep the GPU behind the processor, so that no launch is waited for
@@ -110,7 +112,7 @@ def turns(graphs: Sequence[Replayable], rounds: int) -> list[list[float]]:
 
 
 def pair(ours: Sequence[Call], stock: Sequence[Call], seconds: float, graphs: bool = True) -> dict[str, Any]:
-    """Time two functions, each given as calls with inputs of their own: the numeric fields of a Row, in microseconds.
+    """Time two functions, each given as calls with inputs of their own; return the numeric fields of a Row, in microseconds.
 
     Args:
         seconds: about how long to measure.
@@ -129,7 +131,7 @@ def pair(ours: Sequence[Call], stock: Sequence[Call], seconds: float, graphs: bo
 
 
 def numbers(ours: float, stock: float, unit: str, samples: int) -> dict[str, Any]:
-    """The numeric fields of a Row. Nobody shares the GPU, so nothing is known of others."""
+    """Return the numeric fields of a Row. Nobody shares the GPU, so `others` is 0."""
     return {
         "ours": round(ours, 2), "stock": round(stock, 2), "unit": unit, "ratio": round(ours / max(stock, 1e-9), 3),
         "samples": samples, "others": 0.0,

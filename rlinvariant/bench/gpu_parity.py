@@ -20,27 +20,27 @@ from rlinvariant.bench.compare import Parity, against_stock_trainer, against_tra
 from rlinvariant.bench.measure import Link, Machine, Missing, Worker, Workers, end_on_sigterm, reason
 from rlinvariant.rollout import Completion, request_seed
 
-SMALL = ("qwen3-0.6b", "qwen3-1.7b", "qwen2.5-0.5b", "llama-3.2-1b")
-LARGE = ("qwen3-8b",)  # has the GPU to itself
+SMALL_MODELS = ("qwen3-0.6b", "qwen3-1.7b", "qwen2.5-0.5b", "llama-3.2-1b")
+LARGE_MODELS = ("qwen3-8b",)  # has the GPU to itself
 TEMPERATURES = (1.0, 0.7)
-PACKED = (1, 16)  # rows scored together
-REQUESTS, LENGTH, PROMPT, APART = 128, 128, (3, 600), 16
-SOAK_MODEL, SOAK_LENGTH, SOAK_PROMPT = "qwen3-1.7b", 512, (16, 65)
+ROWS_SCORED_TOGETHER = (1, 16)
+REQUESTS, NEW_TOKENS, PROMPT_TOKENS, ALONE_REQUESTS = 128, 128, (3, 600), 16
+SOAK_MODEL, SOAK_NEW_TOKENS, SOAK_PROMPT_TOKENS = "qwen3-1.7b", 512, (16, 65)
 SOAK_SIDES = ("exact-1", "exact-2")  # two: while one's processor schedules or its trainer scores, the other's tokens are drawn
 # Requests decoded at a time, as many as vLLM's largest CUDA graph; GiB for keys and values; rows scored at a time
 SOAK_SIZES = {"tiny": (8, 0.3, 8), "full": (512, 32.0, 112), "small": (256, 16.0, 56)}
 SOAK_SECONDS = 530  # a run that would take longer ends here, and says how far it came
-SOAK_CONTROL = 100  # requests that the control draws
+SOAK_CONTROL_REQUESTS = 100  # requests that the control draws
 
 
 def rows(tiny: bool) -> Iterator[Parity | Missing]:
     with tempfile.TemporaryDirectory() as directory:
-        for models, at_a_time in ((("tiny",), 2),) if tiny else ((SMALL, 4 if gpu.large() else 2), (LARGE, 1)):
+        for models, at_a_time in ((("tiny",), 2),) if tiny else ((SMALL_MODELS, 4 if gpu.large() else 2), (LARGE_MODELS, 1)):
             yield from _models(Path(directory), models, at_a_time, "tiny" if tiny else "full")
 
 
 def _models(directory: Path, models: tuple[str, ...], at_a_time: int, size: str) -> Iterator[Parity | Missing]:
-    """So many processes at a time; the rows of a model as soon as both of its processes are done."""
+    """Run `at_a_time` processes; yield the rows of a model as soon as both of its processes are done."""
     from rlinvariant.models.shapes import build
 
     paths = {model: build(model, directory / model) for model in models}
@@ -75,8 +75,8 @@ def _worker(side: str, path: str, size: str) -> None:
 
 
 def _count(side: str, path: str, size: str) -> dict[str, tuple[int, int]]:
-    """{what is compared: (mismatched, tokens)}"""
-    requests, length, longest = (REQUESTS, LENGTH, PROMPT) if size == "full" else (8, 8, (3, 40))
+    """Return {what is compared: (mismatched, tokens)}."""
+    requests, length, longest = (REQUESTS, NEW_TOKENS, PROMPT_TOKENS) if size == "full" else (8, 8, (3, 40))
     model, engine = _pair(side, path, kv_gib=6.0 if size == "full" else 0.3)
     prompts = _prompts(random.Random(0), requests, longest, model.config.vocab_size)
     found: dict[str, tuple[int, int]] = {}
@@ -93,24 +93,24 @@ def _count(side: str, path: str, size: str) -> dict[str, tuple[int, int]]:
         warm = draw(everyone[::-1])
         count = sum(differing(cold[i], warm[i]) for i in everyone)
         found[f"sampler: cold prefix against warm, shuffled, T = {t}"] = count, requests * length
-        apart = everyone[: min(APART, requests // 2)]
+        apart = everyone[: min(ALONE_REQUESTS, requests // 2)]
         count = 0
         for i in apart:
             engine.llm.reset_prefix_cache()
             count += differing(cold[i], draw([i])[i])
         found[f"sampler: batch against alone, T = {t}"] = count, len(apart) * length
-        for rows_ in PACKED:
+        for rows_ in ROWS_SCORED_TOGETHER:
             drawn = [cold[i] for i in everyone]
             if side == "exact":
                 count = against_trainer(model, prompts, drawn, t, rows_)
-            elif rows_ == PACKED[0]:
+            elif rows_ == ROWS_SCORED_TOGETHER[0]:
                 count = against_stock_trainer(model, prompts, drawn, t)
             found[f"sampler against trainer, micro-batch {rows_}, T = {t}"] = count, requests * length
     return found
 
 
 def _pair(side: str, path: str, kv_gib: float) -> tuple[Any, Any]:
-    """Trainer's model, made first, and sampler of a checkpoint: exact, or stock."""
+    """Return the trainer's model, which is made first, and the sampler of a checkpoint, both exact or both stock."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -125,7 +125,7 @@ def _pair(side: str, path: str, kv_gib: float) -> tuple[Any, Any]:
 
 
 def _exact_model(path: str) -> Any:
-    """The trainer's, with fp32 parameters."""
+    """Return the trainer's model, with fp32 parameters."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -211,12 +211,12 @@ def _save(file: Path, machine: Machine, model: str, kept: dict[str, Any], run: d
 
 
 def _soak_worker(link: Link, side: str, path: str, size: str) -> None:
-    """A rollout for each request, scored by the exact trainer; the control draws from a stock engine."""
+    """Answer each request with a rollout that the exact trainer scored; the control draws it from a stock engine."""
     from rlinvariant.sampler.engine import Sampler
 
     together, kv_gib, rows_ = SOAK_SIZES[size]
-    length = 16 if size == "tiny" else SOAK_LENGTH
-    count = min(SOAK_CONTROL, together) if side == "control" else together
+    length = 16 if size == "tiny" else SOAK_NEW_TOKENS
+    count = min(SOAK_CONTROL_REQUESTS, together) if side == "control" else together
     model = _exact_model(path)
     kv_gib = min(kv_gib, 8.0) if side == "control" else kv_gib
     engine = Sampler(
@@ -224,7 +224,7 @@ def _soak_worker(link: Link, side: str, path: str, size: str) -> None:
     )
     for request in link.requests():
         rng, began = random.Random(request["seed"]), time.perf_counter()
-        prompts = _prompts(rng, count, SOAK_PROMPT, model.config.vocab_size)
+        prompts = _prompts(rng, count, SOAK_PROMPT_TOKENS, model.config.vocab_size)
         seeds = [rng.getrandbits(62) for _ in prompts]
         drawn = engine.generate(prompts, seeds, temperature=request["temperature"], max_tokens=length, ignore_eos=True)
         drew = time.perf_counter()

@@ -21,10 +21,11 @@ from rlinvariant.bench.gpu_trainer import grpo_arguments
 from rlinvariant.bench.measure import Link, Missing, Row, Worker, Workers
 
 MODEL = "qwen3-1.7b"
-# name -> (prompts, micro-batch in rows, longest completion, of the first step, GiB for keys and values)
+# name -> (prompts, micro-batch in rows, longest completion, longest of the first step, GiB for keys and values)
 SIZES = {"tiny": (2, 8, 8, 4, 0.3), "full": (64, 16, 512, 64, 14.0)}
-GENERATIONS, PROMPT, STOP_SHARE = 8, (64, 256), 1 / 300
-ROUNDS, SECONDS = 3, 225  # steps of each side; fewer, but one, if another would not end in time, of those that run together
+GENERATIONS, PROMPT_TOKENS, STOP_SHARE = 8, (64, 256), 1 / 300
+ROUNDS = 3  # steps of each side; fewer, but at least one, if sides that run together would need over MOST_SECONDS
+MOST_SECONDS = 225
 TARGET = 0.85
 SIDES = ("exact", "stock")
 
@@ -55,12 +56,12 @@ def rows(tiny: bool) -> Iterator[Row | Missing]:
                     whole = [a for a in answers if len(a) == len(SIDES)]
                     yield from _rows(name, missing, whole or [a for a in answers if a] or answers[:1])
                     now = time.perf_counter()
-                    if workers.missing or now - began + (now - round_began) > SECONDS:
+                    if workers.missing or now - began + (now - round_began) > MOST_SECONDS:
                         break
 
 
 def _rows(name: str, missing: dict[str, str], answers: list[dict[str, dict[str, Any]]]) -> Iterator[Row | Missing]:
-    """What is known so far: a later row takes the place of an earlier one."""
+    """Yield what is known so far: a later row takes the place of an earlier one."""
     sides = [side for side in SIDES if side in answers[0]]
     seconds = {side: median(a[side]["seconds"] for a in answers) for side in sides}
     if len(sides) < len(SIDES):
@@ -86,7 +87,7 @@ def _rows(name: str, missing: dict[str, str], answers: list[dict[str, dict[str, 
 
 
 def reward(completion_ids: list[list[int]], **_: Any) -> list[float | None]:
-    """Something that differs within a group."""
+    """Return rewards that differ within a group."""
     return [float(len(ids) % 7) for ids in completion_ids]
 
 
@@ -104,13 +105,13 @@ def _worker(side: str, path: str, size: str) -> None:
 
 
 def _dataset(path: str) -> tuple[Any, Any]:
-    """Prompts of random words, and the tokenizer that makes a token of each."""
+    """Return prompts of random words, and the tokenizer that makes a token of each."""
     from datasets import Dataset
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(path)
     rng, words = random.Random(0), tokenizer.vocab_size
-    texts = [" ".join(f"w{rng.randrange(words // 2, words)}" for _ in range(rng.randrange(*PROMPT))) for _ in range(512)]
+    texts = [" ".join(f"w{rng.randrange(words // 2, words)}" for _ in range(rng.randrange(*PROMPT_TOKENS))) for _ in range(512)]
     return Dataset.from_list([{"prompt": text} for text in texts]), tokenizer
 
 
@@ -130,9 +131,10 @@ def _ours(path: str, directory: str, settings: dict[str, Any], kv_gib: float) ->
 
 
 def _stock(path: str, directory: str, settings: dict[str, Any], kv_gib: float) -> Any:
-    """TRL as it comes, its vLLM in this process. Only vLLM's memory is given in bytes, as ours is, so that both sides fit.
+    """Return TRL's trainer as it comes, with its vLLM in this process.
 
-    TRL would give a share of the GPU's memory, from which vLLM subtracts whatever another process takes meanwhile.
+    Only vLLM's memory is given in bytes, as ours is, so that both sides fit: TRL would give a share of the GPU's memory, from
+    which vLLM subtracts whatever another process takes meanwhile.
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # TRL's engine must be in this process
     os.environ["VLLM_USE_FLASHINFER_SAMPLER"] = "0"  # see bench/sampler.py
@@ -154,14 +156,14 @@ def _stock(path: str, directory: str, settings: dict[str, Any], kv_gib: float) -
 
 
 def _limit(trainer: Any, length: int) -> None:
-    """How long completions may get from now on."""
+    """Set how long completions may get from now on."""
     trainer.max_completion_length = length
     if (generation := getattr(trainer, "vllm_generation", None)) is not None:
         generation.max_completion_length = length
 
 
 def _time_rollouts(trainer: Any) -> list[float]:
-    """Seconds of every call of TRL's vLLM from now on; ours are in the log."""
+    """Return a list that gets the seconds of every call of TRL's vLLM from now on; ours are in the log."""
     seconds: list[float] = []
     if (generation := getattr(trainer, "vllm_generation", None)) is not None:
         generate = generation.generate
@@ -177,7 +179,7 @@ def _time_rollouts(trainer: Any) -> list[float]:
 
 
 def _turns(link: Link, trainer: Any) -> Any:
-    """A callback that waits before every step until this side is asked for one, and answers after it."""
+    """Return a callback that waits before every step until this side is asked for one, and answers after it."""
     import torch
     from transformers import TrainerCallback
 
@@ -199,7 +201,7 @@ def _turns(link: Link, trainer: Any) -> Any:
             self.seconds = time.perf_counter() - self.began
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-            """After the step's end, with its numbers."""
+            """Answer: TRL logs the numbers of a step after its end."""
             logs = logs or {}
             if "completions/mean_length" not in logs:
                 return

@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterator
 from statistics import median
 from typing import Any
 
+from rlinvariant import bits
 from rlinvariant.bench.measure import Link, Missing, Row, Worker, Workers, peak_memory
 from rlinvariant.bench.trainer import padded_batch
 
 MODEL = "qwen3-1.7b"
 # name -> (rows, prompt tokens, completion tokens, times); ragged rows have an eighth to all of these
 SIZES = {"tiny": (4, 16, 24, 2), "2k": (8, 512, 1536, 3), "8k": (4, 1024, 7168, 3)}
-LEAST = 1 / 8
+LEAST_SHARE = 1 / 8
 TARGETS = {"equal": 1.0, "ragged": 1.25}
 SIDES = ("exact", "stock")
 
@@ -60,7 +61,7 @@ def _row(
 
 
 def grpo_arguments(directory: str, **settings: Any) -> Any:
-    """TRL's configuration of both sides."""
+    """Return TRL's configuration, which both sides share."""
     from trl.trainer.grpo_config import GRPOConfig
 
     return GRPOConfig(
@@ -112,14 +113,14 @@ def _worker(side: str, path: str) -> None:
             continue
         number, prompt, completion, _ = SIZES[request["size"]]
         torch.manual_seed(0)  # the same batch every time, and on both sides
-        batch = padded_batch(request["case"], trainer.model.config.vocab_size, number, prompt, completion, LEAST)
+        batch = padded_batch(request["case"], trainer.model.config.vocab_size, number, prompt, completion, LEAST_SHARE)
         ids, mask = (x.to(device) for x in batch)
         if request["what"] == "bits":  # every row with the others, and alone
             with torch.no_grad():
                 full = logprobs(ids, mask, completion)
                 alone = torch.cat([logprobs(ids[i : i + 1], mask[i : i + 1], completion) for i in range(number)])
             keep = mask[:, -completion:].bool()
-            link.send(same=torch.equal(full[keep].view(torch.int32), alone[keep].view(torch.int32)))
+            link.send(same=bool(bits.same(full[keep], alone[keep])))
         else:
             upstream = torch.randn(number, completion, device=device) * mask[:, -completion:]
             model.zero_grad(set_to_none=True)
@@ -137,7 +138,7 @@ def _worker(side: str, path: str) -> None:
 
 
 def _device(kind: str) -> tuple[Callable[[], None], Callable[[], float]]:
-    """How to wait for it, and its peak memory in MiB: so far, on a GPU since last asked."""
+    """Return two functions: one waits for the device, one gives its peak memory in MiB (on a GPU since it was last asked)."""
     import torch
 
     if kind == "cpu":

@@ -12,18 +12,18 @@ from rlinvariant.bench.cases import Case, gpu_row
 from rlinvariant.bench.measure import Row
 from rlinvariant.models.shapes import SHAPES
 
-T = 0.7  # temperature
-TOKENS = 4096
-BATCHES = (1, 16, 64, 256)
+TEMPERATURE = 0.7
+TOKEN_COUNT = 4096
+BATCH_SIZES = (1, 16, 64, 256)
 
 
 def rows(tiny: bool) -> Iterator[Row]:
     torch.manual_seed(0)
     for model in ("tiny",) if tiny else ("qwen3-1.7b", "qwen3-8b"):
-        for case in _head(model, SHAPES[model].hidden, SHAPES[model].vocab, 40 if tiny else TOKENS):
+        for case in _head(model, SHAPES[model].hidden, SHAPES[model].vocab, 40 if tiny else TOKEN_COUNT):
             yield gpu_row("logprob", case, 0.02 if tiny else 1.0, graphs=False)
             torch.cuda.empty_cache()
-    for batch in (1, 4) if tiny else BATCHES:
+    for batch in (1, 4) if tiny else BATCH_SIZES:
         yield gpu_row("logprob", _sample(SHAPES["tiny" if tiny else "qwen3-1.7b"].vocab, batch), 0.02 if tiny else 0.3)
 
 
@@ -34,14 +34,14 @@ def _head(model: str, hidden: int, vocab: int, tokens: int) -> Iterator[Case]:
     chunked, chunk = _trl()
 
     def ours(x: Tensor, ids: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-        return ops.token_logprobs(x, w, ids, T)
+        return ops.token_logprobs(x, w, ids, TEMPERATURE)
 
     def trl(x: Tensor, ids: Tensor, w: Tensor) -> tuple[Tensor, ...]:
         with torch.autocast(x.device.type, torch.bfloat16):
-            return chunked.apply(x, w, None, ids, T, chunk, None, 1.0, ("log_probs", "entropy"))[:2]
+            return chunked.apply(x, w, None, ids, TEMPERATURE, chunk, None, 1.0, ("log_probs", "entropy"))[:2]
 
     def plain(x: Tensor, ids: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-        logp = F.log_softmax(F.linear(x, w.to(x.dtype)).float() / T, -1)
+        logp = F.log_softmax(F.linear(x, w.to(x.dtype)).float() / TEMPERATURE, -1)
         return logp.gather(1, ids[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
 
     for both in (False, True):
@@ -52,7 +52,7 @@ def _head(model: str, hidden: int, vocab: int, tokens: int) -> Iterator[Case]:
 
 
 def _trl() -> tuple[Any, int]:
-    """TRL's autograd function, and the columns that it takes at a time."""
+    """Return TRL's autograd function, and the columns that it takes at a time."""
     from trl.kernels import ChunkedLogProbFunction
     from trl.trainer import utils
 
@@ -60,9 +60,9 @@ def _trl() -> tuple[Any, int]:
 
 
 def _sample(vocab: int, batch: int) -> Case:
-    """Temperature, draw, log-prob and rank: what a step of decoding does after the lm_head."""
+    """Return what a step of decoding does after the lm_head: temperature, draw, log-prob and rank."""
     logits = torch.randn(batch, vocab, device="cuda", dtype=torch.bfloat16)
-    temperature = torch.full((batch,), T, device="cuda")
+    temperature = torch.full((batch,), TEMPERATURE, device="cuda")
     seeds, positions = torch.arange(batch, device="cuda"), torch.zeros(batch, dtype=torch.int64, device="cuda")
     theirs = _vllm()
 
@@ -79,7 +79,7 @@ def _sample(vocab: int, batch: int) -> Case:
 
 
 def _vllm() -> Any:
-    """The functions of vLLM 0.26's V2 model runner, its default."""
+    """Return the functions of vLLM 0.26's V2 model runner, its default."""
     from types import SimpleNamespace
 
     from vllm.v1.worker.gpu.sample.gumbel import apply_temperature, gumbel_sample

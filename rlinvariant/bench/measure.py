@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from rlinvariant.files import write_atomically
 
 T = TypeVar("T")
-QUIET = 0.05  # share of the processors used by others, up to which a window is undisturbed
+QUIET_SHARE = 0.05  # of the processors: a window in which others used no more is undisturbed
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,14 @@ class Missing:
 
 
 class Others:
-    """What share of the processors is used by processes other than this one and `pids`."""
+    """Measures which share of the processors is used by processes other than this one and `pids`."""
 
     def __init__(self, pids: Sequence[int] = ()) -> None:
         self.pids = pids
         self.share()
 
     def share(self) -> float:
-        """Since the last call."""
+        """Return the share since the last call."""
         ticks = [int(x) for x in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
         busy, total = sum(ticks) - ticks[3] - ticks[4], sum(ticks)
         own = sum(os.times()[:2]) * os.sysconf("SC_CLK_TCK")
@@ -72,15 +72,15 @@ class Others:
 
 
 def quietest(windows: Sequence[tuple[float, T]]) -> tuple[list[T], float]:
-    """The samples of quiet windows (share, sample), at least a third of them all, and the largest share among them."""
+    """Return the samples of the quiet windows (share, sample), at least a third of all, and the largest share among them."""
     windows = sorted(windows, key=lambda window: window[0])
     least = -(-len(windows) // 3)
-    kept = windows[: max(least, sum(share <= QUIET for share, _ in windows))]
+    kept = windows[: max(least, sum(share <= QUIET_SHARE for share, _ in windows))]
     return [sample for _, sample in kept], round(kept[-1][0], 3)
 
 
 def pair(ours: Callable[[], Any], stock: Callable[[], Any], seconds: float) -> dict[str, Any]:
-    """Time two functions in turns, for about `seconds` in all: the numeric fields of a Row, in microseconds."""
+    """Time two functions in turns, for about `seconds` in all; return the numeric fields of a Row, in microseconds."""
     functions = (ours, stock)
     loops = []
     for f in functions:
@@ -106,7 +106,7 @@ def pair(ours: Callable[[], Any], stock: Callable[[], Any], seconds: float) -> d
 
 
 def _time(f: Callable[[], Any], loops: int) -> tuple[float, float]:
-    """Wall and processor seconds of one call."""
+    """Return the wall and processor seconds of one call."""
     cpu, wall = time.process_time(), time.perf_counter()
     for _ in range(loops):
         f()
@@ -118,7 +118,7 @@ class WorkerEnded(RuntimeError):
 
 
 class Worker:
-    """A process that answers requests, one line of JSON each. Several take turns: one computes while the others wait."""
+    """A process that answers requests, each a line of JSON. Several workers take turns: one computes while the others wait."""
 
     def __init__(self, module: str, *arguments: str) -> None:
         self.name = " ".join([module.rpartition(".")[2], *(a for a in arguments if "/" not in a)])
@@ -129,20 +129,21 @@ class Worker:
         )
 
     def ask(self, **request: Any) -> dict[str, Any]:
+        """Send a request and wait for the answer. Raises WorkerEnded as `answer` does."""
         self.send(**request)
         return self.answer()
 
     def send(self, **request: Any) -> None:
-        """Several workers compute at a time when all are sent to before any is waited for."""
+        """Send a request. Workers compute at the same time when all are sent to before any is waited for."""
         assert self.process.stdin is not None
         with suppress(BrokenPipeError):  # `answer` says why
             self.process.stdin.write(json.dumps(request) + "\n")
 
     def answer(self) -> dict[str, Any]:
-        """What it says to the request.
+        """Wait for the answer to a request that was sent.
 
         Raises:
-            WorkerEnded: it has ended; with its exit code and the end of its log.
+            WorkerEnded: the process has ended; the message has its exit code and the end of its log.
         """
         assert self.process.stdout is not None
         while not self.ready(2):
@@ -152,25 +153,25 @@ class Worker:
         raise WorkerEnded(f"{self.name} ended with exit code {self.process.wait()}\n{self._log()}")
 
     def ready(self, seconds: float) -> bool:
-        """Whether it answers, or has ended, within `seconds`; a child of it may still have the other end of the pipe."""
+        """Return whether the process answers or ends within `seconds`; a child of it may still hold the pipe."""
         assert self.process.stdout is not None
         return bool(select.select([self.process.stdout], [], [], seconds)[0]) or self.process.poll() is not None
 
     def _log(self, lines: int = 40) -> str:
-        """Its end, after earlier lines that name an error: a process that the worker started may have written them."""
+        """Return the end of the log, after earlier lines that name an error, which a process of the worker may have written."""
         size = os.fstat(self.log.fileno()).st_size
         text = os.pread(self.log.fileno(), 1 << 18, max(0, size - (1 << 18))).decode(errors="replace").splitlines()
         earlier = [line for line in text[:-lines] if "Error: " in line]
         return "\n".join([*earlier[-10:], *text[-lines:]])
 
     def no_more(self) -> None:
-        """Nothing will be asked: it ends."""
+        """Close the worker's input, upon which it ends."""
         with suppress(OSError):
             if self.process.stdin is not None:
                 self.process.stdin.close()
 
     def close(self, seconds: float = 10) -> None:
-        """Let it end; after `seconds` end it, and whatever processes it has started."""
+        """Let the process end; after `seconds`, kill it and whatever it has started."""
         self.no_more()
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(seconds)
@@ -180,7 +181,7 @@ class Worker:
 
 
 class Workers:
-    """Workers by side, some of which may end early. To be used with `with`."""
+    """Workers by side, some of which may end early; `missing` says why. Used with `with`, which closes them."""
 
     def __init__(self, workers: Mapping[str, Worker]) -> None:
         self.alive, self.missing = dict(workers), dict[str, str]()
@@ -195,7 +196,7 @@ class Workers:
             worker.close()
 
     def ask(self, sides: Iterable[str], together: bool = False, **request: Any) -> dict[str, dict[str, Any]]:
-        """{side: answer} of those that still are, one after the other or all at once."""
+        """Ask the workers that are still alive, one after the other or all at once; return {side: answer}."""
         sides = [side for side in sides if side in self.alive]
         for side in sides if together else ():
             self.alive[side].send(**request)
@@ -207,7 +208,7 @@ class Workers:
         return {side: answer for side, answer in found.items() if answer is not None}
 
     def first(self, sides: Sequence[str]) -> dict[str, dict[str, Any] | None]:
-        """The answers that come first of what has been sent; None: it has ended."""
+        """Wait for the first answers to what was sent; return {side: answer}, None for a worker that has ended."""
         while True:
             if ready := [side for side in sides if self.alive[side].ready(0.5 / len(sides))]:
                 return {side: self._answer(side) for side in ready}
@@ -222,12 +223,12 @@ class Workers:
             return None
 
     def rounds(self, sides: Sequence[str], count: int, **request: Any) -> list[dict[str, dict[str, Any]]]:
-        """Ask in turns, `count` times. For a GPU, which nobody shares."""
+        """Ask in turns, `count` times: for a GPU, which nobody shares."""
         return [self.ask(sides if at % 2 else sides[::-1], **request) for at in range(count)]
 
 
 def reason(text: str) -> str:
-    """Of a worker's end, in one line: what ended, and the last of its log that looks like an error."""
+    """Return one line that says why a worker ended: which one, and the last line of its log that looks like an error."""
     first, *log = text.splitlines()
     errors = [line.strip() for line in log if "Error: " in line]
     told = [line for line in errors if "Engine core" not in line and "Worker failed" not in line]  # vLLM's, of another process
@@ -235,22 +236,24 @@ def reason(text: str) -> str:
 
 
 class Link:
-    """The worker's end. Whatever else is printed goes to stderr."""
+    """A worker's own side of the pipe. Whatever else the process prints goes to stderr."""
 
     def __init__(self) -> None:
         self._out = os.fdopen(os.dup(1), "w", buffering=1)
         os.dup2(2, 1)
 
     def requests(self) -> Iterator[dict[str, Any]]:
+        """Yield requests until there are no more."""
         for line in iter(sys.stdin.readline, ""):
             yield json.loads(line)
 
     def send(self, **answer: Any) -> None:
+        """Answer a request."""
         self._out.write(json.dumps(answer) + "\n")
 
 
 def turns(workers: dict[str, Worker], seconds: float, **request: Any) -> tuple[list[dict[str, dict[str, Any]]], float]:
-    """Ask all workers the same, in turns, for about `seconds`: {name: answer} of each round that counts, and `others`."""
+    """Ask all workers the same, in turns, for about `seconds`; return {name: answer} of each quiet round, and `others`."""
     windows, end = [], time.perf_counter() + seconds
     others = Others([worker.process.pid for worker in workers.values()])
     while time.perf_counter() < end or len(windows) < 3:
@@ -261,7 +264,7 @@ def turns(workers: dict[str, Worker], seconds: float, **request: Any) -> tuple[l
 
 
 def peak_memory() -> float:
-    """Of this process so far, MiB."""
+    """Return the peak memory of this process so far, in MiB."""
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -270,7 +273,10 @@ def peak_memory() -> float:
 def write(path: Path, rows: Iterable[Any], tiny: bool) -> None:
     """Measure, print every row as it comes, and write {"environment", "complete", "rows"} after each.
 
-    A row takes the place of an earlier one of the same case. Exit 1 if the bits of ours differ anywhere, or a process ended.
+    A row takes the place of an earlier one of the same case.
+
+    Raises:
+        SystemExit: the bits of ours differ anywhere, or a process ended; everything is written before.
     """
     machine = Machine(tiny)
     measured: dict[tuple[str, str], Any] = {}
@@ -293,7 +299,7 @@ def write(path: Path, rows: Iterable[Any], tiny: bool) -> None:
 
 
 class Machine:
-    """What a file of results says about where it was measured, from now on."""
+    """Where and how undisturbed results are measured, from the moment that this object is made."""
 
     def __init__(self, tiny: bool) -> None:
         from rlinvariant.bench import gpu
@@ -303,7 +309,7 @@ class Machine:
         self._began, self._start, self._others, self._most = os.getloadavg(), time.perf_counter(), Others(), 0.0
 
     def write(self, path: Path, content: dict[str, Any]) -> None:
-        """In one move: whoever ends this process leaves a whole file."""
+        """Write a result with its environment in one move: whoever kills this process leaves a whole file."""
         self._most = max(self._most, self._others.share())
         now = {"loadavg": [self._began, os.getloadavg()], "others": round(self._most, 3)}
         now |= {"seconds": round(time.perf_counter() - self._start, 1), "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY")}
@@ -312,12 +318,12 @@ class Machine:
 
 
 def end_on_sigterm() -> None:
-    """As by an exception, so that workers end too."""
+    """Make SIGTERM end this process by an exception, so that its workers end too."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
 
 def _differing(row: Any) -> str:
-    """What must not be: ours, dependent on the batch, or a token that sampler and trainer see differently."""
+    """Return what must not be: ours depends on the batch, or sampler and trainer see a token differently; "" otherwise."""
     if isinstance(row, Missing):
         return ""
     if isinstance(row, Row):

@@ -12,21 +12,21 @@ from rlinvariant.bench.measure import Row
 from rlinvariant.models.shapes import SHAPES, Shape
 
 EPS = 1e-6
-TOKENS = (1, 16, 256, 4096, 16384)
-POSITIONS = 4096
+TOKEN_COUNTS = (1, 16, 256, 4096, 16384)
+CACHED_POSITIONS = 4096
 
 
 def rows(tiny: bool) -> Iterator[Row]:
     torch.manual_seed(0)
     theirs = _theirs()
     for model in ("tiny",) if tiny else ("qwen3-1.7b", "qwen3-8b"):
-        for tokens in (1, 40) if tiny else TOKENS:
+        for tokens in (1, 40) if tiny else TOKEN_COUNTS:
             for case in _cases(model, SHAPES[model], tokens, theirs):
                 yield gpu_row("norms", case, 0.02 if tiny else 0.2)
 
 
 def _theirs() -> Any:
-    """vLLM's operators. They write into their arguments."""
+    """Return vLLM's operators, which write into their arguments."""
     import vllm._custom_ops  # noqa: F401 - registers them
 
     return torch.ops._C
@@ -59,8 +59,8 @@ def _cases(model: str, s: Shape, tokens: int, theirs: Any) -> Iterator[Case]:
         theirs.fused_add_rms_norm(x, y, w, EPS)
         return x, y
 
-    position = torch.arange(tokens, device="cuda") % POSITIONS
-    angle = torch.arange(POSITIONS, device="cuda")[:, None] / 1e6 ** (torch.arange(d // 2, device="cuda") / (d // 2))
+    position = torch.arange(tokens, device="cuda") % CACHED_POSITIONS
+    angle = torch.arange(CACHED_POSITIONS, device="cuda")[:, None] / 1e6 ** (torch.arange(d // 2, device="cuda") / (d // 2))
     cache = torch.cat((angle.cos(), angle.sin()), -1).bfloat16()  # vLLM's has the model's dtype
     cos, sin = angle.cos()[position], angle.sin()[position]
 

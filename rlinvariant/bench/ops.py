@@ -1,4 +1,4 @@
-"""Each op against what it takes the place of."""
+"""Each op on a CPU against what it takes the place of: PyTorch's, transformers' or vLLM's own."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ from rlinvariant.bench.cases import Case, call, check
 from rlinvariant.bench.measure import Row, pair
 
 EPS = 1e-6
-T = 0.7  # temperature
+TEMPERATURE = 0.7
 
 
 @dataclass(frozen=True)
 class Size:
-    """Of a model, and of a batch: `sequences` of `length` tokens each."""
+    """The size of a model, and of a batch of `sequences` of `length` tokens each."""
 
     name: str
     hidden: int
@@ -47,7 +47,7 @@ def rows(tiny: bool) -> Iterator[Row]:
 
 
 def _row(case: Case, seconds: float) -> Row:
-    """Bits first, then time."""
+    """Check the bits, then time."""
     equal = check(case)
     assert equal["ours"], f"{case.name}: a row's bits depend on its batch"
     ours, stock = (call(f, case.inputs, case.gradients) for f in (case.ours, case.stock))
@@ -142,7 +142,7 @@ def _attention(s: Size) -> Iterator[Case]:
 
 
 def _decode(s: Size, shape: str) -> Case:
-    """One query per sequence against the paged cache, as the sampler decodes."""
+    """Return one query per sequence against the paged cache, as the sampler decodes."""
     b, t, d, scale, page = s.sequences, s.length, s.head_dim, s.head_dim**-0.5, 128
     width = -(-t // page)
     cache = torch.randn(b * width, s.kv_heads, page, 2 * d, dtype=torch.bfloat16)
@@ -182,7 +182,7 @@ def _decode(s: Size, shape: str) -> Case:
 
 
 def _vllm_cpu() -> tuple[Any, Any]:
-    """vLLM's CPU attention module, and its operators."""
+    """Return vLLM's CPU attention module, and its operators."""
     from vllm.v1.attention.backends import cpu_attn
 
     return cpu_attn, vars(cpu_attn)["ops"]
@@ -193,17 +193,17 @@ def _head(s: Size, m: int, decode: int) -> Iterator[Case]:
     ids, shape = torch.randint(s.vocab, (m,)), f"{m} x {s.hidden} -> {s.vocab}"
 
     def ours(hidden: Tensor, ids: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-        return ops.token_logprobs(hidden, w, ids, T)
+        return ops.token_logprobs(hidden, w, ids, TEMPERATURE)
 
     def stock(hidden: Tensor, ids: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-        logp = F.log_softmax(F.linear(hidden, w.to(hidden.dtype)).float() / T, -1)
+        logp = F.log_softmax(F.linear(hidden, w.to(hidden.dtype)).float() / TEMPERATURE, -1)
         return logp.gather(1, ids[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
 
     for both in (False, True):
         gradients = (0, 2) if both else ()
         yield Case(_name(s, "token_logprobs", shape, both), ours, stock, (hidden, ids, w), 2, gradients=gradients)
 
-    logits, temperature = torch.randn(decode, s.vocab, dtype=torch.bfloat16), torch.full((decode,), T)
+    logits, temperature = torch.randn(decode, s.vocab, dtype=torch.bfloat16), torch.full((decode,), TEMPERATURE)
     seeds, positions = torch.arange(decode), torch.zeros(decode, dtype=torch.int64)
 
     def draw(logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor) -> tuple[Tensor, ...]:

@@ -19,8 +19,8 @@ from typing import Any
 from rlinvariant.bench.measure import Link, Others, Row, Worker
 from rlinvariant.metrics import KEYS
 
-SECONDS, MIB = 10, 1024  # limits of the page
-NOTHING: dict[str, bool | None] = {"ours": None, "stock": None}
+PAGE_SECONDS, PAGE_MIB = 10, 1024  # the limits that the page is held to
+NO_BITS: dict[str, bool | None] = {"ours": None, "stock": None}
 
 
 def rows(tiny: bool) -> Iterator[Row]:
@@ -35,10 +35,12 @@ def rows(tiny: bool) -> Iterator[Row]:
         share, case = round(max(0.0, others.share() - own), 3), f"page of 12 runs x {steps:,} steps; stock: the limit"
         wall, peak = median(s[0] for s in samples), max(s[1] for s in samples)
         processor = median(s[2] for s in samples)
-        yield Row("report_speed", f"{case}, seconds", round(wall, 2), SECONDS, "s", round(wall / SECONDS, 3), 1.0, NOTHING,
-                  len(samples), share, round(processor / SECONDS, 3))  # fmt: skip
-        yield Row("report_speed", f"{case}, peak memory", round(peak), MIB, "MiB", round(peak / MIB, 3), 1.0, NOTHING,
-                  len(samples), share)  # fmt: skip
+        for what, ours, limit, unit, used in (
+            ("seconds", round(wall, 2), PAGE_SECONDS, "s", round(processor / PAGE_SECONDS, 3)),
+            ("peak memory", round(peak), PAGE_MIB, "MiB", None),
+        ):
+            ratio = round(ours / limit, 3)
+            yield Row("report_speed", f"{case}, {what}", ours, limit, unit, ratio, 1.0, NO_BITS, len(samples), share, used)
     worker = Worker(__name__, "4" if tiny else "120", *(["trainer.per_device_train_batch_size=8"] if tiny else []))
     others = Others([worker.process.pid])
     answer = worker.ask()
@@ -51,11 +53,11 @@ def rows(tiny: bool) -> Iterator[Row]:
     ):
         total = step + sum(answer[key] for key in keys)
         yield Row("report_speed", f"step that writes {what}; stock: that writes nothing", round(total * 1e3, 2),
-                  round(step * 1e3, 2), "ms", round(total / step, 4), 1.01, NOTHING, answer["steps"], share)  # fmt: skip
+                  round(step * 1e3, 2), "ms", round(total / step, 4), 1.01, NO_BITS, answer["steps"], share)  # fmt: skip
 
 
 def report(path: Path) -> tuple[float, float, float]:
-    """(seconds, MiB, processor seconds) of `rlinvariant report PATH`."""
+    """Run `rlinvariant report PATH`; return its (seconds, MiB, processor seconds)."""
     began = time.perf_counter()
     process = subprocess.Popen([sys.executable, "-m", "rlinvariant.cli", "report", str(path)], stdout=subprocess.DEVNULL)
     _, status, used = os.wait4(process.pid, 0)
@@ -65,7 +67,7 @@ def report(path: Path) -> tuple[float, float, float]:
 
 
 def write_ablation(path: Path, steps: int) -> None:
-    """4 arms x 3 seeds with every key, of numbers that differ from step to step, so that no two points of a curve are one."""
+    """Write 4 arms x 3 seeds with every key; numbers differ from step to step, so that no two points of a curve are one."""
     import numpy as np
 
     random = np.random.default_rng(0)
@@ -86,7 +88,7 @@ def write_ablation(path: Path, steps: int) -> None:
 
 
 def _worker(steps: str, *settings: str) -> None:
-    """Train, timing what is written; answer one request with seconds a step: of the step without it, and of each part."""
+    """Train and time what is written; answer one request with the seconds of a step without it, and of each part."""
     from rlinvariant import run
     from rlinvariant.config import parse
     from rlinvariant.report import wandb_log
@@ -133,7 +135,7 @@ def _worker(steps: str, *settings: str) -> None:
 
 
 def _wandb_seconds() -> float:
-    """Processor seconds so far of W&B's own processes, children of this one."""
+    """Return the processor seconds so far of W&B's own processes, children of this one."""
     ticks = 0
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:

@@ -19,11 +19,11 @@ from rlinvariant.rollout import Completion
 
 MODEL = "qwen3-1.7b"
 TARGETS = {1: 0.92, 16: 0.95, 64: 0.95, 256: 0.97}
-PROMPT, LENGTH, ALONE = (64, 512), 256, 4  # tokens; new tokens; requests that are also run alone
+PROMPT_TOKENS, NEW_TOKENS, ALONE_REQUESTS = (64, 512), 256, 4  # tokens; new tokens; requests that are also run alone
 KV_GIB = 17  # 256 requests hold 16 GiB at their end, 112 KiB a token; three engines fit on 80 GB
-ROUNDS, PEER_ROUNDS = 3, 1  # of each batch; the peer has no target and is slow
+ROUNDS, PEER_ROUNDS = 3, 1  # turns of each batch size; the peer has no target and is slow
 ENGINES = ("exact", "stock", "peer")
-NAMES = {
+LABELS = {
     "exact": "ours",
     "logprobs": "ours, and vLLM's own report of log-probs (logprobs=0)",
     "peer": "VLLM_BATCH_INVARIANT=1",
@@ -31,6 +31,8 @@ NAMES = {
 
 
 class Engine(Protocol):
+    """An engine that is timed."""
+
     vocabulary: int
 
     def generate(
@@ -64,11 +66,11 @@ def rows(tiny: bool) -> Iterator[Row | Missing]:
 
 
 def _batch(workers: Workers, case: str, batch: int, target: float | None, same: dict[str, bool]) -> Iterator[Row | Missing]:
-    """Rates at one batch size; the first and the largest are warm already."""
+    """Yield rates at one batch size; the first and the largest are warm already."""
     asked: dict[str, Any] = {"what": "generate", "batch": batch}
     if batch not in (min(TARGETS), max(TARGETS)):
         workers.ask(ENGINES, **asked)
-    rates: dict[str, list[float]] = {side: [] for side in (*NAMES, "stock")}
+    rates: dict[str, list[float]] = {side: [] for side in (*LABELS, "stock")}
     for at in range(ROUNDS):
         turn = ("exact", "logprobs", "stock", *(("peer",) if at < PEER_ROUNDS else ()))
         for side in turn if at % 2 else turn[::-1]:
@@ -76,7 +78,7 @@ def _batch(workers: Workers, case: str, batch: int, target: float | None, same: 
             for found in workers.ask([engine], **asked, more=more).values():
                 rates[side].append(found["tokens"] / found["seconds"])
     speed = {side: median(values) for side, values in rates.items() if values}
-    for side in NAMES:
+    for side in LABELS:
         yield _row(workers, side, case, speed, "tok/s", target if side == "exact" else None, same, len(rates[side]))
 
 
@@ -84,8 +86,8 @@ def _row(
     workers: Workers, side: str, case: str, found: dict[str, float], unit: str, target: float | None,
     same: dict[str, bool], samples: int,
 ) -> Row | Missing:  # fmt: skip
-    """One side against the stock engine, or what is known of them where one has ended."""
-    bench, case = "peer" if side == "peer" else "sampler", f"{NAMES[side]}: {case}"
+    """Return one side against the stock engine, or what is known of them where one has ended."""
+    bench, case = "peer" if side == "peer" else "sampler", f"{LABELS[side]}: {case}"
     engine = "exact" if side == "logprobs" else side
     if side not in found or "stock" not in found:
         gone = [reason for name, reason in workers.missing.items() if name in (engine, "stock")]
@@ -160,12 +162,12 @@ def _worker(side: str, path: str, size: str) -> None:
 
 
 def serve(link: Link, engine: Engine, size: str, started: float) -> None:
-    """Answer what `rows` asks."""
+    """Answer the requests that `rows` makes."""
     from rlinvariant.bench.compare import differing
 
-    batch, length, few = (256, LENGTH, ALONE) if size == "full" else (4, 8, 2)
+    batch, length, few = (256, NEW_TOKENS, ALONE_REQUESTS) if size == "full" else (4, 8, 2)
     rng = random.Random(0)
-    prompts = [[rng.randrange(engine.vocabulary) for _ in range(rng.randrange(*PROMPT))] for _ in range(batch)]
+    prompts = [[rng.randrange(engine.vocabulary) for _ in range(rng.randrange(*PROMPT_TOKENS))] for _ in range(batch)]
     for request in link.requests():
         if request["what"] == "start":
             link.send(seconds=started)

@@ -22,15 +22,15 @@ MODES = {
     "compiled": [*OFF, "sampler.enforce_eager=false"],
     "ppo": ["invariance=exact", "algorithm=ppo"],
 }
-NAMES = {
+LABELS = {
     "off": "stock vLLM, stock TRL",
     "correction": "the same with TRL's importance-sampling correction, its default",
     "compiled": "the same with vLLM's default compilation in place of eager",
     "exact": "PPO in place of GRPO, both exact",
 }
-TARGETS = {("exact", "off"): 1.3, ("ppo", "exact"): 1.6}  # of a step's time
+TARGETS = {("exact", "off"): 1.3, ("ppo", "exact"): 1.6}  # ratios of a step's time
 PARTS = {"perf/step_s": "step", "time/rollout": "rollout", "time/train": "train", "time/sync": "sync"}
-LENGTH = 32
+FIXED_LENGTH = 32
 
 
 def rows(tiny: bool) -> Iterator[Row]:
@@ -38,7 +38,7 @@ def rows(tiny: bool) -> Iterator[Row]:
     modes = ("exact", "off", "ppo") if tiny else tuple(MODES)
     pairs = [("ppo", "exact") if mode == "ppo" else ("exact", mode) for mode in modes[1:]]
     workers = {mode: Worker(__name__, mode, *MODES[mode], *size) for mode in modes}
-    for length in (LENGTH, None):
+    for length in (FIXED_LENGTH, None):
         turns(workers, 0, length=length)  # warm up
         answers, others = turns(workers, seconds, length=length)
         equal = {mode: sum(a[mode]["onpolicy/mismatched_tokens"] for a in answers) == 0 for mode in modes}
@@ -50,12 +50,12 @@ def rows(tiny: bool) -> Iterator[Row]:
             for key, part in PARTS.items():
                 values = [median(a[m][key] for a in answers) * 1e3 for m in pair]
                 target = TARGETS.get(pair) if part == "step" else None
-                yield Row("step", f"{part}: {NAMES[stock]}; completions {long}", *(round(x, 1) for x in values), "ms",
+                yield Row("step", f"{part}: {LABELS[stock]}; completions {long}", *(round(x, 1) for x in values), "ms",
                           round(values[0] / values[1], 3), target, {"ours": equal[ours], "stock": equal[stock]}, len(answers),
                           others)  # fmt: skip
     for pair in pairs:
         peak = [workers[m].ask(memory=True)["peak"] for m in pair]
-        yield Row("step", f"peak memory of the process: {NAMES[pair[1]]}", *(round(x) for x in peak), "MiB",
+        yield Row("step", f"peak memory of the process: {LABELS[pair[1]]}", *(round(x) for x in peak), "MiB",
                   round(peak[0] / peak[1], 3), 1.1 if pair[1] == "off" else None,
                   {"ours": None, "stock": None}, 1, 0.0)  # fmt: skip
     for worker in workers.values():
@@ -79,7 +79,7 @@ def _worker(mode: str, *settings: str) -> None:
     requests, length = link.requests(), None
 
     def next_step() -> None:
-        """Wait for the next turn; at the end of the requests, end."""
+        """Wait for the next turn; exit after the last one."""
         nonlocal length
         for request in requests:
             if "memory" not in request:

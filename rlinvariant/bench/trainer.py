@@ -1,5 +1,5 @@
 # pyright: reportCallIssue=false
-"""What TRL does for an optimizer step, log-probs of the rows and their gradients: packed and exact against TRL's own path.
+"""Log-probs of TRL's padded rows and their gradients, on a CPU: packed and exact against TRL's own path.
 
 Each side is a process of its own, so that peak memory can be compared; they take turns. The stock side is TRL's
 `GRPOTrainer` as it is: padded forward with TRL's chunked lm head, bf16 autocast over fp32 parameters, SDPA.
@@ -12,7 +12,9 @@ from collections.abc import Iterator
 from statistics import median
 from typing import Any
 
+from rlinvariant import bits
 from rlinvariant.bench.measure import Link, Row, Worker, peak_memory, turns
+from rlinvariant.conflicts import Invariance
 
 # name -> (model, rows, prompt tokens, completion tokens)
 SIZES = {"tiny": ("tiny", 4, 5, 12), "recipe": ("recipe", 128, 9, 32), "512": ("512", 8, 32, 96)}
@@ -63,7 +65,10 @@ def _model(name: str) -> tuple[Any, Any]:
 
 
 def padded_batch(case: str, vocab: int, rows: int, prompt: int, completion: int, least: float = 0.5) -> tuple[Any, Any]:
-    """TRL's padded batch: prompts on the left, completions on the right; ragged ones `least` to all of the longest."""
+    """Return (ids, mask) of TRL's padded batch, both [rows, prompt + completion] int64.
+
+    Prompts end and completions begin in the middle. Ragged ones are `least` to all of the longest length.
+    """
     import torch
 
     mask = torch.ones(rows, prompt + completion, dtype=torch.int64)
@@ -76,7 +81,7 @@ def padded_batch(case: str, vocab: int, rows: int, prompt: int, completion: int,
     return torch.randint(4, vocab, mask.shape) * mask, mask
 
 
-def _worker(side: str, size: str) -> None:
+def _worker(side: Invariance, size: str) -> None:
     import torch
     from datasets import Dataset
 
@@ -113,8 +118,7 @@ def _worker(side: str, size: str) -> None:
                 full, few = logprobs(ids, mask), min(8, count)
                 alone = torch.cat([logprobs(ids[i : i + 1], mask[i : i + 1]) for i in range(few)])
             keep = mask[:few, -completion:].bool()
-            same = torch.equal(full[:few][keep].view(torch.int32), alone[keep].view(torch.int32))
-            link.send(same=same)
+            link.send(same=bool(bits.same(full[:few][keep], alone[keep])))
         else:
             model.zero_grad(set_to_none=True)
             cpu, wall = time.process_time(), time.perf_counter()
@@ -126,4 +130,4 @@ def _worker(side: str, size: str) -> None:
 
 
 if __name__ == "__main__":
-    _worker(*sys.argv[1:])
+    _worker(*sys.argv[1:])  # pyright: ignore[reportArgumentType]

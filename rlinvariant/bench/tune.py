@@ -20,31 +20,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlinvariant import bits
 from rlinvariant.bench import gpu
-from rlinvariant.bench.linear import cancelling
 from rlinvariant.errors import one_line
+from rlinvariant.files import write_atomically
 from rlinvariant.models.shapes import SHAPES
 
-FILE = Path(__file__).parents[1] / "kernels" / "linear_tiles.json"
+TILES_FILE = Path(__file__).parents[1] / "kernels" / "linear_tiles.json"
 Tile = tuple[int, int, int, int, int]  # weight rows, x rows, depth, warps, stages
-ROWS = (16, 32, 64, 128, 256)  # kernels.linear.FEW; the tile for 16 rows serves 1 to 16
-SHARED = 227 << 10  # bytes of shared memory that a program may have on sm_90
-BEST = 4  # so many candidates are timed again, in turns
-LAUNCHED = 1 << 30  # bytes of weights that a graph reads at least, up to LAUNCHES of them
+ROW_COUNTS = (16, 32, 64, 128, 256)  # those of kernels/linear.py; the tile for 16 rows serves 1 to 16
+SHARED_MEMORY_BYTES = 227 << 10  # what a program may have on sm_90
+TIMED_AGAIN = 4  # candidates: the fastest of the first timing
+GRAPH_WEIGHT_BYTES = 1 << 30  # a graph reads at least so many, but has at most GRAPH_LAUNCHES launches
 
 
 def shapes(tiny: bool) -> list[tuple[int, int]]:
-    """[N, K] of every weight of the models that are tuned for, largest first."""
+    """Return [N, K] of every weight of the models that are tuned for, largest first."""
     if tiny:
         return [(2048, 2048), (896, 896)]
     return sorted({s for name, x in SHAPES.items() if name != "tiny" for s in x.linears.values()}, key=lambda s: -s[0] * s[1])
 
 
 def candidates(rows: int) -> list[Tile]:
-    """Tiles worth trying for so many rows.
+    """Return the tiles worth trying for so many rows.
 
-    Few rows are a matter of reading the weight: enough bytes must be on their way at any time, in few deep programs or in
-    several shallow ones on each multiprocessor. So stages fill all of the shared memory, or a half, or a quarter of it.
+    With few rows the time is that of reading the weight: enough bytes must be on their way at any time, in few deep programs
+    or in several shallow ones on each multiprocessor. So the stages fill all of the shared memory, or a half, or a quarter.
     """
     found = set()
     for bm in {min(rows, 128), max(16, rows // 2)} if rows < 256 else (64, 128, 256):
@@ -54,7 +55,7 @@ def candidates(rows: int) -> list[Tile]:
                 continue  # each program would read more of x than of the weight
             for bk in (64, 128, 256, 512) if area <= 512 else (64, 128, 256):
                 size = (bn + bm) * bk * 2
-                for room in (SHARED, SHARED // 2 - 1024, SHARED // 4 - 1024):
+                for room in (SHARED_MEMORY_BYTES, SHARED_MEMORY_BYTES // 2 - 1024, SHARED_MEMORY_BYTES // 4 - 1024):
                     stages = min(6, room // size)
                     if stages < 3 or size * (stages - 1) < 24 << 10:
                         continue
@@ -71,7 +72,7 @@ def _warps(area: int, bk: int) -> tuple[int, ...]:
 def run(path: Path, tiny: bool) -> None:
     """Tune, print what was found, and write {"tiles", "environment"} after every shape. Exit 1 if any bits differ."""
     began = time.perf_counter()
-    wanted = {rows: candidates(rows)[: 6 if tiny else None] for rows in ((16, 256) if tiny else ROWS)}
+    wanted = {rows: candidates(rows)[: 6 if tiny else None] for rows in ((16, 256) if tiny else ROW_COUNTS)}
     distinct = sorted({tile for some in wanted.values() for tile in some})
     failed = dict(zip(distinct, _compile(distinct), strict=True))
     for tile, why in failed.items():
@@ -79,7 +80,7 @@ def run(path: Path, tiny: bool) -> None:
             print(f"does not compile: {tile}: {why}")
     print(f"{sum(not why for why in failed.values())} candidates compiled in {time.perf_counter() - began:.0f} s", flush=True)
     all_shapes = shapes(tiny)
-    pool = torch.randn(max(max(n * k for n, k in all_shapes), gpu.COLD), device="cuda", dtype=torch.bfloat16)
+    pool = torch.randn(max(max(n * k for n, k in all_shapes), gpu.ROTATED_BYTES), device="cuda", dtype=torch.bfloat16)
     tiles: dict[str, dict[str, Tile | None]] = {}
     ratios: dict[int, list[float]] = {rows: [] for rows in wanted}
     differing: list[str] = []
@@ -95,7 +96,7 @@ def run(path: Path, tiny: bool) -> None:
             tiles[f"{n}x{k}"][str(rows)] = tile
             ratios[rows].append(ratio)
         differing += shape.differing
-        _write(path, tiles)
+        _save(path, tiles)
     for rows, some in ratios.items():
         mean = math.exp(sum(map(math.log, some)) / len(some))
         print(f"{rows:4} rows: {mean:.3f}x of cuBLAS in the geometric mean of {len(some)} shapes, {max(some):.2f}x at worst")
@@ -105,19 +106,19 @@ def run(path: Path, tiny: bool) -> None:
 
 
 class _Shape:
-    """One weight shape: operands to check with, and weights that take turns."""
+    """One weight shape, with operands to check bits with and weights that take turns."""
 
     def __init__(self, n: int, k: int, weights: list[Tensor]) -> None:
         from rlinvariant.kernels import linear
 
         self.n, self.k, self.weights, self.differing = n, k, weights, []
-        self.x, self.w = cancelling(max(ROWS), n, k)
+        self.x, self.w = bits.cancelling(max(ROW_COUNTS), n, k, torch.bfloat16, "cuda")
         self.many: Tile = linear.MANY
         self.expected = linear.tiled(self.x, self.w, None, self.many)
-        self.launches = max(len(weights), min(gpu.LAUNCHES, -(-LAUNCHED // (2 * n * k))))
+        self.launches = max(len(weights), min(gpu.GRAPH_LAUNCHES, -(-GRAPH_WEIGHT_BYTES // (2 * n * k))))
 
     def best(self, rows: int, some: Sequence[Tile | None]) -> tuple[Tile | None, float]:
-        """The fastest of `some` for so many rows, and its time as a share of stock cuBLAS's."""
+        """Return the fastest of `some` for so many rows, and its time as a share of stock cuBLAS's."""
         x, pool = torch.randn(rows, self.k, device="cuda", dtype=torch.bfloat16), torch.cuda.graph_pool_handle()
 
         def graph(function: Callable[[Tensor, Tensor], Any]) -> torch.cuda.CUDAGraph:
@@ -127,7 +128,7 @@ class _Shape:
         same = [tile for tile in some if self._same(rows, tile)] or [self.many]
         graphs = {tile: graph(partial(_product, tile)) for tile in same}
         rough = {tile: _time(graph) for tile, graph in graphs.items()}
-        last = [*sorted(rough, key=lambda t: rough[t])[:BEST]]
+        last = [*sorted(rough, key=lambda t: rough[t])[:TIMED_AGAIN]]
         last += [] if None in last or None not in graphs else [None]
         times = [median(x) * 1e3 / self.launches for x in gpu.turns([stock, *(graphs[t] for t in last)], 9)]
         found = sorted(zip(times[1:], last, strict=True), key=lambda pair: pair[0])
@@ -137,7 +138,7 @@ class _Shape:
 
     def _same(self, rows: int, tile: Tile | None) -> bool:
         y = _product(tile, self.x[:rows], self.w)
-        if torch.equal(y.view(torch.int16), self.expected[:rows].view(torch.int16)):
+        if bits.same(y, self.expected[:rows]):
             return True
         self.differing.append(f"{self.n}x{self.k}, {rows} rows, {tile or 'cublaslt'}")
         print(f"BITS DIFFER, left out: {self.differing[-1]}", flush=True)
@@ -151,12 +152,12 @@ def _product(tile: Tile | None, x: Tensor, w: Tensor) -> Tensor:
 
 
 def _time(graph: torch.cuda.CUDAGraph) -> float:
-    """Milliseconds of a replay, the lesser of two that follow another."""
+    """Return the milliseconds of a replay: the lesser of two that follow another."""
     return min(gpu.turns([graph], 2)[0])
 
 
 def _compile(some: Sequence[Tile]) -> list[str]:
-    """Compile and run each on a small weight, in processes that leave what they compiled in Triton's cache: why it failed."""
+    """Compile and run each tile on a small weight, and return why it failed, or "". The processes fill Triton's cache."""
     workers = min(os.cpu_count() or 1, 16, len(some))
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as executor:
         return list(executor.map(_try, some))
@@ -174,10 +175,10 @@ def _try(tile: Tile) -> str:
     return ""
 
 
-def _write(path: Path, tiles: dict[str, dict[str, Tile | None]]) -> None:
+def _save(path: Path, tiles: dict[str, dict[str, Tile | None]]) -> None:
     from rlinvariant.machine import environment
 
     lines = ",\n".join(f"  {json.dumps(shape)}: {json.dumps(by_rows)}" for shape, by_rows in sorted(tiles.items()))
     about = json.dumps(environment() | gpu.environment())
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f'{{"tiles": {{\n{lines}\n}},\n"environment": {about}}}\n')
+    write_atomically(path, f'{{"tiles": {{\n{lines}\n}},\n"environment": {about}}}\n')

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from rlinvariant import ops
+from rlinvariant import bits, ops
 from rlinvariant.bench import gpu
 
 
@@ -38,9 +38,11 @@ def turns(graphs: Any, rounds: int) -> list[list[float]]:
 def install(monkeypatch) -> None:
     monkeypatch.setattr(gpu, "capture", lambda calls, pool=None: gpu.Loop(calls))
     monkeypatch.setattr(gpu, "turns", turns)
-    monkeypatch.setattr(gpu, "COLD", 1 << 20)
+    monkeypatch.setattr(gpu, "ROTATED_BYTES", 1 << 20)
     for name in ("synchronize", "empty_cache", "graph_pool_handle", "reset_peak_memory_stats"):
         monkeypatch.setattr(torch.cuda, name, lambda: None)
+    cancelling = bits.cancelling
+    monkeypatch.setattr(bits, "cancelling", lambda rows, n, k, dtype, device: cancelling(rows, n, k, dtype))
     product = lambda x, w, b: ops.linear(x, w)  # noqa: E731
     linear = types.ModuleType("rlinvariant.kernels.linear")
     vars(linear).update(tiled=lambda x, w, b, tile: product(x, w, b), cublaslt=product, MANY=(128, 128, 64, 8, 3))

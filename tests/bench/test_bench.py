@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from rlinvariant.bench import certify
-from rlinvariant.bench.measure import QUIET, Row, quietest
+from rlinvariant.bench.measure import QUIET_SHARE, Row, quietest
 from rlinvariant.bench.report import markdown
 from rlinvariant.models.families import REFUSED
 
@@ -62,7 +62,7 @@ def test_help_names_the_benchmarks():
 
 
 def test_quiet_windows_are_kept_and_few_are_enough():
-    assert quietest([(0.5, "a"), (0.0, "b"), (QUIET, "c"), (0.2, "d")]) == (["b", "c"], QUIET)
+    assert quietest([(0.5, "a"), (0.0, "b"), (QUIET_SHARE, "c"), (0.2, "d")]) == (["b", "c"], QUIET_SHARE)
     assert quietest([(0.5, "a"), (0.4, "b"), (0.9, "c"), (0.6, "d")]) == (["b", "a"], 0.5)
 
 

@@ -147,7 +147,7 @@ def test_steps_of_sides_that_do_not_fit_together_follow_each_other(monkeypatch):
 
 
 def test_steps_end_when_another_would_not_be_in_time(monkeypatch):
-    monkeypatch.setattr(gpu_step, "SECONDS", 0)
+    monkeypatch.setattr(gpu_step, "MOST_SECONDS", 0)
     answer = {"seconds": 1.0, "tokens": 1.0, "exact": True, "peak": 1.0, "rollout": 0.0, "train": None, "sync": None}
     Fakes(monkeypatch, gpu_step, lambda side, length: answer)
     assert {row.samples for row in gpu_step.rows(tiny=True)} == {1}

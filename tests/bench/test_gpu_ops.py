@@ -24,7 +24,7 @@ def test_tune_writes_a_tile_for_every_row_count(on_cpu, monkeypatch, tmp_path, c
     tune.run(tmp_path / "tiles.json", tiny=False)
     content = json.loads((tmp_path / "tiles.json").read_text())
     assert set(content["tiles"]) == {"64x128", "32x96"}
-    assert all(set(by_rows) == set(map(str, tune.ROWS)) for by_rows in content["tiles"].values())
+    assert all(set(by_rows) == set(map(str, tune.ROW_COUNTS)) for by_rows in content["tiles"].values())
     assert "packages" in content["environment"]
     assert "BITS DIFFER" not in capsys.readouterr().out
 
@@ -43,18 +43,18 @@ def test_tune_leaves_out_a_tile_whose_bits_differ_and_fails(on_cpu, monkeypatch,
 
 
 def test_candidates_fit_into_a_multiprocessor():
-    for rows in tune.ROWS:
+    for rows in tune.ROW_COUNTS:
         some = tune.candidates(rows)
         assert 20 <= len(some) <= 80 and len(set(some)) == len(some)
         for bn, bm, bk, warps, stages in some:
-            assert (bn + bm) * bk * 2 * stages <= tune.SHARED and warps in (1, 2, 4, 8) and 3 <= stages <= 6
+            assert (bn + bm) * bk * 2 * stages <= tune.SHARED_MEMORY_BYTES and warps in (1, 2, 4, 8) and 3 <= stages <= 6
             assert bn * bm / (32 * warps) <= 256, "more accumulators than a thread has registers"
 
 
 def test_linear_has_a_row_for_each_shape_and_a_mean(on_cpu):
     rows = list(linear.rows(tiny=True))
     assert len(rows) == 6 and all(r.bench == "linear" and r.ours > 0 and r.stock > 0 for r in rows)
-    assert {r.target for r in rows} == {linear.FEW, linear.MANY, linear.MEAN}
+    assert {r.target for r in rows} == {linear.FEW_ROWS_TARGET, linear.MANY_ROWS_TARGET, linear.MEAN_TARGET}
     assert all(r.bits_equal["ours"] for r in rows)
 
 
@@ -130,7 +130,7 @@ def test_a_model_is_built_once_and_its_biases_are_not_zero(tmp_path, monkeypatch
 
 
 def test_rotation_gives_every_input_its_turn():
-    assert gpu.copies(gpu.COLD) == 1 and gpu.copies(gpu.COLD - 1) == 2 and gpu.copies(8 << 20) == 25
+    assert gpu.copies(gpu.ROTATED_BYTES) == 1 and gpu.copies(gpu.ROTATED_BYTES - 1) == 2 and gpu.copies(8 << 20) == 25
     calls = [lambda i=i: i for i in range(7)]
     turned = [call() for call in gpu.rotate(calls)]
-    assert len(turned) == gpu.LAUNCHES and {turned.count(i) for i in range(7)} == {2, 3}
+    assert len(turned) == gpu.GRAPH_LAUNCHES and {turned.count(i) for i in range(7)} == {2, 3}

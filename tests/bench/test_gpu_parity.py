@@ -19,12 +19,12 @@ def test_parity_puts_both_processes_of_a_model_together(monkeypatch):
 
     Fakes(monkeypatch, gpu_parity, answer)
     rows = list(gpu_parity.rows(tiny=False))
-    assert [row.model for row in rows] == [*gpu_parity.SMALL, *gpu_parity.LARGE]
+    assert [row.model for row in rows] == [*gpu_parity.SMALL_MODELS, *gpu_parity.LARGE_MODELS]
     assert {(row.mismatched, row.tokens, row.control_mismatched) for row in rows} == {(0, 8, 7)}
 
 
 def test_a_model_whose_process_ends_costs_its_own_rows_alone(monkeypatch, tmp_path):
-    ended = iter(gpu_parity.SMALL[:1] * 2)
+    ended = iter(gpu_parity.SMALL_MODELS[:1] * 2)
 
     def answer(side, what):
         if next(ended, None):
@@ -36,9 +36,9 @@ def test_a_model_whose_process_ends_costs_its_own_rows_alone(monkeypatch, tmp_pa
     with pytest.raises(SystemExit, match="not measured: .*KeyError"):
         measure.write(tmp_path / "parity.json", gpu_parity.rows(tiny=False), tiny=False)
     rows = json.loads((tmp_path / "parity.json").read_text())["rows"]
-    assert [row.get("case", row.get("model")) for row in rows] == [*gpu_parity.SMALL, *gpu_parity.LARGE]
+    assert [row.get("case", row.get("model")) for row in rows] == [*gpu_parity.SMALL_MODELS, *gpu_parity.LARGE_MODELS]
     assert [("missing" in row) for row in rows] == [True, False, False, False, False]
-    assert f"| {gpu_parity.SMALL[0]} | not measured: " in report.markdown(tmp_path)
+    assert f"| {gpu_parity.SMALL_MODELS[0]} | not measured: " in report.markdown(tmp_path)
 
 
 def test_a_trainer_that_scores_other_tokens_than_were_sampled_is_refused():

@@ -67,9 +67,9 @@ def test_a_worker_that_does_not_end_is_ended(tmp_path, monkeypatch):
     assert worker.process.returncode == -9
 
 
-@pytest.mark.parametrize("name", list(__main__.NAMES))
+@pytest.mark.parametrize("name", list(__main__.BENCHMARKS))
 def test_every_benchmark_can_be_imported(name):
-    for module in filter(None, __main__.NAMES[name][:2]):
+    for module in filter(None, __main__.BENCHMARKS[name][:2]):
         bench = importlib.import_module(f"rlinvariant.bench.{module}")
         assert any(callable(getattr(bench, entry, None)) for entry in ("rows", "run", "main"))
 
