@@ -586,7 +586,7 @@ def test_bad_arguments_are_one_line(argv, problem):
     ("config", "arguments", "problem"),
     [
         (None, [], "cannot be loaded|found no config.json"),
-        (DistilBertConfig(attention_dropout=0.0), ["--random"], "is no causal language model"),
+        (DistilBertConfig(attention_dropout=0.0), ["--random"], "is not a transformers causal language model"),
         (CONFIG, [], "cannot be loaded: .*random needs the configuration alone"),
         (CONFIG, ["--random", "--prompt", "250"], "expected at most 255 together"),
     ],

@@ -20,6 +20,9 @@ from rlinvariant.report.console import Console
 from rlinvariant.report.rundir import RunDir
 from rlinvariant.text import percent
 
+STOP_SIGNALS = ((signal.SIGINT, 20), (signal.SIGTERM, 5), (signal.SIGKILL, None))
+"""What ends a run: each signal, and how many seconds it is waited for before the next is sent."""
+
 
 @contextmanager
 def locked(path: Path) -> Iterator[int]:
@@ -144,7 +147,7 @@ def _run(command: Sequence[str], run: RunDir, advance: Any, lock: int) -> None:
 
 def _stop(child: subprocess.Popen[bytes]) -> None:
     """End a run and its children: first as ctrl-C does, then with more force."""
-    for number, patience in ((signal.SIGINT, 20), (signal.SIGTERM, 5), (signal.SIGKILL, None)):
+    for number, patience in STOP_SIGNALS:
         if child.poll() is not None:
             return
         os.killpg(child.pid, number)

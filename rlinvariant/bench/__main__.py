@@ -6,6 +6,9 @@ import os
 import sys
 from pathlib import Path
 
+from rlinvariant.errors import UserError
+from rlinvariant.files import require_writable
+
 RESULTS = Path(__file__).parent / "results"
 # name -> (module on a CPU, on a GPU, what it measures)
 BENCHMARKS = {
@@ -55,6 +58,12 @@ def main(argv: list[str]) -> int:
         here = ", ".join(n for n, modules in BENCHMARKS.items() if modules[machine != "cpu"])
         parser.error(f"{options.name}: not for this machine ({machine}); here: {here}")
     out = options.out or RESULTS / machine
+    try:
+        require_writable(out, "--out", "name another directory", directory=True)
+        for page in options.pages:
+            require_writable(page, "FILE.md", "name another file")
+    except UserError as error:
+        parser.error(str(error))
     bench = importlib.import_module(f"rlinvariant.bench.{module}")
     if options.name == "report":
         bench.main(options.out, options.pages)

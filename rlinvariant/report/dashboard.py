@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from rlinvariant.errors import UserError, one_line
+from rlinvariant.files import require_writable
 from rlinvariant.install import install_hint
 from rlinvariant.report import tables, wandb_log
 from rlinvariant.report.panels import PANELS, Panel
@@ -35,7 +36,7 @@ def push(path: str | Path) -> list[str]:
         What was done, a line each.
 
     Raises:
-        UserError: wandb-workspaces is not installed; no runs there; W&B was not reached with the login that there is.
+        UserError: wandb-workspaces is not installed; no runs there; a file cannot be written; W&B was not reached.
     """
     if importlib.util.find_spec("wandb_workspaces") is None:
         raise UserError(f"dashboard push: wandb-workspaces is not installed; {INSTALL}")
@@ -43,6 +44,7 @@ def push(path: str | Path) -> list[str]:
     run = next((run for _, run in study.runs), None)
     if run is None:
         raise UserError(f"{study.path}: no run has started, so there is nothing to show")
+    require_writable(study.path / "dashboard", "dashboard push", "make room for it there", directory=True)
     import wandb
     from wandb.errors import Error
 
@@ -116,6 +118,9 @@ def sync(path: str | Path) -> list[str]:
     has = {name: importlib.util.find_spec(name) is not None for name in ("wandb", "tensorboard")}
     if not any(has.values()):
         raise UserError(f"dashboard sync: neither wandb nor tensorboard is installed; {INSTALL}")
+    for _, run in study.runs:
+        for name in ("dashboard", "tensorboard"):
+            require_writable(run.path / name, "dashboard sync", "make room for it there", directory=True)
     online = has["wandb"] and wandb_log.login("dashboard sync", FIX)
     said = []
     for _, run in study.runs:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from rlinvariant.files import write_atomically
+from rlinvariant.files import require_writable, write_atomically
 from rlinvariant.report import stats, svg, tables
 from rlinvariant.report.console import printable
 from rlinvariant.report.panels import PANELS, Panel
@@ -29,10 +29,11 @@ def write(path: str | Path) -> tuple[Path, Study]:
     """Make PATH/report.html of the run or ablation at PATH, in place of an earlier one.
 
     Raises:
-        UserError: as `study.load`.
+        UserError: as `study.load`; the page cannot be written.
     """
     study = load(path)
     file = study.path / FILE
+    require_writable(file, "report", "make room for it there")
     write_atomically(file, page(study))
     return file, study
 

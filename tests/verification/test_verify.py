@@ -329,7 +329,7 @@ def test_a_model_that_cannot_be_verified_is_one_line(tmp_path, monkeypatch):
         (corrupt, "cannot be loaded"),
         (bad(tmp_path / "unknown", model_type="unheard-of"), "unheard-of"),
         (bad(tmp_path / "remote", **remote), "remote|trust_remote_code"),
-        (bad(tmp_path / "encoder", model_type="t5", architectures=["T5Model"]), "no causal language model"),
+        (bad(tmp_path / "encoder", model_type="t5", architectures=["T5Model"]), "not a transformers causal language model"),
         (bad(tmp_path / "quantised", quantization_config={"quant_method": "awq"}), "quantised"),
         (bad(tmp_path / "short", max_position_embeddings=32), "max_position_embeddings=32"),
         (str(tmp_path / "nowhere"), "nowhere"),
