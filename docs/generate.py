@@ -8,6 +8,7 @@ tests/docs/test_docs.py compares what is committed with what this generates.
 import argparse
 import enum
 import importlib
+import os
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,39 +34,38 @@ def commands() -> str:
     """Return the page of commands, from their parsers."""
     from rlinvariant import cli, errors
 
+    os.environ["COLUMNS"] = "110"  # the width of help texts, which is a terminal's otherwise
     text = [BY + "# Commands", "```\nrlinvariant COMMAND --help\n```"]
     text.append(table("command | what it does", [(f"[`{c.name}`](#{c.name})", c.summary) for c in cli.COMMANDS]))
     text.append("`rlinvariant --version` prints the version. Errors go to stderr, one line each; a mistake has no traceback.")
     text += ["## Exit codes", table("code | meaning", [(str(code), said) for code, said in errors.EXIT_CODES.items()])]
     for command in cli.COMMANDS:
         module = importlib.import_module(command.module)
-        if not hasattr(module, "add_arguments"):
-            continue
         whole = cli.build_parser(command.name, module)
         (below,) = (action for action in whole._actions if isinstance(action, argparse._SubParsersAction))
         parser = below.choices[command.name]
         text += [f"## {command.name}", " ".join(module.DESCRIPTION.split())]
-        text += [f"```\n{module.EXAMPLE.strip()}\n```", *options(parser, command.name)]
+        text += [f"```\n{module.EXAMPLE.strip()}\n```", *options(parser)]
     return "\n\n".join(text).rstrip() + "\n"
 
 
-def options(parser: argparse.ArgumentParser, name: str) -> Iterator[str]:
-    """Yield the table of a command's arguments; of its verbs, where it has some."""
+def options(parser: argparse.ArgumentParser) -> Iterator[str]:
+    """Yield the table of a command's arguments, then what its help says in groups, as settings and arms."""
     rows = []
     for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            for verb, below in action.choices.items():
-                yield f"### {name} {verb}"
-                yield from options(below, f"{name} {verb}")
-        elif action.help != argparse.SUPPRESS and action.dest != "help":
+        if action.help != argparse.SUPPRESS and action.dest != "help":
             rows.append((f"`{shown(action)}`", default(action), " ".join(str(action.help or "").split()).replace("%%", "%")))
     if rows:
         yield table("argument | default | meaning", rows)
+    for group in parser._action_groups:
+        if group.description:
+            yield f"{str(group.title).capitalize()}:"
+            yield f"```\n{group.description}\n```"
 
 
 def shown(action: argparse.Action) -> str:
     """Return an argument as it is written: `--tokens N`, `MODEL`, `key=value ...`."""
-    metavar = action.metavar or (" or ".join(map(str, action.choices)) if action.choices else action.dest.upper())
+    metavar = action.metavar or (f"{{{','.join(map(str, action.choices))}}}" if action.choices else action.dest.upper())
     value = metavar if isinstance(metavar, str) else " ".join(metavar)
     if not action.option_strings:
         return f"{value} ..." if action.nargs in ("*", "+") else value

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the settings of `ablate`."""
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings, see below")
     for title, rows in (("settings", SETTINGS), ("arms (all by default)", {a.name: a.description for a in DEFAULT_ARMS})):
-        parser.add_argument_group(title, "\n".join(wrapped(f"{name:<24} {text}", "", " " * 25) for name, text in rows.items()))
+        parser.add_argument_group(title, "\n".join(wrapped(text, f"{name:<25}", " " * 25) for name, text in rows.items()))
 
 
 def run(options: argparse.Namespace) -> int:
