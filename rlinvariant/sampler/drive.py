@@ -11,7 +11,7 @@ from rlinvariant.sampler.engine import Sampler
 
 @dataclass(frozen=True)
 class Request:
-    """One completion to draw.
+    """A completion to draw.
 
     Args:
         prompt: token ids, one or more.

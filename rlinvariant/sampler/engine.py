@@ -42,7 +42,7 @@ NEUTRAL_SETTINGS = {
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
 }
-UNTOUCHED_OPTIONS = {  # of vllm.LLM: an exact sampler runs whole, on one device, the model that is trained
+UNTOUCHED_OPTIONS = {  # keep vllm.LLM's default: an exact sampler runs whole, on one device, the model that is trained
     "attention_backend": None,
     "attention_config": None,
     "cpu_offload_gb": 0,
@@ -158,7 +158,7 @@ def _arguments(dtype: str, max_model_len: int | None, kv_cache_gib: float | None
     if kv_cache_gib is None:
         kv_cache_gib = torch.cuda.get_device_properties().total_memory / 2**33 if cuda else 1.0
     arguments: dict[str, Any] = {
-        "dtype": dtype,  # of parameters and activations; its default is the checkpoint's
+        "dtype": dtype,  # what parameters and activations are computed in; the default is the checkpoint's dtype
         "max_model_len": max_model_len,  # longest request; sizes the block table and, on some models, the rotary table
         "skip_tokenizer_init": True,  # load no tokenizer: prompts come and completions go as token ids
         "disable_log_stats": True,  # count no statistics of its own
@@ -250,7 +250,7 @@ class Sampler:
 
     @property
     def model(self) -> Any:
-        """The module that vLLM runs, without the wrapper that captures CUDA graphs."""
+        """Return the module that vLLM runs, without the wrapper that captures CUDA graphs."""
         return self._runner.get_model()
 
     def _install(self) -> None:

@@ -116,7 +116,7 @@ class _AttentionImpl(AttentionImpl):
         """Write keys and values [rows, H_kv, D] of this step into the slots of the cache that `slot_mapping` [tokens] names."""
         if kv_cache.is_cuda:
             keys, values = kv_cache.transpose(1, 2).split(self.head_size, -1)
-            scales = layer._k_scale, layer._v_scale  # of an fp8 cache; unused
+            scales = layer._k_scale, layer._v_scale  # an fp8 cache would use them
             torch.ops._C_cache_ops.reshape_and_cache_flash(key, value, keys, values, slot_mapping, "auto", *scales)
             return
         page, d, count = kv_cache.shape[2], self.head_size, len(slot_mapping)

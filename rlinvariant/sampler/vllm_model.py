@@ -90,7 +90,11 @@ class InvariantForCausalLM(TransformersForCausalLM):
         self.compilation_config.inductor_compile_config["emulate_precision_casts"] = True
         stock: Any = AutoModel._model_mapping[type(self.config)]
         compiled = type(stock.__name__, (stock,), {"__module__": stock.__module__})
-        axes: dict[str, Any] = {"input_ids": 1, "inputs_embeds": 1, "position_ids": -1}  # of the tokens, in [1, T], [1, T, D]
+        axes: dict[str, Any] = {
+            "input_ids": 1,
+            "inputs_embeds": 1,
+            "position_ids": -1,
+        }  # where tokens are, in [1, T] and [1, T, D]
         support_torch_compile(dynamic_arg_dims=axes)(compiled)
         AutoModel._model_mapping._extra_content[type(self.config)] = compiled
 
@@ -307,7 +311,7 @@ def _top(logprobs: Tensor, count: int) -> tuple[Tensor, Tensor]:
     demanding request of the batch.
     """
     words = logprobs.view(torch.int32).long()
-    order = torch.where(words < 0, -(2**31) - words, words)  # of floats: increases with the number, -0 like 0
+    order = torch.where(words < 0, -(2**31) - words, words)  # increases with the float; -0 is as large as 0
     place = torch.arange(logprobs.shape[1], device=logprobs.device)
     ids = (order * 2**32 - place).topk(count).indices
     return logprobs.gather(-1, ids), ids

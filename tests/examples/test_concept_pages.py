@@ -19,7 +19,7 @@ def functions_of(path: Path) -> set[str]:
 
 
 def missing(text: str) -> list[str]:
-    """What a text names in backticks as a file, a directory or a test, and is not there."""
+    """Return what a text names in backticks as a file, a directory or a test, and is not there."""
     found = []
     for name, test in NAMED.findall(text):
         path = ROOT / name
@@ -29,7 +29,7 @@ def missing(text: str) -> list[str]:
 
 
 def rows(text: str) -> list[list[str]]:
-    """Cells of all rows of the tables of sources."""
+    """Return the cells of all rows of the tables of sources."""
     lines, found = text.splitlines(), []
     for at in (i for i, line in enumerate(lines) if line == HEADER):
         for line in lines[at + 2 :]:

@@ -45,7 +45,7 @@ def test_a_hidden_entry_point_is_named(tmp_path):
 
 
 def test_a_forked_engine_proves_nothing(tmp_path):
-    """It has its parent's registration: here with the entry point hidden, so it could have it from nowhere else."""
+    """A forked child has its parent's registration; with the entry point hidden, it could have it from nowhere else."""
     done = asked(tmp_path, "-c", FORKING, VLLM_PLUGINS="another")
     assert done.returncode != 0 and "exact:" not in done.stdout
     assert "the engine's process was forked" in done.stderr, done.stderr[-3000:]

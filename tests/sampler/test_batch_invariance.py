@@ -33,7 +33,7 @@ from tests.parity.harness import (
 VOCABULARY = 97  # no multiple of 64: vLLM pads the head
 CHUNK = 16  # tokens per engine step, shared with those that decode, so that prompts are cut inside and at page edges
 KV_TOKENS = 512  # less a page that vLLM keeps, for requests that need up to 153 each: they run out while they decode
-KV_BYTES = 2 * 2 * 64 * 2  # of a token: 2 layers x (keys, values) x 64 x 2 bytes
+KV_BYTES = 2 * 2 * 64 * 2  # one token: 2 layers x (keys, values) x 64 x 2 bytes
 TEMPERATURES = (0.0, 0.7, 1.0)  # request i has the (i mod 3)th: greedy and sampled requests share every batch
 # 1, 2: shortest. 7-9, 15-17, 31-33, 63-65, 127-129: vector, tile and page edges. The rest fill up to 64 ragged requests,
 # above the 44 co-resident sequences from which stock vLLM went wrong (vllm #51187).
@@ -155,7 +155,7 @@ def preempted(engines, asked):
 
 
 def arriving(engines, asked):
-    """Three at a time, while others decode; every fifth is aborted after five steps, having decoded a few tokens."""
+    """Three requests arrive at a time, while others decode; every fifth is aborted after five steps, a few tokens in."""
     late = [replace(r, arrives=i // 3, aborts=i // 3 + 5 if i % 5 == 0 else None) for i, r in enumerate(asked)]
     trace = drive(engines("wide"), late)
     assert max(trace.decoding) >= 12, "no request arrived while others were decoding"
@@ -241,7 +241,7 @@ def test_asking_for_more_log_probs_changes_no_bit(exact, reference):
     cold=st.booleans(),
 )
 def test_sampler_is_invariant_to_any_composition(exact, reference, picked, engine, cold):
-    """Which requests, in which order, arriving when, on which engine, cold or warm."""
+    """No choice matters: which requests, in which order, arriving when, on which engine, cold or warm."""
     asked = [replace(requests()[i], arrives=step) for i, step in picked]
     trace = drive(exact(engine), asked, cold=cold)
     assert_same_completions(trace.completions, [reference[i] for i, _ in picked], f"{picked}, {engine}, {cold}")
@@ -285,7 +285,7 @@ def test_stock_vllm_is_not_batch_invariant(way, stock):
 
 @pytest.mark.gpu
 def test_a_compiled_engine_computes_with_its_weights(exact, path, reference):
-    """Its captured graphs read the weights that it was given last; the comparison sees one bf16 ulp in one column of one."""
+    """The captured graphs read the weights that were synced last; the comparison sees one bf16 ulp in one column of one."""
     name, true = "model.layers.1.mlp.down_proj.weight", dict(load(path).named_parameters())
     faulty = true[name].detach().bfloat16()
     faulty[:, 0].copy_(faulty[:, 0] * (1 + 2**-7))

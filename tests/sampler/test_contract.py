@@ -73,7 +73,10 @@ SIGNATURES = {
     vllm_serve._Worker.load_model: ["self"],
     vllm_serve._Worker.compile_or_warm_up_model: ["self"],
 }  # fmt: skip
-ATTENTION_HOOKS = {"_get_attn_cls": "0.32.", "create_attention_instances": "0.26."}  # of both; each release asks for one
+ATTENTION_HOOKS = {
+    "_get_attn_cls": "0.32.",
+    "create_attention_instances": "0.26.",
+}  # our class has both; each release asks for one
 
 
 def test_vllm_is_the_version_that_was_read():
@@ -154,7 +157,7 @@ def test_the_engine_is_reached_by_the_path_expected(exact_engine):
     layers = runner.compilation_config.static_forward_context
     assert len(layers) == 2, "one attention layer per decoder layer"
     assert {layer.attn_backend.__name__ for layer in layers.values()} == {"InvariantAttentionBackend"}
-    for cache in runner.kv_caches:  # of the arithmetic recipe: one head of keys and values, 64 wide
+    for cache in runner.kv_caches:  # the arithmetic recipe has one head of keys and values, 64 wide
         blocks, heads, page, width = cache.shape  # [pages, H_kv, page, keys and values]
         assert (heads, page, width) == (1, BLOCK, 2 * 64) and cache.stride(-1) == 1
 

@@ -1,11 +1,13 @@
 """What an engine refuses before it starts, and what an interrupted one leaves behind."""
 
+from typing import Any
 from unittest import mock
 
 import pytest
+from transformers import AutoConfig, DistilBertConfig
 
 from rlinvariant.errors import UserError
-from rlinvariant.sampler.engine import Sampler
+from rlinvariant.sampler.engine import Sampler, refuse
 
 
 @pytest.mark.parametrize(
@@ -20,6 +22,37 @@ def test_vllms_own_switch_is_refused(arithmetic_dir, monkeypatch):
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
     with pytest.raises(UserError, match="VLLM_BATCH_INVARIANT=1: expected unset"):
         Sampler(arithmetic_dir, invariant=True)
+
+
+def test_a_configuration_that_the_caller_has_is_not_loaded_again(arithmetic_dir, monkeypatch):
+    config = AutoConfig.from_pretrained(arithmetic_dir)
+    loads: list[str] = []
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda model: loads.append(model) or config)
+    assert refuse({}, arithmetic_dir, "bfloat16", config=config) == config.max_position_embeddings == 256
+    assert loads == []
+    assert refuse({}, arithmetic_dir, "bfloat16") == 256
+    assert loads == [arithmetic_dir], "control"
+
+
+def test_positions_stand_for_a_refusal_that_has_run(arithmetic_dir, monkeypatch):
+    """The engine starts with as many positions as `refuse` returned, and nothing is refused, or loaded, a second time."""
+
+    class Started(Exception):
+        pass
+
+    def start(model: str, **arguments: Any) -> None:
+        raise Started(arguments["max_model_len"])
+
+    monkeypatch.setattr("vllm.LLM", start)
+    monkeypatch.setattr("rlinvariant.sampler.engine.refuse", lambda *_: pytest.fail("refused twice"))
+    with pytest.raises(Started, match="200"):
+        Sampler(arithmetic_dir, invariant=True, positions=200)
+
+
+def test_what_is_no_causal_language_model_is_refused(tmp_path):
+    DistilBertConfig().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="is not a transformers causal language model"):
+        Sampler(tmp_path, invariant=True)
 
 
 def test_an_interrupted_batch_does_not_linger(exact_engine):

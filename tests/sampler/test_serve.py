@@ -70,7 +70,7 @@ class Server:
             )
 
     def wait(self, seconds: float = 240) -> str:
-        """Until it is healthy; returns what it printed."""
+        """Wait until the server is healthy; return what it printed."""
         end = time.monotonic() + seconds
         while time.monotonic() < end and self.process.poll() is None:
             try:
@@ -90,7 +90,7 @@ class Server:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> str:
-    """The demo's: four layers, random weights."""
+    """Return the demo's model: four layers, random weights."""
     path = tmp_path_factory.mktemp("models") / "small"
     build_small(path)
     return str(path)
@@ -122,7 +122,7 @@ def body(**changes: Any) -> dict[str, Any]:
 
 
 async def whole(client: httpx.AsyncClient, request: dict[str, Any]) -> str:
-    """All that the client gets, but for the id and the time."""
+    """Return all that the client gets, but for the id and the time."""
     response = await client.post("/v1/completions", json=request)
     assert response.status_code == 200, response.text
     answer = response.json()
@@ -130,7 +130,7 @@ async def whole(client: httpx.AsyncClient, request: dict[str, Any]) -> str:
 
 
 async def streamed(client: httpx.AsyncClient, request: dict[str, Any], stop_after: int | None = None) -> str | None:
-    """The pieces of a stream put together, as `whole` would give their text and log-probs; None if closed after some."""
+    """Return the pieces of a stream put together, as `whole` gives them; None if the stream was closed after some."""
     joined: dict[int, dict[str, Any]] = {}
     async with client.stream("POST", "/v1/completions", json=request | {"stream": True}) as response:
         assert response.status_code == 200
@@ -155,7 +155,7 @@ def pieces(choices: Any) -> str:
 
 @dataclass
 class Load:
-    """Requests of others, from a few workers, until `stop`."""
+    """Requests of other clients, which a few workers send until `stop`."""
 
     client: httpx.AsyncClient
     stop: asyncio.Event = field(default_factory=asyncio.Event)
@@ -186,7 +186,7 @@ class Load:
 
 
 async def alone_and_among(url: str, kinds: list[str]) -> tuple[dict[str, str], list[tuple[str, str]], Load]:
-    """(bytes of each request alone, (request, its bytes) among traffic, the traffic)."""
+    """Return (bytes of each request alone, (request, its bytes) among traffic, the traffic)."""
     limits = httpx.Limits(max_connections=64)
     async with httpx.AsyncClient(base_url=url, timeout=60, limits=limits) as client:
         alone = {kind: await whole(client, body(**REQUESTS[kind])) for kind in kinds}

@@ -80,7 +80,7 @@ def test_a_weight_that_the_sampler_does_not_have_is_named(engine, weights):
 
 
 def test_one_bf16_ulp_is_named(engine, weights):
-    """In any element of a parameter that vLLM keeps as it is; of a packed matrix some columns are read, 0 among them."""
+    """An ulp shows in any element of a parameter that vLLM keeps; some columns of a packed matrix are read, 0 among them."""
     engine.sync(weights.items())
     for name, weight in weights.items():
         changed = weight.bfloat16()
@@ -114,7 +114,7 @@ ASKED = [Request(tuple(range(i, i + 2 * BLOCK + 5)), i, 1.0) for i in range(8)] 
 
 
 def warm_and_cold(engine, weights):
-    """With new weights: completions right after the sync, on a cache warmed by the old ones, and cold ones."""
+    """Sync new weights; return completions on a cache that the old weights have warmed, and completions on a cold one."""
     engine.sync(weights.items())
     drive(engine, ASKED)
     engine.sync((name, 1.1 * w) for name, w in weights.items())
@@ -152,14 +152,14 @@ def test_sync_refuses_while_a_request_runs(engine, weights):
 
 
 def seed_process() -> None:
-    """With other seeds than vLLM's own."""
+    """Seed the process with other seeds than vLLM's own."""
     torch.manual_seed(123)
     random.seed(123)
     np.random.seed(123)
 
 
 def process_state():
-    """What vLLM seeds, sets or replaces."""
+    """Return what vLLM seeds, sets or replaces."""
     return (
         torch.get_rng_state().tolist(),
         torch.cuda.get_rng_state().tolist() if CUDA else None,
