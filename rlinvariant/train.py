@@ -1,39 +1,79 @@
 """`rlinvariant train`: from `key=value` arguments to a run."""
 
 import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
 
-from rlinvariant.launch import is_launched, launch, machines
+from rlinvariant.arguments import CommandParser
+from rlinvariant.errors import ConfigErrors
+from rlinvariant.launch import is_launched, launch, machine_file, machines
 
 DESCRIPTION = """Train a policy by a recipe, with GRPO or PPO: vLLM samples, TRL and accelerate train, and every sampled token's
-log-prob is compared. accelerate starts the processes, as the machine file says. Arguments are key=value; all mistakes are
-listed at once, before anything is loaded."""
+log-prob is compared. Arguments are key=value; all mistakes are listed at once, before anything is loaded.
+
+accelerate starts the processes, as a machine file says: machine=cpu, one process on a CPU; cpu2, two; 1gpu, one on a GPU; or
+machine=FILE, a file of `accelerate config`. Without it the machine is 1gpu where torch finds a GPU, else cpu. Under an
+`accelerate launch` of your own its file holds, and machine= is refused."""
 EXAMPLE = """rlinvariant train recipe=arithmetic steps=20
 rlinvariant train recipe=gsm8k model=Qwen/Qwen3-0.6B trainer.learning_rate=2e-6 run=first
 rlinvariant train recipe=gsm8k --help"""
-HELP = "recipe=NAME or a path, and any field below"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("settings", nargs="*", metavar="key=value", help=f"{HELP}; machine={'|'.join(machines())}|FILE")
-    parser.add_argument("-h", "--help", action="store_true", help="show every field, its value and where it comes from")
+def add_arguments(parser: CommandParser) -> None:
+    settings = f"recipe=NAME or a path to one, machine={'|'.join(machines())}|FILE, and any field below"
+    parser.add_argument("settings", nargs="*", metavar="key=value", help=settings)
+    parser.add_argument("-h", "--help", action="store_true", help="show the fields that matter most, with their values")
+    parser.add_argument("--help=all", action="store_true", dest="help_all", help="show all fields")
     parser.set_defaults(parser=parser)
 
 
 def run(options: argparse.Namespace) -> int | None:
-    """Train, through accelerate unless accelerate has started this process, or print the fields.
+    """Train, through accelerate unless accelerate or train.py has started this process; or print the fields.
 
     Raises:
-        UserError, ParityError: as `launch.launch` and `run.run` do.
+        UserError, ParityError: as `config.parse`, `launch.launch` and `run.run` do.
     """
-    given = [x.partition("=")[2] for x in options.settings if x.startswith("machine=")]
-    settings = [x for x in options.settings if not x.startswith("machine=")]
-    if given or not (options.help or options.script or is_launched()):
-        return launch(settings, given[-1] if given else None)
+    machine, settings = split(options.settings)
+    if options.help or options.help_all:
+        from rlinvariant.config.help import fields_help
+
+        fields = fields_help(settings, options.help_all)
+        print(f"{options.parser.format_help()}\n{fields}")
+        return None
     from rlinvariant.config import parse
 
-    if options.help:
-        print(options.parser.format_help(), flush=True)
-    config = parse([*settings, *(["--help"] if options.help else [])])
+    if machine is not None or not (options.script or is_launched()):
+        if not is_launched():  # a mistake is said at once, not once the processes have started
+            parse(settings, os.environ | {"WORLD_SIZE": str(processes(machine))})
+        return launch(settings, machine)
+    config = parse(settings)
     from rlinvariant.run import run
 
     run(config)
+    return None
+
+
+def split(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Take machine= out of the arguments. Raises ConfigErrors if it is there twice."""
+    machine = [argument.partition("=")[2] for argument in arguments if argument.startswith("machine=")]
+    if len(machine) > 1:
+        raise ConfigErrors([f"machine={machine[0]} and machine={machine[1]}: both set the same value; keep one"])
+    return machine[0] if machine else None, [argument for argument in arguments if not argument.startswith("machine=")]
+
+
+def processes(machine: str | None) -> int:
+    """Return how many processes a machine has, by its file alone; what else is wrong with the file, `launch` finds.
+
+    Raises:
+        UserError: there is no such machine.
+    """
+    if machine is None:
+        return 1
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(machine_file(machine)).read_text())
+        return max(1, int(content["num_processes"]))
+    except (OSError, yaml.YAMLError, ValueError, KeyError, TypeError):
+        return 1

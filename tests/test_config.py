@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -9,7 +10,20 @@ from pathlib import Path
 
 import pytest
 
-from rlinvariant.config import ALIASES, OWNED, TRAINER_CHOICES, TRAINER_DEFAULTS, Config, check, load_recipe, parse
+from rlinvariant.config import (
+    ALIASES,
+    OWNED,
+    TRAINER_CHOICES,
+    TRAINER_DEFAULTS,
+    Config,
+    check,
+    fields,
+    load_recipe,
+    parse,
+    recipe_names,
+    trl_fields,
+)
+from rlinvariant.config.help import FIRST_FIELDS
 from rlinvariant.errors import ConfigErrors, UserError
 
 REPO = Path(__file__).parents[1]
@@ -349,11 +363,11 @@ def test_what_trl_refuses_later_is_one_line() -> None:
 def test_tables_name_fields_that_trl_has() -> None:
     from trl.trainer.grpo_config import GRPOConfig
 
-    fields = set(GRPOConfig.__dataclass_fields__)
+    names = set(GRPOConfig.__dataclass_fields__)
     aliases = {alias.removeprefix("trainer.") for alias in ALIASES}
-    assert fields >= set(OWNED) | set(TRAINER_CHOICES) | set(TRAINER_DEFAULTS) | aliases
+    assert names >= set(OWNED) | set(TRAINER_CHOICES) | set(TRAINER_DEFAULTS) | aliases
     ours = {key.removeprefix("trainer.") for key in good().resolved() if key.startswith("trainer.")}
-    assert ours == fields - set(OWNED) - aliases
+    assert ours == names - set(OWNED) - aliases
 
 
 def test_run_directories_are_not_overwritten() -> None:
@@ -393,14 +407,46 @@ def test_check_is_pure(in_tmp: Path) -> None:
     assert (dict(os.environ), sorted(in_tmp.rglob("*"))) == before
 
 
+def shown_help(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    from rlinvariant.cli import main
+
+    assert main(["train", *argv]) == 0
+    return capsys.readouterr().out
+
+
 def test_help_says_where_values_come_from(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        good("--help", "trainer.beta=0.5")
-    assert stopped.value.code == 0
-    lines = {line.split("=")[0].strip(): line for line in capsys.readouterr().out.splitlines()}
-    assert "steps=7" in lines["steps"] and "[recipe mine]" in lines["steps"]
-    assert "trainer.beta=0.5" in lines["trainer.beta"] and "[command line]" in lines["trainer.beta"]
-    assert "[default] one of exact, off, sampler, trainer." in lines["invariance"]
+    shown = shown_help(capsys, "--help", "recipe=mine.py", "trainer.epsilon=0.5").splitlines()
+    lines = {line.partition("=")[0].strip(): (line.strip(), shown[i + 1]) for i, line in enumerate(shown) if "=" in line}
+    assert lines["steps"] == ("steps=7  [recipe mine]", "      int. Optimizer steps.")
+    assert lines["data.size"][0] == "data.size=5  [recipe mine]"
+    assert lines["trainer.epsilon"][0] == "trainer.epsilon=0.5  [command line]", "what the user has set is shown"
+    assert lines["model"][0] == "model=None  [default]"
+    assert lines["invariance"][1].startswith("      one of exact, off, sampler, trainer. ")
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_help_shows_fifteen_fields_and_all_when_asked(
+    width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    first, everything = shown_help(capsys, "--help"), shown_help(capsys, "--help=all")
+    keys = [
+        [line.split("=")[0].strip() for line in text.splitlines() if re.match(r"  [\w.]+=.*]$", line)]
+        for text in (first, everything)
+    ]
+    assert sorted(keys[0]) == sorted(FIRST_FIELDS) and len(keys[0]) == 15
+    assert sorted(keys[1]) == sorted(good().resolved().keys() - {"data.size", "data.path"})
+    assert f"{len(keys[1]) - 15} more fields: --help=all" in first and "more fields" not in everything
+    examples = [line for line in everything.splitlines() if "rlinvariant train recipe" in line]
+    assert all(len(line) <= min(width, 120) or line in examples for line in everything.splitlines())
+
+
+def test_help_with_a_mistake_is_that_mistake(capsys: pytest.CaptureFixture[str]) -> None:
+    from rlinvariant.cli import main
+
+    assert main(["train", "--help", "stps=3"]) == 2
+    assert capsys.readouterr() == ("", "error: stps=3: unknown key; did you mean steps?\n")
+    assert main(["train", "--help", "recipe=gsm8k"]) == 0, "that it needs a model is no mistake yet"
 
 
 def test_train_prints_errors_without_a_traceback(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -412,12 +458,64 @@ def test_train_prints_errors_without_a_traceback(capsys: pytest.CaptureFixture[s
         assert capsys.readouterr() == ("", shown)
 
 
-def test_a_mistake_in_a_recipe_name_is_found_without_loading_torch() -> None:
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["train"], "recipe: missing"),
+        (["train", "recipe=nope"], "recipe=nope: unknown recipe"),
+        (["train", "recipe=arithmetic", "stps=3"], "stps=3: unknown key; did you mean steps?"),
+        (["train", "recipe=arithmetic", "trainer.optim=adma"], "trainer.optim=adma: expected one of adamw_torch"),
+        (["train", "recipe=countdown_ppo", "steps=0"], "steps=0: expected at least 1"),
+        (["train", "recipe=gsm8k"], "model: missing"),
+        (["train", "--help=all", "recipe=arithmetic"], ""),
+    ],
+)
+def test_a_wrong_command_line_is_answered_without_a_framework(arguments: list[str], error: str) -> None:
+    """Each takes seconds to import. Nothing is measured in time: that depends on the machine."""
     code = (
-        f"import sys; sys.path.insert(0, {str(REPO)!r})\n"
-        "from rlinvariant.config import load_recipe\n"
-        "try: load_recipe('nope')\n"
-        "except Exception as error: print(type(error).__name__, sorted({'torch', 'trl', 'vllm'} & set(sys.modules)))\n"
+        "import sys; from rlinvariant.cli import main\n"
+        f"code = main({arguments!r})\n"
+        "print(sorted({'accelerate', 'datasets', 'numpy', 'torch', 'transformers', 'trl', 'vllm'} & set(sys.modules)), code)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "UserError []\n"
+    environment = os.environ | {"PYTHONPATH": str(REPO)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.splitlines()[-1] == f"[] {2 if error else 0}"
+    assert done.stderr.startswith(f"error: {error}" if error else "")
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_a_recipe_is_imported_without_a_framework(recipe: str) -> None:
+    code = (
+        f"import sys, rlinvariant.recipes.{recipe}\n"
+        "print(sorted({'datasets', 'tokenizers', 'torch', 'transformers', 'trl'} & set(sys.modules)))\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(REPO)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_the_table_of_trls_fields_is_that_of_the_class() -> None:
+    live = json.loads(trl_fields.as_json(trl_fields.table_of_class()))
+    assert fields.table() == live
+    packaged = json.loads(fields.PACKAGED_TABLE.read_text())
+    if packaged["versions"] == fields.installed():
+        assert packaged == live, "run `make fields`"
+
+
+def test_other_versions_have_their_fields_from_the_class_once(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    versions, made = {"trl": "1.16.9", "transformers": "5.19.9"}, []
+    table = fields.table()
+    monkeypatch.setenv("RLINVARIANT_CACHE", str(in_tmp / "cache"))
+    monkeypatch.setattr(fields, "installed", lambda: versions)
+    monkeypatch.setattr(trl_fields, "table_of_class", lambda: made.append(1) or table | {"versions": versions})
+    assert fields.table() == fields.table() == table | {"versions": versions} and made == [1]
+    (in_tmp / "file").touch()
+    monkeypatch.setenv("RLINVARIANT_CACHE", str(in_tmp / "file"))  # no directory can be made there
+    assert fields.table()["versions"] == versions and made == [1, 1]
+
+
+def test_every_choice_of_an_enum_is_taken_by_trl(in_tmp: Path) -> None:
+    """GRPOConfig makes enums of strings itself."""
+    config = good("trainer.lr_scheduler_type=cosine", "trainer.save_strategy=epoch", "trainer.optim=sgd", "run=one")
+    args = config.grpo_config()
+    assert (args.lr_scheduler_type.value, args.save_strategy.value, args.optim.value) == ("cosine", "epoch", "sgd")

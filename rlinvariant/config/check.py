@@ -1,0 +1,149 @@
+"""What in a well-typed configuration cannot run: one function for each kind of mistake, one line for each mistake."""
+
+import re
+from collections.abc import Mapping
+
+from rlinvariant.arguments import model_problems
+from rlinvariant.config.recipe import Recipe
+from rlinvariant.config.tree import Config
+from rlinvariant.conflicts import conflicts, ppo_conflicts
+
+
+def check(config: Config, env: Mapping[str, str], recipe: Recipe | None = None) -> list[str]:
+    """List what cannot run, one line each: key, value, what is expected, the fix. Looks at no device and changes nothing.
+
+    Args:
+        env: environment variables, read for the launcher's processes and for what contradicts `invariance`.
+        recipe: the recipe, for what it needs and checks itself.
+    """
+    found = _check_numbers(config)
+    found += _check_model(config, recipe)
+    found += _check_batches(config, int(env.get("WORLD_SIZE", 1)))
+    if recipe is not None and recipe.check is not None:
+        found += recipe.check(config)
+    found += conflicts(config.trainer, config.invariance, env, "trainer.")
+    found += _check_ppo(config) if config.algorithm == "ppo" else _check_no_ppo(config)
+    return found + _check_sampler(config)
+
+
+def check_run(config: Config, env: Mapping[str, str]) -> list[str]:
+    """Say why the run's directory cannot be used: it is written once.
+
+    Only the main process looks: it may have made the directory before the others get here.
+    """
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", config.run):
+        return [f"run={config.run}: expected a name of letters, digits, '.', '_' and '-'; it is a directory under runs/"]
+    if config.resume and "run" not in config.sources:
+        return ["resume=True: expected run=NAME too, the run to continue"]
+    if "run" not in config.sources and env.get("WORLD_SIZE", "1") != env.get("LOCAL_WORLD_SIZE", env.get("WORLD_SIZE", "1")):
+        return ["run: missing; with several hosts write run=NAME, so that all use one directory"]
+    if env.get("RANK", "0") != "0":
+        return []
+    if config.resume and not config.run_dir.is_dir():
+        return [f"run={config.run}: {config.run_dir} does not exist, nothing to resume; drop resume=true"]
+    if not config.resume and (config.run_dir / "config.json").exists():
+        return [f"run={config.run}: {config.run_dir} exists; choose another name, or add resume=true to continue it"]
+    return []
+
+
+def _required(config: Config, *rules: tuple[bool, str, str]) -> list[str]:
+    """Make a line of each rule (holds, key, what is expected) that does not hold."""
+    found = []
+    for holds, key, expected in rules:
+        if not holds:
+            section, _, name = key.rpartition(".")
+            value = getattr(getattr(config, section) if section else config, name)
+            found.append(f"{key}={value}: expected {expected}")
+    return found
+
+
+def _check_numbers(config: Config) -> list[str]:
+    anew = "0 with resume=True: the older weights are in no checkpoint; start a new run"
+    return _required(
+        config,
+        (config.steps >= 1, "steps", "at least 1"),
+        (0 <= config.seed < 2**32, "seed", "0 to 4294967295"),
+        (config.staleness >= 0, "staleness", "0 or more optimizer steps"),
+        (not (config.resume and config.staleness > 0), "staleness", anew),
+    )
+
+
+def _check_sampler(config: Config) -> list[str]:
+    """Check the sampler's sizes, how they go with the trainer's, and that W&B is asked for in one place."""
+    trainer, sampler = config.trainer, config.sampler
+    length, longest = trainer.max_completion_length, sampler.max_model_len
+    room = f"more than trainer.max_completion_length={length}, to leave room for the prompt"
+    reports = trainer.report_to if isinstance(trainer.report_to, list) else [trainer.report_to]
+    return _required(
+        config,
+        (length is not None and length >= 1, "trainer.max_completion_length", "at least 1"),
+        (longest is None or length is None or longest > length, "sampler.max_model_len", room),
+        (sampler.max_num_seqs >= 1, "sampler.max_num_seqs", "at least 1"),
+        (sampler.kv_cache_gib is None or sampler.kv_cache_gib > 0, "sampler.kv_cache_gib", "more than 0"),
+        (not {"wandb", "all"} & set(reports), "trainer.report_to", "no wandb or all: W&B is set by wandb.mode="),
+    )
+
+
+def _check_ppo(config: Config) -> list[str]:
+    ppo, found = config.ppo, ppo_conflicts(config.trainer, config.ppo, "trainer.")
+    if (first := ppo.value_warmup_steps) >= config.steps > 0:
+        least = f"less than steps={config.steps}, or the policy learns nothing"
+        found.append(f"ppo.value_warmup_steps={first}: expected {least}")
+    return found + ([] if ppo.critic is None else model_problems("ppo.critic", ppo.critic))
+
+
+def _check_no_ppo(config: Config) -> list[str]:
+    """Refuse settings of PPO where they would do nothing; those of a recipe for PPO rest when the user asks for GRPO."""
+    rest = config.sources.get("algorithm") == "command line"
+    return [
+        f"{key}={getattr(config.ppo, key.removeprefix('ppo.'))}: expected algorithm=ppo, or it does nothing; remove it"
+        for key, source in config.sources.items()
+        if key.startswith("ppo.") and (source == "command line" or not rest)
+    ]
+
+
+def _check_batches(config: Config, processes: int) -> list[str]:
+    """Refuse batch sizes that TRL would refuse later, when everything is loaded."""
+    trainer, found = config.trainer, []
+    group, per_device = trainer.num_generations, trainer.per_device_train_batch_size
+    sizes = {
+        "num_generations": (group, 1 if config.algorithm == "ppo" else 2),
+        "num_iterations": (trainer.num_iterations, 1),
+        "per_device_train_batch_size": (per_device, 1),
+        "gradient_accumulation_steps": (trainer.gradient_accumulation_steps, 1),
+    }
+    for key, (value, least) in sizes.items():
+        if value is None or value < least:
+            reason = ": a group of one has no advantage" if key == "num_generations" else ""
+            found.append(f"trainer.{key}={value}: expected at least {least}{reason}")
+    if trainer.auto_find_batch_size:
+        found.append("trainer.auto_find_batch_size=True: expected False; lower trainer.per_device_train_batch_size")
+    if found or group is None:
+        return found
+    if trainer.generation_batch_size is not None and trainer.steps_per_generation is not None:
+        a, b = trainer.generation_batch_size, trainer.steps_per_generation
+        keys = f"trainer.generation_batch_size={a} and trainer.steps_per_generation={b}"
+        return [f"{keys}: both set the size of a rollout; keep one"]
+    global_batch = per_device * processes
+    samples = trainer.generation_batch_size
+    if samples is None:
+        samples = global_batch * (trainer.steps_per_generation or trainer.gradient_accumulation_steps)
+    elif samples % global_batch:
+        fix = f"a multiple of trainer.per_device_train_batch_size x processes = {per_device} x {processes}"
+        return [f"trainer.generation_batch_size={samples}: expected {fix}"]
+    if samples < 2 and group == 1:
+        return [f"trainer.per_device_train_batch_size={per_device}: expected a rollout of at least 2 samples; raise it"]
+    if samples % group:
+        shares = f"trainer.per_device_train_batch_size={per_device}, {processes} process(es)"
+        made = f"the {samples} samples of a rollout ({shares})"
+        return [f"trainer.num_generations={group}: expected a divisor of {made}; change one of them"]
+    return []
+
+
+def _check_model(config: Config, recipe: Recipe | None) -> list[str]:
+    """Require that the model named is there and whole; a hub id is looked up later."""
+    if config.model is not None:
+        return model_problems("model", config.model)
+    if recipe is None or recipe.prepare_model:
+        return []
+    return [f"model: missing, recipe {recipe.name} has none of its own; write model=DIRECTORY or model=ORG/NAME"]

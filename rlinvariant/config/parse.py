@@ -1,0 +1,152 @@
+"""From `key=value` arguments to a `Config`, with every mistake at once."""
+
+import dataclasses
+import os
+import time
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import chz
+from chz.blueprint import Castable, InvalidBlueprintArg
+from chz.tiepin import type_repr
+
+from rlinvariant.arguments import suggestion
+from rlinvariant.config.check import check, check_run
+from rlinvariant.config.fields import ALIASES, OWNED, trainer_config_class
+from rlinvariant.config.recipe import Data, Recipe, listed_recipes, load_recipe
+from rlinvariant.config.tree import Config, Leaf, PPOConfig, SamplerConfig, WandbConfig, leaves
+from rlinvariant.errors import ConfigErrors, UserError
+
+COMMAND_LINE = "command line"
+"""Source of a value that the user has written."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Draft:
+    """Arguments as they were understood: the configuration without what is wrong, and a line for each thing that is."""
+
+    config: Config
+    recipe: Recipe | None
+    errors: list[str]
+
+
+def parse(argv: Sequence[str], env: Mapping[str, str] = os.environ) -> Config:
+    """Build the configuration of a run from `key=value` arguments.
+
+    Args:
+        argv: arguments without the program's name.
+        env: environment variables, read for conflicts and for the launcher's ranks.
+
+    Raises:
+        ConfigErrors: with one line per problem, all of them.
+    """
+    read = draft(argv, env)
+    errors = list(read.errors)
+    if not any(argument.startswith("recipe=") for argument in argv):
+        errors.insert(0, f"recipe: missing; write recipe=NAME with one of {listed_recipes()}, or a path to a .py file")
+    errors += check(read.config, env, read.recipe) + check_run(read.config, env)
+    if errors:
+        raise ConfigErrors(errors)
+    return read.config
+
+
+def draft(argv: Sequence[str], env: Mapping[str, str] = os.environ) -> Draft:
+    """Read arguments as far as they go: keys that exist, with values of their types. A recipe need not be named."""
+    given, errors = _split(argv)
+    recipe = None
+    if "recipe" in given:
+        try:
+            recipe = load_recipe(given["recipe"].value)
+        except UserError as error:
+            errors.append(str(error))
+    blueprint = chz.Blueprint(Config).apply(
+        {
+            "recipe": "",
+            "data": recipe.data if recipe else Data,
+            "trainer": trainer_config_class(),
+            "ppo": PPOConfig,
+            "sampler": SamplerConfig,
+            "wandb": WandbConfig,
+        }
+    )
+    sources: dict[str, str] = {}
+    layers = [(f"recipe {recipe.name}", recipe.defaults)] if recipe else []
+    for source, layer in (*layers, (COMMAND_LINE, given)):
+        origin = "" if source == COMMAND_LINE else f"{source}: "
+        layer, clashes = _without_aliases(layer)
+        errors += [origin + clash for clash in clashes]
+        known = leaves(blueprint.make())
+        for key, value in layer.items():
+            if recipe is None and key.startswith("data."):
+                continue  # which keys there are is the recipe's to say
+            if problem := _problem(key, value, known, blueprint):
+                errors.append(origin + problem)
+            else:
+                blueprint.apply({key: value})
+                sources[key] = source
+    config: Config = blueprint.apply({"sources": sources}).make()
+    if not config.run:
+        config = chz.replace(config, run=_run_name(recipe.name if recipe else "run", env))
+    return Draft(config, recipe, errors)
+
+
+def _split(argv: Sequence[str]) -> tuple[dict[str, Castable], list[str]]:
+    """Split arguments into keys and values; list those that are no `key=value`."""
+    given, errors = {}, []
+    for argument in argv:
+        key, equals, text = argument.partition("=")
+        if not equals:
+            errors.append(f"{argument}: expected key=value, e.g. steps=100")
+        elif key.startswith("-"):
+            errors.append(f"{argument}: expected key=value without dashes; write {argument.lstrip('-')}")
+        else:
+            given[key] = Castable(text)
+    return given, errors
+
+
+def _without_aliases(layer: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Put each alias's key in its place; list those that are set by both names."""
+    clashes = [
+        f"{key}={_shown(layer[key])} and {alias}={_shown(layer[alias])}: both set the same value; keep {key}"
+        for alias, key in ALIASES.items()
+        if alias in layer and key in layer
+    ]
+    return {ALIASES.get(key, key): value for key, value in layer.items()}, clashes
+
+
+def _problem(key: str, value: Any, known: Mapping[str, Leaf], blueprint: chz.Blueprint[Config]) -> str | None:
+    """Say what is wrong with one `key=value`, or None."""
+    owned = OWNED.get(key.removeprefix("trainer.")) if key.startswith("trainer.") else None
+    if owned:
+        return f"{key}={_shown(value)}: not a setting here; {owned}"
+    if key not in known:
+        by_name = [path for path in known if path.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
+        hint = suggestion(key, by_name or [*known, *ALIASES], 0.0 if by_name else 0.6)
+        return f"{key}={_shown(value)}: unknown key{hint}"
+    try:
+        blueprint.clone().apply({key: value}).make()
+    except (InvalidBlueprintArg, TypeError):
+        return f"{key}={_shown(value)}: expected {expected(known[key].type)}; default {known[key].value!r}"
+    return None
+
+
+def _run_name(recipe: str, env: Mapping[str, str]) -> str:
+    """Name a run recipe-date-time. Under a launcher all ranks must agree, so the time is that of their parent's start."""
+    started = time.time()
+    if env.get("WORLD_SIZE", "1") != "1":
+        import psutil
+
+        started = psutil.Process(os.getppid()).create_time()
+    return f"{recipe}-{time.strftime('%Y%m%d-%H%M%S', time.localtime(started))}"
+
+
+def _shown(value: Any) -> str:
+    return value.value if isinstance(value, Castable) else str(value)
+
+
+def expected(annotation: Any) -> str:
+    """Return a type as a user reads it."""
+    if typing.get_origin(annotation) is Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(annotation)))
+    return type_repr(annotation).replace("typing.", "")

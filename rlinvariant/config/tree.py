@@ -1,0 +1,171 @@
+"""The tree of a run's settings: `Config` and its parts."""
+
+import dataclasses
+import enum
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import chz
+
+from rlinvariant.config.fields import TrainerConfig
+from rlinvariant.config.recipe import Data, Recipe, load_recipe
+from rlinvariant.errors import UserError, one_line
+from rlinvariant.files import RUNS
+
+if TYPE_CHECKING:
+    from trl.trainer.grpo_config import GRPOConfig
+
+    RecipeData = Any  # each recipe has a `Data` of its own
+else:
+    RecipeData = Data
+
+
+@chz.chz
+class SamplerConfig:
+    """vLLM's settings, `sampler.*`."""
+
+    max_model_len: int | None = chz.field(default=None, doc="Longest prompt + completion, tokens; None: the model's.")
+    max_num_seqs: int = chz.field(default=128, doc="Sequences decoded together.")
+    max_num_batched_tokens: int | None = chz.field(default=None, doc="Tokens per engine step; None: vLLM's choice.")
+    kv_cache_gib: float | None = chz.field(default=None, doc="KV cache, GiB; None: 1 on a CPU, an eighth of a GPU's memory.")
+    enable_prefix_caching: bool = chz.field(default=True, doc="Reuse the KV cache of shared prefixes.")
+    enforce_eager: bool | None = chz.field(
+        default=None, doc="No compilation, no CUDA graphs; None: true on a CPU, where a start would take a minute longer."
+    )
+
+
+@chz.chz
+class PPOConfig:
+    """PPO's settings, `ppo.*`. The policy's clip range is `trainer.epsilon`, its learning rate `trainer.learning_rate`."""
+
+    gamma: float = chz.field(default=1.0, doc="Discount per token, 0 to 1.")
+    lam: float = chz.field(default=0.95, doc="GAE's lambda: 0 trusts the critic, 1 the rewards alone.")
+    kl_coef: float = chz.field(
+        default=0.0, doc="Reward lost per nat by which a token leaves the first policy; 0: no reference."
+    )
+    whiten_advantages: bool = chz.field(default=True, doc="Advantages of a rollout to mean 0, variance 1.")
+    value_clip: float | None = chz.field(default=0.2, doc="Most that a value may gain by moving, in reward; None: no clipping.")
+    critic: str | None = chz.field(default=None, doc="Hugging Face directory or hub id; None: a copy of the policy.")
+    critic_learning_rate: float | None = chz.field(default=None, doc="None: trainer.learning_rate.")
+    value_warmup_steps: int = chz.field(default=0, doc="First optimizer steps in which the critic alone learns.")
+    target_kl: float | None = chz.field(
+        default=None, doc="KL from the sampling policy above which the rest of a rollout is skipped."
+    )
+
+
+@chz.chz
+class WandbConfig:
+    """W&B's settings, `wandb.*`."""
+
+    mode: Literal["auto", "online", "offline", "disabled"] = chz.field(
+        default="auto", doc="auto: online with a login, else offline; disabled where wandb is not installed."
+    )
+    project: str = chz.field(default="rlinvariant", doc="W&B project.")
+    entity: str | None = chz.field(default=None, doc="W&B team or user.")
+    group: str | None = chz.field(default=None, doc="W&B group.")
+    tags: list[str] = chz.field(default_factory=list, doc="W&B tags, a,b,c.")
+
+
+@chz.chz
+class Config:
+    """One run. `sources` says where each value that is not a default came from."""
+
+    recipe: str = chz.field(doc="Name of a file in recipes/, or a path to one.")
+    model: str | None = chz.field(default=None, doc="Hugging Face directory or hub id; None: the recipe's own.")
+    invariance: Literal["exact", "off", "sampler", "trainer"] = chz.field(
+        default="exact", doc="Which sides run the invariant ops; sampler and trainer: that side only."
+    )
+    algorithm: Literal["grpo", "ppo"] = chz.field(default="grpo", doc="ppo: advantages of a critic, see ppo.*.")
+    staleness: int = chz.field(
+        default=0, doc="Optimizer steps by which the sampler's weights are older than the trainer's; 0: on policy."
+    )
+    steps: int = chz.field(default=100, doc="Optimizer steps.")
+    seed: int = chz.field(default=0, doc="Seed of data order and sampling.")
+    run: str = chz.field(default="", doc="Name under runs/; empty: recipe and time.")
+    resume: bool = chz.field(default=False, doc="Continue the run named by run=.")
+    dtype: Literal["bfloat16", "float32"] = chz.field(
+        default="bfloat16", doc="Type that both sides compute in; master weights are float32."
+    )
+    data: RecipeData
+    trainer: TrainerConfig
+    ppo: PPOConfig
+    sampler: SamplerConfig
+    wandb: WandbConfig
+    sources: Mapping[str, str] = chz.field(default_factory=dict)
+
+    @property
+    def run_dir(self) -> Path:
+        """The run's directory, relative to the working directory."""
+        return RUNS / self.run
+
+    def load_recipe(self) -> Recipe:
+        """Return the recipe's functions and defaults."""
+        return load_recipe(self.recipe)
+
+    def grpo_config(self) -> "GRPOConfig":
+        """Build TRL's own config. Touches the device and, under a launcher, starts the process group.
+
+        Raises:
+            UserError: TRL refuses a value.
+        """
+        import torch
+        from trl.trainer.grpo_config import GRPOConfig
+
+        fields = {name: getattr(self.trainer, name) for name in chz.chz_fields(type(self.trainer))}
+        if self.invariance in ("off", "sampler") and "trainer.bf16" not in self.sources:
+            fields["bf16"] = self.dtype == "bfloat16"  # a stock trainer casts by autocast, as TRL does by default
+        fields |= {"output_dir": str(self.run_dir / "checkpoints"), "max_steps": self.steps, "seed": self.seed}
+        group = fields["num_generations"]
+        if group == 1:  # PPO's; GRPOConfig asks for two that divide a rollout, so gets one that does
+            steps = fields["steps_per_generation"] or fields["gradient_accumulation_steps"]
+            fields["num_generations"] = fields["generation_batch_size"] or fields["per_device_train_batch_size"] * steps
+            fields["num_generations_eval"] = fields["num_generations_eval"] or 1
+        try:
+            # Without use_cpu, accelerate does not see that several CPU processes belong together.
+            args = GRPOConfig(use_cpu=not torch.cuda.is_available(), **fields)
+        except ValueError as error:
+            raise UserError("trainer.*: " + one_line(error)) from error
+        args.num_generations = group
+        return args
+
+    def resolved(self) -> dict[str, dict[str, Any]]:
+        """Return every value with its source for JSON: {"trainer.beta": {"value": 0.0, "source": "default"}, ...}."""
+        return {
+            key: {"value": plain(key, leaf.value), "source": self.sources.get(key, "default")}
+            for key, leaf in leaves(self).items()
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One setting of a tree: its value, the type it must have, and what it is for."""
+
+    value: Any
+    type: Any
+    doc: str
+
+
+def leaves(config: Any, prefix: str = "") -> dict[str, Leaf]:
+    """Flatten a chz tree: dotted key -> leaf."""
+    found: dict[str, Leaf] = {}
+    for name, field in chz.chz_fields(config).items():
+        value = getattr(config, name)
+        if chz.is_chz(value):
+            found |= leaves(value, f"{prefix}{name}.")
+        elif prefix + name != "sources":
+            found[prefix + name] = Leaf(value, field.final_type, field._doc)
+    return found
+
+
+def plain(key: str, value: Any) -> Any:
+    """Return a value as JSON can hold it; a token is not shown."""
+    if key.endswith("token") and value is not None:
+        return "***"
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, (list, tuple)):
+        return [plain(key, item) for item in value]
+    if isinstance(value, dict):
+        return {str(name): plain(key, item) for name, item in value.items()}
+    return value if value is None or isinstance(value, (bool, int, float, str)) else repr(value)
