@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rlinvariant.arguments import CommandParser
-from rlinvariant.errors import ConfigErrors
+from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.launch import is_launched, launch, machine_file, machines
 
 DESCRIPTION = """Train a policy by a recipe, with GRPO or PPO: vLLM samples, TRL and accelerate train, and every sampled token's
@@ -44,14 +44,31 @@ def run(options: argparse.Namespace) -> int | None:
     from rlinvariant.config import parse
 
     if machine is not None or not (options.script or is_launched()):
-        if not is_launched():  # a mistake is said at once, not once the processes have started
-            parse(settings, os.environ | {"WORLD_SIZE": str(processes(machine))})
+        if not is_launched():
+            check(settings, machine)
         return launch(settings, machine)
     config = parse(settings)
     from rlinvariant.run import run
 
     run(config)
     return None
+
+
+def check(settings: Sequence[str], machine: str | None) -> None:
+    """Refuse mistakes before any process starts. Raises ConfigErrors with all of them."""
+    from rlinvariant.config import parse
+
+    errors, world_size = [], 1
+    try:
+        world_size = processes(machine)
+    except UserError as error:
+        errors.append(str(error))
+    try:
+        parse(settings, os.environ | {"WORLD_SIZE": str(world_size)})
+    except ConfigErrors as error:
+        errors += error.errors
+    if errors:
+        raise ConfigErrors(errors)
 
 
 def split(arguments: Sequence[str]) -> tuple[str | None, list[str]]:

@@ -17,6 +17,7 @@ from rlinvariant.doctor.model import of_model
 from rlinvariant.errors import EXIT_CODES, PIPE_CLOSED, UserError
 from rlinvariant.run import run
 from rlinvariant.sampler.engine import refuse
+from rlinvariant.train import processes
 
 
 @pytest.mark.parametrize("name", [c.name for c in cli.COMMANDS if hasattr(import_module(c.module), "add_arguments")])
@@ -58,6 +59,46 @@ def test_the_version(option, capsys):
 def test_a_wrong_command_is_one_line_on_stderr(arguments, line, capsys):
     assert cli.main(arguments) == 2
     assert capsys.readouterr() == ("", f"error: {line}\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "lines"),
+    [
+        (["machine=cpu3"], ["machine=cpu3: expected 1gpu, cpu, cpu2, or the path of an accelerate file (.yaml); or remove it"]),
+        (["machine=cpu", "machine=cpu2"], ["machine=cpu and machine=cpu2: both set the same value; keep one"]),
+        (
+            ["machine=gpu", "stps=3"],
+            [
+                "machine=gpu: expected 1gpu, cpu, cpu2, or the path of an accelerate file (.yaml); or remove it",
+                "stps=3: unknown key; did you mean steps?",
+            ],
+        ),
+        (
+            ["machine=cpu2", "trainer.num_generations=512"],
+            [
+                "trainer.num_generations=512: expected a divisor of the 256 samples of a rollout "
+                "(trainer.per_device_train_batch_size=128, 2 process(es)); change one of them"
+            ],
+        ),
+    ],
+)
+def test_mistakes_are_said_before_any_process_starts(arguments, lines, capsys, monkeypatch):
+    for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("rlinvariant.train.launch", lambda *_: pytest.fail("launched"))
+    assert cli.main(["train", "recipe=arithmetic", *arguments]) == 2
+    assert capsys.readouterr() == ("", "".join(f"error: {line}\n" for line in lines))
+
+
+def test_the_machine_is_launched_with_the_other_arguments(monkeypatch, tmp_path):
+    launched = []
+    monkeypatch.setattr("rlinvariant.train.launch", lambda *arguments: launched.append(arguments))
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    (tmp_path / "four.yaml").write_text("num_processes: 4\n")
+    assert cli.main(["train", "recipe=arithmetic", f"machine={tmp_path}/four.yaml", "steps=3"]) == 0
+    assert cli.main(["train", "recipe=arithmetic"]) == 0
+    assert launched == [(["recipe=arithmetic", "steps=3"], f"{tmp_path}/four.yaml"), (["recipe=arithmetic"], None)]
+    assert [processes(m) for m in (f"{tmp_path}/four.yaml", "cpu2", "cpu", None)] == [4, 2, 1, 1]
 
 
 def test_a_script_is_called_by_its_own_name(capsys):
