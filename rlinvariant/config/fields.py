@@ -128,6 +128,6 @@ def trainer_config_class() -> type:
         kinds += [Literal[tuple(field["choices"])]] if field["choices"] else []
         namespace["__annotations__"][name] = TRAINER_CHOICES.get(name, functools.reduce(operator.or_, kinds))
         # a list is made anew for each tree
-        given = {"default_factory": default.copy} if isinstance(default, (list, dict)) else {"default": default}
+        given: Any = {"default_factory": default.copy} if isinstance(default, (list, dict)) else {"default": default}
         namespace[name] = chz.field(**given, doc=field["doc"])
     return chz.chz(type("TrainerConfig", (TrainerConfig,), namespace))
