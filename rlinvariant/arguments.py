@@ -6,7 +6,7 @@ import functools
 import re
 import shutil
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -34,6 +34,11 @@ def wrapped(text: str, indent: str = "", hanging: str = "") -> str:
     """Fill each paragraph of `text` to the terminal's width, indented; all lines but its first by `hanging` instead."""
     fill = functools.partial(textwrap.fill, width=help_width(), initial_indent=indent, subsequent_indent=hanging or indent)
     return "\n\n".join(fill(" ".join(part.split())) for part in text.strip().split("\n\n"))
+
+
+def definitions(rows: Mapping[str, str], columns: int) -> str:
+    """List names with their meanings, for the description of a group of arguments; `columns` is the names' width."""
+    return "\n".join(wrapped(text, f"{name:<{columns}} ", " " * (columns + 1)) for name, text in rows.items())
 
 
 def suggestion(word: str, options: Iterable[str], cutoff: float = 0.6) -> str:

@@ -71,7 +71,7 @@ def run(options: argparse.Namespace) -> int:
         with console.stage("replaying"):
             for relation in relations(rollout, model, sampler, dtype, trainer_exact):
                 control = relation.name.startswith("planted")
-                for line in table.line(relation, control).splitlines():
+                for line in table.lines(relation, control, console.width):
                     console.print(line, style="" if control or relation.holds else "bold red")
                 found.append(relation)
     except KeyboardInterrupt:

@@ -4,7 +4,7 @@ import argparse
 
 from rlinvariant.ablate.arms import DEFAULT_ARMS, IMPOSSIBLE_ARMS
 from rlinvariant.ablate.plan import Plan, extended, read
-from rlinvariant.arguments import wrapped
+from rlinvariant.arguments import definitions
 from rlinvariant.errors import INTERRUPTED, NOT_EXACT, OK
 from rlinvariant.files import require_writable
 from rlinvariant.report.console import Console
@@ -30,8 +30,8 @@ SETTINGS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the settings of `ablate`."""
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings, see below")
-    for title, rows in (("settings", SETTINGS), ("arms (all by default)", {a.name: a.description for a in DEFAULT_ARMS})):
-        parser.add_argument_group(title, "\n".join(wrapped(text, f"{name:<25}", " " * 25) for name, text in rows.items()))
+    parser.add_argument_group("settings", definitions(SETTINGS, 11))
+    parser.add_argument_group("arms (all by default)", definitions({a.name: a.description for a in DEFAULT_ARMS}, 23))
 
 
 def run(options: argparse.Namespace) -> int:

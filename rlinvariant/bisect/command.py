@@ -21,15 +21,21 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     """Add the options of `bisect`."""
     p.add_argument("model", metavar="MODEL", help="a Hugging Face directory or hub id")
     p.add_argument("--random", action="store_true", help="random weights: of MODEL only the configuration is read")
-    p.add_argument("--seed", type=at_least(0), default=0, help="decides prompts, draws and random weights")
-    p.add_argument("--sequences", type=at_least(1), default=16, help="completions drawn first, in one batch")
-    p.add_argument("--prompt", type=at_least(1), default=48, help="longest of the first prompts, in tokens; their lengths vary")
-    p.add_argument("--tokens", type=at_least(1), default=24, help="length of each completion")
-    p.add_argument("--micro-batch", type=at_least(1), default=4, help="sequences that the trainer packs together")
+    p.add_argument("--seed", type=at_least(0), metavar="N", default=0, help="decides prompts, draws and random weights")
+    p.add_argument("--sequences", type=at_least(1), metavar="N", default=16, help="completions drawn first, in one batch")
+    p.add_argument(
+        "--prompt",
+        type=at_least(1),
+        metavar="N",
+        default=48,
+        help="longest of the first prompts, in tokens",
+    )
+    p.add_argument("--tokens", type=at_least(1), metavar="N", default=24, help="length of each completion")
+    p.add_argument("--micro-batch", type=at_least(1), metavar="N", default=4, help="sequences that the trainer packs together")
     step = "most tokens in one step of the engine; more where there are more sequences"
-    p.add_argument("--chunk", type=at_least(64), default=256, help=step)
-    p.add_argument("--temperature", type=temperature, default=0.7, help="of the draws; divides the logits")
-    p.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of activations")
+    p.add_argument("--chunk", type=at_least(64), metavar="N", default=256, help=step)
+    p.add_argument("--temperature", type=temperature, metavar="T", default=0.7, help="temperature of the draws")
+    p.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="dtype of activations")
     sides = "which sides run our ops: both (exact), neither (off), or one"
     p.add_argument("--invariance", choices=INVARIANCE, default="exact", help=sides)
 

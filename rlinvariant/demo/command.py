@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlinvariant import runtime
-from rlinvariant.arguments import suggestion
+from rlinvariant.arguments import definitions, suggestion
 from rlinvariant.demo import model
 from rlinvariant.errors import ConfigErrors, ParityError, UserError, one_line
 from rlinvariant.files import RUNS, require_writable, write_atomically
@@ -47,8 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"llama-3.2-1b; {model.SMALL_MODEL} by default on a CPU, {DEFAULT_GPU_MODEL} on a GPU"
     )
     parser.add_argument("settings", nargs="*", metavar="MODEL, key=value", help=which)
-    keys = [f"  {f.name + '=' + str(f.default):<18}  {f.metadata['doc']}" for f in dataclasses.fields(Options)]
-    parser.add_argument_group("keys and their defaults", "\n".join(keys))
+    keys = {f"{f.name}={f.default}": f.metadata["doc"] for f in dataclasses.fields(Options)}
+    parser.add_argument_group("keys and their defaults", definitions(keys, 16))
 
 
 def run(options: argparse.Namespace) -> None:

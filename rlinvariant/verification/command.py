@@ -22,12 +22,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `verify`."""
     parser.add_argument("model", metavar="MODEL", help="a Hugging Face directory or hub id; no tokenizer is needed")
     many = "compare at least so many sampled tokens with the trainer's; without it, about two minutes' worth"
-    parser.add_argument("--tokens", type=at_least(1), help=many)
+    parser.add_argument("--tokens", type=at_least(1), metavar="N", help=many)
     short = "every relation with few tokens: under a minute for a tiny model, minutes for 100 million parameters on a CPU"
     parser.add_argument("--short", action="store_true", help=short)
     parser.add_argument("--random", action="store_true", help="random weights: of MODEL only the configuration is read")
-    parser.add_argument("--seed", type=at_least(0), default=0, help="decides prompts, batches and random weights")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of activations")
+    parser.add_argument("--seed", type=at_least(0), metavar="N", default=0, help="decides prompts, batches and random weights")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="dtype of activations")
     parser.add_argument("--eager", action="store_true", help="on a GPU: no CUDA graphs and compilation, to start sooner")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the certificate there too")
 

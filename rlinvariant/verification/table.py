@@ -1,5 +1,6 @@
 """What `verify` prints: the head, a line for each relation and control, the speed, the verdict."""
 
+import textwrap
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -23,8 +24,14 @@ def head(model: str, trained: Any, random: bool, dtype: str, seed: int) -> Itera
     yield f"machine  {where}; {', '.join(packages)}"
 
 
-def line(relation: Relation, control: bool = False) -> str:
-    """Return the line of a relation or a control; where bits of a relation differ, a second line has the first difference."""
+def lines(relation: Relation, control: bool = False, width: int | None = None) -> list[str]:
+    """Return the line of a relation or a control; where bits of a relation differ, another has the first difference.
+
+    Args:
+        relation: what was compared.
+        control: whether it must differ.
+        width: of the terminal, below whose edge a long remark is wrapped; None: lines may have any length.
+    """
     compared = f"{relation.mismatched:,} / {relation.compared:,}"
     if control:
         blind = "BLIND" if relation.name.startswith("planted") else "blind: no difference on this model and machine"
@@ -32,8 +39,11 @@ def line(relation: Relation, control: bool = False) -> str:
     else:
         remark = "" if relation.holds else "NOT EXACT  " if relation.mismatched else "NOT SHOWN  "
         remark += relation.remarks
-    text = f"{relation.name:<{NAME_COLUMNS}} {compared:>{COUNT_COLUMNS}}  {remark}".rstrip()
-    return text + (f"\n    first: {relation.first}" if relation.first and not control else "")
+    counted = f"{relation.name:<{NAME_COLUMNS}} {compared:>{COUNT_COLUMNS}}"
+    text = [f"{counted}  {remark}".rstrip()]
+    if width is not None and len(text[0]) > width:
+        text = [counted, *textwrap.wrap(remark, width, initial_indent="    ", subsequent_indent="    ")]
+    return [*text, f"    first: {relation.first}"] if relation.first and not control else text
 
 
 def speed(rates: Mapping[str, Any]) -> Iterator[str]:

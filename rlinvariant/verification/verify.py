@@ -81,7 +81,7 @@ class _Found:
     def add(self, relation: Relation) -> None:
         control = relation.name.startswith(("planted", "stock"))
         (self.controls if control else self.relations).append(relation)
-        for line in table.line(relation, control).splitlines():
+        for line in table.lines(relation, control, self.console.width):
             self.console.print(line, style="" if control or relation.holds else "bold red")
 
     def __len__(self) -> int:

@@ -355,3 +355,11 @@ def test_sizes_fit_any_number_of_positions():
             found = sizes.within(positions)
             assert found.positions <= positions + 1 and found.prompt >= 8 and found.tokens >= 2
             assert all(v > 0 for v in dataclasses.asdict(found).values())
+
+
+@pytest.mark.parametrize("width", [None, 80])
+def test_a_long_remark_goes_below_its_row_on_a_narrow_terminal(width):
+    relation = Relation("warm prefix = cold", compared=1_000, how="words " * 20)
+    found = table.lines(relation, width=width)
+    assert " ".join(" ".join(found).split()) == "warm prefix = cold 0 / 1,000 " + "words " * 19 + "words"
+    assert len(found) == (1 if width is None else 3) and all(len(line) <= (width or 1_000) for line in found)
