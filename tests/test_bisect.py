@@ -28,9 +28,16 @@ from tests.parity.harness import keep, off_by_an_ulp, start_engine
 
 VOCABULARY = 101  # vLLM pads it to 128
 CONFIG = Qwen3Config(
-    vocab_size=VOCABULARY, hidden_size=256, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=64, max_position_embeddings=256, tie_word_embeddings=False,
-)  # fmt: skip
+    vocab_size=VOCABULARY,
+    hidden_size=256,
+    intermediate_size=384,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=64,
+    max_position_embeddings=256,
+    tie_word_embeddings=False,
+)
 TRIAL = trials.draw_trial(VOCABULARY, 12, 40, 12, 0.7, seed=3, rows=5)  # 5 + 5 + 2; vLLM decodes 12 rows
 STEP, LONGEST = 256, 128  # tokens, of a step of the engine and of its longest request
 

@@ -147,7 +147,7 @@ FAULTS: dict[str, tuple[Callable[[Rollout], Rollout], Callable[[int, int], bool]
     ),
     "a seed": (other_seed, lambda drawn, trainer: drawn > 0 == trainer),
     "the temperature": (lambda r: replace(r, temperature=0.9), lambda drawn, trainer: drawn > 50 < trainer),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -247,7 +247,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], None] | None, list[str], list[str]]] 
     "empty": (damaged(lambda x: b""), ["RUN", "--step", "3"], ["step-3.npz: damaged"]),
     "another version": (of_another_version, ["RUN", "--step", "3"], ["expected schema 1, found 99"]),
     "no rollouts": (no_rollouts, ["RUN", "--step", "3"], ["no rollout is recorded"]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

@@ -58,7 +58,7 @@ def _following(engine: Any, seed: int, recorder: Recorder) -> Iterator[None]:
         for i, name in enumerate(requests.req_ids):
             if runner.requests[name].sampling_params.seed == seed:
                 rows, first, own = range(starts[i], starts[i + 1]), int(requests.num_computed_tokens_cpu[i]), [i]
-        positions = [first + i for i in range(len(rows))]  # as the scheduler counts, not as the model is told
+        positions = [first + i for i in range(len(rows))]  # the scheduler's count, not what the model is told
         recorder.expect(rows, positions, len(tokens))
         recorder.expect_logits(own, positions[-1:], len(requests.req_ids))
 

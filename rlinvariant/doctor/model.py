@@ -11,7 +11,7 @@ from rlinvariant.doctor.finding import Finding
 from rlinvariant.doctor.kernels import kernels_cpu, kernels_cuda
 from rlinvariant.errors import UserError, one_line
 
-SHIPPED_RESULTS = Path(__file__).parents[1] / "bench" / "results"  # in a checkout; a wheel has none
+SHIPPED_RESULTS = Path(__file__).parents[1] / "bench" / "results"  # a checkout has them, a wheel has not
 
 
 def of_model(model: str, cuda: bool) -> Iterator[Finding]:

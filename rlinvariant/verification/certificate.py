@@ -41,9 +41,9 @@ KERNEL_VARIABLES = (  # environment variables that choose kernels inside the lib
     "CUBLAS_WORKSPACE_CONFIG",
     "NVIDIA_TF32_OVERRIDE",
 )
-FORMS = ("full", "short")  # of a certificate, the fullest first
+FORMS = ("full", "short")  # forms of a certificate, the fullest first
 ANOTHER_CACHE = "set RLINVARIANT_CACHE to a directory that can be written"
-DESCRIPTIVE_KEYS = (  # of a model's configuration: they name things, and change no result
+DESCRIPTIVE_KEYS = (  # keys of a model's configuration that change no result
     "_name_or_path",
     "architectures",
     "transformers_version",

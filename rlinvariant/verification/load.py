@@ -20,9 +20,9 @@ from rlinvariant.verification.certificate import weights_sha256
 from rlinvariant.verification.compositions import ENGINE_REQUESTS
 from rlinvariant.verification.pair import Sizes
 
-PAGE_TOKENS = {"cuda": 16, "cpu": 32}  # of the engine's cache: the least that vLLM takes, so that requests have many pages
+PAGE_TOKENS = {"cuda": 16, "cpu": 32}  # a page of the engine's cache: the least that vLLM takes, so that requests have many
 WITHOUT_PROOF = "invariance=off trains it without the proof"
-SPARE_CACHE_TOKENS = 20_000  # that the engine's cache has room for beyond the longest request
+SPARE_CACHE_TOKENS = 20_000  # room in the engine's cache beyond the longest request
 live_engines: list[Sampler] = []  # engines of a process share process groups: none may be collected while another is used
 
 

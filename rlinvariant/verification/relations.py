@@ -1,4 +1,4 @@
-"""What exactness claims of log-probs, each tried on a real engine and a real trainer's model, and counted token by token.
+"""The claims of exactness about log-probs, each tried on a real engine and a real trainer's model, and counted token by token.
 
 Most claims compare with the trainer's packed forward, which has no cache, no chunks and no schedule: in whatever way the engine
 came to a token, the trainer must give the token the same 32 bits.
@@ -16,7 +16,7 @@ from rlinvariant.trainer.score import Layout, padded
 from rlinvariant.verification.pair import DRAW_TEMPERATURES, Batch, Pair, basic_requests
 from rlinvariant.verification.relation import Relation
 
-RELATIVE_WEIGHT_CHANGE = 2**-7  # of a weight in a sync, half of it either way at most: some bf16 weights change, by one ulp
+RELATIVE_WEIGHT_CHANGE = 2**-7  # a weight moves by half of it at most, either way: some bf16 weights change, by one ulp
 
 
 def sampler_and_trainer(pair: Pair) -> Relation:

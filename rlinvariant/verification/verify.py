@@ -20,7 +20,7 @@ from rlinvariant.verification.options import Options
 from rlinvariant.verification.pair import FULL_SIZES, SHORT_SIZES, Pair
 from rlinvariant.verification.relation import Relation
 
-COMPOSITION_SECONDS = 110  # of random compositions, where `tokens` does not say how many
+COMPOSITION_SECONDS = 110  # spent on random compositions where `tokens` does not say how many
 
 
 def verify(
