@@ -186,6 +186,21 @@ class Task:
         return isinstance(row, dict) and row.keys() >= set(self.columns)
 
 
+def functions(task: Callable[[Config], Task]) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
+    """Return a recipe's `check`, `datasets` and `prepare_model`, given its task for a configuration."""
+
+    def check(config: Config) -> list[str]:
+        return task(config).check(config)
+
+    def datasets(config: Config, tokenizer: Any) -> "tuple[Dataset, Dataset]":
+        return task(config).datasets(config)
+
+    def prepare_model(config: Config) -> str:
+        return task(config).prepare_model(config)
+
+    return check, datasets, prepare_model
+
+
 def read_prompt(row: Mapping[str, Any], pattern: str) -> Any:
     """What the groups, str, of `pattern` match in all of a row's prompt, spaces left out; None where it does not match."""
     if not isinstance(row["prompt"], str) or not row["prompt"]:

@@ -6,16 +6,13 @@ Qwen3 with a character tokenizer is taught the form by a supervised stage that s
 
 import random
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import chz
 
 from rlinvariant.config import Config
 from rlinvariant.recipes import _tiny
 from rlinvariant.recipes._tiny import build_model, build_tokenizer
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 __all__ = ["DEFAULTS", "Data", "build_model", "build_tokenizer", "check", "datasets", "prepare_model", "reward_funcs"]
 DEFAULTS = _tiny.DEFAULTS
@@ -49,16 +46,7 @@ def task(config: Config) -> _tiny.Task:
     )
 
 
-def check(config: Config) -> list[str]:
-    return task(config).check(config)
-
-
-def datasets(config: Config, tokenizer: Any) -> "tuple[Dataset, Dataset]":
-    return task(config).datasets(config)
-
-
-def prepare_model(config: Config) -> str:
-    return task(config).prepare_model(config)
+check, datasets, prepare_model = _tiny.functions(task)
 
 
 def reward_funcs(config: Config) -> list[Any]:

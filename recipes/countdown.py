@@ -77,19 +77,15 @@ def task(config: Config) -> _tiny.Task:
     )
 
 
-def check(config: Config) -> list[str]:
-    return task(config).check(config)
+check, drawn_or_read, prepare_model = _tiny.functions(task)
 
 
 def datasets(config: Config, tokenizer: Any) -> "tuple[Dataset, Dataset]":
-    train, evaluation = task(config).datasets(config)
-    if config.data.path is not None:  # without `prompt`, as the hub's Jiayi-Pan/Countdown-Tasks-3to4
+    """Give the rows of a file a prompt, which those of the hub's Jiayi-Pan/Countdown-Tasks-3to4 do not have."""
+    train, evaluation = drawn_or_read(config, tokenizer)
+    if config.data.path is not None:
         train = train.from_list([row | {"prompt": prompt(row["nums"], row["target"])} for row in train.to_list()])
     return train, evaluation
-
-
-def prepare_model(config: Config) -> str:
-    return task(config).prepare_model(config)
 
 
 def reward_funcs(config: Config) -> list[Any]:

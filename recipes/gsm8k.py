@@ -1,4 +1,4 @@
-"""Grade-school word problems, openai/gsm8k: `train.py recipe=gsm8k model=Qwen/Qwen3-0.6B` on a GPU.
+"""Grade-school word problems, openai/gsm8k: `rlinvariant train recipe=gsm8k model=Qwen/Qwen3-0.6B` on a GPU.
 
 Configuration `main`, 7,473 rows in train, 1,319 in test: `question`, and `answer`, worked out in words, its last line
 `#### 18` (https://huggingface.co/datasets/openai/gsm8k; Cobbe et al. 2021, arXiv:2110.14168).

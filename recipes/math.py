@@ -1,4 +1,4 @@
-"""Competition problems, MATH: `train.py recipe=math model=Qwen/Qwen3-1.7B` on a GPU.
+"""Competition problems, MATH: `rlinvariant train recipe=math model=Qwen/Qwen3-1.7B` on a GPU.
 
 nlile/hendrycks-MATH-benchmark, 12,000 rows in train and the 500 of MATH-500 in test: `problem`, `solution` with the answer in
 its last \\boxed{}, `answer`, `subject`, `level`, `unique_id`

@@ -6,15 +6,12 @@ The whole completion is the answer. The supervised stage stops when short string
 import random
 import string
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import chz
 
 from rlinvariant.config import Config
 from rlinvariant.recipes import _tiny
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 DEFAULTS = _tiny.DEFAULTS | {
     "steps": 300,
@@ -52,16 +49,7 @@ def task(config: Config) -> _tiny.Task:
     )
 
 
-def check(config: Config) -> list[str]:
-    return task(config).check(config)
-
-
-def datasets(config: Config, tokenizer: Any) -> "tuple[Dataset, Dataset]":
-    return task(config).datasets(config)
-
-
-def prepare_model(config: Config) -> str:
-    return task(config).prepare_model(config)
+check, datasets, prepare_model = _tiny.functions(task)
 
 
 def reward_funcs(config: Config) -> list[Any]:

@@ -400,6 +400,40 @@ def test_a_recipe_may_derive_from_another(in_tmp: Path) -> None:
     assert config.load_recipe() is load_recipe(config.recipe)
 
 
+def test_a_base_and_other_defaults_are_a_recipe(in_tmp: Path) -> None:
+    (in_tmp / "deep").mkdir()
+    Path("deep/parent.py").write_text('BASE = "../mine.py"\nDEFAULTS = {"trainer.max_steps": 5, "data.size": 6}\n')
+    Path("child.py").write_text('BASE = "deep/parent.py"\nDEFAULTS = {"steps": 9}\n')
+    Path("packaged.py").write_text('BASE = "countdown_ppo"\ndef reward_funcs(config): return ["mine"]\n')
+    config, mine = parse(["recipe=child.py"], {}), load_recipe("mine.py")
+    assert (config.steps, config.data.size, config.trainer.learning_rate) == (9, 6, 1e-3)
+    assert config.sources["data.size"] == config.sources["steps"] == "recipe child"
+    child, packaged, countdown = config.load_recipe(), load_recipe("packaged.py"), load_recipe("countdown")
+    assert (child.datasets, child.data, child.prepare_model) == (mine.datasets, mine.data, mine.prepare_model)
+    assert packaged.datasets is countdown.datasets and packaged.reward_funcs is not countdown.reward_funcs
+    assert packaged.defaults == load_recipe("countdown_ppo").defaults
+
+
+def test_a_base_that_leads_back_or_nowhere_is_one_line(in_tmp: Path) -> None:
+    for name, base in (("a", "./b.py"), ("b", "./a.py"), ("self", "./self.py"), ("typo", "arithmetik"), ("gone", "./no.py")):
+        Path(f"{name}.py").write_text(f'BASE = "{base}"\n')
+
+    def refused(recipe: str) -> str:
+        with pytest.raises(ConfigErrors) as raised:
+            parse([f"recipe={recipe}"], {})
+        (line,) = raised.value.errors
+        return line
+
+    assert refused("a.py").endswith(": its BASE leads back to it: a -> b -> a; let one of them have no BASE")
+    assert "self -> self" in refused("self.py")
+    assert refused("typo.py").startswith(
+        "recipe=typo.py: BASE=arithmetik: unknown recipe; did you mean arithmetic?; there are: "
+    )
+    assert refused("gone.py").startswith(
+        "recipe=gone.py: BASE=./no.py: no such file; give the path of a recipe .py, or one of "
+    )
+
+
 def test_check_is_pure(in_tmp: Path) -> None:
     config = good("run=one")
     before = dict(os.environ), sorted(in_tmp.rglob("*"))

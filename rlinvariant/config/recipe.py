@@ -7,7 +7,7 @@ import importlib
 import importlib.util
 import pkgutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import chz
 
 from rlinvariant.arguments import suggestion
+from rlinvariant.config.fields import ALIASES
 from rlinvariant.errors import UserError
 
 if TYPE_CHECKING:
@@ -83,13 +84,22 @@ def _load(place: str, shown: str) -> Recipe:
         raise UserError(f"recipe={shown}: does not define {' and '.join(missing)}; see recipes/arithmetic.py")
     return Recipe(
         name=Path(place).stem if _is_path(place) else place,
-        defaults={key: value for module in reversed(modules) for key, value in getattr(module, "DEFAULTS", {}).items()},
+        defaults=_merged([getattr(module, "DEFAULTS", {}) for module in reversed(modules)]),
         data=part("Data", Data),
         datasets=part("datasets"),
         reward_funcs=part("reward_funcs"),
         prepare_model=part("prepare_model"),
         check=part("check"),
     )
+
+
+def _merged(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Lay later defaults over earlier ones; an alias and its key are one setting."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        own = {ALIASES.get(key, key) for key in layer}
+        merged = {key: value for key, value in merged.items() if ALIASES.get(key, key) not in own} | dict(layer)
+    return merged
 
 
 def _lineage(place: str, shown: str) -> list[ModuleType]:
