@@ -6,10 +6,8 @@ tests/docs/test_docs.py compares what is committed with what this generates.
 """
 
 import argparse
-import enum
 import importlib
 import os
-import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -79,72 +77,39 @@ def default(action: argparse.Action) -> str:
 
 
 def configuration() -> str:
-    """Return the page of settings, from the tree `Config`."""
+    """Return the page of settings, from the tree `Config` with its defaults."""
     from rlinvariant import config
+    from rlinvariant.config import help as said
+    from rlinvariant.config.tree import leaves
 
-    parts: dict[str, Any] = {
-        "": config.Config,
-        "sampler.": config.SamplerConfig,
-        "ppo.": config.PPOConfig,
-        "wandb.": config.WandbConfig,
-        "trainer.": config.trainer_config_class(),
-    }
-    said = {
-        "": "Each recipe adds its own `data.*`: `rlinvariant train recipe=NAME --help=all`.",
-        "sampler.": "The vLLM engine that draws.",
-        "ppo.": "With `algorithm=ppo` alone.",
-        "wandb.": "W&B, a view of `metrics.jsonl`.",
-        "trainer.": "The fields of `trl.GRPOConfig`, with TRL's names and words, and the defaults that hold here.",
-    }
     text = [
         BY + "# Configuration",
         "`rlinvariant train key=value ...`. A value comes from the command line, else from the recipe's `DEFAULTS`, else from "
         "here; `config.json` in the [run directory](run-directory.md) says for each which it was. Unknown keys, wrong "
-        "types and conflicts are listed all at once, before anything is loaded.",
+        "types and conflicts are listed all at once, before anything is loaded. Each recipe adds its own `data.*`: "
+        "`rlinvariant train recipe=NAME --help`.",
     ]
-    for prefix, part in parts.items():
-        text += [
-            f"## {prefix}*" if prefix else "## The run",
-            said[prefix],
-            table("key | type | default | meaning", fields(part, prefix)),
-        ]
+    found = leaves(config.draft([]).config)
+    for section, title in said.SECTIONS.items():
+        keys = [key for key in found if (key.partition(".")[0] if "." in key else "") == section]
+        if keys:
+            text += [
+                f"## {title}",
+                table("key | type | default | meaning", [setting(key, found[key]) for key in keys]),
+            ]
     owned = [(f"`trainer.{key}`", why) for key, why in config.OWNED.items()]
     owned += [(f"`{key}`", f"use {name}=") for key, name in config.ALIASES.items()]
     text += ["## Fields of TRL that are set elsewhere", table("key | in its place", owned)]
     return "\n\n".join(text).rstrip() + "\n"
 
 
-def fields(part: Any, prefix: str) -> list[tuple[str, ...]]:
-    """Return a row for each setting of one part of the tree."""
-    import chz
+def setting(key: str, leaf: Any) -> tuple[str, ...]:
+    """Return the row of one setting."""
+    from rlinvariant.config.parse import expected
+    from rlinvariant.config.tree import plain
 
-    rows = []
-    for name, field in chz.chz_fields(part).items():
-        if chz.is_chz(field.final_type) or name in ("sources", "data", "trainer"):
-            continue
-        factory = field._default_factory
-        value = factory() if callable(factory) else field._default
-        said = " ".join((field._doc or "").split()).replace("<", "&lt;")
-        rows.append((f"`{prefix}{name}`", kind(field.final_type), literal(value), said))
-    return rows
-
-
-def literal(value: Any) -> str:
-    """Return a default as it would be written after `key=`; nothing where there is none."""
-    value = value.value if isinstance(value, enum.Enum) else value
-    return "" if "MISSING" in type(value).__name__ or "MISSING" in repr(value) or value == "" else f"`{value}`"
-
-
-def kind(annotation: Any) -> str:
-    """Return a type in words: the values, where they are few."""
-    if typing.get_origin(annotation) is typing.Literal:
-        return ", ".join(f"`{value}`" for value in typing.get_args(annotation))
-    if isinstance(annotation, enum.EnumMeta):
-        return ", ".join(f"`{member.value}`" for member in list[Any](annotation))
-    members = [member for member in typing.get_args(annotation) if member is not type(None)]
-    if type(None) in typing.get_args(annotation):
-        return " or ".join(dict.fromkeys([*map(kind, members), "None"]))
-    return str(getattr(annotation, "__name__", annotation)) if not members else str(annotation).replace("typing.", "")
+    shown = "" if key in ("recipe", "run") else f"`{plain(key, leaf.value)}`"  # run= is named after the time
+    return f"`{key}`", expected(leaf.type).replace("one of ", "").replace(" | ", " or "), shown, leaf.doc.replace("<", "&lt;")
 
 
 def api() -> str:
@@ -167,9 +132,14 @@ def ops() -> str:
         BY + "# Ops",
         "The ops of which sampler and trainer are both made. Nothing else in a model may sum, and nothing else may call a "
         "transcendental function. Each contract has *Order* (in which order sums are taken), *Bits* (what the bits of a row "
-        "depend on, which is what the tests check) and *Ref*.",
+        "depend on, which is what the tests check) and *Ref*. Beside each op stands its reference, the same formula in plain "
+        "PyTorch, by which tests and benchmarks measure it.",
     ]
-    return "\n\n".join([*text, *(f"::: {place(getattr(ops, name), name)}" for name in ops.__all__)]) + "\n"
+    for name in ops.__all__:
+        if not name.endswith("_ref"):
+            text.append(f"::: {place(getattr(ops, name), name)}")
+            text.append(f"::: {place(getattr(ops, name + '_ref'), name)}\n    options:\n      show_source: true")
+    return "\n\n".join(text) + "\n"
 
 
 def place(found: Any, name: str) -> str:
