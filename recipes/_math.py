@@ -1,4 +1,4 @@
-"""What the recipes on mathematical problems share: rows of the hub or of a file, chat messages, a held-out split."""
+"""Parts of the recipes on mathematical problems: rows of the hub or of a file, chat messages, a held-out split."""
 
 import importlib.util
 import random
@@ -35,19 +35,21 @@ DEFAULTS = {
 @chz.chz
 class Data(BaseData):
     path: str | None = chz.field(default=None, doc="JSON lines or parquet with the hub's columns, in place of the hub.")
-    eval_size: int = chz.field(default=256, doc="Held-out prompts: of the hub's test split, else taken out of the rows.")
-    seed: int = chz.field(default=0, doc="Of which prompts are held out.")
+    eval_size: int = chz.field(default=256, doc="Held-out prompts: from the test split if there is one, else from the rows.")
+    seed: int = chz.field(default=0, doc="Seed of the choice of held-out prompts.")
 
 
 @dataclass(frozen=True)
 class Source:
-    """A dataset on the hub.
+    """Describes a dataset on the hub.
 
     Args:
-        hub, subset: its id, and the name of its configuration.
+        hub: the dataset's id.
+        subset: name of its configuration.
         test: name of the split to hold out; None: there is one split.
-        columns: what a row must have; `a|b`: one of them.
-        question, answer: row -> what is asked; what is right; empty or None if it is not there.
+        columns: names that a row must have; `a|b`: one of the two.
+        question: row -> the question; empty or None if the row has none.
+        answer: row -> the right answer; empty or None if the row has none.
     """
 
     hub: str
@@ -58,7 +60,7 @@ class Source:
     answer: Callable[[Mapping[str, Any]], Any]
 
     def check(self, config: Config) -> list[str]:
-        """What is wrong before anything is loaded, one line each."""
+        """List what is wrong with a configuration before anything is loaded, one line each."""
         data, errors = config.data, []
         if not 1 <= data.eval_size <= 10**5:
             errors.append(f"data.eval_size={data.eval_size}: expected 1 to 100000")
@@ -71,7 +73,7 @@ class Source:
         return errors
 
     def datasets(self, config: Config, tokenizer: Any) -> "tuple[Dataset, Dataset]":
-        """(training prompts, held-out prompts): chat messages and `answer`; no question is in both, or twice in one."""
+        """Return training and held-out rows, `prompt` (chat messages) and `answer`; no question is in both, or twice in one."""
         from datasets import Dataset
 
         if not tokenizer.chat_template:
@@ -93,7 +95,7 @@ class Source:
         return Dataset.from_list(train), Dataset.from_list(evaluation)
 
     def _problems(self, config: Config, split: str) -> dict[str, str]:
-        """question -> answer, the first of each question."""
+        """Map each question of a split to its answer, the first if there are several."""
         rows, where = self._load(config, split)
         for column in self.columns:
             if not set(column.split("|")) & set(rows.column_names):
@@ -109,7 +111,7 @@ class Source:
         return problems
 
     def _load(self, config: Config, split: str) -> tuple[Any, str]:
-        """(rows, what to call them in an error)."""
+        """Return the rows of a split, and what to call them in an error."""
         from datasets import load_dataset
         from datasets.exceptions import DatasetsError
 

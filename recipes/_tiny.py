@@ -1,4 +1,4 @@
-"""What the procedural recipes share: a character tokenizer, a tiny Qwen3, problems drawn without a leak, a warm start.
+"""Parts of the procedural recipes: a character tokenizer, a tiny Qwen3, problems drawn without a leak, a warm start.
 
 A recipe says what a problem is (`Task`), how an answer is graded, and its defaults; two CPU cores do the rest in minutes.
 """
@@ -44,26 +44,27 @@ DEFAULTS = {
 class Data(BaseData):
     train_size: int = chz.field(default=8192, doc="Training prompts.")
     eval_size: int = chz.field(default=256, doc="Held-out prompts; their problems are not trained on.")
-    seed: int = chz.field(default=0, doc="Of the problems and of the supervised stage.")
+    seed: int = chz.field(default=0, doc="Seed of the problems and of the supervised stage.")
     path: str | None = chz.field(default=None, doc="JSON lines, one problem each, in place of drawn training problems.")
 
 
 @dataclass(frozen=True)
 class Task:
-    """A kind of problem. A problem is whatever `draw` returns, hashable and sortable.
+    """Describes a kind of problem. A problem is whatever `draw` returns, hashable and sortable.
 
     Args:
-        name: of the warm start's directory.
-        ranges, patterns: key of `Data` -> (least, most), or -> (regular expression, the same in words), of what `draw` and
-            `solution` depend on.
-        problems: how many different problems there are, about; called when `ranges` and `patterns` are kept.
-        draw: draws one problem.
-        row: a problem as a row of the dataset: `prompt`, and what the reward needs.
-        read: the problem of a row of `data.path`, None if it says none; ValueError: not a row of the task.
-        solution: what the supervised stage teaches as the completion of a problem.
-        same: one representative of the problems that give each other's answer away.
-        columns: those of `row`; a file of `data.path` must have them.
-        stop_at, max_steps: of `warmstart.supervised`.
+        name: name of the warm start's directory.
+        ranges: key of `Data` that `draw` or `solution` depends on -> (least, most).
+        patterns: key of `Data` that they depend on -> (regular expression, the same in words).
+        problems: () -> about how many different problems there are; called when `ranges` and `patterns` are kept.
+        draw: generator -> one problem.
+        row: problem -> its row of the dataset: `prompt`, and what the reward needs.
+        read: row of `data.path` -> its problem, or None if its prompt has another form; ValueError: no row of the task.
+        solution: problem -> the completion that the supervised stage teaches.
+        same: problem -> one representative of all problems that give each other's answer away.
+        columns: names that `row` gives; a file of `data.path` must have them.
+        stop_at: share of right samples at which the supervised stage stops, as in `warmstart.supervised`.
+        max_steps: most steps of that stage.
     """
 
     name: str
@@ -80,7 +81,7 @@ class Task:
     max_steps: int = 800
 
     def check(self, config: Config) -> list[str]:
-        """What is wrong with `data.*`, one line each; reads the first line of `data.path`."""
+        """List what is wrong with `data.*`, one line each. Reads the first line of `data.path`."""
         data, errors = config.data, []
         sizes = {"train_size": (1, 10**7), "eval_size": (1, 10**5), "seed": (0, 2**32 - 1)}
         for key, (least, most) in {**self.ranges, **sizes}.items():
@@ -105,7 +106,7 @@ class Task:
         return errors
 
     def datasets(self, config: Config) -> "tuple[Dataset, Dataset]":
-        """(training problems, held-out problems), the same for the same `data.*`; no problem is in both."""
+        """Return training and held-out problems, the same for the same `data.*`; no problem is in both."""
         from datasets import Dataset
 
         held_out = self.held_out(config)
@@ -117,14 +118,14 @@ class Task:
         return Dataset.from_list(train), evaluation
 
     def held_out(self, config: Config) -> set[Any]:
-        """`eval_size` problems, each the representative of its kind."""
+        """Draw `eval_size` problems, each the representative of those that share its answer."""
         generator, problems = random.Random(f"eval {config.data.seed}"), set()
         while len(problems) < config.data.eval_size:
             problems.add(self.same(self.draw(generator)))
         return problems
 
     def prepare_model(self, config: Config) -> str:
-        """The directory of a tiny model that gets about `stop_at` of its samples right."""
+        """Return the directory of a tiny model that gets about `stop_at` of its samples right."""
         held_out = self.held_out(config)
 
         def example(generator: random.Random) -> tuple[str, str]:
@@ -145,7 +146,7 @@ class Task:
         )
 
     def _of_file(self, path: str, held_out: set[Any]) -> "Dataset":
-        """The rows of a file, less those whose problem is held out."""
+        """Return the rows of a file, less those whose problem is held out."""
         from datasets import load_dataset
 
         rows = load_dataset("json", data_files=path, split="train")
@@ -202,7 +203,7 @@ def functions(task: Callable[[Config], Task]) -> tuple[Callable[..., Any], Calla
 
 
 def read_prompt(row: Mapping[str, Any], pattern: str) -> Any:
-    """What the groups, str, of `pattern` match in all of a row's prompt, spaces left out; None where it does not match."""
+    """Match `pattern` against a row's whole prompt without its spaces. Returns the groups, or None if it does not match."""
     if not isinstance(row["prompt"], str) or not row["prompt"]:
         raise ValueError(f"expected text as `prompt`, found {row['prompt']!r}")
     found = re.fullmatch(pattern, "".join(row["prompt"].split()))
@@ -210,7 +211,7 @@ def read_prompt(row: Mapping[str, Any], pattern: str) -> Any:
 
 
 def build_tokenizer() -> Any:
-    """One token per printable ASCII character, `<pad>`, `<bos>` (put before every prompt), `<eos>` and `<unk>`."""
+    """Build a tokenizer with a token per printable ASCII character, `<pad>`, `<bos>` before every prompt, `<eos>`, `<unk>`."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -234,6 +235,7 @@ def build_tokenizer() -> Any:
 
 
 def build_model() -> tuple[Any, Any]:
+    """Build an untrained two-layer Qwen3, 128 wide, float32, and its tokenizer."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     tokenizer = build_tokenizer()

@@ -24,6 +24,7 @@ class Data(_tiny.Data):
 
 
 def task(config: Config) -> _tiny.Task:
+    """Describe the sums of two numbers of `data.digits` digits."""
     digits = config.data.digits
 
     def draw(generator: random.Random) -> tuple[int, int]:
@@ -54,11 +55,12 @@ def reward_funcs(config: Config) -> list[Any]:
 
 
 def exact_answer(completions: list[str], answer: list[str], **_: Any) -> list[float]:
-    """1 for the right sum after the last semicolon, else 0."""
+    """Give 1 for the right sum after the last semicolon, else 0."""
     return [float(text.rpartition(";")[2] == right) for text, right in zip(completions, answer, strict=True)]
 
 
 def worked_sum(a: int, b: int) -> str:
+    """Write a + b column by column, units first, then the sum; `a` and `b` have as many digits."""
     columns, carry = [], 0
     for x, y in zip(reversed(str(a)), reversed(str(b)), strict=True):
         total = int(x) + int(y) + carry

@@ -41,20 +41,21 @@ class Data(_tiny.Data):
 
 
 def task(config: Config) -> _tiny.Task:
+    """Describe the problems that `data.numbers`, `data.largest` and `data.operators` give."""
     numbers, largest, operators = config.data.numbers, config.data.largest, config.data.operators
 
     def draw_numbers(generator: random.Random) -> tuple[int, ...]:
         return tuple(sorted((generator.randint(1, largest) for _ in range(numbers)), reverse=True))
 
     def draw(generator: random.Random) -> tuple[tuple[int, ...], int]:
-        """Numbers, the largest first, and a target that they reach."""
+        """Draw numbers, the largest first, and a target that they reach."""
         while True:
             nums = draw_numbers(generator)
             if reached := sorted(solutions(nums, operators)):
                 return nums, generator.choice(reached)
 
     def problems() -> float:
-        """An estimate from 200 draws; 0 where fewer than 10 of them reach a target, so that `draw` would go on and on."""
+        """Estimate from 200 draws; 0 where fewer than 10 of them reach a target, so that `draw` would go on and on."""
         generator, reaching, total = random.Random("problems"), 0, 0.0
         for _ in range(200):
             nums = draw_numbers(generator)
@@ -73,7 +74,7 @@ def task(config: Config) -> _tiny.Task:
         solution=lambda problem: solutions(problem[0], operators)[problem[1]],
         read=read,
         columns=("nums", "target"),
-        stop_at=0.2,  # of writing what is taught; about twice as often it is right
+        stop_at=0.2,  # the share that is written as taught; about twice as many are right
     )
 
 
@@ -93,12 +94,13 @@ def reward_funcs(config: Config) -> list[Any]:
 
 
 def reaches_target(completions: list[str], nums: list[list[int]], target: list[int], **_: Any) -> list[float]:
-    """1 if the expression after the last semicolon uses each number once and equals the target, else 0."""
+    """Give 1 if the expression after the last semicolon uses each number once and equals the target, else 0."""
     found = [evaluate(text.rpartition(";")[2]) for text in completions]
     return [float(f is not None and f == (goal, sorted(n))) for f, n, goal in zip(found, nums, target, strict=True)]
 
 
 def read(row: Mapping[str, Any]) -> tuple[tuple[int, ...], int]:
+    """Return the problem of a row with `nums` and `target`. Raises ValueError if they are no whole numbers."""
     nums, target = row["nums"], row["target"]
     if not isinstance(nums, list) or not all(isinstance(number, int) for number in [*nums, target]):
         found = {"nums": nums, "target": target}
@@ -107,6 +109,7 @@ def read(row: Mapping[str, Any]) -> tuple[tuple[int, ...], int]:
 
 
 def prompt(nums: Any, target: int) -> str:
+    """Write a problem as the model reads it."""
     return f"{','.join(map(str, nums))}={target}:"
 
 
@@ -114,9 +117,9 @@ EXACT = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, a
 
 
 def evaluate(expression: str) -> tuple[Fraction, list[int]] | None:
-    """(exact value, the numbers used in ascending order) of sums, differences, products and quotients of whole numbers.
+    """Return the exact value of an expression in + - * / and parentheses, and the whole numbers in it in ascending order.
 
-    None for anything else, for a division by zero, and for more than 100 characters.
+    Returns None for anything else, for a division by zero, and for more than 100 characters.
     """
     used: list[int] = []
 
@@ -139,7 +142,7 @@ def evaluate(expression: str) -> tuple[Fraction, list[int]] | None:
 
 @functools.cache
 def solutions(nums: tuple[int, ...], operators: str) -> dict[int, str]:
-    """Target -> the worked solution that is taught, for every target of 1 to 99 that `operators` reach."""
+    """Map every target of 1 to 99 that `operators` reach to the worked solution that is taught."""
     reached: dict[int, list[Term]] = {}
     for term in _join([Term(n, (), str(n), 3, (n,)) for n in nums], operators):
         reached.setdefault(term.value, []).append(term)
@@ -149,6 +152,8 @@ def solutions(nums: tuple[int, ...], operators: str) -> dict[int, str]:
 
 
 class Term(NamedTuple):
+    """An expression on the way to a target, and the steps that work it out."""
+
     value: int
     steps: tuple[str, ...]
     text: str
@@ -157,7 +162,7 @@ class Term(NamedTuple):
 
 
 def _join(terms: list[Term], operators: str) -> Iterator[Term]:
-    """Every way to make one of all terms, two at a time, the larger first: nothing negative on the way."""
+    """Yield every way to make one of all terms, two at a time, the larger first: nothing negative on the way."""
     if len(terms) == 1:
         yield terms[0]
     for i, j in itertools.combinations(range(len(terms)), 2):

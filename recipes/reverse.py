@@ -28,6 +28,7 @@ class Data(_tiny.Data):
 
 
 def task(config: Config) -> _tiny.Task:
+    """Describe strings of two to `data.longest` letters."""
     longest = config.data.longest
 
     def draw(generator: random.Random) -> str:
@@ -57,5 +58,5 @@ def reward_funcs(config: Config) -> list[Any]:
 
 
 def exact_match(completions: list[str], answer: list[str], **_: Any) -> list[float]:
-    """1 for the answer and nothing else, else 0."""
+    """Give 1 for the answer and nothing else, else 0."""
     return [float(text == right) for text, right in zip(completions, answer, strict=True)]

@@ -1,4 +1,4 @@
-"""What the commands' arguments share: a parser whose mistakes are one line, suggestions, and names of models."""
+"""Parts that all commands share: a parser whose mistakes are one line, help texts, suggestions, names of models."""
 
 import argparse
 import difflib
@@ -12,11 +12,11 @@ from typing import Any, NoReturn
 
 from rlinvariant.errors import UserError
 
-WIDEST_HELP = 118
+WIDEST_HELP = 118  # columns
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """argparse's help as wide as the terminal; examples keep their lines, and only a default that says something is shown."""
+    """Lays out help as wide as the terminal; examples keep their lines; None and False are not shown as defaults."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=28, width=help_width())
@@ -48,7 +48,7 @@ def suggestion(word: str, options: Iterable[str], cutoff: float = 0.6) -> str:
 
 
 class CommandParser(argparse.ArgumentParser):
-    """Parser of `rlinvariant` and of each of its commands. Raises UserError where argparse would print its usage and exit."""
+    """Parses `rlinvariant` and each of its commands. Raises UserError where argparse would print its usage and exit."""
 
     passes_on = ""
     """Name under which all arguments are handed on unread, for another program's parser; a plain --help is still ours."""
@@ -63,18 +63,6 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{self.prog.removeprefix('rlinvariant ')}: {message}; see {self.prog} --help")
-
-
-class Parser(argparse.ArgumentParser):
-    """Parser of a command that cli.py does not build itself yet. Raises UserError as `CommandParser` does."""
-
-    def __init__(self, command: str, description: str) -> None:
-        form = argparse.ArgumentDefaultsHelpFormatter
-        super().__init__(f"rlinvariant {command}", description=description, allow_abbrev=False, formatter_class=form)
-        self.command = command
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{self.command}: {message}; see rlinvariant {self.command} --help")
 
 
 def at_least(least: float) -> Callable[[str], int]:

@@ -23,12 +23,11 @@ DESCRIPTION = "Exact on-policy RL: vLLM samples and a Hugging Face model trains,
 
 
 class Command(NamedTuple):
-    """A subcommand. `entry` names the function of a module that has no `add_arguments` yet and parses its arguments itself."""
+    """A row of the table: a subcommand, the module that has its arguments and its work, and a line about it."""
 
     name: str
     module: str
     summary: str
-    entry: str = ""
 
 
 COMMANDS = (
@@ -60,7 +59,7 @@ def build_parser(chosen: str, module: ModuleType | None, script: str = "") -> ar
     parser = CommandParser(prog="rlinvariant", description=wrapped(DESCRIPTION))
     parser.add_argument("-V", "--version", action="version", version=__version__, help="print the version and exit")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
-    for name, _, summary, _ in COMMANDS:
+    for name, _, summary in COMMANDS:
         command = commands.add_parser(name, help=summary, prog=script or None)
         command.set_defaults(script=script)
         if name == chosen and module is not None:
@@ -68,13 +67,14 @@ def build_parser(chosen: str, module: ModuleType | None, script: str = "") -> ar
             module.add_arguments(command)
     if not chosen:
         modules = [importlib.import_module(command.module) for command in COMMANDS if command.name in EXAMPLES_OF]
-        examples = _examples("\n".join(module.EXAMPLE.splitlines()[0] for module in modules if hasattr(module, "EXAMPLE")))
+        examples = _examples("\n".join(module.EXAMPLE.splitlines()[0] for module in modules))
         codes = "\n".join(wrapped(f"{code}: {meaning}", "  ", "    ") for code, meaning in errors.EXIT_CODES.items())
         parser.epilog = f"{examples}\n\nexit codes:\n{codes}\n\n`rlinvariant COMMAND --help` says more of each."
     return parser
 
 
 def _examples(text: str) -> str:
+    """Put command lines, one a line, under a title."""
     lines = text.strip().splitlines()
     return "\n".join([f"example{'s' if len(lines) > 1 else ''}:", *(f"  {line.strip()}" for line in lines)])
 
@@ -91,6 +91,7 @@ def main(arguments: Sequence[str] | None = None, script: str = "") -> int:
 
 
 def _dispatch(arguments: list[str], script: str) -> int | None:
+    """Find the command, parse its arguments and run it."""
     if arguments[:1] == ["help"]:
         arguments = [*arguments[1:2], "--help"]
     arguments = arguments or ["--help"]
@@ -102,8 +103,6 @@ def _dispatch(arguments: list[str], script: str) -> int | None:
         build_parser("", None).parse_args(arguments)  # prints a help or the version and exits, or refuses
         raise UserError("COMMAND: missing; see rlinvariant --help")
     module = importlib.import_module(command.module)
-    if not hasattr(module, "add_arguments"):
-        return getattr(module, command.entry)(arguments[1:])
     parser = build_parser(name, module, script)
     options, others = parser.parse_known_args(arguments)
     if others and hasattr(options, "settings"):
@@ -132,6 +131,7 @@ def exit_code(command: Callable[[], int | None]) -> int:
 
 
 def _reported(command: Callable[[], int | None]) -> int:
+    """Run a command; print what ended it early, and return the exit code."""
     main_process = os.environ.get("RANK", "0") == "0"
     try:
         return command() or errors.OK

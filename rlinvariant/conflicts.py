@@ -1,4 +1,4 @@
-"""Settings under which sampler and trainer could not be one function: one list, for our configuration and for TRL scripts."""
+"""Settings under which sampler and trainer could not be one function, listed for our configuration and for TRL scripts."""
 
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -16,7 +16,9 @@ INVARIANCE = tuple(SIDES)
 
 
 def conflicts(trainer: Any, invariance: str, env: Mapping[str, str], prefix: str = "") -> list[str]:
-    """List what in `trl.GRPOConfig`'s fields and the environment cannot be, one line each: key, value, expected, the fix.
+    """List what in `trl.GRPOConfig`'s fields and the environment contradicts `invariance`, one line each.
+
+    A line says the key, its value, what is expected, and the fix.
 
     Args:
         trainer: anything that has GRPOConfig's fields.
@@ -62,10 +64,11 @@ def conflicts(trainer: Any, invariance: str, env: Mapping[str, str], prefix: str
 
 
 def ppo_conflicts(trainer: Any, ppo: Any, prefix: str = "") -> list[str]:
-    """List what in PPO's settings cannot be, and what of TRL's has no part in PPO, one line each.
+    """List PPO's settings that are out of range, and TRL's settings that have no part in PPO, one line each.
 
     Args:
-        trainer: anything that has GRPOConfig's fields; ppo: `config.PPOConfig`.
+        trainer: anything that has GRPOConfig's fields.
+        ppo: a `config.PPOConfig`.
         prefix: what the user writes before a field's name of `trainer`.
     """
     found: list[str] = []
@@ -102,9 +105,12 @@ def ppo_conflicts(trainer: Any, ppo: Any, prefix: str = "") -> list[str]:
 
 
 def environment_conflicts(env: Mapping[str, str], invariance: str, autocast_asked: bool = False) -> list[str]:
-    """The part of `conflicts` that is in the environment.
+    """List the conflicts that are in the environment, one line each.
 
-    autocast_asked: bf16 or fp16 is set, for which TRL sets the variable itself.
+    Args:
+        env: environment variables.
+        invariance: "exact", "off", "sampler" or "trainer".
+        autocast_asked: bf16 or fp16 is set in GRPOConfig, for which TRL sets the variable itself.
     """
     found: list[str] = []
     autocast = env.get("ACCELERATE_MIXED_PRECISION", "no")

@@ -14,11 +14,11 @@ EXIT_CODES = {
 
 
 class UserError(Exception):
-    """A message for the user, who can mend its cause; printed without a traceback. Exit code `MISUSED`."""
+    """Tells the user of something that the user can mend; printed without a traceback. Exit code `MISUSED`."""
 
 
 class ConfigErrors(UserError):
-    """Every problem found in a configuration or a command line, one line each."""
+    """Lists every problem found in a configuration or a command line, one line each."""
 
     def __init__(self, errors: Sequence[str]) -> None:
         super().__init__("\n".join(errors))

@@ -1,4 +1,4 @@
-"""What must be set in the process before an engine starts: once, recorded, and refused where something else is set."""
+"""Settings of the process that an engine needs before it starts: set once, recorded, refused where others are set."""
 
 import logging
 import os

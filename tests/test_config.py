@@ -380,10 +380,11 @@ def test_run_directories_are_not_overwritten() -> None:
     assert errors("run=new", "resume=true") == ["run=new: runs/new does not exist, nothing to resume; drop resume=true"]
 
 
-def test_ranks_agree_on_the_name_of_a_run() -> None:
+def test_ranks_agree_on_the_name_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     env = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     first = good(env=env | {"RANK": "0"}).run
-    time.sleep(1.1)
+    later = time.time() + 5
+    monkeypatch.setattr(time, "time", lambda: later)
     assert first.startswith("mine-") and good(env=env | {"RANK": "1"}).run == first
     assert errors(env={"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}) == [
         "run: missing; with several hosts write run=NAME, so that all use one directory"

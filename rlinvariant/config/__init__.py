@@ -1,4 +1,4 @@
-"""The typed configuration tree of a run: defaults, then the recipe's, then `key=value` from the command line.
+"""The typed configuration tree of a run: its defaults, then the recipe's values, then `key=value` from the command line.
 
 `parse` turns arguments into a `Config`, or into one list of everything that is wrong with them. It reads files and the
 environment, but imports no framework, loads no model, opens no device, and writes nothing but a cache of TRL's fields.

@@ -1,4 +1,4 @@
-"""What in a well-typed configuration cannot run: one function for each kind of mistake, one line for each mistake."""
+"""Checks of a well-typed configuration: one function for each kind of mistake, one line for each mistake."""
 
 import re
 from collections.abc import Mapping

@@ -26,12 +26,12 @@ PACKAGED_RECIPES = Path(__file__).parents[1] / "recipes"
 
 @chz.chz
 class Data:
-    """What a recipe lets the user set about its data: a recipe subclasses this, under the name `Data`."""
+    """Holds what a recipe lets the user set about its data: a recipe subclasses this, under the name `Data`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What the module-level names of a recipe file, and of those it derives from, say.
+    """Holds the module-level names of a recipe file, and of the files that it derives from.
 
     Args:
         name: the file's name without its ending.

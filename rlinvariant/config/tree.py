@@ -23,7 +23,7 @@ else:
 
 @chz.chz
 class SamplerConfig:
-    """vLLM's settings, `sampler.*`."""
+    """Settings of vLLM, `sampler.*`."""
 
     max_model_len: int | None = chz.field(default=None, doc="Longest prompt + completion, tokens; None: the model's.")
     max_num_seqs: int = chz.field(default=128, doc="Sequences decoded together.")
@@ -37,7 +37,7 @@ class SamplerConfig:
 
 @chz.chz
 class PPOConfig:
-    """PPO's settings, `ppo.*`. The policy's clip range is `trainer.epsilon`, its learning rate `trainer.learning_rate`."""
+    """Settings of PPO, `ppo.*`. The policy's clip range is `trainer.epsilon`, its learning rate `trainer.learning_rate`."""
 
     gamma: float = chz.field(default=1.0, doc="Discount per token, 0 to 1.")
     lam: float = chz.field(default=0.95, doc="GAE's lambda: 0 trusts the critic, 1 the rewards alone.")
@@ -56,7 +56,7 @@ class PPOConfig:
 
 @chz.chz
 class WandbConfig:
-    """W&B's settings, `wandb.*`."""
+    """Settings of W&B, `wandb.*`."""
 
     mode: Literal["auto", "online", "offline", "disabled"] = chz.field(
         default="auto", doc="auto: online with a login, else offline; disabled where wandb is not installed."
@@ -69,14 +69,14 @@ class WandbConfig:
 
 @chz.chz
 class Config:
-    """One run. `sources` says where each value that is not a default came from."""
+    """Describes one run. `sources` says where each value that is not a default came from."""
 
     recipe: str = chz.field(doc="Name of a file in recipes/, or a path to one.")
     model: str | None = chz.field(default=None, doc="Hugging Face directory or hub id; None: the recipe's own.")
     invariance: Literal["exact", "off", "sampler", "trainer"] = chz.field(
         default="exact", doc="Which sides run the invariant ops; sampler and trainer: that side only."
     )
-    algorithm: Literal["grpo", "ppo"] = chz.field(default="grpo", doc="ppo: advantages of a critic, see ppo.*.")
+    algorithm: Literal["grpo", "ppo"] = chz.field(default="grpo", doc="ppo: advantages come from a critic, see ppo.*.")
     staleness: int = chz.field(
         default=0, doc="Optimizer steps by which the sampler's weights are older than the trainer's; 0: on policy."
     )
@@ -139,7 +139,7 @@ class Config:
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """One setting of a tree: its value, the type it must have, and what it is for."""
+    """Holds one setting of a tree: its value, the type it must have, and what it is for."""
 
     value: Any
     type: Any

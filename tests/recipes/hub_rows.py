@@ -57,8 +57,10 @@ def dapo_math(count: int) -> list[dict[str, Any]]:
 
 def original_dapo_math(count: int) -> list[dict[str, Any]]:
     """As BytedTsinghua-SIA/DAPO-Math-17k has them, each many times."""
-    rows = [{"prompt": row["source_prompt"], **{k: row[k] for k in ("data_source", "ability", "reward_model", "extra_info")}}
-            for row in dapo_math(count)]  # fmt: skip
+    rows = [
+        {"prompt": row["source_prompt"], **{k: row[k] for k in ("data_source", "ability", "reward_model", "extra_info")}}
+        for row in dapo_math(count)
+    ]
     return rows * 3
 
 

@@ -13,11 +13,20 @@ from rlinvariant.warmstart import supervised
 from tests.recipes.hub_rows import ROWS, chat_tokenizer, write
 
 SMALL = (
-    "steps=1", "wandb.mode=disabled", "data.eval_size=4", "trainer.per_device_train_batch_size=16", "trainer.warmup_steps=0",
-    "trainer.gradient_accumulation_steps=1", "trainer.num_generations=4", "trainer.max_completion_length=12",
-    "trainer.learning_rate=1e-3", "trainer.save_strategy=no", "sampler.max_model_len=256", "sampler.kv_cache_gib=0.05",
+    "steps=1",
+    "wandb.mode=disabled",
+    "data.eval_size=4",
+    "trainer.per_device_train_batch_size=16",
+    "trainer.warmup_steps=0",
+    "trainer.gradient_accumulation_steps=1",
+    "trainer.num_generations=4",
+    "trainer.max_completion_length=12",
+    "trainer.learning_rate=1e-3",
+    "trainer.save_strategy=no",
+    "sampler.max_model_len=256",
+    "sampler.kv_cache_gib=0.05",
     "sampler.enforce_eager=true",
-)  # fmt: skip
+)
 
 
 def chatty_model(directory: str) -> str:

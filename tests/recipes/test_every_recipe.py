@@ -24,14 +24,16 @@ KINDS = (
 PPO = {"algorithm": "ppo", "ppo.lam": 1.0, "ppo.critic_learning_rate": 3e-4}
 PARENTS = {
     "arithmetic_off": ("arithmetic", {"invariance": "off"}),
-    "arithmetic_tis": ("arithmetic_off", {"trainer.vllm_importance_sampling_correction": True,
-                                          "trainer.vllm_importance_sampling_mode": "token_truncate"}),
+    "arithmetic_tis": (
+        "arithmetic_off",
+        {"trainer.vllm_importance_sampling_correction": True, "trainer.vllm_importance_sampling_mode": "token_truncate"},
+    ),
     "arithmetic_mis": ("arithmetic_tis", {"trainer.vllm_importance_sampling_mode": "sequence_mask"}),
     "arithmetic_stale": ("arithmetic", {"staleness": 4}),
     "gsm8k_off": ("gsm8k", {"invariance": "off"}),
     "arithmetic_ppo": ("arithmetic", PPO),
     "countdown_ppo": ("countdown", PPO),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", recipe_names())

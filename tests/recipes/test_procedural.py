@@ -184,18 +184,27 @@ def test_countdown_takes_rows_of_the_hub() -> None:
     [
         ("countdown", "data.numbers=5", "data.numbers=5: expected 2 to 4"),
         ("countdown", "data.operators=+/", "data.operators=+/: expected some of + - *, e.g. +-"),
-        ("countdown", "data.largest=2", 
-         f"data.eval_size=50: expected at most 1, {FEW} data.largest=2 data.operators=+-; lower it or change those"),
-        ("countdown", "data.operators=*",
-         f"data.eval_size=50: expected at most 9, {FEW} data.largest=9 data.operators=*; lower it or change those"),
-        ("countdown", "data.largest=99 data.operators=*",
-         "data.numbers=4 data.largest=99 data.operators=*: next to no problem to draw; change one of them"),
+        (
+            "countdown",
+            "data.largest=2",
+            f"data.eval_size=50: expected at most 1, {FEW} data.largest=2 data.operators=+-; lower it or change those",
+        ),
+        (
+            "countdown",
+            "data.operators=*",
+            f"data.eval_size=50: expected at most 9, {FEW} data.largest=9 data.operators=*; lower it or change those",
+        ),
+        (
+            "countdown",
+            "data.largest=99 data.operators=*",
+            "data.numbers=4 data.largest=99 data.operators=*: next to no problem to draw; change one of them",
+        ),
         ("countdown", "data.operators=", "data.operators=: expected some of + - *, e.g. +-"),
         ("countdown", "data.path=x.jsonl", "data.path=x.jsonl, line 1: expected a JSON object with `nums` and `target`"),
         ("reverse", "data.longest=99", "data.longest=99: expected 2 to 22"),
         ("reverse", "data.path=x.jsonl", "data.path=x.jsonl, line 1: expected a JSON object with `prompt` and `answer`"),
     ],
-)  # fmt: skip
+)
 def test_wrong_data_is_refused_before_the_warm_start(recipe: str, argument: str, message: str) -> None:
     Path("x.jsonl").write_text(json.dumps({"question": "1+1", "answer": "2"}) + "\n")
     with pytest.raises(ConfigErrors) as raised:
