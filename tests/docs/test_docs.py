@@ -144,6 +144,12 @@ def test_every_page_is_in_the_navigation():
     assert named == {str(page.relative_to(ROOT / "docs")) for page in PAGES if (ROOT / "docs") in page.parents}
 
 
+def test_make_targets_that_are_named_exist():
+    targets = set(re.findall(r"^([\w.-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = {name for page in PAGES for name in re.findall(r"(?:^|`)make ([\w.-]+)", page.read_text(), re.MULTILINE)}
+    assert named <= targets
+
+
 def test_files_that_are_named_exist():
     """Paths in backticks that begin with a folder of this repository."""
     path = re.compile(r"`((?:rlinvariant|recipes|configs|notebooks|tests|docs|examples)/[\w./-]*[\w/])`")
