@@ -19,8 +19,9 @@ from torch import Tensor
 from transformers import AttentionInterface, DynamicCache, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils import logging
 
-from rlinvariant import ops
+from rlinvariant import ops, runtime
 
+runtime.quiet()
 logging.disable_progress_bar()
 logging.set_verbosity_error()
 torch.set_num_threads(1)  # quicker for models this small; and whatever varies here cannot be blamed on threads

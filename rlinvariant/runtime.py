@@ -35,8 +35,8 @@ def quiet() -> None:
     # TRL warns of vLLM releases that its own client was not tested with; that client is not used here
     warnings.filterwarnings("ignore", message="TRL currently supports vLLM")
     warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
-    # TRL's default is set by the name that transformers 5.24 renames
-    warnings.filterwarnings("ignore", message="`gradient_checkpointing` is deprecated", category=FutureWarning)
+    # TRL uses names that transformers 5.24 renames
+    warnings.filterwarnings("ignore", message=r"`gradient_checkpointing\w*` is deprecated", category=FutureWarning)
     warnings.filterwarnings("ignore", message="torch.backends.cuda.preferred_blas_library")  # kernels/linear.py uses it
     logging.getLogger("flashinfer.jit").setLevel(logging.ERROR)
     logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)  # two lines for each retry; then it raises
