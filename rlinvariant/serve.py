@@ -14,7 +14,7 @@ otherwise.
 
 Options that could change bits are refused. Requests with top_p, top_k, min_p, penalties, logit_bias or structured output get
 status 400: the server draws from the model's whole distribution. VLLM_LOGGING_LEVEL=INFO shows vLLM's own log."""
-EXAMPLE = "rlinvariant serve Qwen/Qwen3-0.6B --port 8000 --max-model-len 4096 --max-num-seqs 64"
+EXAMPLE = "rlinvariant serve Qwen/Qwen3-0.6B --port 8000 --max-num-seqs 64"
 
 
 def add_arguments(parser: CommandParser) -> None:

@@ -16,7 +16,7 @@ accelerate starts the processes, as a machine file says: machine=cpu, one proces
 machine=FILE, a file of `accelerate config`. Without it the machine is 1gpu where torch finds a GPU, else cpu. Under an
 `accelerate launch` of your own its file holds, and machine= is refused."""
 EXAMPLE = """rlinvariant train recipe=arithmetic steps=20
-rlinvariant train recipe=gsm8k model=Qwen/Qwen3-0.6B trainer.learning_rate=2e-6 run=first
+rlinvariant train recipe=gsm8k model=Qwen/Qwen3-0.6B run=first
 rlinvariant train recipe=gsm8k --help"""
 
 

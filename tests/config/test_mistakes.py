@@ -1,0 +1,229 @@
+"""Every wrong configuration is refused by one line that says what to do."""
+
+from pathlib import Path
+
+import pytest
+
+from rlinvariant.errors import UserError
+from tests.config.common import errors, good
+
+WHOLE = "the sampler must draw from the whole distribution, which is the one that is trained; remove it"
+EXACT = "False with invariance=exact"
+MASTERS = f"{EXACT}: masters stay float32 and the modules cast; use dtype=bfloat16"
+NO_DIRECTORY = "no such directory; give a Hugging Face model directory or a hub id ORG/NAME"
+REPLACED = f"{EXACT}: it replaces operations that the invariant ops own; remove it"
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("stps=3", "stps=3: unknown key; did you mean steps?"),
+        ("trainer.lerning_rate=1", "trainer.lerning_rate=1: unknown key; did you mean trainer.learning_rate?"),
+        ("trainer.max_step=1", "trainer.max_step=1: unknown key; did you mean trainer.max_steps?"),
+        ("learning_rate=1", "learning_rate=1: unknown key; did you mean trainer.learning_rate?"),
+        ("sampler.kv_cache=1", "sampler.kv_cache=1: unknown key; did you mean sampler.kv_cache_gib?"),
+        ("data.sise=1", "data.sise=1: unknown key; did you mean data.size?"),
+        ("zzz=1", "zzz=1: unknown key"),
+        ("...seed=1", "...seed=1: unknown key; did you mean seed?"),
+        ("sources=1", "sources=1: unknown key"),
+        ("steps", "steps: expected key=value, e.g. steps=100"),
+        ("--steps=4", "--steps=4: expected key=value without dashes; write steps=4"),
+        ("steps=many", "steps=many: expected int; default 7"),
+        ("steps=1.5", "steps=1.5: expected int; default 7"),
+        ("resume=yes", "resume=yes: expected bool; default False"),
+        ("invariance=exat", "invariance=exat: expected one of exact, off, sampler, trainer; default 'exact'"),
+        ("dtype=float16", "dtype=float16: expected one of bfloat16, float32; default 'bfloat16'"),
+        ("wandb.mode=on", "wandb.mode=on: expected one of auto, online, offline, disabled; default 'auto'"),
+        ("data.size=big", "data.size=big: expected int; default 5"),
+        ("sampler.enforce_eager=auto", "sampler.enforce_eager=auto: expected bool | None; default None"),
+        ("trainer.beta=small", "trainer.beta=small: expected float; default 0.0"),
+        (
+            "trainer.loss_type=ppo",
+            "trainer.loss_type=ppo: expected one of grpo, dr_grpo, dapo, bnpo, cispo, sapo, vespo, luspo; default 'dapo'",
+        ),
+        (
+            "trainer.save_strategy=never",
+            "trainer.save_strategy=never: expected one of no, steps, epoch, best; default 'steps'",
+        ),
+        ("steps=0", "steps=0: expected at least 1"),
+        ("seed=-1", "seed=-1: expected 0 to 4294967295"),
+        (
+            "trainer.temperature=0",
+            "trainer.temperature=0.0: expected at least 0.01, to which vLLM raises smaller ones; 1.0 samples from the model "
+            "itself",
+        ),
+        ("trainer.top_p=0.95", f"trainer.top_p=0.95: expected 1.0: {WHOLE}"),
+        ("trainer.top_k=20", f"trainer.top_k=20: expected 0: {WHOLE}"),
+        ("trainer.min_p=0.1", f"trainer.min_p=0.1: expected None: {WHOLE}"),
+        ("trainer.repetition_penalty=1.1", f"trainer.repetition_penalty=1.1: expected 1.0: {WHOLE}"),
+        ("trainer.generation_kwargs={'n': 2}", f"trainer.generation_kwargs={{'n': 2}}: expected None: {WHOLE}"),
+        ("trainer.bf16=true", f"trainer.bf16=True: expected {MASTERS}"),
+        ("trainer.fp16=true", f"trainer.fp16=True: expected {MASTERS}"),
+        ("trainer.use_liger_kernel=true", f"trainer.use_liger_kernel=True: expected {REPLACED}"),
+        ("trainer.cast_lm_head_to_fp32=true", f"trainer.cast_lm_head_to_fp32=True: expected {REPLACED}"),
+        ("trainer.torch_compile=true", f"trainer.torch_compile=True: expected {REPLACED}"),
+        (
+            "trainer.neftune_noise_alpha=5",
+            "trainer.neftune_noise_alpha=5.0: expected None with invariance=exact: the noise is in the trainer's "
+            "forward alone; remove it",
+        ),
+        (
+            "trainer.num_generations=1",
+            "trainer.num_generations=1: expected at least 2: a group of one has no advantage",
+        ),
+        ("trainer.num_iterations=0", "trainer.num_iterations=0: expected at least 1"),
+        (
+            "trainer.num_generations=3",
+            "trainer.num_generations=3: expected a divisor of the 8 samples of a rollout "
+            "(trainer.per_device_train_batch_size=8, 1 process(es)); change one of them",
+        ),
+        (
+            "trainer.generation_batch_size=12",
+            "trainer.generation_batch_size=12: expected a multiple of trainer.per_device_train_batch_size x processes = 8 x 1",
+        ),
+        (
+            "trainer.auto_find_batch_size=true",
+            "trainer.auto_find_batch_size=True: expected False; lower trainer.per_device_train_batch_size",
+        ),
+        ("trainer.max_completion_length=0", "trainer.max_completion_length=0: expected at least 1"),
+        (
+            "sampler.max_model_len=512",
+            "sampler.max_model_len=512: expected more than trainer.max_completion_length=512, to leave room for the prompt",
+        ),
+        ("sampler.max_num_seqs=0", "sampler.max_num_seqs=0: expected at least 1"),
+        (
+            "trainer.mask_truncated_completions=true",
+            "trainer.mask_truncated_completions=True: expected False with invariance=exact: TRL drops truncated completions "
+            "before they could be compared; remove it",
+        ),
+        (
+            "trainer.logging_strategy=no",
+            "trainer.logging_strategy=no: expected steps: every step is counted and written; remove it",
+        ),
+        (
+            "trainer.logging_steps=10",
+            "trainer.logging_steps=10.0: expected 1: every step is counted and written; remove it",
+        ),
+        ("trainer.report_to=wandb", "trainer.report_to=['wandb']: expected no wandb or all: W&B is set by wandb.mode="),
+        (
+            "trainer.use_vllm=true",
+            "trainer.use_vllm=true: not a setting here; rlinvariant attaches its own vLLM; see sampler.*",
+        ),
+        (
+            "trainer.vllm_server_host=h",
+            "trainer.vllm_server_host=h: not a setting here; rlinvariant attaches its own vLLM; see sampler.*",
+        ),
+        ("trainer.output_dir=x", "trainer.output_dir=x: not a setting here; use run=NAME, which gives runs/NAME"),
+        (
+            "trainer.max_tool_calling_iterations=3",
+            "trainer.max_tool_calling_iterations=3: not a setting here; tools are not supported",
+        ),
+        ("model=nowhere", f"model=nowhere: {NO_DIRECTORY}"),
+        ("model=./no/where", f"model=./no/where: {NO_DIRECTORY}"),
+        ("model=runs/x/checkpoint-3", f"model=runs/x/checkpoint-3: {NO_DIRECTORY}"),
+        ("run=a/../b", "run=a/../b: expected a name of letters, digits, '.', '_' and '-'; it is a directory under runs/"),
+        ("resume=true", "resume=True: expected run=NAME too, the run to continue"),
+        ("staleness=-1", "staleness=-1: expected 0 or more optimizer steps"),
+    ],
+)
+def test_one_mistake_gives_one_line(argument: str, message: str) -> None:
+    assert errors(argument) == [message]
+
+
+def test_model_directories_are_looked_into() -> None:
+    Path("empty").mkdir()
+    assert errors("model=empty") == ["model=empty: expected a Hugging Face model directory, found no config.json in it"]
+    Path("empty/adapter_config.json").touch()
+    assert errors("model=empty") == [
+        "model=empty: expected a whole model, found a PEFT adapter; merge it (merge_and_unload) first"
+    ]
+    Path("whole").mkdir()
+    Path("whole/config.json").touch()
+    assert good("model=whole").model == "whole"
+
+
+def test_all_conflicts_come_in_one_list() -> None:
+    env = {"VLLM_BATCH_INVARIANT": "1", "ACCELERATE_MIXED_PRECISION": "bf16"}
+    Path("runs/taken").mkdir(parents=True)
+    Path("runs/taken/config.json").touch()
+    found = errors("stps=3", "steps=x", "trainer.top_p=0.9", "trainer.use_vllm=true", "run=taken", env=env)
+    assert [line.split(":")[0] for line in found] == [
+        "stps=3",
+        "steps=x",
+        "trainer.use_vllm=true",
+        "trainer.top_p=0.9",
+        "ACCELERATE_MIXED_PRECISION=bf16",
+        "VLLM_BATCH_INVARIANT=1",
+        "run=taken",
+    ]
+
+
+def test_environment_conflicts() -> None:
+    assert errors(env={"VLLM_BATCH_INVARIANT": "1"}) == [
+        "VLLM_BATCH_INVARIANT=1: expected unset; invariance= decides; run `unset VLLM_BATCH_INVARIANT`"
+    ]
+    assert errors(env={"ACCELERATE_MIXED_PRECISION": "bf16"}) == [
+        "ACCELERATE_MIXED_PRECISION=bf16: expected no with invariance=exact; set mixed_precision: 'no' in the "
+        "accelerate config, drop --mixed_precision, and use dtype=bfloat16"
+    ]
+
+
+def test_what_exact_mode_refuses_is_allowed_where_the_trainer_is_stock() -> None:
+    env = {"ACCELERATE_MIXED_PRECISION": "bf16"}
+    for invariance in ("off", "sampler"):
+        assert good(f"invariance={invariance}", "trainer.bf16=true", env=env).trainer.bf16
+    assert "with invariance=trainer" in errors("invariance=trainer", "trainer.bf16=true")[0]
+
+
+def test_allowed_in_exact_mode() -> None:
+    config = good(
+        "trainer.beta=0.1",
+        "trainer.gradient_checkpointing=true",
+        "trainer.num_iterations=2",
+        "trainer.vllm_importance_sampling_correction=true",
+        "trainer.temperature=0.7",
+    )
+    assert config.trainer.vllm_importance_sampling_correction and config.trainer.num_iterations == 2
+
+
+def test_a_stale_run_starts_anew() -> None:
+    Path("runs/old").mkdir(parents=True)
+    assert good("run=old", "resume=true").resume
+    assert errors("run=old", "resume=true", "staleness=4") == [
+        "staleness=4: expected 0 with resume=True: the older weights are in no checkpoint; start a new run"
+    ]
+
+
+def test_steps_and_max_steps_are_one_value() -> None:
+    assert errors("steps=4", "trainer.max_steps=5") == ["steps=4 and trainer.max_steps=5: both set the same value; keep steps"]
+    assert errors("trainer.seed=4", "seed=4") == ["seed=4 and trainer.seed=4: both set the same value; keep seed"]
+    config = good("trainer.max_steps=5", "trainer.seed=9")
+    assert (config.steps, config.seed, config.sources["steps"]) == (5, 9, "command line")
+
+
+def test_both_rollout_sizes_conflict() -> None:
+    assert errors("trainer.generation_batch_size=16", "trainer.steps_per_generation=2") == [
+        "trainer.generation_batch_size=16 and trainer.steps_per_generation=2: both set the size of a rollout; keep one"
+    ]
+
+
+def test_processes_count_in_batch_sizes() -> None:
+    argv = ("trainer.num_generations=16", "trainer.per_device_train_batch_size=8")
+    assert "divisor of the 8 samples" in errors(*argv)[0]
+    good(*argv, env={"WORLD_SIZE": "2"})
+
+
+def test_what_trl_refuses_later_is_one_line() -> None:
+    config = good("trainer.vllm_importance_sampling_clip_min=5", "run=one")
+    with pytest.raises(UserError, match=r"^trainer\.\*: vllm_importance_sampling_clip_min \(5\.0\) must be less"):
+        config.grpo_config()
+
+
+def test_run_directories_are_not_overwritten() -> None:
+    Path("runs/taken").mkdir(parents=True)
+    assert good("run=taken").run == "taken"  # what a start that failed may leave
+    Path("runs/taken/config.json").touch()
+    assert errors("run=taken") == ["run=taken: runs/taken exists; choose another name, or add resume=true to continue it"]
+    assert good("run=taken", "resume=true").run_dir == Path("runs/taken")
+    assert good("run=taken", env={"RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}).run == "taken"
+    assert errors("run=new", "resume=true") == ["run=new: runs/new does not exist, nothing to resume; drop resume=true"]
