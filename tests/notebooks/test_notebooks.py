@@ -38,6 +38,7 @@ def test_every_notebook_is_tested():
     assert [path.stem for path in sorted(NOTEBOOKS.glob("*.ipynb"))] == sorted(SAYS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SAYS)
 def test_runs(name, tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
