@@ -58,7 +58,7 @@ def test_seeds_are_a_number_or_a_list(argument, seeds):
 
 @pytest.mark.parametrize("recipe", ["arithmetic", "arithmetic_stale", "arithmetic_tis", "arithmetic_off"])
 def test_every_arm_is_what_its_name_says(recipe):
-    """As the runs' own configuration understands it, whatever the recipe's defaults are: corrections, sides, the lag."""
+    """The runs' own configuration has the arm's corrections, sides and lag, whatever the recipe's defaults are."""
     configs = checked(
         plan(f"recipe={recipe}", "steps=5", "arms=" + ",".join([*(arm.name for arm in DEFAULT_ARMS), "stale-2-sequence-mask"]))
     )
@@ -164,7 +164,7 @@ def test_processes_of_a_launch_count_in_batch_sizes():
 
 
 def written(wanted: Plan, arm: Arm, seed: int, *changes: str, finished: bool = True) -> RunDir:
-    """The files of a run, as it leaves them."""
+    """Write the files that a run leaves."""
     run = wanted.run_dir(arm, seed)
     config = parse(
         [*(a for a in wanted.arguments(arm, seed) if a.split("=")[0] not in [c.split("=")[0] for c in changes]), *changes]
@@ -209,7 +209,7 @@ def test_arms_and_seeds_are_added_to_what_is_there():
 
 
 def checkpoint(run: RunDir, step: int, whole: bool = True) -> None:
-    """As a trainer leaves it: the state comes last."""
+    """Write what a trainer leaves; the state comes last."""
     path = run.checkpoints / f"checkpoint-{step}"
     path.mkdir(parents=True)
     for name in ["model.safetensors", *(["trainer_state.json"] if whole else [])]:
@@ -240,7 +240,7 @@ def test_an_interrupted_run_goes_on_or_is_set_aside_and_nothing_is_lost():
 
 @pytest.fixture
 def fake(monkeypatch):
-    """Runs replaced by a few lines of Python that get the run directory: only what becomes of them is tested."""
+    """Replace runs by a few lines of Python that get the run directory: only what becomes of them is tested."""
 
     def use(code: str) -> None:
         def command(wanted: Plan, arguments: list[str]) -> list[str]:
@@ -339,7 +339,7 @@ def test_a_run_that_outlives_its_ablate_keeps_the_lock(tmp_path):
 
 @pytest.fixture(scope="module")
 def small(arithmetic_dir, tmp_path_factory) -> tuple[Path, list[str]]:
-    """Two arms, one seed, two steps; and the same command again. What each printed."""
+    """Run two arms with one seed for two steps, and the same command again. Gives the directory and what each printed."""
     directory, printed = tmp_path_factory.mktemp("ablation"), []
     argv = [TINY, f"model={arithmetic_dir}", "seeds=1", "arms=exact,stale-1", "steps=2", "wandb.mode=disabled"]
     for _ in range(2):

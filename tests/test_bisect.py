@@ -39,7 +39,7 @@ CONFIG = Qwen3Config(
     tie_word_embeddings=False,
 )
 TRIAL = trials.draw_trial(VOCABULARY, 12, 40, 12, 0.7, seed=3, rows=5)  # 5 + 5 + 2; vLLM decodes 12 rows
-STEP, LONGEST = 256, 128  # tokens, of a step of the engine and of its longest request
+STEP_TOKENS, LONGEST_REQUEST = 256, 128
 
 
 @dataclass
@@ -74,12 +74,12 @@ def pair(tmp_path_factory) -> Pair:
     loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     model = make_trainable(loaded.to(DEVICE))
     require_exact(model)
-    return Pair(path, start_engine(path, longest=LONGEST, max_num_batched_tokens=STEP), model.eval())
+    return Pair(path, start_engine(path, longest=LONGEST_REQUEST, max_num_batched_tokens=STEP_TOKENS), model.eval())
 
 
 @contextlib.contextmanager
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """An attribute of this very object."""
+    """Put a value in the place of an attribute of this very object for a while."""
     had, was = name in vars(owner), getattr(owner, name)
     setattr(owner, name, value)
     try:
@@ -143,7 +143,7 @@ def split_k(pair):
 
 
 def split_k_fp32(pair):
-    """In the trainer, in parts of fp32."""
+    """Sum the trainer's product in two parts of fp32."""
     down = pair.trainer("layers.0.mlp.down_proj")
 
     def forward(x):
@@ -166,7 +166,7 @@ def tile_switch(pair):
 
 @contextlib.contextmanager
 def tile_switch_of_the_op(pair):
-    """On both sides: what a changed kernel does."""
+    """Let the op itself depend on the number of rows, on both sides, as a changed kernel does."""
     linear: Any = sys.modules["rlinvariant.ops.linear"]
 
     def faulty(right):
@@ -226,7 +226,7 @@ def replaced_buffers(module, **buffers):
 
 
 def no_q_norm(pair):
-    """In the trainer, of queries alone."""
+    """Leave out the trainer's norm of queries."""
     attention = pair.trainer("layers.1.self_attn")
     heads = attention.heads
 
@@ -241,7 +241,7 @@ def no_q_norm(pair):
 
 
 def attend(pair, layer: int, one: Callable[..., torch.Tensor]):
-    """The sampler's attention of a layer by `one(q, k, v, position, scale)`, q, k, v [P, heads, D] of a sequence."""
+    """Compute the sampler's attention of a layer by `one(q, k, v, position, scale)`, q, k, v [P, heads, D] of a sequence."""
     impl = pair.attention(layer)
 
     def forward(layer, query, key, value, kv_cache, m, output, *args, **kwargs):
@@ -268,7 +268,7 @@ def windowed(pair):
 
 
 def asked_for_a_window(pair):
-    """Of the op."""
+    """Ask the op for a window that the trainer does not have."""
     return attend(pair, 1, lambda q, k, v, p, scale: own_attention(q, k, v, p, scale, window=16))
 
 
@@ -310,7 +310,7 @@ def predicted_one_early(pair):
 
 
 def reciprocal(pair):
-    """For one request alone."""
+    """Multiply the logits of one request by the reciprocal of its temperature."""
     sample = ops.sample
 
     def faulty(logits, temperature, seeds, positions):
@@ -334,7 +334,7 @@ def padded_vocabulary(pair):
 
 @contextlib.contextmanager
 def scaled(pair):
-    """The output of a whole MLP."""
+    """Scale the output of a whole MLP."""
     mlp = pair.sampler("layers.1.mlp")
     forward = mlp.forward
     with replaced(mlp, "forward", lambda x: forward(x) * 1.01):
@@ -409,7 +409,7 @@ def rows_of_the_crowd(pair):
 
 @contextlib.contextmanager
 def shifted_when(pair, when: Callable[[Any], bool], update: Callable[..., None] = lambda **how: None):
-    """Layer 1 attends wrongly where `when(metadata)`; `update` hears how each draw is done."""
+    """Let layer 1 attend wrongly where `when(metadata)`; `update` hears how each draw is done."""
     impl, drive = pair.attention(1), trials.drive
     forward = impl.forward
 
@@ -442,7 +442,7 @@ def warm_prefix(pair):
 
 @contextlib.contextmanager
 def a_key_computed_again(pair):
-    """After a preemption, until the next batch, one key of each token that is written to the cache."""
+    """Write one wrong key of each token to the cache after a preemption, until the next batch."""
     impl, llm, again = pair.attention(1), pair.engine.llm, [False]
     update, reset = impl.do_kv_cache_update, llm.reset_prefix_cache
 
@@ -470,7 +470,7 @@ RARE = [  # fault, trials until it shows, what the first difference is, what the
 
 @pytest.mark.parametrize(("fault", "until", "role", "hint"), RARE, ids=[f[0].__name__ for f in RARE])
 def test_a_fault_that_the_first_batch_does_not_show_is_found(pair, fault, until, role, hint):
-    tried = trials.all_trials(VOCABULARY, 12, 20, 8, 0.7, 3, 5, STEP, LONGEST - 9)
+    tried = trials.all_trials(VOCABULARY, 12, 20, 8, 0.7, 3, 5, STEP_TOKENS, LONGEST_REQUEST - 9)
     with fault(pair):
         result, said = pair.find_any(tried)
     assert len(result.tried) == until and result.first is not None and result.first.place == (1, role), said
@@ -479,7 +479,7 @@ def test_a_fault_that_the_first_batch_does_not_show_is_found(pair, fault, until,
 
 
 def test_without_a_fault_everything_recorded_is_equal(pair):
-    """Control: places align, whole on both sides, so that a difference is never one of recording."""
+    """Places align and are whole on both sides, so that a difference is never one of recording."""
     ours, theirs, _, _ = both_sides.record(pair.engine, pair.model, TRIAL, 6)
     assert search.first_difference(ours, theirs) is None
     assert ours.trace.keys() == theirs.trace.keys() and len(theirs.trace) == 5 + 2 * 14
@@ -491,7 +491,7 @@ def test_without_a_fault_everything_recorded_is_equal(pair):
 
 
 def test_a_stock_engine_is_named_as_such(pair):
-    """No plugin in it: vLLM's own model and kernels, of which the modules' outputs are seen."""
+    """It has no plugin: the outputs of vLLM's own modules are seen."""
     stock = start_engine(pair.path, longest=64, invariant=False)
     result, said = pair.find(("sampler",), stock)
     assert result.first is not None and result.first.place is not None
@@ -540,7 +540,7 @@ def test_working_copies_are_recorded_as_the_modules_are(pair):
 
 
 def test_the_command(pair, tmp_path, monkeypatch, capsys):
-    """A config.json alone; exit code 0, and 1 with a fault."""
+    """It needs a config.json alone, and exits with 0, or with 1 where there is a fault."""
     CONFIG.save_pretrained(tmp_path)
     sides = command.load_sides
     made = []

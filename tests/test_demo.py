@@ -1,4 +1,4 @@
-"""`rlinvariant demo`: what it counts, what it draws, and that it fails where the invariant engine does."""
+"""`rlinvariant demo` counts what differs, draws it, and fails where the invariant engine does."""
 
 import json
 import re
@@ -107,7 +107,7 @@ def test_it_counts_real_completions_among_real_traffic(run, tmp_path, capsys):
 
 
 def test_it_fails_where_the_invariant_engine_is_not(run, tmp_path, monkeypatch):
-    """Control: a product that depends on the row's place in the batch."""
+    """A product that depends on the row's place in the batch is seen."""
 
     def placed(linear, x, weight, bias=None):
         y = linear(x, weight, bias)

@@ -1,4 +1,4 @@
-"""`rlinvariant replay`: what is recorded, that it comes back bit for bit, and that what is not the same is seen.
+"""`rlinvariant replay`: a recorded step comes back bit for bit, and what is not the same is seen.
 
 The command itself, on a run that was resumed, and a run of two processes: tests/test_run.py.
 """
@@ -26,7 +26,7 @@ from tests.parity.harness import assert_exact, new_trainer
 
 ABOUT = {"invariance": "exact", "dtype": "bfloat16", "sampler": {}}
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 5}
-DRAWN, ALONE, TRAINER, ULP = range(4)  # what `relations` gives, in this order
+DRAWN, ALONE, TRAINER, ULP = range(4)  # the order of what `relations` gives
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def run(record, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def replayed(exact_engine):
-    """Relations of a recorded step; `change` what was recorded first."""
+    """Return the relations of a recorded step; `change` is done first to what was recorded."""
 
     def again(run: Path, step: int, change: Callable[[Rollout], Rollout] = lambda r: r, exact: bool = True) -> list[Relation]:
         rollout, about, weights = replay.recorded(run, step)
@@ -215,7 +215,7 @@ def damaged(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
 
 
 def flipped(content: bytes) -> bytes:
-    """One bit, in the middle of the second array's packed bytes."""
+    """Flip one bit in the middle of the second array's packed bytes."""
     at = content.index(b"prompt_lengths.npy") + 60
     return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
 

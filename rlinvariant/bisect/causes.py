@@ -50,76 +50,105 @@ def explain(first: First, tokens: list[int], temperature: float, engine: Any, st
         stock: names of the sides that run stock kernels.
     """
     with torch.inference_mode():
-        return _explain(Case(first, tokens, temperature, engine), stock)
+        evidence = _Evidence(Case(first, tokens, temperature, engine), stock)
+        rules = (_of_the_values, _of_what_was_given, _of_a_deviating_side, _of_what_is_left)
+        return next(found for rule in rules if (found := rule(evidence)) is not None)
 
 
-def _explain(case: Case, stock: tuple[str, ...]) -> Explanation:
-    values = {name: side.value for name, side in case.sides.items()}
-    anew = {name: case.ours(name) for name in values}
-    deviating = [n for n, y in anew.items() if y is not None and not _gives(y, values[n])]
-    deviates = deviating[0] if len(deviating) == 1 else None
-    inputs, weights = _inputs(case), _weights(case)
+class _Evidence:
+    """What the rules look at: each side's value, the value computed anew, and how inputs and weights differ."""
 
-    def found(cause: str, reproduced: str | None = None) -> Explanation:
-        return Explanation(inputs, weights, deviates, cause, reproduced)
-
-    if equal(values["sampler"], values["trainer"]):
-        return found("not a number, on both sides: NaN equals nothing, and comes from here")
-    hint = ""
-    if stock:
+    def __init__(self, case: Case, stock: tuple[str, ...]) -> None:
+        self.case = case
+        self.values = {name: side.value for name, side in case.sides.items()}
+        self.anew = {name: case.ours(name) for name in self.values}
+        self.deviating = [n for n, y in self.anew.items() if y is not None and not _gives(y, self.values[n])]
+        self.inputs, self.weights = _inputs(case), _weights(case)
         runs = "runs" if len(stock) == 1 else "run"
-        hint = f"stock kernels: the {' and the '.join(stock)} {runs} without the plugin (invariance is not exact)"
-    widths = {name: len(value) for name, value in values.items()}
-    dtypes = {name: value.dtype for name, value in values.items()}
-    if dtypes["sampler"] != dtypes["trainer"]:
-        taken = {name: next(iter(x.values())).dtype for name in values if (x := case.inputs(name))}
-        came = "; its input came so: autocast or an upcast before it" if len(set(taken.values())) > 1 else ""
-        said = ", ".join(f"{name} in {variants.name(dtype)}" for name, dtype in dtypes.items())
-        return found(hint or f"another dtype (autocast or an upcast): {said}{came}")
-    if inputs.startswith("differ"):
-        between = f"something between the {case.before()} and here differs: a hook, a sum, a scale, a cast"
-        return found(_moved(case) or hint or between)
-    if (settings := _settings(case)) and not deviating:
-        return found(f"the op was called otherwise: {settings}", "rlinvariant.ops, called so, gives each side's bits")
-    if weights.startswith("differ") and not deviating and not hint:
-        both = all(y is not None for y in anew.values())
-        return found(
-            _weight_cause(case), "rlinvariant.ops, given each side's own weight, gives each side's bits" if both else None
-        )
-    for name in deviating or [n for n in values if anew[n] is None]:
-        other = values[other_side(name)]
-        what, near = _variant(case, name, other)
-        with_rows = {} if hint else case.by_rows(name)
-        same = [n for n, y in with_rows.items() if _gives(y, values[name])]
-        others = [n for n, y in with_rows.items() if _gives(y, other)]
-        if same and (others or (what is None and len(same) < len(with_rows))):
-            shared = len({y.tobytes() for y in map(_raw, case.by_rows(other_side(name)).values())}) > 1
+        kernels = f"stock kernels: the {' and the '.join(stock)} {runs} without the plugin (invariance is not exact)"
+        self.stock = kernels if stock else ""
+
+    @property
+    def all_computed(self) -> bool:
+        """Whether both sides' values could be computed anew."""
+        return all(y is not None for y in self.anew.values())
+
+    def explain(self, cause: str, reproduced: str | None = None) -> Explanation:
+        deviates = self.deviating[0] if len(self.deviating) == 1 else None
+        return Explanation(self.inputs, self.weights, deviates, cause, reproduced)
+
+
+def _of_the_values(e: _Evidence) -> Explanation | None:
+    """Explain values that are no numbers, or of two dtypes."""
+    if equal(e.values["sampler"], e.values["trainer"]):
+        return e.explain("not a number, on both sides: NaN equals nothing, and comes from here")
+    dtypes = {name: value.dtype for name, value in e.values.items()}
+    if dtypes["sampler"] == dtypes["trainer"]:
+        return None
+    taken = {next(iter(x.values())).dtype for name in e.values if (x := e.case.inputs(name))}
+    came = "; its input came so: autocast or an upcast before it" if len(taken) > 1 else ""
+    said = ", ".join(f"{name} in {variants.name(dtype)}" for name, dtype in dtypes.items())
+    return e.explain(e.stock or f"another dtype (autocast or an upcast): {said}{came}")
+
+
+def _of_what_was_given(e: _Evidence) -> Explanation | None:
+    """Explain a value that differs because the sides were given other inputs, settings or weights."""
+    if e.inputs.startswith("differ"):
+        between = f"something between the {e.case.before()} and here differs: a hook, a sum, a scale, a cast"
+        return e.explain(_moved(e.case) or e.stock or between)
+    if e.deviating:
+        return None
+    if settings := _settings(e.case):
+        return e.explain(f"the op was called otherwise: {settings}", "rlinvariant.ops, called so, gives each side's bits")
+    if e.weights.startswith("differ") and not e.stock:
+        anew = "rlinvariant.ops, given each side's own weight, gives each side's bits"
+        return e.explain(_weight_cause(e.case), anew if e.all_computed else None)
+    return None
+
+
+def _of_a_deviating_side(e: _Evidence) -> Explanation | None:
+    """Explain a side that computes otherwise: by the number of rows, or by a variant that gives its bits."""
+    for name in e.deviating or [n for n in e.values if e.anew[n] is None]:
+        other = e.values[other_side(name)]
+        what, near = _variant(e.case, name, other)
+        by_rows = {} if e.stock else e.case.by_rows(name)
+        same = [n for n, y in by_rows.items() if _gives(y, e.values[name])]
+        others = [n for n, y in by_rows.items() if _gives(y, other)]
+        if same and (others or (what is None and len(same) < len(by_rows))):
+            shared = len({y.tobytes() for y in map(_raw, e.case.by_rows(other_side(name)).values())}) > 1
             kernel = "the kernel of both sides" if shared else f"the {name}'s kernel"
             also = f"; {what} gives them too" if what and not shared else ""
-            explanation = found(
+            explanation = e.explain(
                 f"{kernel} depends on the number of rows (tile switch, or split-K chosen by it){also}",
                 f"one row among {_ranges(same)} has the {name}'s bits, among {_ranges(others) or 'others'} the other side's",
             )
             return replace(explanation, deviates=None) if shared else explanation
+        stock = f"{e.stock}; " if e.stock else ""
         if what is not None:
-            return found(f"{hint}; {what}" if hint else what, f"computed so, all bits are those of the {name}")
+            return e.explain(stock + what, f"computed so, all bits are those of the {name}")
         if near is not None:
-            return found(f"{hint}; likely {near[0]}" if hint else f"likely {near[0]}", f"nearly: {near[1]}")
+            return e.explain(f"{stock}likely {near[0]}", f"nearly: {near[1]}")
+    return None
+
+
+def _of_what_is_left(e: _Evidence) -> Explanation:
+    """Explain what no variant gives, as far as what was recorded says."""
+    case, widths = e.case, {name: len(value) for name, value in e.values.items()}
     if widths["sampler"] != widths["trainer"]:
-        return found(f"vocabulary padding: the sampler has {widths['sampler']} columns, the trainer {widths['trainer']}")
-    if hint or weights.startswith("differ"):
-        return found(hint or _weight_cause(case))
-    bypassed = [n for n in values if case.op is not None and case.call(n) is None]
+        return e.explain(f"vocabulary padding: the sampler has {widths['sampler']} columns, the trainer {widths['trainer']}")
+    if e.stock or e.weights.startswith("differ"):
+        return e.explain(e.stock or _weight_cause(case))
+    bypassed = [n for n in e.values if case.op is not None and case.call(n) is None]
     if len(bypassed) == 1:
-        return found(f"the {bypassed[0]} does not compute this by rlinvariant.ops.{case.op}: another kernel")
-    if deviates is None and not deviating and all(y is not None for y in anew.values()):
-        return found("both values come back from rlinvariant.ops: what is behind it (cache, table, temperature) differs")
-    if case.role == "attention" and deviates == "sampler":
-        return found("the sampler's cache (keys or values that are not those written, a wrong page or slot), or its kernel")
+        return e.explain(f"the {bypassed[0]} does not compute this by rlinvariant.ops.{case.op}: another kernel")
+    if not e.deviating and e.all_computed:
+        return e.explain("both values come back from rlinvariant.ops: what is behind it (cache, table, temperature) differs")
+    if case.role == "attention" and e.deviating == ["sampler"]:
+        return e.explain("the sampler's cache (keys or values that are not those written, a wrong page or slot), or its kernel")
     if case.op is None:
-        return found(f"what stands between the {case.before()} and this differs: a sum, a scale, a cast, or a hook")
-    who = f"of the {deviates} " if deviates else ""
-    return found(f"unknown: the kernel {who}sums or rounds otherwise, in no way of the catalogue")
+        return e.explain(f"what stands between the {case.before()} and this differs: a sum, a scale, a cast, or a hook")
+    who = f"of the {e.deviating[0]} " if len(e.deviating) == 1 else ""
+    return e.explain(f"unknown: the kernel {who}sums or rounds otherwise, in no way of the catalogue")
 
 
 def _variant(case: Case, name: str, other: Tensor) -> tuple[str | None, tuple[str, str] | None]:
