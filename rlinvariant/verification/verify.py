@@ -88,32 +88,42 @@ class _Found:
         return len(self.relations) + len(self.controls)
 
 
+class _Parts:
+    """What is verified, loaded as a run loads it; the stock parts are loaded when a control first asks for them."""
+
+    def __init__(self, asked: Options, scratch: str, console: Console) -> None:
+        self.asked = asked
+        self.config = load.configuration(asked.model, asked.dtype)
+        text_config = self.config.get_text_config()
+        self.sizes = (SHORT_SIZES if asked.short else FULL_SIZES).within(text_config.max_position_embeddings)
+        with console.stage("loading the model, as the trainer does"):
+            self.directory = load.random_weights(self.config, scratch, asked.seed) if asked.random else asked.model
+            self.trained = load.trained(self.directory, asked.dtype)
+        for line in table.head(asked.model, self.trained, asked.random, asked.dtype, asked.seed):
+            console.print(line)
+        self.engine_options = load.options(self.sizes, asked.eager)
+        with console.stage("starting the vLLM engine"):
+            self.sampler = load.engine(self.directory, True, asked.dtype, self.engine_options, self.sizes)
+        self.pair = Pair(self.trained, self.sampler, self.sizes, asked.seed, text_config.vocab_size)
+
+    @functools.cached_property
+    def plain_model(self) -> Any:
+        """transformers' own model, or in words why there is none."""
+        return load.or_reason(lambda: load.stock(self.directory, self.asked.dtype))
+
+    @functools.cached_property
+    def plain_engine(self) -> Any:
+        """vLLM's own engine, or in words why there is none."""
+        options = self.engine_options | ({"enforce_eager": True} if self.asked.short else {})
+        return load.or_reason(lambda: load.engine(self.directory, False, self.asked.dtype, options, self.sizes))
+
+
 def _verify(asked: Options, scratch: str, console: Console) -> Certificate:
     began, found = time.monotonic(), _Found(console)
-    config = load.configuration(asked.model, asked.dtype)
-    sizes = (SHORT_SIZES if asked.short else FULL_SIZES).within(config.get_text_config().max_position_embeddings)
-    with console.stage("loading the model, as the trainer does"):
-        directory = load.random_weights(config, scratch, asked.seed) if asked.random else asked.model
-        trained = load.trained(directory, asked.dtype)
-    for line in table.head(asked.model, trained, asked.random, asked.dtype, asked.seed):
-        console.print(line)
-    options = load.options(sizes, asked.eager)
-    with console.stage("starting the vLLM engine"):
-        sampler = load.engine(directory, True, asked.dtype, options, sizes)
-    pair = Pair(trained, sampler, sizes, asked.seed, config.get_text_config().vocab_size)
-    stock_options = options | ({"enforce_eager": True} if asked.short else {})
-
-    @functools.cache
-    def plain_model() -> Any:
-        return load.or_reason(lambda: load.stock(directory, asked.dtype))
-
-    @functools.cache
-    def plain_engine() -> Any:
-        return load.or_reason(lambda: load.engine(directory, False, asked.dtype, stock_options, sizes))
-
-    checks = _checks(pair, asked, plain_model, plain_engine)
+    parts = _Parts(asked, scratch, console)
+    pair, checks = parts.pair, _checks(parts)
     with console.stage("comparing rows of every op"):
-        rows = list(ladder(trained, torch.Generator().manual_seed(asked.seed)))
+        rows = list(ladder(parts.trained, torch.Generator().manual_seed(asked.seed)))
     console.print(table.TITLES, style="dim")
     for relation in rows:
         found.add(relation)
@@ -123,21 +133,22 @@ def _verify(asked: Options, scratch: str, console: Console) -> Certificate:
             pair.advance()
             found.add(check())
     rates = {}
-    if not asked.short and not isinstance(plain_model(), str) and not isinstance(plain_engine(), str):
-        rates = speed.rates(pair, plain_model(), plain_engine())
+    if not asked.short and not isinstance(parts.plain_model, str) and not isinstance(parts.plain_engine, str):
+        rates = speed.rates(pair, parts.plain_model, parts.plain_engine)
     for line in table.speed(rates):
         console.print(line)
+    eager = bool(parts.sampler.llm.llm_engine.model_config.enforce_eager)
     return {
         "exact": is_exact(found.relations, found.controls),
         "form": "short" if asked.short else "full",
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "seconds": round(time.monotonic() - began, 1),
-        "model": load.description(asked.model, asked.random, directory, trained),
-        "subject": certificate.subject(config, asked.dtype, bool(sampler.llm.llm_engine.model_config.enforce_eager)),
+        "model": load.description(asked.model, asked.random, parts.directory, parts.trained),
+        "subject": certificate.subject(parts.config, asked.dtype, eager),
         "environment": certificate.environment(),
         "kernels": load.kernels(),
-        "engine": options,
-        "sizes": asdict(sizes),
+        "engine": parts.engine_options,
+        "sizes": asdict(parts.sizes),
         "seed": asked.seed,
         "tokens": pair.tokens,
         "mismatched": pair.mismatched,
@@ -147,20 +158,19 @@ def _verify(asked: Options, scratch: str, console: Console) -> Certificate:
     }
 
 
-def _checks(
-    pair: Pair, asked: Options, plain_model: Callable[[], Any], plain_engine: Callable[[], Any]
-) -> list[Callable[[], Relation]]:
+def _checks(parts: _Parts) -> list[Callable[[], Relation]]:
     """Return what is compared, in order: `weight_sync` moves the weights, and the controls around it rely on that."""
+    asked, pair = parts.asked, parts.pair
     limit = time.monotonic() + (0 if asked.short or asked.tokens else COMPOSITION_SECONDS)
     return [
         *(functools.partial(check, pair) for check in relations.BATCH_RELATIONS),
         lambda: compositions(pair, lambda: pair.tokens < (asked.tokens or 0) or time.monotonic() < limit),
         lambda: controls.one_ulp(pair, getattr(torch, asked.dtype)),
         lambda: controls.stock_attention(pair),
-        lambda: controls.stock_trainer(pair, plain_model()),
+        lambda: controls.stock_trainer(pair, parts.plain_model),
         lambda: relations.weight_sync(pair),
         lambda: controls.stale_weights(pair),
-        lambda: controls.stock_both(pair, plain_model(), plain_engine()),
+        lambda: controls.stock_both(pair, parts.plain_model, parts.plain_engine),
     ]
 
 
