@@ -36,7 +36,7 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message="TRL currently supports vLLM")
     warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
     # TRL uses names that transformers 5.24 renames
-    warnings.filterwarnings("ignore", message=r"`gradient_checkpointing\w*` is deprecated", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=r"`(is_)?gradient_checkpointing\w*` is deprecated", category=FutureWarning)
     warnings.filterwarnings("ignore", message="torch.backends.cuda.preferred_blas_library")  # kernels/linear.py uses it
     logging.getLogger("flashinfer.jit").setLevel(logging.ERROR)
     logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)  # two lines for each retry; then it raises

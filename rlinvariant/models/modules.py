@@ -187,13 +187,13 @@ class Attention(nn.Module):
     softcap: float | None  # of scores
     rotated: bool  # or the layer has no positions
 
-    def forward(self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, **kwargs):
+    def forward(self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, cache=None, **kwargs):
         q = self.q_proj(hidden_states)
         k = self.k_proj(hidden_states)
         v = self.v_proj(hidden_states)
         q, k, v = self.heads(q, k, v, *position_embeddings)
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx)
+        if (cache := cache if past_key_values is None else past_key_values) is not None:  # named cache since transformers 5.24
+            k, v = cache.update(k, v, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
         out, weights = attend(
             self, q, k, v, attention_mask, scaling=self.scaling, sliding_window=self.window, softcap=self.softcap, **kwargs
@@ -223,10 +223,10 @@ class MergedAttention(Attention):
 
     qkv_proj: nn.Module
 
-    def forward(self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, **kwargs):
+    def forward(self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, cache=None, **kwargs):
         q, k, v = self.heads(*self.parts(self.qkv_proj(hidden_states)), *position_embeddings)
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx)
+        if (cache := cache if past_key_values is None else past_key_values) is not None:  # named cache since transformers 5.24
+            k, v = cache.update(k, v, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
         out, weights = attend(
             self, q, k, v, attention_mask, scaling=self.scaling, sliding_window=self.window, softcap=self.softcap, **kwargs

@@ -66,13 +66,13 @@ def _swap(module: Any, product: "_Product", forward: Any) -> None:
 
 def _attention(
     self: Any, hidden_states: Tensor, position_embeddings: Any, attention_mask: Any = None, past_key_values: Any = None,
-    **kwargs: Any,
+    cache: Any = None, **kwargs: Any,
 ) -> Any:  # fmt: skip
     """As that of models/modules.py, whose source is vLLM's to read and must name three projections."""
     merged = self.product(hidden_states, self.q_proj, self.k_proj, self.v_proj)
     q, k, v = self.heads(*merged.split(self.product.sizes, -1), *position_embeddings)
-    if past_key_values is not None:
-        k, v = past_key_values.update(k, v, self.layer_idx)
+    if (cache := cache if past_key_values is None else past_key_values) is not None:
+        k, v = cache.update(k, v, self.layer_idx)
     how = {"sliding_window": self.window, "softcap": self.softcap} | kwargs
     out, weights = attention_forward(self, q, k, v, attention_mask, self.scaling, **how)
     return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), weights
