@@ -89,6 +89,13 @@ def ablate(monkeypatch):
     commands.run("ablate", "recipe=arithmetic")
 
 
+def train(monkeypatch):
+    Path("runs").mkdir()
+    Path("runs/it").touch()
+    monkeypatch.setattr("rlinvariant.train.launch", fails)
+    commands.run("train", "recipe=arithmetic", "run=it")
+
+
 def report(monkeypatch):
     (a_run() / "report.html").mkdir()
     monkeypatch.setattr("rlinvariant.report.html.page", fails)
@@ -107,7 +114,10 @@ def sync(monkeypatch):
     commands.run("dashboard", "sync", "runs/it")
 
 
-@pytest.mark.parametrize("command", [verify_out, verify_cache, demo, ablate, report, push, sync], ids=lambda x: x.__name__)
+COMMANDS = [verify_out, verify_cache, demo, ablate, train, report, push, sync]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda x: x.__name__)
 def test_a_command_refuses_a_bad_path_before_its_work_begins(command: Callable[..., None], monkeypatch):
     with pytest.raises(UserError, match="cannot be written") as refused:
         command(monkeypatch)

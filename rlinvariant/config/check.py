@@ -7,6 +7,8 @@ from rlinvariant.arguments import model_problems
 from rlinvariant.config.recipe import Recipe
 from rlinvariant.config.tree import Config
 from rlinvariant.conflicts import conflicts, ppo_conflicts
+from rlinvariant.errors import UserError
+from rlinvariant.files import require_writable
 
 
 def check(config: Config, env: Mapping[str, str], recipe: Recipe | None = None) -> list[str]:
@@ -43,6 +45,10 @@ def check_run(config: Config, env: Mapping[str, str]) -> list[str]:
         return [f"run={config.run}: {config.run_dir} does not exist, nothing to resume; drop resume=true"]
     if not config.resume and (config.run_dir / "config.json").exists():
         return [f"run={config.run}: {config.run_dir} exists; choose another name, or add resume=true to continue it"]
+    try:
+        require_writable(config.run_dir, f"run={config.run}", "choose another run=NAME", directory=True)
+    except UserError as error:
+        return [str(error)]
     return []
 
 
