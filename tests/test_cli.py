@@ -106,11 +106,17 @@ def test_a_script_is_called_by_its_own_name(capsys):
     assert capsys.readouterr().out.startswith("usage: train.py ")
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["--version"]])
+PRINTING = "import sys; from rlinvariant import cli; from rlinvariant.report.console import Console\n"
+PRINTING += "sys.exit(cli.exit_code(lambda: Console().print('text')))"
+
+
+@pytest.mark.parametrize(
+    "arguments", [["-m", "rlinvariant", "--help"], ["-m", "rlinvariant", "train", "--help"], ["-c", PRINTING]]
+)
 def test_a_closed_pipe_ends_a_command_quietly(arguments):
     reader, writer = os.pipe()
     os.close(reader)
-    command = [sys.executable, "-m", "rlinvariant.cli", *arguments]
+    command = [sys.executable, *arguments]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, env=environment)
     os.close(writer)

@@ -51,6 +51,13 @@ Advance = Callable[[int], None]
 Row = Mapping[str, Any]
 
 
+class _Output(rich.console.Console):
+    """Leaves it to the command line to end quietly when nobody reads the output any more; rich would exit with code 1."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 class Console:
     """Prints to stdout (or `file`) from the main process, and nothing from the others.
 
@@ -62,7 +69,7 @@ class Console:
 
     def __init__(self, main_process: bool = True, file: TextIO | None = None, heartbeat_s: float = 20.0) -> None:
         self._screen = Screen(file)
-        self._rich = rich.console.Console(
+        self._rich = _Output(
             file=cast(TextIO, self._screen), quiet=not main_process, markup=False, highlight=False, emoji=False
         )
         terminal = self._rich.file.isatty() and not self._rich.is_dumb_terminal
