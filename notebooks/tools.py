@@ -8,6 +8,7 @@ import os
 import warnings
 
 warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm would like ipywidgets
+warnings.filterwarnings("ignore", message="`past_key_values` is deprecated")  # by transformers 5.24, which says `cache`
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin starve each other on a machine that is shared
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # vLLM says where it allocates
 
