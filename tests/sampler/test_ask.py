@@ -31,12 +31,14 @@ def test_vllm_knows_the_variables_that_are_set(name):
     assert name in vllm.envs.environment_variables, f"vLLM does not read {name}"
 
 
+@pytest.mark.slow
 def test_the_engine_process_finds_the_plugin_by_its_entry_point(tmp_path):
     done = asked(tmp_path, "-m", "rlinvariant.sampler.ask")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "exact: engine process" in done.stdout and "2 attention layers, 9 products" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_hidden_entry_point_is_named(tmp_path):
     """What the parent registers does not reach the child, which says itself what it lacks."""
     done = asked(tmp_path, "-m", "rlinvariant.sampler.ask", VLLM_PLUGINS="another")
