@@ -88,7 +88,9 @@ def same(a: Tensor, b: Tensor) -> Tensor:
     return (words(a) == words(b)).all()
 
 
-def cancelling(rows: int, n: int, k: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+def cancelling(
+    rows: int, n: int, k: int, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0
+) -> tuple[Tensor, Tensor]:
     """Return x [rows, k] and w [n, k] whose products x @ w.T are exactly zero in real arithmetic.
 
     A computed product is then nothing but rounding error, and another order of summation shows in nearly every element; with
@@ -97,12 +99,14 @@ def cancelling(rows: int, n: int, k: int, dtype: torch.dtype, device: torch.devi
     Args:
         rows, n, k: sizes; of an odd k the last column takes part in no cancellation.
         dtype: of both; values have normal mantissas, x with exponents spread over 2**-4 to 2**3.
-        device: where they are made. Calls with the same sizes on the same device return the same bits.
+        device: where they are made, by a generator of their own.
+        seed: another one gives other operands. Calls with the same sizes, device and seed return the same bits.
     """
-    rng = torch.Generator(device).manual_seed(n * 1_000_003 + k)
-    x = torch.randn(rows, k, generator=rng, device=device)
-    x *= torch.exp2(torch.randint(-4, 4, (rows, k), generator=rng, device=device))
-    w = torch.randn(n, k, generator=rng, device=device)
+    rng = torch.Generator(device).manual_seed(seed * 2_000_003 + n * 1_000_003 + k)
+    drawn = dtype if rng.device.type == "cuda" else torch.float32  # a CPU would draw bf16 from few values; a GPU rounds fp32
+    x = torch.randn(rows, k, generator=rng, device=device, dtype=drawn)
+    x *= torch.exp2(torch.randint(-4, 4, (rows, k), generator=rng, device=device, dtype=torch.int8)).to(drawn)
+    w = torch.randn(n, k, generator=rng, device=device, dtype=drawn)
     order = torch.randperm(k, generator=rng, device=device)
     one, other = order[: k // 2], order[k // 2 : k // 2 * 2]
     x[:, one], w[:, one] = -x[:, other], w[:, other]

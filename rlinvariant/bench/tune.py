@@ -113,7 +113,7 @@ class _Shape:
 
         self.n, self.k, self.weights, self.differing = n, k, weights, []
         self.x, self.w = bits.cancelling(max(ROW_COUNTS), n, k, torch.bfloat16, "cuda")
-        self.many: Tile = linear.MANY
+        self.many: Tile = linear.FALLBACK_TILE
         self.expected = linear.tiled(self.x, self.w, None, self.many)
         self.launches = max(len(weights), min(gpu.GRAPH_LAUNCHES, -(-GRAPH_WEIGHT_BYTES // (2 * n * k))))
 

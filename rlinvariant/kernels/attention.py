@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlinvariant import bits
 from rlinvariant.errors import UserError
 
 HEAD_SIZES = (64, 128, 256)  # at 96, paged and packed calls take different tiles
@@ -177,7 +178,7 @@ def check(heads: int, kv_heads: int, head_size: int, device: int, page: int = 16
 
 
 def _require_equal(found: Tensor, expected: Tensor, what: str, heads: int, kv_heads: int, head_size: int) -> None:
-    if not torch.equal(found.view(torch.int16), expected.view(torch.int16)):
+    if not bits.same(found, expected):
         raise UserError(
             f"attention: with {heads} heads of {head_size} ({kv_heads} for keys) on "
             f"{torch.cuda.get_device_name(found.device)}, {what} do not have the bits that they have in a whole forward; exact "

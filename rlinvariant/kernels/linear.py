@@ -21,16 +21,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rlinvariant import bits
 from rlinvariant.errors import UserError
 from rlinvariant.kernels.routes import ROUTES
-from rlinvariant.kernels.rows import STEP, flat
+from rlinvariant.kernels.rows import GEMM_ROW_STEP, flat
 
-TILES = Path(__file__).with_name("linear_tiles.json")  # written by `python -m rlinvariant.bench tune`
-FEW = (16, 32, 64, 128, 256)  # row counts up to which a tile is tuned; more rows go to cuBLASLt
-MANY = (128, 128, 64, 8, 3)  # tile for many rows, should cuBLASLt ever disagree
-ANY = 512  # below it any number of rows is one call; from it on, a multiple of STEP, and the rest of the rows another call
-MOST = 8192  # rows of a call, fewer where its output would be larger than
-MOST_BYTES = 1 << 29
+TILE_TABLE = Path(__file__).with_name("linear_tiles.json")  # written by `python -m rlinvariant.bench tune`
+TUNED_ROWS = (16, 32, 64, 128, 256)  # row counts up to which a tile is tuned; more rows go to cuBLASLt
+FALLBACK_TILE = (128, 128, 64, 8, 3)  # tile for many rows, should cuBLASLt ever disagree
+# Fewer than FREE_ROWS rows are one call, whatever their number; of more, a call has a multiple of GEMM_ROW_STEP rows, and the
+# rest of the rows are another call.
+FREE_ROWS = 512
+CALL_ROWS = 8192  # at most so many rows are one call, fewer where its output would be larger than CALL_BYTES
+CALL_BYTES = 1 << 29
 
 Tile = tuple[int, int, int, int, int]
 """Weight rows, x rows, depth, warps, stages."""
@@ -100,11 +103,11 @@ def cublaslt(x: Tensor, w: Tensor, b: Tensor | None, out: Tensor | None = None) 
 @functools.cache
 def _table() -> dict[tuple[int, int], dict[int, Tile | None]]:
     """{(N, K): {rows up to: tile, or None for cuBLASLt}}."""
-    if not TILES.exists():
+    if not TILE_TABLE.exists():
         return {}
     return {
         (int(n), int(k)): {int(m): tile and tuple(tile) for m, tile in by_rows.items()}
-        for shape, by_rows in json.loads(TILES.read_text())["tiles"].items()
+        for shape, by_rows in json.loads(TILE_TABLE.read_text())["tiles"].items()
         for n, k in [shape.split("x")]
     }
 
@@ -114,7 +117,7 @@ def tile_for(m: int, n: int, k: int) -> Tile | None:
 
     Up to 16 rows it is always a tile: for one row cuBLASLt has a kernel with another order.
     """
-    few = next((rows for rows in FEW if m <= rows), None)
+    few = next((rows for rows in TUNED_ROWS if m <= rows), None)
     return None if few is None else _tile(few, n, k)
 
 
@@ -126,9 +129,9 @@ def _tile(few: int, n: int, k: int) -> Tile | None:
     return table[nearest][few]
 
 
-def most(n: int) -> int:
+def call_rows(n: int) -> int:
     """Rows of the largest call for a weight of n rows."""
-    return max(ANY, min(MOST, MOST_BYTES // (2 * n) // STEP * STEP))
+    return max(FREE_ROWS, min(CALL_ROWS, CALL_BYTES // (2 * n) // GEMM_ROW_STEP * GEMM_ROW_STEP))
 
 
 @functools.cache
@@ -143,26 +146,18 @@ def check(n: int, k: int, bias: bool, device: int) -> bool:
     """
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(f"linear: weight [{n}, {k}] was first met inside a CUDA graph; call it once before")
-    sizes = [*range(most(n), ANY - 1, -STEP), *range(ANY - 1, 0, -1)]
-    with torch.random.fork_rng(devices=[device]), torch.device(f"cuda:{device}"):
-        torch.manual_seed(n * 1_000_003 + k)
-        x = (
-            torch.randn(sizes[0], k, dtype=torch.bfloat16)
-            * torch.exp2(torch.randint(-4, 4, (sizes[0], k), dtype=torch.int8)).bfloat16()
-        )
-        w, order = torch.randn(n, k, dtype=torch.bfloat16), torch.randperm(k)
-        one, other = order[: k // 2], order[k // 2 : k // 2 * 2]
-        x[:, one], w[:, one] = -x[:, other], w[:, other]
-        b = torch.randn(n, dtype=torch.bfloat16) / 64 if bias else None
-    expected = tiled(x, w, b, MANY)
-    for rows in FEW:
-        if (tile := tile_for(rows, n, k)) is not None and not _same(tiled(x[:rows], w, b, tile), expected[:rows]).item():
+    sizes = [*range(call_rows(n), FREE_ROWS - 1, -GEMM_ROW_STEP), *range(FREE_ROWS - 1, 0, -1)]
+    x, w = bits.cancelling(sizes[0], n, k, torch.bfloat16, f"cuda:{device}")
+    b = w[:, 0] / 64 if bias else None  # of the size of the rounding errors, which it must not hide
+    expected = tiled(x, w, b, FALLBACK_TILE)
+    for rows in TUNED_ROWS:
+        if (tile := tile_for(rows, n, k)) is not None and not bits.same(tiled(x[:rows], w, b, tile), expected[:rows]):
             raise UserError(
                 f"linear: on {torch.cuda.get_device_name(device)} the result for a weight [{n}, {k}] depends on the tile "
                 f"({rows} rows, tile {tile}); exact mode is not possible here; use invariance=off"
             )
     tried = [m for m in sizes if tile_for(m, n, k) is None]
-    same = torch.stack([_same(cublaslt(x[:m], w, b), expected[:m]) for m in tried]) if tried else torch.ones(1)
+    same = torch.stack([bits.same(cublaslt(x[:m], w, b), expected[:m]) for m in tried]) if tried else torch.ones(1)
     return bool(same.all())
 
 
@@ -175,28 +170,23 @@ def linear(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
     ROUTES[f"{n}x{k} bfloat16"] = "Triton, and cuBLASLt without split-K" if vendor else "Triton"
     y, at = x.new_empty(m, n), 0
     while at < m:
-        rows = _call(m - at, most(n)) if vendor else m
+        rows = _call(m - at, call_rows(n)) if vendor else m
         part, out = x[at : at + rows], y[at : at + rows]
         tile = tile_for(rows, n, k)
         if vendor and tile is None:
             cublaslt(part, w, b, out)
         else:
-            tiled(part, w, b, tile or MANY, out)
+            tiled(part, w, b, tile or FALLBACK_TILE, out)
         at += rows
     return y.view(*shape[:-1], n)
 
 
 def _call(rows: int, most: int) -> int:
     """How many of the rows still to do go into the next call: a number that `check` has compared."""
-    return rows if rows < ANY else min(most, rows // STEP * STEP)
+    return rows if rows < FREE_ROWS else min(most, rows // GEMM_ROW_STEP * GEMM_ROW_STEP)
 
 
 def _aligned(x: Tensor) -> Tensor:
     """x [rows, D], aligned as the operands of `check` are: cuBLASLt chooses its kernel by alignment too."""
     in_place = x.data_ptr() % 16 == 0 and (x.is_contiguous() or x.stride(0) % 8 == x.shape[1] % 8 == 0)
     return x if in_place else x.clone(memory_format=torch.contiguous_format)
-
-
-def _same(a: Tensor, b: Tensor) -> Tensor:
-    """Whether the bits are, as a tensor: nobody waits for it."""
-    return (a.view(torch.int16) == b.view(torch.int16)).all()

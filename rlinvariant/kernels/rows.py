@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-STEP = 64  # `linear` takes any multiple of so many rows in one call; a trainer pads its packed rows to one
+GEMM_ROW_STEP = 64  # `linear` takes any multiple of so many rows in one call; a trainer pads its packed rows to one
 
 
 def aligned(x: Tensor) -> Tensor:

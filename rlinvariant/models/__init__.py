@@ -1,6 +1,7 @@
 """Hugging Face models made to compute through `rlinvariant.ops`, and the audit that proves that nothing escapes."""
 
 from rlinvariant.models.audit import Finding, audit, require_exact, two_layers, watch
+from rlinvariant.models.modules import become
 from rlinvariant.models.patch import UnsupportedModel, make_invariant, unsupported
 from rlinvariant.models.working import make_trainable, use_working_copies
 
@@ -8,6 +9,7 @@ __all__ = [
     "Finding",
     "UnsupportedModel",
     "audit",
+    "become",
     "make_invariant",
     "make_trainable",
     "require_exact",

@@ -6,7 +6,7 @@ depend on shape, vector width and threads. Whatever is not known to be safe is r
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -121,26 +121,39 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def audit(model: Any) -> list[Finding]:
-    """Run one packed forward to log-probs and list every operation that no op owns. Empty means exact by structure."""
+def audit(model: Any, run: Callable[[], object] | None = None) -> list[Finding]:
+    """Run a model once, without gradients, and list every operation that no op owns. Empty means exact by structure.
+
+    Args:
+        model: what is run, and set to evaluate meanwhile.
+        run: calls it; one packed forward of a causal LM to log-probs if not given.
+    """
     inputs = _probe(model)
-    with _evaluating(model), watch() as findings:
+
+    def to_logprobs() -> None:
         model(**inputs, token_ids=inputs["input_ids"][0, 1:4], predicted_from=torch.arange(3), temperature=0.7)
+
+    with _evaluating(model), watch() as findings:
+        (run or to_logprobs)()
     return list(findings)
 
 
-def require_exact(model: Any) -> None:
-    """Raise UnsupportedModel unless every operation on the way to log-probs is owned."""
+def require_exact(model: Any, run: Callable[[], object] | None = None, what: str = "") -> None:
+    """Raise UnsupportedModel unless `audit` finds nothing: every operation on the way to the result is owned.
+
+    Args:
+        model, run: as for `audit`.
+        what: names the model in the message, before its class.
+    """
+    name = f"{what} {type(model).__name__}".strip()
     try:
-        found = audit(model)
+        found = audit(model, run)
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:
         kinds = ", ".join(sorted({type(m).__name__ for m in model.modules()}))
-        raise UnsupportedModel(
-            f"{type(model).__name__} cannot run packed through ops ({error}); its modules: {kinds}"
-        ) from error
+        raise UnsupportedModel(f"{name} cannot run packed through ops ({error}); its modules: {kinds}") from error
     if found:
         listed = ", ".join(sorted(f"{f.op} in {f.module}" for f in found))
         raise UnsupportedModel(
-            f"{type(model).__name__} computes outside rlinvariant.ops: {listed}; its bits would depend on the batch, "
+            f"{name} computes outside rlinvariant.ops: {listed}; its bits would depend on the batch, "
             "and no rule in models/patch.py has it"
         )

@@ -100,7 +100,7 @@ class MLP(nn.Module):
 class MergedMLP(nn.Module):
     """Gate and up in one projection, as Phi-3 has them."""
 
-    gate_up_proj: nn.Module
+    gate_up_proj: Callable[[Tensor], Tensor]
     down_proj: nn.Module
     activation_name: str
 
@@ -221,7 +221,7 @@ class Attention(nn.Module):
 class MergedAttention(Attention):
     """Queries, keys and values in one projection, as Phi-3 has them."""
 
-    qkv_proj: nn.Module
+    qkv_proj: Callable[[Tensor], Tensor]
 
     def forward(self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, cache=None, **kwargs):
         q, k, v = self.heads(*self.parts(self.qkv_proj(hidden_states)), *position_embeddings)
@@ -233,7 +233,7 @@ class MergedAttention(Attention):
         )
         return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), weights
 
-    def parts(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def parts(self, qkv: Tensor) -> tuple[Tensor, ...]:
         q, kv = (n * self.head_dim for n in (self.config.num_attention_heads, self.config.num_key_value_heads))
         return qkv[..., :q], qkv[..., q : q + kv], qkv[..., q + kv :]
 

@@ -10,11 +10,11 @@ parameter. The masters stay parameters of their own modules: state_dict, optimiz
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from rlinvariant import ops
-from rlinvariant.models.modules import MLP, Attention, Linear, attention_forward
+from rlinvariant.models.modules import MLP, Attention, Linear, MergedAttention, MergedMLP, become
 from rlinvariant.models.patch import make_invariant
 from rlinvariant.ops.linear import gradients
 
@@ -41,13 +41,13 @@ def use_working_copies(model: Any, dtype: torch.dtype) -> Any:
     for module in list(decoder.modules()):
         form = getattr(type(module), "form", None)
         if form is Attention and _alike(module.q_proj, module.k_proj, module.v_proj):
-            _swap(module, refresh.add(dtype, module.q_proj, module.k_proj, module.v_proj), _attention)
+            become(module, _WorkingAttention, product=refresh.add(dtype, module.q_proj, module.k_proj, module.v_proj))
         elif form is MLP and _alike(module.gate_proj, module.up_proj):
-            _swap(module, refresh.add(dtype, module.gate_proj, module.up_proj), _mlp)
+            become(module, _WorkingMLP, product=refresh.add(dtype, module.gate_proj, module.up_proj))
     merged = {linear for linears, _ in refresh.groups for linear in linears}
     for module in decoder.modules():
         if getattr(type(module), "form", None) is Linear and module not in merged:
-            _swap(module, refresh.add(dtype, module), lambda self, x: self.product(x, self))
+            become(module, _WorkingLinear, product=refresh.add(dtype, module))
     decoder.register_forward_pre_hook(refresh)
     refresh()
     return model
@@ -58,28 +58,34 @@ def _alike(*linears: Any) -> bool:
     return len({linear.bias is None for linear in linears}) == 1
 
 
-def _swap(module: Any, product: "_Product", forward: Any) -> None:
-    cls, body = type(module), {"forward": forward}
-    module.__class__ = type(cls.__name__, (cls,), {"__module__": cls.__module__, "__qualname__": cls.__qualname__, **body})
-    module.product = product
+class _WorkingLinear(nn.Module):
+    product: "_Product"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(x, self)
 
 
-def _attention(
-    self: Any, hidden_states: Tensor, position_embeddings: Any, attention_mask: Any = None, past_key_values: Any = None,
-    cache: Any = None, **kwargs: Any,
-) -> Any:  # fmt: skip
-    """As that of models/modules.py, whose source is vLLM's to read and must name three projections."""
-    merged = self.product(hidden_states, self.q_proj, self.k_proj, self.v_proj)
-    q, k, v = self.heads(*merged.split(self.product.sizes, -1), *position_embeddings)
-    if (cache := cache if past_key_values is None else past_key_values) is not None:
-        k, v = cache.update(k, v, self.layer_idx)
-    how = {"sliding_window": self.window, "softcap": self.softcap} | kwargs
-    out, weights = attention_forward(self, q, k, v, attention_mask, self.scaling, **how)
-    return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), weights
+class _WorkingAttention(MergedAttention):
+    """The form of attention with one projection, made of three: their names stay for whoever saves or syncs the weights."""
+
+    product: "_Product"
+
+    def qkv_proj(self, x: Tensor) -> Tensor:
+        return self.product(x, self.q_proj, self.k_proj, self.v_proj)
+
+    def parts(self, qkv: Tensor) -> tuple[Tensor, ...]:
+        return qkv.split(self.product.sizes, -1)
 
 
-def _mlp(self: Any, x: Tensor) -> Tensor:
-    return self.down_proj(ops.swiglu_merged(self.product(x, self.gate_proj, self.up_proj), self.activation_name))
+class _WorkingMLP(MergedMLP):
+    """The form of an MLP with gate and up in one projection, made of two."""
+
+    product: "_Product"
+    gate_proj: nn.Module
+    up_proj: nn.Module
+
+    def gate_up_proj(self, x: Tensor) -> Tensor:
+        return self.product(x, self.gate_proj, self.up_proj)
 
 
 class _Refresh:

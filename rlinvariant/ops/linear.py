@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rlinvariant import bits
 from rlinvariant.kernels import cpu
 from rlinvariant.kernels.routes import ROUTES as _routes
 from rlinvariant.ops.register import define
 
-ROWS = 256  # rows per call of the vendor GEMM
-STEP = 16  # rows are padded to a multiple of this: sixteen possible calls per weight shape, few enough to test them all
+CALL_ROWS = 256  # at most so many rows go into one call of the vendor GEMM
+ROW_STEP = 16  # rows are padded to a multiple of this: sixteen possible calls per weight shape, few enough to test them all
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -43,42 +44,28 @@ def linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 @functools.cache
 def is_exact(n: int, k: int, dtype: torch.dtype, bias: bool, threads: int) -> bool:
-    """Whether the vendor GEMM keeps a row's bits for a weight [n, k], in all sixteen calls that `linear` would make.
+    """Return whether the vendor GEMM keeps a row's bits for a weight [n, k], in all sixteen calls that `linear` would make.
 
-    Operands are those of `cancelling`, which another order of summation cannot hide behind. Compared are every row count, a
-    shifted order of rows, and rows beside zeros, huge values and NaN. Under a second; cached for the process.
+    Operands are those of `bits.cancelling`, which another order of summation cannot hide behind. Every row count is compared, a
+    shifted order of rows, and rows beside zeros, huge values and NaN. This takes under a second, once a process.
     The answer holds for one number of threads: sampler and trainer must use the same.
     """
-    x, w = cancelling(ROWS, n, k, dtype)
+    x, w = bits.cancelling(CALL_ROWS, n, k, dtype)
     bias_n = torch.zeros(n, dtype=dtype) if bias else None
     full = F.linear(x, w, bias_n)
-    for rows in range(STEP, ROWS + 1, STEP):
-        if not _same(F.linear(x[:rows].clone(), w, bias_n), full[:rows]):
+    for rows in range(ROW_STEP, CALL_ROWS + 1, ROW_STEP):
+        if not bits.same(F.linear(x[:rows].clone(), w, bias_n), full[:rows]):
             return False
-    if not _same(F.linear(x.roll(STEP // 2 + 1, 0), w, bias_n), full.roll(STEP // 2 + 1, 0)):
+    if not bits.same(F.linear(x.roll(ROW_STEP // 2 + 1, 0), w, bias_n), full.roll(ROW_STEP // 2 + 1, 0)):
         return False
-    for rows in (STEP, ROWS):
+    for rows in (ROW_STEP, CALL_ROWS):
         for at in (0, rows - 1):
             for neighbour in (0.0, 1e30, float("nan")):
                 tile = torch.full_like(x[:rows], neighbour)
                 tile[at] = x[at]
-                if not _same(F.linear(tile, w, bias_n)[at], full[at]):
+                if not bits.same(F.linear(tile, w, bias_n)[at], full[at]):
                     return False
     return True
-
-
-def cancelling(rows: int, n: int, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x [rows, k] and w [n, k] whose exact products are all zero, on the CPU, the same at every call.
-
-    An output is then nothing but rounding error, and another order of summation shows in nearly every element; with random
-    operands a bf16 result hides it.
-    """
-    rng = torch.Generator().manual_seed(n * 1_000_003 + k)
-    x = torch.randn(rows, k, generator=rng) * torch.exp2(torch.randint(-4, 4, (rows, k), generator=rng))
-    w, order = torch.randn(n, k, generator=rng), torch.randperm(k, generator=rng)
-    a, b = order[: k // 2], order[k // 2 : k // 2 * 2]
-    x[:, a], w[:, a] = -x[:, b], w[:, b]
-    return x.to(dtype), w.to(dtype)
 
 
 def forget_routes() -> None:
@@ -89,10 +76,6 @@ def forget_routes() -> None:
 def routes() -> dict[str, str]:
     """The route taken by each weight shape used so far, for the run's environment.json."""
     return dict(_routes)
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
 def _aligned(t: Tensor) -> Tensor:
@@ -123,8 +106,8 @@ def _cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _vendor(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
     parts = []
-    for part in x.split(ROWS):
-        missing = -len(part) % STEP
+    for part in x.split(CALL_ROWS):
+        missing = -len(part) % ROW_STEP
         y = F.linear(F.pad(part, (0, 0, 0, missing)) if missing else _aligned(part), w, b)
         parts.append(y[: len(part)].clone() if missing else y)  # an operator's output owns its memory
     return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -10,7 +10,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from rlinvariant import ops
 from rlinvariant.errors import UserError
-from rlinvariant.models import UnsupportedModel, make_trainable, watch
+from rlinvariant.models import make_trainable, require_exact
 from rlinvariant.models.load import load
 from rlinvariant.trainer.packing import pack
 
@@ -80,16 +80,13 @@ class Critic(nn.Module):
             self.head.weight.copy_(load_file(directory / VALUE_HEAD_FILE)["weight"])
 
     def _require_exact(self) -> None:
-        """Raise UnsupportedModel unless every operation on the way to a value is owned, as `models.require_exact` does."""
+        """Raise UnsupportedModel unless every operation on the way to a value is owned."""
         device = self.head.weight.device
         ids = torch.arange(10, device=device).view(2, 5) % self.backbone.config.vocab_size
         mask = torch.ones_like(ids)
         mask[0, 0] = 0
-        with torch.no_grad(), watch() as findings:
-            self.backbone(**pack(ids, mask, 3).inputs, attention_mask=None, use_cache=False)
-        if findings:
-            listed = ", ".join(sorted(f"{f.op} in {f.module}" for f in findings))
-            raise UnsupportedModel(f"critic {type(self.backbone).__name__} computes outside rlinvariant.ops: {listed}")
+        inputs = pack(ids, mask, 3).inputs
+        require_exact(self.backbone, lambda: self.backbone(**inputs, attention_mask=None, use_cache=False), "critic")
 
 
 def load_critic(path: str, policy: Any, tokenizer: Any) -> Any:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlinvariant.kernels.rows import STEP
+from rlinvariant.kernels.rows import GEMM_ROW_STEP
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def pack(input_ids: Tensor, attention_mask: Tensor, completion_length: int, mult
         completion_length: C, how many of the last columns belong to completions.
         multiple: of what N is to be, by default what suits the device; the rest is a sequence that nothing is scored of.
     """
-    multiple = multiple or (STEP if input_ids.is_cuda else 1)
+    multiple = multiple or (GEMM_ROW_STEP if input_ids.is_cuda else 1)
     mask = attention_mask.bool()
     lengths = mask.sum(1)
     row_of = torch.full_like(input_ids, -1)

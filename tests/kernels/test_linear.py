@@ -81,14 +81,14 @@ def test_one_ulp_in_one_element_fails_the_ladder():
 @pytest.mark.parametrize("tile", TUNED, ids=str)
 def test_every_tile_gives_the_same_bits(tile, kernel):
     x, w = cancelling(40, 512, 3072, torch.bfloat16)
-    assert_bits_equal(kernel.tiled(x, w, None, tile), kernel.tiled(x, w, None, kernel.MANY), "weight [512, 3072]")
+    assert_bits_equal(kernel.tiled(x, w, None, tile), kernel.tiled(x, w, None, kernel.FALLBACK_TILE), "weight [512, 3072]")
 
 
 @pytest.mark.parametrize("tile", TUNED[::4], ids=str)
 def test_a_tile_that_reaches_beyond_the_weight_gives_the_same_bits(tile, kernel):
     """K ends inside a block, N and M inside a tile; with a bias."""
     x, w, b = *cancelling(39, 201, 3080, torch.bfloat16), small_bias(201)
-    assert_bits_equal(kernel.tiled(x, w, b, tile), kernel.tiled(x, w, b, kernel.MANY), "weight [201, 3080]")
+    assert_bits_equal(kernel.tiled(x, w, b, tile), kernel.tiled(x, w, b, kernel.FALLBACK_TILE), "weight [201, 3080]")
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
@@ -98,7 +98,7 @@ def test_cublaslt_gives_the_bits_of_the_tiles(shape, bias, kernel):
     x, w = operands(*shape)
     b = small_bias(shape[0]) if bias else None
     assert kernel.check(*shape, bias, 0), "cuBLASLt is not used for this weight"
-    expected = kernel.tiled(x, w, b, kernel.MANY)
+    expected = kernel.tiled(x, w, b, kernel.FALLBACK_TILE)
     for m in (258, 333, 400, 640, 1023, 1025, 1800, 2049, 3333, 4095):
         assert_bits_equal(kernel.cublaslt(x[:m], w, b), expected[:m], f"{m} rows")
 
@@ -106,9 +106,9 @@ def test_cublaslt_gives_the_bits_of_the_tiles(shape, bias, kernel):
 def test_another_order_of_summation_shows(kernel):
     """Control of the two tests above: K descending, or in two parts, changes most elements."""
     x, w = cancelling(40, 512, 3072, torch.bfloat16)
-    y = kernel.tiled(x, w, None, kernel.MANY)
-    backwards = kernel.tiled(x.flip(1).contiguous(), w.flip(1).contiguous(), None, kernel.MANY)
-    halves = [kernel.tiled(x[:, at], w[:, at], None, kernel.MANY) for at in (slice(1536), slice(1536, None))]
+    y = kernel.tiled(x, w, None, kernel.FALLBACK_TILE)
+    backwards = kernel.tiled(x.flip(1).contiguous(), w.flip(1).contiguous(), None, kernel.FALLBACK_TILE)
+    halves = [kernel.tiled(x[:, at], w[:, at], None, kernel.FALLBACK_TILE) for at in (slice(1536), slice(1536, None))]
     for other in (backwards, halves[0] + halves[1]):
         assert (other != y).float().mean() > 0.5
 
@@ -139,7 +139,11 @@ def test_check_refuses_tiles_that_differ(kernel, monkeypatch):
     tiled = kernel.tiled
 
     def backwards(x: Tensor, w: Tensor, b: Tensor | None, tile: tuple[int, ...]) -> Tensor:
-        return tiled(x, w, b, tile) if tile == kernel.MANY else tiled(x.flip(1).contiguous(), w.flip(1).contiguous(), b, tile)
+        return (
+            tiled(x, w, b, tile)
+            if tile == kernel.FALLBACK_TILE
+            else tiled(x.flip(1).contiguous(), w.flip(1).contiguous(), b, tile)
+        )
 
     monkeypatch.setattr(kernel, "tiled", backwards)
     with pytest.raises(UserError, match=r"weight \[256, 3080\] depends on the tile"):

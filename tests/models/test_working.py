@@ -105,7 +105,7 @@ def test_a_frozen_weight_gets_no_gradient_and_its_neighbours_theirs(pair):
     found = []
     for model in pair:
         attention = model.model.layers[0].self_attn
-        merged = hasattr(attention, "qkv_proj")
+        merged = "qkv_proj" in attention._modules
         frozen, *others = ("o_proj", "qkv_proj") if merged else ("k_proj", "q_proj", "v_proj")
         attention.get_parameter(f"{frozen}.weight").requires_grad_(False)
         logprobs(model, sequences())[0].sum().backward()

@@ -126,7 +126,7 @@ def test_the_vendor_is_called_with_proven_row_counts_alone(monkeypatch):
     monkeypatch.setattr(module.F, "linear", lambda x, w, b: called.add(len(x)) or vendor(x, w, b))
     for m in LADDER:
         assert ops.linear(x[:m], w).shape == (m, 8)
-    assert called <= set(range(module.STEP, module.ROWS + 1, module.STEP))
+    assert called <= set(range(module.ROW_STEP, module.CALL_ROWS + 1, module.ROW_STEP))
 
 
 @cpu_only
