@@ -42,10 +42,12 @@ def install(monkeypatch) -> None:
     for name in ("synchronize", "empty_cache", "graph_pool_handle", "reset_peak_memory_stats"):
         monkeypatch.setattr(torch.cuda, name, lambda: None)
     cancelling = bits.cancelling
-    monkeypatch.setattr(bits, "cancelling", lambda rows, n, k, dtype, device: cancelling(rows, n, k, dtype))
+    monkeypatch.setattr(
+        bits, "cancelling", lambda rows, n, k, dtype, device="cpu", seed=0: cancelling(rows, n, k, dtype, seed=seed)
+    )
     product = lambda x, w, b: ops.linear(x, w)  # noqa: E731
     linear = types.ModuleType("rlinvariant.kernels.linear")
-    vars(linear).update(tiled=lambda x, w, b, tile: product(x, w, b), cublaslt=product, MANY=(128, 128, 64, 8, 3))
+    vars(linear).update(tiled=lambda x, w, b, tile: product(x, w, b), cublaslt=product, FALLBACK_TILE=(128, 128, 64, 8, 3))
     monkeypatch.setitem(sys.modules, linear.__name__, linear)
     import rlinvariant.kernels
 
