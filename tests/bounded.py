@@ -174,10 +174,10 @@ def assert_found(check: Callable[[Callable], None], ours: Callable, fault: Calla
         check(fault)
 
 
-def coarse_sum(terms: Tensor, dim: int) -> Tensor:
-    """Planted fault: sixteen terms at a time are added in fp32, and their sums in bf16. Returns fp32."""
+def coarse_sum(terms: Tensor, dim: int, part_size: int = 16) -> Tensor:
+    """Planted fault: `part_size` terms at a time are added in fp32, and their sums in bf16. Returns fp32."""
     total = torch.zeros(())
-    for part in terms.float().split(16, dim):
+    for part in terms.float().split(part_size, dim):
         total = (total + part.sum(dim)).bfloat16().float()
     return total
 

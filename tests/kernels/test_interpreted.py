@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -18,4 +20,6 @@ def test_triton_kernels_match_the_cpu_ops():
         [sys.executable, "-m", "tests.kernels.interpreted"], cwd=ROOT, capture_output=True, text=True, env=environment
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    if done.stdout.startswith("skip: "):
+        pytest.skip(done.stdout.removeprefix("skip: ").strip())
     assert done.stdout.split()[:2] == ["compared", "72"], done.stdout

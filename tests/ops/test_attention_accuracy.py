@@ -89,8 +89,14 @@ def planted(change: Callable) -> Callable:
     )
 
 
-FAULTS = {  # whether of gradients
-    "values summed in bf16": (one_head(lambda s, v: coarse_sum(s.softmax(-1)[..., None] * v, 1)), False),
+# A GPU rounds each weight to bf16, so its bound is about 2^-8 of the sum of |weight value|; the rounding errors of a sum whose
+# terms cancel only exceed that if there is one for each term.
+SUM_PARTS = {"cpu": 16, "cuda": 1}
+FAULTS = {  # and whether the fault is one of gradients
+    "values summed in bf16": (
+        one_head(lambda s, v: coarse_sum(s.softmax(-1)[..., None] * v, 1, SUM_PARTS[v.device.type])),
+        False,
+    ),
     "a key dropped": (one_head(lambda s, v: (s.softmax(-1) * (torch.arange(len(v)) != 3)) @ v), False),
     "3 % more scale": (planted(lambda q, k, v, scale: (q, k, v, 1.03 * scale)), False),
     "the key of a neighbour": (planted(lambda q, k, v, scale: (q, k.roll(1, 0), v, scale)), False),
