@@ -18,7 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from rlinvariant.errors import UserError, one_line
-from rlinvariant.files import require_writable
+from rlinvariant.files import require_writable, write_atomically
 from rlinvariant.install import install_hint
 from rlinvariant.report import tables, wandb_log
 from rlinvariant.report.panels import PANELS, Panel
@@ -27,6 +27,7 @@ from rlinvariant.text import plural
 
 FIX = "`wandb login --relogin`, or unset WANDB_API_KEY to stay offline"
 INSTALL = install_hint("dashboard")
+MAKE_ROOM = "make room for it there"
 
 
 def push(path: str | Path) -> list[str]:
@@ -36,7 +37,8 @@ def push(path: str | Path) -> list[str]:
         What was done, a line each.
 
     Raises:
-        UserError: wandb-workspaces is not installed; no runs there; a file cannot be written; W&B was not reached.
+        UserError: wandb-workspaces is not installed; no run is there; PATH/dashboard cannot be written; W&B was not reached with
+            the login that there is.
     """
     if importlib.util.find_spec("wandb_workspaces") is None:
         raise UserError(f"dashboard push: wandb-workspaces is not installed; {INSTALL}")
@@ -44,17 +46,17 @@ def push(path: str | Path) -> list[str]:
     run = next((run for _, run in study.runs), None)
     if run is None:
         raise UserError(f"{study.path}: no run has started, so there is nothing to show")
-    require_writable(study.path / "dashboard", "dashboard push", "make room for it there", directory=True)
+    directory, said = study.path / "dashboard", []
+    require_writable(directory, "dashboard push", MAKE_ROOM, directory=True)
     import wandb
     from wandb.errors import Error
 
     entity, project = run.setting("wandb.entity"), run.setting("wandb.project") or "rlinvariant"
-    directory, said = study.path / "dashboard", []
     directory.mkdir(exist_ok=True)
     for make in (report, workspace):
         file = directory / f"{make.__name__}.json"
         model = make(study, "", project)._to_model()  # with an entity, W&B would be asked whether the project is there
-        file.write_text(json.dumps(model.model_dump(mode="json", by_alias=True, exclude_none=True), indent=1) + "\n")
+        write_atomically(file, json.dumps(model.model_dump(mode="json", by_alias=True, exclude_none=True), indent=1) + "\n")
         said.append(f"{make.__name__}: written to {file}")
     if not wandb_log.login(f"dashboard push, after writing {directory}", FIX):
         return [*said, "W&B: no login, so nothing was pushed; run `wandb login` and this again"]
@@ -66,28 +68,26 @@ def push(path: str | Path) -> list[str]:
             said.append(f"{make.__name__}: {view.url}")
     except (Error, OSError, ValueError) as error:  # ValueError: there is no such project
         fix = f"it is in {directory}; `rlinvariant dashboard sync {study.path}` makes the project"
-        raise UserError(f"dashboard push: W&B did not take it ({_line(error)}); {fix}") from error
+        raise UserError(f"dashboard push: W&B did not take it ({one_line(error)}); {fix}") from error
     return said
 
 
 def workspace(study: Study, entity: str, project: str) -> Any:
-    """A wandb_workspaces Workspace: a section of line plots for each section of panels, runs of one arm drawn together."""
+    """Return a wandb_workspaces Workspace: line plots in the sections of the panels, runs of one arm drawn together."""
     import wandb_workspaces.workspaces as ws
 
-    sections = [
-        ws.Section(name=name, panels=_plots(panels), is_open=True) for name, panels in _sections(study)
-    ]  # fmt: skip
+    sections = [ws.Section(name=name, panels=_plots(panels), is_open=True) for name, panels in _sections(study)]
     by: list[Any] = [ws.Metric("JobType")] if study.is_ablation else []
     runs = ws.RunsetSettings(filters=_filter(study), groupby=by)
     return ws.Workspace(entity=entity, project=project, name=_name(study), sections=sections, runset_settings=runs)
 
 
 def report(study: Study, entity: str, project: str) -> Any:
-    """A wandb_workspaces Report: the outcome in words, the tables as text, and the same panels."""
+    """Return a wandb_workspaces Report: the outcome in words, the tables as text, and the same panels."""
     import wandb_workspaces.reports.v2.interface as wr
 
-    runs = wr.Runset(entity=entity, project=project, name=_name(study), filters=_filter(study),
-                     groupby=["JobType"] if study.is_ablation else [])  # fmt: skip
+    by = ["JobType"] if study.is_ablation else []
+    runs = wr.Runset(entity=entity, project=project, name=_name(study), filters=_filter(study), groupby=by)
     blocks: list[Any] = [wr.UnorderedList([f"{who}: {what}" for who, what in tables.sentences(study)])]
     if study.notes:
         blocks.append(wr.UnorderedList(list(study.notes)))
@@ -97,8 +97,8 @@ def report(study: Study, entity: str, project: str) -> Any:
     for name, panels in _sections(study):
         blocks += [wr.H2(name), wr.PanelGrid(panels=_plots(panels), runsets=[runs])]
     blocks += [wr.H2("Reproduce"), wr.CodeBlock(study.command, language="markdown")]
-    return wr.Report(entity=entity, project=project, title=_name(study)[:128], description=tables.contract(
-        (study.reference or study.arms[0]).rows), blocks=blocks)  # fmt: skip
+    said = tables.contract((study.reference or study.arms[0]).rows)
+    return wr.Report(entity=entity, project=project, title=_name(study)[:128], description=said, blocks=blocks)
 
 
 def sync(path: str | Path) -> list[str]:
@@ -112,15 +112,17 @@ def sync(path: str | Path) -> list[str]:
         What was done, a line each.
 
     Raises:
-        UserError: as `study.load`; neither package is installed; W&B was not reached with the login that there is.
+        UserError: as `study.load`; neither package is installed; a directory cannot be written, before anything is; W&B was not
+            reached with the login that there is.
     """
     study = load(path)
     has = {name: importlib.util.find_spec(name) is not None for name in ("wandb", "tensorboard")}
     if not any(has.values()):
         raise UserError(f"dashboard sync: neither wandb nor tensorboard is installed; {INSTALL}")
     for _, run in study.runs:
-        for name in ("dashboard", "tensorboard"):
-            require_writable(run.path / name, "dashboard sync", "make room for it there", directory=True)
+        for name, used in (("dashboard", has["wandb"]), ("tensorboard", has["tensorboard"])):
+            if used and run.rows:
+                require_writable(run.path / name, "dashboard sync", MAKE_ROOM, directory=True)
     online = has["wandb"] and wandb_log.login("dashboard sync", FIX)
     said = []
     for _, run in study.runs:
@@ -162,7 +164,7 @@ def _to_wandb(study: Study, run: Run, online: bool) -> str:
 
 
 def _live_ids(path: Path) -> list[str]:
-    """The W&B ids under which a run logged itself, online or offline, oldest first: a resumed run has several."""
+    """Return the W&B ids under which a run logged itself, online or offline, oldest first: a resumed run has several."""
     found = [file.name.removeprefix("offline-") for file in (path / "wandb").glob("*run-*-*") if file.is_dir()]
     return list(dict.fromkeys(name.split("-", 2)[2] for name in sorted(found)))  # run-TIME-ID
 
@@ -182,13 +184,13 @@ def _to_tensorboard(run: Run) -> Path:
 
 
 def _sections(study: Study) -> list[tuple[str, list[Panel]]]:
-    """The panels that these runs have the keys of, by section."""
+    """Return the panels that these runs have the keys of, by section."""
     shown = [panel for panel in PANELS if any(panel.shown_for(run.config) for _, run in study.runs)]
     return [(name, list(panels)) for name, panels in groupby(shown, key=lambda panel: panel.section)]
 
 
 def _plots(panels: Sequence[Panel]) -> list[Any]:
-    """W&B has no axis that shows an exact 0 and small numbers alike: a KL is on its log axis, where 0 is not drawn."""
+    """Return W&B's plots. W&B has no axis that shows an exact 0 beside small numbers: a KL has its log axis, without 0."""
     import wandb_workspaces.reports.v2.interface as wr
 
     return [
@@ -208,13 +210,13 @@ def _plots(panels: Sequence[Panel]) -> list[Any]:
 
 
 def _name(study: Study) -> str:
-    """The recipe and the run; a symbol (+ = < > | ~ $ ^, emoji), which wandb-workspaces refuses in a name, becomes _."""
+    """Return recipe and run; a symbol (+ = < > | ~ $ ^, emoji), which wandb-workspaces refuses in a name, becomes _."""
     name = f"{study.recipe}: {study.path.name}"
     return "".join("_" if unicodedata.category(c)[0] == "S" or unicodedata.category(c) == "Cs" else c for c in name)
 
 
 def _filter(study: Study) -> str:
-    """An ablation's runs carry its directory's name as group; a run its own name."""
+    """Return what selects the runs: an ablation's carry its directory's name as group, a single run its own name."""
     if study.is_ablation:
         run = next(run for _, run in study.runs)
         return f"Metric('Group') = {_quoted(run.setting('wandb.group') or study.path.name)}"
@@ -222,9 +224,5 @@ def _filter(study: Study) -> str:
 
 
 def _quoted(value: Any) -> str:
-    """As a literal in a filter, in whose strings wandb-workspaces takes even < and = for operators: symbols escaped."""
+    """Return a literal for a filter. wandb-workspaces takes < and = for operators even in strings, so symbols are escaped."""
     return "'" + "".join(c if c.isalnum() or c in "-_./" else f"\\U{ord(c):08x}" for c in str(value)) + "'"
-
-
-def _line(error: BaseException) -> str:
-    return one_line(error)

@@ -20,16 +20,16 @@ from rlinvariant.report.study import Run, Study, load
 from rlinvariant.text import percent, plural
 
 HERE = Path(__file__).parent
-LONG = 200  # steps up to which every one can be seen
-SHOWN = 2000  # characters of a prompt or a completion
+SHORT_RUN_STEPS = 200  # up to so many, every single step can be seen
+SAMPLE_CHARACTERS = 2000  # shown of a prompt or a completion
 FILE = "report.html"
 
 
 def write(path: str | Path) -> tuple[Path, Study]:
-    """Make PATH/report.html of the run or ablation at PATH, in place of an earlier one.
+    """Write PATH/report.html of the run or ablation at PATH, in place of an earlier one; return the file and what it shows.
 
     Raises:
-        UserError: as `study.load`; the page cannot be written.
+        UserError: as `study.load`; the page cannot be written, which is tried before it is made.
     """
     study = load(path)
     file = study.path / FILE
@@ -39,7 +39,7 @@ def write(path: str | Path) -> tuple[Path, Study]:
 
 
 def page(study: Study) -> str:
-    """The whole page. Everything that comes from a run is escaped, and no script but the page's own may run."""
+    """Return the whole page. Everything that comes from a run is escaped, and no script but the page's own may run."""
     css, script = (HERE / "page.css").read_text(), (HERE / "page.js").read_text()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
@@ -108,7 +108,7 @@ def _said(cell: tables.Cell) -> str:
 
 
 def _curves(study: Study) -> Iterator[str]:
-    """A section for each group of panels; a panel that no run has a finite number for is left out, and named."""
+    """Yield a section for each group of panels; a panel that no run has a finite number for is left out, and named."""
     if not any(run.rows for _, run in study.runs):
         return
     sections: dict[str, list[str]] = {}
@@ -139,7 +139,7 @@ def _figure(title: str, unit: str, notice: str, drawn: str) -> str:
 
 
 def _lines(study: Study, panel: Panel) -> list[svg.Line]:
-    """A line for each arm that has at least one finite value."""
+    """Return a line for each arm that has at least one finite value."""
     lines = []
     for index, arm in enumerate(study.arms):
         runs = [run for run in arm.runs if run.rows and panel.shown_for(run.config)]
@@ -160,13 +160,13 @@ def _lines(study: Study, panel: Panel) -> list[svg.Line]:
 
 
 def _window(study: Study) -> int:
-    """Steps over which the curves of a long run are averaged, an odd number; 1 for a short one."""
+    """Return over how many steps the curves of a long run are averaged, an odd number; 1 for a short one."""
     longest = max(len(run.rows) for _, run in study.runs)
-    return 1 if longest <= LONG else longest // 50 | 1
+    return 1 if longest <= SHORT_RUN_STEPS else longest // 50 | 1
 
 
 def _seeds(study: Study, measure: stats.Measure, notice: str) -> str:
-    """One number of every run, a row for each arm: an interval hides which seed collapsed. Nothing where no run has one."""
+    """Return one number of every run, a row for each arm: an interval hides which seed collapsed. "" where no run has one."""
     rows = []
     for index, arm in enumerate(study.arms):
         seeds = [value for run in arm.runs if math.isfinite(value := measure.of(run.rows, run.result))]
@@ -193,7 +193,7 @@ def _legend(study: Study) -> str:
 
 
 def _samples(study: Study) -> str:
-    """Of a run: those of its first and last step. Of an ablation: the last one of the first seed of each arm."""
+    """Return the samples of a run's first and last step, or of an ablation the last one of each arm's first seed."""
     found = []
     for arm in study.arms:
         for run in arm.runs[:1]:
@@ -207,7 +207,7 @@ def _samples(study: Study) -> str:
 
 
 def _some_samples(file: Path, count: int = 3) -> tuple[list[dict[str, Any]], int]:
-    """The first and the last `count` whole lines, and how many of them are not JSON objects."""
+    """Return the first and the last `count` whole lines, and how many of them are not JSON objects."""
     if not file.is_file():
         return [], 0
     first: list[bytes] = []
@@ -238,12 +238,12 @@ def _sample(row: Mapping[str, Any], where: str) -> str:
 
 
 def _cut(value: Any) -> str:
-    """A text as it is, but for what cannot be seen or could be obeyed; a long one is cut, which is said."""
+    """Return a text as it is, but for what cannot be seen or could be obeyed; a long one is cut, and the page says so."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     note = ""
-    if len(text) > SHOWN:
-        note = f'<span class="small">cut: the first {SHOWN:,} of {len(text):,} characters</span>'
-        text = text[:SHOWN]
+    if len(text) > SAMPLE_CHARACTERS:
+        note = f'<span class="small">cut: the first {SAMPLE_CHARACTERS:,} of {len(text):,} characters</span>'
+        text = text[:SAMPLE_CHARACTERS]
     return f"<pre>{escape(printable(text, keep=chr(10)))}</pre>{note}"
 
 
