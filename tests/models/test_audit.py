@@ -6,7 +6,7 @@ from torch import nn
 
 from rlinvariant import ops
 from rlinvariant.models import Finding, UnsupportedModel, audit, make_invariant, require_exact, watch
-from tests.models.test_patch import SUPPORTED, build
+from tests.models.small import SUPPORTED, build
 from tests.parity.device import DEVICE
 
 

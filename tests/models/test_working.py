@@ -14,7 +14,7 @@ from torch import Tensor
 from rlinvariant.bits import assert_bits_equal, compare
 from rlinvariant.models import make_invariant, require_exact, use_working_copies
 from rlinvariant.trainer.packing import pack
-from tests.models.test_patch import SUPPORTED, build, logprobs, sequences
+from tests.models.small import SUPPORTED, build, logprobs, sequences
 from tests.parity.device import CUDA, DEVICE
 
 

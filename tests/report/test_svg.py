@@ -1,0 +1,23 @@
+"""Charts: axes that take in every value, labels that do not cover each other."""
+
+import numpy as np
+import pytest
+
+from rlinvariant.report import svg
+
+LOG0 = "log and zero"
+
+
+@pytest.mark.parametrize(("scale", "values", "band"), [(LOG0, [0, 0, 0], 1), (LOG0, [0, 1e-9, 3], 1), ("log", [1, 2, 300], 0)])
+def test_axes_take_in_every_mean(scale, values, band):
+    steps, mean = np.arange(3), np.array(values, float)
+    axis = svg._axis([svg.Line("a", 0, steps, mean, mean, mean, mean)], scale)
+    y = axis.place(mean)
+    assert axis.has_zero_band == bool(band) and np.isfinite(y).all() and (y >= 0).all() and (y <= svg.HEIGHT - svg.BOTTOM).all()
+    assert (np.diff(y)[np.diff(mean) > 0] < 0).all()
+
+
+def test_labels_are_moved_apart_and_keep_their_order():
+    places = svg._apart([50, 50, 51, 199], 10, 200)
+    assert all(b - a >= svg.LABEL for a, b in zip(places, places[1:], strict=False)) and places == sorted(places)
+    assert places[-1] <= 200 and max(abs(a - b) for a, b in zip(places[:3], (50, 50, 51), strict=True)) < 2 * svg.LABEL + 1
