@@ -24,7 +24,7 @@ GRAPH_SPLITS = 32  # what vLLM allows inside its CUDA graphs
 
 @dataclass(frozen=True)
 class Work:
-    """One step of an engine: how many new queries and how many keys each sequence has."""
+    """Describes one step of an engine: how many new queries and how many keys each sequence has."""
 
     name: str
     queries: tuple[int, ...]
@@ -52,7 +52,7 @@ def rows(tiny: bool) -> Iterator[Row]:
 
 
 class _Step:
-    """What attention reads in one step of an engine: some of the sequences of a piece of work."""
+    """Holds what attention reads in one step of an engine: some of the sequences of a piece of work."""
 
     def __init__(self, work: Work, which: Sequence[int], q: Tensor, cache: Tensor, table: Tensor) -> None:
         queries, keys = ([side[i] for i in which] for side in (work.queries, work.keys))

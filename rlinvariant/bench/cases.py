@@ -16,7 +16,7 @@ FIRST_ROWS = (1, 2, 3, 9, 17, 257)  # how many first rows are computed apart fro
 
 @dataclass(frozen=True)
 class Case:
-    """An op of ours and another's, with the inputs that both get."""
+    """Holds an op of ours and another's, with the inputs that both get."""
 
     name: str
     ours: Callable[..., Any]

@@ -14,7 +14,7 @@ from rlinvariant.trainer.score import Layout, score, stock_score
 
 @dataclass(frozen=True)
 class Parity:
-    """One comparison of log-probs: how many tokens, how many of them not equal, and the same with stock kernels."""
+    """Holds one comparison of log-probs: how many tokens, how many of them not equal, and the same with stock kernels."""
 
     bench: str
     model: str

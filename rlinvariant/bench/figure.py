@@ -13,7 +13,7 @@ OURS, THEIRS = "#1f6f54", "#b9b9b9"
 
 
 class Bar(NamedTuple):
-    """One bar: what was measured, its time over stock's, and whether it is ours or a peer's."""
+    """Describes one bar: what was measured, its time over stock's, and whether it is ours or a peer's."""
 
     label: str
     time: float

@@ -27,7 +27,7 @@ QUIET_SHARE = 0.05  # of the processors: a window in which others used no more i
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison. `ratio` is ours / stock: of medians of wall time, of peak memory, or of tokens per second."""
+    """Holds one comparison. `ratio` is ours / stock: of medians of wall time, of peak memory, or of tokens per second."""
 
     bench: str
     case: str
@@ -44,7 +44,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Missing:
-    """A comparison that was not made: whose process ended, and what the others measured."""
+    """Stands for a comparison that was not made: whose process ended, and what the others measured."""
 
     bench: str
     case: str
@@ -114,11 +114,11 @@ def _time(f: Callable[[], Any], loops: int) -> tuple[float, float]:
 
 
 class WorkerEnded(RuntimeError):
-    """A worker's process ended before it answered."""
+    """Tells that a worker's process ended before it answered."""
 
 
 class Worker:
-    """A process that answers requests, each a line of JSON. Several workers take turns: one computes while the others wait."""
+    """Runs a process that answers requests, each a line of JSON. Workers take turns: one computes, the others wait."""
 
     def __init__(self, module: str, *arguments: str) -> None:
         self.name = " ".join([module.rpartition(".")[2], *(a for a in arguments if "/" not in a)])
@@ -236,7 +236,7 @@ def reason(text: str) -> str:
 
 
 class Link:
-    """A worker's own side of the pipe. Whatever else the process prints goes to stderr."""
+    """Serves a worker's own side of the pipe. Whatever else the process prints goes to stderr."""
 
     def __init__(self) -> None:
         self._out = os.fdopen(os.dup(1), "w", buffering=1)

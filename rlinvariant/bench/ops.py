@@ -19,7 +19,7 @@ TEMPERATURE = 0.7
 
 @dataclass(frozen=True)
 class Size:
-    """The size of a model, and of a batch of `sequences` of `length` tokens each."""
+    """Holds the size of a model, and of a batch of `sequences` of `length` tokens each."""
 
     name: str
     hidden: int

@@ -31,7 +31,7 @@ LABELS = {
 
 
 class Engine(Protocol):
-    """An engine that is timed."""
+    """Drives an engine that is timed."""
 
     vocabulary: int
 

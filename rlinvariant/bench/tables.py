@@ -12,7 +12,7 @@ from rlinvariant.report.stats import UNDECIDED, Estimate, disagree
 from rlinvariant.text import plural
 
 Result = dict[str, Any]
-"""The content of one JSON file."""
+"""Holds the content of one JSON file."""
 
 YES = {True: "yes", False: "no", None: ""}
 # Cases that differ in size alone share a line: what a pattern matches is replaced by the text beside it

@@ -106,7 +106,7 @@ def run(path: Path, tiny: bool) -> None:
 
 
 class _Shape:
-    """One weight shape, with operands to check bits with and weights that take turns."""
+    """Holds one weight shape, with operands to check bits with and weights that take turns."""
 
     def __init__(self, n: int, k: int, weights: list[Tensor]) -> None:
         from rlinvariant.kernels import linear

@@ -230,7 +230,7 @@ def _percent(value: float | None) -> str:
 
 
 def integer(value: float | None) -> str:
-    """A count with thousands separators; a count that is no integer is a bug, and rounding would hide it."""
+    """Write a count with thousands separators; a count that is no integer is a bug, and rounding would hide it."""
     if value is None:
         return "-"
     if value != int(value):

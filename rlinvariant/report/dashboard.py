@@ -37,7 +37,8 @@ def push(path: str | Path) -> list[str]:
         What was done, a line each.
 
     Raises:
-        UserError: wandb-workspaces is not installed; no run is there; PATH/dashboard cannot be written; W&B was not reached with
+        UserError: wandb-workspaces is not installed; no run is there; PATH/dashboard cannot be written; W&B was not reached
+            with
             the login that there is.
     """
     if importlib.util.find_spec("wandb_workspaces") is None:

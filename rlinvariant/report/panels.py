@@ -13,7 +13,7 @@ CORRECTION, ALGORITHM = "trainer.vllm_importance_sampling_correction", "algorith
 
 @dataclass(frozen=True)
 class Panel:
-    """One quantity against the step.
+    """Describes one quantity against the step.
 
     Attributes:
         title, unit, notice: shown; `notice` says what to look for.
@@ -38,7 +38,7 @@ class Panel:
             return columns[0] / columns[1] if len(columns) > 1 else columns[0]
 
     def shown_for(self, config: Mapping[str, Any]) -> bool:
-        """Whether a run with this config.json has the panel's keys."""
+        """Tell whether a run with this config.json has the panel's keys."""
         if self.arms == "ppo":
             return config.get(ALGORITHM, {}).get("value") == "ppo"
         return self.arms == "all" or bool(config.get(CORRECTION, {}).get("value"))

@@ -53,7 +53,7 @@ def write(run: str | Path, step: int, rollout: Rollout, about: Mapping[str, Any]
 
 
 def read(run: str | Path, step: int) -> tuple[Rollout, dict[str, Any]]:
-    """The rollout of a step, and the `about` that it was written with. UserError where it was not recorded or is damaged."""
+    """Return the rollout of a step, and the `about` written with it. UserError where it was not recorded or is damaged."""
     path = _path(run, step)
     if not path.is_file():
         raise UserError(f"step {step} was not recorded; recorded: {listed(steps(run))}")

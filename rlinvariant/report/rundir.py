@@ -23,7 +23,7 @@ _NONFINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 class RunDir:
-    """A run directory that exists; `RunDir.create` makes or resumes one."""
+    """Stands for a run directory that exists; `RunDir.create` makes or resumes one."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)

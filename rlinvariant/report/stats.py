@@ -23,7 +23,7 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over `n` seeds and the ends of its 95 % interval, NaN with fewer than two; and what it is the mean of."""
+    """Holds a mean over `n` seeds and the ends of its 95 % interval, NaN with fewer than two; and what it is the mean of."""
 
     mean: float
     low: float
@@ -42,7 +42,7 @@ class Estimate:
 
     @property
     def is_wide(self) -> bool:
-        """Whether half of the interval is more than the mean: the seeds' own values then say more than both."""
+        """Tell whether half of the interval is more than the mean: the seeds' own values then say more than both."""
         return self.has_interval and self.half > abs(self.mean)
 
 
@@ -132,7 +132,7 @@ Summary = Callable[[Sequence[Row], Mapping[str, Any]], float]
 
 @dataclass(frozen=True)
 class Measure:
-    """One number of a run, of its rows and its result.json; NaN where it is not known.
+    """Takes one number of a run from its rows and its result.json; NaN where it is not known.
 
     `style` says how it is printed: "scientific", "percent", "near one" (never rounded to 1), or a number of decimals.
     """
@@ -143,7 +143,7 @@ class Measure:
 
 
 def over_steps(key: str, reduce: Callable[[Sequence[float]], float], last: int = 0) -> Summary:
-    """A reduction of one key over the rows, or the `last` ones; NaN if there are none, or one lacks it."""
+    """Reduces one key over the rows, or the `last` ones; NaN if there are none, or one lacks it."""
 
     def summary(rows: Sequence[Row], result: Mapping[str, Any]) -> float:
         values = [math.nan if row.get(key) is None else float(row[key]) for row in rows[-last:]]
@@ -169,7 +169,7 @@ MEASURES = (KL, ESS, REWARD, ACCURACY, STEP_S)
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the runs of two arms on the same seeds say of one measure: arm minus reference."""
+    """Says how one measure differs between two arms on the same seeds: arm minus reference."""
 
     difference: Estimate
     text: str
@@ -193,7 +193,7 @@ def verdict(arm: Sequence[float], reference: Sequence[float]) -> Verdict:
 
 
 def disagree(difference: Estimate, *arms: Estimate) -> bool:
-    """Whether the difference of two arms is as uncertain as the wide mean of one of them.
+    """Tell whether the difference of two arms is as uncertain as the wide mean of one of them.
 
     An interval of 0.4 ± 0.8 holds 0 and everything else, for one seed of three that went another way: it says nothing.
     """

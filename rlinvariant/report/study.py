@@ -23,7 +23,7 @@ COUNTS = tuple(f"onpolicy/{name}_tokens" for name in ("mismatched", "compared", 
 
 @dataclass
 class Run:
-    """One run directory, as far as it came."""
+    """Holds one run directory, as far as it came."""
 
     path: Path
     seed: int
@@ -49,7 +49,7 @@ class Arm:
 
     @property
     def rows(self) -> list[Row]:
-        """Of all seeds."""
+        """Return the rows of all seeds."""
         return [row for run in self.runs for row in run.rows]
 
     def estimate(self, measure: Measure) -> Estimate:
@@ -85,7 +85,7 @@ class Study:
 
     @cached_property
     def reference(self) -> Arm | None:
-        """The exact arm, if there are others to compare with it."""
+        """Return the exact arm, if there are others to compare with it."""
         return next((arm for arm in self.arms if arm.name == EXACT), None) if len(self.arms) > 1 else None
 
 
@@ -109,8 +109,9 @@ def _single(path: Path) -> Study:
     if (schema := run.environment.get("schema", SCHEMA)) != SCHEMA:
         raise UserError(f"{path}: schema {schema}, expected {SCHEMA}; report it with the version that wrote it")
     name = str(run.setting("run") or path.name)
-    study = Study(path, str(run.setting("recipe")), int(run.setting("steps") or 0), command(run.config),
-                  [Arm(name, f"invariance={run.setting('invariance')}", [], [run])], is_ablation=False)  # fmt: skip
+    arm = Arm(name, f"invariance={run.setting('invariance')}", [], [run])
+    recipe, steps = str(run.setting("recipe")), int(run.setting("steps") or 0)
+    study = Study(path, recipe, steps, command(run.config), [arm], is_ablation=False)
     study.notes += _notes(study)
     return study
 
@@ -142,13 +143,19 @@ def _ablation(path: Path) -> Study:
 
 
 def _refuse_mixed(study: Study) -> None:
-    """An ablation compares runs of one recipe, in one layout of files."""
-    odd = [f"{arm.name}/seed-{run.seed} has recipe={run.setting('recipe')}" for arm, run in study.runs
-           if run.setting("recipe") != study.recipe]  # fmt: skip
+    """Refuse runs of several recipes, or of several layouts of files, in one ablation."""
+    odd = [
+        f"{arm.name}/seed-{run.seed} has recipe={run.setting('recipe')}"
+        for arm, run in study.runs
+        if run.setting("recipe") != study.recipe
+    ]
     if odd:
         raise UserError(f"{study.path}: an ablation of recipe={study.recipe}, but {', '.join(odd)}; move them elsewhere")
-    odd = [f"{arm.name}/seed-{run.seed} has schema {schema}" for arm, run in study.runs
-           if (schema := run.environment.get("schema", SCHEMA)) != SCHEMA]  # fmt: skip
+    odd = [
+        f"{arm.name}/seed-{run.seed} has schema {schema}"
+        for arm, run in study.runs
+        if (schema := run.environment.get("schema", SCHEMA)) != SCHEMA
+    ]
     if odd:
         raise UserError(f"{study.path}: expected runs of schema {SCHEMA}, but {', '.join(odd)}; move them elsewhere")
 
@@ -184,7 +191,7 @@ def _run(path: Path, seed: int | None) -> Run:
 
 
 def _check_numbers(file: Path, rows: Sequence[Row]) -> None:
-    """What is drawn must be a number or null, and a count of tokens a whole one.
+    """Refuse a drawn value that is neither a number nor null, and a count of tokens that is not whole.
 
     Raises:
         UserError: a value is something else.
@@ -217,7 +224,7 @@ def _json(file: Path) -> dict[str, Any]:
 
 
 def _notes(study: Study) -> list[str]:
-    """What a reader must know before believing a curve: runs cut short, one seed only, values that are no numbers."""
+    """List what a reader must know before believing a curve: runs cut short, one seed only, values that are no numbers."""
     notes = []
     place = {id(run): f"{arm.name}/seed-{run.seed}" if study.is_ablation else "this run" for arm, run in study.runs}
     for _, run in study.runs:
@@ -256,7 +263,7 @@ def _notes(study: Study) -> list[str]:
 
 
 def command(config: Mapping[str, Any]) -> str:
-    """The command line that gives a run this config.json again."""
+    """Return the command line that gives a run this config.json again."""
     given = {key: entry["value"] for key, entry in config.items() if entry.get("source") == "command line" and key != "resume"}
     return shlex.join(["rlinvariant", "train", *(f"{key}={_argument(value)}" for key, value in given.items())])
 
@@ -268,5 +275,5 @@ def _argument(value: Any) -> str:
 
 
 def measured(study: Study) -> list[Measure]:
-    """The measures that any run has a value of."""
+    """Return the measures that any run has a value of."""
     return [m for m in MEASURES if any(math.isfinite(m.of(run.rows, run.result)) for _, run in study.runs)]

@@ -20,12 +20,12 @@ GAP = 9  # between that band and the axis
 LABEL = 13  # distance of two direct labels
 COLOURS = 8
 DASHES = ("", "7 3", "2 2.5", "9 3 2 3", "14 3", "5 2 1.5 2 1.5 2", "4 6", "12 3 4 3", "1 4", "18 3 2 3 2 3", "8 6")
-"""Of the n-th line; with COLOURS they repeat together only after 88 lines."""
+"""Dashes of the n-th line; with COLOURS they repeat together only after 88 lines."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """A curve over the seeds of one arm. All arrays are [steps]; NaN leaves a gap.
+    """Holds a curve over the seeds of one arm. All arrays are [steps]; NaN leaves a gap.
 
     `raw` is the mean of each step by itself. In a long run `mean`, `low` and `high` are those of running means, and `raw` is
     drawn thin beneath them; else `raw` is `mean`.
@@ -42,7 +42,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Axis:
-    """A vertical axis: `place(value)` is a y coordinate, NaN for what it cannot show."""
+    """Holds a vertical axis: `place(value)` is a y coordinate, NaN for what it cannot show."""
 
     place: Callable[[np.ndarray], np.ndarray]
     ticks: Sequence[tuple[float, str]]  # (value, label as SVG)
@@ -51,18 +51,18 @@ class Axis:
 
 
 def style(index: int) -> str:
-    """The classes and the dash of the n-th arm's strokes."""
+    """Return the classes and the dash of the n-th arm's strokes."""
     dash = DASHES[index % len(DASHES)]
     return f'class="line c{index % COLOURS}"' + (f' stroke-dasharray="{dash}"' if dash else "")
 
 
 def swatch(index: int) -> str:
-    """A sample of a line, for a legend."""
+    """Draw a sample of a line, for a legend."""
     return f'<svg class="swatch" viewBox="0 0 44 10" aria-hidden="true"><path {style(index)} d="M2 5H42"/></svg>'
 
 
 def chart(title: str, unit: str, lines: Sequence[Line], scale: Scale) -> str:
-    """An SVG of `lines`, labelled at their ends when there are several, and beside it the numbers that hovering shows."""
+    """Draw an SVG of `lines`, labelled at their ends when there are several, and beside it the numbers that hovering shows."""
     labels = len(lines) > 1
     right = 14 + (min(160, 12 + 6.2 * max(len(line.label) for line in lines)) if labels else 0)
     x0, x1 = LEFT, WIDTH - right
@@ -108,7 +108,7 @@ def chart(title: str, unit: str, lines: Sequence[Line], scale: Scale) -> str:
 
 
 def dots(title: str, rows: Sequence[tuple[str, int, Estimate, Sequence[float]]], in_percent: bool = True) -> str:
-    """A row for each (label, style, estimate, value of each seed): the mean with its interval, and the seeds beneath."""
+    """Draw a row for each (label, style, estimate, value of each seed): the mean with its interval, and the seeds beneath."""
     left = 20 + 6.4 * max(len(label) for label, *_ in rows)
     height = 22 * len(rows) + 40
     factor = 100 if in_percent else 1
@@ -145,7 +145,7 @@ def _span(steps: Sequence[np.ndarray]) -> tuple[float, float]:
 
 
 def _thinned(line: Line, first: float, last: float, columns: int) -> Line:
-    """At most three points a pixel column: of its least and its greatest `raw`, and of a gap: no spike and no gap is lost."""
+    """Keep at most three points a pixel column: its least and its greatest `raw`, and a gap, so that none of them is lost."""
     if len(line.steps) <= 2 * columns:
         return line
     column = np.minimum(((line.steps - first) / (last - first) * columns).astype(int), columns - 1)
@@ -203,9 +203,8 @@ def _log(low: int, high: int, floor: float, zero_at: float) -> Callable[[np.ndar
 
 def _decades(low: int, high: int) -> list[tuple[float, str]]:
     every = -(-(high - low) // 5)
-    return [
-        (10.0**e, f'10<tspan dy="-4" class="power">{e}</tspan>'.replace(">-", ">−")) for e in range(high, low - 1, -every)
-    ]  # fmt: skip
+    exponents = range(high, low - 1, -every)
+    return [(10.0**e, f'10<tspan dy="-4" class="power">{e}</tspan>'.replace(">-", ">−")) for e in exponents]
 
 
 def _linear(least: float, most: float) -> tuple[float, float, list[float]]:
@@ -245,7 +244,7 @@ def _points(x: np.ndarray, y: np.ndarray) -> str:
 
 
 def _curve(x: np.ndarray, y: np.ndarray) -> str:
-    """A step without neighbours is a dot: a line of no length with round ends."""
+    """Draw a step without neighbours as a dot: a line of no length with round ends."""
     return "".join(f"M{_points(x[a:b], y[a:b])}" + ("h0" if b - a == 1 else "") for a, b in _pieces(x, y))
 
 
@@ -261,7 +260,7 @@ def _band(x: np.ndarray, low: np.ndarray, high: np.ndarray, axis: Axis, line: Li
 
 
 def _end_labels(drawn: Sequence[tuple[Line, np.ndarray, list[np.ndarray]]], x1: float, floor: float) -> list[str]:
-    """The names of the lines at their right ends, moved apart, each with a hairline to its end."""
+    """Write the names of the lines at their right ends, moved apart, each with a hairline to its end."""
     ends = []
     for line, x, (y, _, _) in drawn:
         if len(at := np.flatnonzero(np.isfinite(y))):
@@ -293,7 +292,7 @@ def _short(label: str) -> str:
 
 
 def _numbers(lines: Sequence[Line]) -> str:
-    """What hovering shows: for each line its label, and of every point [step, value, low, high, running mean], cut short."""
+    """Return what hovering shows: each line's label, and of every point [step, value, low, high, running mean], cut short."""
 
     def point(step: float, *values: float) -> list[float | int | None]:
         numbers = [float(f"{value:.4g}") if math.isfinite(value) else None for value in values]

@@ -19,7 +19,7 @@ Style = Literal["scientific", "percent", "near one"] | int
 
 @dataclass(frozen=True)
 class Cell:
-    """A number, and what is said of it beneath."""
+    """Holds a number, and the note beneath it."""
 
     text: str
     said: str = ""
@@ -39,11 +39,14 @@ class Table:
         widths = [max(map(len, chain(*column))) for column in zip(*rows, strict=True)]
         if width is not None and sum(widths) + 2 * (len(widths) - 1) > width:
             return [line for row in self.rows for line in self._block(row, width)]
-        return ["  ".join([first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]).rstrip()
-                for row in rows for first, *others in zip_longest(*row, fillvalue="")]  # fmt: skip
+        return [
+            "  ".join([first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]).rstrip()
+            for row in rows
+            for first, *others in zip_longest(*row, fillvalue="")
+        ]
 
     def _block(self, row: Sequence[Cell], width: int) -> list[str]:
-        """The name of a row, and below it a line for each column: its title and the cell."""
+        """Write the name of a row, and below it a line for each column: its title and the cell."""
         indent = max(map(len, self.head[1:])) + 4
         lines = [row[0].text]
         for title, cell in zip(self.head[1:], row[1:], strict=True):
@@ -67,7 +70,7 @@ def show(study: Study, console: Console) -> None:
 
 
 def contract(rows: Sequence[Row]) -> str:
-    """As a run prints it: `mismatched 0 / 484,965 tokens, coverage 1`."""
+    """Say what a run prints of its contract: `mismatched 0 / 484,965 tokens, coverage 1`."""
     if not rows:
         return "no token compared"
     mismatched, compared = (total(rows, f"onpolicy/{name}_tokens") for name in ("mismatched", "compared"))
@@ -75,7 +78,7 @@ def contract(rows: Sequence[Row]) -> str:
 
 
 def sentences(study: Study) -> list[tuple[str, str]]:
-    """The outcome, as (who or what, what is said of it)."""
+    """Say the outcome, as pairs of a subject and what holds of it."""
     if not study.is_ablation:
         (arm,) = study.arms
         said = [("On policy", contract(arm.rows))]
@@ -125,7 +128,7 @@ def _compared(others: Sequence[Arm], reference: Arm, measure: Measure) -> str:
 
 
 def summary(study: Study) -> Table:
-    """A line for each arm: counts and extremes over all its runs, and of every measure the mean over seeds ± its interval."""
+    """Make a line for each arm: counts and extremes over its runs, of every measure the mean over seeds ± its interval."""
     measures = measured(study)
     head = ["Arm", "Seeds × steps", "Mismatched / tokens", "Ratio, least … greatest"]
     rows = []
@@ -135,11 +138,15 @@ def summary(study: Study) -> Table:
         extremes = [_extreme(kept, f"onpolicy/is_ratio/{name}", pick) for name, pick in (("min", min), ("max", max))]
         lengths = sorted({len(run.rows) for run in arm.runs}) or [0]
         steps = f"{lengths[0]:,}" + (f" to {lengths[-1]:,}" if len(lengths) > 1 else "")
-        rows.append([
-            Cell(arm.name), Cell(f"{len(arm.runs)} × {steps}"),
-            Cell(" / ".join(counts), f"coverage {coverage(kept)}" if kept else ""), Cell(" … ".join(extremes)),
-            *(Cell(_estimate(arm.estimate(m), m.style, len(arm.runs))) for m in measures),
-        ])  # fmt: skip
+        rows.append(
+            [
+                Cell(arm.name),
+                Cell(f"{len(arm.runs)} × {steps}"),
+                Cell(" / ".join(counts), f"coverage {coverage(kept)}" if kept else ""),
+                Cell(" … ".join(extremes)),
+                *(Cell(_estimate(arm.estimate(m), m.style, len(arm.runs))) for m in measures),
+            ]
+        )
     caption = "Counts and extremes over all steps and seeds; other columns: mean over seeds ± half of the 95 % interval."
     if any(arm.estimate(m).is_wide for arm in study.arms for m in measures):
         caption += " Where that half is more than the mean: the values of the seeds."
@@ -149,7 +156,7 @@ def summary(study: Study) -> Table:
 
 
 def differences(study: Study) -> Table | None:
-    """A line for each arm but the exact one: arm minus exact, paired by seed; None without an exact arm to compare with."""
+    """Make a line for each arm but the exact one: arm minus exact, paired by seed; None without an exact arm."""
     reference = study.reference
     if reference is None or len(study.arms) < 2:
         return None
@@ -158,11 +165,15 @@ def differences(study: Study) -> Table | None:
     for arm in study.arms:
         if arm is not reference:
             found = [arm.against(reference, m) for m in measures]
-            rows.append([
-                Cell(f"{arm.name} − {reference.name}"),
-                *(Cell(_difference(v, m), v.text + _of(v, arm), v.text in ("higher", "lower"))
-                  for v, m in zip(found, measures, strict=True)),
-            ])  # fmt: skip
+            rows.append(
+                [
+                    Cell(f"{arm.name} − {reference.name}"),
+                    *(
+                        Cell(_difference(v, m), v.text + _of(v, arm), v.text in ("higher", "lower"))
+                        for v, m in zip(found, measures, strict=True)
+                    ),
+                ]
+            )
     caption = "Differences of runs with the same seed, over the steps that both have: mean ± half of the 95 % interval."
     return Table(caption, [f"Arm − {reference.name}", *(m.title for m in measures)], rows)
 
@@ -187,7 +198,7 @@ def _estimate(found: Estimate, style: Style, runs: int) -> str:
 
 
 def _difference(found: Verdict, measure: Measure) -> str:
-    """With its sign. A difference of numbers near 1 is not near 1."""
+    """Write a difference with its sign. A difference of numbers near 1 is not near 1."""
     style = "scientific" if measure.style == "near one" else measure.style
     if not math.isfinite(found.difference.mean):
         return "–"

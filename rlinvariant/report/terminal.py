@@ -15,7 +15,7 @@ _BAR = re.compile(r"(.*?(\d+)%)\|")  # as tqdm draws it: what is done, how much 
 
 
 class Screen:
-    """The file that a rich console writes to: `file`, or whatever sys.stdout is at the time.
+    """Stands for the file that a rich console writes to: `file`, or whatever sys.stdout is at the time.
 
     While `is_live`, it writes past the replaced `write` of the stream, to the stream's own.
     """
@@ -88,5 +88,5 @@ class _Lines:
 
 
 def _visible(line: str) -> str:
-    """What a terminal shows of a line: what follows a carriage return is written over what stands before it."""
+    """Return what a terminal shows of a line: text after a carriage return is written over the text before it."""
     return line.rstrip("\r").rpartition("\r")[2]

@@ -67,7 +67,7 @@ def _silence() -> None:
 
 
 def login(what: str, fix: str) -> bool:
-    """Whether there is a login for W&B, which must be installed.
+    """Tell whether there is a login for W&B, which must be installed.
 
     Raises:
         UserError: there is one that does not work; `what` was to be done, `fix` is the way out.
