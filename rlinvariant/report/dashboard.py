@@ -38,8 +38,7 @@ def push(path: str | Path) -> list[str]:
 
     Raises:
         UserError: wandb-workspaces is not installed; no run is there; PATH/dashboard cannot be written; W&B was not reached
-            with
-            the login that there is.
+            with the login that there is.
     """
     if importlib.util.find_spec("wandb_workspaces") is None:
         raise UserError(f"dashboard push: wandb-workspaces is not installed; {INSTALL}")

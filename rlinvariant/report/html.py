@@ -99,8 +99,9 @@ def _table(table: tables.Table) -> str:
     for first, *rest in table.rows:
         cells = "".join(f"<td>{_text(cell.text)}{_said(cell)}</td>" for cell in rest)
         lines.append(f'<tr><th scope="row">{_text(first.text)}</th>{cells}</tr>')
-    inside = f"<caption>{_text(table.caption)}</caption><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody>"
-    return f'<div class="wide"><table>{inside}</table></div>'
+    caption = f'<p class="meta">{_text(table.caption)}</p>'  # outside of what scrolls: on a narrow screen it would be cut
+    inside = f"<thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody>"
+    return f'{caption}<div class="wide"><table>{inside}</table></div>'
 
 
 def _said(cell: tables.Cell) -> str:
