@@ -58,13 +58,14 @@ def check(settings: Sequence[str], machine: str | None) -> None:
     """Refuse mistakes before any process starts. Raises ConfigErrors with all of them."""
     from rlinvariant.config import parse
 
-    errors, world_size = [], 1
+    errors, (all_processes, hosts) = [], (1, 1)
     try:
-        world_size = processes(machine)
+        all_processes, hosts = size(machine)
     except UserError as error:
         errors.append(str(error))
     try:
-        parse(settings, os.environ | {"WORLD_SIZE": str(world_size)})
+        launched = {"WORLD_SIZE": str(all_processes), "LOCAL_WORLD_SIZE": str(all_processes // hosts)}
+        parse(settings, os.environ | launched)
     except ConfigErrors as error:
         errors += error.errors
     if errors:
@@ -79,18 +80,20 @@ def split(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
     return machine[0] if machine else None, [argument for argument in arguments if not argument.startswith("machine=")]
 
 
-def processes(machine: str | None) -> int:
-    """Return how many processes a machine has, by its file alone; what else is wrong with the file, `launch` finds.
+def size(machine: str | None) -> tuple[int, int]:
+    """Return how many processes a machine has in all, and on how many hosts, by its file alone.
+
+    What else is wrong with the file, `launch` finds.
 
     Raises:
         UserError: there is no such machine.
     """
     if machine is None:
-        return 1
+        return 1, 1
     import yaml
 
     try:
         content = yaml.safe_load(Path(machine_file(machine)).read_text())
-        return max(1, int(content["num_processes"]))
-    except (OSError, yaml.YAMLError, ValueError, KeyError, TypeError):
-        return 1
+        return max(1, int(content["num_processes"])), max(1, int(content.get("num_machines", 1)))
+    except (OSError, yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError):
+        return 1, 1

@@ -1,6 +1,23 @@
 """Run a command as `rlinvariant` does, in this process, with its errors raised."""
 
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from rlinvariant import cli
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Let ctrl-C reach this process and those it starts, also where a shell has started the tests in its background.
+
+    Such a shell ignores SIGINT, and every process inherits that.
+    """
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def run(command: str, *arguments: str) -> int:

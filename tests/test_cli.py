@@ -17,7 +17,8 @@ from rlinvariant.doctor.model import of_model
 from rlinvariant.errors import EXIT_CODES, PIPE_CLOSED, UserError
 from rlinvariant.run import run
 from rlinvariant.sampler.engine import refuse
-from rlinvariant.train import processes
+from rlinvariant.train import size
+from tests.commands import interruptible
 
 
 @pytest.mark.parametrize("name", [c.name for c in cli.COMMANDS if hasattr(import_module(c.module), "add_arguments")])
@@ -98,7 +99,7 @@ def test_the_machine_is_launched_with_the_other_arguments(monkeypatch, tmp_path)
     assert cli.main(["train", "recipe=arithmetic", f"machine={tmp_path}/four.yaml", "steps=3"]) == 0
     assert cli.main(["train", "recipe=arithmetic"]) == 0
     assert launched == [(["recipe=arithmetic", "steps=3"], f"{tmp_path}/four.yaml"), (["recipe=arithmetic"], None)]
-    assert [processes(m) for m in (f"{tmp_path}/four.yaml", "cpu2", "cpu", None)] == [4, 2, 1, 1]
+    assert [size(m) for m in (f"{tmp_path}/four.yaml", "cpu2", "cpu", None)] == [(4, 1), (2, 1), (1, 1), (1, 1)]
 
 
 def test_a_script_is_called_by_its_own_name(capsys):
@@ -135,11 +136,12 @@ def test_ctrl_c_is_one_line(capsys, monkeypatch):
     def command() -> None:
         signal.raise_signal(signal.SIGINT)
 
-    assert cli.exit_code(command) == 130
-    assert capsys.readouterr().err == "interrupted\n"
-    monkeypatch.setenv("RANK", "1")
-    assert cli.exit_code(command) == 130
-    assert capsys.readouterr().err == ""
+    with interruptible():
+        assert cli.exit_code(command) == 130
+        assert capsys.readouterr().err == "interrupted\n"
+        monkeypatch.setenv("RANK", "1")
+        assert cli.exit_code(command) == 130
+        assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("name", ["nosuch", "./nosuch", "/nosuch/model", "~/nosuch", "runs/x/checkpoint-3", "tests/nosuch"])

@@ -41,18 +41,20 @@ def parse(argv: Sequence[str], env: Mapping[str, str] = os.environ) -> Config:
     Raises:
         ConfigErrors: with one line per problem, all of them.
     """
-    read = draft(argv, env)
-    errors = list(read.errors)
+    read = draft(argv)
+    config, errors = read.config, list(read.errors)
+    if not config.run:
+        config = chz.replace(config, run=_run_name(read.recipe.name if read.recipe else "run", env))
     if not any(argument.startswith("recipe=") for argument in argv):
         errors.insert(0, f"recipe: missing; write recipe=NAME with one of {listed_recipes()}, or a path to a .py file")
-    errors += check(read.config, env, read.recipe) + check_run(read.config, env)
+    errors += check(config, env, read.recipe) + check_run(config, env)
     if errors:
         raise ConfigErrors(errors)
-    return read.config
+    return config
 
 
-def draft(argv: Sequence[str], env: Mapping[str, str] = os.environ) -> Draft:
-    """Read arguments as far as they go: keys that exist, with values of their types. A recipe need not be named."""
+def draft(argv: Sequence[str]) -> Draft:
+    """Read arguments as far as they go: keys that exist, with values of their types. Neither recipe nor run need be named."""
     given, errors = _split(argv)
     recipe = None
     if "recipe" in given:
@@ -86,8 +88,6 @@ def draft(argv: Sequence[str], env: Mapping[str, str] = os.environ) -> Draft:
                 blueprint.apply({key: value})
                 sources[key] = source
     config: Config = blueprint.apply({"sources": sources}).make()
-    if not config.run:
-        config = chz.replace(config, run=_run_name(recipe.name if recipe else "run", env))
     return Draft(config, recipe, errors)
 
 

@@ -6,6 +6,7 @@ vLLM's transformers backend builds the Hugging Face model; `make_invariant` patc
 vLLM then puts its linear layers, cache and attention into it, and these classes make them call `rlinvariant.ops`.
 """
 
+import inspect
 import secrets
 from functools import partial
 from typing import Any, cast
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModel
 from vllm.compilation.decorators import support_torch_compile
 from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
-from vllm.config import CompilationMode
+from vllm.config import CompilationMode, get_current_vllm_config_or_none
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import LinearBase, MergedColumnParallelLinear, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
@@ -371,16 +372,26 @@ class StockSampler(_SeedKeeper):
 
 
 def spare_others(model: nn.Module) -> None:
-    """Let the process's other Hugging Face models run after a stock engine has decorated their class.
+    """Let the process's other Hugging Face models be built and run after a stock engine has decorated their class.
 
-    Where vLLM has no model of its own, it takes the Hugging Face one and replaces `__call__` in its class, for every instance.
+    Where vLLM has no model of its own, it takes the Hugging Face one and replaces `__init__` and `__call__` in its class, for
+    every instance: outside of vLLM the one asks for a vLLM configuration, and the other compiles.
     """
     for cls in {c for module in model.modules() for c in type(module).__mro__ if c.__module__.startswith("transformers.")}:
-        if TorchCompileWithNoGuardsWrapper in cls.__bases__:
-            decorated: Any = vars(cls)["__call__"]
+        if TorchCompileWithNoGuardsWrapper in cls.__bases__ and "spares_others" not in vars(cls):
+            _spare_others_of(cls)
 
-            def call(self: Any, *args: Any, decorated: Any = decorated, **kwargs: Any) -> Any:
-                its_own = "do_not_compile" in vars(self)  # set as vLLM builds it
-                return decorated(self, *args, **kwargs) if its_own else nn.Module.__call__(self, *args, **kwargs)
 
-            cls.__call__ = call  # type: ignore[method-assign]
+def _spare_others_of(cls: Any) -> None:
+    """Make one decorated class behave as decorated only where vLLM builds and runs it."""
+    vllm_init, vllm_call = vars(cls)["__init__"], vars(cls)["__call__"]
+    own_init = inspect.getclosurevars(vllm_init).nonlocals["old_init"]
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        (own_init if get_current_vllm_config_or_none() is None else vllm_init)(self, *args, **kwargs)
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        built_by_vllm = "do_not_compile" in vars(self)
+        return vllm_call(self, *args, **kwargs) if built_by_vllm else nn.Module.__call__(self, *args, **kwargs)
+
+    cls.__init__, cls.__call__, cls.spares_others = init, call, True

@@ -11,6 +11,7 @@ import yaml
 
 from rlinvariant import launch
 from rlinvariant.errors import UserError
+from tests.commands import interruptible
 
 ROOT = Path(__file__).parents[2]
 LAUNCHED = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_CPU")
@@ -41,7 +42,8 @@ def start(folder: Path, body: str, *arguments: str, **variables: str) -> subproc
     environment = kept | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""} | variables
     command = [sys.executable, "-m", "rlinvariant", "train", "recipe=./mine.py", *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **pipes)
+    with interruptible():
+        return subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **pipes)
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, list[dict], str]:
