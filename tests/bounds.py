@@ -19,7 +19,7 @@ BLOCK = 4096  # columns of the vocabulary whose exponentials are added in fp32
 
 
 def lanes(n: int) -> float:
-    """Additions in the longest chain of `lanes` (kernels/cpu.c); the trees of the GPU's kernels are flatter."""
+    """Additions in the longest chain of `lanes` (kernels/cpu.h); the trees of the GPU's kernels are flatter."""
     return n / 16 + 5
 
 

@@ -239,7 +239,7 @@ def test_a_shape_that_the_vendor_gemm_gets_wrong_goes_to_ours(monkeypatch):
     module = sys.modules["rlinvariant.ops.linear"]
     monkeypatch.setattr(module, "is_exact", lambda n, k, dtype, bias, threads: k == 64)
     ours, theirs = (x for x in kernels.kernels_cpu([(8, 64, False), (8, 32, True)], ["float32"]) if x.name == "linear")
-    assert "vendor GEMM for 8x64:" in ours.text and "kernels/cpu.c for 8x32 with bias:" in theirs.text
+    assert "vendor GEMM for 8x64:" in ours.text and "kernels/linear.c for 8x32 with bias:" in theirs.text
 
 
 @pytest.mark.parametrize(

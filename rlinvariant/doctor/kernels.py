@@ -51,10 +51,10 @@ def kernels_cpu(weights: Iterable[tuple[int, int, bool]], dtypes: Sequence[str])
         if passed:
             yield Finding("linear", "ok", f"{dtype}: vendor GEMM for {', '.join(passed)}: {why}")
         if failed:
-            yield Finding("linear", "ok", f"{dtype}: kernels/cpu.c for {', '.join(failed)}: {why_not}")
+            yield Finding("linear", "ok", f"{dtype}: kernels/linear.c for {', '.join(failed)}: {why_not}")
         if large:
             yield Finding("linear", "note", f"{dtype}: memory is too short to try, as a run would, {', '.join(large)}")
-    yield Finding("other ops", "ok", f"kernels/cpu.c, {os.environ.get('CC', 'gcc')} {' '.join(c.FLAGS[:3])}")
+    yield Finding("other ops", "ok", f"kernels/*.c, {os.environ.get('CC', 'gcc')} {' '.join(c.FLAGS[:3])}")
 
 
 def _free_bytes() -> float:

@@ -22,7 +22,7 @@ def cpu() -> Iterator[Finding]:
 
 
 def compiler() -> Iterator[Finding]:
-    """Build and load kernels/cpu.c. A GPU needs it too: a module is compared on the CPU with what replaces it."""
+    """Build and load kernels/*.c. A GPU needs it too: a module is compared on the CPU with what replaces it."""
     from rlinvariant.kernels import cpu as c
 
     started = time.monotonic()
@@ -32,13 +32,13 @@ def compiler() -> Iterator[Finding]:
         yield Finding("compiler", "problem", str(error))
     except OSError as error:
         fix = "empty it, or set RLINVARIANT_CACHE to a directory that can be written and from which libraries can be loaded"
-        yield Finding("compiler", "problem", f"kernels/cpu.c: {one_line(error)} in {c.cache_dir()}; {fix}")
+        yield Finding("compiler", "problem", f"kernels/*.c: {one_line(error)} in {c.cache_dir()}; {fix}")
     except RuntimeError as error:
         fix = "install a current gcc, or set CC"
-        yield Finding("compiler", "problem", f"kernels/cpu.c: {one_line(error)}; {fix}")
+        yield Finding("compiler", "problem", f"kernels/*.c: {one_line(error)}; {fix}")
     else:
         took, name = f"{time.monotonic() - started:.2f} s", os.environ.get("CC", "gcc")
-        yield Finding("compiler", "ok", f"{name}: kernels/cpu.c built and loaded, or found in {c.cache_dir()}, in {took}")
+        yield Finding("compiler", "ok", f"{name}: kernels/*.c built and loaded, or found in {c.cache_dir()}, in {took}")
 
 
 def gpu(cuda: bool) -> Iterator[Finding]:

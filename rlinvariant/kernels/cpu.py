@@ -1,6 +1,6 @@
-"""Build cpu.c with the machine's own compiler and call it.
+"""Build the CPU kernels, kernels/*.c, with the machine's own compiler and call it.
 
-The library is built once per source, flags, compiler and processor, in about three seconds, and kept under
+The library is built once per sources, flags, compiler and processor, in about three seconds, and kept under
 `~/.cache/rlinvariant` (or `$RLINVARIANT_CACHE`). Functions take contiguous CPU tensors; shapes are checked by the ops.
 """
 
@@ -19,12 +19,12 @@ from torch import Tensor
 
 from rlinvariant.errors import UserError
 
-SOURCE = Path(__file__).with_name("cpu.c")
+SOURCES = tuple(sorted(x for x in Path(__file__).parent.iterdir() if x.suffix in (".c", ".h")))
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fopenmp", "-fPIC", "-shared")
 DTYPES = (torch.bfloat16, torch.float32)
 
 _P, _I, _F, _B = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
-_SIGNATURES = {  # one line per function of cpu.c, in its order
+_SIGNATURES = {  # one line per function of kernels/*.c
     "exp_f32": (_P, _P, _I),
     "tanh_f32": (_P, _P, _I),
     "linear": (_P, _P, _P, _P, _I, _I, _I, _B),
@@ -50,19 +50,20 @@ def cache_dir() -> Path:
 def _compiler() -> str:
     name = os.environ.get("CC", "gcc")
     if (path := shutil.which(name)) is None:
-        raise UserError(f"C compiler {name} not found: exact mode on CPU builds kernels/cpu.c; install gcc, or set CC")
+        raise UserError(f"C compiler {name} not found: exact mode on CPU builds kernels/*.c; install gcc, or set CC")
     return path
 
 
 def compile_library(target: Path, flags: tuple[str, ...] = FLAGS) -> None:
-    """Compile cpu.c to `target`, atomically. Raises RuntimeError with the compiler's words if it fails."""
+    """Compile kernels/*.c to `target`, atomically. Raises RuntimeError with the compiler's words if it fails."""
     compiler = _compiler()
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as tmp:
         built = Path(tmp, "cpu.so")
-        done = subprocess.run([compiler, *flags, "-o", str(built), str(SOURCE), "-lm"], capture_output=True, text=True)
+        command = [compiler, *flags, "-o", str(built), *(str(x) for x in SOURCES if x.suffix == ".c"), "-lm"]
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            raise RuntimeError(f"{compiler} could not build {SOURCE}: {done.stderr.strip()[:2000]}")
+            raise RuntimeError(f"{compiler} could not build {SOURCES[0].parent}/*.c: {done.stderr.strip()[:2000]}")
         os.replace(built, target)
 
 
@@ -80,7 +81,7 @@ def library() -> ctypes.CDLL:
     """The kernels for this processor, built on first use."""
     compiler = subprocess.run([_compiler(), "--version"], capture_output=True, text=True).stdout
     flags_of_cpu = next((x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("flags")), "")
-    key = "\0".join((SOURCE.read_text(), *FLAGS, compiler, platform.machine(), flags_of_cpu))
+    key = "\0".join((*(x.read_text() for x in SOURCES), *FLAGS, compiler, platform.machine(), flags_of_cpu))
     path = cache_dir() / f"cpu-{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}.so"
     if not path.exists():
         compile_library(path)
@@ -88,7 +89,7 @@ def library() -> ctypes.CDLL:
 
 
 def call(function: str, *arguments: Tensor | int | float | None) -> None:
-    """Call a function of cpu.c. Tensors are passed as pointers, and kept alive while it runs."""
+    """Call a function of kernels/*.c. Tensors are passed as pointers, and kept alive while it runs."""
     getattr(library(), function)(*[x.data_ptr() if isinstance(x, Tensor) else x for x in arguments])
 
 

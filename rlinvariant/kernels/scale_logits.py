@@ -10,7 +10,7 @@ BLOCK = 1024
 
 @triton.jit
 def _tanh(x):
-    """As tanh_ of kernels/cpu.c."""
+    """Return tanh x by the formulas of tanh_ in kernels/cpu.h."""
     z = x * x
     p = -5.7049855e-3 * z + 2.0639086e-2
     p = (p * z - 5.3739715e-2) * z + 1.3331442e-1

@@ -14,7 +14,7 @@ BLOCK = 1024
 
 @triton.jit
 def _gelu_u(gate):
-    """2 sqrt(2 / pi) (gate + 0.044715 gate^3), so that GELU is gate / (1 + exp(-u)), and its slope; see kernels/cpu.c."""
+    """2 sqrt(2 / pi) (gate + 0.044715 gate^3), so that GELU is gate / (1 + exp(-u)), and its slope; see kernels/swiglu.c."""
     near = tl.where(gate < -16.0, -16.0, tl.where(gate > 16.0, 16.0, gate))
     square = near * near
     return near * (1.5957691216 + 0.0713548163 * square), 1.5957691216 + 0.2140644488 * square

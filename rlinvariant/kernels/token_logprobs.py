@@ -109,7 +109,7 @@ def _mixed(z):
 
 @triton.jit
 def _uniform(seed, position):
-    """53 bits of splitmix64(seed, position), in [0, 1): the number that kernels/cpu.c makes."""
+    """53 bits of splitmix64(seed, position), in [0, 1): the number that kernels/token_logprobs.c makes."""
     z = _mixed(_mixed(seed + (position + 1) * -7046029254386353131))
     return ((z >> 11) & 0x1FFFFFFFFFFFFF).to(tl.float64) * 1.1102230246251565e-16
 

@@ -31,7 +31,7 @@ def attention(
         [T, H, D] in q.dtype.
 
     Order: everything in fp32. CPU: scores over D ascending, fused, one accumulator; exp of (score - row maximum); its sum over
-        key positions by `lanes`, values by `chain4` (kernels/cpu.c); one division; one rounding. With a window, lanes and
+        key positions by `lanes`, values by `chain4` (kernels/cpu.h); one division; one rounding. With a window, lanes and
         chains are those of absolute key positions. CUDA: FlashAttention-3 with one split, its tile fixed by D
         (kernels/attention.py).
     Bits: row i depends on its query and on keys and values 0..i (the last `window` of them) of its own sequence. Packing,

@@ -28,7 +28,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         bias: [N] or None; cast to x.dtype.
 
     Order: CPU: fp32 accumulation, either by the vendor GEMM (oneDNN, MKL) in calls of 16, 32, ..., 256 rows, where
-        `is_exact` has proven all sixteen equal on this machine; or by `lanes` over K (kernels/cpu.c), which needs no proof.
+        `is_exact` has proven all sixteen equal on this machine; or by `lanes` over K (kernels/cpu.h), which needs no proof.
         CUDA (bf16): 16 products at a time into one fp32 accumulator, K ascending; see kernels/linear.py.
     Bits: y[m] depends on x[m], weight and bias alone: batch, position and chunk invariant. dx and dweight come from the
         stock GEMM: deterministic, not invariant.
@@ -99,7 +99,7 @@ def _cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     w, b = _aligned(weight.to(x.dtype)), None if bias is None else bias.to(x.dtype).contiguous()
     flat = x.reshape(-1, k).contiguous()
     vendor = is_exact(n, k, x.dtype, b is not None, torch.get_num_threads())
-    _routes[f"{n}x{k} {str(x.dtype)[6:]}"] = "vendor GEMM, checked row invariant here," if vendor else "kernels/cpu.c"
+    _routes[f"{n}x{k} {str(x.dtype)[6:]}"] = "vendor GEMM, checked row invariant here," if vendor else "kernels/linear.c"
     y = (_vendor if vendor else _written)(flat, w, b)
     return y.view(*x.shape[:-1], n)
 

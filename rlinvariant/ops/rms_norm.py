@@ -21,7 +21,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float | None = None)
         eps: added to the mean square, before the root.
         offset: added to the weight, in fp32: 1 for Gemma, 0 for OLMo-2. None is Llama's norm, which rounds twice.
 
-    Order: fp32 squares; CPU: column i to accumulator i % 16, ascending, then a fixed tree (`lanes` in kernels/cpu.c); CUDA:
+    Order: fp32 squares; CPU: column i to accumulator i % 16, ascending, then a fixed tree (`lanes` in kernels/cpu.h); CUDA:
         one tree, whose shape depends on D alone.
     Bits: a row of y and of dx depends on that row and `weight` alone. dweight sums rows in an order that their number fixes:
         deterministic, not batch invariant. CPU and CUDA follow one rounding but do not promise the same bits.

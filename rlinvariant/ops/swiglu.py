@@ -21,7 +21,7 @@ def swiglu(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
         gate, up: same shape and dtype, bf16 or fp32.
         activation: "silu" or "gelu_tanh".
 
-    Order: no sums. exp is the polynomial of kernels/cpu.c, or the GPU's ex2: the same for every element (a vectorised library
+    Order: no sums. exp is the polynomial of kernels/cpu.h, or the GPU's ex2: the same for every element (a vectorised library
         exp and its scalar tail are not).
     Bits: an element of y and of both gradients depends on that element of gate and up (and dy) alone.
     Ref: Shazeer 2020, arXiv:2002.05202; Hendrycks and Gimpel 2016, arXiv:1606.08415; rounding as in transformers'

@@ -1,8 +1,8 @@
 """From hidden states to log-probabilities, and from logits to sampled tokens: the trainer's and the sampler's last step.
 
-Both read the same statistics of a row (`softmax_row` of kernels/cpu.c, `_logprobs` of kernels/token_logprobs.py): x = logit
-/ T, its maximum m, and s = sum exp(x - m) over fixed blocks of the vocabulary. The log-probability is round32(x[token] - m -
-log s), formed in fp64.
+Both read the same statistics of a row (`softmax_row` of kernels/token_logprobs.c, `_logprobs` of kernels/token_logprobs.py):
+x = logit / T, its maximum m, and s = sum exp(x - m) over fixed blocks of the vocabulary. The log-probability is
+round32(x[token] - m - log s), formed in fp64.
 """
 
 import torch

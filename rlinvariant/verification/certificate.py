@@ -185,7 +185,7 @@ def sources() -> str:
     root, digest = Path(__file__).parents[1], hashlib.sha256()
     for name in SUBJECT_SOURCES:
         at = root / name
-        for file in [at] if at.is_file() else sorted(x for x in at.rglob("*") if x.suffix in (".py", ".c", ".json")):
+        for file in [at] if at.is_file() else sorted(x for x in at.rglob("*") if x.suffix in (".py", ".c", ".h", ".json")):
             digest.update(f"{file.relative_to(root)}\0".encode() + file.read_bytes())
     return digest.hexdigest()
 

@@ -116,4 +116,4 @@ def description(model: str, random: bool, directory: str, trained: Any) -> dict[
 
 def kernels() -> dict[str, Any]:
     """Return which kernel took which weight, as the self-checks of this process decided."""
-    return {"linear": routes(), "attention": "FlashAttention-3, one split" if device() == "cuda" else "kernels/cpu.c"}
+    return {"linear": routes(), "attention": "FlashAttention-3, one split" if device() == "cuda" else "kernels/attention.c"}

@@ -37,7 +37,7 @@ def builds(tmp_path_factory) -> dict[str, ctypes.CDLL]:
 
 
 def outputs(library: ctypes.CDLL, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
-    """What every function of cpu.c gives for sizes with tails, on wide exponents; one name per output."""
+    """What every function of the library gives for sizes with tails, on wide exponents; one name per output."""
     monkeypatch.setattr(cpu, "library", lambda: library)
     monkeypatch.setattr(importlib.import_module("rlinvariant.ops.linear"), "is_exact", lambda *_: False)
     found: dict[str, Tensor] = {}
@@ -217,11 +217,13 @@ def test_a_library_is_built_once_and_again_when_its_source_or_flags_change(monke
     assert cpu.library.__wrapped__() == cpu.library.__wrapped__() == built[0]
     monkeypatch.setattr(cpu, "FLAGS", (*cpu.FLAGS, "-DX"))
     cpu.library.__wrapped__()
-    source = tmp_path / "cpu.c"
-    source.write_text(cpu.SOURCE.read_text() + "\n")
-    monkeypatch.setattr(cpu, "SOURCE", source)
-    cpu.library.__wrapped__()
-    assert len(built) == len(set(built)) == 3 and {p.parent for p in built} == {tmp_path / "cache"}
+    for i, source in enumerate(cpu.SOURCES):
+        changed = tmp_path / source.name
+        changed.write_text(source.read_text() + "\n")
+        with monkeypatch.context() as m:
+            m.setattr(cpu, "SOURCES", (*cpu.SOURCES[:i], changed, *cpu.SOURCES[i + 1 :]))
+            cpu.library.__wrapped__()
+    assert len(built) == len(set(built)) == 2 + len(cpu.SOURCES) and {p.parent for p in built} == {tmp_path / "cache"}
 
 
 def test_two_processes_may_build_at_once(monkeypatch, tmp_path):
@@ -248,8 +250,8 @@ def test_other_dtypes_are_refused():
 
 
 def test_signatures_are_those_of_the_source():
-    """Each exported function is declared, with as many arguments as cpu.c gives it."""
-    text = cpu.SOURCE.read_text()
+    """Each exported function is declared, with as many arguments as its definition has."""
+    text = "".join(x.read_text() for x in cpu.SOURCES)
     for name, arguments in cpu._SIGNATURES.items():
         definition = text.split(f"\nvoid {name}(", 1)[1].split(")", 1)[0]
         kinds = [

@@ -12,7 +12,7 @@ BF16 = torch.bfloat16
 SHAPES = ((2, 1, 32), (4, 2, 64), (3, 3, 80), (4, 1, 96), (2, 2, 128))  # heads, kv_heads, head_dim
 # Of a GPU: Llama 3.2 1B (64), Qwen3 0.6B and 1.7B (128), groups of one, of seven (Qwen2.5 0.5B), and head_dim 256.
 GPU_SHAPES = ((32, 8, 64), (14, 2, 64), (16, 8, 128), (3, 3, 128), (4, 1, 256))
-LENGTHS = (3, 127, 1, 128, 33, 129)  # 127-129: FlashAttention's tile; 33: one query more than cpu.c's block
+LENGTHS = (3, 127, 1, 128, 33, 129)  # 127-129: FlashAttention's tile; 33: one query more than attention.c's block
 NAN, INF = float("nan"), float("inf")
 # FlashAttention multiplies the values of masked keys by a weight of 0, so NaN and Inf in a value (not in a key) reach the rows
 # of its tile: on a GPU the promise is about finite values.

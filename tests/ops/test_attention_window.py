@@ -18,7 +18,7 @@ from tests.ladders import DTYPES, cpu_only, dtype_name, gpu_only, randn
 from tests.ops.sequences import LENGTHS, UNUSED, Cache, offsets, operands
 
 SHAPES = ((4, 2, 64), (3, 3, 80))  # heads, kv_heads, head_dim
-# one key; around a vector of cpu.c (16) and multiples of its block of queries (32); all keys
+# one key; around a vector of cpu.h (16) and multiples of its block of queries (32); all keys
 WINDOWS = (1, 2, 16, 17, 64, 65, 127, 128, 4096)
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)

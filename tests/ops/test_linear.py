@@ -17,8 +17,8 @@ module = importlib.import_module("rlinvariant.ops.linear")  # the package attrib
 # 3072: oneDNN splits K from about there. 3083: 3072 + 11, no multiple of 16. 100: K short and no multiple of 16.
 # N = 66: two columns beyond a tile of 64, in the last tile of 4. (Model shapes on a GPU: tests/kernels/test_linear.py.)
 WEIGHTS = ((66, 3072), (64, 3083), (5, 100), (64, 64))
-CHECKS = {"cpu.c": ("rlinvariant.ops.linear", "is_exact"), "Triton": ("rlinvariant.kernels.linear", "check")}
-ROUTES = ("chosen", "cpu.c"), ("chosen", "Triton")  # of a CPU, of a GPU
+CHECKS = {"linear.c": ("rlinvariant.ops.linear", "is_exact"), "Triton": ("rlinvariant.kernels.linear", "check")}
+ROUTES = ("chosen", "linear.c"), ("chosen", "Triton")  # of a CPU, of a GPU
 
 routes = per_device("route", *ROUTES, indirect=("route",))
 route_dtypes = per_device("route, dtype", product(ROUTES[0], DTYPES), product(ROUTES[1], [torch.bfloat16]), indirect=("route",))
@@ -54,7 +54,7 @@ def leak(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
 
 
 def reference(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
-    """cpu.c, whose order depends on nothing."""
+    """The product of linear.c, whose order depends on nothing."""
     return module._written(x.contiguous(), w.contiguous(), b)
 
 
@@ -112,7 +112,7 @@ def test_a_gemm_that_is_not_exact_takes_the_written_route(monkeypatch):
     x, w = cancelling(8, 7, 72, torch.float32)
     monkeypatch.setattr(module, "is_exact", lambda *_: False)
     assert_bits_equal(ops.linear(x, w), reference(x, w), "not exact")
-    assert "cpu.c" in module.routes()["7x72 float32"]
+    assert "linear.c" in module.routes()["7x72 float32"]
     monkeypatch.setattr(module, "is_exact", lambda *_: True)
     ops.linear(x, w)
     assert "vendor" in module.routes()["7x72 float32"]

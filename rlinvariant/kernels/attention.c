@@ -1,0 +1,183 @@
+/* ops.attention, packed and paged, and its gradients. */
+#include "cpu.h"
+
+#define QUERY_BLOCK 32 /* queries that share one conversion of K and V to fp32; no effect on bits */
+
+/* Where key j of a sequence and head is. Packed: row start + j of a [tokens, heads, dim] tensor. Paged: row j % page of the
+ * block that `table` names. Strides count elements. */
+typedef struct {
+    const void *k, *v;
+    const int32_t *table; /* NULL when packed; else [sequences, table_width] */
+    i64 table_width, page, block_stride, row_stride, head_stride;
+} keys;
+
+static inline i64 key_at(const keys *kv, i64 seq, i64 start, i64 head, i64 j) {
+    i64 row = kv->table ? kv->table[seq * kv->table_width + j / kv->page] * kv->block_stride + (j % kv->page) * kv->row_stride
+                        : (start + j) * kv->row_stride;
+    return row + head * kv->head_stride;
+}
+
+/* The first key that a query at position n - 1 attends to */
+static inline i64 first_key(i64 n, i64 window) { return window && n > window ? n - window : 0; }
+
+/* fp32 copies of keys and values from..n-1: rows [n, dp] and/or columns [dim, np]; dp and np are padded to 16 */
+static void gather(const keys *kv, const void *src, i64 seq, i64 start, i64 head, i64 from, i64 n, i64 dim, float *rows,
+                   i64 dp, float *cols, i64 np, float *tmp, int bf16) {
+    for (i64 j = from; j < n; j++) {
+        float *row = rows ? rows + j * dp : tmp;
+        load(row, src, key_at(kv, seq, start, head, j), dim, bf16);
+        if (cols)
+            for (i64 d = 0; d < dim; d++) cols[d * np + j] = row[d];
+    }
+}
+
+/* s[j] = sum over d (chain) of a[d] * cols[d][j], for 64 keys at a time (four independent vectors) */
+static inline void times_columns(float *s, const float *a, const float *cols, i64 np, i64 n, i64 dim) {
+    i64 j = 0;
+    for (; j + 64 <= PAD16(n); j += 64) {
+        v16 c0 = {0}, c1 = {0}, c2 = {0}, c3 = {0};
+        for (i64 d = 0; d < dim; d++) {
+            v16 x = all16(a[d]);
+            const float *p = cols + d * np + j;
+            c0 = fma16(x, at16(p), c0), c1 = fma16(x, at16(p + 16), c1);
+            c2 = fma16(x, at16(p + 32), c2), c3 = fma16(x, at16(p + 48), c3);
+        }
+        memcpy(s + j, &c0, 64), memcpy(s + j + 16, &c1, 64), memcpy(s + j + 32, &c2, 64), memcpy(s + j + 48, &c3, 64);
+    }
+    for (; j < n; j += 16) {
+        v16 c = {0};
+        for (i64 d = 0; d < dim; d++) c = fma16(all16(a[d]), at16(cols + d * np + j), c);
+        memcpy(s + j, &c, 64);
+    }
+}
+
+/* o[d] = sum over from <= j < n (chain4) of p[j] * rows[j][d] */
+static inline void times_rows(float *o, const float *p, const float *rows, i64 dp, i64 from, i64 n) {
+    for (i64 d = 0; d < dp; d += 16) {
+        v16 c[4] = {{0}, {0}, {0}, {0}};
+        i64 j = from;
+        for (; j % 4 && j < n; j++) c[j % 4] = fma16(all16(p[j]), at16(rows + j * dp + d), c[j % 4]);
+        for (; j + 4 <= n; j += 4)
+            for (int k = 0; k < 4; k++) c[k] = fma16(all16(p[j + k]), at16(rows + (j + k) * dp + d), c[k]);
+        for (; j < n; j++) c[j % 4] = fma16(all16(p[j]), at16(rows + j * dp + d), c[j % 4]);
+        v16 r = (c[0] + c[1]) + (c[2] + c[3]);
+        memcpy(o + d, &r, 64);
+    }
+}
+
+/* Causal softmax(scale * q k^T) v, one query row at a time: scores over dim by chain, maximum, exp, sum by lanes over
+ * absolute key positions, values by chain4 over keys, one division. A row uses its own sequence's keys 0..position and
+ * nothing else, so neither chunking, paging, packing nor the batch can reach it. With a window (0: none) it uses the last
+ * `window` of them: the sums keep the lanes and chains of absolute positions, and earlier pages are not read. With a cap
+ * (0: none) a score s becomes cap * tanh(s / cap).
+ * q, out [tokens, heads, dim]; query i of sequence b is at row cu_q[b] + i and position kv_len[b] - (queries of b) + i.
+ * lse [tokens, heads] fp32 (max + log sum, of scaled scores), or NULL. */
+void attention(const void *q, const void *k, const void *v, void *out, float *lse, const int32_t *cu_q,
+               const int32_t *kv_len, const int32_t *table, i64 table_width, i64 page, i64 block_stride, i64 row_stride,
+               i64 head_stride, i64 seqs, i64 heads, i64 kv_heads, i64 dim, i64 window, float scale, float cap, int bf16) {
+    keys kv = {k, v, table, table_width, page, block_stride, row_stride, head_stride};
+    i64 group = heads / kv_heads, dp = PAD16(dim), tasks = 0, longest = 0, work = 0;
+    i64 *first = malloc((seqs + 1) * sizeof(i64));
+    for (i64 b = 0; b < seqs; b++) {
+        first[b] = tasks;
+        i64 nq = cu_q[b + 1] - cu_q[b];
+        tasks += (nq + QUERY_BLOCK - 1) / QUERY_BLOCK * kv_heads;
+        longest = kv_len[b] > longest ? kv_len[b] : longest;
+        work += nq * kv_len[b] * heads * dim;
+    }
+    first[seqs] = tasks;
+    i64 np = PAD16(longest) + 64;
+#pragma omp parallel if (work > 65536)
+    {
+        float *cols = buffer(dim * np), *rows = buffer(longest * dp), *s = buffer(np), *qr = buffer(dp), *o = buffer(dp);
+#pragma omp for schedule(dynamic)
+        for (i64 t = 0; t < tasks; t++) {
+            i64 b = 0;
+            while (first[b + 1] <= t) b++;
+            i64 head = (t - first[b]) % kv_heads, block = (t - first[b]) / kv_heads;
+            i64 nq = cu_q[b + 1] - cu_q[b], q0 = block * QUERY_BLOCK, q1 = q0 + QUERY_BLOCK < nq ? q0 + QUERY_BLOCK : nq;
+            i64 past = kv_len[b] - nq, seen = past + q1;
+            i64 from = first_key(past + q0 + 1, window);
+            gather(&kv, k, b, cu_q[b], head, from, seen, dim, NULL, dp, cols, np, o, bf16);
+            gather(&kv, v, b, cu_q[b], head, from, seen, dim, rows, dp, NULL, np, o, bf16);
+            for (i64 i = q0; i < q1; i++)
+                for (i64 g = 0; g < group; g++) {
+                    i64 row = (cu_q[b] + i) * heads + head * group + g, n = past + i + 1;
+                    i64 lo = first_key(n, window), base = lo & ~(i64)15; /* lane 0 of the first key's vector */
+                    load(qr, q, row * dim, dim, bf16);
+                    times_columns(s + base, qr, cols + base, np, n - base, dim);
+                    float m = -INFINITY;
+                    for (i64 j = lo; cap > 0.0f && j < n; j++) s[j] = cap * tanh_(s[j] * scale / cap);
+                    for (i64 j = lo; j < n; j++) s[j] = cap > 0.0f ? s[j] : s[j] * scale, m = s[j] > m ? s[j] : m;
+                    for (i64 j = lo; j < n; j++) s[j] = exp_(s[j] - m);
+                    for (i64 j = base; j < lo; j++) s[j] = 0.0f;
+                    for (i64 j = n; j < PAD16(n); j++) s[j] = 0.0f;
+                    float sum = sum_lanes(s + base, PAD16(n) - base);
+                    times_rows(o, s, rows, dp, lo, n);
+                    for (i64 d = 0; d < dim; d++) o[d] = o[d] / sum;
+                    store(out, row * dim, o, dim, bf16);
+                    if (lse) lse[row] = (float)((double)m + log((double)sum));
+                }
+        }
+        free(cols), free(rows), free(s), free(qr), free(o);
+    }
+    free(first);
+}
+
+/* Gradients of packed attention. One task owns a sequence and a key head, so dk and dv are summed by one thread, queries
+ * and then heads of the group ascending: deterministic for any number of threads. */
+void attention_backward(const void *dout, const void *q, const void *k, const void *v, const void *out, const float *lse,
+                        void *dq, void *dk, void *dv, const int32_t *cu, i64 seqs, i64 heads, i64 kv_heads, i64 dim,
+                        i64 window, float scale, float cap, int bf16) {
+    keys kv = {k, v, NULL, 0, 0, 0, kv_heads * dim, dim};
+    i64 group = heads / kv_heads, dp = PAD16(dim), longest = 0;
+    for (i64 b = 0; b < seqs; b++) longest = cu[b + 1] - cu[b] > longest ? cu[b + 1] - cu[b] : longest;
+    i64 np = PAD16(longest) + 64;
+#pragma omp parallel
+    {
+        float *kc = buffer(dim * np), *vc = buffer(dim * np), *kr = buffer(longest * dp), *p = buffer(np), *ds = buffer(np);
+        float *gk = buffer(longest * dp), *gv = buffer(longest * dp), *qr = buffer(dp), *g = buffer(dp), *o = buffer(dp);
+#pragma omp for schedule(dynamic)
+        for (i64 t = 0; t < seqs * kv_heads; t++) {
+            i64 b = t / kv_heads, head = t % kv_heads, start = cu[b], len = cu[b + 1] - start;
+            gather(&kv, k, b, start, head, 0, len, dim, kr, dp, kc, np, o, bf16);
+            gather(&kv, v, b, start, head, 0, len, dim, NULL, dp, vc, np, o, bf16);
+            memset(gk, 0, len * dp * 4), memset(gv, 0, len * dp * 4);
+            for (i64 h = head * group; h < (head + 1) * group; h++)
+                for (i64 i = 0; i < len; i++) {
+                    i64 row = (start + i) * heads + h, n = i + 1, lo = first_key(n, window), base = lo & ~(i64)15;
+                    load(g, dout, row * dim, dim, bf16);
+                    load(o, out, row * dim, dim, bf16);
+                    float delta = dot_lanes(g, o, dp);
+                    load(qr, q, row * dim, dim, bf16);
+                    times_columns(p + base, qr, kc + base, np, n - base, dim);
+                    times_columns(ds + base, g, vc + base, np, n - base, dim);
+                    float l = lse[row];
+                    if (cap > 0.0f)
+                        for (i64 j = lo; j < n; j++) {
+                            float t = tanh_(p[j] * scale / cap);
+                            p[j] = exp_(cap * t - l);
+                            ds[j] = p[j] * (ds[j] - delta) * __builtin_fmaf(-t, t, 1.0f) * scale;
+                        }
+                    else
+                        for (i64 j = lo; j < n; j++) p[j] = exp_(p[j] * scale - l), ds[j] = p[j] * (ds[j] - delta) * scale;
+                    for (i64 j = lo; j < n; j++) {
+                        v16 a = all16(ds[j]), c = all16(p[j]);
+                        for (i64 d = 0; d < dp; d += 16) {
+                            v16 x = fma16(a, at16(qr + d), at16(gk + j * dp + d)), y = fma16(c, at16(g + d), at16(gv + j * dp + d));
+                            memcpy(gk + j * dp + d, &x, 64), memcpy(gv + j * dp + d, &y, 64);
+                        }
+                    }
+                    times_rows(o, ds, kr, dp, lo, n);
+                    store(dq, row * dim, o, dim, bf16);
+                    memset(o + dim, 0, (dp - dim) * 4);
+                }
+            for (i64 j = 0; j < len; j++) {
+                i64 at = (start + j) * kv_heads * dim + head * dim;
+                store(dk, at, gk + j * dp, dim, bf16);
+                store(dv, at, gv + j * dp, dim, bf16);
+            }
+        }
+        free(kc), free(vc), free(kr), free(p), free(ds), free(gk), free(gv), free(qr), free(g), free(o);
+    }
+}
