@@ -10,7 +10,7 @@ from typing import Any
 from rlinvariant import runtime
 from rlinvariant.arguments import model_problems
 from rlinvariant.config import Config, PPOConfig
-from rlinvariant.conflicts import INVARIANCE, SIDES, conflicts, ppo_conflicts
+from rlinvariant.conflicts import INVARIANCE, SIDES, Invariance, conflicts, ppo_conflicts
 from rlinvariant.errors import ConfigErrors, UserError, one_line
 from rlinvariant.report.console import Console
 from rlinvariant.report.rundir import RunDir, read_metrics
@@ -125,7 +125,7 @@ def grpo_trainer(
     train_dataset: Any,
     *,
     ppo: PPOConfig | None = None,
-    invariance: str = "exact",
+    invariance: Invariance = "exact",
     dtype: str = "bfloat16",
     sampler_model: str | None = None,
     sampler_options: dict[str, Any] | None = None,
