@@ -1,8 +1,9 @@
 """Hugging Face models made to compute through `rlinvariant.ops`, and the audit that proves that nothing escapes."""
 
 from rlinvariant.models.audit import Finding, audit, require_exact, two_layers, watch
-from rlinvariant.models.modules import become
-from rlinvariant.models.patch import UnsupportedModel, make_invariant, unsupported
+from rlinvariant.models.limits import unsupported
+from rlinvariant.models.modules import UnsupportedModel, become
+from rlinvariant.models.patch import make_invariant
 from rlinvariant.models.working import make_trainable, use_working_copies
 
 __all__ = [

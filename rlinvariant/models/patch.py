@@ -33,19 +33,11 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from rlinvariant import ops
-from rlinvariant.kernels import attention, cpu
+from rlinvariant.kernels import cpu
 from rlinvariant.models import modules as forms
+from rlinvariant.models.limits import unsupported
 from rlinvariant.models.modules import ATTENTION, UnsupportedModel, become, epsilon
 
-HEAD_SIZES = {
-    "cpu": (32, 64, 80, 96, 112, 128, 160, 192, 224, 256),  # those of vLLM's CPU key-value cache
-    "cuda": attention.HEAD_SIZES,  # those where FlashAttention-3 gives a paged and a packed call the same bits
-}
-WINDOW = {"cpu": True, "cuda": attention.WINDOW}  # whether layers may slide
-SOFTCAP = {"cpu": True, "cuda": attention.SOFTCAP}  # whether scores may be capped
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # angles depend on the position alone, not on the sequence length
-ACTIVATIONS = ("silu", "swish", "gelu_pytorch_tanh")
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 # What a form needs to know beyond what the module has, to be found by comparing, in this order
 GATES = ({"activation_name": "silu"}, {"activation_name": "gelu_tanh"})
 VARIANTS: dict[type, tuple[dict[str, Any], ...]] = {
@@ -92,48 +84,6 @@ def make_invariant(model: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
             module.build_tables()
     model.set_attn_implementation(ATTENTION)
     return model
-
-
-def unsupported(config, device: str = "cpu") -> Iterator[str]:
-    """Each reason, in words, why a model of this configuration cannot run exactly on a device type, "cpu" or "cuda"."""
-    if config.get_text_config() is not config:
-        yield f"model_type={config.model_type} has a text model inside; only models of text alone are supported"
-        return
-    if not getattr(config, "num_attention_heads", None):
-        yield f"model_type={config.model_type} has no attention heads; only transformers are supported"
-        return
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if head not in HEAD_SIZES[device]:
-        yield f"head_dim={head} is not one of {', '.join(map(str, HEAD_SIZES[device]))}"
-    rope = getattr(config, "rope_parameters", None) or {}
-    for each in (rope, *(value for value in rope.values() if isinstance(value, dict))):  # those of each type of layer
-        if each.get("rope_type", "default") not in ROPE_TYPES:
-            yield f"rope_type={each['rope_type']} changes with the sequence length; supported: {', '.join(ROPE_TYPES)}"
-    if others := set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
-        yield f"layer_types has {', '.join(sorted(others))}; supported: full_attention, sliding_attention"
-    for name in ("hidden_act", "hidden_activation"):
-        if getattr(config, name, "silu") not in ACTIVATIONS:
-            yield f"{name}={getattr(config, name)}; supported: {', '.join(ACTIVATIONS)}"
-    if getattr(config, "attention_dropout", 0.0):
-        yield f"attention_dropout={config.attention_dropout}; set it to 0"
-    if getattr(config, "use_bidirectional_attention", False):
-        yield f"use_bidirectional_attention={config.use_bidirectional_attention}; only causal attention is supported"
-    if name := next((name for name in EXPERTS if vars(config).get(name)), None):
-        yield f"{name}={vars(config)[name]}: no op has the products of a mixture of experts"
-    if not WINDOW[device] and _slides(config):
-        window = getattr(config, "sliding_window", None)
-        yield f"sliding_window={window}: decode with a window does not have the bits of prefill on a GPU"
-    if not SOFTCAP[device] and getattr(config, "attn_logit_softcapping", None):
-        yield f"attn_logit_softcapping={config.attn_logit_softcapping}: capped scores have no backward on a GPU"
-    if getattr(config, "quantization_config", None):
-        yield "the checkpoint is quantised"
-
-
-def _slides(config: Any) -> bool:
-    """Whether some layer has a window: `layer_types` says which, and where a configuration has none of them, all have it."""
-    if types := getattr(config, "layer_types", None):
-        return "sliding_attention" in types
-    return bool(getattr(config, "sliding_window", None)) and getattr(config, "use_sliding_window", True)
 
 
 def _plan(modules: Any, known: dict[Any, Any]) -> Iterator[tuple[Any, type, dict[str, Any]]]:
