@@ -136,7 +136,7 @@ def call_rows(n: int) -> int:
 
 @functools.cache
 def check(n: int, k: int, bias: bool, device: int) -> bool:
-    """Whether cuBLASLt gives the bits of the Triton tiles for a weight [n, k]. False: Triton takes every row count.
+    """Return whether cuBLASLt gives the bits of the Triton tiles for a weight [n, k]. False: Triton takes every row count.
 
     Makes every call that `linear` would make of cuBLASLt, and one of every tuned tile, once a process: in tens of
     milliseconds, or a fifth of a second for a lm_head.

@@ -23,7 +23,7 @@ def _config(kind: str, **more: Any) -> Any:
 
 
 def _headed(kind: str, **more: Any) -> Any:
-    """Of a family whose head size is not hidden_size / heads, and must not be taken for it."""
+    """Return the configuration of a family whose head size is not hidden_size / heads, and must not be taken for it."""
     return _config(kind, **{"head_dim": 64, "hidden_size": 128} | more)
 
 

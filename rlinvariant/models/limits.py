@@ -17,7 +17,7 @@ EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 def unsupported(config, device: str = "cpu") -> Iterator[str]:
-    """Each reason, in words, why a model of this configuration cannot run exactly on a device type, "cpu" or "cuda"."""
+    """Yield each reason, in words, why a model of this configuration cannot run exactly on a device type, "cpu" or "cuda"."""
     if config.get_text_config() is not config:
         yield f"model_type={config.model_type} has a text model inside; only models of text alone are supported"
         return
@@ -52,7 +52,7 @@ def unsupported(config, device: str = "cpu") -> Iterator[str]:
 
 
 def _slides(config: Any) -> bool:
-    """Whether some layer has a window: `layer_types` says which, and where a configuration has none of them, all have it."""
+    """Return whether some layer has a window: `layer_types` says which layers do, and without `layer_types` all of them do."""
     if types := getattr(config, "layer_types", None):
         return "sliding_attention" in types
     return bool(getattr(config, "sliding_window", None)) and getattr(config, "use_sliding_window", True)

@@ -255,7 +255,7 @@ class CausalLM(nn.Module):
     lm_head: nn.Linear
 
     def forward(self, *args, token_ids=None, predicted_from=None, temperature=1.0, **kwargs):
-        """As the stock model, or, given `token_ids` [N], their log-probs and entropies, each [N] fp32, without logits.
+        """Run the stock forward; given `token_ids` [N], return their log-probs and entropies, each [N] fp32, without logits.
 
         `predicted_from` [N] are indices into the packed row (batch of one): the position whose hidden state predicts the
         token. It is a forward so that DistributedDataParallel and FSDP see it.

@@ -244,7 +244,7 @@ def _swap(module: Any, form: type, attributes: dict[str, Any], known: dict[Any, 
 
 
 def _norm(module: Any, form: type, attributes: dict[str, Any], known: dict[Any, Any]) -> float:
-    """In bf16 too, where the order of rounding and weight shows: in a quarter of the elements, not in one of fifty."""
+    """Compare norms in fp32, and in bf16, where another order of rounding and weight changes a quarter of the elements."""
     original = _copy(module)
     ours, (width,) = copy.deepcopy(original), original.weight.shape
     become(ours, form, **attributes)
@@ -255,7 +255,7 @@ def _norm(module: Any, form: type, attributes: dict[str, Any], known: dict[Any, 
 
 
 def _module(module: Any, form: type, attributes: dict[str, Any], known: dict[Any, Any]) -> float:
-    """Of an MLP or a layer. A layer gets a stand-in for its attention, since only its residual stream is rewritten."""
+    """Compare an MLP or a layer. A layer gets a stand-in for its attention, since only its residual stream is rewritten."""
     original = _copy(module)
     if form is forms.DecoderLayer:
         original.self_attn = _StandIn()
@@ -313,7 +313,7 @@ def _logits(module: Any, form: type, attributes: dict[str, Any], known: dict[Any
 
 
 def _embedding(module: Any, form: type, attributes: dict[str, Any], known: dict[Any, Any]) -> float:
-    """Of its first rows: a vocabulary is large."""
+    """Compare the first rows of an embedding: a vocabulary is large."""
     original, ids = copy.copy(module), torch.arange(8)
     original._parameters = {"weight": torch.randn(8, module.weight.shape[1], dtype=torch.float32)}
     original._buffers = {name: None if buffer is None else buffer.cpu() for name, buffer in module._buffers.items()}

@@ -54,7 +54,7 @@ def use_working_copies(model: Any, dtype: torch.dtype) -> Any:
 
 
 def _alike(*linears: Any) -> bool:
-    """Whether all have a bias, or none."""
+    """Return whether all of the layers have a bias, or none."""
     return len({linear.bias is None for linear in linears}) == 1
 
 
@@ -107,7 +107,7 @@ class _Refresh:
 
 
 class _Product:
-    """By one copy of the weights of linear layers that read the same input, [sum of N, K]."""
+    """The product with one copy [sum of N, K] of the weights of linear layers that read the same input."""
 
     def __init__(self, weights: list[Tensor], dtype: torch.dtype) -> None:
         self.sizes = [len(weight) for weight in weights]

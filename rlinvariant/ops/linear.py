@@ -150,7 +150,7 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _stores_wide(a: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the GEMM can store the fp32 sums of narrower operands: cuBLAS can."""
+    """Return whether the GEMM can store the fp32 sums of narrower operands: cuBLAS can."""
     return a.is_cuda and dtype == torch.float32 != a.dtype
 
 
