@@ -1,25 +1,44 @@
 """Exact on-policy RL: the policy that samples and the policy that is trained are the same function, bit for bit."""
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rlinvariant.api import grpo_trainer, ppo_trainer
     from rlinvariant.config import PPOConfig
-    from rlinvariant.models import make_invariant
-    from rlinvariant.run import grpo_trainer, ppo_trainer
+    from rlinvariant.errors import ConfigErrors, ParityError, UserError
+    from rlinvariant.models import UnsupportedModel, make_invariant
+    from rlinvariant.sampler.engine import Sampler
     from rlinvariant.trainer import InvariantGRPOTrainer, InvariantPPOTrainer
+    from rlinvariant.verification.command import verify
 
 __version__ = "0.1.0"
-__all__ = ["InvariantGRPOTrainer", "InvariantPPOTrainer", "PPOConfig", "grpo_trainer", "make_invariant", "ppo_trainer"]
+__all__ = [
+    "ConfigErrors",
+    "InvariantGRPOTrainer",
+    "InvariantPPOTrainer",
+    "PPOConfig",
+    "ParityError",
+    "Sampler",
+    "UnsupportedModel",
+    "UserError",
+    "grpo_trainer",
+    "make_invariant",
+    "ppo_trainer",
+    "verify",
+]
 _HOMES = {
-    **dict.fromkeys(("grpo_trainer", "ppo_trainer"), "run"),
+    **dict.fromkeys(("grpo_trainer", "ppo_trainer"), "api"),
+    **dict.fromkeys(("ConfigErrors", "ParityError", "UserError"), "errors"),
     **dict.fromkeys(("InvariantGRPOTrainer", "InvariantPPOTrainer"), "trainer"),
+    **dict.fromkeys(("UnsupportedModel", "make_invariant"), "models"),
     "PPOConfig": "config",
-    "make_invariant": "models",
+    "Sampler": "sampler.engine",
+    "verify": "verification.command",
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """Import on first use: importing rlinvariant loads no framework and touches no device."""
     if name not in _HOMES:
         raise AttributeError(f"module 'rlinvariant' has no attribute {name!r}")

@@ -21,6 +21,7 @@ ROWS = (
     {"sampler", "trainer"},
     {"report"},
     {"warmstart", "verification"},
+    {"api", "journal"},
     {"run"},
     {"recipes"},
     {"bench", "serve", "bisect", "replay"},

@@ -118,13 +118,14 @@ def _dataset(path: str) -> tuple[Any, Any]:
 def _ours(path: str, directory: str, settings: dict[str, Any], kv_gib: float) -> Any:
     import torch
 
-    from rlinvariant.run import grpo_trainer
+    from rlinvariant.api import grpo_trainer
+    from rlinvariant.trainer.interface import SamplerOptions
 
     dataset, tokenizer = _dataset(path)
     settings |= {"bf16": False, "use_cpu": not torch.cuda.is_available(), "vllm_importance_sampling_correction": False}
     args = grpo_arguments(directory, **settings)
     most = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"]
-    sampler = {"max_model_len": 1024, "kv_cache_gib": kv_gib, "options": {"max_num_seqs": most}}
+    sampler: SamplerOptions = {"max_model_len": 1024, "kv_cache_gib": kv_gib, "options": {"max_num_seqs": most}}
     return grpo_trainer(
         path, reward, args, dataset, processing_class=tokenizer, sampler_options=sampler, on_row=lambda *_: None
     )

@@ -65,7 +65,7 @@ def rows(tiny: bool) -> Iterator[Row]:
 def _worker(mode: str, *settings: str) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from rlinvariant import run, runtime
+    from rlinvariant import api, run, runtime
     from rlinvariant.config import parse
 
     link = Link()
@@ -93,11 +93,11 @@ def _worker(mode: str, *settings: str) -> None:
         link.send(**{key: float(row[key]) for key in keys})
         next_step()
 
-    trainer = run.grpo_trainer(
+    trainer = api.grpo_trainer(
         AutoModelForCausalLM.from_pretrained(path, dtype="float32"), recipe.reward_funcs(config), args,
         recipe.datasets(config, tokenizer)[0], ppo=config.ppo if config.algorithm == "ppo" else None,
         processing_class=tokenizer, invariance=config.invariance,
-        dtype=config.dtype, sampler_model=path, sampler_options=run._sampler_options(config), on_row=on_row,
+        dtype=config.dtype, sampler_model=path, sampler_options=run.sampler_options(config), on_row=on_row,
     )  # fmt: skip
     generate = trainer.sampler.generate
 

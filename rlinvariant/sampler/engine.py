@@ -10,7 +10,7 @@ assert not sampler.differing_weights(model.named_parameters())
 import os
 import random
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -116,26 +116,48 @@ def refuse(
     if problems := model_problems("model", model):
         raise ConfigErrors(problems)
     runtime.quiet()
-    fix = f"remove it, or {otherwise}"
-    touched = {k: v for k, v in options.items() if k in UNTOUCHED_OPTIONS and v != UNTOUCHED_OPTIONS[k]}
-    found = [f"sampler option {k}={v}: expected {UNTOUCHED_OPTIONS[k]}; {fix}" for k, v in touched.items()]
+    found: list[str] = []
     if (value := os.environ.get("VLLM_BATCH_INVARIANT", "0")) != "0":
+        fix = f"remove it, or {otherwise}"
         found.append(f"VLLM_BATCH_INVARIANT={value}: expected unset: it puts vLLM's own kernels in place of ours; {fix}")
     cuda = torch.cuda.is_available()
     found += cuda_problems(getattr(torch, dtype)) if cuda else []
-    if config is None:
-        config = _load_config(model)
+    config = load_config(model) if config is None else config
+    if found := found + engine_problems(options, model, config, max_model_len, otherwise, "cuda" if cuda else "cpu"):
+        raise ConfigErrors(found)
+    return config.get_text_config().max_position_embeddings
+
+
+def engine_problems(
+    options: Mapping[str, Any],
+    model: str,
+    config: "PreTrainedConfig",
+    max_model_len: int | None,
+    otherwise: str,
+    device: str,
+) -> list[str]:
+    """List what `refuse` finds wrong with a model and with the options of its engine, one line each.
+
+    Args:
+        options, model, config, max_model_len, otherwise: as for `refuse`.
+        device: "cpu" or "cuda".
+
+    Raises:
+        UserError: the configuration is not a causal language model's.
+    """
     _require_causal_lm(config, model)
-    found += [f"model={model}: {reason}; {otherwise}" for reason in unsupported(config, "cuda" if cuda else "cpu")]
+    touched = {k: v for k, v in options.items() if k in UNTOUCHED_OPTIONS and v != UNTOUCHED_OPTIONS[k]}
+    fix = f"remove it, or {otherwise}"
+    found = [f"sampler option {k}={v}: expected {UNTOUCHED_OPTIONS[k]}; {fix}" for k, v in touched.items()]
+    found += [f"model={model}: {reason}; {otherwise}" for reason in unsupported(config, device)]
     positions = config.get_text_config().max_position_embeddings
     if max_model_len is not None and max_model_len > positions:
         found.append(f"sampler.max_model_len={max_model_len}: expected at most {positions}, the model's positions")
-    if found:
-        raise ConfigErrors(found)
-    return positions
+    return found
 
 
-def _load_config(model: str) -> "PreTrainedConfig":
+def load_config(model: str) -> "PreTrainedConfig":
+    """Load the configuration of a checkpoint, a directory or a hub id; UserError if it cannot be read."""
     from transformers import AutoConfig
 
     try:

@@ -1,7 +1,7 @@
 """The trainers: TRL's, with exact log-probs and the comparison with the sampler; by GRPO, and by PPO with a critic."""
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rlinvariant.trainer.grpo import InvariantGRPOTrainer
@@ -11,8 +11,8 @@ __all__ = ["InvariantGRPOTrainer", "InvariantPPOTrainer"]
 _MODULES = {"InvariantGRPOTrainer": "grpo", "InvariantPPOTrainer": "ppo"}
 
 
-def __getattr__(name: str) -> Any:
-    """At first use: TRL takes seconds to import, and scoring needs none of it."""
+def __getattr__(name: str) -> object:
+    """Import on first use: TRL takes seconds to import, and scoring needs none of it."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__} has no attribute {name}")
     return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -20,7 +20,6 @@ which weights are where in `versions.PolicyVersions`.
 """
 
 import copy
-import os
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -28,21 +27,22 @@ from typing import Any, Unpack
 
 import torch
 from accelerate.utils import DistributedType, gather_object
+from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, PrinterCallback
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from rlinvariant import bits, metrics
-from rlinvariant.conflicts import SIDES, Invariance, conflicts
+from rlinvariant.conflicts import SIDES, Invariance
 from rlinvariant.errors import ConfigErrors, ParityError
 from rlinvariant.models import make_invariant, make_trainable, require_exact
-from rlinvariant.rewards import check_dataset, checked_reward
+from rlinvariant.rewards import checked_reward
 from rlinvariant.rollout import Batch, Rollout, request_seed
-from rlinvariant.support import device_problems
 from rlinvariant.trainer.interface import OnRollout, OnRow, OnSamples, RewardFunction, Row, SamplerLike, TRLArguments
 from rlinvariant.trainer.packing import pack
 from rlinvariant.trainer.record import Pair, StepRecord, sample_rows, trl_row
+from rlinvariant.trainer.refusals import check_datasets, settings_problems
 from rlinvariant.trainer.versions import PolicyVersions
 
 PROCESSES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
@@ -64,6 +64,7 @@ class InvariantGRPOTrainer(GRPOTrainer):
         on_samples: called on the main process, every `samples_every` steps, with a few rows (prompt, completion, reward).
         on_rollout: called on the main process with the step and what it has drawn, where the weights that it was drawn with
             are on the disk: the first step of `train`, and each step after a checkpoint. Before the optimizer step.
+        checked: whether settings and datasets were checked already, as `rlinvariant.grpo_trainer` does before it loads weights.
 
     Raises:
         ConfigErrors: settings that would break exactness, all of them.
@@ -93,6 +94,7 @@ class InvariantGRPOTrainer(GRPOTrainer):
         model: PreTrainedModel,
         reward_funcs: RewardFunction | list[RewardFunction],
         args: GRPOConfig,
+        train_dataset: Dataset | None = None,
         *,
         sampler: Callable[[], SamplerLike],
         invariance: Invariance = "exact",
@@ -102,20 +104,21 @@ class InvariantGRPOTrainer(GRPOTrainer):
         on_samples: OnSamples | None = None,
         on_rollout: OnRollout | None = None,
         samples_every: int = 10,
+        checked: bool = False,
         **kwargs: Unpack[TRLArguments],
     ) -> None:
         self.invariance, self.staleness = invariance, staleness
         self._sampler_is_invariant, self._trainer_is_invariant = SIDES[invariance]
         self._on_row, self._on_samples, self._samples_every = on_row, on_samples, samples_every
         self._on_rollout = on_rollout
-        if problems := [*device_problems(args, invariance, dtype), *self._conflicts(model, args, dict(kwargs))]:
-            raise ConfigErrors(problems)
-        for name in ("train", "eval"):
-            if (dataset := kwargs.get(f"{name}_dataset")) is not None:
-                check_dataset(dataset, name)
+        if not checked:
+            options = {**kwargs, "staleness": staleness}
+            if problems := settings_problems(args, invariance, dtype, options, getattr(self, "ppo", None), model):
+                raise ConfigErrors(problems)
+            check_datasets(train_dataset, kwargs.get("eval_dataset"))
         rewards = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-        self._prepare_models(model, args, dtype, dict(kwargs))
-        super().__init__(model, [checked_reward(f) for f in rewards], args, **kwargs)
+        self._prepare_models(model, args, dtype, kwargs.get("processing_class"))
+        super().__init__(model, [checked_reward(f) for f in rewards], self._trl_args(args), train_dataset, **kwargs)
         if self.accelerator.distributed_type not in PROCESSES:
             kind = self.accelerator.distributed_type.value
             raise ConfigErrors([f"distributed_type={kind}: expected one process or data parallel; choose configs/cpu.yaml"])
@@ -134,23 +137,11 @@ class InvariantGRPOTrainer(GRPOTrainer):
         self._exact_streak = 0
         self._start_step()
 
-    def _conflicts(self, model: Any, args: GRPOConfig, kwargs: dict[str, Any]) -> list[str]:
-        """List what in TRL's own arguments cannot be, for those who come without our configuration."""
-        found = conflicts(args, self.invariance, os.environ)
-        if self.staleness < 0:
-            found.append(f"staleness={self.staleness}: expected 0 or more optimizer steps")
-        if args.use_vllm:
-            found.append("use_vllm=True: expected False; the sampler is attached by rlinvariant")
-        for name in ("rollout_func", "tools", "environment_factory"):
-            if kwargs.get(name):
-                found.append(f"{name}: expected None: only plain completions of the dataset's prompts are compared so far")
-        if self._trainer_is_invariant and model.dtype != torch.float32:
-            found.append(f"model.dtype={model.dtype}: expected torch.float32 masters; load with dtype=torch.float32")
-        if self._trainer_is_invariant and (kwargs.get("peft_config") is not None or hasattr(model, "peft_config")):
-            found.append(f"peft_config: expected None with invariance={self.invariance}: adapters are not supported yet")
-        return found
+    def _trl_args(self, args: GRPOConfig) -> GRPOConfig:
+        """Return what TRL is given for the user's settings."""
+        return args
 
-    def _prepare_models(self, model: Any, args: GRPOConfig, dtype: torch.dtype, kwargs: dict[str, Any]) -> None:
+    def _prepare_models(self, model: Any, args: GRPOConfig, dtype: torch.dtype, tokenizer: Any) -> None:
         """Patch the policy and check it on the device, whose kernels are what is checked; TRL has not started yet."""
         if self._trainer_is_invariant:
             require_exact(make_trainable(model.to(args.device), dtype))

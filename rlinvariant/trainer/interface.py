@@ -1,10 +1,11 @@
 """The types of what a trainer is given: a sampler, TRL's own arguments, and functions that are called as it trains."""
 
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, Protocol, Required, TypeAlias, TypedDict
 
 import torch
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
@@ -42,8 +43,7 @@ class SamplerLike(Protocol):
 class TRLArguments(TypedDict, total=False):
     """The further arguments of `trl.GRPOTrainer` that our trainers take, with TRL's meaning."""
 
-    train_dataset: Dataset | IterableDataset | None
-    eval_dataset: Dataset | IterableDataset | DatasetDict | IterableDatasetDict | dict[str, Dataset | IterableDataset] | None
+    eval_dataset: Dataset | None
     processing_class: PreTrainedTokenizerBase | None
     reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase] | None
     callbacks: list[TrainerCallback] | None
@@ -51,14 +51,37 @@ class TRLArguments(TypedDict, total=False):
     peft_config: object  # peft.PeftConfig, where the trainer is stock
 
 
-class InvariantOptions(TRLArguments, total=False):
-    """TRL's further arguments, and those of `InvariantGRPOTrainer`, which says what they mean."""
+class TrainerOptions(TRLArguments, total=False):
+    """TRL's further arguments, and those of `InvariantGRPOTrainer` that say what it hands on, and when."""
 
-    sampler: Required[Callable[[], SamplerLike]]
-    invariance: Invariance
-    dtype: torch.dtype
     staleness: int
     on_row: OnRow | None
     on_samples: OnSamples | None
     on_rollout: OnRollout | None
     samples_every: int
+
+
+class InvariantOptions(TrainerOptions, total=False):
+    """All keyword arguments of `InvariantGRPOTrainer`, which says what they mean."""
+
+    sampler: Required[Callable[[], SamplerLike]]
+    invariance: Invariance
+    dtype: torch.dtype
+    checked: bool
+
+
+class SamplerOptions(TypedDict, total=False):
+    """The settings of `rlinvariant.Sampler` that a trainer leaves to the user."""
+
+    max_model_len: int | None
+    kv_cache_gib: float | None
+    options: dict[str, Any]  # keyword arguments of vllm.LLM
+
+
+class StartOptions(TrainerOptions, total=False):
+    """The keyword arguments of `rlinvariant.grpo_trainer`, which says what they mean, but for `ppo`."""
+
+    invariance: Invariance
+    dtype: str
+    sampler_model: str | Path | None
+    sampler_options: SamplerOptions | None

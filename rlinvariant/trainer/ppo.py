@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any, Unpack
 
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl.trainer.grpo_config import GRPOConfig
 
 from rlinvariant.config import PPOConfig
-from rlinvariant.conflicts import ppo_conflicts
 from rlinvariant.errors import UserError
 from rlinvariant.trainer import advantages
 from rlinvariant.trainer.critic import Critic, load_critic
@@ -53,6 +53,7 @@ class InvariantPPOTrainer(InvariantGRPOTrainer):
         UserError: a completion without tokens, or a number that is not finite; both before the optimizer step.
     """
 
+    ppo: PPOConfig
     record_type = PPORecord
     _record: PPORecord
     accelerator: Any
@@ -67,35 +68,29 @@ class InvariantPPOTrainer(InvariantGRPOTrainer):
         model: PreTrainedModel,
         reward_funcs: RewardFunction | list[RewardFunction],
         args: GRPOConfig,
+        train_dataset: Dataset | None = None,
         *,
         ppo: PPOConfig | None = None,
         **kwargs: Unpack[InvariantOptions],
     ) -> None:
         self.ppo = ppo or PPOConfig()
-        self._given = args
-        args = copy.copy(args)
-        args.beta = self.ppo.kl_coef  # makes TRL load the reference and score it; its term of the loss is left out, see below
         self._stopped = False  # the rest of the rollout is skipped
-        super().__init__(model, reward_funcs, args, **kwargs)
+        super().__init__(model, reward_funcs, args, train_dataset, **kwargs)
         if args.gradient_checkpointing:
             self.critic.backbone.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
 
-    def _conflicts(self, model: Any, args: GRPOConfig, kwargs: dict[str, Any]) -> list[str]:
-        found = super()._conflicts(model, args, kwargs) + ppo_conflicts(self._given, self.ppo)
-        if self.ppo.kl_coef and not getattr(model.config, "_name_or_path", ""):
-            missing = "a model with a directory or hub id, from which the reference is loaded; save it and load it from there"
-            found.append(f"ppo.kl_coef={self.ppo.kl_coef}: expected {missing}, or use 0")
-        if kwargs.get("peft_config") is not None or hasattr(model, "peft_config"):
-            found.append("peft_config: expected None with PPO: the critic is a copy of a whole model")
-        return found
+    def _trl_args(self, args: GRPOConfig) -> GRPOConfig:
+        args = copy.copy(args)
+        args.beta = self.ppo.kl_coef  # makes TRL load the reference and score it; its term of the loss is left out, see below
+        return args
 
-    def _prepare_models(self, model: Any, args: GRPOConfig, dtype: torch.dtype, kwargs: dict[str, Any]) -> None:
-        super()._prepare_models(model, args, dtype, kwargs)
+    def _prepare_models(self, model: Any, args: GRPOConfig, dtype: torch.dtype, tokenizer: Any) -> None:
+        super()._prepare_models(model, args, dtype, tokenizer)
         path = self.ppo.critic
         if path is None:
             backbone = copy.deepcopy(model.base_model)
         else:
-            backbone = load_critic(path, model, kwargs.get("processing_class"))
+            backbone = load_critic(path, model, tokenizer)
         self.critic = Critic(backbone.to(args.device), dtype, self._trainer_is_invariant)
         if path is not None:
             self.critic.load_head(Path(path))

@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 from trl.trainer.grpo_config import GRPOConfig
 
+from rlinvariant.api import grpo_trainer
 from rlinvariant.errors import UserError
 from rlinvariant.models.families import FAMILIES
 from rlinvariant.models.load import load
 from rlinvariant.models.random import save_random
-from rlinvariant.run import grpo_trainer
 from rlinvariant.trainer.critic import load_critic
 from rlinvariant.verification import load as verify_load
 from tests.parity.device import CUDA

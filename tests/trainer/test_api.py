@@ -71,5 +71,6 @@ def test_greedy_reward_is_the_mean_over_the_rows(arithmetic_dir, exact_engine, t
         prompts, [0] * 8, temperature=0.0, max_tokens=12, stop_token_ids=[tokenizer.eos_token_id]
     )
     texts = tokenizer.batch_decode([c.token_ids for c in completions], skip_special_tokens=True)
-    expected = sum(length(texts)) / 8 + sum(variety(texts)) / 8
+    rewards = torch.tensor([length(texts), variety(texts)], dtype=torch.float32).double()  # TRL holds rewards in fp32
+    expected = rewards.sum(0).mean().item()
     assert greedy_reward(trainer, dataset) == pytest.approx(expected, rel=1e-12) == greedy_reward(trainer, dataset)

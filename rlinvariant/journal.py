@@ -1,0 +1,185 @@
+"""What a run leaves behind: lines on the console, its directory, W&B; and in every outcome a result and a report."""
+
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlinvariant import runtime
+from rlinvariant.config import Config
+from rlinvariant.errors import ParityError, UserError, one_line
+from rlinvariant.report.console import Console
+from rlinvariant.report.rundir import RunDir, read_metrics
+from rlinvariant.rollout import Rollout
+
+if TYPE_CHECKING:
+    from rlinvariant.metrics import FirstMismatch
+    from rlinvariant.trainer.grpo import InvariantGRPOTrainer
+
+OUTCOMES = {ParityError: "not exact", UserError: "refused", KeyboardInterrupt: "interrupted"}
+"""How a run can end before its last step; anything else is "failed"."""
+
+
+class Journal:
+    """Writes down a run, on the main process; on the others it does nothing.
+
+    Args:
+        config: the run's configuration.
+        model: directory or hub id of the model that the run starts from.
+        sampler_options: what the engine is started with.
+        console: where lines go.
+        main: whether this is the main process.
+    """
+
+    def __init__(self, config: Config, model: str, sampler_options: Mapping[str, Any], console: Console, main: bool) -> None:
+        self.config, self.model, self.console, self.main = config, model, console, main
+        self.sampler_options = sampler_options
+        self.directory = RunDir(config.run_dir)
+        self.accuracy: dict[str, float] = {}  # held-out reward, "before" and "after"
+        self._began = time.monotonic()
+        self._log_to_wandb: Any = None
+        self._finish_wandb: Any = None
+        self._environment: dict[str, Any] = {}
+        self._kernels: dict[str, str] = {}
+        self._subject: dict[str, Any] = {}
+
+    # ---- what the trainer calls
+
+    def on_row(self, row: dict[str, Any], first_mismatch: "FirstMismatch | None") -> None:
+        self.directory.append_metrics(row)
+        self.console.step(row, self.config.steps, first_mismatch)
+        if not self._kernels:  # only now are they known: a step has run through all of them
+            self._write_environment()
+            self.console.print("kernels: " + ", ".join(f"{name}: {value}" for name, value in self._kernels.items()))
+        if self._log_to_wandb is not None:
+            self._log_to_wandb(row, row["step"])
+
+    def on_samples(self, rows: list[dict[str, Any]]) -> None:
+        self.directory.append_samples(rows)
+        self.console.samples(rows)
+
+    def on_rollout(self, step: int, rollout: Rollout) -> None:
+        """Record a rollout for `rlinvariant replay`, with all that decides its bits: a resumed run may have other settings."""
+        from rlinvariant.report import rollouts
+
+        initial = os.path.abspath(self.model) if os.path.isdir(self.model) else self.model
+        about = {
+            "weights": initial if step == 1 else f"checkpoint-{step - 1}",
+            "invariance": self.config.invariance,
+            "dtype": self.config.dtype,
+            "sampler": self.sampler_options,
+            "subject": self._subject,
+        }
+        rollouts.write(self.directory.path, step, rollout, about)
+
+    # ---- from the start to the end
+
+    def start(self, trainer: "InvariantGRPOTrainer") -> None:
+        """Make the run directory, or resume it, and open the run at W&B: nothing is written before a run can start.
+
+        Raises:
+            UserError: the directory cannot be written, or W&B cannot be used as the configuration says.
+        """
+        from rlinvariant.ops.linear import forget_routes
+        from rlinvariant.report import wandb_log
+        from rlinvariant.verification import certificate
+
+        forget_routes()  # what was computed to check the model is not part of the run
+        if not self.main:
+            return
+        self._subject = certificate.subject(trainer.accelerator.unwrap_model(trainer.model).config, self.config.dtype)
+        resolved = self.config.resolved()
+        self.directory.path.mkdir(parents=True, exist_ok=True)
+        mode, self._log_to_wandb, self._finish_wandb = wandb_log.start(self.config.wandb, self.directory.path, resolved)
+        try:
+            RunDir.create(self.directory.path, resolved, self.config.resume)
+        except UserError:
+            self._finish_wandb()
+            raise
+        self._environment = {"vllm_environment": runtime.VLLM, "proof": trainer.proof, "wandb": mode}
+        self.directory.write_environment(self._environment)
+
+    @contextmanager
+    def finishing(self) -> Iterator[None]:
+        """Write result.json and the report, and finish W&B, when the block ends, however it ends."""
+        try:
+            yield
+        except BaseException as error:
+            self._finish(error)
+            raise
+        self._finish(None)
+
+    def _finish(self, error: BaseException | None) -> None:
+        if not self.main:
+            return
+        from rlinvariant.report import html
+
+        seconds = time.monotonic() - self._began
+        before, after = self.accuracy.get("before"), self.accuracy.get("after")
+        self._finish_wandb()
+        self._write_environment()
+        outcome = "finished" if error is None else _outcome(error)
+        result = {"finished": error is None, "outcome": outcome, "error": None if error is None else one_line(error)}
+        self.directory.write_result(result | {"accuracy_before": before, "accuracy_after": after, "seconds": seconds})
+        if error is None:
+            if memory := _gpu_memory():
+                self.console.print(memory)
+            self.console.summary(read_metrics(self.directory.path), before, after, self.directory.path, seconds)
+        else:
+            self.console.print(f"{outcome}, after {seconds:.0f} s; the files of the run so far are in {self.directory.path}")
+        try:
+            self.console.print(f"report      {html.write(self.directory.path)[0]}")
+        except UserError as failed:
+            self.console.print(f"report      not written: {one_line(failed)}")
+
+    def _write_environment(self) -> None:
+        self._kernels = kernels(self.config.invariance)
+        self.directory.write_environment({"kernels": self._kernels, **self._environment})
+
+
+def kernels(invariance: str) -> dict[str, str]:
+    """Say what has computed a run so far, and which linear shapes the self-check let the vendor GEMM have."""
+    if invariance == "off":
+        return {"sampler": "stock vLLM", "trainer": "stock transformers"}
+    import torch
+
+    from rlinvariant.kernels import cpu
+    from rlinvariant.ops.linear import routes
+
+    by_route: dict[str, list[str]] = {}
+    for shape, route in sorted(routes().items()):
+        by_route.setdefault(route, []).append(shape)
+    linear = "; ".join(f"{route} for {' '.join(shapes)}" for route, shapes in by_route.items()) or "none so far"
+    if torch.cuda.is_available():
+        return {"linear": linear, "attention": "FlashAttention-3, one split", "other ops": "kernels/*.py, Triton"}
+    return {"linear": linear, "other ops": f"kernels/cpu.c, gcc {' '.join(cpu.FLAGS[:3])}"}
+
+
+@contextmanager
+def nothing_left(directory: Path) -> Iterator[None]:
+    """Remove a directory and those above it, if the block fails: those that were not there before, and hold no file."""
+    new = [path for path in (directory, *directory.parents) if not path.exists()]
+    try:
+        yield
+    except BaseException:
+        for path in new:
+            with suppress(OSError):  # somebody has put a file there
+                path.rmdir()
+        raise
+
+
+def _outcome(error: BaseException) -> str:
+    return next((outcome for kind, outcome in OUTCOMES.items() if isinstance(error, kind)), "failed")
+
+
+def _gpu_memory() -> str:
+    """Say how much of the GPU's memory PyTorch has taken at most, in GiB; "" without a GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return ""
+    total = torch.cuda.get_device_properties().total_memory / 2**30
+    peak = torch.cuda.max_memory_reserved() / 2**30
+    return f"GPU memory  {peak:.1f} GiB at PyTorch's peak, trainer and sampler together, of {total:.1f}"

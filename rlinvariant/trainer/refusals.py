@@ -1,0 +1,64 @@
+"""What a trainer cannot be given, as lines for the user: settings, TRL's own arguments, a model, data."""
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from rlinvariant.conflicts import SIDES, Invariance, conflicts, ppo_conflicts
+from rlinvariant.rewards import check_dataset
+from rlinvariant.support import device_problems
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from trl.trainer.grpo_config import GRPOConfig
+
+    from rlinvariant.config import PPOConfig
+
+
+def settings_problems(
+    args: "GRPOConfig",
+    invariance: Invariance,
+    dtype: torch.dtype,
+    options: Mapping[str, Any],
+    ppo: "PPOConfig | None" = None,
+    model: "PreTrainedModel | None" = None,
+) -> list[str]:
+    """List everything that would break exactness, or that is not supported, one line each.
+
+    Args:
+        args: TRL's configuration, as the user gave it.
+        invariance, dtype: as for `InvariantGRPOTrainer`.
+        options: further arguments of the trainer, TRL's and ours.
+        ppo: settings of PPO; None: GRPO.
+        model: the model, where it is loaded already.
+    """
+    found = device_problems(args, invariance, dtype) + conflicts(args, invariance, os.environ)
+    found += ppo_conflicts(args, ppo) if ppo is not None else []
+    if (staleness := options.get("staleness", 0)) < 0:
+        found.append(f"staleness={staleness}: expected 0 or more optimizer steps")
+    if args.use_vllm:
+        found.append("use_vllm=True: expected False; the sampler is attached by rlinvariant")
+    for name in ("rollout_func", "tools", "environment_factory"):
+        if options.get(name):
+            found.append(f"{name}: expected None: only plain completions of the dataset's prompts are compared so far")
+    invariant = SIDES[invariance][1]
+    if invariant and model is not None and model.dtype != torch.float32:
+        found.append(f"model.dtype={model.dtype}: expected torch.float32 masters; load with dtype=torch.float32")
+    if ppo is not None and ppo.kl_coef and model is not None and not model.config._name_or_path:
+        missing = "a model with a directory or hub id, from which the reference is loaded; save it and load it from there"
+        found.append(f"ppo.kl_coef={ppo.kl_coef}: expected {missing}, or use 0")
+    if options.get("peft_config") is not None or hasattr(model, "peft_config"):
+        if ppo is not None:
+            found.append("peft_config: expected None with PPO: the critic is a copy of a whole model")
+        elif invariant:
+            found.append(f"peft_config: expected None with invariance={invariance}: adapters are not supported yet")
+    return found
+
+
+def check_datasets(train: Any, evaluation: Any) -> None:
+    """Raise UserError for a dataset, of those that there are, that cannot be trained on or evaluated."""
+    for name, dataset in (("train", train), ("eval", evaluation)):
+        if dataset is not None:
+            check_dataset(dataset, name)
