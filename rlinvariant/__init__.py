@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from rlinvariant.models import UnsupportedModel, make_invariant
     from rlinvariant.sampler.engine import Sampler
     from rlinvariant.trainer import InvariantGRPOTrainer, InvariantPPOTrainer
-    from rlinvariant.verification.command import verify
+    from rlinvariant.verification.verify import verify
 
 __version__ = "0.1.0"
 __all__ = [
@@ -34,7 +34,7 @@ _HOMES = {
     **dict.fromkeys(("UnsupportedModel", "make_invariant"), "models"),
     "PPOConfig": "config",
     "Sampler": "sampler.engine",
-    "verify": "verification.command",
+    "verify": "verification.verify",
 }
 
 

@@ -179,7 +179,7 @@ def plan_trainer(
         UserError: a configuration cannot be loaded, or is not a causal language model's.
     """
     from rlinvariant.models import unsupported
-    from rlinvariant.sampler.engine import engine_problems, load_config
+    from rlinvariant.sampler.refusals import engine_problems, load_config
 
     sampler_is_invariant, trainer_is_invariant = SIDES[invariance]
     loaded = None if isinstance(model, (str, Path)) else model

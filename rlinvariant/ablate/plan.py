@@ -73,7 +73,7 @@ class Plan:
 
     def left(self) -> list[tuple[Arm, int]]:
         """Return the runs that have not finished."""
-        return [job for job in self.jobs() if not self.run_dir(*job).result.exists()]
+        return [job for job in self.jobs() if not self.run_dir(*job).is_finished]
 
 
 def read(argv: Sequence[str]) -> Plan:

@@ -139,7 +139,7 @@ def _run(command: Sequence[str], run: RunDir, advance: Any, lock: int) -> None:
                     advance(_last_step(run.metrics))
         finally:
             _stop(child)
-    if not run.result.exists():
+    if not run.is_finished:
         text = log.read_bytes()[start:].decode("utf-8", "replace").splitlines()
         errors = [line for line in text if line.startswith("error: ")]
         raise RunFailed(errors or [*text[-12:], f"exit code {child.returncode}"])

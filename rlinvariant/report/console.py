@@ -153,7 +153,7 @@ class Console:
         run_dir: str | Path,
         elapsed_s: float | None = None,
     ) -> None:
-        """Print the outcome of a run from its metrics rows: reward, accuracy, the contract, where the files are."""
+        """Print the outcome of a run from its metrics rows: reward, held-out reward, the contract, where the files are."""
         rewards = [r for row in rows if (r := row.get("reward/mean")) is not None and not math.isnan(r)]
         window = min(10, max(1, len(rewards) // 2)) if rewards else 0
         mismatched, compared = total(rows, "onpolicy/mismatched_tokens"), total(rows, "onpolicy/compared_tokens")
@@ -163,8 +163,8 @@ class Console:
             begin, end = f"{first:.3f} (first {plural(window, 'step')})", f"{last:.3f} (last {window})"
             lines.append(("reward", f"{begin} -> {end}, {last - first:+.3f}"))
         if accuracy_before is not None or accuracy_after is not None:
-            after = f"{_percent(accuracy_before)} before -> {_percent(accuracy_after)} after, held out, greedy"
-            lines.append(("accuracy", after))
+            before, after = _decimal(accuracy_before, ".3f"), _decimal(accuracy_after, ".3f")
+            lines.append(("held out", f"{before} before -> {after} after, mean reward, greedy"))
         lines += [
             (
                 "on policy",

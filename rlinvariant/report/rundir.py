@@ -1,4 +1,4 @@
-"""The run directory: runs/NAME/ with config.json, environment.json, metrics.jsonl, samples.jsonl; result.json once finished.
+"""The run directory: runs/NAME/ with config.json, environment.json, metrics.jsonl, samples.jsonl; result.json at the end.
 
 `checkpoints/` is written by TRL, `rollouts/` by `report.rollouts`.
 
@@ -66,12 +66,17 @@ class RunDir:
             raise UserError(f"run: cannot write {run.path} ({error.strerror}); choose another run=NAME") from error
         return run
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run has come to its end; of one that stopped before, result.json says why."""
+        return self.result.is_file() and json.loads(self.result.read_text()).get("finished") is True
+
     def write_environment(self, extra: Mapping[str, Any]) -> None:
         """Write environment.json: what `machine.environment()` finds, and `extra` (GPU, kernels actually used) over it."""
         write_atomically(self.environment, _json_text({"schema": SCHEMA} | environment() | dict(extra)))
 
     def write_result(self, result: Mapping[str, Any]) -> None:
-        """Write result.json, which only a finished run has: finished, accuracy_before and _after (or null), seconds."""
+        """Write result.json: finished, outcome, error (or null), accuracy_before and _after (or null), seconds."""
         write_atomically(self.result, _json_text(result))
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:

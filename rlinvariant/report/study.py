@@ -29,12 +29,18 @@ class Run:
     seed: int
     config: Mapping[str, Any]
     environment: Mapping[str, Any]
-    result: Mapping[str, Any]  # empty: the run did not reach its end
+    result: Mapping[str, Any]  # empty: still running, or killed
     rows: Sequence[Row]
 
     @property
     def finished(self) -> bool:
         return self.result.get("finished") is True
+
+    @property
+    def why(self) -> str:
+        """Say how it stopped before its end, if result.json knows."""
+        outcome, error = self.result.get("outcome"), self.result.get("error")
+        return "" if self.finished or not outcome else f" ({outcome}: {error})"
 
     def setting(self, key: str) -> Any:
         return self.config.get(key, {}).get("value")
@@ -229,11 +235,11 @@ def _notes(study: Study) -> list[str]:
     place = {id(run): f"{arm.name}/seed-{run.seed}" if study.is_ablation else "this run" for arm, run in study.runs}
     for _, run in study.runs:
         if not run.rows:
-            notes.append(f"{place[id(run)]} has no step: it ended before the first one.")
+            notes.append(f"{place[id(run)]} has no step: it ended before the first one{run.why}.")
         elif not run.finished:
             of = f" of {run.setting('steps')}" if run.setting("steps") else ""
             notes.append(
-                f"{place[id(run)]} has not ended by itself (interrupted, or still running): "
+                f"{place[id(run)]} has not ended by itself{run.why or ' (interrupted, or still running)'}: "
                 f"its rows end at step {run.rows[-1]['step']}{of}, and there is no accuracy after training."
             )
     seeds = {run.seed for _, run in study.runs}

@@ -1,0 +1,121 @@
+"""What an exact engine cannot be given, found out before weights are loaded: options, a machine, a model."""
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from rlinvariant import runtime
+from rlinvariant.arguments import model_problems
+from rlinvariant.errors import ConfigErrors, UserError, one_line
+from rlinvariant.models import unsupported
+from rlinvariant.support import cuda_problems
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+UNTOUCHED_OPTIONS = {  # keep vllm.LLM's default: an exact sampler runs whole, on one device, the model that is trained
+    "attention_backend": None,
+    "attention_config": None,
+    "cpu_offload_gb": 0,
+    "data_parallel_size": 1,
+    "decode_context_parallel_size": 1,
+    "enable_dbo": False,
+    "enable_lora": False,
+    "kv_cache_dtype": "auto",
+    "kv_offloading_size": None,
+    "kv_transfer_config": None,
+    "logits_processors": None,
+    "model_impl": "auto",
+    "pipeline_parallel_size": 1,
+    "prefill_context_parallel_size": 1,
+    "speculative_config": None,
+    "tensor_parallel_size": 1,
+}
+
+
+def refuse(
+    options: dict[str, Any],
+    model: str,
+    dtype: str,
+    max_model_len: int | None = None,
+    otherwise: str = "use invariance=off",
+    config: "PreTrainedConfig | None" = None,
+) -> int:
+    """Refuse what would give an exact engine other kernels or another model, before any weights are loaded.
+
+    Args:
+        options: keyword arguments of `vllm.LLM` that the user chose.
+        model: directory or hub id of a Hugging Face checkpoint.
+        dtype: "bfloat16" or "float32".
+        max_model_len: longest prompt plus completion, in tokens; None: not limited by the user.
+        otherwise: how to run it all the same, for the messages.
+        config: the model's configuration, where the caller has loaded it; None: it is loaded here.
+
+    Returns:
+        How many positions the model has. `Sampler` takes this number as the proof that nothing was refused.
+
+    Raises:
+        ConfigErrors: every option, variable, device and property of the model that would change the bits, one line each.
+        UserError: the configuration cannot be loaded, or is not a causal language model's.
+    """
+    if problems := model_problems("model", model):
+        raise ConfigErrors(problems)
+    runtime.quiet()
+    found: list[str] = []
+    if (value := os.environ.get("VLLM_BATCH_INVARIANT", "0")) != "0":
+        fix = f"remove it, or {otherwise}"
+        found.append(f"VLLM_BATCH_INVARIANT={value}: expected unset: it puts vLLM's own kernels in place of ours; {fix}")
+    cuda = torch.cuda.is_available()
+    found += cuda_problems(getattr(torch, dtype)) if cuda else []
+    config = load_config(model) if config is None else config
+    if found := found + engine_problems(options, model, config, max_model_len, otherwise, "cuda" if cuda else "cpu"):
+        raise ConfigErrors(found)
+    return config.get_text_config().max_position_embeddings
+
+
+def engine_problems(
+    options: Mapping[str, Any],
+    model: str,
+    config: "PreTrainedConfig",
+    max_model_len: int | None,
+    otherwise: str,
+    device: str,
+) -> list[str]:
+    """List what `refuse` finds wrong with a model and with the options of its engine, one line each.
+
+    Args:
+        options, model, config, max_model_len, otherwise: as for `refuse`.
+        device: "cpu" or "cuda".
+
+    Raises:
+        UserError: the configuration is not a causal language model's.
+    """
+    _require_causal_lm(config, model)
+    touched = {k: v for k, v in options.items() if k in UNTOUCHED_OPTIONS and v != UNTOUCHED_OPTIONS[k]}
+    fix = f"remove it, or {otherwise}"
+    found = [f"sampler option {k}={v}: expected {UNTOUCHED_OPTIONS[k]}; {fix}" for k, v in touched.items()]
+    found += [f"model={model}: {reason}; {otherwise}" for reason in unsupported(config, device)]
+    positions = config.get_text_config().max_position_embeddings
+    if max_model_len is not None and max_model_len > positions:
+        found.append(f"sampler.max_model_len={max_model_len}: expected at most {positions}, the model's positions")
+    return found
+
+
+def load_config(model: str) -> "PreTrainedConfig":
+    """Load the configuration of a checkpoint, a directory or a hub id; UserError if it cannot be read."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model={model}: cannot be loaded: {one_line(error, 400)}") from error
+
+
+def _require_causal_lm(config: "PreTrainedConfig", model: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        kind = ", ".join(config.architectures or [type(config).__name__])
+        raise UserError(f"model={model}: {kind} is not a transformers causal language model; name a directory or id of one")
