@@ -1,5 +1,6 @@
 """`accelerate launch` from the outside: each mode, two processes, without W&B, resumed, and each mistake in one line."""
 
+import html
 import importlib.util
 import json
 import os
@@ -210,6 +211,51 @@ def test_a_step_after_a_resume_may_be_replayed(jobs, many):
     assert "resumed/checkpoints/checkpoint-2, sha256" in many["replayed"]["output"]
 
 
+def test_a_start_reads_each_configuration_and_makes_each_check_once(many):
+    """vLLM reads the model's configuration for itself, too; and its data are two."""
+    calls = many["calls"]
+    ours = {name: [caller for caller in callers if not caller.startswith("vllm.")] for name, callers in calls.items()}
+    assert len(ours.pop("check_dataset")) == 2
+    assert {name: len(callers) for name, callers in ours.items()} == dict.fromkeys(ours, 1), calls
+
+
+OUTCOMES = {
+    "not exact": (1, "not exact", ["step 2: mismatched 1 / ", "sequence 2, position 1", "Stopped before the optimizer step"]),
+    "ctrl-C": (130, "interrupted", []),
+    "reward raises": (2, "refused", ["reward function raises, step 1, sample 5"]),
+    "bug": ("traceback", "failed", ["a bug"]),
+}
+
+
+@pytest.mark.parametrize("name", OUTCOMES)
+def test_a_run_that_stops_in_the_middle_says_how(name, many, jobs):
+    """Exit code, result.json and the report, and the line that names it."""
+    code, outcome, words = OUTCOMES[name]
+    assert many[name]["code"] == code, many[name]["error"][-3000:]
+    run = jobs["many"].result().directory / "runs" / name.replace(" ", "_")
+    result = json.loads((run / "result.json").read_text())
+    page = html.unescape((run / "report.html").read_text())
+    assert result["finished"] is False and result["outcome"] == outcome
+    assert result["seconds"] > 0 and result["accuracy_before"] >= 0 and result["accuracy_after"] is None
+    for word in words:
+        assert word in result["error"] and word in page
+    assert f"({outcome}: " in page
+    assert f"report      runs/{run.name}/report.html" in many[name]["output"]
+    last = read_metrics(run)[-1:] if name in ("not exact", "ctrl-C") else []
+    assert [row["step"] for row in last] == ([2] if name == "not exact" else [1] if last else [])
+    assert not last or last[0]["onpolicy/mismatched_tokens"] == (name == "not exact")
+
+
+def test_kernels_are_named_when_they_are_known(many, jobs):
+    """After the first step: before it, a run with a certificate has multiplied nothing."""
+    lines = many["interrupted"]["output"].splitlines()
+    (at,) = [i for i, line in enumerate(lines) if line.startswith("kernels: ")]
+    first = next(i for i, line in enumerate(lines) if line.lstrip().startswith("1/2 "))
+    assert at > first and "bfloat16" in lines[at] and "linear: none" not in lines[at]
+    environment = json.loads((jobs["exact"].result().run("exact") / "environment.json").read_text())
+    assert "bfloat16" in environment["kernels"]["linear"]
+
+
 def test_autocast_is_refused_in_one_line(jobs):
     run = jobs["autocast"].result()
     errors = [line for line in run.error.splitlines() if line.startswith("error: ")]
@@ -241,3 +287,9 @@ def test_a_mistake_gives_one_line(mistake, many):
     assert found["code"] == 2 and len(lines) == 1 and lines[0].startswith("error: "), found["error"][-3000:]
     for words in MISTAKES[mistake]:
         assert words in lines[0]
+
+
+@pytest.mark.parametrize("mistake", sorted(MISTAKES.keys() - {"reward raises"}))
+def test_a_start_that_fails_leaves_nothing(mistake, many, jobs):
+    assert many[mistake]["code"] == 2
+    assert not (jobs["many"].result().directory / "runs" / mistake.replace(" ", "_").replace(",", "")).exists()

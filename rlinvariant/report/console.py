@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.text import Text
 
 from rlinvariant.report.terminal import Screen, others_above
-from rlinvariant.text import percent, plural
+from rlinvariant.text import plural
 
 if TYPE_CHECKING:  # it imports torch, which takes longer than a whole report
     from rlinvariant.metrics import FirstMismatch
@@ -223,10 +223,6 @@ def printable(text: str, keep: str = "") -> str:
 
 def _decimal(value: float | None, spec: str) -> str:
     return "-" if value is None else format(value, spec)
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else percent(value)
 
 
 def integer(value: float | None) -> str:

@@ -149,7 +149,7 @@ def test_the_summary_adds_up():
     text = printed(lambda c: c.summary(rows, 0.31, 0.925, "runs/a" + "b" * 200, 372.0))
     assert "20 in 6 min 12 s" in text
     assert "0.300 (first 10 steps) -> 0.900 (last 10), +0.600" in text
-    assert "31.0 % before -> 92.5 % after" in text
+    assert "held out    0.310 before -> 0.925 after" in text
     assert "mismatched 0 / 40,960 tokens, coverage 1\n" in text
     assert "runs/a" + "b" * 200 + "\n" in text  # whole, to be copied
 
@@ -157,7 +157,7 @@ def test_the_summary_adds_up():
 def test_the_summary_does_not_claim_what_no_row_says():
     assert "mismatched - / - tokens, coverage -" in printed(lambda c: c.summary([], None, None, "runs/a"))
     text = printed(lambda c: c.summary([ROW, {"step": 2}], None, None, "runs/a"))
-    assert "mismatched - / - tokens, coverage -" in text and "accuracy" not in text
+    assert "mismatched - / - tokens, coverage -" in text and "held out" not in text
     unscored = ROW | {"onpolicy/unscored_tokens": 1}
     assert "coverage 4,096 / 4,097" in printed(lambda c: c.summary([ROW, unscored], None, None, "runs/a"))
 

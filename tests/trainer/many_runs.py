@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -57,16 +58,79 @@ def random_model(model: str, name: str, config: Any) -> str:
 def main(model: str, small: list[str]) -> None:
     for invariance in ("off", "sampler", "trainer"):
         attempt(invariance, *small, f"invariance={invariance}", f"run={invariance}")
-    attempt("interrupted", RECIPE, f"model={model}", "run=resumed", "trainer.save_steps=2")
+    with counting() as RESULTS["calls"]:
+        attempt("interrupted", RECIPE, f"model={model}", "run=resumed", "trainer.save_steps=2")
     attempt("resumed", RECIPE, f"model={model}", "run=resumed", "resume=true", "steps=4")
     attempt("replayed", "runs/resumed", "--step", "3", command="replay")
     for fault in ("no prompt", "reward raises"):
         mistake(fault, f"model={model}", f"data.fault={fault}")
     unreadable(model)
     unsupported(model)
+    outcomes(model)
     no_plugin(model)
     no_compiler(model)
     print("RESULTS", json.dumps(RESULTS))
+
+
+@contextlib.contextmanager
+def counting() -> Iterator[dict[str, list[str]]]:
+    """Wrap what reads a model's configuration and what checks, and yield who called each: the nearest module of ours or vLLM's.
+
+    `make_invariant` looks for itself whether it can patch a model, whoever calls it, so its calls are not those of a start.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    from rlinvariant import conflicts, models, rewards, support
+    from rlinvariant.models import patch
+    from rlinvariant.sampler import refusals
+
+    calls: dict[str, list[str]] = {}
+
+    def wrapped(function: Any) -> Any:
+        name, found = function.__name__, calls.setdefault(function.__qualname__, [])
+
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            names = (frame.f_globals["__name__"] for frame, _ in traceback.walk_stack(sys._getframe(1)))
+            found.append(next((n for n in names if n.startswith(("rlinvariant.", "vllm."))), name))
+            return function(*args, **kwargs)
+
+        return wrapper
+
+    functions = [
+        conflicts.conflicts,
+        support.device_problems,
+        models.unsupported,
+        refusals.engine_problems,
+        rewards.check_dataset,
+    ]
+    ours = [m for n, m in sys.modules.items() if n.startswith("rlinvariant.") and m is not patch]
+    with contextlib.ExitStack() as stack:
+        for function in functions:
+            replacement = wrapped(function)
+            for module in ours:
+                if vars(module).get(function.__name__) is function:
+                    stack.enter_context(mock.patch.object(module, function.__name__, replacement))
+        for kind in (AutoConfig, AutoTokenizer):
+            stack.enter_context(mock.patch.object(kind, "from_pretrained", wrapped(kind.from_pretrained)))
+        yield calls
+
+
+def outcomes(model: str) -> None:
+    """Ways to end in the middle: a log-prob that differs, ctrl-C, a bug."""
+    from rlinvariant.trainer import InvariantGRPOTrainer
+
+    generate = InvariantGRPOTrainer._generate_single_turn
+
+    def differing(self: Any, *args: Any, **kwargs: Any) -> Any:
+        ids, logprobs = generate(self, *args, **kwargs)
+        logprobs[2][1] *= 1 + 2**-23 * (self.state.global_step == 1)
+        return ids, logprobs
+
+    with mock.patch.object(InvariantGRPOTrainer, "_generate_single_turn", differing):
+        mistake("not exact", f"model={model}")
+    mistake("ctrl-C", f"model={model}", "data.fault=ctrl-C")
+    with mock.patch.object(InvariantGRPOTrainer, "_seeds", side_effect=IndexError("a bug")):
+        mistake("bug", f"model={model}")
 
 
 def unreadable(model: str) -> None:

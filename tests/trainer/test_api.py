@@ -1,5 +1,11 @@
 """The one call that a TRL script changes, and the greedy reward."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -74,3 +80,65 @@ def test_greedy_reward_is_the_mean_over_the_rows(arithmetic_dir, exact_engine, t
     rewards = torch.tensor([length(texts), variety(texts)], dtype=torch.float32).double()  # TRL holds rewards in fp32
     expected = rewards.sum(0).mean().item()
     assert greedy_reward(trainer, dataset) == pytest.approx(expected, rel=1e-12) == greedy_reward(trainer, dataset)
+
+
+def test_greedy_reward_takes_what_trl_takes(arithmetic_dir, exact_engine, tmp_path):
+    """An async reward, and one that does not apply to every row; what a reward logs is no metric of a training step."""
+
+    async def asynchronous(completions, log_metric, **_):
+        log_metric("asked", 1.0)
+        return [float(len(text)) for text in completions]
+
+    def seldom(completions, **_):
+        return [None, *[4.0] * (len(completions) - 1)]
+
+    def length(completions, **_):
+        return [float(len(text)) for text in completions]
+
+    def reward(*functions):
+        trainer = new_trainer(arithmetic_dir, exact_engine, tmp_path, reward_funcs=list(functions)).trainer
+        trainer.sync()
+        value = greedy_reward(trainer, questions(8))
+        assert not trainer._pending_metrics and not trainer._pending_extra_logs
+        return value
+
+    assert reward(asynchronous, seldom) == reward(length) + 4.0 * 7 / 8 > 4.0
+
+
+def test_the_public_names_are_the_ones_that_are_listed():
+    for name in rlinvariant.__all__:
+        assert getattr(rlinvariant, name).__name__ == name
+    with pytest.raises(AttributeError, match="no_such_name"):
+        getattr(rlinvariant, "no_such_name")  # noqa: B009
+
+
+TYPED = """
+from datasets import Dataset
+from trl.trainer.grpo_config import GRPOConfig
+import rlinvariant
+
+def script(args: GRPOConfig, rows: Dataset, ppo: rlinvariant.PPOConfig):
+    reveal_type(rlinvariant.grpo_trainer("model", print, args, rows))
+    reveal_type(rlinvariant.grpo_trainer("model", [print], args, rows, ppo=ppo, invariance="off"))
+    reveal_type(rlinvariant.ppo_trainer("model", print, args, rows).critic)
+    reveal_type(rlinvariant.Sampler("model", invariant=True).generate([[1]], [0], temperature=1.0, max_tokens=1))
+    reveal_type(rlinvariant.verify("model"))
+    rlinvariant.grpo_trainer("model", print, args, rows, invariance="exakt")
+    rlinvariant.grpo_trainer("model", print, args, rows, stalenes=1)
+"""
+REVEALED = ["InvariantGRPOTrainer", "InvariantPPOTrainer", "Critic", "list[Completion]", "Certificate"]
+
+
+def test_a_type_checker_sees_the_types(tmp_path):
+    """pyright's own words: what each call returns, and that a wrong value and an unknown argument are errors."""
+    script = tmp_path / "script.py"
+    script.write_text(TYPED)
+    root, environment = Path(rlinvariant.__file__).parents[1], os.environ | {"PYRIGHT_PYTHON_IGNORE_WARNINGS": "1"}
+    (tmp_path / "pyrightconfig.json").write_text(json.dumps({"extraPaths": [str(root)]}))
+    command = [sys.executable, "-m", "pyright", "--outputjson", "--pythonpath", sys.executable, "--project", str(tmp_path)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    found = json.loads(done.stdout)["generalDiagnostics"]
+    revealed = [d["message"].split('" is "')[1].rstrip('"') for d in found if d["severity"] == "information"]
+    assert revealed == REVEALED
+    wrong = [d["message"] for d in found if d["severity"] == "error"]
+    assert len(wrong) == 2 and "exakt" in wrong[0] and "No overloads" in wrong[1], wrong

@@ -44,6 +44,8 @@ READ = {
     "_tokenizer": "self._tokenizer",
     "_metrics": "self._metrics",
     "_logs": "self._logs",
+    "_pending_metrics": "self._pending_metrics = defaultdict(list)",
+    "_pending_extra_logs": "self._pending_extra_logs = defaultdict(list)",
 }
 OUTPUTS = ("old_per_token_logps", "sampling_per_token_logps", "completion_ids", "completion_mask", "prompt_ids", "advantages")
 FIELDS = (

@@ -27,7 +27,7 @@ DEFAULTS = arithmetic.DEFAULTS | {
 
 @chz.chz
 class Data(arithmetic.Data):
-    fault: str = chz.field(default="", doc="no prompt, reward raises, or none.")
+    fault: str = chz.field(default="", doc="no prompt, reward raises, ctrl-C, or none.")
 
 
 check = arithmetic.check
@@ -55,7 +55,13 @@ def reward_funcs(config: Config) -> list[Any]:
         bad.extend(answer[5:6])
         return [float("many") if right in bad else 0.0 for right in answer]
 
-    return [raises if config.data.fault == "reward raises" else variety]
+    def stops(completions: list[str], trainer_state: Any, **_: Any) -> list[float]:
+        """Stops like ctrl-C, at the second step."""
+        if trainer_state.global_step == 1:
+            raise KeyboardInterrupt
+        return variety(completions)
+
+    return [{"reward raises": raises, "ctrl-C": stops}.get(config.data.fault, variety)]
 
 
 def record_requests() -> None:
