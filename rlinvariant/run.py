@@ -1,5 +1,6 @@
 """One run, from a configuration to a trained model and its proof. Read this file to see how the parts fit together."""
 
+import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -79,14 +80,14 @@ def plan(config: Config) -> Plan:
 
         from rlinvariant.sampler import engine  # noqa: F401
         from rlinvariant.trainer.refusals import check_datasets
+    options, ppo = sampler_options(config), config.ppo if config.algorithm == "ppo" else None
+    trainer = plan_trainer(model, args, ppo, config.invariance, config.dtype, model, options)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokenizer = AutoTokenizer.from_pretrained(model, config=copy.deepcopy(trainer.config))
     except (OSError, ValueError) as error:
         raise UserError(f"model={model}: no tokenizer: {one_line(error, 400)}") from error
     train_dataset, eval_dataset = recipe.datasets(config, tokenizer)
     check_datasets(train_dataset, eval_dataset)
-    options, ppo = sampler_options(config), config.ppo if config.algorithm == "ppo" else None
-    trainer = plan_trainer(model, args, ppo, config.invariance, config.dtype, model, options)
     journal = Journal(config, model, options, console, args.process_index == 0)
     return Plan(config, recipe, args, tokenizer, train_dataset, eval_dataset, trainer, console, journal)
 
