@@ -84,7 +84,7 @@ def test_a_wrong_command_is_one_line_on_stderr(arguments, line, capsys):
     ],
 )
 def test_mistakes_are_said_before_any_process_starts(arguments, lines, capsys, monkeypatch):
-    for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "ACCELERATE_MIXED_PRECISION"):
+    for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "ACCELERATE_MIXED_PRECISION"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("rlinvariant.train.launch", lambda *_: pytest.fail("launched"))
     assert cli.main(["train", "recipe=arithmetic", *arguments]) == 2
