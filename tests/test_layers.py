@@ -49,10 +49,19 @@ def modules() -> Iterator[tuple[str, Path]]:
             yield "train" if path.stem == "train" else "recipes", path
 
 
-def imported(source: str, package: str) -> set[str]:
-    """Full names that a source imports, inside functions too; `package` is what a relative import starts from."""
+def imported(source: str, package: str, types: bool = True) -> set[str]:
+    """Full names that a source imports, inside functions too; `package` is what a relative import starts from.
+
+    types: also what is imported for types alone, which loads nothing.
+    """
     names: set[str] = set()
-    for node in ast.walk(ast.parse(source)):
+    tree = ast.parse(source)
+    unseen = {
+        id(x) for node in ast.walk(tree) if not types and _is_for_types(node) for part in node.body for x in ast.walk(part)
+    }
+    for node in ast.walk(tree):
+        if id(node) in unseen:
+            continue
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -67,13 +76,18 @@ def imported(source: str, package: str) -> set[str]:
     return names
 
 
+def _is_for_types(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
 def violations(unit: str, source: str, package: str) -> list[str]:
     if unit not in LEVEL:
         return [f"{unit} has no row in ROWS: say what may import it"]
     found = []
+    loaded = imported(source, package, types=False)
     for name in sorted(imported(source, package)):
         top, *rest = name.split(".")
-        if top in IMPORTERS and unit not in IMPORTERS[top]:
+        if name in loaded and top in IMPORTERS and unit not in IMPORTERS[top]:
             found.append(f"{unit} imports {name}, which only {' and '.join(sorted(IMPORTERS[top]))} may")
         if top == "rlinvariant":
             target = rest[0] if rest and rest[0] in LEVEL else "__init__"
@@ -106,6 +120,8 @@ def test_imports_point_one_way():
         ("report", "import importlib\nimportlib.import_module('trl')", "rlinvariant.report"),
         ("recipes", "from accelerate import PartialState", "recipes"),
         ("novelty", "import torch", "rlinvariant"),
+        ("run", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    pass\nelse:\n    import trl", "rlinvariant"),
+        ("run", "if TYPE_CHECKING:\n    from rlinvariant.cli import main", "rlinvariant"),
     ],
 )
 def test_a_planted_violation_is_found(unit, source, package):
@@ -119,6 +135,7 @@ def test_a_planted_violation_is_found(unit, source, package):
         ("report", "from rlinvariant.metrics import KEYS", "rlinvariant.report"),
         ("trainer", "from .loss import x\nfrom . import loss\nimport trl, accelerate", "rlinvariant.trainer"),
         ("sampler", "from ..rollout import Completion\nimport vllm", "rlinvariant.sampler"),
+        ("run", "if TYPE_CHECKING:\n    from trl import GRPOConfig", "rlinvariant"),
         ("train", "from rlinvariant.run import run\nfrom recipes import arithmetic", ""),
     ],
 )
