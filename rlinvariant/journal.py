@@ -154,7 +154,7 @@ def kernels(invariance: str) -> dict[str, str]:
     linear = "; ".join(f"{route} for {' '.join(shapes)}" for route, shapes in by_route.items()) or "none so far"
     if torch.cuda.is_available():
         return {"linear": linear, "attention": "FlashAttention-3, one split", "other ops": "kernels/*.py, Triton"}
-    return {"linear": linear, "other ops": f"kernels/cpu.c, gcc {' '.join(cpu.FLAGS[:3])}"}
+    return {"linear": linear, "other ops": f"kernels/*.c, gcc {' '.join(cpu.FLAGS[:3])}"}
 
 
 @contextmanager

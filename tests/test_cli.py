@@ -94,7 +94,8 @@ def test_mistakes_are_said_before_any_process_starts(arguments, lines, capsys, m
 def test_the_machine_is_launched_with_the_other_arguments(monkeypatch, tmp_path):
     launched = []
     monkeypatch.setattr("rlinvariant.train.launch", lambda *arguments: launched.append(arguments))
-    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    for name in ("LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.delenv(name, raising=False)
     (tmp_path / "four.yaml").write_text("num_processes: 4\n")
     assert cli.main(["train", "recipe=arithmetic", f"machine={tmp_path}/four.yaml", "steps=3"]) == 0
     assert cli.main(["train", "recipe=arithmetic"]) == 0
