@@ -267,3 +267,11 @@ def test_a_wrong_path_and_wrong_arguments(capsys, tmp_path):
         assert cli.main(["doctor", *argv]) == 2
         out, error = capsys.readouterr()
         assert not out and error.startswith("error: doctor: ") and wrong in error and len(error.splitlines()) == 1
+
+
+def test_a_tree_whose_metadata_names_no_releases_is_a_note(capsys, monkeypatch):
+    """As beside a hand-made entry point: there is nothing to compare with, which is no fault of the machine."""
+    monkeypatch.setattr(metadata, "requires", lambda name: None)
+    monkeypatch.setattr(metadata, "metadata", lambda name: {"Requires-Python": None})
+    first, *_ = packages.packages()
+    assert first.verdict == "note" and "names no releases" in first.text and "pip install" in first.text

@@ -26,7 +26,8 @@ def summary(study: Study) -> dict[str, Any]:
     def numbers(found: Estimate, measure: Measure) -> dict[str, Any]:
         scale = 100 if measure.style == "percent" else 1
         known = {"mean": scale * found.mean, "low": scale * found.low, "high": scale * found.high}
-        return {key: value if math.isfinite(value) else None for key, value in known.items()} | {"seeds": found.n}
+        finite = {key: value if math.isfinite(value) else None for key, value in known.items()}
+        return finite | {"seeds": found.n, "values": [scale * x if math.isfinite(x) else None for x in found.values]}
 
     arms = {}
     for arm in study.arms:

@@ -15,7 +15,7 @@ def packages() -> Iterator[Finding]:
     """Compare Python and the packages with the ranges that the installed project carries from pyproject.toml."""
     try:
         requires = metadata.requires(PROJECT) or []
-        expected = metadata.metadata(PROJECT)["Requires-Python"]
+        expected = metadata.metadata(PROJECT)["Requires-Python"] or ""  # a tree on PYTHONPATH may have a name and no more
         from packaging.requirements import Requirement
         from packaging.specifiers import SpecifierSet
     except ImportError as error:  # PackageNotFoundError is one
@@ -23,6 +23,9 @@ def packages() -> Iterator[Finding]:
         yield Finding("packages", "problem", f"{missing}: not installed in {sys.prefix}; {install_hint()}", False)
         return
     version = ".".join(map(str, sys.version_info[:3]))
+    if not expected or not requires:
+        yield Finding("packages", "note", f"{PROJECT}'s metadata names no releases to compare with; {install_hint()}")
+        return
     if SpecifierSet(expected).contains(version):
         yield Finding("python", "ok", f"{version} (tested {expected})")
     else:
