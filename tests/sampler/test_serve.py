@@ -209,6 +209,15 @@ async def alone_and_among(url: str, kinds: list[str]) -> tuple[dict[str, str], l
     return alone, among, load
 
 
+def under_load(server: Server, kinds: list[str]) -> tuple[dict[str, str], list[tuple[str, str]], Load]:
+    """Return what `alone_and_among` does, or say what the server's log ends with."""
+    server.wait()
+    try:
+        return asyncio.run(alone_and_among(server.url, kinds))
+    except (AssertionError, httpx.HTTPError) as error:
+        raise AssertionError(f"{error!r}\n{server.log.read_text()[-8000:]}") from error
+
+
 # ---- tests
 
 
@@ -228,8 +237,7 @@ def test_it_says_that_the_engine_is_exact_and_listens_on_loopback(servers):
 
 
 def test_the_same_request_gets_the_same_bytes_under_any_load(servers):
-    servers["ours"].wait()
-    alone, among, load = asyncio.run(alone_and_among(servers["ours"].url, list(REQUESTS)))
+    alone, among, load = under_load(servers["ours"], list(REQUESTS))
     for kind, got in among:
         assert got == alone[kind], f"{kind}: {got} != {alone[kind]}"
     assert len(among) == (1 + 2 * ROUNDS) * len(REQUESTS)
@@ -241,8 +249,7 @@ def test_the_same_request_gets_the_same_bytes_under_any_load(servers):
 
 def test_stock_vllm_answers_otherwise_under_load(servers):
     """Control: the comparison above sees what it looks for."""
-    servers["stock"].wait()
-    alone, among, _ = asyncio.run(alone_and_among(servers["stock"].url, ["greedy", "prompt scored"]))
+    alone, among, _ = under_load(servers["stock"], ["greedy", "prompt scored"])
     assert any(got != alone[kind] for kind, got in among)
 
 
