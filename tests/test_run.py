@@ -147,6 +147,7 @@ def test_a_run_leaves_its_files(jobs):
     assert all(0 <= result[f"accuracy_{when}"] <= 1 for when in ("before", "after"))
 
 
+@pytest.mark.slow
 @two_processes
 def test_wandb_may_be_absent(jobs):
     environment = json.loads((jobs["two"].result().run("two") / "environment.json").read_text())
