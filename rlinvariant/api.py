@@ -221,7 +221,8 @@ def build_trainer(
         model = load(AutoModelForCausalLM, model, dtype=torch.float32, config=copy.deepcopy(plan.config))
     console = Console(plan.args.process_index == 0)
     options.setdefault("on_row", lambda row, first_mismatch: console.step(row, plan.args.max_steps, first_mismatch))
-    invariant, positions = SIDES[plan.invariance][0], plan.source_config.get_text_config().max_position_embeddings
+    invariant = SIDES[plan.invariance][0]
+    positions = getattr(plan.source_config.get_text_config(), "max_position_embeddings", None)  # a stock engine needs none
     engine: Callable[[], Sampler] = lambda: Sampler(  # noqa: E731
         plan.source, invariant=invariant, dtype=plan.dtype, positions=positions, **plan.sampler_options
     )

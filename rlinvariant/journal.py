@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,11 +95,11 @@ class Journal:
         mode, self._log_to_wandb, self._finish_wandb = wandb_log.start(self.config.wandb, self.directory.path, resolved)
         try:
             RunDir.create(self.directory.path, resolved, self.config.resume)
-        except UserError:
+            self._environment = {"vllm_environment": runtime.VLLM, "proof": trainer.proof, "wandb": mode}
+            self.directory.write_environment(self._environment)
+        except BaseException:
             self._finish_wandb()
             raise
-        self._environment = {"vllm_environment": runtime.VLLM, "proof": trainer.proof, "wandb": mode}
-        self.directory.write_environment(self._environment)
 
     @contextmanager
     def finishing(self) -> Iterator[None]:
@@ -112,27 +112,47 @@ class Journal:
         self._finish(None)
 
     def _finish(self, error: BaseException | None) -> None:
+        """Leave what a run leaves, the result first. What fails here is said; it hides neither the rest nor the run's error."""
         if not self.main:
             return
-        from rlinvariant.report import html
+        seconds, failures = time.monotonic() - self._began, []
+        parts: dict[str, Callable[[], None]] = {
+            "result.json": lambda: self._write_result(error, seconds),
+            "environment.json": self._write_environment,
+            "summary": lambda: self._summarise(error, seconds),
+            "report": self._write_report,
+            "W&B": lambda: self._finish_wandb(),
+        }
+        for name, leave in parts.items():
+            try:
+                leave()
+            except Exception as failure:
+                self.console.print(f"{name}: not written: {one_line(failure)}")
+                failures.append(failure)
+        if error is None and failures:
+            raise failures[0]
 
-        seconds = time.monotonic() - self._began
-        before, after = self.accuracy.get("before"), self.accuracy.get("after")
-        self._finish_wandb()
-        self._write_environment()
+    def _write_result(self, error: BaseException | None, seconds: float) -> None:
         outcome = "finished" if error is None else _outcome(error)
         result = {"finished": error is None, "outcome": outcome, "error": None if error is None else one_line(error)}
-        self.directory.write_result(result | {"accuracy_before": before, "accuracy_after": after, "seconds": seconds})
-        if error is None:
-            if memory := _gpu_memory():
-                self.console.print(memory)
-            self.console.summary(read_metrics(self.directory.path), before, after, self.directory.path, seconds)
-        else:
-            self.console.print(f"{outcome}, after {seconds:.0f} s; the files of the run so far are in {self.directory.path}")
-        try:
-            self.console.print(f"report      {html.write(self.directory.path)[0]}")
-        except UserError as failed:
-            self.console.print(f"report      not written: {one_line(failed)}")
+        accuracy = {f"accuracy_{when}": self.accuracy.get(when) for when in ("before", "after")}
+        self.directory.write_result(result | accuracy | {"seconds": seconds})
+
+    def _summarise(self, error: BaseException | None, seconds: float) -> None:
+        if error is not None:
+            self.console.print(
+                f"{_outcome(error)}, after {seconds:.0f} s; the files of the run so far are in {self.directory.path}"
+            )
+            return
+        if memory := _gpu_memory():
+            self.console.print(memory)
+        rows, accuracy = read_metrics(self.directory.path), self.accuracy
+        self.console.summary(rows, accuracy.get("before"), accuracy.get("after"), self.directory.path, seconds)
+
+    def _write_report(self) -> None:
+        from rlinvariant.report import html
+
+        self.console.print(f"report      {html.write(self.directory.path)[0]}")
 
     def _write_environment(self) -> None:
         self._kernels = kernels(self.config.invariance)

@@ -158,6 +158,7 @@ def assert_accurate(ours, ref, bound, *inputs: Tensor, grad: bool = False) -> No
         a, t, stock = a.double(), t.double(), stock.double()
         assert (limit.value - t).norm() <= 1e-9 * t.norm() + 1e-30, f"output {i}: the bound is that of another function"
         error, allowed = (a - t).abs(), limit.error + LEAST
+        assert allowed.isfinite().all(), f"output {i}: a bound that is not finite bounds nothing"
         if not (error <= allowed).all():  # also where it is NaN
             worst = int((error / allowed).nan_to_num(torch.inf).argmax())
             raise AssertionError(

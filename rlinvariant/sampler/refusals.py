@@ -97,8 +97,8 @@ def engine_problems(
     fix = f"remove it, or {otherwise}"
     found = [f"sampler option {k}={v}: expected {UNTOUCHED_OPTIONS[k]}; {fix}" for k, v in touched.items()]
     found += [f"model={model}: {reason}; {otherwise}" for reason in unsupported(config, device)]
-    positions = config.get_text_config().max_position_embeddings
-    if max_model_len is not None and max_model_len > positions:
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)  # a model without it is refused above
+    if max_model_len is not None and positions is not None and max_model_len > positions:
         found.append(f"sampler.max_model_len={max_model_len}: expected at most {positions}, the model's positions")
     return found
 
