@@ -222,6 +222,10 @@ def weights(run: Run) -> dict[str, torch.Tensor]:
     return {name: p.detach().cpu().clone() for name, p in run.trainer.model.named_parameters()}
 
 
+def critic_weights(run: Run) -> dict[str, torch.Tensor]:
+    return {name: p.detach().cpu().clone() for name, p in run.trainer.critic.named_parameters()}
+
+
 def assert_same_weights(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor], what: str) -> None:
     assert a.keys() == b.keys()
     for name in a:
