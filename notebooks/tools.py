@@ -1,4 +1,4 @@
-"""What the notebooks share: a tiny random model, a server in a few lines, how pictures look. Nothing here is the library's.
+"""The notebooks share these: a tiny random model, a server in a few lines, how pictures look. Nothing here is the library's.
 
 Import it first: some of this must be set before torch is imported.
 """

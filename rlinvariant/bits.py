@@ -1,4 +1,4 @@
-"""What "equal" means: two tensors are equal when every word of one is the same bits as in the other.
+"""The meaning of "equal": two tensors are equal when every word of one is the same bits as in the other.
 
 `torch.equal` says 0 == -0, bf16 == fp32 and NaN != NaN; a claim about bits needs none of the three.
 """

@@ -121,7 +121,7 @@ class Journal:
             "environment.json": self._write_environment,
             "summary": lambda: self._summarise(error, seconds),
             "report": self._write_report,
-            "W&B": lambda: self._finish_wandb(),
+            "W&B": self._finish_wandb,
         }
         for name, leave in parts.items():
             try:

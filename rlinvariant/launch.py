@@ -32,6 +32,25 @@ def machine_file(machine: str) -> Path:
     raise UserError(f"machine={machine}: expected {names}, or the path of an accelerate file (.yaml); or remove it")
 
 
+def size(machine: str | None) -> tuple[int, int]:
+    """Return how many processes a machine has in all, and on how many hosts, by its file alone.
+
+    What else is wrong with the file, accelerate finds.
+
+    Raises:
+        UserError: there is no such machine.
+    """
+    if machine is None:
+        return 1, 1
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(machine_file(machine)).read_text())
+        return max(1, int(content["num_processes"])), max(1, int(content.get("num_machines", 1)))
+    except (OSError, yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError):
+        return 1, 1
+
+
 def is_launched(env: Mapping[str, str] = os.environ) -> bool:
     """Return whether this process was started by accelerate or torchrun, so that it must not launch again."""
     return "ACCELERATE_MIXED_PRECISION" in env or "LOCAL_RANK" in env
@@ -69,16 +88,15 @@ def _launch(file: Path, argv: Sequence[str]) -> int:
 
     try:
         settings = load_config_from_file(str(file))
-        hosts = int(getattr(settings, "num_machines", 1) or 1)
-        processes = max(1, int(getattr(settings, "num_processes", 1) or 1) // hosts)
     except Exception as error:  # a file that is no YAML, no mapping, has unknown keys, ...: each raises a type of its own
         raise UserError(
             f"machine={file}: accelerate cannot use it: {one_line(error)}; mend the file, or remove machine="
         ) from error
-    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, _cores() // processes))
+    all_processes, hosts = size(str(file))
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, _cores() // max(1, all_processes // hosts)))
     settings_of_launch = ["--config_file", str(file), "--num_cpu_threads_per_process", threads]
     options = launch_command_parser().parse_args([*settings_of_launch, str(WORKER), "train", *argv])
-    if processes * hosts > 1 or settings.distributed_type not in ("NO", False):
+    if all_processes > 1 or settings.distributed_type not in ("NO", False):
         return _launch_several(options)
     command, environment = prepare_simple_launcher_cmd_env(_validate_launch_command(options)[0])
     os.execve(command[0], command, environment)

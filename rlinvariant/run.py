@@ -40,7 +40,7 @@ def run(config: Config) -> None:
 
     Raises:
         UserError: something that the user can mend, at the start or in the middle.
-        ParityError: the two sides are not one function; raised before the optimizer step.
+        ParityError: the two sides are not one function, or a token that was trained on was not compared.
     """
     with nothing_left(config.run_dir / "checkpoints"):
         planned = plan(config)

@@ -3,11 +3,10 @@
 import argparse
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 from rlinvariant.arguments import CommandParser
 from rlinvariant.errors import ConfigErrors, UserError
-from rlinvariant.launch import is_launched, launch, machine_file, machines
+from rlinvariant.launch import is_launched, launch, machines, size
 
 DESCRIPTION = """Train a policy by a recipe, with GRPO or PPO: vLLM samples, TRL and accelerate train, and every sampled token's
 log-prob is compared. Arguments are key=value; all mistakes are listed at once, before anything is loaded.
@@ -78,22 +77,3 @@ def split(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
     if len(machine) > 1:
         raise ConfigErrors([f"machine={machine[0]} and machine={machine[1]}: both set the same value; keep one"])
     return machine[0] if machine else None, [argument for argument in arguments if not argument.startswith("machine=")]
-
-
-def size(machine: str | None) -> tuple[int, int]:
-    """Return how many processes a machine has in all, and on how many hosts, by its file alone.
-
-    What else is wrong with the file, `launch` finds.
-
-    Raises:
-        UserError: there is no such machine.
-    """
-    if machine is None:
-        return 1, 1
-    import yaml
-
-    try:
-        content = yaml.safe_load(Path(machine_file(machine)).read_text())
-        return max(1, int(content["num_processes"])), max(1, int(content.get("num_machines", 1)))
-    except (OSError, yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError):
-        return 1, 1

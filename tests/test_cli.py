@@ -15,9 +15,9 @@ from rlinvariant.arguments import model_problems
 from rlinvariant.config import parse
 from rlinvariant.doctor.model import of_model
 from rlinvariant.errors import EXIT_CODES, PIPE_CLOSED, UserError
+from rlinvariant.launch import size
 from rlinvariant.run import run
 from rlinvariant.sampler.engine import refuse
-from rlinvariant.train import size
 from tests.commands import interruptible
 
 

@@ -1,4 +1,4 @@
-"""What a run of an ablation would refuse, refused before any starts."""
+"""Refuse before any run of an ablation starts what that run would refuse."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What an ablation runs: seeds, arms, settings; from the command line, and from what is there already."""
+"""The runs of an ablation: seeds, arms, settings; from the command line, and from what is there already."""
 
 import difflib
 import json
@@ -26,7 +26,7 @@ REFUSED_SETTINGS = {  # what the user may not set for all arms -> what to do ins
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be run.
+    """Holds what is to be run.
 
     Args:
         name: the directory is runs/ablation-NAME.

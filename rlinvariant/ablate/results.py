@@ -1,4 +1,4 @@
-"""What came out of an ablation: report.html, summary.json, and the table."""
+"""The results of an ablation: report.html, summary.json, and the table."""
 
 import json
 import math

@@ -21,7 +21,7 @@ from rlinvariant.report.rundir import RunDir
 from rlinvariant.text import percent
 
 STOP_SIGNALS = ((signal.SIGINT, 20), (signal.SIGTERM, 5), (signal.SIGKILL, None))
-"""What ends a run: each signal, and how many seconds it is waited for before the next is sent."""
+"""The signals that end a run, in order, and how many seconds each is waited for before the next is sent."""
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from rlinvariant.verification.ladder import ROW_COUNTS
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `bisect` says of a difference.
+    """Holds what `bisect` says of a difference.
 
     Args:
         inputs: "equal", or in words what differs.
@@ -56,7 +56,7 @@ def explain(first: First, tokens: list[int], temperature: float, engine: Any, st
 
 
 class _Evidence:
-    """What the rules look at: each side's value, the value computed anew, and how inputs and weights differ."""
+    """Holds the evidence of the rules: each side's value, the value computed anew, and how inputs and weights differ."""
 
     def __init__(self, case: Case, stock: tuple[str, ...]) -> None:
         self.case = case

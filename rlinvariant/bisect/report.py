@@ -1,4 +1,4 @@
-"""What `bisect` prints of a result."""
+"""Print a result of `bisect`."""
 
 from collections import Counter
 from typing import Any

@@ -59,7 +59,7 @@ class First:
 
 @dataclass(frozen=True)
 class Result:
-    """What the trials gave.
+    """Holds what the trials gave.
 
     Args:
         compared: log-probs compared; `mismatched` of them differ.

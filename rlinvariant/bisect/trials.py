@@ -1,4 +1,4 @@
-"""What `bisect` draws, the plainest first, and how: from a cold cache, on a warm prefix, with preemption."""
+"""The requests that `bisect` draws, the plainest first, and how: from a cold cache, on a warm prefix, with preemption."""
 
 import random
 from collections.abc import Sequence

@@ -91,7 +91,7 @@ class RunDir:
         _append_lines(self.metrics, [row])
 
     def append_samples(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Append decoded samples, one line each: step, prompt, completion, reward, token ids."""
+        """Append decoded samples, one line each: step, prompt, completion, reward, rewards by name."""
         _append_lines(self.samples, rows)
 
 

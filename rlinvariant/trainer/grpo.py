@@ -69,7 +69,8 @@ class InvariantGRPOTrainer(GRPOTrainer):
     Raises:
         ConfigErrors: settings that would break exactness, all of them.
         UnsupportedModel: the model computes something that no op owns.
-        ParityError: with invariance="exact", from `train`, when a log-prob differs; raised before the optimizer step.
+        ParityError: with invariance="exact", from `train`: when a log-prob differs, before the optimizer step; when a sampled
+            token was not compared, after the step that trained on it.
 
     Example:
         >>> trainer = InvariantGRPOTrainer(model, reward, args, train_dataset=prompts, processing_class=tokenizer,
