@@ -1,4 +1,4 @@
-"""A reward function or a dataset that is wrong is refused by a line that says where."""
+"""A reward function that is wrong is refused by a line that says where."""
 
 import asyncio
 import functools
@@ -7,10 +7,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from datasets import Dataset
 
 from rlinvariant.errors import UserError
-from rlinvariant.rewards import check_dataset, checked_reward
+from rlinvariant.rewards import checked_reward
 
 BATCH = {
     "prompts": ["a", "b", "c"],
@@ -106,30 +105,3 @@ def test_reward_models_pass_through() -> None:
     model = torch.nn.Linear(1, 1)
     assert checked_reward(model) is model
     assert checked_reward("org/reward-model") == "org/reward-model"
-
-
-def test_datasets_that_are_wrong_are_named() -> None:
-    def refused(dataset: Any) -> str:
-        with pytest.raises(UserError) as raised:
-            check_dataset(dataset, "train")
-        return str(raised.value)
-
-    assert refused(Dataset.from_dict({"question": ["1+1="], "answer": ["2"]})) == (
-        "train dataset, row 0: no `prompt`; columns found: question, answer"
-    )
-    assert refused(Dataset.from_list([{"prompt": "1+1="}, {"prompt": "2+2="}, {"answer": "4"}])) == (
-        "train dataset, row 2: no `prompt`, found None; columns found: prompt"
-    )
-    assert refused(Dataset.from_dict({"prompt": [[], [{"role": "user", "content": "hi"}]]})) == (
-        "train dataset, row 0: no `prompt`, found []; columns found: prompt"
-    )
-    assert refused(Dataset.from_dict({"prompt": []})) == "train dataset: expected at least one row, found none"
-    assert refused([{"prompt": "a"}]) == "train dataset: expected a datasets.Dataset, got list"
-    assert refused(Dataset.from_dict({"prompt": ["a"], "image": ["b"]})) == (
-        "train dataset: column `image` is not supported, only text prompts; drop it"
-    )
-
-
-def test_good_datasets_pass() -> None:
-    check_dataset(Dataset.from_dict({"prompt": ["1+1="]}), "train")
-    check_dataset(Dataset.from_dict({"prompt": [[{"role": "user", "content": "hi"}]]}), "train")

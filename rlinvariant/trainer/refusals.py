@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rlinvariant.conflicts import SIDES, Invariance, conflicts, ppo_conflicts
-from rlinvariant.rewards import check_dataset
 from rlinvariant.support import device_problems
+from rlinvariant.trainer.preflight.rows import check_dataset
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

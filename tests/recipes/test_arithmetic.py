@@ -11,7 +11,7 @@ from rlinvariant import warmstart
 from rlinvariant.config import Config, parse
 from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.recipes import arithmetic
-from rlinvariant.rewards import check_dataset
+from rlinvariant.trainer.preflight.rows import check_dataset
 
 REPO = Path(__file__).parents[2]
 

@@ -9,7 +9,7 @@ import pytest
 from rlinvariant.config import Config, parse
 from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.recipes import _math, dapo_math, gsm8k, math
-from rlinvariant.rewards import check_dataset
+from rlinvariant.trainer.preflight.rows import check_dataset
 from tests.recipes.hub_rows import ROWS, chat_tokenizer, original_dapo_math, write
 
 RECIPES = {"gsm8k": gsm8k, "math": math, "dapo_math": dapo_math}

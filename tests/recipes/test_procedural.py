@@ -11,7 +11,7 @@ import pytest
 from rlinvariant.config import Config, parse
 from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.recipes import _tiny, arithmetic, countdown, reverse
-from rlinvariant.rewards import check_dataset
+from rlinvariant.trainer.preflight.rows import check_dataset
 
 RECIPES = {"arithmetic": arithmetic, "countdown": countdown, "reverse": reverse}
 

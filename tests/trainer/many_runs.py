@@ -80,9 +80,10 @@ def counting() -> Iterator[dict[str, list[str]]]:
     """
     from transformers import AutoConfig, AutoTokenizer
 
-    from rlinvariant import conflicts, models, rewards, support
+    from rlinvariant import conflicts, models, support
     from rlinvariant.models import patch
     from rlinvariant.sampler import refusals
+    from rlinvariant.trainer.preflight import rows
 
     calls: dict[str, list[str]] = {}
 
@@ -101,7 +102,7 @@ def counting() -> Iterator[dict[str, list[str]]]:
         support.device_problems,
         models.unsupported,
         refusals.engine_problems,
-        rewards.check_dataset,
+        rows.check_dataset,
     ]
     ours = [m for n, m in sys.modules.items() if n.startswith("rlinvariant.") and m is not patch]
     with contextlib.ExitStack() as stack:
