@@ -1,4 +1,4 @@
-"""Numbers in sentences, each in one way everywhere."""
+"""Numbers in sentences, and text that came from outside, each in one way everywhere."""
 
 
 def plural(count: int, noun: str, many: str = "") -> str:
@@ -9,3 +9,14 @@ def plural(count: int, noun: str, many: str = "") -> str:
 def percent(share: float) -> str:
     """Return a share of 1 in per cent, with one decimal: `68.8 %`."""
     return f"{100 * share:.1f} %"
+
+
+def printable(text: str, keep: str = "") -> str:
+    """Write control characters, and others that cannot be seen, as escapes; those in `keep` stay."""
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def shown(value: object, most: int = 200) -> str:
+    """Write what a user has given into a line: without control characters, and cut after `most` characters."""
+    text = printable(str(value))
+    return text if len(text) <= most else f"{text[:most]}... ({len(text):,} characters)"

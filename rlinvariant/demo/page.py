@@ -7,7 +7,7 @@ from typing import Any
 
 from rlinvariant.demo.measure import summary
 from rlinvariant.report import html
-from rlinvariant.report.console import printable
+from rlinvariant.text import printable
 
 
 def page(result: dict[str, Any]) -> str:

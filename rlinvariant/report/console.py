@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.text import Text
 
 from rlinvariant.report.terminal import Screen, others_above
-from rlinvariant.text import plural
+from rlinvariant.text import plural, printable
 
 if TYPE_CHECKING:  # it imports torch, which takes longer than a whole report
     from rlinvariant.metrics import FirstMismatch
@@ -214,11 +214,6 @@ class Console:
         finally:
             ended.set()
             thread.join()
-
-
-def printable(text: str, keep: str = "") -> str:
-    """Write control characters, and others that cannot be seen, as escapes; those in `keep` stay."""
-    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def _decimal(value: float | None, spec: str) -> str:

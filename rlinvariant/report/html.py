@@ -14,10 +14,9 @@ import numpy as np
 
 from rlinvariant.files import require_writable, write_atomically
 from rlinvariant.report import stats, svg, tables
-from rlinvariant.report.console import printable
 from rlinvariant.report.panels import PANELS, Panel
 from rlinvariant.report.study import Run, Study, load
-from rlinvariant.text import percent, plural
+from rlinvariant.text import percent, plural, printable
 
 HERE = Path(__file__).parent
 SHORT_RUN_STEPS = 200  # up to so many, every single step can be seen
