@@ -14,7 +14,7 @@ ARGS ?=
 # libgomp threads that spin make everything 10 times slower as soon as cores are shared
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help train test test-slow test-gpu check docs fields wheel test-wheel constraints newest
+.PHONY: help train test test-slow test-gpu reliability check docs fields wheel test-wheel constraints newest
 help:  ## list the targets
 	@grep -E '^[a-z.-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
@@ -25,10 +25,14 @@ test: .venv  ## the tests that every CPU must pass, under ten minutes on two cor
 	$(PYTEST)
 
 test-slow: .venv  ## what takes longer
-	$(PYTEST) -m "slow and not gpu"
+	$(PYTEST) -m "slow and not gpu and not reliability"
 
 test-gpu: .venv  ## the tests that need an H100 or H200
 	$(BIN)/python -m pytest -m gpu
+
+reliability: .venv  ## kills, damages, full disks and misuse by the hundred; writes the table of docs/results/reliability.md
+	$(PYTEST) -m reliability -p tests.reliability.table; code=$$?; \
+	$(BIN)/python -m rlinvariant.bench report docs/results/reliability.md && exit $$code
 
 check: .venv  ## lint, format, types
 	$(BIN)/ruff check .

@@ -1,6 +1,7 @@
 """What the end-to-end tests share: the environment of every process, a tiny checkpoint, and engines, slow to start."""
 
 import os
+from collections.abc import Callable
 
 # Before torch is imported: libgomp reads it once. A spinning OpenMP thread starves its partner on a machine that is shared.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -51,3 +52,17 @@ def stock_engine(arithmetic_dir):
     from tests.parity.harness import start_engine
 
     return start_engine(arithmetic_dir, invariant=False)
+
+
+@pytest.fixture
+def record_reliability(record_property) -> Callable[[str, int, int, str], None]:
+    """Return a function that gives `make reliability` a row: (its name in reliability/table.py, how many good, of, control).
+
+    The control says what was planted, or how it was before, and how many of it were good: "no manifest: 0 / 12". Call it
+    before what may fail.
+    """
+
+    def record(row: str, good: int, of: int, control: str) -> None:
+        record_property("reliability", {"row": row, "good": good, "of": of, "control": control})
+
+    return record

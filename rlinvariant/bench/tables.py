@@ -45,7 +45,7 @@ def section(name: str, content: Result) -> str:
 
 
 def _other_than_costs(name: str) -> Callable[[Result], str] | None:
-    kinds = {"parity_soak": soak, "families": families, "parity": parity}
+    kinds = {"parity_soak": soak, "families": families, "parity": parity, "reliability": reliability}
     return ablation if name.startswith("ablation") else kinds.get(name)
 
 
@@ -136,6 +136,17 @@ def soak(content: Result) -> str:
             f"| {zero} | {content['coverage']:.6g} | {against} |",
         ]
     )
+
+
+def reliability(content: Result) -> str:
+    """Return a line for each row of `make reliability`: how many of how many were good, and how many of its control."""
+    lines = ["| what is done | target | good | control | verdict | commit |", "|---|--:|--:|---|---|---|"]
+    for row in content["rows"]:
+        verdict = "missed" if not row["passed"] or row["good"] < row["of"] else "met"
+        verdict += f", {row['of']:,} of {row['target']:,} tried" if row["of"] < row["target"] else ""
+        good = f"**{row['good']:,}** / {row['of']:,}"
+        lines.append(f"| {row['what']} | {row['target']:,} | {good} | {row['control']} | {verdict} | {row['commit']} |")
+    return "\n".join(lines)
 
 
 def ablation(content: Result) -> str:
