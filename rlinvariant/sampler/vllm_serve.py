@@ -2,7 +2,8 @@
 
 The server's engine is in a process of its own, which gets strings and plain values alone. So each part goes in by a name
 that vLLM has an option for: `Worker` puts our sampler into the engine and checks the model there, `Requests` refuses a request
-that could not be exact, in the front end, and `Proof` asks the engine what it runs before the server says that it is ready.
+that could not be exact, in the front end, and `Proof` asks the engine what it runs before the server says that it is ready. Who may
+ask at all is in vllm_guard.py.
 """
 
 import os
@@ -17,7 +18,7 @@ from vllm.v1.sample.logits_processor import LogitsProcessor
 from rlinvariant import runtime
 from rlinvariant.errors import ConfigErrors, UserError, one_line
 from rlinvariant.models import make_invariant, require_exact, two_layers
-from rlinvariant.sampler import plugin
+from rlinvariant.sampler import plugin, vllm_guard
 from rlinvariant.sampler.engine import refuse
 from rlinvariant.sampler.names import ARCHITECTURE, NOT_ACTIVE, QUANTIZATION
 
@@ -62,14 +63,7 @@ def serve(argv: Sequence[str]) -> None:
     """
     runtime.configure()
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # as vLLM's own command does
-    from vllm.entrypoints.cli.serve import ServeSubcommand
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    command, parser = ServeSubcommand(), FlexibleArgumentParser(prog="rlinvariant")
-    command.subparser_init(parser.add_subparsers(required=True, dest="subparser"))
-    args: Any = parser.parse_args(["serve", *argv])
-    default: Any = parser.parse_args(["serve"])
-    prepare(args, default)
+    command, args = prepared(argv)
     plugin.load()
     plugin.register_class()
     command.validate(args)
@@ -77,6 +71,20 @@ def serve(argv: Sequence[str]) -> None:
         command.cmd(args)
     except RuntimeError as error:
         raise UserError(f"vLLM: {one_line(error, 200)} (the cause is in the log above)") from error
+
+
+def prepared(argv: Sequence[str]) -> tuple[Any, Any]:
+    """Return vLLM's command, and its namespace of these arguments with what an exact server needs. Raises as `serve`."""
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    command, parser = ServeSubcommand(), FlexibleArgumentParser(prog="rlinvariant")
+    own = command.subparser_init(parser.add_subparsers(required=True, dest="subparser"))
+    own.add_argument("--allowed-hosts", nargs="+", default=[], help="names by which clients call this server, as Host says")
+    args: Any = parser.parse_args(["serve", *argv])
+    default: Any = parser.parse_args(["serve"])
+    prepare(args, default)
+    return command, args
 
 
 def prepare(args: Any, default: Any) -> None:
@@ -93,9 +101,9 @@ def prepare(args: Any, default: Any) -> None:
     if not args.model:
         raise UserError("MODEL: missing; write rlinvariant serve MODEL, a Hugging Face directory or hub id")
     given = {k: v for k, v in vars(args).items() if v != getattr(default, k)}
-    problems = _option_problems(given, default)
-    if os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"):
-        problems.append(f"VLLM_USE_RUST_FRONTEND={os.environ['VLLM_USE_RUST_FRONTEND']}: expected unset: it checks no request")
+    args.host = args.host or "127.0.0.1"
+    args.allowed_origins = given.get("allowed_origins", [])  # vLLM 0.26 lets every page ask
+    problems = _option_problems(given, default) + vllm_guard.problems(args, given)
     args.dtype = "bfloat16" if args.dtype == "auto" else args.dtype
     if args.dtype not in ("bfloat16", "float32"):
         problems.append(f"--dtype {args.dtype}: expected bfloat16 or float32; {REMOVE}")
@@ -108,8 +116,7 @@ def prepare(args: Any, default: Any) -> None:
     args.max_model_len = args.max_model_len or positions  # vLLM's own default may be beyond the rotary table
     for name, value in SET_HERE.items():
         setattr(args, name, value)
-    args.middleware = [*args.middleware, f"{__name__}.Proof"]
-    args.host = args.host or "127.0.0.1"
+    args.middleware = [*args.middleware, f"{__name__}.Proof", f"{vllm_guard.__name__}.Guard"]  # the last is the outermost
     if not torch.cuda.is_available():  # see sampler/engine.py
         args.enforce_eager, args.async_scheduling = True, False
         if {"kv_cache_memory_bytes", "gpu_memory_utilization"}.isdisjoint(given):

@@ -19,6 +19,7 @@ from typing import Any
 from unittest import mock
 
 import httpx
+import psutil
 import pytest
 import torch
 
@@ -230,10 +231,23 @@ def test_it_says_that_the_engine_is_exact_and_listens_on_loopback(servers):
     assert "startup complete" in after and "startup complete" not in before
     pid = int(after.split(":")[0])
     assert pid != servers["ours"].process.pid and Path(f"/proc/{pid}").exists(), "not said by the engine's own process"
-    address = socket.gethostbyname(socket.gethostname())
-    if address != "127.0.0.1":
-        with pytest.raises(httpx.TransportError):
-            httpx.get(servers["ours"].url.replace("127.0.0.1", address) + "/health")
+    server = psutil.Process(servers["ours"].process.pid)
+    listening = [
+        c.laddr for p in (server, *server.children(recursive=True)) for c in p.net_connections() if c.status == "LISTEN"
+    ]
+    assert listening and {address.ip for address in listening} <= {"127.0.0.1", "::1"}
+
+
+def test_it_answers_to_its_own_host_and_serves_no_other_route(servers):
+    """Control: stock vLLM answers both."""
+    asked = {"a foreign host": ("/version", "evil.example"), "docs": ("/openapi.json", "127.0.0.1")}
+    for name, expected in (("ours", {"a foreign host": 400, "docs": 404}), ("stock", dict.fromkeys(asked, 200))):
+        servers[name].wait()
+        found = {
+            what: httpx.get(servers[name].url + path, headers={"host": host}).status_code
+            for what, (path, host) in asked.items()
+        }
+        assert found == expected
 
 
 def test_the_same_request_gets_the_same_bytes_under_any_load(servers):
