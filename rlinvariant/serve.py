@@ -9,9 +9,9 @@ import argparse
 from rlinvariant.arguments import CommandParser
 
 DESCRIPTION = """vLLM's OpenAI-compatible server with the invariant ops on: the same request (temperature 0, or any with a seed)
-gets the same tokens, text and log-probs, bit for bit, whatever else is being served. It listens on 127.0.0.1; --host with another
-address needs a key (VLLM_API_KEY, or --api-key). A request whose Host is not the bound address gets status 400 (--allowed-hosts
-names others), and routes that administer the engine get 404.
+gets the same tokens, text and log-probs, bit for bit, whatever else is being served. It listens on 127.0.0.1; --host with
+another address needs a key (VLLM_API_KEY, or --api-key). A request whose Host is not the bound address gets status 400
+(--allowed-hosts names others), and routes that administer the engine get 404.
 
 Options that could change bits are refused. Requests with top_p, top_k, min_p, penalties, logit_bias or structured output get
 status 400: the server draws from the model's whole distribution. VLLM_LOGGING_LEVEL=INFO shows vLLM's own log."""

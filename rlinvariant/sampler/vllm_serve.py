@@ -2,8 +2,8 @@
 
 The server's engine is in a process of its own, which gets strings and plain values alone. So each part goes in by a name
 that vLLM has an option for: `Worker` puts our sampler into the engine and checks the model there, `Requests` refuses a request
-that could not be exact, in the front end, and `Proof` asks the engine what it runs before the server says that it is ready. Who may
-ask at all is in vllm_guard.py.
+that could not be exact, in the front end, and `Proof` asks the engine what it runs before the server says that it is ready.
+Who may ask at all is in vllm_guard.py.
 """
 
 import os
