@@ -21,7 +21,7 @@ CLOSED = {
 """Routes that vLLM 0.32 has and that are not served. A route that is in neither this list nor vllm_guard's is new: judge it."""
 ADMIN = (
     "/sleep", "/wake_up", "/pause", "/resume", "/update_weights", "/init_weight_transfer_engine", "/collective_rpc",
-    "/server_info", "/reset_prefix_cache", "/start_profile", "/stop_profile", "/v1/load_lora_adapter", "/abort_requests", "/weight_info",
+    "/server_info", "/reset_prefix_cache", "/start_profile", "/stop_profile", "/v1/load_lora_adapter", "/abort_requests",
 )  # fmt: skip
 
 
