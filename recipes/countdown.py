@@ -152,7 +152,7 @@ def solutions(nums: tuple[int, ...], operators: str) -> dict[int, str]:
 
 
 class Term(NamedTuple):
-    """An expression on the way to a target, and the steps that work it out."""
+    """Holds an expression on the way to a target, and the steps that work it out."""
 
     value: int
     steps: tuple[str, ...]

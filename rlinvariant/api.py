@@ -29,7 +29,7 @@ DTYPES = ("bfloat16", "float32")
 
 @dataclass(frozen=True)
 class TrainerPlan:
-    """A trainer that can be made: every setting, and the model's configuration, was checked. No weights are loaded yet.
+    """Describes a trainer that can be made: every setting and the model's configuration were checked. No weights are loaded.
 
     Args:
         model: directory or hub id, or a loaded model.

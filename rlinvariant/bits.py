@@ -23,7 +23,7 @@ _INT64_MAX = torch.iinfo(torch.int64).max
 
 @dataclass(frozen=True)
 class Difference:
-    """How two tensors of one shape and dtype differ; the first difference is the first in row-major order."""
+    """Describes how two tensors of one shape and dtype differ; the first difference is the first in row-major order."""
 
     dtype: torch.dtype
     count: int
@@ -121,7 +121,7 @@ def assert_bits_equal(a: Tensor, b: Tensor, what: str) -> None:
 
 
 def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """sha256, as hex, of named tensors: of their names, dtypes, shapes and bytes, in order of names."""
+    """Return the sha256, as hex, of named tensors: of their names, dtypes, shapes and bytes, in order of names."""
 
     def one(item: tuple[str, Tensor]) -> bytes:
         name, x = item
@@ -162,7 +162,7 @@ def _checked(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def words(x: Tensor) -> Tensor:
-    """The bits of each value as an integer of the same size."""
+    """Return the bits of each value as an integer of the same size."""
     return x.view(_FLOAT_WORDS[x.dtype]) if x.dtype in _FLOAT_WORDS else x
 
 
@@ -175,6 +175,6 @@ def _order(x: Tensor) -> Tensor:
 
 
 def word(x: Tensor) -> str:
-    """The bits of one value, as hex."""
+    """Return the bits of one value, as hex."""
     digits = 2 * x.element_size()
     return f"0x{int(words(x)) & (16**digits - 1):0{digits}X}"

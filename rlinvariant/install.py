@@ -1,4 +1,4 @@
-"""How rlinvariant is installed here: the line that installs more of it, and which packages beside it break it."""
+"""Find out how rlinvariant is installed here: the line that installs more of it, and which packages beside it break it."""
 
 import json
 import platform

@@ -1,4 +1,4 @@
-"""What this machine is, as environment.json, certificates and benchmark results record it."""
+"""Describe this machine, as environment.json, certificates and benchmark results record it."""
 
 import os
 import platform

@@ -147,7 +147,7 @@ def _from_values(sampler: np.ndarray, trainer: np.ndarray, mismatched: np.ndarra
 
 @dataclass(frozen=True)
 class FirstMismatch:
-    """Where, in row-major order, the first two log-probs that are not the same bits stand."""
+    """Describes where, in row-major order, the first two log-probs that are not the same bits stand."""
 
     sequence: int
     position: int
@@ -237,7 +237,7 @@ def rollout_stats(lengths: Sequence[int], truncated: Sequence[bool]) -> dict[str
 
 
 def mismatches(sampler: np.ndarray, trainer: np.ndarray) -> np.ndarray:
-    """Where two fp32 arrays of one shape are not the same bits, or one of them is NaN."""
+    """Return where two fp32 arrays of one shape are not the same bits, or one of them is NaN: bool of that shape."""
     return (sampler.view(np.int32) != trainer.view(np.int32)) | np.isnan(sampler) | np.isnan(trainer)
 
 

@@ -1,4 +1,4 @@
-"""What sampler and trainer share about one rollout."""
+"""The values that sampler and trainer share about one rollout."""
 
 import hashlib
 import operator
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Completion:
-    """What the sampler returns for one request.
+    """Holds what the sampler returns for one request.
 
     Args:
         token_ids: the sampled tokens, the end token included when it was sampled.
@@ -25,7 +25,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class Batch:
-    """Requests that one engine drew together: prompts (token ids), a seed for each, and what came back."""
+    """Holds requests that one engine drew together: prompts (token ids), a seed for each, and what came back."""
 
     prompts: Sequence[Sequence[int]]
     seeds: Sequence[int]
@@ -34,7 +34,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Rollout:
-    """All that a step drew, and what it takes to draw it again.
+    """Holds all that a step drew, and what it takes to draw it again.
 
     Args:
         batches: of every rank, in order of ranks; of a step that samples more than once, in order of time.

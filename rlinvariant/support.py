@@ -1,4 +1,4 @@
-"""What exact mode needs of the machine, found out before weights are loaded."""
+"""Find out, before weights are loaded, what exact mode lacks on this machine."""
 
 import importlib.util
 from collections.abc import Iterator

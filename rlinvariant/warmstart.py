@@ -118,7 +118,7 @@ def supervised(
 
 
 def _batch(tokenizer: Any, examples: list[tuple[str, str]]) -> Any:
-    """Right-padded ids and targets, [B, L]: targets are the completion and its end, and -100 (no loss) elsewhere."""
+    """Return right-padded ids and targets, [B, L]: targets are the completion and its end, and -100 (no loss) elsewhere."""
     import torch
 
     rows, labels = [], []

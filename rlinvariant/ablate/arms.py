@@ -13,7 +13,7 @@ CORRECTION_MODES = {  # name in an arm -> what TRL's correction of that mode doe
 
 @dataclass(frozen=True)
 class Arm:
-    """One setting to compare: `overrides` are what it adds to the command line of `rlinvariant train`."""
+    """Describes one setting to compare: `overrides` are what it adds to the command line of `rlinvariant train`."""
 
     name: str
     description: str

@@ -46,12 +46,12 @@ class Plan:
 
     @property
     def path(self) -> Path:
-        """The ablation's directory."""
+        """Return the ablation's directory."""
         return RUNS / f"ablation-{self.name}"
 
     @property
     def command(self) -> str:
-        """The command line that makes this plan."""
+        """Return the command line that makes this plan."""
         lists = {"seeds": ",".join(map(str, self.seeds)), "arms": ",".join(arm.name for arm in self.arms)}
         lists["seeds"] += "," if len(self.seeds) == 1 else ""
         given = [f"recipe={self.recipe}", *(f"{k}={v}" for k, v in lists.items()), f"run={self.name}", *self.settings]

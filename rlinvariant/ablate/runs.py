@@ -104,7 +104,7 @@ def prepare(run: RunDir, steps: int) -> tuple[bool, str]:
 
 
 class RunFailed(Exception):
-    """A run ended without a result; `lines` are the end of its output."""
+    """Tells that a run ended without a result; `lines` are the end of its output."""
 
     def __init__(self, lines: Sequence[str]) -> None:
         super().__init__(*lines)

@@ -15,7 +15,7 @@ ROTATED_BYTES = 200 << 20  # inputs in rotation, several times the level-2 cache
 
 
 class Replayable(Protocol):
-    """A CUDA graph, or what stands for one."""
+    """Stands for a CUDA graph: whatever has `replay`."""
 
     def replay(self) -> Any: ...
 

@@ -181,7 +181,7 @@ class Worker:
 
 
 class Workers:
-    """Workers by side, some of which may end early; `missing` says why. Used with `with`, which closes them."""
+    """Holds workers by side. Some may end early; `missing` says why. Use it with `with`, which closes the workers."""
 
     def __init__(self, workers: Mapping[str, Worker]) -> None:
         self.alive, self.missing = dict(workers), dict[str, str]()
@@ -299,7 +299,7 @@ def write(path: Path, rows: Iterable[Any], tiny: bool) -> None:
 
 
 class Machine:
-    """Where and how undisturbed results are measured, from the moment that this object is made."""
+    """Records where and how undisturbed results are measured, from the moment that this object is made."""
 
     def __init__(self, tiny: bool) -> None:
         from rlinvariant.bench import gpu

@@ -116,7 +116,7 @@ class _Ours:
 
 
 class _Stock:
-    """vLLM with its defaults; only the memory for keys and values is given, so that several engines fit.
+    """Drives vLLM with its defaults; only the memory for keys and values is given, so that several engines fit.
 
     It is asked for the log-prob of each token, as ours always has it.
     """

@@ -42,7 +42,7 @@ ROLE_OPS = {  # role -> the op that must give it
 
 
 class Case:
-    """A first difference: what each side recorded before it, the op that gives the value, and the op's variants on that.
+    """Holds a first difference: what each side recorded before it, the op that gives the value, and that op's variants.
 
     Args:
         first: the difference; something recorded must differ.

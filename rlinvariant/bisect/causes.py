@@ -1,4 +1,4 @@
-"""Why a value differs: a short list of rules over what was recorded, and known variants that are computed again.
+"""Find out why a value differs, by a short list of rules over what was recorded, and by computing known variants.
 
 Each side's value is first computed anew by `rlinvariant.ops` from that side's own inputs and weights. A side whose bits do not
 come back deviates, and a variant (variants.py) that gives its bits is the cause. If both sides' bits come back, the cause is in
@@ -70,7 +70,7 @@ class _Evidence:
 
     @property
     def all_computed(self) -> bool:
-        """Whether both sides' values could be computed anew."""
+        """Return whether both sides' values could be computed anew."""
         return all(y is not None for y in self.anew.values())
 
     def explain(self, cause: str, reproduced: str | None = None) -> Explanation:

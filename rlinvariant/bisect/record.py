@@ -63,7 +63,7 @@ Which = tuple[list[int], list[int], int]
 
 @dataclass(frozen=True)
 class Call:
-    """One call of an op: by argument name, the sequence's rows of the inputs, the weights as given, and the settings."""
+    """Holds one call of an op: by argument name, the sequence's rows of the inputs, the weights as given, and the settings."""
 
     op: str
     inputs: dict[str, Tensor]
@@ -73,7 +73,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Block:
-    """Rows of one place that were computed at once.
+    """Holds the rows of one place that were computed at once.
 
     Args:
         positions: of the rows, in their sequence.
@@ -104,7 +104,7 @@ class _Frame:
 
 
 class Recorder:
-    """A recorder of one side. `trace` has the blocks of each place, places in the order of their first execution."""
+    """Records one side. `trace` has the blocks of each place; the places are in the order of their first execution."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model

@@ -18,7 +18,7 @@ PADDED_ROLES = ("lm_head", "scaled logits")  # whose value may have columns beyo
 
 @dataclass(frozen=True)
 class Side:
-    """One side's value of a place at a position, and how it was made: row `index` of a recorder's block."""
+    """Holds one side's value of a place at a position, and how it was made: row `index` of a recorder's block."""
 
     block: Block
     index: int
@@ -26,13 +26,13 @@ class Side:
 
     @property
     def value(self) -> Tensor:
-        """The value [D], on the CPU."""
+        """Return the value [D], on the CPU."""
         return self.block.value[self.index]
 
 
 @dataclass(frozen=True)
 class First:
-    """The first difference: in the log-probs, and among the recorded values.
+    """Describes the first difference: in the log-probs, and among the recorded values.
 
     Args:
         sequence: index in the batch of the first sequence whose log-probs differ.

@@ -13,7 +13,7 @@ from rlinvariant.verification.compositions import CROWD_SIZES
 
 @dataclass(frozen=True)
 class Trial:
-    """One batch to draw and score.
+    """Describes one batch to draw and score.
 
     Args:
         prompts: token ids.
@@ -39,7 +39,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Tried:
-    """A trial for the report: number of prompts, the longest in tokens, and what the engine did.
+    """Describes a trial for the report: number of prompts, the longest in tokens, and what the engine did.
 
     A warm prefix or a preemption that did not come about is seen by its 0.
     """

@@ -29,7 +29,7 @@ RANDOM_PROMPT_TOKENS = 400
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The keys of the command."""
+    """Holds the keys of the command."""
 
     completions: int = dataclasses.field(default=1000, metadata={"doc": "how often the prompt is completed"})
     tokens: int = dataclasses.field(default=64, metadata={"doc": "length of each completion"})

@@ -1,4 +1,4 @@
-"""What is counted of a demo's completions, and how it is said."""
+"""Count what differs among a demo's completions, and say it in words."""
 
 from collections import Counter
 from collections.abc import Sequence

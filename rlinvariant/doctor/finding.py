@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Finding:
-    """What the doctor found about one thing.
+    """Holds what the doctor found about one thing.
 
     Args:
         name: what was looked at.

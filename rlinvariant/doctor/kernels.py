@@ -1,4 +1,4 @@
-"""Which kernel would take which weight."""
+"""Find out which kernel would take which weight."""
 
 import os
 import sys

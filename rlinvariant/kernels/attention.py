@@ -27,7 +27,7 @@ WINDOW = False  # whether a query can attend to its last keys alone: decode woul
 
 @functools.cache
 def _fa3():
-    """vLLM's build of FlashAttention-3 (kernels alone: importing this starts no engine)."""
+    """Return vLLM's build of FlashAttention-3 (kernels alone: importing this starts no engine)."""
     try:
         import vllm.vllm_flash_attn.flash_attn_interface as interface
     except ImportError as error:
@@ -38,7 +38,7 @@ def _fa3():
 
 
 def longest_query(max_seqlen_q: int, head_size: int) -> int:
-    """What to tell FlashAttention-3 about the longest query, so that its tile does not depend on it."""
+    """Return what to tell FlashAttention-3 about the longest query, so that its tile does not depend on it."""
     return max(max_seqlen_q, FLOOR.get(head_size, 1))
 
 
@@ -53,7 +53,7 @@ def schedule(
     cu_seqlens_q: Tensor, kv_lens: Tensor, max_seqlen_q: int, max_seqlen_k: int, heads: int, kv_heads: int, head_size: int,
     page_size: int,
 ) -> Tensor:  # fmt: skip
-    """FlashAttention-3's plan of work for a batch, [*] int32: made once per step instead of once per layer."""
+    """Return FlashAttention-3's plan of work for a batch, [*] int32: it is made once per step instead of once per layer."""
     return _fa3().get_scheduler_metadata(
         batch_size=len(kv_lens), max_seqlen_q=longest_query(max_seqlen_q, head_size), max_seqlen_k=max_seqlen_k,
         num_heads_q=heads, num_heads_kv=kv_heads, headdim=head_size, cache_seqlens=kv_lens, qkv_dtype=torch.bfloat16,
@@ -113,7 +113,7 @@ def attention_backward(
     window: int | None,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """FlashAttention-2's, in its deterministic form: it reads FlashAttention-3's output and log-sum-exp."""
+    """Run FlashAttention-2's backward in its deterministic form, on FlashAttention-3's output and log-sum-exp."""
     _refuse(window, softcap)
     if not len(q):
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)

@@ -78,7 +78,7 @@ def load_library(path: Path) -> ctypes.CDLL:
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The kernels for this processor, built on first use."""
+    """Return the kernels for this processor, which are built on first use."""
     compiler = subprocess.run([_compiler(), "--version"], capture_output=True, text=True).stdout
     flags_of_cpu = next((x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("flags")), "")
     key = "\0".join((*(x.read_text() for x in SOURCES), *FLAGS, compiler, platform.machine(), flags_of_cpu))
@@ -94,7 +94,7 @@ def call(function: str, *arguments: Tensor | int | float | None) -> None:
 
 
 def is_bf16(tensor: Tensor) -> int:
-    """1 for bfloat16, 0 for float32; TypeError for anything else."""
+    """Return 1 for bfloat16 and 0 for float32. Raises TypeError for anything else."""
     if tensor.dtype not in DTYPES:
         raise TypeError(f"expected bfloat16 or float32, got {tensor.dtype}")
     return int(tensor.dtype is torch.bfloat16)

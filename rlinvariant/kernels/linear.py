@@ -44,7 +44,7 @@ def _tile_kernel(
     x_ptr, w_ptr, b_ptr, y_ptr, m, n, k, x_row, w_row, BIAS: tl.constexpr, WHOLE: tl.constexpr, N: tl.constexpr,
     M: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    """y^T = w x^T: the weight takes the side of the matrix unit that must be 64 wide, few rows of x the one that may be 8.
+    """Compute y^T = w x^T: the weight takes the matrix unit's side that must be 64 wide, few rows of x the one that may be 8.
 
     Programs that share a weight tile are neighbours, so that it comes from memory once.
     """
@@ -72,7 +72,7 @@ def _tile_kernel(
 
 
 def tiled(x: Tensor, w: Tensor, b: Tensor | None, tile: Tile, out: Tensor | None = None) -> Tensor:
-    """x [M, K] times w [N, K] transposed, plus b [N], with one Triton tile shape; into `out` [M, N], contiguous, if given."""
+    """Multiply x [M, K] by w [N, K] transposed and add b [N], with one Triton tile shape, into `out` [M, N] if given."""
     (m, k), n = x.shape, w.shape[0]
     y = torch.empty(m, n, dtype=x.dtype, device=x.device) if out is None else out
     bn, bm, bk, warps, stages = tile
@@ -87,7 +87,7 @@ def tiled(x: Tensor, w: Tensor, b: Tensor | None, tile: Tile, out: Tensor | None
 
 
 def cublaslt(x: Tensor, w: Tensor, b: Tensor | None, out: Tensor | None = None) -> Tensor:
-    """The same by cuBLASLt with one accumulator over K. The switches are process-wide: the backward gets them back."""
+    """Do the same by cuBLASLt with one accumulator over K. The switches are process-wide: the backward gets them back."""
     matmul = torch.backends.cuda.matmul
     before = matmul.allow_bf16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction_split_k
     library = torch.backends.cuda.preferred_blas_library()
@@ -102,7 +102,7 @@ def cublaslt(x: Tensor, w: Tensor, b: Tensor | None, out: Tensor | None = None) 
 
 @functools.cache
 def _table() -> dict[tuple[int, int], dict[int, Tile | None]]:
-    """{(N, K): {rows up to: tile, or None for cuBLASLt}}."""
+    """Return {(N, K): {rows up to: tile, or None for cuBLASLt}}."""
     if not TILE_TABLE.exists():
         return {}
     return {
@@ -113,7 +113,7 @@ def _table() -> dict[tuple[int, int], dict[int, Tile | None]]:
 
 
 def tile_for(m: int, n: int, k: int) -> Tile | None:
-    """The tuned tile for m rows, that of the nearest tuned weight shape for others; None: cuBLASLt.
+    """Return the tuned tile for m rows, for other weight shapes that of the nearest tuned one; None means cuBLASLt.
 
     Up to 16 rows it is always a tile: for one row cuBLASLt has a kernel with another order.
     """
@@ -130,7 +130,7 @@ def _tile(few: int, n: int, k: int) -> Tile | None:
 
 
 def call_rows(n: int) -> int:
-    """Rows of the largest call for a weight of n rows."""
+    """Return the rows of the largest call for a weight of n rows."""
     return max(FREE_ROWS, min(CALL_ROWS, CALL_BYTES // (2 * n) // GEMM_ROW_STEP * GEMM_ROW_STEP))
 
 
@@ -162,7 +162,7 @@ def check(n: int, k: int, bias: bool, device: int) -> bool:
 
 
 def linear(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-    """x [*rows, K] bf16, w [N, K], b [N] or None -> [*rows, N]."""
+    """Multiply x [*rows, K] bf16 by w [N, K] transposed and add b [N] unless it is None; the result is [*rows, N]."""
     shape, (n, k) = x.shape, w.shape
     x, w = _aligned(flat(x)), _aligned(flat(w.to(x.dtype)))
     b = None if b is None else _aligned(b.to(x.dtype)[None])[0]
@@ -182,11 +182,11 @@ def linear(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
 
 
 def _call(rows: int, most: int) -> int:
-    """How many of the rows still to do go into the next call: a number that `check` has compared."""
+    """Return how many of the rows still to do go into the next call: a number that `check` has compared."""
     return rows if rows < FREE_ROWS else min(most, rows // GEMM_ROW_STEP * GEMM_ROW_STEP)
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """x [rows, D], aligned as the operands of `check` are: cuBLASLt chooses its kernel by alignment too."""
+    """Return x [rows, D], aligned as the operands of `check` are: cuBLASLt chooses its kernel by alignment too."""
     in_place = x.data_ptr() % 16 == 0 and (x.is_contiguous() or x.stride(0) % 8 == x.shape[1] % 8 == 0)
     return x if in_place else x.clone(memory_format=torch.contiguous_format)

@@ -98,7 +98,7 @@ def qk_norm_rope(
 
 
 def _strides(x: Tensor) -> tuple[Tensor, int, int]:
-    """x [T, H, D] as `rows` finds it: (tensor, stride of tokens, stride of heads)."""
+    """Return x [T, H, D] as `rows` finds it: (tensor, stride of tokens, stride of heads)."""
     heads, d = x.shape[1:]
     x, _, inner, outer_stride, inner_stride = rows(x)
     return (x, heads * d, d) if inner == 1 and heads > 1 else (x, outer_stride, inner_stride or d)

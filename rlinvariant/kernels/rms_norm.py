@@ -12,7 +12,7 @@ PARTIALS = 264  # programs of the backward, each with its own sum for dweight: t
 
 
 def tile(d: int) -> tuple[int, int, int]:
-    """(rows, columns, warps) of a program."""
+    """Return (rows, columns, warps) of a program."""
     width = triton.next_power_of_2(d)
     return max(1, ELEMENTS // width), width, 4 if width <= 2048 else 8
 

@@ -1,3 +1,3 @@
-"""Which route `linear` took for each weight shape: the run's record."""
+"""Record which route `linear` took for each weight shape."""
 
 ROUTES: dict[str, str] = {}

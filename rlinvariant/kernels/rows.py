@@ -1,4 +1,4 @@
-"""How a kernel finds the rows of a tensor that may be a slice of a wider one, so that merged projections are read in place."""
+"""Find the rows of a tensor that may be a slice of a wider one, so that a kernel reads merged projections in place."""
 
 import torch
 from torch import Tensor
@@ -7,18 +7,18 @@ GEMM_ROW_STEP = 64  # `linear` takes any multiple of so many rows in one call; a
 
 
 def aligned(x: Tensor) -> Tensor:
-    """x, or a copy, contiguous from a multiple of 16 bytes: what Triton knows of it decides how it lays out a sum."""
+    """Return x, or a copy, contiguous from a multiple of 16 bytes: what Triton knows of it decides how it lays out a sum."""
     return x if x.is_contiguous() and not x.data_ptr() % 16 else x.clone(memory_format=torch.contiguous_format)
 
 
 def flat(x: Tensor) -> Tensor:
-    """x as [rows, D] with contiguous D; a copy only if no view has that form."""
+    """Return x as [rows, D] with contiguous D; a copy only if no view has that form."""
     x = x.reshape(-1, x.shape[-1])
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def rows(x: Tensor) -> tuple[Tensor, int, int, int, int]:
-    """x as [outer, inner, D] with contiguous D: (tensor, outer, inner, stride of outer, stride of inner), in elements.
+    """Return x as [outer, inner, D] with contiguous D: (tensor, outer, inner, stride of outer, stride of inner), in elements.
 
     Two strides reach the heads of a slice [T, H, D] of a merged projection; anything more scattered is copied. So is what is
     not aligned: Triton lays a reduction out by what it knows of the alignment, and another layout is another order.

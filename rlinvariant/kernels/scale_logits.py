@@ -21,7 +21,7 @@ def _tanh(x):
 
 @triton.jit
 def _capped(x, scale, cap, dtype):
-    """tanh(x * scale / cap), every step before the tanh rounded to dtype."""
+    """Compute tanh(x * scale / cap), every step before the tanh rounded to dtype."""
     x = (x * scale).to(dtype).to(tl.float32)
     return _tanh(tl.div_rn(x, tl.zeros_like(x) + cap).to(dtype).to(tl.float32))
 

@@ -14,7 +14,7 @@ BLOCK = 1024
 
 @triton.jit
 def _gelu_u(gate):
-    """2 sqrt(2 / pi) (gate + 0.044715 gate^3), so that GELU is gate / (1 + exp(-u)), and its slope; see kernels/swiglu.c."""
+    """Return u = 2 sqrt(2 / pi) (gate + 0.044715 gate^3), so that GELU is gate / (1 + exp(-u)), and its slope."""
     near = tl.where(gate < -16.0, -16.0, tl.where(gate > 16.0, 16.0, gate))
     square = near * near
     return near * (1.5957691216 + 0.0713548163 * square), 1.5957691216 + 0.2140644488 * square
@@ -77,7 +77,7 @@ def swiglu_merged(gate_up: Tensor, activation: str) -> Tensor:
 
 
 def swiglu_merged_backward(dy: Tensor, gate_up: Tensor, activation: str) -> Tensor:
-    """Both gradients in one tensor, as the product before wants them."""
+    """Return both gradients in one tensor, as the product before wants them."""
     out = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
     _differentiate(dy, *gate_up.chunk(2, -1), *flat(out).chunk(2, -1), activation)
     return out

@@ -16,14 +16,14 @@ BLOCK = 4096  # columns of a block of the vocabulary
 
 @triton.jit
 def _load_x(logits_ptr, row, col, vocab, temperature):
-    """logits / temperature in fp32, a true division; -inf beyond the vocabulary."""
+    """Return logits / temperature in fp32, a true division; -inf beyond the vocabulary."""
     x = tl.load(logits_ptr + row * vocab + col, mask=col < vocab, other=-float("inf")).to(tl.float32)
     return tl.div_rn(x, tl.broadcast_to(temperature, x.shape))
 
 
 @triton.jit
 def _blocks(logits_ptr, t_ptr, max_ptr, sum_ptr, weighted_ptr, vocab, BLOCK: tl.constexpr):
-    """Of one block: its maximum m, and sums of e^(x - m) and e^(x - m) (x - m) over all but the first maximum.
+    """Store a block's maximum m, and its sums of e^(x - m) and e^(x - m) (x - m) over all but the first maximum.
 
     The maximum's own 1 is added in fp64: in fp32 it would swallow what a token that is all but certain leaves to others.
     """
@@ -43,7 +43,7 @@ def _blocks(logits_ptr, t_ptr, max_ptr, sum_ptr, weighted_ptr, vocab, BLOCK: tl.
 
 @triton.jit
 def _parts(max_ptr, sum_ptr, row, blocks, NB: tl.constexpr):
-    """Of a row's blocks: maxima, the row's maximum, and in fp64 what brings a block's sum to it and the sum brought there."""
+    """Return a row's block maxima, the row's maximum, their differences in fp64, and block sums relative to the latter."""
     b = tl.arange(0, NB)
     m = tl.load(max_ptr + row * blocks + b, mask=b < blocks, other=-float("inf"))
     s = 1.0 + tl.load(sum_ptr + row * blocks + b, mask=b < blocks, other=0.0).to(tl.float64)
@@ -57,7 +57,7 @@ def _logprobs(
     logits_ptr, ids_ptr, t_ptr, max_ptr, sum_ptr, weighted_ptr, logprob_ptr, entropy_ptr, stats_ptr, vocab, blocks,
     PICK: tl.constexpr, NB: tl.constexpr,
 ):  # fmt: skip
-    """The one kernel that adds the blocks of a row up: the order of a sum depends on the warps of its kernel.
+    """Add up the blocks of a row. No other kernel does: the order of a sum depends on the warps of its kernel.
 
     stats: maximum, log of the sum, the sum.
     """
@@ -84,7 +84,7 @@ def _gradient(
     logits_ptr, ids_ptr, t_ptr, glp_ptr, gent_ptr, stats_ptr, entropy_ptr, out_ptr, vocab, ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """(glp (1[j = id] - p_j) - gent p_j (log p_j + entropy)) / temperature"""
+    """Compute (glp (1[j = id] - p_j) - gent p_j (log p_j + entropy)) / temperature."""
     row, col = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     t, glp, chosen = tl.load(t_ptr + row), tl.load(glp_ptr + row), tl.load(ids_ptr + row)
     top, log_sum = tl.load(stats_ptr + 3 * row), tl.load(stats_ptr + 3 * row + 1)
@@ -101,7 +101,7 @@ def _gradient(
 
 @triton.jit
 def _mixed(z):
-    """One round of splitmix64's finaliser. Shifts are made logical by masking: Triton's on int64 are arithmetic."""
+    """Do one round of splitmix64's finaliser. Shifts are made logical by masking: Triton's on int64 are arithmetic."""
     z = (z ^ ((z >> 30) & 0x3FFFFFFFF)) * -4658895280553007687
     z = (z ^ ((z >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685
     return z ^ ((z >> 31) & 0x1FFFFFFFF)
@@ -109,7 +109,7 @@ def _mixed(z):
 
 @triton.jit
 def _uniform(seed, position):
-    """53 bits of splitmix64(seed, position), in [0, 1): the number that kernels/token_logprobs.c makes."""
+    """Return 53 bits of splitmix64(seed, position) as a number in [0, 1): the one that kernels/token_logprobs.c makes."""
     z = _mixed(_mixed(seed + (position + 1) * -7046029254386353131))
     return ((z >> 11) & 0x1FFFFFFFFFFFFF).to(tl.float64) * 1.1102230246251565e-16
 
@@ -157,7 +157,7 @@ def _likelier(logits_ptr, t_ptr, x_ptr, count_ptr, vocab, BLOCK: tl.constexpr):
 
 
 def _reduced(logits: Tensor, temperature: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], int, int]:
-    """Block statistics of every row, the number of blocks, and that number rounded up to a power of two."""
+    """Return the block statistics of every row, the number of blocks, and that number rounded up to a power of two."""
     rows, vocab = logits.shape
     blocks = triton.cdiv(vocab, BLOCK)
     parts = torch.empty(3, rows, blocks, dtype=torch.float32, device=logits.device)
@@ -188,7 +188,7 @@ def _row_logprobs(logits: Tensor, ids: Tensor | None, temperature: Tensor) -> tu
 def row_logprobs_backward(
     logits: Tensor, ids: Tensor, temperature: Tensor, dlogprobs: Tensor, dentropy: Tensor | None
 ) -> Tensor:
-    """Gradient of the logits, like them; the statistics are taken anew."""
+    """Return the gradient of the logits, in their dtype [R, V]; the statistics are taken anew."""
     logits = aligned(logits)
     _, entropy, stats = _row_logprobs(logits, ids, temperature)
     out = torch.empty_like(logits)

@@ -39,7 +39,7 @@ OURS = ("rlinvariant",)
 
 @dataclass(frozen=True)
 class Finding:
-    """An operation outside ops: `op` as ATen names it, inside a module of class `module`."""
+    """Describes an operation outside ops: `op` as ATen names it, inside a module of class `module`."""
 
     op: str
     module: str
@@ -88,7 +88,7 @@ def watch(*also_allowed: str) -> Iterator[dict[Finding, None]]:
 
 
 def _probe(model: Any) -> dict[str, Any]:
-    """Two packed sequences of 4 and 5 tokens."""
+    """Return a packed row of two sequences, of 4 and 5 tokens."""
     device = next(model.parameters()).device
     cu = torch.tensor([0, 4, 9], dtype=torch.int32, device=device)
     ids = torch.arange(9, device=device)[None] % model.config.vocab_size
@@ -98,7 +98,7 @@ def _probe(model: Any) -> dict[str, Any]:
 
 
 def two_layers(config: Any) -> Any:
-    """A copy of a configuration with two layers, or as many as there are kinds (sliding or not, with rotation or without)."""
+    """Return a copy of a configuration with two layers, or with one of each kind (sliding or not, rotated or not)."""
     small, count = copy.deepcopy(config), config.num_hidden_layers
     per_layer = {k: v for k, v in vars(small).items() if isinstance(v, list) and len(v) == count}  # layer_types, say
     kinds = list(zip(*per_layer.values(), strict=True)) or [()] * count

@@ -38,7 +38,7 @@ def _alternating(layers: int) -> list[str]:
 
 
 def _gemma(kind: str, **more: Any) -> Any:
-    """`query_pre_attn_scalar` is not the head size: the scores' scale must come from it."""
+    """Return Gemma's configuration. `query_pre_attn_scalar` is not the head size: the scores' scale must come from it."""
     shared = {
         "query_pre_attn_scalar": 48, "tie_word_embeddings": True, "num_hidden_layers": 4, "sliding_window": WINDOW,
         "layer_types": _alternating(4),

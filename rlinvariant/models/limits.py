@@ -1,4 +1,4 @@
-"""What no op has, by a model's configuration alone: the sizes, windows, caps, ropes and activations that can be exact."""
+"""The limits of the ops, by a model's configuration alone: sizes, windows, caps, ropes and activations that can be exact."""
 
 from collections.abc import Iterator
 from typing import Any

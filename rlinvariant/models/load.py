@@ -11,7 +11,7 @@ from rlinvariant.errors import UserError, one_line
 
 
 def load(kind: Any, source: str | Path, key: str = "model", heads: tuple[str, ...] = (), **options: Any) -> Any:
-    """`kind.from_pretrained(source, **options)`, where transformers would fill what is missing at random and go on.
+    """Call `kind.from_pretrained(source, **options)`, and raise an error where that would fill missing weights at random.
 
     Args:
         kind: `AutoModelForCausalLM` or `AutoModel`.

@@ -1,4 +1,4 @@
-"""What the modules of a Hugging Face model become: the same names and parameters, with a forward that computes by `ops`.
+"""The forms that modules of a Hugging Face model take: the same names and parameters, with a forward that computes by `ops`.
 
 models/patch.py says which module becomes which, and sets the attributes declared here that the stock module does not have.
 """
@@ -23,7 +23,7 @@ ATTENTION = "rlinvariant"  # name of the attention implementation, in transforme
 
 
 class UnsupportedModel(UserError):
-    """The model computes something that no op owns."""
+    """Tells that the model computes something that no op owns."""
 
 
 def become(module: Any, form: type, **attributes: Any) -> None:
@@ -42,7 +42,7 @@ def become(module: Any, form: type, **attributes: Any) -> None:
 
 
 def _rebind(function: Callable, **names: Callable) -> Callable:
-    """`function` with other meanings for some of the global names it uses."""
+    """Return `function` with other meanings for some of the global names it uses."""
     f = inspect.unwrap(function)
     new = types.FunctionType(f.__code__, {**f.__globals__, **names}, f.__name__, f.__defaults__, f.__closure__)
     new.__kwdefaults__ = f.__kwdefaults__
@@ -62,7 +62,7 @@ class Linear(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Gather, then cast; times `scale`, which is rounded to the dtype first, as Gemma has it."""
+    """Gives rows of a table, cast to the dtype, times `scale`, which is rounded to the dtype first, as Gemma has it."""
 
     weight: Tensor
     padding_idx: int | None
@@ -83,7 +83,7 @@ class RMSNorm(nn.Module):
 
 
 class MLP(nn.Module):
-    """Gate and up projections, joined by `ops.swiglu`, and down. Whoever merges the first two replaces `gate_and_up`."""
+    """Computes gate and up, joins them by `ops.swiglu`, and computes down. Who merges the first two replaces `gate_and_up`."""
 
     gate_proj: nn.Module
     up_proj: nn.Module
@@ -98,7 +98,7 @@ class MLP(nn.Module):
 
 
 class MergedMLP(nn.Module):
-    """Gate and up in one projection, as Phi-3 has them."""
+    """Computes gate and up in one projection, as Phi-3 has them."""
 
     gate_up_proj: Callable[[Tensor], Tensor]
     down_proj: nn.Module
@@ -109,7 +109,7 @@ class MergedMLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Llama's, with the sum and the norm after attention in one launch. Another layer's sums stay where they are."""
+    """Runs Llama's layer with the sum and the norm after attention in one launch. Another layer's sums stay where they are."""
 
     self_attn: nn.Module
     mlp: nn.Module
@@ -125,14 +125,14 @@ class DecoderLayer(nn.Module):
 
 
 class Rotary(nn.Module):
-    """cos and sin by position from a table, one for each type of layer if their angles differ."""
+    """Gives cos and sin by position from a table, one for each type of layer if their angles differ."""
 
     config: Any
     rope_type: Any
     compute_default_rope_parameters: Callable
 
     def build_tables(self) -> None:
-        """fp32 cos and sin of every position, [max_position_embeddings, rotary_dim / 2], from fp64 angles.
+        """Compute fp32 cos and sin of every position, [max_position_embeddings, rotary_dim / 2], from fp64 angles.
 
         The frequencies are transformers' own, but made on the CPU: a power differs by an ulp between CPU and GPU, and vLLM
         makes them on the GPU.
@@ -150,14 +150,14 @@ class Rotary(nn.Module):
                 self.register_buffer(prefix + name, table.to("cpu" if device.type == "meta" else device), persistent=False)
 
     def forward(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> tuple[Tensor, Tensor]:
-        """cos and sin, [batch, T, rotary_dim / 2] fp32: half as wide as transformers', for `ops.rope`."""
+        """Return cos and sin, [B, T, rotary_dim / 2] fp32: half as wide as transformers', for `ops.rope`."""
         prefix = "" if layer_type is None else f"{layer_type}_"
         cos, sin = getattr(self, f"{prefix}cos_table"), getattr(self, f"{prefix}sin_table")
         return F.embedding(position_ids, cos), F.embedding(position_ids, sin)
 
 
 def apply_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
-    """transformers' apply_rotary_pos_emb for q, k [B, H, T, D] and cos, sin [B or 1, T, R/2]."""
+    """Rotate q, k [B, H, T, D] by cos, sin [B or 1, T, R/2], with the arguments of transformers' apply_rotary_pos_emb."""
 
     def turn(x: Tensor) -> Tensor:
         tokens = x.transpose(1, 2)
@@ -170,7 +170,7 @@ def apply_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: 
 
 
 class Attention(nn.Module):
-    """Llama's, Qwen3's, OLMo-2's and Gemma's.
+    """Computes the attention of Llama, Qwen3, OLMo-2 and Gemma.
 
     vLLM reads the source of `forward`: the projections, to merge them, and the interface's call.
     """
@@ -201,7 +201,7 @@ class Attention(nn.Module):
         return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), weights
 
     def heads(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Projections [B, T, H D], possibly slices of one, as heads [B, H, T, D], queries and keys normalised and rotated."""
+        """Return projections [B, T, H D], maybe slices of one, as heads [B, H, T, D]; q and k are normalised and rotated."""
         (b, t, _), half = q.shape, cos.shape[-1]
         norms: Any = getattr(self, "q_norm", None), getattr(self, "k_norm", None)
         if norms[0] is not None and norms[0].weight.shape[0] != self.head_dim:  # of all heads at once
@@ -219,7 +219,7 @@ class Attention(nn.Module):
 
 
 class MergedAttention(Attention):
-    """Queries, keys and values in one projection, as Phi-3 has them."""
+    """Computes queries, keys and values in one projection, as Phi-3 has them."""
 
     qkv_proj: Callable[[Tensor], Tensor]
 
@@ -239,11 +239,11 @@ class MergedAttention(Attention):
 
 
 class Rotated(nn.Module):
-    """The class's own forward, with `apply_rotary_pos_emb` meaning `apply_rotary`; see `become`."""
+    """Runs the class's own forward, with `apply_rotary_pos_emb` meaning `apply_rotary`; see `become`."""
 
 
 def logits_scaling(config: Any) -> tuple[float | None, float | None]:
-    """For `ops.scale_logits`: what multiplies the logits (Granite divides them), and what bounds them."""
+    """Return the arguments of `ops.scale_logits`: what multiplies the logits (Granite divides them), and what bounds them."""
     by = getattr(config, "logits_scaling", None)
     return getattr(config, "logit_scale", None) if by is None else 1 / by, getattr(config, "final_logit_softcapping", None)
 
@@ -270,7 +270,7 @@ class CausalLM(nn.Module):
 def attention_forward(
     module, q, k, v, attention_mask, scaling=None, cu_seq_lens_q=None, dropout=0.0, sliding_window=None, softcap=None, **kwargs
 ):
-    """transformers' attention interface for q [B, H, T, D]: packed if `cu_seq_lens_q` is given, else B sequences of T."""
+    """Attend for q [B, H, T, D], as transformers asks: packed if `cu_seq_lens_q` is given, else B sequences of T."""
     if dropout:
         raise UnsupportedModel(f"{type(module).__name__}: attention dropout is not supported")
     b, _, t, d = q.shape
@@ -282,7 +282,7 @@ def attention_forward(
 
 
 def _mask(attention_mask: Tensor | None = None, **kwargs) -> None:
-    """No mask is ever built. A padded batch needs one, so it is refused: pack it instead."""
+    """Build no mask, ever. A padded batch needs one, so it is refused: pack it instead."""
     if attention_mask is not None and not bool(attention_mask.all()):
         raise UserError("attention_mask has zeros: exact attention takes packed sequences (cu_seq_lens_q), not padded ones")
 

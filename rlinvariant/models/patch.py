@@ -87,7 +87,7 @@ def make_invariant(model: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
 
 
 def _plan(modules: Any, known: dict[Any, Any]) -> Iterator[tuple[Any, type, dict[str, Any]]]:
-    """What becomes what, with which attributes. Modules that are alike but for their weights are compared once: `known`."""
+    """Decide what becomes what, with which attributes. Modules alike but for their weights are compared once: `known`."""
     for module in modules:
         form = _form(module)
         if form is None:
@@ -133,7 +133,7 @@ def _form(module: nn.Module) -> type | None:
 
 
 def _attention_form(attention: Any, children: dict[str, nn.Module]) -> type:
-    """Which projections there are; norms, if any, are of each head of queries and keys or of all, and nothing else is there."""
+    """Return the form with the projections that there are. Norms, if any, are of each head of queries and keys or of all."""
     norms: Any = [children.get(name) for name in ("q_norm", "k_norm")]
     if any(n is not None for n in norms) and not (
         all(n is not None and hasattr(n, "weight") for n in norms) and epsilon(norms[0]) == epsilon(norms[1])
@@ -146,7 +146,7 @@ def _attention_form(attention: Any, children: dict[str, nn.Module]) -> type:
 
 
 def _handed(attention: Any) -> dict[str, Any]:
-    """The scale, window and cap that the module's own forward hands to the attention interface, computing nothing."""
+    """Return the scale, window and cap that the module's own forward hands to the attention interface, computing nothing."""
     name, seen = type(attention).__name__, []
     if not getattr(attention, "is_causal", True):
         raise UnsupportedModel(f"{name}: is_causal=False; only causal attention is supported")
@@ -183,7 +183,7 @@ def _rotary_width(attention: Any) -> int:
 
 
 def _variant(module: nn.Module, form: type, given: dict[str, Any], known: dict[Any, Any]) -> dict[str, Any] | None:
-    """The attributes with which `form` computes what the module does, on random weights and input.
+    """Return the attributes with which `form` computes what the module does, on random weights and input.
 
     None: a decoder layer may keep its own forward. Raises UnsupportedModel if anything else is none of the variants.
     """
@@ -215,7 +215,7 @@ def _variant(module: nn.Module, form: type, given: dict[str, Any], known: dict[A
 
 
 def _unknown(module: nn.Module) -> list[str]:
-    """Classes of the parts that have parameters and no rule."""
+    """Return the classes of the parts that have parameters and no rule."""
     parts = (m for m in module.modules() if m is not module and any(p is not None for p in m._parameters.values()))
     return sorted({type(m).__name__ for m in parts if _form(m) is None})
 
@@ -225,7 +225,7 @@ def _difference(got: Tensor, expected: Tensor) -> float:
 
 
 def _copy(module: Any) -> Any:
-    """On the CPU, in fp32, with the buffers that it has, and with random weights.
+    """Return a copy on the CPU, in fp32, with the buffers that the module has, and with random weights.
 
     A matrix keeps the spread of what it multiplies: an activation then gets inputs of about 1, where one differs from another.
     """
@@ -266,7 +266,7 @@ def _module(module: Any, form: type, attributes: dict[str, Any], known: dict[Any
 
 
 def _attention(module: Any, form: type, attributes: dict[str, Any], known: dict[Any, Any]) -> float:
-    """The class's own forward, with transformers' attention, and ours, on one sequence."""
+    """Compare the class's own forward, with transformers' attention, with ours, on one sequence."""
     original = _copy(module)
     original.config = copy.deepcopy(module.config)
     t, half = 5, _rotary_width(module) // 2
@@ -283,7 +283,7 @@ def _attention(module: Any, form: type, attributes: dict[str, Any], known: dict[
 
 
 def _rotation(module: Any, form: type, attributes: dict[str, Any], known: dict[Any, Any]) -> float:
-    """The class's own apply_rotary_pos_emb, which may pair columns otherwise (Ernie interleaves them), and ours."""
+    """Compare the class's own apply_rotary_pos_emb, which may pair columns otherwise (Ernie interleaves them), with ours."""
     half = _rotary_width(module) // 2
     q, k = (torch.randn(1, heads, 5, module.head_dim, dtype=torch.float32) for heads in (2, 1))
     cos, sin = torch.randn(2, 1, 5, half, dtype=torch.float32)
@@ -293,7 +293,7 @@ def _rotation(module: Any, form: type, attributes: dict[str, Any], known: dict[A
 
 
 def _tables(module: Any, form: type, attributes: dict[str, Any], known: dict[Any, Any]) -> float:
-    """cos and sin of the first positions, for every type of layer."""
+    """Compare cos and sin of the first positions, for every type of layer."""
     ours, x = type(module)(module.config), torch.zeros(1, dtype=torch.float32)  # its own frequencies may be cast by now
     positions = torch.arange(min(16, module.config.max_position_embeddings))[None]
     kinds = [(kind,) for kind in module.rope_type] if isinstance(module.rope_type, dict) else [()]
@@ -305,7 +305,7 @@ def _tables(module: Any, form: type, attributes: dict[str, Any], known: dict[Any
 
 
 def _logits(module: Any, form: type, attributes: dict[str, Any], known: dict[Any, Any]) -> float:
-    """What the model makes of its decoder's output, with an lm_head that changes nothing."""
+    """Compare what the model makes of its decoder's output, with an lm_head that changes nothing."""
     lm, x = copy.copy(module), torch.randn(1, 5, 64, dtype=torch.float32) * 20
     lm._modules = module._modules | {module.base_model_prefix: _Decoder(x), "lm_head": nn.Identity()}
     expected = lm(input_ids=torch.zeros(1, 5, dtype=torch.int64)).logits

@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a decoder. `kind` says which of transformers' models has it; None: only its weight shapes are used."""
+    """Describes a decoder. `kind` says which of transformers' models has it; None: only its weight shapes are used."""
 
     hidden: int
     mlp: int
@@ -24,7 +24,7 @@ class Shape:
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
-        """[N, K] of the weights, q, k, v and gate, up merged as vLLM merges them."""
+        """Return [N, K] of the weights; q, k, v are merged, and gate, up, as vLLM merges them."""
         q = self.heads * self.head_dim
         return {
             "qkv": (q + 2 * self.kv_heads * self.head_dim, self.hidden),
@@ -62,7 +62,7 @@ ROPE: dict[str, dict[str, Any]] = {
 
 
 def config(name: str) -> Any:
-    """transformers' configuration of a model of `SHAPES`."""
+    """Return transformers' configuration of a model of `SHAPES`."""
     from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
     s = SHAPES[name]
@@ -105,7 +105,7 @@ def build(name: str, directory: str | Path, stops: int = 1) -> str:
 
 
 def tokenizer(vocabulary: int) -> Any:
-    """One word for each token: w0, w1, ..."""
+    """Return a tokenizer with one word for each token: w0, w1, ..."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit

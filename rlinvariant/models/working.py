@@ -20,7 +20,7 @@ from rlinvariant.ops.linear import gradients
 
 
 def make_trainable(model: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
-    """`make_invariant`, and what a trainer adds on a GPU: what `InvariantGRPOTrainer` trains, and a proof must run."""
+    """Do what `make_invariant` does, and what a trainer adds on a GPU. A proof must run what `InvariantGRPOTrainer` trains."""
     make_invariant(model, dtype)
     return use_working_copies(model, dtype) if next(model.parameters()).is_cuda else model
 
@@ -66,7 +66,7 @@ class _WorkingLinear(nn.Module):
 
 
 class _WorkingAttention(MergedAttention):
-    """The form of attention with one projection, made of three: their names stay for whoever saves or syncs the weights."""
+    """Computes attention with one projection, made of three: their names stay for whoever saves or syncs the weights."""
 
     product: "_Product"
 
@@ -78,7 +78,7 @@ class _WorkingAttention(MergedAttention):
 
 
 class _WorkingMLP(MergedMLP):
-    """The form of an MLP with gate and up in one projection, made of two."""
+    """Computes an MLP with gate and up in one projection, made of two."""
 
     product: "_Product"
     gate_proj: nn.Module
@@ -89,7 +89,7 @@ class _WorkingMLP(MergedMLP):
 
 
 class _Refresh:
-    """The decoder's hook. An object, so that a deep copy of the model refreshes its own copies from its own masters."""
+    """Runs before the decoder. As an object, it lets a deep copy of the model refresh its own copies from its own masters."""
 
     def __init__(self) -> None:
         self.groups: list[tuple[tuple[Any, ...], _Product]] = []
@@ -107,7 +107,7 @@ class _Refresh:
 
 
 class _Product:
-    """The product with one copy [sum of N, K] of the weights of linear layers that read the same input."""
+    """Computes the product with one copy [sum of N, K] of the weights of linear layers that read the same input."""
 
     def __init__(self, weights: list[Tensor], dtype: torch.dtype) -> None:
         self.sizes = [len(weight) for weight in weights]
@@ -117,13 +117,13 @@ class _Product:
         self.parts = self.copy.data.split(self.sizes)
 
     def __call__(self, x: Tensor, *linears: Any) -> Tensor:
-        """x [*, K] -> [*, sum of N]."""
+        """Multiply x [*, K] by the copy; the result is [*, sum of N]."""
         bias = None if linears[0].bias is None else torch.cat([linear.bias for linear in linears])
         return _Linear.apply(x, self.copy, bias, *(linear.weight for linear in linears))
 
 
 class _Linear(torch.autograd.Function):
-    """`ops.linear` by a copy, with gradients for the masters that it was made from: fp32, as the matrix unit adds them up."""
+    """Runs `ops.linear` by a copy, with gradients for the copy's masters: fp32, as the matrix unit adds them up."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, copy: Tensor, bias: Tensor | None, *weights: Tensor) -> Tensor:

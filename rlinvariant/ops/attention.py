@@ -60,7 +60,7 @@ def paged_attention(
     schedule: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """The last queries of each sequence against keys and values kept in pages.
+    """Attend from the last queries of each sequence to keys and values that are kept in pages.
 
     Args:
         q: [T, H, D]; the queries of sequence b are rows cu_seqlens_q[b] to cu_seqlens_q[b + 1], its last positions.
@@ -149,7 +149,7 @@ def _cpu(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale, max_seqlen,
 
 
 def _lengths(cu: Tensor, rows: int) -> Tensor:
-    """Sequence lengths, [sequences] int32. ValueError unless `cu` rises from 0 to `rows`."""
+    """Return the sequence lengths, [B] int32. Raises ValueError unless `cu` rises from 0 to `rows`."""
     lengths = cu.diff()
     if int(cu[0]) != 0 or int(cu[-1]) != rows or (lengths < 0).any():
         raise ValueError(f"attention: cu_seqlens must rise from 0 to the {rows} rows of q, got {cu.tolist()[:8]}")

@@ -74,12 +74,12 @@ def forget_routes() -> None:
 
 
 def routes() -> dict[str, str]:
-    """The route taken by each weight shape used so far, for the run's environment.json."""
+    """Return the route taken by each weight shape used so far, for the run's environment.json."""
     return dict(_routes)
 
 
 def _aligned(t: Tensor) -> Tensor:
-    """`t`, or a copy, contiguous and on a cache line: a GEMM may choose its kernel by alignment."""
+    """Return `t`, or a copy, contiguous and on a cache line: a GEMM may choose its kernel by alignment."""
     return t if t.is_contiguous() and t.data_ptr() % 64 == 0 else t.clone(memory_format=torch.contiguous_format)
 
 
@@ -133,7 +133,7 @@ def _backward(ctx, dy: Tensor):
 def gradients(
     dy: Tensor, x: Tensor, weight: Tensor, needed: Sequence[bool], dtype: torch.dtype, bias: torch.dtype | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dx, dweight, dbias) of `linear` by stock GEMMs, each None unless `needed`; dweight in `dtype`, dbias in `bias`.
+    """Return (dx, dweight, dbias) of `linear` by stock GEMMs, each None unless `needed`; dweight in `dtype`, dbias in `bias`.
 
     On a GPU the sum over rows is stored in fp32 as it is, not rounded to dy.dtype on the way.
     """
@@ -155,7 +155,7 @@ def _stores_wide(a: Tensor, dtype: torch.dtype) -> bool:
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total [M, N] += a [M, K] b [K, N], by a stock GEMM; in total's dtype from the accumulator on where it can."""
+    """Add a [M, K] b [K, N] to total [M, N], by a stock GEMM; in total's dtype from the accumulator on where the GEMM can."""
     if _stores_wide(a, total.dtype):
         mm: Any = torch.addmm
         mm(total, a, b, out_dtype=total.dtype, out=total)

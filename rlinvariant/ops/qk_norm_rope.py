@@ -1,4 +1,4 @@
-"""What stands between an attention's projections and its scores: the norms of queries and keys, if any, and the rotation."""
+"""The steps between an attention's projections and its scores: the norms of queries and keys, if any, and the rotation."""
 
 import torch
 from torch import Tensor

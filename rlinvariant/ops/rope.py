@@ -47,7 +47,7 @@ def _cpu(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
 
 
 def rope_backward(dy: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The rotation back."""
+    """Rotate a gradient back, by the same angles."""
     return _rope(dy, cos, sin, -1.0)
 
 

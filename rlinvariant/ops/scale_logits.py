@@ -1,4 +1,4 @@
-"""What a model does to its logits between lm_head and temperature."""
+"""Scaling and bounding of a model's logits, between lm_head and temperature."""
 
 import torch
 from torch import Tensor

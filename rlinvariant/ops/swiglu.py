@@ -31,7 +31,7 @@ def swiglu(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
 
 
 def swiglu_merged(gate_up: Tensor, activation: str = "silu") -> Tensor:
-    """`swiglu` of the two halves of the last dimension of one product, with its gradient in one tensor too: no copies.
+    """Compute `swiglu` of the two halves of a product's last dimension, with its gradient in one tensor too: nothing is copied.
 
     Args:
         gate_up: [*, 2 I], bf16 or fp32: gate, then up.

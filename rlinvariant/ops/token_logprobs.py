@@ -1,4 +1,4 @@
-"""From hidden states to log-probabilities, and from logits to sampled tokens: the trainer's and the sampler's last step.
+"""The last step of trainer and sampler: hidden states to log-probabilities, and logits to sampled tokens.
 
 Both read the same statistics of a row (`softmax_row` of kernels/token_logprobs.c, `_logprobs` of kernels/token_logprobs.py):
 x = logit / T, its maximum m, and s = sum exp(x - m) over fixed blocks of the vocabulary. The log-probability is
@@ -20,7 +20,7 @@ def token_logprobs(
     hidden: Tensor, weight: Tensor, token_ids: Tensor, temperature: float, scale: float | None = None,
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Log-probability of given tokens, and the entropy, without holding [tokens, vocabulary].
+    """Compute the log-probability of given tokens, and the entropy, without holding [tokens, vocabulary].
 
         x = scale_logits(linear(hidden, weight), scale, softcap) / temperature
         logprob = x[id] - logsumexp(x);  entropy = -sum softmax(x) log softmax(x)
@@ -75,7 +75,7 @@ def sample(logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor
 
 
 def log_softmax(logits: Tensor, temperature: Tensor) -> Tensor:
-    """Log-probabilities of the whole vocabulary, [R, V] fp32, with the bits of `token_logprobs` and `sample`."""
+    """Compute log-probabilities of the whole vocabulary, [R, V] fp32, with the bits of `token_logprobs` and `sample`."""
     logits, t = logits.contiguous(), torch.where(temperature == 0, 1.0, temperature).float().contiguous()
     _, _, stats = _row_logprobs(logits, None, t)
     # IEEE arithmetic alone from here, so torch gives the bits that the kernels give for one token
@@ -107,7 +107,7 @@ def sample_ref(logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Te
 
 
 def _uniform(seeds: Tensor, positions: Tensor) -> Tensor:
-    """u of `sample`, [R] fp64: splitmix64's finaliser, twice; int64 wraps, and shifts are made logical by masks."""
+    """Return u of `sample`, [R] fp64, by splitmix64's finaliser, twice; int64 wraps, and shifts are made logical by masks."""
     z = seeds + (positions + 1) * -0x61C8864680B583EB
     for _ in range(2):
         z = (z ^ (z >> 30 & (1 << 34) - 1)) * -0x40A7B892E31B1A47

@@ -68,7 +68,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None) -> tuple[Tensor, Tensor]:
-    """Half the squared error of each value; a value may not gain by moving further than `clip` from what it was.
+    """Return half the squared error of each value; a value may not gain by moving further than `clip` from what it was.
 
         L = 1/2 max((V - R)^2, (V_old + clamp(V - V_old, -clip, clip) - R)^2)
 
@@ -90,13 +90,13 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float 
 
 
 def moments(x: Tensor, mask: Tensor) -> Tensor:
-    """[3] float64: how many tokens, their sum, the sum of their squares. Of several ranks: the sum of theirs."""
+    """Return [3] float64: how many tokens, their sum, the sum of their squares. Of several ranks: the sum of theirs."""
     real = x[mask.bool()].double()
     return torch.stack([real.new_tensor(float(real.numel())), real.sum(), real.square().sum()])
 
 
 def mean_and_variance(moments: Tensor) -> tuple[float, float]:
-    """Of what `moments` counted, in float64; the variance has n in its denominator. NaN of nothing."""
+    """Compute both from `moments` [3] float64; the variance has n in its denominator. NaN if nothing was counted."""
     count, total, squares = moments.tolist()
     if not count:
         return float("nan"), float("nan")
@@ -118,7 +118,7 @@ def whiten(advantages: Tensor, mask: Tensor, mean: float, variance: float) -> Te
 
 
 def explained_variance(returns: Tensor, residuals: Tensor) -> float:
-    """How much of the returns' variance the critic explains: 1 all, 0 none, below 0 worse than a constant.
+    """Return how much of the returns' variance the critic explains: 1 all, 0 none, below 0 worse than a constant.
 
         1 - Var(R - V) / Var(R)
 
@@ -130,7 +130,7 @@ def explained_variance(returns: Tensor, residuals: Tensor) -> float:
 
 
 def _lengths(mask: Tensor) -> Tensor:
-    """[B] tokens of each row."""
+    """Return how many tokens each row has, [B]."""
     real = mask.bool()
     lengths = real.sum(1)
     if bool((lengths == 0).any()):

@@ -23,7 +23,7 @@ RewardFunction: TypeAlias = str | PreTrainedModel | Callable[..., Any]
 
 
 class SamplerLike(Protocol):
-    """What the trainer needs of a sampler; `rlinvariant.sampler.engine.Sampler` has it."""
+    """Describes what the trainer needs of a sampler; `rlinvariant.sampler.engine.Sampler` has it."""
 
     def generate(
         self,
@@ -41,7 +41,7 @@ class SamplerLike(Protocol):
 
 
 class TRLArguments(TypedDict, total=False):
-    """The further arguments of `trl.GRPOTrainer` that our trainers take, with TRL's meaning."""
+    """Lists the further arguments of `trl.GRPOTrainer` that our trainers take, with TRL's meaning."""
 
     eval_dataset: Dataset | None
     processing_class: PreTrainedTokenizerBase | None
@@ -52,7 +52,7 @@ class TRLArguments(TypedDict, total=False):
 
 
 class TrainerOptions(TRLArguments, total=False):
-    """TRL's further arguments, and those of `InvariantGRPOTrainer` that say what it hands on, and when."""
+    """Lists TRL's further arguments, and those of `InvariantGRPOTrainer` that say what it hands on, and when."""
 
     staleness: int
     on_row: OnRow | None
@@ -62,7 +62,7 @@ class TrainerOptions(TRLArguments, total=False):
 
 
 class InvariantOptions(TrainerOptions, total=False):
-    """All keyword arguments of `InvariantGRPOTrainer`, which says what they mean."""
+    """Lists all keyword arguments of `InvariantGRPOTrainer`, which says what they mean."""
 
     sampler: Required[Callable[[], SamplerLike]]
     invariance: Invariance
@@ -71,7 +71,7 @@ class InvariantOptions(TrainerOptions, total=False):
 
 
 class SamplerOptions(TypedDict, total=False):
-    """The settings of `rlinvariant.Sampler` that a trainer leaves to the user."""
+    """Lists the settings of `rlinvariant.Sampler` that a trainer leaves to the user."""
 
     max_model_len: int | None
     kv_cache_gib: float | None
@@ -79,7 +79,7 @@ class SamplerOptions(TypedDict, total=False):
 
 
 class StartOptions(TrainerOptions, total=False):
-    """The keyword arguments of `rlinvariant.grpo_trainer`, which says what they mean, but for `ppo`."""
+    """Lists the keyword arguments of `rlinvariant.grpo_trainer`, which says what they mean, but for `ppo`."""
 
     invariance: Invariance
     dtype: str

@@ -1,4 +1,4 @@
-"""From TRL's padded batch to one packed row, and back."""
+"""TRL's padded batch as one packed row, and back."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from rlinvariant.kernels.rows import GEMM_ROW_STEP
 
 @dataclass(frozen=True)
 class Packed:
-    """The real tokens of a padded batch, end to end, and the tokens to score."""
+    """Holds the real tokens of a padded batch, end to end, and the tokens to score."""
 
     inputs: dict[str, Tensor | int]  # what the model takes: ids and positions [1, N], cumulative lengths
     token_ids: Tensor  # [S] the tokens to score
@@ -19,7 +19,7 @@ class Packed:
     keep: Tensor  # [B, C] where they stand in the padded completions
 
     def unpack(self, values: Tensor) -> Tensor:
-        """[S] -> [B, C], zero where there is no token. ValueError for any other number than S."""
+        """Lay [S] out as [B, C], zero where there is no token. Raises ValueError for any other number than S."""
         if len(values) != len(self.token_ids):
             raise ValueError(f"{len(values)} log-probs were computed for {len(self.token_ids)} sampled tokens")
         return values.new_zeros(self.keep.shape).masked_scatter(self.keep, values)

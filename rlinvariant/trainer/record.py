@@ -1,4 +1,4 @@
-"""What one optimizer step leaves behind, on a rank and on all of them, and the row of metrics computed from it."""
+"""The record of one optimizer step, on a rank and on all of them, and the row of metrics computed from it."""
 
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -18,7 +18,7 @@ PARTS = ("rollout", "score", "train", "sync", "save")
 
 
 class Pair(NamedTuple):
-    """The log-probs that the two sides gave to the same tokens: two arrays [N], fp32."""
+    """Holds the log-probs that the two sides gave to the same tokens: two arrays [N], fp32."""
 
     sampler: np.ndarray
     trainer: np.ndarray
@@ -32,7 +32,7 @@ class Pair(NamedTuple):
 
 @dataclass
 class StepRecord:
-    """What one rank has seen of one optimizer step; `merge` makes one record of those of all ranks.
+    """Holds what one rank has seen of one optimizer step; `merge` makes one record of those of all ranks.
 
     Args:
         compared: log-probs of tokens that were trained on for the first time, with the weights that the step began with.
@@ -77,7 +77,7 @@ class StepRecord:
 
     @property
     def sampled(self) -> int:
-        """How many tokens were sampled."""
+        """Return how many tokens were sampled."""
         return sum(map(len, self.completions))
 
     def onpolicy(self, clip_max: float) -> dict[str, float | int]:
@@ -119,7 +119,7 @@ class StepRecord:
 
 @dataclass
 class PPORecord(StepRecord):
-    """What a step of PPO leaves behind besides.
+    """Holds what a step of PPO leaves behind besides.
 
     Args:
         log_ratios: log(policy / policy that sampled) of the tokens trained on, one [n] float64 for each micro-batch, on the
@@ -142,7 +142,7 @@ class PPORecord(StepRecord):
         return whole
 
     def kl_sums(self) -> Tensor:
-        """[2] float64: the sum over tokens of the k3 estimate of KL(policy that sampled || policy), and how many tokens."""
+        """Return [2] float64: the k3 estimate of KL(policy that sampled || policy), summed over tokens, and how many tokens."""
         log_ratio = torch.cat(self.log_ratios)
         return torch.stack([(torch.expm1(log_ratio) - log_ratio).sum(), log_ratio.new_tensor(float(len(log_ratio)))])
 

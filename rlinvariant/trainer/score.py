@@ -14,7 +14,7 @@ from rlinvariant.trainer.packing import pack
 
 @dataclass(frozen=True)
 class Layout:
-    """How completions reach the trainer's model.
+    """Describes how completions reach the trainer's model.
 
     Args:
         micro_batch: most sequences in one forward.
@@ -36,7 +36,7 @@ class Layout:
 def score(
     model: Any, prompts: Sequence[Sequence[int]], completions: Sequence[Completion], temperature: float, layout: Layout
 ) -> list[Tensor]:
-    """fp32 log-probs of each completion, on the CPU, by `pack` and the patched model, as the trainer computes them."""
+    """Compute fp32 log-probs of each completion, on the CPU, by `pack` and the patched model, as the trainer does."""
     device = next(model.parameters()).device
     order = list(range(len(prompts)))
     if layout.order == "reversed":
@@ -65,7 +65,7 @@ def score(
 def stock_score(
     model: Any, prompts: Sequence[Sequence[int]], completions: Sequence[Completion], temperature: float
 ) -> list[Tensor]:
-    """The same by a model of transformers as it is, one completion at a time: a control."""
+    """Compute the same by a model of transformers as it is, one completion at a time: a control."""
     found, device = [], next(model.parameters()).device
     for prompt, completion in zip(prompts, completions, strict=True):
         ids = torch.tensor([[*prompt, *completion.token_ids]], device=device)
@@ -89,7 +89,7 @@ def _batches(order: Sequence[int], lengths: Sequence[int], layout: Layout) -> It
 def padded(
     prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], layout: Layout
 ) -> tuple[Tensor, Tensor, int]:
-    """TRL's batch: [prompts | completions], its mask, and the width of the second; ids of padding are tokens like any other."""
+    """Return TRL's batch: ids [prompts | completions], mask, and the completions' width; padding has ids like any token."""
     width = max(map(len, prompts)) + layout.padding
     length = max(map(len, completions)) + layout.padding
     ids = torch.zeros(len(prompts), width + length, dtype=torch.int64)

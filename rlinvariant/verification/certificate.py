@@ -60,7 +60,7 @@ DESCRIPTIVE_KEYS = (  # keys of a model's configuration that change no result
 
 
 class Certificate(TypedDict):
-    """What `verify` found.
+    """Holds what `verify` found.
 
     Args:
         exact: every relation was shown to hold, by a comparison that sees every planted fault.

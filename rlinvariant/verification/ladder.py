@@ -26,7 +26,7 @@ OP_NAMESPACE = "rlinvariant"
 
 
 class _DistinctCalls(TorchDispatchMode):
-    """Keep the first of each distinct call of an op of this package: `found` has the op and its arguments."""
+    """Keeps the first of each distinct call of an op of this package: `found` has the op and its arguments."""
 
     def __init__(self) -> None:
         super().__init__()

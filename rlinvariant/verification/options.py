@@ -1,4 +1,4 @@
-"""What `verify` is asked for, and what is wrong with it, known before anything is loaded."""
+"""The options of `verify`, and a check of them before anything is loaded."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from rlinvariant.errors import ConfigErrors
 
 @dataclass(frozen=True)
 class Options:
-    """The arguments of `verify.verify`, which describes them."""
+    """Holds the arguments of `verify.verify`, which describes them."""
 
     model: str
     tokens: int | None = None

@@ -21,7 +21,7 @@ LEAST_POSITIONS = 64  # room for prompts that are cut and cached
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is drawn and scored, in tokens where nothing else is said.
+    """Says how much is drawn and scored, in tokens where nothing else is said.
 
     Args:
         requests: number of requests in the relations that compare one batch with another.
@@ -41,7 +41,7 @@ class Sizes:
 
     @property
     def positions(self) -> int:
-        """Positions that the longest request needs."""
+        """Return how many positions the longest request needs."""
         return max(self.longest, self.prompt + self.tokens) + self.tokens + 1
 
     def within(self, positions: int) -> "Sizes":
@@ -62,7 +62,7 @@ FULL_SIZES = Sizes(requests=32, prompt=200, tokens=32, longest=4096, in_step=512
 
 @dataclass(frozen=True)
 class Batch:
-    """One batch of requests, what the engine drew for all of them together from a cold cache, and the trainer's log-probs."""
+    """Holds one batch of requests, what the engine drew for all together from a cold cache, and the trainer's log-probs."""
 
     requests: list[Request]
     completions: list[Completion]
@@ -71,7 +71,7 @@ class Batch:
 
 @dataclass
 class Pair:
-    """A trainer's model and an engine that hold the same weights, and counts of what has been drawn and scored.
+    """Holds a trainer's model and an engine with the same weights, and counts what has been drawn and scored.
 
     Args:
         model: the trainer's model.

@@ -14,7 +14,7 @@ from rlinvariant.rollout import Completion
 
 @dataclass
 class Relation:
-    """A claim about bits, the numbers compared for it, and those that differ.
+    """Holds a claim about bits, the numbers compared for it, and those that differ.
 
     Args:
         name: the claim, as the table prints it.
@@ -38,12 +38,12 @@ class Relation:
 
     @property
     def holds(self) -> bool:
-        """Whether the claim was tried, and no number differs."""
+        """Return whether the claim was tried, and no number differs."""
         return self.shown and self.compared > 0 and self.mismatched == 0
 
     @property
     def remarks(self) -> str:
-        """What the engine did and which requests were lost, joined for the table."""
+        """Join, for the table, what the engine did and which requests were lost."""
         return "; ".join(filter(None, (self.how, self.lost)))
 
     def add(self, a: Sequence[Any], b: Sequence[Any], what: str = "") -> None:

@@ -1,4 +1,4 @@
-"""What an exact run does before its first step: find a certificate for its architecture and machine, or compare now."""
+"""Find a certificate for a model's architecture and this machine before the first step of an exact run, or compare now."""
 
 import time
 from typing import Any

@@ -1,4 +1,4 @@
-"""What `verify` prints: the head, a line for each relation and control, the speed, the verdict."""
+"""The lines that `verify` prints: the head, one for each relation and control, the speed, the verdict."""
 
 import textwrap
 from collections.abc import Iterator, Mapping

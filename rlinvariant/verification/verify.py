@@ -72,7 +72,7 @@ def verify_with(asked: Options, console: Console) -> Certificate:
 
 @dataclass
 class _Found:
-    """The relations and controls so far, each printed as it comes."""
+    """Holds the relations and controls so far, each printed as it comes."""
 
     console: Console
     relations: list[Relation] = field(default_factory=list)
@@ -89,7 +89,7 @@ class _Found:
 
 
 class _Parts:
-    """What is verified, loaded as a run loads it; the stock parts are loaded when a control first asks for them."""
+    """Holds what is verified, loaded as a run loads it; the stock parts are loaded when a control first asks for them."""
 
     def __init__(self, asked: Options, scratch: str, console: Console) -> None:
         self.asked = asked
@@ -108,12 +108,12 @@ class _Parts:
 
     @functools.cached_property
     def plain_model(self) -> Any:
-        """transformers' own model, or in words why there is none."""
+        """Return transformers' own model, or in words why there is none."""
         return load.or_reason(lambda: load.stock(self.directory, self.asked.dtype))
 
     @functools.cached_property
     def plain_engine(self) -> Any:
-        """vLLM's own engine, or in words why there is none."""
+        """Return vLLM's own engine, or in words why there is none."""
         options = self.engine_options | ({"enforce_eager": True} if self.asked.short else {})
         return load.or_reason(lambda: load.engine(self.directory, False, self.asked.dtype, options, self.sizes))
 
