@@ -18,6 +18,7 @@ from rlinvariant import errors
 from rlinvariant.arguments import CommandParser, suggestion, wrapped
 from rlinvariant.errors import ConfigErrors, ParityError, UserError
 from rlinvariant.install import require_working_install
+from rlinvariant.launch import rank
 
 DESCRIPTION = "Exact on-policy RL: vLLM samples and a Hugging Face model trains, and their log-probs are the same 32 bits."
 
@@ -132,7 +133,7 @@ def exit_code(command: Callable[[], int | None]) -> int:
 
 def _reported(command: Callable[[], int | None]) -> int:
     """Run a command; print what ended it early, and return the exit code."""
-    main_process = os.environ.get("RANK", "0") == "0"
+    main_process = rank() == 0
     try:
         return command() or errors.OK
     except SystemExit as end:  # argparse has printed a help or the version

@@ -56,6 +56,11 @@ def is_launched(env: Mapping[str, str] = os.environ) -> bool:
     return "ACCELERATE_MIXED_PRECISION" in env or "LOCAL_RANK" in env
 
 
+def rank(env: Mapping[str, str] = os.environ) -> int:
+    """Return this process's number among those of a launch, 0 if it is the only one. RANK alone, as in a shell, says nothing."""
+    return int(env.get("RANK", 0)) if "LOCAL_RANK" in env else 0
+
+
 def launch(argv: Sequence[str], machine: str | None = None) -> int:
     """Run `rlinvariant train` in the processes that a machine file describes.
 

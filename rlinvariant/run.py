@@ -1,6 +1,7 @@
 """One run, from a configuration to a trained model and its proof. Read this file to see how the parts fit together."""
 
 import copy
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -9,6 +10,8 @@ from rlinvariant.api import TrainerPlan, build_trainer, plan_trainer
 from rlinvariant.config import Config, Recipe
 from rlinvariant.errors import ConfigErrors, UserError, one_line
 from rlinvariant.journal import Journal, nothing_left
+from rlinvariant.launch import rank
+from rlinvariant.lock import locked
 from rlinvariant.report.console import Console
 
 if TYPE_CHECKING:
@@ -42,15 +45,16 @@ def run(config: Config) -> None:
         UserError: something that the user can mend, at the start or in the middle.
         ParityError: the two sides are not one function, or a token that was trained on was not compared.
     """
-    with nothing_left(config.run_dir / "checkpoints"):
+    lock = locked(config.run_dir, "run") if rank() == 0 else nullcontext()
+    with nothing_left(config.run_dir / "checkpoints"), lock:
         planned = plan(config)
         trainer = build(planned)
         planned.journal.start(trainer)
-    with planned.journal.finishing():
-        evaluate(planned, trainer, "before")
-        trainer.train(resume_from_checkpoint=config.resume and any(config.run_dir.glob("checkpoints/checkpoint-*")))
-        trainer.sync(force=True)
-        evaluate(planned, trainer, "after")
+        with planned.journal.finishing():
+            evaluate(planned, trainer, "before")
+            trainer.train(resume_from_checkpoint=config.resume and any(config.run_dir.glob("checkpoints/checkpoint-*")))
+            trainer.sync(force=True)
+            evaluate(planned, trainer, "after")
 
 
 def plan(config: Config) -> Plan:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from rlinvariant.launch import rank
+
 CACHE = Path("runs/.cache")
 
 
@@ -46,7 +48,7 @@ def warm_start(
     digest = hashlib.blake2b(json.dumps([dict(key), hyper, sources], sort_keys=True).encode(), digest_size=8).hexdigest()
     directory = CACHE / f"{name}-{digest}"
     CACHE.mkdir(parents=True, exist_ok=True)
-    while os.environ.get("RANK", "0") != "0" and not directory.is_dir():
+    while rank() != 0 and not directory.is_dir():
         time.sleep(0.2)  # if rank 0 fails, the launcher ends this process too
     with FileLock(f"{directory}.lock"):
         if not directory.is_dir():

@@ -1,7 +1,6 @@
 """`rlinvariant ablate`: what it runs and refuses, how it goes on, and one small ablation of real runs."""
 
 import contextlib
-import fcntl
 import io
 import json
 import os
@@ -23,6 +22,7 @@ from rlinvariant.ablate.plan import Plan, extended, read
 from rlinvariant.ablate.runs import prepare
 from rlinvariant.config import TRAINER_CHOICES, parse
 from rlinvariant.errors import ConfigErrors, UserError
+from rlinvariant.lock import locked
 from rlinvariant.report.rundir import RunDir, read_metrics
 from tests import commands
 
@@ -317,21 +317,8 @@ def test_an_interrupt_stops_the_run_and_says_how_to_go_on(number, inherited, fak
 
 
 def test_two_ablations_in_one_directory_are_refused(fake):
-    Path("runs/ablation-x").mkdir(parents=True)
-    with Path("runs/ablation-x/lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="runs/ablation-x: another ablate, or a run that it started, is at work here"):
-            commands.run("ablate", *SMALL)
-
-
-def test_a_run_that_outlives_its_ablate_keeps_the_lock(tmp_path):
-    with runs.locked(tmp_path) as lock:
-        child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=[lock])
-    with pytest.raises(UserError, match="is at work here"), runs.locked(tmp_path):
-        pass
-    child.communicate(b"\n")
-    with runs.locked(tmp_path):
-        pass
+    with locked(Path("runs/ablation-x"), "run"), pytest.raises(UserError, match="is at work in runs/ablation-x; wait for it"):
+        commands.run("ablate", *SMALL)
 
 
 # ---- real runs

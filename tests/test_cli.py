@@ -140,7 +140,10 @@ def test_ctrl_c_is_one_line(capsys, monkeypatch):
     with interruptible():
         assert cli.exit_code(command) == 130
         assert capsys.readouterr().err == "interrupted\n"
-        monkeypatch.setenv("RANK", "1")
+        monkeypatch.setenv("RANK", "1")  # a shell's, of no launch
+        assert cli.exit_code(command) == 130
+        assert capsys.readouterr().err == "interrupted\n"
+        monkeypatch.setenv("LOCAL_RANK", "1")
         assert cli.exit_code(command) == 130
         assert capsys.readouterr().err == ""
 

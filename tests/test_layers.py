@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 # A unit imports itself and units of rows above its own: sampler and trainer, on one row, never each other.
 ROWS = (
     {"errors", "text"},
-    {"arguments", "files", "install", "machine"},
+    {"arguments", "files", "install", "lock", "machine"},
     {"bits", "rollout", "runtime"},
     {"kernels"},
     {"ops"},

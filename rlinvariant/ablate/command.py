@@ -7,6 +7,7 @@ from rlinvariant.ablate.plan import Plan, extended, read
 from rlinvariant.arguments import definitions
 from rlinvariant.errors import INTERRUPTED, NOT_EXACT, OK
 from rlinvariant.files import require_writable
+from rlinvariant.lock import locked
 from rlinvariant.report.console import Console
 from rlinvariant.report.rundir import SCHEMA
 from rlinvariant.text import plural
@@ -50,8 +51,7 @@ def run(options: argparse.Namespace) -> int:
     configs = checked(plan)
     refuse_mixed(plan, configs)
     steps = configs[plan.arms[0].name].steps
-    plan.path.mkdir(parents=True, exist_ok=True)
-    with runs.locked(plan.path) as lock:
+    with locked(plan.path, "run") as lock:
         results.write_json(plan.path / "ablation.json", specification(plan, steps))
         left, jobs = plan.left(), len(plan.jobs())
         size = f"{plural(len(plan.arms), 'arm')} x {plural(len(plan.seeds), 'seed')} x {plural(steps, 'step')}"

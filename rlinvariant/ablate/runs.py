@@ -1,6 +1,5 @@
 """Run an ablation's runs one after the other, each in a process of its own, and go on where an earlier command ended."""
 
-import fcntl
 import json
 import os
 import shlex
@@ -15,28 +14,12 @@ from typing import Any
 
 from rlinvariant.ablate.arms import Arm
 from rlinvariant.ablate.plan import Plan
-from rlinvariant.errors import UserError
 from rlinvariant.report.console import Console
 from rlinvariant.report.rundir import RunDir
 from rlinvariant.text import percent
 
 STOP_SIGNALS = ((signal.SIGINT, 20), (signal.SIGTERM, 5), (signal.SIGKILL, None))
 """The signals that end a run, in order, and how many seconds each is waited for before the next is sent."""
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[int]:
-    """Hold a directory's only lock, and yield its descriptor; a run that inherits the descriptor holds the lock while it lives.
-
-    Raises:
-        UserError: another process holds it.
-    """
-    with (path / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{path}: another ablate, or a run that it started, is at work here; wait, or stop it") from None
-        yield file.fileno()
 
 
 @contextmanager

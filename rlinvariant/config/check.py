@@ -9,6 +9,7 @@ from rlinvariant.config.tree import Config
 from rlinvariant.conflicts import conflicts, ppo_conflicts
 from rlinvariant.errors import UserError
 from rlinvariant.files import require_writable
+from rlinvariant.launch import rank
 
 
 def check(config: Config, env: Mapping[str, str], recipe: Recipe | None = None) -> list[str]:
@@ -39,7 +40,7 @@ def check_run(config: Config, env: Mapping[str, str]) -> list[str]:
         return ["resume=True: expected run=NAME too, the run to continue"]
     if "run" not in config.sources and env.get("WORLD_SIZE", "1") != env.get("LOCAL_WORLD_SIZE", env.get("WORLD_SIZE", "1")):
         return ["run: missing; with several hosts write run=NAME, so that all use one directory"]
-    if env.get("RANK", "0") != "0":
+    if rank(env) != 0:
         return []
     if config.resume and not config.run_dir.is_dir():
         return [f"run={config.run}: {config.run_dir} does not exist, nothing to resume; drop resume=true"]

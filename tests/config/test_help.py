@@ -56,8 +56,10 @@ def test_help_with_a_mistake_is_that_mistake(capsys: pytest.CaptureFixture[str])
 def test_train_prints_errors_without_a_traceback(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     from rlinvariant.cli import main
 
-    for rank, shown in (("0", "error: stps=3: unknown key; did you mean steps?\n"), ("1", "")):
+    error = "error: stps=3: unknown key; did you mean steps?\n"
+    for rank, local, shown in (("0", "0", error), ("1", "1", ""), ("1", None, error)):  # the last: a shell's, of no launch
         monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", local) if local else monkeypatch.delenv("LOCAL_RANK", raising=False)
         assert main(["train", "recipe=arithmetic", "stps=3"], script="train.py") == 2
         assert capsys.readouterr() == ("", shown)
 

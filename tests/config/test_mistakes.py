@@ -225,5 +225,5 @@ def test_run_directories_are_not_overwritten() -> None:
     Path("runs/taken/config.json").touch()
     assert errors("run=taken") == ["run=taken: runs/taken exists; choose another name, or add resume=true to continue it"]
     assert good("run=taken", "resume=true").run_dir == Path("runs/taken")
-    assert good("run=taken", env={"RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}).run == "taken"
+    assert good("run=taken", env={"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}).run == "taken"
     assert errors("run=new", "resume=true") == ["run=new: runs/new does not exist, nothing to resume; drop resume=true"]
