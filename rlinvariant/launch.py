@@ -57,7 +57,7 @@ def is_launched(env: Mapping[str, str] = os.environ) -> bool:
 
 
 def rank(env: Mapping[str, str] = os.environ) -> int:
-    """Return this process's number among those of a launch, 0 if it is the only one. RANK alone, as in a shell, says nothing."""
+    """Return this process's number among those of a launch, or 0. RANK alone, as in a user's shell, says nothing."""
     return int(env.get("RANK", 0)) if "LOCAL_RANK" in env else 0
 
 

@@ -21,7 +21,7 @@ def locked(directory: Path, what: str) -> Iterator[int]:
 
     The lock is `flock` of the file `lock`, which names host and process. The kernel drops it with the last process that has the
     descriptor: one that was killed leaves none, and a child that inherits the descriptor holds it while it lives. On a file
-    system without locks the file's existence is the lock; what a dead process of this host has left is no obstacle there either.
+    system without locks the file's existence is the lock; what a dead process of this host has left is no obstacle there.
 
     Args:
         directory: what nobody else may write.
@@ -101,6 +101,5 @@ def _is_dead(holder: list[str]) -> bool:
 
 def _held(path: Path, what: str, holder: list[str], fix: str = "") -> UserError:
     host, process = holder if len(holder) == 2 else ("an unknown host", "?")
-    return UserError(
-        f"{what}: process {process} on {host}, or one that it started, is at work in {path.parent}; wait for it, or stop it{fix}"
-    )
+    who = f"process {process} on {host}, or one that it started"
+    return UserError(f"{what}: {who}, is at work in {path.parent}; wait for it, or stop it{fix}")

@@ -90,7 +90,7 @@ def test_a_child_that_outlives_the_holder_keeps_the_lock(tmp_path):
 
 
 def test_nobody_holds_a_file_that_was_removed(tmp_path):
-    """A second process has opened the file before its holder ends and removes it: it must not hold what nobody else can find."""
+    """A process that opened the file before its holder removed it must not hold what nobody else can find."""
     opened = os.open
 
     def slow(path, *arguments):
