@@ -19,6 +19,7 @@ import chz
 from rlinvariant.config import Config
 from rlinvariant.config import Data as BaseData
 from rlinvariant.errors import UserError
+from rlinvariant.text import say
 from rlinvariant.warmstart import warm_start
 
 if TYPE_CHECKING:
@@ -166,7 +167,7 @@ class Task:
         if not kept:
             raise UserError(f"{dropped}; none is left to train on; change data.seed, lower data.eval_size or give other rows")
         if len(kept) < len(rows) and os.environ.get("RANK", "0") == "0":
-            print(dropped)
+            say(dropped)
         return rows.select(kept)
 
     def _training_problem(self, generator: random.Random, held_out: set[Any]) -> Any:

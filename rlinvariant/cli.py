@@ -9,9 +9,11 @@ import importlib
 import os
 import select
 import sys
+import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
-from types import ModuleType
+from types import ModuleType, TracebackType
 from typing import NamedTuple
 
 from rlinvariant import errors
@@ -19,6 +21,7 @@ from rlinvariant.arguments import CommandParser, suggestion, wrapped
 from rlinvariant.errors import ConfigErrors, ParityError, UserError
 from rlinvariant.install import require_working_install
 from rlinvariant.launch import rank
+from rlinvariant.text import say
 
 DESCRIPTION = "Exact on-policy RL: vLLM samples and a Hugging Face model trains, and their log-probs are the same 32 bits."
 
@@ -120,6 +123,8 @@ def exit_code(command: Callable[[], int | None]) -> int:
     # libgomp reads it when torch is imported: spinning threads make a run 10 times slower as soon as cores are shared
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # "is an experimental feature", said of a switch for cuBLASLt
+    sys.excepthook = _crashed
+    threading.excepthook = lambda failed: _crashed(failed.exc_type, failed.exc_value, failed.exc_traceback)
     try:
         code = _reported(command)
         sys.stdout.flush()  # a reader that went away is noticed here, not when the interpreter ends
@@ -141,18 +146,23 @@ def _reported(command: Callable[[], int | None]) -> int:
     except UserError as error:
         # Every rank finds the same configuration errors; other errors are one rank's own.
         if main_process or not isinstance(error, ConfigErrors):
-            for line in str(error).splitlines():
-                print(f"error: {line}", file=sys.stderr)
+            for line in str(error).split("\n"):
+                say(f"error: {line}", error=True)
         elif "TORCHELASTIC_RUN_ID" in os.environ:
             time.sleep(10)  # torchrun ends all ranks with the first: this one waits to be ended after rank 0 has said why
         return errors.MISUSED
     except ParityError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", error=True)
         return errors.NOT_EXACT
     except KeyboardInterrupt:
         if main_process:
-            print("interrupted", file=sys.stderr)
+            say("interrupted", error=True)
         return errors.INTERRUPTED
+
+
+def _crashed(kind: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> None:
+    """Print a traceback as the interpreter does, but for what a terminal would obey: an error's text may be a model's."""
+    say("".join(traceback.format_exception(kind, error, trace)).rstrip("\n"), error=True)
 
 
 def _reader_is_gone() -> bool:

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from rlinvariant.text import printable
+
 OK, NOT_EXACT, MISUSED, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 130, 141
 EXIT_CODES = {
     OK: "done, and exact where the command looks",
@@ -30,5 +32,5 @@ class ParityError(Exception):
 
 
 def one_line(error: object, limit: int = 300) -> str:
-    """Return an error's message as one line of at most `limit` characters; its type's name where it has no message."""
-    return " ".join(str(error).split())[:limit] or type(error).__name__
+    """Return an error's message as one printable line of at most `limit` characters; its type's name where it has none."""
+    return printable(" ".join(str(error).split()))[:limit] or type(error).__name__

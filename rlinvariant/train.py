@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from rlinvariant.arguments import CommandParser
 from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.launch import is_launched, launch, machines, size
+from rlinvariant.text import say
 
 DESCRIPTION = """Train a policy by a recipe, with GRPO or PPO: vLLM samples, TRL and accelerate train, and every sampled token's
 log-prob is compared. Arguments are key=value; all mistakes are listed at once, before anything is loaded.
@@ -38,7 +39,7 @@ def run(options: argparse.Namespace) -> int | None:
         from rlinvariant.config.help import fields_help
 
         fields = fields_help(settings, options.help_all)
-        print(f"{options.parser.format_help()}\n{fields}")
+        say(f"{options.parser.format_help()}\n{fields}")
         return None
     from rlinvariant.config import parse
 

@@ -11,7 +11,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # A unit imports itself and units of rows above its own: sampler and trainer, on one row, never each other.
 ROWS = (
-    {"errors", "text"},
+    {"text"},
+    {"errors"},
     {"arguments", "files", "install", "lock", "machine"},
     {"bits", "rollout", "runtime"},
     {"kernels"},

@@ -17,7 +17,7 @@ from rlinvariant.errors import NOT_EXACT, OK, UserError, one_line
 from rlinvariant.install import install_hint
 from rlinvariant.machine import environment
 from rlinvariant.report.rundir import SCHEMA
-from rlinvariant.text import plural
+from rlinvariant.text import plural, printable, say
 
 DESCRIPTION = """Is this machine able to run exact mode, which kernels would be used and why, and what is in the way. One line
 each: ok, note (slower, or worth knowing; exact all the same) or problem, with the fix. Exit code 1 if there is a problem."""
@@ -48,12 +48,12 @@ def run(options: argparse.Namespace) -> int:
         with contextlib.redirect_stdout(sys.stderr):  # a library's remark must not end up in the JSON
             findings += found
             report = summary(findings)
-        print(json.dumps(report, indent=2))
+        say(json.dumps(report, indent=2))
     else:
         for finding in found:
             findings.append(finding)
             _print(finding)
-        print(conclusion(findings))
+        say(conclusion(findings))
     return NOT_EXACT if any(x.verdict == "problem" for x in findings) else OK
 
 
@@ -118,6 +118,6 @@ def _print(finding: Finding) -> None:
     head = f"{finding.verdict:<8} {finding.name:<14} "
     if sys.stdout.isatty():
         width = max(60, shutil.get_terminal_size().columns)
-        print(textwrap.fill(finding.text, width, initial_indent=head, subsequent_indent=" " * len(head)), flush=True)
+        say(textwrap.fill(printable(finding.text), width, initial_indent=head, subsequent_indent=" " * len(head)))
     else:
-        print(head + finding.text, flush=True)
+        say(head + finding.text)

@@ -1,11 +1,11 @@
 """Find out which kernel would take which weight."""
 
 import os
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from rlinvariant.doctor.finding import Finding
+from rlinvariant.text import say
 
 SMALL_WEIGHT_SHAPES = (
     (128, 128),
@@ -44,7 +44,7 @@ def kernels_cpu(weights: Iterable[tuple[int, int, bool]], dtypes: Sequence[str])
                 large.append(f"{label} ({need / 2**30:.0f} GiB)")
             else:
                 if n * k > 1 << 22:  # it takes seconds; a head of 150,000 tokens takes a minute
-                    print(f"trying the vendor GEMM on {label} ...", file=sys.stderr, flush=True)
+                    say(f"trying the vendor GEMM on {label} ...", error=True)
                 (passed if is_exact(n, k, getattr(torch, dtype), bias, count) else failed).append(label)
         why = f"a row's bits are equal in all sixteen calls here, with {count} threads"
         why_not = f"the vendor GEMM's bits of a row change with the number of rows, with {count} threads"

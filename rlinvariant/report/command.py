@@ -18,5 +18,6 @@ def run(options: argparse.Namespace) -> None:
     from rlinvariant.report.console import Console
 
     file, study = html.write(options.path)
-    tables.show(study, Console())
-    print(f"report: {file}")
+    console = Console()
+    tables.show(study, console)
+    console.print(f"report: {file}")

@@ -5,6 +5,7 @@ Counts of tokens are printed as integers, so that no rounding can make a mismatc
 
 import math
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -47,6 +48,7 @@ _DRIFT = (
     ("max ratio", "onpolicy/is_ratio/max"),
 )
 
+_COLOUR = re.compile(r"(\x1b\[[\d;]*m)")
 Advance = Callable[[int], None]
 Row = Mapping[str, Any]
 
@@ -85,7 +87,9 @@ class Console:
         self._rich.print(Text(self._printable(text), style=style), soft_wrap=True)
 
     def _print_others(self, line: str) -> None:
-        self._rich.print(Text.from_ansi(line), soft_wrap=True)
+        """Print a library's line with its colours, and nothing else that a terminal obeys."""
+        parts = [part if _COLOUR.fullmatch(part) else printable(part, keep="\t") for part in _COLOUR.split(line)]
+        self._rich.print(Text.from_ansi("".join(parts)), soft_wrap=True)
 
     @contextmanager
     def stage(self, text: str, total: int | None = None) -> Iterator[Advance]:

@@ -16,7 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Print a line for each thing done. Raises UserError as `dashboard.push` and `dashboard.sync` do."""
     from rlinvariant.report import dashboard
+    from rlinvariant.text import say
 
     action = {"push": dashboard.push, "sync": dashboard.sync}[options.action]
     for line in action(options.path):
-        print(line)
+        say(line)

@@ -9,6 +9,7 @@ import sys
 
 from rlinvariant import runtime
 from rlinvariant.sampler import plugin
+from rlinvariant.text import say
 
 IN_ITS_OWN_PROCESS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "1",  # the engine core in a process of its own
@@ -54,4 +55,4 @@ def ask(directory: str) -> str:
 
 
 if __name__ == "__main__":
-    print(f"exact: {ask(sys.argv[1])}", flush=True)
+    say(f"exact: {ask(sys.argv[1])}")

@@ -21,6 +21,7 @@ from rlinvariant.models import make_invariant, require_exact, two_layers
 from rlinvariant.sampler import plugin, vllm_guard
 from rlinvariant.sampler.engine import refuse
 from rlinvariant.sampler.names import ARCHITECTURE, NOT_ACTIVE, QUANTIZATION
+from rlinvariant.text import say
 
 _Worker: Any
 if current_platform.is_cuda():
@@ -245,7 +246,7 @@ class Proof:
             if message["type"] == "lifespan.startup.complete":
                 try:
                     (proof,) = await scope["app"].state.engine_client.collective_rpc("prove")
-                    print(f"exact: {proof}", flush=True)
+                    say(f"exact: {proof}")
                 except Exception as error:
                     message = {"type": "lifespan.startup.failed", "message": f"error: the engine is not exact: {error}"}
             await send(message)
