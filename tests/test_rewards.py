@@ -63,11 +63,11 @@ def test_a_raise_on_the_whole_batch_alone_says_so() -> None:
 @pytest.mark.parametrize(
     ("returned", "expected"),
     [
-        ([1.0], "step 7: returned 1 rewards, expected 3, one per completion, sample 1 is the first without one"),
+        ([1.0], "step 7: returned 1 reward, expected 3, one per completion, sample 1 is the first without one"),
         ([1.0] * 4, "step 7: returned 4 rewards, expected 3, one per completion"),
-        ([0.0, math.nan, 0.0], "step 7, sample 1: returned nan, expected a finite number or None"),
-        ([0.0, 0.0, math.inf], "step 7, sample 2: returned inf, expected a finite number or None"),
-        ([0.0, "1", 0.0], "step 7, sample 1: returned '1', expected a finite number or None"),
+        ([0.0, math.nan, 0.0], "step 7, sample 1: returned nan, expected None or a finite number that float32 can hold"),
+        ([0.0, 0.0, math.inf], "step 7, sample 2: returned inf, expected None or a finite number that float32 can hold"),
+        ([0.0, "1", 0.0], "step 7, sample 1: returned '1', expected None or a finite number that float32 can hold"),
         (None, "step 7: returned NoneType, expected a list of 3 numbers"),
         (0.5, "step 7: returned float, expected a list of 3 numbers"),
         ("yes", "step 7: returned str, expected a list of 3 numbers"),

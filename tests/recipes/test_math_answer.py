@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from rlinvariant.errors import UserError
-from rlinvariant.rewards import GRADING_CPU_S, checked_reward, final_answer, math_answer
+from rlinvariant.rewards import checked_reward, final_answer, math_answer
+from rlinvariant.rewards.grader import GRADING_CPU_S
 
 
 @pytest.mark.parametrize(
@@ -92,12 +93,12 @@ def test_graders_work_in_any_thread() -> None:
 
 
 def test_a_grader_that_cannot_start_stops_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    from rlinvariant import rewards
+    from rlinvariant.rewards import grader
 
-    rewards._graders.cache_clear()  # processes that are not there yet
+    grader._graders.cache_clear()  # processes that are not there yet
     with monkeypatch.context() as patch:
         patch.setattr("sys.executable", "/bin/false")
         with pytest.raises(UserError, match=r"^reward function math_answer, .*math-verify: cannot be loaded; pip install"):
             checked_reward(math_answer)(prompts=["?"], completions=[r"\boxed{1+1}"], answer=["2"])
-    rewards._graders.cache_clear()
+    grader._graders.cache_clear()
     assert GRADING_CPU_S < 10

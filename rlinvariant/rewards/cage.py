@@ -1,0 +1,134 @@
+"""A reward function in processes of its own: the trainer's side, which sends batches to the cage's keeper."""
+
+import copy
+import importlib.machinery
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from typing import Any
+
+import cloudpickle
+
+from rlinvariant.errors import UserError
+from rlinvariant.rewards.grades import Graded, raised
+from rlinvariant.rewards.limits import RewardLimits
+
+CODE = "import sys; from rlinvariant.rewards.keeper import main; main(int(sys.argv[1]), int(sys.argv[2]))"
+KEEPER_GRACE_S = 30.0  # beyond the limit of a call, which the keeper itself holds
+
+
+class Cage:
+    """Runs a reward function in `reward_cage` processes, which a keeper starts and ends.
+
+    Args:
+        function: a reward function, plain or async.
+        name: its name, for messages.
+        limits: how many processes, and how long a call may take.
+
+    Raises:
+        UserError: the function cannot be sent to another process, or cannot be loaded there.
+    """
+
+    def __init__(self, function: Callable[..., Any], name: str, limits: RewardLimits) -> None:
+        self._name, self._limits = name, limits
+        self._lock = threading.Lock()
+        self._close: Callable[[], object] | None = None
+        try:
+            self._pickled = pickled(function)
+        except Exception as error:
+            raise self._refusal(f"cannot be pickled: {raised(error).text}") from error
+        self._start()
+
+    def _refusal(self, problem: str) -> UserError:
+        fix = "define it in a file or without what it encloses, or use reward_cage=0"
+        return UserError(f"reward_cage={self._limits.reward_cage}: reward function {self._name}: {problem}; {fix}")
+
+    def _start(self) -> None:
+        self._connection, theirs = multiprocessing.Pipe()
+        paths = os.pathsep.join(path for path in sys.path if path)
+        process = subprocess.Popen(
+            [sys.executable, "-c", CODE, str(theirs.fileno()), str(self._limits.reward_cage)],
+            env=os.environ | {"PYTHONPATH": paths},
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,  # ctrl-C is the trainer's
+        )
+        theirs.close()
+        self._close = weakref.finalize(self, _end, process, self._connection)
+        self._connection.send_bytes(self._pickled)
+        failure = self._answer(self._limits.limit_s)
+        if failure is not None:
+            self._close()
+            self._close = None
+            raise self._refusal(f"cannot be loaded in another process: {failure.text}")
+
+    def grade(self, arguments: Mapping[str, Any]) -> Graded:
+        """Grade a batch of samples; takes no longer than the limit, whatever the function does.
+
+        Raises:
+            UserError: the arguments cannot be sent, or the keeper itself is gone.
+        """
+        sent = {key: value for key, value in arguments.items() if key not in ("log_metric", "log_extra")}
+        seed = self._name
+        if (state := sent.get("trainer_state")) is not None:
+            sent["trainer_state"] = copy.copy(state)
+            sent["trainer_state"].log_history = []  # grows with the run
+            seed = f"{self._name} {state.global_step}"
+        logs = [key for key in ("log_metric", "log_extra") if key in arguments]
+        with self._lock:
+            if self._close is None:
+                self._start()
+            try:
+                self._connection.send((sent, logs, seed, self._limits.limit_s))
+                return self._answer(None if self._limits.limit_s is None else self._limits.limit_s + KEEPER_GRACE_S)
+            except BaseException:  # an answer that comes late must not be taken for the next call's
+                if self._close is not None:
+                    self._close()
+                self._close = None
+                raise
+
+    def _answer(self, limit_s: float | None) -> Any:
+        try:
+            if self._connection.poll(limit_s):
+                return self._connection.recv()
+            problem = f"did not answer within {limit_s:g} s"
+        except (EOFError, ConnectionError):
+            problem = "was ended from outside"
+        raise UserError(f"reward function {self._name}: the process that keeps its cage {problem}")
+
+
+def pickled(function: Callable[..., Any]) -> bytes:
+    """Pickle a function; by value where another process cannot import it by name, as that of a recipe's file."""
+    inner = getattr(function, "func", function)
+    names = {getattr(x, "__module__", None) for x in (function, inner, type(function))} & sys.modules.keys()
+    by_value = [sys.modules[name] for name in names if name is not None and not _importable(name)]
+    for module in by_value:
+        cloudpickle.register_pickle_by_value(module)
+    try:
+        return cloudpickle.dumps(function)
+    finally:
+        for module in by_value:
+            cloudpickle.unregister_pickle_by_value(module)
+
+
+def _importable(name: str) -> bool:
+    top = name.partition(".")[0]
+    return top == "__main__" or top in sys.builtin_module_names or importlib.machinery.PathFinder.find_spec(top) is not None
+
+
+def _end(process: subprocess.Popen[bytes], connection: Connection) -> None:
+    """End a keeper: it kills its workers when the connection closes."""
+    connection.close()
+    try:
+        process.wait(2)
+    except subprocess.TimeoutExpired:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

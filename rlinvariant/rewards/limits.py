@@ -1,0 +1,50 @@
+"""What a run allows its reward functions, and what it does where one fails."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+OnError: TypeAlias = Literal["stop", "zero", "none"]
+
+
+@dataclass(frozen=True)
+class RewardLimits:
+    """Holds the settings of reward functions, under the names that configuration and trainers have for them.
+
+    Args:
+        reward_timeout: seconds that one call may take; 0: no limit.
+        reward_cage: processes that each function runs in, each with its share of a batch; 0: the trainer's own process.
+        reward_errors: what a sample gets that a function fails on: "stop" ends the run, "zero" is 0.0, "none" is None.
+    """
+
+    reward_timeout: float = 600.0
+    reward_cage: int = 0
+    reward_errors: OnError = "stop"
+
+    @property
+    def limit_s(self) -> float | None:
+        """The limit of a call in seconds, or None."""
+        return self.reward_timeout or None
+
+    def problems(self) -> list[str]:
+        """List what is wrong with the settings, one line each."""
+        found = []
+        if not 0 <= self.reward_timeout < math.inf:
+            found.append(f"reward_timeout={self.reward_timeout}: expected seconds, more than 0; 0: no limit")
+        if not 0 <= self.reward_cage <= 256:
+            found.append(f"reward_cage={self.reward_cage}: expected 0 to 256 processes")
+        if self.reward_errors not in ("stop", "zero", "none"):
+            found.append(f"reward_errors={self.reward_errors}: expected one of stop, zero, none")
+        return found
+
+    def __str__(self) -> str:
+        limit = f"at most {self.reward_timeout:g} s a call" if self.reward_timeout else "no time limit"
+        cage = f"{self.reward_cage} of their own for each" if self.reward_cage else "the trainer's"
+        effect = {"stop": "ends the run", "zero": "is a reward of 0", "none": "leaves the sample out"}[self.reward_errors]
+        processes = f"reward_cage={self.reward_cage}, processes: {cage}"
+        return f"reward functions: {limit} (reward_timeout); {processes}; a failure {effect} (reward_errors)"
+
+    def overdue(self, where: str) -> str:
+        """Return the line about a call that has passed the limit."""
+        fix = "raise reward_timeout= (0: no limit), or let reward_cage=1 end it"
+        return f"{where}: no answer within {self.reward_timeout:g} s; {fix}"
