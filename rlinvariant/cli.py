@@ -150,7 +150,7 @@ def _reported(command: Callable[[], int | None]) -> int:
                 say(f"error: {line}", error=True)
         elif "TORCHELASTIC_RUN_ID" in os.environ:
             time.sleep(10)  # torchrun ends all ranks with the first: this one waits to be ended after rank 0 has said why
-        return errors.MISUSED
+        return error.exit_code
     except ParityError as error:
         say(f"error: {error}", error=True)
         return errors.NOT_EXACT

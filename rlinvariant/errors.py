@@ -4,11 +4,12 @@ from collections.abc import Sequence
 
 from rlinvariant.text import printable
 
-OK, NOT_EXACT, MISUSED, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 130, 141
+OK, NOT_EXACT, MISUSED, DISK_FULL, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 74, 130, 141
 EXIT_CODES = {
     OK: "done, and exact where the command looks",
     NOT_EXACT: "not exact, not shown to be, or not finished; a crash too, with its traceback",
     MISUSED: "refused: something in the command, the machine or the model has to change; one line says what",
+    DISK_FULL: "the disk is full, or cannot be written; what was on it before is whole",
     INTERRUPTED: "stopped by ctrl-C",
     PIPE_CLOSED: "the reader of the output went away, as `head` does",
 }
@@ -18,6 +19,8 @@ EXIT_CODES = {
 class UserError(Exception):
     """Tells the user of something that the user can mend; printed without a traceback. Exit code `MISUSED`."""
 
+    exit_code = MISUSED
+
 
 class ConfigErrors(UserError):
     """Lists every problem found in a configuration or a command line, one line each."""
@@ -25,6 +28,12 @@ class ConfigErrors(UserError):
     def __init__(self, errors: Sequence[str]) -> None:
         super().__init__("\n".join(errors))
         self.errors = list(errors)
+
+
+class DiskError(UserError):
+    """Tells the user that a file could not be written, and where. Exit code `DISK_FULL`."""
+
+    exit_code = DISK_FULL
 
 
 class ParityError(Exception):

@@ -1,12 +1,18 @@
 """Files that are whole or not there, and places that are tried before the work whose result goes there."""
 
+import errno
 import os
+import re
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from rlinvariant.errors import UserError
+from rlinvariant.errors import DiskError, UserError
 
 RUNS = Path("runs")  # in the working directory: where runs, ablations and demos keep their files
+DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.ESTALE)
+"""Error numbers of a disk that is full, over a quota, read-only, limited to smaller files, broken, or gone."""
 
 
 def require_writable(path: Path, what: str, fix: str, directory: bool = False) -> None:
@@ -57,3 +63,26 @@ def sync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def disk_errors(where: Path, fix: str) -> Iterator[None]:
+    """Turn the error of a disk that cannot be written into one line; any other error passes.
+
+    Args:
+        where: the directory that is written, named where the error does not say which file it was.
+        fix: what the user can do, as the message's end.
+
+    Raises:
+        DiskError: a write failed for one of `DISK_FAULTS`.
+    """
+    try:
+        yield
+    except Exception as error:
+        number = error.errno if isinstance(error, OSError) else None
+        if type(error).__name__ == "SafetensorError" and (said := re.search(r"os error (\d+)", str(error))):
+            number = int(said[1])  # safetensors says the number in its text alone
+        if number not in DISK_FAULTS:
+            raise
+        path = getattr(error, "filename", None) or where
+        raise DiskError(f"{path}: cannot be written ({os.strerror(number)}); {fix}") from error

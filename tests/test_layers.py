@@ -14,7 +14,7 @@ ROWS = (
     {"text"},
     {"errors"},
     {"arguments", "files", "install", "lock", "machine"},
-    {"bits", "rollout", "runtime"},
+    {"bits", "rollout", "runtime", "checkpoints"},
     {"kernels"},
     {"ops"},
     {"models", "metrics", "rewards", "conflicts", "support", "launch"},

@@ -7,7 +7,7 @@ Nine methods of TRL's trainer are overridden. Two have a body of our own:
 
 Seven call TRL's, and do something before or after it:
 
-    train                                  forgets which weights sampler and disk held
+    train                                  forgets which weights sampler and disk held, and what was counted
     _generate_and_score_completions        compares a rollout at once, if part of it is trained on after a step
     _compute_loss                          compares the log-probs that the loss has just computed
     _calculate_rewards                     is timed
@@ -15,8 +15,8 @@ Seven call TRL's, and do something before or after it:
     _save_checkpoint                       is timed, and notes which weights the disk holds
     log                                    adds our metrics to TRL's, hands the row on, and starts the next record
 
-Rewards, advantages, losses, optimisation, checkpoints and resuming stay TRL's. What a step has seen is in `record.StepRecord`,
-which weights are where in `versions.PolicyVersions`.
+Rewards, advantages, losses and optimisation stay TRL's; checkpoints and resuming are `checkpointed.CheckpointedTrainer`'s. What
+a step has seen is in `record.StepRecord`, which weights are where in `versions.PolicyVersions`.
 """
 
 import copy
@@ -31,7 +31,6 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, PrinterCallback
 from trl.trainer.grpo_config import GRPOConfig
-from trl.trainer.grpo_trainer import GRPOTrainer
 
 from rlinvariant import bits, metrics
 from rlinvariant.conflicts import SIDES, Invariance
@@ -39,6 +38,7 @@ from rlinvariant.errors import ConfigErrors, ParityError
 from rlinvariant.models import make_invariant, make_trainable, require_exact
 from rlinvariant.rewards import checked_reward
 from rlinvariant.rollout import Batch, Rollout, request_seed
+from rlinvariant.trainer.checkpointed import CheckpointedTrainer
 from rlinvariant.trainer.interface import OnRollout, OnRow, OnSamples, RewardFunction, Row, SamplerLike, TRLArguments
 from rlinvariant.trainer.packing import pack
 from rlinvariant.trainer.record import Pair, StepRecord, sample_rows, trl_row
@@ -48,7 +48,7 @@ from rlinvariant.trainer.versions import PolicyVersions
 PROCESSES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
-class InvariantGRPOTrainer(GRPOTrainer):
+class InvariantGRPOTrainer(CheckpointedTrainer):
     """`trl.GRPOTrainer` that samples from an attached engine and proves, at every step, what it trains on.
 
     Args:
@@ -150,8 +150,9 @@ class InvariantGRPOTrainer(GRPOTrainer):
             require_exact(make_invariant(copy.deepcopy(model).to(args.device), dtype))  # what the sampler will run
 
     def train(self, *args, **kwargs):
-        """Train as TRL does; the first rollout syncs the weights, whatever the sampler held."""
+        """Train as `CheckpointedTrainer` does; the first rollout syncs the weights, whatever the sampler held."""
         self._versions.forget()
+        self._seeded, self._exact_streak = {}, 0
         self._start_step()
         return super().train(*args, **kwargs)
 
@@ -358,12 +359,22 @@ class InvariantGRPOTrainer(GRPOTrainer):
             super()._save_checkpoint(model, trial)
         self._versions.disk = self.state.global_step
 
+    def _progress(self) -> dict[str, Any]:
+        own = {"versions": self._versions.state(), "seeded": self._seeded, "exact_streak": self._exact_streak}
+        return super()._progress() | own
+
+    def _restore_progress(self, progress: dict[str, Any]) -> None:
+        super()._restore_progress(progress)
+        self._versions.restore(progress["versions"], disk=self.state.global_step)
+        self._seeded, self._exact_streak = progress["seeded"], progress["exact_streak"]
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add this step's `onpolicy/*` and the other keys of `metrics.KEYS` to what TRL logs, and hand the row on."""
         if "loss" not in logs or not self.model.training:
             return super().log(logs, start_time)
         step, means = self.state.global_step, {k: sum(v) / len(v) for k, v in self._metrics["train"].items() if v}
         record = self.record_type.merge(gather_object([self._record]))
+        self._save_if_due(record.began)
         row = self._row(record, logs, means)
         logs |= row
         super().log(logs, start_time)

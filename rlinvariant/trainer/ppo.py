@@ -54,6 +54,7 @@ class InvariantPPOTrainer(InvariantGRPOTrainer):
     """
 
     ppo: PPOConfig
+    _kind = "PPO"
     record_type = PPORecord
     _record: PPORecord
     accelerator: Any
@@ -204,6 +205,7 @@ class InvariantPPOTrainer(InvariantGRPOTrainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         if self._stopped and self._step % (self.args.steps_per_generation * self.num_iterations):
+            model.train()  # as TRL's: a resumed run may begin here
             self._step += 1  # TRL's, which says when to sample again
             self._keep_weights()
             return torch.zeros((), device=self.accelerator.device)
@@ -269,6 +271,13 @@ class InvariantPPOTrainer(InvariantGRPOTrainer):
         directory = Path(output_dir or self.args.output_dir) / "critic"
         self.critic.save(directory)
         self.processing_class.save_pretrained(directory)
+
+    def _progress(self) -> dict[str, Any]:
+        return super()._progress() | {"stopped": self._stopped, "rollout_numbers": self._rollout_numbers}
+
+    def _restore_progress(self, progress: dict[str, Any]) -> None:
+        super()._restore_progress(progress)
+        self._stopped, self._rollout_numbers = progress["stopped"], progress["rollout_numbers"]
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Iterable
+from typing import Any
 
 from torch import Tensor
 
@@ -27,6 +28,15 @@ class PolicyVersions:
         self.sampler: int | None = None
         self.disk: int | None = None
         self._older.clear()
+
+    def state(self) -> dict[str, object]:
+        """Return what a resumed run needs to know, for `restore`."""
+        return {"rollout": self.rollout, "rollout_step": self.rollout_step, "older": list(self._older)}
+
+    def restore(self, state: dict[str, Any], disk: int) -> None:
+        """Take over what `state` returned, where the disk holds the weights of `disk` optimizer steps."""
+        self.rollout, self.rollout_step, self.disk = state["rollout"], state["rollout_step"], disk
+        self._older.extend(state["older"])
 
     def to_sample_with(self, step: int, stale: bool) -> tuple[int, dict[str, Tensor] | None]:
         """Return the version that the sampler should have, and its weights; None: those that the trainer has now.

@@ -7,9 +7,12 @@ import textwrap
 
 import pytest
 import trl
+from transformers import Trainer
 from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.utils import RepeatSampler
 
-from rlinvariant.trainer import InvariantGRPOTrainer, InvariantPPOTrainer
+from rlinvariant.trainer import InvariantGRPOTrainer, InvariantPPOTrainer, checkpointed
+from rlinvariant.trainer.checkpointed import CheckpointedTrainer
 
 # Leading parameters of each method of GRPOTrainer that is overridden, in TRL's order: ours are called with these.
 OVERRIDDEN = {
@@ -22,6 +25,17 @@ OVERRIDDEN = {
     "_calculate_rewards": ["self", "inputs", "prompts", "completions", "completion_ids_list"],
     "training_step": ["self", "model", "inputs", "num_items_in_batch"],
     "_save_checkpoint": ["self", "model", "trial"],
+    "_get_output_dir": ["self", "trial"],
+    "_save_optimizer_and_scheduler": ["self", "output_dir"],
+    "_save_scaler": ["self", "output_dir"],
+    "_save_rng_state": ["self", "output_dir"],
+    "_load_optimizer_and_scheduler": ["self", "checkpoint"],
+    "_load_scaler": ["self", "checkpoint"],
+    "_load_rng_state": ["self", "checkpoint"],
+    "_init_training_state": ["self", "max_steps", "num_update_steps_per_epoch", "num_train_epochs", "resume_from_checkpoint"],
+    "_get_train_sampler": ["self", "dataset"],
+    "_issue_warnings_after_load": ["self", "load_result"],
+    "_load_best_model": ["self"],
     "log": ["self", "logs", "start_time"],
     "create_optimizer": ["self", "model"],
     "_save": ["self", "output_dir", "state_dict"],
@@ -32,6 +46,7 @@ READ = {
     "beta": "self.beta = args.beta",
     "num_iterations": "self.num_iterations = args.num_iterations",
     "_step": "self._step = 0",
+    "_buffered_inputs": "self._buffered_inputs = None",
     "temperature": "self.temperature = args.temperature",
     "max_completion_length": "self.max_completion_length = args.max_completion_length",
     "num_generations": "self.num_generations = args.num_generations",
@@ -72,7 +87,7 @@ def test_overridden_methods_have_the_signature_expected(name):
 
 
 def test_every_override_is_under_contract():
-    members = {**vars(InvariantGRPOTrainer), **vars(InvariantPPOTrainer)}
+    members = {**vars(CheckpointedTrainer), **vars(InvariantGRPOTrainer), **vars(InvariantPPOTrainer)}
     ours = {name for name, value in members.items() if hasattr(GRPOTrainer, name) and inspect.isfunction(value)}
     ours -= {"__init__", "train"}  # of public signature
     assert ours <= set(OVERRIDDEN), f"{ours - set(OVERRIDDEN)}: overridden, and not listed above"
@@ -86,6 +101,31 @@ def test_the_module_says_which_methods_are_overridden(kind):
     assert told == overridden - {"__init__"}
     count = {8: "Eight", 9: "Nine"}
     assert f"{count[len(table) + (kind is InvariantPPOTrainer)]} " in inspect.getmodule(kind).__doc__
+
+
+def test_the_module_of_checkpoints_says_so_too():
+    overridden = {n for n, value in vars(CheckpointedTrainer).items() if hasattr(GRPOTrainer, n) and inspect.isfunction(value)}
+    table = (checkpointed.__doc__ or "").partition("that are overridden:")[2]
+    for name in overridden:
+        assert re.search(rf"^    .*\b{name}\b", table, re.MULTILINE), name
+
+
+def test_what_a_checkpoint_relies_on():
+    """In transformers and TRL: the order of saving, when generators are restored, and that one sampler draws all epochs."""
+    saving = source(Trainer._save_checkpoint)
+    order = [
+        "self.save_model(",
+        "self.state.best_model_checkpoint = ",
+        "self._save_optimizer_and_scheduler(",
+        "self._save_rng_state(",
+    ]
+    assert [saving.index(call) for call in [*order, "self.state.save_to_json("]] == sorted(
+        saving.index(call) for call in [*order, "self.state.save_to_json("]
+    )
+    assert "self._load_optimizer_and_scheduler(resume_from_checkpoint)" in source(Trainer._prepare_for_training)
+    assert source(Trainer._run_epoch).count("self._load_rng_state(resume_from_checkpoint)") == 2
+    assert "torch.randperm(self.num_samples, generator=self.generator)" in source(RepeatSampler.__iter__)
+    assert "self._step % generate_every == 0 or self._buffered_inputs is None" in source(GRPOTrainer._prepare_inputs)
 
 
 @pytest.mark.parametrize("name", READ)

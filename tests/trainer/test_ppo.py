@@ -1,7 +1,6 @@
 """PPO: exact like GRPO, values that depend on nothing but their tokens, and what PPO adds, each against a control."""
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +14,6 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from rlinvariant.bits import assert_bits_equal
 from rlinvariant.config import PPOConfig, parse
-from rlinvariant.errors import UserError
 from rlinvariant.metrics import KEYS, PPO_KEYS
 from rlinvariant.report.rundir import read_metrics
 from rlinvariant.trainer import InvariantPPOTrainer
@@ -346,9 +344,3 @@ def test_a_saved_critic_is_a_plain_model_and_a_critic_to_start_from(saved, new):
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert type(model).__module__.startswith("transformers.") and (path / VALUE_HEAD_FILE).is_file()
     assert_same_weights(critic_weights(new({"critic": str(path)})), critic_weights(whole), "loaded")
-
-
-def test_a_checkpoint_of_grpo_is_refused(saved, new, tmp_path):
-    path = shutil.copytree(saved[1] / "checkpoint-2", tmp_path / "checkpoint-2", ignore=shutil.ignore_patterns("critic"))
-    with pytest.raises(UserError, match="no value_head.safetensors: the checkpoint has no critic"):
-        new(max_steps=4).trainer.train(resume_from_checkpoint=str(path))

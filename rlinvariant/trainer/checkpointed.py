@@ -1,0 +1,309 @@
+"""TRL's GRPO trainer with checkpoints that are whole or absent, hold no pickle, and continue a run at any step.
+
+A checkpoint has what TRL and transformers save for others to load (model.safetensors, config.json, the tokenizer,
+trainer_state.json), `manifest.json`, by which `rlinvariant.checkpoints` knows every byte, and what a run needs to go on:
+
+    training/state.safetensors     optimizer, scheduler, gradient scaler, and what else all ranks share
+    training/rank-R.safetensors    of rank R: random number generators, the rollout in progress, counters
+
+Methods of TRL's trainer, and of transformers' below it, that are overridden:
+
+    train                           finds the checkpoint to go on from, and waits for the last one to be on the disk
+    _save_checkpoint                lets TRL save into a hidden directory, which a thread hashes, flushes and renames
+    _get_output_dir                 is that directory meanwhile
+    _save_optimizer_and_scheduler, _save_scaler, _save_rng_state
+    _load_optimizer_and_scheduler, _load_scaler, _load_rng_state
+                                    write and read our files in place of pickles
+    _init_training_state            brings the order of the data to the epoch of the checkpoint
+    _get_train_sampler              keeps the sampler for that
+    _issue_warnings_after_load      stops where a weight is missing or unknown
+    _load_best_model                waits for the best one to be on the disk
+"""
+
+import random
+import shutil
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import broadcast_object_list
+from torch.optim.lr_scheduler import LambdaLR
+from trl.trainer.grpo_trainer import GRPOTrainer
+
+from rlinvariant import checkpoints
+from rlinvariant.checkpoints import Checkpoint
+from rlinvariant.errors import UserError
+from rlinvariant.files import disk_errors
+from rlinvariant.trainer import state_file
+
+SHARED_STATE = "training/state.safetensors"
+RANK_STATE = "training/rank-{}.safetensors"
+FREE_SPACE = "free space, then resume: checkpoints that were whole are still"
+
+
+class CheckpointedTrainer(GRPOTrainer):
+    """Saves and resumes as the module says; everything else is TRL's."""
+
+    state: Any
+    model: Any
+    optimizer: Any
+    _logs: Any
+    accelerator: Any
+    lr_scheduler: Any
+    args: Any
+    save_minutes: float | None = None  # the longest time between two checkpoints, in minutes; None: as save_steps says alone
+    on_save: Callable[[], Mapping[str, Any]] | None = None  # called on the main process; returns what else the manifest holds
+    _saving: threading.Thread | None = None
+    _saving_error: BaseException | None = None
+    _saving_to: str | None = None
+    _resumed: Checkpoint | None = None
+    _last_save: float | None = None  # time.perf_counter() of the main process
+
+    def train(self, resume_from_checkpoint: str | bool | Checkpoint | None = None, *args, **kwargs):
+        """Train as TRL does.
+
+        Args:
+            resume_from_checkpoint: a checkpoint's directory; True for the newest whole one in `args.output_dir`; a checkpoint
+                that was verified already.
+
+        Raises:
+            DamagedCheckpoint: the directory is no whole checkpoint.
+            UserError: no checkpoint is whole, or it is not of this kind of run.
+            DiskError: a checkpoint cannot be written.
+        """
+        checkpoint = self._resumed = self._checkpoint(resume_from_checkpoint)
+        if checkpoint is not None:
+            self._require_same_kind(checkpoint)
+        self._last_save, self._step, self._buffered_inputs = None, 0, None
+        try:
+            result = super().train(None if checkpoint is None else str(checkpoint.path), *args, **kwargs)
+        except KeyboardInterrupt:
+            raise  # at once: a checkpoint that is not on the disk yet is given up
+        except BaseException:
+            if self._saving is not None:
+                self._saving.join()
+            raise
+        self._wait_for_disk()
+        return result
+
+    def _checkpoint(self, asked: str | bool | Checkpoint | None) -> Checkpoint | None:
+        """Find the checkpoint that is meant. The main process reads it, and all ranks get what came of it."""
+        if not asked or isinstance(asked, Checkpoint):
+            return asked or None
+        answer: list[Any] = [None]
+        if self.accelerator.is_main_process:
+            try:
+                answer = [checkpoints.verified(Path(asked)) if isinstance(asked, str) else self._newest()]
+            except UserError as error:
+                answer = [error]
+        (found,) = broadcast_object_list(answer)
+        if isinstance(found, UserError):
+            raise found
+        return found
+
+    def _newest(self) -> Checkpoint:
+        found, damages = checkpoints.newest(Path(self.args.output_dir))
+        if found is None:
+            raise UserError(
+                "\n".join([f"resume_from_checkpoint=True: no whole checkpoint in {self.args.output_dir}", *damages])
+            )
+        return found
+
+    def _require_same_kind(self, checkpoint: Checkpoint) -> None:
+        """Refuse a checkpoint that this trainer could only half take over."""
+        where, ranks = checkpoint.path, self.accelerator.num_processes
+        if (written := checkpoint.about["processes"]) != ranks:
+            raise UserError(
+                f"{where}: written by {written} processes, this run has {ranks}; start as many, as the machine file says"
+            )
+        if (kind := checkpoint.about["trainer"]) != self._kind:
+            raise UserError(f"{where}: written by a run of {kind}, this one is of {self._kind}; start a new run")
+
+    _kind = "GRPO"
+
+    # ---- saving
+
+    def _save_checkpoint(self, model, trial):
+        self._wait_for_disk()
+        directory, step, main = Path(self.args.output_dir), self.state.global_step, self.accelerator.is_main_process
+        partial = directory / checkpoints.PARTIAL
+        if main:
+            checkpoints.clean(directory)
+        self.accelerator.wait_for_everyone()
+        self._saving_to = str(partial)
+        try:
+            with disk_errors(directory, FREE_SPACE):
+                super()._save_checkpoint(model, trial)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        finally:
+            self._saving_to = None
+        self.accelerator.wait_for_everyone()
+        if main:
+            about = {
+                "processes": self.accelerator.num_processes,
+                "trainer": self._kind,
+                **(self.on_save() if self.on_save else {}),
+            }
+            self._start_finishing(partial / f"checkpoint-{step}", directory / f"checkpoint-{step}", step, about)
+
+    def _start_finishing(self, partial: Path, path: Path, step: int, about: Mapping[str, Any]) -> None:
+        """Hash, flush and rename while training goes on: a checkpoint is there when its last byte is on the disk."""
+        (partial / "training_args.bin").unlink()  # a pickle, of settings that the run has elsewhere, and of tokens
+        keep, best = self.args.save_total_limit, self.state.best_model_checkpoint
+
+        def work() -> None:
+            try:
+                checkpoints.finish(partial, path, step, about)
+                partial.parent.rmdir()
+                checkpoints.rotate(path.parent, keep, best)
+            except BaseException as error:
+                self._saving_error = error
+
+        self._saving = threading.Thread(target=work, name=path.name, daemon=True)
+        self._saving.start()
+
+    def _wait_for_disk(self) -> None:
+        """Wait until the last checkpoint is on the disk, and raise what went wrong with it."""
+        if self._saving is not None:
+            self._saving.join()
+            self._saving, error = None, self._saving_error
+            self._saving_error = None
+            if error is not None:
+                with disk_errors(Path(self.args.output_dir), FREE_SPACE):
+                    raise error
+
+    def _save_if_due(self, now: float) -> None:
+        """Ask for a checkpoint if the last is `save_minutes` old; `now` is the main process's clock, the same on all ranks."""
+        if self._last_save is None or self.control.should_save:
+            self._last_save = now
+        elif self.save_minutes is not None and now - self._last_save >= 60 * self.save_minutes:
+            self.control.should_save, self._last_save = True, now
+
+    def _get_output_dir(self, trial):
+        return self._saving_to or super()._get_output_dir(trial)
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        if self.args.should_save:
+            state_file.write(Path(output_dir) / SHARED_STATE, self._shared_state())
+
+    def _save_scaler(self, output_dir):
+        pass  # part of the shared state
+
+    def _save_rng_state(self, output_dir):
+        """Write what is this rank's own; and name the best checkpoint, which transformers looks for in the hidden directory."""
+        best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
+        if self.state.best_global_step == self.state.global_step or best.is_dir():
+            self.state.best_model_checkpoint = str(best)
+        rank = RANK_STATE.format(self.accelerator.process_index)
+        state_file.write(Path(output_dir) / rank, {"generators": _generators(), "progress": self._progress()})
+
+    def _shared_state(self) -> dict[str, Any]:
+        """Return what a run needs to go on, beside the weights, and has the same on all ranks."""
+        scaler = getattr(self.accelerator, "scaler", None)
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.lr_scheduler.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+        }
+
+    def _progress(self) -> dict[str, Any]:
+        """Return what this rank needs to take its next step as if it had not stopped."""
+        done = self._step % (self.args.steps_per_generation * self.num_iterations) == 0
+        logs = {key: list(self._logs[key]) for key in ("prompt", "completion", "advantages")}
+        logs["rewards"] = {name: list(values) for name, values in self._logs["rewards"].items()}
+        return {"micro_steps": self._step, "rollout": None if done else self._buffered_inputs, "logs": logs}
+
+    # ---- resuming
+
+    def _init_training_state(self, *args, **kwargs):
+        epochs, batches = super()._init_training_state(*args, **kwargs)
+        sampler = self._train_sampler
+        for _ in range(epochs if getattr(sampler, "shuffle", False) else 0):
+            torch.randperm(sampler.num_samples, generator=sampler.generator)  # as TRL's sampler does, once an epoch
+        return epochs, batches
+
+    def _get_train_sampler(self, *args, **kwargs):
+        self._train_sampler: Any = super()._get_train_sampler(*args, **kwargs)
+        return self._train_sampler
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)  # finds none of its files; TRL reads its entropy controller's state
+        if checkpoint is None:
+            return
+        self._restore_shared_state(state_file.read(Path(checkpoint) / SHARED_STATE))
+        self._restore_progress(state_file.read(self._rank_state(checkpoint))["progress"])
+
+    def _load_scaler(self, checkpoint):
+        pass  # part of the shared state
+
+    def _load_rng_state(self, checkpoint):
+        if checkpoint is not None:
+            _restore_generators(state_file.read(self._rank_state(checkpoint))["generators"])
+
+    def _rank_state(self, checkpoint: str) -> Path:
+        return Path(checkpoint) / RANK_STATE.format(self.accelerator.process_index)
+
+    def _restore_shared_state(self, state: dict[str, Any]) -> None:
+        optimizer, scheduler = state["optimizer"], state["scheduler"]
+        forced = self._resumed is not None and self._resumed.forced
+        if forced:  # what was learned is taken over, and this run's settings hold, those that both keep too
+            now = self.optimizer.state_dict()["param_groups"]
+            groups = zip(now, optimizer["param_groups"], strict=True)
+            optimizer["param_groups"] = [new | {"params": old["params"]} for new, old in groups]
+            scheduler |= {key: value for key, value in self.lr_scheduler.state_dict().items() if key == "base_lrs"}
+        self.optimizer.load_state_dict(optimizer)
+        self.lr_scheduler.load_state_dict(scheduler)
+        if forced and isinstance(self.lr_scheduler, LambdaLR):
+            rates = self.lr_scheduler._last_lr = self.lr_scheduler.get_lr()
+            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+        if state["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+
+    def _restore_progress(self, progress: dict[str, Any]) -> None:
+        self._step, logs, rollout = progress["micro_steps"], progress["logs"], progress["rollout"]
+        if rollout is not None:
+            self._buffered_inputs = [{key: _to(self.args.device, value) for key, value in batch.items()} for batch in rollout]
+        for key in ("prompt", "completion", "advantages"):
+            self._logs[key].extend(logs[key])
+        for name, values in logs["rewards"].items():
+            self._logs["rewards"][name].extend(values)
+
+    def _issue_warnings_after_load(self, load_result):
+        """Stop where the checkpoint has not the model's weights, each of which is saved once, by one of its names."""
+        weights, missing = self.model.state_dict(), set(load_result.missing_keys)
+        loaded = {w.data_ptr() for name, w in weights.items() if name not in missing}
+        missing = {name for name in missing if weights[name].data_ptr() not in loaded}
+        if missing or load_result.unexpected_keys:
+            name = min(missing or load_result.unexpected_keys)
+            why = f"{len(missing)} weights are missing and {len(load_result.unexpected_keys)} unknown, {name} first"
+            raise UserError(f"{self._resumed.path if self._resumed else 'checkpoint'}: of another model: {why}")
+
+    def _load_best_model(self):
+        self._wait_for_disk()
+        self.accelerator.wait_for_everyone()
+        super()._load_best_model()
+
+
+def _generators() -> dict[str, Any]:
+    """Return the states of the random number generators of this process."""
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    numpy = np.random.get_state(legacy=False)
+    return {"python": random.getstate(), "numpy": numpy, "torch": torch.get_rng_state(), "cuda": cuda}
+
+
+def _restore_generators(states: dict[str, Any]) -> None:
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def _to(device: torch.device, value: Any) -> Any:
+    return value.to(device) if isinstance(value, torch.Tensor) else value
