@@ -214,7 +214,7 @@ class CheckpointedTrainer(GRPOTrainer):
     def _progress(self) -> dict[str, Any]:
         """Return what this rank needs to take its next step as if it had not stopped."""
         done = self._step % (self.args.steps_per_generation * self.num_iterations) == 0
-        logs = {key: list(self._logs[key]) for key in ("prompt", "completion", "advantages")}
+        logs: dict[str, Any] = {key: list(self._logs[key]) for key in ("prompt", "completion", "advantages")}
         logs["rewards"] = {name: list(values) for name, values in self._logs["rewards"].items()}
         return {"micro_steps": self._step, "rollout": None if done else self._buffered_inputs, "logs": logs}
 

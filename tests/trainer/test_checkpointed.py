@@ -111,13 +111,10 @@ def test_without_the_permutations_of_earlier_epochs_the_first_order_comes_again(
 
 def test_two_checkpoints_are_kept_and_nothing_else_is_left(new, tmp_path):
     new("run", save_total_limit=2).trainer.train()
-    assert sorted(p.name for p in (tmp_path / "run").iterdir() if p.is_dir()) == [
-        f"checkpoint-{STEPS - 1}",
-        f"checkpoint-{STEPS}",
-    ]
-    files = {
-        str(p.relative_to(tmp_path / f"run/checkpoint-{STEPS}")) for p in (tmp_path / f"run/checkpoint-{STEPS}").rglob("*")
-    }
+    run = tmp_path / "run"
+    assert sorted(p.name for p in run.iterdir() if p.is_dir()) == [f"checkpoint-{STEPS - 1}", f"checkpoint-{STEPS}"]
+    last = run / f"checkpoint-{STEPS}"
+    files = {str(p.relative_to(last)) for p in last.rglob("*")}
     assert files >= {"manifest.json", "model.safetensors", "training/state.safetensors", "training/rank-0.safetensors"}
     assert not [name for name in files if name.endswith((".bin", ".pt", ".pth", ".pkl"))], "no pickle"
 

@@ -113,15 +113,15 @@ def test_the_module_of_checkpoints_says_so_too():
 def test_what_a_checkpoint_relies_on():
     """In transformers and TRL: the order of saving, when generators are restored, and that one sampler draws all epochs."""
     saving = source(Trainer._save_checkpoint)
-    order = [
+    order = (
         "self.save_model(",
         "self.state.best_model_checkpoint = ",
         "self._save_optimizer_and_scheduler(",
         "self._save_rng_state(",
-    ]
-    assert [saving.index(call) for call in [*order, "self.state.save_to_json("]] == sorted(
-        saving.index(call) for call in [*order, "self.state.save_to_json("]
+        "self.state.save_to_json(",
     )
+    places = [saving.index(call) for call in order]
+    assert places == sorted(places)
     assert "self._load_optimizer_and_scheduler(resume_from_checkpoint)" in source(Trainer._prepare_for_training)
     assert source(Trainer._run_epoch).count("self._load_rng_state(resume_from_checkpoint)") == 2
     assert "torch.randperm(self.num_samples, generator=self.generator)" in source(RepeatSampler.__iter__)
