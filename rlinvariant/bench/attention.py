@@ -70,24 +70,54 @@ class _Step:
         (_, heads, d), kv_heads = self.q.shape, self.cache.shape[1]
         plan = schedule(self.cu, self.lens, self.most_q, self.most_k, heads, kv_heads, d, PAGE_TOKENS)
         return partial(
-            ops.paged_attention, self.q, self.cache, self.table, self.cu, self.lens, self.scale, max_seqlen_q=self.most_q,
-            max_seqlen_k=self.most_k, schedule=plan, out=self.out,
-        )  # fmt: skip
+            ops.paged_attention,
+            self.q,
+            self.cache,
+            self.table,
+            self.cu,
+            self.lens,
+            self.scale,
+            max_seqlen_q=self.most_q,
+            max_seqlen_k=self.most_k,
+            schedule=plan,
+            out=self.out,
+        )
 
     def stock(self, splits: int) -> Callable[[], Tensor]:
         fa3: Any = _fa3()
         (_, heads, d), kv_heads = self.q.shape, self.cache.shape[1]
         plan = fa3.get_scheduler_metadata(
-            batch_size=len(self.lens), max_seqlen_q=self.most_q, max_seqlen_k=self.most_k, num_heads_q=heads,
-            num_heads_kv=kv_heads, headdim=d, cache_seqlens=self.lens, qkv_dtype=self.q.dtype, cu_seqlens_q=self.cu,
-            page_size=PAGE_TOKENS, causal=True, num_splits=splits,
-        )  # fmt: skip
+            batch_size=len(self.lens),
+            max_seqlen_q=self.most_q,
+            max_seqlen_k=self.most_k,
+            num_heads_q=heads,
+            num_heads_kv=kv_heads,
+            headdim=d,
+            cache_seqlens=self.lens,
+            qkv_dtype=self.q.dtype,
+            cu_seqlens_q=self.cu,
+            page_size=PAGE_TOKENS,
+            causal=True,
+            num_splits=splits,
+        )
         keys, values = self.cache.transpose(1, 2).split(d, -1)
         return partial(
-            fa3.flash_attn_varlen_func, self.q, keys, values, self.most_q, self.cu, self.most_k, seqused_k=self.lens,
-            softmax_scale=self.scale, causal=True, block_table=self.table, scheduler_metadata=plan, num_splits=splits,
-            fa_version=3, out=self.out,
-        )  # fmt: skip
+            fa3.flash_attn_varlen_func,
+            self.q,
+            keys,
+            values,
+            self.most_q,
+            self.cu,
+            self.most_k,
+            seqused_k=self.lens,
+            softmax_scale=self.scale,
+            causal=True,
+            block_table=self.table,
+            scheduler_metadata=plan,
+            num_splits=splits,
+            fa_version=3,
+            out=self.out,
+        )
 
 
 def _fa3() -> Any:
@@ -126,7 +156,7 @@ def _paged(work: Work, heads: int, kv_heads: int, d: int, seconds: float) -> Ite
         }
         numbers = gpu.pair([s.ours() for s, *_ in steps], [s.stock(splits) for s, *_ in steps], seconds)
         case = f"{work.name}, {heads}/{kv_heads} heads of {d}; stock: {stock}"
-        yield Row("attention", case, target=work.target if splits == 0 else None, bits_equal=equal, **numbers)
+        yield Row(bench="attention", case=case, target=work.target if splits == 0 else None, bits_equal=equal, **numbers)
 
 
 def _alone(together: Tensor, calls: list[Callable[[], Tensor]], spans: list[slice]) -> bool:

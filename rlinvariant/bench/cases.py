@@ -61,7 +61,9 @@ def gpu_row(bench: str, case: Case, seconds: float, graphs: bool = True) -> Row:
     sides = [
         [call(f, tuple(x.clone() for x in case.inputs), case.gradients) for _ in range(count)] for f in (case.ours, case.stock)
     ]
-    return Row(bench, case.name, target=case.target, bits_equal=equal, **gpu.pair(sides[0], sides[1], seconds, graphs))
+    return Row(
+        bench=bench, case=case.name, target=case.target, bits_equal=equal, **gpu.pair(sides[0], sides[1], seconds, graphs)
+    )
 
 
 def as_tuple(x: Any) -> tuple[Tensor, ...]:

@@ -133,6 +133,10 @@ def pair(ours: Sequence[Call], stock: Sequence[Call], seconds: float, graphs: bo
 def numbers(ours: float, stock: float, unit: str, samples: int) -> dict[str, Any]:
     """Return the numeric fields of a Row. Nobody shares the GPU, so `others` is 0."""
     return {
-        "ours": round(ours, 2), "stock": round(stock, 2), "unit": unit, "ratio": round(ours / max(stock, 1e-9), 3),
-        "samples": samples, "others": 0.0,
-    }  # fmt: skip
+        "ours": round(ours, 2),
+        "stock": round(stock, 2),
+        "unit": unit,
+        "ratio": round(ours / max(stock, 1e-9), 3),
+        "samples": samples,
+        "others": 0.0,
+    }

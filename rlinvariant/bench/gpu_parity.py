@@ -231,9 +231,12 @@ def _soak_worker(link: Link, side: str, path: str, size: str) -> None:
         mismatched = against_trainer(model, prompts, drawn, request["temperature"], rows_)
         engine.llm.reset_prefix_cache()
         link.send(
-            tokens=sum(len(c.sampler_logprobs) for c in drawn), sampled=sum(len(c.token_ids) for c in drawn),
-            mismatched=mismatched, rollout_s=round(drew - began, 1), score_s=round(time.perf_counter() - drew, 1),
-        )  # fmt: skip
+            tokens=sum(len(c.sampler_logprobs) for c in drawn),
+            sampled=sum(len(c.token_ids) for c in drawn),
+            mismatched=mismatched,
+            rollout_s=round(drew - began, 1),
+            score_s=round(time.perf_counter() - drew, 1),
+        )
 
 
 if __name__ == "__main__":

@@ -75,7 +75,18 @@ def _rows(name: str, missing: dict[str, str], answers: list[dict[str, dict[str, 
     def row(case: str, found: dict[str, float], unit: str, target: float | None, bits: dict[str, bool | None]) -> Row:
         ours, stock = (found[side] for side in SIDES)
         ratio = round(ours / max(stock, 1e-9), 3)
-        return Row("step", f"{case}: {name}", round(ours, 3), round(stock, 3), unit, ratio, target, bits, len(answers), 0.0)
+        return Row(
+            bench="step",
+            case=f"{case}: {name}",
+            ours=round(ours, 3),
+            stock=round(stock, 3),
+            unit=unit,
+            ratio=ratio,
+            target=target,
+            bits_equal=bits,
+            samples=len(answers),
+            others=0.0,
+        )
 
     yield row("step", seconds, "s", TARGET, equal)
     yield row("sampled tokens of a step", tokens, "tokens", None, none)
@@ -96,9 +107,12 @@ def _worker(side: str, path: str, size: str) -> None:
     prompts, rows_, length, _, kv_gib = SIZES[size]
     with tempfile.TemporaryDirectory() as directory:
         settings = {
-            "per_device_train_batch_size": rows_, "gradient_accumulation_steps": prompts * GENERATIONS // rows_,
-            "max_completion_length": length, "max_steps": 10**6, "temperature": 1.0,
-        }  # fmt: skip
+            "per_device_train_batch_size": rows_,
+            "gradient_accumulation_steps": prompts * GENERATIONS // rows_,
+            "max_completion_length": length,
+            "max_steps": 10**6,
+            "temperature": 1.0,
+        }
         trainer = (_ours if side == "exact" else _stock)(path, directory, settings, kv_gib)
         trainer.add_callback(_turns(link, trainer))
         trainer.train()
@@ -149,9 +163,15 @@ def _stock(path: str, directory: str, settings: dict[str, Any], kv_gib: float) -
     generation.LLM = lambda **arguments: llm(**arguments | memory)
     dataset, tokenizer = _dataset(path)
     args = grpo_arguments(
-        directory, bf16=True, use_cpu=not torch.cuda.is_available(), use_vllm=True, vllm_mode="colocate",
-        vllm_max_model_length=1024, vllm_gpu_memory_utilization=0.01, **settings,
-    )  # fmt: skip
+        directory,
+        bf16=True,
+        use_cpu=not torch.cuda.is_available(),
+        use_vllm=True,
+        vllm_mode="colocate",
+        vllm_max_model_length=1024,
+        vllm_gpu_memory_utilization=0.01,
+        **settings,
+    )
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     return GRPOTrainer(model, reward, args, train_dataset=dataset, processing_class=tokenizer)
 
@@ -209,10 +229,14 @@ def _turns(link: Link, trainer: Any) -> Any:
             rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
             apart = logs.get("onpolicy/mismatched_tokens", logs.get("sampling/sampling_logp_difference/max"))
             link.send(
-                seconds=self.seconds, tokens=float(logs["completions/mean_length"]) * rows, exact=apart == 0,
-                rollout=logs.get("time/rollout", sum(rollouts)), train=logs.get("time/train"), sync=logs.get("time/sync"),
+                seconds=self.seconds,
+                tokens=float(logs["completions/mean_length"]) * rows,
+                exact=apart == 0,
+                rollout=logs.get("time/rollout", sum(rollouts)),
+                train=logs.get("time/train"),
+                sync=logs.get("time/sync"),
                 peak=torch.cuda.max_memory_allocated() / 2**20 if cuda else 0.0,
-            )  # fmt: skip
+            )
 
     return Turns()
 

@@ -57,7 +57,18 @@ def _row(
         return Missing("trainer", case, "; ".join(workers.missing.values()), found)
     ours, stock = (found[side] for side in SIDES)
     equal = {"ours": same.get("exact"), "stock": same.get("stock")}
-    return Row("trainer", case, round(ours, 1), round(stock, 1), unit, round(ours / stock, 3), target, equal, samples, 0.0)
+    return Row(
+        bench="trainer",
+        case=case,
+        ours=round(ours, 1),
+        stock=round(stock, 1),
+        unit=unit,
+        ratio=round(ours / stock, 3),
+        target=target,
+        bits_equal=equal,
+        samples=samples,
+        others=0.0,
+    )
 
 
 def grpo_arguments(directory: str, **settings: Any) -> Any:
@@ -65,9 +76,17 @@ def grpo_arguments(directory: str, **settings: Any) -> Any:
     from trl.trainer.grpo_config import GRPOConfig
 
     return GRPOConfig(
-        output_dir=directory, num_generations=8, gradient_checkpointing=True, save_strategy="no", report_to=[],
-        logging_steps=1, disable_tqdm=True, learning_rate=0.0, dataloader_pin_memory=False, **settings,
-    )  # fmt: skip
+        output_dir=directory,
+        num_generations=8,
+        gradient_checkpointing=True,
+        save_strategy="no",
+        report_to=[],
+        logging_steps=1,
+        disable_tqdm=True,
+        learning_rate=0.0,
+        dataloader_pin_memory=False,
+        **settings,
+    )
 
 
 def _trainer(side: str, path: str, directory: str) -> Any:

@@ -33,14 +33,14 @@ def rows(tiny: bool) -> Iterator[Row]:
             numbers = gpu.pair(ours, stock, 0.05 if tiny else 0.3)
             case = f"{model} {weight}, {m} x {k} -> {n}"
             target = FEW_ROWS_TARGET if m < 64 else MANY_ROWS_TARGET
-            found[m].append(Row("linear", case, target=target, bits_equal=equal[m], **numbers))
+            found[m].append(Row(bench="linear", case=case, target=target, bits_equal=equal[m], **numbers))
             yield found[m][-1]
         del weights
     for m, some in found.items():
         ours, stock = (math.exp(sum(math.log(getattr(r, side)) for r in some) / len(some)) for side in ("ours", "stock"))
         equal_: dict[str, bool | None] = {side: all(bool(r.bits_equal[side]) for r in some) for side in ("ours", "stock")}
         case, numbers = f"geometric mean of {len(some)} shapes, {m} rows", gpu.numbers(ours, stock, "us", some[0].samples)
-        yield Row("linear", case, target=MEAN_TARGET, bits_equal=equal_, **numbers)
+        yield Row(bench="linear", case=case, target=MEAN_TARGET, bits_equal=equal_, **numbers)
 
 
 def _bits(n: int, k: int, counts: list[int]) -> dict[int, dict[str, bool | None]]:

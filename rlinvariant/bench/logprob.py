@@ -74,8 +74,14 @@ def _sample(vocab: int, batch: int) -> Case:
         found = theirs.compute_topk_scores(logits, 0, tokens)
         return tokens, found.logprobs[:, 0], found.selected_token_ranks
 
-    return Case(f"sample, {batch} x {vocab}; stock: vLLM's V2 sampler", ops.sample, stock,
-                (logits, temperature, seeds, positions), 4, same=False)  # fmt: skip
+    return Case(
+        f"sample, {batch} x {vocab}; stock: vLLM's V2 sampler",
+        ops.sample,
+        stock,
+        (logits, temperature, seeds, positions),
+        4,
+        same=False,
+    )
 
 
 def _vllm() -> Any:

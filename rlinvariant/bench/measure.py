@@ -25,7 +25,7 @@ T = TypeVar("T")
 QUIET_SHARE = 0.05  # of the processors: a window in which others used no more is undisturbed
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Row:
     """Holds one comparison. `ratio` is ours / stock: of medians of wall time, of peak memory, or of tokens per second."""
 
@@ -100,9 +100,14 @@ def pair(ours: Callable[[], Any], stock: Callable[[], Any], seconds: float) -> d
     wall = [median(s[i][0] for window in kept for s in window) * 1e6 for i in (0, 1)]
     cpu = [median(s[i][1] for window in kept for s in window) for i in (0, 1)]
     return {
-        "ours": round(wall[0], 2), "stock": round(wall[1], 2), "unit": "us", "ratio": round(wall[0] / wall[1], 3),
-        "samples": sum(map(len, kept)), "others": share, "cpu_ratio": round(cpu[0] / cpu[1], 3),
-    }  # fmt: skip
+        "ours": round(wall[0], 2),
+        "stock": round(wall[1], 2),
+        "unit": "us",
+        "ratio": round(wall[0] / wall[1], 3),
+        "samples": sum(map(len, kept)),
+        "others": share,
+        "cpu_ratio": round(cpu[0] / cpu[1], 3),
+    }
 
 
 def _time(f: Callable[[], Any], loops: int) -> tuple[float, float]:

@@ -51,7 +51,7 @@ def _row(case: Case, seconds: float) -> Row:
     equal = check(case)
     assert equal["ours"], f"{case.name}: a row's bits depend on its batch"
     ours, stock = (call(f, case.inputs, case.gradients) for f in (case.ours, case.stock))
-    return Row("ops", case.name, target=None, bits_equal=equal, **pair(ours, stock, seconds))
+    return Row(bench="ops", case=case.name, target=None, bits_equal=equal, **pair(ours, stock, seconds))
 
 
 def _cases(s: Size) -> Iterator[Case]:
@@ -157,9 +157,18 @@ def _decode(s: Size, shape: str) -> Case:
 
     def schedule(q: Tensor, lens: Tensor) -> Tensor:
         return vllm.cpu_attn_get_scheduler_metadata(
-            num_reqs=len(q), num_heads=s.heads, num_kv_heads=s.kv_heads, head_dim=d, seq_lens=lens, dtype=q.dtype,
-            query_start_loc=starts(q), causal=True, sliding_window_size=-1, isa=isa, enable_kv_split=True,
-        )  # fmt: skip
+            num_reqs=len(q),
+            num_heads=s.heads,
+            num_kv_heads=s.kv_heads,
+            head_dim=d,
+            seq_lens=lens,
+            dtype=q.dtype,
+            query_start_loc=starts(q),
+            causal=True,
+            sliding_window_size=-1,
+            isa=isa,
+            enable_kv_split=True,
+        )
 
     schedules: dict[int, Tensor] = {}  # vLLM makes one per step, for all layers
 
@@ -168,10 +177,21 @@ def _decode(s: Size, shape: str) -> Case:
             schedules[len(q)] = schedule(q, lens)
         out = torch.empty_like(q)
         vllm.cpu_attention_with_kv_cache(
-            query=q, key_cache=keys, value_cache=values, output=out, query_start_loc=starts(q), seq_lens=lens, scale=scale,
-            causal=True, alibi_slopes=None, sliding_window=-1, block_table=table, softcap=0,
-            scheduler_metadata=schedules[len(q)], s_aux=None,
-        )  # fmt: skip
+            query=q,
+            key_cache=keys,
+            value_cache=values,
+            output=out,
+            query_start_loc=starts(q),
+            seq_lens=lens,
+            scale=scale,
+            causal=True,
+            alibi_slopes=None,
+            sliding_window=-1,
+            block_table=table,
+            softcap=0,
+            scheduler_metadata=schedules[len(q)],
+            s_aux=None,
+        )
         return out
 
     def ours(q: Tensor, table: Tensor, lens: Tensor) -> Tensor:

@@ -15,9 +15,17 @@ from rlinvariant.models import make_trainable, require_exact
 from rlinvariant.rollout import Completion, request_seed
 from rlinvariant.sampler.engine import Sampler
 
-SHAPE = {"hidden_size": 256, "intermediate_size": 3072, "num_hidden_layers": 2, "num_attention_heads": 8,
-         "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 1009, "max_position_embeddings": 512,
-         "initializer_range": 0.1}  # fmt: skip
+SHAPE = {
+    "hidden_size": 256,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": 1009,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.1,
+}
 MODELS = {
     "Qwen3, tied": Qwen3Config(**SHAPE, tie_word_embeddings=True),
     "Qwen2, qkv bias": Qwen2Config(**SHAPE, tie_word_embeddings=False),

@@ -40,7 +40,19 @@ def rows(tiny: bool) -> Iterator[Row]:
             ("peak memory", round(peak), PAGE_MIB, "MiB", None),
         ):
             ratio = round(ours / limit, 3)
-            yield Row("report_speed", f"{case}, {what}", ours, limit, unit, ratio, 1.0, NO_BITS, len(samples), share, used)
+            yield Row(
+                bench="report_speed",
+                case=f"{case}, {what}",
+                ours=ours,
+                stock=limit,
+                unit=unit,
+                ratio=ratio,
+                target=1.0,
+                bits_equal=NO_BITS,
+                samples=len(samples),
+                others=share,
+                cpu_ratio=used,
+            )
     worker = Worker(__name__, "4" if tiny else "120", *(["trainer.per_device_train_batch_size=8"] if tiny else []))
     others = Others([worker.process.pid])
     answer = worker.ask()
@@ -52,8 +64,18 @@ def rows(tiny: bool) -> Iterator[Row]:
         ("metrics.jsonl and W&B, offline", ["metrics", "wandb", "wandb_process"]),
     ):
         total = step + sum(answer[key] for key in keys)
-        yield Row("report_speed", f"step that writes {what}; stock: that writes nothing", round(total * 1e3, 2),
-                  round(step * 1e3, 2), "ms", round(total / step, 4), 1.01, NO_BITS, answer["steps"], share)  # fmt: skip
+        yield Row(
+            bench="report_speed",
+            case=f"step that writes {what}; stock: that writes nothing",
+            ours=round(total * 1e3, 2),
+            stock=round(step * 1e3, 2),
+            unit="ms",
+            ratio=round(total / step, 4),
+            target=1.01,
+            bits_equal=NO_BITS,
+            samples=answer["steps"],
+            others=share,
+        )
 
 
 def report(path: Path) -> tuple[float, float, float]:

@@ -83,9 +83,15 @@ def _batch(workers: Workers, case: str, batch: int, target: float | None, same: 
 
 
 def _row(
-    workers: Workers, side: str, case: str, found: dict[str, float], unit: str, target: float | None,
-    same: dict[str, bool], samples: int,
-) -> Row | Missing:  # fmt: skip
+    workers: Workers,
+    side: str,
+    case: str,
+    found: dict[str, float],
+    unit: str,
+    target: float | None,
+    same: dict[str, bool],
+    samples: int,
+) -> Row | Missing:
     """Return one side against the stock engine, or what is known of them where one has ended."""
     bench, case = "peer" if side == "peer" else "sampler", f"{LABELS[side]}: {case}"
     engine = "exact" if side == "logprobs" else side
@@ -94,7 +100,18 @@ def _row(
         return Missing(bench, case, "; ".join(gone), {s: round(found[s], 1) for s in (side, "stock") if s in found})
     ratio = round(found[side] / max(found["stock"], 1e-9 if unit in ("tok/s", "s") else 1), 3)
     equal = {"ours": same.get(engine), "stock": same.get("stock")}
-    return Row(bench, case, round(found[side], 1), round(found["stock"], 1), unit, ratio, target, equal, samples, 0.0)
+    return Row(
+        bench=bench,
+        case=case,
+        ours=round(found[side], 1),
+        stock=round(found["stock"], 1),
+        unit=unit,
+        ratio=ratio,
+        target=target,
+        bits_equal=equal,
+        samples=samples,
+        others=0.0,
+    )
 
 
 class _Ours:
@@ -125,9 +142,15 @@ class _Stock:
         from vllm import LLM
 
         self.llm = LLM(
-            path, skip_tokenizer_init=True, dtype="bfloat16", max_model_len=tokens, gpu_memory_utilization=0.01,
-            kv_cache_memory_bytes=int(kv_gib * 2**30), generation_config="vllm", use_tqdm_on_load=False,
-        )  # fmt: skip
+            path,
+            skip_tokenizer_init=True,
+            dtype="bfloat16",
+            max_model_len=tokens,
+            gpu_memory_utilization=0.01,
+            kv_cache_memory_bytes=int(kv_gib * 2**30),
+            generation_config="vllm",
+            use_tqdm_on_load=False,
+        )
         self.vocabulary = self.llm.llm_engine.model_config.get_vocab_size()
 
     def generate(

@@ -50,14 +50,32 @@ def rows(tiny: bool) -> Iterator[Row]:
             for key, part in PARTS.items():
                 values = [median(a[m][key] for a in answers) * 1e3 for m in pair]
                 target = TARGETS.get(pair) if part == "step" else None
-                yield Row("step", f"{part}: {LABELS[stock]}; completions {long}", *(round(x, 1) for x in values), "ms",
-                          round(values[0] / values[1], 3), target, {"ours": equal[ours], "stock": equal[stock]}, len(answers),
-                          others)  # fmt: skip
+                yield Row(
+                    bench="step",
+                    case=f"{part}: {LABELS[stock]}; completions {long}",
+                    ours=round(values[0], 1),
+                    stock=round(values[1], 1),
+                    unit="ms",
+                    ratio=round(values[0] / values[1], 3),
+                    target=target,
+                    bits_equal={"ours": equal[ours], "stock": equal[stock]},
+                    samples=len(answers),
+                    others=others,
+                )
     for pair in pairs:
         peak = [workers[m].ask(memory=True)["peak"] for m in pair]
-        yield Row("step", f"peak memory of the process: {LABELS[pair[1]]}", *(round(x) for x in peak), "MiB",
-                  round(peak[0] / peak[1], 3), 1.1 if pair[1] == "off" else None,
-                  {"ours": None, "stock": None}, 1, 0.0)  # fmt: skip
+        yield Row(
+            bench="step",
+            case=f"peak memory of the process: {LABELS[pair[1]]}",
+            ours=round(peak[0]),
+            stock=round(peak[1]),
+            unit="MiB",
+            ratio=round(peak[0] / peak[1], 3),
+            target=1.1 if pair[1] == "off" else None,
+            bits_equal={"ours": None, "stock": None},
+            samples=1,
+            others=0.0,
+        )
     for worker in workers.values():
         worker.close()
 
@@ -94,11 +112,18 @@ def _worker(mode: str, *settings: str) -> None:
         next_step()
 
     trainer = api.grpo_trainer(
-        AutoModelForCausalLM.from_pretrained(path, dtype="float32"), recipe.reward_funcs(config), args,
-        recipe.datasets(config, tokenizer)[0], ppo=config.ppo if config.algorithm == "ppo" else None,
-        processing_class=tokenizer, invariance=config.invariance,
-        dtype=config.dtype, sampler_model=path, sampler_options=run.sampler_options(config), on_row=on_row,
-    )  # fmt: skip
+        AutoModelForCausalLM.from_pretrained(path, dtype="float32"),
+        recipe.reward_funcs(config),
+        args,
+        recipe.datasets(config, tokenizer)[0],
+        ppo=config.ppo if config.algorithm == "ppo" else None,
+        processing_class=tokenizer,
+        invariance=config.invariance,
+        dtype=config.dtype,
+        sampler_model=path,
+        sampler_options=run.sampler_options(config),
+        on_row=on_row,
+    )
     generate = trainer.sampler.generate
 
     def of_length(*arguments: Any, **options: Any) -> Any:

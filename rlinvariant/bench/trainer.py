@@ -38,13 +38,34 @@ def rows(tiny: bool) -> Iterator[Row]:
                 wall = [median(a[side]["wall"] for a in answers) * 1e3 for side in ("exact", "off")]
                 cpu = [median(a[side]["cpu"] for a in answers) for side in ("exact", "off")]
                 target = 1.0 if what == "train" else None
-                yield Row("trainer", f"{name}, {label}", *(round(x, 2) for x in wall), "ms", round(wall[0] / wall[1], 3),
-                          target, bits, len(answers), others, round(cpu[0] / cpu[1], 3))  # fmt: skip
+                yield Row(
+                    bench="trainer",
+                    case=f"{name}, {label}",
+                    ours=round(wall[0], 2),
+                    stock=round(wall[1], 2),
+                    unit="ms",
+                    ratio=round(wall[0] / wall[1], 3),
+                    target=target,
+                    bits_equal=bits,
+                    samples=len(answers),
+                    others=others,
+                    cpu_ratio=round(cpu[0] / cpu[1], 3),
+                )
         peak = {side: worker.ask(what="memory")["peak"] for side, worker in workers.items()}
         for label, floor, target in (("the process", dict.fromkeys(peak, 0), 1.1), ("above the loaded model", start, None)):
             ours, stock = (peak[side] - floor[side] for side in ("exact", "off"))
-            yield Row("trainer", f"{size}, peak memory, {label}", round(ours, 1), round(stock, 1), "MiB",
-                      round(ours / max(stock, 0.1), 3), target, {"ours": None, "stock": None}, 1, 0.0)  # fmt: skip
+            yield Row(
+                bench="trainer",
+                case=f"{size}, peak memory, {label}",
+                ours=round(ours, 1),
+                stock=round(stock, 1),
+                unit="MiB",
+                ratio=round(ours / max(stock, 0.1), 3),
+                target=target,
+                bits_equal={"ours": None, "stock": None},
+                samples=1,
+                others=0.0,
+            )
         for worker in workers.values():
             worker.close()
 
@@ -58,9 +79,16 @@ def _model(name: str) -> tuple[Any, Any]:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     config = Qwen3Config(
-        vocab_size=32000, hidden_size=512, intermediate_size=1408, num_hidden_layers=4, num_attention_heads=8,
-        num_key_value_heads=4, head_dim=64, max_position_embeddings=1024, tie_word_embeddings=True,
-    )  # fmt: skip
+        vocab_size=32000,
+        hidden_size=512,
+        intermediate_size=1408,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=64,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+    )
     return Qwen3ForCausalLM(config), tokenizer
 
 
@@ -98,8 +126,15 @@ def _worker(side: Invariance, size: str) -> None:
         args.output_dir = directory
         rows = Dataset.from_list([{"prompt": "1+1=", "answer": "2"}] * args.per_device_train_batch_size)
         none: Any = lambda: None  # noqa: E731 - nothing is sampled here
-        trainer = InvariantGRPOTrainer(model, lambda completions, **_: [0.0] * len(completions), args, sampler=none,
-                                       invariance=side, train_dataset=rows, processing_class=tokenizer)  # fmt: skip
+        trainer = InvariantGRPOTrainer(
+            model,
+            lambda completions, **_: [0.0] * len(completions),
+            args,
+            sampler=none,
+            invariance=side,
+            train_dataset=rows,
+            processing_class=tokenizer,
+        )
     model = trainer.accelerator.prepare(trainer.model)
     model.train()
     batches = {case: padded_batch(case, model.config.vocab_size, count, prompt, completion) for case in CASES}

@@ -50,21 +50,42 @@ def _refuse(window: int | None, softcap: float | None) -> None:
 
 
 def schedule(
-    cu_seqlens_q: Tensor, kv_lens: Tensor, max_seqlen_q: int, max_seqlen_k: int, heads: int, kv_heads: int, head_size: int,
+    cu_seqlens_q: Tensor,
+    kv_lens: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    heads: int,
+    kv_heads: int,
+    head_size: int,
     page_size: int,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Return FlashAttention-3's plan of work for a batch, [*] int32: it is made once per step instead of once per layer."""
     return _fa3().get_scheduler_metadata(
-        batch_size=len(kv_lens), max_seqlen_q=longest_query(max_seqlen_q, head_size), max_seqlen_k=max_seqlen_k,
-        num_heads_q=heads, num_heads_kv=kv_heads, headdim=head_size, cache_seqlens=kv_lens, qkv_dtype=torch.bfloat16,
-        cu_seqlens_q=cu_seqlens_q, page_size=page_size, causal=True, num_splits=1,
-    )  # fmt: skip
+        batch_size=len(kv_lens),
+        max_seqlen_q=longest_query(max_seqlen_q, head_size),
+        max_seqlen_k=max_seqlen_k,
+        num_heads_q=heads,
+        num_heads_kv=kv_heads,
+        headdim=head_size,
+        cache_seqlens=kv_lens,
+        qkv_dtype=torch.bfloat16,
+        cu_seqlens_q=cu_seqlens_q,
+        page_size=page_size,
+        causal=True,
+        num_splits=1,
+    )
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, max_seqlen: int, window: int | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    scale: float,
+    max_seqlen: int,
+    window: int | None,
     softcap: float | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     _refuse(window, softcap)
     if not len(q):
         return torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
@@ -76,15 +97,35 @@ def attention(
 
 def _packed(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, scale: float) -> tuple[Tensor, Tensor]:
     return _fa3().flash_attn_varlen_func(
-        q, k, v, longest_query(longest, q.shape[2]), cu, longest, cu_seqlens_k=cu, softmax_scale=scale, causal=True,
-        num_splits=1, fa_version=3, return_softmax_lse=True,
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        longest_query(longest, q.shape[2]),
+        cu,
+        longest,
+        cu_seqlens_k=cu,
+        softmax_scale=scale,
+        causal=True,
+        num_splits=1,
+        fa_version=3,
+        return_softmax_lse=True,
+    )
 
 
 def paged_attention(
-    q: Tensor, kv_cache: Tensor, block_table: Tensor, cu_seqlens_q: Tensor, kv_lens: Tensor, scale: float, max_seqlen_q: int,
-    max_seqlen_k: int, window: int | None, softcap: float | None, plan: Tensor | None, out: Tensor,
-) -> None:  # fmt: skip
+    q: Tensor,
+    kv_cache: Tensor,
+    block_table: Tensor,
+    cu_seqlens_q: Tensor,
+    kv_lens: Tensor,
+    scale: float,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    window: int | None,
+    softcap: float | None,
+    plan: Tensor | None,
+    out: Tensor,
+) -> None:
     _refuse(window, softcap)
     if not len(q):
         return
@@ -95,9 +136,21 @@ def paged_attention(
 def _paged(q, kv_cache, block_table, cu_seqlens_q, kv_lens, scale, max_seqlen_q, max_seqlen_k, plan, out) -> None:
     keys, values = kv_cache.transpose(1, 2).split(q.shape[2], -1)
     _fa3().flash_attn_varlen_func(
-        q, keys, values, longest_query(max_seqlen_q, q.shape[2]), cu_seqlens_q, max_seqlen_k, seqused_k=kv_lens,
-        softmax_scale=scale, causal=True, block_table=block_table, scheduler_metadata=plan, num_splits=1, fa_version=3, out=out,
-    )  # fmt: skip
+        q,
+        keys,
+        values,
+        longest_query(max_seqlen_q, q.shape[2]),
+        cu_seqlens_q,
+        max_seqlen_k,
+        seqused_k=kv_lens,
+        softmax_scale=scale,
+        causal=True,
+        block_table=block_table,
+        scheduler_metadata=plan,
+        num_splits=1,
+        fa_version=3,
+        out=out,
+    )
 
 
 def attention_backward(
@@ -125,9 +178,22 @@ def attention_backward(
     torch.use_deterministic_algorithms(True)
     try:
         return torch.ops.aten._flash_attention_backward(
-            dout.contiguous(), q.contiguous(), k.contiguous(), v.contiguous(), out, lse.t().contiguous(), cu, cu, max_seqlen,
-            max_seqlen, 0.0, True, state, state, scale=scale,
-        )  # fmt: skip
+            dout.contiguous(),
+            q.contiguous(),
+            k.contiguous(),
+            v.contiguous(),
+            out,
+            lse.t().contiguous(),
+            cu,
+            cu,
+            max_seqlen,
+            max_seqlen,
+            0.0,
+            True,
+            state,
+            state,
+            scale=scale,
+        )
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warn)
         deterministic.fill_uninitialized_memory = fill

@@ -41,9 +41,21 @@ Tile = tuple[int, int, int, int, int]
 
 @triton.jit
 def _tile_kernel(
-    x_ptr, w_ptr, b_ptr, y_ptr, m, n, k, x_row, w_row, BIAS: tl.constexpr, WHOLE: tl.constexpr, N: tl.constexpr,
-    M: tl.constexpr, K: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    w_ptr,
+    b_ptr,
+    y_ptr,
+    m,
+    n,
+    k,
+    x_row,
+    w_row,
+    BIAS: tl.constexpr,
+    WHOLE: tl.constexpr,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    K: tl.constexpr,
+):
     """Compute y^T = w x^T: the weight takes the matrix unit's side that must be 64 wide, few rows of x the one that may be 8.
 
     Programs that share a weight tile are neighbours, so that it comes from memory once.
@@ -80,9 +92,23 @@ def tiled(x: Tensor, w: Tensor, b: Tensor | None, tile: Tile, out: Tensor | None
     if not m:
         return y
     _tile_kernel[grid](
-        x, w, w if b is None else b, y, m, n, k, x.stride(0), w.stride(0), BIAS=b is not None, WHOLE=k % bk == 0, N=bn, M=bm,
-        K=bk, num_warps=warps, num_stages=stages,
-    )  # fmt: skip
+        x,
+        w,
+        w if b is None else b,
+        y,
+        m,
+        n,
+        k,
+        x.stride(0),
+        w.stride(0),
+        BIAS=b is not None,
+        WHOLE=k % bk == 0,
+        N=bn,
+        M=bm,
+        K=bk,
+        num_warps=warps,
+        num_stages=stages,
+    )
     return y
 
 

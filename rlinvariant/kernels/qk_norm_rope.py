@@ -22,9 +22,27 @@ def _normed(x, w, offset, ONCE: tl.constexpr, dtype: tl.constexpr):
 
 @triton.jit
 def _heads(
-    x_ptr, w_ptr, cos_ptr, sin_ptr, y_ptr, token, first, heads, d, half, eps, offset, x_token, x_head,
-    NORM: tl.constexpr, ONCE: tl.constexpr, R: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    w_ptr,
+    cos_ptr,
+    sin_ptr,
+    y_ptr,
+    token,
+    first,
+    heads,
+    d,
+    half,
+    eps,
+    offset,
+    x_token,
+    x_head,
+    NORM: tl.constexpr,
+    ONCE: tl.constexpr,
+    R: tl.constexpr,
+    D: tl.constexpr,
+    HALF: tl.constexpr,
+    REST: tl.constexpr,
+):
     head = (first + tl.arange(0, R))[:, None]
     start = x_ptr + token * x_token + head * x_head
     y = y_ptr + (token * heads + head) * d
@@ -58,27 +76,91 @@ def _heads(
 
 @triton.jit
 def _kernel(
-    q_ptr, k_ptr, qw_ptr, kw_ptr, cos_ptr, sin_ptr, qy_ptr, ky_ptr, q_heads, k_heads, q_programs, d, half, eps, offset,
-    q_token, q_head, k_token, k_head, NORM: tl.constexpr, ONCE: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
-    HALF: tl.constexpr, REST: tl.constexpr,
-):  # fmt: skip
+    q_ptr,
+    k_ptr,
+    qw_ptr,
+    kw_ptr,
+    cos_ptr,
+    sin_ptr,
+    qy_ptr,
+    ky_ptr,
+    q_heads,
+    k_heads,
+    q_programs,
+    d,
+    half,
+    eps,
+    offset,
+    q_token,
+    q_head,
+    k_token,
+    k_head,
+    NORM: tl.constexpr,
+    ONCE: tl.constexpr,
+    R: tl.constexpr,
+    D: tl.constexpr,
+    HALF: tl.constexpr,
+    REST: tl.constexpr,
+):
     token, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     if part < q_programs:
         _heads(
-            q_ptr, qw_ptr, cos_ptr, sin_ptr, qy_ptr, token, part * R, q_heads, d, half, eps, offset, q_token, q_head, NORM,
-            ONCE, R, D, HALF, REST,
-        )  # fmt: skip
+            q_ptr,
+            qw_ptr,
+            cos_ptr,
+            sin_ptr,
+            qy_ptr,
+            token,
+            part * R,
+            q_heads,
+            d,
+            half,
+            eps,
+            offset,
+            q_token,
+            q_head,
+            NORM,
+            ONCE,
+            R,
+            D,
+            HALF,
+            REST,
+        )
     else:
         _heads(
-            k_ptr, kw_ptr, cos_ptr, sin_ptr, ky_ptr, token, (part - q_programs) * R, k_heads, d, half, eps, offset, k_token,
-            k_head, NORM, ONCE, R, D, HALF, REST,
-        )  # fmt: skip
+            k_ptr,
+            kw_ptr,
+            cos_ptr,
+            sin_ptr,
+            ky_ptr,
+            token,
+            (part - q_programs) * R,
+            k_heads,
+            d,
+            half,
+            eps,
+            offset,
+            k_token,
+            k_head,
+            NORM,
+            ONCE,
+            R,
+            D,
+            HALF,
+            REST,
+        )
 
 
 def qk_norm_rope(
-    q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos: Tensor, sin: Tensor, eps: float,
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
     offset: float | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     (t, q_heads, d), k_heads, half = q.shape, k.shape[1], cos.shape[-1]
     q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
     if not t:
@@ -89,11 +171,32 @@ def qk_norm_rope(
     r, width, warps = tile(d)
     q_programs = triton.cdiv(q_heads, r)
     _kernel[(t, q_programs + triton.cdiv(k_heads, r))](
-        q, k, *weights, cos.contiguous(), sin.contiguous(), q_out, k_out, q_heads, k_heads, q_programs, d, half, eps,
-        offset or 0.0, q_token, q_head, k_token, k_head, NORM=norm, ONCE=offset is not None, R=r, D=width,
-        HALF=triton.next_power_of_2(max(1, half)), REST=triton.next_power_of_2(d - 2 * half) if d > 2 * half else 0,
+        q,
+        k,
+        *weights,
+        cos.contiguous(),
+        sin.contiguous(),
+        q_out,
+        k_out,
+        q_heads,
+        k_heads,
+        q_programs,
+        d,
+        half,
+        eps,
+        offset or 0.0,
+        q_token,
+        q_head,
+        k_token,
+        k_head,
+        NORM=norm,
+        ONCE=offset is not None,
+        R=r,
+        D=width,
+        HALF=triton.next_power_of_2(max(1, half)),
+        REST=triton.next_power_of_2(d - 2 * half) if d > 2 * half else 0,
         num_warps=warps,
-    )  # fmt: skip
+    )
     return q_out, k_out
 
 

@@ -19,9 +19,25 @@ def tile(d: int) -> tuple[int, int, int]:
 
 @triton.jit
 def _forward(
-    x_ptr, r_ptr, w_ptr, y_ptr, s_ptr, count, inner, d, eps, offset, x_outer, x_inner, r_outer, r_inner,
-    ADD: tl.constexpr, ONCE: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    r_ptr,
+    w_ptr,
+    y_ptr,
+    s_ptr,
+    count,
+    inner,
+    d,
+    eps,
+    offset,
+    x_outer,
+    x_inner,
+    r_outer,
+    r_inner,
+    ADD: tl.constexpr,
+    ONCE: tl.constexpr,
+    R: tl.constexpr,
+    D: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     col = tl.arange(0, D)
     live = (row < count)[:, None] & (col < d)[None, :]
@@ -45,9 +61,24 @@ def _forward(
 
 @triton.jit
 def _backward(
-    dy_ptr, x_ptr, w_ptr, ds_ptr, dx_ptr, dw_ptr, count, inner, d, eps, offset, x_outer, x_inner, ADD: tl.constexpr,
-    ONCE: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
-):  # fmt: skip
+    dy_ptr,
+    x_ptr,
+    w_ptr,
+    ds_ptr,
+    dx_ptr,
+    dw_ptr,
+    count,
+    inner,
+    d,
+    eps,
+    offset,
+    x_outer,
+    x_inner,
+    ADD: tl.constexpr,
+    ONCE: tl.constexpr,
+    R: tl.constexpr,
+    D: tl.constexpr,
+):
     col = tl.arange(0, D)
     w = tl.load(w_ptr + col, mask=col < d, other=0.0).to(dx_ptr.dtype.element_ty).to(tl.float32)
     if ONCE:
@@ -80,9 +111,26 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float | None) -> Ten
     r, d, warps = tile(x.shape[-1])
     grid = (triton.cdiv(outer * inner, r),)
     _forward[grid](
-        x, x, weight, y, y, outer * inner, inner, x.shape[-1], eps, offset or 0.0, so, si, 0, 0, ADD=False,
-        ONCE=offset is not None, R=r, D=d, num_warps=warps,
-    )  # fmt: skip
+        x,
+        x,
+        weight,
+        y,
+        y,
+        outer * inner,
+        inner,
+        x.shape[-1],
+        eps,
+        offset or 0.0,
+        so,
+        si,
+        0,
+        0,
+        ADD=False,
+        ONCE=offset is not None,
+        R=r,
+        D=d,
+        num_warps=warps,
+    )
     return y
 
 
@@ -96,9 +144,26 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset
     r, d, warps = tile(x.shape[-1])
     grid = (triton.cdiv(outer * inner, r),)
     _forward[grid](
-        x, residual, weight, y, total, outer * inner, inner, x.shape[-1], eps, offset or 0.0, so, si, ro, ri, ADD=True,
-        ONCE=offset is not None, R=r, D=d, num_warps=warps,
-    )  # fmt: skip
+        x,
+        residual,
+        weight,
+        y,
+        total,
+        outer * inner,
+        inner,
+        x.shape[-1],
+        eps,
+        offset or 0.0,
+        so,
+        si,
+        ro,
+        ri,
+        ADD=True,
+        ONCE=offset is not None,
+        R=r,
+        D=d,
+        num_warps=warps,
+    )
     return y, total
 
 
@@ -113,7 +178,23 @@ def rms_norm_backward(
     partial = torch.empty(max(1, min(PARTIALS, blocks)), x.shape[-1], dtype=torch.float32, device=x.device)
     dtotal = None if dtotal is None else dtotal.contiguous()
     _backward[(len(partial),)](
-        dy.contiguous(), x, weight, dx if dtotal is None else dtotal, dx, partial, outer * inner, inner, x.shape[-1], eps,
-        offset or 0.0, so, si, ADD=dtotal is not None, ONCE=offset is not None, R=r, D=d, num_warps=warps,
-    )  # fmt: skip
+        dy.contiguous(),
+        x,
+        weight,
+        dx if dtotal is None else dtotal,
+        dx,
+        partial,
+        outer * inner,
+        inner,
+        x.shape[-1],
+        eps,
+        offset or 0.0,
+        so,
+        si,
+        ADD=dtotal is not None,
+        ONCE=offset is not None,
+        R=r,
+        D=d,
+        num_warps=warps,
+    )
     return dx, partial.sum(0).to(weight.dtype)

@@ -8,9 +8,21 @@ from torch import Tensor
 
 @triton.jit
 def _turn(
-    x_ptr, cos_ptr, sin_ptr, y_ptr, heads, d, half, x_token, x_head, cos_token, sign, H: tl.constexpr, HALF: tl.constexpr,
+    x_ptr,
+    cos_ptr,
+    sin_ptr,
+    y_ptr,
+    heads,
+    d,
+    half,
+    x_token,
+    x_head,
+    cos_token,
+    sign,
+    H: tl.constexpr,
+    HALF: tl.constexpr,
     REST: tl.constexpr,
-):  # fmt: skip
+):
     token = tl.program_id(0).to(tl.int64)
     head, col = tl.arange(0, H)[:, None], tl.arange(0, HALF)[None, :]
     live = (head < heads) & (col < half)
@@ -40,7 +52,20 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
     (t, heads, d), half = x.shape, cos.shape[-1]
     if t:
         _turn[(t,)](
-            x, cos, sin, y, heads, d, half, x.stride(0), x.stride(1), cos.stride(0), sign, H=triton.next_power_of_2(heads),
-            HALF=triton.next_power_of_2(half), REST=triton.next_power_of_2(d - 2 * half) if d > 2 * half else 0, num_warps=4,
-        )  # fmt: skip
+            x,
+            cos,
+            sin,
+            y,
+            heads,
+            d,
+            half,
+            x.stride(0),
+            x.stride(1),
+            cos.stride(0),
+            sign,
+            H=triton.next_power_of_2(heads),
+            HALF=triton.next_power_of_2(half),
+            REST=triton.next_power_of_2(d - 2 * half) if d > 2 * half else 0,
+            num_warps=4,
+        )
     return y

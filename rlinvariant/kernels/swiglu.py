@@ -35,7 +35,7 @@ def _forward(gate_ptr, up_ptr, y_ptr, d, per_row, gate_row, up_row, GELU: tl.con
 @triton.jit
 def _backward(
     dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, d, per_row, gate_row, up_row, out_row, GELU: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
+):
     row, col = (tl.program_id(0) // per_row).to(tl.int64), tl.program_id(0) % per_row * BLOCK + tl.arange(0, BLOCK)
     live = col < d
     gate = tl.load(gate_ptr + row * gate_row + col, mask=live, other=0.0).to(tl.float32)
@@ -89,6 +89,17 @@ def _differentiate(dy: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Ten
     per_row = triton.cdiv(d, BLOCK)
     if dy.numel():
         _backward[(len(gate) * per_row,)](
-            dy.contiguous(), gate, up, dgate, dup, d, per_row, gate.stride(0), up.stride(0), dgate.stride(0),
-            GELU=activation == "gelu_tanh", BLOCK=BLOCK, num_warps=4,
-        )  # fmt: skip
+            dy.contiguous(),
+            gate,
+            up,
+            dgate,
+            dup,
+            d,
+            per_row,
+            gate.stride(0),
+            up.stride(0),
+            dgate.stride(0),
+            GELU=activation == "gelu_tanh",
+            BLOCK=BLOCK,
+            num_warps=4,
+        )

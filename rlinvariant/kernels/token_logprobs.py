@@ -54,9 +54,20 @@ def _parts(max_ptr, sum_ptr, row, blocks, NB: tl.constexpr):
 
 @triton.jit
 def _logprobs(
-    logits_ptr, ids_ptr, t_ptr, max_ptr, sum_ptr, weighted_ptr, logprob_ptr, entropy_ptr, stats_ptr, vocab, blocks,
-    PICK: tl.constexpr, NB: tl.constexpr,
-):  # fmt: skip
+    logits_ptr,
+    ids_ptr,
+    t_ptr,
+    max_ptr,
+    sum_ptr,
+    weighted_ptr,
+    logprob_ptr,
+    entropy_ptr,
+    stats_ptr,
+    vocab,
+    blocks,
+    PICK: tl.constexpr,
+    NB: tl.constexpr,
+):
     """Add up the blocks of a row. No other kernel does: the order of a sum depends on the warps of its kernel.
 
     stats: maximum, log of the sum, the sum.
@@ -81,9 +92,18 @@ def _logprobs(
 
 @triton.jit
 def _gradient(
-    logits_ptr, ids_ptr, t_ptr, glp_ptr, gent_ptr, stats_ptr, entropy_ptr, out_ptr, vocab, ENTROPY: tl.constexpr,
+    logits_ptr,
+    ids_ptr,
+    t_ptr,
+    glp_ptr,
+    gent_ptr,
+    stats_ptr,
+    entropy_ptr,
+    out_ptr,
+    vocab,
+    ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     """Compute (glp (1[j = id] - p_j) - gent p_j (log p_j + entropy)) / temperature."""
     row, col = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     t, glp, chosen = tl.load(t_ptr + row), tl.load(glp_ptr + row), tl.load(ids_ptr + row)
@@ -116,9 +136,21 @@ def _uniform(seed, position):
 
 @triton.jit
 def _draw(
-    logits_ptr, t_ptr, seeds_ptr, positions_ptr, max_ptr, sum_ptr, stats_ptr, token_ptr, logprob_ptr, x_ptr, vocab,
-    blocks, NB: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    logits_ptr,
+    t_ptr,
+    seeds_ptr,
+    positions_ptr,
+    max_ptr,
+    sum_ptr,
+    stats_ptr,
+    token_ptr,
+    logprob_ptr,
+    x_ptr,
+    vocab,
+    blocks,
+    NB: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     maxima, top, _, parts = _parts(max_ptr, sum_ptr, row, blocks, NB)
     log_sum, total = tl.load(stats_ptr + 3 * row + 1), tl.load(stats_ptr + 3 * row + 2)
@@ -179,9 +211,19 @@ def _row_logprobs(logits: Tensor, ids: Tensor | None, temperature: Tensor) -> tu
     parts, blocks, padded = _reduced(logits, temperature)
     if rows:
         _logprobs[(rows,)](
-            logits, logits if ids is None else ids, temperature, *parts, logprobs, entropy, stats, vocab, blocks,
-            PICK=ids is not None, NB=padded, num_warps=1,
-        )  # fmt: skip
+            logits,
+            logits if ids is None else ids,
+            temperature,
+            *parts,
+            logprobs,
+            entropy,
+            stats,
+            vocab,
+            blocks,
+            PICK=ids is not None,
+            NB=padded,
+            num_warps=1,
+        )
     return logprobs, entropy, stats
 
 
@@ -195,9 +237,19 @@ def row_logprobs_backward(
     rows, vocab = logits.shape
     if rows:
         _gradient[(rows, triton.cdiv(vocab, BLOCK))](
-            logits, ids, temperature, dlogprobs, dlogprobs if dentropy is None else dentropy, stats, entropy, out, vocab,
-            ENTROPY=dentropy is not None, BLOCK=BLOCK, num_warps=8,
-        )  # fmt: skip
+            logits,
+            ids,
+            temperature,
+            dlogprobs,
+            dlogprobs if dentropy is None else dentropy,
+            stats,
+            entropy,
+            out,
+            vocab,
+            ENTROPY=dentropy is not None,
+            BLOCK=BLOCK,
+            num_warps=8,
+        )
     return out
 
 
@@ -215,8 +267,20 @@ def sample(logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor
             logits, logits, temperature, *parts, unused, unused, stats, vocab, blocks, PICK=False, NB=padded, num_warps=1
         )
         _draw[(rows,)](
-            logits, temperature, seeds.contiguous(), positions.contiguous(), *parts[:2], stats, tokens, logprobs, x, vocab,
-            blocks, NB=padded, BLOCK=BLOCK, num_warps=8,
-        )  # fmt: skip
+            logits,
+            temperature,
+            seeds.contiguous(),
+            positions.contiguous(),
+            *parts[:2],
+            stats,
+            tokens,
+            logprobs,
+            x,
+            vocab,
+            blocks,
+            NB=padded,
+            BLOCK=BLOCK,
+            num_warps=8,
+        )
         _likelier[(rows, blocks)](logits, temperature, x, larger, vocab, BLOCK=BLOCK, num_warps=8)
     return tokens, logprobs, larger.sum(1)

@@ -17,23 +17,35 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlinvariant.models.modules import UnsupportedModel
 
-# fmt: off
-MOVES = frozenset((
-    "view", "unsafe_view", "reshape", "reshape_alias", "transpose", "t", "permute", "expand", "slice", "select", "unsqueeze",
-    "squeeze", "cat", "stack", "split", "split_with_sizes", "unbind", "clone", "copy", "to_copy", "foreach_copy", "detach",
-    "alias", "lift_fresh", "index", "index_select", "index_put", "gather", "embedding", "where", "masked_fill", "masked_select",
-    "empty", "empty_like", "empty_strided", "new_empty", "new_zeros", "new_ones", "new_full", "zeros", "zeros_like", "ones",
-    "ones_like", "full", "full_like", "fill", "zero", "flip", "roll", "repeat", "as_strided", "contiguous", "narrow",
-    "diagonal", "chunk", "resize", "set",
-))
-ROUNDED = frozenset((
-    "add", "sub", "rsub", "mul", "div", "neg", "abs", "sqrt", "maximum", "minimum", "clamp", "clamp_min", "clamp_max",
-    "relu",
-))
-COMPARES = frozenset((
-    "eq", "ne", "lt", "le", "gt", "ge", "isnan", "isinf",
-))
-# fmt: on
+VIEWS = (
+    *(
+        "view",
+        "unsafe_view",
+        "reshape",
+        "reshape_alias",
+        "transpose",
+        "t",
+        "permute",
+        "expand",
+        "as_strided",
+        "detach",
+        "alias",
+    ),
+    *("slice", "select", "unsqueeze", "squeeze", "split", "split_with_sizes", "unbind", "narrow", "diagonal", "chunk"),
+)
+COPIES = (
+    *("cat", "stack", "clone", "copy", "to_copy", "foreach_copy", "lift_fresh", "contiguous", "flip", "roll", "repeat"),
+    *("index", "index_select", "index_put", "gather", "embedding", "where", "masked_fill", "masked_select"),
+)
+CONSTANTS = (
+    *("empty", "empty_like", "empty_strided", "new_empty", "new_zeros", "new_ones", "new_full", "zeros", "zeros_like"),
+    *("ones", "ones_like", "full", "full_like", "fill", "zero", "resize", "set"),
+)
+MOVES = frozenset((*VIEWS, *COPIES, *CONSTANTS))
+ROUNDED = frozenset(
+    ("add", "sub", "rsub", "mul", "div", "neg", "abs", "sqrt", "maximum", "minimum", "clamp", "clamp_min", "clamp_max", "relu")
+)
+COMPARES = frozenset(("eq", "ne", "lt", "le", "gt", "ge", "isnan", "isinf"))
 OURS = ("rlinvariant",)
 
 
@@ -93,8 +105,14 @@ def _probe(model: Any) -> dict[str, Any]:
     cu = torch.tensor([0, 4, 9], dtype=torch.int32, device=device)
     ids = torch.arange(9, device=device)[None] % model.config.vocab_size
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]], device=device)
-    return {"input_ids": ids, "position_ids": positions, "cu_seq_lens_q": cu, "cu_seq_lens_k": cu, "max_length_q": 5,
-            "max_length_k": 5}  # fmt: skip
+    return {
+        "input_ids": ids,
+        "position_ids": positions,
+        "cu_seq_lens_q": cu,
+        "cu_seq_lens_k": cu,
+        "max_length_q": 5,
+        "max_length_k": 5,
+    }
 
 
 def two_layers(config: Any) -> Any:

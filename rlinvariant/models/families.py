@@ -15,10 +15,18 @@ def _config(kind: str, **more: Any) -> Any:
     import transformers
 
     sizes = {
-        "vocab_size": VOCABULARY, "hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "tie_word_embeddings": False,
-        "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2,
-    }  # fmt: skip
+        "vocab_size": VOCABULARY,
+        "hidden_size": 256,
+        "intermediate_size": 384,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": False,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 2,
+    }
     return getattr(transformers, f"{kind}Config")(**sizes | more)
 
 
@@ -40,9 +48,12 @@ def _alternating(layers: int) -> list[str]:
 def _gemma(kind: str, **more: Any) -> Any:
     """Return Gemma's configuration. `query_pre_attn_scalar` is not the head size: the scores' scale must come from it."""
     shared = {
-        "query_pre_attn_scalar": 48, "tie_word_embeddings": True, "num_hidden_layers": 4, "sliding_window": WINDOW,
+        "query_pre_attn_scalar": 48,
+        "tie_word_embeddings": True,
+        "num_hidden_layers": 4,
+        "sliding_window": WINDOW,
         "layer_types": _alternating(4),
-    }  # fmt: skip
+    }
     return _headed(kind, **shared | more)
 
 

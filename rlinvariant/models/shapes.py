@@ -55,10 +55,14 @@ ROPE: dict[str, dict[str, Any]] = {
     "qwen3": {"rope_type": "default", "rope_theta": 1e6},
     "qwen2": {"rope_type": "default", "rope_theta": 1e6},
     "llama": {
-        "rope_type": "llama3", "rope_theta": 5e5, "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "rope_type": "llama3",
+        "rope_theta": 5e5,
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     },
-}  # fmt: skip
+}
 
 
 def config(name: str) -> Any:
@@ -69,11 +73,22 @@ def config(name: str) -> Any:
     kind = {"qwen3": Qwen3Config, "qwen2": Qwen2Config, "llama": LlamaConfig}[s.kind]
     head: dict[str, Any] = {} if s.kind == "qwen2" else {"head_dim": s.head_dim}
     return kind(
-        hidden_size=s.hidden, intermediate_size=s.mlp, num_hidden_layers=s.layers, num_attention_heads=s.heads,
-        num_key_value_heads=s.kv_heads, vocab_size=s.vocab, tie_word_embeddings=s.tied, rms_norm_eps=EPS[s.kind],
-        max_position_embeddings=POSITIONS[s.kind], rope_parameters=dict(ROPE[s.kind]), initializer_range=0.02,
-        bos_token_id=0, eos_token_id=1, pad_token_id=2, **head,
-    )  # fmt: skip
+        hidden_size=s.hidden,
+        intermediate_size=s.mlp,
+        num_hidden_layers=s.layers,
+        num_attention_heads=s.heads,
+        num_key_value_heads=s.kv_heads,
+        vocab_size=s.vocab,
+        tie_word_embeddings=s.tied,
+        rms_norm_eps=EPS[s.kind],
+        max_position_embeddings=POSITIONS[s.kind],
+        rope_parameters=dict(ROPE[s.kind]),
+        initializer_range=0.02,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+        **head,
+    )
 
 
 def build(name: str, directory: str | Path, stops: int = 1) -> str:

@@ -10,9 +10,15 @@ from rlinvariant.ops.register import define, require_dtype, widened
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, max_seqlen: int | None = None,
-    window: int | None = None, softcap: float | None = None,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    scale: float,
+    max_seqlen: int | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
     """Attend causally inside each of several sequences laid end to end.
 
         out[i] = sum_{i - window < j <= i} softmax_j(s_j) v[j]
@@ -91,9 +97,15 @@ def paged_attention(
 
 
 def attention_ref(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, max_seqlen: int | None = None,
-    window: int | None = None, softcap: float | None = None,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    scale: float,
+    max_seqlen: int | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
     """Compute `attention` in plain PyTorch, one matrix of scores per sequence: any float dtype, differentiable by autograd."""
     group, out = q.shape[1] // k.shape[1], []
     for first, last in pairwise(cu_seqlens.tolist()):
@@ -108,9 +120,15 @@ def attention_ref(
 
 
 def paged_attention_ref(
-    q: Tensor, kv_cache: Tensor, block_table: Tensor, cu_seqlens_q: Tensor, kv_lens: Tensor, scale: float,
-    window: int | None = None, softcap: float | None = None,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    kv_cache: Tensor,
+    block_table: Tensor,
+    cu_seqlens_q: Tensor,
+    kv_lens: Tensor,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
     """Compute `paged_attention` in plain PyTorch: gather a sequence's pages, attend from all positions, keep the last."""
     out, page = [], kv_cache.shape[2]
     for b, (first, last) in enumerate(pairwise(cu_seqlens_q.tolist())):
@@ -141,10 +159,10 @@ def _cpu(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale, max_seqlen,
     (t, heads, dim), kv_heads = q.shape, k.shape[1]
     lengths = _lengths(cu, t)
     out, lse = torch.empty_like(q), torch.empty(t, heads, dtype=torch.float32)
-    cpu.call(
-        "attention", q, k, v, out, lse, cu, lengths, None, 0, 0, 0, kv_heads * dim, dim,
-        cu.numel() - 1, heads, kv_heads, dim, window or 0, scale, softcap or 0.0, cpu.is_bf16(q),
-    )  # fmt: skip
+    no_pages = None, 0, 0, 0  # block table, its width, tokens of a page, elements of a page
+    strides, sizes = (kv_heads * dim, dim), (heads, kv_heads, dim)
+    scores = window or 0, scale, softcap or 0.0, cpu.is_bf16(q)
+    cpu.call("attention", q, k, v, out, lse, cu, lengths, *no_pages, *strides, cu.numel() - 1, *sizes, *scores)
     return out, lse
 
 
@@ -172,11 +190,10 @@ def _paged_cpu(q, kv_cache, block_table, cu_seqlens_q, kv_lens, scale, max_q, ma
         raise ValueError("paged_attention: fewer keys than queries, or more than the block table holds")
     result = out if out.is_contiguous() else torch.empty_like(q)
     values = kv_cache.data_ptr() + dim * kv_cache.element_size()
-    cpu.call(
-        "attention", q, kv_cache, values, result, None, cu, lens, table, table.shape[1], page,
-        kv_cache.stride(0), kv_cache.stride(2), kv_cache.stride(1), lens.numel(), heads, kv_heads, dim, window or 0, scale,
-        softcap or 0.0, cpu.is_bf16(q),
-    )  # fmt: skip
+    pages = table, table.shape[1], page, kv_cache.stride(0)
+    strides, sizes = (kv_cache.stride(2), kv_cache.stride(1)), (heads, kv_heads, dim)
+    scores = window or 0, scale, softcap or 0.0, cpu.is_bf16(q)
+    cpu.call("attention", q, kv_cache, values, result, None, cu, lens, *pages, *strides, lens.numel(), *sizes, *scores)
     if result is not out:
         out.copy_(result)
 
@@ -195,10 +212,10 @@ def _backward(ctx, dout: Tensor, _):
 def _cpu_backward(dout, q, k, v, cu, out, lse, scale, max_seqlen, window, softcap) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v, cu = q.contiguous(), k.contiguous(), v.contiguous(), cu.to(torch.int32).contiguous()
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    cpu.call(
-        "attention_backward", dout.contiguous(), q, k, v, out, lse, dq, dk, dv, cu,
-        cu.numel() - 1, q.shape[1], k.shape[1], q.shape[2], window or 0, scale, softcap or 0.0, cpu.is_bf16(q),
-    )  # fmt: skip
+    inputs, outputs = (dout.contiguous(), q, k, v, out, lse), (dq, dk, dv)
+    sizes = q.shape[1], k.shape[1], q.shape[2]
+    scores = window or 0, scale, softcap or 0.0, cpu.is_bf16(q)
+    cpu.call("attention_backward", *inputs, *outputs, cu, cu.numel() - 1, *sizes, *scores)
     return dq, dk, dv
 
 

@@ -11,9 +11,15 @@ from rlinvariant.ops.rope import rope, rope_backward, rope_ref
 
 
 def qk_norm_rope(
-    q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos: Tensor, sin: Tensor, eps: float,
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
     offset: float | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """Normalise each head of queries and keys, and rotate it; without weights, only rotate.
 
         q' = rope(rms_norm(q, q_weight, eps, offset), cos, sin), and k' likewise
@@ -32,9 +38,15 @@ def qk_norm_rope(
 
 
 def qk_norm_rope_ref(
-    q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos: Tensor, sin: Tensor, eps: float,
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
     offset: float | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """Compute `qk_norm_rope` in plain PyTorch, with its roundings."""
     if q_weight is not None and k_weight is not None:
         q, k = rms_norm_ref(q, q_weight, eps, offset), rms_norm_ref(k, k_weight, eps, offset)

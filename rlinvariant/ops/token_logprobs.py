@@ -17,9 +17,13 @@ CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 29}  # logits held at a time
 
 
 def token_logprobs(
-    hidden: Tensor, weight: Tensor, token_ids: Tensor, temperature: float, scale: float | None = None,
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    temperature: float,
+    scale: float | None = None,
     softcap: float | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """Compute the log-probability of given tokens, and the entropy, without holding [tokens, vocabulary].
 
         x = scale_logits(linear(hidden, weight), scale, softcap) / temperature
@@ -88,9 +92,13 @@ def log_softmax_ref(logits: Tensor, temperature: Tensor) -> Tensor:
 
 
 def token_logprobs_ref(
-    hidden: Tensor, weight: Tensor, token_ids: Tensor, temperature: float, scale: float | None = None,
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    temperature: float,
+    scale: float | None = None,
     softcap: float | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """Compute `token_logprobs` in plain PyTorch, holding the whole [T, V]; differentiable by autograd."""
     logits = scale_logits_ref(linear_ref(hidden, weight), scale, softcap)
     logprobs = torch.log_softmax(widened(logits) / temperature, -1)

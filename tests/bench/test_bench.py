@@ -12,9 +12,18 @@ from rlinvariant.bench.report import markdown
 from rlinvariant.models.families import REFUSED
 
 FIELDS = {
-    "bench": str, "case": str, "ours": float, "stock": float, "unit": str, "ratio": float, "target": float | None,
-    "bits_equal": dict, "samples": int, "others": float, "cpu_ratio": float | None,
-}  # fmt: skip
+    "bench": str,
+    "case": str,
+    "ours": float,
+    "stock": float,
+    "unit": str,
+    "ratio": float,
+    "target": float | None,
+    "bits_equal": dict,
+    "samples": int,
+    "others": float,
+    "cpu_ratio": float | None,
+}
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +50,16 @@ def test_every_op_is_measured_and_invariant(ops_json):
     rows = json.loads(ops_json.read_text())["rows"]
     names = {row["case"].split(",")[0].split(" ")[0] for row in rows}
     assert names == {
-        "linear", "rms_norm", "add_rms_norm", "rope", "swiglu", "attention", "paged_attention", "token_logprobs", "sample",
-    }  # fmt: skip
+        "linear",
+        "rms_norm",
+        "add_rms_norm",
+        "rope",
+        "swiglu",
+        "attention",
+        "paged_attention",
+        "token_logprobs",
+        "sample",
+    }
     assert all(row["bits_equal"]["ours"] is True for row in rows)
     # Negative control: the stock fp32 product is not, so the check can see a difference
     assert any(row["bits_equal"]["stock"] is False for row in rows)
@@ -67,7 +84,18 @@ def test_quiet_windows_are_kept_and_few_are_enough():
 
 
 def test_a_row_without_a_target_is_reported(tmp_path):
-    row = Row("step", "x", 1.0, 2.0, "ms", 0.5, None, {"ours": True, "stock": False}, 3, 0.0)
+    row = Row(
+        bench="step",
+        case="x",
+        ours=1.0,
+        stock=2.0,
+        unit="ms",
+        ratio=0.5,
+        target=None,
+        bits_equal={"ours": True, "stock": False},
+        samples=3,
+        others=0.0,
+    )
     environment = {"cpu": {"model": "M", "cores": 2}, "packages": {"torch": "2.13"}}
     (tmp_path / "step.json").write_text(json.dumps({"environment": environment, "rows": [vars(row)]}))
     assert "| x | 1 | 2 | ms | 0.50 |  | yes | no |" in markdown(tmp_path)
@@ -75,10 +103,16 @@ def test_a_row_without_a_target_is_reported(tmp_path):
 
 def test_a_refused_family_loses_its_certificate_and_the_others_say_of_when_they_are(tmp_path, monkeypatch):
     certificate = {
-        "exact": True, "form": "short", "date": "2026-01-02T03:04:05Z", "tokens": 1118, "mismatched": 0, "relations": [{}],
-        "model": {"name": "llama", "class": "LlamaForCausalLM", "parameters": 2_600_000}, "controls": [{"blind": False}],
+        "exact": True,
+        "form": "short",
+        "date": "2026-01-02T03:04:05Z",
+        "tokens": 1118,
+        "mismatched": 0,
+        "relations": [{}],
+        "model": {"name": "llama", "class": "LlamaForCausalLM", "parameters": 2_600_000},
+        "controls": [{"blind": False}],
         "seconds": 9.0,
-    }  # fmt: skip
+    }
     (tmp_path / "certificates").mkdir()
     for name in ("llama", "mixtral"):
         (tmp_path / "certificates" / f"{name}.json").write_text(json.dumps(certificate))

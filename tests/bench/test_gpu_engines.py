@@ -116,8 +116,15 @@ def test_step_rows_are_seconds_and_exact_only_if_every_step_was(monkeypatch):
 
     def answer(side, length):
         mine = next(exact) if side == "exact" else False
-        return {"seconds": 8.0 if side == "exact" else 10.0, "tokens": 1e5 if side == "exact" else 2e5, "exact": mine,
-                "peak": 1.0, "rollout": 2.0, "train": None, "sync": None}  # fmt: skip
+        return {
+            "seconds": 8.0 if side == "exact" else 10.0,
+            "tokens": 1e5 if side == "exact" else 2e5,
+            "exact": mine,
+            "peak": 1.0,
+            "rollout": 2.0,
+            "train": None,
+            "sync": None,
+        }
 
     fakes = Fakes(monkeypatch, gpu_step, answer)
     monkeypatch.setattr(gpu, "large", lambda: True)
@@ -135,8 +142,15 @@ def test_steps_of_sides_that_do_not_fit_together_follow_each_other(monkeypatch):
     seconds = {"exact": iter([9.0, 1.0, 2.0, 3.0]), "stock": iter([9.0, 10.0, 20.0, 30.0])}
 
     def answer(side, length):
-        return {"seconds": next(seconds[side]), "tokens": 1.0, "exact": side == "exact", "peak": 1.0, "rollout": 0.0,
-                "train": None, "sync": None}  # fmt: skip
+        return {
+            "seconds": next(seconds[side]),
+            "tokens": 1.0,
+            "exact": side == "exact",
+            "peak": 1.0,
+            "rollout": 0.0,
+            "train": None,
+            "sync": None,
+        }
 
     fakes = Fakes(monkeypatch, gpu_step, answer)
     monkeypatch.setattr(gpu, "large", lambda: False)
@@ -159,8 +173,16 @@ def test_stock_trl_steps_with_a_colocated_engine(monkeypatch, tmp_path):
     made = fake_gpu.engine()
     monkeypatch.setattr(generation, "LLM", made)
     monkeypatch.setattr(generation, "is_vllm_available", lambda *_: True)
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "VLLM_ENABLE_V1_MULTIPROCESSING",
-                 "VLLM_USE_FLASHINFER_SAMPLER", "VLLM_NO_USAGE_STATS"):  # fmt: skip
+    for name in (
+        "RANK",
+        "LOCAL_RANK",
+        "WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "VLLM_ENABLE_V1_MULTIPROCESSING",
+        "VLLM_USE_FLASHINFER_SAMPLER",
+        "VLLM_NO_USAGE_STATS",
+    ):
         monkeypatch.setenv(name, "0")
         monkeypatch.delenv(name)  # now, and what it was afterwards
 

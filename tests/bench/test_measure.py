@@ -10,12 +10,27 @@ from rlinvariant.bench.compare import Parity
 from rlinvariant.bench.measure import Row
 
 
+def row(bench="linear", case="x", ours=1.0, samples=1, bits=(True, True)):
+    return Row(
+        bench=bench,
+        case=case,
+        ours=ours,
+        stock=1.0,
+        unit="us",
+        ratio=ours,
+        target=None,
+        bits_equal={"ours": bits[0], "stock": bits[1]},
+        samples=samples,
+        others=0.0,
+    )
+
+
 @pytest.mark.parametrize(
     ("row", "fails"),
     [
-        (Row("linear", "x", 1, 1, "us", 1, None, {"ours": True, "stock": False}, 1, 0), False),
-        (Row("linear", "x", 1, 1, "us", 1, None, {"ours": False, "stock": True}, 1, 0), True),
-        (Row("peer", "x", 1, 1, "us", 1, None, {"ours": False, "stock": True}, 1, 0), False),
+        (row(bits=(True, False)), False),
+        (row(bits=(False, True)), True),
+        (row("peer", bits=(False, True)), False),
         (Parity("parity", "m", "bfloat16", "x", 8, 0, "c", 8), False),
         (Parity("parity", "m", "bfloat16", "x", 8, 1, "c", 8), True),
     ],
@@ -31,9 +46,9 @@ def test_a_difference_is_written_down_and_fails(tmp_path, row, fails):
 
 def test_what_was_measured_before_a_failure_is_kept(tmp_path):
     def rows():
-        yield Row("linear", "x", 1, 1, "us", 1, None, {"ours": True, "stock": True}, 1, 0)
-        yield Row("linear", "y", 1, 1, "us", 1, None, {"ours": True, "stock": True}, 1, 0)
-        yield Row("linear", "x", 2, 1, "us", 2, None, {"ours": True, "stock": True}, 2, 0)
+        yield row()
+        yield row(case="y")
+        yield row(ours=2.0, samples=2)
         raise RuntimeError("out of memory")
 
     with pytest.raises(RuntimeError, match="out of memory"):

@@ -12,6 +12,21 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "recipes" / "README.md", *sorted((ROOT / "docs" / "results").glob("*.md"))]
 
 
+def row(bench, case, ours, stock, unit, ratio, target, bits):
+    return Row(
+        bench=bench,
+        case=case,
+        ours=ours,
+        stock=stock,
+        unit=unit,
+        ratio=ratio,
+        target=target,
+        bits_equal=bits,
+        samples=3,
+        others=0.0,
+    )
+
+
 @pytest.fixture
 def results(tmp_path):
     directory = tmp_path / "h200"
@@ -24,16 +39,16 @@ def results(tmp_path):
 
     write(
         "linear",
-        Row("linear", "m qkv, 8 x 64 -> 32", 2, 1, "us", 1.2, 1.15, bits, 3, 0),
-        Row("linear", "m qkv, 64 x 64 -> 32", 1, 1, "us", 1.004, 1.0, bits, 3, 0),
-        Row("linear", "m o, 64 x 64 -> 16", 1, 1, "us", 1.1, 1.0, bits, 3, 0),
-        Row("linear", "geometric mean of 1 shapes, 8 rows", 2, 1, "us", 1.0, 1.05, bits, 3, 0),
+        row("linear", "m qkv, 8 x 64 -> 32", 2, 1, "us", 1.2, 1.15, bits),
+        row("linear", "m qkv, 64 x 64 -> 32", 1, 1, "us", 1.004, 1.0, bits),
+        row("linear", "m o, 64 x 64 -> 16", 1, 1, "us", 1.1, 1.0, bits),
+        row("linear", "geometric mean of 1 shapes, 8 rows", 2, 1, "us", 1.0, 1.05, bits),
     )
-    write("norms", Row("norms", "rms_norm, m, 16 x 64", 1, 2, "us", 0.5, 1.0, bits, 3, 0))
+    write("norms", row("norms", "rms_norm, m, 16 x 64", 1, 2, "us", 0.5, 1.0, bits))
     write(
         "sampler",
-        Row("sampler", "ours: m, batch 1", 90, 100, "tok/s", 0.9, 0.92, bits, 3, 0),
-        Row("peer", "VLLM_BATCH_INVARIANT=1: m, batch 1", 30, 100, "tok/s", 0.3, None, bits, 3, 0),
+        row("sampler", "ours: m, batch 1", 90, 100, "tok/s", 0.9, 0.92, bits),
+        row("peer", "VLLM_BATCH_INVARIANT=1: m, batch 1", 30, 100, "tok/s", 0.3, None, bits),
     )
     (directory / "linear_tiles.json").write_text('{"tiles": {}}')
     return directory
@@ -66,8 +81,8 @@ def test_the_figure_has_a_bar_for_each_row_with_a_target_and_each_peer(results, 
     assert [(bar.label, bar.is_ours) for bar in bars] == [("m, batch 1", True), ("VLLM_BATCH_INVARIANT=1: m, batch 1", False)]
     widths = [patch.get_width() for patch in figure.draw(bars, tmp_path / "x.svg").axes[0].patches]
     assert widths == pytest.approx([1 / 0.9, 1 / 0.3])
-    row = Row("sampler", "ours: m; x", 90, 100, "tok/s", 0.8, 0.92, {}, 3, 0)
-    assert figure.bars({"sampler": {"rows": [vars(row)]}}) == [("m", 1.25, True)]
+    below = row("sampler", "ours: m; x", 90, 100, "tok/s", 0.8, 0.92, {})
+    assert figure.bars({"sampler": {"rows": [vars(below)]}}) == [("m", 1.25, True)]
 
 
 def test_nothing_is_drawn_of_what_was_not_measured(results, tmp_path):

@@ -21,9 +21,20 @@ BUILDS = {
     "haswell": ("-O2", "-march=haswell", "-Wno-psabi", *COMMON),  # AVX2 and FMA
     "twice rounded": ("-O1", "-Wno-psabi", "-D__builtin_fmaf(a,b,c)=((a)*(b)+(c))", *COMMON),  # planted: no fused multiply-add
     # what -ffast-math allows, without its start-up code, which would flush denormals in the whole process
-    "fast": ("-O1", "-march=native", "-ffp-contract=fast", "-fassociative-math", "-freciprocal-math", "-fno-signed-zeros",
-             "-fno-trapping-math", "-fno-math-errno", "-fopenmp", "-fPIC", "-shared"),
-}  # fmt: skip
+    "fast": (
+        "-O1",
+        "-march=native",
+        "-ffp-contract=fast",
+        "-fassociative-math",
+        "-freciprocal-math",
+        "-fno-signed-zeros",
+        "-fno-trapping-math",
+        "-fno-math-errno",
+        "-fopenmp",
+        "-fPIC",
+        "-shared",
+    ),
+}
 HASWELL = {"avx2", "fma"} <= set(Path("/proc/cpuinfo").read_text().split())  # whether such a build runs here
 INF, NAN = float("inf"), float("nan")
 

@@ -54,11 +54,21 @@ def kernels() -> list[tuple[str, Any]]:
 
 def test_every_kernel_is_looked_at(kernels):
     expected = {
-        "linear._tile_kernel", "qk_norm_rope._kernel", "rms_norm._forward", "rms_norm._backward", "rope._turn",
-        "scale_logits._forward", "scale_logits._backward",
-        "swiglu._forward", "swiglu._backward", "token_logprobs._blocks", "token_logprobs._logprobs",
-        "token_logprobs._gradient", "token_logprobs._draw", "token_logprobs._likelier",
-    }  # fmt: skip
+        "linear._tile_kernel",
+        "qk_norm_rope._kernel",
+        "rms_norm._forward",
+        "rms_norm._backward",
+        "rope._turn",
+        "scale_logits._forward",
+        "scale_logits._backward",
+        "swiglu._forward",
+        "swiglu._backward",
+        "token_logprobs._blocks",
+        "token_logprobs._logprobs",
+        "token_logprobs._gradient",
+        "token_logprobs._draw",
+        "token_logprobs._likelier",
+    }
     assert {name for name, _ in kernels} >= expected
 
 

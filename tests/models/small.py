@@ -67,9 +67,13 @@ def packed(rows: list[Tensor]) -> dict[str, Tensor | int]:
     cu = torch.tensor([0, *torch.tensor([len(r) for r in rows]).cumsum(0)], dtype=torch.int32, device=DEVICE)
     longest = max(len(r) for r in rows)
     return dict(
-        input_ids=torch.cat(rows)[None], position_ids=torch.cat([torch.arange(len(r), device=DEVICE) for r in rows])[None],
-        cu_seq_lens_q=cu, cu_seq_lens_k=cu, max_length_q=longest, max_length_k=longest,
-    )  # fmt: skip
+        input_ids=torch.cat(rows)[None],
+        position_ids=torch.cat([torch.arange(len(r), device=DEVICE) for r in rows])[None],
+        cu_seq_lens_q=cu,
+        cu_seq_lens_k=cu,
+        max_length_q=longest,
+        max_length_k=longest,
+    )
 
 
 def scored(rows: list[Tensor]) -> dict[str, Tensor]:

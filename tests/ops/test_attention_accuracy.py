@@ -20,9 +20,14 @@ FORMS = ((7, None), (None, 2.0), (20, 2.0))  # window, softcap
 
 
 def assert_attention_accurate(
-    f: Callable, shape: tuple[int, int, int], dtype: torch.dtype, lengths: tuple[int, ...] = LENGTHS, window: int | None = None,
-    softcap: float | None = None, grad: bool = False,
-) -> None:  # fmt: skip
+    f: Callable,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    lengths: tuple[int, ...] = LENGTHS,
+    window: int | None = None,
+    softcap: float | None = None,
+    grad: bool = False,
+) -> None:
     """f as ops.attention."""
     scale, cu = shape[2] ** -0.5, offsets(lengths)
     ours, ref = (lambda *x, g=g: g(*x, cu, scale, None, window, softcap) for g in (f, ops.attention_ref))

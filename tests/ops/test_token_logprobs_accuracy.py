@@ -15,9 +15,15 @@ from tests.ops.test_token_logprobs import TEMPERATURES, VOCABS, operands, spikes
 
 
 def assert_logprobs_accurate(
-    f: Callable, hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float, *scaling: float | None, grad: bool = False,
+    f: Callable,
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    temperature: float,
+    *scaling: float | None,
+    grad: bool = False,
     output: int | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Log-probs and entropies together, or one `output` of the two."""
 
     def run(g: Callable) -> Callable:
@@ -53,8 +59,10 @@ def test_logprobs_and_entropy_match_float64(vocab, temperature, dtype):
         bound = bounds.row_logprobs_backward if grad else bounds.row_logprobs
         assert_accurate(
             *(lambda x, f=f: f(x, identity.to(x.dtype), ids, temperature) for f in (ops.token_logprobs, stock)),
-            lambda a, x, *dy, b=bound: b(a, x, *dy, ids=ids, temperature=temperature), logits, grad=grad,
-        )  # fmt: skip
+            lambda a, x, *dy, b=bound: b(a, x, *dy, ids=ids, temperature=temperature),
+            logits,
+            grad=grad,
+        )
 
 
 @matrix_dtypes

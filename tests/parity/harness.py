@@ -141,9 +141,18 @@ class Run:
 def new_trainer(path: str, engine: Any, output_dir: Path | str, *, invariance: str = "exact", **changes: Any) -> Run:
     """A trainer on an engine that runs already, and where its rows will be."""
     names = (
-        "reward_funcs", "train_dataset", "dtype", "staleness", "on_samples", "on_rollout", "eval_dataset", "peft_config",
-        "model", "callbacks", "ppo",
-    )  # fmt: skip
+        "reward_funcs",
+        "train_dataset",
+        "dtype",
+        "staleness",
+        "on_samples",
+        "on_rollout",
+        "eval_dataset",
+        "peft_config",
+        "model",
+        "callbacks",
+        "ppo",
+    )
     owned = {key: changes.pop(key) for key in names if key in changes}
     arguments: dict[str, Any] = {
         "output_dir": str(output_dir),

@@ -158,14 +158,26 @@ def grpo(path_of, tmp_path_factory) -> Iterator[tuple[Run, Any, dict[str, torch.
     release()
     path, rows, mismatches = path_of(SMALLEST), [], []
     args = GRPOConfig(
-        str(tmp_path_factory.mktemp("run")), gradient_checkpointing=True, bf16=False, logging_steps=1, report_to="none",
-        save_strategy="no", disable_tqdm=True, vllm_importance_sampling_correction=False, seed=0, **SETTINGS,
-    )  # fmt: skip
+        str(tmp_path_factory.mktemp("run")),
+        gradient_checkpointing=True,
+        bf16=False,
+        logging_steps=1,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        vllm_importance_sampling_correction=False,
+        seed=0,
+        **SETTINGS,
+    )
     trainer = rlinvariant.grpo_trainer(
-        path, even, args, words(), processing_class=AutoTokenizer.from_pretrained(path),
+        path,
+        even,
+        args,
+        words(),
+        processing_class=AutoTokenizer.from_pretrained(path),
         sampler_options={"max_model_len": 256, "kv_cache_gib": 4, "options": {"enforce_eager": True, "max_num_seqs": 64}},
         on_row=lambda row, mismatch: (rows.append(dict(row)), mismatches.append(mismatch)),
-    )  # fmt: skip
+    )
     keep(trainer.sampler)
     generate, drawn = trainer.sampler.generate, []
 
