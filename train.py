@@ -2,7 +2,7 @@
 
 import sys
 
-from rlinvariant.cli import main
+from rlinvariant.cli import end, main
 
 if __name__ == "__main__":
-    sys.exit(main(["train", *sys.argv[1:]], script="train.py"))
+    end(main(["train", *sys.argv[1:]], script="train.py"))

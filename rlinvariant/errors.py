@@ -1,5 +1,6 @@
 """How a command can end: the errors that a user meets, and the table of exit codes."""
 
+import signal
 from collections.abc import Sequence
 
 from rlinvariant.text import printable
@@ -10,8 +11,12 @@ EXIT_CODES = {
     NOT_EXACT: "not exact, not shown to be, or not finished; a crash too, with its traceback",
     MISUSED: "refused: something in the command, the machine or the model has to change; one line says what",
     DISK_FULL: "the disk is full, or cannot be written; what was on it before is whole",
-    INTERRUPTED: "stopped by ctrl-C",
+    129: "stopped by SIGHUP, as 143",
+    INTERRUPTED: "stopped by ctrl-C, at once",
+    137: "killed, also by its own deadline: SIGTERM had not ended it in 28 s; the newest checkpoint is what is left",
+    138: "stopped by SIGUSR1, as 143",
     PIPE_CLOSED: "the reader of the output went away, as `head` does",
+    143: "stopped by SIGTERM: train has finished and saved its step, or says what it could not",
 }
 """Exit code of every command -> its meaning, as `rlinvariant --help` and the documentation show it."""
 
@@ -38,6 +43,31 @@ class DiskError(UserError):
 
 class ParityError(Exception):
     """Sampler and trainer gave different bits where the contract says the same. Exit code `NOT_EXACT`."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal ends this process: exit code 128 + its number, as shells count.
+
+    Args:
+        number: the signal.
+        after_step: whether training has ended after a whole step, which is saved.
+    """
+
+    def __init__(self, number: int, after_step: bool = False) -> None:
+        super().__init__()
+        self.number, self.after_step = number, after_step
+
+
+def stop_code(error: KeyboardInterrupt) -> int:
+    """Return the exit code of a process that a signal ends."""
+    return 128 + error.number if isinstance(error, Stopped) else INTERRUPTED
+
+
+def stop_outcome(error: KeyboardInterrupt) -> str:
+    """Say in a few words what ended a process."""
+    if stop_code(error) == INTERRUPTED:
+        return "interrupted"
+    return f"stopped by {signal.Signals(stop_code(error) - 128).name}"
 
 
 def one_line(error: object, limit: int = 300) -> str:

@@ -7,9 +7,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlinvariant import runtime
+from rlinvariant import checkpoints, runtime
 from rlinvariant.config import Config
-from rlinvariant.errors import ParityError, UserError, one_line
+from rlinvariant.errors import ParityError, Stopped, UserError, one_line, stop_outcome
 from rlinvariant.report.console import Console
 from rlinvariant.report.rundir import RunDir, read_metrics
 from rlinvariant.rollout import Rollout
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from rlinvariant.metrics import FirstMismatch
     from rlinvariant.trainer.grpo import InvariantGRPOTrainer
 
-OUTCOMES = {ParityError: "not exact", UserError: "refused", KeyboardInterrupt: "interrupted"}
-"""How a run can end before its last step; anything else is "failed"."""
+OUTCOMES = {ParityError: "not exact", UserError: "refused"}
+"""How an error ends a run; any other is "failed", and a signal "interrupted" or "stopped by" its name."""
 
 
 class Journal:
@@ -108,6 +108,8 @@ class Journal:
             yield
         except BaseException as error:
             self._finish(error)
+            if isinstance(error, Stopped) and error.after_step:
+                _wait_for_all()  # torchrun ends all processes with the first
             raise
         self._finish(None)
 
@@ -116,6 +118,8 @@ class Journal:
         if not self.main:
             return
         seconds, failures = time.monotonic() - self._began, []
+        if isinstance(error, KeyboardInterrupt):
+            error.args = (self._said_of(error),)
         parts: dict[str, Callable[[], None]] = {
             "result.json": lambda: self._write_result(error, seconds),
             "environment.json": self._write_environment,
@@ -131,6 +135,12 @@ class Journal:
                 failures.append(failure)
         if error is None and failures:
             raise failures[0]
+
+    def _said_of(self, stop: KeyboardInterrupt) -> str:
+        """Say what ends the run, what is saved, and how to go on."""
+        saved = checkpoints.found(self.directory.checkpoints)
+        left = f"step {saved[0][0]} is the last that is saved" if saved else "no step is saved, it begins again at the first"
+        return f"{stop_outcome(stop)}: {left}; go on with: rlinvariant resume {self.directory.path}"
 
     def _write_result(self, error: BaseException | None, seconds: float) -> None:
         outcome = "finished" if error is None else _outcome(error)
@@ -191,7 +201,17 @@ def nothing_left(directory: Path) -> Iterator[None]:
 
 
 def _outcome(error: BaseException) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return stop_outcome(error)
     return next((outcome for kind, outcome in OUTCOMES.items() if isinstance(error, kind)), "failed")
+
+
+def _wait_for_all() -> None:
+    """Wait until every process of the run is here."""
+    import torch
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
 
 
 def _gpu_memory() -> str:

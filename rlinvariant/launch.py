@@ -1,14 +1,20 @@
 """Start a run through accelerate with a packaged machine file: what `accelerate launch train.py` does, without a checkout."""
 
 import argparse
+import ctypes
 import logging
 import os
+import signal
 import subprocess
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from rlinvariant.errors import OK, UserError, one_line
+from rlinvariant.errors import OK, Stopped, UserError, one_line
 
+LAUNCHER = "RLINVARIANT_LAUNCHER"
+"""The environment's name of the process that this one ends with; its own number if it ends with none."""
 MACHINE_FILES = Path(__file__).parent / "configs"
 WORKER = Path(__file__).parent / "__main__.py"
 
@@ -56,6 +62,41 @@ def is_launched(env: Mapping[str, str] = os.environ) -> bool:
     return "ACCELERATE_MIXED_PRECISION" in env or "LOCAL_RANK" in env
 
 
+def end_with_launcher() -> bool:
+    """Have SIGTERM sent to this process when the one that launched it ends, and return whether one has launched it.
+
+    A launcher that is killed would leave the processes of a run behind, which would train on. A shell is no launcher: a run
+    under nohup outlives it.
+
+    Raises:
+        Stopped: the launcher has ended already.
+    """
+    launcher = os.environ.get(LAUNCHER) or (str(os.getppid()) if is_launched() else None)
+    if launcher in (None, str(os.getpid())):
+        return False
+    if not _ask_kernel():
+        threading.Thread(target=_watch, args=(os.getpid(), os.getppid()), daemon=True).start()
+    if str(os.getppid()) != launcher:
+        raise Stopped(signal.SIGTERM)
+    return True
+
+
+def _ask_kernel() -> bool:
+    """Ask Linux for SIGTERM when the parent ends; False where the system has nothing like it."""
+    set_parent_death_signal = 1
+    try:
+        return ctypes.CDLL(None).prctl(set_parent_death_signal, int(signal.SIGTERM), 0, 0, 0) == 0
+    except AttributeError:
+        return False
+
+
+def _watch(process: int, parent: int) -> None:
+    """Send SIGTERM to this process as soon as it has another parent."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.kill(process, signal.SIGTERM)
+
+
 def rank(env: Mapping[str, str] = os.environ) -> int:
     """Return this process's number among those of a launch, or 0. RANK alone, as in a user's shell, says nothing."""
     return int(env.get("RANK", 0)) if "LOCAL_RANK" in env else 0
@@ -80,6 +121,7 @@ def launch(argv: Sequence[str], machine: str | None = None) -> int:
         given = f"machine={machine}" if machine else "rlinvariant train"
         raise UserError(f"{given}: already started by accelerate or torchrun, whose machine file holds; remove machine=")
     file = None if machine is None else machine_file(machine)
+    end_with_launcher()  # as ablate is one
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin are 10 times slower as soon as cores are shared
     import torch  # not before: a wrong machine= is answered at once
 
@@ -104,6 +146,7 @@ def _launch(file: Path, argv: Sequence[str]) -> int:
     if all_processes > 1 or settings.distributed_type not in ("NO", False):
         return _launch_several(options)
     command, environment = prepare_simple_launcher_cmd_env(_validate_launch_command(options)[0])
+    environment.setdefault(LAUNCHER, str(os.getpid()))
     os.execve(command[0], command, environment)
 
 
@@ -112,6 +155,10 @@ def _launch_several(options: argparse.Namespace) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    os.environ[LAUNCHER] = str(os.getpid())
+    passed_on = ["SIGTERM", "SIGINT", "SIGQUIT", "SIGUSR1"]
+    passed_on += ["SIGHUP"] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []  # ignored under nohup
+    options.signals_to_handle = ",".join(passed_on)
     logging.disable(logging.ERROR)  # from here on this process only waits, and the rank that failed says why
     try:
         launch_command(options)

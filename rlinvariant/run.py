@@ -13,6 +13,7 @@ from rlinvariant.journal import Journal, nothing_left
 from rlinvariant.launch import rank
 from rlinvariant.lock import locked
 from rlinvariant.report.console import Console
+from rlinvariant.stopping import after_a_step
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -52,7 +53,8 @@ def run(config: Config) -> None:
         planned.journal.start(trainer)
         with planned.journal.finishing():
             evaluate(planned, trainer, "before")
-            trainer.train(resume_from_checkpoint=config.resume and any(config.run_dir.glob("checkpoints/checkpoint-*")))
+            with after_a_step():
+                trainer.train(resume_from_checkpoint=config.resume and any(config.run_dir.glob("checkpoints/checkpoint-*")))
             trainer.sync(force=True)
             evaluate(planned, trainer, "after")
 

@@ -4,9 +4,10 @@ import argparse
 import os
 from collections.abc import Sequence
 
+from rlinvariant import stopping
 from rlinvariant.arguments import CommandParser
 from rlinvariant.errors import ConfigErrors, UserError
-from rlinvariant.launch import is_launched, launch, machines, size
+from rlinvariant.launch import end_with_launcher, is_launched, launch, machines, rank, size
 from rlinvariant.text import say
 
 DESCRIPTION = """Train a policy by a recipe, with GRPO or PPO: vLLM samples, TRL and accelerate train, and every sampled token's
@@ -47,10 +48,12 @@ def run(options: argparse.Namespace) -> int | None:
         if not is_launched():
             check(settings, machine)
         return launch(settings, machine)
+    echo_s = stopping.ECHO_S if end_with_launcher() else 0.0
     config = parse(settings)
     from rlinvariant.run import run
 
-    run(config)
+    with stopping.listening(config.run_dir, echo_s, rank() == 0):
+        run(config)
     return None
 
 

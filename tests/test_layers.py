@@ -12,8 +12,8 @@ ROOT = Path(__file__).parents[1]
 # A unit imports itself and units of rows above its own: sampler and trainer, on one row, never each other.
 ROWS = (
     {"text"},
-    {"errors"},
-    {"arguments", "files", "install", "lock", "machine"},
+    {"deadline", "errors"},
+    {"arguments", "files", "install", "lock", "machine", "stopping"},
     {"bits", "rollout", "runtime", "checkpoints"},
     {"kernels"},
     {"ops"},

@@ -5,7 +5,7 @@ import argparse
 from rlinvariant.ablate.arms import DEFAULT_ARMS, IMPOSSIBLE_ARMS
 from rlinvariant.ablate.plan import Plan, extended, read
 from rlinvariant.arguments import definitions
-from rlinvariant.errors import INTERRUPTED, NOT_EXACT, OK
+from rlinvariant.errors import NOT_EXACT, OK, stop_code
 from rlinvariant.files import require_writable
 from rlinvariant.lock import locked
 from rlinvariant.report.console import Console
@@ -63,10 +63,10 @@ def run(options: argparse.Namespace) -> int:
                 console.print(f"without {name}: {reason}")
         try:
             failed = runs.run_all(plan, left, steps, console, lock)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             console.print(f"stopped: {jobs - len(plan.left())} of {plural(jobs, 'run')} are done and kept; go on with")
             console.print(f"  {plan.command}")
-            return INTERRUPTED
+            return stop_code(stop)
         if failed:
             console.print(f"failed: {', '.join(failed)}; the same command tries them again")
         if len(plan.left()) < jobs:

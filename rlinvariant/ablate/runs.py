@@ -7,44 +7,30 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from rlinvariant import stopping
 from rlinvariant.ablate.arms import Arm
 from rlinvariant.ablate.plan import Plan
+from rlinvariant.errors import stop_code
+from rlinvariant.launch import LAUNCHER
 from rlinvariant.report.console import Console
 from rlinvariant.report.rundir import RunDir
 from rlinvariant.text import percent
 
-STOP_SIGNALS = ((signal.SIGINT, 20), (signal.SIGTERM, 5), (signal.SIGKILL, None))
-"""The signals that end a run, in order, and how many seconds each is waited for before the next is sent."""
-
-
-@contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """Let SIGTERM, and a terminal that is closed, end the run that is going on as ctrl-C does.
-
-    SIGINT is set too: where it was ignored, as in a script's background, a run would inherit that and could not be stopped.
-    """
-
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+STOP_WITHIN_S = 28.0
+"""How long a run that got a signal is waited for before it is killed: a little longer than it gives itself."""
 
 
 def run_all(plan: Plan, left: Sequence[tuple[Arm, int]], steps: int, console: Console, lock: int) -> list[str]:
     """Run one after the other, and return the names of those that failed; if the very first fails, no other is started."""
     failed: list[str] = []
     began = time.monotonic()
-    with _terminated_as_interrupted():
+    # SIGINT also where it was ignored, as in a script's background: a run would inherit that and could not be stopped
+    with stopping.handled(stopping.raise_stopped, also_ignored=(signal.SIGINT,)):
         for number, (arm, seed) in enumerate(left, start=1):
             run, name = plan.run_dir(arm, seed), f"{arm.name}/seed-{seed}"
             resume, note = prepare(run, steps)
@@ -96,10 +82,8 @@ class RunFailed(Exception):
 
 def _command(plan: Plan, arguments: Sequence[str]) -> list[str]:
     """Return the command line of one run."""
-    module = ["-m", "rlinvariant.cli", "train", *arguments]
-    if plan.launch is None:
-        return [sys.executable, *module]
-    return [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "-q", "--config_file", plan.launch, *module]
+    machine = [] if plan.launch is None else [f"machine={plan.launch}"]
+    return [sys.executable, "-m", "rlinvariant.cli", "train", *machine, *arguments]
 
 
 def _run(command: Sequence[str], run: RunDir, advance: Any, lock: int) -> None:
@@ -110,9 +94,10 @@ def _run(command: Sequence[str], run: RunDir, advance: Any, lock: int) -> None:
         file.flush()
         start = file.tell()
         # In a session of its own, so that ctrl-C reaches it once, from here
-        child = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, pass_fds=[lock]
-        )
+        pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": subprocess.STDOUT}
+        environment = os.environ | {LAUNCHER: str(os.getpid())}  # which the run ends with
+        child = subprocess.Popen(command, **pipes, start_new_session=True, pass_fds=[lock], env=environment)
+        number = signal.SIGKILL
         try:
             while True:
                 try:
@@ -120,24 +105,26 @@ def _run(command: Sequence[str], run: RunDir, advance: Any, lock: int) -> None:
                     break
                 except subprocess.TimeoutExpired:
                     advance(_last_step(run.metrics))
+        except KeyboardInterrupt as stop:
+            number = stop_code(stop) - 128  # the run takes the signal that this process got: it may save its step
+            raise
         finally:
-            _stop(child)
+            _stop(child, number)
     if not run.is_finished:
         text = log.read_bytes()[start:].decode("utf-8", "replace").splitlines()
         errors = [line for line in text if line.startswith("error: ")]
         raise RunFailed(errors or [*text[-12:], f"exit code {child.returncode}"])
 
 
-def _stop(child: subprocess.Popen[bytes]) -> None:
-    """End a run and its children: first as ctrl-C does, then with more force."""
-    for number, patience in STOP_SIGNALS:
-        if child.poll() is not None:
-            return
-        os.killpg(child.pid, number)
-        try:
-            child.wait(patience)
-        except subprocess.TimeoutExpired:
-            continue
+def _stop(child: subprocess.Popen[bytes], number: int) -> None:
+    """End a run and its children: by a signal, and if that does not help, by SIGKILL."""
+    if child.poll() is None:
+        child.send_signal(number)  # to it alone: what grades its step must not end before it
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(STOP_WITHIN_S)
+    if child.poll() is None:
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
 
 
 def _last_step(metrics: Path) -> int:

@@ -32,7 +32,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PrinterCallback
 from trl.trainer.grpo_config import GRPOConfig
 
-from rlinvariant import bits, metrics
+from rlinvariant import bits, metrics, stopping
 from rlinvariant.conflicts import SIDES, Invariance
 from rlinvariant.errors import ConfigErrors, ParityError
 from rlinvariant.models import make_invariant, make_trainable, require_exact
@@ -373,6 +373,7 @@ class InvariantGRPOTrainer(CheckpointedTrainer):
         if "loss" not in logs or not self.model.training:
             return super().log(logs, start_time)
         step, means = self.state.global_step, {k: sum(v) / len(v) for k, v in self._metrics["train"].items() if v}
+        self._record.stop = stopping.asked()
         record = self.record_type.merge(gather_object([self._record]))
         self._save_if_due(record.began)
         row = self._row(record, logs, means)
@@ -385,6 +386,7 @@ class InvariantGRPOTrainer(CheckpointedTrainer):
                 self._on_samples(sample_rows(step, self._logs))
         if (unscored := row["onpolicy/unscored_tokens"]) and self.invariance == "exact":
             raise ParityError(f"step {step}: {unscored:,} sampled tokens were trained on without being compared")
+        stopping.obey(record.stop, self.control)
         self._start_step()
 
     def _row(self, record: StepRecord, logs: dict[str, float], means: dict[str, float]) -> Row:

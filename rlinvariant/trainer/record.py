@@ -41,6 +41,7 @@ class StepRecord:
         seconds: wall time of each of PARTS.
         first_mismatch: where the first two compared log-probs that differ stand, on the rank that saw them.
         weights_equal: whether the sampler's parameters had the bits that they should have, after the last sync.
+        stop: the signal that asks the run to end after this step, 0 if none does.
         began: `time.perf_counter()` when the step began, on this rank.
     """
 
@@ -50,6 +51,7 @@ class StepRecord:
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
     first_mismatch: metrics.FirstMismatch | None = None
     weights_equal: bool = True
+    stop: int = 0
     began: float = field(default_factory=time.perf_counter)
 
     @classmethod
@@ -62,6 +64,7 @@ class StepRecord:
             seconds={part: max(rank.seconds[part] for rank in ranks) for part in PARTS},
             first_mismatch=next((rank.first_mismatch for rank in ranks if rank.first_mismatch is not None), None),
             weights_equal=all(rank.weights_equal for rank in ranks),
+            stop=max(rank.stop for rank in ranks),
             began=ranks[0].began,
         )
 

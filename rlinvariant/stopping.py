@@ -1,0 +1,144 @@
+"""How a signal ends a run.
+
+    SIGTERM, SIGHUP, SIGUSR1    the optimizer step in progress is finished and saved, then the run ends; where no steps are
+                                taken, or when it is the second signal, the run ends at once
+    SIGINT (ctrl-C)             the run ends at once
+
+A signal that is ignored when the run starts, as SIGHUP is under nohup, stays ignored. If a step does not end in time,
+`deadline` ends the run. With several processes, all end after the same step: `StepRecord` tells each what any has been asked.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Protocol
+
+from rlinvariant import deadline
+from rlinvariant.errors import Stopped
+
+ECHO_S = 3.0  # a launcher passes on what came to all processes of a job: within this time it is the same signal
+
+Handler = Callable[[int, FrameType | None], None]
+
+
+class Control(Protocol):
+    """The flags of transformers' `TrainerControl` that stop a training."""
+
+    should_save: bool
+    should_evaluate: bool
+    should_training_stop: bool
+
+
+class _State:
+    """What this process has been asked by signals."""
+
+    number = 0  # the first signal, of this or of another process of the run
+    came = 0.0  # when it came to this one
+    taking_steps = False
+
+
+_state = _State()
+
+
+@contextmanager
+def handled(handler: Handler, also_ignored: tuple[int, ...] = ()) -> Iterator[None]:
+    """Call `handler` for the signals that end a run while a block runs.
+
+    Args:
+        also_ignored: signals that are handled though they were ignored before.
+    """
+    before = {number: signal.getsignal(number) for number in deadline.SIGNALS}
+    mine = [number for number, old in before.items() if old != signal.SIG_IGN or number in also_ignored]
+    for number in mine:
+        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number in mine:
+            signal.signal(number, before[number])
+
+
+def raise_stopped(number: int, _: FrameType | None = None) -> None:
+    """Handle a signal by the exception that ends the process.
+
+    Raises:
+        Stopped: always.
+    """
+    raise Stopped(number)
+
+
+@contextmanager
+def listening(run_dir: Path, echo_s: float, speaks: bool) -> Iterator[None]:
+    """Let signals end the run that the block is, as the table above says.
+
+    Args:
+        run_dir: where the run is written.
+        echo_s: ECHO_S where a launcher may pass on what this process gets too, else 0.
+        speaks: whether this is the process that prints.
+    """
+
+    def handler(number: int, _: FrameType | None) -> None:
+        again = _state.came > 0
+        if again and time.monotonic() - _state.came < echo_s:
+            return
+        if not again:
+            _state.number, _state.came = _state.number or number, time.monotonic()
+        if again or number == signal.SIGINT or not _state.taking_steps:
+            raise Stopped(number)
+        if speaks:
+            limit = f"{deadline.STOP_WITHIN_S:.0f} s"
+            said = f"{signal.Signals(number).name}: the run ends when this step is done and saved, after {limit} at most"
+            os.write(2, f"{said}; once more ends it at once\n".encode())
+
+    if threading.current_thread() is not threading.main_thread():  # which alone has signals
+        yield
+        return
+    command = [sys.executable, "-I", "-S", deadline.__file__, str(os.getpid()), str(echo_s), str(run_dir) if speaks else ""]
+    clock = subprocess.Popen(command, stdin=subprocess.PIPE)
+    assert clock.stdin is not None
+    os.set_blocking(clock.stdin.fileno(), False)
+    before = signal.set_wakeup_fd(clock.stdin.fileno(), warn_on_full_buffer=False)
+    try:
+        with handled(handler):
+            yield
+    finally:
+        signal.set_wakeup_fd(before)
+        clock.stdin.close()
+        clock.wait()
+        _state.number, _state.came = 0, 0.0
+
+
+@contextmanager
+def after_a_step() -> Iterator[None]:
+    """Let the block, which takes steps, end by `obey` before it is asked to stop by an exception.
+
+    Raises:
+        Stopped: a signal came to this process, or to another of the run, and the block has ended because of it.
+    """
+    _state.taking_steps = True
+    try:
+        yield
+    finally:
+        _state.taking_steps = False
+    if _state.number:
+        raise Stopped(_state.number, after_step=True)
+
+
+def asked() -> int:
+    """Return the number of the signal that asks the run to end after this step; 0 if none does."""
+    return _state.number
+
+
+def obey(number: int, control: Control) -> None:
+    """Save and stop after this step, if any process of the run was asked to; all of them call this with the same number."""
+    if number:
+        _state.number = number
+        control.should_save = control.should_training_stop = True
+        control.should_evaluate = False
