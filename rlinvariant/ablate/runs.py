@@ -116,7 +116,7 @@ def _run(command: Sequence[str], run: RunDir, advance: Any, lock: int) -> None:
         raise RunFailed(errors or [*text[-12:], f"exit code {child.returncode}"])
 
 
-def _stop(child: subprocess.Popen[bytes], number: int) -> None:
+def _stop(child: subprocess.Popen[Any], number: int) -> None:
     """End a run and its children: by a signal, and if that does not help, by SIGKILL."""
     if child.poll() is None:
         child.send_signal(number)  # to it alone: what grades its step must not end before it
