@@ -1,4 +1,7 @@
-"""Draw and score, with everything that either side computes for one sequence recorded."""
+"""Draw and score, with everything that either side computes for one sequence recorded.
+
+B: sequences of a forward, T: its tokens, packed or padded.
+"""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -86,6 +86,7 @@ def attention(
     window: int | None,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
+    """Attend as `ops.attention` does, for q [T, H, D], k and v [T, H_kv, D]; return out like q, and log-sum-exp [T, H] fp32."""
     _refuse(window, softcap)
     if not len(q):
         return torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
@@ -126,6 +127,7 @@ def paged_attention(
     plan: Tensor | None,
     out: Tensor,
 ) -> None:
+    """Attend as `ops.paged_attention` does, from q [T, H, D] to kv_cache [pages, H_kv, page, 2 D], into `out` like q."""
     _refuse(window, softcap)
     if not len(q):
         return
@@ -166,7 +168,10 @@ def attention_backward(
     window: int | None,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run FlashAttention-2's backward in its deterministic form, on FlashAttention-3's output and log-sum-exp."""
+    """Run FlashAttention-2's backward in its deterministic form, on FlashAttention-3's output and log-sum-exp.
+
+    dout, q, out: [T, H, D]; k, v: [T, H_kv, D]; lse: [T, H] fp32. Returns dq, dk, dv, each like what it belongs to.
+    """
     _refuse(window, softcap)
     if not len(q):
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)

@@ -94,7 +94,7 @@ def call(function: str, *arguments: Tensor | int | float | None) -> None:
 
 
 def is_bf16(tensor: Tensor) -> int:
-    """Return 1 for bfloat16 and 0 for float32. Raises TypeError for anything else."""
+    """Return 1 for a bfloat16 and 0 for a float32 tensor of any shape. Raises TypeError for anything else."""
     if tensor.dtype not in DTYPES:
         raise TypeError(f"expected bfloat16 or float32, got {tensor.dtype}")
     return int(tensor.dtype is torch.bfloat16)

@@ -113,7 +113,10 @@ def tiled(x: Tensor, w: Tensor, b: Tensor | None, tile: Tile, out: Tensor | None
 
 
 def cublaslt(x: Tensor, w: Tensor, b: Tensor | None, out: Tensor | None = None) -> Tensor:
-    """Do the same by cuBLASLt with one accumulator over K. The switches are process-wide: the backward gets them back."""
+    """Multiply as `tiled` does, x [M, K] by w [N, K], by cuBLASLt with one accumulator over K.
+
+    The switches are process-wide: the backward gets them back.
+    """
     matmul = torch.backends.cuda.matmul
     before = matmul.allow_bf16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction_split_k
     library = torch.backends.cuda.preferred_blas_library()

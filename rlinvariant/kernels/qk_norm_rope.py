@@ -161,6 +161,7 @@ def qk_norm_rope(
     eps: float,
     offset: float | None,
 ) -> tuple[Tensor, Tensor]:
+    """Compute `ops.qk_norm_rope`: q [T, H, D], k [T, H_kv, D], weights [D] or None, cos and sin [T, R/2] fp32."""
     (t, q_heads, d), k_heads, half = q.shape, k.shape[1], cos.shape[-1]
     q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
     if not t:

@@ -1,4 +1,7 @@
-"""Root-mean-square normalisation on a GPU: a row is reduced by one program, in one tree whose shape depends on D alone."""
+"""Root-mean-square normalisation on a GPU: a row is reduced by one program, in one tree whose shape depends on D alone.
+
+D: columns, N: programs of the backward.
+"""
 
 import torch
 import triton
@@ -105,6 +108,7 @@ def _backward(
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float | None) -> Tensor:
+    """Compute `ops.rms_norm`: x [*rows, D], weight [D]."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     x, outer, inner, so, si = rows(x)
     weight = weight.contiguous()
@@ -135,6 +139,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float | None) -> Ten
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float | None) -> tuple[Tensor, Tensor]:
+    """Compute `ops.add_rms_norm`: x and residual [*rows, D], weight [D]."""
     y, total = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
     x, outer, inner, so, si = rows(flat(x))
     residual, _, other, ro, ri = rows(flat(residual))
@@ -170,20 +175,21 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset
 def rms_norm_backward(
     dy: Tensor, x: Tensor, weight: Tensor, dtotal: Tensor | None, eps: float, offset: float | None
 ) -> tuple[Tensor, Tensor]:
+    """Return the gradients of x and weight for dy like x [*rows, D]; `dtotal`, like x, is added to the former."""
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     x, outer, inner, so, si = rows(x)
     weight = weight.contiguous()
     r, d, warps = tile(x.shape[-1])
     blocks = triton.cdiv(outer * inner, r)
-    partial = torch.empty(max(1, min(PARTIALS, blocks)), x.shape[-1], dtype=torch.float32, device=x.device)
+    partial_ND = torch.empty(max(1, min(PARTIALS, blocks)), x.shape[-1], dtype=torch.float32, device=x.device)
     dtotal = None if dtotal is None else dtotal.contiguous()
-    _backward[(len(partial),)](
+    _backward[(len(partial_ND),)](
         dy.contiguous(),
         x,
         weight,
         dx if dtotal is None else dtotal,
         dx,
-        partial,
+        partial_ND,
         outer * inner,
         inner,
         x.shape[-1],
@@ -197,4 +203,4 @@ def rms_norm_backward(
         D=d,
         num_warps=warps,
     )
-    return dx, partial.sum(0).to(weight.dtype)
+    return dx, partial_ND.sum(0).to(weight.dtype)

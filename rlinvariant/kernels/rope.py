@@ -42,6 +42,7 @@ def _turn(
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
+    """Compute `ops.rope`: x [T, H, D], cos and sin [T, R/2] fp32; sign -1 turns back."""
     if not cos.shape[-1]:
         return x.clone(memory_format=torch.contiguous_format)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)

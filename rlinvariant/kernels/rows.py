@@ -7,7 +7,7 @@ GEMM_ROW_STEP = 64  # `linear` takes any multiple of so many rows in one call; a
 
 
 def aligned(x: Tensor) -> Tensor:
-    """Return x, or a copy, contiguous from a multiple of 16 bytes: what Triton knows of it decides how it lays out a sum."""
+    """Return x, of any shape, or a copy, contiguous from a multiple of 16 bytes, by which Triton lays out a sum."""
     return x if x.is_contiguous() and not x.data_ptr() % 16 else x.clone(memory_format=torch.contiguous_format)
 
 

@@ -49,6 +49,7 @@ def _backward(dy_ptr, x_ptr, dx_ptr, n, scale, cap, CAP: tl.constexpr, BLOCK: tl
 
 
 def scale_logits(logits: Tensor, scale: float | None, softcap: float | None) -> Tensor:
+    """Compute `ops.scale_logits`: logits of any shape."""
     logits = logits.contiguous()
     y = torch.empty_like(logits)
     if n := y.numel():
@@ -58,6 +59,7 @@ def scale_logits(logits: Tensor, scale: float | None, softcap: float | None) -> 
 
 
 def scale_logits_backward(dy: Tensor, logits: Tensor, scale: float | None, softcap: float | None) -> Tensor:
+    """Return the gradient of the logits, of any shape, for dy of the same."""
     dy, logits = dy.contiguous(), logits.contiguous()
     dx = torch.empty_like(logits)
     if n := dx.numel():

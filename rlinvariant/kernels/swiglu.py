@@ -55,6 +55,7 @@ def _backward(
 
 
 def swiglu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """Compute `ops.swiglu`: gate and up [*rows, D]."""
     y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     gate, up = flat(gate), flat(up)
     d = gate.shape[-1]
@@ -67,17 +68,19 @@ def swiglu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 
 
 def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """Return the gradients of gate and up, [*rows, D] each, for dy of that shape."""
     dgate, dup = (torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) for _ in range(2))
     _differentiate(dy, gate, up, flat(dgate), flat(dup), activation)
     return dgate, dup
 
 
 def swiglu_merged(gate_up: Tensor, activation: str) -> Tensor:
+    """Compute `ops.swiglu_merged`: gate_up [*rows, 2 D]."""
     return swiglu(*gate_up.chunk(2, -1), activation)
 
 
 def swiglu_merged_backward(dy: Tensor, gate_up: Tensor, activation: str) -> Tensor:
-    """Return both gradients in one tensor, as the product before wants them."""
+    """Return both gradients in one tensor [*rows, 2 D], as the product before wants them."""
     out = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
     _differentiate(dy, *gate_up.chunk(2, -1), *flat(out).chunk(2, -1), activation)
     return out

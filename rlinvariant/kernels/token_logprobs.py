@@ -2,6 +2,8 @@
 
 Each program reduces one fixed block of one row's vocabulary, so that a row of logits is read once, by as many programs as it
 has blocks; a second kernel puts a row's blocks together in fp64. Trainer and sampler share both.
+
+R: rows of logits, V: vocabulary, N: blocks of a row.
 """
 
 import torch
@@ -199,15 +201,16 @@ def _reduced(logits: Tensor, temperature: Tensor) -> tuple[tuple[Tensor, Tensor,
 
 
 def row_logprobs(logits: Tensor, ids: Tensor | None, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    logprobs, entropy, stats = _row_logprobs(logits, ids, temperature)
-    return logprobs, entropy, stats[:, :2].contiguous()
+    """Return log-probs and entropies [R] fp32 of logits [R, V], and [R, 2] fp64: the maximum and the log of the sum."""
+    logprobs, entropy, stats_R3 = _row_logprobs(logits, ids, temperature)
+    return logprobs, entropy, stats_R3[:, :2].contiguous()
 
 
 def _row_logprobs(logits: Tensor, ids: Tensor | None, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     logits = aligned(logits)
     rows, vocab = logits.shape
     logprobs, entropy = (torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(2))
-    stats = torch.empty(rows, 3, dtype=torch.float64, device=logits.device)
+    stats_R3 = torch.empty(rows, 3, dtype=torch.float64, device=logits.device)
     parts, blocks, padded = _reduced(logits, temperature)
     if rows:
         _logprobs[(rows,)](
@@ -217,14 +220,14 @@ def _row_logprobs(logits: Tensor, ids: Tensor | None, temperature: Tensor) -> tu
             *parts,
             logprobs,
             entropy,
-            stats,
+            stats_R3,
             vocab,
             blocks,
             PICK=ids is not None,
             NB=padded,
             num_warps=1,
         )
-    return logprobs, entropy, stats
+    return logprobs, entropy, stats_R3
 
 
 def row_logprobs_backward(
@@ -232,7 +235,7 @@ def row_logprobs_backward(
 ) -> Tensor:
     """Return the gradient of the logits, in their dtype [R, V]; the statistics are taken anew."""
     logits = aligned(logits)
-    _, entropy, stats = _row_logprobs(logits, ids, temperature)
+    _, entropy, stats_R3 = _row_logprobs(logits, ids, temperature)
     out = torch.empty_like(logits)
     rows, vocab = logits.shape
     if rows:
@@ -242,7 +245,7 @@ def row_logprobs_backward(
             temperature,
             dlogprobs,
             dlogprobs if dentropy is None else dentropy,
-            stats,
+            stats_R3,
             entropy,
             out,
             vocab,
@@ -254,17 +257,18 @@ def row_logprobs_backward(
 
 
 def sample(logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute `ops.sample`: logits [R, V], temperature, seeds and positions [R]."""
     logits, temperature = aligned(logits), temperature.float().contiguous()
     rows, vocab = logits.shape
     tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
     logprobs, x = (torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(2))
-    stats = torch.empty(rows, 3, dtype=torch.float64, device=logits.device)
+    stats_R3 = torch.empty(rows, 3, dtype=torch.float64, device=logits.device)
     parts, blocks, padded = _reduced(logits, temperature)
-    larger = torch.empty(rows, blocks, dtype=torch.int32, device=logits.device)
+    larger_RN = torch.empty(rows, blocks, dtype=torch.int32, device=logits.device)
     if rows:
         unused = logprobs
         _logprobs[(rows,)](
-            logits, logits, temperature, *parts, unused, unused, stats, vocab, blocks, PICK=False, NB=padded, num_warps=1
+            logits, logits, temperature, *parts, unused, unused, stats_R3, vocab, blocks, PICK=False, NB=padded, num_warps=1
         )
         _draw[(rows,)](
             logits,
@@ -272,7 +276,7 @@ def sample(logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor
             seeds.contiguous(),
             positions.contiguous(),
             *parts[:2],
-            stats,
+            stats_R3,
             tokens,
             logprobs,
             x,
@@ -282,5 +286,5 @@ def sample(logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor
             BLOCK=BLOCK,
             num_warps=8,
         )
-        _likelier[(rows, blocks)](logits, temperature, x, larger, vocab, BLOCK=BLOCK, num_warps=8)
-    return tokens, logprobs, larger.sum(1)
+        _likelier[(rows, blocks)](logits, temperature, x, larger_RN, vocab, BLOCK=BLOCK, num_warps=8)
+    return tokens, logprobs, larger_RN.sum(1)

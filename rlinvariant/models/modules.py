@@ -1,6 +1,8 @@
 """The forms that modules of a Hugging Face model take: the same names and parameters, with a forward that computes by `ops`.
 
 models/patch.py says which module becomes which, and sets the attributes declared here that the stock module does not have.
+
+B: sequences (1 if packed), T: tokens of one, H: heads, D: width of a head; R: columns of a head that are rotated; P: positions.
 """
 
 import inspect
@@ -132,7 +134,7 @@ class Rotary(nn.Module):
     compute_default_rope_parameters: Callable
 
     def build_tables(self) -> None:
-        """Compute fp32 cos and sin of every position, [max_position_embeddings, rotary_dim / 2], from fp64 angles.
+        """Compute fp32 cos and sin of every position, [P, R/2], from fp64 angles.
 
         The frequencies are transformers' own, but made on the CPU: a power differs by an ulp between CPU and GPU, and vLLM
         makes them on the GPU.
@@ -143,14 +145,14 @@ class Rotary(nn.Module):
             with torch.device("cpu"):
                 init = ROPE_INIT_FUNCTIONS.get(rope_type) or self.compute_default_rope_parameters
                 inv_freq, scaling = init(self.config, **layer)
-                angles = torch.arange(self.config.max_position_embeddings).double()[:, None] * inv_freq.double()
+                angles = torch.arange(self.config.max_position_embeddings).double()[:, None] * inv_freq.double()  # [P, R/2]
                 tables = (angles.cos() * scaling).float(), (angles.sin() * scaling).float()
             device = getattr(self, f"{prefix}inv_freq").device
             for name, table in zip(("cos_table", "sin_table"), tables, strict=True):
                 self.register_buffer(prefix + name, table.to("cpu" if device.type == "meta" else device), persistent=False)
 
     def forward(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> tuple[Tensor, Tensor]:
-        """Return cos and sin, [B, T, rotary_dim / 2] fp32: half as wide as transformers', for `ops.rope`."""
+        """Return cos and sin, [B, T, R/2] fp32: half as wide as transformers', for `ops.rope`."""
         prefix = "" if layer_type is None else f"{layer_type}_"
         cos, sin = getattr(self, f"{prefix}cos_table"), getattr(self, f"{prefix}sin_table")
         return F.embedding(position_ids, cos), F.embedding(position_ids, sin)
@@ -159,11 +161,11 @@ class Rotary(nn.Module):
 def apply_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
     """Rotate q, k [B, H, T, D] by cos, sin [B or 1, T, R/2], with the arguments of transformers' apply_rotary_pos_emb."""
 
-    def turn(x: Tensor) -> Tensor:
-        tokens = x.transpose(1, 2)
-        shape = tokens.shape
+    def turn(x_BHTD: Tensor) -> Tensor:
+        x_BTHD = x_BHTD.transpose(1, 2)
+        shape = x_BTHD.shape
         wide = (shape[0], shape[1], cos.shape[-1])
-        flat = ops.rope(tokens.flatten(0, 1), cos.expand(wide).flatten(0, 1), sin.expand(wide).flatten(0, 1))
+        flat = ops.rope(x_BTHD.flatten(0, 1), cos.expand(wide).flatten(0, 1), sin.expand(wide).flatten(0, 1))
         return flat.view(shape).transpose(1, 2)
 
     return turn(q), turn(k)
@@ -206,16 +208,17 @@ class Attention(nn.Module):
         norms: Any = getattr(self, "q_norm", None), getattr(self, "k_norm", None)
         if norms[0] is not None and norms[0].weight.shape[0] != self.head_dim:  # of all heads at once
             q, k, norms = norms[0](q), norms[1](k), (None, None)
-        q, k, v = (x.view(b, t, -1, self.head_dim) for x in (q, k, v))
+        q_BTHD, k_BTHD, v_BTHD = (x.view(b, t, -1, self.head_dim) for x in (q, k, v))
         if self.rotated:
-            cos, sin = (x.expand(b, t, half).flatten(0, 1) for x in (cos, sin))
+            cos, sin = (x.expand(b, t, half).flatten(0, 1) for x in (cos, sin))  # [B T, R/2]
             q_weight, k_weight = (norm.weight if norm is not None else None for norm in norms)
             eps, offset = (0.0, None) if norms[0] is None else (epsilon(norms[0]), norms[0].offset)
-            turned = ops.qk_norm_rope(q.flatten(0, 1), k.flatten(0, 1), q_weight, k_weight, cos, sin, eps, offset)
-            q, k = (x.view(b, t, *x.shape[1:]) for x in turned)
+            flat = q_BTHD.flatten(0, 1), k_BTHD.flatten(0, 1)
+            turned = ops.qk_norm_rope(*flat, q_weight, k_weight, cos, sin, eps, offset)
+            q_BTHD, k_BTHD = (x.view(b, t, *x.shape[1:]) for x in turned)
         elif norms[0] is not None:
-            q, k = norms[0](q), norms[1](k)
-        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+            q_BTHD, k_BTHD = norms[0](q_BTHD), norms[1](k_BTHD)
+        return q_BTHD.transpose(1, 2), k_BTHD.transpose(1, 2), v_BTHD.transpose(1, 2)
 
 
 class MergedAttention(Attention):
@@ -270,12 +273,12 @@ class CausalLM(nn.Module):
 def attention_forward(
     module, q, k, v, attention_mask, scaling=None, cu_seq_lens_q=None, dropout=0.0, sliding_window=None, softcap=None, **kwargs
 ):
-    """Attend for q [B, H, T, D], as transformers asks: packed if `cu_seq_lens_q` is given, else B sequences of T."""
+    """Attend for q, k, v [B, H, T, D], as transformers asks: packed if `cu_seq_lens_q` is given, else B sequences of T."""
     if dropout:
         raise UnsupportedModel(f"{type(module).__name__}: attention dropout is not supported")
     b, _, t, d = q.shape
     cu = torch.arange(0, b * t + 1, t, dtype=torch.int32, device=q.device) if cu_seq_lens_q is None else cu_seq_lens_q
-    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # [B T, H, D]
     longest = t if cu_seq_lens_q is None else kwargs.get("max_length_q")
     out = ops.attention(q, k, v, cu, d**-0.5 if scaling is None else scaling, longest, sliding_window, softcap)
     return out.view(b, t, *out.shape[1:]), None

@@ -1,4 +1,7 @@
-"""Causal attention over packed sequences, and its twin over a paged key-value cache."""
+"""Causal attention over packed sequences, and its twin over a paged key-value cache.
+
+T: tokens of all sequences, or in the reference of one; H: heads of queries, D: width of a head; P: tokens in the cache.
+"""
 
 from itertools import pairwise
 
@@ -109,13 +112,13 @@ def attention_ref(
     """Compute `attention` in plain PyTorch, one matrix of scores per sequence: any float dtype, differentiable by autograd."""
     group, out = q.shape[1] // k.shape[1], []
     for first, last in pairwise(cu_seqlens.tolist()):
-        queries, keys, values = (widened(x[first:last]).transpose(0, 1) for x in (q, k, v))
-        keys, values = keys.repeat_interleave(group, 0), values.repeat_interleave(group, 0)
-        s = queries @ keys.mT * scale
-        s = s if softcap is None else torch.tanh(s / softcap) * softcap
+        q_HTD, k_HTD, v_HTD = (widened(x[first:last]).transpose(0, 1) for x in (q, k, v))
+        k_HTD, v_HTD = k_HTD.repeat_interleave(group, 0), v_HTD.repeat_interleave(group, 0)
+        scores_HTT = q_HTD @ k_HTD.mT * scale
+        scores_HTT = scores_HTT if softcap is None else torch.tanh(scores_HTT / softcap) * softcap
         i, j = torch.arange(last - first, device=q.device)[:, None], torch.arange(last - first, device=q.device)
-        seen = (j <= i) & (j > i - window) if window else j <= i
-        out.append((s.masked_fill(~seen, -torch.inf).softmax(-1) @ values).transpose(0, 1).to(q.dtype))
+        seen_TT = (j <= i) & (j > i - window) if window else j <= i
+        out.append((scores_HTT.masked_fill(~seen_TT, -torch.inf).softmax(-1) @ v_HTD).transpose(0, 1).to(q.dtype))
     return torch.cat(out) if out else torch.zeros_like(q)
 
 
@@ -133,11 +136,11 @@ def paged_attention_ref(
     out, page = [], kv_cache.shape[2]
     for b, (first, last) in enumerate(pairwise(cu_seqlens_q.tolist())):
         length, count = int(kv_lens[b]), last - first
-        at = torch.arange(length, device=q.device)
-        k, v = kv_cache[block_table[b, at // page].long(), :, at % page].chunk(2, -1)
-        queries = torch.cat([q.new_zeros(length - count, *q.shape[1:]), q[first:last]])
+        at_P = torch.arange(length, device=q.device)
+        k_PHD, v_PHD = kv_cache[block_table[b, at_P // page].long(), :, at_P % page].chunk(2, -1)
+        q_PHD = torch.cat([q.new_zeros(length - count, *q.shape[1:]), q[first:last]])
         whole = torch.tensor([0, length])
-        out.append(attention_ref(queries, k, v, whole, scale, None, window, softcap)[length - count :])
+        out.append(attention_ref(q_PHD, k_PHD, v_PHD, whole, scale, None, window, softcap)[length - count :])
     return torch.cat(out) if out else torch.zeros_like(q)
 
 

@@ -1,4 +1,7 @@
-"""Matrix product in which an output element depends on its own row of x and its own row of the weight, and on nothing else."""
+"""Matrix product in which an output element depends on its own row of x and its own row of the weight, and on nothing else.
+
+R: rows of x, K: columns of x and of the weight, over which is summed, N: rows of the weight.
+"""
 
 import functools
 from collections.abc import Sequence
@@ -50,20 +53,20 @@ def is_exact(n: int, k: int, dtype: torch.dtype, bias: bool, threads: int) -> bo
     shifted order of rows, and rows beside zeros, huge values and NaN. This takes under a second, once a process.
     The answer holds for one number of threads: sampler and trainer must use the same.
     """
-    x, w = bits.cancelling(CALL_ROWS, n, k, dtype)
-    bias_n = torch.zeros(n, dtype=dtype) if bias else None
-    full = F.linear(x, w, bias_n)
+    x_RK, w_NK = bits.cancelling(CALL_ROWS, n, k, dtype)
+    bias_N = torch.zeros(n, dtype=dtype) if bias else None
+    full_RN = F.linear(x_RK, w_NK, bias_N)
     for rows in range(ROW_STEP, CALL_ROWS + 1, ROW_STEP):
-        if not bits.same(F.linear(x[:rows].clone(), w, bias_n), full[:rows]):
+        if not bits.same(F.linear(x_RK[:rows].clone(), w_NK, bias_N), full_RN[:rows]):
             return False
-    if not bits.same(F.linear(x.roll(ROW_STEP // 2 + 1, 0), w, bias_n), full.roll(ROW_STEP // 2 + 1, 0)):
+    if not bits.same(F.linear(x_RK.roll(ROW_STEP // 2 + 1, 0), w_NK, bias_N), full_RN.roll(ROW_STEP // 2 + 1, 0)):
         return False
     for rows in (ROW_STEP, CALL_ROWS):
         for at in (0, rows - 1):
             for neighbour in (0.0, 1e30, float("nan")):
-                tile = torch.full_like(x[:rows], neighbour)
-                tile[at] = x[at]
-                if not bits.same(F.linear(tile, w, bias_n)[at], full[at]):
+                tile_RK = torch.full_like(x_RK[:rows], neighbour)
+                tile_RK[at] = x_RK[at]
+                if not bits.same(F.linear(tile_RK, w_NK, bias_N)[at], full_RN[at]):
                     return False
     return True
 
@@ -96,27 +99,27 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 def _cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     n, k = weight.shape
-    w, b = _aligned(weight.to(x.dtype)), None if bias is None else bias.to(x.dtype).contiguous()
-    flat = x.reshape(-1, k).contiguous()
-    vendor = is_exact(n, k, x.dtype, b is not None, torch.get_num_threads())
+    w_NK, b_N = _aligned(weight.to(x.dtype)), None if bias is None else bias.to(x.dtype).contiguous()
+    x_RK = x.reshape(-1, k).contiguous()
+    vendor = is_exact(n, k, x.dtype, b_N is not None, torch.get_num_threads())
     _routes[f"{n}x{k} {str(x.dtype)[6:]}"] = "vendor GEMM, checked row invariant here," if vendor else "kernels/linear.c"
-    y = (_vendor if vendor else _written)(flat, w, b)
-    return y.view(*x.shape[:-1], n)
+    y_RN = (_vendor if vendor else _written)(x_RK, w_NK, b_N)
+    return y_RN.view(*x.shape[:-1], n)
 
 
-def _vendor(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+def _vendor(x_RK: Tensor, w_NK: Tensor, b_N: Tensor | None) -> Tensor:
     parts = []
-    for part in x.split(CALL_ROWS):
-        missing = -len(part) % ROW_STEP
-        y = F.linear(F.pad(part, (0, 0, 0, missing)) if missing else _aligned(part), w, b)
-        parts.append(y[: len(part)].clone() if missing else y)  # an operator's output owns its memory
+    for part_RK in x_RK.split(CALL_ROWS):
+        missing = -len(part_RK) % ROW_STEP
+        y_RN = F.linear(F.pad(part_RK, (0, 0, 0, missing)) if missing else _aligned(part_RK), w_NK, b_N)
+        parts.append(y_RN[: len(part_RK)].clone() if missing else y_RN)  # an operator's output owns its memory
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _written(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-    y = x.new_empty(len(x), len(w))
-    cpu.call("linear", x, w, b, y, *y.shape, x.shape[1], cpu.is_bf16(x))
-    return y
+def _written(x_RK: Tensor, w_NK: Tensor, b_N: Tensor | None) -> Tensor:
+    y_RN = x_RK.new_empty(len(x_RK), len(w_NK))
+    cpu.call("linear", x_RK, w_NK, b_N, y_RN, *y_RN.shape, x_RK.shape[1], cpu.is_bf16(x_RK))
+    return y_RN
 
 
 def _save(ctx, inputs, output) -> None:
@@ -135,13 +138,14 @@ def gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return (dx, dweight, dbias) of `linear` by stock GEMMs, each None unless `needed`; dweight in `dtype`, dbias in `bias`.
 
+    dy is [*rows, N], x [*rows, K], weight [N, K]; each gradient has the shape of what it belongs to.
     On a GPU the sum over rows is stored in fp32 as it is, not rounded to dy.dtype on the way.
     """
-    rows, flat = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
-    dx = (rows @ weight.to(dy.dtype)).view(x.shape) if needed[0] else None
-    dw = _product(rows.t(), flat, dtype) if needed[1] else None
-    db = rows.float().sum(0).to(bias) if bias is not None and needed[2] else None
-    return dx, dw, db
+    dy_RN, x_RK = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+    dx = (dy_RN @ weight.to(dy.dtype)).view(x.shape) if needed[0] else None
+    dw_NK = _product(dy_RN.t(), x_RK, dtype) if needed[1] else None
+    db_N = dy_RN.float().sum(0).to(bias) if bias is not None and needed[2] else None
+    return dx, dw_NK, db_N
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:

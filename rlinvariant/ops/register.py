@@ -19,13 +19,13 @@ _below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
 def require_dtype(op: str, x: torch.Tensor, dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32)) -> None:
-    """Raise TypeError for any other dtype."""
+    """Raise TypeError unless x, of any shape, has one of the dtypes."""
     if x.dtype not in dtypes:
         raise TypeError(f"{op}: expected {' or '.join(str(d)[6:] for d in dtypes)}, got {str(x.dtype)[6:]}")
 
 
 def widened(x: torch.Tensor) -> torch.Tensor:
-    """Return x in the precision that the references compute in: fp64 stays, anything narrower becomes fp32."""
+    """Return x, of any shape, in the precision that the references compute in: fp64 stays, anything narrower becomes fp32."""
     return x if x.dtype is torch.float64 else x.float()
 
 

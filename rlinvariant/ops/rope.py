@@ -1,4 +1,7 @@
-"""Rotary position embedding."""
+"""Rotary position embedding.
+
+T: tokens, H: heads, D: width of a head, P: pairs of columns that turn.
+"""
 
 import torch
 from torch import Tensor
@@ -26,10 +29,11 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def rope_ref(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Compute `rope` in plain PyTorch: x of any float dtype, rounded to it once; the product is not fused with the sum."""
-    half, wide = cos.shape[-1], widened(x)
-    c, s = (t[:, None].to(wide.dtype) for t in (cos, sin))
-    a, b, rest = wide[..., :half], wide[..., half : 2 * half], wide[..., 2 * half :]
-    return torch.cat([a * c - b * s, b * c + a * s, rest], -1).to(x.dtype)
+    half, x_THD = cos.shape[-1], widened(x)
+    cos_T1P, sin_T1P = (angle[:, None].to(x_THD.dtype) for angle in (cos, sin))
+    a_THP, b_THP, rest = x_THD[..., :half], x_THD[..., half : 2 * half], x_THD[..., 2 * half :]
+    turned = (a_THP * cos_T1P - b_THP * sin_T1P, b_THP * cos_T1P + a_THP * sin_T1P)
+    return torch.cat([*turned, rest], -1).to(x.dtype)
 
 
 def _check(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> None:
@@ -47,7 +51,7 @@ def _cpu(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
 
 
 def rope_backward(dy: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate a gradient back, by the same angles."""
+    """Rotate a gradient [T, H, D] back, by the same angles, cos and sin [T, R/2] fp32."""
     return _rope(dy, cos, sin, -1.0)
 
 

@@ -3,6 +3,8 @@
 Both read the same statistics of a row (`softmax_row` of kernels/token_logprobs.c, `_logprobs` of kernels/token_logprobs.py):
 x = logit / T, its maximum m, and s = sum exp(x - m) over fixed blocks of the vocabulary. The log-probability is
 round32(x[token] - m - log s), formed in fp64.
+
+T: tokens to score, R: rows to sample from, D: width of a hidden state, V: vocabulary.
 """
 
 import torch
@@ -80,10 +82,10 @@ def sample(logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor
 
 def log_softmax(logits: Tensor, temperature: Tensor) -> Tensor:
     """Compute log-probabilities of the whole vocabulary, [R, V] fp32, with the bits of `token_logprobs` and `sample`."""
-    logits, t = logits.contiguous(), torch.where(temperature == 0, 1.0, temperature).float().contiguous()
-    _, _, stats = _row_logprobs(logits, None, t)
+    logits_RV, t_R = logits.contiguous(), torch.where(temperature == 0, 1.0, temperature).float().contiguous()
+    _, _, stats_R2 = _row_logprobs(logits_RV, None, t_R)
     # IEEE arithmetic alone from here, so torch gives the bits that the kernels give for one token
-    return ((logits.float() / t[:, None]).double() - stats[:, 0:1] - stats[:, 1:2]).float()
+    return ((logits_RV.float() / t_R[:, None]).double() - stats_R2[:, 0:1] - stats_R2[:, 1:2]).float()
 
 
 def log_softmax_ref(logits: Tensor, temperature: Tensor) -> Tensor:
@@ -100,18 +102,18 @@ def token_logprobs_ref(
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute `token_logprobs` in plain PyTorch, holding the whole [T, V]; differentiable by autograd."""
-    logits = scale_logits_ref(linear_ref(hidden, weight), scale, softcap)
-    logprobs = torch.log_softmax(widened(logits) / temperature, -1)
-    return logprobs.gather(-1, token_ids[:, None])[:, 0], -(logprobs.exp() * logprobs).sum(-1)
+    logits_TV = scale_logits_ref(linear_ref(hidden, weight), scale, softcap)
+    logprobs_TV = torch.log_softmax(widened(logits_TV) / temperature, -1)
+    return logprobs_TV.gather(-1, token_ids[:, None])[:, 0], -(logprobs_TV.exp() * logprobs_TV).sum(-1)
 
 
 def sample_ref(logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Compute `sample` in plain PyTorch, in fp64: another token only where u is within rounding of the edge between two."""
-    x, logprobs = widened(logits).double(), log_softmax_ref(logits.double(), temperature)
-    cdf, u = logprobs.exp().cumsum(-1), _uniform(seeds, positions)
-    drawn = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True).clamp(max=logits.shape[-1] - 1)
-    tokens = torch.where(temperature[:, None] == 0, x.argmax(-1, keepdim=True), drawn)
-    return tokens[:, 0], logprobs.gather(1, tokens)[:, 0].float(), (x > x.gather(1, tokens)).sum(1)
+    x_RV, logprobs_RV = widened(logits).double(), log_softmax_ref(logits.double(), temperature)
+    cdf_RV, u_R = logprobs_RV.exp().cumsum(-1), _uniform(seeds, positions)
+    drawn_R1 = torch.searchsorted(cdf_RV, u_R[:, None] * cdf_RV[:, -1:], right=True).clamp(max=logits.shape[-1] - 1)
+    tokens_R1 = torch.where(temperature[:, None] == 0, x_RV.argmax(-1, keepdim=True), drawn_R1)
+    return tokens_R1[:, 0], logprobs_RV.gather(1, tokens_R1)[:, 0].float(), (x_RV > x_RV.gather(1, tokens_R1)).sum(1)
 
 
 def _uniform(seeds: Tensor, positions: Tensor) -> Tensor:
@@ -182,12 +184,12 @@ def _targets(token_ids: Tensor, vocab: int, temperature: float) -> tuple[Tensor,
 
 
 def _forward(hidden: Tensor, weight: Tensor, token_ids: Tensor, temperature: float, scale, softcap) -> tuple[Tensor, Tensor]:
-    w, (ids, temperatures) = weight.to(hidden.dtype), _targets(token_ids, weight.shape[0], temperature)
-    logprobs, entropy = torch.empty_like(temperatures), torch.empty_like(temperatures)
-    for c in _chunks(hidden, w):
-        logits = scale_logits(linear(hidden[c], w), scale, softcap)
-        logprobs[c], entropy[c], _ = _row_logprobs(logits, ids[c], temperatures[c])
-    return logprobs, entropy
+    w_VD, (ids_T, temperatures_T) = weight.to(hidden.dtype), _targets(token_ids, weight.shape[0], temperature)
+    logprobs_T, entropy_T = torch.empty_like(temperatures_T), torch.empty_like(temperatures_T)
+    for c in _chunks(hidden, w_VD):
+        logits_TV = scale_logits(linear(hidden[c], w_VD), scale, softcap)
+        logprobs_T[c], entropy_T[c], _ = _row_logprobs(logits_TV, ids_T[c], temperatures_T[c])
+    return logprobs_T, entropy_T
 
 
 def _save(ctx, inputs, output) -> None:
@@ -197,20 +199,20 @@ def _save(ctx, inputs, output) -> None:
 
 def _backward(ctx, dlogprobs: Tensor | None, dentropy: Tensor | None):
     hidden, weight, token_ids = ctx.saved_tensors
-    w, (ids, temperatures) = weight.to(hidden.dtype), _targets(token_ids, weight.shape[0], ctx.temperature)
-    dlogprobs = torch.zeros_like(temperatures) if dlogprobs is None else dlogprobs.contiguous()
-    dentropy = None if dentropy is None else dentropy.contiguous()
-    dhidden, dweight = torch.empty_like(hidden), torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-    for c in _chunks(hidden, w):
-        logits = linear(hidden[c], w)
-        gent = None if dentropy is None else dentropy[c]
-        scaled = scale_logits(logits, *ctx.scaling)
-        dlogits = _row_logprobs_backward(scaled, ids[c], temperatures[c], dlogprobs[c], gent)
-        if scaled is not logits:
-            dlogits = scale_logits_backward(dlogits, logits, *ctx.scaling)
-        torch.mm(dlogits, w, out=dhidden[c])
-        add_product(dweight, dlogits.t(), hidden[c])
-    return dhidden, dweight.to(weight.dtype), None, None, None, None
+    w_VD, (ids_T, temperatures_T) = weight.to(hidden.dtype), _targets(token_ids, weight.shape[0], ctx.temperature)
+    dlogprobs_T = torch.zeros_like(temperatures_T) if dlogprobs is None else dlogprobs.contiguous()
+    dentropy_T = None if dentropy is None else dentropy.contiguous()
+    dhidden_TD, dweight_VD = torch.empty_like(hidden), torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+    for c in _chunks(hidden, w_VD):
+        logits_TV = linear(hidden[c], w_VD)
+        scaled_TV = scale_logits(logits_TV, *ctx.scaling)
+        dchunk_T = None if dentropy_T is None else dentropy_T[c]
+        dlogits_TV = _row_logprobs_backward(scaled_TV, ids_T[c], temperatures_T[c], dlogprobs_T[c], dchunk_T)
+        if scaled_TV is not logits_TV:
+            dlogits_TV = scale_logits_backward(dlogits_TV, logits_TV, *ctx.scaling)
+        torch.mm(dlogits_TV, w_VD, out=dhidden_TD[c])
+        add_product(dweight_VD, dlogits_TV.t(), hidden[c])
+    return dhidden_TD, dweight_VD.to(weight.dtype), None, None, None, None
 
 
 def _sample_check(logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor) -> None:

@@ -1,6 +1,6 @@
 """PPO's arithmetic on a padded batch of completions, as pure functions: rewards per token, GAE, whitening, value loss.
 
-Everywhere, T counts the tokens of the longest completion, `mask` is 1 on real tokens, which stand at the left of each row, and
+B: completions, T: tokens of the longest one. Everywhere, `mask` is 1 on real tokens, which stand at the left of each row, and
 `values[b, t]` is the critic's estimate before token t is chosen.
 """
 
@@ -29,11 +29,11 @@ def token_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor | None,
 
     Ref: Ouyang et al. 2022, arXiv:2203.02155, equation 2; Schulman 2020, "Approximating KL Divergence" (k1).
     """
-    last = _lengths(mask) - 1
-    rewards = torch.zeros_like(logprobs)
+    last_B = _lengths(mask) - 1
+    rewards_BT = torch.zeros_like(logprobs)
     if ref_logprobs is not None:
-        rewards = torch.where(mask.bool(), -kl_coef * (logprobs - ref_logprobs), rewards)
-    return rewards.scatter_add(1, last[:, None], scores[:, None].to(rewards.dtype))
+        rewards_BT = torch.where(mask.bool(), -kl_coef * (logprobs - ref_logprobs), rewards_BT)
+    return rewards_BT.scatter_add(1, last_B[:, None], scores[:, None].to(rewards_BT.dtype))
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
@@ -58,13 +58,14 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
     Ref: Schulman et al. 2016, arXiv:1506.02438, equation 16.
     """
     _lengths(mask)
-    real = mask.bool()
-    r, v = (torch.where(real, x.double(), 0.0) for x in (rewards, values))
-    delta = r + gamma * torch.nn.functional.pad(v[:, 1:], (0, 1)) - v
-    advantages, following = torch.zeros_like(delta), torch.zeros_like(delta[:, 0])
-    for t in reversed(range(delta.shape[1])):
-        advantages[:, t] = following = torch.where(real[:, t], delta[:, t] + gamma * lam * following, 0.0)
-    return advantages.to(rewards.dtype), (advantages + v).to(rewards.dtype)
+    real_BT = mask.bool()
+    rewards_BT, values_BT = (torch.where(real_BT, x.double(), 0.0) for x in (rewards, values))
+    delta_BT = rewards_BT + gamma * torch.nn.functional.pad(values_BT[:, 1:], (0, 1)) - values_BT
+    advantages_BT, following_B = torch.zeros_like(delta_BT), torch.zeros_like(delta_BT[:, 0])
+    for t in reversed(range(delta_BT.shape[1])):
+        following_B = torch.where(real_BT[:, t], delta_BT[:, t] + gamma * lam * following_B, 0.0)
+        advantages_BT[:, t] = following_B
+    return advantages_BT.to(rewards.dtype), (advantages_BT + values_BT).to(rewards.dtype)
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None) -> tuple[Tensor, Tensor]:
@@ -90,7 +91,10 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float 
 
 
 def moments(x: Tensor, mask: Tensor) -> Tensor:
-    """Return [3] float64: how many tokens, their sum, the sum of their squares. Of several ranks: the sum of theirs."""
+    """Return [3] float64 of x [B, T] where mask [B, T] is 1: how many numbers, their sum, the sum of their squares.
+
+    The moments of several ranks are the sum of each rank's.
+    """
     real = x[mask.bool()].double()
     return torch.stack([real.new_tensor(float(real.numel())), real.sum(), real.square().sum()])
 
@@ -107,23 +111,23 @@ def mean_and_variance(moments: Tensor) -> tuple[float, float]:
 def whiten(advantages: Tensor, mask: Tensor, mean: float, variance: float) -> Tensor:
     """Shift and scale to mean 0 and variance 1 over the tokens of all ranks; 0 where there is no token, or no spread.
 
-        (A - mean) / (sqrt(variance) + 1e-8)
+        white = (A - mean) / (sqrt(variance) + 1e-8)
 
     Args:
         advantages, mask: [B, T].
         mean, variance: of the tokens of all ranks, by `mean_and_variance`.
     """
-    white = (advantages.double() - mean) / (variance**0.5 + 1e-8)
-    return torch.where(mask.bool(), white, 0.0).to(advantages.dtype)
+    white_BT = (advantages.double() - mean) / (variance**0.5 + 1e-8)
+    return torch.where(mask.bool(), white_BT, 0.0).to(advantages.dtype)
 
 
 def explained_variance(returns: Tensor, residuals: Tensor) -> float:
     """Return how much of the returns' variance the critic explains: 1 all, 0 none, below 0 worse than a constant.
 
-        1 - Var(R - V) / Var(R)
+        explained = 1 - Var(R - V) / Var(R)
 
     Args:
-        returns, residuals: `moments` of R and of R - V, of all ranks. NaN where R does not vary.
+        returns, residuals: `moments`, [3] float64, of R and of R - V, of all ranks. NaN where R does not vary.
     """
     whole, left = mean_and_variance(returns)[1], mean_and_variance(residuals)[1]
     return 1.0 - left / whole if whole > 0 else float("nan")
@@ -131,11 +135,11 @@ def explained_variance(returns: Tensor, residuals: Tensor) -> float:
 
 def _lengths(mask: Tensor) -> Tensor:
     """Return how many tokens each row has, [B]."""
-    real = mask.bool()
-    lengths = real.sum(1)
-    if bool((lengths == 0).any()):
-        row = int((lengths == 0).nonzero()[0])
+    real_BT = mask.bool()
+    lengths_B = real_BT.sum(1)
+    if bool((lengths_B == 0).any()):
+        row = int((lengths_B == 0).nonzero()[0])
         raise ValueError(f"row {row}: every token is masked, or the completion is empty: no token can carry its reward")
-    if bool((real[:, 1:] & ~real[:, :-1]).any()):
+    if bool((real_BT[:, 1:] & ~real_BT[:, :-1]).any()):
         raise ValueError("mask: expected real tokens at the left of each row, found a hole")
-    return lengths
+    return lengths_B

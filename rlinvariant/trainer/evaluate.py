@@ -1,4 +1,7 @@
-"""Held-out reward, greedy: the number a user looks at before and after."""
+"""Held-out reward, greedy: the number a user looks at before and after.
+
+N: held-out rows, F: reward functions.
+"""
 
 from collections import defaultdict
 from collections.abc import Iterator

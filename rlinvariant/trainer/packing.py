@@ -1,4 +1,8 @@
-"""TRL's padded batch as one packed row, and back."""
+"""TRL's padded batch as one packed row, and back.
+
+B: sequences, L: columns of the padded batch, C: the last of them, which belong to completions; N: real tokens, and those that
+are added to make a multiple; S: tokens to score.
+"""
 
 from dataclasses import dataclass
 
@@ -37,25 +41,25 @@ def pack(input_ids: Tensor, attention_mask: Tensor, completion_length: int, mult
         multiple: of what N is to be, by default what suits the device; the rest is a sequence that nothing is scored of.
     """
     multiple = multiple or (GEMM_ROW_STEP if input_ids.is_cuda else 1)
-    mask = attention_mask.bool()
-    lengths = mask.sum(1)
-    row_of = torch.full_like(input_ids, -1)
-    row_of[mask] = torch.arange(int(lengths.sum()), device=input_ids.device)
-    keep = mask[:, -completion_length:]
-    scored = row_of[:, -completion_length:][keep]
-    ids, positions = input_ids[mask], (attention_mask.cumsum(1) - 1)[mask]
-    if missing := -len(ids) % multiple:
-        ids = F.pad(ids, (0, missing))
-        positions = F.pad(positions, (0, missing))
-        lengths = F.pad(lengths, (0, 1), value=missing)
-    cu = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-    longest = int(lengths.max())
+    mask_BL = attention_mask.bool()
+    lengths_B = mask_BL.sum(1)
+    row_of_BL = torch.full_like(input_ids, -1)
+    row_of_BL[mask_BL] = torch.arange(int(lengths_B.sum()), device=input_ids.device)
+    keep_BC = mask_BL[:, -completion_length:]
+    scored_S = row_of_BL[:, -completion_length:][keep_BC]
+    ids_N, positions_N = input_ids[mask_BL], (attention_mask.cumsum(1) - 1)[mask_BL]
+    if missing := -len(ids_N) % multiple:
+        ids_N = F.pad(ids_N, (0, missing))
+        positions_N = F.pad(positions_N, (0, missing))
+        lengths_B = F.pad(lengths_B, (0, 1), value=missing)
+    cu = F.pad(lengths_B.cumsum(0), (1, 0)).to(torch.int32)
+    longest = int(lengths_B.max())
     inputs: dict[str, Tensor | int] = {
-        "input_ids": ids[None],
-        "position_ids": positions[None],
+        "input_ids": ids_N[None],
+        "position_ids": positions_N[None],
         "cu_seq_lens_q": cu,
         "cu_seq_lens_k": cu,
         "max_length_q": longest,
         "max_length_k": longest,
     }
-    return Packed(inputs, ids[scored], scored - 1, keep)
+    return Packed(inputs, ids_N[scored_S], scored_S - 1, keep_BC)

@@ -1,4 +1,7 @@
-"""The trainer's log-probs of given completions, in whatever batch, order and padding."""
+"""The trainer's log-probs of given completions, in whatever batch, order and padding.
+
+B: sequences of a micro-batch, L: columns of the padded batch, C: columns of completions, S: tokens to score, V: vocabulary.
+"""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -45,19 +48,19 @@ def score(
         random.Random(7).shuffle(order)
     found: dict[int, Tensor] = {}
     for rows in _batches(order, [len(p) + len(c.token_ids) for p, c in zip(prompts, completions, strict=True)], layout):
-        ids, mask, length = padded([prompts[i] for i in rows], [completions[i].token_ids for i in rows], layout)
-        packed = pack(ids.to(device), mask.to(device), length)
+        ids_BL, mask_BL, length = padded([prompts[i] for i in rows], [completions[i].token_ids for i in rows], layout)
+        packed = pack(ids_BL.to(device), mask_BL.to(device), length)
         with torch.set_grad_enabled(layout.grad):
-            logprobs, _ = model(
+            logprobs_S, _ = model(
                 **packed.inputs,
                 attention_mask=None,
                 token_ids=packed.token_ids,
                 predicted_from=packed.predicted_from,
                 temperature=temperature,
             )
-        table, keep = packed.unpack(logprobs.detach()).cpu(), packed.keep.cpu()
+        logprobs_BC, keep_BC = packed.unpack(logprobs_S.detach()).cpu(), packed.keep.cpu()
         for row, i in enumerate(rows):
-            found[i] = table[row][keep[row]]
+            found[i] = logprobs_BC[row][keep_BC[row]]
     return [found[i] for i in range(len(order))]
 
 
@@ -68,9 +71,9 @@ def stock_score(
     """Compute the same by a model of transformers as it is, one completion at a time: a control."""
     found, device = [], next(model.parameters()).device
     for prompt, completion in zip(prompts, completions, strict=True):
-        ids = torch.tensor([[*prompt, *completion.token_ids]], device=device)
-        logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float() / temperature
-        found.append(logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0].cpu())
+        ids_1L = torch.tensor([[*prompt, *completion.token_ids]], device=device)
+        logits_CV = model(input_ids=ids_1L).logits[0, len(prompt) - 1 : -1].float() / temperature
+        found.append(logits_CV.log_softmax(-1).gather(1, ids_1L[0, len(prompt) :, None])[:, 0].cpu())
     return found
 
 
@@ -92,12 +95,12 @@ def padded(
     """Return TRL's batch: ids [prompts | completions], mask, and the completions' width; padding has ids like any token."""
     width = max(map(len, prompts)) + layout.padding
     length = max(map(len, completions)) + layout.padding
-    ids = torch.zeros(len(prompts), width + length, dtype=torch.int64)
-    ids += torch.arange(ids.shape[1]) % 8
-    mask = torch.zeros_like(ids)
+    ids_BL = torch.zeros(len(prompts), width + length, dtype=torch.int64)
+    ids_BL += torch.arange(ids_BL.shape[1]) % 8
+    mask_BL = torch.zeros_like(ids_BL)
     for row, (p, c) in enumerate(zip(prompts, completions, strict=True)):
         start = width - len(p) if layout.prompts == "left" else 0
         for begin, tokens in ((start, p), (width, c)):
-            ids[row, begin : begin + len(tokens)] = torch.tensor(tokens)
-            mask[row, begin : begin + len(tokens)] = 1
-    return ids, mask, length
+            ids_BL[row, begin : begin + len(tokens)] = torch.tensor(tokens)
+            mask_BL[row, begin : begin + len(tokens)] = 1
+    return ids_BL, mask_BL, length

@@ -3,6 +3,8 @@
 One packed forward of the model is watched. Each distinct call of an op (by shapes and dtypes of weights, and by constants) is
 made again with fewer rows, in reversed order, and among rows of NaN. Attention is called again one sequence at a time. The
 control is torch's own product on the same ladder.
+
+B: sequences, 1 for a packed row; T: tokens of the row.
 """
 
 import functools
