@@ -1,6 +1,7 @@
 """Parts of the recipes on mathematical problems: rows of the hub or of a file, chat messages, a held-out split."""
 
 import importlib.util
+import os
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from rlinvariant.config import Config
 from rlinvariant.config import Data as BaseData
 from rlinvariant.errors import UserError, one_line
 from rlinvariant.install import install_hint
+from rlinvariant.recipes import _rows
+from rlinvariant.text import shown
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -66,8 +69,8 @@ class Source:
             errors.append(f"data.eval_size={data.eval_size}: expected 1 to 100000")
         if not 0 <= data.seed < 2**32:
             errors.append(f"data.seed={data.seed}: expected 0 to 4294967295")
-        if data.path is not None and not (Path(data.path).is_file() and Path(data.path).suffix in FILES):
-            errors.append(f"data.path={data.path}: expected a file, .jsonl or .parquet, with the columns of {self.hub}")
+        if data.path is not None and not (os.path.isfile(data.path) and Path(data.path).suffix in FILES):
+            errors.append(f"data.path={shown(data.path)}: expected a file, .jsonl or .parquet, with the columns of {self.hub}")
         if importlib.util.find_spec("math_verify") is None:
             errors.append(f"recipe={config.recipe}: needs math-verify to grade; {install_hint('math')}")
         return errors
@@ -115,15 +118,16 @@ class Source:
         from datasets import load_dataset
         from datasets.exceptions import DatasetsError
 
-        path = config.data.path
+        if (path := config.data.path) is not None:
+            return _rows.read(FILES[Path(path).suffix], path), f"data.path={path}"
         try:
-            if path is not None:
-                return load_dataset(FILES[Path(path).suffix], data_files=path, split="train"), f"data.path={path}"
             return load_dataset(self.hub, self.subset, split=split), f"{self.hub}, {split}"
         except (OSError, ValueError, DatasetsError) as error:
-            what = f"data.path={path}: cannot be read" if path else f"{self.hub}: cannot be had from the hub"
-            fix = "give a file of the hub's rows" if path else "log in or go online, or give data.path=FILE with its rows"
-            raise UserError(f"{what}: {type(error).__name__}: {one_line(error)}; {fix}") from error
+            cause, fix = (
+                f"{type(error).__name__}: {one_line(error)}",
+                "log in or go online, or give data.path=FILE with its rows",
+            )
+            raise UserError(f"{self.hub}: cannot be had from the hub: {cause}; {fix}") from error
 
 
 def _row(question: str, answer: str) -> dict[str, Any]:

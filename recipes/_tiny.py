@@ -19,7 +19,8 @@ import chz
 from rlinvariant.config import Config
 from rlinvariant.config import Data as BaseData
 from rlinvariant.errors import UserError
-from rlinvariant.text import say
+from rlinvariant.recipes import _rows
+from rlinvariant.text import say, shown
 from rlinvariant.warmstart import warm_start
 
 if TYPE_CHECKING:
@@ -98,12 +99,12 @@ class Task:
                 errors.append(f"{expected}; lower it or change those")
             else:
                 errors.append(f"{keys}: next to no problem to draw; change one of them")
-        if data.path is not None and not Path(data.path).is_file():
-            errors.append(f"data.path={data.path}: no such file; give a JSON lines file with {self._columns}")
-        elif data.path is not None:
-            with open(data.path, encoding="utf-8", errors="replace") as file:
-                if not self._complete(file.readline()):
-                    errors.append(f"data.path={data.path}, line 1: expected a JSON object with {self._columns}")
+        if data.path is not None:
+            try:
+                if not self._complete(_rows.first_line(data.path)):
+                    errors.append(f"data.path={shown(data.path)}, line 1: expected a JSON object with {self._columns}")
+            except UserError as error:
+                errors.append(f"{error}; give a JSON lines file with {self._columns}")
         return errors
 
     def datasets(self, config: Config) -> "tuple[Dataset, Dataset]":
@@ -148,9 +149,7 @@ class Task:
 
     def _of_file(self, path: str, held_out: set[Any]) -> "Dataset":
         """Return the rows of a file, less those whose problem is held out."""
-        from datasets import load_dataset
-
-        rows = load_dataset("json", data_files=path, split="train")
+        rows = _rows.read("json", path)
         for column in self.columns:
             if column not in rows.column_names:
                 raise UserError(f"data.path={path}: no `{column}`; columns found: {', '.join(rows.column_names)}")
@@ -183,7 +182,7 @@ class Task:
     def _complete(self, line: str) -> bool:
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):  # no JSON; a number too long to read; brackets too deep
             return False
         return isinstance(row, dict) and row.keys() >= set(self.columns)
 

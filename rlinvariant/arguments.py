@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import functools
+import os
 import re
 import shutil
 import textwrap
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from rlinvariant.errors import UserError
+from rlinvariant.text import shown
 
 WIDEST_HELP = 118  # columns
 
@@ -45,6 +47,11 @@ def suggestion(word: str, options: Iterable[str], cutoff: float = 0.6) -> str:
     """Return `; did you mean X?` for the option nearest to `word`, or nothing if none is as near as `cutoff` (0 to 1)."""
     close = difflib.get_close_matches(word, list(options), 1, cutoff)
     return f"; did you mean {close[0]}?" if close else ""
+
+
+def twice(key: str, first: object, second: object) -> str:
+    """Return the line that refuses a key which is given two values."""
+    return f"{shown(key)}={shown(first)} and {shown(key)}={shown(second)}: both set the same value; keep one"
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -94,14 +101,14 @@ def model_problems(key: str, model: str) -> list[str]:
         key: what the user wrote the model after; the line starts with `key=model`.
         model: a whole model's directory, or something that looks like a hub id.
     """
-    path = Path(model)
-    if path.is_dir():
+    path, given = Path(model), f"{key}={shown(model)}"
+    if os.path.isdir(path):  # unlike Path's own, it takes a name that no file can have for one that is not there
         if (path / "adapter_config.json").exists():
-            return [f"{key}={model}: expected a whole model, found a PEFT adapter; merge it (merge_and_unload) first"]
+            return [f"{given}: expected a whole model, found a PEFT adapter; merge it (merge_and_unload) first"]
         if not (path / "config.json").exists():
-            return [f"{key}={model}: expected a Hugging Face model directory, found no config.json in it"]
+            return [f"{given}: expected a Hugging Face model directory, found no config.json in it"]
         return []
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model) and not path.parent.is_dir() and not path.exists():
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model) and not os.path.isdir(path.parent) and not os.path.exists(path):
         return []
     fix = "write its path without ~" if model.startswith("~") else "give a Hugging Face model directory or a hub id ORG/NAME"
-    return [f"{key}={model}: no such directory; {fix}"]
+    return [f"{given}: no such directory; {fix}"]

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from rlinvariant.text import shown
+
 Invariance = Literal["exact", "off", "sampler", "trainer"]
 """Which sides run the invariant ops: both, none, or that one only."""
 SIDES: dict[Invariance, tuple[bool, bool]] = {
@@ -31,7 +33,7 @@ def conflicts(trainer: Any, invariance: str, env: Mapping[str, str], prefix: str
     def require(ok: bool, name: str, expected: str) -> None:
         if not ok:
             value = getattr(trainer, name)
-            found.append(f"{prefix}{name}={getattr(value, 'value', value)}: expected {expected}")
+            found.append(f"{prefix}{name}={shown(getattr(value, 'value', value))}: expected {expected}")
 
     whole = "the sampler must draw from the whole distribution, which is the one that is trained; remove it"
     least = "at least 0.01, to which vLLM raises smaller ones; 1.0 samples from the model itself"
@@ -41,6 +43,7 @@ def conflicts(trainer: Any, invariance: str, env: Mapping[str, str], prefix: str
     require(not trainer.min_p, "min_p", f"None: {whole}")
     require(trainer.repetition_penalty == 1.0, "repetition_penalty", f"1.0: {whole}")
     require(not trainer.generation_kwargs, "generation_kwargs", f"None: {whole}")
+    require(not trainer.trust_remote_code, "trust_remote_code", "False: no code of a model's repository is run; remove it")
     require(trainer.logging_steps == 1, "logging_steps", "1: every step is counted and written; remove it")
     strategy = getattr(trainer.logging_strategy, "value", trainer.logging_strategy)
     require(strategy == "steps", "logging_strategy", "steps: every step is counted and written; remove it")
@@ -75,12 +78,14 @@ def ppo_conflicts(trainer: Any, ppo: Any, prefix: str = "") -> list[str]:
 
     def require(ok: bool, name: str, expected: str) -> None:
         if not ok:
-            found.append(f"ppo.{name}={getattr(ppo, name)}: expected {expected}")
+            found.append(f"ppo.{name}={shown(getattr(ppo, name))}: expected {expected}")
 
     def leave(name: str, *values: Any, why: str) -> None:
         value = getattr(trainer, name)
         if value not in values:
-            found.append(f"{prefix}{name}={getattr(value, 'value', value)}: expected {values[0]} with algorithm=ppo: {why}")
+            found.append(
+                f"{prefix}{name}={shown(getattr(value, 'value', value))}: expected {values[0]} with algorithm=ppo: {why}"
+            )
 
     require(0 <= ppo.gamma <= 1, "gamma", "0 to 1")
     require(0 <= ppo.lam <= 1, "lam", "0 to 1")
@@ -116,8 +121,8 @@ def environment_conflicts(env: Mapping[str, str], invariance: str, autocast_aske
     autocast = env.get("ACCELERATE_MIXED_PRECISION", "no")
     if invariance in ("exact", "trainer") and autocast != "no" and not autocast_asked:
         fix = "set mixed_precision: 'no' in the accelerate config, drop --mixed_precision, and use dtype=bfloat16"
-        found.append(f"ACCELERATE_MIXED_PRECISION={autocast}: expected no with invariance={invariance}; {fix}")
+        found.append(f"ACCELERATE_MIXED_PRECISION={shown(autocast)}: expected no with invariance={invariance}; {fix}")
     if env.get("VLLM_BATCH_INVARIANT", "0") != "0":
-        value = env["VLLM_BATCH_INVARIANT"]
+        value = shown(env["VLLM_BATCH_INVARIANT"])
         found.append(f"VLLM_BATCH_INVARIANT={value}: expected unset; invariance= decides; run `unset VLLM_BATCH_INVARIANT`")
     return found

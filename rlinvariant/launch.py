@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rlinvariant.errors import OK, Stopped, UserError, one_line
+from rlinvariant.text import shown
 
 LAUNCHER = "RLINVARIANT_LAUNCHER"
 """The environment's name of the process that this one ends with; its own number if it ends with none."""
@@ -32,10 +33,10 @@ def machine_file(machine: str) -> Path:
     """
     if machine in machines():
         return MACHINE_FILES / f"{machine}.yaml"
-    if (path := Path(machine).expanduser()).is_file():
-        return path.resolve()
+    if os.path.isfile(path := os.path.expanduser(machine)):
+        return Path(path).resolve()
     names = ", ".join(machines())
-    raise UserError(f"machine={machine}: expected {names}, or the path of an accelerate file (.yaml); or remove it")
+    raise UserError(f"machine={shown(machine)}: expected {names}, or the path of an accelerate file (.yaml); or remove it")
 
 
 def size(machine: str | None) -> tuple[int, int]:

@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 
 from rlinvariant import stopping
-from rlinvariant.arguments import CommandParser
+from rlinvariant.arguments import CommandParser, twice
 from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.launch import end_with_launcher, is_launched, launch, machines, rank, size
 from rlinvariant.text import say
@@ -79,5 +79,5 @@ def split(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
     """Take machine= out of the arguments. Raises ConfigErrors if it is there twice."""
     machine = [argument.partition("=")[2] for argument in arguments if argument.startswith("machine=")]
     if len(machine) > 1:
-        raise ConfigErrors([f"machine={machine[0]} and machine={machine[1]}: both set the same value; keep one"])
+        raise ConfigErrors([twice("machine", *machine[:2])])
     return machine[0] if machine else None, [argument for argument in arguments if not argument.startswith("machine=")]

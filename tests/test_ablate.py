@@ -24,6 +24,7 @@ from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.lock import locked
 from rlinvariant.report.rundir import RunDir, read_metrics
 from tests import commands
+from tests.config.common import with_defaults
 
 ROOT = Path(__file__).parents[1]
 TINY = f"recipe={ROOT / 'tests/trainer/tiny_recipe.py'}"
@@ -36,7 +37,7 @@ def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def plan(*argv: str) -> Plan:
-    return read(["recipe=arithmetic", *argv])
+    return read(with_defaults(argv, "recipe=arithmetic"))
 
 
 def errors(*argv: str) -> list[str]:
@@ -180,8 +181,7 @@ def test_other_settings_are_refused_by_the_first_that_differs():
     refuse_mixed(wanted, checked(wanted))
     refuse_mixed(other := plan("arms=exact,drift", "seeds=1", "steps=20", "run=x", "wandb.mode=disabled"), checked(other))
     for change, then in (("steps=30", 20), ("trainer.learning_rate=0.5", 0.0006), ("data.digits=2", 3)):
-        other = plan("arms=exact,drift", "seeds=1", *{"steps=20", change}, "run=x")
-        other = other if change != "steps=30" else plan("arms=exact,drift", "seeds=1", change, "run=x")
+        other = plan("arms=exact,drift", "seeds=1", *with_defaults([change], "steps=20"), "run=x")
         key, _, now = change.partition("=")
         with pytest.raises(UserError) as raised:
             refuse_mixed(other, checked(other))

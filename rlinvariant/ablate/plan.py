@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rlinvariant.ablate.arms import DEFAULT_ARMS, IMPOSSIBLE_ARMS, Arm, arm_named
+from rlinvariant.arguments import twice
 from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.files import RUNS
 from rlinvariant.report.rundir import SCHEMA, RunDir
@@ -85,6 +86,8 @@ def read(argv: Sequence[str]) -> Plan:
             errors.append(f"{argument}: expected key=value, e.g. seeds=3")
         elif key in REFUSED_SETTINGS:
             errors.append(f"{argument}: not a setting of ablate; {REFUSED_SETTINGS[key]}")
+        elif key in given:
+            errors.append(twice(key, given[key], value))
         else:
             given[key] = value
     if os.environ.get("WORLD_SIZE", "1") != "1":
@@ -101,8 +104,8 @@ def read(argv: Sequence[str]) -> Plan:
     )
     if not arms:
         errors.append("arms=: expected at least one; rlinvariant ablate --help lists them")
-    if twice := {arm.name for arm in arms if arm and arms.count(arm) > 1}:
-        errors.append(f"arms: {', '.join(sorted(twice))} given twice")
+    if doubles := {arm.name for arm in arms if arm and arms.count(arm) > 1}:
+        errors.append(f"arms: {', '.join(sorted(doubles))} given twice")
     launch = given.pop("launch", None)
     if launch is not None and not Path(launch).is_file():
         errors.append(f"launch={launch}: no such file; give an accelerate configuration, e.g. configs/cpu2.yaml")

@@ -1,5 +1,6 @@
 """Checks of a well-typed configuration: one function for each kind of mistake, one line for each mistake."""
 
+import os
 import re
 from collections.abc import Mapping
 
@@ -10,6 +11,9 @@ from rlinvariant.conflicts import conflicts, ppo_conflicts
 from rlinvariant.errors import UserError
 from rlinvariant.files import require_writable
 from rlinvariant.launch import rank
+from rlinvariant.text import shown
+
+LONGEST_RUN = 200  # bytes: a name of a file has at most 255
 
 
 def check(config: Config, env: Mapping[str, str], recipe: Recipe | None = None) -> list[str]:
@@ -19,9 +23,10 @@ def check(config: Config, env: Mapping[str, str], recipe: Recipe | None = None) 
         env: environment variables, read for the launcher's processes and for what contradicts `invariance`.
         recipe: the recipe, for what it needs and checks itself.
     """
-    found = _check_numbers(config)
+    processes, found = _processes(env)
+    found += _check_numbers(config)
     found += _check_model(config, recipe)
-    found += _check_batches(config, int(env.get("WORLD_SIZE", 1)))
+    found += _check_batches(config, processes)
     if recipe is not None and recipe.check is not None:
         found += recipe.check(config)
     found += conflicts(config.trainer, config.invariance, env, "trainer.")
@@ -35,7 +40,9 @@ def check_run(config: Config, env: Mapping[str, str]) -> list[str]:
     Only the main process looks: it may have made the directory before the others get here.
     """
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", config.run):
-        return [f"run={config.run}: expected a name of letters, digits, '.', '_' and '-'; it is a directory under runs/"]
+        return [f"run={shown(config.run)}: expected a name of letters, digits, '.', '_' and '-'; it is a directory under runs/"]
+    if len(os.fsencode(config.run)) > LONGEST_RUN:
+        return [f"run={shown(config.run)}: expected at most {LONGEST_RUN} bytes; choose a shorter name"]
     if config.resume and "run" not in config.sources:
         return ["resume=True: expected run=NAME too, the run to continue"]
     if "run" not in config.sources and env.get("WORLD_SIZE", "1") != env.get("LOCAL_WORLD_SIZE", env.get("WORLD_SIZE", "1")):
@@ -60,8 +67,18 @@ def _required(config: Config, *rules: tuple[bool, str, str]) -> list[str]:
         if not holds:
             section, _, name = key.rpartition(".")
             value = getattr(getattr(config, section) if section else config, name)
-            found.append(f"{key}={value}: expected {expected}")
+            found.append(f"{key}={shown(value)}: expected {expected}")
     return found
+
+
+def _processes(env: Mapping[str, str]) -> tuple[int, list[str]]:
+    """Return how many processes the launcher started, and a line for each of its variables that is no number."""
+    found = [
+        f"{name}={shown(env[name])}: expected a whole number, which accelerate or torchrun sets; run `unset {name}`"
+        for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK")
+        if name in env and not re.fullmatch("[0-9]{1,9}", env[name])
+    ]
+    return (1 if found else max(1, int(env.get("WORLD_SIZE", "1")))), found
 
 
 def _check_numbers(config: Config) -> list[str]:
@@ -103,7 +120,7 @@ def _check_no_ppo(config: Config) -> list[str]:
     """Refuse settings of PPO where they would do nothing; those of a recipe for PPO rest when the user asks for GRPO."""
     rest = config.sources.get("algorithm") == "command line"
     return [
-        f"{key}={getattr(config.ppo, key.removeprefix('ppo.'))}: expected algorithm=ppo, or it does nothing; remove it"
+        f"{key}={shown(getattr(config.ppo, key.removeprefix('ppo.')))}: expected algorithm=ppo, or it does nothing; remove it"
         for key, source in config.sources.items()
         if key.startswith("ppo.") and (source == "command line" or not rest)
     ]

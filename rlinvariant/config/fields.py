@@ -46,6 +46,8 @@ OWNED = {
     "use_cpu": "the device is found automatically",
     "max_tool_calling_iterations": "tools are not supported",
     "local_rank": "accelerate sets it",
+    "hub_token": "it would be written into every checkpoint; set HF_TOKEN in the environment, or run `hf auth login`",
+    **dict.fromkeys(("deepspeed", "fsdp", "fsdp_config"), "one process or data parallel: each has the whole model"),
 }
 """Fields of GRPOConfig that this project sets itself, and that are not in the tree -> the reason, for the error message."""
 ALIASES = {"trainer.max_steps": "steps", "trainer.seed": "seed"}

@@ -1,6 +1,7 @@
 """From `key=value` arguments to a `Config`, with every mistake at once."""
 
 import dataclasses
+import math
 import os
 import time
 import typing
@@ -11,12 +12,13 @@ import chz
 from chz.blueprint import Castable, InvalidBlueprintArg
 from chz.tiepin import type_repr
 
-from rlinvariant.arguments import suggestion
+from rlinvariant.arguments import suggestion, twice
 from rlinvariant.config.check import check, check_run
 from rlinvariant.config.fields import ALIASES, OWNED, trainer_config_class
 from rlinvariant.config.recipe import Data, Recipe, listed_recipes, load_recipe
-from rlinvariant.config.tree import Config, Leaf, PPOConfig, SamplerConfig, WandbConfig, leaves
+from rlinvariant.config.tree import Config, Leaf, PPOConfig, SamplerConfig, WandbConfig, leaves, plain
 from rlinvariant.errors import ConfigErrors, UserError
+from rlinvariant.text import shown
 
 COMMAND_LINE = "command line"
 """Source of a value that the user has written."""
@@ -76,14 +78,14 @@ def draft(argv: Sequence[str]) -> Draft:
     layers = [(f"recipe {recipe.name}", recipe.defaults)] if recipe else []
     for source, layer in (*layers, (COMMAND_LINE, given)):
         origin = "" if source == COMMAND_LINE else f"{source}: "
-        layer, clashes = _without_aliases(layer)
-        errors += [origin + clash for clash in clashes]
+        errors += [origin + clash for clash in _clashes(layer)]
         known = leaves(blueprint.make())
-        for key, value in layer.items():
+        for written, value in layer.items():
+            key = ALIASES.get(written, written)
             if recipe is None and key.startswith("data."):
                 continue  # which keys there are is the recipe's to say
-            if problem := _problem(key, value, known, blueprint):
-                errors.append(origin + problem)
+            if problem := _problem(key, value, known, recipe.data if recipe else Data):
+                errors.append(f"{origin}{shown(written)}={_shown(written, value)}: {problem}")
             else:
                 blueprint.apply({key: value})
                 sources[key] = source
@@ -97,38 +99,57 @@ def _split(argv: Sequence[str]) -> tuple[dict[str, Castable], list[str]]:
     for argument in argv:
         key, equals, text = argument.partition("=")
         if not equals:
-            errors.append(f"{argument}: expected key=value, e.g. steps=100")
+            errors.append(f"{shown(argument)}: expected key=value, e.g. steps=100")
         elif key.startswith("-"):
-            errors.append(f"{argument}: expected key=value without dashes; write {argument.lstrip('-')}")
+            errors.append(f"{shown(argument)}: expected key=value without dashes; write {shown(argument.lstrip('-'))}")
+        elif key in given:
+            errors.append(twice(key, _shown(key, given[key]), _shown(key, text)))
         else:
             given[key] = Castable(text)
     return given, errors
 
 
-def _without_aliases(layer: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Put each alias's key in its place; list those that are set by both names."""
-    clashes = [
-        f"{key}={_shown(layer[key])} and {alias}={_shown(layer[alias])}: both set the same value; keep {key}"
+def _clashes(layer: Mapping[str, Any]) -> list[str]:
+    """List the settings that are given by both of their names."""
+    return [
+        f"{key}={_shown(key, layer[key])} and {alias}={_shown(alias, layer[alias])}: both set the same value; keep {key}"
         for alias, key in ALIASES.items()
         if alias in layer and key in layer
     ]
-    return {ALIASES.get(key, key): value for key, value in layer.items()}, clashes
 
 
-def _problem(key: str, value: Any, known: Mapping[str, Leaf], blueprint: chz.Blueprint[Config]) -> str | None:
-    """Say what is wrong with one `key=value`, or None."""
+def _problem(key: str, value: Any, known: Mapping[str, Leaf], data: type[Data]) -> str | None:
+    """Say what is wrong with the value of a key, or None; `data` is the class of the keys `data.*`."""
     owned = OWNED.get(key.removeprefix("trainer.")) if key.startswith("trainer.") else None
     if owned:
-        return f"{key}={_shown(value)}: not a setting here; {owned}"
+        return f"not a setting here; {owned}"
     if key not in known:
         by_name = [path for path in known if path.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
-        hint = suggestion(key, by_name or [*known, *ALIASES], 0.0 if by_name else 0.6)
-        return f"{key}={_shown(value)}: unknown key{hint}"
+        return "unknown key" + suggestion(key, by_name or [*known, *ALIASES], 0.0 if by_name else 0.6)
     try:
-        blueprint.clone().apply({key: value}).make()
-    except (InvalidBlueprintArg, TypeError):
-        return f"{key}={_shown(value)}: expected {expected(known[key].type)}; default {known[key].value!r}"
+        made = _made(key, value, known[key], data)
+    except (InvalidBlueprintArg, TypeError, ValueError, RecursionError, MemoryError):  # the last: too many brackets
+        return f"expected {expected(known[key].type)}; default {known[key].value!r}"
+    if not _is_finite(made):
+        return f"expected finite numbers, no nan and no infinity; default {known[key].value!r}"
     return None
+
+
+def _made(key: str, value: Any, leaf: Leaf, data: type[Data]) -> Any:
+    """Return the value that a setting gets: from a class of this field alone: the whole tree takes 30 times as long."""
+    section, _, name = key.rpartition(".")
+    if section != "data":  # whose class may have checks of its own
+        name, data = "value", chz.chz(type("Field", (), {"__annotations__": {"value": leaf.type}, "__module__": __name__}))
+    return getattr(chz.Blueprint(data).apply({name: value}).make(), name)
+
+
+def _is_finite(value: Any) -> bool:
+    """Say whether no number in a value, or in what it holds, is NaN or infinite."""
+    if isinstance(value, Mapping):
+        return all(map(_is_finite, value.values()))
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _run_name(recipe: str, env: Mapping[str, str]) -> str:
@@ -141,8 +162,9 @@ def _run_name(recipe: str, env: Mapping[str, str]) -> str:
     return f"{recipe}-{time.strftime('%Y%m%d-%H%M%S', time.localtime(started))}"
 
 
-def _shown(value: Any) -> str:
-    return value.value if isinstance(value, Castable) else str(value)
+def _shown(key: str, value: Any) -> str:
+    """Write a value into a line; a token is not shown."""
+    return shown(plain(key, value.value if isinstance(value, Castable) else value))
 
 
 def expected(annotation: Any) -> str:

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import importlib
 import importlib.util
+import os
 import pkgutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,8 @@ import chz
 
 from rlinvariant.arguments import suggestion
 from rlinvariant.config.fields import ALIASES
-from rlinvariant.errors import UserError
+from rlinvariant.errors import UserError, one_line
+from rlinvariant.text import shown
 
 if TYPE_CHECKING:
     from rlinvariant.config.tree import Config
@@ -67,21 +69,27 @@ def load_recipe(recipe: str) -> Recipe:
     """Import a recipe by name or by path, and what it derives from. Its own bugs keep their traceback.
 
     Raises:
-        UserError: there is no such recipe, it lacks a function, or its `BASE` leads back to it.
+        UserError: there is no such recipe, it is no Python, one of its module-level names is not what it has to be, or its
+            `BASE` leads back to it.
     """
-    return _load(str(Path(recipe).expanduser().resolve()) if _is_path(recipe) else recipe, recipe)
+    return _load(_resolved(recipe) if _is_path(recipe) else recipe, shown(recipe))
 
 
 @functools.cache
-def _load(place: str, shown: str) -> Recipe:
-    modules = _lineage(place, f"recipe={shown}")
+def _load(place: str, name: str) -> Recipe:
+    modules = _lineage(place, f"recipe={name}")
 
     def part(name: str, default: Any = None) -> Any:
         return next((getattr(module, name) for module in modules if hasattr(module, name)), default)
 
-    missing = [function for function in ("datasets", "reward_funcs") if not callable(part(function))]
-    if missing:
-        raise UserError(f"recipe={shown}: does not define {' and '.join(missing)}; see recipes/arithmetic.py")
+    where, optional = f"recipe={name}", ("prepare_model", "check")
+    if missing := [function for function in ("datasets", "reward_funcs") if not callable(part(function))]:
+        raise UserError(f"{where}: does not define {' and '.join(missing)}; see recipes/arithmetic.py")
+    if wrong := [function for function in optional if not (part(function) is None or callable(part(function)))]:
+        raise UserError(f"{where}: {wrong[0]}={shown(part(wrong[0]))}: expected a function; see recipes/arithmetic.py")
+    for module in modules:
+        _require_settings(getattr(module, "DEFAULTS", {}), where)
+    _require_data(part("Data", Data), where)
     return Recipe(
         name=Path(place).stem if _is_path(place) else place,
         defaults=_merged([getattr(module, "DEFAULTS", {}) for module in reversed(modules)]),
@@ -93,6 +101,24 @@ def _load(place: str, shown: str) -> Recipe:
     )
 
 
+def _require_settings(defaults: Any, where: str) -> None:
+    if not isinstance(defaults, Mapping):
+        raise UserError(f"{where}: DEFAULTS={shown(defaults)}: expected a dict of key -> value")
+    if odd := [key for key in defaults if not isinstance(key, str)]:
+        raise UserError(f"{where}: DEFAULTS has the key {shown(odd[0])}: expected a text such as 'steps'")
+
+
+def _require_data(data: Any, where: str) -> None:
+    """Refuse a `Data` that is no chz class of ours, or that cannot be made without arguments."""
+    expected = "expected a class with @chz.chz that derives from rlinvariant.config.Data"
+    if not (isinstance(data, type) and issubclass(data, Data) and chz.is_chz(data)):
+        raise UserError(f"{where}: Data={shown(data)}: {expected}; see recipes/arithmetic.py")
+    try:
+        data()
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{where}: Data: every field needs a default: {one_line(error)}") from error
+
+
 def _merged(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Lay later defaults over earlier ones; an alias and its key are one setting."""
     merged: dict[str, Any] = {}
@@ -102,34 +128,55 @@ def _merged(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return merged
 
 
-def _lineage(place: str, shown: str) -> list[ModuleType]:
+def _lineage(place: str, where: str) -> list[ModuleType]:
     """Import a recipe and those it derives from, the nearest first."""
     modules: dict[str, ModuleType] = {}
     while True:
         if place in modules:
             names = " -> ".join(Path(name).stem for name in [*modules, place])
-            raise UserError(f"{shown}: its BASE leads back to it: {names}; let one of them have no BASE")
-        module = modules[place] = _import(place, shown)
+            raise UserError(f"{where}: its BASE leads back to it: {names}; let one of them have no BASE")
+        module = modules[place] = _import(place, where)
         base = getattr(module, "BASE", None)
         if base is None:
             return list(modules.values())
-        shown = f"{shown}: BASE={base}"
+        where = f"{where}: BASE={shown(base)}"
+        if not isinstance(base, str):
+            raise UserError(f"{where}: expected the name of a recipe, or a path to one")
         # a path is relative to the file that names it
-        place = str((Path(str(module.__file__)).parent / Path(base).expanduser()).resolve()) if _is_path(base) else base
+        place = _resolved(base, os.path.dirname(str(module.__file__))) if _is_path(base) else base
 
 
 def _is_path(recipe: str) -> bool:
     return recipe.endswith(".py") or "/" in recipe
 
 
-def _import(place: str, shown: str) -> ModuleType:
+def _resolved(recipe: str, directory: str = "") -> str:
+    """Return an absolute path without links. A text that can be no path stays as it is, and is then found to be no file."""
+    try:
+        return os.path.realpath(os.path.join(directory, os.path.expanduser(recipe)))
+    except ValueError:  # a NUL in it
+        return recipe
+
+
+def _import(place: str, where: str) -> ModuleType:
     if _is_path(place):
-        if not Path(place).is_file():
-            raise UserError(f"{shown}: no such file; give the path of a recipe .py, or one of {listed_recipes()}")
-        return _import_file(Path(place))
+        if not os.path.isfile(place):
+            raise UserError(f"{where}: no such file; give the path of a recipe .py, or one of {listed_recipes()}")
+        if not place.endswith(".py"):
+            raise UserError(f"{where}: expected a Python file, NAME.py, or one of {listed_recipes()}")
+        try:
+            Path(place).read_bytes()
+        except OSError as error:
+            raise UserError(f"{where}: cannot be read: {error.strerror}") from error
+        try:
+            return _import_file(Path(place))
+        except SyntaxError as error:
+            raise UserError(f"{where}: {error.filename}, line {error.lineno}: {one_line(error.msg)}; mend the file") from error
+        except SystemExit as error:
+            raise UserError(f"{where}: calls sys.exit({error.code!r}) while it is imported; take that out") from error
     if place not in recipe_names():
         hint = suggestion(place, recipe_names())
-        raise UserError(f"{shown}: unknown recipe{hint}; there are: {listed_recipes()}, or a path to a .py file")
+        raise UserError(f"{where}: unknown recipe{hint}; there are: {listed_recipes()}, or a path to a .py file")
     return importlib.import_module(f"rlinvariant.recipes.{place}")
 
 
@@ -138,7 +185,7 @@ def _import_file(path: Path) -> ModuleType:
     # A name of its own: two files called my.py must not meet in sys.modules, where chz looks annotations up.
     name = f"{path.stem}_{hashlib.blake2b(str(path).encode(), digest_size=4).hexdigest()}"
     spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None and spec.loader is not None, "a name in .py has a loader"
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -124,8 +124,9 @@ class Config:
         try:
             # Without use_cpu, accelerate does not see that several CPU processes belong together.
             args = GRPOConfig(use_cpu=not torch.cuda.is_available(), **fields)
-        except ValueError as error:
-            raise UserError("trainer.*: " + one_line(error)) from error
+        except Exception as error:  # a value of a right type and a wrong meaning: each of these raises a type of its own
+            cause = one_line(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {one_line(error)}"
+            raise UserError(f"trainer.*: {cause}; change or remove the setting") from error
         args.num_generations = group
         return args
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlinvariant import runtime
-from rlinvariant.arguments import definitions, suggestion
+from rlinvariant.arguments import definitions, suggestion, twice
 from rlinvariant.demo import model
 from rlinvariant.errors import ConfigErrors, ParityError, UserError, one_line
 from rlinvariant.files import RUNS, require_writable, write_atomically
@@ -147,6 +147,8 @@ def parse(arguments: Sequence[str]) -> tuple[str | None, Options]:
             errors.append(f"{argument}: expected MODEL once, and key=value without dashes; see rlinvariant demo --help")
         elif key not in fields:
             errors.append(f"{argument}: unknown key; there are {', '.join(fields)}{suggestion(key, fields)}")
+        elif key in given:
+            errors.append(twice(key, given[key], text))
         elif fields[key].type is int and not (text.isdigit() and (int(text) > 0 or key == "seed")):
             errors.append(f"{argument}: expected a whole number{'' if key == 'seed' else ' of at least 1'}")
         elif key == "dtype" and text not in ("bfloat16", "float32"):

@@ -1,5 +1,6 @@
 """A recipe, and what `parse` makes of it: a configuration, or its mistakes."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,12 @@ def prepare_model(config): return "made"
 def good(*argv: str, env: dict[str, str] | None = None) -> Config:
     """Parse arguments that are right."""
     return parse(["recipe=mine.py", *argv], env or {})
+
+
+def with_defaults(argv: Sequence[str], *defaults: str) -> list[str]:
+    """Return arguments, and those of `defaults` whose key they do not set: a key that is there twice is refused."""
+    given = {argument.partition("=")[0] for argument in argv}
+    return [*(default for default in defaults if default.partition("=")[0] not in given), *argv]
 
 
 def errors(*argv: str, env: dict[str, str] | None = None) -> list[str]:

@@ -22,8 +22,11 @@ def test_defaults_then_recipe_then_command_line() -> None:
     assert "sources" not in resolved
 
 
-def test_secrets_are_not_written() -> None:
-    assert good("trainer.hub_token=hf_secret").resolved()["trainer.hub_token"]["value"] == "***"
+def test_secrets_are_not_taken_and_not_shown() -> None:
+    (line,) = errors("trainer.hub_token=hf_secret")
+    assert line.startswith("trainer.hub_token=***: not a setting here") and "set HF_TOKEN" in line
+    (line,) = errors("trainer.hub_token=hf_secret", "trainer.hub_token=hf_other")[:1]
+    assert line.startswith("trainer.hub_token=*** and trainer.hub_token=***")
 
 
 def test_values_take_the_types_of_their_fields() -> None:

@@ -92,7 +92,7 @@ def test_a_launched_process_does_not_launch_again(monkeypatch):
 
 
 def test_one_process_is_the_one_that_was_started(tmp_path):
-    process = start(tmp_path, "sys.exit(7)", OMP_NUM_THREADS="3")
+    process = start(tmp_path, "sys.stdout.flush(); os._exit(7)", OMP_NUM_THREADS="3")
     code, said, err = finish(process)
     package = str(ROOT / "rlinvariant" / "__init__.py")
     assert said == [{"pid": process.pid, "rank": "0", "cpu": "True", "threads": "3", "package": package}], err
@@ -101,7 +101,7 @@ def test_one_process_is_the_one_that_was_started(tmp_path):
 
 def test_two_processes_each_have_their_share_of_the_cores(tmp_path):
     os.mkfifo(tmp_path / "both")  # opens when both are there
-    body = "open('both', 'r' if os.environ['RANK'] == '0' else 'w'); sys.exit(3)"
+    body = "open('both', 'r' if os.environ['RANK'] == '0' else 'w'); sys.stdout.flush(); os._exit(3)"
     code, said, err = finish(start(tmp_path, body, "machine=cpu2"))
     assert sorted(line["rank"] for line in said) == ["0", "1"] and code == 3, err
     assert {line["threads"] for line in said} == {str(max(1, len(os.sched_getaffinity(0)) // 2))}

@@ -12,6 +12,7 @@ from rlinvariant.config import Config, parse
 from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.recipes import arithmetic
 from rlinvariant.trainer.preflight.rows import check_dataset
+from tests.config.common import with_defaults
 
 REPO = Path(__file__).parents[2]
 
@@ -22,7 +23,7 @@ def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def config(*argv: str) -> Config:
-    return parse(["recipe=arithmetic", "data.train_size=500", "data.eval_size=50", *argv], {})
+    return parse(with_defaults(argv, "recipe=arithmetic", "data.train_size=500", "data.eval_size=50"), {})
 
 
 def test_worked_sum_is_right() -> None:

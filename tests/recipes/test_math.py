@@ -10,6 +10,7 @@ from rlinvariant.config import Config, parse
 from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.recipes import _math, dapo_math, gsm8k, math
 from rlinvariant.trainer.preflight.rows import check_dataset
+from tests.config.common import with_defaults
 from tests.recipes.hub_rows import ROWS, chat_tokenizer, original_dapo_math, write
 
 RECIPES = {"gsm8k": gsm8k, "math": math, "dapo_math": dapo_math}
@@ -26,12 +27,14 @@ def tokenizer() -> Any:
 
 
 def config(recipe: str, *argv: str) -> Config:
-    return parse([f"recipe={recipe}", "model=org/name", "data.eval_size=4", *argv], {})
+    return parse(with_defaults(argv, f"recipe={recipe}", "model=org/name", "data.eval_size=4"), {})
 
 
 def prepared(recipe: str, tokenizer: Any, rows: list[dict[str, Any]], *argv: str, ending: str = "jsonl") -> Any:
     path = write(rows, f"rows.{ending}")
-    return RECIPES[recipe].datasets(config(recipe, f"data.path={path}", "sampler.max_model_len=None", *argv), tokenizer)
+    return RECIPES[recipe].datasets(
+        config(recipe, f"data.path={path}", *with_defaults(argv, "sampler.max_model_len=None")), tokenizer
+    )
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "parquet"])
@@ -113,7 +116,7 @@ def test_wrong_rows_are_refused_in_one_line(recipe, rows, argv, message, tokeniz
 def test_torn_files_are_refused_in_one_line(tokenizer) -> None:
     for name, content in (("torn.jsonl", b'{"question": "1+1?", "ans'), ("torn.parquet", b"PAR1 and no more")):
         Path(name).write_bytes(content)
-        with pytest.raises(UserError, match=rf"^data\.path={name}: cannot be read: .*; give a file of the hub's rows$"):
+        with pytest.raises(UserError, match=rf"^data\.path={name}: cannot be read: .*; mend the file$"):
             gsm8k.datasets(config("gsm8k", f"data.path={name}"), tokenizer)
 
 

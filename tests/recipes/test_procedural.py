@@ -12,6 +12,7 @@ from rlinvariant.config import Config, parse
 from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.recipes import _tiny, arithmetic, countdown, reverse
 from rlinvariant.trainer.preflight.rows import check_dataset
+from tests.config.common import with_defaults
 
 RECIPES = {"arithmetic": arithmetic, "countdown": countdown, "reverse": reverse}
 
@@ -22,7 +23,7 @@ def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def config(recipe: str, *argv: str) -> Config:
-    return parse([f"recipe={recipe}", "data.train_size=500", "data.eval_size=50", *argv], {})
+    return parse(with_defaults(argv, f"recipe={recipe}", "data.train_size=500", "data.eval_size=50"), {})
 
 
 def graded(recipe: str, row: dict[str, Any], *completions: str) -> list[float]:
@@ -107,7 +108,7 @@ def test_a_warm_start_is_kept_for_all_that_its_problems_depend_on(monkeypatch: p
     monkeypatch.setattr(_tiny, "warm_start", lambda *_, key, seed, **__: keys.append(dict(key, seed=seed)) or "")
     changes = ["numbers=3", "numbers=4", "largest=10", "operators=+-*", "eval_size=40", "seed=1"]
     for change in [*changes, "train_size=501"]:
-        countdown.prepare_model(config("countdown", "data.numbers=3", f"data.{change}"))
+        countdown.prepare_model(config("countdown", *with_defaults([f"data.{change}"], "data.numbers=3")))
     assert [keys.index(key) for key in keys] == [*range(len(changes)), 0]
     assert [key["operators"] for key in keys] == ["+-", "+-", "+-", "+-*", "+-", "+-", "+-"]
 

@@ -1,0 +1,131 @@
+"""Command lines made of real keys and hostile values: each is taken whole, or refused by lines that name what is wrong."""
+
+import math
+import os
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlinvariant.config import ALIASES, OWNED, parse, tree
+from rlinvariant.errors import ConfigErrors, UserError
+from rlinvariant.text import shown
+from tests.config.common import RECIPE
+
+VALUES = """
+|nan|inf|-inf|NaN|1e400|-1e400|-1|0|1|2|-0.0|1e-400|1e308|10**9|None|true|yes|False|True|null|[]|{}|()|{'a': nan}|{"a": 1e999}
+{"a": [NaN]}|{'a': {'b': inf}}|'|"|../..|..|.|/|/etc/passwd|/etc/shadow|/proc/self/mem|/proc/self/fd|/dev/zero|/dev/null|~/x
+~nosuchuser/x.py|~|a/b|a/b/c|-|--|=|==|x=y|,|,,|1,2,nan|0.5,inf|lambda: 0|__import__('os').getcwd()|%s|{}{}|C:\\x|1_000|１２
+0x10|1e5|Infinity|auto|steps|all|no|epoch|cosine|sgd|adamw_torch|arithmetic|gsm8k|mine.py|./broken.py|./binary.py|./exits.py
+./list.py|./keys.py|./noclass.py|./plainclass.py|./required.py|./base.py|./badcheck.py|./odd.py|./folder.py|.../x|a.b|0.0|1.5
+-5|99999999999999999999999|日本|🙈|x y|\\|*|?|[|{|wandb|ORG/NAME|org/name"""
+ODD_VALUES = ["a" * 300, "/" * 5000, "a/" * 2500, "9" * 5000, "[" * 2000, "b" * 300 + ".py"]
+ODD_VALUES += ["\0", "a\0b.py", "a\nb", "\r", "\t", "\x1b[31m", "\udcff", "x.py\n"]
+ODD_KEYS = ["", " ", "steps ", "trainer", "trainer.", ".", "..", "...seed", "data", "data.", "sources", "sources.x", "*"]
+ODD_KEYS += ["__class__", "trainer.__init__", "steps\n", "a" * 3000, "--steps", "-", "\0", "日本", "recipe.name", "trainer.*"]
+WHOLE = ["mine.py", "arithmetic", "arithmetic_ppo", "reverse"]
+FILES = {
+    "mine.py": RECIPE,
+    "broken.py": "def (:\n",
+    "exits.py": "import sys\nsys.exit(3)\n",
+    "list.py": "DEFAULTS = ['steps']\n" + RECIPE.replace("DEFAULTS", "OTHER"),
+    "keys.py": "DEFAULTS = {3: 4}\n" + RECIPE.replace("DEFAULTS", "OTHER"),
+    "noclass.py": RECIPE + "\nData = 5\n",
+    "plainclass.py": RECIPE + "\nclass Data: pass\n",
+    "required.py": RECIPE.replace("size: int = 1", "size: int").replace('"data.size": 5', '"steps": 7'),
+    "base.py": "BASE = 5\n" + RECIPE,
+    "badcheck.py": RECIPE + "\ncheck = 5\n",
+    "odd.py": RECIPE.replace('"steps": 7', '"steps": float("nan"), "trainer.beta": float("inf"), "seed": object()'),
+}
+ENVIRONMENTS: list[dict[str, str]] = [
+    {},
+    {"WORLD_SIZE": "abc"},
+    {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "1"},
+    {"WORLD_SIZE": "-1", "RANK": "x"},
+    {"WORLD_SIZE": "", "LOCAL_WORLD_SIZE": "1e3"},
+]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    for name, text in FILES.items():
+        Path(name).write_text(text)
+    Path("binary.py").write_bytes(os.urandom(64) + b"\0\xff")
+    Path("folder.py").mkdir()
+    return tmp_path
+
+
+def values() -> list[str]:
+    return [*VALUES.strip("\n").replace("\n", "|").split("|"), *ODD_VALUES]
+
+
+def lines(count: int, seed: int) -> Iterator[tuple[list[str], dict[str, str]]]:
+    """Draw command lines: a recipe that is whole, and one to three settings; or a recipe that is not."""
+    draw = random.Random(seed)
+    whole = parse(["recipe=mine.py"], {})
+    keys = [*tree.leaves(whole), *ALIASES, *(f"trainer.{name}" for name in OWNED)]
+    often = [key for key in keys if not key.startswith("trainer.")]
+    pool = values()
+    for _ in range(count):
+        recipe = draw.choice(pool) if draw.random() < 0.1 else draw.choice(WHOLE)
+        settings = []
+        for _ in range(draw.choice((1, 1, 2, 3))):
+            key = draw.choice(draw.choice((keys, keys, keys, often, ODD_KEYS)))
+            settings.append(draw.choice(pool) if draw.random() < 0.02 else f"{key}={draw.choice(pool)}")
+        yield [f"recipe={recipe}", *settings], draw.choice([{}, {}, {}, *ENVIRONMENTS])
+
+
+def fault(argv: Sequence[str], env: dict[str, str], build: bool) -> str | None:
+    """Say what is wrong with the answer to a command line; None: it is taken, or refused as it should be."""
+    try:
+        config = parse(argv, env)
+    except ConfigErrors as error:
+        named = ["recipe", "model", "run", *env, *(shown(argument.partition("=")[0], 100)[:100] for argument in argv)]
+        for line in error.errors:
+            if "\n" in line or "\r" in line or not line.strip():
+                return f"not one line: {line!r}"
+            if not any(key.strip() in line for key in named):
+                return f"names no key: {line!r}"
+            if len(line) > 2000:
+                return f"{len(line)} characters"
+        return None
+    except BaseException as error:
+        return f"{type(error).__name__}: {error}"
+    if wrong := [key for key, leaf in tree.leaves(config).items() if not finite(leaf.value)]:
+        return f"taken, and not finite: {wrong}"
+    if build:
+        try:
+            config.grpo_config()
+        except UserError as error:
+            return None if "\n" not in str(error) else f"not one line: {error}"
+        except BaseException as error:
+            return f"grpo_config: {type(error).__name__}: {error}"
+    return None
+
+
+def finite(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(map(finite, value.values()))
+    if isinstance(value, (list, tuple)):
+        return all(map(finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def faults(count: int, seed: int = 0, build: bool = False) -> list[str]:
+    found = []
+    for argv, env in lines(count, seed):
+        if said := fault(argv, env, build):
+            found.append(f"{argv!r:.300} {env}: {said:.300}")
+    return found
+
+
+def test_hostile_command_lines_are_taken_or_refused(folder: Path) -> None:
+    assert not (found := faults(300)), "\n".join(found)
+
+
+@pytest.mark.reliability
+def test_two_thousand_hostile_command_lines_and_the_settings_that_trl_gets(folder: Path) -> None:
+    assert not (found := faults(2000, seed=1, build=True)), "\n".join(found)
