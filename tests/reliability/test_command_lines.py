@@ -3,6 +3,7 @@
 import math
 import os
 import random
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ ODD_VALUES = ["a" * 300, "/" * 5000, "a/" * 2500, "9" * 5000, "[" * 2000, "b" * 
 ODD_VALUES += ["\0", "a\0b.py", "a\nb", "\r", "\t", "\x1b[31m", "\udcff", "x.py\n"]
 ODD_KEYS = ["", " ", "steps ", "trainer", "trainer.", ".", "..", "...seed", "data", "data.", "sources", "sources.x", "*"]
 ODD_KEYS += ["__class__", "trainer.__init__", "steps\n", "a" * 3000, "--steps", "-", "\0", "日本", "recipe.name", "trainer.*"]
+NUMBERS = ["nan", "inf", "-inf", "1e999", "-1", "0", "1", "0.5", "1,2,nan", "{'a': 1e999}"]
+BROKEN = [f"./{name}" for name in ("list.py", "keys.py", "noclass.py", "exits.py", "broken.py", "base.py", "required.py")]
 WHOLE = ["mine.py", "arithmetic", "arithmetic_ppo", "reverse"]
 FILES = {
     "mine.py": RECIPE,
@@ -69,13 +72,14 @@ def lines(count: int, seed: int) -> Iterator[tuple[list[str], dict[str, str]]]:
     keys = [*tree.leaves(whole), *ALIASES, *(f"trainer.{name}" for name in OWNED)]
     often = [key for key in keys if not key.startswith("trainer.")]
     pool = values()
-    for _ in range(count):
-        recipe = draw.choice(pool) if draw.random() < 0.1 else draw.choice(WHOLE)
+    for number in range(count):
+        recipe = draw.choice(BROKEN if draw.random() < 0.5 else pool) if number % 8 == 0 else draw.choice(WHOLE)
         settings = []
         for _ in range(draw.choice((1, 1, 2, 3))):
             key = draw.choice(draw.choice((keys, keys, keys, often, ODD_KEYS)))
-            settings.append(draw.choice(pool) if draw.random() < 0.02 else f"{key}={draw.choice(pool)}")
-        yield [f"recipe={recipe}", *settings], draw.choice([{}, {}, {}, *ENVIRONMENTS])
+            value = draw.choice(NUMBERS if draw.random() < 0.3 else pool)
+            settings.append(value if draw.random() < 0.02 else f"{key}={value}")
+        yield [f"recipe={recipe}", *settings], draw.choice(ENVIRONMENTS) if number % 5 == 0 else {}
 
 
 def fault(argv: Sequence[str], env: dict[str, str], build: bool) -> str | None:
@@ -114,18 +118,38 @@ def finite(value: Any) -> bool:
     return not isinstance(value, float) or math.isfinite(value)
 
 
-def faults(count: int, seed: int = 0, build: bool = False) -> list[str]:
-    found = []
+def faults(count: int, seed: int = 0, build: bool = False) -> Iterator[str]:
+    """Yield each answer that is not as it should be, with its command line."""
     for argv, env in lines(count, seed):
         if said := fault(argv, env, build):
-            found.append(f"{argv!r:.300} {env}: {said:.300}")
-    return found
+            yield f"{argv!r:.300} {env}: {said:.300}"
 
 
 def test_hostile_command_lines_are_taken_or_refused(folder: Path) -> None:
-    assert not (found := faults(300)), "\n".join(found)
+    assert not (found := list(faults(200))), "\n".join(found)
+
+
+PLANTS: dict[str, tuple[str, str, Any, str]] = {
+    "a number that is none is taken": ("parse", "_is_finite", lambda value: True, "not finite"),
+    "a launcher's variable is a word": (
+        "check",
+        "_processes",
+        lambda env: (int(env.get("WORLD_SIZE", 1)), []),
+        "ValueError",
+    ),
+    "control characters are shown": ("parse", "shown", str, "not one line"),
+    "a recipe's settings are not looked at": ("recipe", "_require_settings", lambda *_: None, "Error: "),
+}
+
+
+@pytest.mark.parametrize("name", PLANTS)
+def test_a_check_that_is_missing_is_found(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control: with one check taken out, the same command lines are not all answered as they should be."""
+    module, function, without, words = PLANTS[name]
+    monkeypatch.setattr(sys.modules[f"rlinvariant.config.{module}"], function, without)
+    assert any(words in line for line in faults(300))
 
 
 @pytest.mark.reliability
 def test_two_thousand_hostile_command_lines_and_the_settings_that_trl_gets(folder: Path) -> None:
-    assert not (found := faults(2000, seed=1, build=True)), "\n".join(found)
+    assert not (found := list(faults(2000, seed=1, build=True))), "\n".join(found)
