@@ -1,5 +1,6 @@
 """Numbers in sentences, and text that came from outside, each in one way everywhere."""
 
+import html
 import sys
 
 
@@ -16,6 +17,11 @@ def percent(share: float) -> str:
 def printable(text: str, keep: str = "") -> str:
     """Write control characters, and others that cannot be seen, as escapes; those in `keep` stay."""
     return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def escaped(text: str, keep: str = "") -> str:
+    """Write a text into HTML, between tags or in an attribute, as `printable` shows it."""
+    return html.escape(printable(text, keep))
 
 
 def say(text: str, error: bool = False) -> None:

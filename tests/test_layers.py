@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 ROWS = (
     {"text"},
     {"deadline", "errors"},
-    {"arguments", "files", "install", "lock", "machine", "stopping"},
+    {"arguments", "files", "install", "lock", "machine", "reading", "stopping"},
     {"bits", "rollout", "runtime", "checkpoints"},
     {"kernels"},
     {"ops"},

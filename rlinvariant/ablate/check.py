@@ -1,6 +1,5 @@
 """Refuse before any run of an ablation starts what that run would refuse."""
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -46,7 +45,7 @@ def refuse_mixed(plan: Plan, configs: Mapping[str, Config]) -> None:
         run = plan.run_dir(arm, seed)
         if not run.config.exists():
             continue
-        then, now = json.loads(run.config.read_text()), configs[arm.name].resolved()
+        then, now = run.read_config(), configs[arm.name].resolved()
         for key in now.keys() & then.keys() - {"run", "resume", "seed"}:
             if not key.startswith("wandb.") and then[key]["value"] != now[key]["value"]:
                 raise UserError(

@@ -1,7 +1,6 @@
 """The runs of an ablation: seeds, arms, settings; from the command line, and from what is there already."""
 
 import difflib
-import json
 import os
 import re
 import shlex
@@ -9,11 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from rlinvariant import reading
 from rlinvariant.ablate.arms import DEFAULT_ARMS, IMPOSSIBLE_ARMS, Arm, arm_named
 from rlinvariant.arguments import twice
 from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.files import RUNS
-from rlinvariant.report.rundir import SCHEMA, RunDir
+from rlinvariant.report.rundir import SCHEMA, RunDir, quoted
 
 REFUSED_SETTINGS = {  # what the user may not set for all arms -> what to do instead
     **dict.fromkeys(("invariance", "staleness"), "each arm sets its own; choose with arms="),
@@ -151,9 +151,11 @@ def extended(plan: Plan) -> Plan:
     if not file.exists():
         return plan
     try:
-        spec = json.loads(file.read_text())
+        spec = reading.read(file, "choose another run=NAME")
         if spec["schema"] != SCHEMA:
-            raise UserError(f"run={plan.name}: {file} has schema {spec['schema']}, expected {SCHEMA}; choose another run=NAME")
+            raise UserError(
+                f"run={plan.name}: {file} has schema {quoted(spec['schema'])}, expected {SCHEMA}; choose another run=NAME"
+            )
         earlier = [Arm(arm["name"], arm["description"], tuple(arm["overrides"])) for arm in spec["arms"]]
         seeds = sorted({*plan.seeds, *map(int, spec["seeds"])})
     except (ValueError, KeyError, TypeError, OSError) as error:

@@ -1,7 +1,7 @@
 """Run an ablation's runs one after the other, each in a process of its own, and go on where an earlier command ended."""
 
-import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from rlinvariant import stopping
+from rlinvariant import reading, stopping
 from rlinvariant.ablate.arms import Arm
 from rlinvariant.ablate.plan import Plan
 from rlinvariant.errors import stop_code
@@ -58,8 +58,9 @@ def prepare(run: RunDir, steps: int) -> tuple[bool, str]:
     if not run.config.exists():
         run.path.mkdir(parents=True, exist_ok=True)
         return False, ""
-    config = json.loads(run.config.read_text())
-    checkpoints = {int(p.name.partition("-")[2]): p for p in run.checkpoints.glob("checkpoint-*")}
+    config = run.read_config()
+    names = ((re.fullmatch(r"checkpoint-(\d+)", p.name), p) for p in run.checkpoints.glob("checkpoint-*"))
+    checkpoints = {int(name[1]): p for name, p in names if name}
     for step in [step for step, p in checkpoints.items() if not (p / "trainer_state.json").exists()]:  # written last
         torn = checkpoints.pop(step)
         torn.rename(torn.with_name(f"torn-{torn.name}"))
@@ -134,11 +135,14 @@ def _last_step(metrics: Path) -> int:
     with metrics.open("rb") as file:
         file.seek(max(0, metrics.stat().st_size - 2**16))
         lines = [line for line in file.read().splitlines(keepends=True)[-2:] if line.endswith(b"\n")]
-    return json.loads(lines[-1])["step"] if lines and lines[-1].startswith(b"{") else 0
+    try:
+        return int(reading.parse(lines[-1])["step"]) if lines else 0
+    except (ValueError, TypeError, KeyError):  # a damaged line; the run itself says which
+        return 0
 
 
 def _outcome(run: RunDir) -> str:
     """Say what a run reached."""
-    result = json.loads(run.result.read_text())
+    result = run.read_result()
     before, after = (result.get(f"accuracy_{when}") for when in ("before", "after"))
     return "finished" if after is None or before is None else f"accuracy {percent(before)} -> {percent(after)}"

@@ -1,13 +1,12 @@
 """The page of a demo."""
 
 import shlex
-from html import escape
 from pathlib import Path
 from typing import Any
 
 from rlinvariant.demo.measure import summary
 from rlinvariant.report import html
-from rlinvariant.text import printable
+from rlinvariant.text import escaped
 
 
 def page(result: dict[str, Any]) -> str:
@@ -94,4 +93,4 @@ def _number(value: float | None) -> str:
 
 
 def _text(text: str) -> str:
-    return escape(printable(text))
+    return escaped(text)

@@ -4,19 +4,20 @@ import base64
 import hashlib
 import json
 import math
+import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from rlinvariant import reading
 from rlinvariant.files import require_writable, write_atomically
 from rlinvariant.report import stats, svg, tables
 from rlinvariant.report.panels import PANELS, Panel
 from rlinvariant.report.study import Run, Study, load
-from rlinvariant.text import percent, plural, printable
+from rlinvariant.text import escaped, percent, plural
 
 HERE = Path(__file__).parent
 SHORT_RUN_STEPS = 200  # up to so many, every single step can be seen
@@ -73,7 +74,7 @@ def _title(study: Study) -> str:
 
 
 def _text(text: str) -> str:
-    return escape(printable(text))
+    return escaped(text)
 
 
 def _outcome(study: Study) -> str:
@@ -197,7 +198,12 @@ def _samples(study: Study) -> str:
     found = []
     for arm in study.arms:
         for run in arm.runs[:1]:
-            rows, skipped = _some_samples(run.path / "samples.jsonl")
+            file = run.path / "samples.jsonl"
+            try:
+                rows, skipped = _some_samples(file)
+            except OSError as error:
+                rows, skipped = [], 0
+                found.append(f'<p class="small">{_text(f"{file}: cannot be read ({error.strerror}).")}</p>')
             for row in rows[-1:] if study.is_ablation else rows:
                 found.append(_sample(row, f"{arm.name}, seed {run.seed}" if study.is_ablation else ""))
             if skipped:
@@ -208,7 +214,7 @@ def _samples(study: Study) -> str:
 
 def _some_samples(file: Path, count: int = 3) -> tuple[list[dict[str, Any]], int]:
     """Return the first and the last `count` whole lines, and how many of them are not JSON objects."""
-    if not file.is_file():
+    if not os.path.lexists(file):
         return [], 0
     first: list[bytes] = []
     last: deque[bytes] = deque(maxlen=count)
@@ -219,7 +225,7 @@ def _some_samples(file: Path, count: int = 3) -> tuple[list[dict[str, Any]], int
     rows, skipped = [], 0
     for line in [*first, *last]:
         try:
-            row = json.loads(line)
+            row = reading.parse(line)
             row["step"]
             rows.append(row)
         except (ValueError, TypeError, KeyError):
@@ -244,7 +250,7 @@ def _cut(value: Any) -> str:
     if len(text) > SAMPLE_CHARACTERS:
         note = f'<span class="small">cut: the first {SAMPLE_CHARACTERS:,} of {len(text):,} characters</span>'
         text = text[:SAMPLE_CHARACTERS]
-    return f"<pre>{escape(printable(text, keep=chr(10)))}</pre>{note}"
+    return f"<pre>{escaped(text, keep=chr(10))}</pre>{note}"
 
 
 def _reproduce(study: Study) -> str:

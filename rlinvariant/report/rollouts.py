@@ -18,9 +18,10 @@ from typing import Any
 
 import numpy as np
 
+from rlinvariant import reading
 from rlinvariant.errors import UserError, one_line
 from rlinvariant.files import write_atomically
-from rlinvariant.report.rundir import SCHEMA, RunDir
+from rlinvariant.report.rundir import SCHEMA, RunDir, quoted
 from rlinvariant.rollout import Batch, Completion, Rollout
 
 
@@ -60,9 +61,11 @@ def read(run: str | Path, step: int) -> tuple[Rollout, dict[str, Any]]:
     try:
         with np.load(path, allow_pickle=False) as file:
             found = {name: file[name] for name in file.files}
-        about = json.loads(str(found["about"]))
+        about = reading.parse(str(found["about"]))
         if about["schema"] != SCHEMA:
-            raise UserError(f"{path}: expected schema {SCHEMA}, found {about['schema']}: of another version of rlinvariant")
+            raise UserError(
+                f"{path}: expected schema {SCHEMA}, found {quoted(about['schema'])}: of another version of rlinvariant"
+            )
         prompts, ids, logprobs = (
             _split(found[name], found[f"{of}_lengths"])
             for name, of in (("prompts", "prompt"), ("completions", "completion"), ("logprobs", "completion"))

@@ -10,15 +10,19 @@ disk, so a killed run leaves every row it appended. JSON has no NaN and no infin
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
 
+from rlinvariant import reading
 from rlinvariant.errors import UserError
 from rlinvariant.files import sync_directory, write_atomically
 from rlinvariant.machine import environment
+from rlinvariant.text import shown
 
 SCHEMA = 1  # of the files of a run and of an ablation: runs of two of them are not compared
+LARGEST = 1e100  # of a number that a report draws
 _NONFINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -43,7 +47,8 @@ class RunDir:
         which would no longer be true, as result.1.json, ...
 
         Raises:
-            UserError: not resuming and the directory holds files; resuming and it holds no run; it cannot be written.
+            UserError: not resuming and the directory holds files; resuming and it holds no run, or a line of it is damaged; it
+                cannot be written.
         """
         run = cls(path)
         try:
@@ -52,16 +57,16 @@ class RunDir:
             if resume and not run.config.exists():
                 raise UserError(f"resume: {run.path} holds no run (no config.json); name one that exists, or drop resume")
             run.path.mkdir(parents=True, exist_ok=True)
+            repair(run.metrics, "step")
+            repair(run.samples)
             text = _json_text(config)
-            if resume and run.config.read_text() != text:
+            if resume and run.config.read_bytes() != text.encode():
                 taken = sum(1 for _ in run.path.glob("config.*.json"))
-                write_atomically(run.path / f"config.{taken + 1}.json", run.config.read_text())
+                write_atomically(run.path / f"config.{taken + 1}.json", run.config.read_bytes())
             if run.result.exists():
                 taken = sum(1 for _ in run.path.glob("result.*.json"))
                 os.replace(run.result, run.path / f"result.{taken + 1}.json")
             write_atomically(run.config, text)
-            for lines in (run.metrics, run.samples):
-                _cut_torn_line(lines)
         except OSError as error:
             raise UserError(f"run: cannot write {run.path} ({error.strerror}); choose another run=NAME") from error
         return run
@@ -69,7 +74,24 @@ class RunDir:
     @property
     def is_finished(self) -> bool:
         """Whether the run has come to its end; of one that stopped before, result.json says why."""
-        return self.result.is_file() and json.loads(self.result.read_text()).get("finished") is True
+        return self.read_result().get("finished") is True
+
+    def read_config(self) -> dict[str, dict[str, Any]]:
+        """Return config.json: each key with its value and source. Raises UserError if it is missing or damaged."""
+        config = reading.read(self.config)
+        for key, entry in config.items():
+            if not isinstance(entry, dict) or "value" not in entry:
+                expected = '{"value": ..., "source": ...}'
+                raise UserError(f"{self.config}: {shown(key)} is {quoted(entry)}, expected {expected}; {reading.RESTORE}")
+        return config
+
+    def read_result(self) -> dict[str, Any]:
+        """Return result.json, {} if there is none. Raises UserError if it is damaged."""
+        result = numbers(reading.read(self.result)) if os.path.lexists(self.result) else {}
+        for key in ("accuracy_before", "accuracy_after"):
+            if (value := result.get(key)) is not None and not isinstance(value, int | float):
+                raise UserError(f"{self.result}: {key} is {quoted(value)}, expected a number or null; {reading.RESTORE}")
+        return result
 
     def write_environment(self, extra: Mapping[str, Any]) -> None:
         """Write environment.json: what `machine.environment()` finds, and `extra` (GPU, kernels actually used) over it."""
@@ -102,24 +124,49 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     went back over. A last line without its newline was torn by a kill and is left out.
 
     Raises:
-        ValueError: any other line is not a JSON object with an integer "step" (file and line number given).
+        UserError: the file cannot be read, or any other line is not a JSON object with an integer "step" (file and line number
+            given).
     """
     path = Path(path)
-    path = path / "metrics.jsonl" if path.is_dir() else path
     rows: list[dict[str, Any]] = []
-    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
-        if not line.endswith(b"\n"):
-            break
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}:{number}: not a line of JSON") from error
-        if not isinstance(row, dict) or type(row.get("step")) is not int:
-            raise ValueError(f'{path}:{number}: expected a JSON object with an integer "step"')
+    for row in reading.rows(path if path.suffix == ".jsonl" else path / "metrics.jsonl", "step"):
         while rows and rows[-1]["step"] >= row["step"]:
             rows.pop()
-        rows.append({key: _NONFINITE.get(value, value) if isinstance(value, str) else value for key, value in row.items()})
+        rows.append(numbers(row))
     return rows
+
+
+def quoted(value: Any) -> str:
+    """Return a value of a file for a message: as JSON, and cut."""
+    text = json.dumps(value)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def numbers(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row with the floats that JSON has no form for, which were written as strings; beyond LARGEST is infinite.
+
+    So no sum, square or power of ten of what a reader draws can overflow.
+    """
+
+    def number(value: Any) -> Any:
+        if isinstance(value, str):
+            return _NONFINITE.get(value, value)
+        return math.copysign(math.inf, value) if isinstance(value, float) and abs(value) > LARGEST else value
+
+    return {key: number(value) for key, value in row.items()}
+
+
+def gaps(rows: Sequence[Mapping[str, Any]], last: int = 0) -> str:
+    """Say which steps have no row, from the first one to `last` or the last that has one: "3, 7 to 9"; "" if none is missing.
+
+    Args:
+        rows: as `read_metrics` gives them.
+        last: the last step that must have a row.
+    """
+    steps = [0, *(row["step"] for row in rows)]
+    holes = [(a + 1, b - 1) for a, b in pairwise([*steps, max(last, steps[-1]) + 1]) if b > a + 1]
+    said = [f"{a}" if a == b else f"{a} to {b}" for a, b in holes]
+    return ", ".join(said[:5]) + (f" and {len(said) - 5} more" if len(said) > 5 else "")
 
 
 def _jsonable(value: Any) -> Any:
@@ -150,11 +197,21 @@ def _append_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         os.fsync(file.fileno())
 
 
-def _cut_torn_line(path: Path) -> None:
-    """Create the file if it is missing; drop what follows its last newline."""
+def repair(path: Path, *keys: str) -> None:
+    """Make a file that grows by lines fit to go on: create it if it is missing, and drop what follows its last newline.
+
+    Args:
+        path: the file.
+        keys: that each row must have, with a whole number.
+
+    Raises:
+        UserError: a line before the last is damaged; its number is said, and the file is left as it is.
+    """
+    path.touch()
+    for _ in reading.rows(path, *keys):
+        pass
     with path.open("ab+") as file:
         file.seek(0)
-        whole = file.read().rfind(b"\n") + 1
-        file.truncate(whole)
+        file.truncate(file.read().rfind(b"\n") + 1)
         os.fsync(file.fileno())
     sync_directory(path.parent)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from rlinvariant import reading
 from rlinvariant.errors import UserError
 from rlinvariant.files import RUNS
 from rlinvariant.report.panels import KEYS, PANELS
-from rlinvariant.report.rundir import SCHEMA, RunDir, read_metrics
+from rlinvariant.report.rundir import SCHEMA, RunDir, gaps, quoted, read_metrics
 from rlinvariant.report.stats import LAST, MEASURES, Estimate, Measure, Row, Verdict, estimate, verdict
 
 EXACT = "exact"  # the arm that the others are compared with
@@ -102,18 +104,21 @@ def load(path: str | Path) -> Study:
         UserError: it holds neither; a file in it is not what it should be; runs that cannot be compared are in one ablation.
     """
     path = Path(path)
-    for place in (path, RUNS / path):
-        if (place / "ablation.json").is_file():
-            return _ablation(place)
-        if RunDir(place).config.is_file():
-            return _single(place)
+    try:
+        for place in (path, RUNS / path):
+            if (place / "ablation.json").is_file():
+                return _ablation(place)
+            if RunDir(place).config.is_file():
+                return _single(place)
+    except OSError as error:
+        raise UserError(f"{error.filename or path}: cannot be read ({error.strerror}); restore it") from error
     raise UserError(f"{path}: holds no ablation.json and no config.json; give the directory of a run or of an ablation")
 
 
 def _single(path: Path) -> Study:
     run = _run(path, None)
     if (schema := run.environment.get("schema", SCHEMA)) != SCHEMA:
-        raise UserError(f"{path}: schema {schema}, expected {SCHEMA}; report it with the version that wrote it")
+        raise UserError(f"{path}: schema {quoted(schema)}, expected {SCHEMA}; report it with the version that wrote it")
     name = str(run.setting("run") or path.name)
     arm = Arm(name, f"invariance={run.setting('invariance')}", [], [run])
     recipe, steps = str(run.setting("recipe")), int(run.setting("steps") or 0)
@@ -124,14 +129,16 @@ def _single(path: Path) -> Study:
 
 def _ablation(path: Path) -> Study:
     file = path / "ablation.json"
-    spec = _json(file)
+    spec = reading.read(file)
     if spec.get("schema") != SCHEMA:
-        raise UserError(f"{file}: schema {spec.get('schema')}, expected {SCHEMA}; report it with the version that wrote it")
+        raise UserError(
+            f"{file}: schema {quoted(spec.get('schema'))}, expected {SCHEMA}; report it with the version that wrote it"
+        )
     try:
         recipe, steps, seeds = spec["recipe"], int(spec["steps"]), [int(seed) for seed in spec["seeds"]]
         arms = [Arm(str(arm["name"]), str(arm["description"]), list(map(str, arm["overrides"])), []) for arm in spec["arms"]]
         study = Study(path, recipe, steps, str(spec["command"]), arms, is_ablation=True)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{file}: not the description of an ablation ({type(error).__name__}: {error})") from error
     missing = []
     for arm in arms:
@@ -158,7 +165,7 @@ def _refuse_mixed(study: Study) -> None:
     if odd:
         raise UserError(f"{study.path}: an ablation of recipe={study.recipe}, but {', '.join(odd)}; move them elsewhere")
     odd = [
-        f"{arm.name}/seed-{run.seed} has schema {schema}"
+        f"{arm.name}/seed-{run.seed} has schema {quoted(schema)}"
         for arm, run in study.runs
         if (schema := run.environment.get("schema", SCHEMA)) != SCHEMA
     ]
@@ -168,32 +175,21 @@ def _refuse_mixed(study: Study) -> None:
 
 def _run(path: Path, seed: int | None) -> Run:
     files = RunDir(path)
-    config = _json(files.config)
-    for key, entry in config.items():
-        if not isinstance(entry, dict) or "value" not in entry:
-            raise UserError(f'{files.config}: {key} is {_short(entry)}, expected {{"value": ..., "source": ...}}; restore it')
+    config = files.read_config()
     for key in ("seed", "steps"):
         value = config.get(key, {}).get("value")
-        if value is not None and type(value) is not int and not str(value).isdecimal():
-            raise UserError(f"{files.config}: {key} is {_short(value)}, expected an integer; restore it")
-    try:
-        rows = read_metrics(path) if files.metrics.is_file() else []
-    except ValueError as error:
-        raise UserError(f"{error}; restore it, or remove that line") from error
-    except OSError as error:
-        raise UserError(f"{files.metrics}: cannot be read ({error.strerror}); restore it") from error
+        if value is not None and type(value) is not int and not (str(value).isdecimal() and len(str(value)) < 19):
+            raise UserError(f"{files.config}: {key} is {quoted(value)}, expected an integer; restore it")
+    rows = read_metrics(path) if os.path.lexists(files.metrics) else []
     _check_numbers(files.metrics, rows)
-    environment, result = (_json(file) if file.is_file() else {} for file in (files.environment, files.result))
+    environment = reading.read(files.environment) if os.path.lexists(files.environment) else {}
     cpu = environment.get("cpu")
     objects = {key: environment.get(key) for key in ("git", "packages", "cpu", "threads", "kernels", "vllm_environment")}
     for key, value in (objects | {"cpu.isa": cpu.get("isa") if isinstance(cpu, dict) else None}).items():
         if value is not None and not isinstance(value, dict):
-            raise UserError(f"{files.environment}: {key} is {_short(value)}, expected a JSON object; restore it")
-    for key in ("accuracy_before", "accuracy_after"):
-        if (value := result.get(key)) is not None and not isinstance(value, int | float):
-            raise UserError(f"{files.result}: {key} is {_short(value)}, expected a number or null; restore it")
+            raise UserError(f"{files.environment}: {key} is {quoted(value)}, expected a JSON object; restore it")
     given = config.get("seed", {}).get("value")
-    return Run(path, int(given or 0) if seed is None else seed, config, environment, result, rows)
+    return Run(path, int(given or 0) if seed is None else seed, config, environment, files.read_result(), rows)
 
 
 def _check_numbers(file: Path, rows: Sequence[Row]) -> None:
@@ -211,22 +207,7 @@ def _check_numbers(file: Path, rows: Sequence[Row]) -> None:
                 expected = "a whole number of tokens"
             else:
                 continue
-            raise UserError(f"{file}: step {row['step']}: {key} is {_short(value)}, expected {expected}; restore it")
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 40 else text[:37] + "..."
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read as JSON ({error}); restore it") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{file}: expected a JSON object, found {type(found).__name__}; restore it")
-    return found
+            raise UserError(f"{file}: step {row['step']}: {key} is {quoted(value)}, expected {expected}; restore it")
 
 
 def _notes(study: Study) -> list[str]:
@@ -234,6 +215,7 @@ def _notes(study: Study) -> list[str]:
     notes = []
     place = {id(run): f"{arm.name}/seed-{run.seed}" if study.is_ablation else "this run" for arm, run in study.runs}
     for _, run in study.runs:
+        notes += [f"{place[id(run)]}: {lost}." for lost in _lost(run)]
         if not run.rows:
             notes.append(f"{place[id(run)]} has no step: it ended before the first one{run.why}.")
         elif not run.finished:
@@ -266,6 +248,18 @@ def _notes(study: Study) -> list[str]:
                 where = f"step {bad[0]}" if len(bad) == 1 else f"{len(bad)} steps, first {bad[0]}"
                 notes.append(f"{panel.title}: not a finite number in {place[id(run)]} at {where}; the curve has a gap there.")
     return notes
+
+
+def _lost(run: Run) -> list[str]:
+    """Say what a run should have and has not."""
+    said = []
+    if unknown := [key for key in ("recipe", "seed", "steps") if run.setting(key) is None]:
+        said.append(f"config.json has no {', no '.join(unknown)}")
+    if not run.environment:
+        said.append("environment.json is missing or empty, so machine and versions are not known")
+    if missing := gaps(run.rows):
+        said.append(f"metrics.jsonl has no row of step {missing}, and no number here counts them")
+    return said
 
 
 def command(config: Mapping[str, Any]) -> str:

@@ -4,14 +4,13 @@ import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
 import numpy as np
 
 from rlinvariant.report.panels import Scale
 from rlinvariant.report.stats import Estimate
-from rlinvariant.text import percent
+from rlinvariant.text import escaped, percent, printable
 
 WIDTH, HEIGHT = 520, 240
 LEFT, TOP, BOTTOM = 66, 10, 34
@@ -74,8 +73,8 @@ def chart(title: str, unit: str, lines: Sequence[Line], scale: Scale) -> str:
         return x0 + (np.asarray(steps, float) - first) / max(last - first, 1) * (x1 - x0)
 
     parts = [
-        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title, quote=True)}, '
-        f'{escape(unit, quote=True)}, against the step" data-x="{x0} {x1:.0f} {first:g} {last:g}">'
+        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escaped(title)}, '
+        f'{escaped(unit)}, against the step" data-x="{x0} {x1:.0f} {first:g} {last:g}">'
     ]
     for value, text in axis.ticks:
         y = float(axis.place(np.array([value]))[0])
@@ -100,7 +99,7 @@ def chart(title: str, unit: str, lines: Sequence[Line], scale: Scale) -> str:
         if line.raw is not line.mean:
             parts.append(f'<path class="raw c{line.style % COLOURS}" d="{_curve(x, axis.place(line.raw))}"/>')
     for line, x, (y, _, _) in reversed(drawn):  # the first, which the others are compared with, on top
-        parts.append(f'<path {style(line.style)} data-label="{escape(line.label, quote=True)}" d="{_curve(x, y)}"/>')
+        parts.append(f'<path {style(line.style)} data-label="{escaped(line.label)}" d="{_curve(x, y)}"/>')
     if labels:
         parts += _end_labels(drawn, x1, floor)
     parts.append(f'<path class="cursor" d="M0 {TOP}V{floor}"/></svg>')
@@ -119,7 +118,7 @@ def dots(title: str, rows: Sequence[tuple[str, int, Estimate, Sequence[float]]],
     def across(value: float) -> float:
         return x0 + (value * factor - low) / (high - low) * (x1 - x0)
 
-    parts = [f'<svg class="chart" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title, quote=True)}">']
+    parts = [f'<svg class="chart" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escaped(title)}">']
     for value in ticks:
         x = across(value / factor)
         label = _decimal(value, ticks)
@@ -128,7 +127,7 @@ def dots(title: str, rows: Sequence[tuple[str, int, Estimate, Sequence[float]]],
         )
     for i, (label, index, found, seeds) in enumerate(rows):
         y = 22 * i + 16
-        parts.append(f'<text class="row" x="{left - 10:.1f}" y="{y + 4}">{escape(label)}</text>')
+        parts.append(f'<text class="row" x="{left - 10:.1f}" y="{y + 4}">{escaped(label)}</text>')
         parts += [f'<circle class="seed c{index % COLOURS}" cx="{across(s):.1f}" cy="{y}" r="2.6"/>' for s in seeds]
         if found.has_interval:
             parts.append(f'<path class="line c{index % COLOURS}" d="M{across(found.low):.1f} {y}H{across(found.high):.1f}"/>')
@@ -269,7 +268,7 @@ def _end_labels(drawn: Sequence[tuple[Line, np.ndarray, list[np.ndarray]]], x1: 
     places = _apart([y for y, _, _ in ends], TOP, floor)
     return [
         f'<path class="leader c{line.style % COLOURS}" d="M{x + 2:.1f} {y:.1f}L{x1 + 9:.1f} {place:.1f}"/>'
-        f'<text class="label c{line.style % COLOURS}" x="{x1 + 11:.1f}" y="{place + 4:.1f}">{escape(_short(line.label))}</text>'
+        f'<text class="label c{line.style % COLOURS}" x="{x1 + 11:.1f}" y="{place + 4:.1f}">{escaped(_short(line.label))}</text>'
         for (y, x, line), place in zip(ends, places, strict=True)
     ]
 
@@ -304,6 +303,6 @@ def _numbers(lines: Sequence[Line]) -> str:
     for line in lines:
         running = line.mean if line.raw is not line.mean else np.full(len(line.mean), math.nan)
         columns = (v.tolist() for v in (line.steps, line.raw, line.low, line.high, running))
-        found.append({"label": line.label, "points": [point(*values) for values in zip(*columns, strict=True)]})
+        found.append({"label": printable(line.label), "points": [point(*values) for values in zip(*columns, strict=True)]})
     text = json.dumps(found, separators=(",", ":")).replace("<", "\\u003c")
     return f'<script type="application/json">{text}</script>'

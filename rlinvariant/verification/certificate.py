@@ -13,6 +13,8 @@ from typing import Any, TypedDict
 
 import torch
 
+from rlinvariant import reading
+from rlinvariant.errors import UserError
 from rlinvariant.files import require_writable, unwritable, write_atomically
 from rlinvariant.kernels.cpu import cache_dir
 from rlinvariant.machine import environment
@@ -173,10 +175,8 @@ def found_here() -> list[dict[str, Any]]:
 def _read(path: Path) -> dict[str, Any] | None:
     """Return a certificate; None if the file does not exist, and an empty one, which does not say exact, if it is damaged."""
     try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError):
+        return reading.read(path) if path.exists() else None
+    except (OSError, UserError):
         return {}
 
 

@@ -107,7 +107,7 @@ def test_a_bad_line_elsewhere_is_an_error_that_names_it(tmp_path):
         ('{"step": true}', "expected a JSON object"),
     ):
         path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
-        with pytest.raises(ValueError, match=rf"metrics\.jsonl:2: {message}"):
+        with pytest.raises(UserError, match=rf"metrics\.jsonl:2: {message}"):
             read_metrics(path)
 
 
