@@ -22,6 +22,7 @@ from rlinvariant.files import require_writable, write_atomically
 from rlinvariant.install import install_hint
 from rlinvariant.report import tables, wandb_log
 from rlinvariant.report.panels import PANELS, Panel
+from rlinvariant.report.rundir import quoted
 from rlinvariant.report.study import Run, Study, load
 from rlinvariant.text import plural
 
@@ -43,6 +44,7 @@ def push(path: str | Path) -> list[str]:
     if importlib.util.find_spec("wandb_workspaces") is None:
         raise UserError(f"dashboard push: wandb-workspaces is not installed; {INSTALL}")
     study = load(path)
+    _refuse_names(study)
     run = next((run for _, run in study.runs), None)
     if run is None:
         raise UserError(f"{study.path}: no run has started, so there is nothing to show")
@@ -116,6 +118,7 @@ def sync(path: str | Path) -> list[str]:
             reached with the login that there is.
     """
     study = load(path)
+    _refuse_names(study)
     has = {name: importlib.util.find_spec(name) is not None for name in ("wandb", "tensorboard")}
     if not any(has.values()):
         raise UserError(f"dashboard sync: neither wandb nor tensorboard is installed; {INSTALL}")
@@ -135,6 +138,17 @@ def sync(path: str | Path) -> list[str]:
             said.append(f"{run.path}: {plural(len(run.rows), 'step')} to TensorBoard, {_to_tensorboard(run)}")
     said += [f"{name} is not installed; {INSTALL}" for name, there in has.items() if not there]
     return said
+
+
+def _refuse_names(study: Study) -> None:
+    """Raise UserError where a name that W&B is to use is no text: config.json is damaged."""
+    for _, run in study.runs:
+        for key in ("run", "wandb.project", "wandb.entity", "wandb.group"):
+            if not isinstance(value := run.setting(key), str | None):
+                raise UserError(f"{run.path / 'config.json'}: {key} is {quoted(value)}, expected a text or null; restore it")
+        tags = run.setting("wandb.tags") or []
+        if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
+            raise UserError(f"{run.path / 'config.json'}: wandb.tags is {quoted(tags)}, expected a list of texts; restore it")
 
 
 def _to_wandb(study: Study, run: Run, online: bool) -> str:

@@ -9,8 +9,6 @@ CRC: a damaged file is seen.
 import io
 import json
 import re
-import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -77,8 +75,10 @@ def read(run: str | Path, step: int) -> tuple[Rollout, dict[str, Any]]:
         for number in dict.fromkeys(numbers):
             of = [r for r in requests if r[3] == number]
             batches.append(Batch([r[0] for r in of], [r[1] for r in of], [r[2] for r in of]))
-        return Rollout(batches, **about["sampling"]), about["run"]
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        return Rollout(batches, **_sampling(about["sampling"])), dict(about["run"])
+    except UserError:
+        raise
+    except Exception as error:  # numpy and zipfile raise whatever a damaged byte leads them to
         fix = f"replay another step: {listed([k for k in steps(run) if k != step])}"
         raise UserError(f"{path}: damaged ({one_line(error, 120)}); {fix}") from error
 
@@ -95,6 +95,21 @@ def listed(numbers: Sequence[int]) -> str:
 
 def _path(run: str | Path, step: int) -> Path:
     return RunDir(run).rollouts / f"step-{step}.npz"
+
+
+def _sampling(found: dict[str, Any]) -> dict[str, Any]:
+    """Return how a rollout was drawn. Raises ValueError if a value is of another type than `write` gives it."""
+    is_count = {
+        "max_tokens": type(found["max_tokens"]) is int,
+        "stop_token_ids": all(type(x) is int for x in found["stop_token_ids"]),
+    }
+    right = is_count | {
+        "temperature": type(found["temperature"]) in (int, float),
+        "weights_sha256": type(found["weights_sha256"]) is str,
+    }
+    if wrong := [name for name, ok in right.items() if not ok]:
+        raise ValueError(f"{wrong[0]} is {quoted(found[wrong[0]])}")
+    return found
 
 
 def _split(flat: np.ndarray, lengths: np.ndarray) -> list[list[Any]]:

@@ -18,6 +18,7 @@ from rlinvariant.files import RUNS
 from rlinvariant.report.panels import KEYS, PANELS
 from rlinvariant.report.rundir import SCHEMA, RunDir, gaps, quoted, read_metrics
 from rlinvariant.report.stats import LAST, MEASURES, Estimate, Measure, Row, Verdict, estimate, verdict
+from rlinvariant.text import shown
 
 EXACT = "exact"  # the arm that the others are compared with
 COUNTS = tuple(f"onpolicy/{name}_tokens" for name in ("mismatched", "compared", "unscored"))
@@ -138,6 +139,8 @@ def _ablation(path: Path) -> Study:
         recipe, steps, seeds = spec["recipe"], int(spec["steps"]), [int(seed) for seed in spec["seeds"]]
         arms = [Arm(str(arm["name"]), str(arm["description"]), list(map(str, arm["overrides"])), []) for arm in spec["arms"]]
         study = Study(path, recipe, steps, str(spec["command"]), arms, is_ablation=True)
+        if not arms:
+            raise ValueError("no arm")
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{file}: not the description of an ablation ({type(error).__name__}: {error})") from error
     missing = []
@@ -158,12 +161,14 @@ def _ablation(path: Path) -> Study:
 def _refuse_mixed(study: Study) -> None:
     """Refuse runs of several recipes, or of several layouts of files, in one ablation."""
     odd = [
-        f"{arm.name}/seed-{run.seed} has recipe={run.setting('recipe')}"
+        f"{arm.name}/seed-{run.seed} has recipe={shown(run.setting('recipe'), 40)}"
         for arm, run in study.runs
         if run.setting("recipe") != study.recipe
     ]
     if odd:
-        raise UserError(f"{study.path}: an ablation of recipe={study.recipe}, but {', '.join(odd)}; move them elsewhere")
+        raise UserError(
+            f"{study.path}: an ablation of recipe={shown(study.recipe, 40)}, but {', '.join(odd)}; move them elsewhere"
+        )
     odd = [
         f"{arm.name}/seed-{run.seed} has schema {quoted(schema)}"
         for arm, run in study.runs

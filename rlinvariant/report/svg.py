@@ -266,10 +266,11 @@ def _end_labels(drawn: Sequence[tuple[Line, np.ndarray, list[np.ndarray]]], x1: 
             ends.append((float(y[at[-1]]), float(x[at[-1]]), line))
     ends.sort(key=lambda end: end[0])
     places = _apart([y for y, _, _ in ends], TOP, floor)
+    labels = [escaped(_short(line.label)) for _, _, line in ends]
     return [
         f'<path class="leader c{line.style % COLOURS}" d="M{x + 2:.1f} {y:.1f}L{x1 + 9:.1f} {place:.1f}"/>'
-        f'<text class="label c{line.style % COLOURS}" x="{x1 + 11:.1f}" y="{place + 4:.1f}">{escaped(_short(line.label))}</text>'
-        for (y, x, line), place in zip(ends, places, strict=True)
+        f'<text class="label c{line.style % COLOURS}" x="{x1 + 11:.1f}" y="{place + 4:.1f}">{label}</text>'
+        for (y, x, line), place, label in zip(ends, places, labels, strict=True)
     ]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from rlinvariant.errors import UserError, one_line
 from rlinvariant.install import install_hint
+from rlinvariant.text import shown
 
 Log = Callable[[Mapping[str, Any], int], None]
 
@@ -41,21 +42,28 @@ def start(
     mode, name = "online" if has_login else "offline", Path(str(config["run"]["value"]))
     _silence()
     import wandb
+    from wandb.errors import Error
 
-    run = wandb.init(
-        project=settings.project,
-        entity=settings.entity,
-        group=settings.group,
-        job_type=name.parent.name or None,
-        tags=list(settings.tags) or None,
-        name=str(name),
-        id=run_id,
-        resume="allow" if run_id and mode == "online" else None,
-        dir=str(run_dir),
-        mode=mode,
-        config={key: entry["value"] for key, entry in config.items()},
-        settings=wandb.Settings(silent=True),
-    )
+    try:
+        run = wandb.init(
+            project=settings.project,
+            entity=settings.entity,
+            group=settings.group,
+            job_type=name.parent.name or None,
+            tags=list(settings.tags) or None,
+            name=str(name),
+            id=run_id,
+            resume="allow" if run_id and mode == "online" else None,
+            dir=str(run_dir),
+            mode=mode,
+            config={key: entry["value"] for key, entry in config.items()},
+            # Its metadata has the command line as it was typed, and the remote of git, both perhaps with a secret in them
+            settings=wandb.Settings(silent=True, x_disable_meta=True, disable_git=True),
+        )
+    except Error as error:
+        raise UserError(
+            f"wandb.project={shown(settings.project, 40)}: W&B: {one_line(error, 200)}; wandb.mode=disabled"
+        ) from error
     return mode, lambda row, step: run.log(dict(row), step=step), run.finish
 
 
