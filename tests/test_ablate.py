@@ -203,7 +203,7 @@ def test_arms_and_seeds_are_added_to_what_is_there():
     with pytest.raises(UserError, match=r"run=x: .*ablation.json has schema 2, expected 1; choose another run=NAME"):
         extended(plan("run=x"))
     file.write_text("{")
-    with pytest.raises(UserError, match="run=x: .*ablation.json is not an ablation's"):
+    with pytest.raises(UserError, match="ablation.json: cannot be read as JSON .*; choose another run=NAME"):
         extended(plan("run=x"))
 
 
