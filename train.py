@@ -2,7 +2,7 @@
 
 import sys
 
-from rlinvariant.cli import end, main
+from rlinvariant.cli import end
 
 if __name__ == "__main__":
-    end(main(["train", *sys.argv[1:]], script="train.py"))
+    end(["train", *sys.argv[1:]], script="train.py")

@@ -18,9 +18,10 @@ from typing import NamedTuple, NoReturn
 
 from rlinvariant import errors
 from rlinvariant.arguments import CommandParser, suggestion, wrapped
-from rlinvariant.errors import ConfigErrors, ParityError, UserError
+from rlinvariant.errors import ConfigErrors, ParityError, PeerFailed, UserError
 from rlinvariant.install import require_working_install
-from rlinvariant.launch import rank
+from rlinvariant.launch import is_launched, rank
+from rlinvariant.peers import is_loss
 from rlinvariant.text import say
 
 DESCRIPTION = "Exact on-policy RL: vLLM samples and a Hugging Face model trains, and their log-probs are the same 32 bits."
@@ -154,15 +155,29 @@ def _reported(command: Callable[[], int | None]) -> int:
     except ParityError as error:
         say(f"error: {error}", error=True)
         return errors.NOT_EXACT
+    except PeerFailed as error:
+        if main_process:
+            say(f"error: {error}", error=True)
+        return error.exit_code
     except KeyboardInterrupt as stop:
         if main_process:
-            say(str(stop) or errors.stop_outcome(stop), error=True)
+            say(str(stop) or errors.outcome(stop), error=True)
         return errors.stop_code(stop)
 
 
-def end(code: int) -> NoReturn:
-    """End this process with a code; where a signal ends it, at once: what vLLM and torch do at their end takes seconds."""
-    if code > 128:
+def end(arguments: Sequence[str] | None = None, script: str = "") -> NoReturn:
+    """Run a command line, and end this process with its exit code. Arguments are those of `main`.
+
+    What vLLM and torch do at a process's end takes seconds. Where a signal ends it, or others of the run wait for what it will
+    never send, it ends at once.
+    """
+    try:
+        code = main(arguments, script)
+    except Exception as error:
+        if rank() == 0 or not is_loss(error):  # else the process that is gone has said why
+            sys.excepthook(type(error), error, error.__traceback__)
+        code = errors.NOT_EXACT
+    if code > 128 or (code and is_launched()):
         os._exit(code)
     sys.exit(code)
 
@@ -180,4 +195,4 @@ def _reader_is_gone() -> bool:
 
 
 if __name__ == "__main__":
-    end(main())
+    end()

@@ -63,11 +63,28 @@ def stop_code(error: KeyboardInterrupt) -> int:
     return 128 + error.number if isinstance(error, Stopped) else INTERRUPTED
 
 
-def stop_outcome(error: KeyboardInterrupt) -> str:
-    """Say in a few words what ended a process."""
-    if stop_code(error) == INTERRUPTED:
-        return "interrupted"
-    return f"stopped by {signal.Signals(stop_code(error) - 128).name}"
+class PeerFailed(Exception):
+    """Another process of the run has failed first.
+
+    Args:
+        message: which one, and its error.
+        outcome: how that error ends a run.
+    """
+
+    def __init__(self, message: str, outcome: str) -> None:
+        super().__init__(message)
+        self.outcome = outcome
+        self.exit_code = MISUSED if outcome == "refused" else NOT_EXACT
+
+
+def outcome(error: BaseException) -> str:
+    """Say in a few words how an error ends a run, as result.json does."""
+    if isinstance(error, KeyboardInterrupt):
+        code = stop_code(error)
+        return "interrupted" if code == INTERRUPTED else f"stopped by {signal.Signals(code - 128).name}"
+    if isinstance(error, PeerFailed):
+        return error.outcome
+    return "not exact" if isinstance(error, ParityError) else "refused" if isinstance(error, UserError) else "failed"
 
 
 def one_line(error: object, limit: int = 300) -> str:

@@ -5,7 +5,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rlinvariant.errors import DiskError, UserError
@@ -54,6 +54,17 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         os.fsync(file.fileno())
     os.replace(partial, path)
     sync_directory(path.parent)
+
+
+def write_first(path: Path, content: str) -> None:
+    """Write a file whole, unless there is one already."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        partial.write_text(content)
+        with suppress(FileExistsError):
+            os.link(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def sync_directory(path: Path) -> None:

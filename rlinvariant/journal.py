@@ -7,9 +7,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlinvariant import checkpoints, runtime
+from rlinvariant import checkpoints, peers, runtime, stopping
 from rlinvariant.config import Config
-from rlinvariant.errors import ParityError, Stopped, UserError, one_line, stop_outcome
+from rlinvariant.errors import Stopped, one_line, outcome
+from rlinvariant.launch import rank
 from rlinvariant.report.console import Console
 from rlinvariant.report.rundir import RunDir, read_metrics
 from rlinvariant.rollout import Rollout
@@ -17,9 +18,6 @@ from rlinvariant.rollout import Rollout
 if TYPE_CHECKING:
     from rlinvariant.metrics import FirstMismatch
     from rlinvariant.trainer.grpo import InvariantGRPOTrainer
-
-OUTCOMES = {ParityError: "not exact", UserError: "refused"}
-"""How an error ends a run; any other is "failed", and a signal "interrupted" or "stopped by" its name."""
 
 
 class Journal:
@@ -88,6 +86,7 @@ class Journal:
 
         forget_routes()  # what was computed to check the model is not part of the run
         if not self.main:
+            _wait_for_all()
             return
         self._subject = certificate.subject(trainer.accelerator.unwrap_model(trainer.model).config, self.config.dtype)
         resolved = self.config.resolved()
@@ -100,18 +99,22 @@ class Journal:
         except BaseException:
             self._finish_wandb()
             raise
+        _wait_for_all()  # an earlier run's result is out of the way: what any process writes there is of this one
 
     @contextmanager
     def finishing(self) -> Iterator[None]:
         """Write result.json and the report, and finish W&B, when the block ends, however it ends."""
         try:
-            yield
+            with peers.first_failure(self.directory.result, rank()):
+                yield
         except BaseException as error:
-            self._finish(error)
+            with stopping.ending():
+                self._finish(error)
             if isinstance(error, Stopped) and error.after_step:
                 _wait_for_all()  # torchrun ends all processes with the first
             raise
-        self._finish(None)
+        with stopping.ending():
+            self._finish(None)
 
     def _finish(self, error: BaseException | None) -> None:
         """Leave what a run leaves, the result first. What fails here is said; it hides neither the rest nor the run's error."""
@@ -140,18 +143,21 @@ class Journal:
         """Say what ends the run, what is saved, and how to go on."""
         saved = checkpoints.found(self.directory.checkpoints)
         left = f"step {saved[0][0]} is the last that is saved" if saved else "no step is saved, it begins again at the first"
-        return f"{stop_outcome(stop)}: {left}; go on with: rlinvariant resume {self.directory.path}"
+        return f"{outcome(stop)}: {left}; go on with: rlinvariant resume {self.directory.path}"
 
     def _write_result(self, error: BaseException | None, seconds: float) -> None:
-        outcome = "finished" if error is None else _outcome(error)
-        result = {"finished": error is None, "outcome": outcome, "error": None if error is None else one_line(error)}
+        result = {
+            "finished": error is None,
+            "outcome": "finished" if error is None else outcome(error),
+            "error": None if error is None else one_line(error),
+        }
         accuracy = {f"accuracy_{when}": self.accuracy.get(when) for when in ("before", "after")}
         self.directory.write_result(result | accuracy | {"seconds": seconds})
 
     def _summarise(self, error: BaseException | None, seconds: float) -> None:
         if error is not None:
             self.console.print(
-                f"{_outcome(error)}, after {seconds:.0f} s; the files of the run so far are in {self.directory.path}"
+                f"{outcome(error)}, after {seconds:.0f} s; the files of the run so far are in {self.directory.path}"
             )
             return
         if memory := _gpu_memory():
@@ -198,12 +204,6 @@ def nothing_left(directory: Path) -> Iterator[None]:
             with suppress(OSError):  # somebody has put a file there
                 path.rmdir()
         raise
-
-
-def _outcome(error: BaseException) -> str:
-    if isinstance(error, KeyboardInterrupt):
-        return stop_outcome(error)
-    return next((outcome for kind, outcome in OUTCOMES.items() if isinstance(error, kind)), "failed")
 
 
 def _wait_for_all() -> None:

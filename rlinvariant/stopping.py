@@ -42,6 +42,7 @@ class _State:
     number = 0  # the first signal, of this or of another process of the run
     came = 0.0  # when it came to this one
     taking_steps = False
+    ending = False  # the run's last words are being written
 
 
 _state = _State()
@@ -90,12 +91,11 @@ def listening(run_dir: Path, echo_s: float, speaks: bool) -> Iterator[None]:
             return
         if not again:
             _state.number, _state.came = _state.number or number, time.monotonic()
-        if again or number == signal.SIGINT or not _state.taking_steps:
+        if again or number == signal.SIGINT or not (_state.taking_steps or _state.ending):
             raise Stopped(number)
-        if speaks:
-            limit = f"{deadline.STOP_WITHIN_S:.0f} s"
-            said = f"{signal.Signals(number).name}: the run ends when this step is done and saved, after {limit} at most"
-            os.write(2, f"{said}; once more ends it at once\n".encode())
+        if speaks and _state.taking_steps:
+            said = f"{signal.Signals(number).name}: the run ends when this step is done and saved"
+            os.write(2, f"{said}, after {deadline.STOP_WITHIN_S:.0f} s at most; once more ends it at once\n".encode())
 
     if threading.current_thread() is not threading.main_thread():  # which alone has signals
         yield
@@ -129,6 +129,16 @@ def after_a_step() -> Iterator[None]:
         _state.taking_steps = False
     if _state.number:
         raise Stopped(_state.number, after_step=True)
+
+
+@contextmanager
+def ending() -> Iterator[None]:
+    """Let the block, which is the last of a run, come to its end before a signal ends the run at once."""
+    _state.ending = True
+    try:
+        yield
+    finally:
+        _state.ending = False
 
 
 def asked() -> int:

@@ -14,7 +14,7 @@ ROWS = (
     {"text"},
     {"deadline", "errors"},
     {"arguments", "files", "install", "lock", "machine", "reading", "stopping"},
-    {"bits", "rollout", "runtime", "checkpoints"},
+    {"bits", "rollout", "runtime", "checkpoints", "peers"},
     {"kernels"},
     {"ops"},
     {"models", "metrics", "rewards", "conflicts", "support", "launch"},

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ DEFAULTS = arithmetic.DEFAULTS | {
 
 @chz.chz
 class Data(arithmetic.Data):
-    fault: str = chz.field(default="", doc="no prompt, reward raises, ctrl-C, or none.")
+    fault: str = chz.field(default="", doc="no prompt, reward raises, ctrl-C, rank 1 raises, rank 1 is killed, or none.")
 
 
 check = arithmetic.check
@@ -61,7 +62,16 @@ def reward_funcs(config: Config) -> list[Any]:
             raise KeyboardInterrupt
         return variety(completions)
 
-    return [{"reward raises": raises, "ctrl-C": stops}.get(config.data.fault, variety)]
+    def ends_rank_1(completions: list[str], trainer_state: Any, **_: Any) -> list[float]:
+        """Fails in the second step, on the second process alone, while the first waits for it."""
+        if trainer_state.global_step == 1 and os.environ.get("RANK") == "1":
+            if config.data.fault == "rank 1 is killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise ValueError("bad row")
+        return variety(completions)
+
+    faults = {"reward raises": raises, "ctrl-C": stops, "rank 1 raises": ends_rank_1, "rank 1 is killed": ends_rank_1}
+    return [faults.get(config.data.fault, variety)]
 
 
 def record_requests() -> None:
