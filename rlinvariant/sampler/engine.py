@@ -157,6 +157,11 @@ class Sampler:
             with _stdout_with_descriptor():
                 self.llm = LLM(str(model), **arguments)
             self._install()
+            if not torch.cuda.is_available():
+                # The kernel gives a page when it is first written to, and requests reach further pages for hundreds of steps:
+                # now, a machine that has too little memory says so at the start, and what grows later is a leak.
+                for cache in self._runner.kv_caches:
+                    cache.zero_()
 
     @property
     def _runner(self) -> Any:
