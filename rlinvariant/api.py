@@ -242,7 +242,7 @@ def build_trainer(
     if plan.invariance == "exact":
         from rlinvariant.verification.start import prove
 
-        trainer.sync(force=True)
+        trainer.sync()
         policy = trainer.accelerator.unwrap_model(trainer.model)
         line, trainer.proof = prove(policy, trainer.sampler, plan.source_config, plan.source, plan.dtype)
         console.print(line)

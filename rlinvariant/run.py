@@ -55,7 +55,6 @@ def run(config: Config) -> None:
             evaluate(planned, trainer, "before")
             with after_a_step():
                 trainer.train(resume_from_checkpoint=config.resume and any(config.run_dir.glob("checkpoints/checkpoint-*")))
-            trainer.sync(force=True)
             evaluate(planned, trainer, "after")
 
 

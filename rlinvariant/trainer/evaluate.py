@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def greedy_reward(trainer: InvariantGRPOTrainer, dataset: "Dataset") -> float:
-    """Compute the mean reward of one greedy completion per row of `dataset`, with the sampler's current weights.
+    """Compute the mean reward of one greedy completion per row of `dataset`, with the trainer's current weights.
 
     TRL calls the rewards, as it does in training: functions, async ones and reward models, in fp32, weighted as the trainer
     weighs them; a reward that does not apply to a row counts 0. Every rank must call this: each draws and scores its share of
@@ -27,6 +27,7 @@ def greedy_reward(trainer: InvariantGRPOTrainer, dataset: "Dataset") -> float:
     share = -(-len(rows) // ranks)
     own = [rows[i % len(rows)] for i in range(rank * share, (rank + 1) * share)]  # the last ranks' are filled up
     prompts: list[Any] = [row["prompt"] for row in own]
+    trainer.sync()
     completions = trainer.sampler.generate(
         trainer._tokenize_prompts(prompts)[0],
         [0] * len(own),

@@ -15,8 +15,9 @@ Seven call TRL's, and do something before or after it:
     _save_checkpoint                       is timed, and notes which weights the disk holds
     log                                    adds our metrics to TRL's, hands the row on, and starts the next record
 
-Rewards, advantages, losses and optimisation stay TRL's; checkpoints and resuming are `checkpointed.CheckpointedTrainer`'s. What
-a step has seen is in `record.StepRecord`, which weights are where in `versions.PolicyVersions`.
+Rewards, advantages, losses and optimisation stay TRL's; checkpoints and resuming are `checkpointed.CheckpointedTrainer`'s, and
+`finite.FiniteTrainer` stops at NaN and infinity. What a step has seen is in `record.StepRecord`, which weights are where in
+`versions.PolicyVersions`.
 """
 
 import copy
@@ -38,7 +39,7 @@ from rlinvariant.errors import ConfigErrors, ParityError
 from rlinvariant.models import make_invariant, make_trainable, require_exact
 from rlinvariant.rewards import checked_reward
 from rlinvariant.rollout import Batch, Rollout, request_seed
-from rlinvariant.trainer.checkpointed import CheckpointedTrainer
+from rlinvariant.trainer.finite import FiniteTrainer
 from rlinvariant.trainer.interface import OnRollout, OnRow, OnSamples, RewardFunction, Row, SamplerLike, TRLArguments
 from rlinvariant.trainer.packing import pack
 from rlinvariant.trainer.record import Pair, StepRecord, sample_rows, trl_row
@@ -48,7 +49,7 @@ from rlinvariant.trainer.versions import PolicyVersions
 PROCESSES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
-class InvariantGRPOTrainer(CheckpointedTrainer):
+class InvariantGRPOTrainer(FiniteTrainer):
     """`trl.GRPOTrainer` that samples from an attached engine and proves, at every step, what it trains on.
 
     Args:
@@ -138,10 +139,6 @@ class InvariantGRPOTrainer(CheckpointedTrainer):
         self._exact_streak = 0
         self._start_step()
 
-    def _trl_args(self, args: GRPOConfig) -> GRPOConfig:
-        """Return what TRL is given for the user's settings."""
-        return args
-
     def _prepare_models(self, model: Any, args: GRPOConfig, dtype: torch.dtype, tokenizer: Any) -> None:
         """Patch the policy and check it on the device, whose kernels are what is checked; TRL has not started yet."""
         if self._trainer_is_invariant:
@@ -150,7 +147,7 @@ class InvariantGRPOTrainer(CheckpointedTrainer):
             require_exact(make_invariant(copy.deepcopy(model).to(args.device), dtype))  # what the sampler will run
 
     def train(self, *args, **kwargs):
-        """Train as `CheckpointedTrainer` does; the first rollout syncs the weights, whatever the sampler held."""
+        """Train as `FiniteTrainer` does; the first rollout syncs the weights, whatever the sampler held."""
         self._versions.forget()
         self._seeded, self._exact_streak = {}, 0
         self._start_step()
@@ -203,26 +200,33 @@ class InvariantGRPOTrainer(CheckpointedTrainer):
         first = self.accelerator.process_index * count
         return [request_seed(run, step, i // group, i % group) for i in range(first, first + count)]
 
-    def sync(self, force: bool = False, stale: bool = False) -> None:
-        """Give the sampler the current weights, unless it has them.
+    def sync(self, stale: bool = False) -> None:
+        """Give the sampler the current weights, unless it has them, bit for bit. All ranks call this.
 
         Args:
-            force: sync all the same: the weights may have moved without a step.
             stale: give it the weights of `staleness` steps ago instead.
 
         Raises:
             ParityError: with invariance="exact", when a parameter of the sampler differs after the sync.
+            UserError: a weight is not finite.
         """
-        version, older = self._versions.to_sample_with(self.state.global_step, stale)
-        if self._versions.sampler == version and not force:
-            return
+        step = self.state.global_step
+        when = () if self.model.training else (f"after step {step}", "stopped before they were sampled from")
+        version, older = self._versions.to_sample_with(step, stale)
         with self._timed("sync"):
+            self._require_finite(((f"weight {name}", w) for name, w in self._weights()), *when)
+            if (
+                self._versions.sampler == version and self._sampler_is_invariant
+            ):  # a stock one has packed some: not all are read
+                if not self.sampler.differing_weights(self._weights(older)):
+                    return
+                self._versions.edited()
             self.sampler.sync(self._weights(older))
             differing = self.sampler.differing_weights(self._weights(older))
         self._versions.sampler, self._record.weights_equal = version, not differing
         if differing and self.invariance == "exact":
             raise ParityError(
-                f"step {self.state.global_step + 1}: after the weight sync, {len(differing)} of the sampler's parameters "
+                f"step {step + 1}: after the weight sync, {len(differing)} of the sampler's parameters "
                 f"differ from the trainer's, first {differing[0]}"
             )
 
@@ -301,19 +305,13 @@ class InvariantGRPOTrainer(CheckpointedTrainer):
             self._compare(self._trainer_logprobs, inputs)
             inputs["compared"] = True
         elif self.model.training:  # a later pass over the rollout: the policy has moved, as it should
-            self._record.moved.append(self._pair(self._trainer_logprobs, inputs))
+            self._record.moved.append(Pair.of(self._trainer_logprobs, inputs))
         return loss
-
-    @staticmethod
-    def _pair(trainer_logprobs: Tensor, inputs: dict[str, Any]) -> Pair:
-        """Return both sides' log-probs of the completions' real tokens; `trainer_logprobs` is [B, T], padded."""
-        mask = inputs["completion_mask"].bool()
-        return Pair(inputs["sampling_per_token_logps"][mask].cpu().numpy(), trainer_logprobs[mask].cpu().numpy())
 
     def _compare(self, trainer_logprobs: Tensor, inputs: dict[str, Any]) -> None:
         """Keep both log-probs of every sampled token; stop at the first that differs where they must be equal."""
         record, mask = self._record, inputs["completion_mask"].bool()
-        record.compared.append(self._pair(trainer_logprobs, inputs))
+        record.compared.append(Pair.of(trainer_logprobs, inputs))
         if record.first_mismatch is None:
             record.first_mismatch = metrics.first_mismatch(inputs["sampling_per_token_logps"], trainer_logprobs, mask)
         if record.first_mismatch is not None and self._must_be_equal:
@@ -323,7 +321,7 @@ class InvariantGRPOTrainer(CheckpointedTrainer):
             raise ParityError(
                 f"step {step}: mismatched {numbers['onpolicy/mismatched_tokens']:,} / "
                 f"{numbers['onpolicy/compared_tokens']:,} tokens; {record.first_mismatch}. Stopped before the optimizer step; "
-                "the last checkpoint is good"
+                f"{self._last_checkpoint()}"
             )
 
     @property

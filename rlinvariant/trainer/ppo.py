@@ -16,6 +16,7 @@ Eight of TRL's methods are overridden here, and each calls the one below it:
 """
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -81,7 +82,7 @@ class InvariantPPOTrainer(InvariantGRPOTrainer):
             self.critic.backbone.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
 
     def _trl_args(self, args: GRPOConfig) -> GRPOConfig:
-        args = copy.copy(args)
+        args = super()._trl_args(args)
         args.beta = self.ppo.kl_coef  # makes TRL load the reference and score it; its term of the loss is left out, see below
         return args
 
@@ -134,15 +135,13 @@ class InvariantPPOTrainer(InvariantGRPOTrainer):
         known = values.detach()
         rewards = advantages.token_rewards(self._scores, old, output.get("ref_per_token_logps"), mask, self.ppo.kl_coef)
         estimates, returns = advantages.gae(rewards, known, mask, self.ppo.gamma, self.ppo.lam)
-        self._require_finite(values=known, rewards=rewards, advantages=estimates)
+        named = {"values": known, "rewards per token": rewards, "advantages": estimates, "returns": returns}
+        self._require_finite(named.items())
         counted = mask.bool() & self._scored[:, None]
         penalty = self._scores - rewards.sum(1)
         of = [estimates, returns, returns - known, known]
         sums = torch.stack([*(advantages.moments(x, counted) for x in of), advantages.moments(penalty, self._scored)])
         estimated, returned, left, value, penalties = self.accelerator.reduce(sums, "sum").cpu()
-        if not estimated[0]:
-            step = f"step {self.state.global_step + 1}"
-            raise UserError(f"{step}: every completion is masked: no reward function gave any of them a number; return some")
         if self.ppo.whiten_advantages:
             estimates = advantages.whiten(estimates, counted, *advantages.mean_and_variance(estimated))
         output["advantages"] = torch.where(counted, estimates, 0.0)
@@ -180,7 +179,6 @@ class InvariantPPOTrainer(InvariantGRPOTrainer):
             loss = super()._compute_loss(model, inputs)
         finally:
             self.beta = beta
-        self._require_finite(policy_loss=loss)
         log_ratio = (self._trainer_logprobs - inputs["old_per_token_logps"])[inputs["completion_mask"].bool()].double()
         self._record.log_ratios.append(log_ratio.cpu())
         return loss
@@ -194,7 +192,7 @@ class InvariantPPOTrainer(InvariantGRPOTrainer):
             values = self._values(inputs)
         losses, clipped = advantages.value_loss(values, inputs["old_values"], inputs["returns"], self.ppo.value_clip)
         total = (losses * mask).sum()
-        self._require_finite(values=values, value_loss=total)
+        self._require_finite([("values", values), ("value_loss", total)])
         # as TRL's loss_type=dapo: a mean over the tokens of the optimizer step, of all ranks
         share = self.current_gradient_accumulation_steps / self.args.steps_per_generation
         tokens = inputs["num_items_in_batch"].clamp(min=1.0) * share / self.accelerator.num_processes
@@ -224,8 +222,9 @@ class InvariantPPOTrainer(InvariantGRPOTrainer):
         for p in self.critic.parameters():
             if p.grad is not None:
                 p.grad = self.accelerator.reduce(p.grad, "mean")
-        self._require_finite(**{f"gradient of {name}": p.grad for name, p in self.model.named_parameters()})
-        self._require_finite(**{f"gradient of the critic's {name}": p.grad for name, p in self.critic.named_parameters()})
+        critic = [(f"gradient of {name}", p.grad) for name, p in self._critic_parameters() if p.grad is not None]
+        if not self._require_finite(critic):  # before clipping, which would spread one NaN over all
+            self._raise_agreed("the norm of the critic's gradient is not finite, though each number of it is")
         most = self.args.max_grad_norm
         norm = nn.utils.clip_grad_norm_(self.critic.parameters(), most if most and most > 0 else float("inf"))
         self._record.value_grad_norm = norm.item()
@@ -238,17 +237,12 @@ class InvariantPPOTrainer(InvariantGRPOTrainer):
         total, count = self.accelerator.reduce(sums, "sum").tolist()
         return total / count
 
-    def _require_finite(self, **tensors: Tensor | None) -> None:
-        """Raise UserError at the first tensor that has a number that is not finite, and name it."""
-        given = {name: x for name, x in tensors.items() if x is not None}
-        if bool(torch.stack([x.detach().isfinite().all() for x in given.values()]).all()) if given else True:
-            return
-        name = next(name for name, x in given.items() if not x.isfinite().all())
-        bad, count = int((~given[name].isfinite()).sum()), given[name].numel()
-        raise UserError(
-            f"step {self.state.global_step + 1}: {name}: {bad:,} of {count:,} numbers are not finite; stopped before the "
-            "optimizer step; the last checkpoint is good"
-        )
+    def _critic_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return ((f"the critic's {name}", p) for name, p in self.critic.named_parameters())
+
+    def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        yield from super()._trained()
+        yield from self._critic_parameters()
 
     # ---- optimizer, checkpoints
 

@@ -24,6 +24,12 @@ class Pair(NamedTuple):
     trainer: np.ndarray
 
     @classmethod
+    def of(cls, trainer_logprobs: Tensor, inputs: Mapping[str, Tensor]) -> Self:
+        """Return both sides' log-probs of a micro-batch's real tokens; `trainer_logprobs` is [B, T], padded."""
+        mask = inputs["completion_mask"].bool()
+        return cls(inputs["sampling_per_token_logps"][mask].cpu().numpy(), trainer_logprobs[mask].cpu().numpy())
+
+    @classmethod
     def join(cls, pairs: Sequence[Self]) -> Self:
         """Return all tokens of several pairs as one pair."""
         none = np.zeros(0, np.float32)

@@ -1,4 +1,8 @@
-"""Which weights the sampler, the last rollout and the disk hold: a version is the optimizer steps that weights have had."""
+"""Which weights the sampler, the last rollout and the disk hold: a version is the optimizer steps that weights have had.
+
+Equal versions do not show that weights are equal: somebody may have loaded others, or edited them. `InvariantGRPOTrainer.sync`
+takes another version for a change, and compares the bits where the version is the same.
+"""
 
 from collections import deque
 from collections.abc import Iterable
@@ -51,6 +55,10 @@ class PolicyVersions:
         """Copy the weights before the optimizer step that follows `step`, once, if the sampler will need them later."""
         if self.staleness and not (self._older and self._older[-1][0] == step):
             self._older.append((step, {name: w.detach().to("cpu", copy=True) for name, w in weights}))
+
+    def edited(self) -> None:
+        """Note that the weights have changed without an optimizer step: no checkpoint has them, until the next is saved."""
+        self.disk = -1
 
     def sampled(self, step: int) -> None:
         """Note that a rollout for training was sampled after `step` optimizer steps."""

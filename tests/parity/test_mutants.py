@@ -155,12 +155,14 @@ def test_a_nan_log_prob_is_seen(exact_run, exact_engine):
         return [replace(first, sampler_logprobs=[float("nan"), *first.sampler_logprobs[1:]]), *rest]
 
     run = exact_run(Faulty(exact_engine, generate=generate))
-    assert_stops(run)
-    assert run.rows[-1]["onpolicy/mismatched_tokens"] == 1
+    with pytest.raises(UserError, match=r"^step 1: sampler_logprobs: 1 of [\d,]+ numbers are not finite; stopped before"):
+        run.trainer.train()
 
 
 def test_a_nan_log_prob_on_both_sides_is_seen(exact_run):
-    """One NaN weight makes both sides NaN: NaN is not equal to NaN here."""
+    """One NaN weight would make both sides NaN, which are the same bits: nothing is sampled from it."""
     run = exact_run()
     run.trainer.model.model.norm.weight.data[0] = float("nan")
-    assert_stops(run)
+    with pytest.raises(UserError, match=r"weight model.norm.weight: 1 of 128 numbers are not finite"):
+        run.trainer.train()
+    assert not run.rows

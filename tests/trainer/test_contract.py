@@ -11,8 +11,9 @@ from transformers import Trainer
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
-from rlinvariant.trainer import InvariantGRPOTrainer, InvariantPPOTrainer, checkpointed
+from rlinvariant.trainer import InvariantGRPOTrainer, InvariantPPOTrainer, checkpointed, finite
 from rlinvariant.trainer.checkpointed import CheckpointedTrainer
+from rlinvariant.trainer.finite import FiniteTrainer
 
 # Leading parameters of each method of GRPOTrainer that is overridden, in TRL's order: ours are called with these.
 OVERRIDDEN = {
@@ -24,6 +25,8 @@ OVERRIDDEN = {
     "_compute_loss": ["self", "model", "inputs"],
     "_calculate_rewards": ["self", "inputs", "prompts", "completions", "completion_ids_list"],
     "training_step": ["self", "model", "inputs", "num_items_in_batch"],
+    "_clip_grad_norm": ["self", "model"],
+    "_get_grad_norm": ["self", "model", "grad_norm"],
     "_save_checkpoint": ["self", "model", "trial"],
     "_get_output_dir": ["self", "trial"],
     "_save_optimizer_and_scheduler": ["self", "output_dir"],
@@ -56,6 +59,7 @@ READ = {
     "vllm_importance_sampling_clip_max": "self.vllm_importance_sampling_clip_max",
     "reward_funcs": "self.reward_funcs = reward_funcs",
     "reward_weights": "self.reward_weights",
+    "reward_func_names": "self.reward_func_names = ",
     "_tokenizer": "self._tokenizer",
     "_metrics": "self._metrics",
     "_logs": "self._logs",
@@ -87,7 +91,8 @@ def test_overridden_methods_have_the_signature_expected(name):
 
 
 def test_every_override_is_under_contract():
-    members = {**vars(CheckpointedTrainer), **vars(InvariantGRPOTrainer), **vars(InvariantPPOTrainer)}
+    kinds = (CheckpointedTrainer, FiniteTrainer, InvariantGRPOTrainer, InvariantPPOTrainer)
+    members = {name: value for kind in kinds for name, value in vars(kind).items()}
     ours = {name for name, value in members.items() if hasattr(GRPOTrainer, name) and inspect.isfunction(value)}
     ours -= {"__init__", "train"}  # of public signature
     assert ours <= set(OVERRIDDEN), f"{ours - set(OVERRIDDEN)}: overridden, and not listed above"
@@ -103,11 +108,20 @@ def test_the_module_says_which_methods_are_overridden(kind):
     assert f"{count[len(table) + (kind is InvariantPPOTrainer)]} " in inspect.getmodule(kind).__doc__
 
 
-def test_the_module_of_checkpoints_says_so_too():
-    overridden = {n for n, value in vars(CheckpointedTrainer).items() if hasattr(GRPOTrainer, n) and inspect.isfunction(value)}
-    table = (checkpointed.__doc__ or "").partition("that are overridden:")[2]
+@pytest.mark.parametrize(("kind", "module"), [(CheckpointedTrainer, checkpointed), (FiniteTrainer, finite)])
+def test_the_modules_below_say_so_too(kind, module):
+    overridden = {n for n, value in vars(kind).items() if hasattr(GRPOTrainer, n) and inspect.isfunction(value)}
+    table = (module.__doc__ or "").partition("that are overridden:")[2]
     for name in overridden:
         assert re.search(rf"^    .*\b{name}\b", table, re.MULTILINE), name
+
+
+def test_what_stops_at_nan_relies_on():
+    """In transformers: the gradients are looked at before they are clipped, and nothing but a callback is before the step."""
+    loop = source(Trainer._run_epoch)
+    calls = ("self.training_step(", "self._clip_grad_norm(", "self._get_grad_norm(", "self.optimizer.step()")
+    places = [loop.index(call) for call in calls]
+    assert places == sorted(places) and loop.count("optimizer.step()") == 1
 
 
 def test_what_a_checkpoint_relies_on():

@@ -37,7 +37,7 @@ def poisoned(what: str, run: Run) -> Any:
     ("what", "name"),
     [
         ("values", "values"),
-        ("policy_loss", "policy_loss"),
+        ("policy_loss", "loss"),
         ("model.layers.1.mlp.up_proj.weight", "gradient of model.layers.1.mlp.up_proj.weight"),
         ("critic", "gradient of the critic's head.weight"),
     ],
@@ -110,7 +110,7 @@ def test_a_reference_that_cannot_be_loaded_is_refused(new, arithmetic_dir):
 
 def test_no_reward_and_no_token_are_refused(new):
     started = new(reward_funcs=lambda completions, **_: [None] * len(completions))
-    with pytest.raises(UserError, match="step 1: every completion is masked: no reward function gave any of them a number"):
+    with pytest.raises(UserError, match="step 1: every reward is None: no reward function gave any completion a number"):
         started.trainer.train()
     started = new()
     generate = started.trainer.sampler.generate
