@@ -2,7 +2,6 @@
 
 import asyncio
 import inspect
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ from rlinvariant.rewards.cage import Cage
 from rlinvariant.rewards.grades import Failure, Graded, attempt, attempt_async, cut, merged, to_retry
 from rlinvariant.rewards.limits import RewardLimits
 from rlinvariant.rewards.watchdog import OverdueReward, watchdog
-from rlinvariant.text import plural
+from rlinvariant.text import plural, say
 
 DEFAULTS = RewardLimits()
 ASYNC_GRACE_S = 0.5  # by which an event loop that is alive ends a coroutine before the watchdog's signal
@@ -128,7 +127,7 @@ def settled(
             on_failures(kind, count)
     if failures:
         others = f"; and {plural(len(lines) - 1, 'failure')} more in this batch" if len(lines) > 1 else ""
-        print(f"{lines[0]}{others} (reward_errors={limits.reward_errors})", file=sys.stderr, flush=True)
+        say(f"{lines[0]}{others} (reward_errors={limits.reward_errors})", error=True)
     for name, value in graded.metrics:
         arguments["log_metric"](name, value)
     for column, values in graded.extras.items():
