@@ -1,7 +1,7 @@
-"""A process beside a trainer, which ends it if a signal has not ended it in time: `python -I -S deadline.py PID ECHO_S RUN`.
+"""A process beside a trainer, which ends it if a signal has not ended it in time: `python -I -S deadline.py PID ...`.
 
 The trainer's signal handler in C writes each signal's number into this process's standard input (`signal.set_wakeup_fd`), also
-while a call holds the interpreter, as a reward's regular expression may for hours. Nothing inside the trainer could do that.
+while a call holds the interpreter, as a loop in C does. Nothing inside the trainer could do that.
 """
 
 import os
@@ -18,13 +18,14 @@ INTERRUPT_WITHIN_S = 10.0  # the same for SIGINT, after which only the result an
 FORCE_AFTER_S = 3.0  # how long a run has that was told to end at once
 
 
-def watch(trainer: int, echo_s: float, run: str) -> None:
+def watch(trainer: int, run: str, echo_s: float, stop_within_s: float, interrupt_within_s: float, force_after_s: float) -> None:
     """Wait for signals of the trainer: repeat the first when its time is over, and kill the trainer if that does not help.
 
     Args:
         trainer: its process.
-        echo_s: a signal that comes again so soon is the same one, sent on by a launcher; 0 where there is none.
         run: the run's directory, for the last line; "" where another process says it.
+        echo_s: a signal that comes again so soon is the same one, sent on by a launcher; 0 where there is none.
+        stop_within_s, interrupt_within_s, force_after_s: as the constants.
     """
     number, began, due, told = 0, 0.0, float("inf"), False
     while True:
@@ -39,13 +40,13 @@ def watch(trainer: int, echo_s: float, run: str) -> None:
                 if byte not in SIGNALS:  # one that a reward handles
                     continue
                 if not number:
-                    within = INTERRUPT_WITHIN_S if byte == signal.SIGINT else STOP_WITHIN_S
+                    within = interrupt_within_s if byte == signal.SIGINT else stop_within_s
                     number, began, due = byte, now, now + within
                 elif not told and now - began >= echo_s:
-                    told, due = True, now + FORCE_AFTER_S
+                    told, due = True, now + force_after_s
         elif not told:
             os.kill(trainer, number)
-            told, due = True, now + FORCE_AFTER_S
+            told, due = True, now + force_after_s
         else:
             if run:
                 said = f"killed: {signal.Signals(number).name} had not ended this run after {now - began:.0f} s; its newest"
@@ -58,4 +59,4 @@ def watch(trainer: int, echo_s: float, run: str) -> None:
 if __name__ == "__main__":
     for ignored in SIGNALS:
         signal.signal(ignored, signal.SIG_IGN)  # they are for the trainer, whose end ends this process too
-    watch(int(sys.argv[1]), float(sys.argv[2]), sys.argv[3])
+    watch(int(sys.argv[1]), sys.argv[2], *map(float, sys.argv[3:7]))

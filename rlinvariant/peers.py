@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from rlinvariant.errors import PeerFailed, Stopped, one_line, outcome
+from rlinvariant import reading
+from rlinvariant.errors import PeerFailed, Stopped, UserError, one_line, outcome
 from rlinvariant.files import write_first
 
 KINDS = ("DistBackendError", "DistNetworkError", "DistStoreError")  # of torch.distributed, which is not imported for this
@@ -57,10 +58,10 @@ def first_failure(result: Path, rank: int) -> Iterator[None]:
 def _said(result: Path) -> PeerFailed | None:
     """Return the error that another process has left; none if none has."""
     try:
-        said = json.loads(result.read_text())
-    except (OSError, ValueError):
+        said = reading.read(result)
+    except UserError:
         return None
-    return PeerFailed(said["error"], said["outcome"])
+    return PeerFailed(str(said.get("error")), str(said.get("outcome")))
 
 
 def _say(result: Path, rank: int, error: BaseException) -> None:

@@ -100,8 +100,9 @@ def listening(run_dir: Path, echo_s: float, speaks: bool) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # which alone has signals
         yield
         return
-    command = [sys.executable, "-I", "-S", deadline.__file__, str(os.getpid()), str(echo_s), str(run_dir) if speaks else ""]
-    clock = subprocess.Popen(command, stdin=subprocess.PIPE)
+    limits = [echo_s, deadline.STOP_WITHIN_S, deadline.INTERRUPT_WITHIN_S, deadline.FORCE_AFTER_S]
+    arguments = [str(os.getpid()), str(run_dir) if speaks else "", *map(str, limits)]
+    clock = subprocess.Popen([sys.executable, "-I", "-S", deadline.__file__, *arguments], stdin=subprocess.PIPE)
     assert clock.stdin is not None
     os.set_blocking(clock.stdin.fileno(), False)
     before = signal.set_wakeup_fd(clock.stdin.fileno(), warn_on_full_buffer=False)

@@ -127,3 +127,69 @@ def test_ctrl_c_ends_every_process(machine, tmp_path):
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     code, _, err = finish(process)
     assert code == 130 and err.splitlines() == ["interrupted"], err
+
+
+# ---- a run ends with what launched it
+
+LAUNCHES = """
+import os, subprocess, sys
+environment = os.environ | {name: value.format(os.getpid()) for name, value in VARIABLES.items()}
+subprocess.Popen([sys.executable, "-c", CHILD], env=environment).wait()
+"""
+CHILD = """
+import sys
+from rlinvariant import launch
+BEFORE
+print(launch.end_with_launcher(), flush=True)
+for line in sys.stdin:
+    print("alive", flush=True)
+"""
+LAUNCHERS = {  # variables of the process that is launched, {} being its launcher; what it does first; whether it has a launcher
+    "torchrun": ({"LOCAL_RANK": "0"}, "", True),
+    "accelerate": ({"ACCELERATE_MIXED_PRECISION": "no"}, "", True),
+    "rlinvariant": ({launch.LAUNCHER: "{}"}, "", True),
+    "no prctl": ({"LOCAL_RANK": "0"}, "launch._ask_kernel = lambda: False", True),
+    "shell": ({}, "", False),
+    "itself": ({"ACCELERATE_MIXED_PRECISION": "no"}, "import os; os.environ[launch.LAUNCHER] = str(os.getpid())", False),
+}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_a_run_ends_with_its_launcher_and_outlives_a_shell(name, number):
+    """The two that outlive it are the control."""
+    variables, before, launched = LAUNCHERS[name]
+    code = f"VARIABLES, CHILD = {variables!r}, {CHILD.replace('BEFORE', before)!r}\n{LAUNCHES}"
+    kept = {name: value for name, value in os.environ.items() if name not in LAUNCHED} | {"PYTHONPATH": str(ROOT)}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code], env=kept, **pipes) as launcher:
+        assert launcher.stdin is not None and launcher.stdout is not None
+        assert launcher.stdout.readline() == f"{launched}\n"
+        launcher.send_signal(number)
+        launcher.wait()
+        if launched:
+            assert launcher.stdout.read() == "", "nobody has the pipe any more"
+        else:
+            launcher.stdin.write("\n")
+            launcher.stdin.flush()
+            assert launcher.stdout.readline() == "alive\n"
+
+
+def test_a_run_whose_launcher_is_gone_does_not_start(monkeypatch):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    monkeypatch.setenv(launch.LAUNCHER, str(gone.pid))
+    code = "from rlinvariant import cli, launch; cli.main = lambda *_: cli.exit_code(launch.end_with_launcher); cli.end()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (143, "stopped by SIGTERM\n")
+
+
+def test_a_launcher_passes_a_signal_on_and_waits(tmp_path):
+    """The launcher of two processes; one alone is the one that was started. SIGUSR1 would kill torchrun."""
+    body = "signal.signal(signal.SIGUSR1, lambda *_: say(got=1) or os._exit(7)); say(waits=1); signal.pause()"
+    process = start(tmp_path, body, "machine=cpu2")
+    assert process.stdout is not None
+    lines = [process.stdout.readline() for _ in range(4)]
+    assert sum("waits" in line for line in lines) == 2
+    process.send_signal(signal.SIGUSR1)
+    assert finish(process) == (138, [{"got": 1}] * 2, "")

@@ -1,0 +1,177 @@
+"""How signals end a run: real processes that take steps as a run does, each step as long as the test wants."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+
+AFTER_A_STEP = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+# A run without a model: a step begins with a line "step" and ends when the test sends a line.
+RUN = """
+import itertools, signal, sys, time
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from rlinvariant import cli, deadline, stopping
+
+def say(text):
+    print(text, flush=True)
+
+def take_steps(listens=True, step=input, echo_s=0.0):
+    control = SimpleNamespace(should_save=False, should_evaluate=True, should_training_stop=False)
+    with stopping.listening(Path("runs/x"), echo_s, True) if listens else nullcontext():
+        with stopping.after_a_step():
+            while not control.should_training_stop:
+                say("step")
+                step()
+                stopping.obey(stopping.asked(), control)
+                say(f"saved={control.should_save} evaluates={control.should_evaluate}")
+
+deadline.FORCE_AFTER_S = deadline.INTERRUPT_WITHIN_S = 600.0  # a loaded machine may need long for what takes no time
+cli.main = lambda *_: cli.exit_code(COMMAND)
+def COMMAND():
+    BODY
+cli.end()
+"""
+
+
+class Run:
+    """A process that runs `body`, and what it says."""
+
+    def __init__(self, body: str, before: Callable[[], None] | None = None) -> None:
+        """`before` is called in the process before it becomes Python."""
+
+        def prepare() -> None:
+            for number in (signal.SIGINT, *AFTER_A_STEP):  # a shell's background ignores SIGINT, nohup SIGHUP
+                signal.signal(number, signal.SIG_DFL)
+            if before is not None:
+                before()
+
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        code = RUN.replace("BODY", body)
+        environment = {name: value for name, value in os.environ.items() if name not in ("LOCAL_RANK", "RANK")}
+        self.process = subprocess.Popen([sys.executable, "-c", code], text=True, env=environment, preexec_fn=prepare, **pipes)
+        self.pid = self.process.pid
+
+    def expect(self, line: str) -> None:
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline() == f"{line}\n"
+
+    def send(self, number: int, answer: str = "") -> None:
+        """Send a signal, and wait for the line that answers it."""
+        self.process.send_signal(number)
+        if answer:
+            assert self.process.stderr is not None
+            assert self.process.stderr.readline().startswith(answer)
+
+    def ends(self, line: str = "") -> tuple[int, str, str]:
+        """Send a line, and return the exit code and what was said since."""
+        out, err = self.process.communicate(line, timeout=300)
+        return self.process.returncode, out, err
+
+
+@pytest.mark.parametrize("number", AFTER_A_STEP)
+def test_a_signal_ends_a_run_after_the_step_which_is_saved(number):
+    run = Run("take_steps()")
+    run.expect("step")
+    name = signal.Signals(number).name
+    run.send(number, f"{name}: the run ends when this step is done and saved, after 25 s at most; once more ends it at once\n")
+    assert run.ends("\n") == (128 + number, "saved=True evaluates=False\n", f"stopped by {name}\n")
+
+
+@pytest.mark.parametrize("number", AFTER_A_STEP)
+def test_a_process_that_does_not_listen_saves_nothing(number):
+    """Control."""
+    run = Run("take_steps(listens=False)")
+    run.expect("step")
+    run.send(number)
+    assert run.ends() == (-number, "", "")
+
+
+def test_a_step_that_no_signal_asked_to_be_the_last_is_not():
+    run = Run("take_steps()")
+    for _ in range(2):
+        run.expect("step")
+        run.process.stdin.write("\n")
+        run.process.stdin.flush()
+        run.expect("saved=False evaluates=True")
+    run.send(signal.SIGINT)
+    run.ends()
+
+
+@pytest.mark.parametrize("number", AFTER_A_STEP)
+def test_the_second_signal_ends_a_run_at_once(number):
+    run = Run("take_steps()")
+    run.expect("step")
+    run.send(number, signal.Signals(number).name)
+    run.send(signal.SIGTERM)
+    assert run.ends() == (143, "", "stopped by SIGTERM\n")
+
+
+def test_what_a_launcher_sends_on_is_no_second_signal():
+    run = Run("take_steps(echo_s=1e6)")
+    run.expect("step")
+    run.send(signal.SIGTERM, "SIGTERM")
+    run.send(signal.SIGTERM)
+    assert run.ends("\n")[:2] == (143, "saved=True evaluates=False\n")
+
+
+def test_ctrl_c_ends_a_run_at_once_in_one_line():
+    run = Run("take_steps()")
+    run.expect("step")
+    run.send(signal.SIGINT)
+    assert run.ends() == (130, "", "interrupted\n")
+
+
+def test_a_signal_before_the_first_step_ends_a_run_at_once():
+    run = Run("\n    with stopping.listening(Path('runs/x'), 0.0, True): say('starts'); input()")
+    run.expect("starts")
+    run.send(signal.SIGTERM)
+    assert run.ends() == (143, "", "stopped by SIGTERM\n")
+
+
+def test_the_last_words_of_a_run_are_not_cut_short_by_one_signal():
+    run = Run("\n    with stopping.listening(Path('runs/x'), 0.0, True), stopping.ending(): say('ends'); input(); say('ended')")
+    run.expect("ends")
+    run.send(signal.SIGTERM)
+    assert run.ends("\n") == (0, "ended\n", "")
+
+
+def test_sighup_that_nohup_ignores_stays_ignored():
+    run = Run("take_steps()", before=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    run.expect("step")
+    run.send(signal.SIGHUP)
+    run.process.stdin.write("\n")
+    run.process.stdin.flush()
+    run.expect("saved=False evaluates=True")
+    run.expect("step")
+    run.send(signal.SIGTERM, "SIGTERM")
+    assert run.ends("\n")[:2] == (143, "saved=True evaluates=False\n")
+
+
+SHORT = "deadline.STOP_WITHIN_S = deadline.FORCE_AFTER_S = 0.2"
+HELD = "lambda: max(itertools.count())"  # never ends, and holds the interpreter: no handler of Python's runs
+
+
+def test_a_step_that_does_not_end_in_time_ends_with_its_run():
+    run = Run("deadline.STOP_WITHIN_S = 0.2; take_steps(step=lambda: [time.sleep(0.01) for _ in iter(int, 1)])")
+    run.expect("step")
+    run.send(signal.SIGTERM, "SIGTERM: the run ends when")
+    assert run.ends() == (143, "", "stopped by SIGTERM\n")
+
+
+def test_a_step_that_holds_the_interpreter_is_killed_when_its_time_is_over():
+    run = Run(f"{SHORT}; take_steps(step={HELD})")
+    control = Run(f"signal.signal(signal.SIGTERM, lambda *_: None); say('step'); ({HELD})()")  # has a handler too, but no clock
+    for process in (control, run):
+        process.expect("step")
+        process.send(signal.SIGTERM)
+    code, _, error = run.ends()
+    assert code == -signal.SIGKILL and error.startswith("killed: SIGTERM had not ended this run after ")
+    assert error.endswith(" s; its newest checkpoint is what is left; go on with: rlinvariant resume runs/x\n")
+    assert control.process.poll() is None
+    control.send(signal.SIGKILL)
+    control.ends()
