@@ -37,6 +37,7 @@ class Command(NamedTuple):
 
 COMMANDS = (
     Command("train", "rlinvariant.train", "train a policy by a recipe, with GRPO or PPO"),
+    Command("resume", "rlinvariant.resume", "go on with a run that was stopped, bit for bit"),
     Command("verify", "rlinvariant.verification.command", "is it exact here, on my model? counts and a certificate"),
     Command("bisect", "rlinvariant.bisect.command", "where sampler and trainer differ first, and why"),
     Command("doctor", "rlinvariant.doctor.command", "is this machine able, and what is in the way"),

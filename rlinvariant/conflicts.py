@@ -46,6 +46,10 @@ def conflicts(trainer: Any, invariance: str, env: Mapping[str, str], prefix: str
     require(not trainer.trust_remote_code, "trust_remote_code", "False: no code of a model's repository is run; remove it")
     require(trainer.logging_steps == 1, "logging_steps", "1: every step is counted and written; remove it")
     strategy = getattr(trainer.logging_strategy, "value", trainer.logging_strategy)
+    resumable = "False: a run could not go on from such a checkpoint; remove it"
+    require(not trainer.save_only_model, "save_only_model", resumable)
+    two = "at least 2, or None for all: if the newest is damaged, a run goes on from the one before"
+    require(trainer.save_total_limit is None or trainer.save_total_limit >= 2, "save_total_limit", two)
     require(strategy == "steps", "logging_strategy", "steps: every step is counted and written; remove it")
 
     if invariance in ("exact", "trainer"):

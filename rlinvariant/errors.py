@@ -34,6 +34,9 @@ class ConfigErrors(UserError):
         super().__init__("\n".join(errors))
         self.errors = list(errors)
 
+    def __reduce__(self) -> tuple[type, tuple[list[str]]]:
+        return type(self), (self.errors,)  # for the other ranks
+
 
 class DiskError(UserError):
     """Tells the user that a file could not be written, and where. Exit code `DISK_FULL`."""

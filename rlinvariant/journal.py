@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from rlinvariant import checkpoints, peers, runtime, stopping
 from rlinvariant.config import Config
 from rlinvariant.errors import Stopped, one_line, outcome
-from rlinvariant.launch import rank
+from rlinvariant.launch import MACHINE, rank
 from rlinvariant.report.console import Console
 from rlinvariant.report.rundir import RunDir, read_metrics
+from rlinvariant.resumption import Resumption, settings
 from rlinvariant.rollout import Rollout
 
 if TYPE_CHECKING:
@@ -29,13 +30,27 @@ class Journal:
         sampler_options: what the engine is started with.
         console: where lines go.
         main: whether this is the main process.
+        data: `resumption.dataset_digest` of the training data.
+        resumption: what the run goes on from.
     """
 
-    def __init__(self, config: Config, model: str, sampler_options: Mapping[str, Any], console: Console, main: bool) -> None:
+    def __init__(
+        self,
+        config: Config,
+        model: str,
+        sampler_options: Mapping[str, Any],
+        console: Console,
+        main: bool,
+        data: str,
+        resumption: Resumption,
+    ) -> None:
         self.config, self.model, self.console, self.main = config, model, console, main
         self.sampler_options = sampler_options
         self.directory = RunDir(config.run_dir)
         self.accuracy: dict[str, float] = {}  # held-out reward, "before" and "after"
+        self._data, self._resumption = data, resumption
+        if resumption.checkpoint is not None:
+            self.accuracy |= resumption.checkpoint.about["held_out"]
         self._began = time.monotonic()
         self._log_to_wandb: Any = None
         self._finish_wandb: Any = None
@@ -72,6 +87,18 @@ class Journal:
         }
         rollouts.write(self.directory.path, step, rollout, about)
 
+    def on_save(self) -> dict[str, Any]:
+        """Return what a checkpoint's manifest says of the run: what a resumed one must have, and how long its logs were."""
+        logs = (self.directory.metrics, self.directory.samples)
+        return {
+            "settings": settings(self.config),
+            "data": self._data,
+            "logs": {path.name: path.stat().st_size for path in logs if path.exists()},
+            "held_out": {when: value for when, value in self.accuracy.items() if when == "before"},
+            "subject": self._subject,
+            "forced": list(self._resumption.changed),
+        }
+
     # ---- from the start to the end
 
     def start(self, trainer: "InvariantGRPOTrainer") -> None:
@@ -93,13 +120,30 @@ class Journal:
         self.directory.path.mkdir(parents=True, exist_ok=True)
         mode, self._log_to_wandb, self._finish_wandb = wandb_log.start(self.config.wandb, self.directory.path, resolved)
         try:
-            RunDir.create(self.directory.path, resolved, self.config.resume)
+            self._go_on(resolved)
             self._environment = {"vllm_environment": runtime.VLLM, "proof": trainer.proof, "wandb": mode}
+            self._environment["machine_file"] = os.environ.get(MACHINE)
             self.directory.write_environment(self._environment)
         except BaseException:
             self._finish_wandb()
             raise
         _wait_for_all()  # an earlier run's result is out of the way: what any process writes there is of this one
+
+    def _go_on(self, resolved: Mapping[str, Any]) -> None:
+        """Make the directory, or cut what it holds back to what the checkpoint builds on."""
+        if not self.config.resume:
+            RunDir.create(self.directory.path, resolved)
+            return
+        from rlinvariant.report import rollouts
+        from rlinvariant.verification.certificate import differences
+
+        checkpoint = self._resumption.checkpoint
+        RunDir.create(self.directory.path, resolved, True, {} if checkpoint is None else checkpoint.about["logs"])
+        rollouts.forget(self.directory.path, self._resumption.step)
+        if checkpoint is not None and (changed := differences(checkpoint.about["subject"], self._subject)):
+            self.console.print(
+                f"note: bits are promised on one machine, and since {checkpoint.path.name}: {'; '.join(changed)}"
+            )
 
     @contextmanager
     def finishing(self) -> Iterator[None]:

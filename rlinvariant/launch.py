@@ -8,15 +8,18 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 from rlinvariant.errors import OK, Stopped, UserError, one_line
 from rlinvariant.text import shown
 
 LAUNCHER = "RLINVARIANT_LAUNCHER"
 """The environment's name of the process that this one ends with; its own number if it ends with none."""
+T = TypeVar("T")
 MACHINE_FILES = Path(__file__).parent / "configs"
+MACHINE = "RLINVARIANT_MACHINE_FILE"  # environment variable that tells a run the machine file it was launched with
 WORKER = Path(__file__).parent / "__main__.py"
 
 
@@ -103,6 +106,22 @@ def rank(env: Mapping[str, str] = os.environ) -> int:
     return int(env.get("RANK", 0)) if "LOCAL_RANK" in env else 0
 
 
+def on_main_process(work: Callable[[], T]) -> T:
+    """Do something on the main process, and return its result, or raise its UserError, on all. Every rank must call this."""
+    from accelerate.utils import broadcast_object_list
+
+    answer: list[Any] = [None]
+    if rank() == 0:
+        try:
+            answer = [work()]
+        except UserError as error:
+            answer = [error]
+    (result,) = broadcast_object_list(answer)
+    if isinstance(result, UserError):
+        raise result
+    return result
+
+
 def launch(argv: Sequence[str], machine: str | None = None) -> int:
     """Run `rlinvariant train` in the processes that a machine file describes.
 
@@ -126,7 +145,8 @@ def launch(argv: Sequence[str], machine: str | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin are 10 times slower as soon as cores are shared
     import torch  # not before: a wrong machine= is answered at once
 
-    return _launch(file or machine_file("1gpu" if torch.cuda.is_available() else "cpu"), argv)
+    os.environ[MACHINE] = machine or ("1gpu" if torch.cuda.is_available() else "cpu")
+    return _launch(file or machine_file(os.environ[MACHINE]), argv)
 
 
 def _launch(file: Path, argv: Sequence[str]) -> int:

@@ -52,12 +52,13 @@ def read(path: Path, fix: str = RESTORE) -> dict[str, Any]:
     return found
 
 
-def rows(path: Path, *keys: str) -> Iterator[dict[str, Any]]:
+def rows(path: Path, *keys: str, size: int | None = None) -> Iterator[dict[str, Any]]:
     """Yield the object of each whole line of a file that grows by lines; a last line without its newline is left out.
 
     Args:
         path: the file.
         keys: that each row must have, with a whole number.
+        size: bytes after which nothing is read.
 
     Raises:
         UserError: the file cannot be read, or a line is damaged: its number is said.
@@ -65,8 +66,10 @@ def rows(path: Path, *keys: str) -> Iterator[dict[str, Any]]:
     expected = " and ".join(["a JSON object", *(f'an integer "{key}"' for key in keys)]).replace(" and ", " with ", 1)
     try:
         with path.open("rb") as lines:
+            end = 0
             for number, line in enumerate(lines, start=1):
-                if not line.endswith(b"\n"):  # torn by a kill
+                end += len(line)
+                if not line.endswith(b"\n") or (size is not None and end > size):  # torn by a kill, or not asked for
                     return
                 yield _row(line, f"{path}:{number}", expected, keys)
     except OSError as error:

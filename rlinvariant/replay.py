@@ -65,7 +65,7 @@ def run(options: argparse.Namespace) -> int:
         console.print(f"weights {weights}, sha256 {rollout.weights_sha256[:16]}... as recorded")
         with console.stage("starting the vLLM engine"):
             sampler = Sampler(weights, invariant=sampler_exact, dtype=dtype, **about["sampler"])
-        if changed := differences(then, certificate.subject(model.config, dtype)):
+        if changed := certificate.differences(then, certificate.subject(model.config, dtype)):
             console.print(f"note: bits are promised on one machine, and since the recording changed: {'; '.join(changed)}")
         console.print(table.TITLES, style="dim")
         with console.stage("replaying"):
@@ -197,18 +197,6 @@ def verdict(found: Sequence["Relation"], step: int, invariance: str, changed: bo
         ]
     why = "not all that decides bits is as it was (see the note above)" if changed else "rlinvariant bisect says where"
     return NOT_EXACT, ["", f"NOT EXACT: step {step} was not replayed: {counts}; {why}"]
-
-
-def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Say what decides bits and has changed, from two `certificate.subject`s; their models are not compared."""
-    found = [f"{k} {then[k]} -> {now[k]}" for k in ("device", "threads") if then[k] != now[k]]
-    a, b = then["packages"], now["packages"]
-    found += [f"{k} {a.get(k)} -> {b.get(k)}" for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
-    if then["isa"] != now["isa"]:
-        found.append("the processor's instructions")
-    if then["sources"] != now["sources"]:
-        found.append("rlinvariant's own sources")
-    return found
 
 
 def _draw(sampler: Any, rollout: "Rollout", prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> "list[Completion]":

@@ -9,10 +9,12 @@ from rlinvariant import runtime
 from rlinvariant.api import TrainerPlan, build_trainer, plan_trainer
 from rlinvariant.config import Config, Recipe
 from rlinvariant.errors import ConfigErrors, UserError, one_line
+from rlinvariant.files import disk_errors
 from rlinvariant.journal import Journal, nothing_left
-from rlinvariant.launch import rank
+from rlinvariant.launch import on_main_process, rank
 from rlinvariant.lock import locked
 from rlinvariant.report.console import Console
+from rlinvariant.resumption import Resumption, dataset_digest, find, require_same_data
 from rlinvariant.stopping import after_a_step
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ class Plan:
     trainer: TrainerPlan
     console: Console
     journal: Journal
+    resumption: Resumption
 
 
 def run(config: Config) -> None:
@@ -47,14 +50,15 @@ def run(config: Config) -> None:
         ParityError: the two sides are not one function, or a token that was trained on was not compared.
     """
     lock = locked(config.run_dir, "run") if rank() == 0 else nullcontext()
-    with nothing_left(config.run_dir / "checkpoints"), lock:
+    fix = "free space, then resume: checkpoints that were whole are still"
+    with disk_errors(config.run_dir, fix), nothing_left(config.run_dir / "checkpoints"), lock:
         planned = plan(config)
         trainer = build(planned)
         planned.journal.start(trainer)
         with planned.journal.finishing():
             evaluate(planned, trainer, "before")
             with after_a_step():
-                trainer.train(resume_from_checkpoint=config.resume and any(config.run_dir.glob("checkpoints/checkpoint-*")))
+                train(planned, trainer)
             evaluate(planned, trainer, "after")
 
 
@@ -74,6 +78,9 @@ def plan(config: Config) -> Plan:
     if problems := device_problems(args, config.invariance, getattr(torch, config.dtype)):  # before a recipe makes its model
         raise ConfigErrors(problems)
     console.print(f"{config.recipe}: invariance={config.invariance}, {config.steps} steps, files in {config.run_dir}")
+    resumption = on_main_process(lambda: find(config))
+    for line in resumption.lines:
+        console.print(line)
     if config.staleness:
         lag = f"staleness={config.staleness}: the sampler's weights lag by as many steps"
         console.print(f"{lag}; log-probs of two versions are counted, not required to be equal")
@@ -93,15 +100,17 @@ def plan(config: Config) -> Plan:
         raise UserError(f"model={model}: no tokenizer: {one_line(error, 400)}") from error
     train_dataset, eval_dataset = recipe.datasets(config, tokenizer)
     check_datasets(train_dataset, eval_dataset)
-    journal = Journal(config, model, options, console, args.process_index == 0)
-    return Plan(config, recipe, args, tokenizer, train_dataset, eval_dataset, trainer, console, journal)
+    data = dataset_digest(train_dataset)
+    resumption = require_same_data(resumption, data, config)
+    journal = Journal(config, model, options, console, args.process_index == 0, data, resumption)
+    return Plan(config, recipe, args, tokenizer, train_dataset, eval_dataset, trainer, console, journal, resumption)
 
 
 def build(planned: Plan) -> "InvariantGRPOTrainer":
     """Load the weights, start the engine, and make the trainer, which writes to the journal."""
     config, journal = planned.config, planned.journal
     with planned.console.stage("starting the vLLM engine and checking the model"):
-        return build_trainer(
+        trainer = build_trainer(
             planned.trainer,
             planned.recipe.reward_funcs(config),
             planned.train_dataset,
@@ -112,11 +121,23 @@ def build(planned: Plan) -> "InvariantGRPOTrainer":
             on_samples=journal.on_samples,
             on_rollout=journal.on_rollout,
         )
+    trainer.on_save, trainer.save_minutes = journal.on_save, config.save_minutes
+    return trainer
+
+
+def train(planned: Plan, trainer: "InvariantGRPOTrainer") -> None:
+    """Train from where the run stands; one that has done all its steps only gets its last weights back."""
+    checkpoint = planned.resumption.checkpoint
+    if checkpoint is not None and checkpoint.step >= planned.config.steps:
+        planned.console.print(f"all {checkpoint.step} steps are done: nothing is trained")
+        trainer.take_weights(checkpoint)
+    else:
+        trainer.train(resume_from_checkpoint=checkpoint)
 
 
 def evaluate(planned: Plan, trainer: "InvariantGRPOTrainer", when: str) -> None:
     """Put the mean reward of one greedy completion per held-out row into the journal, `when` being before or after."""
-    if planned.eval_dataset is None:
+    if planned.eval_dataset is None or when in planned.journal.accuracy:
         return
     from rlinvariant.trainer.evaluate import greedy_reward
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from rlinvariant import cli
+from rlinvariant import checkpoints, cli
 from rlinvariant.ablate import results, runs
 from rlinvariant.ablate.arms import CORRECTION_MODES, DEFAULT_ARMS, Arm, stale
 from rlinvariant.ablate.check import checked, refuse_mixed
@@ -208,11 +208,14 @@ def test_arms_and_seeds_are_added_to_what_is_there():
 
 
 def checkpoint(run: RunDir, step: int, whole: bool = True) -> None:
-    """Write what a trainer leaves; the state comes last."""
+    """Write what a trainer leaves; one that is not whole has lost a byte since."""
+    partial = run.checkpoints / ".partial"
+    partial.mkdir(parents=True)
+    (partial / "model.safetensors").write_bytes(b"weights")
     path = run.checkpoints / f"checkpoint-{step}"
-    path.mkdir(parents=True)
-    for name in ["model.safetensors", *(["trainer_state.json"] if whole else [])]:
-        (path / name).touch()
+    checkpoints.finish(partial, path, step, {})
+    if not whole:
+        (path / "model.safetensors").write_bytes(b"weight")
 
 
 def test_an_interrupted_run_goes_on_or_is_set_aside_and_nothing_is_lost():
@@ -223,18 +226,17 @@ def test_an_interrupted_run_goes_on_or_is_set_aside_and_nothing_is_lost():
     written(wanted, exact, 0, finished=False)
     checkpoint(run, 10)
     checkpoint(run, 15, whole=False)
-    resume, note = prepare(run, 20)
-    assert (run.checkpoints / "torn-checkpoint-15").is_dir() and not (run.checkpoints / "checkpoint-15").exists()
-    assert resume and note == "was interrupted; goes on from its checkpoint of step 10"
+    assert prepare(run, 20) == (True, "was interrupted; goes on from its checkpoint of step 10")
     checkpoint(run, 20)  # all steps done, but what follows them is not
-    resume, note = prepare(run, 20)
+    assert prepare(run, 20) == (True, "was interrupted; goes on from its checkpoint of step 20")
+    resume, note = prepare(run, 19)
     assert not resume and "starts anew, and what there was is in runs/ablation-x/exact/seed-0.interrupted-1" in note
     assert (run.path.with_name("seed-0.interrupted-1") / "checkpoints/checkpoint-10").is_dir() and not run.config.exists()
     written(wanted, exact, 0, finished=False)
     assert prepare(run, 20)[1].endswith("seed-0.interrupted-2")
     run = written(wanted, old, 0, finished=False)
     checkpoint(run, 10)
-    assert not prepare(run, 20)[0], "older weights are in no checkpoint"
+    assert prepare(run, 20)[0], "older weights are in the checkpoint too"
 
 
 @pytest.fixture

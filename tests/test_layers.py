@@ -21,7 +21,7 @@ ROWS = (
     {"config"},
     {"sampler", "trainer"},
     {"report"},
-    {"warmstart", "verification"},
+    {"warmstart", "verification", "resumption"},
     {"api", "journal"},
     {"run"},
     {"recipes"},

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from rlinvariant import reading, stopping
+from rlinvariant import checkpoints, stopping
 from rlinvariant.ablate.arms import Arm
 from rlinvariant.ablate.plan import Plan
 from rlinvariant.errors import stop_code
@@ -58,15 +58,9 @@ def prepare(run: RunDir, steps: int) -> tuple[bool, str]:
     if not run.config.exists():
         run.path.mkdir(parents=True, exist_ok=True)
         return False, ""
-    config = run.read_config()
-    names = ((re.fullmatch(r"checkpoint-(\d+)", p.name), p) for p in run.checkpoints.glob("checkpoint-*"))
-    checkpoints = {int(name[1]): p for name, p in names if name}
-    for step in [step for step, p in checkpoints.items() if not (p / "trainer_state.json").exists()]:  # written last
-        torn = checkpoints.pop(step)
-        torn.rename(torn.with_name(f"torn-{torn.name}"))
-    reached = max(checkpoints, default=0)
-    if 0 < reached < steps and not config.get("staleness", {}).get("value"):
-        return True, f"was interrupted; goes on from its checkpoint of step {reached}"
+    found, _ = checkpoints.newest(run.checkpoints)
+    if found is not None and found.step <= steps:
+        return True, f"was interrupted; goes on from its checkpoint of step {found.step}"
     aside = next(p for n in range(1, 10**6) if not (p := run.path.with_name(f"{run.path.name}.interrupted-{n}")).exists())
     run.path.rename(aside)
     run.path.mkdir()

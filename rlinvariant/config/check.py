@@ -49,8 +49,6 @@ def check_run(config: Config, env: Mapping[str, str]) -> list[str]:
         return ["run: missing; with several hosts write run=NAME, so that all use one directory"]
     if rank(env) != 0:
         return []
-    if config.resume and not config.run_dir.is_dir():
-        return [f"run={config.run}: {config.run_dir} does not exist, nothing to resume; drop resume=true"]
     if not config.resume and (config.run_dir / "config.json").exists():
         return [f"run={config.run}: {config.run_dir} exists; choose another name, or add resume=true to continue it"]
     try:
@@ -82,13 +80,12 @@ def _processes(env: Mapping[str, str]) -> tuple[int, list[str]]:
 
 
 def _check_numbers(config: Config) -> list[str]:
-    anew = "0 with resume=True: the older weights are in no checkpoint; start a new run"
     return _required(
         config,
         (config.steps >= 1, "steps", "at least 1"),
         (0 <= config.seed < 2**32, "seed", "0 to 4294967295"),
         (config.staleness >= 0, "staleness", "0 or more optimizer steps"),
-        (not (config.resume and config.staleness > 0), "staleness", anew),
+        (config.save_minutes is None or config.save_minutes >= 0, "save_minutes", "0 or more minutes, or None"),
     )
 
 

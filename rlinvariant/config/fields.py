@@ -58,6 +58,8 @@ TRAINER_DEFAULTS = {
     "bf16": False,  # TRL's None switches autocast on
     "disable_tqdm": True,  # the console has its own line
     "dataloader_pin_memory": False,
+    "save_steps": 0.1,  # ten checkpoints a run, of which two are kept: HF's 500 steps are more than most runs have
+    "save_total_limit": 2,
     "vllm_importance_sampling_correction": False,  # nothing to correct when exact
 }
 """Our defaults where they are not TRL's."""

@@ -83,7 +83,12 @@ class Config:
     steps: int = chz.field(default=100, doc="Optimizer steps.")
     seed: int = chz.field(default=0, doc="Seed of data order and sampling.")
     run: str = chz.field(default="", doc="Name under runs/; empty: recipe and time.")
-    resume: bool = chz.field(default=False, doc="Continue the run named by run=.")
+    resume: bool | Literal["force"] = chz.field(
+        default=False, doc="Continue the run named by run=; force: also with settings that make another run of it."
+    )
+    save_minutes: float | None = chz.field(
+        default=30.0, doc="Longest time between two checkpoints, minutes, beside trainer.save_steps; None: no such limit."
+    )
     dtype: Literal["bfloat16", "float32"] = chz.field(
         default="bfloat16", doc="Type that both sides compute in; master weights are float32."
     )

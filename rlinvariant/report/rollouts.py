@@ -89,6 +89,13 @@ def steps(run: str | Path) -> list[int]:
     return sorted(int(name[1]) for name in names if name)
 
 
+def forget(run: str | Path, after: int) -> None:
+    """Delete what was drawn by the steps after one, over which a resumed run goes again."""
+    for step in steps(run):
+        if step > after:
+            _path(run, step).unlink()
+
+
 def listed(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers)) or "none"
 

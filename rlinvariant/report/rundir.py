@@ -1,6 +1,6 @@
 """The run directory: runs/NAME/ with config.json, environment.json, metrics.jsonl, samples.jsonl; result.json at the end.
 
-`checkpoints/` is written by TRL, `rollouts/` by `report.rollouts`.
+`checkpoints/` is written by the trainer, `rollouts/` by `report.rollouts`.
 
 Only the main process writes. A .json file is replaced whole; a .jsonl file grows by whole lines, each flushed to the
 disk, so a killed run leaves every row it appended. JSON has no NaN and no infinities: they are written as the strings
@@ -40,27 +40,32 @@ class RunDir:
         self.rollouts = self.path / "rollouts"
 
     @classmethod
-    def create(cls, path: str | Path, config: Mapping[str, Any], resume: bool = False) -> Self:
-        """Make the directory and write config.json; with `resume`, continue one that a run left.
+    def create(
+        cls, path: str | Path, config: Mapping[str, Any], resume: bool = False, logs: Mapping[str, int] | None = None
+    ) -> Self:
+        """Make the directory and write config.json; with `resume`, continue one that a run left, if there is one.
 
-        On resume a torn last line is cut off, and a config.json that differs is kept as config.1.json, ...; a result.json,
-        which would no longer be true, as result.1.json, ...
+        On resume a config.json that differs is kept as config.1.json, ...; a result.json, which would no longer be true, as
+        result.1.json, ...
+
+        Args:
+            path, config: the directory, and what config.json holds.
+            resume: whether the directory may hold a run.
+            logs: file -> bytes to which it is cut back, 0 for one that is not named: what the checkpoint builds on. None: only
+                a torn last line is cut off.
 
         Raises:
-            UserError: not resuming and the directory holds files; resuming and it holds no run, or a line of it is damaged; it
-                cannot be written.
+            UserError: not resuming and the directory holds files; a line of what a run left is damaged; it cannot be written.
         """
         run = cls(path)
         try:
             if not resume and (run.config.exists() or run.metrics.exists()):
                 raise UserError(f"run: {run.path} already holds a run; choose another run=NAME, or set resume=true")
-            if resume and not run.config.exists():
-                raise UserError(f"resume: {run.path} holds no run (no config.json); name one that exists, or drop resume")
             run.path.mkdir(parents=True, exist_ok=True)
-            repair(run.metrics, "step")
-            repair(run.samples)
+            for lines, keys in ((run.metrics, ["step"]), (run.samples, [])):
+                repair(lines, *keys, size=None if logs is None else logs.get(lines.name, 0))
             text = _json_text(config)
-            if resume and run.config.read_bytes() != text.encode():
+            if run.config.exists() and run.config.read_bytes() != text.encode():
                 taken = sum(1 for _ in run.path.glob("config.*.json"))
                 write_atomically(run.path / f"config.{taken + 1}.json", run.config.read_bytes())
             if run.result.exists():
@@ -117,11 +122,11 @@ class RunDir:
         _append_lines(self.samples, rows)
 
 
-def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+def read_metrics(path: str | Path, size: int | None = None) -> list[dict[str, Any]]:
     """Read the rows of a metrics.jsonl, or of the run directory that holds it, in order of steps.
 
     A row takes the place of every earlier row of the same or a later step: those are of the stretch that a resumed run
-    went back over. A last line without its newline was torn by a kill and is left out.
+    went back over. A last line without its newline was torn by a kill and is left out. Only the first `size` bytes are read.
 
     Raises:
         UserError: the file cannot be read, or any other line is not a JSON object with an integer "step" (file and line number
@@ -129,7 +134,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """
     path = Path(path)
     rows: list[dict[str, Any]] = []
-    for row in reading.rows(path if path.suffix == ".jsonl" else path / "metrics.jsonl", "step"):
+    for row in reading.rows(path if path.suffix == ".jsonl" else path / "metrics.jsonl", "step", size=size):
         while rows and rows[-1]["step"] >= row["step"]:
             rows.pop()
         rows.append(numbers(row))
@@ -197,21 +202,22 @@ def _append_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         os.fsync(file.fileno())
 
 
-def repair(path: Path, *keys: str) -> None:
+def repair(path: Path, *keys: str, size: int | None = None) -> None:
     """Make a file that grows by lines fit to go on: create it if it is missing, and drop what follows its last newline.
 
     Args:
         path: the file.
         keys: that each row must have, with a whole number.
+        size: bytes after which everything is dropped too.
 
     Raises:
-        UserError: a line before the last is damaged; its number is said, and the file is left as it is.
+        UserError: a line that would stay is damaged; its number is said, and the file is left as it is.
     """
     path.touch()
-    for _ in reading.rows(path, *keys):
+    for _ in reading.rows(path, *keys, size=size):
         pass
     with path.open("ab+") as file:
         file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)
+        file.truncate(file.read(-1 if size is None else size).rfind(b"\n") + 1)
         os.fsync(file.fileno())
     sync_directory(path.parent)

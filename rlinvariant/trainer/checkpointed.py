@@ -29,7 +29,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
 from torch.optim.lr_scheduler import LambdaLR
 from trl.trainer.grpo_trainer import GRPOTrainer
 
@@ -37,6 +36,7 @@ from rlinvariant import checkpoints
 from rlinvariant.checkpoints import Checkpoint
 from rlinvariant.errors import UserError
 from rlinvariant.files import disk_errors
+from rlinvariant.launch import on_main_process
 from rlinvariant.trainer import state_file
 
 SHARED_STATE = "training/state.safetensors"
@@ -90,26 +90,16 @@ class CheckpointedTrainer(GRPOTrainer):
         return result
 
     def _checkpoint(self, asked: str | bool | Checkpoint | None) -> Checkpoint | None:
-        """Find the checkpoint that is meant. The main process reads it, and all ranks get what came of it."""
+        """Find the checkpoint that is meant."""
         if not asked or isinstance(asked, Checkpoint):
             return asked or None
-        answer: list[Any] = [None]
-        if self.accelerator.is_main_process:
-            try:
-                answer = [checkpoints.verified(Path(asked)) if isinstance(asked, str) else self._newest()]
-            except UserError as error:
-                answer = [error]
-        (found,) = broadcast_object_list(answer)
-        if isinstance(found, UserError):
-            raise found
-        return found
+        return on_main_process(lambda: checkpoints.verified(Path(asked)) if isinstance(asked, str) else self._newest())
 
     def _newest(self) -> Checkpoint:
         found, damages = checkpoints.newest(Path(self.args.output_dir))
         if found is None:
-            raise UserError(
-                "\n".join([f"resume_from_checkpoint=True: no whole checkpoint in {self.args.output_dir}", *damages])
-            )
+            none = f"resume_from_checkpoint=True: no whole checkpoint in {self.args.output_dir}"
+            raise UserError("\n".join([none, *damages]))
         return found
 
     def _require_same_kind(self, checkpoint: Checkpoint) -> None:
@@ -283,6 +273,13 @@ class CheckpointedTrainer(GRPOTrainer):
             name = min(missing or load_result.unexpected_keys)
             why = f"{len(missing)} weights are missing and {len(load_result.unexpected_keys)} unknown, {name} first"
             raise UserError(f"{self._resumed.path if self._resumed else 'checkpoint'}: of another model: {why}")
+
+    def take_weights(self, checkpoint: Checkpoint) -> None:
+        """Load a checkpoint's weights, to look at what was trained; what else a run needs to go on is left alone."""
+        self._require_same_kind(checkpoint)
+        self._resumed = checkpoint
+        self._load_from_checkpoint(str(checkpoint.path))
+        self.state.global_step = checkpoint.step
 
     def _load_best_model(self):
         self._wait_for_disk()

@@ -127,6 +127,18 @@ def machine_subject() -> dict[str, Any]:
     }
 
 
+def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Say what decides bits and has changed, from two `subject`s; their models are not compared."""
+    found = [f"{k} {then[k]} -> {now[k]}" for k in ("device", "threads") if then[k] != now[k]]
+    a, b = then["packages"], now["packages"]
+    found += [f"{k} {a.get(k)} -> {b.get(k)}" for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
+    if then["isa"] != now["isa"]:
+        found.append("the processor's instructions")
+    if then["sources"] != now["sources"]:
+        found.append("rlinvariant's own sources")
+    return found
+
+
 def directory() -> Path:
     """Return the directory of this machine's certificates."""
     return cache_dir() / "certificates"

@@ -131,10 +131,23 @@ def test_a_run_is_not_overwritten(tmp_path):
     assert {path.name: path.read_bytes() for path in run.path.iterdir()} == before
 
 
-def test_nothing_to_resume_is_said(tmp_path):
-    with pytest.raises(UserError, match=r"holds no run \(no config.json\)"):
-        RunDir.create(tmp_path / "run", {}, resume=True)
-    assert not (tmp_path / "run").exists()
+def test_a_run_that_was_killed_before_its_config_was_written_starts(tmp_path):
+    (tmp_path / "run").mkdir()
+    run = RunDir.create(tmp_path / "run", {"seed": 1}, resume=True)
+    assert json.loads(run.config.read_text()) == {"seed": 1} and not list(run.path.glob("config.*.json"))
+
+
+@pytest.mark.parametrize(("kept", "steps"), [(2, [1, 2]), (0, []), (3, [1, 2, 3])])
+def test_logs_are_cut_back_to_what_a_checkpoint_builds_on(tmp_path, kept, steps):
+    run = RunDir.create(tmp_path / "run", {})
+    sizes = [0]
+    for step in (1, 2, 3):
+        run.append_metrics({"step": step})
+        run.append_samples([{"step": step}])
+        sizes.append(run.metrics.stat().st_size)
+    RunDir.create(run.path, {}, resume=True, logs={"metrics.jsonl": sizes[kept]})
+    assert [row["step"] for row in read_metrics(run.path)] == steps
+    assert run.samples.read_bytes() == b"", "a file that is not named is cut to nothing"
 
 
 def test_a_path_that_cannot_be_made_is_one_line(tmp_path):

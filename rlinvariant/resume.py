@@ -1,0 +1,79 @@
+"""`rlinvariant resume RUN`: the command that started a run once more, from its newest whole checkpoint."""
+
+import argparse
+from pathlib import Path
+
+from rlinvariant import reading
+from rlinvariant.arguments import CommandParser
+from rlinvariant.errors import UserError
+from rlinvariant.files import RUNS
+
+DESCRIPTION = """Goes on with a run that was stopped or killed, from its newest checkpoint whose every byte is as it was
+written, with the settings of its config.json, on the machine file that it was launched with. What comes out is what an
+uninterrupted run would have given, bit for bit. Settings after RUN take the place of the run's: those that would make another
+run of it are refused, unless resume=force is among them. A run that has done all its steps is only evaluated again."""
+EXAMPLE = """rlinvariant resume runs/first
+rlinvariant resume first machine=cpu2"""
+
+
+def add_arguments(parser: CommandParser) -> None:
+    """Add the arguments of `resume`."""
+    parser.add_argument("run", metavar="RUN", help=f"the run's directory, {RUNS}/NAME, or its name")
+    parser.add_argument(
+        "settings", nargs="*", metavar="key=value", help="settings that take the place of the run's, and machine="
+    )
+
+
+def run(options: argparse.Namespace) -> int | None:
+    """Train on.
+
+    Raises:
+        UserError: there is no such run, or its config.json is damaged; and as `train.run` does.
+    """
+    from rlinvariant import train
+
+    name = run_name(options.run)
+    options.settings = arguments(RUNS / name, options.settings) + [f"run={name}"]
+    options.help = options.help_all = False
+    return train.run(options)
+
+
+def run_name(given: str) -> str:
+    """Return a run's name for its name or its directory. Raises UserError if there is none."""
+    path = Path(given)
+    for candidate in (RUNS / path, path):
+        if candidate.is_dir() and candidate.resolve().is_relative_to(RUNS.resolve()):
+            return str(candidate.resolve().relative_to(RUNS.resolve()))
+    raise UserError(f"{given}: no such run; expected a directory under {RUNS.resolve()}, or its name")
+
+
+def arguments(directory: Path, given: list[str]) -> list[str]:
+    """Return `key=value` arguments for what a run's user has set, with `given` in place of what they set anew."""
+    fix = "use the command that started the run, and resume=true"
+    path = directory / "config.json"
+    if not path.exists():
+        raise UserError(f"{directory}: holds no run (no config.json); start it by rlinvariant train")
+    config = reading.read(path, fix)
+    try:
+        own = {key: str(entry["value"]) for key, entry in config.items() if entry["source"] == "command line"}
+        recipe = str(config["recipe"]["value"])
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path}: damaged: a setting without value or source; {fix}") from error
+    anew = {argument.partition("=")[0] for argument in given}
+    settings = {"recipe": recipe} | own | {"resume": "true"}
+    settings.pop("run", None)
+    if "machine" not in anew and (machine := _machine(directory)):
+        settings["machine"] = machine
+    return [*(f"{key}={value}" for key, value in settings.items() if key not in anew), *given]
+
+
+def _machine(directory: Path) -> str | None:
+    """Return the machine file that a run was launched with, if it is known and still there."""
+    from rlinvariant.launch import is_launched, machines
+
+    try:
+        machine = reading.read(directory / "environment.json").get("machine_file")
+    except UserError:
+        return None
+    known = isinstance(machine, str) and (machine in machines() or Path(machine).is_file())
+    return machine if known and not is_launched() else None
