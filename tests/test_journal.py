@@ -8,6 +8,7 @@ from rlinvariant.config import parse
 from rlinvariant.errors import ParityError
 from rlinvariant.journal import Journal
 from rlinvariant.report.console import Console
+from rlinvariant.resumption import Resumption
 
 
 def failing() -> None:
@@ -18,7 +19,7 @@ def failing() -> None:
 def journal(tmp_path, monkeypatch) -> Journal:
     monkeypatch.chdir(tmp_path)
     config = parse(["recipe=arithmetic", "run=x", "wandb.mode=disabled"], {})
-    made = Journal(config, "a/model", {}, Console(), True)
+    made = Journal(config, "a/model", {}, Console(), True, "", Resumption())
     made.directory.path.mkdir(parents=True)
     made._environment, made._finish_wandb = {}, failing
     return made

@@ -31,6 +31,7 @@ ROWS = (
     {"cli"},
     {"__main__"},
     {"train"},
+    {"resume"},
 )
 LEVEL = {unit: level for level, row in enumerate(ROWS) for unit in row}
 IMPORTERS = {

@@ -19,7 +19,7 @@ from rlinvariant.config import PPOConfig
 from rlinvariant.errors import UserError
 from rlinvariant.report import rollouts
 from rlinvariant.rollout import Batch, Completion, Rollout
-from rlinvariant.verification import load
+from rlinvariant.verification import certificate, load
 from rlinvariant.verification.relation import Relation
 from tests import commands
 from tests.parity.harness import assert_exact, new_trainer
@@ -271,8 +271,8 @@ def test_a_mistake_gives_one_line(run, tmp_path, mistake):
 
 def test_another_machine_is_named():
     then = {"device": "a", "threads": 2, "isa": {"amx_tile": True}, "packages": {"torch": "2.13"}, "sources": "1"}
-    assert replay.differences(then, then) == []
+    assert certificate.differences(then, then) == []
     now = {"device": "b", "threads": 2, "isa": {"amx_tile": False}, "packages": {"torch": "2.14", "vllm": "1"}, "sources": "2"}
-    said = "; ".join(replay.differences(then, now))
+    said = "; ".join(certificate.differences(then, now))
     for words in ("device a -> b", "torch 2.13 -> 2.14", "vllm None -> 1", "instructions", "own sources"):
         assert words in said

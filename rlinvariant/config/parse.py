@@ -172,4 +172,6 @@ def expected(annotation: Any) -> str:
     """Return a type as a user reads it."""
     if typing.get_origin(annotation) is Literal:
         return "one of " + ", ".join(map(str, typing.get_args(annotation)))
+    if any(typing.get_origin(part) is Literal for part in typing.get_args(annotation)):  # of a union
+        return " or ".join(expected(part).removeprefix("one of ") for part in typing.get_args(annotation))
     return type_repr(annotation).replace("typing.", "")

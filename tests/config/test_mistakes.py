@@ -30,7 +30,7 @@ REPLACED = f"{EXACT}: it replaces operations that the invariant ops own; remove 
         ("--steps=4", "--steps=4: expected key=value without dashes; write steps=4"),
         ("steps=many", "steps=many: expected int; default 7"),
         ("steps=1.5", "steps=1.5: expected int; default 7"),
-        ("resume=yes", "resume=yes: expected bool | Literal['force']; default False"),
+        ("resume=yes", "resume=yes: expected bool or force; default False"),
         ("invariance=exat", "invariance=exat: expected one of exact, off, sampler, trainer; default 'exact'"),
         ("dtype=float16", "dtype=float16: expected one of bfloat16, float32; default 'bfloat16'"),
         ("wandb.mode=on", "wandb.mode=on: expected one of auto, online, offline, disabled; default 'auto'"),
