@@ -1,7 +1,6 @@
 """Run an ablation's runs one after the other, each in a process of its own, and go on where an earlier command ended."""
 
 import os
-import re
 import shlex
 import signal
 import subprocess
@@ -12,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from rlinvariant import checkpoints, stopping
+from rlinvariant import checkpoints, reading, stopping
 from rlinvariant.ablate.arms import Arm
 from rlinvariant.ablate.plan import Plan
 from rlinvariant.errors import stop_code
