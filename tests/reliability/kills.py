@@ -1,0 +1,49 @@
+"""kill -9 at what a run does to its files, and at times."""
+
+import random
+import time
+from pathlib import Path
+
+from tests.reliability.campaign import Campaign, spread
+
+
+def events(campaign: Campaign) -> list[str]:
+    """Return what an undisturbed run does to its files, in order."""
+    campaign.clear()
+    notes = campaign.lab.logs / f"events of {campaign.name}"
+    notes.unlink(missing_ok=True)
+    run = campaign.start(faults=[("note_events", {"under": str(campaign.run_dir), "notes": str(notes)})])
+    assert run.wait() == 0, run.text[-3000:]
+    return Path(notes).read_text().splitlines()
+
+
+def kill_at_events(campaign: Campaign, count: int) -> None:
+    """Kill at `count` events, spread over start, steps, saves and end; half of them with the last file torn."""
+    found = events(campaign)
+    points = [(at, torn) for at in range(1, len(found) + 1) for torn in (False, True)]
+    for index in spread(count, len(points)):
+        at, torn = points[index]
+        campaign.clear()
+        where = {"under": str(campaign.run_dir), "event": at, "torn": torn}
+        code = campaign.start(faults=[("kill_at", where)]).wait()
+        what = f"killed at event {at}, {found[at - 1]}{', torn' if torn else ''}"
+        if code == -9:
+            campaign.resume(what)
+        else:
+            campaign.note(what, f"not killed, exit {code}")
+
+
+def kill_at_times(campaign: Campaign, count: int) -> None:
+    """Kill after `count` times between a third of a whole run's time and all of it."""
+    campaign.clear()
+    began = time.monotonic()
+    assert campaign.start().wait() == 0
+    whole, generator = time.monotonic() - began, random.Random(8)
+    for _ in range(count):
+        campaign.clear()
+        after_s = generator.uniform(0.3, 1) * whole
+        run = campaign.start()
+        time.sleep(after_s)
+        run.kill()
+        run.wait()
+        campaign.resume(f"killed after {after_s:.2f} s")
