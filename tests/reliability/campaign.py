@@ -2,8 +2,9 @@
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Self
 
 from tests.reliability.lab import Fault, Lab, Run
 from tests.reliability.rundirs import differences
@@ -20,12 +21,13 @@ class Campaign:
         lab: where runs are started.
         name: of the runs: each is made in the place of the one before it.
         settings: of every run.
-        check: says what else is wrong with a run that was resumed; by default nothing is.
+        planted: faults of each run that is resumed, as a control has them.
     """
 
     lab: Lab
     name: str = "run"
     settings: Sequence[str] = SETTINGS
+    planted: Sequence[Fault] = ()
     bad: list[str] = field(default_factory=list)
     tried: int = 0
 
@@ -40,6 +42,10 @@ class Campaign:
     @property
     def run_dir(self) -> Path:
         return self.lab.runs / self.name
+
+    def control(self, *planted: Fault) -> Self:
+        """Return a campaign beside the same untouched run, whose resumed runs have faults of their own."""
+        return replace(self, planted=planted, bad=[], tried=0)
 
     def start(self, *more: str, faults: Sequence[Fault] = ()) -> Run:
         """Start a run where nothing is, or with what `more` says."""
@@ -64,7 +70,7 @@ class Campaign:
             more: settings.
             check: says what is wrong with the resumed run's output.
         """
-        run = self.start("resume=true", *more)
+        run = self.start("resume=true", *more, faults=self.planted)
         code = run.wait()
         if code != 0:
             said = next((line for line in reversed(run.text.splitlines()) if line.strip()), "nothing")

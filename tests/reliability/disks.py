@@ -20,7 +20,7 @@ def fill_the_disk(campaign: Campaign, count: int) -> None:
         free = index * whole // FINE
         what = f"{free:,} of {whole:,} bytes free"
         campaign.clear()
-        run = campaign.start(faults=[("full_disk", {**under, "free": free})])
+        run = campaign.start(faults=[("full_disk", {**under, "free": free}), *campaign.planted])
         code, lines = run.wait(), [line for line in run.text.splitlines() if line.startswith("error: ")]
         if code != DISK_FULL or len(lines) != 1 or "Traceback" in run.text:
             campaign.note(what, f"exit {code}, {len(lines)} lines of error{', traceback' if 'Traceback' in run.text else ''}")

@@ -1,12 +1,19 @@
 """Faults that are planted in the fork of a run, before its command starts; `server.py` calls them by name."""
 
+import json
 import math
 import os
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 
+from trl.trainer.grpo_trainer import GRPOTrainer
+
+from rlinvariant import checkpoints, files, lock, resumption
+from rlinvariant.trainer.checkpointed import CheckpointedTrainer
+from rlinvariant.trainer.grpo import InvariantGRPOTrainer
 from tests.reliability.disk import FullDisk
-from tests.reliability.events import Events
+from tests.reliability.events import Events, everywhere
 
 
 def note_events(under: str, notes: str) -> None:
@@ -15,14 +22,23 @@ def note_events(under: str, notes: str) -> None:
     Events(Path(under), lambda number, what: os.write(file, f"{what}\n".encode()) and None)
 
 
-def kill_at(under: str, event: int, torn: bool) -> None:
-    """End the run by SIGKILL before an event; `torn`: half of the file that was opened last is not written yet."""
+def kill_at(under: str, event: int, torn: bool, in_place: bool = False) -> None:
+    """End the run by SIGKILL before an event.
+
+    Args:
+        under: the run's directory.
+        event: its number.
+        torn: half of the file that was opened last is not written yet.
+        in_place: a checkpoint that is being written has its name already.
+    """
 
     def react(number: int, what: str) -> None:
         if number != event:
             return
         if torn and events.last_opened is not None and events.last_opened.is_file():
             os.truncate(events.last_opened, events.last_opened.stat().st_size // 2)
+        for partial in Path(under).glob(f"checkpoints/{checkpoints.PARTIAL}*/checkpoint-*") if in_place else ():
+            partial.rename(Path(under, "checkpoints", partial.name))
         os.kill(0, signal.SIGKILL)
 
     events = Events(Path(under), react)
@@ -43,3 +59,39 @@ def count_bytes(under: str, notes: str) -> None:
         end(code)
 
     os._exit = noted
+
+
+def trust_every_checkpoint() -> None:
+    """Take the newest directory that is named like a checkpoint, whatever its files hold, as it was before."""
+
+    def newest(directory: Path) -> tuple[checkpoints.Checkpoint | None, list[str]]:
+        found = checkpoints.found(directory)
+        about = (json.loads((path / checkpoints.MANIFEST).read_text())["about"] for _, path in found)
+        return (checkpoints.Checkpoint(found[0][1], found[0][0], next(about)) if found else None), []
+
+    checkpoints.newest = newest
+
+
+def forget_the_rollout() -> None:
+    """Resume without the rollout that is being used, as it was before."""
+    InvariantGRPOTrainer._restore_progress = lambda self, progress: None
+
+
+def forget_the_epoch() -> None:
+    """Resume with the order of the data of the first epoch, as it was before."""
+    CheckpointedTrainer._init_training_state = GRPOTrainer._init_training_state
+
+
+def let_the_disks_error_pass() -> None:
+    """Turn no error of a disk into a line, as it was before."""
+    everywhere(files.disk_errors, nullcontext)
+
+
+def compare_no_setting() -> None:
+    """Resume with any setting, as it was before."""
+    resumption._compared = lambda config, before: ([], [])
+
+
+def lock_nothing() -> None:
+    """Let two runs write one directory, as it was before."""
+    everywhere(lock.locked, nullcontext)

@@ -17,14 +17,21 @@ def events(campaign: Campaign) -> list[str]:
     return Path(notes).read_text().splitlines()
 
 
-def kill_at_events(campaign: Campaign, count: int) -> None:
-    """Kill at `count` events, spread over start, steps, saves and end; half of them with the last file torn."""
+def kill_at_events(campaign: Campaign, count: int, among: str = "", in_place: bool = False) -> None:
+    """Kill at `count` events, spread over start, steps, saves and end; half of them with the last file torn.
+
+    Args:
+        campaign: says which run.
+        count: how many kills.
+        among: what the events are about: a part of a file's name.
+        in_place: leave what a checkpoint has so far under its own name, as if it were written there: a control.
+    """
     found = events(campaign)
-    points = [(at, torn) for at in range(1, len(found) + 1) for torn in (False, True)]
+    points = [(at, torn) for at in range(1, len(found) + 1) if among in found[at - 1] for torn in (False, True)]
     for index in spread(count, len(points)):
         at, torn = points[index]
         campaign.clear()
-        where = {"under": str(campaign.run_dir), "event": at, "torn": torn}
+        where = {"under": str(campaign.run_dir), "event": at, "torn": torn, "in_place": in_place}
         code = campaign.start(faults=[("kill_at", where)]).wait()
         what = f"killed at event {at}, {found[at - 1]}{', torn' if torn else ''}"
         if code == -9:

@@ -1,7 +1,9 @@
 """Resuming after every step: inside a reused rollout, in accumulation, after epochs, with evaluation between, with PPO."""
 
+from collections.abc import Sequence
+
 from tests.reliability.campaign import Campaign
-from tests.reliability.lab import Lab
+from tests.reliability.lab import Fault, Lab
 
 SMALL_BATCH = "trainer.per_device_train_batch_size=8"
 TWO_STEPS_AN_EPOCH = "data.train_size=8"
@@ -35,10 +37,12 @@ PPO = ("algorithm=ppo",)
 STALE = ("staleness=1",)
 
 
-def resume_everywhere(lab: Lab, name: str, settings: tuple[str, ...], steps: int = 7, offsets: range | None = None) -> Campaign:
+def resume_everywhere(
+    lab: Lab, name: str, settings: Sequence[str], steps: int = 7, offsets: Sequence[int] = (), planted: Sequence[Fault] = ()
+) -> Campaign:
     """Resume a run after each of its steps, or after those that `offsets` says, each with a checkpoint."""
     every = (f"steps={steps}", "trainer.save_steps=1", "trainer.save_total_limit=99", *settings)
-    campaign = Campaign(lab, "".join(c if c.isalnum() else "_" for c in name), every)
+    campaign = Campaign(lab, "".join(c if c.isalnum() else "_" for c in name), every, planted)
     for step in offsets or range(1, steps):
         campaign.rewind(step)
         campaign.resume(f"{name}, from step {step}")
