@@ -76,8 +76,8 @@ def damage_the_only_one(campaign: Campaign, count: int) -> None:
 
     for name, how, damage in chosen(campaign, count):
         run_dir = campaign.rewind(NEWEST)
-        shutil.rmtree(run_dir / f"checkpoints/checkpoint-{OLDER}")
         damage(run_dir / f"checkpoints/checkpoint-{NEWEST}" / name)
+        shutil.rmtree(run_dir / f"checkpoints/checkpoint-{OLDER}")
         campaign.resume(f"{name} {how}, no other checkpoint", check=unsaid)
 
 
