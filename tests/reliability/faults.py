@@ -9,7 +9,7 @@ from pathlib import Path
 
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from rlinvariant import checkpoints, files, lock, resumption
+from rlinvariant import checkpoints, files, lock
 from rlinvariant.trainer.checkpointed import CheckpointedTrainer
 from rlinvariant.trainer.grpo import InvariantGRPOTrainer
 from tests.reliability.disk import FullDisk
@@ -89,6 +89,8 @@ def let_the_disks_error_pass() -> None:
 
 def compare_no_setting() -> None:
     """Resume with any setting, as it was before."""
+    from rlinvariant import resumption
+
     resumption._compared = lambda config, before: ([], [])
 
 

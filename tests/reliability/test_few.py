@@ -1,11 +1,15 @@
 """A few of what `make reliability` does by the hundred, for `make test`: runs of a tiny model, a second or two each."""
 
+import pytest
+
 from tests.reliability.campaign import Campaign
 from tests.reliability.damages import damage_the_newest
 from tests.reliability.disks import fill_the_disk
 from tests.reliability.kills import kill_at_events
 from tests.reliability.offsets import SETTINGS, resume_everywhere
 from tests.reliability.others import resume_what_is_finished
+
+pytest.importorskip("rlinvariant.resumption")
 
 
 def test_a_run_killed_while_it_saves_goes_on_bit_for_bit(lab):
