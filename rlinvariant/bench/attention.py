@@ -64,6 +64,9 @@ class _Step:
         self.most_q, self.most_k, self.out = max(queries), max(keys), torch.empty_like(self.q)
         self.scale = q.shape[-1] ** -0.5
 
+    def reference(self) -> Tensor:
+        return ops.paged_attention_ref(self.q, self.cache, self.table, self.cu, self.lens, self.scale)
+
     def ours(self) -> Callable[[], Tensor]:
         from rlinvariant.kernels.attention import schedule
 
@@ -150,6 +153,7 @@ def _paged(work: Work, heads: int, kv_heads: int, d: int, seconds: float) -> Ite
     for stock, splits in kinds.items():
         got, theirs = step.ours()().clone(), step.stock(splits)().clone()
         torch.testing.assert_close(got.float(), theirs.float(), rtol=0.05, atol=0.05)
+        torch.testing.assert_close(got[spans[0]].float(), parts[0].reference().float(), rtol=0.05, atol=0.05)
         equal: dict[str, bool | None] = {
             "ours": _alone(got, [p.ours() for p in parts], spans),
             "stock": _alone(theirs, [p.stock(splits) for p in parts], spans),
@@ -172,6 +176,9 @@ def _packed(heads: int, kv_heads: int, d: int, sequences: int, length: int) -> I
     def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return ops.attention(q, k, v, every[: len(q) // length + 1], d**-0.5, length)
 
+    def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return ops.attention_ref(q, k, v, every[: len(q) // length + 1], d**-0.5)
+
     def stock(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x.unflatten(0, (-1, length)).transpose(1, 2) for x in (q, k, v))
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=d**-0.5, enable_gqa=True)
@@ -180,4 +187,4 @@ def _packed(heads: int, kv_heads: int, d: int, sequences: int, length: int) -> I
     for both in (False, True):
         what = "forward + backward" if both else "forward"
         name = f"packed {sequences} x {length}, {heads}/{kv_heads} heads of {d}, {what}; stock: PyTorch's"
-        yield Case(name, ours, stock, (q, k, v), 3, length, gradients=(0, 1, 2) if both else ())
+        yield Case(name, ours, reference, stock, (q, k, v), 3, length, gradients=(0, 1, 2) if both else ())

@@ -1,4 +1,4 @@
-"""One op on one set of inputs, ours against another's: bits first, then time."""
+"""One op on one set of inputs, ours against another's: numbers and bits first, then time."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,19 +7,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlinvariant import bits
+from rlinvariant import bits, ops
 from rlinvariant.bench import gpu
 from rlinvariant.bench.measure import Row
 
+REFERENCE_ROWS = 9  # how many first rows are compared with the reference, which is slow
 FIRST_ROWS = (1, 2, 3, 9, 17, 257)  # how many first rows are computed apart from the others; also half of all and one
 
 
 @dataclass(frozen=True)
 class Case:
-    """Holds an op of ours and another's, with the inputs that both get."""
+    """Holds an op of ours, its reference `X_ref`, and another's op, with the inputs that all three get."""
 
     name: str
     ours: Callable[..., Any]
+    reference: Callable[..., Any]
     stock: Callable[..., Any]
     inputs: tuple[Tensor, ...]
     sliced: int  # how many of the inputs have a row per token or sequence: the first ones
@@ -33,13 +35,14 @@ def check(case: Case) -> dict[str, bool | None]:
     """Return {"ours": ..., "stock": ...}: whether each side's rows come out the same alone and in the whole batch.
 
     Raises:
-        AssertionError: the two sides do not compute the same.
+        AssertionError: ours does not compute what its reference and the stock op do.
     """
     with torch.no_grad():
+        some = _first(case, min(REFERENCE_ROWS, len(case.inputs[0]) // case.unit))
+        _assert_close(_fresh(case.ours, some), _fresh(case.reference, some), f"{case.name}: ours, reference")
         full = [_fresh(f, case.inputs) for f in (case.ours, case.stock)]
         if case.same:
-            for ours, stock in zip(*full, strict=True):
-                torch.testing.assert_close(ours.float(), stock.float(), rtol=0.05, atol=0.05, msg=lambda m: f"{case.name}: {m}")
+            _assert_close(full[0], full[1], f"{case.name}: ours, stock")
         ours, stock = (_invariant(f, case, out) for f, out in zip((case.ours, case.stock), full, strict=True))
     return {"ours": ours, "stock": stock}
 
@@ -66,6 +69,17 @@ def gpu_row(bench: str, case: Case, seconds: float, graphs: bool = True) -> Row:
     )
 
 
+def drawn_reference(logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the tokens that `ops.sample` draws, and their log-probs and ranks by `ops.log_softmax_ref`, each [R].
+
+    `ops.sample_ref` would now and then draw another token, where the random number lies on the edge between two.
+    """
+    tokens = ops.sample(logits, temperature, seeds, positions)[0]
+    picked = tokens[:, None]
+    logprobs = ops.log_softmax_ref(logits, temperature).gather(1, picked)[:, 0]
+    return tokens, logprobs, (logits > logits.gather(1, picked)).sum(1)
+
+
 def as_tuple(x: Any) -> tuple[Tensor, ...]:
     return x if isinstance(x, tuple) else (x,)
 
@@ -74,11 +88,20 @@ def _invariant(function: Callable[..., Any], case: Case, full: tuple[Tensor, ...
     """Return whether the first rows come out the same alone and in the whole batch."""
     count = len(case.inputs[0]) // case.unit
     for k in sorted({*FIRST_ROWS, count // 2 + 1} & set(range(1, count))):
-        n = k * case.unit
-        part = _fresh(function, (*(x[:n] for x in case.inputs[: case.sliced]), *case.inputs[case.sliced :]))
-        if not all(bits.same(some, whole[:n]) for some, whole in zip(part, full, strict=True)):
+        part = _fresh(function, _first(case, k))
+        if not all(bits.same(some, whole[: k * case.unit]) for some, whole in zip(part, full, strict=True)):
             return False
     return True
+
+
+def _first(case: Case, count: int) -> tuple[Tensor, ...]:
+    """Return the inputs of the first rows alone, `count` times `case.unit`."""
+    return *(x[: count * case.unit] for x in case.inputs[: case.sliced]), *case.inputs[case.sliced :]
+
+
+def _assert_close(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...], what: str) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.float(), b.float(), rtol=0.05, atol=0.05, msg=lambda m: f"{what}: {m}")
 
 
 def _fresh(function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlinvariant import ops
-from rlinvariant.bench.cases import Case, gpu_row
+from rlinvariant.bench.cases import Case, drawn_reference, gpu_row
 from rlinvariant.bench.measure import Row
 from rlinvariant.models.shapes import SHAPES
 
@@ -36,6 +36,9 @@ def _head(model: str, hidden: int, vocab: int, tokens: int) -> Iterator[Case]:
     def ours(x: Tensor, ids: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         return ops.token_logprobs(x, w, ids, TEMPERATURE)
 
+    def reference(x: Tensor, ids: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        return ops.token_logprobs_ref(x, w, ids, TEMPERATURE)
+
     def trl(x: Tensor, ids: Tensor, w: Tensor) -> tuple[Tensor, ...]:
         with torch.autocast(x.device.type, torch.bfloat16):
             return chunked.apply(x, w, None, ids, TEMPERATURE, chunk, None, 1.0, ("log_probs", "entropy"))[:2]
@@ -48,7 +51,7 @@ def _head(model: str, hidden: int, vocab: int, tokens: int) -> Iterator[Case]:
         for name, stock in (("TRL's chunked head", trl), ("PyTorch, all logits at once", plain)):
             what = "forward + backward" if both else "forward"
             case = f"token_logprobs, {model}, {tokens} x {hidden} -> {vocab}, {what}; stock: {name}"
-            yield Case(case, ours, stock, (x, ids, w), 2, gradients=(0, 2) if both else ())
+            yield Case(case, ours, reference, stock, (x, ids, w), 2, gradients=(0, 2) if both else ())
 
 
 def _trl() -> tuple[Any, int]:
@@ -77,6 +80,7 @@ def _sample(vocab: int, batch: int) -> Case:
     return Case(
         f"sample, {batch} x {vocab}; stock: vLLM's V2 sampler",
         ops.sample,
+        drawn_reference,
         stock,
         (logits, temperature, seeds, positions),
         4,

@@ -1,6 +1,7 @@
 """rms_norm, add_rms_norm, qk_norm_rope and swiglu against vLLM's own CUDA kernels, at the shapes of Qwen3 1.7B and 8B."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ from rlinvariant.models.shapes import SHAPES, Shape
 EPS = 1e-6
 TOKEN_COUNTS = (1, 16, 256, 4096, 16384)
 CACHED_POSITIONS = 4096
+
+Pairwise = Callable[..., tuple[Tensor, Tensor]]
+"""`ops.qk_norm_rope`, or its reference."""
 
 
 def rows(tiny: bool) -> Iterator[Row]:
@@ -41,9 +45,6 @@ def _cases(model: str, s: Shape, tokens: int, theirs: Any) -> Iterator[Case]:
     x, y, w = _randn(tokens, s.hidden), _randn(tokens, s.hidden), 1 + 0.1 * _randn(s.hidden)
     qkv, gate_up, head = _randn(tokens, q + 2 * kv), _randn(tokens, 2 * s.mlp), 1 + 0.1 * _randn(d)
 
-    def rms(x: Tensor, w: Tensor) -> Tensor:
-        return ops.rms_norm(x, w, EPS)
-
     def rms_theirs(x: Tensor, w: Tensor) -> Tensor:
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         theirs.rms_norm(out, x, w, EPS)
@@ -51,9 +52,6 @@ def _cases(model: str, s: Shape, tokens: int, theirs: Any) -> Iterator[Case]:
 
     def heads(qkv: Tensor) -> tuple[Tensor, Tensor]:
         return qkv[:, :q].unflatten(-1, (s.heads, d)), qkv[:, q : q + kv].unflatten(-1, (s.kv_heads, d))
-
-    def add(x: Tensor, y: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-        return ops.add_rms_norm(x, y, w, EPS)
 
     def add_theirs(x: Tensor, y: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         theirs.fused_add_rms_norm(x, y, w, EPS)
@@ -66,15 +64,17 @@ def _cases(model: str, s: Shape, tokens: int, theirs: Any) -> Iterator[Case]:
 
     turning = (qkv, cos, sin, position, cache, head)
 
-    def turn(qkv: Tensor, cos: Tensor, sin: Tensor, position: Tensor, cache: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-        return ops.qk_norm_rope(*heads(qkv), None, None, cos, sin, EPS)
+    def turn(op: Pairwise, qkv: Tensor, cos: Tensor, sin: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
+        return op(*heads(qkv), None, None, cos, sin, EPS)
 
     def turn_theirs(qkv: Tensor, cos: Tensor, sin: Tensor, position: Tensor, cache: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         theirs.rotary_embedding(position, qkv[:, :q], qkv[:, q : q + kv], d, cache, True)
         return heads(qkv)
 
-    def norm(qkv: Tensor, cos: Tensor, sin: Tensor, position: Tensor, cache: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-        return ops.qk_norm_rope(*heads(qkv), w, w, cos, sin, EPS)
+    def norm(
+        op: Pairwise, qkv: Tensor, cos: Tensor, sin: Tensor, position: Tensor, cache: Tensor, w: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return op(*heads(qkv), w, w, cos, sin, EPS)
 
     def norm_theirs(qkv: Tensor, cos: Tensor, sin: Tensor, position: Tensor, cache: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         of_q, of_k = (rms_theirs(x, w) for x in heads(qkv))
@@ -98,9 +98,13 @@ def _cases(model: str, s: Shape, tokens: int, theirs: Any) -> Iterator[Case]:
         return f"{op}, {model}, {tokens} x {shape}"
 
     of_heads = f"{s.heads}+{s.kv_heads} x {d}"
-    yield Case(name("rms_norm", f"{s.hidden}"), rms, rms_theirs, (x, w), 1, target=1.0)
-    yield Case(name("add_rms_norm", f"{s.hidden}"), add, add_theirs, (x, y, w), 2, target=1.0)
-    yield Case(name("rope", of_heads), turn, turn_theirs, turning, 4, target=1.0)
-    yield Case(name("qk_norm_rope", of_heads), norm, norm_theirs, turning, 4, target=1.0)
-    yield Case(name("qk_norm_rope against the fused kernel, off by default", of_heads), norm, norm_fused, turning, 4)
-    yield Case(name("swiglu", f"{s.mlp}"), swiglu, swiglu_theirs, (gate_up,), 1, target=1.0)
+    ours, ref = (partial(f, eps=EPS) for f in (ops.rms_norm, ops.rms_norm_ref))
+    yield Case(name("rms_norm", f"{s.hidden}"), ours, ref, rms_theirs, (x, w), 1, target=1.0)
+    ours, ref = (partial(f, eps=EPS) for f in (ops.add_rms_norm, ops.add_rms_norm_ref))
+    yield Case(name("add_rms_norm", f"{s.hidden}"), ours, ref, add_theirs, (x, y, w), 2, target=1.0)
+    ours, ref = (partial(turn, f) for f in (ops.qk_norm_rope, ops.qk_norm_rope_ref))
+    yield Case(name("rope", of_heads), ours, ref, turn_theirs, turning, 4, target=1.0)
+    ours, ref = (partial(norm, f) for f in (ops.qk_norm_rope, ops.qk_norm_rope_ref))
+    yield Case(name("qk_norm_rope", of_heads), ours, ref, norm_theirs, turning, 4, target=1.0)
+    yield Case(name("qk_norm_rope against the fused kernel, off by default", of_heads), ours, ref, norm_fused, turning, 4)
+    yield Case(name("swiglu", f"{s.mlp}"), swiglu, ops.swiglu_merged_ref, swiglu_theirs, (gate_up,), 1, target=1.0)

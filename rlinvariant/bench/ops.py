@@ -1,7 +1,8 @@
 """Each op on a CPU against what it takes the place of: PyTorch's, transformers' or vLLM's own."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, apply_rotary_pos_emb
 
 from rlinvariant import ops
-from rlinvariant.bench.cases import Case, call, check
+from rlinvariant.bench.cases import Case, call, check, drawn_reference
 from rlinvariant.bench.measure import Row, pair
 
 EPS = 1e-6
@@ -70,16 +71,17 @@ def _name(s: Size, op: str, shape: str, train: bool = False) -> str:
 def _linear(s: Size, m: int, train: bool) -> Iterator[Case]:
     shape, bf16 = f"{m} x {s.hidden} -> {s.mlp}", torch.bfloat16
     x, w = torch.randn(m, s.hidden), torch.randn(s.mlp, s.hidden) / s.hidden**0.5
-    yield Case(_name(s, "linear", shape), ops.linear, F.linear, (x.to(bf16), w.to(bf16)), 1)
-    yield Case(_name(s, "linear fp32", shape), ops.linear, F.linear, (x, w), 1)
+    yield Case(_name(s, "linear", shape), ops.linear, ops.linear_ref, F.linear, (x.to(bf16), w.to(bf16)), 1)
+    yield Case(_name(s, "linear fp32", shape), ops.linear, ops.linear_ref, F.linear, (x, w), 1)
     if train:  # fp32 masters
         stock = lambda x, w: F.linear(x, w.to(x.dtype))  # noqa: E731
-        yield Case(_name(s, "linear", shape, True), ops.linear, stock, (x.to(bf16), w), 1, gradients=(0, 1))
+        yield Case(_name(s, "linear", shape, True), ops.linear, ops.linear_ref, stock, (x.to(bf16), w), 1, gradients=(0, 1))
     else:
         vllm = _vllm_cpu()[1]
         packed, n = torch.ops._C.convert_weight_packed(w.to(bf16)), s.mlp
         stock = lambda x, w: vllm.weight_packed_linear_cpu(x, packed, n, None)  # noqa: E731
-        yield Case(_name(s, "linear (stock: vLLM's)", shape), ops.linear, stock, (x.to(bf16), w.to(bf16)), 1)
+        name = _name(s, "linear (stock: vLLM's)", shape)
+        yield Case(name, ops.linear, ops.linear_ref, stock, (x.to(bf16), w.to(bf16)), 1)
 
 
 def _elementwise(s: Size, m: int, train: bool) -> Iterator[Case]:
@@ -100,8 +102,8 @@ def _elementwise(s: Size, m: int, train: bool) -> Iterator[Case]:
     angle = torch.arange(m)[:, None] / 10000 ** (torch.arange(half) / half)
     cos, sin = angle.cos(), angle.sin()
 
-    def turn(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        return ops.rope(q, cos, sin), ops.rope(k, cos, sin)
+    def turn(rope: Callable[..., Tensor], q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        return rope(q, cos, sin), rope(k, cos, sin)
 
     def turn_stock(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
         wide = [torch.cat((x, x), -1)[None].to(q.dtype) for x in (cos, sin)]
@@ -113,22 +115,24 @@ def _elementwise(s: Size, m: int, train: bool) -> Iterator[Case]:
     for both in (False, True) if train else (False,):
         wide, heads = f"{m} x {s.hidden}", f"{m} x {s.heads}+{s.kv_heads} x {s.head_dim}"
         weight = w if both else w.bfloat16()
-        ours = lambda x, w: ops.rms_norm(x, w, EPS)  # noqa: E731
-        yield Case(_name(s, "rms_norm", wide, both), ours, rms, (x, weight), 1, gradients=(0, 1) if both else ())
-        ours = lambda x, y, w: ops.add_rms_norm(x, y, w, EPS)  # noqa: E731
-        yield Case(_name(s, "add_rms_norm", wide, both), ours, add_rms, (x, y, weight), 2, gradients=(0, 1, 2) if both else ())
-        yield Case(_name(s, "rope", heads, both), turn, turn_stock, (q, k, cos, sin), 4, gradients=(0, 1) if both else ())
+        two, three = ((0, 1), (0, 1, 2)) if both else ((), ())
+        ours, ref = (partial(f, eps=EPS) for f in (ops.rms_norm, ops.rms_norm_ref))
+        yield Case(_name(s, "rms_norm", wide, both), ours, ref, rms, (x, weight), 1, gradients=two)
+        ours, ref = (partial(f, eps=EPS) for f in (ops.add_rms_norm, ops.add_rms_norm_ref))
+        yield Case(_name(s, "add_rms_norm", wide, both), ours, ref, add_rms, (x, y, weight), 2, gradients=three)
+        ours, ref = (partial(turn, f) for f in (ops.rope, ops.rope_ref))
+        yield Case(_name(s, "rope", heads, both), ours, ref, turn_stock, (q, k, cos, sin), 4, gradients=two)
         stock = lambda gate, up: F.silu(gate) * up  # noqa: E731
         shape = f"{m} x {s.mlp}"
-        yield Case(_name(s, "swiglu", shape, both), ops.swiglu, stock, (gate, up), 2, gradients=(0, 1) if both else ())
+        yield Case(_name(s, "swiglu", shape, both), ops.swiglu, ops.swiglu_ref, stock, (gate, up), 2, gradients=two)
 
 
 def _attention(s: Size) -> Iterator[Case]:
     b, t, d, scale = s.sequences, s.length, s.head_dim, s.head_dim**-0.5
     q, k, v = (torch.randn(b * t, n, d, dtype=torch.bfloat16) for n in (s.heads, s.kv_heads, s.kv_heads))
 
-    def packed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return ops.attention(q, k, v, torch.arange(0, len(q) + 1, t, dtype=torch.int32), scale)
+    def packed(attention: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(q, k, v, torch.arange(0, len(q) + 1, t, dtype=torch.int32), scale)
 
     def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x.unflatten(0, (-1, t)).transpose(1, 2) for x in (q, k, v))
@@ -136,8 +140,10 @@ def _attention(s: Size) -> Iterator[Case]:
         return out.transpose(1, 2).flatten(0, 1)
 
     shape = f"{b} x {t} x {s.heads}/{s.kv_heads} x {d}"
+    ours, ref = (partial(packed, f) for f in (ops.attention, ops.attention_ref))
     for both in (False, True):
-        yield Case(_name(s, "attention", shape, both), packed, sdpa, (q, k, v), 3, t, gradients=(0, 1, 2) if both else ())
+        name = _name(s, "attention", shape, both)
+        yield Case(name, ours, ref, sdpa, (q, k, v), 3, t, gradients=(0, 1, 2) if both else ())
     yield _decode(s, shape)
 
 
@@ -194,11 +200,12 @@ def _decode(s: Size, shape: str) -> Case:
         )
         return out
 
-    def ours(q: Tensor, table: Tensor, lens: Tensor) -> Tensor:
-        return ops.paged_attention(q, cache, table, starts(q), lens, scale)
+    def paged(attention: Callable[..., Tensor], q: Tensor, table: Tensor, lens: Tensor) -> Tensor:
+        return attention(q, cache, table, starts(q), lens, scale)
 
+    ours, ref = (partial(paged, f) for f in (ops.paged_attention, ops.paged_attention_ref))
     name = _name(s, "paged_attention, one query each (stock: vLLM's)", shape)
-    return Case(name, ours, stock, (q, table, lens), 3, same=False)  # vLLM lays the cache out otherwise
+    return Case(name, ours, ref, stock, (q, table, lens), 3, same=False)  # vLLM lays the cache out otherwise
 
 
 def _vllm_cpu() -> tuple[Any, Any]:
@@ -212,16 +219,17 @@ def _head(s: Size, m: int, decode: int) -> Iterator[Case]:
     hidden, w = torch.randn(m, s.hidden, dtype=torch.bfloat16), torch.randn(s.vocab, s.hidden) / s.hidden**0.5
     ids, shape = torch.randint(s.vocab, (m,)), f"{m} x {s.hidden} -> {s.vocab}"
 
-    def ours(hidden: Tensor, ids: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-        return ops.token_logprobs(hidden, w, ids, TEMPERATURE)
+    def scored(op: Callable[..., tuple[Tensor, Tensor]], hidden: Tensor, ids: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        return op(hidden, w, ids, TEMPERATURE)
 
     def stock(hidden: Tensor, ids: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         logp = F.log_softmax(F.linear(hidden, w.to(hidden.dtype)).float() / TEMPERATURE, -1)
         return logp.gather(1, ids[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
 
+    ours, ref = (partial(scored, f) for f in (ops.token_logprobs, ops.token_logprobs_ref))
     for both in (False, True):
         gradients = (0, 2) if both else ()
-        yield Case(_name(s, "token_logprobs", shape, both), ours, stock, (hidden, ids, w), 2, gradients=gradients)
+        yield Case(_name(s, "token_logprobs", shape, both), ours, ref, stock, (hidden, ids, w), 2, gradients=gradients)
 
     logits, temperature = torch.randn(decode, s.vocab, dtype=torch.bfloat16), torch.full((decode,), TEMPERATURE)
     seeds, positions = torch.arange(decode), torch.zeros(decode, dtype=torch.int64)
@@ -232,4 +240,5 @@ def _head(s: Size, m: int, decode: int) -> Iterator[Case]:
         return tokens[:, 0], logp.gather(1, tokens)[:, 0]
 
     inputs = (logits, temperature, seeds, positions)
-    yield Case(_name(s, "sample", f"{decode} x {s.vocab}"), ops.sample, draw, inputs, 4, same=False)
+    name = _name(s, "sample", f"{decode} x {s.vocab}")
+    yield Case(name, ops.sample, drawn_reference, draw, inputs, 4, same=False)
