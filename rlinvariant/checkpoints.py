@@ -39,7 +39,7 @@ class DamagedCheckpoint(UserError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose every file had the recorded bytes when it was found.
+    """Describes a checkpoint whose every file had the recorded bytes when it was found.
 
     Args:
         path: its directory.

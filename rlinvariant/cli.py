@@ -28,7 +28,7 @@ DESCRIPTION = "Exact on-policy RL: vLLM samples and a Hugging Face model trains,
 
 
 class Command(NamedTuple):
-    """A row of the table: a subcommand, the module that has its arguments and its work, and a line about it."""
+    """Describes a row of the table: a subcommand, the module that has its arguments and its work, and a line about it."""
 
     name: str
     module: str

@@ -1,4 +1,4 @@
-"""How a command can end: the errors that a user meets, and the table of exit codes."""
+"""The ways in which a command can end: the errors that a user meets, and the table of exit codes."""
 
 import signal
 from collections.abc import Sequence
@@ -45,11 +45,11 @@ class DiskError(UserError):
 
 
 class ParityError(Exception):
-    """Sampler and trainer gave different bits where the contract says the same. Exit code `NOT_EXACT`."""
+    """Tells that sampler and trainer gave different bits where the contract says the same. Exit code `NOT_EXACT`."""
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal ends this process: exit code 128 + its number, as shells count.
+    """Tells that a signal ends this process: exit code 128 + its number, as shells count.
 
     Args:
         number: the signal.
@@ -67,7 +67,7 @@ def stop_code(error: KeyboardInterrupt) -> int:
 
 
 class PeerFailed(Exception):
-    """Another process of the run has failed first.
+    """Tells that another process of the run has failed first.
 
     Args:
         message: which one, and its error.

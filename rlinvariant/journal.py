@@ -1,4 +1,4 @@
-"""What a run leaves behind: lines on the console, its directory, W&B; and in every outcome a result and a report."""
+"""The traces of a run: lines on the console, its directory, W&B; and in every outcome a result and a report."""
 
 import os
 import time

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plan:
-    """A run that can start: whatever speaks against it was refused when the plan was made."""
+    """Describes a run that can start: whatever speaks against it was refused when the plan was made."""
 
     config: Config
     recipe: Recipe

@@ -1,4 +1,4 @@
-"""How a signal ends a run.
+"""The ways in which a signal ends a run.
 
     SIGTERM, SIGHUP, SIGUSR1    the optimizer step in progress is finished and saved, then the run ends; where no steps are
                                 taken, or when it is the second signal, the run ends at once
@@ -29,7 +29,7 @@ Handler = Callable[[int, FrameType | None], None]
 
 
 class Control(Protocol):
-    """The flags of transformers' `TrainerControl` that stop a training."""
+    """Describes the flags of transformers' `TrainerControl` that stop a training."""
 
     should_save: bool
     should_evaluate: bool
@@ -37,7 +37,7 @@ class Control(Protocol):
 
 
 class _State:
-    """What this process has been asked by signals."""
+    """Holds what this process has been asked by signals."""
 
     number = 0  # the first signal, of this or of another process of the run
     came = 0.0  # when it came to this one

@@ -23,10 +23,20 @@ RECIPE = ROOT / "tests/trainer/tiny_recipe.py"
 ONE = "1gpu.yaml" if CUDA else "cpu.yaml"
 TOKENS = 2 * 16 * 8  # two steps of 16 completions of up to 12 tokens, of which a few end early
 SMALL = (  # the arithmetic recipe, its sizes cut
-    "recipe=arithmetic", "steps=2", "data.digits=2", "data.train_size=32", "data.eval_size=8", "sampler.max_model_len=64",
-    "sampler.kv_cache_gib=0.05", "sampler.enforce_eager=true", "trainer.per_device_train_batch_size=16",
-    "trainer.num_generations=4", "trainer.max_completion_length=12", "trainer.warmup_steps=0", "trainer.learning_rate=1e-3",
-)  # fmt: skip
+    "recipe=arithmetic",
+    "steps=2",
+    "data.digits=2",
+    "data.train_size=32",
+    "data.eval_size=8",
+    "sampler.max_model_len=64",
+    "sampler.kv_cache_gib=0.05",
+    "sampler.enforce_eager=true",
+    "trainer.per_device_train_batch_size=16",
+    "trainer.num_generations=4",
+    "trainer.max_completion_length=12",
+    "trainer.warmup_steps=0",
+    "trainer.learning_rate=1e-3",
+)
 
 
 two_processes = cpu_only("two processes of one run take a GPU each; here they are joined by gloo (configs/cpu2.yaml)")

@@ -10,9 +10,20 @@ ROOT = Path(__file__).parents[1]
 FILES = [*(ROOT / "rlinvariant").rglob("*.py"), *(ROOT / "recipes").glob("*.py"), ROOT / "train.py"]
 MODULES = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib", "code", "codeop"}
 CALLS = {
-    "eval", "exec", "compile", "__import__", "os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput",
-    "torch.load", "torch.save", "yaml.load", "yaml.unsafe_load", "torch.hub.load",
-}  # fmt: skip
+    "eval",
+    "exec",
+    "compile",
+    "__import__",
+    "os.system",
+    "os.popen",
+    "subprocess.getoutput",
+    "subprocess.getstatusoutput",
+    "torch.load",
+    "torch.save",
+    "yaml.load",
+    "yaml.unsafe_load",
+    "torch.hub.load",
+}
 PRINTS = {"print", "sys.stdout.write", "sys.stderr.write", "sys.__stdout__.write", "sys.__stderr__.write", "os.write"}
 EXCEPTIONS = {
     ("rlinvariant/text.py", "print"): "`say` itself, which escapes",
@@ -79,12 +90,25 @@ def test_every_exception_is_needed():
 @pytest.mark.parametrize(
     "planted",
     [
-        "import pickle", "from pickle import loads", "import cloudpickle as c", "eval('1')", "exec(text)", "os.system('ls')",
-        "subprocess.run('ls', shell=True)", "torch.load(path)", "torch.load(path, weights_only=True)", "np.load(path)",
-        "np.load(path, allow_pickle=True)", "AutoModel.from_pretrained(x, trust_remote_code=True)", "print(text)",
-        "sys.stderr.write(text)", "f(weights_only=False)", "from torch import load", "yaml.load(text)",
+        "import pickle",
+        "from pickle import loads",
+        "import cloudpickle as c",
+        "eval('1')",
+        "exec(text)",
+        "os.system('ls')",
+        "subprocess.run('ls', shell=True)",
+        "torch.load(path)",
+        "torch.load(path, weights_only=True)",
+        "np.load(path)",
+        "np.load(path, allow_pickle=True)",
+        "AutoModel.from_pretrained(x, trust_remote_code=True)",
+        "print(text)",
+        "sys.stderr.write(text)",
+        "f(weights_only=False)",
+        "from torch import load",
+        "yaml.load(text)",
     ],
-)  # fmt: skip
+)
 def test_a_planted_violation_is_found(planted):
     assert list(findings(planted))
 

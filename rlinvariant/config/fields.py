@@ -24,7 +24,7 @@ else:
 
     @chz.chz
     class TrainerConfig:
-        """The fields of `trl.GRPOConfig`, unchanged; `trainer_config_class` fills them in."""
+        """Holds the fields of `trl.GRPOConfig`, unchanged; `trainer_config_class` fills them in."""
 
 
 _SAMPLER = "rlinvariant attaches its own vLLM; see sampler.*"

@@ -1,4 +1,4 @@
-"""From `key=value` arguments to a `Config`, with every mistake at once."""
+"""Turn `key=value` arguments into a `Config`, and report every mistake at once."""
 
 import dataclasses
 import math
@@ -26,7 +26,7 @@ COMMAND_LINE = "command line"
 
 @dataclasses.dataclass(frozen=True)
 class Draft:
-    """Arguments as they were understood: the configuration without what is wrong, and a line for each thing that is."""
+    """Holds arguments as they were understood: the configuration without what is wrong, and a line for each thing that is."""
 
     config: Config
     recipe: Recipe | None

@@ -23,7 +23,7 @@ else:
 
 @chz.chz
 class SamplerConfig:
-    """Settings of vLLM, `sampler.*`."""
+    """Holds the settings of vLLM, `sampler.*`."""
 
     max_model_len: int | None = chz.field(default=None, doc="Longest prompt + completion, tokens; None: the model's.")
     max_num_seqs: int = chz.field(default=128, doc="Sequences decoded together.")
@@ -37,7 +37,7 @@ class SamplerConfig:
 
 @chz.chz
 class PPOConfig:
-    """Settings of PPO, `ppo.*`. The policy's clip range is `trainer.epsilon`, its learning rate `trainer.learning_rate`."""
+    """Holds the settings of PPO, `ppo.*`. The policy's clip range is `trainer.epsilon`, its rate `trainer.learning_rate`."""
 
     gamma: float = chz.field(default=1.0, doc="Discount per token, 0 to 1.")
     lam: float = chz.field(default=0.95, doc="GAE's lambda: 0 trusts the critic, 1 the rewards alone.")
@@ -56,7 +56,7 @@ class PPOConfig:
 
 @chz.chz
 class WandbConfig:
-    """Settings of W&B, `wandb.*`."""
+    """Holds the settings of W&B, `wandb.*`."""
 
     mode: Literal["auto", "online", "offline", "disabled"] = chz.field(
         default="auto", doc="auto: online with a login, else offline; disabled where wandb is not installed."
@@ -101,7 +101,7 @@ class Config:
 
     @property
     def run_dir(self) -> Path:
-        """The run's directory, relative to the working directory."""
+        """Return the run's directory, relative to the working directory."""
         return RUNS / self.run
 
     def load_recipe(self) -> Recipe:

@@ -1,1 +1,1 @@
-"""What a run leaves behind and what it prints: views of metrics.jsonl."""
+"""Views of metrics.jsonl: what a run leaves behind, and what it prints."""

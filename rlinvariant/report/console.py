@@ -1,4 +1,4 @@
-"""What a run prints: stages, one line per step, samples, a summary.
+"""The lines that a run prints: stages, one line per step, samples, a summary.
 
 Counts of tokens are printed as integers, so that no rounding can make a mismatch look like none.
 """
@@ -244,7 +244,7 @@ def total(rows: Iterable[Row], key: str) -> int | None:
 
 
 def coverage(rows: Sequence[Row]) -> str:
-    """1 if every sampled token was compared, else the two counts; - if a row does not say."""
+    """Return "1" if every sampled token was compared, else the two counts; "-" if a row does not say."""
     compared, unscored = total(rows, "onpolicy/compared_tokens"), total(rows, "onpolicy/unscored_tokens")
     if compared is None or unscored is None:
         return "-"

@@ -84,7 +84,7 @@ def read(run: str | Path, step: int) -> tuple[Rollout, dict[str, Any]]:
 
 
 def steps(run: str | Path) -> list[int]:
-    """Those that were recorded, ascending."""
+    """Return the steps that were recorded, ascending."""
     names = (re.fullmatch(r"step-(\d+)\.npz", file.name) for file in RunDir(run).rollouts.glob("step-*.npz"))
     return sorted(int(name[1]) for name in names if name)
 

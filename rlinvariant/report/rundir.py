@@ -78,7 +78,7 @@ class RunDir:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run has come to its end; of one that stopped before, result.json says why."""
+        """Return whether the run has come to its end; where it stopped before, result.json says why."""
         return self.read_result().get("finished") is True
 
     def read_config(self) -> dict[str, dict[str, Any]]:

@@ -37,7 +37,7 @@ class Estimate:
 
     @property
     def half(self) -> float:
-        """Half of the interval."""
+        """Return half of the interval."""
         return self.mean - self.low
 
     @property
@@ -47,7 +47,7 @@ class Estimate:
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """Mean and 95 % interval. A value that is not finite makes the mean NaN: it is never left out in silence."""
+    """Return mean and 95 % interval. A value that is not finite makes the mean NaN: it is never left out in silence."""
     n = len(values)
     if not n or not all(map(math.isfinite, values)):
         return Estimate(math.nan, math.nan, math.nan, n)
@@ -60,7 +60,7 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 @functools.cache
 def t_quantile(degrees: int, coverage: float = 0.95) -> float:
-    """t with P(|T| <= t) = coverage, T of Student's distribution with `degrees` degrees of freedom.
+    """Return t with P(|T| <= t) = coverage, where T has Student's distribution with `degrees` degrees of freedom.
 
     Bisection on the finite series that holds for a whole number of degrees.
 
@@ -81,7 +81,7 @@ def t_quantile(degrees: int, coverage: float = 0.95) -> float:
 
 
 def _t_coverage(t: float, degrees: int) -> float:
-    """P(|T| <= t)."""
+    """Return P(|T| <= t)."""
     angle, odd = math.atan(t / math.sqrt(degrees)), degrees % 2
     cosine, total = math.cos(angle), 0.0
     term = cosine if odd else 1.0
@@ -92,7 +92,7 @@ def _t_coverage(t: float, degrees: int) -> float:
 
 
 def curve(values: np.ndarray, present: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """`estimate` at every step, over the runs that have it.
+    """Return `estimate` at every step, over the runs that have the step.
 
     Args:
         values: [runs, steps] float64. A value that is not finite leaves a gap (NaN) in all three results.
@@ -116,7 +116,7 @@ def curve(values: np.ndarray, present: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean of the finite values among the `window` (odd) around each; NaN where the value itself is not finite.
+    """Average the finite values among the `window` (odd) around each; NaN where the value itself is not finite.
 
     Args:
         values: [steps] float64. At both ends the window is cut.
@@ -143,7 +143,7 @@ class Measure:
 
 
 def over_steps(key: str, reduce: Callable[[Sequence[float]], float], last: int = 0) -> Summary:
-    """Reduces one key over the rows, or the `last` ones; NaN if there are none, or one lacks it."""
+    """Return a measure that reduces one key over all rows or the `last` ones; NaN if there are none, or one lacks the key."""
 
     def summary(rows: Sequence[Row], result: Mapping[str, Any]) -> float:
         values = [math.nan if row.get(key) is None else float(row[key]) for row in rows[-last:]]
@@ -153,7 +153,7 @@ def over_steps(key: str, reduce: Callable[[Sequence[float]], float], last: int =
 
 
 def accuracy(rows: Sequence[Row], result: Mapping[str, Any]) -> float:
-    """Held out, after training; NaN for a run that did not end, or has no such data."""
+    """Return the held-out reward after training; NaN for a run that did not end, or has no held-out data."""
     value = result.get("accuracy_after")
     return math.nan if value is None else float(value)
 

@@ -1,4 +1,4 @@
-"""What a report is about: the runs of an ablation, arm by arm and seed by seed, or one run alone."""
+"""The subject of a report: the runs of an ablation, arm by arm and seed by seed, or one run alone."""
 
 import json
 import math
@@ -62,12 +62,12 @@ class Arm:
         return [row for run in self.runs for row in run.rows]
 
     def estimate(self, measure: Measure) -> Estimate:
-        """Over the seeds whose value is known."""
+        """Return `stats.estimate` over the seeds whose value is known."""
         values = [measure.of(run.rows, run.result) for run in self.runs]
         return estimate([value for value in values if math.isfinite(value)])
 
     def against(self, reference: "Arm", measure: Measure) -> Verdict:
-        """This arm minus `reference`: runs of one seed, over the steps that both have."""
+        """Compare this arm with `reference`, as this minus that: runs of one seed, over the steps that both have."""
         pairs = [(run, other) for run in self.runs for other in reference.runs if run.seed == other.seed]
         values = [
             tuple(measure.of(one.rows[: min(len(run.rows), len(other.rows))], one.result) for one in (run, other))
@@ -78,7 +78,7 @@ class Arm:
 
 @dataclass
 class Study:
-    """Arms on the same seeds; of a single run, one arm with one seed."""
+    """Holds arms on the same seeds; a single run is one arm with one seed."""
 
     path: Path
     recipe: str

@@ -161,7 +161,7 @@ def _thinned(line: Line, first: float, last: float, columns: int) -> Line:
 
 
 def _axis(lines: Sequence[Line], scale: Scale) -> Axis:
-    """Takes in all means and most of the bands: with few seeds some are so wide that they would flatten every curve."""
+    """Make an axis for all means and most of the bands: with few seeds some are so wide that they would flatten every curve."""
     means = np.concatenate([line.raw[np.isfinite(line.raw)] for line in lines])
     bands = [np.quantile(x[np.isfinite(x)], q) for e in lines for x, q in ((e.low, 0.1), (e.high, 0.9)) if np.isfinite(x).any()]
     every = np.concatenate([means, bands])
@@ -189,7 +189,7 @@ def _axis(lines: Sequence[Line], scale: Scale) -> Axis:
 
 
 def _log(low: int, high: int, floor: float, zero_at: float) -> Callable[[np.ndarray], np.ndarray]:
-    """Powers of ten from `low` to `high`; smaller values are drawn at the floor, an exact 0 at `zero_at`."""
+    """Return a scale of powers of ten, `low` to `high`; smaller values stand at the floor, an exact 0 at `zero_at`."""
 
     def place(value: np.ndarray) -> np.ndarray:
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -207,7 +207,7 @@ def _decades(low: int, high: int) -> list[tuple[float, str]]:
 
 
 def _linear(least: float, most: float) -> tuple[float, float, list[float]]:
-    """(low, high, ticks): about four ticks at 1, 2 or 5 times a power of ten, and an axis that takes in all values."""
+    """Return (low, high, ticks): about four ticks at 1, 2 or 5 times a power of ten, and an axis that takes in all values."""
     span = most - least
     if span <= 1e-9 * max(abs(most), abs(least)) or span == 0:
         span = abs(most) * 0.2 or 1.0
@@ -232,7 +232,7 @@ def _whole_ticks(first: float, last: float) -> list[int]:
 
 
 def _pieces(x: np.ndarray, *known: np.ndarray) -> Iterable[tuple[int, int]]:
-    """Stretches [start, end) without a gap."""
+    """Return the stretches [start, end) without a gap."""
     inside = np.concatenate([[False], np.isfinite(x) & np.all([np.isfinite(k) for k in known], axis=0), [False]])
     edges = np.flatnonzero(np.diff(inside.astype(int)))
     return zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)
@@ -248,7 +248,7 @@ def _curve(x: np.ndarray, y: np.ndarray) -> str:
 
 
 def _band(x: np.ndarray, low: np.ndarray, high: np.ndarray, axis: Axis, line: Line) -> str:
-    """Closed outlines; a band ends where its axis does."""
+    """Draw closed outlines; a band ends where its axis does."""
     shown = np.isfinite(line.high) & np.isfinite(line.low) & (line.high > line.low)
     low, high = np.where(shown, low, math.nan), np.where(shown, high, math.nan)
     if axis.has_zero_band:
@@ -275,7 +275,7 @@ def _end_labels(drawn: Sequence[tuple[Line, np.ndarray, list[np.ndarray]]], x1: 
 
 
 def _apart(wanted: Sequence[float], top: float, floor: float) -> list[float]:
-    """Ascending places at least LABEL apart (less if they would not fit), as near as may be to the wanted ones."""
+    """Return ascending places at least LABEL apart (less if they would not fit), as near as may be to the wanted ones."""
     gap = min(LABEL, (floor - top) / max(len(wanted) - 1, 1))
     places: list[float] = []
     for y in wanted:

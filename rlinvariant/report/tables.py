@@ -1,4 +1,4 @@
-"""What a report says in words and in tables, for the page and for the terminal alike."""
+"""The words and tables of a report, for the page and for the terminal alike."""
 
 import math
 import textwrap
@@ -110,7 +110,7 @@ def sentences(study: Study) -> list[tuple[str, str]]:
 
 
 def _compared(others: Sequence[Arm], reference: Arm, measure: Measure) -> str:
-    """`no difference seen in a, b; lower in c (−0.03 ± 0.01); 3 seeds`."""
+    """Write `no difference seen in a, b; lower in c (−0.03 ± 0.01); 3 seeds`."""
     groups: dict[str, list[str]] = {}
     seeds = set()
     for arm in others:
@@ -219,7 +219,7 @@ def _with_interval(found: Estimate, style: Style) -> str:
 
 
 def _number(value: float, style: Style) -> str:
-    """No rounding makes 0 or 1 of what is not."""
+    """Write a number so that no rounding makes 0 or 1 of what is neither."""
     if style == "percent":
         return _signed(100 * value, 1)
     if style == "scientific":

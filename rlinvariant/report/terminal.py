@@ -38,7 +38,7 @@ class Screen:
 
 @contextmanager
 def others_above(screen: Screen, show: Callable[[str], None], progress: Callable[[str], None]) -> Iterator[None]:
-    """While a block runs, take whatever anybody but `screen` writes to a terminal.
+    """Take whatever anybody but `screen` writes to a terminal, while a block runs.
 
     Args:
         screen: the file of the console that draws the spinner.

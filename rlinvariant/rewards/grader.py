@@ -27,7 +27,7 @@ LONGEST_ANSWER = 500  # characters
 def math_answer(
     completions: Sequence[Any], answer: Sequence[str], log_metric: Callable[[str, float], None] | None = None, **_: Any
 ) -> list[float]:
-    """1 where a completion's final answer equals `answer`, by text or by math-verify, else 0; in TRL's signature.
+    """Give 1 where a completion's final answer equals `answer`, by text or math-verify, else 0; in TRL's signature.
 
     math-verify runs in processes of their own, which the kernel ends after GRADING_CPU_S of their time or at
     GRADING_BYTES: an answer such as 9^9^9^9 costs a completion its reward, and nobody else anything. How many were ended so is
@@ -128,7 +128,7 @@ class _Grader:
 
 @functools.cache
 def _graders() -> "tuple[ThreadPoolExecutor, queue.SimpleQueue[_Grader]]":
-    """As many graders as cores, up to 8, and as many threads to wait for them."""
+    """Start as many graders as cores, up to 8, and as many threads to wait for them."""
     count = min(8, os.cpu_count() or 1)
     graders: queue.SimpleQueue[_Grader] = queue.SimpleQueue()
     for _ in range(count):

@@ -1,4 +1,4 @@
-"""What a reward function gives for each sample: a number, None, or a failure with the line that says it."""
+"""The grades that a reward function gives: for each sample a number, None, or a failure with the line that says it."""
 
 import reprlib
 import struct

@@ -25,7 +25,7 @@ Arguments = Mapping[str, Any]
 
 
 class TrainerGone(Exception):
-    """The trainer has closed its end of the connection, or is gone."""
+    """Tells that the trainer has closed its end of the connection, or is gone."""
 
 
 def main(descriptor: int, processes: int) -> None:
@@ -56,7 +56,7 @@ def main(descriptor: int, processes: int) -> None:
 
 
 class Worker:
-    """A process that calls the function, one part of a batch at a time."""
+    """Runs a process that calls the function, one part of a batch at a time."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function

@@ -1,4 +1,4 @@
-"""What a run allows its reward functions, and what it does where one fails."""
+"""The limits that a run sets its reward functions, and what the run does where one fails."""
 
 import math
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class RewardLimits:
 
     @property
     def limit_s(self) -> float | None:
-        """The limit of a call in seconds, or None."""
+        """Return the limit of a call in seconds, or None."""
         return self.reward_timeout or None
 
     def problems(self) -> list[str]:

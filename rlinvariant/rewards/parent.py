@@ -1,4 +1,4 @@
-"""What a helper process of a reward function does first: it will not outlive its parent, and leaves signals to the trainer."""
+"""The first acts of a reward function's helper process: it will not outlive its parent, and leaves signals to the trainer."""
 
 import ctypes
 import signal

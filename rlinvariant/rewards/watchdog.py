@@ -24,7 +24,7 @@ HEARTBEAT_S = 30.0
 
 
 class OverdueReward(BaseException):
-    """Raised in the main thread while a reward function runs past its limit. No Exception: user code must not swallow it."""
+    """Ends a reward function past its limit, from inside. It is no Exception, so that user code does not swallow it."""
 
 
 class Watchdog:

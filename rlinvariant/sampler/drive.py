@@ -11,7 +11,7 @@ from rlinvariant.sampler.engine import Sampler
 
 @dataclass(frozen=True)
 class Request:
-    """A completion to draw.
+    """Describes a completion to draw.
 
     Args:
         prompt: token ids, one or more.
@@ -36,7 +36,7 @@ class Request:
 
 @dataclass
 class Trace:
-    """What an engine did with some requests."""
+    """Counts what an engine did with some requests."""
 
     completions: list[Completion | None]  # None where aborted
     prompt_logprobs: list[list[float]] = field(default_factory=list)  # from token 1 on, where a request asked for them

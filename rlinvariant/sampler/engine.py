@@ -104,7 +104,7 @@ def reported(outputs: Sequence[Any]) -> list[Completion]:
 
 
 class Sampler:
-    """A vLLM engine that draws rollouts, in this process, with the weights that `sync` gave it last.
+    """Draws rollouts by a vLLM engine in this process, with the weights that `sync` gave it last.
 
     Engines of one process share vLLM's process groups: keep each alive as long as any other is used.
 

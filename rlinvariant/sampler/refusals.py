@@ -1,4 +1,4 @@
-"""What an exact engine cannot be given, found out before weights are loaded: options, a machine, a model."""
+"""Refuse, before weights are loaded, what an exact engine cannot be given: options, a machine, a model."""
 
 import os
 from collections.abc import Mapping

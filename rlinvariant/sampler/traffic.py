@@ -14,7 +14,7 @@ from rlinvariant.sampler.engine import Sampler, reported
 
 @dataclass(frozen=True)
 class Traffic:
-    """What the engine did.
+    """Counts what the engine did.
 
     Args:
         completions: those of the request, in the order in which they were asked for.

@@ -22,7 +22,7 @@ else:
 
 
 class InvariantAttentionBackend(_Stock):
-    """vLLM's own backend, for the layout of its cache [pages, H_kv, page, 2 D], with our attention in it."""
+    """Gives vLLM's own backend, for the layout of its cache [pages, H_kv, page, 2 D], our attention."""
 
     @staticmethod
     def get_impl_cls() -> type["_AttentionImpl"]:
@@ -35,7 +35,7 @@ class InvariantAttentionBackend(_Stock):
 
 @dataclass
 class _AttentionMetadata:
-    """What a step's attention needs, the same in all layers."""
+    """Holds what a step's attention needs, the same in all layers."""
 
     tokens: int
     cu_seqlens_q: Tensor  # [sequences + 1] int32

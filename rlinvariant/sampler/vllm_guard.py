@@ -18,9 +18,18 @@ from starlette.responses import JSONResponse
 WITHOUT_KEY = {"/health", "/ping"}
 """Paths that answer everyone who names the right host: they say whether the server is up, and nothing else."""
 WITH_KEY = {
-    "/v1/models", "/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages", "/v1/messages/count_tokens",
-    "/tokenize", "/detokenize", "/metrics", "/load", "/version",
-}  # fmt: skip
+    "/v1/models",
+    "/v1/completions",
+    "/v1/chat/completions",
+    "/v1/responses",
+    "/v1/messages",
+    "/v1/messages/count_tokens",
+    "/tokenize",
+    "/detokenize",
+    "/metrics",
+    "/load",
+    "/version",
+}
 """Paths that need the key, where there is one. Any other path, of this vLLM or of a newer one, gets status 404."""
 REFUSED_ENVIRONMENT = {
     "VLLM_USE_RUST_FRONTEND": "that front end checks no request",
@@ -74,7 +83,7 @@ def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 
 
 class Guard:
-    """ASGI middleware, the outermost: refuses what is not for the bound host, not served, or without the key.
+    """Refuses, as the outermost ASGI middleware, what is not for the bound host, not served, or without the key.
 
     A page that a browser shows can name this server by a host of its own (DNS rebinding): so `Host` must be the bound address,
     one of the names of loopback where that is bound, or one of `--allowed-hosts`. Where every address is bound, any address

@@ -1,4 +1,4 @@
-"""What runs inside vLLM in place of its own layers; written for vLLM 0.26 (CUDA) and 0.32 (CPU).
+"""The parts that run inside vLLM in place of its own layers; written for vLLM 0.26 (CUDA) and 0.32 (CPU).
 
 This file, vllm_attention.py and vllm_serve.py hold all that depends on vLLM's internals, for the day they move.
 
@@ -41,7 +41,7 @@ ROWS_IN_FP64 = 256  # rows whose log-probs over the whole vocabulary are made at
 
 
 class _GateAndUpInOne(nn.Module):
-    """The form of an MLP whose gate and up projections vLLM has merged."""
+    """Computes an MLP whose gate and up projections vLLM has merged."""
 
     gate_up_proj: nn.Module
 
@@ -50,7 +50,7 @@ class _GateAndUpInOne(nn.Module):
 
 
 class InvariantForCausalLM(TransformersForCausalLM):
-    """The transformers backend with the model patched before vLLM replaces its layers."""
+    """Runs the transformers backend with the model patched before vLLM replaces its layers."""
 
     def recursive_replace(self) -> None:
         AutoModel._model_mapping._extra_content.pop(type(self.config), None)  # see _decorate_for_torch_compile
@@ -134,7 +134,7 @@ class InvariantForCausalLM(TransformersForCausalLM):
 
 
 class InvariantConfig(QuantizationConfig):
-    """A "quantisation" that quantises nothing: vLLM's way to own every linear layer and the lm_head."""
+    """Stands for a "quantisation" that quantises nothing: it is vLLM's way to own every linear layer and the lm_head."""
 
     def get_name(self) -> str:
         return QUANTIZATION
@@ -190,7 +190,7 @@ class _Head(UnquantizedEmbeddingMethod):
 
 
 class _SeedKeeper(Sampler):
-    """vLLM's sampler with seeds that survive a chunked prefill.
+    """Samples as vLLM does, with seeds that survive a chunked prefill.
 
     vLLM samples for a request whose prefill was cut, throws the token away and rewinds its generator, by what its own sampler
     would have drawn; a CPU generator cannot be rewound at all, and raises. So the generators of such requests are taken away
@@ -356,7 +356,7 @@ def install(runner: Any) -> None:
 
 
 class StockSampler(_SeedKeeper):
-    """vLLM's own sampler without the rank of a token, for which vLLM compiles a kernel at the first request (11 s on a CPU)."""
+    """Samples as vLLM does, without a token's rank, for which vLLM compiles a kernel at the first request (11 s on a CPU)."""
 
     def forward(self, logits: Tensor, *args, **kwargs) -> SamplerOutput:
         self.give_back()

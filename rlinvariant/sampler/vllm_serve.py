@@ -1,4 +1,4 @@
-"""What runs in the processes of `vllm serve` to make it exact; written for vLLM 0.26 (CUDA) and 0.32 (CPU).
+"""The parts that run in the processes of `vllm serve` to make it exact; written for vLLM 0.26 (CUDA) and 0.32 (CPU).
 
 The server's engine is in a process of its own, which gets strings and plain values alone. So each part goes in by a name
 that vLLM has an option for: `Worker` puts our sampler into the engine and checks the model there, `Requests` refuses a request
@@ -39,20 +39,64 @@ SET_HERE: dict[str, Any] = {  # engine options that are set here; vLLM reads eac
     "logits_processors": [f"{__name__}:Requests"],  # whom the front end asks about each request before it is queued
 }
 BITS_UNCHANGED_BY = {  # engine options that change no bit of a completion; any other must keep its default
-    "block_size", "cudagraph_capture_sizes", "disable_log_stats", "download_dir", "dtype", "enable_chunked_prefill",
-    "enable_log_requests", "enable_prefix_caching", "enforce_eager", "gpu_memory_utilization", "hf_token",
-    "kv_cache_memory_bytes", "long_prefill_token_threshold", "max_cudagraph_capture_size", "max_logprobs", "max_model_len",
-    "max_num_batched_tokens", "max_num_queued_reqs", "max_num_queued_tokens", "max_num_seqs", "model",
-    "num_gpu_blocks_override", "prefix_caching_hash_algo", "reasoning_parser", "reasoning_parser_plugin", "revision",
-    "scheduling_policy", "seed", "served_model_name", "shutdown_timeout", "stream_interval", "tokenizer", "tokenizer_mode",
-    "tokenizer_revision", "use_tqdm_on_load",
-}  # fmt: skip
+    "block_size",
+    "cudagraph_capture_sizes",
+    "disable_log_stats",
+    "download_dir",
+    "dtype",
+    "enable_chunked_prefill",
+    "enable_log_requests",
+    "enable_prefix_caching",
+    "enforce_eager",
+    "gpu_memory_utilization",
+    "hf_token",
+    "kv_cache_memory_bytes",
+    "long_prefill_token_threshold",
+    "max_cudagraph_capture_size",
+    "max_logprobs",
+    "max_model_len",
+    "max_num_batched_tokens",
+    "max_num_queued_reqs",
+    "max_num_queued_tokens",
+    "max_num_seqs",
+    "model",
+    "num_gpu_blocks_override",
+    "prefix_caching_hash_algo",
+    "reasoning_parser",
+    "reasoning_parser_plugin",
+    "revision",
+    "scheduling_policy",
+    "seed",
+    "served_model_name",
+    "shutdown_timeout",
+    "stream_interval",
+    "tokenizer",
+    "tokenizer_mode",
+    "tokenizer_revision",
+    "use_tqdm_on_load",
+}
 UNTOUCHED_FRONT_END = ("headless", "grpc", "grpc_port", "api_server_count", "lora_modules")  # its options that must be default
 SHAPELESS_SETTINGS = {  # fields of SamplingParams that leave the distribution as it is; any other must be neutral
-    "detokenize", "flat_logprobs", "ignore_eos", "include_stop_str_in_output", "logprobs", "max_tokens", "n", "output_kind",
-    "output_text_buffer_length", "prompt_logprobs", "seed", "skip_clone", "skip_reading_prefix_cache", "skip_special_tokens",
-    "spaces_between_special_tokens", "stop", "stop_token_ids", "stream_interval", "temperature",
-}  # fmt: skip
+    "detokenize",
+    "flat_logprobs",
+    "ignore_eos",
+    "include_stop_str_in_output",
+    "logprobs",
+    "max_tokens",
+    "n",
+    "output_kind",
+    "output_text_buffer_length",
+    "prompt_logprobs",
+    "seed",
+    "skip_clone",
+    "skip_reading_prefix_cache",
+    "skip_special_tokens",
+    "spaces_between_special_tokens",
+    "stop",
+    "stop_token_ids",
+    "stream_interval",
+    "temperature",
+}
 
 
 def serve(argv: Sequence[str]) -> None:
@@ -176,7 +220,7 @@ class Requests(LogitsProcessor):
 
 
 class Worker(_Worker):
-    """vLLM's worker with our sampler in it. It does not start unless the model passes the trainer's checks."""
+    """Runs vLLM's worker with our sampler in it. It does not start unless the model passes the trainer's checks."""
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         plugin.require_own_registration()
@@ -236,7 +280,7 @@ def audit_config(config: Any, dtype: torch.dtype, device: torch.device) -> str:
 
 
 class Proof:
-    """ASGI middleware: holds back "startup complete" until the engine has said that it is exact, and prints that."""
+    """Holds back "startup complete", as ASGI middleware, until the engine has said that it is exact, and prints that."""
 
     def __init__(self, app: Any) -> None:
         self.app = app

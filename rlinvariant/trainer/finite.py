@@ -15,6 +15,8 @@ of the next step, and of the caller whom `train` returns to.
 
 One look is the 2-norm of many tensors (`get_total_norm`, which reads each number once), one sum over ranks and one wait for the
 device. The norm is not finite if any number is not; which tensor that is, is looked up only then.
+
+N: completions, F: reward functions.
 """
 
 import copy

@@ -50,7 +50,7 @@ PROCESSES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULT
 
 
 class InvariantGRPOTrainer(FiniteTrainer):
-    """`trl.GRPOTrainer` that samples from an attached engine and proves, at every step, what it trains on.
+    """Trains as `trl.GRPOTrainer` does, samples from an attached engine, and proves, at every step, what it trains on.
 
     Args:
         model: a Hugging Face causal LM with fp32 parameters; patched in place where the trainer is invariant.
@@ -238,7 +238,7 @@ class InvariantGRPOTrainer(FiniteTrainer):
 
     @property
     def _must_be_equal(self) -> bool:
-        """Whether the last rollout was sampled by the function that is trained: exact, and with the trainer's own weights."""
+        """Return whether the last rollout was sampled by the function that is trained: exact, with the trainer's weights."""
         return self.invariance == "exact" and self._versions.on_policy
 
     # ---- log-probs
@@ -256,7 +256,7 @@ class InvariantGRPOTrainer(FiniteTrainer):
 
     @property
     def _scores_ahead(self) -> bool:
-        """Whether part of a rollout is trained on only after an optimizer step: then it is scored, and compared, before."""
+        """Return whether part of a rollout is trained on after an optimizer step: then it is scored and compared before."""
         return self.args.gradient_accumulation_steps % self.args.steps_per_generation != 0
 
     def _get_per_token_logps_and_entropies(

@@ -36,7 +36,7 @@ from rlinvariant.trainer.record import PPORecord
 
 
 class InvariantPPOTrainer(InvariantGRPOTrainer):
-    """`InvariantGRPOTrainer` with PPO's advantages: a critic's, for each token, in place of a group's mean.
+    """Trains as `InvariantGRPOTrainer` does, with a critic's advantages, for each token, in place of a group's mean.
 
     Args:
         ppo: PPO's own settings; see `config.PPOConfig`.

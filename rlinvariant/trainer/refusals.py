@@ -1,4 +1,4 @@
-"""What a trainer cannot be given, as lines for the user: settings, TRL's own arguments, a model, data."""
+"""The lines that tell a user what a trainer cannot be given: settings, TRL's own arguments, a model, data."""
 
 import os
 from collections.abc import Mapping

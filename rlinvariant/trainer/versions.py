@@ -1,4 +1,4 @@
-"""Which weights the sampler, the last rollout and the disk hold: a version is the optimizer steps that weights have had.
+"""The versions of the weights that sampler, last rollout and disk hold: a version counts the optimizer steps done.
 
 Equal versions do not show that weights are equal: somebody may have loaded others, or edited them. `InvariantGRPOTrainer.sync`
 takes another version for a change, and compares the bits where the version is the same.
@@ -14,7 +14,7 @@ Weights = Iterable[tuple[str, Tensor]]
 
 
 class PolicyVersions:
-    """Versions of the policy, and copies of the older ones where the sampler is to lag behind.
+    """Counts versions of the policy, and keeps copies of older weights where the sampler is to lag behind.
 
     Args:
         staleness: how many optimizer steps the sampler's weights lag behind in training; as many fp32 copies of the
@@ -68,9 +68,9 @@ class PolicyVersions:
 
     @property
     def on_policy(self) -> bool:
-        """Whether the last rollout was sampled with the weights that the trainer had then."""
+        """Return whether the last rollout was sampled with the weights that the trainer had then."""
         return self.rollout == self.rollout_step
 
     def on_disk(self, step: int) -> bool:
-        """Whether the weights that a rollout was sampled with just now can be loaded again."""
+        """Return whether the weights that a rollout was sampled with just now can be loaded again."""
         return self.disk == self.sampler == step

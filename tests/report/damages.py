@@ -9,14 +9,29 @@ from typing import Any
 DEEP = 100_000
 HOSTILE = "<script>\x1b[2J\x1b]8;;http://evil\x1b\\\u202e\ud800[red]"
 WRONG: dict[str, Any] = {
-    "null": None, "true": True, "negative": -1, "fraction": 1.5, "huge": 1e308, "2^63": 2**63, "text": "x", "empty text": "",
-    "hostile": HOSTILE, "long text": "9" * 100_000, "empty list": [], "list": [1, "x"],
-    "empty object": {}, "object": {"a": [1]},
-}  # fmt: skip
+    "null": None,
+    "true": True,
+    "negative": -1,
+    "fraction": 1.5,
+    "huge": 1e308,
+    "2^63": 2**63,
+    "text": "x",
+    "empty text": "",
+    "hostile": HOSTILE,
+    "long text": "9" * 100_000,
+    "empty list": [],
+    "list": [1, "x"],
+    "empty object": {},
+    "object": {"a": [1]},
+}
 RAW = {  # texts of JSON that json.dumps does not write
-    "infinite": "1e999", "NaN": "NaN", "5,000 digits": "9" * 5000, "list too deep": "[" * DEEP + "]" * DEEP,
-    "object too deep": '{"a":' * DEEP + "1" + "}" * DEEP, "900 deep": "[" * 900 + "]" * 900,
-}  # fmt: skip
+    "infinite": "1e999",
+    "NaN": "NaN",
+    "5,000 digits": "9" * 5000,
+    "list too deep": "[" * DEEP + "]" * DEEP,
+    "object too deep": '{"a":' * DEEP + "1" + "}" * DEEP,
+    "900 deep": "[" * 900 + "]" * 900,
+}
 BYTES: dict[str, Callable[[bytes], bytes]] = {
     "empty": lambda old: b"",
     "cut in the middle": lambda old: old[: len(old) // 2],

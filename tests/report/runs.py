@@ -29,8 +29,18 @@ def row(step: int, seed: int, drift: float, reward: float = 0.0) -> dict[str, An
 here = functools.cache(environment)
 
 
-def write_run(path: Path, seed: int, overrides: Sequence[str] = (), steps: int = 20, drift: float = 0.0, reward: float = 0.0,
-              finished: bool = True, change: Change = dict, recipe: str = "arithmetic", **extra: Any) -> RunDir:  # fmt: skip
+def write_run(
+    path: Path,
+    seed: int,
+    overrides: Sequence[str] = (),
+    steps: int = 20,
+    drift: float = 0.0,
+    reward: float = 0.0,
+    finished: bool = True,
+    change: Change = dict,
+    recipe: str = "arithmetic",
+    **extra: Any,
+) -> RunDir:
     given = {"recipe": recipe, "seed": seed, "steps": 20, **dict(o.split("=") for o in overrides)}
     config = {key: {"value": value, "source": "command line"} for key, value in given.items()}
     config["run"] = {"value": "/".join(path.parts[-3:]), "source": "command line"}

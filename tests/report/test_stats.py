@@ -10,7 +10,7 @@ from rlinvariant.report.stats import UNDECIDED, curve, estimate, over_steps, run
 
 @pytest.mark.parametrize(  # of a printed table, to its digits
     ("degrees", "t"), [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (5, 2.571), (9, 2.262), (30, 2.042), (120, 1.980)]
-)  # fmt: skip
+)
 def test_t_quantiles_are_those_of_the_tables(degrees, t):
     assert t_quantile(degrees) == pytest.approx(t, abs=5e-4)
 

@@ -95,8 +95,16 @@ def test_runs_that_differ_in_where_they_were_made_and_short_ones_are_noted(tmp_p
 
 def test_the_command_of_a_run_gives_its_configuration_again(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    argv = ["recipe=arithmetic", "steps=3", "invariance=off", "trainer.learning_rate=1e-05", "wandb.tags=a b,c", "run=x",
-            "trainer.vllm_importance_sampling_correction=true", "sampler.enforce_eager=false"]  # fmt: skip
+    argv = [
+        "recipe=arithmetic",
+        "steps=3",
+        "invariance=off",
+        "trainer.learning_rate=1e-05",
+        "wandb.tags=a b,c",
+        "run=x",
+        "trainer.vllm_importance_sampling_correction=true",
+        "sampler.enforce_eager=false",
+    ]
     config = parse(argv)
     program, train, *again = shlex.split(command(json.loads(json.dumps(config.resolved()))))
     assert (program, train) == ("rlinvariant", "train")

@@ -54,8 +54,16 @@ SIGNATURES = {
     AttentionMetadataBuilder.__init__: ["self", "kv_cache_spec", "layer_names", "vllm_config", "device"],
     AttentionMetadataBuilder.build: ["self", "common_prefix_len", "common_attn_metadata", "fast_build"],
     AttentionImpl.__init__: [
-        "self", "num_heads", "head_size", "scale", "num_kv_heads", "alibi_slopes", "sliding_window", "kv_cache_dtype",
-        "logits_soft_cap", "attn_type",
+        "self",
+        "num_heads",
+        "head_size",
+        "scale",
+        "num_kv_heads",
+        "alibi_slopes",
+        "sliding_window",
+        "kv_cache_dtype",
+        "logits_soft_cap",
+        "attn_type",
     ],
     AttentionImpl.forward: ["self", "layer", "query", "key", "value", "kv_cache", "attn_metadata", "output"],
     Backend.get_impl_cls().do_kv_cache_update: ["self", "layer", "key", "value", "kv_cache", "slot_mapping"],
@@ -72,7 +80,7 @@ SIGNATURES = {
     LogitsProcessor.validate_params: ["sampling_params"],
     vllm_serve._Worker.load_model: ["self"],
     vllm_serve._Worker.compile_or_warm_up_model: ["self"],
-}  # fmt: skip
+}
 ATTENTION_HOOKS = {
     "_get_attn_cls": "0.32.",
     "create_attention_instances": "0.26.",

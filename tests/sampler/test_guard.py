@@ -12,17 +12,44 @@ from rlinvariant.sampler import vllm_guard, vllm_serve
 
 KEY = "correct-horse-battery"
 CLOSED = {
-    "/docs", "/docs/oauth2-redirect", "/openapi.json", "/redoc", "/scale_elastic_ep", "/is_scaling_elastic_ep", "/invocations",
-    "/generative_scoring", "/kv_event_sources", "/v1/chat/completions/batch", "/v1/chat/completions/render",
-    "/v1/chat/completions/derender", "/v1/completions/render", "/v1/completions/derender", "/v1/messages/render",
-    "/v1/responses/render", "/v1/responses/{response_id}", "/v1/responses/{response_id}/cancel", "/v1/systemone",
-    "/inference/v1/generate", "/inference/v1/abort_requests",
-}  # fmt: skip
+    "/docs",
+    "/docs/oauth2-redirect",
+    "/openapi.json",
+    "/redoc",
+    "/scale_elastic_ep",
+    "/is_scaling_elastic_ep",
+    "/invocations",
+    "/generative_scoring",
+    "/kv_event_sources",
+    "/v1/chat/completions/batch",
+    "/v1/chat/completions/render",
+    "/v1/chat/completions/derender",
+    "/v1/completions/render",
+    "/v1/completions/derender",
+    "/v1/messages/render",
+    "/v1/responses/render",
+    "/v1/responses/{response_id}",
+    "/v1/responses/{response_id}/cancel",
+    "/v1/systemone",
+    "/inference/v1/generate",
+    "/inference/v1/abort_requests",
+}
 """Routes that vLLM 0.32 has and that are not served. A route that is in neither this list nor vllm_guard's is new: judge it."""
 ADMIN = (
-    "/sleep", "/wake_up", "/pause", "/resume", "/update_weights", "/init_weight_transfer_engine", "/collective_rpc",
-    "/server_info", "/reset_prefix_cache", "/start_profile", "/stop_profile", "/v1/load_lora_adapter", "/abort_requests",
-)  # fmt: skip
+    "/sleep",
+    "/wake_up",
+    "/pause",
+    "/resume",
+    "/update_weights",
+    "/init_weight_transfer_engine",
+    "/collective_rpc",
+    "/server_info",
+    "/reset_prefix_cache",
+    "/start_profile",
+    "/stop_profile",
+    "/v1/load_lora_adapter",
+    "/abort_requests",
+)
 
 
 def app_of(model: str, *options: str) -> Any:
@@ -166,9 +193,16 @@ def test_an_option_that_opens_a_door_is_refused_in_one_line(options, environment
 
 @pytest.mark.parametrize(
     ("options", "environment"),
-    [([], {}), (["--host", "::1"], {}), (["--host", "127.0.0.2"], {}), (["--host", "localhost"], {}), (["--uds", "/x"], {}),
-     (["--host", "0.0.0.0"], {"VLLM_API_KEY": KEY}), (["--host", "0.0.0.0", "--api-key", KEY], {})],
-)  # fmt: skip
+    [
+        ([], {}),
+        (["--host", "::1"], {}),
+        (["--host", "127.0.0.2"], {}),
+        (["--host", "localhost"], {}),
+        (["--uds", "/x"], {}),
+        (["--host", "0.0.0.0"], {"VLLM_API_KEY": KEY}),
+        (["--host", "0.0.0.0", "--api-key", KEY], {}),
+    ],
+)
 def test_loopback_needs_no_key_and_other_addresses_have_one(options, environment, arithmetic_dir, monkeypatch):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)

@@ -270,11 +270,19 @@ def test_stock_vllm_answers_otherwise_under_load(servers):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("top_p", 0.9), ("top_k", 5), ("min_p", 0.1), ("presence_penalty", 0.5), ("frequency_penalty", 0.5),
-        ("repetition_penalty", 1.1), ("logit_bias", {"5": 1.0}), ("min_tokens", 3), ("allowed_token_ids", [5, 6]),
-        ("bad_words", ["w5"]), ("structured_outputs", {"choice": ["w5", "w6"]}),
+        ("top_p", 0.9),
+        ("top_k", 5),
+        ("min_p", 0.1),
+        ("presence_penalty", 0.5),
+        ("frequency_penalty", 0.5),
+        ("repetition_penalty", 1.1),
+        ("logit_bias", {"5": 1.0}),
+        ("min_tokens", 3),
+        ("allowed_token_ids", [5, 6]),
+        ("bad_words", ["w5"]),
+        ("structured_outputs", {"choice": ["w5", "w6"]}),
     ],
-)  # fmt: skip
+)
 def test_a_request_that_could_not_be_exact_is_refused_by_name(name, value, servers):
     servers["ours"].wait()
     response = httpx.post(f"{servers['ours'].url}/v1/completions", json=body(**{"temperature": 1, name: value}))
@@ -284,11 +292,20 @@ def test_a_request_that_could_not_be_exact_is_refused_by_name(name, value, serve
 
 def test_options_that_could_not_be_exact_are_refused_in_one_list(model):
     options = {
-        "--tensor-parallel-size": "2", "--quantization": "fp8", "--enable-lora": None, "--kv-cache-dtype": "fp8",
-        "--speculative-config": '{"method": "ngram", "num_speculative_tokens": 2}', "--logprobs-mode": "raw_logits",
-        "--dtype": "float16", "--model-impl": "vllm", "--api-server-count": "2", "--generation-config": "auto2",
-        "--logits-processors": "a:B", "--worker-cls": "a.B", "--enable-prompt-embeds": None,
-    }  # fmt: skip
+        "--tensor-parallel-size": "2",
+        "--quantization": "fp8",
+        "--enable-lora": None,
+        "--kv-cache-dtype": "fp8",
+        "--speculative-config": '{"method": "ngram", "num_speculative_tokens": 2}',
+        "--logprobs-mode": "raw_logits",
+        "--dtype": "float16",
+        "--model-impl": "vllm",
+        "--api-server-count": "2",
+        "--generation-config": "auto2",
+        "--logits-processors": "a:B",
+        "--worker-cls": "a.B",
+        "--enable-prompt-embeds": None,
+    }
     argv = [text for pair in options.items() for text in pair if text]
     with pytest.raises(ConfigErrors) as refused:
         vllm_serve.serve([model, *argv])

@@ -18,9 +18,20 @@ from tests.parity.harness import keep, new_trainer, questions, variety
 
 
 def arguments(directory) -> GRPOConfig:
-    return GRPOConfig(str(directory), per_device_train_batch_size=8, num_generations=4, max_completion_length=12, max_steps=2,
-                      learning_rate=1e-3, logging_steps=1, bf16=False, use_cpu=not CUDA, report_to="none", save_strategy="no",
-                      disable_tqdm=True)  # fmt: skip
+    return GRPOConfig(
+        str(directory),
+        per_device_train_batch_size=8,
+        num_generations=4,
+        max_completion_length=12,
+        max_steps=2,
+        learning_rate=1e-3,
+        logging_steps=1,
+        bf16=False,
+        use_cpu=not CUDA,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+    )
 
 
 @pytest.mark.parametrize("loaded", [False, True], ids=["directory", "model"])

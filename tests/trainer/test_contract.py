@@ -20,7 +20,13 @@ OVERRIDDEN = {
     "_generate_single_turn": ["self", "prompt_ids", "images", "multimodal_fields", "num_generations"],
     "_generate_and_score_completions": ["self", "inputs"],
     "_get_per_token_logps_and_entropies": [
-        "self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size", "compute_entropy",
+        "self",
+        "model",
+        "input_ids",
+        "attention_mask",
+        "logits_to_keep",
+        "batch_size",
+        "compute_entropy",
     ],
     "_compute_loss": ["self", "model", "inputs"],
     "_calculate_rewards": ["self", "inputs", "prompts", "completions", "completion_ids_list"],
@@ -43,7 +49,7 @@ OVERRIDDEN = {
     "create_optimizer": ["self", "model"],
     "_save": ["self", "output_dir", "state_dict"],
     "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
-}  # fmt: skip
+}
 # Attributes that TRL sets and ours reads, and a piece of the source that shows what they mean.
 READ = {
     "beta": "self.beta = args.beta",
@@ -68,10 +74,26 @@ READ = {
 }
 OUTPUTS = ("old_per_token_logps", "sampling_per_token_logps", "completion_ids", "completion_mask", "prompt_ids", "advantages")
 FIELDS = (
-    "use_vllm", "top_p", "top_k", "min_p", "repetition_penalty", "logging_steps", "bf16", "fp16", "use_liger_kernel",
-    "cast_lm_head_to_fp32", "torch_compile", "seed", "steps_per_generation", "gradient_accumulation_steps", "num_iterations",
-    "vllm_importance_sampling_correction", "vllm_importance_sampling_mode", "vllm_importance_sampling_clip_max", "loss_type",
-)  # fmt: skip
+    "use_vllm",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "logging_steps",
+    "bf16",
+    "fp16",
+    "use_liger_kernel",
+    "cast_lm_head_to_fp32",
+    "torch_compile",
+    "seed",
+    "steps_per_generation",
+    "gradient_accumulation_steps",
+    "num_iterations",
+    "vllm_importance_sampling_correction",
+    "vllm_importance_sampling_mode",
+    "vllm_importance_sampling_clip_max",
+    "loss_type",
+)
 
 
 def source(function) -> str:

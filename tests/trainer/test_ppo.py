@@ -273,10 +273,15 @@ def configured(engine: Any, directory: Path, *settings: str) -> tuple[InvariantP
     args.output_dir = str(directory)
     tokenizer = AutoTokenizer.from_pretrained(config.model)
     trainer = InvariantPPOTrainer(
-        AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32), recipe.reward_funcs(config), args,
-        train_dataset=recipe.datasets(config, tokenizer)[0], processing_class=tokenizer, ppo=config.ppo,
-        sampler=lambda: engine, on_row=lambda row, _: rows.append(row),
-    )  # fmt: skip
+        AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32),
+        recipe.reward_funcs(config),
+        args,
+        train_dataset=recipe.datasets(config, tokenizer)[0],
+        processing_class=tokenizer,
+        ppo=config.ppo,
+        sampler=lambda: engine,
+        on_row=lambda row, _: rows.append(row),
+    )
     trainer.train()
     return trainer, rows
 

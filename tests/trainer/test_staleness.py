@@ -45,9 +45,14 @@ def stale(arithmetic_dir, exact_engine, tmp_path_factory):
     evaluated = {"eval_strategy": "steps", "eval_steps": 1, "eval_dataset": questions(4), "per_device_eval_batch_size": 16}
     with mock.patch.object(InvariantGRPOTrainer, "_generate_single_turn", recording):
         run = train(
-            arithmetic_dir, exact_engine, tmp_path_factory.mktemp("stale"), staleness=K, max_steps=STEPS, callbacks=[versions],
+            arithmetic_dir,
+            exact_engine,
+            tmp_path_factory.mktemp("stale"),
+            staleness=K,
+            max_steps=STEPS,
+            callbacks=[versions],
             **evaluated,
-        )  # fmt: skip
+        )
     return run, versions.kept, drawn, at_evaluation
 
 

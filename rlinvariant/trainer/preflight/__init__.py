@@ -1,1 +1,1 @@
-"""What can be known before the engine starts, looked at once: the rows of the data, and every part that a run will build."""
+"""Look, before the engine starts, at what can be known: the rows of the data, and every part that a run will build."""
