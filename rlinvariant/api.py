@@ -13,6 +13,7 @@ from rlinvariant.arguments import model_problems
 from rlinvariant.conflicts import INVARIANCE, SIDES, Invariance
 from rlinvariant.errors import ConfigErrors
 from rlinvariant.report.console import Console
+from rlinvariant.rewards import RewardLimits, reward_problems
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -98,8 +99,8 @@ def grpo_trainer(
         sampler_model: what vLLM loads; by default the model's own directory or id.
         sampler_options: max_model_len (tokens), kv_cache_gib (GiB), and options: keyword arguments of `vllm.LLM`.
         options: further arguments of `trl.GRPOTrainer` (eval_dataset, processing_class, callbacks, ...) and of
-            `InvariantGRPOTrainer` (staleness, on_row, on_samples, on_rollout, samples_every). Without on_row, each step
-            prints its line.
+            `InvariantGRPOTrainer` (staleness, reward_timeout, reward_cage, reward_errors, on_row, on_samples, on_rollout,
+            samples_every). Without on_row, each step prints its line.
 
     Returns:
         The trainer, ready for `train`; `proof` says what was compared, or which certificate was found.
@@ -121,6 +122,7 @@ def grpo_trainer(
     problems = [] if invariance in INVARIANCE else [f"invariance={invariance}: expected one of {', '.join(INVARIANCE)}"]
     problems += [] if dtype in DTYPES else [f"dtype={dtype}: expected {' or '.join(DTYPES)}"]
     problems += model_problems("model", str(model)) if loaded is None else []
+    problems += reward_problems(reward_funcs)
     if not source:
         problems.append("sampler_model: missing; save the model and name its directory, for vLLM to load")
     elif str(source) != str(model):
@@ -220,6 +222,7 @@ def build_trainer(
     if isinstance(model, str):
         model = load(AutoModelForCausalLM, model, dtype=torch.float32, config=copy.deepcopy(plan.config))
     console = Console(plan.args.process_index == 0)
+    console.print(str(RewardLimits.taken({**options})))
     options.setdefault("on_row", lambda row, first_mismatch: console.step(row, plan.args.max_steps, first_mismatch))
     invariant = SIDES[plan.invariance][0]
     positions = getattr(plan.source_config.get_text_config(), "max_position_embeddings", None)  # a stock engine needs none

@@ -2,7 +2,7 @@
 
 import copy
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from rlinvariant import runtime
@@ -15,6 +15,7 @@ from rlinvariant.launch import on_main_process, rank
 from rlinvariant.lock import locked
 from rlinvariant.report.console import Console
 from rlinvariant.resumption import Resumption, dataset_digest, find, require_same_data
+from rlinvariant.rewards import reward_problems
 from rlinvariant.stopping import after_a_step
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class Plan:
     recipe: Recipe
     args: "GRPOConfig"
     tokenizer: "PreTrainedTokenizerBase"
+    rewards: list[Any]
     train_dataset: "Dataset"
     eval_dataset: "Dataset | None"
     trainer: TrainerPlan
@@ -100,10 +102,13 @@ def plan(config: Config) -> Plan:
         raise UserError(f"model={model}: no tokenizer: {one_line(error, 400)}") from error
     train_dataset, eval_dataset = recipe.datasets(config, tokenizer)
     check_datasets(train_dataset, eval_dataset)
+    rewards = list(recipe.reward_funcs(config))
+    if problems := reward_problems(rewards):
+        raise ConfigErrors(problems)
     data = dataset_digest(train_dataset)
     resumption = require_same_data(resumption, data, config)
     journal = Journal(config, model, options, console, args.process_index == 0, data, resumption)
-    return Plan(config, recipe, args, tokenizer, train_dataset, eval_dataset, trainer, console, journal, resumption)
+    return Plan(config, recipe, args, tokenizer, rewards, train_dataset, eval_dataset, trainer, console, journal, resumption)
 
 
 def build(planned: Plan) -> "InvariantGRPOTrainer":
@@ -112,11 +117,12 @@ def build(planned: Plan) -> "InvariantGRPOTrainer":
     with planned.console.stage("starting the vLLM engine and checking the model"):
         trainer = build_trainer(
             planned.trainer,
-            planned.recipe.reward_funcs(config),
+            planned.rewards,
             planned.train_dataset,
             eval_dataset=planned.eval_dataset,
             processing_class=planned.tokenizer,
             staleness=config.staleness,
+            **asdict(config.reward_limits),
             on_row=journal.on_row,
             on_samples=journal.on_samples,
             on_rollout=journal.on_rollout,

@@ -31,7 +31,8 @@ onpolicy/mismatched_tokens  onpolicy/compared_tokens  onpolicy/unscored_tokens  
 onpolicy/logprob_absdiff/{mean,p99,max}   onpolicy/ulp/max   onpolicy/kl_k1   onpolicy/kl_k3
 onpolicy/is_ratio/{min,mean,max}  onpolicy/is_ess  onpolicy/is_clipped_frac
 onpolicy/group_unique_frac  onpolicy/weights_equal  onpolicy/weight_version_lag  onpolicy/exact_streak_tokens
-reward/mean  rollout/{len_mean,len_max,truncated_frac,empty_frac}  policy/{entropy,clip_frac,approx_kl}
+reward/{mean,errors,timeouts,crashes}  rollout/{len_mean,len_max,truncated_frac,empty_frac}
+policy/{entropy,clip_frac,approx_kl}
 optim/{loss,grad_norm,lr}  time/{rollout,score,train,sync,save}  perf/{sampler_tok_s,trainer_tok_s,step_s}
 """
 COUNTS = ("mismatched_tokens", "compared_tokens", "unscored_tokens")

@@ -25,6 +25,7 @@ def check(config: Config, env: Mapping[str, str], recipe: Recipe | None = None) 
     """
     processes, found = _processes(env)
     found += _check_numbers(config)
+    found += config.reward_limits.problems()
     found += _check_model(config, recipe)
     found += _check_batches(config, processes)
     if recipe is not None and recipe.check is not None:

@@ -12,6 +12,7 @@ from rlinvariant.config.fields import TrainerConfig
 from rlinvariant.config.recipe import Data, Recipe, load_recipe
 from rlinvariant.errors import UserError, one_line
 from rlinvariant.files import RUNS
+from rlinvariant.rewards import RewardLimits
 
 if TYPE_CHECKING:
     from trl.trainer.grpo_config import GRPOConfig
@@ -80,6 +81,13 @@ class Config:
     staleness: int = chz.field(
         default=0, doc="Optimizer steps by which the sampler's weights are older than the trainer's; 0: on policy."
     )
+    reward_timeout: float = chz.field(default=600.0, doc="Seconds that a call of a reward function may take; 0: no limit.")
+    reward_cage: int = chz.field(
+        default=0, doc="Processes of its own that each reward function runs in, so that a crash is survived; 0: the trainer's."
+    )
+    reward_errors: Literal["stop", "zero", "none"] = chz.field(
+        default="stop", doc="Where a reward function fails on a sample: end the run, give 0, or leave the sample out."
+    )
     steps: int = chz.field(default=100, doc="Optimizer steps.")
     seed: int = chz.field(default=0, doc="Seed of data order and sampling.")
     run: str = chz.field(default="", doc="Name under runs/; empty: recipe and time.")
@@ -103,6 +111,11 @@ class Config:
     def run_dir(self) -> Path:
         """Return the run's directory, relative to the working directory."""
         return RUNS / self.run
+
+    @property
+    def reward_limits(self) -> RewardLimits:
+        """What the run allows its reward functions."""
+        return RewardLimits(self.reward_timeout, self.reward_cage, self.reward_errors)
 
     def load_recipe(self) -> Recipe:
         """Return the recipe's functions and defaults."""

@@ -48,7 +48,9 @@ _DRIFT = (
     ("max ratio", "onpolicy/is_ratio/max"),
 )
 
-_COLOUR = re.compile(r"(\x1b\[[\d;]*m)")
+_COLOUR = re.compile(r"(\x1b\[[\d;]*m)")  # key of what a run has survived, its name in the line below the step
+_FAILURES = (("reward/errors", "error"), ("reward/timeouts", "time-out"), ("reward/crashes", "crash", "crashes"))
+
 Advance = Callable[[int], None]
 Row = Mapping[str, Any]
 
@@ -137,6 +139,8 @@ class Console:
             self.print("  " + "  ".join(drift), style="yellow")
         if first_mismatch is not None:
             self.print(f"  first mismatch: {first_mismatch}", style="yellow")
+        if survived := [plural(int(row[key]), *nouns) for key, *nouns in _FAILURES if row.get(key)]:
+            self.print(f"  reward functions: {', '.join(survived)}", style="yellow")
         if (covered := coverage([row])) != "1" and (new or compared is None):
             self.print(f"  coverage {covered}", style="yellow")
 

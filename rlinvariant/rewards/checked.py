@@ -10,7 +10,7 @@ from rlinvariant.rewards.cage import Cage
 from rlinvariant.rewards.grades import Failure, Graded, attempt, attempt_async, cut, merged, to_retry
 from rlinvariant.rewards.limits import RewardLimits
 from rlinvariant.rewards.watchdog import OverdueReward, watchdog
-from rlinvariant.text import plural, say
+from rlinvariant.text import plural, printable, say
 
 DEFAULTS = RewardLimits()
 ASYNC_GRACE_S = 0.5  # by which an event loop that is alive ends a coroutine before the watchdog's signal
@@ -49,7 +49,7 @@ def checked_reward(
     if not inspect.isroutine(reward) and (isinstance(reward, str) or hasattr(reward, "forward")):
         return reward
     function: Callable[..., Any] = reward
-    name = str(getattr(getattr(function, "func", function), "__name__", type(function).__name__))
+    name = printable(str(getattr(getattr(function, "func", function), "__name__", type(function).__name__)))
     is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(reward).__call__)
     cage = Cage(function, name, limits) if limits.reward_cage else None
     dog = watchdog()

@@ -1,8 +1,8 @@
 """The limits that a run sets its reward functions, and what the run does where one fails."""
 
 import math
-from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from dataclasses import dataclass, fields
+from typing import Any, Literal, Self, TypeAlias
 
 OnError: TypeAlias = Literal["stop", "zero", "none"]
 
@@ -20,6 +20,11 @@ class RewardLimits:
     reward_timeout: float = 600.0
     reward_cage: int = 0
     reward_errors: OnError = "stop"
+
+    @classmethod
+    def taken(cls, options: dict[str, Any]) -> Self:
+        """Take the settings that are among a trainer's further arguments out of these."""
+        return cls(**{field.name: options.pop(field.name) for field in fields(cls) if field.name in options})
 
     @property
     def limit_s(self) -> float | None:

@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from trl.trainer.grpo_trainer import GRPOTrainer
-
+from rlinvariant.trainer.grading import call_rewards
 from rlinvariant.trainer.grpo import InvariantGRPOTrainer
 
 if TYPE_CHECKING:
@@ -41,7 +40,7 @@ def greedy_reward(trainer: InvariantGRPOTrainer, dataset: "Dataset") -> float:
     if isinstance(prompts[0], list):
         texts = [[{"role": "assistant", "content": text}] for text in texts]
     with _unlogged(trainer):
-        rewards_NF = GRPOTrainer._calculate_rewards(trainer, own, prompts, texts, ids)[: len(rows)].double().cpu()
+        rewards_NF = call_rewards(trainer, own, prompts, texts, ids)[: len(rows)].double().cpu()
     return (rewards_NF * trainer.reward_weights.double().cpu()).nansum(1).mean().item()
 
 

@@ -10,7 +10,7 @@ Seven call TRL's, and do something before or after it:
     train                                  forgets which weights sampler and disk held, and what was counted
     _generate_and_score_completions        compares a rollout at once, if part of it is trained on after a step
     _compute_loss                          compares the log-probs that the loss has just computed
-    _calculate_rewards                     is timed
+    _calculate_rewards                     is timed, and fails on all ranks alike
     training_step                          is timed, and keeps the weights for a sampler that lags behind
     _save_checkpoint                       is timed, and notes which weights the disk holds
     log                                    adds our metrics to TRL's, hands the row on, and starts the next record
@@ -24,6 +24,7 @@ import copy
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from typing import Any, Unpack
 
 import torch
@@ -37,10 +38,11 @@ from rlinvariant import bits, metrics, stopping
 from rlinvariant.conflicts import SIDES, Invariance
 from rlinvariant.errors import ConfigErrors, ParityError
 from rlinvariant.models import make_invariant, make_trainable, require_exact
-from rlinvariant.rewards import checked_reward
+from rlinvariant.rewards import RewardLimits
 from rlinvariant.rollout import Batch, Rollout, request_seed
 from rlinvariant.trainer.finite import FiniteTrainer
-from rlinvariant.trainer.interface import OnRollout, OnRow, OnSamples, RewardFunction, Row, SamplerLike, TRLArguments
+from rlinvariant.trainer.grading import call_rewards, checked_rewards
+from rlinvariant.trainer.interface import OnRollout, OnRow, OnSamples, RewardFunction, Row, SamplerLike, TrainerArguments
 from rlinvariant.trainer.packing import pack
 from rlinvariant.trainer.record import Pair, StepRecord, sample_rows, trl_row
 from rlinvariant.trainer.refusals import check_datasets, settings_problems
@@ -61,6 +63,7 @@ class InvariantGRPOTrainer(FiniteTrainer):
         staleness: k, a constant policy lag: a rollout is sampled with the weights of k optimizer steps ago (of the first
             step, until there are so many; also after a resume). Costs k fp32 copies of the weights, in host memory. The
             log-probs of two versions differ, as they should: they are counted, and required to be equal only at lag 0.
+        reward_timeout, reward_cage, reward_errors: how reward functions are called; `rlinvariant.rewards.RewardLimits` says it.
         on_row: called on the main process with the metrics of every optimizer step, and the first mismatch or None.
         on_samples: called on the main process, every `samples_every` steps, with a few rows (prompt, completion, reward).
         on_rollout: called on the main process with the step and what it has drawn, where the weights that it was drawn with
@@ -107,20 +110,21 @@ class InvariantGRPOTrainer(FiniteTrainer):
         on_rollout: OnRollout | None = None,
         samples_every: int = 10,
         checked: bool = False,
-        **kwargs: Unpack[TRLArguments],
+        **kwargs: Unpack[TrainerArguments],
     ) -> None:
         self.invariance, self.staleness = invariance, staleness
         self._sampler_is_invariant, self._trainer_is_invariant = SIDES[invariance]
         self._on_row, self._on_samples, self._samples_every = on_row, on_samples, samples_every
         self._on_rollout = on_rollout
+        limits = RewardLimits.taken(kwargs)
         if not checked:
-            options = {**kwargs, "staleness": staleness}
+            options = {**kwargs, "staleness": staleness, **asdict(limits)}
             if problems := settings_problems(args, invariance, dtype, options, getattr(self, "ppo", None), model):
                 raise ConfigErrors(problems)
             check_datasets(train_dataset, kwargs.get("eval_dataset"))
-        rewards = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         self._prepare_models(model, args, dtype, kwargs.get("processing_class"))
-        super().__init__(model, [checked_reward(f) for f in rewards], self._trl_args(args), train_dataset, **kwargs)
+        rewards = checked_rewards(self, reward_funcs, limits)
+        super().__init__(model, rewards, self._trl_args(args), train_dataset, **kwargs)
         if self.accelerator.distributed_type not in PROCESSES:
             kind = self.accelerator.distributed_type.value
             raise ConfigErrors([f"distributed_type={kind}: expected one process or data parallel; choose configs/cpu.yaml"])
@@ -341,7 +345,7 @@ class InvariantGRPOTrainer(FiniteTrainer):
 
     def _calculate_rewards(self, *args, **kwargs):
         with self._timed("score"):
-            return super()._calculate_rewards(*args, **kwargs)
+            return call_rewards(self, *args, learning=self.model.training, **kwargs)
 
     def training_step(self, *args, **kwargs):
         with self._record.timed("train"):

@@ -1,6 +1,7 @@
 """The record of one optimizer step, on a rank and on all of them, and the row of metrics computed from it."""
 
 import time
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +16,9 @@ from rlinvariant import metrics
 
 PARTS = ("rollout", "score", "train", "sync", "save")
 """The parts of a step whose seconds are counted, each on its own: none is part of another."""
+
+FAILURES = {"error": "errors", "timeout": "timeouts", "crash": "crashes"}
+"""The kinds of a reward function's failure, and the metrics that count them."""
 
 
 class Pair(NamedTuple):
@@ -45,6 +49,7 @@ class StepRecord:
         moved: log-probs of a later pass over a rollout: the policy has moved since, as it should.
         completions: token ids of what was sampled for training.
         seconds: wall time of each of PARTS.
+        failures: how many failures of reward functions were survived, by kind.
         first_mismatch: where the first two compared log-probs that differ stand, on the rank that saw them.
         weights_equal: whether the sampler's parameters had the bits that they should have, after the last sync.
         stop: the signal that asks the run to end after this step, 0 if none does.
@@ -55,6 +60,7 @@ class StepRecord:
     moved: list[Pair] = field(default_factory=list)
     completions: list[list[int]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
+    failures: Counter[str] = field(default_factory=Counter)
     first_mismatch: metrics.FirstMismatch | None = None
     weights_equal: bool = True
     stop: int = 0
@@ -68,6 +74,7 @@ class StepRecord:
             moved=[pair for rank in ranks for pair in rank.moved],
             completions=[ids for rank in ranks for ids in rank.completions],
             seconds={part: max(rank.seconds[part] for rank in ranks) for part in PARTS},
+            failures=sum((rank.failures for rank in ranks), Counter()),
             first_mismatch=next((rank.first_mismatch for rank in ranks if rank.first_mismatch is not None), None),
             weights_equal=all(rank.weights_equal for rank in ranks),
             stop=max(rank.stop for rank in ranks),
@@ -117,6 +124,7 @@ class StepRecord:
             **self.onpolicy(clip_max),
             "onpolicy/group_unique_frac": metrics.group_unique_frac(self.completions, group_size),
             "onpolicy/weights_equal": int(self.weights_equal),
+            **{f"reward/{name}": self.failures[kind] for kind, name in FAILURES.items()},
             **metrics.rollout_stats(lengths, cut),
             "policy/approx_kl": self.approx_kl(clip_max),
             **{f"time/{part}": self.seconds[part] for part in PARTS},
