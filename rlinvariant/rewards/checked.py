@@ -62,9 +62,8 @@ def checked_reward(
 
     def synchronous(**arguments: Any) -> list[float | None]:
         place = where(arguments)
-        limit_s = limits.limit_s if cage is None else None  # the cage ends what it runs itself
         try:
-            with dog.watching(place, limits.overdue(place), limit_s):
+            with dog.watching(place, limits):
                 graded = grade_here(function, arguments) if cage is None else cage.grade(arguments)
         except OverdueReward as overdue:
             dog.abandon()
@@ -73,11 +72,10 @@ def checked_reward(
 
     async def asynchronous(**arguments: Any) -> list[float | None]:
         place = where(arguments)
-        limit_s = limits.limit_s if cage is None else None
-        with dog.watching(place, limits.overdue(place), limit_s, ASYNC_GRACE_S):
+        with dog.watching(place, limits, ASYNC_GRACE_S):
             if cage is None:
                 try:
-                    graded = await asyncio.wait_for(grade_here_async(function, arguments), limit_s)
+                    graded = await asyncio.wait_for(grade_here_async(function, arguments), limits.limit_s)
                 except TimeoutError:
                     raise UserError(limits.overdue(place)) from None
             else:

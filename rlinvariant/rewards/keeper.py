@@ -4,6 +4,8 @@ It never calls the function itself, so nothing that the function does can stop i
 ended is replaced in milliseconds, without importing anything again.
 """
 
+import asyncio
+import inspect
 import math
 import multiprocessing
 import os
@@ -35,7 +37,7 @@ def main(descriptor: int, processes: int) -> None:
     leave_signals()
     trainer = Connection(descriptor)
     try:
-        function = cloudpickle.loads(trainer.recv_bytes())
+        function = _plain(cloudpickle.loads(trainer.recv_bytes()))
     except (Exception, SystemExit) as error:
         trainer.send(Failure("error", raised(error).text))
         return
@@ -53,6 +55,16 @@ def main(descriptor: int, processes: int) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
+
+
+def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that runs what `function` returns, if that is a coroutine, to its end."""
+
+    def plain(**arguments: Any) -> Any:
+        returned = function(**arguments)
+        return asyncio.run(returned) if inspect.iscoroutine(returned) else returned
+
+    return plain
 
 
 class Worker:

@@ -53,3 +53,7 @@ class RewardLimits:
         """Return the line about a call that has passed the limit."""
         fix = "raise reward_timeout= (0: no limit), or let reward_cage=1 end it"
         return f"{where}: no answer within {self.reward_timeout:g} s; {fix}"
+
+    def gone(self, where: str) -> str:
+        """Return the line about a call in which the trainer itself has ended."""
+        return f"{where}: the trainer ended while this ran: it exited, crashed or was killed; reward_cage=1 survives that"

@@ -3,8 +3,9 @@
 Run as a script, with the standard library alone, so that it starts in milliseconds: `python -I watch.py PID SIGNAL`. Each line
 of its standard input is JSON, one of
 
-    {"begin": 3, "line": "reward function f, step 7", "error": "...", "began": 71.5, "limit_s": 600, "signal_s": 600,
-     "kill_s": 601.5, "heartbeat_s": 30}      times are of CLOCK_MONOTONIC, which all processes share; limits may be null
+    {"begin": 3, "line": "reward function f, step 7", "error": "...", "gone": "...", "began": 71.5, "limit_s": 600,
+     "signal_s": 600, "kill_s": 601.5, "heartbeat_s": 30}      times are of CLOCK_MONOTONIC, which all processes share;
+                                                               limits, and what to say when the trainer is gone, may be null
     {"end": 3}
     {"result": {...}, "path": "runs/a/result.json", "began": 12.5}      what to leave there should the trainer be killed
 """
@@ -28,11 +29,11 @@ def main(trainer: int, number: int) -> None:
     leave: dict = {}
     rest = b""
     last = time.monotonic()
-    while os.getppid() == trainer:
+    while True:
         if select.select([0], [], [], _pause(calls, time.monotonic()))[0]:
             data = os.read(0, 1 << 16)
-            if not data:
-                return
+            if not data:  # the trainer has closed the pipe
+                break
             *lines, rest = (rest + data).split(b"\n")
             for line in lines:
                 message = json.loads(line)
@@ -42,6 +43,8 @@ def main(trainer: int, number: int) -> None:
                     calls.pop(message["end"], None)
                 else:
                     leave = message
+        elif os.getppid() != trainer:  # it is gone, and somebody else holds the pipe
+            break
         now = time.monotonic()
         if now - last > 5 * WAKES_S:  # this process was stopped, and the trainer with it (ctrl-Z): that is no call's time
             for call in calls.values():
@@ -49,6 +52,9 @@ def main(trainer: int, number: int) -> None:
         last = now
         for call in calls.values():
             _look(call, now - call["began"], trainer, number, leave)
+    for call in calls.values():  # the trainer is gone, in the middle of these
+        if call["gone"] is not None:
+            _report(call["gone"], leave)
 
 
 def _pause(calls: dict, now: float) -> float:
@@ -63,10 +69,7 @@ def _pause(calls: dict, now: float) -> float:
 def _look(call: dict, running_s: float, trainer: int, number: int, leave: dict) -> None:
     """Do what is due for a call: a line, a signal that Python code can answer, or the end."""
     if call["kill_s"] is not None and running_s >= call["kill_s"]:
-        line = f"{call['error']}; it did not give the interpreter back, so the trainer was killed"
-        _say(f"error: {line}")
-        if leave:
-            _leave(leave, line)
+        _report(f"{call['error']}; it did not give the interpreter back, so the trainer was killed", leave)
         os.kill(trainer, signal.SIGKILL)
         sys.exit()
     if call["signal_s"] is not None and running_s >= call["signal_s"] and not call["signalled"]:
@@ -78,7 +81,11 @@ def _look(call: dict, running_s: float, trainer: int, number: int, leave: dict) 
         call["next_s"] *= 2
 
 
-def _leave(leave: dict, line: str) -> None:
+def _report(line: str, leave: dict) -> None:
+    """Say what has ended the trainer, and leave it in the place that the trainer has named."""
+    _say(f"error: {line}")
+    if not leave:
+        return
     result = leave["result"] | {"error": line, "seconds": time.monotonic() - leave["began"]}
     try:
         with open(f"{leave['path']}.watchdog", "w") as file:

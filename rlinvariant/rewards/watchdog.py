@@ -7,6 +7,7 @@ is. A call that holds the interpreter (a loop in C) cannot be reached so: KILL_A
 import functools
 import itertools
 import json
+import math
 import os
 import signal
 import subprocess
@@ -17,6 +18,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from rlinvariant.rewards.limits import RewardLimits
 
 SIGNAL = signal.SIGRTMIN + 5  # one that batch systems, launchers and libraries leave alone
 KILL_AFTER_S = 1.5
@@ -52,39 +55,42 @@ class Watchdog:
                 self._send(self._result)
 
     @contextmanager
-    def watching(self, line: str, error: str, limit_s: float | None, later_s: float = 0.0) -> Iterator[None]:
-        """Watch what a block calls.
+    def watching(self, line: str, limits: RewardLimits, later_s: float = 0.0) -> Iterator[None]:
+        """Watch a call of a reward function.
 
         Args:
-            line: names what runs.
-            error: says that the limit has passed, and what the user can do.
-            limit_s: seconds that the block may take; None: it is only said that it runs long.
-            later_s: how long after the limit the signal comes, where the block ends itself in time if it can.
+            line: names function and step.
+            limits: how long it may take. In a cage it is only said that it runs long: the cage ends it.
+            later_s: how long after the limit the signal comes, where the call ends itself in time if it can.
 
         Raises:
             OverdueReward: the limit has passed, if the block runs in the main thread.
         """
-        call, began = next(self._ids), time.monotonic()
+        if not self._can_signal:
+            self.listen()
+        call, began, limit_s = next(self._ids), time.monotonic(), None if limits.reward_cage else limits.limit_s
         signal_s = None if limit_s is None else limit_s + later_s
-        kill_s = None if limit_s is None else limit_s + KILL_AFTER_S
-        message = {"begin": call, "line": line, "error": error, "began": began, "limit_s": limit_s, "kill_s": kill_s}
+        message = {"begin": call, "line": line, "error": limits.overdue(line), "began": began, "limit_s": limits.limit_s}
         message |= {"signal_s": signal_s if self._can_signal else None, "heartbeat_s": HEARTBEAT_S}
-        self._running[call] = (float("inf") if signal_s is None else began + signal_s, error)
+        message |= {"kill_s": None if limit_s is None else limit_s + KILL_AFTER_S}
+        message |= {"gone": None if limits.reward_cage else limits.gone(line)}
+        self._running[call] = (math.inf if signal_s is None else began + signal_s, limits.overdue(line))
         try:
             with self._lock:
                 self._send(message)
             yield
         finally:
-            if self._running.pop(call, None):
-                with self._lock:
-                    self._send({"end": call})
+            self._end(call)
 
     def abandon(self) -> None:
         """Forget calls that still run, in threads that nothing can end, now that the run ends because of them."""
         for call in list(self._running):
-            if self._running.pop(call, None):
-                with self._lock:
-                    self._send({"end": call})
+            self._end(call)
+
+    def _end(self, call: int) -> None:
+        if self._running.pop(call, None):
+            with self._lock:
+                self._send({"end": call})
 
     def _overdue(self, *_: Any) -> None:
         now = time.monotonic()

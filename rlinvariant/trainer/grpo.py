@@ -116,7 +116,8 @@ class InvariantGRPOTrainer(FiniteTrainer):
         self._sampler_is_invariant, self._trainer_is_invariant = SIDES[invariance]
         self._on_row, self._on_samples, self._samples_every = on_row, on_samples, samples_every
         self._on_rollout = on_rollout
-        limits = RewardLimits.taken(kwargs)
+        others: Any = kwargs
+        limits = RewardLimits.taken(others)
         if not checked:
             options = {**kwargs, "staleness": staleness, **asdict(limits)}
             if problems := settings_problems(args, invariance, dtype, options, getattr(self, "ppo", None), model):
@@ -124,7 +125,7 @@ class InvariantGRPOTrainer(FiniteTrainer):
             check_datasets(train_dataset, kwargs.get("eval_dataset"))
         self._prepare_models(model, args, dtype, kwargs.get("processing_class"))
         rewards = checked_rewards(self, reward_funcs, limits)
-        super().__init__(model, rewards, self._trl_args(args), train_dataset, **kwargs)
+        super().__init__(model, rewards, self._trl_args(args), train_dataset, **others)
         if self.accelerator.distributed_type not in PROCESSES:
             kind = self.accelerator.distributed_type.value
             raise ConfigErrors([f"distributed_type={kind}: expected one process or data parallel; choose configs/cpu.yaml"])

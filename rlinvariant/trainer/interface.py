@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from rlinvariant.conflicts import Invariance
 from rlinvariant.metrics import FirstMismatch
+from rlinvariant.rewards.limits import OnError
 from rlinvariant.rollout import Completion, Rollout
 
 Row: TypeAlias = dict[str, float]
@@ -51,8 +52,16 @@ class TRLArguments(TypedDict, total=False):
     peft_config: object  # peft.PeftConfig, where the trainer is stock
 
 
-class TrainerOptions(TRLArguments, total=False):
-    """Lists TRL's further arguments, and those of `InvariantGRPOTrainer` that say what it hands on, and when."""
+class TrainerArguments(TRLArguments, total=False):
+    """Lists TRL's further arguments, and how reward functions are called: the fields of `rlinvariant.rewards.RewardLimits`."""
+
+    reward_timeout: float
+    reward_cage: int
+    reward_errors: OnError
+
+
+class TrainerOptions(TrainerArguments, total=False):
+    """Lists the further arguments of a trainer, and those of `InvariantGRPOTrainer` that say what it hands on, and when."""
 
     staleness: int
     on_row: OnRow | None
