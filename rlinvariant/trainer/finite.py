@@ -3,7 +3,7 @@
 Methods of TRL's trainer, and of transformers' below it, that are overridden:
 
     train                             looks at weights and optimizer states after the last step
-    _calculate_rewards                looks at rewards, of all ranks
+    _calculate_rewards                calls TRL's by `grading.call_rewards`, and looks at the rewards of all ranks
     _generate_and_score_completions   looks at what a rollout is trained on: log-probs, advantages
     _compute_loss                     looks at a micro-batch's log-probs and loss
     _clip_grad_norm, _get_grad_norm   look at weights, optimizer states, gradients and hyperparameters, right before the step
@@ -33,6 +33,7 @@ from torch.nn.utils import get_total_norm
 from rlinvariant import checkpoints
 from rlinvariant.errors import UserError
 from rlinvariant.trainer.checkpointed import CheckpointedTrainer
+from rlinvariant.trainer.grading import call_rewards
 
 Named = Iterable[tuple[str, Tensor]]
 
@@ -148,7 +149,7 @@ class FiniteTrainer(CheckpointedTrainer):
     # ---- where they are made
 
     def _calculate_rewards(self, inputs, prompts, *args, **kwargs):
-        rewards_NF = super()._calculate_rewards(inputs, prompts, *args, **kwargs)
+        rewards_NF = call_rewards(self, inputs, prompts, *args, **kwargs)
         if not self.model.training:
             return rewards_NF
         for name, function, rewards in zip(self.reward_func_names, self.reward_funcs, rewards_NF.T, strict=True):

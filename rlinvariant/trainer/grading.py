@@ -27,13 +27,8 @@ def checked_rewards(trainer: "InvariantGRPOTrainer", rewards: Any, limits: Rewar
     return [checked_reward(reward, limits, count) for reward in (rewards if isinstance(rewards, list) else [rewards])]
 
 
-def call_rewards(
-    trainer: "InvariantGRPOTrainer", inputs: Any, prompts: Any, *completions: Any, learning: bool = False
-) -> Tensor:
+def call_rewards(trainer: GRPOTrainer, inputs: Any, prompts: Any, *completions: Any) -> Tensor:
     """Call the reward functions on this rank's completions, as TRL does, and return the rewards of all ranks, [N, F] fp32.
-
-    Args:
-        learning: whether the rewards are trained on; then there must be one at least.
 
     Raises:
         UserError: on every rank, if a reward function of one failed, or passed its limit.
@@ -55,7 +50,4 @@ def call_rewards(
         raise own
     if found := [(rank, error) for rank, error in enumerate(errors) if error is not None]:
         raise UserError(f"rank {found[0][0]}: {found[0][1]}")
-    if learning and rewards_NF.isnan().all():
-        step = trainer.state.global_step + 1
-        raise UserError(f"step {step}: every reward function returned None for every completion; nothing can be learned")
     return rewards_NF

@@ -10,7 +10,7 @@ Seven call TRL's, and do something before or after it:
     train                                  forgets which weights sampler and disk held, and what was counted
     _generate_and_score_completions        compares a rollout at once, if part of it is trained on after a step
     _compute_loss                          compares the log-probs that the loss has just computed
-    _calculate_rewards                     is timed, and fails on all ranks alike
+    _calculate_rewards                     is timed
     training_step                          is timed, and keeps the weights for a sampler that lags behind
     _save_checkpoint                       is timed, and notes which weights the disk holds
     log                                    adds our metrics to TRL's, hands the row on, and starts the next record
@@ -41,7 +41,7 @@ from rlinvariant.models import make_invariant, make_trainable, require_exact
 from rlinvariant.rewards import RewardLimits
 from rlinvariant.rollout import Batch, Rollout, request_seed
 from rlinvariant.trainer.finite import FiniteTrainer
-from rlinvariant.trainer.grading import call_rewards, checked_rewards
+from rlinvariant.trainer.grading import checked_rewards
 from rlinvariant.trainer.interface import OnRollout, OnRow, OnSamples, RewardFunction, Row, SamplerLike, TrainerArguments
 from rlinvariant.trainer.packing import pack
 from rlinvariant.trainer.record import Pair, StepRecord, sample_rows, trl_row
@@ -346,7 +346,7 @@ class InvariantGRPOTrainer(FiniteTrainer):
 
     def _calculate_rewards(self, *args, **kwargs):
         with self._timed("score"):
-            return call_rewards(self, *args, learning=self.model.training, **kwargs)
+            return super()._calculate_rewards(*args, **kwargs)
 
     def training_step(self, *args, **kwargs):
         with self._record.timed("train"):
