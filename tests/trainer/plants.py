@@ -1,5 +1,6 @@
 """Numbers that are not finite, planted into a trainer's second step: where, by what means, and what the error must say."""
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,9 +14,12 @@ from torch import Tensor
 from transformers import TrainerCallback
 from trl import GRPOTrainer
 
+from rlinvariant.config import PPOConfig
 from rlinvariant.trainer.finite import FiniteTrainer, not_finite
+from tests.parity.harness import Run, new_trainer
 
 NAN, INF = float("nan"), float("inf")
+SMALL = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "max_completion_length": 4}
 LAYER = "model.layers.1.mlp.up_proj.weight"
 
 
@@ -92,11 +96,6 @@ def state(trainer: Any, parameter: Tensor, key: str) -> Tensor:
     return trainer.optimizer.state[parameter][key]
 
 
-def all_of(x: Tensor, value: float) -> Tensor:
-    x.data.fill_(value)
-    return x
-
-
 def one_key(key: str, value: float) -> Callable[[dict[str, Any]], dict[str, Any]]:
     """Replace a tensor of a rollout by a copy with the value planted."""
     return lambda output: output | {key: first(output[key].clone(), value)}
@@ -107,25 +106,32 @@ def set_rate(trainer: Any, value: float) -> None:
         group["lr"] = value
 
 
+def backward(trainer: Any, plant: Callable[[], Any]) -> None:
+    """Plant after the second step's backward, right before the optimizer's turn."""
+    after(trainer, "training_step", lambda loss: (plant(), loss)[1])
+
+
+def in_values(trainer: Any, value: float) -> None:
+    trainer.critic.register_forward_hook(lambda m, i, values: values * (value if trainer.state.global_step == 1 else 1))
+
+
 PLACES: dict[str, Callable[[Any, float], None]] = {
     "a weight, before the draw": lambda t, v: t.add_callback(At(lambda: first(weight(t), v))),
-    "a weight, after the backward": lambda t, v: after(t, "training_step", lambda loss: (first(weight(t), v), loss)[1]),
-    "a gradient": lambda t, v: after(t, "training_step", lambda loss: (first(weight(t).grad, v), loss)[1]),
-    "every gradient number of a layer": lambda t, v: after(t, "training_step", lambda loss: (all_of(weight(t).grad, v), loss)[1]),
-    "exp_avg": lambda t, v: after(t, "training_step", lambda loss: (first(state(t, weight(t), "exp_avg"), v), loss)[1]),
-    "exp_avg_sq": lambda t, v: after(t, "training_step", lambda loss: (first(state(t, weight(t), "exp_avg_sq"), v), loss)[1]),
-    "the learning rate": lambda t, v: after(t, "training_step", lambda loss: (set_rate(t, v), loss)[1]),
+    "a weight, after the backward": lambda t, v: backward(t, lambda: first(weight(t), v)),
+    "a gradient": lambda t, v: backward(t, lambda: first(weight(t).grad, v)),
+    "every gradient number of a layer": lambda t, v: backward(t, lambda: weight(t).grad.fill_(v)),
+    "exp_avg": lambda t, v: backward(t, lambda: first(state(t, weight(t), "exp_avg"), v)),
+    "exp_avg_sq": lambda t, v: backward(t, lambda: first(state(t, weight(t), "exp_avg_sq"), v)),
+    "the learning rate": lambda t, v: backward(t, lambda: set_rate(t, v)),
     "the sampler's log-probs": lambda t, v: after(t, "_generate_single_turn", lambda r: (r[0], [[v, *r[1][0][1:]], *r[1][1:]])),
     "advantages": lambda t, v: below(t, "_generate_and_score_completions", one_key("advantages", v)),
     "rewards": lambda t, v: below(t, "_calculate_rewards", lambda r: first(r.clone(), v)),
     "every reward": lambda t, v: below(t, "_calculate_rewards", lambda r: torch.full_like(r, v)),
     "the loss": lambda t, v: below(t, "_compute_loss", lambda loss: loss * v),
-    "the critic's weight": lambda t, v: after(t, "training_step", lambda loss: (first(t.critic.head.weight, v), loss)[1]),
-    "the critic's gradient": lambda t, v: after(t, "training_step", lambda loss: (first(t.critic.head.weight.grad, v), loss)[1]),
-    "the critic's values": lambda t, v: t.critic.register_forward_hook(
-        lambda m, i, values: values * (v if t.state.global_step == 1 else 1)
-    ) and None,
-}  # fmt: skip
+    "the critic's weight": lambda t, v: backward(t, lambda: first(t.critic.head.weight, v)),
+    "the critic's gradient": lambda t, v: backward(t, lambda: first(t.critic.head.weight.grad, v)),
+    "the critic's values": in_values,
+}
 
 
 def plants() -> Iterator[Plant]:
@@ -150,9 +156,9 @@ def plants() -> Iterator[Plant]:
         for value in (INF, -INF, 1e30):
             yield Plant("rewards", value, algorithm, "1 of 16 rewards are not finite, or too large", spreads=False)
         yield Plant("every reward", NAN, algorithm, "every reward is None", spreads=False)
-        yield Plant("every gradient number of a layer", 3e38, algorithm, "the gradient's norm is not finite, though", spreads=False)
-        yield Plant("the learning rate", 3e38, algorithm, rf"weight [\w.]+: [\d,]+ of [\d,]+ numbers are not finite",
-                    then="checkpoint-2 was not written")  # fmt: skip
+        yield Plant("every gradient number of a layer", 3e38, algorithm, "the gradient's norm is not finite", spreads=False)
+        overflow, then = r"weight [\w.]+: [\d,]+ of [\d,]+ numbers are not finite", "checkpoint-2 was not written"
+        yield Plant("the learning rate", 3e38, algorithm, overflow, then)
 
 
 @contextmanager
@@ -179,10 +185,33 @@ def unchecked() -> Iterator[None]:
 
 
 def poisoned(trainer: Any, directory: Path) -> str | None:
-    """Name a number that is not finite in the weights, the states or a checkpoint; None if all are."""
-    found = not_finite(trainer._weights_and_states())
+    """Name a number that is not finite in a trainer's weights and states, if one is given, or a checkpoint; None if all are."""
+    found = trainer and not_finite(trainer._weights_and_states())
     for file in sorted(directory.rglob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
-            named = ((f"{file.name}: {name}", tensors.get_tensor(name)) for name in tensors.keys())
+            named = ((f"{file.name}: {name}", tensors.get_tensor(name)) for name in tensors.keys())  # noqa: SIM118
             found = found or not_finite((name, x) for name, x in named if x.is_floating_point())
     return found
+
+
+def tried(plant: Plant, path: str, engine: Any, directory: Path, **changes: Any) -> tuple[Run, str]:
+    """Train two steps with a plant in the second; return the run and the error that it ended with, "" if with none."""
+    ppo = {"ppo": PPOConfig()} if plant.algorithm == "ppo" else {}
+    run, said = new_trainer(path, engine, directory, **SMALL, **ppo, **changes), ""
+    with planted(run.trainer, plant):
+        try:
+            run.trainer.train()
+        except Exception as error:
+            said = f"{type(error).__name__}: {error}"
+    return run, said
+
+
+def stopped(plant: Plant, run: Run, said: str, directory: Path) -> str | None:
+    """Say what is wrong with the end of a run with a plant; None if nothing is."""
+    when = "after step 2" if "checkpoint" in plant.then else "step 2"
+    expected = rf"UserError: {when}: {plant.says}.*; {plant.then}; checkpoint-1 is the last$"
+    saved = sorted(path.name for path in directory.glob("checkpoint-*"))
+    stays = plant.place.startswith(("a weight", "the critic's weight", "exp_avg")) or "checkpoint" in plant.then
+    found = poisoned(None if stays else run.trainer, directory)  # what was planted in memory is there still
+    well = re.match(expected, said) and saved == ["checkpoint-1"] and found is None
+    return None if well else f"{plant}: {said or 'no error'}; {saved}; {found}"
