@@ -13,8 +13,8 @@ VLLM = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # binding would move the trainer's threads too
 }
 MEMORY = {
-    # How many kernels oneDNN and PyTorch's layer above it keep, each for one shape. The number of tokens in a batch is another one
-    # at nearly every step, and the default, 1,024 each, grows for hundreds of steps: by 700 MB in 300 steps of a tiny model.
+    # How many kernels oneDNN and PyTorch's layer above it keep, each for one shape. The number of tokens in a batch is another
+    # one at nearly every step, and the default, 1,024 each, fills up for hundreds of steps: 700 MB in 300 of a tiny model.
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
     "LRU_CACHE_CAPACITY": "64",
 }
