@@ -48,6 +48,8 @@ def conflicts(trainer: Any, invariance: str, env: Mapping[str, str], prefix: str
     strategy = getattr(trainer.logging_strategy, "value", trainer.logging_strategy)
     resumable = "False: a run could not go on from such a checkpoint; remove it"
     require(not trainer.save_only_model, "save_only_model", resumable)
+    again = "False: a resumed run would be given the first prompts again; remove it"
+    require(not trainer.ignore_data_skip, "ignore_data_skip", again)
     two = "at least 2, or None for all: if the newest is damaged, a run goes on from the one before"
     require(trainer.save_total_limit is None or trainer.save_total_limit >= 2, "save_total_limit", two)
     require(strategy == "steps", "logging_strategy", "steps: every step is counted and written; remove it")

@@ -47,6 +47,7 @@ OWNED = {
     "max_tool_calling_iterations": "tools are not supported",
     "logging_nan_inf_filter": "a loss that is not finite stops the run",
     "local_rank": "accelerate sets it",
+    "enable_jit_checkpoint": "SIGTERM saves the step in progress without it",
     "hub_token": "it would be written into every checkpoint; set HF_TOKEN in the environment, or run `hf auth login`",
     **dict.fromkeys(("deepspeed", "fsdp", "fsdp_config"), "one process or data parallel: each has the whole model"),
 }
