@@ -45,11 +45,12 @@ docs: .venv  ## the documentation, into site/, without a network
 fields: .venv  ## the list of TRL's fields, after its version or that of transformers has changed
 	$(BIN)/python -m rlinvariant.config.trl_fields
 
+# Built in a copy: setuptools writes rlinvariant.egg-info anew, through which a run of this checkout finds the vLLM plugin.
 wheel: .venv  ## the wheel and the sdist, into dist/
-	rm -rf build dist
-	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist .
-	$(BIN)/python -c "from setuptools import build_meta; build_meta.build_sdist('dist')" >/dev/null
-	rm -rf build
+	rm -rf dist
+	copy=$$(mktemp -d) && trap 'rm -rf "$$copy"' EXIT && git ls-files -z | tar -c --null -T - | tar -x -C "$$copy" && cd "$$copy" && \
+	  $(abspath $(BIN))/pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir $(CURDIR)/dist . && \
+	  $(abspath $(BIN))/python -c "from setuptools import build_meta; build_meta.build_sdist('$(CURDIR)/dist')" >/dev/null
 	@ls dist
 
 test-wheel: wheel  ## the wheel alone in a fresh environment and an empty directory: doctor, and five steps

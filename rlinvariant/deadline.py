@@ -4,28 +4,29 @@ The trainer's signal handler in C writes each signal's number into this process'
 while a call holds the interpreter, as a loop in C does. Nothing inside the trainer could do that.
 """
 
+import json
 import os
 import select
 import signal
 import sys
 import time
+from collections.abc import Mapping
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-"""The signals that end a run: SIGINT at once, the others after the step in progress."""
-STOP_WITHIN_S = 25.0
-"""How long a signal may take to stop a run, its checkpoint included: Slurm and Kubernetes kill 30 s after their SIGTERM."""
-INTERRUPT_WITHIN_S = 10.0  # the same for SIGINT, after which only the result and the report are written
+WITHIN_S: dict[int, float] = {signal.SIGINT: 10.0, signal.SIGTERM: 25.0, signal.SIGHUP: 25.0, signal.SIGUSR1: 600.0}
+"""The signals that end a run, and how many seconds each leaves it: SIGINT for result and report alone, the others for the step
+in progress and its checkpoint too. Slurm and Kubernetes kill 30 s after their SIGTERM; SIGUSR1 comes as early as its user asks.
+"""
 FORCE_AFTER_S = 3.0  # how long a run has that was told to end at once
 
 
-def watch(trainer: int, run: str, echo_s: float, stop_within_s: float, interrupt_within_s: float, force_after_s: float) -> None:
+def watch(trainer: int, run: str, echo_s: float, force_after_s: float, within_s: Mapping[int, float]) -> None:
     """Wait for signals of the trainer: repeat the first when its time is over, and kill the trainer if that does not help.
 
     Args:
         trainer: its process.
         run: the run's directory, for the last line; "" where another process says it.
         echo_s: a signal that comes again so soon is the same one, sent on by a launcher; 0 where there is none.
-        stop_within_s, interrupt_within_s, force_after_s: as the constants.
+        force_after_s, within_s: as the constants.
     """
     number, began, due, told = 0, 0.0, float("inf"), False
     while True:
@@ -37,11 +38,10 @@ def watch(trainer: int, run: str, echo_s: float, stop_within_s: float, interrupt
             if not received:
                 return  # the trainer has ended
             for byte in received:
-                if byte not in SIGNALS:  # one that a reward handles
+                if byte not in within_s:  # one that a reward handles
                     continue
                 if not number:
-                    within = interrupt_within_s if byte == signal.SIGINT else stop_within_s
-                    number, began, due = byte, now, now + within
+                    number, began, due = byte, now, now + within_s[byte]
                 elif not told and now - began >= echo_s:
                     told, due = True, now + force_after_s
         elif not told:
@@ -57,6 +57,7 @@ def watch(trainer: int, run: str, echo_s: float, stop_within_s: float, interrupt
 
 
 if __name__ == "__main__":
-    for ignored in SIGNALS:
+    for ignored in WITHIN_S:
         signal.signal(ignored, signal.SIG_IGN)  # they are for the trainer, whose end ends this process too
-    watch(int(sys.argv[1]), sys.argv[2], *map(float, sys.argv[3:7]))
+    limits = json.loads(sys.argv[5])
+    watch(int(sys.argv[1]), sys.argv[2], float(sys.argv[3]), float(sys.argv[4]), {int(k): s for k, s in limits.items()})

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from rlinvariant import deadline
 from rlinvariant.errors import OK, Stopped, UserError, one_line
 from rlinvariant.text import shown
 
@@ -180,6 +181,7 @@ def _launch_several(options: argparse.Namespace) -> int:
     passed_on = ["SIGTERM", "SIGINT", "SIGQUIT", "SIGUSR1"]
     passed_on += ["SIGHUP"] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []  # ignored under nohup
     options.signals_to_handle = ",".join(passed_on)
+    options.shutdown_timeout = int(max(deadline.WITHIN_S.values()) + 10)  # then torchrun kills: they end themselves before
     logging.disable(logging.ERROR)  # from here on this process only waits, and the rank that failed says why
     try:
         launch_command(options)

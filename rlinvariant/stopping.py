@@ -8,6 +8,7 @@ A signal that is ignored when the run starts, as SIGHUP is under nohup, stays ig
 `deadline` ends the run. With several processes, all end after the same step: `StepRecord` tells each what any has been asked.
 """
 
+import json
 import os
 import signal
 import subprocess
@@ -55,7 +56,7 @@ def handled(handler: Handler, also_ignored: tuple[int, ...] = ()) -> Iterator[No
     Args:
         also_ignored: signals that are handled though they were ignored before.
     """
-    before = {number: signal.getsignal(number) for number in deadline.SIGNALS}
+    before = {number: signal.getsignal(number) for number in deadline.WITHIN_S}
     mine = [number for number, old in before.items() if old != signal.SIG_IGN or number in also_ignored]
     for number in mine:
         signal.signal(number, handler)
@@ -95,14 +96,13 @@ def listening(run_dir: Path, echo_s: float, speaks: bool) -> Iterator[None]:
             raise Stopped(number)
         if speaks and _state.taking_steps:
             said = f"{signal.Signals(number).name}: the run ends when this step is done and saved"
-            os.write(2, f"{said}, after {deadline.STOP_WITHIN_S:.0f} s at most; once more ends it at once\n".encode())
+            os.write(2, f"{said}, after {deadline.WITHIN_S[number]:.0f} s at most; once more ends it at once\n".encode())
 
     if threading.current_thread() is not threading.main_thread():  # which alone has signals
         yield
         return
-    limits = [echo_s, deadline.STOP_WITHIN_S, deadline.INTERRUPT_WITHIN_S, deadline.FORCE_AFTER_S]
-    arguments = [str(os.getpid()), str(run_dir) if speaks else "", *map(str, limits)]
-    clock = subprocess.Popen([sys.executable, "-I", "-S", deadline.__file__, *arguments], stdin=subprocess.PIPE)
+    arguments = [os.getpid(), run_dir if speaks else "", echo_s, deadline.FORCE_AFTER_S, json.dumps(deadline.WITHIN_S)]
+    clock = subprocess.Popen([sys.executable, "-I", "-S", deadline.__file__, *map(str, arguments)], stdin=subprocess.PIPE)
     assert clock.stdin is not None
     os.set_blocking(clock.stdin.fileno(), False)
     before = signal.set_wakeup_fd(clock.stdin.fileno(), warn_on_full_buffer=False)

@@ -296,7 +296,7 @@ def test_an_interrupt_stops_the_run_and_says_how_to_go_on(number, inherited, fak
         "except KeyboardInterrupt:\n"
         "    (run / 'interrupted').touch()"
     )
-    monkeypatch.setattr(runs, "STOP_WITHIN_S", 600)  # as long as a machine may take
+    monkeypatch.setattr(runs, "PATIENCE_S", 600)  # as long as a machine may take
     pids: list[int] = []
 
     def interrupt() -> None:

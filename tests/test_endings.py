@@ -1,4 +1,4 @@
-"""Real runs that something ends: a signal, the end of their launcher, an error of one process of two. What they leave and say."""
+"""Real runs that something ends: a signal, their launcher's end, an error of one of two processes. What they leave."""
 
 import json
 import os

@@ -30,7 +30,7 @@ def take_steps(listens=True, step=input, echo_s=0.0):
                 stopping.obey(stopping.asked(), control)
                 say(f"saved={control.should_save} evaluates={control.should_evaluate}")
 
-deadline.FORCE_AFTER_S = deadline.INTERRUPT_WITHIN_S = 600.0  # a loaded machine may need long for what takes no time
+deadline.FORCE_AFTER_S = deadline.WITHIN_S[signal.SIGINT] = 600.0  # a loaded machine may need long for what takes no time
 cli.main = lambda *_: cli.exit_code(COMMAND)
 def COMMAND():
     BODY
@@ -78,7 +78,10 @@ def test_a_signal_ends_a_run_after_the_step_which_is_saved(number):
     run = Run("take_steps()")
     run.expect("step")
     name = signal.Signals(number).name
-    run.send(number, f"{name}: the run ends when this step is done and saved, after 25 s at most; once more ends it at once\n")
+    limit = f"{600 if number == signal.SIGUSR1 else 25} s"
+    run.send(
+        number, f"{name}: the run ends when this step is done and saved, after {limit} at most; once more ends it at once\n"
+    )
     assert run.ends("\n") == (128 + number, "saved=True evaluates=False\n", f"stopped by {name}\n")
 
 
@@ -152,12 +155,12 @@ def test_sighup_that_nohup_ignores_stays_ignored():
     assert run.ends("\n")[:2] == (143, "saved=True evaluates=False\n")
 
 
-SHORT = "deadline.STOP_WITHIN_S = deadline.FORCE_AFTER_S = 0.2"
+SHORT = "deadline.WITHIN_S[signal.SIGTERM] = deadline.FORCE_AFTER_S = 0.2"
 HELD = "lambda: max(itertools.count())"  # never ends, and holds the interpreter: no handler of Python's runs
 
 
 def test_a_step_that_does_not_end_in_time_ends_with_its_run():
-    run = Run("deadline.STOP_WITHIN_S = 0.2; take_steps(step=lambda: [time.sleep(0.01) for _ in iter(int, 1)])")
+    run = Run("deadline.WITHIN_S[signal.SIGTERM] = 0.2; take_steps(step=lambda: [time.sleep(0.01) for _ in iter(int, 1)])")
     run.expect("step")
     run.send(signal.SIGTERM, "SIGTERM: the run ends when")
     assert run.ends() == (143, "", "stopped by SIGTERM\n")

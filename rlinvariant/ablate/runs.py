@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from rlinvariant import checkpoints, reading, stopping
+from rlinvariant import checkpoints, deadline, reading, stopping
 from rlinvariant.ablate.arms import Arm
 from rlinvariant.ablate.plan import Plan
 from rlinvariant.errors import stop_code
@@ -20,8 +20,7 @@ from rlinvariant.report.console import Console
 from rlinvariant.report.rundir import RunDir
 from rlinvariant.text import percent
 
-STOP_WITHIN_S = 28.0
-"""How long a run that got a signal is waited for before it is killed: a little longer than it gives itself."""
+PATIENCE_S = 5.0  # how much longer than it gives itself a run that got a signal is waited for, before it is killed
 
 
 def run_all(plan: Plan, left: Sequence[tuple[Arm, int]], steps: int, console: Console, lock: int) -> list[str]:
@@ -112,10 +111,10 @@ def _run(command: Sequence[str], run: RunDir, advance: Any, lock: int) -> None:
 
 def _stop(child: subprocess.Popen[Any], number: int) -> None:
     """End a run and its children: by a signal, and if that does not help, by SIGKILL."""
-    if child.poll() is None:
+    if child.poll() is None and number in deadline.WITHIN_S:
         child.send_signal(number)  # to it alone: what grades its step must not end before it
         with suppress(subprocess.TimeoutExpired):
-            child.wait(STOP_WITHIN_S)
+            child.wait(deadline.WITHIN_S[number] + PATIENCE_S)
     if child.poll() is None:
         os.killpg(child.pid, signal.SIGKILL)
         child.wait()
