@@ -45,8 +45,6 @@ def conflicts(trainer: Any, invariance: str, env: Mapping[str, str], prefix: str
     require(not trainer.generation_kwargs, "generation_kwargs", f"None: {whole}")
     require(not trainer.trust_remote_code, "trust_remote_code", "False: no code of a model's repository is run; remove it")
     require(trainer.logging_steps == 1, "logging_steps", "1: every step is counted and written; remove it")
-    jit = "False: SIGTERM saves the step in progress anyway, with a manifest; remove it"
-    require(not trainer.enable_jit_checkpoint, "enable_jit_checkpoint", jit)
     strategy = getattr(trainer.logging_strategy, "value", trainer.logging_strategy)
     resumable = "False: a run could not go on from such a checkpoint; remove it"
     require(not trainer.save_only_model, "save_only_model", resumable)
