@@ -24,7 +24,7 @@ def soak(steps: int, directory: Path, *arguments: str) -> list[dict[str, Any]]:
         CalledProcessError: the run did not end well; its output is on stderr.
     """
     file = directory / "held.jsonl"
-    saved = ["trainer.save_steps=50", "trainer.save_total_limit=2"]
+    saved = [f"trainer.save_steps={max(1, steps // 10)}", "trainer.save_total_limit=2"]
     command = [
         sys.executable,
         "-m",
