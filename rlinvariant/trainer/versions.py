@@ -1,8 +1,8 @@
 """The versions of the weights that sampler, last rollout and disk hold: a version counts the optimizer steps done.
 
-Equal versions do not show that weights are equal: somebody may have loaded others, or edited them. Nor do the counters of tensors
-(`Tensor._version`), which fused optimizers and writes to `.data` leave as they are. `InvariantGRPOTrainer.sync` takes another
-version for a change, and compares the bits where the version is the same.
+Equal versions do not show that weights are equal: somebody may have loaded others, or edited them. Nor do the counters in
+tensors (`Tensor._version`), which fused optimizers and writes to `.data` leave as they are. `InvariantGRPOTrainer.sync` takes
+another version for a change, and compares the bits where the version is the same.
 """
 
 from collections import deque
