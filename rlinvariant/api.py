@@ -127,7 +127,8 @@ def grpo_trainer(
         problems.append("sampler_model: missing; save the model and name its directory, for vLLM to load")
     elif str(source) != str(model):
         problems += model_problems("sampler_model" if sampler_model else "model", str(source))
-    from rlinvariant.trainer.refusals import check_datasets, settings_problems
+    from rlinvariant.trainer.preflight import Start, check_start, load_tokenizer
+    from rlinvariant.trainer.refusals import settings_problems
 
     if not problems:
         import torch
@@ -136,8 +137,12 @@ def grpo_trainer(
     if problems:
         raise ConfigErrors(problems)
     runtime.configure()
-    check_datasets(train_dataset, options.get("eval_dataset"))
     plan = plan_trainer(model, args, ppo, invariance, dtype, str(source), sampler_options or {})
+    tokenizer = options["processing_class"] = options.get("processing_class") or load_tokenizer(str(source), plan.config)
+    longest = (sampler_options or {}).get("max_model_len")
+    parts = (args, str(source), plan.config, tokenizer, reward_funcs, train_dataset, options.get("eval_dataset"), longest)
+    for note in check_start(Start(*parts, models=1 if ppo is None else 2)):
+        Console(args.process_index == 0).print(f"note: {note}")
     return build_trainer(plan, reward_funcs, train_dataset, **options)
 
 

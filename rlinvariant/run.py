@@ -1,14 +1,13 @@
 """One run, from a configuration to a trained model and its proof. Read this file to see how the parts fit together."""
 
-import copy
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from rlinvariant import runtime
 from rlinvariant.api import TrainerPlan, build_trainer, plan_trainer
-from rlinvariant.config import Config, Recipe
-from rlinvariant.errors import ConfigErrors, UserError, one_line
+from rlinvariant.config import Config
+from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.files import disk_errors
 from rlinvariant.journal import Journal, nothing_left
 from rlinvariant.launch import on_main_process, rank
@@ -32,7 +31,6 @@ class Plan:
     """Describes a run that can start: whatever speaks against it was refused when the plan was made."""
 
     config: Config
-    recipe: Recipe
     args: "GRPOConfig"
     tokenizer: "PreTrainedTokenizerBase"
     rewards: list[Any]
@@ -60,7 +58,9 @@ def run(config: Config) -> None:
         with planned.journal.finishing():
             evaluate(planned, trainer, "before")
             with after_a_step():
-                train(planned, trainer)
+                done = train(planned, trainer)
+            if done < config.steps:
+                raise UserError(f"steps={config.steps}: training ended after {done:,}: is a callback ending it? lower steps")
             evaluate(planned, trainer, "after")
 
 
@@ -88,27 +88,26 @@ def plan(config: Config) -> Plan:
         console.print(f"{lag}; log-probs of two versions are counted, not required to be equal")
     runtime.quiet()
     transformers_logging.disable_progress_bar()  # of a model that a recipe saves too
-    model = config.model or (recipe.prepare_model or _no_model)(config)
+    if (model := config.model) is None:
+        assert recipe.prepare_model is not None, "config.check has refused a run without a model"
+        model = recipe.prepare_model(config)
     with console.stage("loading transformers, TRL and vLLM"):
-        from transformers import AutoTokenizer
-
         from rlinvariant.sampler import engine  # noqa: F401
-        from rlinvariant.trainer.refusals import check_datasets
+        from rlinvariant.trainer.preflight import Start, check_start, load_tokenizer
     options, ppo = sampler_options(config), config.ppo if config.algorithm == "ppo" else None
     trainer = plan_trainer(model, args, ppo, config.invariance, config.dtype, model, options)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model, config=copy.deepcopy(trainer.config))
-    except (OSError, ValueError) as error:
-        raise UserError(f"model={model}: no tokenizer: {one_line(error, 400)}") from error
+    tokenizer = load_tokenizer(model, trainer.config)
     train_dataset, eval_dataset = recipe.datasets(config, tokenizer)
-    check_datasets(train_dataset, eval_dataset)
     rewards = list(recipe.reward_funcs(config))
     if problems := reward_problems(rewards):
         raise ConfigErrors(problems)
+    parts = (args, model, trainer.config, tokenizer, rewards, train_dataset, eval_dataset, options.get("max_model_len"))
+    for note in check_start(Start(*parts, models=1 if ppo is None else 2, prefix="trainer.")):
+        console.print(f"note: {note}")
     data = dataset_digest(train_dataset)
     resumption = require_same_data(resumption, data, config)
     journal = Journal(config, model, options, console, args.process_index == 0, data, resumption)
-    return Plan(config, recipe, args, tokenizer, rewards, train_dataset, eval_dataset, trainer, console, journal, resumption)
+    return Plan(config, args, tokenizer, rewards, train_dataset, eval_dataset, trainer, console, journal, resumption)
 
 
 def build(planned: Plan) -> "InvariantGRPOTrainer":
@@ -131,14 +130,15 @@ def build(planned: Plan) -> "InvariantGRPOTrainer":
     return trainer
 
 
-def train(planned: Plan, trainer: "InvariantGRPOTrainer") -> None:
-    """Train from where the run stands; one that has done all its steps only gets its last weights back."""
+def train(planned: Plan, trainer: "InvariantGRPOTrainer") -> int:
+    """Train from where the run stands, and return the last step; a run that has done all only gets its last weights back."""
     checkpoint = planned.resumption.checkpoint
     if checkpoint is not None and checkpoint.step >= planned.config.steps:
         planned.console.print(f"all {checkpoint.step} steps are done: nothing is trained")
         trainer.take_weights(checkpoint)
-    else:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        return checkpoint.step
+    trainer.train(resume_from_checkpoint=checkpoint)
+    return trainer.state.global_step
 
 
 def evaluate(planned: Plan, trainer: "InvariantGRPOTrainer", when: str) -> None:
@@ -165,7 +165,3 @@ def sampler_options(config: Config) -> "SamplerOptions":
     if settings.max_num_batched_tokens is not None:
         options["max_num_batched_tokens"] = settings.max_num_batched_tokens
     return {"max_model_len": settings.max_model_len, "kv_cache_gib": settings.kv_cache_gib, "options": options}
-
-
-def _no_model(config: Config) -> NoReturn:
-    raise UserError(f"model: missing, recipe {config.recipe} has none of its own; write model=DIRECTORY or model=ORG/NAME")

@@ -22,6 +22,7 @@ Rewards, advantages, losses and optimisation stay TRL's; checkpoints and resumin
 
 import copy
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
@@ -44,8 +45,9 @@ from rlinvariant.trainer.finite import FiniteTrainer
 from rlinvariant.trainer.grading import checked_rewards
 from rlinvariant.trainer.interface import OnRollout, OnRow, OnSamples, RewardFunction, Row, SamplerLike, TrainerArguments
 from rlinvariant.trainer.packing import pack
+from rlinvariant.trainer.preflight import Start, check_start, load_tokenizer
 from rlinvariant.trainer.record import Pair, StepRecord, sample_rows, trl_row
-from rlinvariant.trainer.refusals import check_datasets, settings_problems
+from rlinvariant.trainer.refusals import settings_problems
 from rlinvariant.trainer.versions import PolicyVersions
 
 PROCESSES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
@@ -122,7 +124,11 @@ class InvariantGRPOTrainer(FiniteTrainer):
             options = {**kwargs, "staleness": staleness, **asdict(limits)}
             if problems := settings_problems(args, invariance, dtype, options, getattr(self, "ppo", None), model):
                 raise ConfigErrors(problems)
-            check_datasets(train_dataset, kwargs.get("eval_dataset"))
+            name, ppo = model.config._name_or_path, getattr(self, "ppo", None)
+            tokenizer = others["processing_class"] = kwargs.get("processing_class") or load_tokenizer(name, model.config)
+            parts = (args, name, model.config, tokenizer, reward_funcs, train_dataset, kwargs.get("eval_dataset"))
+            for note in check_start(Start(*parts, models=1 if ppo is None else 2)):
+                warnings.warn(note, stacklevel=2)
         self._prepare_models(model, args, dtype, kwargs.get("processing_class"))
         rewards = checked_rewards(self, reward_funcs, limits)
         super().__init__(model, rewards, self._trl_args(args), train_dataset, **others)

@@ -9,7 +9,6 @@ import torch
 from rlinvariant.conflicts import SIDES, Invariance, conflicts, ppo_conflicts
 from rlinvariant.rewards.limits import RewardLimits
 from rlinvariant.support import device_problems
-from rlinvariant.trainer.preflight.rows import check_dataset
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,10 +56,3 @@ def settings_problems(
         elif invariant:
             found.append(f"peft_config: expected None with invariance={invariance}: adapters are not supported yet")
     return found
-
-
-def check_datasets(train: Any, evaluation: Any) -> None:
-    """Raise UserError for a dataset, of those that there are, that cannot be trained on or evaluated."""
-    for name, dataset in (("train", train), ("eval", evaluation)):
-        if dataset is not None:
-            check_dataset(dataset, name)

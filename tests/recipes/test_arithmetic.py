@@ -11,7 +11,8 @@ from rlinvariant import warmstart
 from rlinvariant.config import Config, parse
 from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.recipes import arithmetic
-from rlinvariant.trainer.preflight.rows import check_dataset
+from rlinvariant.trainer.preflight.prompts import Prompts
+from rlinvariant.trainer.preflight.rows import row_problems
 from tests.config.common import with_defaults
 
 REPO = Path(__file__).parents[2]
@@ -43,8 +44,8 @@ def test_reward_is_the_exact_answer_alone() -> None:
 
 def test_held_out_operands_are_not_trained_on() -> None:
     train, evaluation = arithmetic.datasets(config("data.digits=2"), None)
-    check_dataset(train, "train")
-    check_dataset(evaluation, "eval")
+    assert row_problems(train, "train", Prompts(arithmetic.build_tokenizer())) == ([], [])
+    assert row_problems(evaluation, "eval", Prompts(arithmetic.build_tokenizer())) == ([], [])
     assert (len(train), len(evaluation)) == (500, 50)
 
     def operands(rows: Any) -> set[frozenset[str]]:

@@ -9,7 +9,8 @@ import pytest
 from rlinvariant.config import Config, parse
 from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.recipes import _math, dapo_math, gsm8k, math
-from rlinvariant.trainer.preflight.rows import check_dataset
+from rlinvariant.trainer.preflight.prompts import Prompts
+from rlinvariant.trainer.preflight.rows import row_problems
 from tests.config.common import with_defaults
 from tests.recipes.hub_rows import ROWS, chat_tokenizer, original_dapo_math, write
 
@@ -48,8 +49,8 @@ def prepared(recipe: str, tokenizer: Any, rows: list[dict[str, Any]], *argv: str
 )
 def test_rows_become_chat_prompts_with_answers(recipe, question, answer, ending, tokenizer) -> None:
     train, evaluation = prepared(recipe, tokenizer, ROWS[recipe](700), ending=ending)
-    check_dataset(train, "train")
-    check_dataset(evaluation, "eval")
+    assert row_problems(train, "train", Prompts(tokenizer)) == ([], [])
+    assert row_problems(evaluation, "eval", Prompts(tokenizer)) == ([], [])
     assert (len(train), len(evaluation)) == (696, 4)
     rows = {row["prompt"][1]["content"]: row for row in [*train, *evaluation]}
     assert len(rows) == 700  # nothing held out is trained on

@@ -11,7 +11,8 @@ import pytest
 from rlinvariant.config import Config, parse
 from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.recipes import _tiny, arithmetic, countdown, reverse
-from rlinvariant.trainer.preflight.rows import check_dataset
+from rlinvariant.trainer.preflight.prompts import Prompts
+from rlinvariant.trainer.preflight.rows import row_problems
 from tests.config.common import with_defaults
 
 RECIPES = {"arithmetic": arithmetic, "countdown": countdown, "reverse": reverse}
@@ -58,7 +59,7 @@ def test_held_out_problems_are_not_trained_on(recipe: str, argument: str) -> Non
     parsed, generator = config(recipe, argument), random.Random(2)
     train, evaluation = RECIPES[recipe].datasets(parsed, None)
     for name, rows in (("train", train), ("eval", evaluation)):
-        check_dataset(rows, name)
+        assert row_problems(rows, name, Prompts(_tiny.build_tokenizer())) == ([], [])
     held_out = set(evaluation["prompt"])
     assert (len(train), len(evaluation), len(held_out)) == (500, 50, 50)
     task = RECIPES[recipe].task(parsed)
@@ -170,7 +171,7 @@ def test_countdown_divides_exactly() -> None:
 def test_countdown_takes_rows_of_the_hub() -> None:
     Path("hub.jsonl").write_text('{"target": 98, "nums": [44, 19, 35]}\n{"target": 64, "nums": [63, 95, 96]}\n')
     train, _ = countdown.datasets(config("countdown", "data.path=hub.jsonl"), None)
-    check_dataset(train, "train")
+    assert row_problems(train, "train", Prompts(_tiny.build_tokenizer())) == ([], [])
     assert list(train["prompt"]) == ["44,19,35=98:", "63,95,96=64:"]
     assert graded("countdown", train[0], "44+19+35", "35+19+44", "44+19") == [1, 1, 0]
     Path("hub.jsonl").write_text('{"target": 98, "nums": [44, 19]}\n{"target": 1, "nums": null}\n')

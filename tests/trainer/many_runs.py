@@ -83,7 +83,7 @@ def counting() -> Iterator[dict[str, list[str]]]:
     from rlinvariant import conflicts, models, support
     from rlinvariant.models import patch
     from rlinvariant.sampler import refusals
-    from rlinvariant.trainer.preflight import rows
+    from rlinvariant.trainer import preflight
 
     calls: dict[str, list[str]] = {}
 
@@ -102,7 +102,7 @@ def counting() -> Iterator[dict[str, list[str]]]:
         support.device_problems,
         models.unsupported,
         refusals.engine_problems,
-        rows.check_dataset,
+        preflight.check_start,
     ]
     ours = [m for n, m in sys.modules.items() if n.startswith("rlinvariant.") and m is not patch]
     with contextlib.ExitStack() as stack:

@@ -1,1 +1,92 @@
-"""Look, before the engine starts, at what can be known: the rows of the data, and every part that a run will build."""
+"""What can be known before weights are loaded and the engine starts, looked at once, and said in one list."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from rlinvariant.errors import ConfigErrors
+from rlinvariant.trainer.preflight.disk import disk_problems
+from rlinvariant.trainer.preflight.parts import hub_problems, part_problems, weight_problems
+from rlinvariant.trainer.preflight.prompts import Prompts
+from rlinvariant.trainer.preflight.rewards import needed_columns, signature_problems
+from rlinvariant.trainer.preflight.rows import dataset_problems, row_problems
+from rlinvariant.trainer.preflight.tokens import generation_problems, load_tokenizer, token_problems
+
+__all__ = ["Start", "check_start", "load_tokenizer"]
+
+
+@dataclass(frozen=True)
+class Start:
+    """Holds what a run is going to be made of, as far as it is there before weights are loaded.
+
+    Args:
+        args: TRL's configuration.
+        name: directory or hub id of the model.
+        config: the model's configuration.
+        tokenizer: the run's.
+        rewards: reward functions, models or names, one or a list.
+        train, evaluation: the data sets; None: there is none.
+        max_model_len: most tokens of a prompt and its completion that the engine takes; None: the model's positions.
+        models: how many models are trained: 2 for PPO, whose critic is one.
+        prefix: what the user writes before the name of a field of `args`.
+    """
+
+    args: Any
+    name: str
+    config: Any
+    tokenizer: Any
+    rewards: Any
+    train: Any
+    evaluation: Any = None
+    max_model_len: int | None = None
+    models: int = 1
+    prefix: str = ""
+
+    @property
+    def vocabulary(self) -> int | None:
+        """Rows of the model's embedding, or None where the configuration does not say."""
+        return getattr(self.config.get_text_config(), "vocab_size", None)
+
+    @property
+    def prompts(self) -> Prompts:
+        """How the run's prompts become tokens."""
+        positions = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        limit = "the model's positions" if self.max_model_len is None else "sampler.max_model_len"
+        return Prompts(
+            self.tokenizer,
+            self.vocabulary,
+            self.max_model_len or positions,
+            self.args.max_completion_length or 0,
+            self.args.chat_template_kwargs or {},
+            limit,
+        )
+
+
+def check_start(start: Start) -> list[str]:
+    """Look at every row and every part once.
+
+    Returns:
+        What the user should know, one line each.
+
+    Raises:
+        ConfigErrors: everything that has to be mended, one line each.
+    """
+    args, prefix = start.args, start.prefix
+    problems = part_problems(args, prefix) + weight_problems(args, start.rewards, prefix) + hub_problems(args, prefix)
+    problems += token_problems(start.tokenizer, start.vocabulary, start.name)
+    problems += generation_problems(start.name, start.config) + disk_problems(args, start.config, start.models, prefix)
+    of_a_rollout = args.generation_batch_size // (args.num_generations or 1)
+    notes: list[str] = []
+    for name, dataset, least in (("train", start.train, of_a_rollout), ("eval", start.evaluation, 1)):
+        if dataset is None:
+            continue
+        if wrong := dataset_problems(dataset, name, least):
+            problems += wrong
+            continue
+        columns = ["prompt"] if args.remove_unused_columns else dataset.column_names
+        problems += signature_problems(start.rewards, columns, name)
+        needed = [column for column in needed_columns(start.rewards) if column in columns]
+        wrong, said = row_problems(dataset, name, start.prompts, needed)
+        problems, notes = problems + wrong, notes + said
+    if problems:
+        raise ConfigErrors(problems)
+    return notes

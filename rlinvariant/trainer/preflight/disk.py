@@ -1,0 +1,49 @@
+"""Is there room on the disk for the checkpoints of a run?"""
+
+import copy
+import shutil
+from pathlib import Path
+from typing import Any
+
+from rlinvariant.text import plural
+
+COPIES = 2  # the last checkpoint stays until the next is whole
+MOMENTS = {"adam": 2, "lion": 1, "rmsprop": 1, "lamb": 2, "ademamix": 3}
+"""Beginning of an optimizer's name -> tensors of the weights' size that it keeps; one that is not here: none."""
+
+
+def disk_problems(args: Any, config: Any, models: int, prefix: str = "") -> list[str]:
+    """Say that two checkpoints do not fit on the disk, if they do not.
+
+    Args:
+        args: TRL's configuration; checkpoints go to `output_dir`.
+        config: the model's configuration.
+        models: how many models are trained: the policy, and in PPO its critic.
+        prefix: what the user writes before a field's name.
+    """
+    if getattr(args.save_strategy, "value", args.save_strategy) == "no":
+        return []
+    name = str(getattr(args.optim, "value", args.optim))
+    moments = next((count for word, count in MOMENTS.items() if name.removeprefix("paged_").startswith(word)), 0)
+    moments = 0 if args.save_only_model else moments
+    there = Path(args.output_dir).absolute()
+    copies = COPIES - any(there.glob("checkpoint-*"))  # of a run that is resumed
+    needed = copies * models * 4 * parameters(config) * (1 + moments)
+    at = next(path for path in (there, *there.parents) if path.exists())
+    if (free := shutil.disk_usage(at).free) >= needed:
+        return []
+    parts = (
+        f"{plural(copies, 'checkpoint')} of {plural(models, 'model')}, float32 weights and {moments} moments of the optimizer"
+    )
+    room = f"{free / 2**30:.1f} GiB free, and {needed / 2**30:.1f} GiB are needed for {parts}"
+    return [f"{at}: {room}; free space, or write {prefix}save_strategy=no"]
+
+
+def parameters(config: Any) -> int:
+    """Return how many parameters a model of a configuration has; none are allocated."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    return sum(weight.numel() for weight in model.parameters())

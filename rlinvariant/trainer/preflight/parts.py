@@ -1,0 +1,119 @@
+"""What a run will construct later, constructed once for a matrix of 8 x 8: optimizer, scheduler, data loader; and the hub."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import Trainer
+
+from rlinvariant.errors import one_line
+from rlinvariant.text import shown
+
+SCHEDULED_STEPS = 1000  # most steps for which the learning rate is looked at
+
+
+class _Parts(Trainer):
+    """transformers' own constructors of an optimizer and its scheduler, without the rest of a trainer."""
+
+    def __init__(self, args: Any, model: torch.nn.Module) -> None:
+        self.args, self.model = args, model
+        self.optimizer = self.lr_scheduler = self.optimizer_cls_and_kwargs = None
+
+
+def part_problems(args: Any, prefix: str = "") -> list[str]:
+    """List the settings by which optimizer, scheduler or data loader cannot be made, or would not work.
+
+    Args:
+        args: TRL's configuration.
+        prefix: what the user writes before a field's name.
+    """
+    with torch.random.fork_rng(devices=[]):
+        model = torch.nn.Sequential(torch.nn.Linear(8, 8, bias=False)).to(args.device)
+        parts = _Parts(args, model)
+        settings = "optim optim_args learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon"
+        found = _attempt(args, prefix, "optimizer", settings, lambda: _step(parts, model))
+        if not found:
+            settings = "lr_scheduler_type lr_scheduler_kwargs warmup_steps"
+            found = _attempt(args, prefix, "scheduler", settings, lambda: _schedule(parts))
+        settings = "dataloader_num_workers dataloader_prefetch_factor dataloader_persistent_workers"
+        return found + _attempt(args, prefix, "data loader", settings, lambda: _loader(args))
+
+
+def _attempt(args: Any, prefix: str, part: str, settings: str, make: Callable[[], str | None]) -> list[str]:
+    """Make a part, and list why that fails, with the settings that decide it."""
+    try:
+        wrong = make()
+    except Exception as error:  # each optimizer raises types of its own
+        wrong = f"{type(error).__name__}: {one_line(error)}"
+    if not wrong:
+        return []
+    given = " ".join(f"{prefix}{name}={shown(_plain(getattr(args, name)), 60)}" for name in settings.split())
+    return [f"{given}: the {part} cannot be made: {wrong}; change one of them"]
+
+
+def _step(parts: _Parts, model: torch.nn.Module) -> None:
+    optimizer: Any = parts.create_optimizer(model)
+    for weight in model.parameters():
+        weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+
+
+def _schedule(parts: _Parts) -> str | None:
+    """Go through the schedule, and return the first learning rate that is none."""
+    steps = max(1, int(parts.args.max_steps))
+    scheduler: Any = parts.create_scheduler(steps, parts.optimizer)
+    if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        return None  # steps by a metric
+    for step in range(min(steps, SCHEDULED_STEPS)):
+        for rate in scheduler.get_last_lr():
+            if not 0 <= float(rate) < math.inf:
+                return f"the learning rate of step {step + 1} is {float(rate):g}"
+        scheduler.step()
+    return None
+
+
+def _loader(args: Any) -> None:
+    rows: Any = [0]
+    torch.utils.data.DataLoader(
+        rows,
+        num_workers=args.dataloader_num_workers,
+        prefetch_factor=args.dataloader_prefetch_factor,
+        persistent_workers=args.dataloader_persistent_workers,
+        multiprocessing_context=getattr(args, "dataloader_multiprocessing_context", None) or None,
+    )
+
+
+def _plain(value: Any) -> Any:
+    return getattr(value, "value", value)
+
+
+def weight_problems(args: Any, rewards: Any, prefix: str = "") -> list[str]:
+    """List what is wrong with the weights of the rewards: their number, or a weight that is none."""
+    if (weights := args.reward_weights) is None:
+        return []
+    count = len(rewards) if isinstance(rewards, list) else 1
+    given = f"{prefix}reward_weights={shown(weights)}"
+    if len(weights) != count:
+        return [f"{given}: expected {count}, one for each reward function"]
+    return [] if all(map(math.isfinite, weights)) else [f"{given}: expected finite numbers"]
+
+
+def hub_problems(args: Any, prefix: str = "") -> list[str]:
+    """Say why the hub cannot be used, if the run is to write to it; asks the hub who the user is."""
+    wanted = next((name for name in ("push_to_hub", "log_completions_hub_repo") if getattr(args, name, None)), None)
+    if wanted is None:
+        return []
+    import huggingface_hub
+
+    given = f"{prefix}{wanted}={shown(getattr(args, wanted))}"
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return [f"{given}: HF_HUB_OFFLINE switches the hub off; unset it, or remove {prefix}{wanted}"]
+    token = args.hub_token or huggingface_hub.get_token()
+    if not token:
+        return [f"{given}: no login at the hub; set HF_TOKEN, or run `hf auth login`, or remove it"]
+    try:
+        huggingface_hub.HfApi().whoami(token=token)
+    except Exception as error:  # of the network, of HTTP, of the hub
+        return [f"{given}: the hub does not answer, or not to this token: {one_line(error)}; mend that, or remove it"]
+    return []

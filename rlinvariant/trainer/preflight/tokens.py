@@ -1,0 +1,70 @@
+"""Do tokenizer, model and generation settings go together, and can a checkpoint of them be written?"""
+
+import copy
+from typing import Any
+
+from rlinvariant.errors import UserError, one_line
+
+
+def load_tokenizer(name: str, config: Any) -> Any:
+    """Load a model's tokenizer, of which no code is run.
+
+    Args:
+        name: directory or hub id of the model.
+        config: its configuration, so that it is not read again.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name, config=copy.deepcopy(config), trust_remote_code=False)
+    except Exception as error:  # tokenizers raises plain exceptions
+        raise UserError(f"model={name}: no tokenizer: {one_line(error, 400)}") from error
+
+
+def token_problems(tokenizer: Any, vocabulary: int | None, name: str) -> list[str]:
+    """List what is wrong with a tokenizer's end and padding tokens.
+
+    Args:
+        tokenizer: the run's.
+        vocabulary: rows of the model's embedding; None: not known.
+        name: directory or hub id of the model, for the lines.
+    """
+    if tokenizer.eos_token_id is None:
+        return [f"model={name}: its tokenizer has no eos_token, so that no completion could end; save it with one"]
+    found = []
+    for token in ("eos_token", "pad_token"):
+        index = getattr(tokenizer, f"{token}_id")
+        if vocabulary is not None and index is not None and index >= vocabulary:
+            has = f"{token} {getattr(tokenizer, token)!r} is token {index}, and the model has embeddings for {vocabulary:,}"
+            found.append(f"model={name}: its tokenizer's {has}; save the tokenizer that belongs to the model")
+    pad = tokenizer.pad_token_id
+    if pad is not None and tokenizer.pad_token not in tokenizer.all_special_tokens:
+        fix = "save the tokenizer with a special one"
+        found.append(f"model={name}: its tokenizer's pad_token {tokenizer.pad_token!r} is an ordinary token; {fix}")
+    return found
+
+
+def generation_problems(name: str, config: Any) -> list[str]:
+    """List why a model's generation settings could not be saved: transformers refuses that with each checkpoint.
+
+    Args:
+        name: directory or hub id of the model.
+        config: its configuration.
+    """
+    from transformers import GenerationConfig
+
+    try:
+        generation = GenerationConfig.from_pretrained(name)
+    except OSError:  # there is none; transformers does the same
+        generation = GenerationConfig.from_model_config(copy.deepcopy(config))
+    except (ValueError, TypeError) as error:
+        return [f"model={name}: generation_config.json cannot be read: {one_line(error)}; mend or delete it"]
+    try:
+        generation.validate(strict=True)
+    except ValueError as error:
+        fix = "transformers would refuse to save it with every checkpoint; mend it in a copy of the model"
+        return [f"model={name}: generation_config.json: {one_line(error)}; {fix}"]
+    return []
