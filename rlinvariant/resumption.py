@@ -1,4 +1,4 @@
-"""What a run goes on from, and whether it would be the same run."""
+"""Find what a run goes on from, and refuse what would make another run of it."""
 
 import hashlib
 import json
@@ -48,7 +48,7 @@ class Resumption:
 
     @property
     def step(self) -> int:
-        """Optimizer steps that are done."""
+        """Return how many optimizer steps are done."""
         return 0 if self.checkpoint is None else self.checkpoint.step
 
 

@@ -114,7 +114,7 @@ class Config:
 
     @property
     def reward_limits(self) -> RewardLimits:
-        """What the run allows its reward functions."""
+        """Return what the run allows its reward functions."""
         return RewardLimits(self.reward_timeout, self.reward_cage, self.reward_errors)
 
     def load_recipe(self) -> Recipe:

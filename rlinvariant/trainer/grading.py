@@ -1,4 +1,7 @@
-"""The reward functions of all ranks, called so that an error on one rank ends all alike: none waits for another for ever."""
+"""The reward functions of all ranks, called so that an error on one rank ends all alike: none waits for another for ever.
+
+N: completions, F: reward functions.
+"""
 
 import atexit
 from typing import TYPE_CHECKING, Any

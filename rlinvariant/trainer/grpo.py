@@ -226,9 +226,7 @@ class InvariantGRPOTrainer(FiniteTrainer):
         version, older = self._versions.to_sample_with(step, stale)
         with self._timed("sync"):
             self._require_finite(((f"weight {name}", w) for name, w in self._weights()), *when)
-            if (
-                self._versions.sampler == version and self._sampler_is_invariant
-            ):  # a stock one has packed some: not all are read
+            if self._versions.sampler == version and self._sampler_is_invariant:  # all of a stock one's cannot be read
                 if not self.sampler.differing_weights(self._weights(older)):
                     return
                 self._versions.edited()
@@ -236,10 +234,8 @@ class InvariantGRPOTrainer(FiniteTrainer):
             differing = self.sampler.differing_weights(self._weights(older))
         self._versions.sampler, self._record.weights_equal = version, not differing
         if differing and self.invariance == "exact":
-            raise ParityError(
-                f"step {step + 1}: after the weight sync, {len(differing)} of the sampler's parameters "
-                f"differ from the trainer's, first {differing[0]}"
-            )
+            differ = f"{len(differing)} of the sampler's parameters differ from the trainer's, first {differing[0]}"
+            raise ParityError(f"step {step + 1}: after the weight sync, {differ}")
 
     def _weights(self, older: dict[str, Tensor] | None = None):
         """Yield names and tensors of the policy's parameters, or of older ones, on the device."""
@@ -329,11 +325,9 @@ class InvariantGRPOTrainer(FiniteTrainer):
             step, numbers = self.state.global_step + 1, record.onpolicy(self._clip_max)
             if self._on_row is not None and self.accelerator.is_main_process:
                 self._on_row({"step": step, **numbers}, record.first_mismatch)
-            raise ParityError(
-                f"step {step}: mismatched {numbers['onpolicy/mismatched_tokens']:,} / "
-                f"{numbers['onpolicy/compared_tokens']:,} tokens; {record.first_mismatch}. Stopped before the optimizer step; "
-                f"{self._last_checkpoint()}"
-            )
+            count = f"{numbers['onpolicy/mismatched_tokens']:,} / {numbers['onpolicy/compared_tokens']:,} tokens"
+            stopped = f"Stopped before the optimizer step; {self._last_checkpoint()}"
+            raise ParityError(f"step {step}: mismatched {count}; {record.first_mismatch}. {stopped}")
 
     @property
     def _clip_max(self) -> float:
@@ -369,8 +363,8 @@ class InvariantGRPOTrainer(FiniteTrainer):
         self._versions.disk = self.state.global_step
 
     def _progress(self) -> dict[str, Any]:
-        own = {"versions": self._versions.state(), "seeded": self._seeded, "exact_streak": self._exact_streak}
-        return super()._progress() | own
+        counted = {"seeded": self._seeded, "exact_streak": self._exact_streak}
+        return super()._progress() | counted | {"versions": self._versions.state()}
 
     def _restore_progress(self, progress: dict[str, Any]) -> None:
         super()._restore_progress(progress)
