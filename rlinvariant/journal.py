@@ -14,6 +14,7 @@ from rlinvariant.launch import MACHINE, rank
 from rlinvariant.report.console import Console
 from rlinvariant.report.rundir import RunDir, read_metrics
 from rlinvariant.resumption import Resumption, settings
+from rlinvariant.rewards.watchdog import watchdog
 from rlinvariant.rollout import Rollout
 
 if TYPE_CHECKING:
@@ -148,6 +149,7 @@ class Journal:
     @contextmanager
     def finishing(self) -> Iterator[None]:
         """Write result.json and the report, and finish W&B, when the block ends, however it ends."""
+        watchdog().leave(self.directory.result, peers.failed(None))  # where a reward function takes this process with it
         try:
             with peers.first_failure(self.directory.result, rank()):
                 yield

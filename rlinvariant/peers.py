@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from rlinvariant import reading
 from rlinvariant.errors import PeerFailed, Stopped, UserError, one_line, outcome
@@ -68,6 +69,11 @@ def _say(result: Path, rank: int, error: BaseException) -> None:
     """Leave an error for the main process, and for the user if there is none any more."""
     kind = "" if outcome(error) != "failed" else f"{type(error).__name__}: "
     text = one_line(error) if isinstance(error, PeerFailed) else f"rank {rank}: {kind}{one_line(error)}"
-    said = {"finished": False, "outcome": outcome(error), "error": text, "accuracy_before": None, "accuracy_after": None}
     with suppress(OSError):  # on a host with a disk of its own there is no such directory
-        write_first(result, json.dumps(said | {"seconds": None}, indent=2) + "\n")
+        write_first(result, json.dumps(failed(text, outcome(error)), indent=2) + "\n")
+
+
+def failed(text: str | None, outcome: str = "failed") -> dict[str, Any]:
+    """Return what result.json says where the main process does not write it."""
+    said = {"finished": False, "outcome": outcome, "error": text}
+    return said | {"accuracy_before": None, "accuracy_after": None, "seconds": None}

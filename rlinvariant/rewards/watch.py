@@ -88,9 +88,11 @@ def _report(line: str, leave: dict) -> None:
         return
     result = leave["result"] | {"error": line, "seconds": time.monotonic() - leave["began"]}
     try:
-        with open(f"{leave['path']}.watchdog", "w") as file:
+        with open(f"{leave['path']}.{os.getpid()}", "w") as file:
             json.dump(result, file, indent=2)
-        os.replace(file.name, leave["path"])
+        with contextlib.suppress(FileExistsError):  # what another process of the run has left is the cause of this
+            os.link(file.name, leave["path"])
+        os.remove(file.name)
     except OSError as error:
         _say(f"{leave['path']}: not written: {error}")
 
