@@ -18,19 +18,25 @@ class Events:
         under: the directory, absolute.
         react: called with the number of the event, from 1, and with what it is: "os.rename checkpoints/checkpoint-2".
 
-    A write itself is no event: what was written is seen at the event after it, and `last_opened` is the file. Threads wait for
+    A write itself is no event: what was written is seen at the event after it; `tear` takes half of it back. Threads wait for
     each other here; where two write at once, the numbers of their events may differ from run to run.
     """
 
     def __init__(self, under: Path, react: Callable[[int, str], None]) -> None:
         self._under, self._react, self._count, self._reacting = str(under), react, 0, 0
         self._lock = threading.Lock()
-        self.last_opened: Path | None = None
+        self._last_opened, self._size_before = "", 0
         sys.addaudithook(self._audit)
         os.fsync = self._before(os.fsync, self._of_descriptor)
         self._wrap_save_file()
 
-    def _event(self, what: str, path: Any, opened: bool = False) -> None:
+    def tear(self) -> None:
+        """Cut off half of what was written to the file that was opened last, if it has its name still."""
+        if os.path.isfile(self._last_opened):
+            written = os.path.getsize(self._last_opened) - self._size_before
+            os.truncate(self._last_opened, self._size_before + max(0, written) // 2)
+
+    def _event(self, what: str, path: Any, opened: bool = False, appends: bool = False) -> None:
         if self._reacting == threading.get_ident() or isinstance(path, int) or path is None:
             return
         absolute = os.path.abspath(os.fsdecode(path))
@@ -43,11 +49,12 @@ class Events:
             finally:
                 self._reacting = 0
             if opened:
-                self.last_opened = Path(absolute)
+                self._last_opened = absolute
+                self._size_before = os.path.getsize(absolute) if appends and os.path.isfile(absolute) else 0
 
     def _audit(self, name: str, arguments: tuple[Any, ...]) -> None:
         if name == "open" and isinstance(arguments[2], int) and arguments[2] & WRITES:
-            self._event("open", arguments[0], opened=True)
+            self._event("open", arguments[0], opened=True, appends=not arguments[2] & os.O_TRUNC)
         elif name in CHANGES and not (name == "os.mkdir" and os.path.isdir(arguments[0])):
             self._event(name, arguments[0])
 

@@ -35,8 +35,8 @@ def kill_at(under: str, event: int, torn: bool, in_place: bool = False) -> None:
     def react(number: int, what: str) -> None:
         if number != event:
             return
-        if torn and events.last_opened is not None and events.last_opened.is_file():
-            os.truncate(events.last_opened, events.last_opened.stat().st_size // 2)
+        if torn:
+            events.tear()
         for partial in Path(under).glob(f"checkpoints/{checkpoints.PARTIAL}*/checkpoint-*") if in_place else ():
             partial.rename(Path(under, "checkpoints", partial.name))
         os.kill(0, signal.SIGKILL)
