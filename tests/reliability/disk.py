@@ -13,14 +13,19 @@ FULL = "Error while serializing: I/O error: No space left on device (os error 28
 
 
 class FullDisk:
-    """Lets a process write `free` bytes below `under`; what is beyond fails as the kernel makes it fail, to the process's end.
+    """Lets a process write so much below `under`; what is beyond fails as the kernel makes it fail, to the process's end.
 
     Python's files keep the part of a write that still fits, as a file system does. Files that safetensors writes, from Rust,
-    are cut and raise its error. `spent` counts.
+    are cut and raise its error. `spent` and `written` count.
+
+    Args:
+        under: the directory.
+        free: bytes that fit.
+        writes: how many writes fit, whatever their bytes: most are small.
     """
 
-    def __init__(self, under: Path, free: float) -> None:
-        self.under, self.free, self.spent = f"{under}/", free, 0
+    def __init__(self, under: Path, free: float, writes: float) -> None:
+        self.under, self.free, self.writes, self.spent, self.written = f"{under}/", free, writes, 0, 0
         self._open = builtins.open
         builtins.open = io.open = self._limited_open
         from safetensors import SafetensorError
@@ -41,7 +46,8 @@ class FullDisk:
 
     def take(self, count: int) -> int:
         """Return how many of `count` bytes still fit, and use them up."""
-        fit = int(min(count, self.free - self.spent))
+        self.written += 1
+        fit = int(min(count, self.free - self.spent)) if self.written <= self.writes else 0
         self.spent += fit
         if fit < count:
             self.free = self.spent  # a smaller write later does not fit either: whoever filled the disk goes on

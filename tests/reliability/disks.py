@@ -5,24 +5,28 @@ from pathlib import Path
 from tests.reliability.campaign import Campaign, spread
 
 DISK_FULL = 74
-FINE = 10_000  # points that the bytes of a run are divided into
 
 
 def fill_the_disk(campaign: Campaign, count: int) -> None:
-    """Let a run write a part of its bytes and no more; then resume it with space, from a checkpoint that was whole before."""
+    """Fill the disk at `count` points of a run: one line, exit 74; then resume with space, from what was whole before.
+
+    Half of the points are spread over the bytes that a run writes, most of which are checkpoints; half over its writes, of
+    which most are small.
+    """
     campaign.clear()
     notes = campaign.lab.logs / f"bytes of {campaign.name}"
     under = {"under": str(campaign.run_dir)}
     run = campaign.start(faults=[("count_bytes", {**under, "notes": str(notes)})])
     assert run.wait() == 0, run.text[-3000:]
-    whole = int(Path(notes).read_text())
-    for index in spread(count, FINE):
-        free = index * whole // FINE
-        what = f"{free:,} of {whole:,} bytes free"
+    spent, written = map(int, Path(notes).read_text().split())
+    points = [{"free": at} for at in spread(count - count // 2, spent)] + [{"writes": at} for at in spread(count // 2, written)]
+    for point in points:
+        what = " ".join(f"{key}={value:,}" for key, value in point.items()) + f" of {spent:,} bytes, {written:,} writes"
         campaign.clear()
-        run = campaign.start(faults=[("full_disk", {**under, "free": free}), *campaign.planted])
+        run = campaign.start(faults=[("full_disk", {**under, **point}), *campaign.planted])
         code, lines = run.wait(), [line for line in run.text.splitlines() if line.startswith("error: ")]
         if code != DISK_FULL or len(lines) != 1 or "Traceback" in run.text:
-            campaign.note(what, f"exit {code}, {len(lines)} lines of error{', traceback' if 'Traceback' in run.text else ''}")
+            said = (lines or run.text.splitlines() or ["nothing"])[-1]
+            campaign.note(what, f"exit {code}, {len(lines)} lines{', traceback' if 'Traceback' in run.text else ''}: {said}")
         else:
             campaign.resume(what)

@@ -44,18 +44,18 @@ def kill_at(under: str, event: int, torn: bool, in_place: bool = False) -> None:
     events = Events(Path(under), react)
 
 
-def full_disk(under: str, free: int) -> None:
-    """Let the run write `free` bytes."""
-    FullDisk(Path(under), free)
+def full_disk(under: str, free: float = math.inf, writes: float = math.inf) -> None:
+    """Let the run write `free` bytes, in so many writes."""
+    FullDisk(Path(under), free, writes)
 
 
 def count_bytes(under: str, notes: str) -> None:
-    """Write down, at the end of the run, how many bytes it has written."""
-    disk = FullDisk(Path(under), math.inf)
+    """Write down, at the end of the run, how many bytes it has written, and in how many writes."""
+    disk = FullDisk(Path(under), math.inf, math.inf)
     end = os._exit
 
     def noted(code: int) -> None:
-        Path(notes).write_text(str(disk.spent))
+        Path(notes).write_text(f"{disk.spent} {disk.written}")
         end(code)
 
     os._exit = noted
