@@ -256,7 +256,8 @@ def _wait_for_all() -> None:
     """Wait until every process of the run is here."""
     import torch
 
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if distributed and torch.distributed.get_world_size() > 1:  # else the group is vLLM's own, of this process alone
         torch.distributed.barrier()
 
 
