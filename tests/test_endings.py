@@ -31,7 +31,7 @@ class Run:
     def __init__(self, directory: Path, model: str, command: list[str], *arguments: str, ignored: int = 0) -> None:
         recipe = f"recipe={ROOT / 'tests/trainer/tiny_recipe.py'}"
         given = [recipe, f"model={model}", "run=x", "wandb.mode=disabled", "trainer.per_device_train_batch_size=6", *arguments]
-        self.arguments = ["steps=100000", "trainer.num_generations=3", *given]
+        self.arguments = ["steps=100000", "trainer.num_generations=3", "trainer.lr_scheduler_type=constant", *given]
         self.run, self.directory = RunDir(directory / "runs/x"), directory
         leave_out = ("LOCAL_RANK", "RANK", "WORLD_SIZE")
         self.environment = {k: v for k, v in os.environ.items() if k not in leave_out and not k.startswith("ACCELERATE_")}
