@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 ROWS = (
     {"text"},
     {"deadline", "errors"},
-    {"arguments", "files", "install", "lock", "machine", "reading", "stopping"},
+    {"arguments", "files", "install", "lock", "machine", "masking", "reading", "stopping"},
     {"bits", "rollout", "runtime", "checkpoints", "peers"},
     {"kernels"},
     {"ops"},

@@ -1,12 +1,14 @@
 """`rlinvariant ablate recipe=NAME`: run what is left of an ablation, write its report, print its table."""
 
 import argparse
+import shlex
 
 from rlinvariant.ablate.arms import DEFAULT_ARMS, IMPOSSIBLE_ARMS
 from rlinvariant.ablate.plan import Plan, extended, read
 from rlinvariant.arguments import definitions
 from rlinvariant.errors import NOT_EXACT, OK, stop_code
 from rlinvariant.files import require_writable
+from rlinvariant.masking import masked_arguments
 from rlinvariant.lock import locked
 from rlinvariant.report.console import Console
 from rlinvariant.report.rundir import SCHEMA
@@ -77,5 +79,6 @@ def run(options: argparse.Namespace) -> int:
 def specification(plan: Plan, steps: int) -> dict[str, object]:
     """Return what ablation.json says: all that was asked for."""
     arms = [{"name": arm.name, "description": arm.description, "overrides": list(arm.overrides)} for arm in plan.arms]
-    asked = {"schema": SCHEMA, "command": plan.command, "recipe": plan.recipe, "steps": steps, "seeds": list(plan.seeds)}
-    return {**asked, "settings": list(plan.settings), "arms": arms}
+    command = shlex.join(masked_arguments(shlex.split(plan.command)))
+    asked = {"schema": SCHEMA, "command": command, "recipe": plan.recipe, "steps": steps, "seeds": list(plan.seeds)}
+    return {**asked, "settings": masked_arguments(plan.settings), "arms": arms}

@@ -16,6 +16,7 @@ from rlinvariant.ablate.arms import Arm
 from rlinvariant.ablate.plan import Plan
 from rlinvariant.errors import stop_code
 from rlinvariant.launch import LAUNCHER
+from rlinvariant.masking import masked_arguments
 from rlinvariant.report.console import Console
 from rlinvariant.report.rundir import RunDir
 from rlinvariant.text import percent
@@ -83,7 +84,7 @@ def _run(command: Sequence[str], run: RunDir, advance: Any, lock: int) -> None:
     """Start a run and wait for it, with its output in log.txt. Raises RunFailed if it leaves no result."""
     log = run.path / "log.txt"
     with log.open("ab") as file:
-        file.write(f"$ {shlex.join(command)}\n".encode())
+        file.write(f"$ {shlex.join(masked_arguments(command))}\n".encode())
         file.flush()
         start = file.tell()
         # In a session of its own, so that ctrl-C reaches it once, from here

@@ -12,6 +12,7 @@ from rlinvariant.config.fields import TrainerConfig
 from rlinvariant.config.recipe import Data, Recipe, load_recipe
 from rlinvariant.errors import UserError, one_line
 from rlinvariant.files import RUNS
+from rlinvariant.masking import masked
 from rlinvariant.rewards import RewardLimits
 
 if TYPE_CHECKING:
@@ -178,9 +179,8 @@ def leaves(config: Any, prefix: str = "") -> dict[str, Leaf]:
 
 
 def plain(key: str, value: Any) -> Any:
-    """Return a value as JSON can hold it; a token is not shown."""
-    if key.endswith("token") and value is not None:
-        return "***"
+    """Return a value as JSON can hold it; a secret is not shown."""
+    value = masked(key, value)
     if isinstance(value, enum.Enum):
         return value.value
     if isinstance(value, (list, tuple)):

@@ -174,7 +174,7 @@ def tokenized(name: str, path: str, asked: Options) -> tuple[Any, list[int], int
 
     positions = refuse({}, path, asked.dtype)
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(path)
+        tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"MODEL {path}: no tokenizer: {one_line(error, 400)}") from error
     rng = random.Random(asked.seed)

@@ -29,7 +29,7 @@ def of_model(model: str, cuda: bool) -> Iterator[Finding]:
     logging.set_verbosity_error()
     runtime.quiet()
     try:
-        config = AutoConfig.from_pretrained(model)
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
         with torch.device("meta"):  # shapes without memory
             net = AutoModelForCausalLM.from_config(config)
     except Exception as error:  # whatever transformers raises on a configuration that it cannot use

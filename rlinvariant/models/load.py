@@ -27,7 +27,8 @@ def load(kind: Any, source: str | Path, key: str = "model", heads: tuple[str, ..
     where, before = f"{key}={source}", logging.get_verbosity()
     logging.set_verbosity_error()  # a table of what is raised here
     try:
-        model, info = kind.from_pretrained(source, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+        options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, info = kind.from_pretrained(source, trust_remote_code=False, **options)
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, SafetensorError, RuntimeError) as error:

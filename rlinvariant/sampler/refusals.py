@@ -108,7 +108,7 @@ def load_config(model: str) -> "PreTrainedConfig":
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(model)
+        return AutoConfig.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"model={model}: cannot be loaded: {one_line(error, 400)}") from error
 

@@ -100,7 +100,7 @@ def load_critic(path: str, policy: Any, tokenizer: Any) -> Any:
     if ours != theirs:
         raise UserError(f"ppo.critic={path}: expected the policy's vocabulary of {ours} tokens, found {theirs}; choose another")
     if tokenizer is not None and _has_tokenizer(path):
-        found = AutoTokenizer.from_pretrained(path).get_vocab()
+        found = AutoTokenizer.from_pretrained(path, trust_remote_code=False).get_vocab()
         if found != tokenizer.get_vocab():
             raise UserError(f"ppo.critic={path}: expected the policy's tokenizer, found another vocabulary; choose another")
     return backbone

@@ -39,7 +39,7 @@ def configuration(model: str, dtype: str) -> Any:
     if found := environment_conflicts(os.environ, "exact"):
         raise ConfigErrors(found)
     refuse({}, model, dtype, otherwise=WITHOUT_PROOF)
-    return AutoConfig.from_pretrained(model)
+    return AutoConfig.from_pretrained(model, trust_remote_code=False)
 
 
 def random_weights(config: Any, directory: str, seed: int) -> str:
@@ -82,7 +82,7 @@ def options(sizes: Sizes, eager: bool) -> dict[str, Any]:
 
 def engine(directory: str, invariant: bool, dtype: str, options: dict[str, Any], sizes: Sizes) -> Sampler:
     """Start an engine with room in its cache for these sizes, and keep it alive in `live_engines`."""
-    config = AutoConfig.from_pretrained(directory).get_text_config()
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=False).get_text_config()
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * head * getattr(torch, dtype).itemsize
     cache_gib = (SPARE_CACHE_TOKENS + sizes.positions) * token_bytes / 2**30
