@@ -2,7 +2,7 @@
 
 import argparse
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +23,39 @@ began with, which must have the recorded hash; draws the same prompts with the s
 the trainer's model; counts the 32-bit log-probs that are not the recorded ones. Exit code 0: none; 1: some, which is a fault of
 invariance=exact alone; 2: cannot run."""
 EXAMPLE = "rlinvariant replay runs/arithmetic --step 1"
+ENGINE_OPTIONS = {"max_num_seqs": int, "enable_prefix_caching": bool, "enforce_eager": bool, "max_num_batched_tokens": int}
+"""Options of vLLM that a run can record. vLLM has others that name code to be run, and a recording is data."""
 LONE_REQUESTS = 8  # requests that are drawn with no other in the engine
 FORWARD_TOKENS = 8192  # most tokens in one forward of the trainer's model
+
+
+def _is_sampler(found: Any) -> bool:
+    """Tell whether a value is what a run records of its engine."""
+    if not isinstance(found, dict) or not found.keys() <= {"max_model_len", "kv_cache_gib", "options"}:
+        return False
+    options = found.get("options", {})
+    return (
+        isinstance(found.get("max_model_len"), int | None)
+        and isinstance(found.get("kv_cache_gib"), int | float | None)
+        and isinstance(options, dict)
+        and all(type(value) is ENGINE_OPTIONS.get(key) for key, value in options.items())
+    )
+
+
+def _is_subject(found: Any) -> bool:
+    """Tell whether a value is a machine as `certificate.subject` describes one."""
+    keys = {"device", "threads", "packages", "isa", "sources"}
+    return isinstance(found, dict) and keys <= found.keys() and isinstance(found["packages"], dict)
+
+
+DESCRIPTION_OF_A_RUN: dict[str, Callable[[Any], bool]] = {
+    "weights": lambda x: isinstance(x, str) and x != "" and not x.startswith("-"),
+    "invariance": lambda x: isinstance(x, str) and x in SIDES,
+    "dtype": lambda x: x in ("bfloat16", "float32"),
+    "sampler": _is_sampler,
+    "subject": _is_subject,
+}
+"""What a recording says of its run -> whether a value can be that."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -104,6 +135,9 @@ def recorded(run: Path, step: int | None, weights: str | None = None) -> tuple["
     if step is None:
         raise UserError(f"replay: --step: missing; recorded: {rollouts.listed(steps)}")
     rollout, about = rollouts.read(run, step)
+    if strange := next((name for name, known in DESCRIPTION_OF_A_RUN.items() if not known(about.get(name))), None):
+        found = rollouts.quoted(about.get(strange))
+        raise UserError(f"{run}: the recording of step {step} has {strange}={found}, which no run writes; replay another step")
     if weights is not None:
         if not Path(weights).is_dir():
             raise UserError(f"--weights {weights}: no such directory; expected a copy of {about['weights']}")

@@ -7,6 +7,7 @@ from rlinvariant import reading
 from rlinvariant.arguments import CommandParser
 from rlinvariant.errors import UserError
 from rlinvariant.files import RUNS
+from rlinvariant.masking import MASK
 
 DESCRIPTION = """Goes on with a run that was stopped or killed, from its newest checkpoint whose every byte is as it was
 written, with the settings of its config.json, on the machine file that it was launched with. What comes out is what an
@@ -49,17 +50,21 @@ def run_name(given: str) -> str:
 
 def arguments(directory: Path, given: list[str]) -> list[str]:
     """Return `key=value` arguments for what a run's user has set, with `given` in place of what they set anew."""
+    from rlinvariant.report.study import argument
+
     fix = "use the command that started the run, and resume=true"
     path = directory / "config.json"
     if not path.exists():
         raise UserError(f"{directory}: holds no run (no config.json); start it by rlinvariant train")
     config = reading.read(path, fix)
     try:
-        own = {key: str(entry["value"]) for key, entry in config.items() if entry["source"] == "command line"}
+        own = {key: argument(entry["value"]) for key, entry in config.items() if entry["source"] == "command line"}
         recipe = str(config["recipe"]["value"])
     except (KeyError, TypeError) as error:
         raise UserError(f"{path}: damaged: a setting without value or source; {fix}") from error
-    anew = {argument.partition("=")[0] for argument in given}
+    anew = {setting.partition("=")[0] for setting in given}
+    if hidden := [key for key, value in own.items() if MASK in value and key not in anew]:
+        raise UserError(f"{hidden[0]}: a secret, which config.json does not have; write {hidden[0]}=... after {directory}")
     settings = {"recipe": recipe} | own | {"resume": "true"}
     settings.pop("run", None)
     if "machine" not in anew and (machine := _machine(directory)):

@@ -15,7 +15,7 @@ import pytest
 
 from rlinvariant import checkpoints, cli
 from rlinvariant.ablate import results, runs
-from rlinvariant.ablate.arms import CORRECTION_MODES, DEFAULT_ARMS, Arm, stale
+from rlinvariant.ablate.arms import CORRECTION_MODES, DEFAULT_ARMS, Arm, setting, stale
 from rlinvariant.ablate.check import checked, refuse_mixed
 from rlinvariant.ablate.plan import Plan, extended, read
 from rlinvariant.ablate.runs import prepare
@@ -195,7 +195,7 @@ def test_arms_and_seeds_are_added_to_what_is_there():
     assert extended(plan("seeds=1", "run=x")) == plan("seeds=1", "run=x")
     Path("runs/ablation-x").mkdir(parents=True)
     file = Path("runs/ablation-x/ablation.json")
-    arms = [{"name": "exact", "description": "d", "overrides": ["invariance=exact"]}]
+    arms = [{"name": "exact", "description": "d", "overrides": list(setting("exact"))}]
     file.write_text(json.dumps({"schema": 1, "seeds": [0, 5], "arms": arms}))
     found = extended(plan("seeds=2", "arms=drift", "run=x"))
     assert found.seeds == (0, 1, 5) and [arm.name for arm in found.arms] == ["exact", "drift"]
@@ -205,6 +205,11 @@ def test_arms_and_seeds_are_added_to_what_is_there():
     file.write_text("{")
     with pytest.raises(UserError, match="ablation.json: cannot be read as JSON .*; choose another run=NAME"):
         extended(plan("run=x"))
+    for name, given in (("drift", ["recipe=/tmp/theirs.py"]), ("nosuch", []), (["drift"], [])):
+        arm = {"name": name, "description": "", "overrides": given}
+        file.write_text(json.dumps({"schema": 1, "seeds": [0], "arms": [arm]}))
+        with pytest.raises(UserError, match="run=x: .* is not an ablation's"):
+            extended(plan("run=x"))
 
 
 def checkpoint(run: RunDir, step: int, whole: bool = True) -> None:

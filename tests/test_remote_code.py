@@ -1,4 +1,4 @@
-"""A model from elsewhere is data: the code in its repository is never run, whatever command reads it and whatever is answered."""
+"""A model from elsewhere is data: no command runs code of its repository, whatever a user answers when asked."""
 
 import builtins
 import json
@@ -40,7 +40,7 @@ def canary(tmp_path) -> Path:
 
 @pytest.fixture
 def foreign(arithmetic_dir, tmp_path, canary, monkeypatch) -> str:
-    """A checkpoint whose configuration, model and tokenizer name code beside it; whoever is asked whether to run it says yes."""
+    """A checkpoint whose configuration, model and tokenizer name code beside it; whoever is asked says yes."""
     path = Path(shutil.copytree(arithmetic_dir, tmp_path / "foreign"))
     (path / "code_of_theirs.py").write_text(CODE.format(canary=str(canary)))
     names = {"AutoConfig": "code_of_theirs.C", "AutoModelForCausalLM": "code_of_theirs.M", "AutoModel": "code_of_theirs.M"}

@@ -24,7 +24,8 @@ from rlinvariant.verification.relation import Relation
 from tests import commands
 from tests.parity.harness import assert_exact, new_trainer
 
-ABOUT = {"invariance": "exact", "dtype": "bfloat16", "sampler": {}}
+SUBJECT = {"device": "cpu", "threads": 1, "packages": {}, "isa": None, "sources": ""}
+ABOUT = {"invariance": "exact", "dtype": "bfloat16", "sampler": {}, "subject": SUBJECT}
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 5}
 DRAWN, ALONE, TRAINER, ULP = range(4)  # the order of what `relations` gives
 
@@ -276,3 +277,26 @@ def test_another_machine_is_named():
     said = "; ".join(certificate.differences(then, now))
     for words in ("device a -> b", "torch 2.13 -> 2.14", "vllm None -> 1", "instructions", "own sources"):
         assert words in said
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("sampler", {"options": {"trust_remote_code": True}}), ("sampler", {"options": {"worker_cls": "os.system"}}),
+        ("sampler", {"options": {"max_num_seqs": "9"}}), ("sampler", {"options": []}), ("sampler", {"model": "x"}),
+        ("sampler", None), ("invariance", "none"), ("invariance", []), ("dtype", "float16"), ("dtype", {}), ("weights", 3),
+        ("weights", ""), ("weights", "--x"), ("subject", None), ("subject", {"threads": 1}),
+        ("subject", SUBJECT | {"packages": 3}),
+    ],
+)  # fmt: skip
+def test_a_recording_that_no_run_writes_is_refused(field, value, tmp_path):
+    """Data from elsewhere: an option of vLLM may name code. Control: what a run writes is taken."""
+    rollout = Rollout([Batch([[1]], [7], [Completion([2], [-0.5])])], 1.0, 8, [0], "0" * 64)
+    (tmp_path / "config.json").write_text("{}")
+    rollouts.write(tmp_path, 1, rollout, ABOUT | {"weights": "org/name", field: value})
+    with pytest.raises(UserError, match=f"the recording of step 1 has {field}=.*; replay another step"):
+        replay.recorded(tmp_path, 1)
+    options = {"max_num_seqs": 4, "enable_prefix_caching": True, "enforce_eager": False, "max_num_batched_tokens": 64}
+    sampler = {"max_model_len": 64, "kv_cache_gib": 0.5, "options": options}
+    rollouts.write(tmp_path, 1, rollout, ABOUT | {"weights": "org/name", "sampler": sampler})
+    assert replay.recorded(tmp_path, 1)[2] == "org/name"

@@ -11,12 +11,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from rlinvariant.metrics import KEYS
 from rlinvariant.report import rollouts
 from rlinvariant.report.rundir import read_metrics
 from tests.parity.device import CUDA, cpu_only
+from tests.trainer.many_runs import CANARY
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "tests/trainer/tiny_recipe.py"
@@ -159,6 +161,22 @@ def test_a_run_leaves_its_files(jobs):
 
 @pytest.mark.slow
 @two_processes
+def test_no_file_of_a_run_has_a_secret(jobs, many):
+    """Control: what is no secret is found in W&B's own file, so that a secret there would be too."""
+    assert many["secrets"]["code"] == 0, many["secrets"]["error"]
+    run = jobs["many"].result().run("secrets")
+    found = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    for file in run.glob("rollouts/*.npz"):  # packed
+        with np.load(file, allow_pickle=False) as arrays:
+            found[file] += str(arrays["about"]).encode()
+    said = many["secrets"]["output"] + many["secrets"]["error"]
+    assert CANARY not in said and not [file for file, content in found.items() if CANARY.encode() in content]
+    config = json.loads((run / "config.json").read_text())
+    assert config["data.api_key"]["value"] == "***" and config["data.source"]["value"] == "https://***@example.org/rows"
+    if importlib.util.find_spec("wandb") is not None:
+        assert any(b"seen-by-wandb" in content for file, content in found.items() if file.suffix == ".wandb")
+
+
 def test_wandb_may_be_absent(jobs):
     environment = json.loads((jobs["two"].result().run("two") / "environment.json").read_text())
     assert environment["wandb"] == "disabled"

@@ -8,8 +8,8 @@ from rlinvariant.ablate.plan import Plan, extended, read
 from rlinvariant.arguments import definitions
 from rlinvariant.errors import NOT_EXACT, OK, stop_code
 from rlinvariant.files import require_writable
-from rlinvariant.masking import masked_arguments
 from rlinvariant.lock import locked
+from rlinvariant.masking import masked_arguments
 from rlinvariant.report.console import Console
 from rlinvariant.report.rundir import SCHEMA
 from rlinvariant.text import plural

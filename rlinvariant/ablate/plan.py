@@ -14,6 +14,7 @@ from rlinvariant.arguments import twice
 from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.files import RUNS
 from rlinvariant.report.rundir import SCHEMA, RunDir, quoted
+from rlinvariant.text import shown
 
 REFUSED_SETTINGS = {  # what the user may not set for all arms -> what to do instead
     **dict.fromkeys(("invariance", "staleness"), "each arm sets its own; choose with arms="),
@@ -157,8 +158,11 @@ def extended(plan: Plan) -> Plan:
                 f"run={plan.name}: {file} has schema {quoted(spec['schema'])}, expected {SCHEMA}; choose another run=NAME"
             )
         earlier = [Arm(arm["name"], arm["description"], tuple(arm["overrides"])) for arm in spec["arms"]]
+        for arm in earlier:  # their settings go to a command line
+            if (known := arm_named(arm.name)) is None or known.overrides != arm.overrides:
+                raise ValueError(f"arm {shown(arm.name, 40)} has other settings than the one of that name here")
         seeds = sorted({*plan.seeds, *map(int, spec["seeds"])})
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(f"run={plan.name}: {file} is not an ablation's ({error}); choose another run=NAME") from error
     names = {arm.name for arm in earlier}
     return replace(plan, seeds=tuple(seeds), arms=(*earlier, *(arm for arm in plan.arms if arm.name not in names)))

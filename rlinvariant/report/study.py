@@ -270,10 +270,11 @@ def _lost(run: Run) -> list[str]:
 def command(config: Mapping[str, Any]) -> str:
     """Return the command line that gives a run this config.json again."""
     given = {key: entry["value"] for key, entry in config.items() if entry.get("source") == "command line" and key != "resume"}
-    return shlex.join(["rlinvariant", "train", *(f"{key}={_argument(value)}" for key, value in given.items())])
+    return shlex.join(["rlinvariant", "train", *(f"{key}={argument(value)}" for key, value in given.items())])
 
 
-def _argument(value: Any) -> str:
+def argument(value: Any) -> str:
+    """Write a setting's value of a config.json as the command line takes it."""
     if isinstance(value, bool) or value is None:
         return str(value).lower() if value is not None else "None"
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 
 from rlinvariant import cli, reading
+from rlinvariant.ablate import plan
+from rlinvariant.ablate.arms import setting
+from rlinvariant.ablate.plan import extended
 from rlinvariant.errors import UserError
 from rlinvariant.report import rollouts
 from rlinvariant.report.rundir import RunDir
@@ -124,7 +127,8 @@ def test_a_report_without_the_reader_ends_in_a_traceback(whole, tmp_path, capsys
 
 @pytest.fixture(scope="module")
 def ablation(tmp_path_factory) -> Path:
-    return write_ablation(tmp_path_factory.mktemp("runs") / "ablation-a", seeds=[0, 1], steps=2)
+    arms = {"exact": setting("exact"), "drift": setting("off")}
+    return write_ablation(tmp_path_factory.mktemp("runs") / "ablation-a", seeds=[0, 1], arms=arms, steps=2)
 
 
 @EVERY
@@ -220,3 +224,21 @@ def test_a_damaged_rollout_is_the_same_or_one_line(every, whole, tmp_path):
             assert rollouts.read(run, 1) == expected, name
         except UserError as error:
             assert "step" in str(error) and "\n" not in str(error), name
+
+
+def test_ablate_goes_on_in_a_damaged_directory_or_refuses_in_one_line(ablation, tmp_path, monkeypatch):
+    """What an earlier command has left is read before anything starts."""
+    monkeypatch.chdir(tmp_path)
+    place, found, went_on = tmp_path / "runs" / "ablation-a", [], 0
+    damages = [*on_the_file(place / "ablation.json"), *in_the_values(place / "ablation.json", ABLATION)]
+    damages += on_the_file(place / "drift" / "seed-1" / "result.json")
+    for name, damage in damages:
+        shutil.rmtree(place, ignore_errors=True)
+        shutil.copytree(ablation, place)
+        damage()
+        try:
+            extended(plan.read(["recipe=arithmetic", "run=a", "seeds=0,1", "arms=exact,drift"])).left()
+            went_on += 1
+        except UserError as error:
+            found += [f"{name}: {error}"] if "\n" in str(error) or "ablation-a" not in str(error) else []
+    assert not found and went_on, "\n".join(found)

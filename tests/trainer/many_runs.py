@@ -18,13 +18,15 @@ from typing import Any
 from unittest import mock
 
 RECIPE = f"recipe={Path(__file__).with_name('tiny_recipe.py')}"
+CANARY = "c4n4ry" * 7  # 42 characters, as long as a key of W&B at least
 RESULTS: dict[str, dict[str, Any]] = {}
 
 
 def attempt(name: str, *arguments: str, command: str = "train") -> None:
     from rlinvariant import cli
 
-    arguments = ("wandb.mode=disabled", *arguments) if command == "train" else arguments
+    if command == "train" and not any(argument.startswith("wandb.mode=") for argument in arguments):
+        arguments = ("wandb.mode=disabled", *arguments)
     output, error = io.StringIO(), io.StringIO()
     with contextlib.redirect_stderr(error), contextlib.redirect_stdout(output):
         try:
@@ -64,6 +66,7 @@ def main(model: str, small: list[str]) -> None:
     attempt("replayed", "runs/resumed", "--step", "3", command="replay")
     for fault in ("no prompt", "reward raises"):
         mistake(fault, f"model={model}", f"data.fault={fault}")
+    secrets(model)
     unreadable(model)
     unsupported(model)
     outcomes(model)
@@ -114,6 +117,16 @@ def counting() -> Iterator[dict[str, list[str]]]:
         for kind in (AutoConfig, AutoTokenizer):
             stack.enter_context(mock.patch.object(kind, "from_pretrained", wrapped(kind.from_pretrained)))
         yield calls
+
+
+def secrets(model: str) -> None:
+    """Log to W&B, with a secret wherever a user may have one: variables of the environment, and settings."""
+    given = [RECIPE, f"model={model}", "run=secrets", "steps=1", "wandb.mode=offline", "wandb.tags=seen-by-wandb"]
+    given += [f"data.api_key={CANARY}", f"data.source=https://me:{CANARY}@example.org/rows", "trainer.save_steps=1"]
+    names = ("WANDB_API_KEY", "HF_TOKEN", "VLLM_API_KEY", "OPENAI_API_KEY", "AWS_SECRET_ACCESS_KEY", "GITHUB_TOKEN")
+    held = dict.fromkeys(names, CANARY) | {"DATABASE_URL": f"postgres://me:{CANARY}@example.org"}
+    with mock.patch.dict(os.environ, held), mock.patch.object(sys, "argv", ["train.py", *given]):
+        attempt("secrets", *given)
 
 
 def outcomes(model: str) -> None:

@@ -29,6 +29,8 @@ DEFAULTS = arithmetic.DEFAULTS | {
 @chz.chz
 class Data(arithmetic.Data):
     fault: str = chz.field(default="", doc="no prompt, reward raises, ctrl-C, rank 1 raises, rank 1 is killed, or none.")
+    api_key: str = chz.field(default="", doc="A secret, which nothing here uses.")
+    source: str = chz.field(default="", doc="An address with a password in it, which nothing here uses.")
 
 
 check = arithmetic.check
