@@ -159,8 +159,6 @@ def test_a_run_leaves_its_files(jobs):
     assert all(0 <= result[f"accuracy_{when}"] <= 1 for when in ("before", "after"))
 
 
-@pytest.mark.slow
-@two_processes
 def test_no_file_of_a_run_has_a_secret(jobs, many):
     """Control: what is no secret is found in W&B's own file, so that a secret there would be too."""
     assert many["secrets"]["code"] == 0, many["secrets"]["error"]
@@ -177,6 +175,8 @@ def test_no_file_of_a_run_has_a_secret(jobs, many):
         assert any(b"seen-by-wandb" in content for file, content in found.items() if file.suffix == ".wandb")
 
 
+@pytest.mark.slow
+@two_processes
 def test_wandb_may_be_absent(jobs):
     environment = json.loads((jobs["two"].result().run("two") / "environment.json").read_text())
     assert environment["wandb"] == "disabled"
