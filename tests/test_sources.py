@@ -67,7 +67,8 @@ def findings(source: str) -> Iterator[str]:
             yield "shell=True"
         if constants.get("trust_remote_code"):
             yield "trust_remote_code=True"
-        if name.endswith(".from_pretrained") and "trust_remote_code" not in given:
+        runs_code = name.endswith(".from_pretrained") and name != "GenerationConfig.from_pretrained"  # that is JSON alone
+        if runs_code and "trust_remote_code" not in given:
             yield "from_pretrained that may ask whether to run code"
         if constants.get("weights_only", True) is False:
             yield "weights_only=False"
