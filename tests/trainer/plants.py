@@ -154,7 +154,7 @@ def plants() -> Iterator[Plant]:
         yield Plant("exp_avg_sq", NAN, algorithm, f"optimizer state exp_avg_sq of {layer}: {numbers}")
         yield Plant("exp_avg_sq", INF, algorithm, f"optimizer state exp_avg_sq of {layer}: {numbers}")
         for value in (INF, -INF, 1e30):
-            yield Plant("rewards", value, algorithm, "1 of 16 rewards are not finite, or too large", spreads=False)
+            yield Plant("rewards", value, algorithm, "variety: 1 of 16 rewards are not finite, or too large", spreads=False)
         yield Plant("every reward", NAN, algorithm, "every reward is None", spreads=False)
         yield Plant("every gradient number of a layer", 3e38, algorithm, "the gradient's norm is not finite", spreads=False)
         overflow, then = r"weight [\w.]+: [\d,]+ of [\d,]+ numbers are not finite", "checkpoint-2 was not written"
