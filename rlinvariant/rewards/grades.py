@@ -159,7 +159,7 @@ def _grade(value: Any) -> Grade:
             raise TypeError
         number = float(number)
         if number - number == 0:  # neither NaN nor infinite
-            struct.pack("f", number)
+            struct.pack("<f", number)  # in standard size it refuses what is too large
             return number
     except (TypeError, ValueError, RuntimeError, OverflowError):
         pass

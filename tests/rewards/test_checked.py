@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 
-from rlinvariant.errors import UserError
-from rlinvariant.rewards import checked_reward
+from rlinvariant.errors import ConfigErrors, UserError
+from rlinvariant.rewards import RewardLimits, checked_reward
 
 BATCH = {
     "prompts": ["a", "b", "c"],
     "completions": ["1", "2", "x"],
     "completion_ids": [[1], [2], [3]],
     "answer": ["1", "1", "1"],
-    "trainer_state": SimpleNamespace(global_step=6),
+    "trainer_state": SimpleNamespace(global_step=6, log_history=[]),
 }
 
 
@@ -105,3 +105,87 @@ def test_reward_models_pass_through() -> None:
     model = torch.nn.Linear(1, 1)
     assert checked_reward(model) is model
     assert checked_reward("org/reward-model") == "org/reward-model"
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (10**400, "returned 1000"),
+        (1e39, "returned 1e+39"),
+        ("1\x1b[31m", r"returned '1\x1b[31m'"),
+        (1j, "returned 1j"),
+        ([1.0], "returned [1.0]"),
+    ],
+)
+def test_what_float32_cannot_hold_is_named(value: Any, shown: str) -> None:
+    assert message(lambda **_: [0.0, value, 0.0]).startswith(f"reward function <lambda>, step 7, sample 1: {shown}")
+
+
+def test_tensors_of_every_shape_are_numbers_or_a_line() -> None:
+    import numpy as np
+    import torch
+
+    assert call(lambda **_: [torch.tensor(1.0), np.float32(0.5), True]) == [1.0, 0.5, 1.0]
+    assert "step 7: returned float, expected a list of 3 numbers" in message(lambda **_: torch.tensor(1.0))
+    assert "sample 0: returned tensor([1., 2.])" in message(lambda **_: [torch.tensor([1.0, 2.0])] * 3)
+    assert "sample 0: returned [1.0]" in message(lambda **_: torch.ones(3, 1))
+
+
+def test_errors_are_counted_and_replaced_as_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    counted: dict[str, int] = {}
+    zero = checked_reward(equals, RewardLimits(reward_errors="zero"), counted.__setitem__)
+    assert zero(**BATCH) == [1.0, 0.0, 0.0] and counted == {"error": 1}
+    assert "step 7, sample 2: raised ValueError" in capsys.readouterr().err
+    assert checked_reward(equals, RewardLimits(reward_errors="none"))(**BATCH) == [1.0, 0.0, None]
+    with pytest.raises(UserError, match="returned 1 reward"):  # of which no sample is to blame
+        checked_reward(lambda **_: [1.0], RewardLimits(reward_errors="zero"))(**BATCH)
+
+
+def test_an_exit_is_an_error_and_ctrl_c_passes() -> None:
+    def exits(**_: Any) -> Any:
+        raise SystemExit(0)
+
+    def interrupted(**_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    assert message(exits) == "reward function exits, step 7, sample 0: raised SystemExit: 0"
+    with pytest.raises(KeyboardInterrupt):
+        call(interrupted)
+
+
+@pytest.mark.parametrize("reward", [5, None, [equals]])
+def test_what_is_no_function_is_refused(reward: Any) -> None:
+    with pytest.raises(ConfigErrors, match="expected a function, a reward model or its name"):
+        checked_reward(reward if not isinstance(reward, list) else [reward])
+
+
+def test_wrong_limits_are_refused() -> None:
+    wrong = RewardLimits(math.nan, -1, "never")  # type: ignore[arg-type]
+    assert [line.partition("=")[0] for line in wrong.problems()] == ["reward_timeout", "reward_cage", "reward_errors"]
+    assert RewardLimits(0.0).problems() == []
+
+
+def test_a_cage_grades_as_the_trainer_does_and_in_order() -> None:
+    """What is drawn at random too: control, the next step draws something else."""
+    drawn = lambda completions, **_: [__import__("random").random() for _ in completions]  # noqa: E731
+    caged = checked_reward(drawn, RewardLimits(reward_cage=2))
+    later = BATCH | {"trainer_state": SimpleNamespace(global_step=7, log_history=[])}
+    first = caged(**BATCH)
+    assert first == caged(**BATCH) == checked_reward(drawn, RewardLimits(reward_cage=2))(**BATCH) != caged(**later)
+    logged: list[Any] = []
+
+    def logs(completions: list[str], log_metric: Any, log_extra: Any, **_: Any) -> list[float]:
+        log_metric("count", len(completions))
+        log_extra("text", completions)
+        return [float(ord(text)) for text in completions]
+
+    arguments = BATCH | {"log_metric": lambda *x: logged.append(x), "log_extra": lambda *x: logged.append(x)}
+    rewards = checked_reward(logs, RewardLimits(reward_cage=2))(**arguments)
+    assert rewards == [49.0, 50.0, 120.0]
+    assert logged == [("count", 1), ("count", 2), ("text", ["1", "2", "x"])]
+
+
+def test_what_cannot_be_sent_to_a_cage_is_refused() -> None:
+    lock = __import__("threading").Lock()
+    with pytest.raises(UserError, match=r"reward_cage=1: reward function .*: cannot be pickled"):
+        checked_reward(lambda **_: [lock], RewardLimits(reward_cage=1))
