@@ -144,6 +144,8 @@ def _reported(command: Callable[[], int | None]) -> int:
     try:
         return command() or errors.OK
     except SystemExit as end:  # argparse has printed a help or the version
+        if isinstance(end.code, str):  # Python prints it where nothing catches the exit
+            say(end.code, error=True)
         return end.code if isinstance(end.code, int) else errors.OK if end.code is None else errors.MISUSED
     except UserError as error:
         # Every rank finds the same configuration errors; other errors are one rank's own.

@@ -6,7 +6,8 @@ with a seed. The parts that run inside vLLM are in sampler/vllm_serve.py.
 
 import argparse
 
-from rlinvariant.arguments import CommandParser
+from rlinvariant.arguments import CommandParser, model_problems
+from rlinvariant.errors import ConfigErrors
 
 DESCRIPTION = """vLLM's OpenAI-compatible server with the invariant ops on: the same request (temperature 0, or any with a seed)
 gets the same tokens, text and log-probs, bit for bit, whatever else is being served. It listens on 127.0.0.1; --host with
@@ -31,6 +32,9 @@ def run(options: argparse.Namespace) -> None:
     """Serve until stopped. Raises UserError for what the user can mend, before any weights are loaded."""
     from rlinvariant.report.console import Console
 
+    model = next(iter(options.arguments), "-")
+    if not model.startswith("-") and (problems := model_problems("MODEL", model)):
+        raise ConfigErrors(problems)
     Console().print("starting vLLM: half a minute on a CPU, a minute or more on a GPU ...")
     from rlinvariant.sampler import vllm_serve
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from rlinvariant.arguments import model_problems
 from rlinvariant.doctor import engine, kernels, machine, model, packages
 from rlinvariant.doctor.finding import Finding
 from rlinvariant.errors import NOT_EXACT, OK, UserError, one_line
@@ -42,6 +43,8 @@ def run(options: argparse.Namespace) -> int:
     """
     if "=" in (options.model or ""):
         raise UserError(f"doctor: {options.model}: expected a directory or hub id, without a key")
+    if options.model is not None and (problems := model_problems("MODEL", options.model)):
+        raise UserError(f"doctor: {problems[0]}")
     findings: list[Finding] = []
     found = examine(options.model, options.engine)
     if options.json:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from rlinvariant import runtime
-from rlinvariant.arguments import model_problems
 from rlinvariant.doctor.finding import Finding
 from rlinvariant.doctor.kernels import kernels_cpu, kernels_cuda
 from rlinvariant.errors import UserError, one_line
@@ -16,9 +15,6 @@ SHIPPED_RESULTS = Path(__file__).parents[1] / "bench" / "results"  # a checkout 
 
 def of_model(model: str, cuda: bool) -> Iterator[Finding]:
     """Find out whether a model is supported, by its configuration and the trainer's audit, and which kernels it takes."""
-    if problems := model_problems("MODEL", model):
-        yield Finding("model", "problem", problems[0], False)
-        return
     import torch
     from torch import nn
     from transformers import AutoConfig, AutoModelForCausalLM

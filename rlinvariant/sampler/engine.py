@@ -32,13 +32,15 @@ if TYPE_CHECKING:
 
 SHAPELESS_SETTINGS = ("ignore_eos", "logprobs", "detokenize")  # further sampling settings that leave the distribution as it is
 NEUTRAL_SETTINGS = {
-    "top_p": 1.0,
-    "top_k": 0,
-    "min_p": 0.0,
-    "repetition_penalty": 1.0,
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
+    "n": (1,),
+    "top_p": (1.0,),
+    "top_k": (0, -1),
+    "min_p": (0.0,),
+    "repetition_penalty": (1.0,),
+    "presence_penalty": (0.0,),
+    "frequency_penalty": (0.0,),
 }
+"""Setting -> the values by which it leaves the distribution as it is; None does so for all."""
 
 
 @contextmanager
@@ -240,7 +242,7 @@ class Sampler:
     ) -> "SamplingParams":
         """Return vLLM's settings of one request; arguments and errors are those of `generate`."""
         shaping = {
-            k: v for k, v in sampling.items() if k not in SHAPELESS_SETTINGS and v not in (NEUTRAL_SETTINGS.get(k), None)
+            k: v for k, v in sampling.items() if k not in SHAPELESS_SETTINGS and v not in (None, *NEUTRAL_SETTINGS.get(k, ()))
         }
         refused = [f"{k}={v}" for k, v in shaping.items()]
         if self.invariant and 0 < temperature < 0.01:

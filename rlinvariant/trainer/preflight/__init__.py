@@ -7,8 +7,8 @@ from rlinvariant.errors import ConfigErrors
 from rlinvariant.trainer.preflight.disk import disk_problems
 from rlinvariant.trainer.preflight.parts import hub_problems, part_problems, weight_problems
 from rlinvariant.trainer.preflight.prompts import Prompts
-from rlinvariant.trainer.preflight.rewards import needed_columns, signature_problems
 from rlinvariant.trainer.preflight.rows import dataset_problems, row_problems
+from rlinvariant.trainer.preflight.signatures import needed_columns, signature_problems
 from rlinvariant.trainer.preflight.tokens import generation_problems, load_tokenizer, token_problems
 
 __all__ = ["Start", "check_start", "load_tokenizer"]

@@ -15,7 +15,7 @@ from rlinvariant.errors import ConfigErrors
 from rlinvariant.trainer.preflight import Start, check_start
 from rlinvariant.trainer.preflight.disk import disk_problems, parameters
 from rlinvariant.trainer.preflight.parts import hub_problems, part_problems, weight_problems
-from rlinvariant.trainer.preflight.rewards import needed_columns, signature_problems
+from rlinvariant.trainer.preflight.signatures import needed_columns, signature_problems
 from rlinvariant.trainer.preflight.tokens import generation_problems, token_problems
 
 
