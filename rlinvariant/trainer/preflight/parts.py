@@ -18,7 +18,8 @@ class _Parts(Trainer):
 
     def __init__(self, args: Any, model: torch.nn.Module) -> None:
         self.args, self.model = args, model
-        self.optimizer = self.lr_scheduler = self.optimizer_cls_and_kwargs = None
+        self.optimizer: Any = None
+        self.lr_scheduler = self.optimizer_cls_and_kwargs = None
 
 
 def part_problems(args: Any, prefix: str = "") -> list[str]:
@@ -69,6 +70,7 @@ def _schedule(parts: _Parts) -> str | None:
         for rate in scheduler.get_last_lr():
             if not 0 <= float(rate) < math.inf:
                 return f"the learning rate of step {step + 1} is {float(rate):g}"
+        parts.optimizer.step()
         scheduler.step()
     return None
 
