@@ -84,9 +84,13 @@ class Lab:
 
     def start(self, *settings: str, run: str, faults: Sequence[Fault] = (), **variables: str) -> Run:
         """Start `train` with the tiny recipe; a setting that is given twice has its last value."""
+        return self.command("train", *self.arguments(run, settings), faults=faults, **variables)
+
+    def arguments(self, run: str, settings: Sequence[str]) -> list[str]:
+        """Return what `rlinvariant train` is given for a run of the tiny recipe."""
         given = {"recipe": str(RECIPE), "model": self.model, "run": run, "wandb.mode": "disabled"}
         given |= dict(setting.split("=", 1) for setting in settings)
-        return self.command("train", *(f"{key}={value}" for key, value in given.items()), faults=faults, **variables)
+        return [f"{key}={value}" for key, value in given.items()]
 
     def command(self, *argv: str, faults: Sequence[Fault] = (), **variables: str) -> Run:
         """Start any command of `rlinvariant`."""

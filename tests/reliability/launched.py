@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from tests.reliability.lab import RECIPE, ROOT, Lab, environment
+from tests.reliability.lab import ROOT, Lab, environment
 
 TIMEOUT_S = 900
 CONFIGS = ROOT / "configs"
@@ -32,8 +32,7 @@ def start(lab: Lab, *arguments: str) -> subprocess.Popen[bytes]:
 
 def train(lab: Lab, name: str, settings: Sequence[str], machine: str) -> subprocess.Popen[bytes]:
     """Start a run of the tiny recipe, as `Lab.start` does."""
-    own = (f"recipe={RECIPE}", f"model={lab.model}", f"run={name}", "wandb.mode=disabled", f"machine={CONFIGS / machine}.yaml")
-    return start(lab, "train", *own, *settings)
+    return start(lab, "train", *lab.arguments(name, [*settings, f"machine={CONFIGS / machine}.yaml"]))
 
 
 def kill_after_rows(process: subprocess.Popen[bytes], run_dir: Path, rows: int) -> None:

@@ -45,7 +45,7 @@ def test_two_processes_go_on_inside_a_rollout_and_an_epoch(lab, record_reliabili
     resumed = start(lab, "resume", "two_killed")
     code = resumed.wait(TIMEOUT_S)
     wrong = [f"exit {code}"] if code else differences(lab.runs / "two_killed", lab.runs / "two")
-    again = start(lab, "train", "machine=cpu", *settings, "run=two_killed", "resume=true", f"model={lab.model}")
+    again = train(lab, "two_killed", (*settings, "resume=true"), "cpu")
     refused = again.wait(TIMEOUT_S) != 0
     record_reliability("offsets, two processes", int(not wrong), 1, f"by one process: {'refused' if refused else 'goes on'}")
     assert not wrong and refused
