@@ -1,5 +1,6 @@
 """Runs that are spoilt and resumed, and compared with a run that was never touched."""
 
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -94,6 +95,11 @@ class Campaign:
     def report(self) -> str:
         """The trials that were not good, a line each."""
         return "\n".join([f"{self.good} of {self.tried} good", *self.bad])
+
+
+def sampled(count: int) -> int:
+    """Return how many of `count` trials to make: RELIABILITY_PERCENT of them, for a machine that is shared."""
+    return max(1, count * int(os.environ.get("RELIABILITY_PERCENT", "100")) // 100)
 
 
 def spread(count: int, of: int) -> list[int]:

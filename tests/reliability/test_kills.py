@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.reliability.campaign import Campaign
+from tests.reliability.campaign import Campaign, sampled
 from tests.reliability.kills import kill_at_events, kill_at_times
 
 pytestmark = [pytest.mark.reliability, pytest.mark.timeout(3600)]
@@ -10,9 +10,9 @@ pytestmark = [pytest.mark.reliability, pytest.mark.timeout(3600)]
 
 def test_a_run_killed_at_any_event_goes_on_bit_for_bit(lab, record_reliability):
     campaign = Campaign(lab)
-    kill_at_events(campaign, 100)
+    kill_at_events(campaign, sampled(100))
     old = campaign.control(("trust_every_checkpoint", {}))
-    kill_at_events(old, 12, among="checkpoint-4", in_place=True)
+    kill_at_events(old, sampled(12), among="checkpoint-4", in_place=True)
     record_reliability("kills", campaign.good, campaign.tried, f"written in place, read unverified: {old.good} / {old.tried}")
     assert not campaign.bad, campaign.report
     assert old.bad, "the control is blind"
@@ -20,6 +20,6 @@ def test_a_run_killed_at_any_event_goes_on_bit_for_bit(lab, record_reliability):
 
 def test_a_run_killed_at_any_time_goes_on_bit_for_bit(lab, record_reliability):
     campaign = Campaign(lab)
-    kill_at_times(campaign, 6)
+    kill_at_times(campaign, sampled(6))
     record_reliability("kills, timed", campaign.good, campaign.tried, "before: 5 / 6, and none while it saved")
     assert not campaign.bad, campaign.report
