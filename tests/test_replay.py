@@ -282,13 +282,24 @@ def test_another_machine_is_named():
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("sampler", {"options": {"trust_remote_code": True}}), ("sampler", {"options": {"worker_cls": "os.system"}}),
-        ("sampler", {"options": {"max_num_seqs": "9"}}), ("sampler", {"options": []}), ("sampler", {"model": "x"}),
-        ("sampler", None), ("invariance", "none"), ("invariance", []), ("dtype", "float16"), ("dtype", {}), ("weights", 3),
-        ("weights", ""), ("weights", "--x"), ("subject", None), ("subject", {"threads": 1}),
+        ("sampler", {"options": {"trust_remote_code": True}}),
+        ("sampler", {"options": {"worker_cls": "os.system"}}),
+        ("sampler", {"options": {"max_num_seqs": "9"}}),
+        ("sampler", {"options": []}),
+        ("sampler", {"model": "x"}),
+        ("sampler", None),
+        ("invariance", "none"),
+        ("invariance", []),
+        ("dtype", "float16"),
+        ("dtype", {}),
+        ("weights", 3),
+        ("weights", ""),
+        ("weights", "--x"),
+        ("subject", None),
+        ("subject", {"threads": 1}),
         ("subject", SUBJECT | {"packages": 3}),
     ],
-)  # fmt: skip
+)
 def test_a_recording_that_no_run_writes_is_refused(field, value, tmp_path):
     """Data from elsewhere: an option of vLLM may name code. Control: what a run writes is taken."""
     rollout = Rollout([Batch([[1]], [7], [Completion([2], [-0.5])])], 1.0, 8, [0], "0" * 64)

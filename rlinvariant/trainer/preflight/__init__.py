@@ -1,4 +1,4 @@
-"""What can be known before weights are loaded and the engine starts, looked at once, and said in one list."""
+"""Look once, before weights are loaded and the engine starts, at what can be known, and say it in one list."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -43,12 +43,12 @@ class Start:
 
     @property
     def vocabulary(self) -> int | None:
-        """Rows of the model's embedding, or None where the configuration does not say."""
+        """Return the rows of the model's embedding, or None where the configuration does not say."""
         return getattr(self.config.get_text_config(), "vocab_size", None)
 
     @property
     def prompts(self) -> Prompts:
-        """How the run's prompts become tokens."""
+        """Return how the run's prompts become tokens."""
         positions = getattr(self.config.get_text_config(), "max_position_embeddings", None)
         limit = "the model's positions" if self.max_model_len is None else "sampler.max_model_len"
         return Prompts(

@@ -1,4 +1,4 @@
-"""What a run will construct later, constructed once for a matrix of 8 x 8: optimizer, scheduler, data loader; and the hub."""
+"""Construct once, for a matrix of 8 x 8, what a run constructs later: optimizer, scheduler, data loader; and try the hub."""
 
 import math
 from collections.abc import Callable
@@ -14,7 +14,7 @@ SCHEDULED_STEPS = 1000  # most steps for which the learning rate is looked at
 
 
 class _Parts(Trainer):
-    """transformers' own constructors of an optimizer and its scheduler, without the rest of a trainer."""
+    """Makes an optimizer and its scheduler by transformers' own constructors, without the rest of a trainer."""
 
     def __init__(self, args: Any, model: torch.nn.Module) -> None:
         self.args, self.model = args, model

@@ -117,7 +117,7 @@ class Prompts:
 
     @functools.cached_property
     def _special(self) -> re.Pattern[str] | None:
-        """The special tokens, as text; None where text is never read as one."""
+        """Return the special tokens, as text; None where text is never read as one."""
         if getattr(self.tokenizer, "split_special_tokens", False):
             return None
         added = getattr(self.tokenizer, "added_tokens_decoder", {}).values()
@@ -126,19 +126,19 @@ class Prompts:
 
     @functools.cached_property
     def _unknown(self) -> int | None:
-        """The token of what the tokenizer does not know; None where it knows every byte, and unk stands for another."""
+        """Return the token of what the tokenizer does not know; None where it knows every byte, and unk stands for another."""
         others = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id)
         return None if self.tokenizer.unk_token_id in others else self.tokenizer.unk_token_id
 
     @functools.cached_property
     def _known_alone(self) -> set[int]:
-        """Tokens that say nothing by themselves: unknown, and those that stand at the beginning or the end."""
+        """Return the tokens that say nothing by themselves: unknown, and those that stand at the beginning or the end."""
         tokenizer = self.tokenizer
         return {tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
 
     @property
     def ordinary(self) -> int:
-        """A token in which no fault is found."""
+        """Return a token in which no fault is found."""
         return next(i for i in range(2**31) if i not in self._known_alone)
 
 

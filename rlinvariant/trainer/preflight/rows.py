@@ -124,7 +124,7 @@ def _parts(dataset: Any, columns: Sequence[str]) -> Iterator[tuple[int, Mapping[
 def _tokenized(
     prompts: Prompts, texts: Sequence[str], rendered: bool, rows: Sequence[int], problems: Found
 ) -> Sequence[Sequence[int]]:
-    """Tokenize a part at once; where that fails, row by row, to name the row, which then counts as one token."""
+    """Turn a part into tokens at once; where that fails, row by row, to name the row, which then counts as one token."""
     if not texts:
         return []
     try:

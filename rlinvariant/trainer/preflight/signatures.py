@@ -1,4 +1,4 @@
-"""Which columns reward functions ask for, by their signatures, before any of them is called."""
+"""Find which columns reward functions ask for, by their signatures, before any of them is called."""
 
 import inspect
 from collections.abc import Callable, Sequence
