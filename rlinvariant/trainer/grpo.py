@@ -164,8 +164,6 @@ class InvariantGRPOTrainer(FiniteTrainer):
         self._start_step()
         return super().train(*args, **kwargs)
 
-    # ---- sampling
-
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs):
         """Sample one completion per prompt; TRL has repeated each prompt `num_generations` times over all ranks."""
         self.sync(stale=self.model.training)
@@ -248,8 +246,6 @@ class InvariantGRPOTrainer(FiniteTrainer):
         """Return whether the last rollout was sampled by the function that is trained: exact, with the trainer's weights."""
         return self.invariance == "exact" and self._versions.on_policy
 
-    # ---- log-probs
-
     def _generate_and_score_completions(self, inputs):
         self._scoring_rollout = True
         try:
@@ -304,8 +300,6 @@ class InvariantGRPOTrainer(FiniteTrainer):
         )
         return batch.unpack(logprobs), batch.unpack(entropies)
 
-    # ---- comparison
-
     def _compute_loss(self, model, inputs):
         loss = super()._compute_loss(model, inputs)
         if self.model.training and "compared" not in inputs and self._versions.rollout_step == self.state.global_step:
@@ -332,8 +326,6 @@ class InvariantGRPOTrainer(FiniteTrainer):
     @property
     def _clip_max(self) -> float:
         return self.vllm_importance_sampling_clip_max or float("inf")
-
-    # ---- metrics
 
     def _start_step(self) -> None:
         equal = self._record.weights_equal if hasattr(self, "_record") else True  # until the next sync
