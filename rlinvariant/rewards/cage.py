@@ -1,6 +1,5 @@
 """A reward function in processes of its own: the trainer's side, which sends batches to the cage's keeper."""
 
-import copy
 import importlib.machinery
 import multiprocessing
 import os
@@ -12,6 +11,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from multiprocessing.connection import Connection
+from types import SimpleNamespace
 from typing import Any
 
 import cloudpickle
@@ -78,8 +78,8 @@ class Cage:
         sent = {key: value for key, value in arguments.items() if key not in ("log_metric", "log_extra")}
         seed = self._name
         if (state := sent.get("trainer_state")) is not None:
-            sent["trainer_state"] = copy.copy(state)
-            sent["trainer_state"].log_history = []  # grows with the run
+            # Plain, so that no process has to import transformers to read it; and the history grows with the run.
+            sent["trainer_state"] = SimpleNamespace(**{**vars(state), "log_history": []})
             seed = f"{self._name} {state.global_step}"
         logs = [key for key in ("log_metric", "log_extra") if key in arguments]
         with self._lock:

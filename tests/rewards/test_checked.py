@@ -185,6 +185,18 @@ def test_a_cage_grades_as_the_trainer_does_and_in_order() -> None:
     assert logged == [("count", 1), ("count", 2), ("text", ["1", "2", "x"])]
 
 
+def test_a_cage_imports_nothing_to_read_the_state() -> None:
+    """The import of transformers would be part of the first call's time."""
+    from transformers import TrainerState
+
+    def reward(completions: list[str], trainer_state: Any, **_: Any) -> list[float]:
+        loaded = "transformers" in __import__("sys").modules
+        return [float(loaded) + trainer_state.global_step] * len(completions)
+
+    state = TrainerState(global_step=6, log_history=[{"loss": 1.0}])
+    assert checked_reward(reward, RewardLimits(reward_cage=1))(**BATCH | {"trainer_state": state}) == [6.0] * 3
+
+
 def test_what_cannot_be_sent_to_a_cage_is_refused() -> None:
     lock = __import__("threading").Lock()
     with pytest.raises(UserError, match=r"reward_cage=1: reward function .*: cannot be pickled"):
