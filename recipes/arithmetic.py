@@ -5,7 +5,7 @@ Qwen3 with a character tokenizer is taught the form by a supervised stage that s
 """
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import chz
@@ -50,11 +50,11 @@ def task(config: Config) -> _tiny.Task:
 check, datasets, prepare_model = _tiny.functions(task)
 
 
-def reward_funcs(config: Config) -> list[Any]:
+def reward_funcs(config: Config) -> list[Callable[..., list[float]]]:
     return [exact_answer]
 
 
-def exact_answer(completions: list[str], answer: list[str], **_: Any) -> list[float]:
+def exact_answer(completions: list[str], answer: list[str], **_: object) -> list[float]:
     """Give 1 for the right sum after the last semicolon, else 0."""
     return [float(text.rpartition(";")[2] == right) for text, right in zip(completions, answer, strict=True)]
 

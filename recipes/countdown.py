@@ -12,7 +12,7 @@ import operator
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -89,11 +89,11 @@ def datasets(config: Config, tokenizer: Any) -> "tuple[Dataset, Dataset]":
     return train, evaluation
 
 
-def reward_funcs(config: Config) -> list[Any]:
+def reward_funcs(config: Config) -> list[Callable[..., list[float]]]:
     return [reaches_target]
 
 
-def reaches_target(completions: list[str], nums: list[list[int]], target: list[int], **_: Any) -> list[float]:
+def reaches_target(completions: list[str], nums: list[list[int]], target: list[int], **_: object) -> list[float]:
     """Give 1 if the expression after the last semicolon uses each number once and equals the target, else 0."""
     found = [evaluate(text.rpartition(";")[2]) for text in completions]
     return [float(f is not None and f == (goal, sorted(n))) for f, n, goal in zip(found, nums, target, strict=True)]

@@ -5,7 +5,7 @@ The whole completion is the answer. The supervised stage stops when short string
 
 import random
 import string
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import chz
@@ -53,10 +53,10 @@ def task(config: Config) -> _tiny.Task:
 check, datasets, prepare_model = _tiny.functions(task)
 
 
-def reward_funcs(config: Config) -> list[Any]:
+def reward_funcs(config: Config) -> list[Callable[..., list[float]]]:
     return [exact_match]
 
 
-def exact_match(completions: list[str], answer: list[str], **_: Any) -> list[float]:
+def exact_match(completions: list[str], answer: list[str], **_: object) -> list[float]:
     """Give 1 for the answer and nothing else, else 0."""
     return [float(text == right) for text, right in zip(completions, answer, strict=True)]

@@ -21,7 +21,7 @@ def warm_start(
     build: Callable[[], tuple[Any, Any]],
     example: Callable[[random.Random], tuple[str, str]],
     *,
-    key: Mapping[str, Any],
+    key: Mapping[str, object],
     stop_at: float,
     max_steps: int,
     batch_size: int,

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,14 +14,17 @@ REFERENCE_ROWS = 9  # how many first rows are compared with the reference, which
 FIRST_ROWS = (1, 2, 3, 9, 17, 257)  # how many first rows are computed apart from the others; also half of all and one
 
 
+Op = Callable[..., Tensor | tuple[Tensor, ...]]
+
+
 @dataclass(frozen=True)
 class Case:
     """Holds an op of ours, its reference `X_ref`, and another's op, with the inputs that all three get."""
 
     name: str
-    ours: Callable[..., Any]
-    reference: Callable[..., Any]
-    stock: Callable[..., Any]
+    ours: Op
+    reference: Op
+    stock: Op
     inputs: tuple[Tensor, ...]
     sliced: int  # how many of the inputs have a row per token or sequence: the first ones
     unit: int = 1  # consecutive rows that belong together
@@ -47,7 +49,7 @@ def check(case: Case) -> dict[str, bool | None]:
     return {"ours": ours, "stock": stock}
 
 
-def call(function: Callable[..., Any], inputs: tuple[Tensor, ...], gradients: tuple[int, ...]) -> Callable[[], Any]:
+def call(function: Op, inputs: tuple[Tensor, ...], gradients: tuple[int, ...]) -> Callable[[], object]:
     """Return what is timed: the function, or the function and its gradients."""
     if not gradients:
         return lambda: _no_grad(function, inputs)
@@ -80,11 +82,11 @@ def drawn_reference(logits: Tensor, temperature: Tensor, seeds: Tensor, position
     return tokens, logprobs, (logits > logits.gather(1, picked)).sum(1)
 
 
-def as_tuple(x: Any) -> tuple[Tensor, ...]:
+def as_tuple(x: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return x if isinstance(x, tuple) else (x,)
 
 
-def _invariant(function: Callable[..., Any], case: Case, full: tuple[Tensor, ...]) -> bool:
+def _invariant(function: Op, case: Case, full: tuple[Tensor, ...]) -> bool:
     """Return whether the first rows come out the same alone and in the whole batch."""
     count = len(case.inputs[0]) // case.unit
     for k in sorted({*FIRST_ROWS, count // 2 + 1} & set(range(1, count))):
@@ -104,11 +106,11 @@ def _assert_close(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...], what: st
         torch.testing.assert_close(a.float(), b.float(), rtol=0.05, atol=0.05, msg=lambda m: f"{what}: {m}")
 
 
-def _fresh(function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _fresh(function: Op, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Call a function on copies of the inputs: some of the others' kernels write where they read."""
     return as_tuple(function(*(x.clone() for x in inputs)))
 
 
-def _no_grad(function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> Any:
+def _no_grad(function: Op, inputs: tuple[Tensor, ...]) -> object:
     with torch.no_grad():
         return function(*inputs)

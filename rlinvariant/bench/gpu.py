@@ -5,11 +5,13 @@ import re
 import subprocess
 from collections.abc import Callable, Sequence
 from statistics import median
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
-Call = Callable[[], Any]
+from rlinvariant.bench.measure import Numbers
+
+Call = Callable[[], object]
 GRAPH_LAUNCHES = 20  # in one graph: the cost of starting it is spread over them
 ROTATED_BYTES = 200 << 20  # inputs in rotation, several times the level-2 cache
 
@@ -17,7 +19,7 @@ ROTATED_BYTES = 200 << 20  # inputs in rotation, several times the level-2 cache
 class Replayable(Protocol):
     """Stands for a CUDA graph: whatever has `replay`."""
 
-    def replay(self) -> Any: ...
+    def replay(self) -> object: ...
 
 
 class Loop:
@@ -43,7 +45,7 @@ def large() -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory > 120 * 2**30
 
 
-def environment() -> dict[str, Any]:
+def environment() -> dict[str, object]:
     """Return what a result says about the GPU; nothing without one."""
     if not torch.cuda.is_available():
         return {}
@@ -76,7 +78,7 @@ def _stream() -> torch.cuda.Stream:
     return torch.cuda.Stream()
 
 
-def capture(calls: Sequence[Call], pool: Any = None) -> torch.cuda.CUDAGraph:
+def capture(calls: Sequence[Call], pool: tuple[int, int] | None = None) -> torch.cuda.CUDAGraph:
     """Return a graph of the calls, after one of them has run: what compiles, loads or checks cannot be captured.
 
     `torch.cuda.graph` would collect garbage and empty the allocator's cache every time, which takes far longer than this.
@@ -111,7 +113,7 @@ def turns(graphs: Sequence[Replayable], rounds: int) -> list[list[float]]:
     return [[start.elapsed_time(end) for start, end in pairs] for pairs in events]
 
 
-def pair(ours: Sequence[Call], stock: Sequence[Call], seconds: float, graphs: bool = True) -> dict[str, Any]:
+def pair(ours: Sequence[Call], stock: Sequence[Call], seconds: float, graphs: bool = True) -> Numbers:
     """Time two functions, each given as calls with inputs of their own; return the numeric fields of a Row, in microseconds.
 
     Args:
@@ -130,7 +132,7 @@ def pair(ours: Sequence[Call], stock: Sequence[Call], seconds: float, graphs: bo
     return numbers(wall[0], wall[1], "us", len(times[0]))
 
 
-def numbers(ours: float, stock: float, unit: str, samples: int) -> dict[str, Any]:
+def numbers(ours: float, stock: float, unit: str, samples: int) -> Numbers:
     """Return the numeric fields of a Row. Nobody shares the GPU, so `others` is 0."""
     return {
         "ours": round(ours, 2),

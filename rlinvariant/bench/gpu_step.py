@@ -97,7 +97,7 @@ def _rows(name: str, missing: dict[str, str], answers: list[dict[str, dict[str, 
     yield row("peak memory of the process's tensors", {s: answers[-1][s]["peak"] for s in SIDES}, "MiB", None, none)
 
 
-def reward(completion_ids: list[list[int]], **_: Any) -> list[float | None]:
+def reward(completion_ids: list[list[int]], **_: object) -> list[float | None]:
     """Return rewards that differ within a group."""
     return [float(len(ids) % 7) for ids in completion_ids]
 

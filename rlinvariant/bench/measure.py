@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any, TypeVar
+from typing import Any, NotRequired, TypedDict, TypeVar
 
 from rlinvariant.files import write_atomically
 
@@ -52,6 +52,22 @@ class Missing:
     found: dict[str, float]
 
 
+class Numbers(TypedDict):
+    """Holds the numeric fields of a Row."""
+
+    ours: float
+    stock: float
+    unit: str
+    ratio: float
+    samples: int
+    others: float
+    cpu_ratio: NotRequired[float]
+
+
+Answer = dict[str, Any]
+"""A line of JSON from another process: each benchmark knows what it has asked for."""
+
+
 class Others:
     """Measures which share of the processors is used by processes other than this one and `pids`."""
 
@@ -79,7 +95,7 @@ def quietest(windows: Sequence[tuple[float, T]]) -> tuple[list[T], float]:
     return [sample for _, sample in kept], round(kept[-1][0], 3)
 
 
-def pair(ours: Callable[[], Any], stock: Callable[[], Any], seconds: float) -> dict[str, Any]:
+def pair(ours: Callable[[], object], stock: Callable[[], object], seconds: float) -> Numbers:
     """Time two functions in turns, for about `seconds` in all; return the numeric fields of a Row, in microseconds."""
     functions = (ours, stock)
     loops = []
@@ -110,7 +126,7 @@ def pair(ours: Callable[[], Any], stock: Callable[[], Any], seconds: float) -> d
     }
 
 
-def _time(f: Callable[[], Any], loops: int) -> tuple[float, float]:
+def _time(f: Callable[[], object], loops: int) -> tuple[float, float]:
     """Return the wall and processor seconds of one call."""
     cpu, wall = time.process_time(), time.perf_counter()
     for _ in range(loops):
@@ -133,18 +149,18 @@ class Worker:
             command, stdin=pipe, stdout=pipe, stderr=self.log, text=True, bufsize=1, process_group=0
         )
 
-    def ask(self, **request: Any) -> dict[str, Any]:
+    def ask(self, **request: object) -> Answer:
         """Send a request and wait for the answer. Raises WorkerEnded as `answer` does."""
         self.send(**request)
         return self.answer()
 
-    def send(self, **request: Any) -> None:
+    def send(self, **request: object) -> None:
         """Send a request. Workers compute at the same time when all are sent to before any is waited for."""
         assert self.process.stdin is not None
         with suppress(BrokenPipeError):  # `answer` says why
             self.process.stdin.write(json.dumps(request) + "\n")
 
-    def answer(self) -> dict[str, Any]:
+    def answer(self) -> Answer:
         """Wait for the answer to a request that was sent.
 
         Raises:
@@ -200,7 +216,7 @@ class Workers:
         for worker in self.alive.values():
             worker.close()
 
-    def ask(self, sides: Iterable[str], together: bool = False, **request: Any) -> dict[str, dict[str, Any]]:
+    def ask(self, sides: Iterable[str], together: bool = False, **request: object) -> dict[str, Answer]:
         """Ask the workers that are still alive, one after the other or all at once; return {side: answer}."""
         sides = [side for side in sides if side in self.alive]
         for side in sides if together else ():
@@ -212,13 +228,13 @@ class Workers:
             found[side] = self._answer(side)
         return {side: answer for side, answer in found.items() if answer is not None}
 
-    def first(self, sides: Sequence[str]) -> dict[str, dict[str, Any] | None]:
+    def first(self, sides: Sequence[str]) -> dict[str, Answer | None]:
         """Wait for the first answers to what was sent; return {side: answer}, None for a worker that has ended."""
         while True:
             if ready := [side for side in sides if self.alive[side].ready(0.5 / len(sides))]:
                 return {side: self._answer(side) for side in ready}
 
-    def _answer(self, side: str) -> dict[str, Any] | None:
+    def _answer(self, side: str) -> Answer | None:
         try:
             return self.alive[side].answer()
         except WorkerEnded as ended:
@@ -227,7 +243,7 @@ class Workers:
             self.alive.pop(side).close()
             return None
 
-    def rounds(self, sides: Sequence[str], count: int, **request: Any) -> list[dict[str, dict[str, Any]]]:
+    def rounds(self, sides: Sequence[str], count: int, **request: object) -> list[dict[str, Answer]]:
         """Ask in turns, `count` times: for a GPU, which nobody shares."""
         return [self.ask(sides if at % 2 else sides[::-1], **request) for at in range(count)]
 
@@ -247,17 +263,17 @@ class Link:
         self._out = os.fdopen(os.dup(1), "w", buffering=1)
         os.dup2(2, 1)
 
-    def requests(self) -> Iterator[dict[str, Any]]:
+    def requests(self) -> Iterator[Answer]:
         """Yield requests until there are no more."""
         for line in iter(sys.stdin.readline, ""):
             yield json.loads(line)
 
-    def send(self, **answer: Any) -> None:
+    def send(self, **answer: object) -> None:
         """Answer a request."""
         self._out.write(json.dumps(answer) + "\n")
 
 
-def turns(workers: dict[str, Worker], seconds: float, **request: Any) -> tuple[list[dict[str, dict[str, Any]]], float]:
+def turns(workers: dict[str, Worker], seconds: float, **request: object) -> tuple[list[dict[str, Answer]], float]:
     """Ask all workers the same, in turns, for about `seconds`; return {name: answer} of each quiet round, and `others`."""
     windows, end = [], time.perf_counter() + seconds
     others = Others([worker.process.pid for worker in workers.values()])
@@ -313,7 +329,7 @@ class Machine:
         self._known = environment() | {"tiny": tiny, **gpu.environment()}
         self._began, self._start, self._others, self._most = os.getloadavg(), time.perf_counter(), Others(), 0.0
 
-    def write(self, path: Path, content: dict[str, Any]) -> None:
+    def write(self, path: Path, content: Mapping[str, object]) -> None:
         """Write a result with its environment in one move: whoever kills this process leaves a whole file."""
         self._most = max(self._most, self._others.share())
         now = {"loadavg": [self._began, os.getloadavg()], "others": round(self._most, 3)}

@@ -37,12 +37,12 @@ def measured(completions: Sequence[Completion], alone: Completion, tokenizer: An
     }
 
 
-def first_difference(rows: Sequence[tuple[Any, ...]]) -> int | None:
+def first_difference(rows: Sequence[tuple[object, ...]]) -> int | None:
     """Return the first position, from 1, at which not all rows have the same; None if there is none."""
     return next((i for i, column in enumerate(zip(*rows, strict=True), 1) if len(set(column)) > 1), None)
 
 
-def growth(rows: Sequence[tuple[Any, ...]]) -> list[int]:
+def growth(rows: Sequence[tuple[object, ...]]) -> list[int]:
     """Return how many different beginnings the rows have, at each length from 1."""
     return [len({row[:length] for row in rows}) for length in range(1, len(rows[0]) + 1)]
 

@@ -9,7 +9,6 @@ import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from typing import Any
 
 from rlinvariant.arguments import model_problems
 from rlinvariant.doctor import engine, kernels, machine, model, packages
@@ -92,7 +91,7 @@ def examine(name: str | None = None, ask_engine: bool = False) -> Iterator[Findi
         yield from engine.ask_engine()
 
 
-def summary(findings: Sequence[Finding]) -> dict[str, Any]:
+def summary(findings: Sequence[Finding]) -> dict[str, object]:
     """Return the report as JSON has it: schema, findings, environment (or null), and whether each mode can run here."""
     try:
         about = environment()

@@ -32,12 +32,12 @@ def widened(x: torch.Tensor) -> torch.Tensor:
 def define(
     schema: str,
     *,
-    cpu: Callable[..., Any],
-    cuda: str | Callable[..., Any],
-    fake: Callable[..., Any],
+    cpu: Callable[..., object],
+    cuda: str | Callable[..., object],
+    fake: Callable[..., object],
     check: Callable[..., None] | None = None,
     save: Callable[..., None] | None = None,
-    backward: Callable[..., Any] | None = None,
+    backward: Callable[..., object] | None = None,
 ) -> Callable[..., Any]:
     """Register `schema` ("name(Tensor x, ...) -> Tensor") and return the operator.
 

@@ -102,7 +102,7 @@ def or_reason(make: Callable[[], Any]) -> Any:
         return f"not run: {one_line(error, 160)}"
 
 
-def description(model: str, random: bool, directory: str, trained: Any) -> dict[str, Any]:
+def description(model: str, random: bool, directory: str, trained: Any) -> dict[str, object]:
     """Return what a certificate says of its model."""
     return {
         "name": model,
@@ -114,6 +114,6 @@ def description(model: str, random: bool, directory: str, trained: Any) -> dict[
     }
 
 
-def kernels() -> dict[str, Any]:
+def kernels() -> dict[str, object]:
     """Return which kernel took which weight, as the self-checks of this process decided."""
     return {"linear": routes(), "attention": "FlashAttention-3, one split" if device() == "cuda" else "kernels/attention.c"}

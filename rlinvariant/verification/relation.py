@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -46,7 +45,7 @@ class Relation:
         """Join, for the table, what the engine did and which requests were lost."""
         return "; ".join(filter(None, (self.how, self.lost)))
 
-    def add(self, a: Sequence[Any], b: Sequence[Any], what: str = "") -> None:
+    def add(self, a: Sequence[Sequence[float] | Tensor], b: Sequence[Sequence[float] | Tensor], what: str = "") -> None:
         """Compare two lists of sequences of fp32 log-probs; what one of two sequences lacks counts as differing."""
         for i, (x, y) in enumerate(zip(a, b, strict=True)):
             x, y = (np.asarray(v, np.float32) for v in (x, y))
