@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 from rlinvariant.files import write_atomically
 from rlinvariant.report import html, tables
@@ -19,10 +20,10 @@ def report(path: Path, console: Console) -> None:
     console.print(f"report: {page}")
 
 
-def summary(study: Study) -> dict[str, object]:
+def summary(study: Study) -> dict[str, Any]:
     """Return every number of the tables with its interval, and where it comes from; None where there is none."""
 
-    def numbers(found: Estimate, measure: Measure) -> dict[str, object]:
+    def numbers(found: Estimate, measure: Measure) -> dict[str, Any]:
         scale = 100 if measure.style == "percent" else 1
         known = {"mean": scale * found.mean, "low": scale * found.low, "high": scale * found.high}
         finite = {key: value if math.isfinite(value) else None for key, value in known.items()}
@@ -43,6 +44,6 @@ def summary(study: Study) -> dict[str, object]:
     return head | {"seeds": sorted({run.seed for _, run in study.runs}), "environment": environment, "arms": arms}
 
 
-def write_json(path: Path, value: object) -> None:
+def write_json(path: Path, value: Any) -> None:
     """Write a value as JSON in place of an earlier file."""
     write_atomically(path, json.dumps(value, indent=2) + "\n")

@@ -5,7 +5,7 @@ import re
 import subprocess
 from collections.abc import Callable, Sequence
 from statistics import median
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -78,7 +78,7 @@ def _stream() -> torch.cuda.Stream:
     return torch.cuda.Stream()
 
 
-def capture(calls: Sequence[Call], pool: tuple[int, int] | None = None) -> torch.cuda.CUDAGraph:
+def capture(calls: Sequence[Call], pool: Any = None) -> torch.cuda.CUDAGraph:
     """Return a graph of the calls, after one of them has run: what compiles, loads or checks cannot be captured.
 
     `torch.cuda.graph` would collect garbage and empty the allocator's cache every time, which takes far longer than this.

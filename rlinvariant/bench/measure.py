@@ -245,7 +245,7 @@ class Workers:
 
     def rounds(self, sides: Sequence[str], count: int, **request: object) -> list[dict[str, Answer]]:
         """Ask in turns, `count` times: for a GPU, which nobody shares."""
-        return [self.ask(sides if at % 2 else sides[::-1], **request) for at in range(count)]
+        return [self.ask(sides if at % 2 else sides[::-1], False, **request) for at in range(count)]
 
 
 def reason(text: str) -> str:
