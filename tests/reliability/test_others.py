@@ -43,5 +43,5 @@ def test_one_of_two_resumes_at_once_goes_on(lab, record_reliability):
 def test_a_finished_run_is_only_evaluated(lab, record_reliability):
     campaign = Campaign(lab)
     resume_what_is_finished(campaign)
-    record_reliability("finished", campaign.good, campaign.tried, "before: trained a step too many, 7 of 7")
+    record_reliability("finished", campaign.good, campaign.tried, "before (b5d543c): 7 of 37 kills, a step too many")
     assert not campaign.bad, campaign.report
