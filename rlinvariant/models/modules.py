@@ -72,7 +72,7 @@ class Embedding(nn.Module):
     scale: float | None
 
     def forward(self, ids: Tensor) -> Tensor:
-        x = F.embedding(ids, self.weight, self.padding_idx).to(self.compute_dtype)
+        x = ops.embedding(ids, self.weight, self.padding_idx).to(self.compute_dtype)
         return x if self.scale is None else x * self.scale
 
 
