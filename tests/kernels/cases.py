@@ -97,7 +97,13 @@ def sample() -> Case:
     return lambda x, t: ops.sample(x, t, seeds, positions), (bf16(TOKENS, VOCAB), torch.linspace(0, 2, TOKENS))
 
 
+def embedding() -> Case:
+    ids = randint(VOCAB, TOKENS)
+    return lambda w: ops.embedding(ids, w, 3), (bf16(VOCAB, HIDDEN),)
+
+
 CASES: dict[str, Callable[[], Case]] = {
+    "embedding": embedding,
     "linear, 1 row": lambda: linear(1),
     "linear, 40 rows": lambda: linear(40),
     "linear, 400 rows": lambda: linear(400),

@@ -18,6 +18,7 @@ from typing import Any
 from unittest import mock
 
 RECIPE = f"recipe={Path(__file__).with_name('tiny_recipe.py')}"
+CONSTANT = "trainer.lr_scheduler_type=constant"  # so that more steps are the same run
 CANARY = "c4n4ry" * 7  # 42 characters, as long as a key of W&B at least
 RESULTS: dict[str, dict[str, Any]] = {}
 
@@ -61,8 +62,8 @@ def main(model: str, small: list[str]) -> None:
     for invariance in ("off", "sampler", "trainer"):
         attempt(invariance, *small, f"invariance={invariance}", f"run={invariance}")
     with counting() as RESULTS["calls"]:
-        attempt("interrupted", RECIPE, f"model={model}", "run=resumed", "trainer.save_steps=2")
-    attempt("resumed", RECIPE, f"model={model}", "run=resumed", "resume=true", "steps=4")
+        attempt("interrupted", RECIPE, f"model={model}", "run=resumed", "trainer.save_steps=2", CONSTANT)
+    attempt("resumed", RECIPE, f"model={model}", "run=resumed", "resume=true", "steps=4", CONSTANT)
     attempt("replayed", "runs/resumed", "--step", "3", command="replay")
     for fault in ("no prompt", "reward raises"):
         mistake(fault, f"model={model}", f"data.fault={fault}")
