@@ -1,12 +1,13 @@
-"""Rows of a table by number, whose gradient has one order of summation."""
+"""Rows of a table by number, whose gradient has one order of summation.
+
+T: tokens, V: vocabulary, D: width of a row.
+"""
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from rlinvariant.ops.register import define
-
-# T: tokens, V: vocabulary, D: width of a row
 
 
 def embedding(ids: Tensor, weight: Tensor, padding_idx: int | None = None) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 from trl.trainer.grpo_config import GRPOConfig
@@ -16,6 +17,7 @@ from rlinvariant.errors import UserError
 from rlinvariant.models.families import FAMILIES
 from rlinvariant.models.load import load
 from rlinvariant.models.random import save_random
+from rlinvariant.models.shapes import tokenizer
 from rlinvariant.trainer.critic import load_critic
 from rlinvariant.verification import load as verify_load
 from tests.parity.device import CUDA
@@ -34,7 +36,9 @@ FAULTS: dict[str, tuple[Change, str]] = {
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
-    return Path(save_random(FAMILIES["llama"](), tmp_path_factory.mktemp("models") / "llama"))
+    path = Path(save_random(FAMILIES["llama"](), tmp_path_factory.mktemp("models") / "llama"))
+    tokenizer(FAMILIES["llama"]().vocab_size).save_pretrained(path)
+    return path
 
 
 def changed(whole: Path, to: Path, change: Change) -> str:
@@ -50,8 +54,11 @@ def test_weights_that_are_not_the_models_are_refused(fault, whole, tmp_path, cap
     """By training, by verify and, but for the head, by a critic; in one line, and nothing else is printed."""
     change, message = FAULTS[fault]
     path, policy = changed(whole, tmp_path / "model", change), load(AutoModelForCausalLM, whole)
-    args = GRPOConfig(output_dir=str(tmp_path), bf16=False, use_cpu=not CUDA, **RUN)
-    readers = [lambda: grpo_trainer(path, variety, args, None), lambda: verify_load.masters(path)]
+    args = GRPOConfig(output_dir=str(tmp_path), bf16=False, max_completion_length=12, use_cpu=not CUDA, **RUN)
+    readers = [
+        lambda: grpo_trainer(path, variety, args, Dataset.from_list([{"prompt": "w1"}] * 64)),
+        lambda: verify_load.masters(path),
+    ]
     readers += [] if fault == "no head" else [lambda: load_critic(path, policy, None)]
     for read in readers:
         capfd.readouterr()

@@ -11,8 +11,8 @@ from rlinvariant.bench.cases import Case, check
 
 ROOT = Path(__file__).parents[2]
 OPS = [name for name in ops.__all__ if not name.endswith("_ref")]
-# scale_logits is part of `token_logprobs_ref`; sample is measured by `log_softmax_ref` on the tokens that it draws; embedding is
-# PyTorch's lookup
+# scale_logits is part of `token_logprobs_ref`; sample is measured by `log_softmax_ref` on the tokens that it draws; and
+# embedding is a lookup
 NOT_MEASURED_APART = {"scale_logits", "sample", "embedding"}
 
 

