@@ -16,7 +16,7 @@ from typing import Any
 from rlinvariant.bench.measure import Others, Row
 
 MODEL, CPU_MODEL = "qwen3-1.7b", "qwen2.5-0.5b"
-TURNS = 5
+TURNS = 3
 TARGET = 1.2  # ours / TRL's, of the time that training waits
 
 
