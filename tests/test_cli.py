@@ -1,6 +1,7 @@
 """What every command does with --help, a typing error, a closed pipe, ctrl-C, a model that is not there, a silent hub."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -13,11 +14,11 @@ from trl.trainer.grpo_config import GRPOConfig
 from rlinvariant import __version__, cli, grpo_trainer
 from rlinvariant.arguments import model_problems
 from rlinvariant.config import parse
-from rlinvariant.doctor.model import of_model
 from rlinvariant.errors import EXIT_CODES, PIPE_CLOSED, UserError
 from rlinvariant.launch import size
 from rlinvariant.run import run
 from rlinvariant.sampler.engine import refuse
+from tests import commands
 from tests.commands import interruptible
 
 
@@ -150,14 +151,14 @@ def test_ctrl_c_is_one_line(capsys, monkeypatch):
 
 @pytest.mark.parametrize("name", ["nosuch", "./nosuch", "/nosuch/model", "~/nosuch", "runs/x/checkpoint-3", "tests/nosuch"])
 def test_a_directory_that_is_not_there_is_said_at_once(name, monkeypatch, tmp_path):
-    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda *_: pytest.fail("the hub was asked"))
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda *_, **__: pytest.fail("the hub was asked"))
     args = GRPOConfig(str(tmp_path), bf16=False, logging_steps=1, report_to="none")
     for read in (lambda: refuse({}, name, "bfloat16"), lambda: grpo_trainer(name, None, args, None, invariance="off")):
         with pytest.raises(UserError) as error:
             read()
         assert any(line.startswith(f"model={name}: no such directory; ") for line in str(error.value).splitlines())
-    (finding,) = of_model(name, cuda=False)
-    assert finding.verdict == "problem" and finding.text.startswith(f"MODEL={name}: no such directory; ")
+    with pytest.raises(UserError, match=re.escape(f"doctor: MODEL={name}: no such directory; ")):
+        commands.run("doctor", name)
     assert model_problems("model", "Qwen/Qwen3-0.6B") == []
 
 

@@ -240,7 +240,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], None] | None, list[str], list[str]]] 
     "no run": (None, ["nix", "--step", "3"], ["nix: no run there", "runs/NAME"]),
     "no step": (None, ["RUN"], ["--step: missing; recorded: 1, 3, 5"]),
     "not recorded": (None, ["RUN", "--step", "4"], ["step 4 was not recorded; recorded: 1, 3, 5"]),
-    "no number": (None, ["RUN", "--step", "x"], ["invalid int value: 'x'", "replay --help"]),
+    "no number": (None, ["RUN", "--step", "x"], ["argument --step: x: expected a whole number of at least 1", "replay --help"]),
     "no weights": (no_checkpoint, ["RUN", "--step", "3"], ["weights are gone", "another step: 1, 5,", "--weights DIR"]),
     "weights elsewhere": (None, ["RUN", "--step", "3", "--weights", "nix"], ["--weights nix: no such directory"]),
     "cut": (damaged(lambda x: x[:3000]), ["RUN", "--step", "3"], ["step-3.npz: damaged", "another step: 1, 5"]),

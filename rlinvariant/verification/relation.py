@@ -10,6 +10,9 @@ from rlinvariant.bits import compare
 from rlinvariant.metrics import first_mismatch, mismatches
 from rlinvariant.rollout import Completion
 
+LogProbs = Sequence[float] | np.ndarray | Tensor
+"""The log-probs of one sequence, [N]."""
+
 
 @dataclass
 class Relation:
@@ -45,7 +48,7 @@ class Relation:
         """Join, for the table, what the engine did and which requests were lost."""
         return "; ".join(filter(None, (self.how, self.lost)))
 
-    def add(self, a: Sequence[Sequence[float] | Tensor], b: Sequence[Sequence[float] | Tensor], what: str = "") -> None:
+    def add(self, a: Sequence[LogProbs], b: Sequence[LogProbs], what: str = "") -> None:
         """Compare two lists of sequences of fp32 log-probs; what one of two sequences lacks counts as differing."""
         for i, (x, y) in enumerate(zip(a, b, strict=True)):
             x, y = (np.asarray(v, np.float32) for v in (x, y))

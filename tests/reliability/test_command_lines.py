@@ -87,7 +87,14 @@ def fault(argv: Sequence[str], env: dict[str, str], build: bool) -> str | None:
     try:
         config = parse(argv, env)
     except ConfigErrors as error:
-        named = ["recipe", "model", "run", *env, *(shown(argument.partition("=")[0], 100)[:100] for argument in argv)]
+        named = [
+            "recipe",
+            "model",
+            "run",
+            *ALIASES.values(),
+            *env,
+            *(shown(argument.partition("=")[0], 100)[:100] for argument in argv),
+        ]
         for line in error.errors:
             if "\n" in line or "\r" in line or not line.strip():
                 return f"not one line: {line!r}"

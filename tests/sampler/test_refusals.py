@@ -27,7 +27,7 @@ def test_vllms_own_switch_is_refused(arithmetic_dir, monkeypatch):
 def test_a_configuration_that_the_caller_has_is_not_loaded_again(arithmetic_dir, monkeypatch):
     config = AutoConfig.from_pretrained(arithmetic_dir)
     loads: list[str] = []
-    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda model: loads.append(model) or config)
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda model, **_: loads.append(model) or config)
     assert refuse({}, arithmetic_dir, "bfloat16", config=config) == config.max_position_embeddings == 256
     assert loads == []
     assert refuse({}, arithmetic_dir, "bfloat16") == 256
