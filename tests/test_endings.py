@@ -170,17 +170,28 @@ def test_a_run_whose_launcher_ends_saves_its_step_and_ends(command, number, code
     stopped(run, "SIGTERM", err)
 
 
+WORDLESS = "another process of this run has ended without a word, as one does that is killed"
+# What the reward's watchdog says, if it is faster than the other rank
+DURING = "reward function ends_rank_1, step 2: the trainer ended while this ran: it exited, crashed or was killed"
+
+
 @pytest.mark.parametrize(
     ("fault", "code", "outcome", "error"),
     [
         ("rank 1 raises", 2, "refused", "rank 1: reward function ends_rank_1, step 2, sample 0: raised ValueError: bad row"),
-        ("rank 1 is killed", 137, "failed", "another process of this run has ended without a word, as one does that is killed"),
+        (
+            "rank 1 is killed",
+            137,
+            "failed",
+            f"another process of this run has ended without a word, as one does that is killed|{DURING}",
+        ),
     ],
 )
 def test_an_error_of_one_process_ends_the_other_and_is_the_result(fault, code, outcome, error, start):
     run = start([*TRAIN, "machine=cpu2"], f"data.fault={fault}")
     found, _, err = run.ends()
     assert found == code and "Traceback" not in err, err
-    assert run.result["outcome"] == outcome and run.result["error"].startswith(error)
-    assert f"error: {error}" in err and [row["step"] for row in run.rows()] == [1]
-    assert (run.run.path / "report.html").exists() and run.result["accuracy_before"] is not None
+    assert run.result["outcome"] == outcome and run.result["error"].startswith(tuple(error.split("|")))
+    assert any(f"error: {line}" in err for line in error.split("|")) and [row["step"] for row in run.rows()] == [1]
+    if not run.result["error"].startswith(DURING):  # the watchdog knows of no reward, and makes no report
+        assert (run.run.path / "report.html").exists() and run.result["accuracy_before"] is not None

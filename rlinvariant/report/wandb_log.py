@@ -62,7 +62,7 @@ def start(
         )
     except Error as error:
         raise UserError(
-            f"wandb.project={shown(settings.project, 40)}: W&B: {one_line(error, 200)}; wandb.mode=disabled"
+            f"wandb.project={shown(settings.project, 40)}: W&B: {one_line(error, 120)}; wandb.mode=disabled"
         ) from error
     return mode, lambda row, step: run.log(dict(row), step=step), run.finish
 
