@@ -163,7 +163,10 @@ def _to_wandb(study: Study, run: Run, online: bool) -> str:
     directory.mkdir(exist_ok=True)
     if (directory / "wandb").is_dir():
         shutil.rmtree(directory / "wandb")
-    _, log, finish = wandb_log.start(settings, directory, run.config, run_id=name)
+    try:
+        _, log, finish = wandb_log.start(settings, directory, run.config, run_id=name)
+    except UserError as error:
+        raise UserError(f"{run.path}: {error}") from error
     assert log is not None
     for row in run.rows:
         log(row, row["step"])
