@@ -30,6 +30,9 @@ SCHEMA = 1
 MANIFEST = "manifest.json"
 PARTIAL, REMOVED = ".partial", ".removed"
 """How the names of hidden directories begin: of a checkpoint that is being written, and of one that is being deleted."""
+ASIDE = "aside"  # how the names begin of checkpoints over which a run went back
+FREE_SPACE = "free space, then resume: checkpoints that were whole are still"
+"""What a user can do who has read that a checkpoint cannot be written."""
 READERS = 4  # threads that hash files: hashing and reading release the interpreter
 
 
@@ -131,14 +134,28 @@ def finish(partial: Path, path: Path, step: int, about: Mapping[str, Any]) -> No
     sync_directory(path.parent)
 
 
-def rotate(directory: Path, keep: int | None, best: str | None = None) -> None:
-    """Delete the oldest checkpoints of a run, so that `keep` are left, or all with None, and beside them `best`, a path."""
+def rotate(directory: Path, keep: int | None, written: int, best: str | None = None) -> None:
+    """Delete the oldest checkpoints of a run, so that `keep` are left, or all with None, and beside them `best`, a path.
+
+    Args:
+        written: the step whose checkpoint was written last. Those of later steps, which an earlier run has left, go first.
+    """
     if keep is None:
         return
     spared = None if best is None else os.path.realpath(best)
-    others = [path for _, path in found(directory) if os.path.realpath(path) != spared]
-    for path in others[keep:]:
+    others = [(step, path) for step, path in found(directory) if os.path.realpath(path) != spared]
+    others.sort(key=lambda other: other[0] > written)  # stable: each part stays with its newest first
+    for _, path in others[keep:]:
         remove(path)
+
+
+def set_aside(directory: Path, after: int) -> None:
+    """Rename the checkpoints of the steps after one, over which a run goes again: they are no checkpoints, and not lost."""
+    for step, path in found(directory):
+        if step > after:
+            aside = path.with_name(f"{ASIDE}-{path.name}")
+            remove(aside)
+            os.rename(path, aside)
 
 
 def remove(path: Path) -> None:

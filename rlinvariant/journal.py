@@ -141,6 +141,7 @@ class Journal:
         checkpoint = self._resumption.checkpoint
         RunDir.create(self.directory.path, resolved, True, {} if checkpoint is None else checkpoint.about["logs"])
         rollouts.forget(self.directory.path, self._resumption.step)
+        checkpoints.set_aside(self.directory.checkpoints, self._resumption.step)
         if checkpoint is not None and (changed := differences(checkpoint.about["subject"], self._subject)):
             self.console.print(
                 f"note: bits are promised on one machine, and since {checkpoint.path.name}: {'; '.join(changed)}"

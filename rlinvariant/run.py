@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlinvariant import runtime
 from rlinvariant.api import TrainerPlan, build_trainer, plan_trainer
+from rlinvariant.checkpoints import FREE_SPACE
 from rlinvariant.config import Config
 from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.files import disk_errors
@@ -50,8 +51,7 @@ def run(config: Config) -> None:
         ParityError: the two sides are not one function, or a token that was trained on was not compared.
     """
     lock = locked(config.run_dir, "run") if rank() == 0 else nullcontext()
-    fix = "free space, then resume: checkpoints that were whole are still"
-    with disk_errors(config.run_dir, fix), nothing_left(config.run_dir / "checkpoints"), lock:
+    with disk_errors(config.run_dir, FREE_SPACE), nothing_left(config.run_dir / "checkpoints"), lock:
         planned = plan(config)
         trainer = build(planned)
         planned.journal.start(trainer)

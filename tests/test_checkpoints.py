@@ -98,12 +98,36 @@ def test_what_the_writer_adds_comes_back_as_json_has_it(tmp_path):
 
 def test_the_newest_are_kept_and_the_best(tmp_path):
     paths = {step: save(tmp_path, step) for step in (5, 10, 15, 100)}
-    checkpoints.rotate(tmp_path, 2, str(paths[5]))
+    checkpoints.rotate(tmp_path, 2, 100, str(paths[5]))
     assert [step for step, _ in checkpoints.found(tmp_path)] == [100, 15, 5]
-    checkpoints.rotate(tmp_path, None)
-    checkpoints.rotate(tmp_path, 1)
+    checkpoints.rotate(tmp_path, None, 100)
+    checkpoints.rotate(tmp_path, 1, 100)
     assert [step for step, _ in checkpoints.found(tmp_path)] == [100]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-100"]
+
+
+@pytest.mark.parametrize("left", [[120], [120, 110], [130, 120, 110]])
+def test_what_was_just_written_is_never_deleted_for_a_later_one_that_is_damaged(left, tmp_path):
+    for step in (100, *left):
+        save(tmp_path, step)
+    for step in left:
+        flipped(tmp_path / f"checkpoint-{step}/model.safetensors", 5)
+    save(tmp_path, 105)
+    checkpoints.rotate(tmp_path, 2, 105)
+    assert [step for step, _ in checkpoints.found(tmp_path)] == [105, 100]
+    found, said = checkpoints.newest(tmp_path)
+    assert found is not None and found.step == 105 and not said
+
+
+def test_checkpoints_over_which_a_run_goes_back_are_set_aside(tmp_path):
+    for step in (5, 10, 15):
+        save(tmp_path, step)
+    checkpoints.set_aside(tmp_path, 5)
+    save(tmp_path, 10)
+    checkpoints.set_aside(tmp_path, 5)
+    assert [step for step, _ in checkpoints.found(tmp_path)] == [5]
+    aside = sorted(path.name for path in tmp_path.iterdir())
+    assert aside == ["aside-checkpoint-10", "aside-checkpoint-15", "checkpoint-5"]
 
 
 def test_what_a_kill_leaves_is_no_checkpoint_and_is_deleted(tmp_path):

@@ -46,7 +46,7 @@ class RunDir:
         """Make the directory and write config.json; with `resume`, continue one that a run left, if there is one.
 
         On resume a config.json that differs is kept as config.1.json, ...; a result.json, which would no longer be true, as
-        result.1.json, ...
+        result.1.json, ... A log that is cut back to nothing, as no checkpoint builds on it, is kept in the same way.
 
         Args:
             path, config: the directory, and what config.json holds.
@@ -63,14 +63,15 @@ class RunDir:
                 raise UserError(f"run: {run.path} already holds a run; choose another run=NAME, or set resume=true")
             run.path.mkdir(parents=True, exist_ok=True)
             for lines, keys in ((run.metrics, ["step"]), (run.samples, [])):
-                repair(lines, *keys, size=None if logs is None else logs.get(lines.name, 0))
+                size = None if logs is None else logs.get(lines.name, 0)
+                if size == 0 and lines.is_file() and lines.stat().st_size:
+                    os.replace(lines, _kept(lines))
+                repair(lines, *keys, size=size)
             text = _json_text(config)
             if run.config.exists() and run.config.read_bytes() != text.encode():
-                taken = sum(1 for _ in run.path.glob("config.*.json"))
-                write_atomically(run.path / f"config.{taken + 1}.json", run.config.read_bytes())
+                write_atomically(_kept(run.config), run.config.read_bytes())
             if run.result.exists():
-                taken = sum(1 for _ in run.path.glob("result.*.json"))
-                os.replace(run.result, run.path / f"result.{taken + 1}.json")
+                os.replace(run.result, _kept(run.result))
             write_atomically(run.config, text)
         except OSError as error:
             raise UserError(f"run: cannot write {run.path} ({error.strerror}); choose another run=NAME") from error
@@ -200,6 +201,11 @@ def _append_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         file.write(text.encode("ascii"))
         file.flush()
         os.fsync(file.fileno())
+
+
+def _kept(path: Path) -> Path:
+    """Return the name under which what a file holds now is kept: config.1.json for the first config.json, and so on."""
+    return path.with_name(f"{path.stem}.{sum(1 for _ in path.parent.glob(f'{path.stem}.*{path.suffix}')) + 1}{path.suffix}")
 
 
 def repair(path: Path, *keys: str, size: int | None = None) -> None:

@@ -33,7 +33,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from rlinvariant import checkpoints
-from rlinvariant.checkpoints import Checkpoint
+from rlinvariant.checkpoints import FREE_SPACE, Checkpoint
 from rlinvariant.errors import UserError
 from rlinvariant.files import disk_errors
 from rlinvariant.launch import on_main_process
@@ -41,7 +41,6 @@ from rlinvariant.trainer import state_file
 
 SHARED_STATE = "training/state.safetensors"
 RANK_STATE = "training/rank-{}.safetensors"
-FREE_SPACE = "free space, then resume: checkpoints that were whole are still"
 
 
 class CheckpointedTrainer(GRPOTrainer):
@@ -143,6 +142,10 @@ class CheckpointedTrainer(GRPOTrainer):
 
     def _start_finishing(self, partial: Path, path: Path, step: int, about: Mapping[str, Any]) -> None:
         """Hash, flush and rename while training goes on: a checkpoint is there when its last byte is on the disk."""
+        ranks = [RANK_STATE.format(rank) for rank in range(about["processes"])]
+        if missing := [name for name in ranks if not (partial / name).is_file()]:
+            shared = "all hosts must see the run's directory; put it on a file system that they share"
+            raise UserError(f"{path}: {missing[0]} is missing: {shared}")
         (partial / "training_args.bin").unlink()  # a pickle, of settings that the run has elsewhere, and of tokens
         keep, best = self.args.save_total_limit, self.state.best_model_checkpoint
 
@@ -150,7 +153,7 @@ class CheckpointedTrainer(GRPOTrainer):
             try:
                 checkpoints.finish(partial, path, step, about)
                 partial.parent.rmdir()
-                checkpoints.rotate(path.parent, keep, best)
+                checkpoints.rotate(path.parent, keep, step, best)
             except BaseException as error:
                 self._saving_error = error
 

@@ -148,6 +148,9 @@ def test_logs_are_cut_back_to_what_a_checkpoint_builds_on(tmp_path, kept, steps)
     RunDir.create(run.path, {}, resume=True, logs={"metrics.jsonl": sizes[kept]})
     assert [row["step"] for row in read_metrics(run.path)] == steps
     assert run.samples.read_bytes() == b"", "a file that is not named is cut to nothing"
+    whole = [{"step": 1}, {"step": 2}, {"step": 3}]
+    assert read_metrics(run.path / "samples.1.jsonl") == whole, "and nothing is lost"
+    assert kept or read_metrics(run.path / "metrics.1.jsonl") == whole
 
 
 def test_a_path_that_cannot_be_made_is_one_line(tmp_path):
