@@ -44,9 +44,39 @@ class _State:
     came = 0.0  # when it came to this one
     taking_steps = False
     ending = False  # the run's last words are being written
+    clock: subprocess.Popen[bytes] | None = None  # the process of `deadline`, while this one listens
 
 
 _state = _State()
+
+
+_mask = threading.local()  # `before`: the signals that a thread had blocked when it began to fork
+
+
+def _before_fork() -> None:
+    """Hold signals back, of which a fork would lose one that comes before it is ready."""
+    _mask.before = None if _state.clock is None else signal.pthread_sigmask(signal.SIG_BLOCK, deadline.WITHIN_S)
+
+
+def _after_fork() -> None:
+    if _mask.before is not None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, _mask.before)
+
+
+def _forked() -> None:
+    """Make a fork of the process that listens one that signals end as usual, and whose signals `deadline` does not count."""
+    if _state.clock is None or _state.clock.stdin is None:
+        return
+    signal.set_wakeup_fd(-1)
+    _state.clock.stdin.close()
+    _state.clock = None
+    for number in deadline.WITHIN_S:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    _after_fork()
+
+
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_forked)
 
 
 @contextmanager
@@ -106,14 +136,16 @@ def listening(run_dir: Path, echo_s: float, speaks: bool) -> Iterator[None]:
     assert clock.stdin is not None
     os.set_blocking(clock.stdin.fileno(), False)
     before = signal.set_wakeup_fd(clock.stdin.fileno(), warn_on_full_buffer=False)
+    _state.clock = clock
     try:
         with handled(handler):
             yield
     finally:
         signal.set_wakeup_fd(before)
         clock.stdin.close()
+        clock.kill()  # it would wait for whoever still has its pipe, as what a library has forked
         clock.wait()
-        _state.number, _state.came = 0, 0.0
+        _state.number, _state.came, _state.clock = 0, 0.0, None
 
 
 @contextmanager

@@ -178,3 +178,60 @@ def test_a_step_that_holds_the_interpreter_is_killed_when_its_time_is_over():
     assert control.process.poll() is None
     control.send(signal.SIGKILL)
     control.ends()
+
+
+FORKS = """
+    import multiprocessing
+    def fork():
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,), daemon=True)
+        child.start()
+        child.terminate()
+        child.join()
+        say(f"the child ended by {-child.exitcode}")
+        input()
+    take_steps(step=fork)"""
+
+
+def test_a_process_that_a_step_forks_is_ended_by_its_signal_and_does_not_end_the_run():
+    """The limit is short: a signal that the clock counted for the run would end the run while it waits for the test's line."""
+    run = Run(f"deadline.WITHIN_S[signal.SIGTERM] = 0.2{FORKS}")
+    for _ in range(2):
+        run.expect("step")
+        run.expect("the child ended by 15")
+        with pytest.raises(subprocess.TimeoutExpired):
+            run.process.wait(1)
+        run.process.stdin.write("\n")
+        run.process.stdin.flush()
+        run.expect("saved=False evaluates=True")
+    run.expect("step")
+    run.expect("the child ended by 15")
+    run.send(signal.SIGINT)
+    assert run.ends() == (130, "", "interrupted\n")
+
+
+STAYS = """
+    INHERITS
+    def stay():
+        if (child := os.fork()) == 0:
+            os.close(1)
+            os.close(2)
+            time.sleep(600)
+            os._exit(0)
+        say(child)
+        input()
+    take_steps(step=stay)"""
+BY_C = "stopping._forked.__code__ = (lambda: None).__code__"
+
+
+@pytest.mark.parametrize("inherits", ["", BY_C], ids=["by Python", "by C"])
+def test_a_run_ends_though_a_process_that_it_forked_lives(inherits):
+    """A fork of a library's in C runs no code of Python's, and keeps the pipe to the clock."""
+    run = Run(STAYS.replace("INHERITS", f"import os; {inherits}"))
+    run.expect("step")
+    child = int(run.process.stdout.readline())
+    try:
+        run.send(signal.SIGTERM, "SIGTERM")
+        assert run.ends("\n")[0] == 143
+        os.kill(child, 0)
+    finally:
+        os.kill(child, signal.SIGKILL)
