@@ -29,10 +29,10 @@ from rlinvariant.files import sync_directory, write_atomically
 SCHEMA = 1
 MANIFEST = "manifest.json"
 PARTIAL, REMOVED = ".partial", ".removed"
-"""How the names of hidden directories begin: of a checkpoint that is being written, and of one that is being deleted."""
+"""The beginnings of hidden directories' names: of a checkpoint that is being written, and of one that is being deleted."""
 ASIDE = "aside"  # how the names begin of checkpoints over which a run went back
 FREE_SPACE = "free space, then resume: checkpoints that were whole are still"
-"""What a user can do who has read that a checkpoint cannot be written."""
+"""The advice to a user whose disk cannot hold a checkpoint."""
 READERS = 4  # threads that hash files: hashing and reading release the interpreter
 
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from rlinvariant.text import shown
 
 Invariance = Literal["exact", "off", "sampler", "trainer"]
-"""Which sides run the invariant ops: both, none, or that one only."""
+"""The sides that run the invariant ops: both, none, or that one only."""
 SIDES: dict[Invariance, tuple[bool, bool]] = {
     "exact": (True, True),
     "off": (False, False),

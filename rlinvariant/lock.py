@@ -12,7 +12,7 @@ from rlinvariant.errors import UserError
 
 NAME = "lock"
 NO_FLOCK = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
-"""How `flock` fails on a file system that has no locks, as some mounts of NFS and Lustre."""
+"""The errors of `flock` on a file system that has no locks, as some mounts of NFS and Lustre."""
 
 
 @contextmanager

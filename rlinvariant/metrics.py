@@ -29,10 +29,10 @@ ONPOLICY_KEYS = (
     "onpolicy/is_ess",
     "onpolicy/is_clipped_frac",
 )
-"""What `onpolicy` returns."""
+"""The keys that `onpolicy` returns."""
 
 ROLLOUT_KEYS = ("rollout/len_mean", "rollout/len_max", "rollout/truncated_frac", "rollout/empty_frac")
-"""What `rollout_stats` returns."""
+"""The keys that `rollout_stats` returns."""
 
 KEYS = (
     *ONPOLICY_KEYS,
@@ -75,10 +75,11 @@ PPO_KEYS = (
     "policy/early_stopped",
     "reward/kl_penalty",
 )
-"""What a row has besides with algorithm=ppo. `value/mean`, `value/explained_variance` and `reward/kl_penalty` are of the
-rollout that the step trains on; ratios, to the policy that sampled, and `value/loss` are of the step itself, before it moves
-anything. A step that is skipped, the policy having moved too far, is 1 in `policy/early_stopped`; what it did not compute is
-NaN."""
+"""The keys that a row has besides with algorithm=ppo.
+
+`value/mean`, `value/explained_variance` and `reward/kl_penalty` are of the rollout that the step trains on; ratios, to the policy
+that sampled, and `value/loss` are of the step itself, before it moves anything. A step that is skipped, the policy having moved
+too far, is 1 in `policy/early_stopped`; what it did not compute is NaN."""
 
 
 def onpolicy(

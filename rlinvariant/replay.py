@@ -56,7 +56,7 @@ DESCRIPTION_OF_A_RUN: dict[str, Callable[[Any], bool]] = {
     "sampler": _is_sampler,
     "subject": _is_subject,
 }
-"""What a recording says of its run -> whether a value can be that."""
+"""The name of each thing that a recording says of its run -> whether a value can be that."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

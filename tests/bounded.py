@@ -117,7 +117,7 @@ def exact(x: Tensor | float) -> Bounded:
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """What computes: the dtype of inputs and outputs, and the type of the device."""
+    """Says what computes: the dtype of inputs and outputs, and the type of the device."""
 
     dtype: torch.dtype
     device: str

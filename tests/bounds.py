@@ -116,7 +116,7 @@ def scale_logits_backward(a: Arithmetic, x: Bounded, dy: Bounded, scale: float |
 
 @dataclass(frozen=True)
 class Softmax:
-    """Of logits / temperature [R, V]: x - max, e^(x - max), their sum, and that sum weighted by x - max. Any max will do."""
+    """Holds x - max of logits / temperature [R, V], e^(x - max), its sum, and that sum weighted by x - max. Any max will do."""
 
     x: Bounded
     e: Bounded
@@ -192,7 +192,7 @@ def token_logprobs_backward(
 
 @dataclass(frozen=True)
 class Scores:
-    """Of one sequence: q, k, v [H, n, D] with keys repeated for each query head; scores, and their tanh if they are capped."""
+    """Holds q, k, v [H, n, D] of one sequence, keys repeated for each query head; scores, and their tanh if they are capped."""
 
     q: Bounded
     k: Bounded

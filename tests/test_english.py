@@ -71,6 +71,28 @@ def fragments(source: str) -> Iterator[str]:
             yield f"{name}: {sentence}"
 
 
+def fragments_of_constants(source: str) -> Iterator[str]:
+    """Yield each docstring of a constant that begins as a piece of a sentence; a title is allowed, as for a module."""
+    for node in ast.walk(ast.parse(source)):
+        body = getattr(node, "body", None)
+        for named, text in zip(body[:-1], body[1:], strict=True) if isinstance(body, list) else ():
+            value = text.value if isinstance(text, ast.Expr) else None
+            documented = isinstance(named, ast.Assign | ast.AnnAssign) and isinstance(value, ast.Constant)
+            if documented and str(value.value).split()[0].rstrip(",;:.") in FRAGMENTS:
+                yield f"line {text.lineno}: {value.value}"
+
+
+def test_docstrings_of_constants_are_no_pieces():
+    found = [f"{path.relative_to(ROOT)} {line}" for path in PACKAGE for line in fragments_of_constants(path.read_text())]
+    assert not found, f"{len(found)} docstrings:\n" + "\n".join(found)
+
+
+@pytest.mark.parametrize("code", ['A = 1\n"""What A is."""', 'class C:\n    a: int = 1\n    """Of a row."""'])
+def test_a_planted_fragment_of_a_constant_is_found(code):
+    assert len(list(fragments_of_constants(code))) == 1
+    assert not list(fragments_of_constants(code.replace("What A is", "The rows of A").replace("Of a row", "Rows, one each")))
+
+
 def test_docstrings_are_sentences():
     found = [f"{path.relative_to(ROOT)} {line}" for path in PACKAGE for line in fragments(path.read_text())]
     assert not found, f"{len(found)} docstrings:\n" + "\n".join(found)

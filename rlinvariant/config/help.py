@@ -26,7 +26,7 @@ FIRST_FIELDS = (
     "trainer.beta",
     "sampler.max_model_len",
 )
-"""What a first run is likely to change."""
+"""The fields that a first run is likely to change."""
 SECTIONS = {
     "": "run",
     "data": "data.*, which are the recipe's own",

@@ -95,4 +95,4 @@ REFUSED: dict[str, Callable[[], Any]] = {
     "qwen3, dynamic rope": lambda: _headed("Qwen3", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
     "llama, dropout": lambda: _headed("Llama", attention_dropout=0.1),
 }
-"""What has to be refused by name: some form of each kind that no op owns."""
+"""Models that have to be refused by name: some form of each kind that no op owns."""

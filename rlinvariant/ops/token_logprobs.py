@@ -150,7 +150,7 @@ _row_logprobs = define(
     fake=lambda x, ids, t: (t.new_empty(t.shape), t.new_empty(t.shape), t.new_empty(len(t), 2, dtype=torch.float64)),
     check=lambda x, ids, t: require_dtype("row_logprobs", x),
 )
-"""Of contiguous logits: log-probs and entropies [R] fp32 (undefined without ids), and (maximum, log sum) [R, 2] fp64."""
+"""Takes contiguous logits; gives log-probs, entropies [R] fp32 (undefined without ids), and (maximum, log sum) [R, 2] fp64."""
 _row_logprobs_backward = define(
     "row_logprobs_backward(Tensor logits, Tensor ids, Tensor temperature, Tensor dlogprobs, Tensor? dentropy) -> Tensor",
     cpu=_row_logprobs_backward_cpu,

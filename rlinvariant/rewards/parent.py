@@ -5,7 +5,7 @@ import signal
 
 PR_SET_PDEATHSIG = 1
 LEFT_TO_THE_TRAINER = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-"""What a terminal or a batch system sends to all processes of a run: the trainer may be saving, and still needs its helpers."""
+"""Signals that a terminal or a batch system sends to all processes of a run, whose trainer may be saving."""
 
 
 def end_with_parent() -> None:

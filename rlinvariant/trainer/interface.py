@@ -20,7 +20,7 @@ OnRow: TypeAlias = Callable[[Row, FirstMismatch | None], object]
 OnSamples: TypeAlias = Callable[[list[dict[str, Any]]], object]
 OnRollout: TypeAlias = Callable[[int, Rollout], object]
 RewardFunction: TypeAlias = str | PreTrainedModel | Callable[..., Any]
-"""As in TRL: a reward model or its name, or a function of completions, plain or async, that returns one number for each."""
+"""A reward as TRL takes it: a model or its name, or a function of completions, plain or async, with one number for each."""
 
 
 class SamplerLike(Protocol):

@@ -178,4 +178,4 @@ BATCH_RELATIONS = (
     shuffled,
     checkpointed,
 )
-"""What is compared with one batch. `sampler_and_trainer` must run first: it fills `pair.batch`."""
+"""The comparisons of one batch. `sampler_and_trainer` must run first: it fills `pair.batch`."""

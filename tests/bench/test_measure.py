@@ -1,4 +1,4 @@
-"""What every benchmark shares: rows that are kept, workers that end, a command line that knows its machine."""
+"""All that every benchmark shares: rows that are kept, workers that end, a command line that knows its machine."""
 
 import importlib
 import json
