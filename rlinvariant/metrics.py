@@ -78,8 +78,8 @@ PPO_KEYS = (
 """The keys that a row has besides with algorithm=ppo.
 
 `value/mean`, `value/explained_variance` and `reward/kl_penalty` are of the rollout that the step trains on; ratios, to the
-policy that sampled, and `value/loss` are of the step itself, before it moves anything. A step that is skipped, the policy having
-moved too far, is 1 in `policy/early_stopped`; what it did not compute is NaN."""
+policy that sampled, and `value/loss` are of the step itself, before it moves anything. A step that is skipped, the policy
+having moved too far, is 1 in `policy/early_stopped`; what it did not compute is NaN."""
 
 
 def onpolicy(
