@@ -44,6 +44,12 @@ def quiet() -> None:
     # TRL uses names that transformers 5.24 renames
     warnings.filterwarnings("ignore", message=r"`(is_)?gradient_checkpointing\w*` is deprecated", category=FutureWarning)
     warnings.filterwarnings("ignore", message="torch.backends.cuda.preferred_blas_library")  # kernels/linear.py uses it
+    # transformers takes vLLM's group of one process, which an earlier trainer of this process has left, for a launcher's
+    logging.getLogger("transformers.training_args").addFilter(_of_interest)
     logging.getLogger("flashinfer.jit").setLevel(logging.ERROR)
     logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)  # two lines for each retry; then it raises
     logging.getLogger("vllm.triton_utils.importing").setLevel(logging.ERROR)  # says that a CPU has no Triton
+
+
+def _of_interest(record: logging.LogRecord) -> bool:
+    return "torch.distributed process group is initialized, but" not in str(record.msg)

@@ -7,9 +7,11 @@ sampler.sync(model.named_parameters())               # after an optimizer step
 assert not sampler.differing_weights(model.named_parameters())
 """
 
+import gc
 import os
 import random
 import sys
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
@@ -95,6 +97,18 @@ def _arguments(dtype: str, max_model_len: int | None, kv_cache_gib: float | None
     return arguments
 
 
+def _release(core: Any) -> None:
+    """Give back what an engine holds, as vLLM does, but for the process groups, which all engines of a process share.
+
+    vLLM destroys them with the first engine that is collected, PyTorch's default group among them: every other engine, and
+    accelerate, would be without.
+    """
+    core.structured_output_manager.clear_backend()
+    core.model_executor.shutdown()
+    core.scheduler.shutdown()
+    gc.unfreeze()  # vLLM has hidden from the collector whatever was there when the engine had started
+
+
 def reported(outputs: Sequence[Any]) -> list[Completion]:
     """Return the completions of vLLM's `RequestOutput`s, with the log-prob that vLLM reports for each token, by token id."""
     completions = []
@@ -108,7 +122,8 @@ def reported(outputs: Sequence[Any]) -> list[Completion]:
 class Sampler:
     """Draws rollouts by a vLLM engine in this process, with the weights that `sync` gave it last.
 
-    Engines of one process share vLLM's process groups: keep each alive as long as any other is used.
+    A process may have several, one after the other or at once. One that nothing refers to gives its memory back when the next
+    one starts; `close` does so now.
 
     Args:
         model: directory or hub id of a Hugging Face checkpoint.
@@ -141,6 +156,8 @@ class Sampler:
         runtime.quiet()
         runtime.configure()
         self.invariant = invariant
+        gc.unfreeze()
+        gc.collect()  # an earlier engine, of a notebook's cell that runs again, holds gigabytes until it is collected
         with _undisturbed():
             from vllm import LLM
 
@@ -158,12 +175,25 @@ class Sampler:
                 arguments |= {"quantization": QUANTIZATION, "hf_overrides": {"architectures": [ARCHITECTURE]}}
             with _stdout_with_descriptor():
                 self.llm = LLM(str(model), **arguments)
+            core: Any = self.llm.llm_engine.engine_core
+            if hasattr(core, "_finalizer"):  # vLLM 0.26 has none
+                core._finalizer.detach()
+            self._end = weakref.finalize(core, _release, core.engine_core)
+            self._end.atexit = False  # the process goes as it is: it would take seconds to take an engine apart
             self._install()
             if not torch.cuda.is_available():
                 # The kernel gives a page when it is first written to, and requests reach further pages for hundreds of steps:
                 # now, a machine that has too little memory says so at the start, and what grows later is a leak.
                 for cache in self._runner.kv_caches:
                     cache.zero_()
+
+    def close(self) -> None:
+        """Give the engine's memory back; the sampler cannot be used any more. Closing twice does nothing."""
+        self._end()
+        self.__dict__.pop("llm", None)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     @property
     def _runner(self) -> Any:

@@ -10,7 +10,6 @@ from rlinvariant.errors import UserError
 from tests import commands
 from tests.bisect.faults import split_k
 from tests.bisect.pairs import CONFIG, Pair
-from tests.parity.harness import keep
 
 
 def test_the_command(pair, tmp_path, monkeypatch, capsys):
@@ -21,7 +20,6 @@ def test_the_command(pair, tmp_path, monkeypatch, capsys):
 
     def kept(*args):
         made.append(sides(*args))
-        keep(made[-1][1])
         return made[-1]
 
     monkeypatch.setattr(command, "load_sides", kept)

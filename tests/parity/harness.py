@@ -44,23 +44,7 @@ def start_engine(
     """Without compilation, which takes a minute, unless asked for by `enforce_eager=False`."""
     options = {"max_num_seqs": 64, "max_num_batched_tokens": 2048, "block_size": BLOCK, "enforce_eager": True} | options
     gib = kv_bytes / 2**30
-    engine = Sampler(path, invariant=invariant, dtype=dtype, max_model_len=longest, kv_cache_gib=gib, options=options)
-    keep(engine)
-    return engine
-
-
-_kept: list[Sampler] = []
-
-
-def keep(engine: Sampler) -> None:
-    """To the end of the process: an engine that is collected takes vLLM's process groups with it, and every other engine's.
-
-    At the end the process goes as it is: shutting an engine down takes seconds, and nothing is to be handed back.
-    """
-    _kept.append(engine)
-    core: Any = engine.llm.llm_engine.engine_core
-    if hasattr(core, "_finalizer"):  # vLLM 0.26 has none
-        core._finalizer.atexit = False
+    return Sampler(path, invariant=invariant, dtype=dtype, max_model_len=longest, kv_cache_gib=gib, options=options)
 
 
 # ---- requests, and an engine stepped by hand

@@ -1,6 +1,6 @@
 """Shapes of real models with random weights, on a GPU: sampler against trainer, a request against its company, GRPO steps.
 
-A model's engine and trainer are shared by its tests. Engines stay to the end of the process (see `keep`); a trainer's fp32
+A model's engine and trainer are shared by its tests. A trainer's fp32
 masters go before the next model's come, 32 GiB for the largest, which is the last.
 """
 
@@ -39,7 +39,6 @@ from tests.parity.harness import (
     counting,
     drive,
     fp32,
-    keep,
     new_trainer,
     off_by_an_ulp,
     score,
@@ -178,7 +177,6 @@ def grpo(path_of, tmp_path_factory) -> Iterator[tuple[Run, Any, dict[str, torch.
         sampler_options={"max_model_len": 256, "kv_cache_gib": 4, "options": {"enforce_eager": True, "max_num_seqs": 64}},
         on_row=lambda row, mismatch: (rows.append(dict(row)), mismatches.append(mismatch)),
     )
-    keep(trainer.sampler)
     generate, drawn = trainer.sampler.generate, []
 
     def recording(*args: Any, **kwargs: Any) -> list[Completion]:

@@ -14,7 +14,7 @@ from trl import GRPOConfig
 import rlinvariant
 from rlinvariant.trainer.evaluate import greedy_reward
 from tests.parity.device import CUDA
-from tests.parity.harness import keep, new_trainer, questions, variety
+from tests.parity.harness import new_trainer, questions, variety
 
 
 def arguments(directory) -> GRPOConfig:
@@ -48,7 +48,6 @@ def test_grpo_trainer_takes_what_trl_takes(loaded, arithmetic_dir, tmp_path):
         sampler_options={"max_model_len": 64, "kv_cache_gib": 0.02, "options": {"enforce_eager": True}},
         on_row=lambda row, mismatch: rows.append(row),
     )
-    keep(trainer.sampler)
     trainer.train()
     assert [row["onpolicy/mismatched_tokens"] for row in rows] == [0, 0]
     # 8 completions of up to 12 tokens, of which a few end early
@@ -69,7 +68,6 @@ def test_ppo_trainer_takes_the_same_and_ppos_settings(arithmetic_dir, tmp_path):
         sampler_options={"max_model_len": 64, "kv_cache_gib": 0.02, "options": {"enforce_eager": True}},
         on_row=lambda row, mismatch: rows.append(row),
     )
-    keep(trainer.sampler)
     trainer.train()
     assert [(row["onpolicy/mismatched_tokens"], row["onpolicy/coverage"]) for row in rows] == [(0, 1), (0, 1)]
     assert all(row["value/loss"] > 0 for row in rows)

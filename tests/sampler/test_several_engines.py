@@ -1,0 +1,48 @@
+"""Several engines in one process, as a notebook has whose cell runs again: each ends without the others."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+import vllm.v1.engine.core
+
+from rlinvariant.sampler.engine import Sampler
+from tests.parity.harness import start_engine
+
+PROMPTS = [[1, 2, 3], [4, 5]]
+
+
+def draw(engine: Sampler) -> list[list[int]]:
+    return [c.token_ids for c in engine.generate(PROMPTS, [0, 1], temperature=1.0, max_tokens=4)]
+
+
+@pytest.fixture
+def destroyed(monkeypatch):
+    """How often vLLM would have destroyed the process groups, in place of doing so."""
+    calls: list[int] = []
+    monkeypatch.setattr(vllm.v1.engine.core, "cleanup_dist_env_and_memory", lambda: calls.append(1), raising=False)
+    return calls
+
+
+def test_an_engine_ends_alone_and_gives_its_memory_back(arithmetic_dir, exact_engine, destroyed):
+    first = start_engine(arithmetic_dir, kv_bytes=1 << 20)
+    drawn, module = draw(first), weakref.ref(first.model)
+    first.close()
+    first.close()
+    assert module() is None
+    second = start_engine(arithmetic_dir, kv_bytes=1 << 20)
+    assert draw(second) == drawn == draw(exact_engine)
+    module = weakref.ref(second.model)
+    del second
+    gc.unfreeze()
+    gc.collect()  # what the start of a third one does
+    assert module() is None and draw(exact_engine) == drawn
+    assert torch.distributed.is_initialized() and not destroyed
+
+
+@pytest.mark.skipif(not hasattr(vllm.v1.engine.core, "cleanup_dist_env_and_memory"), reason="vLLM 0.26 leaves the groups alone")
+def test_vllm_itself_takes_the_groups_of_all_with_one(arithmetic_dir, destroyed):
+    engine = start_engine(arithmetic_dir, kv_bytes=1 << 20)
+    engine.llm.llm_engine.engine_core.engine_core.shutdown()
+    assert destroyed
