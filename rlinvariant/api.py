@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, overload
 
 from rlinvariant import runtime
-from rlinvariant.arguments import model_problems
 from rlinvariant.conflicts import INVARIANCE, SIDES, Invariance
 from rlinvariant.errors import ConfigErrors
+from rlinvariant.model_source import local_model, model_problems
 from rlinvariant.report.console import Console
 from rlinvariant.rewards import RewardLimits, reward_problems
 
@@ -137,6 +137,7 @@ def grpo_trainer(
     if problems:
         raise ConfigErrors(problems)
     runtime.configure()
+    model, source = local_model(str(model)) if loaded is None else model, local_model(str(source))
     plan = plan_trainer(model, args, ppo, invariance, dtype, str(source), sampler_options or {})
     tokenizer = options["processing_class"] = options.get("processing_class") or load_tokenizer(str(source), plan.config)
     longest = (sampler_options or {}).get("max_model_len")

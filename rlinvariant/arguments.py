@@ -1,14 +1,11 @@
-"""Parts that all commands share: a parser whose mistakes are one line, help texts, suggestions, names of models."""
+"""Parts that all commands share: a parser whose mistakes are one line, help texts, suggestions."""
 
 import argparse
 import difflib
 import functools
-import os
-import re
 import shutil
 import textwrap
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any, NoReturn
 
 from rlinvariant.errors import UserError
@@ -92,23 +89,3 @@ def temperature(text: str) -> float:
     if not 0.01 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text}: expected a number of at least 0.01")
     return value
-
-
-def model_problems(key: str, model: str) -> list[str]:
-    """Say in at most one line why a model cannot be read, without asking the hub.
-
-    Args:
-        key: what the user wrote the model after; the line starts with `key=model`.
-        model: a whole model's directory, or something that looks like a hub id.
-    """
-    path, given = Path(model), f"{key}={shown(model)}"
-    if os.path.isdir(path):  # unlike Path's own, it takes a name that no file can have for one that is not there
-        if (path / "adapter_config.json").exists():
-            return [f"{given}: expected a whole model, found a PEFT adapter; merge it (merge_and_unload) first"]
-        if not (path / "config.json").exists():
-            return [f"{given}: expected a Hugging Face model directory, found no config.json in it"]
-        return []
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model) and not os.path.isdir(path.parent) and not os.path.exists(path):
-        return []
-    fix = "write its path without ~" if model.startswith("~") else "give a Hugging Face model directory or a hub id ORG/NAME"
-    return [f"{given}: no such directory; {fix}"]

@@ -11,8 +11,14 @@ from pathlib import Path
 from rlinvariant.errors import DiskError, UserError
 
 RUNS = Path("runs")  # in the working directory: where runs, ablations and demos keep their files
+ANOTHER_CACHE = "set RLINVARIANT_CACHE to a directory that can be written"
 DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.ESTALE)
 """Error numbers of a disk that is full, over a quota, read-only, limited to smaller files, broken, or gone."""
+
+
+def cache_dir() -> Path:
+    """Return the user's cache, which all working directories share: compiled kernels, certificates, models of wheels."""
+    return Path(os.environ.get("RLINVARIANT_CACHE") or Path.home() / ".cache" / "rlinvariant")
 
 
 def require_writable(path: Path, what: str, fix: str, directory: bool = False) -> None:

@@ -13,6 +13,7 @@ from rlinvariant.files import disk_errors
 from rlinvariant.journal import Journal, nothing_left
 from rlinvariant.launch import on_main_process, rank
 from rlinvariant.lock import locked
+from rlinvariant.model_source import local_model
 from rlinvariant.report.console import Console
 from rlinvariant.resumption import Resumption, dataset_digest, find, require_same_data
 from rlinvariant.rewards import reward_problems
@@ -91,6 +92,7 @@ def plan(config: Config) -> Plan:
     if (model := config.model) is None:
         assert recipe.prepare_model is not None, "config.check has refused a run without a model"
         model = recipe.prepare_model(config)
+    model = local_model(model)
     with console.stage("loading transformers, TRL and vLLM"):
         from rlinvariant.sampler import engine  # noqa: F401
         from rlinvariant.trainer.preflight import Start, check_start, load_tokenizer

@@ -6,8 +6,9 @@ with a seed. The parts that run inside vLLM are in sampler/vllm_serve.py.
 
 import argparse
 
-from rlinvariant.arguments import CommandParser, model_problems
+from rlinvariant.arguments import CommandParser
 from rlinvariant.errors import ConfigErrors
+from rlinvariant.model_source import local_model, model_problems
 
 DESCRIPTION = """vLLM's OpenAI-compatible server with the invariant ops on: the same request (temperature 0, or any with a seed)
 gets the same tokens, text and log-probs, bit for bit, whatever else is being served. It listens on 127.0.0.1; --host with
@@ -38,4 +39,4 @@ def run(options: argparse.Namespace) -> None:
     Console().print("starting vLLM: half a minute on a CPU, a minute or more on a GPU ...")
     from rlinvariant.sampler import vllm_serve
 
-    vllm_serve.serve(options.arguments)
+    vllm_serve.serve([*map(local_model, options.arguments[:1]), *options.arguments[1:]])

@@ -3,17 +3,13 @@
 import hashlib
 import inspect
 import json
-import os
 import random
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rlinvariant.launch import rank
-
-CACHE = Path("runs/.cache")
+from rlinvariant.cache import CACHE, made_once
 
 
 def warm_start(
@@ -30,9 +26,8 @@ def warm_start(
 ) -> str:
     """Return the directory of a warm-started model in Hugging Face format, training it unless it is cached.
 
-    The cache is keyed by `key`, the hyperparameters, and the source of this file and of the one that defines `build`.
-    Of the ranks of a launch the first trains and the others wait (transformers saves on rank 0 alone); of separate runs that
-    ask at once, one trains and the others wait on a lock. The directory appears whole or not at all.
+    The cache, `cache.made_once`, is keyed by `key`, the hyperparameters, and the source of this file and of the one that
+    defines `build`.
 
     Args:
         build: makes the untrained model (fp32, on the CPU) and its tokenizer.
@@ -40,31 +35,23 @@ def warm_start(
         key: what else `build` and `example` depend on; JSON.
         stop_at, max_steps, batch_size, learning_rate, seed: see `supervised`.
     """
-    from filelock import FileLock
-
     hyper = {"stop_at": stop_at, "max_steps": max_steps, "batch_size": batch_size}
     hyper |= {"learning_rate": learning_rate, "seed": seed}
     sources = [Path(__file__).read_text(), Path(inspect.getfile(build)).read_text()]
     digest = hashlib.blake2b(json.dumps([dict(key), hyper, sources], sort_keys=True).encode(), digest_size=8).hexdigest()
-    directory = CACHE / f"{name}-{digest}"
-    CACHE.mkdir(parents=True, exist_ok=True)
-    while rank() != 0 and not directory.is_dir():
-        time.sleep(0.2)  # if rank 0 fails, the launcher ends this process too
-    with FileLock(f"{directory}.lock"):
-        if not directory.is_dir():
-            import torch
 
-            partial = Path(f"{directory}.partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            # The caller's random state must not depend on whether the cache was warm.
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                model, tokenizer = build()
-                supervised(model, tokenizer, example, **hyper)
-            model.save_pretrained(partial)
-            tokenizer.save_pretrained(partial)
-            os.rename(partial, directory)
-    return str(directory)
+    def make(directory: Path) -> None:
+        import torch
+
+        # The caller's random state must not depend on whether the cache was warm.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model, tokenizer = build()
+            supervised(model, tokenizer, example, **hyper)
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+
+    return made_once(CACHE / f"{name}-{digest}", make)
 
 
 def supervised(

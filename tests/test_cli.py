@@ -12,10 +12,10 @@ import pytest
 from trl.trainer.grpo_config import GRPOConfig
 
 from rlinvariant import __version__, cli, grpo_trainer
-from rlinvariant.arguments import model_problems
 from rlinvariant.config import parse
 from rlinvariant.errors import EXIT_CODES, PIPE_CLOSED, UserError
 from rlinvariant.launch import size
+from rlinvariant.model_source import model_problems
 from rlinvariant.run import run
 from rlinvariant.sampler.engine import refuse
 from tests import commands

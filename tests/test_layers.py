@@ -18,6 +18,8 @@ ROWS = (
     {"kernels"},
     {"ops"},
     {"models", "metrics", "rewards", "conflicts", "support", "launch"},
+    {"cache"},
+    {"model_source"},
     {"config"},
     {"sampler", "trainer"},
     {"report"},

@@ -5,9 +5,10 @@ import tempfile
 from typing import Any
 
 from rlinvariant import runtime
-from rlinvariant.arguments import at_least, model_problems, temperature
+from rlinvariant.arguments import at_least, temperature
 from rlinvariant.conflicts import INVARIANCE, SIDES
 from rlinvariant.errors import NOT_EXACT, OK, ConfigErrors, UserError
+from rlinvariant.model_source import local_model, model_problems
 from rlinvariant.report.console import Console
 
 DESCRIPTION = """Draws completions of random prompts with the exact sampler, scores them with the exact trainer. If a log-prob
@@ -74,11 +75,12 @@ def load_sides(options: argparse.Namespace, directory: str) -> tuple[Any, Any]:
     from rlinvariant.verification.compositions import CROWD_SIZES
     from rlinvariant.verification.pair import Sizes
 
-    config = load.configuration(options.model, options.dtype)
+    source = local_model(options.model)
+    config = load.configuration(source, options.dtype)
     step, longest = room(options, config)
     sizes = Sizes(options.sequences, 0, options.tokens, longest, step, longest * options.micro_batch)
     stock = _stock_sides(options)
-    path = load.random_weights(config, directory, options.seed) if options.random else options.model
+    path = load.random_weights(config, directory, options.seed) if options.random else source
     model = (load.stock if "trainer" in stock else load.trained)(path, options.dtype)
     more = load.options(sizes, eager=True) | {"max_num_seqs": max(options.sequences, CROWD_SIZES[1])}
     return model, load.engine(path, "sampler" not in stock, options.dtype, more, sizes)

@@ -4,13 +4,13 @@ import os
 import re
 from collections.abc import Mapping
 
-from rlinvariant.arguments import model_problems
 from rlinvariant.config.recipe import Recipe
 from rlinvariant.config.tree import Config
 from rlinvariant.conflicts import conflicts, ppo_conflicts
 from rlinvariant.errors import UserError
 from rlinvariant.files import require_writable
 from rlinvariant.launch import rank
+from rlinvariant.model_source import model_problems
 from rlinvariant.text import shown
 
 LONGEST_RUN = 200  # bytes: a name of a file has at most 255

@@ -7,14 +7,13 @@ are installed, the table is made of the class itself, once, and kept in the user
 import functools
 import json
 import operator
-import os
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import chz
 
-from rlinvariant.files import write_atomically
+from rlinvariant.files import cache_dir, write_atomically
 
 if TYPE_CHECKING:
     from trl.trainer.grpo_config import GRPOConfig
@@ -102,7 +101,7 @@ def table() -> Table:
     found = _read(PACKAGED_TABLE)
     if found["versions"] == versions:
         return found
-    directory = Path(os.environ.get("RLINVARIANT_CACHE") or Path.home() / ".cache" / "rlinvariant")
+    directory = cache_dir()
     cached = directory / f"trl-{versions['trl']}-transformers-{versions['transformers']}.json"
     if cached.is_file():
         return _read(cached)

@@ -1,10 +1,10 @@
 """The model that a demo completes with: as it is named, or a shape filled with random weights."""
 
-import os
 from pathlib import Path
 
-from rlinvariant.arguments import model_problems, suggestion
-from rlinvariant.warmstart import CACHE
+from rlinvariant.arguments import suggestion
+from rlinvariant.cache import CACHE, made_once
+from rlinvariant.model_source import local_model, model_problems
 
 SMALL_MODEL = "small"  # the default on a CPU
 
@@ -24,20 +24,11 @@ def problems(name: str) -> list[str]:
 
 def make_model(name: str) -> str:
     """Return the directory or hub id of a model; a shape is filled with random weights, once."""
-    from filelock import FileLock
-
     from rlinvariant.models.shapes import SHAPES, build
 
     if name != SMALL_MODEL and name not in SHAPES:
-        return name
-    directory = CACHE / f"demo-{name}"
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{directory}.lock"):
-        if not directory.is_dir():
-            partial = Path(f"{directory}.{os.getpid()}.partial")
-            build_small(partial) if name == SMALL_MODEL else build(name, partial)
-            os.rename(partial, directory)
-    return str(directory)
+        return local_model(name)
+    return made_once(CACHE / f"demo-{name}", build_small if name == SMALL_MODEL else lambda directory: build(name, directory))
 
 
 def build_small(directory: Path) -> None:

@@ -10,12 +10,12 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
-from rlinvariant.arguments import model_problems
 from rlinvariant.doctor import engine, kernels, machine, model, packages
 from rlinvariant.doctor.finding import Finding
 from rlinvariant.errors import NOT_EXACT, OK, UserError, one_line
 from rlinvariant.install import install_hint
 from rlinvariant.machine import environment
+from rlinvariant.model_source import model_problems
 from rlinvariant.report.rundir import SCHEMA
 from rlinvariant.text import plural, printable, say
 

@@ -9,6 +9,7 @@ from rlinvariant import runtime
 from rlinvariant.conflicts import environment_conflicts
 from rlinvariant.doctor.finding import Finding
 from rlinvariant.errors import UserError, one_line
+from rlinvariant.files import cache_dir
 from rlinvariant.machine import environment
 
 TF32_VARIABLES = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE")
@@ -32,13 +33,13 @@ def compiler() -> Iterator[Finding]:
         yield Finding("compiler", "problem", str(error))
     except OSError as error:
         fix = "empty it, or set RLINVARIANT_CACHE to a directory that can be written and from which libraries can be loaded"
-        yield Finding("compiler", "problem", f"kernels/*.c: {one_line(error)} in {c.cache_dir()}; {fix}")
+        yield Finding("compiler", "problem", f"kernels/*.c: {one_line(error)} in {cache_dir()}; {fix}")
     except RuntimeError as error:
         fix = "install a current gcc, or set CC"
         yield Finding("compiler", "problem", f"kernels/*.c: {one_line(error)}; {fix}")
     else:
         took, name = f"{time.monotonic() - started:.2f} s", os.environ.get("CC", "gcc")
-        yield Finding("compiler", "ok", f"{name}: kernels/*.c built and loaded, or found in {c.cache_dir()}, in {took}")
+        yield Finding("compiler", "ok", f"{name}: kernels/*.c built and loaded, or found in {cache_dir()}, in {took}")
 
 
 def gpu(cuda: bool) -> Iterator[Finding]:

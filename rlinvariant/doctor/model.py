@@ -9,6 +9,7 @@ from rlinvariant import runtime
 from rlinvariant.doctor.finding import Finding
 from rlinvariant.doctor.kernels import kernels_cpu, kernels_cuda
 from rlinvariant.errors import UserError, one_line
+from rlinvariant.model_source import local_model
 
 SHIPPED_RESULTS = Path(__file__).parents[1] / "bench" / "results"  # a checkout has them, a wheel has not
 
@@ -25,7 +26,7 @@ def of_model(model: str, cuda: bool) -> Iterator[Finding]:
     logging.set_verbosity_error()
     runtime.quiet()
     try:
-        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(local_model(model), trust_remote_code=False)
         with torch.device("meta"):  # shapes without memory
             net = AutoModelForCausalLM.from_config(config)
     except Exception as error:  # whatever transformers raises on a configuration that it cannot use

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from rlinvariant.errors import UserError
+from rlinvariant.files import cache_dir
 
 SOURCES = tuple(sorted(x for x in Path(__file__).parent.iterdir() if x.suffix in (".c", ".h")))
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fopenmp", "-fPIC", "-shared")
@@ -41,10 +42,6 @@ _SIGNATURES = {  # one line per function of kernels/*.c
     "token_logprobs_backward": (*[_P] * 6, _I, _I, _B),
     "sample": (*[_P] * 7, _I, _I, _B),
 }
-
-
-def cache_dir() -> Path:
-    return Path(os.environ.get("RLINVARIANT_CACHE") or Path.home() / ".cache" / "rlinvariant")
 
 
 def _compiler() -> str:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from rlinvariant import runtime
 from rlinvariant.errors import UserError
+from rlinvariant.model_source import local_model
 from rlinvariant.rollout import Completion
 from rlinvariant.sampler import plugin
 from rlinvariant.sampler import weights as synced
@@ -155,7 +156,7 @@ class Sampler:
     ) -> None:
         runtime.quiet()
         runtime.configure()
-        self.invariant = invariant
+        self.invariant, model = invariant, local_model(str(model))
         gc.unfreeze()
         gc.collect()  # an earlier engine, of a notebook's cell that runs again, holds gigabytes until it is collected
         with _undisturbed():

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rlinvariant import runtime
-from rlinvariant.arguments import model_problems
 from rlinvariant.errors import ConfigErrors, UserError, one_line
+from rlinvariant.model_source import model_problems
 from rlinvariant.models import unsupported
 from rlinvariant.support import cuda_problems
 

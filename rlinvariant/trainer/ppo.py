@@ -28,6 +28,7 @@ from trl.trainer.grpo_config import GRPOConfig
 
 from rlinvariant.config import PPOConfig
 from rlinvariant.errors import UserError
+from rlinvariant.model_source import local_model
 from rlinvariant.trainer import advantages
 from rlinvariant.trainer.critic import Critic, load_critic
 from rlinvariant.trainer.grpo import InvariantGRPOTrainer
@@ -88,7 +89,7 @@ class InvariantPPOTrainer(InvariantGRPOTrainer):
 
     def _prepare_models(self, model: Any, args: GRPOConfig, dtype: torch.dtype, tokenizer: Any) -> None:
         super()._prepare_models(model, args, dtype, tokenizer)
-        path = self.ppo.critic
+        path = self.ppo.critic and local_model(self.ppo.critic)
         if path is None:
             backbone = copy.deepcopy(model.base_model)
         else:

@@ -15,8 +15,7 @@ import torch
 
 from rlinvariant import reading
 from rlinvariant.errors import UserError
-from rlinvariant.files import require_writable, unwritable, write_atomically
-from rlinvariant.kernels.cpu import cache_dir
+from rlinvariant.files import ANOTHER_CACHE, cache_dir, require_writable, unwritable, write_atomically
 from rlinvariant.machine import environment
 from rlinvariant.report.rundir import SCHEMA
 
@@ -44,7 +43,6 @@ KERNEL_VARIABLES = (  # environment variables that choose kernels inside the lib
     "NVIDIA_TF32_OVERRIDE",
 )
 FORMS = ("full", "short")  # forms of a certificate, the fullest first
-ANOTHER_CACHE = "set RLINVARIANT_CACHE to a directory that can be written"
 DESCRIPTIVE_KEYS = (  # keys of a model's configuration that change no result
     "_name_or_path",
     "architectures",

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from rlinvariant.arguments import model_problems
 from rlinvariant.errors import ConfigErrors
+from rlinvariant.model_source import model_problems
 
 
 @dataclass(frozen=True)

