@@ -1,4 +1,4 @@
-"""Where a model comes from: a directory, the hub, or a wheel of the package index, for machines that have no hub."""
+"""Sources of a model: a directory, the hub, or a wheel of the package index, for machines that have no hub."""
 
 import contextlib
 import hashlib

@@ -9,7 +9,7 @@ from rlinvariant import runtime
 from rlinvariant.doctor.finding import Finding
 from rlinvariant.doctor.kernels import kernels_cpu, kernels_cuda
 from rlinvariant.errors import UserError, one_line
-from rlinvariant.model_source import local_model
+from rlinvariant.model_source import WHEELS, local_model, model_problems
 
 SHIPPED_RESULTS = Path(__file__).parents[1] / "bench" / "results"  # a checkout has them, a wheel has not
 
@@ -78,6 +78,9 @@ def known_models(cuda: bool) -> Iterator[Finding]:
             by_machine.setdefault(f"{about['device']}, {versions}", []).append(file.stem)
     for machine, names in by_machine.items():
         yield Finding("models", "ok", f"exact in the results in this source tree ({machine}): {', '.join(names)}")
+    for name in WHEELS:
+        missing = model_problems("model", name)
+        yield Finding("models", "note", missing[0]) if missing else Finding("models", "ok", f"{name} is at hand, without a hub")
     check = "any model is checked module by module: rlinvariant doctor MODEL; and proved: rlinvariant verify MODEL"
     yield Finding("models", "ok", check if here else f"no certificate of this machine and these versions; {check}")
 

@@ -10,7 +10,7 @@ from tests.config.common import errors, good
 WHOLE = "the sampler must draw from the whole distribution, which is the one that is trained; remove it"
 EXACT = "False with invariance=exact"
 MASTERS = f"{EXACT}: masters stay float32 and the modules cast; use dtype=bfloat16"
-NO_DIRECTORY = "no such directory; give a Hugging Face model directory or a hub id ORG/NAME"
+NO_DIRECTORY = "no such directory; give a Hugging Face model directory or a hub id ORG/NAME, or smollm2-135m-instruct"
 REPLACED = f"{EXACT}: it replaces operations that the invariant ops own; remove it"
 
 
