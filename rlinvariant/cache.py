@@ -14,7 +14,7 @@ ANOTHER_PLACE = "free space, or start in another directory"
 """The advice to a user whose disk cannot hold what goes into `CACHE`."""
 
 
-def made_once(directory: Path, make: Callable[[Path], None], fix: str = ANOTHER_PLACE) -> str:
+def made_once(directory: Path, make: Callable[[Path], object], fix: str = ANOTHER_PLACE) -> str:
     """Return the path of `directory`, which `make` fills unless it is there. It appears whole or not at all.
 
     Of the ranks of a launch the first makes it and the others wait (transformers saves on rank 0 alone); of separate processes
