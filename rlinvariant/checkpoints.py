@@ -17,8 +17,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ PARTIAL, REMOVED = ".partial", ".removed"
 ASIDE = "aside"  # how the names begin of checkpoints over which a run went back
 FREE_SPACE = "free space, then resume: checkpoints that were whole are still"
 """The advice to a user whose disk cannot hold a checkpoint."""
+NOT_THERE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+"""The errors of a path at which the file is not: damage. Any other error says nothing of what the disk holds."""
 READERS = 4  # threads that hash files: hashing and reading release the interpreter
 
 
@@ -59,14 +62,24 @@ class Checkpoint:
 
 def found(directory: Path) -> list[tuple[int, Path]]:
     """Return (step, path) of each directory that is named like a checkpoint, the newest first."""
-    names = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in directory.glob("checkpoint-*"))
+    try:
+        paths = list(directory.iterdir())  # not glob, to which a directory that cannot be read is an empty one
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    names = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in paths)
     return sorted(((int(name[1]), path) for name, path in names if name and path.is_dir()), reverse=True)
 
 
 def newest(directory: Path) -> tuple[Checkpoint | None, list[str]]:
-    """Return the newest checkpoint that is whole, if there is one, and for each newer one a line that says what is wrong."""
+    """Return the newest checkpoint that is whole, if there is one, and for each newer one a line that says what is wrong.
+
+    Raises:
+        UserError: one cannot be read now, so that nobody knows whether it is whole.
+    """
     damages = []
-    for _, path in found(directory):
+    with _readable(directory):
+        paths = [path for _, path in found(directory)]
+    for path in paths:
         try:
             return verified(path), damages
         except DamagedCheckpoint as damage:
@@ -79,21 +92,33 @@ def verified(path: Path) -> Checkpoint:
 
     Raises:
         DamagedCheckpoint: a file is missing, cut or changed, or the directory was not written by `finish`.
+        UserError: a file cannot be read now.
     """
-    manifest = _manifest(path)
-    for name, recorded in manifest["files"].items():
-        if not (path / name).is_file():
-            raise DamagedCheckpoint(f"{path}: {name} is missing")
-        if (size := (path / name).stat().st_size) != recorded["bytes"]:
-            raise DamagedCheckpoint(f"{path}: {name} has {size:,} of {recorded['bytes']:,} bytes")
-    try:
+    with _readable(path):
+        manifest = _manifest(path)
+        for name, recorded in manifest["files"].items():
+            if not (path / name).is_file():
+                raise DamagedCheckpoint(f"{path}: {name} is missing")
+            if (size := (path / name).stat().st_size) != recorded["bytes"]:
+                raise DamagedCheckpoint(f"{path}: {name} has {size:,} of {recorded['bytes']:,} bytes")
         hashed = _hashed(path, manifest["files"])
-    except OSError as error:
-        raise DamagedCheckpoint(f"{path}: {one_line(error)}") from error
     for name, recorded in manifest["files"].items():
         if hashed[name] != recorded:
             raise DamagedCheckpoint(f"{path}: {name} is damaged: its bytes are not those that were written")
     return Checkpoint(path, manifest["step"], manifest["about"])
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turn an error of reading into one line: damage where a file is not there, else what may pass or be mended."""
+    try:
+        yield
+    except NOT_THERE as error:
+        raise DamagedCheckpoint(f"{path}: {one_line(error)}") from error
+    except OSError as error:
+        said = f"{error.filename or path}: cannot be read (errno {error.errno}, {error.strerror})"
+        fix = f"mend that and resume again; to go on without {path.name}, move it away"
+        raise UserError(f"{said}; whether the checkpoint is whole is not known, and nothing was changed; {fix}") from error
 
 
 def _manifest(path: Path) -> dict[str, Any]:
@@ -102,8 +127,6 @@ def _manifest(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         why = "it was not written to its end, or by an older version"
         raise DamagedCheckpoint(f"{path}: no {MANIFEST}: {why}") from None
-    except OSError as error:
-        raise DamagedCheckpoint(f"{path}: {MANIFEST} cannot be read ({error.strerror})") from error
     try:
         manifest = json.loads(text)
         whole = manifest.pop("sha256") == _digest(manifest)

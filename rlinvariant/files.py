@@ -40,12 +40,13 @@ def require_writable(path: Path, what: str, fix: str, directory: bool = False) -
         with tempfile.TemporaryFile(dir=nearest):
             pass
     except OSError as error:
-        raise unwritable(path, f"{nearest}: {error.strerror}", what, fix) from error
+        raise unwritable(path, f"{nearest}: {error.strerror}", what, fix, error.errno) from error
 
 
-def unwritable(path: object, why: str | None, what: str, fix: str) -> UserError:
-    """Return the error for a path that cannot be written."""
-    return UserError(f"{what}: {path} cannot be written ({why}); {fix}")
+def unwritable(path: object, why: str | None, what: str, fix: str, number: int | None = None) -> UserError:
+    """Return the error for a path that cannot be written: a DiskError if `number`, of the system's error, is of DISK_FAULTS."""
+    kind = DiskError if number in DISK_FAULTS else UserError
+    return kind(f"{what}: {path} cannot be written ({why}); {fix}")
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

@@ -188,7 +188,9 @@ class Journal:
 
     def _said_of(self, stop: KeyboardInterrupt) -> str:
         """Say what ends the run, what is saved, and how to go on."""
-        saved = checkpoints.found(self.directory.checkpoints)
+        saved: list[tuple[int, Path]] = []
+        with suppress(OSError):
+            saved = checkpoints.found(self.directory.checkpoints)
         left = f"step {saved[0][0]} is the last that is saved" if saved else "no step is saved, it begins again at the first"
         return f"{outcome(stop)}: {left}; go on with: rlinvariant resume {self.directory.path}"
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rlinvariant.errors import UserError
+from rlinvariant.files import unwritable
 
 NAME = "lock"
 NO_FLOCK = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
@@ -21,7 +22,8 @@ def locked(directory: Path, what: str) -> Iterator[int]:
 
     The lock is `flock` of the file `lock`, which names host and process. The kernel drops it with the last process that has the
     descriptor: one that was killed leaves none, and a child that inherits the descriptor holds it while it lives. On a file
-    system without locks the file's existence is the lock; what a dead process of this host has left is no obstacle there.
+    system without locks the file's existence is the lock; what a dead process of this host has left is no obstacle there:
+    whoever first makes the file `lock.taking` takes it over.
 
     Args:
         directory: what nobody else may write.
@@ -34,10 +36,9 @@ def locked(directory: Path, what: str) -> Iterator[int]:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         file = _taken(path, what)
-        os.ftruncate(file, 0)
-        os.pwrite(file, f"{socket.gethostname()} {os.getpid()}\n".encode(), 0)
+        _sign(file)
     except OSError as error:
-        raise UserError(f"{what}: {directory} cannot be written ({error.strerror}); choose another") from error
+        raise unwritable(directory, error.strerror, what, "choose another", error.errno) from error
     try:
         yield file
     finally:
@@ -60,11 +61,38 @@ def _taken(path: Path, what: str) -> int:
         except OSError as error:
             if error.errno not in NO_FLOCK:
                 raise
-            if not made and not _is_dead(_holder(file)):
-                raise _held(path, what, _holder(file), f"; if it is not, remove {path}") from None
+            if not made:
+                _take_over(file, path, what)
         if path.exists() and os.path.samestat(os.fstat(file), os.stat(path)):
             return file
         os.close(file)  # its holder has just removed it
+
+
+def _take_over(file: int, path: Path, what: str) -> None:
+    """Make this process the holder where flock is missing and the holder is dead, one process at a time.
+
+    Raises:
+        UserError: the holder may live, or somebody else takes its place.
+    """
+    if not _is_dead(_holder(file)):
+        raise _held(path, what, _holder(file), f"; if it is not, remove {path}")
+    taking = path.with_name(f"{NAME}.taking")
+    try:
+        os.close(os.open(taking, os.O_CREAT | os.O_EXCL, 0o644))
+    except FileExistsError:
+        raise _held(path, what, [], f"; if it is not, remove {taking}") from None
+    try:
+        if not _is_dead(_holder(file)):  # somebody was faster
+            raise _held(path, what, _holder(file), f"; if it is not, remove {path}")
+        _sign(file)
+    finally:
+        taking.unlink()
+
+
+def _sign(file: int) -> None:
+    """Write who holds the lock."""
+    os.ftruncate(file, 0)
+    os.pwrite(file, f"{socket.gethostname()} {os.getpid()}\n".encode(), 0)
 
 
 def _remove(path: Path) -> None:

@@ -1,6 +1,7 @@
 """Which directory is a checkpoint to go on from: every byte counts."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 
 from rlinvariant import checkpoints
 from rlinvariant.checkpoints import DamagedCheckpoint
+from rlinvariant.errors import UserError
 
 FILES = {
     "model.safetensors": b"weights" * 100,
@@ -61,6 +63,34 @@ def test_every_damage_is_seen_and_the_checkpoint_before_is_taken(name, tmp_path)
         shutil.rmtree(last)
         shutil.copytree(whole, last)
     assert len(names) >= (2 if name == "empty" else 15)
+
+
+@pytest.mark.parametrize("name", ["empty", "manifest.json"])
+def test_an_error_of_reading_is_no_damage(name, tmp_path):
+    """The kernel answers EIO where a process reads its own memory at 0; the file has the size that the manifest says, 0."""
+    save(tmp_path, 2)
+    last = save(tmp_path, 4)
+    (last / name).unlink()
+    (last / name).symlink_to("/proc/self/mem")
+    with pytest.raises(UserError, match=rf"^\S+: cannot be read \(errno 5, .*nothing was changed.*move it away$") as error:
+        checkpoints.newest(tmp_path)
+    assert not isinstance(error.value, DamagedCheckpoint) and str(last) in str(error.value)
+    (last / name).unlink()
+    (last / name).mkdir()
+    assert checkpoints.newest(tmp_path)[0] == checkpoints.verified(tmp_path / "checkpoint-2"), "control: that is damage"
+
+
+def test_a_directory_that_may_not_be_read_is_not_an_empty_one(tmp_path):
+    save(tmp_path, 2)
+    root = os.geteuid() == 0  # who may read everything
+    tmp_path.chmod(0)
+    try:
+        os.seteuid(65534) if root else None
+        with pytest.raises(UserError, match=f"^{tmp_path}: cannot be read \\(errno 13, Permission denied\\)"):
+            checkpoints.newest(tmp_path)
+    finally:
+        os.seteuid(0) if root else None
+        tmp_path.chmod(0o700)
 
 
 def test_a_file_of_another_step_and_a_renamed_directory_are_seen(tmp_path):

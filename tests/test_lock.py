@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from rlinvariant import cli
+from rlinvariant import cli, lock
 from rlinvariant.errors import UserError
 from rlinvariant.lock import locked
 
@@ -121,3 +121,25 @@ def test_a_second_run_is_refused_before_anything_starts(tmp_path, monkeypatch, c
     assert shown.err.startswith(f"error: run: process {first.pid} on {socket.gethostname()}, or") and shown.err.count("\n") == 1
     first.communicate("\n")
     assert list((tmp_path / "runs/x").iterdir()) == []
+
+
+@pytest.mark.parametrize("has_flock", [False], indirect=True)
+def test_one_process_takes_over_what_the_dead_have_left(tmp_path, has_flock, monkeypatch):
+    """The other comes between the first one's look at the dead holder and its own name in the file."""
+    process = holder(tmp_path)
+    process.kill()
+    process.communicate()
+    is_dead, others = lock._is_dead, []
+
+    def interrupted(holder: list[str]) -> bool:
+        dead = is_dead(holder)
+        if not others:
+            others.append(locked(tmp_path, "run"))
+            others[0].__enter__()
+        return dead
+
+    monkeypatch.setattr(lock, "_is_dead", interrupted)
+    with pytest.raises(UserError, match=f"^run: process {os.getpid()} on .* is at work in"), locked(tmp_path, "run"):
+        pass
+    others[0].__exit__(None, None, None)
+    assert list(tmp_path.iterdir()) == []

@@ -17,7 +17,7 @@ from typing import Any, Self
 
 from rlinvariant import reading
 from rlinvariant.errors import UserError
-from rlinvariant.files import sync_directory, write_atomically
+from rlinvariant.files import sync_directory, unwritable, write_atomically
 from rlinvariant.machine import environment
 from rlinvariant.text import shown
 
@@ -56,6 +56,7 @@ class RunDir:
 
         Raises:
             UserError: not resuming and the directory holds files; a line of what a run left is damaged; it cannot be written.
+            DiskError: the disk is full, or broken.
         """
         run = cls(path)
         try:
@@ -74,7 +75,7 @@ class RunDir:
                 os.replace(run.result, _kept(run.result))
             write_atomically(run.config, text)
         except OSError as error:
-            raise UserError(f"run: cannot write {run.path} ({error.strerror}); choose another run=NAME") from error
+            raise unwritable(run.path, error.strerror, "run", "choose another run=NAME", error.errno) from error
         return run
 
     @property

@@ -164,7 +164,7 @@ def write(certificate: Mapping[str, Any], also: Path | None = None) -> Path:
             target.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(target, json.dumps({"schema": SCHEMA, **certificate}, indent=2, default=str) + "\n")
     except OSError as error:
-        raise unwritable(error.filename, error.strerror, "certificate", ANOTHER_CACHE) from error
+        raise unwritable(error.filename, error.strerror, "certificate", ANOTHER_CACHE, error.errno) from error
     return path
 
 

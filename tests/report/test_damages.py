@@ -156,7 +156,7 @@ def test_a_resumed_run_repairs_its_logs_or_names_the_line_and_changes_nothing(fi
             RunDir.create(run.path, config, resume=True)
         except UserError as error:
             refused += 1
-            assert re.search(rf"{file}(:\d+)?: ", str(error)) or "cannot write" in str(error), f"{name}: {error}"
+            assert re.search(rf"{file}(:\d+)?: ", str(error)) or "cannot be written" in str(error), f"{name}: {error}"
             assert "\n" not in str(error)
             assert {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()} == before, name
         else:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlinvariant.errors import UserError
+from rlinvariant.errors import DISK_FULL, DiskError, UserError
 from rlinvariant.machine import environment
 from rlinvariant.report.rundir import RunDir, read_metrics
 
@@ -155,8 +155,16 @@ def test_logs_are_cut_back_to_what_a_checkpoint_builds_on(tmp_path, kept, steps)
 
 def test_a_path_that_cannot_be_made_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot write .*file/run \(Not a directory\); choose another run=NAME"):
+    with pytest.raises(UserError, match=r"^run: .*file/run cannot be written \(Not a directory\); choose another run=NAME"):
         RunDir.create(tmp_path / "file" / "run", {})
+
+
+def test_a_full_disk_is_no_misuse(tmp_path):
+    """What is written for config.json goes to a device that is always full."""
+    (tmp_path / "config.json.partial").symlink_to("/dev/full")
+    with pytest.raises(DiskError, match=r"^run: .* cannot be written \(No space left on device\)") as error:
+        RunDir.create(tmp_path, {})
+    assert error.value.exit_code == DISK_FULL
 
 
 def test_an_empty_directory_is_free(tmp_path):
