@@ -93,8 +93,6 @@ class Source:
         chosen = set(random.Random(f"eval {config.data.seed}").sample(sorted(pool), size))
         evaluation = [_row(q, a) for q, a in pool.items() if q in chosen]
         train = [_row(q, a) for q, a in problems.items() if q not in chosen]
-        for name, rows in (("train", train), ("eval", evaluation)):
-            _check_lengths(config, tokenizer, name, rows)
         return Dataset.from_list(train), Dataset.from_list(evaluation)
 
     def _problems(self, config: Config, split: str) -> dict[str, str]:
@@ -132,21 +130,3 @@ class Source:
 
 def _row(question: str, answer: str) -> dict[str, Any]:
     return {"prompt": [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}], "answer": answer}
-
-
-def _check_lengths(config: Config, tokenizer: Any, name: str, rows: list[dict[str, Any]]) -> None:
-    """Refuse a prompt that the sampler would refuse many steps later, and a template that takes no system line."""
-    from jinja2 import TemplateError
-
-    longest, answer = config.sampler.max_model_len, config.trainer.max_completion_length or 0
-    for index, row in enumerate(rows):
-        try:
-            text = tokenizer.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True)
-        except TemplateError as error:
-            raise UserError(f"model={config.model}: its chat template refuses a system line: {error}") from error
-        if longest is None or len(text.encode()) <= longest - answer:  # a token has a byte at least
-            continue
-        tokens = len(tokenizer(text, add_special_tokens=False)["input_ids"])
-        if tokens > longest - answer:
-            where, keys = f"{name} dataset, row {index}", "sampler.max_model_len and trainer.max_completion_length"
-            raise UserError(f"{where}: a prompt of {tokens} tokens, {keys} leave room for {longest - answer}; change one")

@@ -119,10 +119,13 @@ class Journal:
         self._subject = certificate.subject(trainer.accelerator.unwrap_model(trainer.model).config, self.config.dtype)
         resolved = self.config.resolved()
         self.directory.path.mkdir(parents=True, exist_ok=True)
-        mode, self._log_to_wandb, self._finish_wandb = wandb_log.start(self.config.wandb, self.directory.path, resolved)
+        wandb_id = wandb_log.id_of(self.directory.path)
+        started = wandb_log.start(self.config.wandb, self.directory.path, resolved, wandb_id)
+        mode, self._log_to_wandb, self._finish_wandb = started
         try:
             self._go_on(resolved)
             self._environment = {"vllm_environment": runtime.VLLM, "proof": trainer.proof, "wandb": mode}
+            self._environment["wandb_id"] = wandb_id
             self._environment["machine_file"] = os.environ.get(MACHINE)
             self.directory.write_environment(self._environment)
         except BaseException:

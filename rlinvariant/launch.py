@@ -79,18 +79,18 @@ def end_with_launcher() -> bool:
     launcher = os.environ.get(LAUNCHER) or (str(os.getppid()) if is_launched() else None)
     if launcher in (None, str(os.getpid())):
         return False
-    if not _ask_kernel():
+    if not end_with_parent(signal.SIGTERM):
         threading.Thread(target=_watch, args=(os.getpid(), os.getppid()), daemon=True).start()
     if str(os.getppid()) != launcher:
         raise Stopped(signal.SIGTERM)
     return True
 
 
-def _ask_kernel() -> bool:
-    """Ask Linux for SIGTERM when the parent ends; False where the system has nothing like it."""
+def end_with_parent(number: int) -> bool:
+    """Ask Linux for a signal when the thread that started this process ends; False where the system has nothing like it."""
     set_parent_death_signal = 1
     try:
-        return ctypes.CDLL(None).prctl(set_parent_death_signal, int(signal.SIGTERM), 0, 0, 0) == 0
+        return ctypes.CDLL(None).prctl(set_parent_death_signal, int(number), 0, 0, 0) == 0
     except AttributeError:
         return False
 
@@ -121,6 +121,13 @@ def on_main_process(work: Callable[[], T]) -> T:
     if isinstance(result, UserError):
         raise result
     return result
+
+
+def largest(number: int) -> int:
+    """Return the largest of the numbers that the processes of a run have. Every rank must call this."""
+    from accelerate.utils import gather_object
+
+    return max(gather_object([number]))
 
 
 def launch(argv: Sequence[str], machine: str | None = None) -> int:

@@ -11,7 +11,7 @@ from rlinvariant.config import Config
 from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.files import disk_errors
 from rlinvariant.journal import Journal, nothing_left
-from rlinvariant.launch import on_main_process, rank
+from rlinvariant.launch import largest, on_main_process, rank
 from rlinvariant.lock import locked
 from rlinvariant.model_source import local_model
 from rlinvariant.report.console import Console
@@ -58,7 +58,7 @@ def run(config: Config) -> None:
         planned.journal.start(trainer)
         with planned.journal.finishing():
             evaluate(planned, trainer, "before")
-            with after_a_step():
+            with after_a_step(largest):
                 done = train(planned, trainer)
             if done < config.steps:
                 raise UserError(f"steps={config.steps}: training ended after {done:,}: is a callback ending it? lower steps")

@@ -5,7 +5,8 @@
     SIGINT (ctrl-C)             the run ends at once
 
 A signal that is ignored when the run starts, as SIGHUP is under nohup, stays ignored. If a step does not end in time,
-`deadline` ends the run. With several processes, all end after the same step: `StepRecord` tells each what any has been asked.
+`deadline` ends the run. With several processes, all end after the same step: `StepRecord` tells each what any has been asked,
+and `after_a_step` does so after the last step.
 """
 
 import json
@@ -21,7 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
-from rlinvariant import deadline
+from rlinvariant import deadline, forks
 from rlinvariant.errors import Stopped
 
 ECHO_S = 3.0  # a launcher passes on what came to all processes of a job: within this time it is the same signal
@@ -50,33 +51,16 @@ class _State:
 _state = _State()
 
 
-_mask = threading.local()  # `before`: the signals that a thread had blocked when it began to fork
-
-
-def _before_fork() -> None:
-    """Hold signals back, of which a fork would lose one that comes before it is ready."""
-    _mask.before = None if _state.clock is None else signal.pthread_sigmask(signal.SIG_BLOCK, deadline.WITHIN_S)
-
-
-def _after_fork() -> None:
-    if _mask.before is not None:
-        signal.pthread_sigmask(signal.SIG_SETMASK, _mask.before)
-
-
 def _forked() -> None:
-    """Make a fork of the process that listens one that signals end as usual, and whose signals `deadline` does not count."""
+    """Make a fork of the process that listens one whose signals `deadline` does not count."""
     if _state.clock is None or _state.clock.stdin is None:
         return
     signal.set_wakeup_fd(-1)
     _state.clock.stdin.close()
     _state.clock = None
-    for number in deadline.WITHIN_S:
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-    _after_fork()
 
 
-os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_forked)
+os.register_at_fork(after_in_child=_forked)
 
 
 @contextmanager
@@ -137,10 +121,12 @@ def listening(run_dir: Path, echo_s: float, speaks: bool) -> Iterator[None]:
     os.set_blocking(clock.stdin.fileno(), False)
     before = signal.set_wakeup_fd(clock.stdin.fileno(), warn_on_full_buffer=False)
     _state.clock = clock
+    forks.keep_to_itself(deadline.WITHIN_S)
     try:
         with handled(handler):
             yield
     finally:
+        forks.keep_to_itself(())
         signal.set_wakeup_fd(before)
         clock.stdin.close()
         clock.kill()  # it would wait for whoever still has its pipe, as what a library has forked
@@ -149,19 +135,24 @@ def listening(run_dir: Path, echo_s: float, speaks: bool) -> Iterator[None]:
 
 
 @contextmanager
-def after_a_step() -> Iterator[None]:
+def after_a_step(agree: Callable[[int], int] = int) -> Iterator[None]:
     """Let the block, which takes steps, end by `obey` before it is asked to stop by an exception.
 
+    Args:
+        agree: takes what this process was asked for, as `asked` says, and returns the same number in all processes of the run:
+            a signal may have reached one of them only, after the last step.
+
     Raises:
-        Stopped: a signal came to this process, or to another of the run, and the block has ended because of it.
+        Stopped: a signal came to this process, or to another of the run; all of them are after the same step.
     """
-    _state.taking_steps = True
+    _state.taking_steps, agreed = True, 0
     try:
         yield
+        agreed = agree(_state.number)
     finally:
         _state.taking_steps = False
-    if _state.number:
-        raise Stopped(_state.number, after_step=True)
+    if agreed or _state.number:  # or it came since
+        raise Stopped(agreed or _state.number, after_step=agreed > 0)
 
 
 @contextmanager

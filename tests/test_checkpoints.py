@@ -72,7 +72,7 @@ def test_an_error_of_reading_is_no_damage(name, tmp_path):
     last = save(tmp_path, 4)
     (last / name).unlink()
     (last / name).symlink_to("/proc/self/mem")
-    with pytest.raises(UserError, match=rf"^\S+: cannot be read \(errno 5, .*nothing was changed.*move it away$") as error:
+    with pytest.raises(UserError, match=r"^\S+: cannot be read \(errno 5, .*nothing was changed.*move it away$") as error:
         checkpoints.newest(tmp_path)
     assert not isinstance(error.value, DamagedCheckpoint) and str(last) in str(error.value)
     (last / name).unlink()

@@ -28,10 +28,12 @@ pytestmark = [pytest.mark.slow, cpu_only("two processes of one run take a GPU ea
 class Run:
     """A run in a directory of its own, which nobody but a signal ends."""
 
-    def __init__(self, directory: Path, model: str, command: list[str], *arguments: str, ignored: int = 0) -> None:
+    def __init__(
+        self, directory: Path, model: str, command: list[str], *arguments: str, ignored: int = 0, steps: int = 100_000
+    ) -> None:
         recipe = f"recipe={ROOT / 'tests/trainer/tiny_recipe.py'}"
         given = [recipe, f"model={model}", "run=x", "wandb.mode=disabled", "trainer.per_device_train_batch_size=6", *arguments]
-        self.arguments = ["steps=100000", "trainer.num_generations=3", "trainer.lr_scheduler_type=constant", *given]
+        self.arguments = [f"steps={steps}", "trainer.num_generations=3", "trainer.lr_scheduler_type=constant", *given]
         self.run, self.directory = RunDir(directory / "runs/x"), directory
         leave_out = ("LOCAL_RANK", "RANK", "WORLD_SIZE")
         self.environment = {k: v for k, v in os.environ.items() if k not in leave_out and not k.startswith("ACCELERATE_")}
@@ -195,3 +197,11 @@ def test_an_error_of_one_process_ends_the_other_and_is_the_result(fault, code, o
     assert any(f"error: {line}" in err for line in error.split("|")) and [row["step"] for row in run.rows()] == [1]
     if not run.result["error"].startswith(DURING):  # the watchdog knows of no reward, and makes no report
         assert (run.run.path / "report.html").exists() and run.result["accuracy_before"] is not None
+
+
+def test_a_signal_to_one_of_two_processes_after_its_last_step_ends_both(start):
+    """The other would wait for it in the evaluation that follows."""
+    run = start([*TRAIN, "machine=cpu2"], "data.fault=rank 1 is stopped at the end", "trainer.save_steps=2", steps=2)
+    code, _, err = run.ends()
+    assert code == 143, err
+    stopped(run, "SIGTERM", err)

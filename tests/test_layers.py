@@ -12,13 +12,13 @@ ROOT = Path(__file__).parents[1]
 # A unit imports itself and units of rows above its own: sampler and trainer, on one row, never each other.
 ROWS = (
     {"text"},
-    {"deadline", "errors"},
-    {"arguments", "files", "install", "lock", "machine", "masking", "reading", "stopping"},
-    {"bits", "rollout", "runtime", "checkpoints", "peers"},
+    {"deadline", "errors", "forks"},
+    {"arguments", "files", "install", "machine", "masking", "reading", "stopping"},
+    {"bits", "rollout", "runtime", "checkpoints", "lock", "peers"},
     {"kernels"},
     {"ops"},
-    {"models", "metrics", "rewards", "conflicts", "support", "launch"},
-    {"cache"},
+    {"models", "metrics", "conflicts", "support", "launch"},
+    {"rewards", "cache"},
     {"model_source"},
     {"config"},
     {"sampler", "trainer"},

@@ -20,10 +20,10 @@ from rlinvariant import cli, deadline, stopping
 def say(text):
     print(text, flush=True)
 
-def take_steps(listens=True, step=input, echo_s=0.0):
+def take_steps(listens=True, step=input, echo_s=0.0, agree=int):
     control = SimpleNamespace(should_save=False, should_evaluate=True, should_training_stop=False)
     with stopping.listening(Path("runs/x"), echo_s, True) if listens else nullcontext():
-        with stopping.after_a_step():
+        with stopping.after_a_step(agree):
             while not control.should_training_stop:
                 say("step")
                 step()
@@ -112,6 +112,12 @@ def test_the_second_signal_ends_a_run_at_once(number):
     run.send(number, signal.Signals(number).name)
     run.send(signal.SIGTERM)
     assert run.ends() == (143, "", "stopped by SIGTERM\n")
+
+
+def test_a_signal_that_another_process_gets_after_its_last_step_ends_this_one_too():
+    body = "\n    with stopping.listening(Path('runs/x'), 0.0, True), stopping.after_a_step(AGREE): pass\n    say('went on')"
+    assert Run(body.replace("AGREE", "lambda number: max(number, 15)")).ends()[:2] == (143, "")
+    assert Run(body.replace("AGREE", "lambda number: number")).ends()[:2] == (0, "went on\n"), "control"
 
 
 def test_what_a_launcher_sends_on_is_no_second_signal():

@@ -157,8 +157,9 @@ def _to_wandb(study: Study, run: Run, online: bool) -> str:
     settings = SimpleNamespace(mode="online" if online else "offline", **{n: run.setting(f"wandb.{n}") for n in names})
     settings.project, settings.tags = settings.project or "rlinvariant", settings.tags or []
     settings.group = settings.group or (study.path.name if study.is_ablation else None)
-    live = _live_ids(run.path)
-    name = live[-1] if live else hashlib.sha256(str(run.path.resolve()).encode()).hexdigest()[:12]
+    live = wandb_log.live_ids(run.path)
+    recorded = wandb_log.recorded_id(run.path) or hashlib.sha256(str(run.path.resolve()).encode()).hexdigest()[:12]
+    name = live[-1] if live else recorded
     directory = run.path / "dashboard"
     directory.mkdir(exist_ok=True)
     if (directory / "wandb").is_dir():
@@ -178,12 +179,6 @@ def _to_wandb(study: Study, run: Run, online: bool) -> str:
         return f"online, {said}"
     (made,) = (directory / "wandb").glob("offline-run-*")
     return f"offline, {said}; send it with: wandb sync {shlex.quote(str(made))}"
-
-
-def _live_ids(path: Path) -> list[str]:
-    """Return the W&B ids under which a run logged itself, online or offline, oldest first: a resumed run has several."""
-    found = [file.name.removeprefix("offline-") for file in (path / "wandb").glob("*run-*-*") if file.is_dir()]
-    return list(dict.fromkeys(name.split("-", 2)[2] for name in sorted(found)))  # run-TIME-ID
 
 
 def _to_tensorboard(run: Run) -> Path:

@@ -2,11 +2,13 @@
 
 import importlib.util
 import os
+import secrets
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from rlinvariant import reading
 from rlinvariant.errors import UserError, one_line
 from rlinvariant.install import install_hint
 from rlinvariant.text import shown
@@ -22,7 +24,8 @@ def start(
     A run in a directory of its own arm, runs/ablation-NAME/ARM/seed-N, has ARM as job type, by which W&B groups.
 
     Args:
-        run_id: online, of a run at W&B, to which steps that it does not have are added; offline, to be sent under.
+        run_id: online, of a run at W&B, to which steps that it does not have are added, or of a new one; offline, to be sent
+            under.
 
     Returns:
         (mode, log(row, step) or None, finish()). Mode "auto" becomes online with a login, offline without, and disabled
@@ -65,6 +68,26 @@ def start(
             f"wandb.project={shown(settings.project, 40)}: W&B: {one_line(error, 120)}; wandb.mode=disabled"
         ) from error
     return mode, lambda row, step: run.log(dict(row), step=step), run.finish
+
+
+def recorded_id(run_dir: Path) -> str | None:
+    """Return the W&B id that a run's environment.json has, or None."""
+    try:
+        found = reading.read(run_dir / "environment.json").get("wandb_id")
+    except UserError:
+        return None
+    return found if isinstance(found, str) else None
+
+
+def id_of(run_dir: Path) -> str:
+    """Return the W&B id of a run: the one under which it has logged itself before, also before it was resumed, or a new one."""
+    return recorded_id(run_dir) or (live_ids(run_dir) or [secrets.token_hex(4)])[-1]
+
+
+def live_ids(run_dir: Path) -> list[str]:
+    """Return the W&B ids under which a run has logged itself, online or offline, oldest first, by W&B's own files."""
+    found = [file.name.removeprefix("offline-") for file in (run_dir / "wandb").glob("*run-*-*") if file.is_dir()]
+    return list(dict.fromkeys(name.split("-", 2)[2] for name in sorted(found)))  # run-TIME-ID
 
 
 def _silence() -> None:

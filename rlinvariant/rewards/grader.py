@@ -15,7 +15,8 @@ from typing import Any
 
 from rlinvariant.errors import UserError
 from rlinvariant.install import install_hint
-from rlinvariant.rewards.parent import end_with_parent, leave_signals
+from rlinvariant.launch import end_with_parent
+from rlinvariant.rewards.parent import leave_signals
 
 GRADING_CPU_S = 2  # of one answer: fifty times what an honest one takes
 GRADING_S = 60.0  # by the clock, for what takes no time of the CPU: so much more that a busy machine changes no grade
@@ -138,11 +139,12 @@ def _graders() -> "tuple[ThreadPoolExecutor, queue.SimpleQueue[_Grader]]":
 
 def main() -> None:
     """Answer, as a grader's process, each JSON line [right, found] by `equal` or `different`."""
-    end_with_parent()
-    leave_signals()
     import logging
     import resource
     import signal
+
+    end_with_parent(signal.SIGKILL)
+    leave_signals()
 
     from math_verify import LatexExtractionConfig, parse, verify
 

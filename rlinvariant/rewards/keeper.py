@@ -19,8 +19,10 @@ from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from rlinvariant import forks
+from rlinvariant.launch import end_with_parent
 from rlinvariant.rewards.grades import Attempt, Failure, Graded, attempt, cut, merged, raised, to_retry
-from rlinvariant.rewards.parent import end_with_parent, leave_signals
+from rlinvariant.rewards.parent import leave_signals
 
 FORK = multiprocessing.get_context("fork")
 Arguments = Mapping[str, Any]
@@ -77,7 +79,8 @@ class Worker:
     def _start(self) -> None:
         self.connection, theirs = multiprocessing.Pipe()
         self._process = FORK.Process(target=_work, args=(self._function, theirs, os.getpid()))
-        self._process.start()
+        with forks.inheriting():
+            self._process.start()
         theirs.close()
 
     def send(self, message: Any) -> None:
@@ -190,7 +193,7 @@ class Keeper:
 def _work(function: Callable[..., Any], keeper: Connection, parent: int) -> None:
     """Call the function on what the keeper sends, as a worker's process, until it is ended."""
     os.setpgid(0, 0)  # what the function starts is ended with it
-    end_with_parent()
+    end_with_parent(signal.SIGKILL)
     with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")  # where memory ends, the kernel is to end this process, and not the trainer
     while os.getppid() == parent:

@@ -30,6 +30,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch.optim.lr_scheduler import LambdaLR
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from rlinvariant import checkpoints
@@ -229,17 +231,16 @@ class CheckpointedTrainer(GRPOTrainer):
         if checkpoint is None:
             return
         self._restore_shared_state(state_file.read(Path(checkpoint) / SHARED_STATE))
-        self._restore_progress(state_file.read(self._rank_state(checkpoint))["progress"])
+        own = state_file.read(Path(checkpoint) / RANK_STATE.format(self.accelerator.process_index))
+        self._generators = own["generators"]
+        self._restore_progress(own["progress"])
 
     def _load_scaler(self, checkpoint):
         pass  # part of the shared state
 
     def _load_rng_state(self, checkpoint):
-        if checkpoint is not None:
-            _restore_generators(state_file.read(self._rank_state(checkpoint))["generators"])
-
-    def _rank_state(self, checkpoint: str) -> Path:
-        return Path(checkpoint) / RANK_STATE.format(self.accelerator.process_index)
+        if checkpoint is not None:  # `_load_optimizer_and_scheduler` has read them
+            _restore_generators(self._generators)
 
     def _restore_shared_state(self, state: dict[str, Any]) -> None:
         optimizer, scheduler = state["optimizer"], state["scheduler"]
@@ -278,11 +279,17 @@ class CheckpointedTrainer(GRPOTrainer):
             raise UserError(f"{self._resumed.path if self._resumed else 'checkpoint'}: of another model: {why}")
 
     def take_weights(self, checkpoint: Checkpoint) -> None:
-        """Load a checkpoint's weights, to look at what was trained; what else a run needs to go on is left alone."""
+        """Load the weights that a run with this last checkpoint ended with: the best ones, if `args` asks for them."""
         self._require_same_kind(checkpoint)
-        self._resumed = checkpoint
-        self._load_from_checkpoint(str(checkpoint.path))
+        self._resumed = on_main_process(lambda: self._last_or_best(checkpoint))
+        self._load_from_checkpoint(str(self._resumed.path))
         self.state.global_step = checkpoint.step
+
+    def _last_or_best(self, last: Checkpoint) -> Checkpoint:
+        if not self.args.load_best_model_at_end:
+            return last
+        best = TrainerState.load_from_json(str(last.path / TRAINER_STATE_NAME)).best_global_step
+        return last if best in (None, last.step) else checkpoints.verified(last.path.with_name(f"checkpoint-{best}"))
 
     def _load_best_model(self):
         self._wait_for_disk()

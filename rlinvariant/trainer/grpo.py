@@ -45,7 +45,7 @@ from rlinvariant.trainer.finite import FiniteTrainer
 from rlinvariant.trainer.grading import checked_rewards
 from rlinvariant.trainer.interface import OnRollout, OnRow, OnSamples, RewardFunction, Row, SamplerLike, TrainerArguments
 from rlinvariant.trainer.packing import pack
-from rlinvariant.trainer.preflight import Start, check_start, load_tokenizer
+from rlinvariant.trainer.preflight import Start, check_start, constructing, load_tokenizer
 from rlinvariant.trainer.record import Pair, StepRecord, sample_rows, trl_row
 from rlinvariant.trainer.refusals import settings_problems
 from rlinvariant.trainer.versions import PolicyVersions
@@ -131,7 +131,8 @@ class InvariantGRPOTrainer(FiniteTrainer):
                 warnings.warn(note, stacklevel=2)
         self._prepare_models(model, args, dtype, kwargs.get("processing_class"))
         rewards = checked_rewards(self, reward_funcs, limits)
-        super().__init__(model, rewards, self._trl_args(args), train_dataset, **others)
+        with constructing():
+            super().__init__(model, rewards, self._trl_args(args), train_dataset, **others)
         if self.accelerator.distributed_type not in PROCESSES:
             kind = self.accelerator.distributed_type.value
             raise ConfigErrors([f"distributed_type={kind}: expected one process or data parallel; choose configs/cpu.yaml"])

@@ -148,7 +148,7 @@ LAUNCHERS = {  # variables of the process that is launched, {} being its launche
     "torchrun": ({"LOCAL_RANK": "0"}, "", True),
     "accelerate": ({"ACCELERATE_MIXED_PRECISION": "no"}, "", True),
     "rlinvariant": ({launch.LAUNCHER: "{}"}, "", True),
-    "no prctl": ({"LOCAL_RANK": "0"}, "launch._ask_kernel = lambda: False", True),
+    "no prctl": ({"LOCAL_RANK": "0"}, "launch.end_with_parent = lambda number: False", True),
     "shell": ({}, "", False),
     "itself": ({"ACCELERATE_MIXED_PRECISION": "no"}, "import os; os.environ[launch.LAUNCHER] = str(os.getpid())", False),
 }

@@ -18,7 +18,7 @@ import pytest
 from rlinvariant.errors import UserError
 from rlinvariant.report import dashboard, wandb_log
 from rlinvariant.report.panels import ALGORITHM, CORRECTION, PANELS
-from rlinvariant.report.rundir import read_metrics
+from rlinvariant.report.rundir import RunDir, read_metrics
 from tests.report.runs import write_ablation, write_run
 
 
@@ -203,6 +203,17 @@ def test_a_replay_has_the_id_under_which_the_run_logged_itself_and_leaves_that_l
     (replayed,) = (run.path / "dashboard" / "wandb").glob("offline-run-*")
     assert [file.name for at in (live, replayed) for file in at.glob("*.wandb")] == [f"run-{name}.wandb"] * 2
     assert [row["_step"] for row in history(replayed)] == [1, 2, 3] == [row["_step"] for row in history(live)]
+
+
+def test_a_resumed_run_has_the_id_that_it_had(tmp_path):
+    """Recorded by the run, or known by W&B's files, as of a run that an earlier version began; else a new one."""
+    run = RunDir.create(tmp_path, {})
+    assert wandb_log.id_of(run.path) != wandb_log.id_of(run.path), "nothing is known"
+    (run.path / "wandb/offline-run-20260101_000000-first").mkdir(parents=True)
+    (run.path / "wandb/run-20260102_000000-second").mkdir()
+    assert wandb_log.id_of(run.path) == "second"
+    run.write_environment({"wandb_id": "recorded"})
+    assert wandb_log.id_of(run.path) == "recorded", "`wandb sync --clean` removes W&B's files"
 
 
 def test_symbols_in_a_name_do_not_stop_the_views(tmp_path):

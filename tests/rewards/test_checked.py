@@ -3,6 +3,10 @@
 import asyncio
 import functools
 import math
+import multiprocessing
+import os
+import signal
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -183,6 +187,22 @@ def test_a_cage_grades_as_the_trainer_does_and_in_order() -> None:
     rewards = checked_reward(logs, RewardLimits(reward_cage=2))(**arguments)
     assert rewards == [49.0, 50.0, 120.0]
     assert logged == [("count", 1), ("count", 2), ("text", ["1", "2", "x"])]
+
+
+def test_what_a_caged_function_forks_is_ended_by_its_signal() -> None:
+    """The cage's own processes leave signals to the trainer."""
+
+    def forks(completions: list[str], **_: Any) -> list[float]:
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
+        child.start()
+        child.terminate()
+        child.join(20)
+        code = child.exitcode
+        child.kill()
+        os.kill(os.getpid(), signal.SIGTERM)
+        return [float(code or 0)] * len(completions)
+
+    assert checked_reward(forks, RewardLimits(120, 1, "stop"))(completions=["a"], prompts=["b"]) == [-signal.SIGTERM]
 
 
 def test_a_cage_imports_nothing_to_read_the_state() -> None:

@@ -1,5 +1,7 @@
 """What a TRL script may hand to InvariantGRPOTrainer by mistake: all of it in one message, before an engine starts."""
 
+import re
+
 import pytest
 import torch
 from datasets import Dataset
@@ -43,6 +45,21 @@ def test_all_conflicts_come_at_once(refused):
 def test_peft_is_refused_in_exact_mode(refused):
     (line,) = refused(peft_config=object())
     assert line.startswith("peft_config: expected None with invariance=exact")
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ({"report_to": "nobody"}, "report_to=.*nobody.*: the callback cannot be made: ValueError: nobody is not supported"),
+        ({"log_level": "loud"}, "log_level=loud: expected one of detail, debug, info"),
+        ({"eval_strategy": "steps", "eval_steps": 1}, "eval_strategy=steps: expected no, as there is no evaluation data set"),
+        ({"sync_ref_model": True}, "TRL cannot make the trainer: You passed `sync_ref_model=True` while `beta=0.0`"),
+    ],
+)
+def test_what_a_constructor_refuses_is_one_line(setting, words, refused):
+    """The last is one that nothing looks for: TRL's own constructor finds it."""
+    (line,) = refused(**setting)
+    assert re.match(words, line)
 
 
 @pytest.mark.parametrize(

@@ -204,6 +204,27 @@ def test_a_best_model_is_kept_and_named_by_where_it_will_be(new, tmp_path):
     assert checkpoints.verified(Path(best)).step == run.trainer.state.best_global_step
 
 
+@pytest.mark.parametrize("best", [True, False])
+def test_a_finished_run_is_looked_at_with_the_weights_that_it_ended_with(best, new, tmp_path):
+    """Rewards fall from step to step, so that the first checkpoint is the best; without `load_best...` the last one counts."""
+
+    def falling(completions: list[str], trainer_state: Any, **_: Any) -> list[float]:
+        return [len(set(text)) / 10 - 10 * trainer_state.global_step for text in completions]
+
+    settings = SCHEDULES["evaluation between"] | {"eval_steps": 1, "max_steps": 3, "reward_funcs": falling}
+    settings |= {"load_best_model_at_end": best, "metric_for_best_model": "reward", "greater_is_better": True}
+    run, again = (new("run", **settings) for _ in range(2))
+    run.trainer.train()
+    last = checkpoints.verified(tmp_path / "run/checkpoint-3")
+    again.trainer.take_weights(last)
+    assert run.trainer.state.best_global_step == 1 and again.trainer.state.global_step == 3
+    assert_same_weights(weights(again), weights(run), "resumed")
+    (tmp_path / "run/checkpoint-1/model.safetensors").unlink()
+    if best:
+        with pytest.raises(DamagedCheckpoint, match="checkpoint-1: model.safetensors is missing"):
+            again.trainer.take_weights(last)
+
+
 # ---- the files
 
 

@@ -28,7 +28,9 @@ DEFAULTS = arithmetic.DEFAULTS | {
 
 @chz.chz
 class Data(arithmetic.Data):
-    fault: str = chz.field(default="", doc="no prompt, reward raises, ctrl-C, rank 1 raises, rank 1 is killed, or none.")
+    fault: str = chz.field(
+        default="", doc="no prompt, reward raises, ctrl-C, rank 1 raises, rank 1 is killed, rank 1 is stopped at the end."
+    )
     api_key: str = chz.field(default="", doc="A secret, which nothing here uses.")
     source: str = chz.field(default="", doc="An address with a password in it, which nothing here uses.")
 
@@ -40,6 +42,8 @@ def datasets(config: Config, tokenizer: Any) -> Any:
     record_requests()
     train, evaluation = arithmetic.datasets(config, tokenizer)
     prompts = list(train["prompt"])
+    if config.data.fault == "rank 1 is stopped at the end" and os.environ.get("RANK") == "1":
+        stop_after_training()
     if config.data.fault == "no prompt":
         prompts[3] = ""
     return train.remove_columns("prompt").add_column("prompt", prompts), evaluation
@@ -74,6 +78,20 @@ def reward_funcs(config: Config) -> list[Any]:
 
     faults = {"reward raises": raises, "ctrl-C": stops, "rank 1 raises": ends_rank_1, "rank 1 is killed": ends_rank_1}
     return [faults.get(config.data.fault, variety)]
+
+
+def stop_after_training() -> None:
+    """Send this process SIGTERM when it has trained, before it does anything else."""
+    from rlinvariant.trainer.checkpointed import CheckpointedTrainer
+
+    train = CheckpointedTrainer.train
+
+    def then_stop(self, *args, **kwargs):
+        result = train(self, *args, **kwargs)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    CheckpointedTrainer.train = then_stop
 
 
 def record_requests() -> None:

@@ -5,13 +5,13 @@ from typing import Any
 
 from rlinvariant.errors import ConfigErrors
 from rlinvariant.trainer.preflight.disk import disk_problems
-from rlinvariant.trainer.preflight.parts import hub_problems, part_problems, weight_problems
+from rlinvariant.trainer.preflight.parts import constructing, hub_problems, part_problems, weight_problems
 from rlinvariant.trainer.preflight.prompts import Prompts
 from rlinvariant.trainer.preflight.rows import dataset_problems, row_problems
 from rlinvariant.trainer.preflight.signatures import needed_columns, signature_problems
 from rlinvariant.trainer.preflight.tokens import generation_problems, load_tokenizer, token_problems
 
-__all__ = ["Start", "check_start", "load_tokenizer"]
+__all__ = ["Start", "check_start", "constructing", "load_tokenizer"]
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,8 @@ def check_start(start: Start) -> list[str]:
     problems = part_problems(args, prefix) + weight_problems(args, start.rewards, prefix) + hub_problems(args, prefix)
     problems += token_problems(start.tokenizer, start.vocabulary, start.name)
     problems += generation_problems(start.name, start.config) + disk_problems(args, start.config, start.models, prefix)
+    if start.evaluation is None and (strategy := getattr(args.eval_strategy, "value", args.eval_strategy)) != "no":
+        problems.append(f"{prefix}eval_strategy={strategy}: expected no, as there is no evaluation data set; or give one")
     of_a_rollout = args.generation_batch_size // (args.num_generations or 1)
     notes: list[str] = []
     for name, dataset, least in (("train", start.train, of_a_rollout), ("eval", start.evaluation, 1)):

@@ -1,13 +1,16 @@
-"""Construct once, for a matrix of 8 x 8, what a run constructs later: optimizer, scheduler, data loader; and try the hub."""
+"""Construct once, for a matrix of 8 x 8, what a run constructs later: optimizer, scheduler, reports, ...; and try the hub."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from transformers import Trainer
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+from transformers.training_args import trainer_log_levels
 
-from rlinvariant.errors import one_line
+from rlinvariant.errors import UserError, one_line
 from rlinvariant.text import shown
 
 SCHEDULED_STEPS = 1000  # most steps for which the learning rate is looked at
@@ -23,7 +26,7 @@ class _Parts(Trainer):
 
 
 def part_problems(args: Any, prefix: str = "") -> list[str]:
-    """List the settings by which optimizer, scheduler or data loader cannot be made, or would not work.
+    """List the settings by which optimizer, scheduler, data loader, reports or logging cannot be made, or would not work.
 
     Args:
         args: TRL's configuration.
@@ -38,7 +41,26 @@ def part_problems(args: Any, prefix: str = "") -> list[str]:
             settings = "lr_scheduler_type lr_scheduler_kwargs warmup_steps"
             found = _attempt(args, prefix, "scheduler", settings, lambda: _schedule(parts))
         settings = "dataloader_num_workers dataloader_prefetch_factor dataloader_persistent_workers"
-        return found + _attempt(args, prefix, "data loader", settings, lambda: _loader(args))
+        found += _attempt(args, prefix, "data loader", settings, lambda: _loader(args))
+    found += _attempt(args, prefix, "callback", "report_to", lambda: _reports(args))
+    levels = {name: getattr(args, name) for name in ("log_level", "log_level_replica")}
+    expected = f"expected one of {', '.join(trainer_log_levels)}"
+    return found + [
+        f"{prefix}{name}={shown(level)}: {expected}" for name, level in levels.items() if level not in trainer_log_levels
+    ]
+
+
+@contextmanager
+def constructing() -> Iterator[None]:
+    """Turn a setting that TRL's or transformers' constructor refuses, and nothing above has found, into one line.
+
+    Raises:
+        UserError: as it says.
+    """
+    try:
+        yield
+    except (ValueError, ImportError, NotImplementedError) as error:
+        raise UserError(f"TRL cannot make the trainer: {one_line(error)}; change that setting") from error
 
 
 def _attempt(args: Any, prefix: str, part: str, settings: str, make: Callable[[], str | None]) -> list[str]:
@@ -84,6 +106,11 @@ def _loader(args: Any) -> None:
         persistent_workers=args.dataloader_persistent_workers,
         multiprocessing_context=getattr(args, "dataloader_multiprocessing_context", None) or None,
     )
+
+
+def _reports(args: Any) -> None:
+    for callback in get_reporting_integration_callbacks(args.report_to):
+        callback()
 
 
 def _plain(value: Any) -> Any:
