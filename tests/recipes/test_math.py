@@ -105,7 +105,6 @@ FROM = "data.path=rows.jsonl"
         ("math", changed("math", 1, answer=" ", solution="?"), (), f"{FROM}, row 1: empty answer"),
         ("dapo_math", changed("dapo_math", 5, solution="", reward_model=None), (), f"{FROM}, row 5: empty answer"),
         ("math", ROWS["math"](3), (), "data.eval_size=4: expected at most 2, of 3 different problems; lower it"),
-        ("gsm8k", ROWS["gsm8k"](6), ("sampler.max_model_len=530",), "train dataset, row 0: a prompt of 1"),
     ],
 )
 def test_wrong_rows_are_refused_in_one_line(recipe, rows, argv, message, tokenizer) -> None:
