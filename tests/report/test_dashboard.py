@@ -213,7 +213,7 @@ def test_a_resumed_run_has_the_id_that_it_had(tmp_path):
     (run.path / "wandb/run-20260102_000000-second").mkdir()
     assert wandb_log.id_of(run.path) == "second"
     run.write_environment({"wandb_id": "recorded"})
-    assert wandb_log.id_of(run.path) == "recorded", "`wandb sync --clean` removes W&B's files"
+    assert wandb_log.id_of(run.path) == "recorded", "`wandb clean` removes W&B's files"
 
 
 def test_symbols_in_a_name_do_not_stop_the_views(tmp_path):
