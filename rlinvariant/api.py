@@ -99,8 +99,8 @@ def grpo_trainer(
         sampler_model: what vLLM loads; by default the model's own directory or id.
         sampler_options: max_model_len (tokens), kv_cache_gib (GiB), and options: keyword arguments of `vllm.LLM`.
         options: further arguments of `trl.GRPOTrainer` (eval_dataset, processing_class, callbacks, ...) and of
-            `InvariantGRPOTrainer` (staleness, reward_timeout, reward_cage, reward_errors, on_row, on_samples, on_rollout,
-            samples_every). Without on_row, each step prints its line.
+            `InvariantGRPOTrainer` (staleness, reward_timeout, reward_cage, reward_errors, on_row, on_samples, on_rollout).
+            Without on_row, each step prints its line.
 
     Returns:
         The trainer, ready for `train`; `proof` says what was compared, or which certificate was found.

@@ -11,6 +11,7 @@ from rlinvariant import checkpoints, peers, runtime, stopping
 from rlinvariant.config import Config
 from rlinvariant.errors import Stopped, one_line, outcome
 from rlinvariant.launch import MACHINE, rank
+from rlinvariant.report import completions
 from rlinvariant.report.console import Console
 from rlinvariant.report.rundir import RunDir, read_metrics
 from rlinvariant.resumption import Resumption, settings
@@ -20,6 +21,9 @@ from rlinvariant.rollout import Rollout
 if TYPE_CHECKING:
     from rlinvariant.metrics import FirstMismatch
     from rlinvariant.trainer.grpo import InvariantGRPOTrainer
+
+
+SHOWN_EVERY = 10  # steps after which completions are shown on the console again
 
 
 class Journal:
@@ -52,6 +56,8 @@ class Journal:
         self._data, self._resumption = data, resumption
         if resumption.checkpoint is not None:
             self.accuracy |= resumption.checkpoint.about["held_out"]
+        self._latest: list[dict[str, Any]] = []  # completions of the step that has no row yet
+        self._show_from = 1  # the step from which completions are shown on the console again
         self._began = time.monotonic()
         self._log_to_wandb: Any = None
         self._finish_wandb: Any = None
@@ -67,12 +73,18 @@ class Journal:
         if not self._kernels:  # only now are they known: a step has run through all of them
             self._write_environment()
             self.console.print("kernels: " + ", ".join(f"{name}: {value}" for name, value in self._kernels.items()))
+        rows, self._latest = self._latest, []
+        if rows and row["step"] >= self._show_from:
+            self._show_from = row["step"] // SHOWN_EVERY * SHOWN_EVERY + SHOWN_EVERY
+            self.console.samples(completions.telling(rows))
         if self._log_to_wandb is not None:
             self._log_to_wandb(row, row["step"])
 
     def on_samples(self, rows: list[dict[str, Any]]) -> None:
-        self.directory.append_samples(rows)
-        self.console.samples(rows)
+        """Keep what a step has drawn; `on_row`, which follows, shows some of it."""
+        self._latest = rows
+        if self.config.completions_gib != 0:
+            completions.write(self.directory.path, rows, self.config.completions_gib)
 
     def on_rollout(self, step: int, rollout: Rollout) -> None:
         """Record a rollout for `rlinvariant replay`, with all that decides its bits: a resumed run may have other settings."""
@@ -144,6 +156,7 @@ class Journal:
         checkpoint = self._resumption.checkpoint
         RunDir.create(self.directory.path, resolved, True, {} if checkpoint is None else checkpoint.about["logs"])
         rollouts.forget(self.directory.path, self._resumption.step)
+        completions.forget(self.directory.path, self._resumption.step)
         checkpoints.set_aside(self.directory.checkpoints, self._resumption.step)
         if checkpoint is not None and (changed := differences(checkpoint.about["subject"], self._subject)):
             self.console.print(

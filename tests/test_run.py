@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from rlinvariant.metrics import KEYS
-from rlinvariant.report import rollouts
+from rlinvariant.report import completions, rollouts
 from rlinvariant.report.rundir import read_metrics
 from tests.parity.device import CUDA, cpu_only
 from tests.trainer.many_runs import CANARY
@@ -151,8 +151,7 @@ def test_a_run_leaves_its_files(jobs):
         assert environment["wandb"] == "offline" and list((run / "wandb").glob("offline-run-*"))
     else:
         assert environment["wandb"] == "disabled"
-    samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
-    assert samples and {"step", "prompt", "completion", "reward"} <= samples[0].keys()
+    assert [len(rows) for _, rows in completions.Completions(run)] == [16, 16] and not list(run.glob("samples*"))
     assert (run / "checkpoints/checkpoint-2/model.safetensors").exists()
     result = json.loads((run / "result.json").read_text())
     assert result["finished"] is True and result["seconds"] > 0

@@ -87,6 +87,7 @@ def _check_numbers(config: Config) -> list[str]:
         (0 <= config.seed < 2**32, "seed", "0 to 4294967295"),
         (config.staleness >= 0, "staleness", "0 or more optimizer steps"),
         (config.save_minutes is None or config.save_minutes >= 0, "save_minutes", "0 or more minutes, or None"),
+        (config.completions_gib is None or config.completions_gib >= 0, "completions_gib", "0 or more GiB, or None"),
     )
 
 

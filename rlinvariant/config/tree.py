@@ -98,6 +98,10 @@ class Config:
     save_minutes: float | None = chz.field(
         default=30.0, doc="Longest time between two checkpoints, minutes, beside trainer.save_steps; None: no such limit."
     )
+    completions_gib: float | None = chz.field(
+        default=1.0,
+        doc="Most that RUN/completions may take, GiB: beyond it older steps are thinned out; None: no limit; 0: keep none.",
+    )
     dtype: Literal["bfloat16", "float32"] = chz.field(
         default="bfloat16", doc="Type that both sides compute in; master weights are float32."
     )

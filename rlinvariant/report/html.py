@@ -4,24 +4,19 @@ import base64
 import hashlib
 import json
 import math
-import os
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from rlinvariant import reading
 from rlinvariant.files import require_writable, write_atomically
-from rlinvariant.report import stats, svg, tables
+from rlinvariant.report import html_samples, stats, svg, tables
 from rlinvariant.report.panels import PANELS, Panel
 from rlinvariant.report.study import Run, Study, load
 from rlinvariant.text import escaped, percent, plural
 
 HERE = Path(__file__).parent
 SHORT_RUN_STEPS = 200  # up to so many, every single step can be seen
-SAMPLE_CHARACTERS = 2000  # shown of a prompt or a completion
 FILE = "report.html"
 
 
@@ -57,7 +52,7 @@ def page(study: Study) -> str:
         _notes(study.notes),
         _summary(study),
         *_curves(study),
-        _samples(study),
+        html_samples.section(study),
         _reproduce(study),
         _method(study),
         f"<script>{script}</script></body></html>",
@@ -191,66 +186,6 @@ def _legend(study: Study) -> str:
     if window > 1:
         said += " Thin lines: single steps, of each pixel column the least and the greatest."
     return (f'<ul class="legend">{"".join(lines)}</ul>' if study.is_ablation else "") + f'<p class="small">{said}</p>'
-
-
-def _samples(study: Study) -> str:
-    """Return the samples of a run's first and last step, or of an ablation the last one of each arm's first seed."""
-    found = []
-    for arm in study.arms:
-        for run in arm.runs[:1]:
-            file = run.path / "samples.jsonl"
-            try:
-                rows, skipped = _some_samples(file)
-            except OSError as error:
-                rows, skipped = [], 0
-                found.append(f'<p class="small">{_text(f"{file}: cannot be read ({error.strerror}).")}</p>')
-            for row in rows[-1:] if study.is_ablation else rows:
-                found.append(_sample(row, f"{arm.name}, seed {run.seed}" if study.is_ablation else ""))
-            if skipped:
-                said = f"{plural(skipped, 'line')} of those looked at in {arm.name}: not JSON, left out."
-                found.append(f'<p class="small">{_text(said)}</p>')
-    return "<h2>Samples</h2>" + "".join(found) if found else ""
-
-
-def _some_samples(file: Path, count: int = 3) -> tuple[list[dict[str, Any]], int]:
-    """Return the first and the last `count` whole lines, and how many of them are not JSON objects."""
-    if not os.path.lexists(file):
-        return [], 0
-    first: list[bytes] = []
-    last: deque[bytes] = deque(maxlen=count)
-    with file.open("rb") as lines:
-        for line in lines:
-            if line.endswith(b"\n"):
-                (first if len(first) < count else last).append(line)
-    rows, skipped = [], 0
-    for line in [*first, *last]:
-        try:
-            row = reading.parse(line)
-            row["step"]
-            rows.append(row)
-        except (ValueError, TypeError, KeyError):
-            skipped += 1
-    return rows, skipped
-
-
-def _sample(row: Mapping[str, Any], where: str) -> str:
-    reward = row.get("reward")
-    shown = f"{reward:.3f}" if isinstance(reward, int | float) else str(reward)
-    place = ", ".join(x for x in (where, f"step {row['step']}", f"reward {shown}") if x)
-    return (
-        f'<dl class="sample"><dt>sampled</dt><dd>{_text(place)}</dd>'
-        f"<dt>prompt</dt><dd>{_cut(row.get('prompt'))}</dd><dt>completion</dt><dd>{_cut(row.get('completion'))}</dd></dl>"
-    )
-
-
-def _cut(value: Any) -> str:
-    """Return a text as it is, but for what cannot be seen or could be obeyed; a long one is cut, and the page says so."""
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    note = ""
-    if len(text) > SAMPLE_CHARACTERS:
-        note = f'<span class="small">cut: the first {SAMPLE_CHARACTERS:,} of {len(text):,} characters</span>'
-        text = text[:SAMPLE_CHARACTERS]
-    return f"<pre>{escaped(text, keep=chr(10))}</pre>{note}"
 
 
 def _reproduce(study: Study) -> str:

@@ -1,6 +1,7 @@
-"""The run directory: runs/NAME/ with config.json, environment.json, metrics.jsonl, samples.jsonl; result.json at the end.
+"""The run directory: runs/NAME/ with config.json, environment.json, metrics.jsonl; result.json at the end.
 
-`checkpoints/` is written by the trainer, `rollouts/` by `report.rollouts`.
+`checkpoints/` is written by the trainer, `rollouts/` by `report.rollouts`, `completions/` by `report.completions`. A run of an
+earlier version has samples.jsonl.
 
 Only the main process writes. A .json file is replaced whole; a .jsonl file grows by whole lines, each flushed to the
 disk, so a killed run leaves every row it appended. JSON has no NaN and no infinities: they are written as the strings
@@ -38,6 +39,8 @@ class RunDir:
         self.result = self.path / "result.json"
         self.checkpoints = self.path / "checkpoints"
         self.rollouts = self.path / "rollouts"
+        self.completions = self.path / "completions"
+        self.completions_dropped = self.path / "completions-dropped.json"
 
     @classmethod
     def create(
@@ -64,15 +67,17 @@ class RunDir:
                 raise UserError(f"run: {run.path} already holds a run; choose another run=NAME, or set resume=true")
             run.path.mkdir(parents=True, exist_ok=True)
             for lines, keys in ((run.metrics, ["step"]), (run.samples, [])):
+                if lines == run.samples and not os.path.lexists(lines):
+                    continue
                 size = None if logs is None else logs.get(lines.name, 0)
                 if size == 0 and lines.is_file() and lines.stat().st_size:
-                    os.replace(lines, _kept(lines))
+                    os.replace(lines, kept(lines))
                 repair(lines, *keys, size=size)
             text = _json_text(config)
             if run.config.exists() and run.config.read_bytes() != text.encode():
-                write_atomically(_kept(run.config), run.config.read_bytes())
+                write_atomically(kept(run.config), run.config.read_bytes())
             if run.result.exists():
-                os.replace(run.result, _kept(run.result))
+                os.replace(run.result, kept(run.result))
             write_atomically(run.config, text)
         except OSError as error:
             raise unwritable(run.path, error.strerror, "run", "choose another run=NAME", error.errno) from error
@@ -118,10 +123,6 @@ class RunDir:
         if type(row.get("step")) is not int:
             raise ValueError(f'a metrics row needs an integer "step", got {row.get("step")!r}')
         _append_lines(self.metrics, [row])
-
-    def append_samples(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Append decoded samples, one line each: step, prompt, completion, reward, rewards by name."""
-        _append_lines(self.samples, rows)
 
 
 def read_metrics(path: str | Path, size: int | None = None) -> list[dict[str, Any]]:
@@ -204,7 +205,7 @@ def _append_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         os.fsync(file.fileno())
 
 
-def _kept(path: Path) -> Path:
+def kept(path: Path) -> Path:
     """Return the name under which what a file holds now is kept: config.1.json for the first config.json, and so on."""
     return path.with_name(f"{path.stem}.{sum(1 for _ in path.parent.glob(f'{path.stem}.*{path.suffix}')) + 1}{path.suffix}")
 

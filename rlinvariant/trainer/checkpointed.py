@@ -51,7 +51,6 @@ class CheckpointedTrainer(GRPOTrainer):
     state: Any
     model: Any
     optimizer: Any
-    _logs: Any
     accelerator: Any
     lr_scheduler: Any
     args: Any
@@ -209,9 +208,7 @@ class CheckpointedTrainer(GRPOTrainer):
     def _progress(self) -> dict[str, Any]:
         """Return what this rank needs to take its next step as if it had not stopped."""
         done = self._step % (self.args.steps_per_generation * self.num_iterations) == 0
-        logs: dict[str, Any] = {key: list(self._logs[key]) for key in ("prompt", "completion", "advantages")}
-        logs["rewards"] = {name: list(values) for name, values in self._logs["rewards"].items()}
-        return {"micro_steps": self._step, "rollout": None if done else self._buffered_inputs, "logs": logs}
+        return {"micro_steps": self._step, "rollout": None if done else self._buffered_inputs}
 
     # ---- resuming
 
@@ -260,13 +257,9 @@ class CheckpointedTrainer(GRPOTrainer):
             self.accelerator.scaler.load_state_dict(state["scaler"])
 
     def _restore_progress(self, progress: dict[str, Any]) -> None:
-        self._step, logs, rollout = progress["micro_steps"], progress["logs"], progress["rollout"]
+        self._step, rollout = progress["micro_steps"], progress["rollout"]
         if rollout is not None:
             self._buffered_inputs = [{key: _to(self.args.device, value) for key, value in batch.items()} for batch in rollout]
-        for key in ("prompt", "completion", "advantages"):
-            self._logs[key].extend(logs[key])
-        for name, values in logs["rewards"].items():
-            self._logs["rewards"][name].extend(values)
 
     def _issue_warnings_after_load(self, load_result):
         """Stop where the checkpoint has not the model's weights, each of which is saved once, by one of its names."""

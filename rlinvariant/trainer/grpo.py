@@ -15,9 +15,9 @@ Seven call TRL's, and do something before or after it:
     _save_checkpoint                       is timed, and notes which weights the disk holds
     log                                    adds our metrics to TRL's, hands the row on, and starts the next record
 
-Rewards, advantages, losses and optimisation stay TRL's; checkpoints and resuming are `checkpointed.CheckpointedTrainer`'s, and
-`finite.FiniteTrainer` stops at NaN and infinity. What a step has seen is in `record.StepRecord`, which weights are where in
-`versions.PolicyVersions`.
+Rewards, advantages, losses and optimisation stay TRL's. Checkpoints and resuming are `checkpointed.CheckpointedTrainer`'s,
+`finite.FiniteTrainer` stops at NaN and infinity, `collecting.CollectingTrainer` keeps the completions. What a step has seen is
+in `record.StepRecord`, which weights are where in `versions.PolicyVersions`.
 """
 
 import copy
@@ -41,19 +41,19 @@ from rlinvariant.errors import ConfigErrors, ParityError
 from rlinvariant.models import make_invariant, make_trainable, require_exact
 from rlinvariant.rewards import RewardLimits
 from rlinvariant.rollout import Batch, Rollout, request_seed
-from rlinvariant.trainer.finite import FiniteTrainer
+from rlinvariant.trainer.collecting import CollectingTrainer
 from rlinvariant.trainer.grading import checked_rewards
 from rlinvariant.trainer.interface import OnRollout, OnRow, OnSamples, RewardFunction, Row, SamplerLike, TrainerArguments
 from rlinvariant.trainer.packing import pack
 from rlinvariant.trainer.preflight import Start, check_start, constructing, load_tokenizer
-from rlinvariant.trainer.record import Pair, StepRecord, sample_rows, trl_row
+from rlinvariant.trainer.record import Pair, StepRecord, trl_row
 from rlinvariant.trainer.refusals import settings_problems
 from rlinvariant.trainer.versions import PolicyVersions
 
 PROCESSES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
-class InvariantGRPOTrainer(FiniteTrainer):
+class InvariantGRPOTrainer(CollectingTrainer):
     """Trains as `trl.GRPOTrainer` does, samples from an attached engine, and proves, at every step, what it trains on.
 
     Args:
@@ -67,7 +67,8 @@ class InvariantGRPOTrainer(FiniteTrainer):
             log-probs of two versions differ, as they should: they are counted, and required to be equal only at lag 0.
         reward_timeout, reward_cage, reward_errors: how reward functions are called; `rlinvariant.rewards.RewardLimits` says it.
         on_row: called on the main process with the metrics of every optimizer step, and the first mismatch or None.
-        on_samples: called on the main process, every `samples_every` steps, with a few rows (prompt, completion, reward).
+        on_samples: called on the main process, before `on_row`, with a row for each completion that the step drew;
+            `trainer.samples` says what is in it. A step that uses an earlier rollout again draws none.
         on_rollout: called on the main process with the step and what it has drawn, where the weights that it was drawn with
             are on the disk: the first step of `train`, and each step after a checkpoint. Before the optimizer step.
         checked: whether settings and datasets were checked already, as `rlinvariant.grpo_trainer` does before it loads weights.
@@ -110,14 +111,12 @@ class InvariantGRPOTrainer(FiniteTrainer):
         on_row: OnRow | None = None,
         on_samples: OnSamples | None = None,
         on_rollout: OnRollout | None = None,
-        samples_every: int = 10,
         checked: bool = False,
         **kwargs: Unpack[TrainerArguments],
     ) -> None:
         self.invariance, self.staleness = invariance, staleness
         self._sampler_is_invariant, self._trainer_is_invariant = SIDES[invariance]
-        self._on_row, self._on_samples, self._samples_every = on_row, on_samples, samples_every
-        self._on_rollout = on_rollout
+        self._on_row, self._on_samples, self._on_rollout = on_row, on_samples, on_rollout
         others: Any = kwargs
         limits = RewardLimits.taken(others)
         if not checked:
@@ -159,7 +158,7 @@ class InvariantGRPOTrainer(FiniteTrainer):
             require_exact(make_invariant(copy.deepcopy(model).to(args.device), dtype))  # what the sampler will run
 
     def train(self, *args, **kwargs):
-        """Train as `FiniteTrainer` does; the first rollout syncs the weights, whatever the sampler held."""
+        """Train as `CheckpointedTrainer` does; the first rollout syncs the weights, whatever the sampler held."""
         self._versions.forget()
         self._seeded, self._exact_streak = {}, 0
         self._start_step()
@@ -181,6 +180,7 @@ class InvariantGRPOTrainer(FiniteTrainer):
         if self.model.training:
             self._versions.sampled(self.state.global_step)
             self._record.completions += [c.token_ids for c in completions]
+            self._record.samples.draw(self, prompt_ids, completions, num_generations)
             self._hand_on(Batch(prompt_ids, seeds, completions))
         return [c.token_ids for c in completions], self._sampler_logprobs
 
@@ -255,7 +255,7 @@ class InvariantGRPOTrainer(FiniteTrainer):
             self._scoring_rollout = False
         if self.model.training and self._scores_ahead and "old_per_token_logps" in output:
             self._compare(output["old_per_token_logps"], output)
-            output["compared"] = torch.ones_like(output["completion_ids"][:, 0], dtype=torch.bool)
+            output["compared"] = torch.ones_like(output["sample"], dtype=torch.bool)
         return output
 
     @property
@@ -313,11 +313,13 @@ class InvariantGRPOTrainer(FiniteTrainer):
     def _compare(self, trainer_logprobs: Tensor, inputs: dict[str, Any]) -> None:
         """Keep both log-probs of every sampled token; stop at the first that differs where they must be equal."""
         record, mask = self._record, inputs["completion_mask"].bool()
-        record.compared.append(Pair.of(trainer_logprobs, inputs))
+        record.compared.append(pair := Pair.of(trainer_logprobs, inputs))
+        record.samples.compare(inputs, *pair)
         if record.first_mismatch is None:
             record.first_mismatch = metrics.first_mismatch(inputs["sampling_per_token_logps"], trainer_logprobs, mask)
         if record.first_mismatch is not None and self._must_be_equal:
             step, numbers = self.state.global_step + 1, record.onpolicy(self._clip_max)
+            self._hand_on_samples(record)  # of this rank
             if self._on_row is not None and self.accelerator.is_main_process:
                 self._on_row({"step": step, **numbers}, record.first_mismatch)
             count = f"{numbers['onpolicy/mismatched_tokens']:,} / {numbers['onpolicy/compared_tokens']:,} tokens"
@@ -372,14 +374,12 @@ class InvariantGRPOTrainer(FiniteTrainer):
         self._record.stop = stopping.asked()
         record = self.record_type.merge(gather_object([self._record]))
         self._save_if_due(record.began)
+        self._hand_on_samples(record)
         row = self._row(record, logs, means)
         logs |= row
         super().log(logs, start_time)
-        if self.accelerator.is_main_process:
-            if self._on_row is not None:
-                self._on_row({"step": step, **means, **row}, record.first_mismatch)
-            if self._on_samples is not None and (step == 1 or step % self._samples_every == 0):
-                self._on_samples(sample_rows(step, self._logs))
+        if self._on_row is not None and self.accelerator.is_main_process:
+            self._on_row({"step": step, **means, **row}, record.first_mismatch)
         if (unscored := row["onpolicy/unscored_tokens"]) and self.invariance == "exact":
             raise ParityError(f"step {step}: {unscored:,} sampled tokens were trained on without being compared")
         stopping.obey(record.stop, self.control)
@@ -387,10 +387,9 @@ class InvariantGRPOTrainer(FiniteTrainer):
 
     def _row(self, record: StepRecord, logs: dict[str, float], means: dict[str, float]) -> Row:
         """Return a value for each of `metrics.KEYS`, from the record of all ranks and from TRL's logs and metrics."""
-        ends = [*self.eos_token_ids, self._tokenizer.pad_token_id]
         step_s = time.perf_counter() - record.began
         row = trl_row(logs, means)
-        row |= record.row(group_size=self.num_generations, end_ids=ends, clip_max=self._clip_max, step_s=step_s)
+        row |= record.row(group_size=self.num_generations, end_ids=self.end_ids, clip_max=self._clip_max, step_s=step_s)
         exact = row["onpolicy/mismatched_tokens"] == 0 == row["onpolicy/unscored_tokens"]
         self._exact_streak = self._exact_streak + int(row["onpolicy/compared_tokens"]) if exact else 0
         row["onpolicy/exact_streak_tokens"] = self._exact_streak

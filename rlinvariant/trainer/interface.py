@@ -67,7 +67,6 @@ class TrainerOptions(TrainerArguments, total=False):
     on_row: OnRow | None
     on_samples: OnSamples | None
     on_rollout: OnRollout | None
-    samples_every: int
 
 
 class InvariantOptions(TrainerOptions, total=False):

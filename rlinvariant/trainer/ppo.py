@@ -124,6 +124,7 @@ class InvariantPPOTrainer(InvariantGRPOTrainer):
                 # PPO's ratio is to the policy that sampled. Exact, TRL's choice has the same bits; else the drift is in it.
                 output["old_per_token_logps"] = output["sampling_per_token_logps"]
             self._estimate(output)
+            self._record.samples.weigh(output)
         return output
 
     def _estimate(self, output: dict[str, Any]) -> None:

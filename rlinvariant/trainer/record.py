@@ -5,14 +5,14 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from rlinvariant import metrics
+from rlinvariant.trainer.samples import Samples
 
 PARTS = ("rollout", "score", "train", "sync", "save")
 """The parts of a step whose seconds are counted, each on its own: none is part of another."""
@@ -48,6 +48,7 @@ class StepRecord:
         compared: log-probs of tokens that were trained on for the first time, with the weights that the step began with.
         moved: log-probs of a later pass over a rollout: the policy has moved since, as it should.
         completions: token ids of what was sampled for training.
+        samples: the same with texts, rewards and all else that is known of each.
         seconds: wall time of each of PARTS.
         failures: how many failures of reward functions were survived, by kind.
         first_mismatch: where the first two compared log-probs that differ stand, on the rank that saw them.
@@ -59,6 +60,7 @@ class StepRecord:
     compared: list[Pair] = field(default_factory=list)
     moved: list[Pair] = field(default_factory=list)
     completions: list[list[int]] = field(default_factory=list)
+    samples: Samples = field(default_factory=Samples)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
     failures: Counter[str] = field(default_factory=Counter)
     first_mismatch: metrics.FirstMismatch | None = None
@@ -73,6 +75,7 @@ class StepRecord:
             compared=[pair for rank in ranks for pair in rank.compared],
             moved=[pair for rank in ranks for pair in rank.moved],
             completions=[ids for rank in ranks for ids in rank.completions],
+            samples=Samples.merge([rank.samples for rank in ranks]),
             seconds={part: max(rank.seconds[part] for rank in ranks) for part in PARTS},
             failures=sum((rank.failures for rank in ranks), Counter()),
             first_mismatch=next((rank.first_mismatch for rank in ranks if rank.first_mismatch is not None), None),
@@ -196,16 +199,6 @@ def trl_row(logs: Mapping[str, float], means: Mapping[str, float]) -> dict[str, 
         "optim/grad_norm": logs.get("grad_norm", none),
         "optim/lr": logs.get("learning_rate", none),
     }
-
-
-def sample_rows(step: int, logs: Mapping[str, Any], count: int = 3) -> list[dict[str, Any]]:
-    """Return the first samples of TRL's log of completions, each with the sum of its rewards, and each reward by name."""
-    rewards = {name: list(values) for name, values in logs["rewards"].items()}
-    rows = []
-    for i, (prompt, completion) in enumerate(islice(zip(logs["prompt"], logs["completion"], strict=True), count)):
-        own = {name: values[i] for name, values in rewards.items()}
-        rows.append({"step": step, "prompt": prompt, "completion": completion, "reward": sum(own.values()), "rewards": own})
-    return rows
 
 
 def _per_second(tokens: int, seconds: float) -> float:

@@ -11,6 +11,7 @@ import pytest
 
 from rlinvariant.config import load_recipe, parse, recipe_names
 from rlinvariant.recipes import _math
+from rlinvariant.report import completions
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "recipes"
@@ -82,9 +83,8 @@ def test_a_step_of_each_kind_is_exact(recipe: str, finished: Path) -> None:
 @pytest.mark.parametrize("recipe", KINDS[2:])
 def test_mathematics_is_asked_in_chat_and_graded(recipe: str, finished: Path) -> None:
     """The model often puts 6 in a box; every answer is 6, written in another way."""
-    samples = lines(finished / "runs" / recipe / "samples.jsonl")
+    ((_, samples),) = completions.Completions(finished / "runs" / recipe)
     for sample in samples:
-        assert [message["role"] for message in sample["prompt"]] == ["system", "user"]
-        assert sample["prompt"][0]["content"] == _math.SYSTEM
-        assert sample["reward"] == float(sample["completion"][0]["content"].startswith(r"\boxed{6}")), sample
+        assert _math.SYSTEM in sample["prompt"]
+        assert sample["reward"] == float(sample["completion"].startswith(r"\boxed{6}")), sample
     assert any(sample["reward"] for sample in samples)

@@ -49,9 +49,9 @@ def rollouts(run: Path) -> dict[str, dict[str, bytes]]:
     return found
 
 
-def samples(run: Path) -> list[str]:
-    """Return the lines of samples.jsonl."""
-    return (run / "samples.jsonl").read_text().splitlines()
+def samples(run: Path) -> dict[str, bytes]:
+    """Return the files of completions: the same rows are the same bytes."""
+    return {file.name: file.read_bytes() for file in sorted(run.glob("completions/*"))}
 
 
 def accuracy(run: Path) -> dict[str, Any]:

@@ -10,7 +10,9 @@ import numpy as np
 
 from rlinvariant.machine import environment
 from rlinvariant.metrics import KEYS, onpolicy
+from rlinvariant.report import completions
 from rlinvariant.report.rundir import SCHEMA, RunDir, _append_lines
+from tests.report.said import said
 
 ARMS = {"exact": ["invariance=exact"], "drift": ["invariance=off"]}
 Change = Callable[[dict[str, Any]], dict[str, Any]]
@@ -48,7 +50,7 @@ def write_run(
     run = RunDir.create(path, config)
     run.environment.write_text(json.dumps({"schema": SCHEMA, **here(), "kernels": {"linear": "vendor GEMM"}, **extra}))
     _append_lines(run.metrics, [change(row(step, seed, drift, reward)) for step in range(1, steps + 1)])  # synced once
-    run.append_samples([{"step": 1, "prompt": "1+1=", "completion": "2", "reward": 1.0}])
+    completions.write(path, said(1))
     if finished:
         run.write_result({"finished": True, "accuracy_before": 0.5, "accuracy_after": 0.8 + 0.01 * seed, "seconds": 9.0})
     return run

@@ -14,7 +14,7 @@ from rlinvariant.ablate.arms import setting
 from rlinvariant.ablate.plan import extended
 from rlinvariant.errors import UserError
 from rlinvariant.report import rollouts
-from rlinvariant.report.rundir import RunDir
+from rlinvariant.report.rundir import RunDir, _append_lines
 from rlinvariant.rollout import Batch, Completion, Rollout
 from tests.report.damages import in_the_values, on_the_file
 from tests.report.runs import write_ablation, write_run
@@ -37,7 +37,7 @@ ABLATION = [(key,) for key in ("schema", "command", "recipe", "steps", "seeds", 
 def whole(tmp_path_factory) -> Path:
     """A finished run of two steps, with a recorded rollout."""
     run = write_run(tmp_path_factory.mktemp("runs") / "whole", 0, steps=3)
-    run.append_samples([{"step": 3, "prompt": "2+2=", "completion": "4", "reward": 0.0}])
+    _append_lines(run.samples, [{"step": step, "prompt": "2+2=", "completion": "4", "reward": 0.0} for step in (2, 3)])
     accuracy = {"accuracy_before": 0.5, "accuracy_after": 0.9}
     run.write_result({"finished": True, "outcome": "finished", "error": None, **accuracy, "seconds": 1})
     config = json.loads(run.config.read_text()) | {"algorithm": {"value": "grpo", "source": "default"}}
@@ -136,7 +136,7 @@ def test_report_of_a_damaged_ablation_is_a_page_or_one_line(every, ablation, tmp
     place = tmp_path / "ablation-a"
     found = damaged(ablation, place, on_the_file, "ablation.json", ["report"], capsys, every)
     found += damaged(ablation, place, lambda path: in_the_values(path, ABLATION), "ablation.json", ["report"], capsys, every)
-    for file in VALUES:
+    for file in VALUES.keys() - {"samples.jsonl"}:
         found += damaged(ablation, place, on_the_file, f"drift/seed-1/{file}", ["report"], capsys, every)
     assert not found, "\n".join(found)
 
@@ -161,6 +161,8 @@ def test_a_resumed_run_repairs_its_logs_or_names_the_line_and_changes_nothing(fi
             assert {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()} == before, name
         else:
             repaired += 1
+            if not (run.path / file).exists():  # samples.jsonl, of an earlier version
+                continue
             lines = (run.path / file).read_bytes().splitlines(keepends=True)
             assert all(line.endswith(b"\n") and isinstance(json.loads(line), dict) for line in lines), name
     assert refused >= 12 and repaired >= 5

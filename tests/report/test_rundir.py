@@ -13,7 +13,7 @@ import torch
 
 from rlinvariant.errors import DISK_FULL, DiskError, UserError
 from rlinvariant.machine import environment
-from rlinvariant.report.rundir import RunDir, read_metrics
+from rlinvariant.report.rundir import RunDir, _append_lines, read_metrics
 
 WRITER = """
 import sys
@@ -143,7 +143,7 @@ def test_logs_are_cut_back_to_what_a_checkpoint_builds_on(tmp_path, kept, steps)
     sizes = [0]
     for step in (1, 2, 3):
         run.append_metrics({"step": step})
-        run.append_samples([{"step": step}])
+        _append_lines(run.samples, [{"step": step}])
         sizes.append(run.metrics.stat().st_size)
     RunDir.create(run.path, {}, resume=True, logs={"metrics.jsonl": sizes[kept]})
     assert [row["step"] for row in read_metrics(run.path)] == steps
@@ -209,13 +209,6 @@ def test_rows_without_a_step_and_values_without_a_form_are_refused(tmp_path):
     with pytest.raises(TypeError, match="object has no JSON form"):
         run.append_metrics({"step": 1, "x": object()})
     assert run.metrics.read_bytes() == b""
-
-
-def test_samples_are_one_line_each(tmp_path):
-    run = RunDir.create(tmp_path / "run", {})
-    rows = [{"step": 1, "prompt": "1+1=", "completion": "2\n\x1b[31m", "reward": 1.0, "token_ids": [4, 5]}] * 2
-    run.append_samples(rows)
-    assert [json.loads(line) for line in run.samples.read_text().splitlines()] == rows
 
 
 def test_environment_says_where_it_ran_and_imports_nothing_for_it(tmp_path):

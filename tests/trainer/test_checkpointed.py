@@ -47,7 +47,6 @@ def new(arithmetic_dir, exact_engine, tmp_path):
         samples: list[Any] = []
         settings = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": 1} | changes
         run = new_trainer(arithmetic_dir, exact_engine, tmp_path / name, on_samples=samples.extend, **settings)
-        run.trainer._samples_every = 1
         run.samples = samples  # type: ignore[attr-defined]
         return run
 
@@ -85,7 +84,6 @@ def test_a_run_goes_on_from_any_step(schedule, new, tmp_path):
     [
         ("a rollout for four steps", {"rollout": None, "micro_steps": 0}),
         ("a rollout a step", {"exact_streak": 0}),
-        ("a rollout used twice", {"logs": {"prompt": [], "completion": [], "advantages": [], "rewards": {}}}),
     ],
 )
 def test_what_is_saved_of_a_rollout_is_needed(schedule, forgotten, new, tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rlinvariant.metrics import KEYS, PPO_KEYS, FirstMismatch
-from rlinvariant.trainer.record import PARTS, Pair, PPORecord, StepRecord, sample_rows, trl_row
+from rlinvariant.trainer.record import PARTS, Pair, PPORecord, StepRecord, trl_row
 from rlinvariant.trainer.versions import PolicyVersions
 
 SETTINGS = {"group_size": 2, "end_ids": [9], "clip_max": 2.0, "step_s": 3.0}
@@ -76,12 +76,6 @@ def test_ppos_record_is_of_all_ranks_too():
     assert row["policy/approx_kl"] == pytest.approx((math.e - 2) / 4) == whole.kl_sums()[0].item() / whole.kl_sums()[1].item()
     empty = PPORecord().ppo_row()
     assert empty.keys() == row.keys() < {*PPO_KEYS, "policy/approx_kl"} and all(map(math.isnan, empty.values()))
-
-
-def test_a_sample_has_the_sum_of_its_rewards():
-    logs = {"prompt": ["a", "b"], "completion": ["x", "y"], "rewards": {"f": [1.0, 2.0], "g": [0.5, 0.0]}}
-    first = {"step": 7, "prompt": "a", "completion": "x", "reward": 1.5, "rewards": {"f": 1.0, "g": 0.5}}
-    assert sample_rows(7, logs, 1) == [first] and len(sample_rows(7, logs)) == 2
 
 
 def test_versions_lag_by_as_many_steps_as_asked():

@@ -1,0 +1,128 @@
+"""A row for each completion of a step: the text, and the numbers that it was trained with. `on_samples` is given these.
+
+A row has
+
+    step, sample_id     optimizer step that drew it, and its number in that step, over all ranks
+    group, prompt_id    number of its group in the step, and a name of its prompt that is the same at every step
+    prompt, completion  texts; a conversation's prompt is what its chat template made of it
+    prompt_token_ids, token_ids, sampler_logprobs
+                        [n] int32 and fp32 arrays, the completion's one for each of its tokens
+    trainer_logprobs    [n] fp32; None where each has the sampler's bits
+    mismatched_tokens   how many have not; None: they were not compared
+    rewards, reward     of each reward function by name, and their weighted sum, from which advantages are made; None: none
+    advantage           what it was trained with; PPO's is the mean over its tokens
+    length, truncated   tokens, and whether the limit cut it
+    extra               what reward functions logged of it by `log_extra`, by name
+
+B: completions of one rollout on this rank, N: of all ranks, F: reward functions.
+"""
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlinvariant import metrics
+from rlinvariant.rollout import Completion
+
+if TYPE_CHECKING:
+    from rlinvariant.trainer.collecting import CollectingTrainer
+
+Sample = dict[str, Any]
+ID_BYTES = 6  # of a prompt's name: two of a million prompts have the same with a chance of 1 in 500
+
+
+@dataclass
+class Samples:
+    """Collects the rows of what a rank draws in one optimizer step."""
+
+    rows: list[Sample] = field(default_factory=list)
+
+    @classmethod
+    def merge(cls, ranks: Sequence[Self]) -> Self:
+        """Return the rows of all ranks, in order of `sample_id`."""
+        return cls(sorted((row for rank in ranks for row in rank.rows), key=lambda row: row["sample_id"]))
+
+    def draw(
+        self, trainer: "CollectingTrainer", prompt_ids: Sequence[Sequence[int]], drawn: Sequence[Completion], group_size: int
+    ) -> None:
+        """Add what a rollout drew; every rank draws as many completions, and a group may be spread over ranks."""
+        place = trainer.accelerator.process_index, trainer.accelerator.num_processes
+        first, ends = len(self.rows) * place[1] + place[0] * len(drawn), trainer.end_ids
+        for i, (prompt, completion) in enumerate(zip(prompt_ids, drawn, strict=True), first):
+            prompt, ids = np.asarray(prompt, np.int32), completion.token_ids
+            self.rows.append(
+                {
+                    "step": trainer.state.global_step + 1,
+                    "sample_id": i,
+                    "group": i // group_size,
+                    "prompt_id": hashlib.blake2b(prompt.tobytes(), digest_size=ID_BYTES).hexdigest(),
+                    "prompt_token_ids": prompt,
+                    "token_ids": np.asarray(ids, np.int32),
+                    "sampler_logprobs": np.asarray(completion.sampler_logprobs, np.float32),
+                    "trainer_logprobs": None,
+                    "mismatched_tokens": None,
+                    "length": len(ids),
+                    "truncated": not ids or ids[-1] not in ends,
+                }
+            )
+
+    def score(
+        self, trainer: "CollectingTrainer", prompts: Sequence[Any], completions: Sequence[Any], rewards_NF: Tensor
+    ) -> None:
+        """Add texts and rewards to the rows of the last rollout, of this rank and in order."""
+        first = trainer.accelerator.process_index * len(prompts)
+        own_BF, weights_F = rewards_NF[first : first + len(prompts)], trainer.reward_weights.to(rewards_NF.device)
+        sums = (own_BF * weights_F).nansum(1).tolist()  # in fp32, as TRL's
+        logged: Mapping[str, Sequence[Any]] = trainer._pending_extra_logs
+        texts: dict[str, str] = {}
+        rows = self.rows[-len(prompts) :]
+        for i, (row, given) in enumerate(zip(rows, own_BF.tolist(), strict=True)):
+            names = zip(trainer.reward_func_names, given, strict=True)
+            own = {name: None if math.isnan(value) else value for name, value in names}
+            prompt = prompts[i]
+            if not isinstance(prompt, str):
+                if row["prompt_id"] not in texts:
+                    texts[row["prompt_id"]] = trainer._tokenizer.decode(row["prompt_token_ids"].tolist())
+                prompt = texts[row["prompt_id"]]
+            row |= {
+                "prompt": prompt,
+                "completion": _text(completions[i]),
+                "rewards": own,
+                "reward": None if all(value is None for value in own.values()) else sums[i],
+                "extra": {name: values[i] for name, values in logged.items() if len(values) == len(rows)},
+            }
+
+    def weigh(self, output: dict[str, Any]) -> None:
+        """Add advantages to the rows of the last rollout, and to the rollout the numbers of its rows: `sample`, [B]."""
+        advantages, mask = output["advantages"], output["completion_mask"]
+        if advantages.ndim == 2:  # PPO's: one for each token
+            advantages = (advantages * mask).sum(1) / mask.sum(1)
+        drawn, count = len(self.rows), len(advantages)
+        output["sample"] = torch.arange(drawn - count, drawn, device=advantages.device)
+        for row, advantage in zip(self.rows[-count:], advantages.tolist(), strict=True):
+            row["advantage"] = advantage
+
+    def compare(self, inputs: Mapping[str, Tensor], sampler: np.ndarray, trainer: np.ndarray) -> None:
+        """Add how the two sides' log-probs of a micro-batch's real tokens, each [n] fp32, compare."""
+        differs, end = metrics.mismatches(sampler, trainer), 0
+        lengths = inputs["completion_mask"].sum(1).tolist()
+        for index, length in zip(inputs["sample"].tolist(), lengths, strict=True):
+            row, own, end = self.rows[index], slice(end, end + length), end + length
+            if length != row["length"]:  # masked: no part of the loss
+                continue
+            row["mismatched_tokens"] = int(differs[own].sum())
+            if row["mismatched_tokens"]:
+                row["trainer_logprobs"] = trainer[own].copy()
+
+
+def _text(completion: Any) -> str:
+    """Return a completion's text; of a conversation, what the assistant's messages say."""
+    if isinstance(completion, str):
+        return completion
+    return "\n".join(str(message.get("content") or "") for message in completion)
