@@ -4,7 +4,9 @@ import json
 import math
 import os
 import signal
-from contextlib import nullcontext
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from trl.trainer.grpo_trainer import GRPOTrainer
@@ -92,6 +94,20 @@ def compare_no_setting() -> None:
     from rlinvariant import resumption
 
     resumption._compared = lambda config, before: ([], [])
+
+
+def hold_the_lock(until: str) -> None:
+    """Wait, when the run's directory is locked, until a file is there."""
+    locked = lock.locked
+
+    @contextmanager
+    def held(directory: Path, what: str) -> Iterator[int]:
+        with locked(directory, what) as file:
+            while not Path(until).exists():
+                time.sleep(0.05)
+            yield file
+
+    everywhere(locked, held)
 
 
 def lock_nothing() -> None:

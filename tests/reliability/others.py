@@ -55,9 +55,17 @@ def resume_with_other_rows(campaign: Campaign, rows: Path) -> None:
 
 
 def resume_twice_at_once(campaign: Campaign) -> None:
-    """Start two resumes together: one goes on and ends as the untouched run; the other is refused in one line."""
+    """Start two resumes together: one goes on and ends as the untouched run; the other is refused in one line.
+
+    Whichever has the lock holds it until the other has ended, however busy the machine is.
+    """
     campaign.rewind(NEWEST)
-    runs = [campaign.start("resume=true", faults=campaign.planted) for _ in range(2)]
+    one_has_ended = campaign.lab.logs / f"{campaign.name}: {len(campaign.planted)} planted, one has ended"
+    hold = ("hold_the_lock", {"until": str(one_has_ended)})
+    runs = [campaign.start("resume=true", faults=[hold, *campaign.planted]) for _ in range(2)]
+    while all(campaign.lab.wait(run.pid, 0.1) is None for run in runs):
+        pass
+    one_has_ended.touch()
     codes = sorted(run.wait() or 0 for run in runs)
     said = [line for run in runs for line in run.text.splitlines() if line.startswith("error: ")]
     finished = (campaign.run_dir / "result.json").exists()

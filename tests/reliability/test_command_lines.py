@@ -168,3 +168,4 @@ def test_two_thousand_hostile_command_lines_and_the_settings_that_trl_gets(
     spoilt = 300 - len(list(faults(300)))
     record_reliability("command lines", 2000 - len(found), 2000, f"control characters shown: {spoilt} / 300")
     assert not found, "\n".join(found)
+    assert spoilt < 300, "the control is blind"

@@ -1,4 +1,8 @@
-"""Every misbehaviour of a reward function in every configuration: ended or survived, in time. Needs a quiet machine."""
+"""Every misbehaviour of a reward function in every configuration: ended or survived, in time."""
+
+import os
+from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 
@@ -14,12 +18,20 @@ def faults(one: Found) -> list[str]:
     return one.faults + ([f"{one.name}, cage={one.cage}, {one.errors}: {one.seconds} s"] if late else [])
 
 
-def every_fault(name: str) -> list[str]:
-    return [fault for cage, errors in CONFIGURATIONS for fault in faults(found(name, cage, errors, LIMIT_S))]
+@pytest.fixture
+def first_in_line() -> Iterator[None]:
+    """Let this thread, and the processes that it starts, have a CPU before all else, so that no other load makes them late.
+
+    Without the right to that, the machine must be quiet.
+    """
+    with suppress(PermissionError):
+        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
+    yield
+    os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
 @pytest.mark.reliability
-def test_nine_of_nine_misbehaviours_are_ended_or_survived_in_time(record_reliability):
+def test_nine_of_nine_misbehaviours_are_ended_or_survived_in_time(first_in_line, record_reliability):
     bad = {name: [fault for c in CONFIGURATIONS for fault in faults(found(name, *c, LIMIT_S))] for name in NINE}
     others = [
         fault for name in ("swallows", "async_busy_in_c") for c in CONFIGURATIONS for fault in faults(found(name, *c, LIMIT_S))
