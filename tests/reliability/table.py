@@ -1,6 +1,6 @@
 """The plugin of `make reliability`: gathers what the tests marked `reliability` measured, prints one table, and keeps it.
 
-A test measures a row by `record_reliability(row, good, of, control)`, a fixture of tests/conftest.py. As each test ends, its row
+A test measures a row by `record_reliability(row, good, of, control)`, a fixture of tests/conftest.py. When a test ends, its row
 takes the place of the earlier one in rlinvariant/bench/results/cpu/reliability.json, with its commit; `python -m
 rlinvariant.bench report docs/results/reliability.md` shows them.
 """
