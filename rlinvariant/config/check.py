@@ -50,7 +50,7 @@ def check_run(config: Config, env: Mapping[str, str]) -> list[str]:
         return ["run: missing; with several hosts write run=NAME, so that all use one directory"]
     if rank(env) != 0:
         return []
-    if not config.resume and (config.run_dir / "config.json").exists():
+    if not config.resume and os.path.exists(config.run_dir / "config.json"):  # False where it may not be looked at
         return [f"run={config.run}: {config.run_dir} exists; choose another name, or add resume=true to continue it"]
     try:
         require_writable(config.run_dir, f"run={config.run}", "choose another run=NAME", directory=True)

@@ -1,9 +1,11 @@
 """Every wrong configuration is refused by one line that says what to do."""
 
+import os
 from pathlib import Path
 
 import pytest
 
+from rlinvariant.config.check import check_run
 from rlinvariant.errors import UserError
 from tests.config.common import errors, good
 
@@ -226,3 +228,15 @@ def test_run_directories_are_not_overwritten() -> None:
     assert good("run=taken", "resume=true").run_dir == Path("runs/taken")
     assert good("run=taken", env={"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}).run == "taken"
     assert good("run=new", "resume=true").run == "new", "killed before its directory was made, the same command starts it"
+
+
+def test_a_run_directory_that_may_not_be_looked_into_is_one_line(tmp_path: Path) -> None:
+    config, root = good("run=x"), os.geteuid() == 0  # who may look into everything
+    tmp_path.chmod(0)
+    try:
+        os.seteuid(65534) if root else None
+        (line,) = check_run(config, {})
+    finally:
+        os.seteuid(0) if root else None
+        tmp_path.chmod(0o700)
+    assert line.startswith("run=x: runs/x cannot be written (") and "Permission denied" in line

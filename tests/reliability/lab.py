@@ -101,7 +101,7 @@ class Lab:
         self._server.stdin.write(json.dumps(request).encode() + b"\n")
         self._server.stdin.flush()
         while True:
-            answer = json.loads(self._line(30))
+            answer = json.loads(self._line(TIMEOUT_S))
             if "started" in answer:
                 return Run(answer["started"], log, self)
             self._codes[answer["ended"]] = answer["code"]
