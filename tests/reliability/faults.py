@@ -96,6 +96,17 @@ def compare_no_setting() -> None:
     resumption._compared = lambda config, before: ([], [])
 
 
+def train_on() -> None:
+    """Resume a run that is finished like any other, as it was before."""
+    from rlinvariant import run
+
+    def train(planned: run.Plan, trainer: InvariantGRPOTrainer) -> int:
+        trainer.train(resume_from_checkpoint=planned.resumption.checkpoint)
+        return trainer.state.global_step
+
+    run.train = train
+
+
 def hold_the_lock(until: str) -> None:
     """Wait, when the run's directory is locked, until a file is there."""
     locked = lock.locked

@@ -43,5 +43,8 @@ def test_one_of_two_resumes_at_once_goes_on(lab, record_reliability):
 def test_a_finished_run_is_only_evaluated(lab, record_reliability):
     campaign = Campaign(lab)
     resume_what_is_finished(campaign)
-    record_reliability("finished", campaign.good, campaign.tried, "before (b5d543c): 7 of 37 kills, a step too many")
+    old = campaign.control(("train_on", {}))
+    resume_what_is_finished(old)
+    record_reliability("finished", campaign.good, campaign.tried, f"resumed as any other: {old.good} / {old.tried}")
     assert not campaign.bad, campaign.report
+    assert old.bad, "the control is blind"
