@@ -80,8 +80,9 @@ def recorded_id(run_dir: Path) -> str | None:
 
 
 def id_of(run_dir: Path) -> str:
-    """Return the W&B id of a run: the one under which it has logged itself before, also before it was resumed, or a new one."""
-    return recorded_id(run_dir) or (live_ids(run_dir) or [secrets.token_hex(4)])[-1]
+    """Return the W&B id of a run: W&B's own setting, or the id under which the run has logged itself before, or a new one."""
+    known = os.environ.get("WANDB_RUN_ID") or recorded_id(run_dir)
+    return known or (live_ids(run_dir) or [secrets.token_hex(4)])[-1]
 
 
 def live_ids(run_dir: Path) -> list[str]:

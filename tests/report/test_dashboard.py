@@ -205,7 +205,7 @@ def test_a_replay_has_the_id_under_which_the_run_logged_itself_and_leaves_that_l
     assert [row["_step"] for row in history(replayed)] == [1, 2, 3] == [row["_step"] for row in history(live)]
 
 
-def test_a_resumed_run_has_the_id_that_it_had(tmp_path):
+def test_a_resumed_run_has_the_id_that_it_had(tmp_path, monkeypatch):
     """Recorded by the run, or known by W&B's files, as of a run that an earlier version began; else a new one."""
     run = RunDir.create(tmp_path, {})
     assert wandb_log.id_of(run.path) != wandb_log.id_of(run.path), "nothing is known"
@@ -214,6 +214,8 @@ def test_a_resumed_run_has_the_id_that_it_had(tmp_path):
     assert wandb_log.id_of(run.path) == "second"
     run.write_environment({"wandb_id": "recorded"})
     assert wandb_log.id_of(run.path) == "recorded", "`wandb clean` removes W&B's files"
+    monkeypatch.setenv("WANDB_RUN_ID", "mine")  # as W&B's sweeps set it
+    assert wandb_log.id_of(run.path) == "mine"
 
 
 def test_symbols_in_a_name_do_not_stop_the_views(tmp_path):
