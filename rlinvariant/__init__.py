@@ -4,20 +4,24 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rlinvariant.api import grpo_trainer, ppo_trainer
+    from rlinvariant.api import GRPOTrainer, PPOTrainer, grpo_trainer, ppo_trainer
     from rlinvariant.config import PPOConfig
     from rlinvariant.errors import ConfigErrors, ParityError, UserError
     from rlinvariant.models import UnsupportedModel, make_invariant
     from rlinvariant.sampler.engine import Sampler
     from rlinvariant.trainer import InvariantGRPOTrainer, InvariantPPOTrainer
+    from rlinvariant.trainer.fields import GRPOConfig
     from rlinvariant.verification.verify import verify
 
 __version__ = "0.1.0"
 __all__ = [
     "ConfigErrors",
+    "GRPOConfig",
+    "GRPOTrainer",
     "InvariantGRPOTrainer",
     "InvariantPPOTrainer",
     "PPOConfig",
+    "PPOTrainer",
     "ParityError",
     "Sampler",
     "UnsupportedModel",
@@ -28,10 +32,11 @@ __all__ = [
     "verify",
 ]
 _HOMES = {
-    **dict.fromkeys(("grpo_trainer", "ppo_trainer"), "api"),
+    **dict.fromkeys(("GRPOTrainer", "PPOTrainer", "grpo_trainer", "ppo_trainer"), "api"),
     **dict.fromkeys(("ConfigErrors", "ParityError", "UserError"), "errors"),
     **dict.fromkeys(("InvariantGRPOTrainer", "InvariantPPOTrainer"), "trainer"),
     **dict.fromkeys(("UnsupportedModel", "make_invariant"), "models"),
+    "GRPOConfig": "trainer.fields",
     "PPOConfig": "config",
     "Sampler": "sampler.engine",
     "verify": "verification.verify",

@@ -1,258 +1,263 @@
-"""The calls that a TRL script changes: an exact GRPO or PPO trainer from TRL's own arguments."""
+"""TRL's names for a script that trains exactly: one import changes, and everything else stays."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack, overload
+from typing import TYPE_CHECKING, Any, Unpack
 
-from rlinvariant import runtime
-from rlinvariant.conflicts import INVARIANCE, SIDES, Invariance
-from rlinvariant.errors import ConfigErrors
+import torch
+
+from rlinvariant import plan, runtime
+from rlinvariant.config import PPOConfig
+from rlinvariant.conflicts import INVARIANCE, Invariance
+from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.model_source import local_model, model_problems
+from rlinvariant.report import wandb_log
 from rlinvariant.report.console import Console
 from rlinvariant.rewards import RewardLimits, reward_problems
+from rlinvariant.script import ScriptRun
+from rlinvariant.trainer.fields import GRPOConfig, script_problems, settled
+from rlinvariant.trainer.grpo import InvariantGRPOTrainer
+from rlinvariant.trainer.interface import RewardFunction, ScriptOptions
+from rlinvariant.trainer.ppo import InvariantPPOTrainer
+from rlinvariant.trainer.preflight import Start, check_start, load_tokenizer, report_problems
+from rlinvariant.trainer.refusals import settings_problems
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedConfig, PreTrainedModel
-    from trl.trainer.grpo_config import GRPOConfig
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-    from rlinvariant.config import PPOConfig
-    from rlinvariant.trainer.grpo import InvariantGRPOTrainer
-    from rlinvariant.trainer.interface import RewardFunction, SamplerOptions, StartOptions, TrainerOptions
-    from rlinvariant.trainer.ppo import InvariantPPOTrainer
+    from rlinvariant.trainer.interface import StartOptions
 
 DTYPES = ("bfloat16", "float32")
 
 
-@dataclass(frozen=True)
-class TrainerPlan:
-    """Describes a trainer that can be made: every setting and the model's configuration were checked. No weights are loaded.
-
-    Args:
-        model: directory or hub id, or a loaded model.
-        config: the configuration of `model`, as it was loaded.
-        source: directory or hub id that the engine loads.
-        source_config: the configuration of `source`; the same object where the two are one model.
-        args, ppo, invariance, dtype, sampler_options: as for `grpo_trainer`.
-    """
-
-    model: str | PreTrainedModel
-    config: PreTrainedConfig
-    source: str
-    source_config: PreTrainedConfig
-    args: GRPOConfig
-    ppo: PPOConfig | None
-    invariance: Invariance
-    dtype: str
-    sampler_options: Mapping[str, Any]
-
-
-@overload
-def grpo_trainer(
-    model: str | Path | PreTrainedModel,
-    reward_funcs: RewardFunction | list[RewardFunction],
-    args: GRPOConfig,
-    train_dataset: Dataset | None = None,
-    *,
-    ppo: PPOConfig,
-    **options: Unpack[StartOptions],
-) -> InvariantPPOTrainer: ...
-
-
-@overload
-def grpo_trainer(
-    model: str | Path | PreTrainedModel,
-    reward_funcs: RewardFunction | list[RewardFunction],
-    args: GRPOConfig,
-    train_dataset: Dataset | None = None,
-    *,
-    ppo: PPOConfig | None = None,
-    **options: Unpack[StartOptions],
-) -> InvariantGRPOTrainer: ...
-
-
-def grpo_trainer(
-    model: str | Path | PreTrainedModel,
-    reward_funcs: RewardFunction | list[RewardFunction],
-    args: GRPOConfig,
-    train_dataset: Dataset | None = None,
-    *,
-    ppo: PPOConfig | None = None,
-    invariance: Invariance = "exact",
-    dtype: str = "bfloat16",
-    sampler_model: str | Path | None = None,
-    sampler_options: SamplerOptions | None = None,
-    **options: Unpack[TrainerOptions],
-) -> InvariantGRPOTrainer:
-    """Make an exact GRPO trainer from TRL's own arguments: load the model, start the engine, compare the two.
+class GRPOTrainer(InvariantGRPOTrainer):
+    """Trains as `trl.GRPOTrainer` does, exactly, from the same arguments: loads the model, starts the engine, compares the two.
 
     Args:
         model: directory or hub id of a Hugging Face causal LM, or a loaded one with fp32 parameters, which is patched in place.
-        reward_funcs, args, train_dataset: as for `trl.GRPOTrainer`; `args` with use_vllm=False and bf16=False.
-        ppo: settings of PPO, for a PPO trainer in place of a GRPO one.
+        reward_funcs, args, train_dataset, ... environment_factory: as for `trl.GRPOTrainer`, in the same order. What has to be
+            otherwise in `args` is set in a copy, and said in one line, or refused; `use_vllm=True` means the engine here.
+        run: name under runs/ of a directory that gets what a run of `rlinvariant train` leaves: metrics, samples, rollouts,
+            checkpoints, the report; W&B, if it is in `args.report_to`, gets the same keys. None: what TRL writes.
+        resume: whether `run` goes on from its newest checkpoint; "force": also with settings that make another run of it.
         invariance: which sides run the invariant ops: "exact" both, "off" none, "sampler" or "trainer" that one only.
         dtype: "bfloat16" or "float32", of both sides' activations; parameters are trained in fp32.
         sampler_model: what vLLM loads; by default the model's own directory or id.
         sampler_options: max_model_len (tokens), kv_cache_gib (GiB), and options: keyword arguments of `vllm.LLM`.
-        options: further arguments of `trl.GRPOTrainer` (eval_dataset, processing_class, callbacks, ...) and of
-            `InvariantGRPOTrainer` (staleness, reward_timeout, reward_cage, reward_errors, on_row, on_samples, on_rollout).
-            Without on_row, each step prints its line.
+        options: further arguments of `InvariantGRPOTrainer`: staleness, reward_timeout, reward_cage, reward_errors, on_row,
+            on_samples, on_rollout. Without `run` and `on_row`, each step prints its line.
 
-    Returns:
-        The trainer, ready for `train`; `proof` says what was compared, or which certificate was found.
+    The trainer is ready for `train`; `proof` says what was compared, or which certificate was found.
 
     Raises:
-        ConfigErrors: everything that would break exactness, in one list, before weights are loaded.
+        ConfigErrors: everything that would break exactness or cannot be done, in one list, before weights are loaded.
         UserError: the model or a dataset cannot be used.
         UnsupportedModel: the model computes something that no op owns.
         ParityError: with invariance="exact", a log-prob differs before the first step.
 
     Example:
-        >>> args = GRPOConfig("out", bf16=False, logging_steps=1, max_completion_length=256)
-        >>> trainer = rlinvariant.grpo_trainer("Qwen/Qwen3-0.6B", reward, args, prompts)
+        >>> args = GRPOConfig("out", max_completion_length=256)
+        >>> trainer = GRPOTrainer("Qwen/Qwen3-0.6B", reward, args, prompts, run="first")
         >>> trainer.train()
     """
-    runtime.quiet()
-    loaded = None if isinstance(model, (str, Path)) else model
-    source = sampler_model or (str(model) if loaded is None else loaded.config._name_or_path)
-    problems = [] if invariance in INVARIANCE else [f"invariance={invariance}: expected one of {', '.join(INVARIANCE)}"]
-    problems += [] if dtype in DTYPES else [f"dtype={dtype}: expected {' or '.join(DTYPES)}"]
-    problems += model_problems("model", str(model)) if loaded is None else []
-    problems += reward_problems(reward_funcs)
-    if not source:
-        problems.append("sampler_model: missing; save the model and name its directory, for vLLM to load")
-    elif str(source) != str(model):
-        problems += model_problems("sampler_model" if sampler_model else "model", str(source))
-    from rlinvariant.trainer.preflight import Start, check_start, load_tokenizer
-    from rlinvariant.trainer.refusals import settings_problems
 
-    if not problems:
-        import torch
+    ppo_settings: PPOConfig | None = None
 
-        problems = settings_problems(args, invariance, getattr(torch, dtype), options, ppo, loaded)
-    if problems:
-        raise ConfigErrors(problems)
-    runtime.configure()
-    model, source = local_model(str(model)) if loaded is None else model, local_model(str(source))
-    plan = plan_trainer(model, args, ppo, invariance, dtype, str(source), sampler_options or {})
-    tokenizer = options["processing_class"] = options.get("processing_class") or load_tokenizer(str(source), plan.config)
-    longest = (sampler_options or {}).get("max_model_len")
-    parts = (args, str(source), plan.config, tokenizer, reward_funcs, train_dataset, options.get("eval_dataset"), longest)
-    for note in check_start(Start(*parts, models=1 if ppo is None else 2)):
-        Console(args.process_index == 0).print(f"note: {note}")
-    return build_trainer(plan, reward_funcs, train_dataset, **options)
+    def __init__(
+        self,
+        model: str | Path | PreTrainedModel,
+        reward_funcs: RewardFunction | list[RewardFunction],
+        args: GRPOConfig | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        quantization_config: object = None,
+        peft_config: object = None,
+        tools: object = None,
+        rollout_func: object = None,
+        environment_factory: object = None,
+        *,
+        run: str | None = None,
+        resume: bool | str = False,
+        **options: Unpack[ScriptOptions],
+    ) -> None:
+        given: dict[str, Any] = {"eval_dataset": eval_dataset, "processing_class": processing_class, "callbacks": callbacks}
+        given |= {"reward_processing_classes": reward_processing_classes, "optimizers": optimizers, **options}
+        others = {"quantization_config": quantization_config, "peft_config": peft_config, "tools": tools}
+        others |= {"rollout_func": rollout_func, "environment_factory": environment_factory}
+        given |= {name: value for name, value in others.items() if value is not None}
+        if args is None:
+            name = str(model) if isinstance(model, (str, Path)) else model.config._name_or_path
+            args = GRPOConfig(f"{Path(name).name}-GRPO")  # as TRL does
+        console = Console(args.process_index == 0)
+        ready, self._run = _checked(console, model, reward_funcs, args, train_dataset, self._settings, run, resume, given)
+        if self._run is None:
+            given.setdefault("on_row", lambda row, mismatch: console.step(row, self.state.max_steps, mismatch))
+        else:
+            given |= self._run.start(train_dataset, given)
+        with plan.named(ready):
+            super().__init__(**plan.arguments(ready, reward_funcs, train_dataset, **given))
+        plan.prove(ready, self)
+
+    _settings: PPOConfig | None = None
+
+    def train(self, resume_from_checkpoint: Any = None, *args, **kwargs):
+        """Train as TRL does; with `run`, between two evaluations of the held-out rows, and written into the run's directory.
+
+        Raises:
+            UserError: `run` was given, and is to go on from a checkpoint that is not its own.
+            ParityError: as `InvariantGRPOTrainer` says.
+        """
+        if self._run is None:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        if resume_from_checkpoint:
+            raise UserError(
+                f"resume_from_checkpoint: expected none with run={self._run.config.run}; write resume=True beside run="
+            )
+        return self._run.carry_out(
+            self, self.eval_dataset, lambda checkpoint: super(GRPOTrainer, self).train(checkpoint, *args, **kwargs)
+        )
+
+    def close(self) -> None:
+        """Give the engine's memory back, as for a second trainer on one GPU. The trainer can save, and not sample any more."""
+        self.sampler.close()
+
+
+class PPOTrainer(GRPOTrainer, InvariantPPOTrainer):
+    """Trains by PPO, with a critic, from the arguments of `GRPOTrainer` and `ppo`.
+
+    Args:
+        ppo: settings of PPO; None: the defaults of `PPOConfig`.
+        model, reward_funcs, ...: as for `GRPOTrainer`, which also says what is raised.
+
+    TRL has a class of this name, in `trl.experimental`, with other arguments: a reward model and a value model.
+
+    Example:
+        >>> trainer = PPOTrainer("Qwen/Qwen3-0.6B", reward, GRPOConfig("out"), prompts, ppo=PPOConfig(kl_coef=0.05))
+        >>> trainer.train()
+    """
+
+    def __init__(self, *args, ppo: PPOConfig | None = None, **kwargs) -> None:
+        self._settings = ppo or PPOConfig()
+        super().__init__(*args, **kwargs)
+
+
+def grpo_trainer(
+    model: str | Path | PreTrainedModel,
+    reward_funcs: RewardFunction | list[RewardFunction],
+    args: GRPOConfig | None = None,
+    train_dataset: Dataset | None = None,
+    **options: Unpack[StartOptions],
+) -> GRPOTrainer:
+    """Make a `GRPOTrainer`, which says what the arguments are, and what is raised.
+
+    Example:
+        >>> trainer = rlinvariant.grpo_trainer("Qwen/Qwen3-0.6B", reward, GRPOConfig("out"), prompts)
+        >>> trainer.train()
+    """
+    return GRPOTrainer(model, reward_funcs, args, train_dataset, **options)
 
 
 def ppo_trainer(
     model: str | Path | PreTrainedModel,
     reward_funcs: RewardFunction | list[RewardFunction],
-    args: GRPOConfig,
+    args: GRPOConfig | None = None,
     train_dataset: Dataset | None = None,
     *,
     ppo: PPOConfig | None = None,
     **options: Unpack[StartOptions],
-) -> InvariantPPOTrainer:
-    """Make an exact PPO trainer from TRL's own arguments.
-
-    Args:
-        ppo: settings of PPO; None: the defaults of `PPOConfig`.
-        model, reward_funcs, ...: as for `grpo_trainer`, which also says what is raised.
+) -> PPOTrainer:
+    """Make a `PPOTrainer`, which says what the arguments are, and what is raised.
 
     Example:
         >>> trainer = rlinvariant.ppo_trainer("Qwen/Qwen3-0.6B", reward, args, prompts, ppo=rlinvariant.PPOConfig(kl_coef=0.05))
         >>> trainer.train()
     """
-    from rlinvariant.config import PPOConfig
-
-    return grpo_trainer(model, reward_funcs, args, train_dataset, ppo=ppo or PPOConfig(), **options)
+    return PPOTrainer(model, reward_funcs, args, train_dataset, ppo=ppo, **options)
 
 
-def plan_trainer(
+def _checked(
+    console: Console,
     model: str | Path | PreTrainedModel,
+    reward_funcs: RewardFunction | list[RewardFunction],
     args: GRPOConfig,
+    train_dataset: Dataset | None,
     ppo: PPOConfig | None,
-    invariance: Invariance,
-    dtype: str,
-    source: str,
-    sampler_options: Mapping[str, Any],
-) -> TrainerPlan:
-    """Load the configurations of the models, each once, and refuse what cannot run exactly; the settings were checked before.
+    run: str | None,
+    resume: bool | str,
+    options: dict[str, Any],
+) -> tuple[plan.TrainerPlan, ScriptRun | None]:
+    """Check everything, and print what was set otherwise; takes out of `options` what is the plan's, and adds a tokenizer.
 
     Raises:
-        ConfigErrors: every option of the engine and every property of a model that would change the bits, one line each.
-        UserError: a configuration cannot be loaded, or is not a causal language model's.
+        ConfigErrors: everything that has to be mended, in one list.
     """
-    from rlinvariant.models import unsupported
-    from rlinvariant.sampler.refusals import engine_problems, load_config
-
-    sampler_is_invariant, trainer_is_invariant = SIDES[invariance]
+    runtime.quiet()
+    invariance: Invariance = options.pop("invariance", "exact")
+    dtype, sampler_model = options.pop("dtype", "bfloat16"), options.pop("sampler_model", None)
+    sampler: dict[str, Any] = dict(options.pop("sampler_options", None) or {})
     loaded = None if isinstance(model, (str, Path)) else model
-    name = str(model) if loaded is None else loaded.config._name_or_path
-    config = load_config(name) if loaded is None else loaded.config
-    source_config = config if loaded is None and source == name else load_config(source)
-    problems: list[str] = []
-    if sampler_is_invariant:
-        given = sampler_options.get("options") or {}
-        limit = sampler_options.get("max_model_len")
-        problems += engine_problems(given, source, source_config, limit, "use invariance=off", args.device.type)
-    if trainer_is_invariant and not (sampler_is_invariant and source_config is config):
-        problems += [f"model={name}: {reason}; use invariance=off" for reason in unsupported(config, args.device.type)]
+    source = sampler_model or (str(model) if loaded is None else loaded.config._name_or_path)
+    places = model_problems("model", str(model)) if loaded is None else []
+    if not source:
+        places.append("sampler_model: missing; save the model and name its directory, for vLLM to load")
+    elif str(source) != str(model):
+        places += model_problems("sampler_model" if sampler_model else "model", str(source))
+    sides = [] if invariance in INVARIANCE else [f"invariance={invariance}: expected one of {', '.join(INVARIANCE)}"]
+    sides += [] if dtype in DTYPES else [f"dtype={dtype}: expected {' or '.join(DTYPES)}"]
+    problems = sides + places + reward_problems(reward_funcs)
+    if sides:
+        raise ConfigErrors(problems)
+    if args.use_vllm and args.vllm_max_model_length is not None:
+        sampler.setdefault("max_model_len", args.vllm_max_model_length)
+    problems += script_problems(args, invariance)
+    to_wandb = "wandb" in (args.report_to or [])
+    args, said = settled(args, invariance, run)
+    problems += settings_problems(args, invariance, getattr(torch, dtype), options, ppo, loaded) + report_problems(args)
+    asks = to_wandb and run is None and os.environ.get("WANDB_MODE", "online") == "online"
+    if asks and not wandb_log.login("report_to=wandb", "WANDB_MODE=offline"):
+        fix = "run `wandb login`, set WANDB_MODE=offline, or give the trainer run=NAME"
+        problems.append(f"report_to=wandb: no login found; {fix}")
+    ready = script_run = None
+    notes: list[str] = []
+    if not places:
+        try:
+            runtime.configure()
+            model, source = local_model(str(model)) if loaded is None else model, local_model(str(source))
+            ready = plan.plan_trainer(model, args, ppo, invariance, dtype, str(source), sampler)
+            notes = _look(ready, reward_funcs, train_dataset, options)
+        except UserError as error:
+            problems += str(error).splitlines()
+    if ready is not None and run is not None:
+        rows = len(train_dataset) if train_dataset is not None else 0
+        limits, staleness = RewardLimits.taken(dict(options)), options.get("staleness", 0)
+        script_run = ScriptRun(run, resume, ready, rows, limits, staleness, to_wandb, console)
+        problems += script_run.problems()
     if problems:
         raise ConfigErrors(problems)
-    return TrainerPlan(
-        name if loaded is None else loaded, config, source, source_config, args, ppo, invariance, dtype, sampler_options
-    )
+    assert ready is not None, "a model that is not there is a problem"
+    if said:
+        console.print(f"settings of TRL, set for this run: {', '.join(said)}")
+    for note in notes:
+        console.print(f"note: {note}")
+    return ready, script_run
 
 
-def build_trainer(
-    plan: TrainerPlan,
+def _look(
+    ready: plan.TrainerPlan,
     reward_funcs: RewardFunction | list[RewardFunction],
     train_dataset: Dataset | None,
-    **options: Unpack[TrainerOptions],
-) -> InvariantGRPOTrainer:
-    """Load weights, start the engine, make the trainer, and compare its two sides where both are invariant."""
-    import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging as transformers_logging
-
-    from rlinvariant.models import UnsupportedModel
-    from rlinvariant.models.load import load
-    from rlinvariant.sampler.engine import Sampler
-
-    transformers_logging.disable_progress_bar()
-    model: Any = plan.model
-    if isinstance(model, str):
-        model = load(AutoModelForCausalLM, model, dtype=torch.float32, config=copy.deepcopy(plan.config))
-    console = Console(plan.args.process_index == 0)
-    console.print(str(RewardLimits.taken({**options})))
-    options.setdefault("on_row", lambda row, first_mismatch: console.step(row, plan.args.max_steps, first_mismatch))
-    invariant = SIDES[plan.invariance][0]
-    positions = getattr(plan.source_config.get_text_config(), "max_position_embeddings", None)  # a stock engine needs none
-    engine: Callable[[], Sampler] = lambda: Sampler(  # noqa: E731
-        plan.source, invariant=invariant, dtype=plan.dtype, positions=positions, **plan.sampler_options
-    )
-    arguments: dict[str, Any] = {"sampler": engine, "invariance": plan.invariance, "dtype": getattr(torch, plan.dtype)}
-    arguments |= {"checked": True, **options}
-    try:
-        if plan.ppo is not None:
-            from rlinvariant.trainer.ppo import InvariantPPOTrainer
-
-            trainer = InvariantPPOTrainer(model, reward_funcs, plan.args, train_dataset, ppo=plan.ppo, **arguments)
-        else:
-            from rlinvariant.trainer.grpo import InvariantGRPOTrainer
-
-            trainer = InvariantGRPOTrainer(model, reward_funcs, plan.args, train_dataset, **arguments)
-    except UnsupportedModel as error:
-        raise UnsupportedModel(f"model={plan.source}: {error}; use invariance=off") from error
-    if plan.invariance == "exact":
-        from rlinvariant.verification.start import prove
-
-        trainer.sync()
-        policy = trainer.accelerator.unwrap_model(trainer.model)
-        line, trainer.proof = prove(policy, trainer.sampler, plan.source_config, plan.source, plan.dtype)
-        console.print(line)
-    return trainer
+    options: dict[str, Any],
+) -> list[str]:
+    """Look at tokenizer, rewards and rows, and return notes; adds the tokenizer to `options` if it is not there."""
+    source = str(ready.source)
+    tokenizer = options["processing_class"] = options.get("processing_class") or load_tokenizer(source, ready.config)
+    longest = ready.sampler_options.get("max_model_len")
+    parts = (ready.args, source, ready.config, tokenizer, reward_funcs, train_dataset, options.get("eval_dataset"), longest)
+    return check_start(Start(*parts, models=1 if ready.ppo is None else 2))

@@ -1,6 +1,8 @@
 """Settings under which sampler and trainer could not be one function, listed for our configuration and for TRL scripts."""
 
-from collections.abc import Mapping
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from rlinvariant.text import shown
@@ -17,6 +19,58 @@ SIDES: dict[Invariance, tuple[bool, bool]] = {
 INVARIANCE = tuple(SIDES)
 
 
+@dataclass(frozen=True)
+class Rule:
+    """Says which values a field of `trl.GRPOConfig` may have.
+
+    Args:
+        allows: whether a value is one of them.
+        expected: what is expected, and the fix; "MODE" stands for "with invariance=...".
+        sides: the values of `invariance` for which the rule holds.
+    """
+
+    allows: Callable[[Any], bool]
+    expected: str
+    sides: tuple[str, ...] = INVARIANCE
+
+
+_WHOLE = "the sampler must draw from the whole distribution, which is the one that is trained; remove it"
+_EXACT = ("exact", "trainer")  # where the trainer runs the invariant ops
+_MASTERS = "False MODE: masters stay float32 and the modules cast; use dtype=bfloat16"
+_REPLACED = "False MODE: it replaces operations that the invariant ops own; remove it"
+_DROPPED = "False MODE: TRL drops truncated completions before they could be compared; remove it"
+RULES = {
+    "temperature": Rule(
+        lambda value: value >= 0.01,
+        "at least 0.01, to which vLLM raises smaller ones; 1.0 samples from the model itself",
+    ),
+    "top_p": Rule(lambda value: value == 1.0, f"1.0: {_WHOLE}"),
+    "top_k": Rule(lambda value: value in (0, -1, None), f"0: {_WHOLE}"),
+    "min_p": Rule(operator.not_, f"None: {_WHOLE}"),
+    "repetition_penalty": Rule(lambda value: value == 1.0, f"1.0: {_WHOLE}"),
+    "generation_kwargs": Rule(operator.not_, f"None: {_WHOLE}"),
+    "trust_remote_code": Rule(operator.not_, "False: no code of a model's repository is run; remove it"),
+    "logging_steps": Rule(lambda value: value == 1, "1: every step is counted and written; remove it"),
+    "save_only_model": Rule(operator.not_, "False: a run could not go on from such a checkpoint; remove it"),
+    "ignore_data_skip": Rule(operator.not_, "False: a resumed run would be given the first prompts again; remove it"),
+    "save_total_limit": Rule(
+        lambda value: value is None or value >= 2,
+        "at least 2, or None for all: if the newest is damaged, a run goes on from the one before",
+    ),
+    "logging_strategy": Rule(lambda value: value == "steps", "steps: every step is counted and written; remove it"),
+    "bf16": Rule(lambda value: value is False, _MASTERS, _EXACT),  # None means True to TRL
+    "fp16": Rule(operator.not_, _MASTERS, _EXACT),
+    "bf16_full_eval": Rule(operator.not_, _MASTERS, _EXACT),
+    "fp16_full_eval": Rule(operator.not_, _MASTERS, _EXACT),
+    "use_liger_kernel": Rule(operator.not_, _REPLACED, _EXACT),
+    "cast_lm_head_to_fp32": Rule(operator.not_, _REPLACED, _EXACT),
+    "torch_compile": Rule(operator.not_, _REPLACED, _EXACT),
+    "neftune_noise_alpha": Rule(operator.not_, "None MODE: the noise is in the trainer's forward alone; remove it", _EXACT),
+    "mask_truncated_completions": Rule(operator.not_, _DROPPED, ("exact",)),
+}
+"""Field -> its rule, for our configuration and for TRL scripts."""
+
+
 def conflicts(trainer: Any, invariance: str, env: Mapping[str, str], prefix: str = "") -> list[str]:
     """List what in `trl.GRPOConfig`'s fields and the environment contradicts `invariance`, one line each.
 
@@ -28,47 +82,19 @@ def conflicts(trainer: Any, invariance: str, env: Mapping[str, str], prefix: str
         env: environment variables.
         prefix: what the user writes before a field's name.
     """
-    found: list[str] = []
+    found = broken(RULES, trainer, invariance, prefix)
+    return found + environment_conflicts(env, invariance, bool(trainer.bf16 or trainer.fp16))
 
-    def require(ok: bool, name: str, expected: str) -> None:
-        if not ok:
-            value = getattr(trainer, name)
-            found.append(f"{prefix}{name}={shown(getattr(value, 'value', value))}: expected {expected}")
 
-    whole = "the sampler must draw from the whole distribution, which is the one that is trained; remove it"
-    least = "at least 0.01, to which vLLM raises smaller ones; 1.0 samples from the model itself"
-    require(trainer.temperature >= 0.01, "temperature", least)
-    require(trainer.top_p == 1.0, "top_p", f"1.0: {whole}")
-    require(trainer.top_k in (0, -1, None), "top_k", f"0: {whole}")
-    require(not trainer.min_p, "min_p", f"None: {whole}")
-    require(trainer.repetition_penalty == 1.0, "repetition_penalty", f"1.0: {whole}")
-    require(not trainer.generation_kwargs, "generation_kwargs", f"None: {whole}")
-    require(not trainer.trust_remote_code, "trust_remote_code", "False: no code of a model's repository is run; remove it")
-    require(trainer.logging_steps == 1, "logging_steps", "1: every step is counted and written; remove it")
-    strategy = getattr(trainer.logging_strategy, "value", trainer.logging_strategy)
-    resumable = "False: a run could not go on from such a checkpoint; remove it"
-    require(not trainer.save_only_model, "save_only_model", resumable)
-    again = "False: a resumed run would be given the first prompts again; remove it"
-    require(not trainer.ignore_data_skip, "ignore_data_skip", again)
-    two = "at least 2, or None for all: if the newest is damaged, a run goes on from the one before"
-    require(trainer.save_total_limit is None or trainer.save_total_limit >= 2, "save_total_limit", two)
-    require(strategy == "steps", "logging_strategy", "steps: every step is counted and written; remove it")
-
-    if invariance in ("exact", "trainer"):
-        mode = f"with invariance={invariance}"
-        masters = f"False {mode}: masters stay float32 and the modules cast; use dtype=bfloat16"
-        require(trainer.bf16 is False, "bf16", masters)  # None means True to TRL
-        for name in ("fp16", "bf16_full_eval", "fp16_full_eval"):
-            require(not getattr(trainer, name), name, masters)
-        replaced = f"False {mode}: it replaces operations that the invariant ops own; remove it"
-        for name in ("use_liger_kernel", "cast_lm_head_to_fp32", "torch_compile"):
-            require(not getattr(trainer, name), name, replaced)
-        noise = f"None {mode}: the noise is in the trainer's forward alone; remove it"
-        require(not trainer.neftune_noise_alpha, "neftune_noise_alpha", noise)
-        if invariance == "exact":
-            dropped = "False with invariance=exact: TRL drops truncated completions before they could be compared; remove it"
-            require(not trainer.mask_truncated_completions, "mask_truncated_completions", dropped)
-    found += environment_conflicts(env, invariance, bool(trainer.bf16 or trainer.fp16))
+def broken(rules: Mapping[str, Rule], trainer: Any, invariance: str, prefix: str = "") -> list[str]:
+    """List the rules that a trainer's fields break, one line each; arguments as for `conflicts`."""
+    found = []
+    for name, rule in rules.items():
+        value = getattr(trainer, name)
+        value = getattr(value, "value", value)
+        if invariance in rule.sides and not rule.allows(value):
+            expected = rule.expected.replace("MODE", f"with invariance={invariance}")
+            found.append(f"{prefix}{name}={shown(value)}: expected {expected}")
     return found
 
 

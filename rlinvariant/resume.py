@@ -8,6 +8,7 @@ from rlinvariant.arguments import CommandParser
 from rlinvariant.errors import UserError
 from rlinvariant.files import RUNS
 from rlinvariant.masking import MASK
+from rlinvariant.text import shown
 
 DESCRIPTION = """Goes on with a run that was stopped or killed, from its newest checkpoint whose every byte is as it was
 written, with the settings of its config.json, on the machine file that it was launched with. What comes out is what an
@@ -60,8 +61,11 @@ def arguments(directory: Path, given: list[str]) -> list[str]:
     try:
         own = {key: argument(entry["value"]) for key, entry in config.items() if entry["source"] == "command line"}
         recipe = str(config["recipe"]["value"])
+        script = config["recipe"]["source"] == "script"
     except (KeyError, TypeError) as error:
         raise UserError(f"{path}: damaged: a setting without value or source; {fix}") from error
+    if script:
+        raise UserError(f"{directory}: a run of {shown(recipe)}; start that again, with resume=True beside run= of its trainer")
     anew = {setting.partition("=")[0] for setting in given}
     if hidden := [key for key, value in own.items() if MASK in value and key not in anew]:
         raise UserError(f"{hidden[0]}: a secret, which config.json does not have; write {hidden[0]}=... after {directory}")

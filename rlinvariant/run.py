@@ -1,11 +1,11 @@
 """One run, from a configuration to a trained model and its proof. Read this file to see how the parts fit together."""
 
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from rlinvariant import runtime
-from rlinvariant.api import TrainerPlan, build_trainer, plan_trainer
 from rlinvariant.checkpoints import FREE_SPACE
 from rlinvariant.config import Config
 from rlinvariant.errors import ConfigErrors, UserError
@@ -14,6 +14,7 @@ from rlinvariant.journal import Journal, nothing_left
 from rlinvariant.launch import largest, on_main_process, rank
 from rlinvariant.lock import locked
 from rlinvariant.model_source import local_model
+from rlinvariant.plan import TrainerPlan, build_trainer, plan_trainer
 from rlinvariant.report.console import Console
 from rlinvariant.resumption import Resumption, dataset_digest, find, require_same_data
 from rlinvariant.rewards import reward_problems
@@ -51,18 +52,41 @@ def run(config: Config) -> None:
         UserError: something that the user can mend, at the start or in the middle.
         ParityError: the two sides are not one function, or a token that was trained on was not compared.
     """
-    lock = locked(config.run_dir, "run") if rank() == 0 else nullcontext()
-    with disk_errors(config.run_dir, FREE_SPACE), nothing_left(config.run_dir / "checkpoints"), lock:
+    with directory(config):
         planned = plan(config)
         trainer = build(planned)
-        planned.journal.start(trainer)
-        with planned.journal.finishing():
-            evaluate(planned, trainer, "before")
-            with after_a_step(largest):
-                done = train(planned, trainer)
-            if done < config.steps:
-                raise UserError(f"steps={config.steps}: training ended after {done:,}: is a callback ending it? lower steps")
-            evaluate(planned, trainer, "after")
+        carry_out(planned.journal, trainer, planned.eval_dataset, lambda: train(planned, trainer))
+
+
+@contextmanager
+def directory(config: Config) -> Iterator[None]:
+    """Hold the run's directory while a block runs; a start that fails leaves none behind."""
+    lock = locked(config.run_dir, "run") if rank() == 0 else nullcontext()
+    with disk_errors(config.run_dir, FREE_SPACE), nothing_left(config.run_dir / "checkpoints"), lock:
+        yield
+
+
+def carry_out(
+    journal: Journal,
+    trainer: "InvariantGRPOTrainer",
+    eval_dataset: "Dataset | None",
+    train: Callable[[], int],
+    may_end_early: bool = False,
+) -> None:
+    """Train between two evaluations, and write all of it into the journal.
+
+    Args:
+        train: trains, and returns the last step.
+        may_end_early: whether a callback may end the run before its last step.
+    """
+    journal.start(trainer)
+    with journal.finishing():
+        evaluate(journal, trainer, eval_dataset, "before")
+        with after_a_step(largest):
+            done = train()
+        if done < (steps := journal.config.steps) and not may_end_early:
+            raise UserError(f"steps={steps}: training ended after {done:,}: is a callback ending it? lower steps")
+        evaluate(journal, trainer, eval_dataset, "after")
 
 
 def plan(config: Config) -> Plan:
@@ -143,16 +167,16 @@ def train(planned: Plan, trainer: "InvariantGRPOTrainer") -> int:
     return trainer.state.global_step
 
 
-def evaluate(planned: Plan, trainer: "InvariantGRPOTrainer", when: str) -> None:
+def evaluate(journal: Journal, trainer: "InvariantGRPOTrainer", dataset: "Dataset | None", when: str) -> None:
     """Put the mean reward of one greedy completion per held-out row into the journal, `when` being before or after."""
-    if planned.eval_dataset is None or when in planned.journal.accuracy:
+    if dataset is None or when in journal.accuracy:
         return
     from rlinvariant.trainer.evaluate import greedy_reward
 
-    with planned.console.stage(f"held-out reward {when}, greedy, {len(planned.eval_dataset)} prompts"):
-        value = greedy_reward(trainer, planned.eval_dataset)
-    planned.journal.accuracy[when] = value
-    planned.console.print(f"held-out reward {when}: {value:.3f}")
+    with journal.console.stage(f"held-out reward {when}, greedy, {len(dataset)} prompts"):
+        value = greedy_reward(trainer, dataset)
+    journal.accuracy[when] = value
+    journal.console.print(f"held-out reward {when}: {value:.3f}")
 
 
 def sampler_options(config: Config) -> "SamplerOptions":

@@ -6,6 +6,7 @@ samples from the same policy; the prompts are the same; completions have a fixed
 length they come with. vLLM runs eagerly on both sides, but for the mode `compiled`.
 """
 
+import functools
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -111,12 +112,12 @@ def _worker(mode: str, *settings: str) -> None:
         link.send(**{key: float(row[key]) for key in keys})
         next_step()
 
-    trainer = api.grpo_trainer(
+    made = functools.partial(api.ppo_trainer, ppo=config.ppo) if config.algorithm == "ppo" else api.grpo_trainer
+    trainer = made(
         AutoModelForCausalLM.from_pretrained(path, dtype="float32"),
         recipe.reward_funcs(config),
         args,
         recipe.datasets(config, tokenizer)[0],
-        ppo=config.ppo if config.algorithm == "ppo" else None,
         processing_class=tokenizer,
         invariance=config.invariance,
         dtype=config.dtype,

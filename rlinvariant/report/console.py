@@ -8,6 +8,7 @@ import os
 import re
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,11 +33,11 @@ _COLUMNS = (
     ("len", "rollout/len_mean", ",.1f", 6),
     ("tok/s sampler", "perf/sampler_tok_s", ",.0f", 13),
     ("trainer", "perf/trainer_tok_s", ",.0f", 7),
-    ("s rollout", "time/rollout", ".2f", 9),
+    ("s draw", "time/rollout", ".2f", 6),
     ("score", "time/score", ".2f", 5),
     ("train", "time/train", ".2f", 6),
-    ("sync", "time/sync", ".2f", 5),
-    ("save", "time/save", ".2f", 5),
+    ("sync", "time/sync", ".2f", 4),
+    ("save", "time/save", ".2f", 4),
 )
 _CRITIC = (("v loss", "value/loss", ".4f", 6), ("v expl", "value/explained_variance", ".2f", 6))  # of rows of PPO
 # label in the line about a mismatch, key
@@ -83,6 +84,7 @@ class Console:
         self._main_process = main_process
         self._heartbeat_s = heartbeat_s
         self._steps_printed = 0
+        self._step_s: deque[float] = deque(maxlen=HEADER_EVERY)  # of the last steps
 
     def print(self, text: str, style: str = "") -> None:
         """Print a line as it is: no markup, no control characters, no wrapping; flushed."""
@@ -124,13 +126,13 @@ class Console:
         columns = (*_COLUMNS, *(_CRITIC if "value/loss" in row else ()))
         if self._steps_printed % HEADER_EVERY == 0:
             titles = [f"{title:>{width}}" for title, _, _, width in columns]
-            self.print("  ".join([f"{'step':>7}", *titles]), style="dim")
+            self.print("  ".join([f"{'step':>7}", "eta", *titles]), style="dim")
         self._steps_printed += 1
         place = f"{row['step']}/{steps}" if steps else str(row["step"])
         cells = [f"{_decimal(row.get(key), spec):>{width}}" for _, key, spec, width in columns]
         mismatched, compared = row.get("onpolicy/mismatched_tokens"), row.get("onpolicy/compared_tokens")
         self.print(
-            "  ".join([f"{place:>7}", *cells, f"mismatched {integer(mismatched)} / {integer(compared)}"]),
+            "  ".join([f"{place:>7}", f"{self._eta(row, steps):>3}", *cells, f"mismatched {integer(mismatched)} / {integer(compared)}"]),
             style="yellow" if mismatched else "",
         )
         new = (compared or 0) + (row.get("onpolicy/unscored_tokens") or 0)  # 0: a further step on an earlier rollout
@@ -143,6 +145,19 @@ class Console:
             self.print(f"  reward functions: {', '.join(survived)}", style="yellow")
         if (covered := coverage([row])) != "1" and (new or compared is None):
             self.print(f"  coverage {covered}", style="yellow")
+
+    def _eta(self, row: Row, steps: int | None) -> str:
+        """Say how long the steps after this one will take, at the pace of the last HEADER_EVERY; "" where that is not known."""
+        if (took := row.get("perf/step_s")) is not None:
+            self._step_s.append(took)
+        left = 0 if steps is None else steps - row["step"]
+        if left <= 0 or not self._step_s:
+            return ""
+        seconds = left * sum(self._step_s) / len(self._step_s)
+        return next(
+            (f"{seconds / unit:.0f}{name}" for unit, name in ((1, "s"), (60, "m"), (3600, "h")) if seconds < 99.5 * unit),
+            f"{seconds / 86400:.0f}d",
+        )
 
     def samples(self, rows: Iterable[Row]) -> None:
         """Print decoded samples, three lines each, cut to the width: reward, prompt, completion."""

@@ -180,7 +180,6 @@ class Sampler:
             if hasattr(core, "_finalizer"):  # vLLM 0.26 has none
                 core._finalizer.detach()
             self._end = weakref.finalize(core, _release, core.engine_core)
-            self._end.atexit = False  # the process goes as it is: it would take seconds to take an engine apart
             self._install()
             if not torch.cuda.is_available():
                 # The kernel gives a page when it is first written to, and requests reach further pages for hundreds of steps:

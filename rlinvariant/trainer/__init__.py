@@ -3,11 +3,14 @@
 import importlib
 from typing import TYPE_CHECKING
 
+from rlinvariant import runtime
+
 if TYPE_CHECKING:
     from rlinvariant.trainer.grpo import InvariantGRPOTrainer
     from rlinvariant.trainer.ppo import InvariantPPOTrainer
 
 __all__ = ["InvariantGRPOTrainer", "InvariantPPOTrainer"]
+runtime.quiet()  # before TRL is imported, which warns of vLLM's version
 _MODULES = {"InvariantGRPOTrainer": "grpo", "InvariantPPOTrainer": "ppo"}
 
 

@@ -40,11 +40,13 @@ class SamplerLike(Protocol):
 
     def differing_weights(self, weights: Iterable[tuple[str, Tensor]]) -> list[str]: ...
 
+    def close(self) -> None: ...
+
 
 class TRLArguments(TypedDict, total=False):
     """Lists the further arguments of `trl.GRPOTrainer` that our trainers take, with TRL's meaning."""
 
-    eval_dataset: Dataset | None
+    eval_dataset: Dataset | dict[str, Dataset] | None
     processing_class: PreTrainedTokenizerBase | None
     reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase] | None
     callbacks: list[TrainerCallback] | None
@@ -86,10 +88,28 @@ class SamplerOptions(TypedDict, total=False):
     options: dict[str, Any]  # keyword arguments of vllm.LLM
 
 
-class StartOptions(TrainerOptions, total=False):
-    """Lists the keyword arguments of `rlinvariant.grpo_trainer`, which says what they mean, but for `ppo`."""
+class ScriptOptions(TypedDict, total=False):
+    """Lists the keyword arguments of `rlinvariant.GRPOTrainer` that TRL's trainer has not; that class says what they mean."""
 
     invariance: Invariance
     dtype: str
     sampler_model: str | Path | None
     sampler_options: SamplerOptions | None
+    reward_timeout: float
+    reward_cage: int
+    reward_errors: OnError
+    staleness: int
+    on_row: OnRow | None
+    on_samples: OnSamples | None
+    on_rollout: OnRollout | None
+
+
+class StartOptions(TrainerOptions, total=False):
+    """Lists the further keyword arguments of `rlinvariant.grpo_trainer`; `rlinvariant.GRPOTrainer` says what they mean."""
+
+    invariance: Invariance
+    dtype: str
+    sampler_model: str | Path | None
+    sampler_options: SamplerOptions | None
+    run: str | None
+    resume: bool | str

@@ -44,7 +44,9 @@ def start_engine(
     """Without compilation, which takes a minute, unless asked for by `enforce_eager=False`."""
     options = {"max_num_seqs": 64, "max_num_batched_tokens": 2048, "block_size": BLOCK, "enforce_eager": True} | options
     gib = kv_bytes / 2**30
-    return Sampler(path, invariant=invariant, dtype=dtype, max_model_len=longest, kv_cache_gib=gib, options=options)
+    engine = Sampler(path, invariant=invariant, dtype=dtype, max_model_len=longest, kv_cache_gib=gib, options=options)
+    engine._end.atexit = False  # the process ends as it is: taking an engine apart takes seconds
+    return engine
 
 
 # ---- requests, and an engine stepped by hand

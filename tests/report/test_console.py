@@ -106,12 +106,26 @@ def test_titles_come_again():
     assert text.count("tok/s sampler") == 2
 
 
+def test_the_time_left_is_that_of_the_last_steps():
+    def said(*seconds, steps=100) -> list[str]:
+        rows = [{"step": i, "perf/step_s": s} for i, s in enumerate(seconds, 1)]
+        lines = printed(*[lambda c, row=row: c.step(row, steps) for row in rows]).splitlines()
+        return [line.split()[1].replace("-", "") for line in lines if "mismatched" in line]  # next is the reward: -
+
+    assert said(1.0, 3.0) == ["99s", "3m"]  # 98 steps of 2 s each
+    assert said(100.0, *[1.0] * HEADER_EVERY)[-1] == "79s"  # the first step is too long ago
+    assert said(3600.0, 1e6) == ["99h", "569d"]
+    assert said(1.0, steps=None) == said(1.0, steps=1) == [""]
+    assert said(None) == [""]
+
+
 def test_lines_fit_120_columns():
     large = DRIFT | {
         "step": 150,
         "rollout/len_mean": 1024.5,
         "perf/sampler_tok_s": 128_797.0,
         "perf/trainer_tok_s": 128_400.0,
+        "perf/step_s": 240.0,
         "time/rollout": 120.61,
         "time/train": 110.52,
         "onpolicy/mismatched_tokens": 61_440,
@@ -119,7 +133,7 @@ def test_lines_fit_120_columns():
         "onpolicy/kl_k3": 1e-300,
     }
     mismatch = FirstMismatch(1023, 32767, -1.23456789e-12, -1.23456788e-12, "0xBFA00000", "0xBFA00001")
-    text = printed(lambda c: c.step(large, 150, mismatch), lambda c: c.samples([{"prompt": "漢" * 500, "reward": 1}]))
+    text = printed(lambda c: c.step(large | {"step": 120}, 150, mismatch), lambda c: c.samples([{"prompt": "漢" * 500, "reward": 1}]))
     assert max(len(line) for line in text.splitlines()) <= 120
     assert re.search("漢 ?[.]{3}\n", text) and "漢" * 60 not in text  # two columns each
 

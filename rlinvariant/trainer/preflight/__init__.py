@@ -5,13 +5,19 @@ from typing import Any
 
 from rlinvariant.errors import ConfigErrors
 from rlinvariant.trainer.preflight.disk import disk_problems
-from rlinvariant.trainer.preflight.parts import constructing, hub_problems, part_problems, weight_problems
+from rlinvariant.trainer.preflight.parts import (
+    constructing,
+    hub_problems,
+    part_problems,
+    report_problems,
+    weight_problems,
+)
 from rlinvariant.trainer.preflight.prompts import Prompts
 from rlinvariant.trainer.preflight.rows import dataset_problems, row_problems
 from rlinvariant.trainer.preflight.signatures import needed_columns, signature_problems
 from rlinvariant.trainer.preflight.tokens import generation_problems, load_tokenizer, token_problems
 
-__all__ = ["Start", "check_start", "constructing", "load_tokenizer"]
+__all__ = ["Start", "check_start", "constructing", "load_tokenizer", "report_problems"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +30,7 @@ class Start:
         config: the model's configuration.
         tokenizer: the run's.
         rewards: reward functions, models or names, one or a list.
-        train, evaluation: the data sets; None: there is none.
+        train, evaluation: the data sets, the second perhaps a dict of several by name; None: there is none.
         max_model_len: most tokens of a prompt and its completion that the engine takes; None: the model's positions.
         models: how many models are trained: 2 for PPO, whose critic is one.
         prefix: what the user writes before the name of a field of `args`.
@@ -78,7 +84,9 @@ def check_start(start: Start) -> list[str]:
         problems.append(f"{prefix}eval_strategy={strategy}: expected no, as there is no evaluation data set; or give one")
     of_a_rollout = args.generation_batch_size // (args.num_generations or 1)
     notes: list[str] = []
-    for name, dataset, least in (("train", start.train, of_a_rollout), ("eval", start.evaluation, 1)):
+    held_out = start.evaluation if isinstance(start.evaluation, dict) else {"": start.evaluation}
+    sets = [("train", start.train, of_a_rollout), *((f"eval {key}".strip(), rows, 1) for key, rows in held_out.items())]
+    for name, dataset, least in sets:
         if dataset is None:
             continue
         if wrong := dataset_problems(dataset, name, least):

@@ -1,0 +1,157 @@
+"""Plan a trainer before weights are loaded, and make it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Unpack
+
+from rlinvariant.conflicts import SIDES, Invariance
+from rlinvariant.errors import ConfigErrors
+from rlinvariant.report.console import Console
+from rlinvariant.rewards import RewardLimits
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedConfig, PreTrainedModel
+    from trl.trainer.grpo_config import GRPOConfig
+
+    from rlinvariant.config import PPOConfig
+    from rlinvariant.trainer.grpo import InvariantGRPOTrainer
+    from rlinvariant.trainer.interface import RewardFunction, TrainerOptions
+
+
+@dataclass(frozen=True)
+class TrainerPlan:
+    """Describes a trainer that can be made: every setting and the model's configuration were checked. No weights are loaded.
+
+    Args:
+        model: directory or hub id, or a loaded model.
+        config: the configuration of `model`, as it was loaded.
+        source: directory or hub id that the engine loads.
+        source_config: the configuration of `source`; the same object where the two are one model.
+        args, ppo, invariance, dtype, sampler_options: as for `rlinvariant.grpo_trainer`.
+    """
+
+    model: str | PreTrainedModel
+    config: PreTrainedConfig
+    source: str
+    source_config: PreTrainedConfig
+    args: GRPOConfig
+    ppo: PPOConfig | None
+    invariance: Invariance
+    dtype: str
+    sampler_options: Mapping[str, Any]
+
+
+def plan_trainer(
+    model: str | Path | PreTrainedModel,
+    args: GRPOConfig,
+    ppo: PPOConfig | None,
+    invariance: Invariance,
+    dtype: str,
+    source: str,
+    sampler_options: Mapping[str, Any],
+) -> TrainerPlan:
+    """Load the configurations of the models, each once, and refuse what cannot run exactly; the settings were checked before.
+
+    Raises:
+        ConfigErrors: every option of the engine and every property of a model that would change the bits, one line each.
+        UserError: a configuration cannot be loaded, or is not a causal language model's.
+    """
+    from rlinvariant.models import unsupported
+    from rlinvariant.sampler.refusals import engine_problems, load_config
+
+    sampler_is_invariant, trainer_is_invariant = SIDES[invariance]
+    loaded = None if isinstance(model, (str, Path)) else model
+    name = str(model) if loaded is None else loaded.config._name_or_path
+    config = load_config(name) if loaded is None else loaded.config
+    source_config = config if loaded is None and source == name else load_config(source)
+    problems: list[str] = []
+    if sampler_is_invariant:
+        given = sampler_options.get("options") or {}
+        limit = sampler_options.get("max_model_len")
+        problems += engine_problems(given, source, source_config, limit, "use invariance=off", args.device.type)
+    if trainer_is_invariant and not (sampler_is_invariant and source_config is config):
+        problems += [f"model={name}: {reason}; use invariance=off" for reason in unsupported(config, args.device.type)]
+    if problems:
+        raise ConfigErrors(problems)
+    return TrainerPlan(
+        name if loaded is None else loaded, config, source, source_config, args, ppo, invariance, dtype, sampler_options
+    )
+
+
+def build_trainer(
+    plan: TrainerPlan,
+    reward_funcs: RewardFunction | list[RewardFunction],
+    train_dataset: Dataset | None,
+    **options: Unpack[TrainerOptions],
+) -> InvariantGRPOTrainer:
+    """Load weights, start the engine, make the trainer, and compare its two sides where both are invariant."""
+    from rlinvariant.trainer.grpo import InvariantGRPOTrainer
+    from rlinvariant.trainer.ppo import InvariantPPOTrainer
+
+    kind = InvariantGRPOTrainer if plan.ppo is None else InvariantPPOTrainer
+    with named(plan):
+        trainer = kind(**arguments(plan, reward_funcs, train_dataset, **options))
+    prove(plan, trainer)
+    return trainer
+
+
+def arguments(
+    plan: TrainerPlan,
+    reward_funcs: RewardFunction | list[RewardFunction],
+    train_dataset: Dataset | None,
+    **options: Unpack[TrainerOptions],
+) -> dict[str, Any]:
+    """Load the weights, and return the arguments of a trainer, which starts the engine when it has made its models."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
+
+    from rlinvariant.models.load import load
+    from rlinvariant.sampler.engine import Sampler
+
+    transformers_logging.disable_progress_bar()
+    model: Any = plan.model
+    if isinstance(model, str):
+        model = load(AutoModelForCausalLM, model, dtype=torch.float32, config=copy.deepcopy(plan.config))
+    Console(plan.args.process_index == 0).print(str(RewardLimits.taken({**options})))
+    invariant = SIDES[plan.invariance][0]
+    positions = getattr(plan.source_config.get_text_config(), "max_position_embeddings", None)  # a stock engine needs none
+    engine: Callable[[], Sampler] = lambda: Sampler(  # noqa: E731
+        plan.source, invariant=invariant, dtype=plan.dtype, positions=positions, **plan.sampler_options
+    )
+    parts = {"model": model, "reward_funcs": reward_funcs, "args": plan.args, "train_dataset": train_dataset}
+    sides = {"sampler": engine, "invariance": plan.invariance, "dtype": getattr(torch, plan.dtype), "checked": True}
+    return parts | sides | ({} if plan.ppo is None else {"ppo": plan.ppo}) | {**options}
+
+
+@contextmanager
+def named(plan: TrainerPlan) -> Iterator[None]:
+    """Put the model's name, and the way out, before what a block says of a model that cannot run exactly."""
+    from rlinvariant.models import UnsupportedModel
+
+    try:
+        yield
+    except UnsupportedModel as error:
+        raise UnsupportedModel(f"model={plan.source}: {error}; use invariance=off") from error
+
+
+def prove(plan: TrainerPlan, trainer: InvariantGRPOTrainer) -> None:
+    """Compare a new trainer's two sides, where both are invariant, or find a certificate; say what came of it.
+
+    Raises:
+        ParityError: a log-prob differs.
+    """
+    if plan.invariance != "exact":
+        return
+    from rlinvariant.verification.start import prove
+
+    trainer.sync()
+    policy = trainer.accelerator.unwrap_model(trainer.model)
+    line, trainer.proof = prove(policy, trainer.sampler, plan.source_config, plan.source, plan.dtype)
+    Console(plan.args.process_index == 0).print(line)

@@ -1,0 +1,187 @@
+"""A script's run: the configuration that a run of the command line would have, from a TRL script's arguments."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import chz
+import datasets
+
+from rlinvariant import stopping
+from rlinvariant.config import Config, Data, PPOConfig, SamplerConfig, WandbConfig
+from rlinvariant.config.check import check_run
+from rlinvariant.config.fields import trainer_config_class
+from rlinvariant.config.tree import leaves
+from rlinvariant.journal import Journal
+from rlinvariant.launch import is_launched, on_main_process, rank
+from rlinvariant.report.console import Console
+from rlinvariant.resumption import dataset_digest, find, require_same_data
+from rlinvariant.rewards import RewardLimits
+from rlinvariant.run import carry_out, directory
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from rlinvariant.plan import TrainerPlan
+    from rlinvariant.trainer.grpo import InvariantGRPOTrainer
+
+SOURCE = "script"
+"""Source, in config.json, of a value that a script has set."""
+
+
+def script_name() -> str:
+    """Return the name of the script that runs, or "notebook" where there is none."""
+    name = Path(sys.argv[0]).name if sys.argv and sys.argv[0] else ""
+    return name if name.endswith(".py") and name != "ipykernel_launcher.py" else "notebook"
+
+
+def steps_of(args: Any, rows: int) -> int:
+    """Return how many optimizer steps TRL will take: `max_steps`, or what the epochs come to.
+
+    Args:
+        args: TRL's configuration.
+        rows: of the training data.
+    """
+    if args.max_steps > 0:
+        return args.max_steps
+    rollouts = rows // (args.generation_batch_size // args.num_generations)  # TRL drops an incomplete one
+    batches = rollouts * args.steps_per_generation * args.num_iterations
+    return math.ceil(args.num_train_epochs * max(1, math.ceil(batches / args.gradient_accumulation_steps)))
+
+
+class ScriptRun:
+    """Stands for the run directory of a script's trainer, as `rlinvariant.run` does for the command line's.
+
+    Args:
+        run, resume: as the user gave them to the trainer.
+        plan: the trainer's, whose checkpoints go to the run's directory.
+        rows: of the training data.
+        limits: how reward functions are called.
+        staleness: as for the trainer.
+        to_wandb: whether W&B gets the run, online with a login, else offline.
+        console: where lines go.
+    """
+
+    def __init__(
+        self,
+        run: str,
+        resume: bool | str,
+        plan: TrainerPlan,
+        rows: int,
+        limits: RewardLimits,
+        staleness: int,
+        to_wandb: bool,
+        console: Console,
+    ) -> None:
+        self.plan, self.console = plan, console
+        self.config = run_config(run, resume, plan, rows, limits, staleness, to_wandb)
+
+    def problems(self) -> list[str]:
+        """List why the directory cannot be used."""
+        return check_run(self.config, os.environ)
+
+    def start(self, train_dataset: Dataset | None, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Find what the run goes on from, and return the trainer's hooks into the journal, which also call the user's own.
+
+        Raises:
+            UserError: the run that is there is another one, or damaged.
+        """
+        resumption = on_main_process(lambda: find(self.config))
+        data = "" if train_dataset is None else dataset_digest(train_dataset)
+        self.resumption = require_same_data(resumption, data, self.config)
+        for line in self.resumption.lines:
+            self.console.print(line)
+        main = self.plan.args.process_index == 0
+        sampler: Mapping[str, Any] = self.plan.sampler_options
+        self.journal = Journal(self.config, self.plan.source, sampler, self.console, main, data, self.resumption)
+        return {name: _both(getattr(self.journal, name), options.get(name)) for name in ("on_row", "on_samples", "on_rollout")}
+
+    def carry_out(self, trainer: InvariantGRPOTrainer, eval_dataset: Any, train: Callable[[Any], Any]) -> Any:
+        """Train from where the run stands, and return what `train` returns, which is called with a checkpoint or None.
+
+        Raises:
+            Stopped: a signal has ended the run, after a step that is saved.
+        """
+        trainer.on_save = self.journal.on_save
+        held_out = eval_dataset if isinstance(eval_dataset, datasets.Dataset) else None
+        results = []
+
+        def steps() -> int:
+            results.append(train(self.resumption.checkpoint))
+            return trainer.state.global_step
+
+        echo_s = stopping.ECHO_S if is_launched() else 0.0
+        with stopping.listening(self.config.run_dir, echo_s, rank() == 0), directory(self.config):
+            carry_out(self.journal, trainer, held_out, steps, may_end_early=True)
+        return results[0]
+
+
+def _both(first: Callable[..., object], second: Callable[..., object] | None) -> Callable[..., None]:
+    """Return a function that calls two with the same arguments."""
+
+    def call(*args: Any) -> None:
+        first(*args)
+        if second is not None:
+            second(*args)
+
+    return call
+
+
+def run_config(
+    run: str,
+    resume: bool | str,
+    plan: TrainerPlan,
+    rows: int,
+    limits: RewardLimits,
+    staleness: int,
+    to_wandb: bool,
+) -> Config:
+    """Describe a script's run as the command line describes its own.
+
+    Args:
+        run, resume: as the user gave them to the trainer.
+        plan: the trainer's.
+        rows: of the training data.
+        limits: how reward functions are called.
+        staleness: as for the trainer.
+        to_wandb: whether W&B gets the run.
+    """
+    args, fields = plan.args, chz.chz_fields(trainer_config_class())
+    options = {**(plan.sampler_options.get("options") or {})}
+    sizes = {key: plan.sampler_options[key] for key in ("max_model_len", "kv_cache_gib") if key in plan.sampler_options}
+    own = {key: options[key] for key in chz.chz_fields(SamplerConfig) if key in options}
+    trainer = {name: getattr(args, name) for name in fields}
+    default = Config(
+        recipe="", data=Data(), trainer=trainer_config_class()(), ppo=PPOConfig(), sampler=SamplerConfig(), wandb=WandbConfig()
+    )
+    config = chz.replace(
+        default,
+        recipe=script_name(),
+        model=plan.source,
+        invariance=plan.invariance,
+        algorithm="grpo" if plan.ppo is None else "ppo",
+        staleness=staleness,
+        reward_timeout=limits.reward_timeout,
+        reward_cage=limits.reward_cage,
+        reward_errors=limits.reward_errors,
+        steps=steps_of(args, rows),
+        seed=args.seed,
+        run=run,
+        resume=resume,
+        save_minutes=None,
+        dtype=plan.dtype,
+        trainer=trainer_config_class()(**trainer),
+        ppo=plan.ppo or PPOConfig(),
+        sampler=SamplerConfig(**sizes, **own),
+        wandb=WandbConfig(
+            mode="auto" if to_wandb else "disabled", project=os.environ.get("WANDB_PROJECT") or WandbConfig().project
+        ),
+    )
+    before = leaves(default)
+    sources = {key: SOURCE for key, leaf in leaves(config).items() if leaf.value != before[key].value} | {"run": SOURCE}
+    return chz.replace(config, sources=sources)
