@@ -2,8 +2,8 @@
 
     python examples/trl_script.py MODEL
 
-MODEL is a directory or hub id; a run of `rlinvariant train recipe=arithmetic` leaves a tiny one in runs/.cache. The reward counts
-the different characters of a completion, so that there is something to learn for any model.
+MODEL is a directory or hub id; a run of `rlinvariant train recipe=arithmetic` leaves a tiny one in runs/.cache. The reward
+counts the different characters of a completion, so that there is something to learn for any model.
 """
 
 import sys

@@ -132,7 +132,14 @@ class Console:
         cells = [f"{_decimal(row.get(key), spec):>{width}}" for _, key, spec, width in columns]
         mismatched, compared = row.get("onpolicy/mismatched_tokens"), row.get("onpolicy/compared_tokens")
         self.print(
-            "  ".join([f"{place:>7}", f"{self._eta(row, steps):>3}", *cells, f"mismatched {integer(mismatched)} / {integer(compared)}"]),
+            "  ".join(
+                [
+                    f"{place:>7}",
+                    f"{self._eta(row, steps):>3}",
+                    *cells,
+                    f"mismatched {integer(mismatched)} / {integer(compared)}",
+                ]
+            ),
             style="yellow" if mismatched else "",
         )
         new = (compared or 0) + (row.get("onpolicy/unscored_tokens") or 0)  # 0: a further step on an earlier rollout

@@ -121,7 +121,7 @@ def test_the_time_left_is_that_of_the_last_steps():
 
 def test_lines_fit_120_columns():
     large = DRIFT | {
-        "step": 150,
+        "step": 120,
         "rollout/len_mean": 1024.5,
         "perf/sampler_tok_s": 128_797.0,
         "perf/trainer_tok_s": 128_400.0,
@@ -133,7 +133,9 @@ def test_lines_fit_120_columns():
         "onpolicy/kl_k3": 1e-300,
     }
     mismatch = FirstMismatch(1023, 32767, -1.23456789e-12, -1.23456788e-12, "0xBFA00000", "0xBFA00001")
-    text = printed(lambda c: c.step(large | {"step": 120}, 150, mismatch), lambda c: c.samples([{"prompt": "漢" * 500, "reward": 1}]))
+    text = printed(
+        lambda c: c.step(large | {"step": 120}, 150, mismatch), lambda c: c.samples([{"prompt": "漢" * 500, "reward": 1}])
+    )
     assert max(len(line) for line in text.splitlines()) <= 120
     assert re.search("漢 ?[.]{3}\n", text) and "漢" * 60 not in text  # two columns each
 
