@@ -27,6 +27,7 @@ from rlinvariant.trainer.refusals import settings_problems
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+    from trl.trainer.grpo_config import GRPOConfig as TRLConfig
 
     from rlinvariant.trainer.interface import StartOptions
 
@@ -70,7 +71,7 @@ class GRPOTrainer(InvariantGRPOTrainer):
         self,
         model: str | Path | PreTrainedModel,
         reward_funcs: RewardFunction | list[RewardFunction],
-        args: GRPOConfig | None = None,
+        args: TRLConfig | None = None,
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
@@ -151,7 +152,7 @@ class PPOTrainer(GRPOTrainer, InvariantPPOTrainer):
 def grpo_trainer(
     model: str | Path | PreTrainedModel,
     reward_funcs: RewardFunction | list[RewardFunction],
-    args: GRPOConfig | None = None,
+    args: TRLConfig | None = None,
     train_dataset: Dataset | None = None,
     **options: Unpack[StartOptions],
 ) -> GRPOTrainer:
@@ -167,7 +168,7 @@ def grpo_trainer(
 def ppo_trainer(
     model: str | Path | PreTrainedModel,
     reward_funcs: RewardFunction | list[RewardFunction],
-    args: GRPOConfig | None = None,
+    args: TRLConfig | None = None,
     train_dataset: Dataset | None = None,
     *,
     ppo: PPOConfig | None = None,
@@ -186,7 +187,7 @@ def _checked(
     console: Console,
     model: str | Path | PreTrainedModel,
     reward_funcs: RewardFunction | list[RewardFunction],
-    args: GRPOConfig,
+    args: TRLConfig,
     train_dataset: Dataset | None,
     ppo: PPOConfig | None,
     run: str | None,
