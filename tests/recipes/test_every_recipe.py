@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from rlinvariant.config import load_recipe, parse, recipe_names
-from rlinvariant.recipes import _math
+from rlinvariant.recipes import _math, words_gpu
 from rlinvariant.report import completions
 
 ROOT = Path(__file__).parents[2]
@@ -31,6 +31,7 @@ PARENTS = {
     ),
     "arithmetic_mis": ("arithmetic_tis", {"trainer.vllm_importance_sampling_mode": "sequence_mask"}),
     "arithmetic_stale": ("arithmetic", {"staleness": 4}),
+    "words_gpu": ("words", words_gpu.DEFAULTS),
     "gsm8k_off": ("gsm8k", {"invariance": "off"}),
     "arithmetic_ppo": ("arithmetic", PPO),
     "countdown_ppo": ("countdown", PPO),
@@ -40,7 +41,7 @@ PARENTS = {
 @pytest.mark.parametrize("name", recipe_names())
 def test_a_recipe_is_a_valid_configuration(name: str) -> None:
     recipe = load_recipe(name)
-    config = parse([f"recipe={name}", *([] if recipe.prepare_model else ["model=org/name"])], {})
+    config = parse([f"recipe={name}", *([] if recipe.prepare_model or "model" in recipe.defaults else ["model=org/name"])], {})
     assert {key for key, source in config.sources.items() if source == f"recipe {name}"} == set(recipe.defaults)
     assert f"| `{name}` |" in (RECIPES / "README.md").read_text()
 
