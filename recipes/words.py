@@ -1,4 +1,4 @@
-"""Sums, differences and products in words, for a model that can chat: `Tom had nine apples and ate six. How many are left?`
+"""Sums, differences and products asked in words, such as `What is nine plus two?`, for a model that can chat.
 
 Every prompt shows one problem answered by an equation, so that answers are short and a small model is right now and then. The
 reward is 1 if the last number of the completion is the answer. `model=` is SmolLM2-135M-Instruct, out of a wheel of the
