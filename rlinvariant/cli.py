@@ -46,9 +46,10 @@ COMMANDS = (
     Command("demo", "rlinvariant.demo.command", "one prompt 1,000 times in changing traffic, ops off and on"),
     Command("serve", "rlinvariant.serve", "vLLM's server with the ops on: load changes no byte"),
     Command("report", "rlinvariant.report.command", "write report.html of a run or an ablation, print its tables"),
+    Command("samples", "rlinvariant.report.samples_command", "search and sort what a run has said"),
     Command("dashboard", "rlinvariant.report.dashboard_command", "the same in W&B and TensorBoard; as JSON without a login"),
 )
-LOOKING_COMMANDS = ("doctor", "report", "dashboard")  # which run, and say more, where packages break each other
+LOOKING_COMMANDS = ("doctor", "report", "samples", "dashboard")  # which run, and say more, where packages break each other
 EXAMPLES_OF = ("train", "verify", "report")  # whose examples `rlinvariant --help` shows
 
 

@@ -144,7 +144,7 @@ def _table(rows: Sequence[Sample]) -> "pyarrow.Table":
     ids, logprobs = pa.list_(pa.int32()), pa.list_(pa.float32())
     first = {"step": pa.int32(), "prompt_id": pa.string(), "group": pa.int32(), "sample_id": pa.int32()}
     texts = {"prompt": pa.string(), "completion": pa.string()}
-    rewards = {REWARD + name: pa.float32() for name in rows[0]["rewards"]}
+    rewards = {REWARD + _valid(name): pa.float32() for name in rows[0]["rewards"]}
     numbers = {"reward": pa.float32(), "advantage": pa.float32(), "length": pa.int32(), "truncated": pa.bool_()}
     tokens = {"token_ids": ids, "sampler_logprobs": logprobs, "trainer_logprobs": logprobs, "mismatched_tokens": pa.int32()}
     last = {"prompt_token_ids": ids, "extra": pa.string()}
@@ -154,7 +154,7 @@ def _table(rows: Sequence[Sample]) -> "pyarrow.Table":
             **row,
             "prompt": _valid(row["prompt"]),
             "completion": _valid(row["completion"]),
-            **{REWARD + name: value for name, value in row["rewards"].items()},
+            **{REWARD + _valid(name): value for name, value in row["rewards"].items()},
             "extra": json.dumps(row["extra"], default=str) if row["extra"] else None,
         }
         for row in rows

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TextIO, cast
 
 import rich.console
 from rich.cells import cell_len, set_cell_size
+from rich.console import RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
@@ -88,7 +89,11 @@ class Console:
 
     def print(self, text: str, style: str = "") -> None:
         """Print a line as it is: no markup, no control characters, no wrapping; flushed."""
-        self._rich.print(Text(self._printable(text), style=style), soft_wrap=True)
+        self._rich.print(Text(self.printable(text), style=style), soft_wrap=True)
+
+    def show(self, renderable: RenderableType) -> None:
+        """Print a table or another of rich's, as wide as the terminal; its texts are `printable` already."""
+        self._rich.print(renderable)
 
     def _print_others(self, line: str) -> None:
         """Print a library's line with its colours, and nothing else that a terminal obeys."""
@@ -172,7 +177,7 @@ class Console:
             self.print(f"sample  reward {_decimal(row.get('reward'), '.3f')}")
             for name in ("prompt", "completion"):
                 # A text of 120 cells is cut from 121 characters at the latest, so no long one is escaped whole.
-                line = self._printable(f"  {name:<10}  {str(row.get(name, ''))[: WIDTH + 1]}")
+                line = self.printable(f"  {name:<10}  {str(row.get(name, ''))[: WIDTH + 1]}")
                 self.print(line if cell_len(line) <= WIDTH else set_cell_size(line, WIDTH - 3) + "...")
 
     def summary(
@@ -206,7 +211,7 @@ class Console:
         for name, value in lines:
             self.print(f"{name:<10}  {value}")
 
-    def _printable(self, text: str) -> str:
+    def printable(self, text: str) -> str:
         """Escape what a terminal would obey or what this stream cannot encode; completions are a model's own text."""
         return printable(text).encode(self._rich.encoding, "backslashreplace").decode(self._rich.encoding)
 
@@ -216,10 +221,10 @@ class Console:
         columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), *bar, TimeElapsedColumn())
         # rich would put a stream of its own in place of sys.stdout, and a logger set up meanwhile (vLLM's) keep it for good
         live = Progress(*columns, console=self._rich, transient=True, redirect_stdout=False, redirect_stderr=False)
-        task = live.add_task(self._printable(text), total=total)
+        task = live.add_task(self.printable(text), total=total)
 
         def of_a_library(progress: str) -> None:
-            live.update(task, description=self._printable(f"{text} ({progress})" if progress else text))
+            live.update(task, description=self.printable(f"{text} ({progress})" if progress else text))
 
         with others_above(self._screen, self._print_others, of_a_library), live:
             yield lambda done: live.update(task, completed=done)

@@ -1,4 +1,4 @@
-"""The report of a run or an ablation as one file: no network, no other file, and JavaScript for hovering alone."""
+"""The report of a run or an ablation as one file: no network, no other file; JavaScript for hovering and for completions."""
 
 import base64
 import hashlib
@@ -35,7 +35,7 @@ def write(path: str | Path) -> tuple[Path, Study]:
 
 def page(study: Study) -> str:
     """Return the whole page. Everything that comes from a run is escaped, and no script but the page's own may run."""
-    css, script = (HERE / "page.css").read_text(), (HERE / "page.js").read_text()
+    css, script = (HERE / "page.css").read_text(), "".join((HERE / name).read_text() for name in ("page.js", "samples.js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
     title = _title(study)

@@ -177,28 +177,29 @@ def gaps(rows: Sequence[Mapping[str, Any]], last: int = 0) -> str:
     return ", ".join(said[:5]) + (f" and {len(said) - 5} more" if len(said) > 5 else "")
 
 
-def _jsonable(value: Any) -> Any:
+def jsonable(value: Any) -> Any:
+    """Return a value as JSON can hold it: arrays as lists, floats that are not finite as texts. TypeError if it has no form."""
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     if value is None or isinstance(value, str | int | float):
         return value
     if isinstance(value, Mapping):
-        return {str(key): _jsonable(item) for key, item in value.items()}
+        return {str(key): jsonable(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_jsonable(item) for item in value]
+        return [jsonable(item) for item in value]
     if isinstance(value, Path):
         return str(value)
     if hasattr(value, "tolist"):  # numpy and torch, scalars and arrays
-        return _jsonable(value.tolist())
+        return jsonable(value.tolist())
     raise TypeError(f"{type(value).__name__} has no JSON form: {value!r}")
 
 
 def _json_text(value: Mapping[str, Any]) -> str:
-    return json.dumps(_jsonable(value), indent=2, allow_nan=False) + "\n"
+    return json.dumps(jsonable(value), indent=2, allow_nan=False) + "\n"
 
 
 def _append_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    text = "".join(json.dumps(_jsonable(row), allow_nan=False) + "\n" for row in rows)
+    text = "".join(json.dumps(jsonable(row), allow_nan=False) + "\n" for row in rows)
     with path.open("ab") as file:
         file.write(text.encode("ascii"))
         file.flush()

@@ -1,0 +1,129 @@
+"""The page's completions: chosen evenly, bounded, harmless, and found by a reader who searches and sorts."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, decoders, models
+
+from rlinvariant.report import completions, html, html_samples
+from tests.report.browser import document
+from tests.report.pages import HOSTILE, text_of
+from tests.report.runs import write_ablation, write_run
+from tests.report.said import said
+
+# What a reader would do; what is then seen is written into the document, which --dump-dom prints
+PROBE = """
+const labels = [...document.querySelectorAll("#said label")];
+const control = Object.fromEntries(labels.map((label) => [label.firstChild.data.trim(), label.lastChild]));
+const cards = () => [...document.querySelectorAll("div.said")].map((card) => card.innerText);
+const set = (name, value) => { const c = control[name];
+  if (c.type === "checkbox") c.checked = value; else c.value = value; c.dispatchEvent(new Event("input")); };
+const seen = {title: document.title, start: cards(), beside: document.querySelectorAll(".beside").length};
+set("step", 0); seen.first = cards();
+set("all steps", true); seen.all = cards();
+set("sort by", "reward"); seen.best = cards();
+set("order", "lowest first"); seen.worst = cards();
+set("search", "sample 3"); seen.search = cards();
+set("search", "/sample [34]$/"); seen.regex = cards();
+set("search", "/(/"); seen.wrong = [cards().length, control.search.validationMessage];
+set("search", ""); set("colour tokens by log-prob", true);
+const tokens = [...document.querySelector("div.said pre").children];
+seen.tokens = tokens.map((span) => [span.textContent, span.title, span.style.backgroundColor]);
+const out = document.createElement("pre");
+out.id = "probe"; out.textContent = JSON.stringify(seen);
+document.body.append(out);
+"""
+
+
+def data_of(page: str) -> list[dict[str, Any]]:
+    found = re.search(r'<script type="application/json" id="said-data">(.*?)</script>', page)
+    assert found is not None
+    return json.loads(found[1])
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    """A run of three steps, the last with hostile texts, and a tokenizer whose token 0 is `sa`, 1 `mple`, ..."""
+    path = write_run(tmp_path / "run", 0).path
+    pieces = ["sa", "mple", " ", "0", "1", "2", "3", "4", "5", "6", "7"]
+    tokenizer = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token="7"))
+    tokenizer.decoder = decoders.Fuse()
+    place = path / "checkpoints" / "checkpoint-3"
+    place.mkdir(parents=True)
+    tokenizer.save(str(place / "tokenizer.json"))
+    for step in (1, 2, 3):
+        rows = said(step)
+        for i, row in enumerate(rows):
+            row["token_ids"], row["sampler_logprobs"] = [0, 1, 2, 3 + i], [-0.1, -0.2, -4.0, -0.5 * i]
+        completions.write(path, rows if step < 3 else [*rows[:-1], rows[-1] | {"completion": HOSTILE, "prompt": HOSTILE}])
+    return path
+
+
+def test_a_reader_searches_sorts_and_sees_groups_and_tokens(run, tmp_path):
+    page = html.write(run)[0].read_text()
+    file = tmp_path / "probed.html"
+    probed = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page)  # it would forbid the probe
+    file.write_text(probed.replace("</body>", f"<script>{PROBE}</script></body>"))
+    found = re.search(r'<pre id="probe">(.*?)</pre>', document(file)[0], re.DOTALL)
+    assert found is not None
+    seen = json.loads(found[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
+    assert "pwned" not in seen["title"] and any("<script>" in card for card in seen["start"])
+    assert len(seen["start"]) == 8 and seen["beside"] == 3 and "step 3 #0" in seen["start"][0]
+    assert all("step 1" in card for card in seen["first"]) and len(seen["all"]) == 24
+    rewards = [[float(re.search(r"reward (\S+)", card)[1]) for card in seen[name]] for name in ("best", "worst")]  # pyright: ignore
+    assert rewards[0] == sorted(rewards[0], reverse=True) and rewards[1] == sorted(rewards[1])
+    assert len(seen["search"]) == 3 and all("sample 3" in card for card in seen["search"])
+    assert len(seen["regex"]) == 6 and seen["wrong"] == [24, "not a regular expression"]
+    texts, titles, colours = zip(*seen["tokens"], strict=True)
+    assert texts == ("sa", "mple", " ", "0") and titles[2] == "log-prob -4.0"
+    assert len(set(colours)) == 4, "each token as its log-prob"
+
+
+def test_without_a_tokenizer_or_with_another_there_are_no_colours(run):
+    assert "q" in data_of(html.write(run)[0].read_text())[0]["steps"][0]["rows"][0], "control"
+    file = run / "checkpoints" / "checkpoint-3" / "tokenizer.json"
+    for content in (file.read_text().replace("mple", "mpel"), "{}", None):
+        file.write_text(content) if content is not None else file.unlink()
+        assert "q" not in data_of(html.write(run)[0].read_text())[0]["steps"][0]["rows"][0]
+
+
+def test_a_large_run_has_a_bounded_page_that_says_what_it_leaves_out(tmp_path, monkeypatch):
+    path = write_run(tmp_path / "run", 0).path
+    small = len(html.write(path)[0].read_text())
+    for step in range(1, 61):
+        completions.write(path, said(step, groups=25, completion="x" * 1500))
+    page = html.write(path)[0].read_text()
+    (data,) = data_of(page)
+    steps = [of["step"] for of in data["steps"]]
+    assert len(page) < small + 1.1 * html_samples.BYTES and 5 <= len(steps) < 40
+    assert steps[0] == 1 and steps[-1] == 60 and max(b - a for a, b in zip(steps, steps[1:], strict=False)) <= 16
+    assert data["said"].startswith(f"On this page: {len(steps)} steps of 60 that drew completions, at most 64 of 100 ")
+    monkeypatch.setattr(html_samples, "BYTES", 10**9)
+    monkeypatch.setattr(html_samples, "STEPS", 10**9)
+    assert len(data_of(html.write(path)[0].read_text())[0]["steps"]) == 60, "control"
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 64])
+def test_steps_are_spread_and_none_is_lost(count):
+    order = html_samples._spread(list(range(count)))
+    assert sorted(order) == list(range(count)) and order[0] == count - 1 and order[-1] != 0 or count < 3
+
+
+def test_a_part_of_a_step_is_whole_groups_with_the_best_and_the_worst():
+    rows = said(1, groups=40, size=8)
+    rows[300]["reward"], rows[200]["reward"] = 9.0, -9.0
+    chosen = html_samples._groups(rows)
+    assert len(chosen) == 64 and {200, 300} <= {row["sample_id"] for row in chosen}
+    groups = [row["group"] for row in chosen]
+    assert all(groups.count(group) == 8 for group in groups)
+
+
+def test_a_damaged_file_is_named_and_an_ablation_shows_each_arm(tmp_path):
+    path = write_ablation(tmp_path / "ablation-a", seeds=[0], steps=2)
+    completions.files(path / "drift" / "seed-0")[1].write_bytes(b"")
+    page = html.write(path)[0].read_text()
+    assert "drift/seed-0/completions/step-000001.parquet: damaged" in text_of(page)
+    assert [run["name"] for run in data_of(page)] == ["exact, seed 0"]
