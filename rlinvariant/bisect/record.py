@@ -233,7 +233,7 @@ class Recorder:
         rows = {
             name: _pick(x.flatten(1) if op in HEAD_OPS else x.reshape(-1, x.shape[-1]), which)
             for name, x in given.items()
-            if name not in WEIGHT_ARGUMENTS and isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 1
+            if name not in (*WEIGHT_ARGUMENTS, "packed") and isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 1
         }
         call = Call(
             op.removesuffix("_merged").removeprefix("paged_"),

@@ -20,33 +20,67 @@ static inline i64 key_at(const keys *kv, i64 seq, i64 start, i64 head, i64 j) {
 /* The first key that a query at position n - 1 attends to */
 static inline i64 first_key(i64 n, i64 window) { return window && n > window ? n - window : 0; }
 
-/* fp32 copies of keys and values from..n-1: rows [n, dp] and/or columns [dim, np]; dp and np are padded to 16 */
-static void gather(const keys *kv, const void *src, i64 seq, i64 start, i64 head, i64 from, i64 n, i64 dim, float *rows,
-                   i64 dp, float *cols, i64 np, float *tmp, int bf16) {
-    for (i64 j = from; j < n; j++) {
-        float *row = rows ? rows + j * dp : tmp;
-        load(row, src, key_at(kv, seq, start, head, j), dim, bf16);
-        if (cols)
-            for (i64 d = 0; d < dim; d++) cols[d * np + j] = row[d];
+/* fp32 copies of keys or values from..n-1 as rows [n, dp]; dp is dim padded to 16 */
+static void gather_rows(const keys *kv, const void *src, i64 seq, i64 start, i64 head, i64 from, i64 n, i64 dim, float *rows,
+                        i64 dp, int bf16) {
+    for (i64 j = from; j < n; j++) load(rows + j * dp, src, key_at(kv, seq, start, head, j), dim, bf16);
+}
+
+/* Exchange lanes whose number has bit S set in a with lanes that have it clear in b, S places apart */
+#define CROSS(S, a, b)                                                                                                      \
+    do {                                                                                                                    \
+        v16 x_ = a, y_ = b;                                                                                                 \
+        a = __builtin_shufflevector(x_, y_, FROM(S, 0), FROM(S, 1), FROM(S, 2), FROM(S, 3), FROM(S, 4), FROM(S, 5),         \
+                                    FROM(S, 6), FROM(S, 7), FROM(S, 8), FROM(S, 9), FROM(S, 10), FROM(S, 11), FROM(S, 12),  \
+                                    FROM(S, 13), FROM(S, 14), FROM(S, 15));                                                 \
+        b = __builtin_shufflevector(x_, y_, S + FROM(S, 0), S + FROM(S, 1), S + FROM(S, 2), S + FROM(S, 3), S + FROM(S, 4), \
+                                    S + FROM(S, 5), S + FROM(S, 6), S + FROM(S, 7), S + FROM(S, 8), S + FROM(S, 9),         \
+                                    S + FROM(S, 10), S + FROM(S, 11), S + FROM(S, 12), S + FROM(S, 13), S + FROM(S, 14),    \
+                                    S + FROM(S, 15));                                                                       \
+    } while (0)
+#define FROM(S, l) ((l) & (S) ? 16 + (l) - (S) : (l))
+
+/* Transpose 16 vectors of 16 lanes */
+static inline void transpose16(v16 r[16]) {
+    for (int i = 0; i < 8; i++) CROSS(8, r[i], r[i + 8]);
+    for (int i = 0; i < 16; i++)
+        if (!(i & 4)) CROSS(4, r[i], r[i + 4]);
+    for (int i = 0; i < 16; i++)
+        if (!(i & 2)) CROSS(2, r[i], r[i + 2]);
+    for (int i = 0; i < 16; i += 2) CROSS(1, r[i], r[i + 1]);
+}
+
+/* fp32 copies of keys or values from..n-1 as columns, in tiles of 16 keys: [n / 16, dim, 16]; rows holds [16, dp] */
+static void gather_columns(const keys *kv, const void *src, i64 seq, i64 start, i64 head, i64 from, i64 n, i64 dim,
+                           float *cols, float *rows, i64 dp, int bf16) {
+    for (i64 j = from & ~(i64)15; j < n; j += 16) {
+        for (i64 l = j < from ? from - j : 0; l < 16 && j + l < n; l++)
+            load(rows + l * dp, src, key_at(kv, seq, start, head, j + l), dim, bf16);
+        for (i64 d = 0; d < dim; d += 16) {
+            v16 r[16];
+            for (int l = 0; l < 16; l++) r[l] = at16(rows + l * dp + d);
+            transpose16(r);
+            for (int i = 0; i < 16 && d + i < dim; i++) memcpy(cols + j * dim + (d + i) * 16, &r[i], 64);
+        }
     }
 }
 
-/* s[j] = sum over d (chain) of a[d] * cols[d][j], for 64 keys at a time (four independent vectors) */
-static inline void times_columns(float *s, const float *a, const float *cols, i64 np, i64 n, i64 dim) {
-    i64 j = 0;
+/* s[j] = sum over d (chain) of a[d] * column d of key j, for 64 keys at a time (four independent vectors) */
+static inline void times_columns(float *s, const float *a, const float *cols, i64 n, i64 dim) {
+    i64 j = 0, tile = dim * 16;
     for (; j + 64 <= PAD16(n); j += 64) {
         v16 c0 = {0}, c1 = {0}, c2 = {0}, c3 = {0};
-        for (i64 d = 0; d < dim; d++) {
+        const float *p = cols + j * dim;
+        for (i64 d = 0; d < dim; d++, p += 16) {
             v16 x = all16(a[d]);
-            const float *p = cols + d * np + j;
-            c0 = fma16(x, at16(p), c0), c1 = fma16(x, at16(p + 16), c1);
-            c2 = fma16(x, at16(p + 32), c2), c3 = fma16(x, at16(p + 48), c3);
+            c0 = fma16(x, at16(p), c0), c1 = fma16(x, at16(p + tile), c1);
+            c2 = fma16(x, at16(p + 2 * tile), c2), c3 = fma16(x, at16(p + 3 * tile), c3);
         }
         memcpy(s + j, &c0, 64), memcpy(s + j + 16, &c1, 64), memcpy(s + j + 32, &c2, 64), memcpy(s + j + 48, &c3, 64);
     }
     for (; j < n; j += 16) {
         v16 c = {0};
-        for (i64 d = 0; d < dim; d++) c = fma16(all16(a[d]), at16(cols + d * np + j), c);
+        for (i64 d = 0; d < dim; d++) c = fma16(all16(a[d]), at16(cols + j * dim + d * 16), c);
         memcpy(s + j, &c, 64);
     }
 }
@@ -90,6 +124,7 @@ void attention(const void *q, const void *k, const void *v, void *out, float *ls
 #pragma omp parallel if (work > 65536)
     {
         float *cols = buffer(dim * np), *rows = buffer(longest * dp), *s = buffer(np), *qr = buffer(dp), *o = buffer(dp);
+        float *tile = buffer(16 * dp);
 #pragma omp for schedule(dynamic)
         for (i64 t = 0; t < tasks; t++) {
             i64 b = 0;
@@ -98,14 +133,14 @@ void attention(const void *q, const void *k, const void *v, void *out, float *ls
             i64 nq = cu_q[b + 1] - cu_q[b], q0 = block * QUERY_BLOCK, q1 = q0 + QUERY_BLOCK < nq ? q0 + QUERY_BLOCK : nq;
             i64 past = kv_len[b] - nq, seen = past + q1;
             i64 from = first_key(past + q0 + 1, window);
-            gather(&kv, k, b, cu_q[b], head, from, seen, dim, NULL, dp, cols, np, o, bf16);
-            gather(&kv, v, b, cu_q[b], head, from, seen, dim, rows, dp, NULL, np, o, bf16);
+            gather_columns(&kv, k, b, cu_q[b], head, from, seen, dim, cols, tile, dp, bf16);
+            gather_rows(&kv, v, b, cu_q[b], head, from, seen, dim, rows, dp, bf16);
             for (i64 i = q0; i < q1; i++)
                 for (i64 g = 0; g < group; g++) {
                     i64 row = (cu_q[b] + i) * heads + head * group + g, n = past + i + 1;
                     i64 lo = first_key(n, window), base = lo & ~(i64)15; /* lane 0 of the first key's vector */
                     load(qr, q, row * dim, dim, bf16);
-                    times_columns(s + base, qr, cols + base, np, n - base, dim);
+                    times_columns(s + base, qr, cols + base * dim, n - base, dim);
                     float m = -INFINITY;
                     for (i64 j = lo; cap > 0.0f && j < n; j++) s[j] = cap * tanh_(s[j] * scale / cap);
                     for (i64 j = lo; j < n; j++) s[j] = cap > 0.0f ? s[j] : s[j] * scale, m = s[j] > m ? s[j] : m;
@@ -119,7 +154,7 @@ void attention(const void *q, const void *k, const void *v, void *out, float *ls
                     if (lse) lse[row] = (float)((double)m + log((double)sum));
                 }
         }
-        free(cols), free(rows), free(s), free(qr), free(o);
+        free(cols), free(rows), free(s), free(qr), free(o), free(tile);
     }
     free(first);
 }
@@ -137,11 +172,13 @@ void attention_backward(const void *dout, const void *q, const void *k, const vo
     {
         float *kc = buffer(dim * np), *vc = buffer(dim * np), *kr = buffer(longest * dp), *p = buffer(np), *ds = buffer(np);
         float *gk = buffer(longest * dp), *gv = buffer(longest * dp), *qr = buffer(dp), *g = buffer(dp), *o = buffer(dp);
+        float *tile = buffer(16 * dp);
 #pragma omp for schedule(dynamic)
         for (i64 t = 0; t < seqs * kv_heads; t++) {
             i64 b = t / kv_heads, head = t % kv_heads, start = cu[b], len = cu[b + 1] - start;
-            gather(&kv, k, b, start, head, 0, len, dim, kr, dp, kc, np, o, bf16);
-            gather(&kv, v, b, start, head, 0, len, dim, NULL, dp, vc, np, o, bf16);
+            gather_rows(&kv, k, b, start, head, 0, len, dim, kr, dp, bf16);
+            gather_columns(&kv, k, b, start, head, 0, len, dim, kc, tile, dp, bf16);
+            gather_columns(&kv, v, b, start, head, 0, len, dim, vc, tile, dp, bf16);
             memset(gk, 0, len * dp * 4), memset(gv, 0, len * dp * 4);
             for (i64 h = head * group; h < (head + 1) * group; h++)
                 for (i64 i = 0; i < len; i++) {
@@ -150,8 +187,8 @@ void attention_backward(const void *dout, const void *q, const void *k, const vo
                     load(o, out, row * dim, dim, bf16);
                     float delta = dot_lanes(g, o, dp);
                     load(qr, q, row * dim, dim, bf16);
-                    times_columns(p + base, qr, kc + base, np, n - base, dim);
-                    times_columns(ds + base, g, vc + base, np, n - base, dim);
+                    times_columns(p + base, qr, kc + base * dim, n - base, dim);
+                    times_columns(ds + base, g, vc + base * dim, n - base, dim);
                     float l = lse[row];
                     if (cap > 0.0f)
                         for (i64 j = lo; j < n; j++) {
@@ -178,6 +215,6 @@ void attention_backward(const void *dout, const void *q, const void *k, const vo
                 store(dv, at, gv + j * dp, dim, bf16);
             }
         }
-        free(kc), free(vc), free(kr), free(p), free(ds), free(gk), free(gv), free(qr), free(g), free(o);
+        free(kc), free(vc), free(kr), free(p), free(ds), free(gk), free(gv), free(qr), free(g), free(o), free(tile);
     }
 }

@@ -4,7 +4,7 @@ R: rows of x, K: columns of x and of the weight, over which is summed, N: rows o
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ CALL_ROWS = 256  # at most so many rows go into one call of the vendor GEMM
 ROW_STEP = 16  # rows are padded to a multiple of this: sixteen possible calls per weight shape, few enough to test them all
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, packed: Tensor | None = None) -> Tensor:
     """Multiply by a weight matrix.
 
         y[m, n] = round(sum_k x[m, k] * weight[n, k] + bias[n])
@@ -29,6 +29,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         x: [*rows, K], bf16 or fp32.
         weight: [N, K], any float dtype; cast to x.dtype at use, so fp32 master weights get fp32 gradients.
         bias: [N] or None; cast to x.dtype.
+        packed: what `pack_weight` returned for this weight and this number of threads, or None. The call then reads that copy;
+            it has the same bits, and no gradient.
 
     Order: CPU: fp32 accumulation, either by the vendor GEMM (oneDNN, MKL) in calls of 16, 32, ..., 256 rows, where
         `is_exact` has proven all sixteen equal on this machine; or by `lanes` over K (kernels/cpu.h), which needs no proof.
@@ -37,7 +39,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         stock GEMM: deterministic, not invariant.
     Ref: He et al. 2025, "Defeating Nondeterminism in LLM Inference".
     """
-    return _linear(x, weight, bias)
+    if packed is None:
+        return _linear(x, weight, bias)
+    y_RN = _in_calls(x.reshape(-1, x.shape[-1]).contiguous(), lambda x_RK: _by_packed(x_RK, packed, bias))
+    return y_RN.view(*x.shape[:-1], len(weight))
 
 
 def linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -55,20 +60,60 @@ def is_exact(n: int, k: int, dtype: torch.dtype, bias: bool, threads: int) -> bo
     """
     x_RK, w_NK = bits.cancelling(CALL_ROWS, n, k, dtype)
     bias_N = torch.zeros(n, dtype=dtype) if bias else None
-    full_RN = F.linear(x_RK, w_NK, bias_N)
+    return _keeps_rows(lambda x: F.linear(x, w_NK, bias_N), x_RK, F.linear(x_RK, w_NK, bias_N))
+
+
+def _keeps_rows(product: Callable[[Tensor], Tensor], x_RK: Tensor, full_RN: Tensor) -> bool:
+    """Return whether the product of any rows of x, in any call that `linear` makes, is those rows of `full_RN`."""
     for rows in range(ROW_STEP, CALL_ROWS + 1, ROW_STEP):
-        if not bits.same(F.linear(x_RK[:rows].clone(), w_NK, bias_N), full_RN[:rows]):
+        if not bits.same(product(x_RK[:rows].clone()), full_RN[:rows]):
             return False
-    if not bits.same(F.linear(x_RK.roll(ROW_STEP // 2 + 1, 0), w_NK, bias_N), full_RN.roll(ROW_STEP // 2 + 1, 0)):
+    if not bits.same(product(x_RK.roll(ROW_STEP // 2 + 1, 0)), full_RN.roll(ROW_STEP // 2 + 1, 0)):
         return False
     for rows in (ROW_STEP, CALL_ROWS):
         for at in (0, rows - 1):
             for neighbour in (0.0, 1e30, float("nan")):
                 tile_RK = torch.full_like(x_RK[:rows], neighbour)
                 tile_RK[at] = x_RK[at]
-                if not bits.same(F.linear(tile_RK, w_NK, bias_N)[at], full_RN[at]):
+                if not bits.same(product(tile_RK)[at], full_RN[at]):
                     return False
     return True
+
+
+@functools.cache
+def is_packable(parts: tuple[int, ...], k: int, dtype: torch.dtype, bias: bool, threads: int) -> bool:
+    """Return whether one call by a packed weight has the bits of a `linear` by each of its parts, [n, k] for n in `parts`.
+
+    The vendor's GEMM reads a weight in a layout of its own, which it otherwise makes at every call. That layout, and the number
+    of columns in a call, decide which of its kernels runs: so all that `is_exact` asks of a part is asked of the packed whole
+    again, against the products of the parts. The answer holds for one number of threads.
+    """
+    if not torch.backends.mkldnn.is_available() or not all(is_exact(n, k, dtype, bias, threads) for n in set(parts)):
+        return False
+    x_RK, w_NK = bits.cancelling(CALL_ROWS, sum(parts), k, dtype)
+    bias_N = w_NK[:, 0].contiguous() if bias else None
+    biases = [None] * len(parts) if bias_N is None else bias_N.split(parts)
+    full_RN = torch.cat([F.linear(x_RK, _aligned(w), b) for w, b in zip(w_NK.split(parts), biases, strict=True)], -1)
+    packed = torch.ops.mkldnn._reorder_linear_weight(w_NK)
+    return _keeps_rows(lambda x: _by_packed(x, packed, bias_N), x_RK, full_RN)
+
+
+def pack_weight(weight: Tensor, parts: Sequence[int], bias: bool) -> Tensor | None:
+    """Return a copy of a weight for `linear(packed=)`; None on a GPU, and where `is_packable` is not true.
+
+    Args:
+        weight: [N, K], bf16 or fp32. The copy does not follow it when it changes.
+        parts: rows of each weight that was merged into this one, in order; together N.
+        bias: whether the products have a bias.
+
+    Returns:
+        An opaque tensor of as many bytes as the weight, whose `to_dense()` is the weight, bit for bit.
+    """
+    n, k = weight.shape
+    if weight.is_cuda or not is_packable(tuple(parts), k, weight.dtype, bias, torch.get_num_threads()):
+        return None
+    _routes[f"{n}x{k} {str(weight.dtype)[6:]}"] = "vendor GEMM, packed, checked equal to its parts here,"
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
 
 
 def forget_routes() -> None:
@@ -108,10 +153,19 @@ def _cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _vendor(x_RK: Tensor, w_NK: Tensor, b_N: Tensor | None) -> Tensor:
+    return _in_calls(x_RK, lambda x: F.linear(x, w_NK, b_N))
+
+
+def _by_packed(x_RK: Tensor, packed: Tensor, bias_N: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x_RK, packed, bias_N, "none", [], "")
+
+
+def _in_calls(x_RK: Tensor, product: Callable[[Tensor], Tensor]) -> Tensor:
+    """Multiply in calls of 16, 32, ..., 256 rows, the only ones that were checked."""
     parts = []
     for part_RK in x_RK.split(CALL_ROWS):
         missing = -len(part_RK) % ROW_STEP
-        y_RN = F.linear(F.pad(part_RK, (0, 0, 0, missing)) if missing else _aligned(part_RK), w_NK, b_N)
+        y_RN = product(F.pad(part_RK, (0, 0, 0, missing)) if missing else _aligned(part_RK))
         parts.append(y_RN[: len(part_RK)].clone() if missing else y_RN)  # an operator's output owns its memory
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 

@@ -20,7 +20,7 @@ def register() -> None:
     if not is_registered():
         from vllm.model_executor.layers.quantization import register_quantization_config
 
-        from rlinvariant.sampler.vllm_model import InvariantConfig
+        from rlinvariant.sampler.vllm_linear import InvariantConfig
 
         register_quantization_config(QUANTIZATION)(InvariantConfig)
         ModelRegistry.register_model(ARCHITECTURE, "rlinvariant.sampler.vllm_model:InvariantForCausalLM")

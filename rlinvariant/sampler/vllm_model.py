@@ -1,6 +1,6 @@
 """The parts that run inside vLLM in place of its own layers; written for vLLM 0.26 (CUDA) and 0.32 (CPU).
 
-This file, vllm_attention.py and vllm_serve.py hold all that depends on vLLM's internals, for the day they move.
+This file, vllm_attention.py, vllm_linear.py and vllm_serve.py hold all that depends on vLLM's internals, for the day they move.
 
 vLLM's transformers backend builds the Hugging Face model; `make_invariant` patches it exactly as it patches the trainer's;
 vLLM then puts its linear layers, cache and attention into it, and these classes make them call `rlinvariant.ops`.
@@ -8,6 +8,7 @@ vLLM then puts its linear layers, cache and attention into it, and these classes
 
 import inspect
 import secrets
+from collections.abc import Iterable
 from functools import partial
 from typing import Any, cast
 
@@ -19,13 +20,7 @@ from vllm.compilation.decorators import support_torch_compile
 from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
 from vllm.config import CompilationMode, get_current_vllm_config_or_none
 from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.layers.linear import LinearBase, MergedColumnParallelLinear, UnquantizedLinearMethod
-from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
-from vllm.model_executor.layers.vocab_parallel_embedding import (
-    ParallelLMHead,
-    UnquantizedEmbeddingMethod,
-    VocabParallelEmbedding,
-)
+from vllm.model_executor.layers.linear import MergedColumnParallelLinear
 from vllm.model_executor.models.transformers import TransformersForCausalLM
 from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 from vllm.v1.sample.sampler import Sampler
@@ -34,8 +29,9 @@ from rlinvariant import ops
 from rlinvariant.errors import UserError
 from rlinvariant.models.modules import become, logits_scaling
 from rlinvariant.models.patch import make_invariant
-from rlinvariant.sampler.names import NOT_ACTIVE, QUANTIZATION
+from rlinvariant.sampler.names import NOT_ACTIVE
 from rlinvariant.sampler.vllm_attention import InvariantAttentionBackend
+from rlinvariant.sampler.vllm_linear import is_ours, pack_weights, products
 
 ROWS_IN_FP64 = 256  # rows whose log-probs over the whole vocabulary are made at once: a prompt may have thousands
 
@@ -122,6 +118,16 @@ class InvariantForCausalLM(TransformersForCausalLM):
 
         return {i: layer(i, module) for i, module in _attention_modules(self.model).items()}
 
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Load weights by their Hugging Face names, at the start and at every sync, and pack them anew.
+
+        vLLM's stock layers pack their weights too; a copy that is opaque to the compiler is of use in eager mode alone.
+        """
+        loaded = super().load_weights(weights)
+        if self.compilation_config.mode == CompilationMode.NONE:
+            pack_weights(self)
+        return loaded
+
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         """Return logits scaled and bounded as the trainer's: vLLM rounds its bounds elsewhere, and ignores Granite's scale.
 
@@ -131,62 +137,6 @@ class InvariantForCausalLM(TransformersForCausalLM):
         self.logits_processor.scale, self.logits_processor.soft_cap = 1.0, None
         logits = super().compute_logits(hidden_states)
         return None if logits is None else ops.scale_logits(logits, *logits_scaling(self.text_config))
-
-
-class InvariantConfig(QuantizationConfig):
-    """Stands for a "quantisation" that quantises nothing: it is vLLM's way to own every linear layer and the lm_head."""
-
-    def get_name(self) -> str:
-        return QUANTIZATION
-
-    def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        return [torch.bfloat16, torch.float32]
-
-    @classmethod
-    def get_min_capability(cls) -> int:
-        return 0
-
-    @staticmethod
-    def get_config_filenames() -> list[str]:
-        return []
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "InvariantConfig":
-        return cls()
-
-    def get_quant_method(self, layer: nn.Module, prefix: str):
-        if isinstance(layer, (ParallelLMHead, VocabParallelEmbedding)):
-            return _Head()
-        return _Linear() if isinstance(layer, LinearBase) else None
-
-
-class _Linear(UnquantizedLinearMethod):
-    def create_weights(self, layer: Any, input_size_per_partition: int, output_partition_sizes: list[int], *args, **kwargs):
-        super().create_weights(layer, input_size_per_partition, output_partition_sizes, *args, **kwargs)
-        layer.parts = output_partition_sizes
-
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """Leave the weight as it is: vLLM would repack and free it, and weight sync could not reach it."""
-
-    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Multiply; on a CPU once for each projection that vLLM merged, in the trainer's shapes, hence with its bits.
-
-        On CUDA an output column does not depend on how many columns there are.
-        """
-        if len(layer.parts) == 1 or x.is_cuda:
-            return ops.linear(x, layer.weight, bias)
-        weights = layer.weight.split(layer.parts)
-        biases = [None] * len(weights) if bias is None else bias.split(layer.parts)
-        return torch.cat([ops.linear(x, w, b) for w, b in zip(weights, biases, strict=True)], -1)
-
-
-class _Head(UnquantizedEmbeddingMethod):
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """Leave the weight as it is, for the reason given in `_Linear`."""
-
-    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Return logits over the model's own vocabulary: vLLM pads the weight to a multiple of 64 rows."""
-        return ops.linear(x, layer.weight[: layer.org_vocab_size], bias)
 
 
 class _SeedKeeper(Sampler):
@@ -342,11 +292,10 @@ def require_installed(runner: Any) -> tuple[int, int]:
         found = {name: getattr(layer.impl, name) for name in ("scale", "window", "softcap")}
         if found != (own := {"scale": module.scaling, "window": module.window, "softcap": module.softcap}):
             raise UserError(f"layer {i}: vLLM gives its attention {found}, the model's own forward {own}; use invariance=off")
-    products = {n: m for n, m in model.named_modules() if isinstance(m, (LinearBase, ParallelLMHead))}
-    for name, layer in products.items():
-        if type(layer.quant_method) not in (_Linear, _Head):
+    for name, layer in products(model).items():
+        if not is_ours(layer):
             raise UserError(f"plugin not active in {name}: its product is {type(layer.quant_method).__name__}")
-    return len(layers), len(products)
+    return len(layers), len(products(model))
 
 
 def install(runner: Any) -> None:

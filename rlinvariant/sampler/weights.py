@@ -23,12 +23,25 @@ def differing(model: Any, weights: Iterable[tuple[str, Tensor]], invariant: bool
     for name, have in own.items():
         if name not in parts or not _same(*_readable(model, name, have.detach(), _whole(parts[name]))):
             bad.append(name)
+    bad += _stale_copies(model) if invariant else []
     head = getattr(model, "lm_head", None)
     embedding = next((_whole(x) for n, x in parts.items() if n.endswith("embed_tokens.weight")), None)
     packed_apart = tied and hasattr(head, "cpu_linear") and not invariant
     if packed_apart and embedding is not None and not _same(*_columns(head, embedding)):
         bad.append("lm_head.weight")
     return bad
+
+
+def _stale_copies(model: Any) -> list[str]:
+    """Name the weights whose packed copies, which an exact CPU engine multiplies by, are not the weights."""
+    from rlinvariant.sampler.vllm_linear import multiplied, products
+
+    layers = {name: layer for name, layer in products(model).items() if getattr(layer, "packed", None)}
+    return [
+        f"{name}.weight (packed copy)"
+        for name, layer in layers.items()
+        if not all(_same(copy.to_dense(), multiplied(layer)) for copy in layer.packed.values())
+    ]
 
 
 def _target(model: Any, name: str) -> tuple[str, Any]:

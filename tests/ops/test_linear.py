@@ -142,6 +142,43 @@ def test_is_exact_is_true_only_of_what_the_ladder_confirms(count, dtype):
 
 
 @cpu_only
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+def test_a_packed_weight_has_the_bits_of_its_parts(bias, dtype):
+    """Wherever this machine packs, on operands that `is_packable` has not seen; elsewhere there is no copy to take."""
+    for parts, k in (((64, 48, 16), 100), ((66,), 128), ((96, 96), 576), ((48,), 3072)):
+        x, w = (t.to(dtype) for t in cancelling(700, sum(parts), k, torch.float32))
+        b = randn(sum(parts), dtype=dtype) if bias else None
+        packed = module.pack_weight(w, parts, bias)
+        assert (packed is not None) == module.is_packable(parts, k, dtype, bias, torch.get_num_threads())
+        biases = [None] * len(parts) if b is None else b.split(parts)
+        expected = torch.cat([ops.linear(x, p, q) for p, q in zip(w.split(parts), biases, strict=True)], -1)
+        for rows in (*LADDER, 700):
+            assert_bits_equal(
+                ops.linear(x[:rows], w, b, packed) if packed is not None else expected[:rows], expected[:rows], ""
+            )
+        if packed is not None:
+            assert_bits_equal(packed.to_dense(), w, "packed, and read back")
+            assert_bits_equal(ops.linear(x[:8].view(2, 4, k), w, b, packed), expected[:8].view(2, 4, -1), "more dimensions")
+
+
+@cpu_only
+@pytest.mark.parametrize("fault", [split_by_batch, reverse_odd_rows, leak])
+def test_a_packed_weight_that_breaks_rows_is_not_used(fault, monkeypatch):
+    probe, own = module.is_packable.__wrapped__, module._by_packed
+    monkeypatch.setattr(module, "is_exact", lambda *_: True)
+    monkeypatch.setattr(module.F, "linear", reference)
+    monkeypatch.setattr(module, "_by_packed", lambda x, packed, b: reference(x, packed.to_dense(), b))
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    assert probe((10, 6), 300, torch.bfloat16, True, 1)
+    monkeypatch.setattr(module, "_by_packed", lambda x, packed, b: fault(x, packed.to_dense(), b))
+    assert not probe((10, 6), 300, torch.bfloat16, True, 1)
+    monkeypatch.setattr(module, "_by_packed", own)
+    monkeypatch.setattr(module, "is_exact", lambda n, *_: n != 6)
+    assert not probe((10, 6), 300, torch.bfloat16, True, 1), "one part is not exact"
+
+
+@cpu_only
 def test_written_linear_is_thread_invariant():
     for dtype in DTYPES:
         x, w = cancelling(200, 70, 3083, dtype)

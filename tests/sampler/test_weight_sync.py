@@ -9,7 +9,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, Qwen2Config
 
+from rlinvariant.ops.linear import is_packable, pack_weight
 from rlinvariant.sampler.drive import params
+from rlinvariant.sampler.vllm_linear import multiplied, products
 from tests.parity.device import BLOCK, CUDA
 from tests.parity.harness import Request, assert_same_completions, drive, generate, load, save_model, start_engine
 
@@ -86,6 +88,25 @@ def test_one_bf16_ulp_is_named(engine, weights):
         changed = weight.bfloat16()
         changed.view(-1)[0:1].view(torch.int16).add_(1)
         assert is_named(name, engine.differing_weights((weights | {name: changed.float()}).items())), name
+
+
+@pytest.mark.skipif(CUDA, reason="a GPU's products read the weight itself")
+def test_each_stale_packed_copy_is_named(path, weights):
+    """A CPU engine multiplies by packed copies where this machine's GEMM has the same bits by them, and nowhere else."""
+    engine, threads = ENGINES(path, True), torch.get_num_threads()
+    engine.sync(weights.items())
+    for name, layer in products(engine.model).items():
+        weight = multiplied(layer)
+        parts = tuple(getattr(layer, "parts", [len(weight)]))
+        packable = is_packable(parts, weight.shape[1], weight.dtype, layer.bias is not None, threads)
+        assert list(layer.packed) == ([threads] if packable else []), name
+        if packable:
+            fresh, changed = layer.packed[threads], weight.detach().clone()
+            changed.view(-1)[-1:].view(torch.int16).add_(1)
+            layer.packed[threads] = pack_weight(changed, parts, layer.bias is not None)
+            assert engine.differing_weights(weights.items()) == [f"{name}.weight (packed copy)"]
+            layer.packed[threads] = fresh
+    assert engine.differing_weights(weights.items()) == []
 
 
 def test_less_than_a_rounding_to_bf16_is_no_difference(path, weights):

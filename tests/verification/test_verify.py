@@ -19,7 +19,7 @@ from rlinvariant.models import make_trainable, unsupported
 from rlinvariant.models.families import FAMILIES
 from rlinvariant.report.console import Console
 from rlinvariant.rollout import Completion
-from rlinvariant.sampler import vllm_model
+from rlinvariant.sampler import vllm_linear
 from rlinvariant.sampler.drive import Request, Trace
 from rlinvariant.verification import certificate, compositions, controls, ladder, load, relations, start, table, verify
 from rlinvariant.verification.pair import FULL_SIZES, SHORT_SIZES, Pair, Sizes
@@ -77,7 +77,7 @@ def test_every_supported_family_is_exact(verified, family):
 
 
 def test_a_fault_in_the_sampler_is_no_certificate(verified, monkeypatch, capsys):
-    monkeypatch.setattr(vllm_model._Head, "apply", off_by_an_ulp(40))
+    monkeypatch.setattr(vllm_linear._Head, "apply", off_by_an_ulp(40))
     found = verified("llama")
     assert not found["exact"] and found["mismatched"] > 0
     broken = {r["name"] for r in found["relations"] if r["mismatched"]}
@@ -283,7 +283,7 @@ def test_training_does_not_start_where_the_short_form_fails(exact_engine, arithm
         cut.setattr(start, "alone", lambda *_: Relation("alone", compared=10, shown=False, lost="1 of 12 requests"))
         with pytest.raises(ParityError, match="first in alone: 1 of 12 requests"):
             start.prove(model, exact_engine, config, arithmetic_dir, "bfloat16")
-    monkeypatch.setattr(vllm_model._Head, "apply", off_by_an_ulp(40))
+    monkeypatch.setattr(vllm_linear._Head, "apply", off_by_an_ulp(40))
     with pytest.raises(ParityError, match="before the first step: .* log-probs differ.*0x.*rlinvariant bisect"):
         start.prove(model, exact_engine, config, arithmetic_dir, "bfloat16")
 

@@ -1,0 +1,106 @@
+"""vLLM's linear layers and lm_head with `ops.linear` in them, on CPU and on CUDA."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
+
+from rlinvariant import ops
+from rlinvariant.ops.linear import pack_weight
+from rlinvariant.sampler.names import QUANTIZATION
+
+
+class InvariantConfig(QuantizationConfig):
+    """Stands for a "quantisation" that quantises nothing: it is vLLM's way to own every linear layer and the lm_head."""
+
+    def get_name(self) -> str:
+        return QUANTIZATION
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 0
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "InvariantConfig":
+        return cls()
+
+    def get_quant_method(self, layer: nn.Module, prefix: str):
+        if isinstance(layer, (ParallelLMHead, VocabParallelEmbedding)):
+            return _Head()
+        return _Linear() if isinstance(layer, LinearBase) else None
+
+
+class _Linear(UnquantizedLinearMethod):
+    def create_weights(self, layer: Any, input_size_per_partition: int, output_partition_sizes: list[int], *args, **kwargs):
+        super().create_weights(layer, input_size_per_partition, output_partition_sizes, *args, **kwargs)
+        layer.parts, layer.packed = output_partition_sizes, {}
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Leave the weight as it is: vLLM would repack and free it, and weight sync could not reach it."""
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Multiply; on a CPU by the packed copy, or else once for each projection that vLLM merged: with the trainer's bits.
+
+        On CUDA an output column does not depend on how many columns there are.
+        """
+        packed = _packed(layer)
+        if packed is not None or len(layer.parts) == 1 or x.is_cuda:
+            return ops.linear(x, layer.weight, bias, packed)
+        weights = layer.weight.split(layer.parts)
+        biases = [None] * len(weights) if bias is None else bias.split(layer.parts)
+        return torch.cat([ops.linear(x, w, b) for w, b in zip(weights, biases, strict=True)], -1)
+
+
+class _Head(UnquantizedEmbeddingMethod):
+    def create_weights(self, layer: Any, *args, **kwargs) -> None:
+        super().create_weights(layer, *args, **kwargs)
+        layer.packed = {}
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Leave the weight as it is, for the reason given in `_Linear`."""
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return logits over the model's own vocabulary: vLLM pads the weight to a multiple of 64 rows."""
+        return ops.linear(x, layer.weight[: layer.org_vocab_size], bias, _packed(layer))
+
+
+def products(model: nn.Module) -> dict[str, Any]:
+    """Return the layers that multiply by a weight, the lm_head among them, by their names."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, (LinearBase, ParallelLMHead))}
+
+
+def is_ours(layer: Any) -> bool:
+    """Return whether one of `products` calls `ops.linear`."""
+    return type(layer.quant_method) in (_Linear, _Head)
+
+
+def multiplied(layer: Any) -> Tensor:
+    """Return the rows [N, K] of a layer's weight that it multiplies by: an lm_head's own are padded with others."""
+    return layer.weight[: getattr(layer, "org_vocab_size", None)]
+
+
+def pack_weights(model: nn.Module) -> None:
+    """Pack anew what every layer multiplies by, as vLLM's stock layers do on a CPU, for the number of threads set now."""
+    for layer in filter(is_ours, products(model).values()):
+        weight = multiplied(layer)
+        packed = pack_weight(weight, getattr(layer, "parts", [len(weight)]), layer.bias is not None)
+        layer.packed = {} if packed is None else {torch.get_num_threads(): packed}
+
+
+def _packed(layer: Any) -> Tensor | None:
+    """Return the packed copy if it was checked for the number of threads that multiply now."""
+    return layer.packed.get(torch.get_num_threads()) if layer.packed else None
