@@ -148,9 +148,10 @@ def test_its_own_template_ends_a_completion(finished: Path) -> None:
 @pytest.mark.slow
 @needs_the_model
 def test_the_report_shows_the_run(finished: Path) -> None:
+    page = finished / "runs/exact/report.html"
+    page.unlink()  # the run's own
     rlinvariant(finished, "report", "runs/exact")
-    page = (finished / "runs/exact/report.html").read_text()
-    assert MODEL in page or "words" in page
+    assert "words" in page.read_text()
 
 
 @pytest.mark.slow
