@@ -21,7 +21,7 @@ from rlinvariant.trainer.fields import GRPOConfig, script_problems, settled
 from rlinvariant.trainer.grpo import InvariantGRPOTrainer
 from rlinvariant.trainer.interface import RewardFunction, ScriptOptions
 from rlinvariant.trainer.ppo import InvariantPPOTrainer
-from rlinvariant.trainer.preflight import Start, check_start, load_tokenizer, report_problems
+from rlinvariant.trainer.preflight import Start, check_start, load_tokenizer
 from rlinvariant.trainer.refusals import settings_problems
 
 if TYPE_CHECKING:
@@ -220,7 +220,7 @@ def _checked(
     problems += script_problems(args, invariance)
     to_wandb = "wandb" in (args.report_to or [])
     args, said = settled(args, invariance, run)
-    problems += settings_problems(args, invariance, getattr(torch, dtype), options, ppo, loaded) + report_problems(args)
+    problems += settings_problems(args, invariance, getattr(torch, dtype), options, ppo, loaded)
     asks = to_wandb and run is None and os.environ.get("WANDB_MODE", "online") == "online"
     if asks and not wandb_log.login("report_to=wandb", "WANDB_MODE=offline"):
         fix = "run `wandb login`, set WANDB_MODE=offline, or give the trainer run=NAME"

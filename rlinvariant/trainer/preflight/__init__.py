@@ -9,7 +9,6 @@ from rlinvariant.trainer.preflight.parts import (
     constructing,
     hub_problems,
     part_problems,
-    report_problems,
     weight_problems,
 )
 from rlinvariant.trainer.preflight.prompts import Prompts
@@ -17,7 +16,7 @@ from rlinvariant.trainer.preflight.rows import dataset_problems, row_problems
 from rlinvariant.trainer.preflight.signatures import needed_columns, signature_problems
 from rlinvariant.trainer.preflight.tokens import generation_problems, load_tokenizer, token_problems
 
-__all__ = ["Start", "check_start", "constructing", "load_tokenizer", "report_problems"]
+__all__ = ["Start", "check_start", "constructing", "load_tokenizer"]
 
 
 @dataclass(frozen=True)
@@ -82,6 +81,9 @@ def check_start(start: Start) -> list[str]:
     problems += generation_problems(start.name, start.config) + disk_problems(args, start.config, start.models, prefix)
     if start.evaluation is None and (strategy := getattr(args.eval_strategy, "value", args.eval_strategy)) != "no":
         problems.append(f"{prefix}eval_strategy={strategy}: expected no, as there is no evaluation data set; or give one")
+    if isinstance(start.evaluation, dict) and len(start.evaluation) > 1 and args.load_best_model_at_end:
+        one = f"TRL names the rewards of all {len(start.evaluation)} evaluation data sets eval_reward; give one data set"
+        problems.append(f"{prefix}load_best_model_at_end=True: expected False: {one}")
     of_a_rollout = args.generation_batch_size // (args.num_generations or 1)
     notes: list[str] = []
     held_out = start.evaluation if isinstance(start.evaluation, dict) else {"": start.evaluation}

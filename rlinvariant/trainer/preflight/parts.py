@@ -128,24 +128,6 @@ def weight_problems(args: Any, rewards: Any, prefix: str = "") -> list[str]:
     return [] if all(map(math.isfinite, weights)) else [f"{given}: expected finite numbers"]
 
 
-def report_problems(args: Any) -> list[str]:
-    """List the trackers of `report_to` that there are not, that are not installed, or that W&B would ask a login for."""
-    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-
-    found = []
-    for name in args.report_to if isinstance(args.report_to, list) else [args.report_to]:
-        if name in ("none", "all", None):
-            continue
-        if name not in INTEGRATION_TO_CALLBACK:
-            found.append(f"report_to={shown(name)}: expected one of {', '.join(sorted(INTEGRATION_TO_CALLBACK))}, none or all")
-            continue
-        try:
-            INTEGRATION_TO_CALLBACK[name]()
-        except (RuntimeError, ImportError) as error:
-            found.append(f"report_to={name}: {one_line(error)}; install it, or remove it")
-    return found
-
-
 def hub_problems(args: Any, prefix: str = "") -> list[str]:
     """Say why the hub cannot be used, if the run is to write to it; asks the hub who the user is."""
     wanted = next((name for name in ("push_to_hub", "log_completions_hub_repo") if getattr(args, name, None)), None)
