@@ -11,7 +11,7 @@ from rlinvariant import checkpoints, peers, runtime, stopping
 from rlinvariant.config import Config
 from rlinvariant.errors import Stopped, one_line, outcome
 from rlinvariant.launch import MACHINE, rank
-from rlinvariant.report import completions
+from rlinvariant.report import completions, wandb_log
 from rlinvariant.report.console import Console
 from rlinvariant.report.rundir import RunDir, read_metrics
 from rlinvariant.resumption import Resumption, settings
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from rlinvariant.trainer.grpo import InvariantGRPOTrainer
 
 
-SHOWN_EVERY = 10  # steps after which completions are shown on the console again
+SHOWN_EVERY = 10  # steps after which completions are shown again, on the console and in W&B
 
 
 class Journal:
@@ -57,7 +57,7 @@ class Journal:
         if resumption.checkpoint is not None:
             self.accuracy |= resumption.checkpoint.about["held_out"]
         self._latest: list[dict[str, Any]] = []  # completions of the step that has no row yet
-        self._show_from = 1  # the step from which completions are shown on the console again
+        self._show_from = 1  # the step from which completions are shown again
         self._began = time.monotonic()
         self._log_to_wandb: Any = None
         self._finish_wandb: Any = None
@@ -74,11 +74,12 @@ class Journal:
             self._write_environment()
             self.console.print("kernels: " + ", ".join(f"{name}: {value}" for name, value in self._kernels.items()))
         rows, self._latest = self._latest, []
-        if rows and row["step"] >= self._show_from:
+        shows = bool(rows) and row["step"] >= self._show_from
+        if shows:
             self._show_from = row["step"] // SHOWN_EVERY * SHOWN_EVERY + SHOWN_EVERY
             self.console.samples(completions.telling(rows))
         if self._log_to_wandb is not None:
-            self._log_to_wandb(row, row["step"])
+            self._log_to_wandb({**row, wandb_log.TABLE: wandb_log.table(rows)} if shows else row, row["step"])
 
     def on_samples(self, rows: list[dict[str, Any]]) -> None:
         """Keep what a step has drawn; `on_row`, which follows, shows some of it."""
@@ -121,7 +122,6 @@ class Journal:
             UserError: the directory cannot be written, or W&B cannot be used as the configuration says.
         """
         from rlinvariant.ops.linear import forget_routes
-        from rlinvariant.report import wandb_log
         from rlinvariant.verification import certificate
 
         forget_routes()  # what was computed to check the model is not part of the run

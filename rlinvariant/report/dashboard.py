@@ -21,6 +21,7 @@ from rlinvariant.errors import UserError, one_line
 from rlinvariant.files import require_writable, write_atomically
 from rlinvariant.install import install_hint
 from rlinvariant.report import tables, wandb_log
+from rlinvariant.report.completions import Completions
 from rlinvariant.report.panels import PANELS, Panel
 from rlinvariant.report.rundir import quoted
 from rlinvariant.report.study import Run, Study, load
@@ -28,6 +29,7 @@ from rlinvariant.text import plural
 
 FIX = "`wandb login --relogin`, or unset WANDB_API_KEY to stay offline"
 INSTALL = install_hint("dashboard")
+TABLES = 100  # of completions that a replay logs at most, each of another step
 MAKE_ROOM = "make room for it there"
 
 
@@ -169,8 +171,11 @@ def _to_wandb(study: Study, run: Run, online: bool) -> str:
     except UserError as error:
         raise UserError(f"{run.path}: {error}") from error
     assert log is not None
+    kept = Completions(run.path)
+    shown = kept.steps[:: 1 + len(kept.steps) // TABLES]
     for row in run.rows:
-        log(row, row["step"])
+        has = row["step"] in shown
+        log({**row, wandb_log.TABLE: wandb_log.table(kept.read(row["step"]))} if has else row, row["step"])
     finish()
     said = f"run {name}" + (", the id under which the run logged itself" if live else "")
     if len(live) > 1:

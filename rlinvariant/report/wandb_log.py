@@ -4,15 +4,17 @@ import importlib.util
 import os
 import secrets
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rlinvariant import reading
 from rlinvariant.errors import UserError, one_line
 from rlinvariant.install import install_hint
-from rlinvariant.text import shown
+from rlinvariant.text import printable, shown
 
+TABLE, TABLE_ROWS, TABLE_CHARACTERS = "completions", 16, 2000
+"""The key of a step's table of completions, how many rows it has at most, and how much of each text."""
 Log = Callable[[Mapping[str, Any], int], None]
 
 
@@ -68,6 +70,29 @@ def start(
             f"wandb.project={shown(settings.project, 40)}: W&B: {one_line(error, 120)}; wandb.mode=disabled"
         ) from error
     return mode, lambda row, step: run.log(dict(row), step=step), run.finish
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """Return a W&B table of at most TABLE_ROWS completions of a step, from the best to the worst, evenly; W&B must be there."""
+    import wandb
+
+    has = lambda row: isinstance(row.get("reward"), int | float)  # noqa: E731  of samples.jsonl, perhaps not
+    ranked = sorted(rows, key=lambda row: (not has(row), -row["reward"] if has(row) else 0.0))
+    count = min(len(ranked), TABLE_ROWS)
+    chosen = [ranked[i * (len(ranked) - 1) // max(1, count - 1)] for i in range(count)]
+    texts, numbers = ("prompt", "completion"), ("reward", "advantage", "length", "truncated", "mismatched_tokens")
+    names = list(dict.fromkeys(name for row in chosen for name in row.get("rewards") or {}))
+    columns: list[Any] = ["step", "prompt_id", "sample_id", *texts, *numbers, *(f"rewards/{name}" for name in names)]
+    data: list[Any] = [
+        [
+            *(row.get(key) for key in columns[:3]),
+            *(printable(str(row.get(key))[:TABLE_CHARACTERS], keep="\n") for key in texts),
+            *(row.get(key) for key in numbers),
+            *((row.get("rewards") or {}).get(name) for name in names),
+        ]
+        for row in chosen
+    ]
+    return wandb.Table(columns=columns, data=data, allow_mixed_types=True)
 
 
 def recorded_id(run_dir: Path) -> str | None:

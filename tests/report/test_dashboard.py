@@ -172,6 +172,14 @@ def test_a_killed_run_is_replayed_whole(tmp_path):
     for row, mine in zip(rows, found, strict=True):
         assert {k: v for k, v in row.items() if math.isfinite(v)} == {k: mine[k] for k, v in row.items() if math.isfinite(v)}
     assert repr(found[2]["policy/entropy"]) in ("nan", "'NaN'")
+    assert [row["_step"] for row in found if "completions/path" in row] == [1], "the step whose completions are there"
+    table = json.loads((logged / "files" / found[0]["completions/path"]).read_text())
+    assert dict(zip(table["columns"], table["data"][0], strict=True)) == {
+        **{"step": 1, "prompt_id": "000001000000", "sample_id": 3, "prompt": "1+0=", "completion": "sample 3", "reward": 0.75},
+        **{"advantage": 0.25, "length": 4, "truncated": False, "mismatched_tokens": 0},
+        **{"rewards/exact": 0.75, "rewards/format": None},
+    }
+    assert len(table["data"]) == 8 and table["data"][-1][5] == 0.0
     events = EventAccumulator(str(run.path / "tensorboard"))
     events.Reload()
     assert set(events.Tags()["scalars"]) == set(rows[0]) - {"step"}
