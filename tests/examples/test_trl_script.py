@@ -1,0 +1,45 @@
+"""examples/trl_script.py, run as a user runs it, and what its one line changes."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "trl_script.py"
+OURS = "from rlinvariant import GRPOConfig, GRPOTrainer"
+TRLS = "from trl import GRPOConfig, GRPOTrainer"
+
+
+def test_one_import_changes():
+    (line,) = [line for line in EXAMPLE.read_text().splitlines() if "rlinvariant import" in line or "from trl" in line]
+    assert line == f"{OURS}  # before: {TRLS}"
+    assert "__main__" not in EXAMPLE.read_text()
+
+
+@pytest.mark.slow
+def test_the_script_trains_exactly_in_a_clean_directory(arithmetic_dir, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(EXAMPLE.read_text().replace("trainer.train()", "trainer.train()\ntrainer.save_model('last')"))
+    done = subprocess.run([sys.executable, str(script), arithmetic_dir], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = done.stdout.splitlines()
+    steps = [line for line in lines if "mismatched" in line]
+    assert [line.split()[0] for line in steps] == ["1/4", "2/4", "3/4", "4/4"]
+    assert all("mismatched 0 / " in line for line in steps)
+    assert sum(line.startswith("settings of TRL, set for this run: bf16=False") for line in lines) == 1
+    assert (tmp_path / "last" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_a_script_that_names_its_run_leaves_what_the_command_line_leaves(arithmetic_dir, tmp_path):
+    source = EXAMPLE.read_text().replace("    train_dataset=dataset,\n", "    train_dataset=dataset,\n    run='named',\n")
+    (tmp_path / "script.py").write_text(source)
+    command = [sys.executable, "script.py", arithmetic_dir]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    left = {path.name for path in (tmp_path / "runs" / "named").iterdir()}
+    assert left >= {"config.json", "environment.json", "metrics.jsonl", "result.json", "report.html", "checkpoints", "rollouts"}
+    assert len((tmp_path / "runs" / "named" / "metrics.jsonl").read_text().splitlines()) == 4
+    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert again.returncode != 0 and "run=named: runs/named exists" in again.stderr
