@@ -12,7 +12,7 @@ import chz
 
 from rlinvariant.config import Config
 from rlinvariant.config import Data as BaseData
-from rlinvariant.errors import UserError, one_line
+from rlinvariant.errors import UserError
 from rlinvariant.install import install_hint
 from rlinvariant.recipes import _rows
 from rlinvariant.text import shown
@@ -113,19 +113,10 @@ class Source:
 
     def _load(self, config: Config, split: str) -> tuple[Any, str]:
         """Return the rows of a split, and what to call them in an error."""
-        from datasets import load_dataset
-        from datasets.exceptions import DatasetsError
-
         if (path := config.data.path) is not None:
             return _rows.read(FILES[Path(path).suffix], path), f"data.path={path}"
-        try:
-            return load_dataset(self.hub, self.subset, split=split), f"{self.hub}, {split}"
-        except (OSError, ValueError, DatasetsError) as error:
-            cause, fix = (
-                f"{type(error).__name__}: {one_line(error)}",
-                "log in or go online, or give data.path=FILE with its rows",
-            )
-            raise UserError(f"{self.hub}: cannot be had from the hub: {cause}; {fix}") from error
+        rows = _rows.of_hub(self.hub, self.subset, split, "give data.path=FILE with its rows")
+        return rows, f"{self.hub}, {split}"
 
 
 def _row(question: str, answer: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The user's own file of rows, `data.path=`, as recipes read it."""
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rlinvariant.errors import UserError, one_line
 from rlinvariant.text import shown
@@ -27,13 +27,49 @@ def first_line(path: str) -> str:
         raise UserError(f"data.path={shown(path)}: cannot be read ({error.strerror})") from error
 
 
-def read(kind: str, path: str) -> "Dataset":
-    """Return the rows of a file; `kind` is the loader of `datasets` for it, "json" or "parquet". UserError if it cannot."""
+def read(kind: str, path: str, key: str = "data.path", **options: Any) -> "Dataset":
+    """Return the rows of a file.
+
+    Args:
+        kind: the loader of `datasets` for it: "json", "parquet" or "csv".
+        path: the file.
+        key: the setting that names the file, for messages.
+        options: of the loader.
+
+    Raises:
+        UserError: it cannot be read.
+    """
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
     try:
-        return load_dataset(kind, data_files=path, split="train")
+        return load_dataset(kind, data_files=path, split="train", **options)
     except (OSError, ValueError, DatasetsError) as error:
-        cause = one_line(error.__cause__ or error)  # of the rows; the error itself says that a dataset was not generated
-        raise UserError(f"data.path={shown(path)}: cannot be read: {cause}; mend the file") from error
+        raise unreadable(f"{key}={shown(path)}", error) from error
+
+
+def unreadable(where: str, error: Exception) -> UserError:
+    """Return the line that refuses a file: `datasets` itself says that none was generated, and its cause says why."""
+    return UserError(f"{where}: cannot be read: {one_line(error.__cause__ or error)}; mend the file")
+
+
+def of_hub(hub: str, subset: str | None, split: str, fix: str) -> "Dataset":
+    """Return a split of a data set on the hub.
+
+    Args:
+        hub: its id.
+        subset: name of its configuration; None: there is one.
+        split: name of the split.
+        fix: what helps without the hub, for the message.
+
+    Raises:
+        UserError: it cannot be had.
+    """
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
+    try:
+        return load_dataset(hub, subset, split=split)
+    except (OSError, ValueError, DatasetsError) as error:
+        cause = f"{type(error).__name__}: {one_line(error)}"
+        raise UserError(f"{hub}: cannot be had from the hub: {cause}; log in or go online, or {fix}") from error

@@ -46,6 +46,11 @@ def suggestion(word: str, options: Iterable[str], cutoff: float = 0.6) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
+def given_by_user(source: str) -> bool:
+    """Say whether a value of this source was written by the user, on the command line or in a file, and is no default."""
+    return source == "command line" or source.startswith("file ")
+
+
 def twice(key: str, first: object, second: object) -> str:
     """Return the line that refuses a key which is given two values."""
     return f"{shown(key)}={shown(first)} and {shown(key)}={shown(second)}: both set the same value; keep one"

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from rlinvariant import reading
-from rlinvariant.arguments import CommandParser
+from rlinvariant.arguments import CommandParser, given_by_user
 from rlinvariant.errors import UserError
 from rlinvariant.files import RUNS
 from rlinvariant.masking import MASK
@@ -59,7 +59,7 @@ def arguments(directory: Path, given: list[str]) -> list[str]:
         raise UserError(f"{directory}: holds no run (no config.json); start it by rlinvariant train")
     config = reading.read(path, fix)
     try:
-        own = {key: argument(entry["value"]) for key, entry in config.items() if entry["source"] == "command line"}
+        own = {key: argument(entry["value"]) for key, entry in config.items() if given_by_user(entry["source"])}
         recipe = str(config["recipe"]["value"])
         script = config["recipe"]["source"] == "script"
     except (KeyError, TypeError) as error:
@@ -69,7 +69,7 @@ def arguments(directory: Path, given: list[str]) -> list[str]:
     anew = {setting.partition("=")[0] for setting in given}
     if hidden := [key for key, value in own.items() if MASK in value and key not in anew]:
         raise UserError(f"{hidden[0]}: a secret, which config.json does not have; write {hidden[0]}=... after {directory}")
-    settings = {"recipe": recipe} | own | {"resume": "true"}
+    settings = ({"recipe": recipe} if recipe else {}) | own | {"resume": "true"}
     settings.pop("run", None)
     if "machine" not in anew and (machine := _machine(directory)):
         settings["machine"] = machine

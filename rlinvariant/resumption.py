@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rlinvariant import checkpoints
 from rlinvariant.checkpoints import Checkpoint
 from rlinvariant.config import Config
+from rlinvariant.config.reward import named_reward
 from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.report.rundir import RunDir, read_metrics
 
@@ -53,8 +54,10 @@ class Resumption:
 
 
 def settings(config: Config) -> dict[str, Any]:
-    """Return every setting's value, as JSON gives it back."""
-    return json.loads(json.dumps({key: entry["value"] for key, entry in config.resolved().items()}))
+    """Return every setting's value, as JSON gives it back, and the SHA-256 of the files of rewards that the user names."""
+    found = {key: entry["value"] for key, entry in config.resolved().items()}
+    files = {f"file of reward {name}, sha256": named_reward(name).digest[:16] for name in config.reward}
+    return json.loads(json.dumps(found | files))
 
 
 def find(config: Config) -> Resumption:

@@ -104,7 +104,8 @@ def plan(config: Config) -> Plan:
     console, recipe = Console(args.process_index == 0), config.load_recipe()
     if problems := device_problems(args, config.invariance, getattr(torch, config.dtype)):  # before a recipe makes its model
         raise ConfigErrors(problems)
-    console.print(f"{config.recipe}: invariance={config.invariance}, {config.steps} steps, files in {config.run_dir}")
+    trained = config.recipe or config.data.path
+    console.print(f"{trained}: invariance={config.invariance}, {config.steps} steps, files in {config.run_dir}")
     resumption = on_main_process(lambda: find(config))
     for line in resumption.lines:
         console.print(line)
@@ -124,7 +125,7 @@ def plan(config: Config) -> Plan:
     trainer = plan_trainer(model, args, ppo, config.invariance, config.dtype, model, options)
     tokenizer = load_tokenizer(model, trainer.config)
     train_dataset, eval_dataset = recipe.datasets(config, tokenizer)
-    rewards = list(recipe.reward_funcs(config))
+    rewards = config.reward_funcs()
     if problems := reward_problems(rewards):
         raise ConfigErrors(problems)
     parts = (args, model, trainer.config, tokenizer, rewards, train_dataset, eval_dataset, options.get("max_model_len"))

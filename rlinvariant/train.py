@@ -18,11 +18,13 @@ machine=FILE, a file of `accelerate config`. Without it the machine is 1gpu wher
 `accelerate launch` of your own its file holds, and machine= is refused."""
 EXAMPLE = """rlinvariant train recipe=arithmetic steps=20
 rlinvariant train recipe=gsm8k model=Qwen/Qwen3-0.6B run=first
+rlinvariant train model=DIRECTORY data.path=rows.jsonl reward=rewards.py:right
+rlinvariant train config=run.yaml steps=50
 rlinvariant train recipe=gsm8k --help"""
 
 
 def add_arguments(parser: CommandParser) -> None:
-    settings = f"recipe=NAME or a path to one, machine={'|'.join(machines())}|FILE, and any field below"
+    settings = f"recipe=NAME or a path to one, config=FILE (YAML), machine={'|'.join(machines())}|FILE, and any field below"
     parser.add_argument("settings", nargs="*", metavar="key=value", help=settings)
     parser.add_argument("-h", "--help", action="store_true", help="show the fields that matter most, with their values")
     parser.add_argument("--help=all", action="store_true", dest="help_all", help="show all fields")

@@ -4,7 +4,9 @@ import os
 import re
 from collections.abc import Mapping
 
+from rlinvariant.arguments import given_by_user
 from rlinvariant.config.recipe import Recipe
+from rlinvariant.config.reward import named_reward_problems
 from rlinvariant.config.tree import Config
 from rlinvariant.conflicts import conflicts, ppo_conflicts
 from rlinvariant.errors import UserError
@@ -26,6 +28,7 @@ def check(config: Config, env: Mapping[str, str], recipe: Recipe | None = None) 
     processes, found = _processes(env)
     found += _check_numbers(config)
     found += config.reward_limits.problems()
+    found += named_reward_problems(config.reward)
     found += _check_model(config, recipe)
     found += _check_batches(config, processes)
     if recipe is not None and recipe.check is not None:
@@ -117,11 +120,11 @@ def _check_ppo(config: Config) -> list[str]:
 
 def _check_no_ppo(config: Config) -> list[str]:
     """Refuse settings of PPO where they would do nothing; those of a recipe for PPO rest when the user asks for GRPO."""
-    rest = config.sources.get("algorithm") == "command line"
+    rest = given_by_user(config.sources.get("algorithm", "default"))
     return [
         f"{key}={shown(getattr(config.ppo, key.removeprefix('ppo.')))}: expected algorithm=ppo, or it does nothing; remove it"
         for key, source in config.sources.items()
-        if key.startswith("ppo.") and (source == "command line" or not rest)
+        if key.startswith("ppo.") and (given_by_user(source) or not rest)
     ]
 
 
@@ -169,4 +172,5 @@ def _check_model(config: Config, recipe: Recipe | None) -> list[str]:
         return model_problems("model", config.model)
     if recipe is None or recipe.prepare_model:
         return []
-    return [f"model: missing, recipe {recipe.name} has none of its own; write model=DIRECTORY or model=ORG/NAME"]
+    why = f"recipe {recipe.name} has none of its own" if config.recipe else "no recipe gives one"
+    return [f"model: missing, {why}; write model=DIRECTORY or model=ORG/NAME"]

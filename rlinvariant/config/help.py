@@ -3,7 +3,7 @@
 import textwrap
 from collections.abc import Sequence
 
-from rlinvariant.arguments import help_width, wrapped
+from rlinvariant.arguments import given_by_user, help_width, wrapped
 from rlinvariant.config.parse import draft, expected
 from rlinvariant.config.recipe import listed_recipes
 from rlinvariant.config.tree import Leaf, leaves, plain
@@ -38,6 +38,10 @@ SECTIONS = {
 """Prefix of a key -> title of its section."""
 
 
+WITHOUT_RECIPE = """without a recipe: model=, data.path=FILE (rows with a `prompt`) and reward=FILE.py:FUNCTION. A YAML file,
+config=FILE, may hold any fields; what stands on the command line comes before it."""
+
+
 def fields_help(argv: Sequence[str], everything: bool) -> str:
     """Describe the fields with the values that `argv` gives them, wrapped to the terminal's width.
 
@@ -56,12 +60,13 @@ def fields_help(argv: Sequence[str], everything: bool) -> str:
     left = 0
     for key, leaf in leaves(read.config).items():
         section = key.partition(".")[0] if "." in key else ""
-        if everything or key in FIRST_FIELDS or section == "data" or sources.get(key) == "command line":
+        if everything or key in FIRST_FIELDS or section == "data" or given_by_user(sources.get(key, "default")):
             sections[section].append(_field(key, leaf, sources.get(key, "default")))
         else:
             left += 1
     text = [f"{SECTIONS[section]}:\n" + "\n".join(fields) for section, fields in sections.items() if fields]
     text.append(wrapped(f"recipes: {listed_recipes()}, or a path to a .py file", hanging="  "))
+    text.append(wrapped(WITHOUT_RECIPE, hanging="  "))
     if left:
         text.append(wrapped(f"{left} more fields: --help=all. With a recipe, its values are shown, and its data.* fields."))
     return "\n\n".join(text)

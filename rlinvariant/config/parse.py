@@ -15,13 +15,30 @@ from chz.tiepin import type_repr
 from rlinvariant.arguments import suggestion, twice
 from rlinvariant.config.check import check, check_run
 from rlinvariant.config.fields import ALIASES, OWNED, trainer_config_class
+from rlinvariant.config.file import read_file
 from rlinvariant.config.recipe import Data, Recipe, listed_recipes, load_recipe
 from rlinvariant.config.tree import Config, Leaf, PPOConfig, SamplerConfig, WandbConfig, leaves, plain
 from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.text import shown
 
 COMMAND_LINE = "command line"
-"""Source of a value that the user has written."""
+"""Source of a value that stands on the command line."""
+WITHOUT_RECIPE = ("data.path", "reward")  # what says, without a recipe, what is trained on what
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """Holds values of one source, which is laid over those before it.
+
+    Args:
+        source: what config.json says of each value.
+        values: key, as written, -> value.
+        origins: key -> how its line begins, where that is not the key itself.
+    """
+
+    source: str
+    values: Mapping[str, Any]
+    origins: Mapping[str, str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +64,9 @@ def parse(argv: Sequence[str], env: Mapping[str, str] = os.environ) -> Config:
     config, errors = read.config, list(read.errors)
     if not config.run:
         config = chz.replace(config, run=_run_name(read.recipe.name if read.recipe else "run", env))
-    if not any(argument.startswith("recipe=") for argument in argv):
-        errors.insert(0, f"recipe: missing; write recipe=NAME with one of {listed_recipes()}, or a path to a .py file")
+    if read.recipe is None and "recipe" not in config.sources:
+        others = "or a path to a .py file; or, without a recipe, data.path=FILE and reward=FILE.py:FUNCTION"
+        errors.insert(0, f"recipe: missing; write recipe=NAME with one of {listed_recipes()}, {others}")
     errors += check(config, env, read.recipe) + check_run(config, env)
     if errors:
         raise ConfigErrors(errors)
@@ -57,13 +75,18 @@ def parse(argv: Sequence[str], env: Mapping[str, str] = os.environ) -> Config:
 
 def draft(argv: Sequence[str]) -> Draft:
     """Read arguments as far as they go: keys that exist, with values of their types. Neither recipe nor run need be named."""
-    given, errors = _split(argv)
-    recipe = None
-    if "recipe" in given:
-        try:
-            recipe = load_recipe(given["recipe"].value)
-        except UserError as error:
-            errors.append(str(error))
+    layers, errors = _layers(argv)
+    recipe, written = None, {key: value for layer in layers for key, value in layer.values.items()}
+    try:
+        if isinstance(named := written.get("recipe"), Castable):
+            recipe = load_recipe(named.value)
+        elif any(key in written for key in WITHOUT_RECIPE):
+            recipe = load_recipe("")
+    except UserError as error:
+        errors.append(str(error))
+    if recipe:
+        source = f"recipe {recipe.name}"
+        layers.insert(0, Layer(source, recipe.defaults, dict.fromkeys(recipe.defaults, f"{source}: ")))
     blueprint = chz.Blueprint(Config).apply(
         {
             "recipe": "",
@@ -75,22 +98,32 @@ def draft(argv: Sequence[str]) -> Draft:
         }
     )
     sources: dict[str, str] = {}
-    layers = [(f"recipe {recipe.name}", recipe.defaults)] if recipe else []
-    for source, layer in (*layers, (COMMAND_LINE, given)):
-        origin = "" if source == COMMAND_LINE else f"{source}: "
-        errors += [origin + clash for clash in _clashes(layer)]
+    for layer in layers:
+        errors += [clash if layer.source == COMMAND_LINE else f"{layer.source}: {clash}" for clash in _clashes(layer.values)]
         known = leaves(blueprint.make())
-        for written, value in layer.items():
-            key = ALIASES.get(written, written)
+        for name, value in layer.values.items():
+            key = ALIASES.get(name, name)
             if recipe is None and key.startswith("data."):
                 continue  # which keys there are is the recipe's to say
             if problem := _problem(key, value, known, recipe.data if recipe else Data):
-                errors.append(f"{origin}{shown(written)}={_shown(written, value)}: {problem}")
+                errors.append(f"{layer.origins.get(name, '')}{shown(name)}={_shown(name, value)}: {problem}")
             else:
                 blueprint.apply({key: value})
-                sources[key] = source
+                sources[key] = layer.source
     config: Config = blueprint.apply({"sources": sources}).make()
     return Draft(config, recipe, errors)
+
+
+def _layers(argv: Sequence[str]) -> tuple[list[Layer], list[str]]:
+    """Return the values of the file that `config=` names, and those of the command line; list what is wrong with their form."""
+    given, errors = _split(argv)
+    layers = [Layer(COMMAND_LINE, given, {})]
+    if (file := given.pop("config", None)) is not None:
+        settings, problems = read_file(file.value)
+        errors += problems
+        origins = {key: f"{shown(file.value)}:{setting.line}: " for key, setting in settings.items()}
+        layers.insert(0, Layer(f"file {file.value}", {key: setting.value for key, setting in settings.items()}, origins))
+    return layers, errors
 
 
 def _split(argv: Sequence[str]) -> tuple[dict[str, Castable], list[str]]:

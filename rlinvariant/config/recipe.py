@@ -54,6 +54,9 @@ class Recipe:
     check: "Callable[[Config], list[str]] | None" = None
 
 
+OWN_DATA = "_own"  # the file in recipes/ of what is trained without a recipe: data.path= and reward=
+
+
 def recipe_names() -> list[str]:
     """List the packaged recipes, without importing any."""
     names = (module.name for module in pkgutil.iter_modules([str(PACKAGED_RECIPES)]))
@@ -68,11 +71,16 @@ def listed_recipes() -> str:
 def load_recipe(recipe: str) -> Recipe:
     """Import a recipe by name or by path, and what it derives from. Its own bugs keep their traceback.
 
+    Args:
+        recipe: the name or path; "": the user's own rows and rewards, without a recipe.
+
     Raises:
         UserError: there is no such recipe, it is no Python, one of its module-level names is not what it has to be, or its
             `BASE` leads back to it.
     """
-    return _load(_resolved(recipe) if _is_path(recipe) else recipe, shown(recipe))
+    if not recipe:
+        return dataclasses.replace(_load(OWN_DATA, ""), name="own")
+    return _load(resolved(recipe) if is_path(recipe) else recipe, shown(recipe))
 
 
 @functools.cache
@@ -91,7 +99,7 @@ def _load(place: str, name: str) -> Recipe:
         _require_settings(getattr(module, "DEFAULTS", {}), where)
     _require_data(part("Data", Data), where)
     return Recipe(
-        name=Path(place).stem if _is_path(place) else place,
+        name=Path(place).stem if is_path(place) else place,
         defaults=_merged([getattr(module, "DEFAULTS", {}) for module in reversed(modules)]),
         data=part("Data", Data),
         datasets=part("datasets"),
@@ -143,14 +151,14 @@ def _lineage(place: str, where: str) -> list[ModuleType]:
         if not isinstance(base, str):
             raise UserError(f"{where}: expected the name of a recipe, or a path to one")
         # a path is relative to the file that names it
-        place = _resolved(base, os.path.dirname(str(module.__file__))) if _is_path(base) else base
+        place = resolved(base, os.path.dirname(str(module.__file__))) if is_path(base) else base
 
 
-def _is_path(recipe: str) -> bool:
+def is_path(recipe: str) -> bool:
     return recipe.endswith(".py") or "/" in recipe
 
 
-def _resolved(recipe: str, directory: str = "") -> str:
+def resolved(recipe: str, directory: str = "") -> str:
     """Return an absolute path without links. A text that can be no path stays as it is, and is then found to be no file."""
     try:
         return os.path.realpath(os.path.join(directory, os.path.expanduser(recipe)))
@@ -159,7 +167,7 @@ def _resolved(recipe: str, directory: str = "") -> str:
 
 
 def _import(place: str, where: str) -> ModuleType:
-    if _is_path(place):
+    if is_path(place):
         if not os.path.isfile(place):
             raise UserError(f"{where}: no such file; give the path of a recipe .py, or one of {listed_recipes()}")
         if not place.endswith(".py"):
@@ -169,19 +177,19 @@ def _import(place: str, where: str) -> ModuleType:
         except OSError as error:
             raise UserError(f"{where}: cannot be read: {error.strerror}") from error
         try:
-            return _import_file(Path(place))
+            return import_file(Path(place))
         except SyntaxError as error:
             raise UserError(f"{where}: {error.filename}, line {error.lineno}: {one_line(error.msg)}; mend the file") from error
         except SystemExit as error:
             raise UserError(f"{where}: calls sys.exit({error.code!r}) while it is imported; take that out") from error
-    if place not in recipe_names():
+    if place not in (*recipe_names(), OWN_DATA):
         hint = suggestion(place, recipe_names())
         raise UserError(f"{where}: unknown recipe{hint}; there are: {listed_recipes()}, or a path to a .py file")
     return importlib.import_module(f"rlinvariant.recipes.{place}")
 
 
 @functools.cache
-def _import_file(path: Path) -> ModuleType:
+def import_file(path: Path) -> ModuleType:
     # A name of its own: two files called my.py must not meet in sys.modules, where chz looks annotations up.
     name = f"{path.stem}_{hashlib.blake2b(str(path).encode(), digest_size=4).hexdigest()}"
     spec = importlib.util.spec_from_file_location(name, path)

@@ -10,6 +10,7 @@ import chz
 
 from rlinvariant.config.fields import TrainerConfig
 from rlinvariant.config.recipe import Data, Recipe, load_recipe
+from rlinvariant.config.reward import named_reward
 from rlinvariant.errors import UserError, one_line
 from rlinvariant.files import RUNS
 from rlinvariant.masking import masked
@@ -73,8 +74,14 @@ class WandbConfig:
 class Config:
     """Describes one run. `sources` says where each value that is not a default came from."""
 
-    recipe: str = chz.field(doc="Name of a file in recipes/, or a path to one.")
+    recipe: str = chz.field(
+        default="", doc="Name of a file in recipes/, or a path to one; empty: data.path and reward say what is trained."
+    )
     model: str | None = chz.field(default=None, doc="Hugging Face directory or hub id; None: the recipe's own.")
+    reward: list[str] = chz.field(
+        default_factory=list,
+        doc="Reward functions, FILE.py:FUNCTION or MODULE:FUNCTION, in place of the recipe's; weights: trainer.reward_weights.",
+    )
     invariance: Literal["exact", "off", "sampler", "trainer"] = chz.field(
         default="exact", doc="Which sides run the invariant ops; sampler and trainer: that side only."
     )
@@ -125,6 +132,10 @@ class Config:
     def load_recipe(self) -> Recipe:
         """Return the recipe's functions and defaults."""
         return load_recipe(self.recipe)
+
+    def reward_funcs(self) -> list[Any]:
+        """Return the reward functions that the user names, or the recipe's."""
+        return [named_reward(name).function for name in self.reward] or list(self.load_recipe().reward_funcs(self))
 
     def grpo_config(self) -> "GRPOConfig":
         """Build TRL's own config. Touches the device and, under a launcher, starts the process group.

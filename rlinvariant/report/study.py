@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from rlinvariant import reading
+from rlinvariant.arguments import given_by_user
 from rlinvariant.errors import UserError
 from rlinvariant.files import RUNS
 from rlinvariant.report.panels import KEYS, PANELS
@@ -122,7 +123,7 @@ def _single(path: Path) -> Study:
         raise UserError(f"{path}: schema {quoted(schema)}, expected {SCHEMA}; report it with the version that wrote it")
     name = str(run.setting("run") or path.name)
     arm = Arm(name, f"invariance={run.setting('invariance')}", [], [run])
-    recipe, steps = str(run.setting("recipe")), int(run.setting("steps") or 0)
+    recipe, steps = str(run.setting("recipe") or run.setting("data.path")), int(run.setting("steps") or 0)
     study = Study(path, recipe, steps, command(run.config), [arm], is_ablation=False)
     study.notes += _notes(study)
     return study
@@ -269,7 +270,8 @@ def _lost(run: Run) -> list[str]:
 
 def command(config: Mapping[str, Any]) -> str:
     """Return the command line that gives a run this config.json again."""
-    given = {key: entry["value"] for key, entry in config.items() if entry.get("source") == "command line" and key != "resume"}
+    entries = {key: entry for key, entry in config.items() if given_by_user(entry.get("source", "")) and key != "resume"}
+    given = {key: entry["value"] for key, entry in entries.items()}
     return shlex.join(["rlinvariant", "train", *(f"{key}={argument(value)}" for key, value in given.items())])
 
 

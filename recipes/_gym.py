@@ -1,0 +1,193 @@
+"""Parts of the recipe reasoning_gym: tasks as the user names them, problems drawn, answers scored."""
+
+import difflib
+import functools
+import math
+import os
+import pickle
+import random
+import subprocess
+import sys
+import tempfile
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from rlinvariant.arguments import suggestion
+from rlinvariant.errors import UserError, one_line
+from rlinvariant.text import printable, shown
+
+OWN_FIELDS = ("seed", "size")  # of every task's config; the recipe sets them
+CODE = "from rlinvariant.recipes._gym import draw_all; draw_all()"
+PROTOCOL = 5  # of pickle: the bytes of a row must not change with Python's version
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """Says what problems are drawn from.
+
+    Args:
+        weights: name of a task -> its share of the problems, not normalised.
+        configs: name of a task -> fields of its own config.
+    """
+
+    weights: Mapping[str, float]
+    configs: Mapping[str, Mapping[str, Any]]
+
+    def dataset(self, size: int, seed: int) -> Any:
+        """Return reasoning-gym's data set of `size` problems: that of the one task, or a composite of several."""
+        from reasoning_gym import create_dataset
+        from reasoning_gym.composite import DatasetSpec
+
+        if len(self.weights) == 1:
+            (name,) = self.weights
+            return create_dataset(name, size=size, seed=seed, **self.configs[name])
+        parts = [DatasetSpec(name, weight, dict(self.configs[name])) for name, weight in self.weights.items()]
+        return create_dataset("composite", size=size, seed=seed, datasets=parts)
+
+    def score(self, answer: str | None, entry: Mapping[str, Any]) -> float:
+        """Score an answer, None where there is none, as the task that made the entry does."""
+        return float(self._scorers[entry["metadata"]["source_dataset"]].score_answer(answer, entry))
+
+    @functools.cached_property
+    def _scorers(self) -> Mapping[str, Any]:
+        """Map each task to a data set that scores: some scores use its config, which `get_score_answer_fn` does not take."""
+        from reasoning_gym import create_dataset
+
+        return {name: create_dataset(name, size=1, seed=0, **config) for name, config in self.configs.items()}
+
+
+def task_names() -> list[str]:
+    """Return the names of reasoning-gym's tasks."""
+    from reasoning_gym.factory import DATASETS
+
+    return sorted(name for name in DATASETS if name != "composite")
+
+
+def read_tasks(task: str, config: Mapping[str, Any], level: int | None) -> tuple[Tasks, list[str]]:
+    """Read the settings `data.task`, `data.config` and `data.level`, and try each task's config.
+
+    Returns:
+        The tasks, as far as they could be read, and a line for each thing that is wrong.
+    """
+    weights, problems = _weights(task)
+    names = list(weights)
+    if len(names) > 1 and (odd := [key for key in config if key not in weights]):
+        fix = f"with several tasks a dict for each, as {{'{names[0]}': {{...}}}}"
+        problems.append(f"data.config={shown(config)}: {shown(odd[0])} is none of the tasks; expected {fix}")
+    if problems:
+        return Tasks({}, {}), problems
+    configs = {}
+    for name in names:
+        given = config if len(names) == 1 else config.get(name, {})
+        configs[name], wrong = _config(name, given, level)
+        problems += wrong
+    return Tasks(weights, configs), problems
+
+
+def _weights(task: str) -> tuple[dict[str, float], list[str]]:
+    known, weights, problems = task_names(), dict[str, float](), list[str]()
+    for part in task.split(","):
+        name, colon, text = (piece.strip() for piece in part.partition(":"))
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 3, 0.5) or difflib.get_close_matches(name, known, 3, 0.0)
+            problems.append(f"data.task={shown(name)}: reasoning-gym has no such task; the nearest are {', '.join(close)}")
+        elif name in weights:
+            problems.append(f"data.task={shown(task)}: {name} is there twice; give it one weight")
+        else:
+            try:
+                weights[name] = float(text) if colon else 1.0
+            except ValueError:
+                weights[name] = 0.0
+            if not 0 < weights[name] < math.inf:
+                problems.append(f"data.task={shown(part)}: expected a weight above 0, as in {name}:2")
+    return weights, problems
+
+
+def _config(name: str, given: Any, level: int | None) -> tuple[dict[str, Any], list[str]]:
+    """Return the fields of a task's config that differ from its own defaults, and what is wrong with them."""
+    from reasoning_gym.factory import CURRICULA, DATASETS
+
+    where, known = f"data.config={shown(given)}", [field.name for field in fields(DATASETS[name][1])]
+    if not isinstance(given, Mapping):
+        return {}, [f"{where}: expected a dict of the fields of {name}, such as {known[0]}"]
+    problems, config = [], dict[str, Any]()
+    for key in given:
+        if key in OWN_FIELDS:
+            problems.append(f"{where}: `{key}` is set by data.seed, data.train_size and data.eval_size; remove it")
+        elif key not in known:
+            problems.append(f"{where}: {name} has no field {shown(key)}{suggestion(str(key), known)}; its: {', '.join(known)}")
+    if level is not None:
+        if name not in CURRICULA:
+            return {}, [*problems, f"data.level={level}: {name} has no curriculum; use data.config"]
+        curriculum: Any = CURRICULA[name]
+        curriculum = curriculum()
+        most = max(len(attribute.levels) for attribute in curriculum.attributes.values()) - 1
+        if not 0 <= level <= most:
+            return {}, [*problems, f"data.level={level}: expected 0 to {most} for {name}"]
+        curriculum.set_global_level(level)
+        made = curriculum.generate_configuration()
+        config = {field: getattr(made, field) for field in known if field not in OWN_FIELDS}
+    config |= given
+    if not problems:
+        try:
+            Tasks({name: 1.0}, {name: config}).dataset(1, 0)
+        except Exception as error:  # each task has checks of its own
+            problems.append(f"{where}: {name} refuses it: {one_line(error)}; change it")
+    return config, problems
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Holds one problem: its question, the answer if reasoning-gym gives one, and the entry that a score needs, pickled."""
+
+    task: str
+    question: str
+    answer: str | None
+    entry: bytes
+
+
+def draw(tasks: Tasks, size: int, seed: int) -> Generator[Problem]:
+    """Yield the problems of a data set, in order.
+
+    They are drawn in a process of its own, whose hashes have a fixed seed: some tasks go through sets of words, whose order
+    is another in every process, and every process of a run, and one that resumes it, must have the same rows.
+
+    Raises:
+        UserError: the task fails on a problem.
+    """
+    paths = os.pathsep.join(path for path in sys.path if path)
+    environment = os.environ | {"PYTHONPATH": paths, "PYTHONHASHSEED": "0"}
+    pipe = subprocess.PIPE
+    with tempfile.TemporaryFile() as errors:
+        with subprocess.Popen([sys.executable, "-c", CODE], stdin=pipe, stdout=pipe, stderr=errors, env=environment) as process:
+            assert process.stdin is not None and process.stdout is not None, "both are pipes"
+            try:
+                pickle.dump((tasks, size, seed), process.stdin)
+                process.stdin.close()
+                for _ in range(size):
+                    yield pickle.load(process.stdout)
+                return
+            except (EOFError, BrokenPipeError):
+                process.wait()
+            finally:
+                process.kill()
+        errors.seek(0)
+        lines = errors.read().decode(errors="replace").strip().splitlines() or ["it ended without a word"]
+    names = ",".join(tasks.weights)
+    raise UserError(f"data.task={names}: reasoning-gym fails: {printable(lines[-1])[:300]}; change data.config or data.task")
+
+
+def draw_all() -> None:
+    """Write the problems that `draw` asks for to its pipe, until it has enough."""
+    out = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what tasks print is not for the pipe
+    tasks, size, seed = pickle.load(sys.stdin.buffer)
+    random.seed(seed)
+    dataset = tasks.dataset(size, seed)
+    for index in range(size):
+        entry = dataset[index]
+        answer = None if entry["answer"] is None else str(entry["answer"])
+        task, kept = entry["metadata"]["source_dataset"], pickle.dumps(entry, PROTOCOL)
+        pickle.dump(Problem(task, entry["question"], answer, kept), out, PROTOCOL)
+        out.flush()

@@ -1,0 +1,176 @@
+"""The recipe reasoning_gym: any of its tasks draws rows that can be trained on, and scores its own answers as right."""
+
+import importlib.util
+import json
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from rlinvariant.config import Config, parse
+from rlinvariant.errors import ConfigErrors, UserError
+from rlinvariant.recipes import reasoning_gym as recipe
+from rlinvariant.recipes._gym import Problem, Tasks, draw, read_tasks, task_names
+from rlinvariant.trainer.preflight.prompts import Prompts
+from rlinvariant.trainer.preflight.rows import row_problems
+from tests.recipes.hub_rows import chat_tokenizer
+
+SAMPLED = ("chain_sum", "acre", "isomorphic_strings", "gsm_symbolic", "knights_knaves", "propositional_logic", "codeio")
+"""Tasks of each kind: a plain one, no curriculum, made by hash order, objects in its entries, no answer of its own."""
+ORACLES = {"propositional_logic": "example_answer", "rubiks_cube": "example_correct_answer", "graph_color": "possible_answer"}
+"""Tasks that give no answer of their own -> where in `metadata` they show one."""
+WITHOUT_ORACLE = ("boxnet", "rush_hour")
+FLOOR = 0.2  # most that any task gives for an answer that is not even tried
+
+
+def config(*argv: str) -> Config:
+    sizes = ["data.train_size=24", "data.eval_size=4", "model=org/name"]
+    given = {argument.partition("=")[0] for argument in argv}
+    return parse(["recipe=reasoning_gym", *(size for size in sizes if size.partition("=")[0] not in given), *argv], {})
+
+
+def oracle(task: str, entry: Mapping[str, Any]) -> str | None:
+    found = entry["metadata"][ORACLES[task]] if task in ORACLES else entry["answer"]
+    return json.dumps(found) if isinstance(found, dict) else found
+
+
+def require_sound(problem: Problem, tasks: Tasks) -> None:
+    """Score a problem's own answer, twice, as the run does: from the bytes of its row; and no answer as the control."""
+    entry = pickle.loads(problem.entry)
+    assert problem.question == entry["question"] and entry["metadata"]["source_dataset"] == problem.task
+    if problem.task not in WITHOUT_ORACLE:
+        completions = [[{"role": "assistant", "content": f"So: <answer>{oracle(problem.task, entry)}</answer>"}]] * 2
+        scores = recipe.gym_score(tasks, completions, [problem.entry] * 2)
+        assert scores == [1.0, 1.0], (problem.task, problem.answer, scores)
+    (nothing,) = recipe.gym_score(tasks, [[{"role": "assistant", "content": "I do not know."}]], [problem.entry])
+    assert 0 <= nothing <= FLOOR, (problem.task, nothing)
+
+
+def test_tasks_of_each_kind_score_their_own_answers_in_a_mixture() -> None:
+    tasks, problems = read_tasks(",".join(SAMPLED), {}, None)
+    assert problems == []
+    drawn = list(draw(tasks, 48, 7))
+    assert {problem.task for problem in drawn} == set(SAMPLED)
+    for problem in drawn:
+        require_sound(problem, tasks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", task_names())
+def test_every_task_gives_rows_that_can_be_trained_on(task: str) -> None:
+    made = config(f"data.task={task}", "data.train_size=3", "data.eval_size=2")
+    tokenizer = chat_tokenizer()
+    rows = recipe.datasets(made, tokenizer)
+    assert [len(part) for part in rows] == [3, 2]
+    for part in rows:
+        assert row_problems(part, "train", Prompts(tokenizer, longest=2048, completion=128), ["entry"])[0] == []
+    tasks, _ = read_tasks(task, {}, None)
+    row: Any
+    for row in rows[0]:
+        require_sound(Problem(task, row["prompt"][1]["content"], row["answer"], row["entry"]), tasks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", task_names())
+def test_every_curriculum_draws_at_its_first_and_last_level(task: str) -> None:
+    from reasoning_gym.factory import CURRICULA
+
+    if task not in CURRICULA:
+        assert read_tasks(task, {}, 0)[1] == [f"data.level=0: {task} has no curriculum; use data.config"]
+        return
+    (line,) = read_tasks(task, {}, 99)[1]
+    most = int(line.split("expected 0 to ")[1].split()[0])
+    for level in (0, most):
+        tasks, problems = read_tasks(task, {}, level)
+        assert problems == [] and len(list(draw(tasks, 1, 7))) == 1
+
+
+def test_rows_are_held_out_by_question() -> None:
+    """The control: reasoning-gym's problem i is that of seed + i, so the next seed gives the same problems, shifted."""
+    import reasoning_gym
+
+    near = [[e["question"] for e in reasoning_gym.create_dataset("gcd", size=24, seed=seed)] for seed in (0, 1)]
+    assert set(near[0][1:]) == set(near[1][:-1])
+    made = config("data.task=gcd:3,coin_flip", "data.config={'coin_flip': {'min_trials': 3, 'max_trials': 3}}")
+    train, held_out = ([row["prompt"][1]["content"] for row in part] for part in recipe.datasets(made, chat_tokenizer()))
+    assert (len(train), len(held_out), len(set(held_out))) == (24, 4, 4) and not set(train) & set(held_out)
+    assert sum("coin" in question for question in train) < 12 < sum("GCD" in question for question in train)
+
+
+def test_a_small_task_says_how_many_it_can_hold_out() -> None:
+    with pytest.raises(UserError, match=r"^data\.eval_size=64: expected at most \d+: of 256 problems drawn, \d+ left out as"):
+        recipe.datasets(config("data.task=coin_flip", "data.level=0", "data.eval_size=64"), chat_tokenizer())
+
+
+@pytest.mark.slow
+def test_rows_do_not_depend_on_the_hashes_of_a_process() -> None:
+    """The control: the task itself, in two processes with other hashes, draws other problems."""
+    ours = (
+        "from rlinvariant.recipes._gym import *; print([p.entry for p in draw(read_tasks('ransom_note', {}, None)[0], 4, 7)])"
+    )
+    stock = "from reasoning_gym import *; d = create_dataset('ransom_note', size=4, seed=7); print([d[i] for i in range(4)])"
+
+    def printed(code: str, hashes: str) -> str:
+        environment = os.environ | {"PYTHONHASHSEED": hashes}
+        return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True).stdout
+
+    assert printed(ours, "1") == printed(ours, "2") != ""
+    assert printed(stock, "1") != printed(stock, "2"), "blind"
+
+
+def test_the_last_answer_tags_count() -> None:
+    tasks, _ = read_tasks("chain_sum", {}, None)
+    (problem,) = draw(tasks, 1, 7)
+    right = problem.answer
+    texts = [
+        f"<answer>{right}</answer>",
+        f"<answer>1x</answer> <answer>\n{right}</answer>.",
+        f"<answer>{right}",
+        f"{right}",
+        "",
+    ]
+    completions = [[{"role": "assistant", "content": text}] for text in texts]
+    assert recipe.gym_score(tasks, completions, [problem.entry] * 5) == [1, 1, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("argument", "line"),
+    [
+        ("data.task=chain_sums", "data.task=chain_sums: reasoning-gym has no such task; the nearest are chain_sum, decimal_ch"),
+        ("data.task=lcm:0", "data.task=lcm:0: expected a weight above 0, as in lcm:2"),
+        ("data.task=lcm,gcd,lcm", "data.task=lcm,gcd,lcm: lcm is there twice; give it one weight"),
+        (
+            "data.config={'max_term': 3}",
+            "data.config={'max_term': 3}: chain_sum has no field max_term; did you mean max_terms?",
+        ),
+        ("data.config={'seed': 3}", "data.config={'seed': 3}: `seed` is set by data.seed, data.train_size and data.eval_size"),
+        ("data.config={'max_terms': 1}", "data.config={'max_terms': 1}: chain_sum refuses it: max_terms must be >= min_terms"),
+        ("data.config={'max_terms': 'x'}", "data.config={'max_terms': 'x'}: chain_sum refuses it: '>=' not supported"),
+        ("data.level=99", "data.level=99: expected 0 to 10 for chain_sum"),
+        ("data.system=be brief", "data.system=be brief: expected a text that asks for <answer> tags, or one of DeepSeekZero"),
+        ("data.eval_size=0", "data.eval_size=0: expected 1 to 100000"),
+    ],
+)
+def test_wrong_data_is_one_line(argument: str, line: str) -> None:
+    with pytest.raises(ConfigErrors) as raised:
+        config(argument)
+    (found,) = raised.value.errors
+    assert found.startswith(line)
+
+
+def test_without_reasoning_gym_the_line_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "reasoning_gym" else find(name, *rest))
+    with pytest.raises(ConfigErrors, match=r"^recipe=reasoning_gym: needs reasoning-gym; pip install -e '\.\[gym\]'$"):
+        config()
+
+
+def test_a_model_without_a_template_is_refused() -> None:
+    tokenizer = chat_tokenizer()
+    tokenizer.chat_template = None
+    with pytest.raises(UserError, match=r"^model=org/name: messages, and the tokenizer has no chat template; choose an ins"):
+        recipe.datasets(config(), tokenizer)
