@@ -3,6 +3,7 @@
 A row has a `prompt`, text or chat messages, and whatever columns the reward functions take.
 """
 
+import csv
 import json
 import os
 import random
@@ -116,8 +117,7 @@ def _load(key: str, path: str, subset: str | None, split: str | None) -> "Datase
     """Return the rows of a file, a directory or a split on the hub. Raises UserError where it has none, or no `prompt`."""
     where = f"data.{key}={shown(path)}"
     if os.path.isfile(path):
-        # as text, so that 007 stays what it is, and NA is no missing value
-        options = {"dtype": "str", "keep_default_na": False} if path.endswith(".csv") else {}
+        options = _as_text(path) if path.endswith(".csv") else {}
         rows = _rows.read(FILES[Path(path).suffix], path, f"data.{key}", **options)
     elif os.path.isdir(path):
         rows = _of_directory(path, where, split)
@@ -129,6 +129,15 @@ def _load(key: str, path: str, subset: str | None, split: str | None) -> "Datase
     if "prompt" not in columns:
         raise UserError(f"{where}: no column `prompt`; columns found: {shown(', '.join(columns))}; rename one")
     return rows
+
+
+def _as_text(path: str) -> dict[str, Any]:
+    """Return the options by which every value of a CSV file is text: 007 stays what it is, and NA is no missing value."""
+    from datasets import Features, Value
+
+    with open(path, newline="", encoding="utf-8", errors="replace") as file:
+        columns = next(csv.reader(file), [])
+    return {"features": Features({column: Value("string") for column in columns}), "keep_default_na": False}
 
 
 def _of_directory(path: str, where: str, split: str | None) -> "Dataset":
