@@ -7,9 +7,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlinvariant import checkpoints, peers, runtime, stopping
+from rlinvariant import checkpoints, held_out, peers, runtime, stopping
 from rlinvariant.config import Config
 from rlinvariant.errors import Stopped, one_line, outcome
+from rlinvariant.held_out import HeldOut
 from rlinvariant.launch import MACHINE, rank
 from rlinvariant.report import completions, wandb_log
 from rlinvariant.report.console import Console
@@ -52,10 +53,10 @@ class Journal:
         self.config, self.model, self.console, self.main = config, model, console, main
         self.sampler_options = sampler_options
         self.directory = RunDir(config.run_dir)
-        self.accuracy: dict[str, float] = {}  # held-out reward, "before" and "after"
+        self.held_out: dict[str, HeldOut] = {}  # "before" and "after"
         self._data, self._resumption = data, resumption
         if resumption.checkpoint is not None:
-            self.accuracy |= resumption.checkpoint.about["held_out"]
+            self.held_out |= {when: HeldOut.read(x) for when, x in resumption.checkpoint.about["held_out"].items()}
         self._latest: list[dict[str, Any]] = []  # completions of the step that has no row yet
         self._show_from = 1  # the step from which completions are shown again
         self._began = time.monotonic()
@@ -108,7 +109,7 @@ class Journal:
             "settings": settings(self.config),
             "data": self._data,
             "logs": {path.name: path.stat().st_size for path in logs if path.exists()},
-            "held_out": {when: value for when, value in self.accuracy.items() if when == "before"},
+            "held_out": {when: value._asdict() for when, value in self.held_out.items() if when == "before"},
             "subject": self._subject,
             "forced": list(self._resumption.changed),
         }
@@ -216,8 +217,7 @@ class Journal:
             "outcome": "finished" if error is None else outcome(error),
             "error": None if error is None else one_line(error),
         }
-        accuracy = {f"accuracy_{when}": self.accuracy.get(when) for when in ("before", "after")}
-        self.directory.write_result(result | accuracy | {"seconds": seconds})
+        self.directory.write_result(result | held_out.result(self.held_out) | {"seconds": seconds})
 
     def _summarise(self, error: BaseException | None, seconds: float) -> None:
         if error is not None:
@@ -227,8 +227,7 @@ class Journal:
             return
         if memory := _gpu_memory():
             self.console.print(memory)
-        rows, accuracy = read_metrics(self.directory.path), self.accuracy
-        self.console.summary(rows, accuracy.get("before"), accuracy.get("after"), self.directory.path, seconds)
+        self.console.summary(read_metrics(self.directory.path), self.held_out, self.directory.path, seconds)
 
     def _write_report(self) -> None:
         from rlinvariant.report import html

@@ -3,6 +3,7 @@
 Give these functions the values of every rank together: a mean of the means of ranks is another number.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -238,6 +239,15 @@ def rollout_stats(lengths: Sequence[int], truncated: Sequence[bool]) -> dict[str
         "rollout/truncated_frac": sum(map(bool, truncated)) / len(lengths),
         "rollout/empty_frac": sum(length == 0 for length in lengths) / len(lengths),
     }
+
+
+def mean(values: Sequence[float] | np.ndarray) -> float:
+    """Return the mean, correctly rounded: it does not depend on the order of the values. NaN if there are none."""
+    numbers = values.tolist() if isinstance(values, np.ndarray) else values
+    try:
+        return math.fsum(numbers) / len(numbers) if numbers else float("nan")
+    except (OverflowError, ValueError):  # a sum that no float64 holds; infinities of both signs
+        return float("nan")
 
 
 def mismatches(sampler: np.ndarray, trainer: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from rlinvariant import reading
+from rlinvariant import held_out, reading
 from rlinvariant.errors import PeerFailed, Stopped, UserError, one_line, outcome
 from rlinvariant.files import write_first
 
@@ -75,5 +75,4 @@ def _say(result: Path, rank: int, error: BaseException) -> None:
 
 def failed(text: str | None, outcome: str = "failed") -> dict[str, Any]:
     """Return what result.json says where the main process does not write it."""
-    said = {"finished": False, "outcome": outcome, "error": text}
-    return said | {"accuracy_before": None, "accuracy_after": None, "seconds": None}
+    return {"finished": False, "outcome": outcome, "error": text, **held_out.result({}), "seconds": None}

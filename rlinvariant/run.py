@@ -170,14 +170,14 @@ def train(planned: Plan, trainer: "InvariantGRPOTrainer") -> int:
 
 def evaluate(journal: Journal, trainer: "InvariantGRPOTrainer", dataset: "Dataset | None", when: str) -> None:
     """Put the mean reward of one greedy completion per held-out row into the journal, `when` being before or after."""
-    if dataset is None or when in journal.accuracy:
+    if dataset is None or when in journal.held_out:
         return
     from rlinvariant.trainer.evaluate import greedy_reward
 
     with journal.console.stage(f"held-out reward {when}, greedy, {len(dataset)} prompts"):
         value = greedy_reward(trainer, dataset)
-    journal.accuracy[when] = value
-    journal.console.print(f"held-out reward {when}: {value:.3f}")
+    journal.held_out[when] = value
+    journal.console.print(f"held-out {value.name} {when}: {value.reward:.3f}")
 
 
 def sampler_options(config: Config) -> "SamplerOptions":

@@ -171,7 +171,7 @@ def written(wanted: Plan, arm: Arm, seed: int, *changes: str, finished: bool = T
     )
     RunDir.create(run.path, config.resolved())
     if finished:
-        run.write_result({"finished": True, "accuracy_before": 0.5, "accuracy_after": 0.75, "seconds": 1.0})
+        run.write_result({"finished": True, "heldout_reward_before": 0.5, "heldout_reward_after": 0.75, "seconds": 1.0})
     return run
 
 
@@ -258,7 +258,8 @@ def fake(monkeypatch):
     return use
 
 
-FINISH = """(run / "result.json").write_text('{"finished": true, "accuracy_before": 0.5, "accuracy_after": 0.75}')"""
+RESULT = '{"finished": true, "heldout_reward_before": 0.5, "heldout_reward_after": 0.75, "heldout_is_accuracy": true}'
+FINISH = f"""(run / "result.json").write_text('{RESULT}')"""
 SMALL = ["recipe=arithmetic", "seeds=2", "arms=exact,drift", "steps=3", "run=x"]
 
 
@@ -270,7 +271,7 @@ def test_a_run_that_fails_is_quoted_and_the_others_go_on(fake, capsys, monkeypat
     assert "[2/4] drift, seed 0: failed after" in out and "[4/4] drift, seed 1: done in" in out and "min left" in out
     assert "drift/seed-0 failed; runs/ablation-x/drift/seed-0/log.txt ends with\n    error: out of \\x1b[1mluck\n" in out
     assert "failed: drift/seed-0; the same command tries them again" in out and "report of runs/ablation-x" in out
-    assert "\x1b" not in out and "accuracy 50.0 % -> 75.0 %" in out
+    assert "\x1b" not in out and "held-out accuracy 50.0 % -> 75.0 %" in out
     assert "\x1b[31mwords" in Path("runs/ablation-x/exact/seed-0/log.txt").read_text()
     fake(FINISH)
     assert commands.run("ablate", *SMALL) == 0
@@ -358,7 +359,7 @@ def test_a_small_ablation_leaves_its_files_and_prints_its_table(small):
     assert mismatched == {"exact": [False, False], "stale-1": [False, True]}
     for name in rows:
         result: dict[str, Any] = json.loads((path / name / "seed-0/result.json").read_text())
-        assert result["finished"] is True and 0 <= result["accuracy_after"] <= 1 and result["seconds"] > 0
+        assert result["finished"] is True and 0 <= result["heldout_reward_after"] <= 1 and result["seconds"] > 0
         assert "mismatched" in (path / name / "seed-0/log.txt").read_text()
     assert "staleness=1" in (path / "stale-1/seed-0/log.txt").read_text()
     compared = sum(row["onpolicy/compared_tokens"] for row in rows["exact"])

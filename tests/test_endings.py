@@ -196,7 +196,7 @@ def test_an_error_of_one_process_ends_the_other_and_is_the_result(fault, code, o
     assert run.result["outcome"] == outcome and run.result["error"].startswith(tuple(error.split("|")))
     assert any(f"error: {line}" in err for line in error.split("|")) and [row["step"] for row in run.rows()] == [1]
     if not run.result["error"].startswith(DURING):  # the watchdog knows of no reward, and makes no report
-        assert (run.run.path / "report.html").exists() and run.result["accuracy_before"] is not None
+        assert (run.run.path / "report.html").exists() and run.result["heldout_reward_before"] is not None
 
 
 def test_a_signal_to_one_of_two_processes_after_its_last_step_ends_both(start):

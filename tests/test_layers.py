@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 ROWS = (
     {"text"},
     {"deadline", "errors", "forks"},
-    {"arguments", "files", "install", "machine", "masking", "reading", "stopping"},
+    {"arguments", "files", "held_out", "install", "machine", "masking", "reading", "stopping"},
     {"bits", "rollout", "runtime", "checkpoints", "lock", "peers"},
     {"kernels"},
     {"ops"},

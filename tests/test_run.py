@@ -155,7 +155,7 @@ def test_a_run_leaves_its_files(jobs):
     assert (run / "checkpoints/checkpoint-2/model.safetensors").exists()
     result = json.loads((run / "result.json").read_text())
     assert result["finished"] is True and result["seconds"] > 0
-    assert all(0 <= result[f"accuracy_{when}"] <= 1 for when in ("before", "after"))
+    assert all(0 <= result[f"heldout_reward_{when}"] <= 1 for when in ("before", "after"))
 
 
 def test_no_file_of_a_run_has_a_secret(jobs, many):
@@ -263,8 +263,8 @@ def test_a_run_that_stops_in_the_middle_says_how(name, many, jobs):
     result = json.loads((run / "result.json").read_text())
     page = html.unescape((run / "report.html").read_text())
     assert result["finished"] is False and result["outcome"] == outcome
-    assert result["seconds"] > 0 and result["accuracy_after"] is None
-    assert (result["accuracy_before"] is None) == (name == "reward raises"), "which raises in the evaluation before, too"
+    assert result["seconds"] > 0 and result["heldout_reward_after"] is None
+    assert (result["heldout_reward_before"] is None) == (name == "reward raises"), "which raises in the evaluation before, too"
     for word in words:
         assert word in result["error"] and word in page
     assert f"({outcome}: " in page

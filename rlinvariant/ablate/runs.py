@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from rlinvariant import checkpoints, deadline, reading, stopping
+from rlinvariant import checkpoints, deadline, held_out, reading, stopping
 from rlinvariant.ablate.arms import Arm
 from rlinvariant.ablate.plan import Plan
 from rlinvariant.errors import stop_code
@@ -19,7 +19,6 @@ from rlinvariant.launch import LAUNCHER
 from rlinvariant.masking import masked_arguments
 from rlinvariant.report.console import Console
 from rlinvariant.report.rundir import RunDir
-from rlinvariant.text import percent
 
 PATIENCE_S = 5.0  # how much longer than it gives itself a run that got a signal is waited for, before it is killed
 
@@ -136,6 +135,5 @@ def _last_step(metrics: Path) -> int:
 
 def _outcome(run: RunDir) -> str:
     """Say what a run reached."""
-    result = run.read_result()
-    before, after = (result.get(f"accuracy_{when}") for when in ("before", "after"))
-    return "finished" if after is None or before is None else f"accuracy {percent(before)} -> {percent(after)}"
+    said = held_out.said(run.read_result())
+    return "finished" if said is None else "held-out {} {} -> {}".format(*said)

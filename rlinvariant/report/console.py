@@ -20,6 +20,7 @@ from rich.console import RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from rlinvariant.held_out import WHEN, HeldOut
 from rlinvariant.report.terminal import Screen, others_above
 from rlinvariant.text import plural, printable
 
@@ -183,8 +184,7 @@ class Console:
     def summary(
         self,
         rows: Sequence[Row],
-        accuracy_before: float | None,
-        accuracy_after: float | None,
+        held_out: Mapping[str, HeldOut],
         run_dir: str | Path,
         elapsed_s: float | None = None,
     ) -> None:
@@ -197,9 +197,10 @@ class Console:
             first, last = sum(rewards[:window]) / window, sum(rewards[-window:]) / window
             begin, end = f"{first:.3f} (first {plural(window, 'step')})", f"{last:.3f} (last {window})"
             lines.append(("reward", f"{begin} -> {end}, {last - first:+.3f}"))
-        if accuracy_before is not None or accuracy_after is not None:
-            before, after = _decimal(accuracy_before, ".3f"), _decimal(accuracy_after, ".3f")
-            lines.append(("held out", f"{before} before -> {after} after, mean reward, greedy"))
+        if held_out:
+            before, after = (_decimal(held_out[when].reward if when in held_out else None, ".3f") for when in WHEN)
+            name = "accuracy" if all(value.is_accuracy for value in held_out.values()) else "mean reward"
+            lines.append(("held out", f"{before} before -> {after} after, {name}, greedy"))
         lines += [
             (
                 "on policy",

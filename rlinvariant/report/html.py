@@ -12,8 +12,8 @@ import numpy as np
 from rlinvariant.files import require_writable, write_atomically
 from rlinvariant.report import html_samples, stats, svg, tables
 from rlinvariant.report.panels import PANELS, Panel
-from rlinvariant.report.study import Run, Study, load
-from rlinvariant.text import escaped, percent, plural
+from rlinvariant.report.study import Run, Study, load, measured
+from rlinvariant.text import escaped, plural
 
 HERE = Path(__file__).parent
 SHORT_RUN_STEPS = 200  # up to so many, every single step can be seen
@@ -116,9 +116,8 @@ def _curves(study: Study) -> Iterator[str]:
         elif any(panel.shown_for(run.config) for _, run in study.runs):
             absent.append(panel.title)
     if study.is_ablation:
-        before = [v for _, run in study.runs if (v := run.result.get("accuracy_before")) is not None]
-        start = f" Before it: {percent(min(before))} to {percent(max(before))}." if before else ""
-        for measure, notice in ((stats.REWARD, ""), (stats.ACCURACY, f" After training, greedy.{start}")):
+        for measure in (m for m in measured(study) if m in (stats.REWARD, stats.HELD_OUT, stats.ACCURACY)):
+            notice = "" if measure is stats.REWARD else f" After training, greedy.{_before(study, measure)}"
             if drawn := _seeds(study, measure, notice):
                 sections.setdefault("Learning", []).append(drawn)
     legend = _legend(study)
@@ -127,6 +126,13 @@ def _curves(study: Study) -> Iterator[str]:
         legend = ""
     if absent:
         yield f'<p class="small">Not drawn, as no run has a number for it: {_text(", ".join(absent))}.</p>'
+
+
+def _before(study: Study, measure: stats.Measure) -> str:
+    """Say where held-out rewards were before training; "" where no run says it."""
+    before = [v for _, run in study.runs if (v := run.result.get("heldout_reward_before")) is not None]
+    ends = [tables.number(value, measure.style) for value in (min(before), max(before))] if before else []
+    return f" Before it: {' to '.join(ends)}." if ends else ""
 
 
 def _figure(title: str, unit: str, notice: str, drawn: str) -> str:

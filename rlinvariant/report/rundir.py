@@ -16,7 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
 
-from rlinvariant import reading
+from rlinvariant import held_out, reading
 from rlinvariant.errors import UserError
 from rlinvariant.files import sync_directory, unwritable, write_atomically
 from rlinvariant.machine import environment
@@ -98,9 +98,10 @@ class RunDir:
         return config
 
     def read_result(self) -> dict[str, Any]:
-        """Return result.json, {} if there is none. Raises UserError if it is damaged."""
+        """Return result.json, {} if there is none; keys of earlier versions have today's names. Raises UserError if damaged."""
         result = numbers(reading.read(self.result)) if os.path.lexists(self.result) else {}
-        for key in ("accuracy_before", "accuracy_after"):
+        result = {held_out.OLD.get(key, key): value for key, value in result.items()}
+        for key in held_out.result({}):
             if (value := result.get(key)) is not None and not isinstance(value, int | float):
                 raise UserError(f"{self.result}: {key} is {quoted(value)}, expected a number or null; {reading.RESTORE}")
         return result
@@ -110,7 +111,7 @@ class RunDir:
         write_atomically(self.environment, _json_text({"schema": SCHEMA} | environment() | dict(extra)))
 
     def write_result(self, result: Mapping[str, Any]) -> None:
-        """Write result.json: finished, outcome, error (or null), accuracy_before and _after (or null), seconds."""
+        """Write result.json: finished, outcome, error (or null), what `held_out.result` says, seconds."""
         write_atomically(self.result, _json_text(result))
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:

@@ -152,18 +152,19 @@ def over_steps(key: str, reduce: Callable[[Sequence[float]], float], last: int =
     return summary
 
 
-def accuracy(rows: Sequence[Row], result: Mapping[str, Any]) -> float:
+def held_out(rows: Sequence[Row], result: Mapping[str, Any]) -> float:
     """Return the held-out reward after training; NaN for a run that did not end, or has no held-out data."""
-    value = result.get("accuracy_after")
+    value = result.get("heldout_reward_after")
     return math.nan if value is None else float(value)
 
 
 KL = Measure("KL k3, nats", over_steps("onpolicy/kl_k3", mean), "scientific")
 ESS = Measure("ESS", over_steps("onpolicy/is_ess", mean), "near one")
 REWARD = Measure(f"Reward, last {LAST} steps", over_steps("reward/mean", mean, LAST), 3)
-ACCURACY = Measure("Held-out accuracy, %", accuracy, "percent")
+HELD_OUT = Measure("Held-out reward", held_out, 3)
+ACCURACY = Measure("Held-out accuracy, %", held_out, "percent")  # in place of it where each reward is 0 or 1
 STEP_S = Measure("Seconds per step", over_steps("perf/step_s", median), 3)
-MEASURES = (KL, ESS, REWARD, ACCURACY, STEP_S)
+MEASURES = (KL, ESS, REWARD, HELD_OUT, ACCURACY, STEP_S)
 """Mean over the steps of a run; of seconds, the median, since the first step starts things up."""
 
 

@@ -18,7 +18,7 @@ from rlinvariant.errors import UserError
 from rlinvariant.files import RUNS
 from rlinvariant.report.panels import KEYS, PANELS
 from rlinvariant.report.rundir import SCHEMA, RunDir, gaps, quoted, read_metrics
-from rlinvariant.report.stats import LAST, MEASURES, Estimate, Measure, Row, Verdict, estimate, verdict
+from rlinvariant.report.stats import ACCURACY, HELD_OUT, LAST, MEASURES, Estimate, Measure, Row, Verdict, estimate, verdict
 from rlinvariant.text import shown
 
 EXACT = "exact"  # the arm that the others are compared with
@@ -228,7 +228,7 @@ def _notes(study: Study) -> list[str]:
             of = f" of {run.setting('steps')}" if run.setting("steps") else ""
             notes.append(
                 f"{place[id(run)]} has not ended by itself{run.why or ' (interrupted, or still running)'}: "
-                f"its rows end at step {run.rows[-1]['step']}{of}, and there is no accuracy after training."
+                f"its rows end at step {run.rows[-1]['step']}{of}, and there is no held-out reward after training."
             )
     seeds = {run.seed for _, run in study.runs}
     if study.is_ablation and len(seeds) == 1:
@@ -283,5 +283,7 @@ def argument(value: Any) -> str:
 
 
 def measured(study: Study) -> list[Measure]:
-    """Return the measures that any run has a value of."""
-    return [m for m in MEASURES if any(math.isfinite(m.of(run.rows, run.result)) for _, run in study.runs)]
+    """Return the measures that any run has a value of; of the two names for the held-out reward, the one that fits all runs."""
+    results = [run.result for _, run in study.runs if run.result.get("heldout_reward_after") is not None]
+    other = HELD_OUT if all(result.get("heldout_is_accuracy") for result in results) else ACCURACY
+    return [m for m in MEASURES if m is not other and any(math.isfinite(m.of(run.rows, run.result)) for _, run in study.runs)]

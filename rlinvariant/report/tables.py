@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from itertools import chain, zip_longest
 from typing import Literal
 
+from rlinvariant import held_out
 from rlinvariant.report.console import Console, coverage, integer, total
-from rlinvariant.report.stats import ACCURACY, REWARD, Estimate, Measure, Row, Verdict
+from rlinvariant.report.stats import ACCURACY, HELD_OUT, REWARD, Estimate, Measure, Row, Verdict
 from rlinvariant.report.study import Arm, Study, measured
-from rlinvariant.text import percent, plural
+from rlinvariant.text import plural
 
 HEAD_WIDTH, SAID_WIDTH = 14, 24  # characters, of a title and of what stands below a number
 
@@ -82,9 +83,8 @@ def sentences(study: Study) -> list[tuple[str, str]]:
     if not study.is_ablation:
         (arm,) = study.arms
         said = [("On policy", contract(arm.rows))]
-        before, after = (arm.runs[0].result.get(f"accuracy_{when}") for when in ("before", "after"))
-        if before is not None and after is not None:
-            said.append(("Held-out accuracy", f"{percent(before)} before, {percent(after)} after, greedy"))
+        if (known := held_out.said(arm.runs[0].result)) is not None:
+            said.append((f"Held-out {known[0]}", f"{known[1]} before, {known[2]} after, greedy"))
         return said
     reference = study.reference
     first = reference or study.arms[0]
@@ -103,7 +103,7 @@ def sentences(study: Study) -> list[tuple[str, str]]:
     if reference is not None and others:
         said += [
             (f"{measure.title.split(',')[0]} against {reference.name}", _compared(others, reference, measure))
-            for measure in (REWARD, ACCURACY)
+            for measure in (REWARD, HELD_OUT, ACCURACY)
             if measure in measured(study)
         ]
     return said
@@ -185,7 +185,7 @@ def _of(found: Verdict, arm: Arm) -> str:
 
 def _extreme(rows: Iterable[Row], key: str, pick) -> str:
     values = [float(row[key]) for row in rows if row.get(key) is not None]
-    return _number(pick(values), "near one") if values and not any(map(math.isnan, values)) else "–"
+    return number(pick(values), "near one") if values and not any(map(math.isnan, values)) else "–"
 
 
 def _estimate(found: Estimate, style: Style, runs: int) -> str:
@@ -193,7 +193,7 @@ def _estimate(found: Estimate, style: Style, runs: int) -> str:
         return "–"
     some = f" (n = {found.n})" if found.n != runs else ""
     if found.is_wide:
-        return ", ".join(_number(value, style) for value in sorted(found.values, reverse=True)) + some
+        return ", ".join(number(value, style) for value in sorted(found.values, reverse=True)) + some
     return _with_interval(found, style) + some
 
 
@@ -209,16 +209,16 @@ def _difference(found: Verdict, measure: Measure) -> str:
 def _with_interval(found: Estimate, style: Style) -> str:
     half = found.half
     if not found.has_interval or half == 0:
-        return _number(found.mean, style)
+        return number(found.mean, style)
     if style == "scientific" and found.mean:
         power = math.floor(math.log10(max(abs(found.mean), half)))
         return f"({_signed(found.mean / 10.0**power, 2)} ± {half / 10.0**power:.2f})e{power:+03d}".replace("e-", "e−")
     if style == "near one":
         style = max(4, -math.floor(math.log10(half)))
-    return f"{_number(found.mean, style)} ± {_number(half, style)}"
+    return f"{number(found.mean, style)} ± {number(half, style)}"
 
 
-def _number(value: float, style: Style) -> str:
+def number(value: float, style: Style) -> str:
     """Write a number so that no rounding makes 0 or 1 of what is neither."""
     if style == "percent":
         return _signed(100 * value, 1)
@@ -230,7 +230,7 @@ def _number(value: float, style: Style) -> str:
         if f"{value:.5f}" == "1.00000":
             return f"1 {'−' if value < 1 else '+'} {abs(value - 1):.1e}".replace("e-", "e−")
         style = "scientific" if value < 0.001 else 5 if 0.999 < value < 1.001 else 3
-        return _number(value, style)
+        return number(value, style)
     return _signed(value, style)
 
 

@@ -3,53 +3,52 @@
 N: held-out rows, F: reward functions.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from rlinvariant.trainer.grading import call_rewards
+from rlinvariant.held_out import HeldOut
+from rlinvariant.metrics import mean
+from rlinvariant.trainer.grading import call_rewards, weighted_sums
 from rlinvariant.trainer.grpo import InvariantGRPOTrainer
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 
-def greedy_reward(trainer: InvariantGRPOTrainer, dataset: "Dataset") -> float:
+def greedy_reward(trainer: InvariantGRPOTrainer, dataset: "Dataset") -> HeldOut:
     """Compute the mean reward of one greedy completion per row of `dataset`, with the trainer's current weights.
 
-    TRL calls the rewards, as it does in training: functions, async ones and reward models, in fp32, weighted as the trainer
-    weighs them; a reward that does not apply to a row counts 0. Every rank must call this: each draws and scores its share of
-    the rows, and all return the mean over all rows.
+    The completions are decoded and graded by what trains: TRL calls the rewards, functions, coroutines and reward models, in
+    fp32, and they are weighted as the trainer weighs them. A reward that does not apply to a row counts 0, and a row to which
+    none applies is left out; NaN where that is every row. Every rank must call this: each draws and scores its share of the
+    rows, and all return the mean over all rows.
     """
     rows, rank, ranks = dataset.to_list(), trainer.accelerator.process_index, trainer.accelerator.num_processes
     share = -(-len(rows) // ranks)
     own = [rows[i % len(rows)] for i in range(rank * share, (rank + 1) * share)]  # the last ranks' are filled up
     prompts: list[Any] = [row["prompt"] for row in own]
-    trainer.sync()
-    completions = trainer.sampler.generate(
-        trainer._tokenize_prompts(prompts)[0],
-        [0] * len(own),
-        temperature=0.0,
-        max_tokens=trainer.max_completion_length,
-        stop_token_ids=list(trainer.eos_token_ids),
-    )
-    ids = [completion.token_ids for completion in completions]
-    tokenizer: Any = trainer.processing_class
-    texts: list[Any] = tokenizer.batch_decode(ids, skip_special_tokens=True)
-    if isinstance(prompts[0], list):
-        texts = [[{"role": "assistant", "content": text}] for text in texts]
-    with _unlogged(trainer):
-        rewards_NF = call_rewards(trainer, own, prompts, texts, ids)[: len(rows)].double().cpu()
-    return (rewards_NF * trainer.reward_weights.double().cpu()).nansum(1).mean().item()
+    with _greedy(trainer):
+        trainer.sync()
+        _, ids, _, completions, *_ = trainer._generate(prompts)
+        rewards_NF = call_rewards(trainer, own, prompts, completions, ids)[: len(rows)]
+    rewards = [reward for reward in weighted_sums(rewards_NF, trainer.reward_weights) if not math.isnan(reward)]
+    return HeldOut(mean(rewards), bool(rewards) and all(reward in (0, 1) for reward in rewards))
 
 
 @contextmanager
-def _unlogged(trainer: Any) -> Iterator[None]:
-    """Drop what reward functions log: it is not of a training step."""
-    kept = trainer._pending_metrics, trainer._pending_extra_logs
+def _greedy(trainer: Any) -> Iterator[None]:
+    """Draw the likeliest tokens, and leave no trace in what is counted of training and of TRL's evaluations."""
+    names = ("_metrics", "_pending_metrics", "_pending_extra_logs", "temperature", "_seeded")
+    kept, was_training = {name: getattr(trainer, name) for name in names}, trainer.model.training
+    trainer._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
     trainer._pending_metrics, trainer._pending_extra_logs = defaultdict(list), defaultdict(list)
+    trainer.temperature, trainer._seeded = 0.0, {}
+    trainer.model.eval()
     try:
         yield
     finally:
-        trainer._pending_metrics, trainer._pending_extra_logs = kept
+        vars(trainer).update(kept)
+        trainer.model.train(was_training)

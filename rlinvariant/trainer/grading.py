@@ -4,6 +4,7 @@ N: completions, F: reward functions.
 """
 
 import atexit
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +29,34 @@ def checked_rewards(trainer: "InvariantGRPOTrainer", rewards: Any, limits: Rewar
             trainer._record.failures[kind] += failures
 
     return [checked_reward(reward, limits, count) for reward in (rewards if isinstance(rewards, list) else [rewards])]
+
+
+def weighted_sums(rewards_NF: Tensor, weights_F: Tensor) -> list[float]:
+    """Return the reward that trains each of N completions, as TRL computes it in fp32.
+
+        reward = sum over the functions that apply of weight * reward
+
+    Args:
+        rewards_NF: [N, F] fp32, NaN where a function does not apply.
+        weights_F: [F] fp32.
+
+    Returns:
+        One number for each completion; NaN where no function applies.
+    """
+    sums = (rewards_NF * weights_F.to(rewards_NF.device)).nansum(1)
+    return torch.where(rewards_NF.isnan().all(1), torch.nan, sums).tolist()
+
+
+def different_names(names: Sequence[str]) -> list[str]:
+    """Return the names of reward functions, the second of one name with _2 behind it, and so on: no number is of two."""
+    found: list[str] = []
+    for name in names:
+        number, new = 1, name
+        while new in found or (number > 1 and new in names):
+            number += 1
+            new = f"{name}_{number}"
+        found.append(new)
+    return found
 
 
 def call_rewards(trainer: GRPOTrainer, inputs: Any, prompts: Any, *completions: Any) -> Tensor:

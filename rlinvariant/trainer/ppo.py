@@ -102,7 +102,8 @@ class InvariantPPOTrainer(InvariantGRPOTrainer):
 
     def _generate_single_turn(self, *args, **kwargs):
         ids, logprobs = super()._generate_single_turn(*args, **kwargs)
-        if empty := [i for i, completion in enumerate(ids) if not completion]:
+        empty = [i for i, completion in enumerate(ids) if not completion]
+        if empty and self.model.training:
             where = f"step {self.state.global_step + 1}, sample {empty[0]}"
             raise UserError(f"{where}: empty completion: no token can carry its reward; raise trainer.max_completion_length")
         return ids, logprobs

@@ -12,7 +12,7 @@ CLOCK_KEYS = ("step_time",)
 
 
 def differences(run: Path, untouched: Path) -> list[str]:
-    """Say in what two finished runs differ: the last checkpoint's bytes, rows but for clocks, rollouts, samples, accuracy."""
+    """Say in what two finished runs differ: the last checkpoint's bytes, rows but for clocks, rollouts, samples, result."""
     found = []
     for name, part in PARTS.items():
         one, other = part(run), part(untouched)
@@ -54,13 +54,13 @@ def samples(run: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted(run.glob("completions/*"))}
 
 
-def accuracy(run: Path) -> dict[str, Any]:
+def held_out(run: Path) -> dict[str, Any]:
     """Return what result.json says that is no clock."""
     result = json.loads((run / "result.json").read_text())
-    return {key: result[key] for key in ("finished", "accuracy_before", "accuracy_after")}
+    return {key: result[key] for key in ("finished", "heldout_reward_before", "heldout_reward_after", "heldout_is_accuracy")}
 
 
-PARTS = {"checkpoint": checkpoint, "metrics": rows, "rollouts": rollouts, "samples": samples, "result": accuracy}
+PARTS = {"checkpoint": checkpoint, "metrics": rows, "rollouts": rollouts, "samples": samples, "result": held_out}
 
 
 def _where(one: Any, other: Any) -> str:

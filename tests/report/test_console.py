@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from rlinvariant.held_out import HeldOut
 from rlinvariant.metrics import FirstMismatch
 from rlinvariant.report.console import HEADER_EVERY, Console
 
@@ -162,20 +163,22 @@ def test_a_sample_that_just_fits_is_not_cut():
 
 def test_the_summary_adds_up():
     rows = [ROW | {"step": i, "reward/mean": 0.3 if i < 10 else 0.9} for i in range(20)]
-    text = printed(lambda c: c.summary(rows, 0.31, 0.925, "runs/a" + "b" * 200, 372.0))
+    text = printed(
+        lambda c: c.summary(rows, {"before": HeldOut(0.31, False), "after": HeldOut(0.925, True)}, "runs/a" + "b" * 200, 372.0)
+    )
     assert "20 in 6 min 12 s" in text
     assert "0.300 (first 10 steps) -> 0.900 (last 10), +0.600" in text
-    assert "held out    0.310 before -> 0.925 after" in text
+    assert "held out    0.310 before -> 0.925 after, mean reward, greedy" in text
     assert "mismatched 0 / 40,960 tokens, coverage 1\n" in text
     assert "runs/a" + "b" * 200 + "\n" in text  # whole, to be copied
 
 
 def test_the_summary_does_not_claim_what_no_row_says():
-    assert "mismatched - / - tokens, coverage -" in printed(lambda c: c.summary([], None, None, "runs/a"))
-    text = printed(lambda c: c.summary([ROW, {"step": 2}], None, None, "runs/a"))
+    assert "mismatched - / - tokens, coverage -" in printed(lambda c: c.summary([], {}, "runs/a"))
+    text = printed(lambda c: c.summary([ROW, {"step": 2}], {}, "runs/a"))
     assert "mismatched - / - tokens, coverage -" in text and "held out" not in text
     unscored = ROW | {"onpolicy/unscored_tokens": 1}
-    assert "coverage 4,096 / 4,097" in printed(lambda c: c.summary([ROW, unscored], None, None, "runs/a"))
+    assert "coverage 4,096 / 4,097" in printed(lambda c: c.summary([ROW, unscored], {}, "runs/a"))
 
 
 def test_a_silent_stage_says_for_how_long():
@@ -218,7 +221,7 @@ def test_other_processes_print_nothing():
             advance(1)
         console.step(DRIFT, 150, FirstMismatch(0, 0, 0.0, 0.0, "", ""))
         console.samples([{"prompt": "x"}])
-        console.summary([ROW], 0.0, 0.0, "runs/a")
+        console.summary([ROW], {"before": HeldOut(0.0, True)}, "runs/a")
         console.print("x")
 
     assert printed(everything) != ""  # control

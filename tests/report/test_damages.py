@@ -25,7 +25,15 @@ CONFIG = [(key, "value") for key in ("recipe", "seed", "steps", "run", "wandb.pr
 CONFIG += [("seed",), ("run", "source")]
 ENVIRONMENT = [(key,) for key in ("schema", "python", "platform", "cpu", "packages", "git", "threads", "kernels")]
 ENVIRONMENT += [("cpu", "model"), ("cpu", "isa"), ("packages", "torch"), ("git", "commit"), ("kernels", "linear")]
-RESULT = [("finished",), ("outcome",), ("error",), ("accuracy_before",), ("accuracy_after",), ("seconds",)]
+RESULT = [
+    ("finished",),
+    ("outcome",),
+    ("error",),
+    ("heldout_reward_before",),
+    ("heldout_reward_after",),
+    ("heldout_is_accuracy",),
+    ("seconds",),
+]
 METRICS = [("step",), ("reward/mean",), ("onpolicy/mismatched_tokens",), ("onpolicy/compared_tokens",), ("onpolicy/kl_k3",)]
 SAMPLES = [("step",), ("prompt",), ("completion",), ("reward",)]
 VALUES = {"config.json": CONFIG, "environment.json": ENVIRONMENT, "result.json": RESULT, "metrics.jsonl": METRICS}
@@ -38,8 +46,8 @@ def whole(tmp_path_factory) -> Path:
     """A finished run of two steps, with a recorded rollout."""
     run = write_run(tmp_path_factory.mktemp("runs") / "whole", 0, steps=3)
     _append_lines(run.samples, [{"step": step, "prompt": "2+2=", "completion": "4", "reward": 0.0} for step in (2, 3)])
-    accuracy = {"accuracy_before": 0.5, "accuracy_after": 0.9}
-    run.write_result({"finished": True, "outcome": "finished", "error": None, **accuracy, "seconds": 1})
+    known = {"heldout_reward_before": 0.5, "heldout_reward_after": 0.9, "heldout_is_accuracy": True}
+    run.write_result({"finished": True, "outcome": "finished", "error": None, **known, "seconds": 1})
     config = json.loads(run.config.read_text()) | {"algorithm": {"value": "grpo", "source": "default"}}
     run.config.write_text(json.dumps(config))
     rollouts.write(run.path, 1, rollout(), about())

@@ -181,11 +181,11 @@ def test_a_config_that_changed_on_resume_is_kept(tmp_path):
 def test_a_run_that_is_continued_is_no_longer_finished(tmp_path):
     run = RunDir.create(tmp_path / "run", {})
     for number in (1, 2):
-        run.write_result({"finished": True, "accuracy_before": None, "accuracy_after": number / 2, "seconds": 3.5})
-        assert json.loads(run.result.read_text())["accuracy_after"] == number / 2
+        run.write_result({"finished": True, "heldout_reward_before": None, "heldout_reward_after": number / 2, "seconds": 3.5})
+        assert json.loads(run.result.read_text())["heldout_reward_after"] == number / 2
         RunDir.create(run.path, {}, resume=True)
         assert not run.result.exists()
-    assert [json.loads((run.path / f"result.{n}.json").read_text())["accuracy_after"] for n in (1, 2)] == [0.5, 1.0]
+    assert [json.loads((run.path / f"result.{n}.json").read_text())["heldout_reward_after"] for n in (1, 2)] == [0.5, 1.0]
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):

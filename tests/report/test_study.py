@@ -71,7 +71,11 @@ def test_what_is_no_run_is_refused_in_one_line(tmp_path):
         ("environment.json", '{"packages": 5}', r"environment\.json: packages is 5, expected a JSON object"),
         ("environment.json", '{"cpu": {"isa": [1]}}', r"environment\.json: cpu\.isa is \[1\], expected a JSON object"),
         ("environment.json", '{"schema": 2}', "schema 2, expected 1; report it with the version that wrote it"),
-        ("result.json", '{"accuracy_after": "good"}', r'result\.json: accuracy_after is "good", expected a number or null'),
+        (
+            "result.json",
+            '{"accuracy_after": "good"}',
+            r'result\.json: heldout_reward_after is "good", expected a number or null',
+        ),
     ],
 )
 def test_a_damaged_file_is_one_line_that_says_what_was_expected(tmp_path, capsys, name, content, message):
