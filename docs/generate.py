@@ -1,4 +1,4 @@
-"""Write the pages of docs/reference that the code itself knows: commands, configuration, Python API, ops.
+"""Write the pages of docs/reference that the code itself knows: commands, configuration, metrics, Python API, ops.
 
     python docs/generate.py
 
@@ -18,7 +18,7 @@ BY = "<!-- Written by docs/generate.py: edit the code, then run it. -->\n\n"
 
 def pages() -> dict[Path, str]:
     """Return every generated page: path to text."""
-    made = {"cli": commands(), "config": configuration(), "api": api(), "ops": ops()}
+    made = {"cli": commands(), "config": configuration(), "metrics": metrics(), "api": api(), "ops": ops()}
     return {REFERENCE / f"{name}.md": text for name, text in made.items()}
 
 
@@ -110,6 +110,41 @@ def setting(key: str, leaf: Any) -> tuple[str, ...]:
 
     shown = "" if key in ("recipe", "run") else f"`{plain(key, leaf.value)}`"  # run= is named after the time
     return f"`{key}`", expected(leaf.type).replace("one of ", "").replace(" | ", " or "), shown, leaf.doc.replace("<", "&lt;")
+
+
+def metrics() -> str:
+    """Return the page of metrics, from the table in `rlinvariant.keys`."""
+    from rlinvariant import keys
+
+    rows = {
+        "every": "Every row of a step has these keys, whether invariance is on or off.",
+        "ppo": "A step's row has these keys with `algorithm=ppo`.",
+        "some": "A step's row has these keys where there is such a thing.",
+        "evaluation": "No row of a step has these keys.",
+    }
+    text = [
+        BY + "# Metrics",
+        "`metrics.jsonl` has a row for each step, and one for each evaluation. W&B and TensorBoard have the same keys. What "
+        "TRL has a name for carries that name alone; the other names are ours. Rows of earlier versions, which had "
+        + ", ".join(f"`{old}` for `{new}`" for old, new in keys.RENAMED.items())
+        + ", are read with the names of today by `rlinvariant.report.rundir.read_metrics`.",
+        "Numbers are of all ranks and micro-batches together: a mean over a step is one over its tokens, or over its "
+        "completions, and never a mean of means. But for `loss`, `grad_norm` and clocks, a number does not depend on how many "
+        "micro-batches and processes a rollout is trained in, not in its last bit: sums are correctly rounded, or taken over "
+        'sorted values. JSON has no NaN and no infinities: they are written as `"NaN"`, `"Infinity"` and `"-Infinity"`, and '
+        "`read_metrics` gives the floats back.",
+        "In formulas, r = trainer log-prob - sampler log-prob of one token, in float64, which is exactly 0 where the two "
+        "32-bit words are the same; w = exp(r); N = tokens compared. A token counts as *mismatched* if its two words differ, "
+        "or if one of them is NaN. A NaN makes every number that is derived from values NaN.",
+    ]
+    for section in keys.SECTIONS:
+        found = [(f"`{m.key}`", m.formula, m.unit, m.exact) for m in section.metrics]
+        text += [
+            f"## {section.title}",
+            f"{rows[section.rows]} {section.lead}",
+            table("key | formula | unit | when exact", found),
+        ]
+    return "\n\n".join(text) + "\n"
 
 
 def api() -> str:

@@ -49,7 +49,7 @@ class GRPOTrainer(InvariantGRPOTrainer):
         sampler_model: what vLLM loads; by default the model's own directory or id.
         sampler_options: max_model_len (tokens), kv_cache_gib (GiB), and options: keyword arguments of `vllm.LLM`.
         options: further arguments of `InvariantGRPOTrainer`: staleness, reward_timeout, reward_cage, reward_errors, on_row,
-            on_samples, on_rollout. Without `run` and `on_row`, each step prints its line.
+            on_evaluation, on_samples, on_rollout. Without `run` and `on_row`, each step prints its line.
 
     The trainer is ready for `train`; `proof` says what was compared, or which certificate was found.
 
@@ -100,6 +100,7 @@ class GRPOTrainer(InvariantGRPOTrainer):
         ready, self._run = _checked(console, model, reward_funcs, args, train_dataset, self._settings, run, resume, given)
         if self._run is None:
             given.setdefault("on_row", lambda row, mismatch: console.step(row, self.state.max_steps, mismatch))
+            given.setdefault("on_evaluation", console.evaluation)
         else:
             given |= self._run.start(train_dataset, given)
         with plan.named(ready):

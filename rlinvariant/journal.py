@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlinvariant import checkpoints, held_out, peers, runtime, stopping
+from rlinvariant import checkpoints, held_out, keys, peers, runtime, stopping
 from rlinvariant.config import Config
 from rlinvariant.errors import Stopped, one_line, outcome
 from rlinvariant.held_out import HeldOut
@@ -81,6 +81,22 @@ class Journal:
             self.console.samples(completions.telling(rows))
         if self._log_to_wandb is not None:
             self._log_to_wandb({**row, wandb_log.TABLE: wandb_log.table(rows)} if shows else row, row["step"])
+
+    def on_evaluation(self, row: dict[str, Any]) -> None:
+        """Record the numbers of an evaluation between two steps, which `keys.EVALUATION` lists."""
+        self._append_evaluation(row)
+        self.console.evaluation(row)
+
+    def on_held_out(self, when: str, value: HeldOut, step: int) -> None:
+        """Record the held-out reward, `when` being before or after; `step` is how many steps were trained."""
+        self.held_out[when] = value
+        if self.main:
+            self._append_evaluation({"kind": keys.EVALUATED, "step": step, "heldout/reward": value.reward})
+
+    def _append_evaluation(self, row: dict[str, Any]) -> None:
+        self.directory.append_metrics(row)
+        if self._log_to_wandb is not None:
+            self._log_to_wandb(row, row["step"])
 
     def on_samples(self, rows: list[dict[str, Any]]) -> None:
         """Keep what a step has drawn; `on_row`, which follows, shows some of it."""

@@ -1,86 +1,23 @@
 """Sampler-vs-trainer numbers, as pure functions of what one step gathered from all ranks.
 
-Give these functions the values of every rank together: a mean of the means of ranks is another number.
+Give these functions the values of every rank and micro-batch together: a mean of means is another number. None of them depends
+on the order of what it is given, not in its last bit: sums are correctly rounded, or are taken over sorted values. `keys` says
+what each number is.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rlinvariant import bits
+from rlinvariant import bits, keys
 
-ONPOLICY_KEYS = (
-    "onpolicy/mismatched_tokens",
-    "onpolicy/compared_tokens",
-    "onpolicy/unscored_tokens",
-    "onpolicy/coverage",
-    "onpolicy/logprob_absdiff/mean",
-    "onpolicy/logprob_absdiff/p99",
-    "onpolicy/logprob_absdiff/max",
-    "onpolicy/ulp/max",
-    "onpolicy/kl_k1",
-    "onpolicy/kl_k3",
-    "onpolicy/is_ratio/min",
-    "onpolicy/is_ratio/mean",
-    "onpolicy/is_ratio/max",
-    "onpolicy/is_ess",
-    "onpolicy/is_clipped_frac",
-)
+ONPOLICY_KEYS = keys.keys(keys.ONPOLICY)[:15]
 """The keys that `onpolicy` returns."""
-
-ROLLOUT_KEYS = ("rollout/len_mean", "rollout/len_max", "rollout/truncated_frac", "rollout/empty_frac")
-"""The keys that `rollout_stats` returns."""
-
-KEYS = (
-    *ONPOLICY_KEYS,
-    "onpolicy/group_unique_frac",
-    "onpolicy/weights_equal",
-    "onpolicy/weight_version_lag",
-    "onpolicy/exact_streak_tokens",
-    "reward/mean",
-    "reward/errors",
-    "reward/timeouts",
-    "reward/crashes",
-    *ROLLOUT_KEYS,
-    "policy/entropy",
-    "policy/clip_frac",
-    "policy/approx_kl",
-    "optim/loss",
-    "optim/grad_norm",
-    "optim/lr",
-    "time/rollout",
-    "time/score",
-    "time/train",
-    "time/sync",
-    "time/save",
-    "perf/sampler_tok_s",
-    "perf/trainer_tok_s",
-    "perf/step_s",
-)
-"""Every key that a row of metrics.jsonl has, whether invariance is on or off."""
-
-PPO_KEYS = (
-    "value/loss",
-    "value/explained_variance",
-    "value/mean",
-    "value/clip_frac",
-    "value/grad_norm",
-    "value/lr",
-    "policy/ratio_mean",
-    "policy/ratio_min",
-    "policy/ratio_max",
-    "policy/early_stopped",
-    "reward/kl_penalty",
-)
-"""The keys that a row has besides with algorithm=ppo.
-
-`value/mean`, `value/explained_variance` and `reward/kl_penalty` are of the rollout that the step trains on; ratios, to the
-policy that sampled, and `value/loss` are of the step itself, before it moves anything. A step that is skipped, the policy
-having moved too far, is 1 in `policy/early_stopped`; what it did not compute is NaN."""
 
 
 def onpolicy(
@@ -131,6 +68,7 @@ def _from_values(sampler: np.ndarray, trainer: np.ndarray, mismatched: np.ndarra
     with np.errstate(over="ignore", invalid="ignore"):
         # Equal words are exactly 0 apart, which -inf minus -inf would not be.
         log_ratio = np.where(mismatched, trainer.astype(np.float64) - sampler.astype(np.float64), 0.0)
+        log_ratio.sort()  # so that no sum below depends on the order of micro-batches
         absdiff, ratio = np.abs(log_ratio), np.exp(log_ratio)
         weight = np.exp(log_ratio - log_ratio.max())  # ESS does not change with scale, and this scale cannot overflow
         has_nan = bool(np.isnan(log_ratio).any())
@@ -219,25 +157,105 @@ def group_unique_frac(token_id_lists: Sequence[Sequence[int]], group_size: int) 
     return sum(len({tuple(ids) for ids in group}) for group in groups) / len(token_id_lists)
 
 
-def rollout_stats(lengths: Sequence[int], truncated: Sequence[bool]) -> dict[str, float | int]:
-    """Summarise the completions of a step; one value for each of ROLLOUT_KEYS, NaN if there are none.
+def completion_stats(lengths: Sequence[int], cut: Sequence[bool]) -> dict[str, float | int]:
+    """Summarise completions; one value for each of keys.COMPLETIONS, NaN if there are none.
 
     Args:
         lengths: tokens of each completion.
-        truncated: whether it was cut by the length limit.
+        cut: whether it does not end in a token that ends it.
 
     Raises:
         ValueError: the two differ in length.
     """
-    if len(lengths) != len(truncated):
-        raise ValueError(f"{len(lengths)} lengths, but {len(truncated)} truncation flags")
+    if len(lengths) != len(cut):
+        raise ValueError(f"{len(lengths)} lengths, but {len(cut)} flags of what was cut")
     if not lengths:
-        return {key: float("nan") for key in ROLLOUT_KEYS}
+        return dict.fromkeys(keys.keys(keys.COMPLETIONS), float("nan"))
+    ended = [length for length, was_cut in zip(lengths, cut, strict=True) if not was_cut] or [0]
     return {
-        "rollout/len_mean": float(sum(lengths) / len(lengths)),
-        "rollout/len_max": int(max(lengths)),
-        "rollout/truncated_frac": sum(map(bool, truncated)) / len(lengths),
+        "completions/mean_length": sum(lengths) / len(lengths),
+        "completions/min_length": min(lengths),
+        "completions/max_length": max(lengths),
+        "completions/clipped_ratio": sum(map(bool, cut)) / len(lengths),
+        "completions/mean_terminated_length": sum(ended) / len(ended),
+        "completions/min_terminated_length": min(ended),
+        "completions/max_terminated_length": max(ended),
         "rollout/empty_frac": sum(length == 0 for length in lengths) / len(lengths),
+    }
+
+
+def reward_stats(rewards: Sequence[float], by_function: Mapping[str, Sequence[float]], group_size: int) -> dict[str, float]:
+    """Summarise the rewards of completions, NaN where no function applies to one.
+
+    Args:
+        rewards: of each completion, the one that trains; group after group.
+        by_function: of each function, by its name, what it gave each completion; NaN where it does not apply.
+        group_size: completions per prompt.
+
+    Returns:
+        `reward`, `reward_std`, `frac_reward_zero_std`, and mean and standard deviation of each function.
+    """
+    groups = [_known(rewards[i : i + group_size]) for i in range(0, len(rewards), group_size)]
+    equal = [bool(len(group)) and min(group) == max(group) for group in groups]
+    row = {
+        "reward": mean(_known(rewards)),
+        "reward_std": std(_known(rewards)),
+        "frac_reward_zero_std": sum(equal) / len(equal) if equal else float("nan"),
+    }
+    for name, given in by_function.items():
+        row |= {f"rewards/{name}/mean": mean(_known(given)), f"rewards/{name}/std": std(_known(given))}
+    return row
+
+
+class Trained(NamedTuple):
+    """Holds what a loss saw of a micro-batch of n tokens in B sequences.
+
+    Args:
+        lengths: [B] int64, tokens of each sequence.
+        entropies: [n] fp32, of the policy, in nats.
+        kl: [n] fp32, the estimate of KL to the reference, in nats; [0] without one.
+        clipped: three arrays [B]: how many ratios were clipped at the lower end, at the upper end, and how many there are.
+        clips: where the loss clips ratios.
+    """
+
+    lengths: np.ndarray
+    entropies: np.ndarray
+    kl: np.ndarray
+    clipped: tuple[np.ndarray, np.ndarray, np.ndarray]
+    clips: Literal["both", "above"] | None
+
+    @classmethod
+    def first(cls, batches: "Sequence[Trained]", sequences: int) -> "list[Trained]":
+        """Return the micro-batches without the sequences that come after so many."""
+        kept: list[Trained] = []
+        for batch in batches:
+            lengths = batch.lengths[:sequences]
+            tokens, counts = int(lengths.sum()), [x[:sequences] for x in batch.clipped]
+            kept.append(
+                cls(lengths, batch.entropies[:tokens], batch.kl[:tokens], (counts[0], counts[1], counts[2]), batch.clips)
+            )
+            sequences -= len(lengths)
+        return kept
+
+
+def policy_stats(batches: Sequence["Trained"]) -> dict[str, float]:
+    """Summarise the tokens that a step trains on: entropy, KL to the reference, what is clipped; NaN where there is none."""
+    entropies, kl = (np.concatenate([np.zeros(0), *(getattr(x, name) for x in batches)]) for name in ("entropies", "kl"))
+    low, high, terms = (np.concatenate([np.zeros(0, int), *(x.clipped[i] for x in batches)]) for i in range(3))
+    row = {"entropy": mean(entropies), **({"kl": mean(kl)} if len(kl) else {})}
+    seen, none = int(terms.sum()), float("nan")
+    if any(x.clips == "above" for x in batches):
+        row["cispo_clip_ratio"] = int(high.sum()) / seen if seen else none
+    if not all(x.clips == "both" for x in batches):
+        return row | {"clip_ratio/region_mean": none}
+    there = terms > 0
+    shares = [low[there] / terms[there], high[there] / terms[there]]
+    return row | {
+        "clip_ratio/low_mean": int(low.sum()) / seen if seen else none,
+        "clip_ratio/low_min": float(shares[0].min()) if seen else none,
+        "clip_ratio/high_mean": int(high.sum()) / seen if seen else none,
+        "clip_ratio/high_max": float(shares[1].max()) if seen else none,
+        "clip_ratio/region_mean": int(low.sum() + high.sum()) / seen if seen else none,
     }
 
 
@@ -248,6 +266,18 @@ def mean(values: Sequence[float] | np.ndarray) -> float:
         return math.fsum(numbers) / len(numbers) if numbers else float("nan")
     except (OverflowError, ValueError):  # a sum that no float64 holds; infinities of both signs
         return float("nan")
+
+
+def std(values: Sequence[float] | np.ndarray) -> float:
+    """Return the standard deviation, with N - 1, independent of the order of the values; NaN for fewer than two."""
+    if len(values) < 2:
+        return float("nan")
+    centre = mean(values)
+    return math.sqrt(mean([(x - centre) ** 2 for x in values]) * len(values) / (len(values) - 1))
+
+
+def _known(values: Sequence[float]) -> list[float]:
+    return [x for x in values if not math.isnan(x)]
 
 
 def mismatches(sampler: np.ndarray, trainer: np.ndarray) -> np.ndarray:

@@ -150,6 +150,7 @@ def build(planned: Plan) -> "InvariantGRPOTrainer":
             staleness=config.staleness,
             **asdict(config.reward_limits),
             on_row=journal.on_row,
+            on_evaluation=journal.on_evaluation,
             on_samples=journal.on_samples,
             on_rollout=journal.on_rollout,
         )
@@ -176,7 +177,7 @@ def evaluate(journal: Journal, trainer: "InvariantGRPOTrainer", dataset: "Datase
 
     with journal.console.stage(f"held-out reward {when}, greedy, {len(dataset)} prompts"):
         value = greedy_reward(trainer, dataset)
-    journal.held_out[when] = value
+    journal.on_held_out(when, value, trainer.state.global_step)
     journal.console.print(f"held-out {value.name} {when}: {value.reward:.3f}")
 
 

@@ -99,7 +99,8 @@ class ScriptRun:
         main = self.plan.args.process_index == 0
         sampler: Mapping[str, Any] = self.plan.sampler_options
         self.journal = Journal(self.config, self.plan.source, sampler, self.console, main, data, self.resumption)
-        return {name: _both(getattr(self.journal, name), options.get(name)) for name in ("on_row", "on_samples", "on_rollout")}
+        hooks = ("on_row", "on_evaluation", "on_samples", "on_rollout")
+        return {name: _both(getattr(self.journal, name), options.get(name)) for name in hooks}
 
     def carry_out(self, trainer: InvariantGRPOTrainer, eval_dataset: Any, train: Callable[[Any], Any]) -> Any:
         """Train from where the run stands, and return what `train` returns, which is called with a checkpoint or None.

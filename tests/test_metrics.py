@@ -1,4 +1,5 @@
 import math
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -6,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlinvariant import metrics
-from rlinvariant.metrics import KEYS, ONPOLICY_KEYS, ROLLOUT_KEYS, first_mismatch, group_unique_frac, onpolicy
+from rlinvariant import keys, metrics
+from rlinvariant.keys import KEYS, PPO_KEYS
+from rlinvariant.metrics import ONPOLICY_KEYS, first_mismatch, group_unique_frac, onpolicy
 
 EXACT = {
     "onpolicy/mismatched_tokens": 0,
@@ -31,9 +33,13 @@ onpolicy/mismatched_tokens  onpolicy/compared_tokens  onpolicy/unscored_tokens  
 onpolicy/logprob_absdiff/{mean,p99,max}   onpolicy/ulp/max   onpolicy/kl_k1   onpolicy/kl_k3
 onpolicy/is_ratio/{min,mean,max}  onpolicy/is_ess  onpolicy/is_clipped_frac
 onpolicy/group_unique_frac  onpolicy/weights_equal  onpolicy/weight_version_lag  onpolicy/exact_streak_tokens
-reward/{mean,errors,timeouts,crashes}  rollout/{len_mean,len_max,truncated_frac,empty_frac}
-policy/{entropy,clip_frac,approx_kl}
-optim/{loss,grad_norm,lr}  time/{rollout,score,train,sync,save}  perf/{sampler_tok_s,trainer_tok_s,step_s}
+onpolicy/mismatched_tokens_total
+reward  reward_std  frac_reward_zero_std  reward/{errors,timeouts,crashes}
+completions/{mean_length,min_length,max_length,clipped_ratio}  rollout/empty_frac
+completions/{mean_terminated_length,min_terminated_length,max_terminated_length}
+entropy  clip_ratio/region_mean  policy/approx_kl
+loss  grad_norm  learning_rate  num_tokens
+step_time  time/{rollout,score,train,sync,save}  perf/{sampler_tok_s,trainer_tok_s}
 """
 COUNTS = ("mismatched_tokens", "compared_tokens", "unscored_tokens")
 
@@ -57,8 +63,18 @@ def test_keys_are_those_promised():
 def test_functions_return_their_keys():
     x = logprobs(5)
     assert tuple(onpolicy(x, x, 5, 2.0)) == ONPOLICY_KEYS
-    assert tuple(metrics.rollout_stats([1], [False])) == ROLLOUT_KEYS
-    assert set(ONPOLICY_KEYS) | set(ROLLOUT_KEYS) < set(KEYS)
+    assert tuple(metrics.completion_stats([1], [False])) == keys.keys(keys.COMPLETIONS)
+    assert set(ONPOLICY_KEYS) < set(KEYS)
+
+
+def test_no_number_has_two_names():
+    """A row of an earlier version has each of its numbers once, under the name of today."""
+    names = keys.keys(*keys.SECTIONS)
+    assert len(set(names)) == len(names) and not set(keys.RENAMED) & set(names)
+    assert set(keys.RENAMED.values()) <= set(KEYS) and not set(KEYS) & set(PPO_KEYS)
+    old = {"step": 3, "reward": 0.5, "reward/mean": 0.5, "step_time": 1.0, "perf/step_s": 2.0, "optim/lr": 1e-3, "kl": 0.1}
+    assert keys.renamed(old) == {"step": 3, "reward": 0.5, "step_time": 2.0, "learning_rate": 1e-3, "kl": 0.1}
+    assert keys.renamed(keys.renamed(old)) == keys.renamed(old)
 
 
 @settings(max_examples=50, deadline=None)
@@ -213,13 +229,76 @@ def test_group_unique_frac():
         group_unique_frac([a, b, c], 2)
 
 
-def test_rollout_stats():
-    assert metrics.rollout_stats([4, 0, 2, 10], [False, False, False, True]) == {
-        "rollout/len_mean": 4.0,
-        "rollout/len_max": 10,
-        "rollout/truncated_frac": 0.25,
+def test_completion_stats():
+    assert metrics.completion_stats([4, 0, 2, 10], [False, False, False, True]) == {
+        "completions/mean_length": 4.0,
+        "completions/min_length": 0,
+        "completions/max_length": 10,
+        "completions/clipped_ratio": 0.25,
+        "completions/mean_terminated_length": 2.0,
+        "completions/min_terminated_length": 0,
+        "completions/max_terminated_length": 4,
         "rollout/empty_frac": 0.25,
     }
-    assert all(math.isnan(value) for value in metrics.rollout_stats([], []).values())
-    with pytest.raises(ValueError, match="2 lengths, but 1 truncation flags"):
-        metrics.rollout_stats([1, 2], [True])
+    assert metrics.completion_stats([3], [True])["completions/mean_terminated_length"] == 0, "as TRL says it"
+    assert all(math.isnan(value) for value in metrics.completion_stats([], []).values())
+    with pytest.raises(ValueError, match="2 lengths, but 1 flags of what was cut"):
+        metrics.completion_stats([1, 2], [True])
+
+
+def test_reward_stats_leave_out_what_has_no_reward():
+    none = math.nan
+    rewards, by = [1.0, 3.0, none, none, 2.0, 2.0], {"f": [1.0, 3.0, none, none, 2.0, none]}
+    row = metrics.reward_stats(rewards, by, 2)
+    assert row["reward"] == 2.0 and row["rewards/f/mean"] == 2.0
+    assert row["reward_std"] == pytest.approx(np.std([1, 3, 2, 2], ddof=1))
+    assert row["frac_reward_zero_std"] == 1 / 3, "of three groups one has equal rewards, and one has none"
+    assert math.isnan(metrics.reward_stats([none], {}, 1)["reward"])
+
+
+def trained(lengths: list[int], seed: int, clips: Literal["both", "above"] | None = "both") -> list[metrics.Trained]:
+    """One micro-batch for each sequence."""
+    random = np.random.default_rng(seed)
+    found = []
+    for n in lengths:
+        low, high = (np.array([random.integers(0, n // 2 + 1)]) for _ in range(2))
+        entropies, kl = (random.random(n).astype(np.float32) for _ in range(2))
+        found.append(metrics.Trained(np.array([n]), entropies, kl, (low, high, np.array([n])), clips))
+    return found
+
+
+def test_policy_stats_are_over_tokens_in_any_order():
+    """The mean of the means of micro-batches, of which one is short, is another number."""
+    parts = trained([40, 1, 7, 19], 0)
+    row = metrics.policy_stats(parts)
+    assert row == metrics.policy_stats(parts[::-1])
+    tokens = np.concatenate([part.entropies for part in parts]).astype(np.float64)
+    assert row["entropy"] == pytest.approx(tokens.mean(), rel=1e-12)
+    assert abs(np.mean([part.entropies.mean() for part in parts]) - row["entropy"]) > 1e-3, "control"
+    low = sum(int(part.clipped[0].sum()) for part in parts)
+    assert row["clip_ratio/low_mean"] == low / 67
+    assert row["clip_ratio/region_mean"] == pytest.approx(row["clip_ratio/low_mean"] + row["clip_ratio/high_mean"])
+    assert math.isnan(metrics.policy_stats(trained([3], 0, None))["clip_ratio/region_mean"])
+    assert "cispo_clip_ratio" in metrics.policy_stats(trained([3], 0, "above"))
+    assert math.isnan(metrics.policy_stats([])["entropy"])
+
+
+def test_the_first_sequences_are_those_of_the_first_micro_batches():
+    parts = trained([4, 2, 3], 1)
+    assert [len(part.entropies) for part in metrics.Trained.first(parts, 2)] == [4, 2, 0]
+    assert metrics.policy_stats(metrics.Trained.first(parts, 2)) == metrics.policy_stats(parts[:2])
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.permutations(range(12)))
+def test_no_number_depends_on_the_order_of_tokens(order):
+    x = logprobs(12)
+    y = x + np.random.default_rng(1).normal(0, 0.1, 12).astype(np.float32)
+    assert onpolicy(x[order], y[order], 12, 1.05) == onpolicy(x, y, 12, 1.05)
+    values = np.array([1e16, 1.0, -1e16, *y[:9]])
+    assert metrics.mean(values[order]) == metrics.mean(values) and metrics.std(values[order]) == metrics.std(values)
+
+
+def test_sums_that_no_number_holds_are_nan():
+    assert math.isnan(metrics.mean([math.inf, -math.inf])) and math.isnan(metrics.mean([]))
+    assert math.isnan(metrics.std([1.0])) and metrics.std([2.0, 2.0]) == 0

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rlinvariant.metrics import KEYS
+from rlinvariant.keys import KEYS
 from rlinvariant.report import completions, rollouts
 from rlinvariant.report.rundir import read_metrics
 from tests.parity.device import CUDA, cpu_only
@@ -196,8 +196,8 @@ def test_two_processes_are_exact_and_their_metrics_are_summed(metrics_of, asked)
         assert len(completions) == 12
         assert row["onpolicy/compared_tokens"] == sum(map(len, completions)) >= 12 * 8
         assert row["onpolicy/mismatched_tokens"] == 0 == row["onpolicy/unscored_tokens"]
-        assert row["rollout/len_max"] == max(map(len, completions))
-        assert row["rollout/len_mean"] == sum(map(len, completions)) / 12
+        assert row["completions/max_length"] == max(map(len, completions))
+        assert row["completions/mean_length"] == sum(map(len, completions)) / 12
         assert row["onpolicy/group_unique_frac"] == 1 == row["onpolicy/weights_equal"]
 
 

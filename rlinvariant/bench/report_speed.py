@@ -17,7 +17,7 @@ from statistics import median
 from typing import Any
 
 from rlinvariant.bench.measure import Link, Others, Row, Worker
-from rlinvariant.metrics import KEYS
+from rlinvariant.keys import KEYS
 
 PAGE_SECONDS, PAGE_MIB = 10, 1024  # the limits that the page is held to
 NO_BITS: dict[str, bool | None] = {"ours": None, "stock": None}
@@ -149,7 +149,7 @@ def _worker(steps: str, *settings: str) -> None:
             Path("runs").mkdir()
             Path("runs/.cache").symlink_to(cache)
         run.run(parse(["recipe=arithmetic", f"steps={steps}", "run=speed", "wandb.mode=offline", *settings]))
-        found = [row["perf/step_s"] for row in read_metrics(Path("runs/speed"))][1:]  # the first one starts things up
+        found = [row["step_time"] for row in read_metrics(Path("runs/speed"))][1:]  # the first one starts things up
         for _ in link.requests():
             calls = {what: median(seconds) for what, seconds in spent.items()}
             link.send(step=median(found), steps=len(found), wandb_process=process / int(steps), **calls)

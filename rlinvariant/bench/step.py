@@ -30,7 +30,7 @@ LABELS = {
     "exact": "PPO in place of GRPO, both exact",
 }
 TARGETS = {("exact", "off"): 1.3, ("ppo", "exact"): 1.6}  # ratios of a step's time
-PARTS = {"perf/step_s": "step", "time/rollout": "rollout", "time/train": "train", "time/sync": "sync"}
+PARTS = {"step_time": "step", "time/rollout": "rollout", "time/train": "train", "time/sync": "sync"}
 FIXED_LENGTH = 32
 
 

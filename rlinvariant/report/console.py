@@ -31,8 +31,8 @@ WIDTH = 120
 HEADER_EVERY = 20
 # title, key in the row, format, width
 _COLUMNS = (
-    ("reward", "reward/mean", ".3f", 6),
-    ("len", "rollout/len_mean", ",.1f", 6),
+    ("reward", "reward", ".3f", 6),
+    ("len", "completions/mean_length", ",.1f", 6),
     ("tok/s sampler", "perf/sampler_tok_s", ",.0f", 13),
     ("trainer", "perf/trainer_tok_s", ",.0f", 7),
     ("s draw", "time/rollout", ".2f", 6),
@@ -161,7 +161,7 @@ class Console:
 
     def _eta(self, row: Row, steps: int | None) -> str:
         """Say how long the steps after this one will take, at the pace of the last HEADER_EVERY; "" where that is not known."""
-        if (took := row.get("perf/step_s")) is not None:
+        if (took := row.get("step_time")) is not None:
             self._step_s.append(took)
         left = 0 if steps is None else steps - row["step"]
         if left <= 0 or not self._step_s:
@@ -171,6 +171,12 @@ class Console:
             (f"{seconds / unit:.0f}{name}" for unit, name in ((1, "s"), (60, "m"), (3600, "h")) if seconds < 99.5 * unit),
             f"{seconds / 86400:.0f}d",
         )
+
+    def evaluation(self, row: Row) -> None:
+        """Print the line of one of TRL's evaluations: step, rewards and losses of each set, seconds."""
+        shown = [f"{key} {_decimal(x, '.3f')}" for key, x in row.items() if key.endswith(("_reward", "_loss"))]
+        shown += [f"{x:.1f} s" for key, x in row.items() if key.endswith("_runtime")]
+        self.print(f"evaluation  step {row['step']}: {', '.join(shown)}")
 
     def samples(self, rows: Iterable[Row]) -> None:
         """Print decoded samples, three lines each, cut to the width: reward, prompt, completion."""
@@ -189,7 +195,7 @@ class Console:
         elapsed_s: float | None = None,
     ) -> None:
         """Print the outcome of a run from its metrics rows: reward, held-out reward, the contract, where the files are."""
-        rewards = [r for row in rows if (r := row.get("reward/mean")) is not None and not math.isnan(r)]
+        rewards = [r for row in rows if (r := row.get("reward")) is not None and not math.isnan(r)]
         window = min(10, max(1, len(rewards) // 2)) if rewards else 0
         mismatched, compared = total(rows, "onpolicy/mismatched_tokens"), total(rows, "onpolicy/compared_tokens")
         lines = [("steps", f"{len(rows):,}" + (f" in {_duration(elapsed_s)}" if elapsed_s is not None else ""))]

@@ -22,7 +22,7 @@ from rlinvariant.files import require_writable, write_atomically
 from rlinvariant.install import install_hint
 from rlinvariant.report import tables, wandb_log
 from rlinvariant.report.completions import Completions
-from rlinvariant.report.panels import PANELS, Panel
+from rlinvariant.report.panels import Panel
 from rlinvariant.report.rundir import quoted
 from rlinvariant.report.study import Run, Study, load
 from rlinvariant.text import plural
@@ -173,8 +173,8 @@ def _to_wandb(study: Study, run: Run, online: bool) -> str:
     assert log is not None
     kept = Completions(run.path)
     shown = kept.steps[:: 1 + len(kept.steps) // TABLES]
-    for row in run.rows:
-        has = row["step"] in shown
+    for row in sorted([*run.rows, *run.evaluations], key=lambda row: row["step"]):
+        has = "kind" not in row and row["step"] in shown
         log({**row, wandb_log.TABLE: wandb_log.table(kept.read(row["step"]))} if has else row, row["step"])
     finish()
     said = f"run {name}" + (", the id under which the run logged itself" if live else "")
@@ -193,7 +193,7 @@ def _to_tensorboard(run: Run) -> Path:
     for earlier in directory.glob("events.out.tfevents.*"):
         earlier.unlink()
     with SummaryWriter(str(directory)) as writer:
-        for row in run.rows:
+        for row in [*run.rows, *run.evaluations]:
             for key, value in row.items():
                 if key != "step" and isinstance(value, int | float):
                     writer.add_scalar(key, value, row["step"])
@@ -202,7 +202,7 @@ def _to_tensorboard(run: Run) -> Path:
 
 def _sections(study: Study) -> list[tuple[str, list[Panel]]]:
     """Return the panels that these runs have the keys of, by section."""
-    shown = [panel for panel in PANELS if any(panel.shown_for(run.config) for _, run in study.runs)]
+    shown = [panel for panel in study.panels if any(panel.shown_for(run.config) for _, run in study.runs)]
     return [(name, list(panels)) for name, panels in groupby(shown, key=lambda panel: panel.section)]
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from rlinvariant.files import require_writable, write_atomically
 from rlinvariant.report import html_samples, stats, svg, tables
-from rlinvariant.report.panels import PANELS, Panel
+from rlinvariant.report.panels import Panel
 from rlinvariant.report.study import Run, Study, load, measured
 from rlinvariant.text import escaped, plural
 
@@ -109,7 +109,7 @@ def _curves(study: Study) -> Iterator[str]:
         return
     sections: dict[str, list[str]] = {}
     absent = []
-    for panel in PANELS:
+    for panel in study.panels:
         if lines := _lines(study, panel):
             drawn = svg.chart(panel.title, panel.unit, lines, panel.scale)
             sections.setdefault(panel.section, []).append(_figure(panel.title, panel.unit, panel.notice, drawn))
@@ -144,15 +144,15 @@ def _lines(study: Study, panel: Panel) -> list[svg.Line]:
     """Return a line for each arm that has at least one finite value."""
     lines = []
     for index, arm in enumerate(study.arms):
-        runs = [run for run in arm.runs if run.rows and panel.shown_for(run.config)]
+        runs = [rows for run in arm.runs if panel.shown_for(run.config) and (rows := run.rows_of(panel))]
         if not runs:
             continue
-        steps = np.array(sorted({row["step"] for run in runs for row in run.rows}))
+        steps = np.array(sorted({row["step"] for rows in runs for row in rows}))
         values, present = np.full((len(runs), len(steps)), math.nan), np.zeros((len(runs), len(steps)), bool)
-        running, window = values.copy(), _window(study)
-        for i, run in enumerate(runs):
-            at = np.searchsorted(steps, [row["step"] for row in run.rows])
-            values[i, at], present[i, at] = panel.values(run.rows), True
+        running, window = values.copy(), _window(study) if panel.of == "steps" else 1
+        for i, rows in enumerate(runs):
+            at = np.searchsorted(steps, [row["step"] for row in rows])
+            values[i, at], present[i, at] = panel.values(rows), True
             running[i, at] = stats.running_mean(values[i, at], window)
         mean, low, high = stats.curve(running, present)
         if np.isfinite(mean).any():

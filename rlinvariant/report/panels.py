@@ -1,7 +1,7 @@
 """The list of what is drawn of a run, from which the HTML page, the W&B workspace and the W&B report are all made."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ class Panel:
         keys: of metrics.jsonl; one, or two: the first divided by the second.
         scale: "from zero" is linear with 0 in sight; "log" is linear where the values span less than a factor of ten;
             "log and zero" has a band of its own for an exact 0.
+        of: which rows have the keys.
         arms: "all"; "corrected" or "ppo": only the runs in which TRL corrects by importance sampling, or with algorithm=ppo.
     """
 
@@ -30,6 +31,7 @@ class Panel:
     scale: Scale
     notice: str
     arms: Literal["all", "corrected", "ppo"] = "all"
+    of: Literal["steps", "evaluations"] = "steps"
 
     def values(self, rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
         """Return [rows] float64 from rows of metrics.jsonl; NaN where a key is missing or null, and for 0 / 0."""
@@ -131,7 +133,7 @@ PANELS = (
     Panel(
         section=LEARNING,
         title="Reward",
-        keys=("reward/mean",),
+        keys=("reward",),
         unit="mean of the step",
         scale="linear",
         notice="Does drift cost reward here? The second table answers with an interval.",
@@ -139,16 +141,16 @@ PANELS = (
     Panel(
         section=LEARNING,
         title="Entropy of the policy",
-        keys=("policy/entropy",),
+        keys=("entropy",),
         unit="nats per token",
         scale="from zero",
         notice="A fall to 0 is a policy that no longer explores.",
     ),
-    Panel(LEARNING, "Gradient norm", ("optim/grad_norm",), "before clipping", "log", "Spikes that one arm alone has."),
+    Panel(LEARNING, "Gradient norm", ("grad_norm",), "before clipping", "log", "Spikes that one arm alone has."),
     Panel(
         section=LEARNING,
         title="Length of completions",
-        keys=("rollout/len_mean",),
+        keys=("completions/mean_length",),
         unit="tokens",
         scale="from zero",
         notice="Rewards of arms compare best where lengths do.",
@@ -217,8 +219,21 @@ PANELS = (
         scale="from zero",
         notice="Exact arms skip the pass over old log-probs, and pack.",
     ),
-    Panel(SPEED, "Whole step", ("perf/step_s",), "seconds", "from zero", "Rollout, scoring, training, weight sync."),
+    Panel(SPEED, "Whole step", ("step_time",), "seconds", "from zero", "Rollout, scoring, training, weight sync."),
 )
+
+
+def of_evaluations(rows: Iterable[Mapping[str, Any]]) -> list[Panel]:
+    """Return a panel for each reward that rows of evaluations have: the held-out one, and that of each evaluation set."""
+    found = dict.fromkeys(key for row in rows for key in row if key == "heldout/reward" or key.endswith("_reward"))
+    said = {"heldout/reward": ("Held-out reward", "Greedy, before and after training, by the rewards that train.")}
+    other = "Sampled as in training, at the steps that trainer.eval_strategy asks for."
+    return [
+        Panel(LEARNING, title, (key,), "mean reward", "linear", notice, of="evaluations")
+        for key in found
+        for title, notice in [said.get(key, (key, other))]
+    ]
+
 
 KEYS = tuple(dict.fromkeys(key for panel in PANELS for key in panel.keys))
 """Every key that a panel reads."""

@@ -16,7 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
 
-from rlinvariant import held_out, reading
+from rlinvariant import held_out, keys, reading
 from rlinvariant.errors import UserError
 from rlinvariant.files import sync_directory, unwritable, write_atomically
 from rlinvariant.machine import environment
@@ -66,13 +66,13 @@ class RunDir:
             if not resume and (run.config.exists() or run.metrics.exists()):
                 raise UserError(f"run: {run.path} already holds a run; choose another run=NAME, or set resume=true")
             run.path.mkdir(parents=True, exist_ok=True)
-            for lines, keys in ((run.metrics, ["step"]), (run.samples, [])):
+            for lines, needed in ((run.metrics, ["step"]), (run.samples, [])):
                 if lines == run.samples and not os.path.lexists(lines):
                     continue
                 size = None if logs is None else logs.get(lines.name, 0)
                 if size == 0 and lines.is_file() and lines.stat().st_size:
                     os.replace(lines, kept(lines))
-                repair(lines, *keys, size=size)
+                repair(lines, *needed, size=size)
             text = _json_text(config)
             if run.config.exists() and run.config.read_bytes() != text.encode():
                 write_atomically(kept(run.config), run.config.read_bytes())
@@ -115,7 +115,7 @@ class RunDir:
         write_atomically(self.result, _json_text(result))
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
-        """Append the one row of a step; it is on the disk when this returns.
+        """Append the one row of a step, or a row of an evaluation, which has a `kind`; it is on the disk when this returns.
 
         Raises:
             ValueError: the row has no integer "step".
@@ -127,7 +127,7 @@ class RunDir:
 
 
 def read_metrics(path: str | Path, size: int | None = None) -> list[dict[str, Any]]:
-    """Read the rows of a metrics.jsonl, or of the run directory that holds it, in order of steps.
+    """Read the steps' rows of a metrics.jsonl, or of the run directory that holds it, in order, with the keys of today.
 
     A row takes the place of every earlier row of the same or a later step: those are of the stretch that a resumed run
     went back over. A last line without its newline was torn by a kill and is left out. Only the first `size` bytes are read.
@@ -136,13 +136,34 @@ def read_metrics(path: str | Path, size: int | None = None) -> list[dict[str, An
         UserError: the file cannot be read, or any other line is not a JSON object with an integer "step" (file and line number
             given).
     """
+    return _rows(path, size)[0]
+
+
+def read_evaluations(path: str | Path) -> list[dict[str, Any]]:
+    """Read the rows of evaluations of a metrics.jsonl, or of the run directory that holds it, as they came.
+
+    `step` is how many steps were trained. Those of a stretch that a resumed run went back over are left out.
+
+    Raises:
+        UserError: as `read_metrics`.
+    """
+    return _rows(path, None)[1]
+
+
+def _rows(path: str | Path, size: int | None) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the rows of steps and those of evaluations."""
     path = Path(path)
-    rows: list[dict[str, Any]] = []
+    steps: list[dict[str, Any]] = []
+    evaluations: list[dict[str, Any]] = []
     for row in reading.rows(path if path.suffix == ".jsonl" else path / "metrics.jsonl", "step", size=size):
-        while rows and rows[-1]["step"] >= row["step"]:
-            rows.pop()
-        rows.append(numbers(row))
-    return rows
+        if row.get("kind") == keys.EVALUATED:
+            evaluations.append(numbers(row))
+            continue
+        for kind in (steps, evaluations):
+            while kind and kind[-1]["step"] >= row["step"]:
+                kind.pop()
+        steps.append(keys.renamed(numbers(row)))
+    return steps, evaluations
 
 
 def quoted(value: Any) -> str:

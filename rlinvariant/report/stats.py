@@ -160,10 +160,10 @@ def held_out(rows: Sequence[Row], result: Mapping[str, Any]) -> float:
 
 KL = Measure("KL k3, nats", over_steps("onpolicy/kl_k3", mean), "scientific")
 ESS = Measure("ESS", over_steps("onpolicy/is_ess", mean), "near one")
-REWARD = Measure(f"Reward, last {LAST} steps", over_steps("reward/mean", mean, LAST), 3)
+REWARD = Measure(f"Reward, last {LAST} steps", over_steps("reward", mean, LAST), 3)
 HELD_OUT = Measure("Held-out reward", held_out, 3)
 ACCURACY = Measure("Held-out accuracy, %", held_out, "percent")  # in place of it where each reward is 0 or 1
-STEP_S = Measure("Seconds per step", over_steps("perf/step_s", median), 3)
+STEP_S = Measure("Seconds per step", over_steps("step_time", median), 3)
 MEASURES = (KL, ESS, REWARD, HELD_OUT, ACCURACY, STEP_S)
 """Mean over the steps of a run; of seconds, the median, since the first step starts things up."""
 

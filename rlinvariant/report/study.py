@@ -16,8 +16,8 @@ from rlinvariant import reading
 from rlinvariant.arguments import given_by_user
 from rlinvariant.errors import UserError
 from rlinvariant.files import RUNS
-from rlinvariant.report.panels import KEYS, PANELS
-from rlinvariant.report.rundir import SCHEMA, RunDir, gaps, quoted, read_metrics
+from rlinvariant.report.panels import KEYS, LEARNING, PANELS, Panel, of_evaluations
+from rlinvariant.report.rundir import SCHEMA, RunDir, gaps, quoted, read_evaluations, read_metrics
 from rlinvariant.report.stats import ACCURACY, HELD_OUT, LAST, MEASURES, Estimate, Measure, Row, Verdict, estimate, verdict
 from rlinvariant.text import shown
 
@@ -35,6 +35,13 @@ class Run:
     environment: Mapping[str, Any]
     result: Mapping[str, Any]  # empty: still running, or killed
     rows: Sequence[Row]
+    evaluations: Sequence[Row] = ()
+
+    def rows_of(self, panel: Panel) -> list[Row]:
+        """Return the rows that a panel draws, one for each step."""
+        if panel.of == "steps":
+            return list(self.rows)
+        return list({row["step"]: row for row in self.evaluations if row.get(panel.keys[0]) is not None}.values())
 
     @property
     def finished(self) -> bool:
@@ -92,6 +99,13 @@ class Study:
     @property
     def runs(self) -> Iterator[tuple[Arm, Run]]:
         return ((arm, run) for arm in self.arms for run in arm.runs)
+
+    @property
+    def panels(self) -> list[Panel]:
+        """Return what is drawn of these runs: PANELS, and behind those of learning the rewards of evaluations."""
+        found = of_evaluations(row for _, run in self.runs for row in run.evaluations)
+        at = 1 + max(i for i, panel in enumerate(PANELS) if panel.section == LEARNING)
+        return [*PANELS[:at], *found, *PANELS[at:]]
 
     @cached_property
     def reference(self) -> Arm | None:
@@ -186,7 +200,8 @@ def _run(path: Path, seed: int | None) -> Run:
         value = config.get(key, {}).get("value")
         if value is not None and type(value) is not int and not (str(value).isdecimal() and len(str(value)) < 19):
             raise UserError(f"{files.config}: {key} is {quoted(value)}, expected an integer; restore it")
-    rows = read_metrics(path) if os.path.lexists(files.metrics) else []
+    there = os.path.lexists(files.metrics)
+    rows, evaluations = (read_metrics(path), read_evaluations(path)) if there else ([], [])
     _check_numbers(files.metrics, rows)
     environment = reading.read(files.environment) if os.path.lexists(files.environment) else {}
     cpu = environment.get("cpu")
@@ -195,7 +210,7 @@ def _run(path: Path, seed: int | None) -> Run:
         if value is not None and not isinstance(value, dict):
             raise UserError(f"{files.environment}: {key} is {quoted(value)}, expected a JSON object; restore it")
     given = config.get("seed", {}).get("value")
-    return Run(path, int(given or 0) if seed is None else seed, config, environment, files.read_result(), rows)
+    return Run(path, int(given or 0) if seed is None else seed, config, environment, files.read_result(), rows, evaluations)
 
 
 def _check_numbers(file: Path, rows: Sequence[Row]) -> None:

@@ -9,6 +9,7 @@ from typing import Literal
 
 from rlinvariant import held_out
 from rlinvariant.report.console import Console, coverage, integer, total
+from rlinvariant.report.panels import of_evaluations
 from rlinvariant.report.stats import ACCURACY, HELD_OUT, REWARD, Estimate, Measure, Row, Verdict
 from rlinvariant.report.study import Arm, Study, measured
 from rlinvariant.text import plural
@@ -85,6 +86,11 @@ def sentences(study: Study) -> list[tuple[str, str]]:
         said = [("On policy", contract(arm.rows))]
         if (known := held_out.said(arm.runs[0].result)) is not None:
             said.append((f"Held-out {known[0]}", f"{known[1]} before, {known[2]} after, greedy"))
+        for panel in of_evaluations(arm.runs[0].evaluations):
+            rows = arm.runs[0].rows_of(panel)
+            if panel.keys[0] != "heldout/reward":
+                points = [f"{number(row[panel.keys[0]], 3)} at step {row['step']}" for row in (rows[0], rows[-1])]
+                said.append((panel.title, f"{', '.join(dict.fromkeys(points))}; {plural(len(rows), 'evaluation')}"))
         return said
     reference = study.reference
     first = reference or study.arms[0]

@@ -69,7 +69,7 @@ def start(
         raise UserError(
             f"wandb.project={shown(settings.project, 40)}: W&B: {one_line(error, 120)}; wandb.mode=disabled"
         ) from error
-    return mode, lambda row, step: run.log(dict(row), step=step), run.finish
+    return mode, lambda row, step: run.log({key: x for key, x in row.items() if key != "kind"}, step=step), run.finish
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> Any:

@@ -4,8 +4,11 @@ B: completions, T: tokens of the longest one. Everywhere, `mask` is 1 on real to
 `values[b, t]` is the critic's estimate before token t is chosen.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from rlinvariant import metrics
 
 
 def token_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor | None, mask: Tensor, kl_coef: float) -> Tensor:
@@ -121,16 +124,16 @@ def whiten(advantages: Tensor, mask: Tensor, mean: float, variance: float) -> Te
     return torch.where(mask.bool(), white_BT, 0.0).to(advantages.dtype)
 
 
-def explained_variance(returns: Tensor, residuals: Tensor) -> float:
+def explained_variance(returns: np.ndarray, values: np.ndarray) -> float:
     """Return how much of the returns' variance the critic explains: 1 all, 0 none, below 0 worse than a constant.
 
         explained = 1 - Var(R - V) / Var(R)
 
     Args:
-        returns, residuals: `moments`, [3] float64, of R and of R - V, of all ranks. NaN where R does not vary.
+        returns, values: [n] float64, R and V of all ranks' tokens. NaN where R does not vary.
     """
-    whole, left = mean_and_variance(returns)[1], mean_and_variance(residuals)[1]
-    return 1.0 - left / whole if whole > 0 else float("nan")
+    whole = metrics.std(returns)
+    return 1.0 - (metrics.std(returns - values) / whole) ** 2 if whole > 0 else float("nan")
 
 
 def _lengths(mask: Tensor) -> Tensor:

@@ -13,15 +13,15 @@ Seven call TRL's, and do something before or after it:
     _calculate_rewards                     is timed
     training_step                          is timed, and keeps the weights for a sampler that lags behind
     _save_checkpoint                       is timed, and notes which weights the disk holds
-    log                                    adds our metrics to TRL's, hands the row on, and starts the next record
+    log                                    says our numbers in place of TRL's averages, hands the row on, starts the next record
 
 Rewards, advantages, losses and optimisation stay TRL's. Checkpoints and resuming are `checkpointed.CheckpointedTrainer`'s,
-`finite.FiniteTrainer` stops at NaN and infinity, `collecting.CollectingTrainer` keeps the completions. What a step has seen is
-in `record.StepRecord`, which weights are where in `versions.PolicyVersions`.
+`finite.FiniteTrainer` stops at NaN and infinity, `collecting.CollectingTrainer` keeps the completions,
+`measured.MeasuredTrainer` the numbers. What a step has seen is in `record.StepRecord`, which weights are where in
+`versions.PolicyVersions`.
 """
 
 import copy
-import time
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -41,19 +41,27 @@ from rlinvariant.errors import ConfigErrors, ParityError
 from rlinvariant.models import make_invariant, make_trainable, require_exact
 from rlinvariant.rewards import RewardLimits
 from rlinvariant.rollout import Batch, Rollout, request_seed
-from rlinvariant.trainer.collecting import CollectingTrainer
-from rlinvariant.trainer.grading import checked_rewards
-from rlinvariant.trainer.interface import OnRollout, OnRow, OnSamples, RewardFunction, Row, SamplerLike, TrainerArguments
+from rlinvariant.trainer.grading import checked_rewards, different_names
+from rlinvariant.trainer.interface import (
+    OnEvaluation,
+    OnRollout,
+    OnRow,
+    OnSamples,
+    RewardFunction,
+    SamplerLike,
+    TrainerArguments,
+)
+from rlinvariant.trainer.measured import MeasuredTrainer
 from rlinvariant.trainer.packing import pack
 from rlinvariant.trainer.preflight import Start, check_start, constructing, load_tokenizer
-from rlinvariant.trainer.record import Pair, StepRecord, trl_row
+from rlinvariant.trainer.record import Pair
 from rlinvariant.trainer.refusals import settings_problems
 from rlinvariant.trainer.versions import PolicyVersions
 
 PROCESSES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
-class InvariantGRPOTrainer(CollectingTrainer):
+class InvariantGRPOTrainer(MeasuredTrainer):
     """Trains as `trl.GRPOTrainer` does, samples from an attached engine, and proves, at every step, what it trains on.
 
     Args:
@@ -69,6 +77,7 @@ class InvariantGRPOTrainer(CollectingTrainer):
         on_row: called on the main process with the metrics of every optimizer step, and the first mismatch or None.
         on_samples: called on the main process, before `on_row`, with a row for each completion that the step drew;
             `trainer.samples` says what is in it. A step that uses an earlier rollout again draws none.
+        on_evaluation: called on the main process with the numbers of each of TRL's evaluations, `kind` and `step`.
         on_rollout: called on the main process with the step and what it has drawn, where the weights that it was drawn with
             are on the disk: the first step of `train`, and each step after a checkpoint. Before the optimizer step.
         checked: whether settings and datasets were checked already, as `rlinvariant.grpo_trainer` does before it loads weights.
@@ -91,10 +100,7 @@ class InvariantGRPOTrainer(CollectingTrainer):
     ref_model: Any
     args: Any  # GRPOConfig, whose fields that may be None TRL has set
     max_completion_length: int
-    num_generations: int
-    eos_token_ids: list[int]
     sampler: SamplerLike
-    record_type: type[StepRecord] = StepRecord
     proof: dict[str, Any] | None = None  # what was compared before the first step, where `rlinvariant.grpo_trainer` did
 
     def __init__(
@@ -109,6 +115,7 @@ class InvariantGRPOTrainer(CollectingTrainer):
         dtype: torch.dtype = torch.bfloat16,
         staleness: int = 0,
         on_row: OnRow | None = None,
+        on_evaluation: OnEvaluation | None = None,
         on_samples: OnSamples | None = None,
         on_rollout: OnRollout | None = None,
         checked: bool = False,
@@ -116,7 +123,8 @@ class InvariantGRPOTrainer(CollectingTrainer):
     ) -> None:
         self.invariance, self.staleness = invariance, staleness
         self._sampler_is_invariant, self._trainer_is_invariant = SIDES[invariance]
-        self._on_row, self._on_samples, self._on_rollout = on_row, on_samples, on_rollout
+        self._on_row, self.on_evaluation = on_row, on_evaluation
+        self._on_samples, self._on_rollout = on_samples, on_rollout
         others: Any = kwargs
         limits = RewardLimits.taken(others)
         if not checked:
@@ -147,7 +155,7 @@ class InvariantGRPOTrainer(CollectingTrainer):
         self._seeded: dict[bool, tuple[int, int]] = {}  # training or not -> (last step, rollouts that it had had before)
         self._sampler_logprobs: list[list[float]] = []  # of the last rollout, from `_generate_single_turn` to the leaf
         self._scoring_rollout = False
-        self._exact_streak = 0
+        self.reward_func_names = different_names(self.reward_func_names)
         self._start_step()
 
     def _prepare_models(self, model: Any, args: GRPOConfig, dtype: torch.dtype, tokenizer: Any) -> None:
@@ -158,9 +166,9 @@ class InvariantGRPOTrainer(CollectingTrainer):
             require_exact(make_invariant(copy.deepcopy(model).to(args.device), dtype))  # what the sampler will run
 
     def train(self, *args, **kwargs):
-        """Train as `CheckpointedTrainer` does; the first rollout syncs the weights, whatever the sampler held."""
+        """Train as `MeasuredTrainer` does; the first rollout syncs the weights, whatever the sampler held."""
         self._versions.forget()
-        self._seeded, self._exact_streak = {}, 0
+        self._seeded = {}
         self._start_step()
         return super().train(*args, **kwargs)
 
@@ -286,7 +294,9 @@ class InvariantGRPOTrainer(CollectingTrainer):
             ]
             logprobs, entropies = (torch.cat(x) for x in zip(*parts, strict=True))
             result = logprobs, entropies if compute_entropy else None, None
-        self._trainer_logprobs = result[0].detach()
+        self._trainer_logprobs, entropies = result[0].detach(), result[1]
+        if entropies is not None:
+            self._trainer_entropies = entropies.detach()
         return result
 
     def _packed_logprobs(self, model, input_ids: Tensor, attention_mask: Tensor, length: int) -> tuple[Tensor, Tensor]:
@@ -326,10 +336,6 @@ class InvariantGRPOTrainer(CollectingTrainer):
             stopped = f"Stopped before the optimizer step; {self._last_checkpoint()}"
             raise ParityError(f"step {step}: mismatched {count}; {record.first_mismatch}. {stopped}")
 
-    @property
-    def _clip_max(self) -> float:
-        return self.vllm_importance_sampling_clip_max or float("inf")
-
     def _start_step(self) -> None:
         equal = self._record.weights_equal if hasattr(self, "_record") else True  # until the next sync
         self._record = self.record_type(weights_equal=equal)
@@ -358,40 +364,28 @@ class InvariantGRPOTrainer(CollectingTrainer):
         self._versions.disk = self.state.global_step
 
     def _progress(self) -> dict[str, Any]:
-        counted = {"seeded": self._seeded, "exact_streak": self._exact_streak}
-        return super()._progress() | counted | {"versions": self._versions.state()}
+        return super()._progress() | {"seeded": self._seeded, "versions": self._versions.state()}
 
     def _restore_progress(self, progress: dict[str, Any]) -> None:
         super()._restore_progress(progress)
         self._versions.restore(progress["versions"], disk=self.state.global_step)
-        self._seeded, self._exact_streak = progress["seeded"], progress["exact_streak"]
+        self._seeded = progress["seeded"]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add this step's `onpolicy/*` and the other keys of `metrics.KEYS` to what TRL logs, and hand the row on."""
-        if "loss" not in logs or not self.model.training:
+        """Say the numbers of `keys.KEYS` in place of what TRL has averaged of a step, and hand the row on."""
+        if "loss" not in logs:
             return super().log(logs, start_time)
-        step, means = self.state.global_step, {k: sum(v) / len(v) for k, v in self._metrics["train"].items() if v}
+        step = self.state.global_step
         self._record.stop = stopping.asked()
         record = self.record_type.merge(gather_object([self._record]))
         self._save_if_due(record.began)
         self._hand_on_samples(record)
-        row = self._row(record, logs, means)
+        row = self._row(record, logs)
         logs |= row
         super().log(logs, start_time)
         if self._on_row is not None and self.accelerator.is_main_process:
-            self._on_row({"step": step, **means, **row}, record.first_mismatch)
+            self._on_row({"step": step, **row}, record.first_mismatch)
         if (unscored := row["onpolicy/unscored_tokens"]) and self.invariance == "exact":
             raise ParityError(f"step {step}: {unscored:,} sampled tokens were trained on without being compared")
         stopping.obey(record.stop, self.control)
         self._start_step()
-
-    def _row(self, record: StepRecord, logs: dict[str, float], means: dict[str, float]) -> Row:
-        """Return a value for each of `metrics.KEYS`, from the record of all ranks and from TRL's logs and metrics."""
-        step_s = time.perf_counter() - record.began
-        row = trl_row(logs, means)
-        row |= record.row(group_size=self.num_generations, end_ids=self.end_ids, clip_max=self._clip_max, step_s=step_s)
-        exact = row["onpolicy/mismatched_tokens"] == 0 == row["onpolicy/unscored_tokens"]
-        self._exact_streak = self._exact_streak + int(row["onpolicy/compared_tokens"]) if exact else 0
-        row["onpolicy/exact_streak_tokens"] = self._exact_streak
-        row["onpolicy/weight_version_lag"] = self.state.global_step - 1 - self._versions.rollout
-        return {key: row[key] for key in metrics.KEYS}

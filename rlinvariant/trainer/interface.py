@@ -17,6 +17,7 @@ from rlinvariant.rollout import Completion, Rollout
 Row: TypeAlias = dict[str, float]
 """The metrics of one optimizer step, `step` among them."""
 OnRow: TypeAlias = Callable[[Row, FirstMismatch | None], object]
+OnEvaluation: TypeAlias = Callable[[dict[str, Any]], object]
 OnSamples: TypeAlias = Callable[[list[dict[str, Any]]], object]
 OnRollout: TypeAlias = Callable[[int, Rollout], object]
 RewardFunction: TypeAlias = str | PreTrainedModel | Callable[..., Any]
@@ -67,6 +68,7 @@ class TrainerOptions(TrainerArguments, total=False):
 
     staleness: int
     on_row: OnRow | None
+    on_evaluation: OnEvaluation | None
     on_samples: OnSamples | None
     on_rollout: OnRollout | None
 

@@ -20,12 +20,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Unpack
 
+import numpy as np
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl.trainer.grpo_config import GRPOConfig
 
+from rlinvariant import metrics
 from rlinvariant.config import PPOConfig
 from rlinvariant.errors import UserError
 from rlinvariant.model_source import local_model
@@ -141,21 +144,21 @@ class InvariantPPOTrainer(InvariantGRPOTrainer):
         named = {"values": known, "rewards per token": rewards, "advantages": estimates, "returns": returns}
         self._require_finite(named.items())
         counted = mask.bool() & self._scored[:, None]
-        penalty = self._scores - rewards.sum(1)
-        of = [estimates, returns, returns - known, known]
-        sums = torch.stack([*(advantages.moments(x, counted) for x in of), advantages.moments(penalty, self._scored)])
-        estimated, returned, left, value, penalties = self.accelerator.reduce(sums, "sum").cpu()
         if self.ppo.whiten_advantages:
-            estimates = advantages.whiten(estimates, counted, *advantages.mean_and_variance(estimated))
+            moments = self.accelerator.gather(advantages.moments(estimates, counted)[None]).sum(0).cpu()
+            estimates = advantages.whiten(estimates, counted, *advantages.mean_and_variance(moments))
         output["advantages"] = torch.where(counted, estimates, 0.0)
         output["returns"] = torch.where(counted, returns, known)  # without a reward, nothing to learn
         output["old_values"] = known
         if once:
             output["values"] = values
+        penalty = (self._scores - rewards.sum(1))[self._scored]
+        own = [x.double().cpu().numpy() for x in (known[counted], returns[counted], penalty)]
+        value, returned, penalties = (np.concatenate(x) for x in zip(*gather_object([own]), strict=True))
         self._rollout_numbers = {
-            "value/mean": advantages.mean_and_variance(value)[0],
-            "value/explained_variance": advantages.explained_variance(returned, left),
-            "reward/kl_penalty": advantages.mean_and_variance(penalties)[0] + 0.0,
+            "value/mean": metrics.mean(value),
+            "value/explained_variance": advantages.explained_variance(returned, value),
+            "reward/kl_penalty": metrics.mean(penalties) + 0.0,
         }
 
     def _rollout_values(self, output: dict[str, Any], grad: bool) -> Tensor:
@@ -201,8 +204,9 @@ class InvariantPPOTrainer(InvariantGRPOTrainer):
         tokens = inputs["num_items_in_batch"].clamp(min=1.0) * share / self.accelerator.num_processes
         with torch.autocast(values.device.type, enabled=False):
             (total / tokens).backward()
-        sums = [total.item(), (clipped * mask).sum().item(), mask.sum().item()]
-        self._record.value_sums += torch.tensor(sums, dtype=torch.float64)
+        real = mask.bool()
+        self._record.value_losses.append(losses.detach()[real].cpu())
+        self._record.values_clipped += int(clipped[real].sum())
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         if self._stopped and self._step % (self.args.steps_per_generation * self.num_iterations):
@@ -286,6 +290,6 @@ class InvariantPPOTrainer(InvariantGRPOTrainer):
         super()._start_step()
         self.critic.zero_grad()
 
-    def _row(self, record: PPORecord, logs: dict[str, float], means: dict[str, float]) -> Row:
-        row = super()._row(record, logs, means) | self._rollout_numbers | record.ppo_row()
+    def _row(self, record: PPORecord, logs: dict[str, float]) -> Row:
+        row = super()._row(record, logs) | self._rollout_numbers | record.ppo_row()
         return row | {"value/lr": self.lr_scheduler.get_last_lr()[-1], "policy/early_stopped": int(self._stopped)}

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple, Self
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rlinvariant import metrics
+from rlinvariant.metrics import Trained
 from rlinvariant.trainer.samples import Samples
 
 PARTS = ("rollout", "score", "train", "sync", "save")
@@ -41,6 +42,45 @@ class Pair(NamedTuple):
 
 
 @dataclass
+class Graded:
+    """Holds completions that were drawn and graded together, of all ranks, group after group.
+
+    Args:
+        lengths: tokens of each.
+        cut: whether each was cut: it does not end in a token that ends it.
+        rewards: of each reward function, by its name, what it gave each completion; NaN where it does not apply.
+        total: the reward that trains each: the weighted sum; NaN where no function applies.
+    """
+
+    lengths: list[int] = field(default_factory=list)
+    cut: list[bool] = field(default_factory=list)
+    rewards: dict[str, list[float]] = field(default_factory=dict)
+    total: list[float] = field(default_factory=list)
+
+    @classmethod
+    def join(cls, parts: Sequence[Self]) -> Self:
+        """Return the completions of several rollouts as those of one."""
+        whole = cls()
+        for part in parts:
+            for name, values in vars(part).items():
+                if name == "rewards":
+                    for function, given in values.items():
+                        whole.rewards.setdefault(function, []).extend(given)
+                else:
+                    getattr(whole, name).extend(values)
+        return whole
+
+    def first(self, count: int) -> Self:
+        """Return the first completions alone."""
+        rewards = {name: given[:count] for name, given in self.rewards.items()}
+        return type(self)(self.lengths[:count], self.cut[:count], rewards, self.total[:count])
+
+    def row(self, group_size: int) -> dict[str, float | int]:
+        """Compute the numbers of rewards and completions; `group_size` is how many completions a prompt has."""
+        return metrics.reward_stats(self.total, self.rewards, group_size) | metrics.completion_stats(self.lengths, self.cut)
+
+
+@dataclass
 class StepRecord:
     """Holds what one rank has seen of one optimizer step; `merge` makes one record of those of all ranks.
 
@@ -49,6 +89,8 @@ class StepRecord:
         moved: log-probs of a later pass over a rollout: the policy has moved since, as it should.
         completions: token ids of what was sampled for training.
         samples: the same with texts, rewards and all else that is known of each.
+        trained: what the loss saw of each micro-batch.
+        corrected: of each rollout, the differences and the weights of TRL's correction, where it is on; two arrays, fp32.
         seconds: wall time of each of PARTS.
         failures: how many failures of reward functions were survived, by kind.
         first_mismatch: where the first two compared log-probs that differ stand, on the rank that saw them.
@@ -61,6 +103,8 @@ class StepRecord:
     moved: list[Pair] = field(default_factory=list)
     completions: list[list[int]] = field(default_factory=list)
     samples: Samples = field(default_factory=Samples)
+    trained: list[Trained] = field(default_factory=list)
+    corrected: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
     failures: Counter[str] = field(default_factory=Counter)
     first_mismatch: metrics.FirstMismatch | None = None
@@ -76,6 +120,8 @@ class StepRecord:
             moved=[pair for rank in ranks for pair in rank.moved],
             completions=[ids for rank in ranks for ids in rank.completions],
             samples=Samples.merge([rank.samples for rank in ranks]),
+            trained=[batch for rank in ranks for batch in rank.trained],
+            corrected=[arrays for rank in ranks for arrays in rank.corrected],
             seconds={part: max(rank.seconds[part] for rank in ranks) for part in PARTS},
             failures=sum((rank.failures for rank in ranks), Counter()),
             first_mismatch=next((rank.first_mismatch for rank in ranks if rank.first_mismatch is not None), None),
@@ -108,32 +154,43 @@ class StepRecord:
         moved = Pair.join(self.moved)
         return metrics.onpolicy(*moved, len(moved.sampler), clip_max)["onpolicy/kl_k3"]
 
-    def row(self, *, group_size: int, end_ids: Collection[int], clip_max: float, step_s: float) -> dict[str, float | int]:
+    def policy_row(self) -> dict[str, float]:
+        """Compute what is said of the tokens trained on, and of TRL's correction."""
+        row = metrics.policy_stats(self.trained)
+        if not self.corrected:
+            return row
+        apart, weights = (np.concatenate(arrays) for arrays in zip(*self.corrected, strict=True))
+        apart = apart[~np.isnan(apart)]
+        name, ratio = "sampling/sampling_logp_difference", "sampling/importance_sampling_ratio"
+        row |= {f"{name}/mean": metrics.mean(apart), f"{name}/max": float(apart.max(initial=0.0))}
+        mean, least, most = (
+            metrics.mean(weights),
+            *((float(weights.min()), float(weights.max())) if len(weights) else (0.0, 0.0)),
+        )
+        return row | {f"{ratio}/min": least, f"{ratio}/mean": mean, f"{ratio}/max": most}
+
+    def row(self, *, group_size: int, clip_max: float, step_s: float) -> dict[str, float | int]:
         """Compute what a step's row of metrics.jsonl has from the record itself.
 
         Args:
             group_size: completions per prompt.
-            end_ids: tokens that end a completion; one without any at its end was cut.
             clip_max: the largest importance ratio that a correction would let pass.
             step_s: wall time of the whole step, in seconds.
 
         Returns:
-            The keys of `metrics.KEYS`, but for those that `trl_row` gives and those that a run counts over its steps.
+            The keys of `keys.KEYS` that are ours, but for those that a run counts over its steps.
         """
-        lengths = [len(ids) for ids in self.completions]
-        cut = [not ids or ids[-1] not in end_ids for ids in self.completions]
         trained = sum(len(pair.sampler) for pair in (*self.compared, *self.moved))
         return {
             **self.onpolicy(clip_max),
             "onpolicy/group_unique_frac": metrics.group_unique_frac(self.completions, group_size),
             "onpolicy/weights_equal": int(self.weights_equal),
             **{f"reward/{name}": self.failures[kind] for kind, name in FAILURES.items()},
-            **metrics.rollout_stats(lengths, cut),
             "policy/approx_kl": self.approx_kl(clip_max),
             **{f"time/{part}": self.seconds[part] for part in PARTS},
             "perf/sampler_tok_s": _per_second(self.sampled, self.seconds["rollout"]),
             "perf/trainer_tok_s": _per_second(trained, self.seconds["train"]),
-            "perf/step_s": step_s,
+            "step_time": step_s,
         }
 
 
@@ -144,12 +201,14 @@ class PPORecord(StepRecord):
     Args:
         log_ratios: log(policy / policy that sampled) of the tokens trained on, one [n] float64 for each micro-batch, on the
             CPU.
-        value_sums: [3] float64: the critic's losses, how often its clipped error was the larger, tokens; all summed.
+        value_losses: the critic's loss of each token, one [n] fp32 for each micro-batch, on the CPU.
+        values_clipped: for how many tokens its clipped error was the larger.
         value_grad_norm: norm of the critic's gradient, the same on all ranks; NaN where no step was taken.
     """
 
     log_ratios: list[Tensor] = field(default_factory=list)
-    value_sums: Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.float64))
+    value_losses: list[Tensor] = field(default_factory=list)
+    values_clipped: int = 0
     value_grad_norm: float = float("nan")
 
     @classmethod
@@ -157,7 +216,8 @@ class PPORecord(StepRecord):
         """Return the record of the whole step; see `StepRecord.merge`."""
         whole = super().merge(ranks)
         whole.log_ratios = [x for rank in ranks for x in rank.log_ratios]
-        whole.value_sums = torch.stack([rank.value_sums for rank in ranks]).sum(0)
+        whole.value_losses = [x for rank in ranks for x in rank.value_losses]
+        whole.values_clipped = sum(rank.values_clipped for rank in ranks)
         whole.value_grad_norm = ranks[0].value_grad_norm
         return whole
 
@@ -168,37 +228,19 @@ class PPORecord(StepRecord):
 
     def ppo_row(self) -> dict[str, float | int]:
         """Compute PPO's part of a row from the record itself; NaN for what the step did not compute."""
-        log_ratio = torch.cat([torch.zeros(0, dtype=torch.float64), *self.log_ratios])
-        loss, clipped, tokens = self.value_sums.tolist()
+        log_ratio = torch.cat([torch.zeros(0, dtype=torch.float64), *self.log_ratios]).sort().values  # in any order, the same
+        losses = torch.cat([torch.zeros(0), *self.value_losses]).numpy()
         ratio, none = log_ratio.exp(), float("nan")
         seen = bool(len(ratio))
         return {
-            "value/loss": loss / tokens if tokens else none,
-            "value/clip_frac": clipped / tokens if tokens else none,
+            "value/loss": metrics.mean(losses),
+            "value/clip_frac": self.values_clipped / len(losses) if len(losses) else none,
             "value/grad_norm": self.value_grad_norm,
-            "policy/approx_kl": (torch.expm1(log_ratio) - log_ratio).mean().item() if seen else none,
-            "policy/ratio_mean": ratio.mean().item() if seen else none,
+            "policy/approx_kl": metrics.mean((torch.expm1(log_ratio) - log_ratio).numpy()),
+            "policy/ratio_mean": metrics.mean(ratio.numpy()),
             "policy/ratio_min": ratio.min().item() if seen else none,
             "policy/ratio_max": ratio.max().item() if seen else none,
         }
-
-
-def trl_row(logs: Mapping[str, float], means: Mapping[str, float]) -> dict[str, float]:
-    """Rename what TRL knows of a step; NaN where it does not say.
-
-    Args:
-        logs: what TRL's trainer logs: loss, and where there are any grad_norm and learning_rate.
-        means: TRL's own metrics of the step, averaged.
-    """
-    none = float("nan")
-    return {
-        "reward/mean": means.get("reward", none),
-        "policy/entropy": means.get("entropy", none),
-        "policy/clip_frac": means.get("clip_ratio/region_mean", none),
-        "optim/loss": logs["loss"],
-        "optim/grad_norm": logs.get("grad_norm", none),
-        "optim/lr": logs.get("learning_rate", none),
-    }
 
 
 def _per_second(tokens: int, seconds: float) -> float:

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from rlinvariant import metrics
 from rlinvariant.rollout import Completion
+from rlinvariant.trainer.grading import weighted_sums
 
 if TYPE_CHECKING:
     from rlinvariant.trainer.collecting import CollectingTrainer
@@ -77,8 +78,8 @@ class Samples:
     ) -> None:
         """Add texts and rewards to the rows of the last rollout, of this rank and in order."""
         first = trainer.accelerator.process_index * len(prompts)
-        own_BF, weights_F = rewards_NF[first : first + len(prompts)], trainer.reward_weights.to(rewards_NF.device)
-        sums = (own_BF * weights_F).nansum(1).tolist()  # in fp32, as TRL's
+        own_BF = rewards_NF[first : first + len(prompts)]
+        sums = weighted_sums(own_BF, trainer.reward_weights)
         logged: Mapping[str, Sequence[Any]] = trainer._pending_extra_logs
         texts: dict[str, str] = {}
         rows = self.rows[-len(prompts) :]
@@ -94,7 +95,7 @@ class Samples:
                 "prompt": prompt,
                 "completion": _text(completions[i]),
                 "rewards": own,
-                "reward": None if all(value is None for value in own.values()) else sums[i],
+                "reward": None if math.isnan(sums[i]) else sums[i],
                 "extra": {name: values[i] for name, values in logged.items() if len(values) == len(rows)},
             }
 

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from rlinvariant import cli, metrics
+from rlinvariant import cli, keys
 from rlinvariant.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -113,7 +113,7 @@ def test_settings_and_recipes_that_are_named_exist():
 def test_the_metrics_page_has_every_key_and_no_other():
     page = (ROOT / "docs/reference/metrics.md").read_text()
     rows = re.findall(r"^\| `([\w/]+)` \|(.*)\|$", page, re.MULTILINE)
-    assert sorted(key for key, _ in rows) == sorted({*metrics.KEYS, *metrics.PPO_KEYS})
+    assert sorted(key for key, _ in rows) == sorted(keys.keys(*keys.SECTIONS))
     assert all(len(cells.split("|")) == 3 and all(cell.strip() for cell in cells.split("|")) for _, cells in rows)
 
 

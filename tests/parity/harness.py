@@ -131,6 +131,7 @@ def new_trainer(path: str, engine: Any, output_dir: Path | str, *, invariance: s
         "train_dataset",
         "dtype",
         "staleness",
+        "on_evaluation",
         "on_samples",
         "on_rollout",
         "eval_dataset",

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from rlinvariant.keys import KEYS
 from rlinvariant.machine import environment
-from rlinvariant.metrics import KEYS, onpolicy
+from rlinvariant.metrics import onpolicy
 from rlinvariant.report import completions
 from rlinvariant.report.rundir import SCHEMA, RunDir, _append_lines
 from tests.report.said import said
@@ -23,8 +24,8 @@ def row(step: int, seed: int, drift: float, reward: float = 0.0) -> dict[str, An
     random = np.random.default_rng([step, seed])
     sampler = random.uniform(-2, 0, 64).astype(np.float32)
     trainer = sampler if drift == 0 else (sampler + drift * random.standard_normal(64)).astype(np.float32)
-    others = {"reward/mean": 0.2 + 0.02 * step + reward + 0.05 * random.random(), "policy/entropy": 1 / step}
-    others |= {"perf/step_s": 0.5 + 0.1 * random.random(), "onpolicy/weights_equal": 1}
+    others = {"reward": 0.2 + 0.02 * step + reward + 0.05 * random.random(), "entropy": 1 / step}
+    others |= {"step_time": 0.5 + 0.1 * random.random(), "onpolicy/weights_equal": 1}
     return {"step": step, **dict.fromkeys(KEYS, 1.0), **onpolicy(sampler, trainer, 64, 2.0), **others}
 
 

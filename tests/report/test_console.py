@@ -13,8 +13,8 @@ from rlinvariant.report.console import HEADER_EVERY, Console
 
 ROW = {
     "step": 12,
-    "reward/mean": 0.4312,
-    "rollout/len_mean": 14.21,
+    "reward": 0.4312,
+    "completions/mean_length": 14.21,
     "perf/sampler_tok_s": 5120.4,
     "perf/trainer_tok_s": 8400.0,
     "time/rollout": 0.61,
@@ -109,7 +109,7 @@ def test_titles_come_again():
 
 def test_the_time_left_is_that_of_the_last_steps():
     def said(*seconds, steps=100) -> list[str]:
-        rows = [{"step": i, "perf/step_s": s} for i, s in enumerate(seconds, 1)]
+        rows = [{"step": i, "step_time": s} for i, s in enumerate(seconds, 1)]
         lines = printed(*[lambda c, row=row: c.step(row, steps) for row in rows]).splitlines()
         return [line.split()[1].replace("-", "") for line in lines if "mismatched" in line]  # next is the reward: -
 
@@ -123,10 +123,10 @@ def test_the_time_left_is_that_of_the_last_steps():
 def test_lines_fit_120_columns():
     large = DRIFT | {
         "step": 120,
-        "rollout/len_mean": 1024.5,
+        "completions/mean_length": 1024.5,
         "perf/sampler_tok_s": 128_797.0,
         "perf/trainer_tok_s": 128_400.0,
-        "perf/step_s": 240.0,
+        "step_time": 240.0,
         "time/rollout": 120.61,
         "time/train": 110.52,
         "onpolicy/mismatched_tokens": 61_440,
@@ -162,7 +162,7 @@ def test_a_sample_that_just_fits_is_not_cut():
 
 
 def test_the_summary_adds_up():
-    rows = [ROW | {"step": i, "reward/mean": 0.3 if i < 10 else 0.9} for i in range(20)]
+    rows = [ROW | {"step": i, "reward": 0.3 if i < 10 else 0.9} for i in range(20)]
     text = printed(
         lambda c: c.summary(rows, {"before": HeldOut(0.31, False), "after": HeldOut(0.925, True)}, "runs/a" + "b" * 200, 372.0)
     )

@@ -34,7 +34,7 @@ RESULT = [
     ("heldout_is_accuracy",),
     ("seconds",),
 ]
-METRICS = [("step",), ("reward/mean",), ("onpolicy/mismatched_tokens",), ("onpolicy/compared_tokens",), ("onpolicy/kl_k3",)]
+METRICS = [("step",), ("reward",), ("onpolicy/mismatched_tokens",), ("onpolicy/compared_tokens",), ("onpolicy/kl_k3",)]
 SAMPLES = [("step",), ("prompt",), ("completion",), ("reward",)]
 VALUES = {"config.json": CONFIG, "environment.json": ENVIRONMENT, "result.json": RESULT, "metrics.jsonl": METRICS}
 VALUES["samples.jsonl"] = SAMPLES

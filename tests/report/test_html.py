@@ -23,7 +23,7 @@ def test_the_outcome_is_said_first_in_exact_integers(ablation):
 
 def test_a_value_that_is_no_number_leaves_a_gap_and_a_note(tmp_path):
     def broken(of: dict) -> dict:
-        return of | ({"policy/entropy": math.nan, "onpolicy/kl_k3": math.inf} if of["step"] in (5, 6) else {})
+        return of | ({"entropy": math.nan, "onpolicy/kl_k3": math.inf} if of["step"] in (5, 6) else {})
 
     path = write_ablation(tmp_path / "ablation-c")
     shutil.rmtree(path / "drift" / "seed-1")
@@ -37,7 +37,7 @@ def test_a_value_that_is_no_number_leaves_a_gap_and_a_note(tmp_path):
 def test_long_curves_lose_no_spike_and_no_gap(tmp_path):
     def odd(of: dict) -> dict:
         special = {1234: 7.0, 2345: -3.0, 1777: math.nan}
-        return of | {"reward/mean": special.get(of["step"], 0.5)}
+        return of | {"reward": special.get(of["step"], 0.5)}
 
     random = row(1, 0, 0.0)
     path = write_run(tmp_path / "run", 0, steps=0).path
@@ -72,7 +72,7 @@ def test_interrupted_empty_and_missing_runs_are_named(tmp_path):
     reference = study.reference
     assert reference is not None
     found = study.arms[1].against(reference, tables.REWARD).difference.mean
-    expected = [row(s, 0, 0.01)["reward/mean"] - 0.001 - row(s, 0, 0.0)["reward/mean"] for s in range(1, 8)]
+    expected = [row(s, 0, 0.01)["reward"] - 0.001 - row(s, 0, 0.0)["reward"] for s in range(1, 8)]
     assert found == pytest.approx(sum(expected) / 7 + 0.001, abs=1e-12)
 
 
@@ -96,7 +96,7 @@ def test_what_is_null_or_absent_is_no_damage(tmp_path):
     assert facts["CPU"] == "x, None cores, " and facts["Kernels"] == "–" and facts["Threads"] == "" and "Commit" not in facts
     assert curves(file.read_text(), "Reward") and not study.notes[1:]
     run.environment.write_text("{}")
-    run.metrics.write_text('{"step": 1, "reward/mean": null, "note": "text"}\n')
+    run.metrics.write_text('{"step": 1, "reward": null, "note": "text"}\n')
     page = html.write(run.path)[0].read_text()
     facts = dict(re.findall(r'<th scope="row">(\w+)</th><td class="text">(.*?)</td>', page))
     assert facts == {"Python": "–", "Platform": "–", "Kernels": "–", "Threads": ""}

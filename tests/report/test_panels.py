@@ -3,7 +3,7 @@
 import math
 
 from rlinvariant.config import PPOConfig
-from rlinvariant.metrics import KEYS as TRAINING_KEYS
+from rlinvariant.keys import KEYS as TRAINING_KEYS
 from rlinvariant.report.panels import ALGORITHM, CORRECTION, PANELS
 from tests.parity.harness import train
 

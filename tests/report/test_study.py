@@ -60,7 +60,7 @@ def test_what_is_no_run_is_refused_in_one_line(tmp_path):
         ("metrics.jsonl", '{"a": 1}\n', r'metrics\.jsonl:1: expected a JSON object with an integer "step"'),
         ("metrics.jsonl", '{"step": 1}\n[1]\n', r'metrics\.jsonl:2: expected a JSON object with an integer "step"'),
         ("metrics.jsonl", '{"step": 1.0}\n', r'metrics\.jsonl:1: expected a JSON object with an integer "step"'),
-        ("metrics.jsonl", '{"step": 4, "reward/mean": "high"}\n', 'step 4: reward/mean is "high", expected a number or null'),
+        ("metrics.jsonl", '{"step": 4, "reward": "high"}\n', 'step 4: reward is "high", expected a number or null'),
         (
             "metrics.jsonl",
             '{"step": 4, "onpolicy/mismatched_tokens": 0.5}\n',

@@ -84,6 +84,7 @@ def test_a_run_goes_on_from_any_step(schedule, new, tmp_path):
     [
         ("a rollout for four steps", {"rollout": None, "micro_steps": 0}),
         ("a rollout a step", {"exact_streak": 0}),
+        ("a rollout used twice", {"graded": None}),
     ],
 )
 def test_what_is_saved_of_a_rollout_is_needed(schedule, forgotten, new, tmp_path, monkeypatch):
@@ -155,7 +156,7 @@ def test_forced_settings_hold_after_a_resume(new, tmp_path):
     for forced in (False, True):
         rest = new(f"forced-{forced}", max_steps=4, learning_rate=5e-4, lr_scheduler_type="constant", weight_decay=0.25)
         rest.trainer.train(resume_from_checkpoint=Checkpoint(found.path, 2, found.about, forced))
-        rates[forced] = [row["optim/lr"] for row in rest.rows], rest.trainer.optimizer.param_groups[0]["weight_decay"]
+        rates[forced] = [row["learning_rate"] for row in rest.rows], rest.trainer.optimizer.param_groups[0]["weight_decay"]
     assert rates[True] == ([5e-4, 5e-4], 0.25)
     assert rates[False][0] != [5e-4, 5e-4] and rates[False][1] == 0.0
 

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from rlinvariant.metrics import KEYS, PPO_KEYS, FirstMismatch
-from rlinvariant.trainer.record import PARTS, Pair, PPORecord, StepRecord, trl_row
+from rlinvariant.keys import KEYS, PPO_KEYS
+from rlinvariant.metrics import FirstMismatch, Trained
+from rlinvariant.trainer.grading import different_names, weighted_sums
+from rlinvariant.trainer.record import PARTS, Graded, Pair, PPORecord, StepRecord
 from rlinvariant.trainer.versions import PolicyVersions
 
-SETTINGS = {"group_size": 2, "end_ids": [9], "clip_max": 2.0, "step_s": 3.0}
+SETTINGS = {"group_size": 2, "clip_max": 2.0, "step_s": 3.0}
 
 
 def pair(sampler: list[float], trainer: list[float]) -> Pair:
@@ -34,17 +36,33 @@ def test_the_record_of_all_ranks_has_every_token_and_the_slowest_seconds():
     row = whole.row(**SETTINGS)
     assert row["onpolicy/mismatched_tokens"] == 1 and row["onpolicy/compared_tokens"] == 4
     assert row["onpolicy/unscored_tokens"] == 1 and row["onpolicy/weights_equal"] == 0
-    assert row["perf/sampler_tok_s"] == 1.0 and row["perf/trainer_tok_s"] == 4.0 and row["perf/step_s"] == 3.0
+    assert row["perf/sampler_tok_s"] == 1.0 and row["perf/trainer_tok_s"] == 4.0 and row["step_time"] == 3.0
+
+
+def batch() -> Trained:
+    one = np.ones(1, int)
+    return Trained(one, np.ones(1, np.float32), np.zeros(0, np.float32), (0 * one, one, one), "both")
 
 
 def test_a_row_has_every_key_that_is_not_counted_over_the_run():
-    logs, means = {"loss": 0.5, "grad_norm": 1.0}, {"reward": 0.25}
-    row = record().row(**SETTINGS) | trl_row(logs, means)
-    assert set(KEYS) - row.keys() == {"onpolicy/weight_version_lag", "onpolicy/exact_streak_tokens"} and row.keys() < set(KEYS)
+    graded = Graded([2, 1], [False, True], {"f": [0.0, 0.5]}, [0.0, 0.5])
+    known = record(trained=[batch()])
+    row = known.row(**SETTINGS) | graded.row(2) | known.policy_row()
+    counted = {f"onpolicy/{name}" for name in ("weight_version_lag", "exact_streak_tokens", "mismatched_tokens_total")}
+    assert set(KEYS) - row.keys() == counted | {"loss", "grad_norm", "learning_rate", "num_tokens"}
     assert row["onpolicy/coverage"] == 1 and row["onpolicy/mismatched_tokens"] == 0
-    assert row["onpolicy/group_unique_frac"] == 1 and row["rollout/truncated_frac"] == 0.5
-    assert row["reward/mean"] == 0.25 and row["optim/loss"] == 0.5 and math.isnan(row["policy/entropy"])
+    assert row["onpolicy/group_unique_frac"] == 1 and row["completions/clipped_ratio"] == 0.5
+    assert row["reward"] == row["rewards/f/mean"] == 0.25 and row["clip_ratio/high_max"] == row["entropy"] == 1
     assert math.isnan(row["policy/approx_kl"]) and math.isnan(row["perf/sampler_tok_s"])
+
+
+def test_trls_correction_is_of_all_tokens_of_all_ranks():
+    """Two ranks with three tokens and one: the mean of their means is another number."""
+    corrected = [(np.array([0.0, 0.0, 0.3], np.float32), np.ones(3, np.float32)), (np.array([1.0]), np.array([0.5]))]
+    row = StepRecord.merge([record(corrected=[part]) for part in corrected]).policy_row()
+    name, ratio = "sampling/sampling_logp_difference", "sampling/importance_sampling_ratio"
+    assert row[f"{name}/mean"] == pytest.approx(1.3 / 4) and row[f"{name}/max"] == 1
+    assert [row[f"{ratio}/{of}"] for of in ("min", "mean", "max")] == [0.5, 0.875, 1]
 
 
 def test_later_passes_count_as_trained_and_not_as_compared():
@@ -66,8 +84,13 @@ def test_a_part_inside_another_is_counted_once():
 
 def test_ppos_record_is_of_all_ranks_too():
     ranks = [
-        PPORecord(log_ratios=[torch.zeros(3, dtype=torch.float64)], value_sums=torch.tensor([6.0, 1, 3]), value_grad_norm=2.0),
-        PPORecord(log_ratios=[torch.ones(1, dtype=torch.float64)], value_sums=torch.tensor([2.0, 0, 1]), value_grad_norm=2.0),
+        PPORecord(
+            log_ratios=[torch.zeros(3, dtype=torch.float64)],
+            value_losses=[torch.tensor([1.0, 2.0, 3.0])],
+            values_clipped=1,
+            value_grad_norm=2.0,
+        ),
+        PPORecord(log_ratios=[torch.ones(1, dtype=torch.float64)], value_losses=[torch.tensor([2.0])], value_grad_norm=2.0),
     ]
     whole = PPORecord.merge(ranks)
     row = whole.ppo_row()
@@ -76,6 +99,15 @@ def test_ppos_record_is_of_all_ranks_too():
     assert row["policy/approx_kl"] == pytest.approx((math.e - 2) / 4) == whole.kl_sums()[0].item() / whole.kl_sums()[1].item()
     empty = PPORecord().ppo_row()
     assert empty.keys() == row.keys() < {*PPO_KEYS, "policy/approx_kl"} and all(map(math.isnan, empty.values()))
+
+
+def test_a_completion_has_the_reward_that_trains_it():
+    none = math.nan
+    names = different_names(["f", "f", "g", "f_2"])
+    assert names == ["f", "f_3", "g", "f_2"] and different_names(["f", "f", "f"]) == ["f", "f_2", "f_3"]
+    rewards_NF = torch.tensor([[1.0, 2.0, 0.5, none], [none, none, none, none]])
+    total = weighted_sums(rewards_NF, torch.tensor([1.0, 10.0, 2.0, 1.0]))
+    assert total[0] == 22 and math.isnan(total[1])
 
 
 def test_versions_lag_by_as_many_steps_as_asked():

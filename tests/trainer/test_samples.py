@@ -66,7 +66,7 @@ def test_every_completion_has_what_it_was_trained_with(ppo, collected):
         assert [row["group"] for row in rows_of] == [i // 4 for i in range(16)]
         assert len({row["prompt_id"] for row in rows_of}) == 4 and all(row["step"] == step for row in rows_of)
         mean = sum(row["reward"] for row in rows_of) / 16
-        assert run.rows[step - 1]["reward/mean"] == pytest.approx(mean)
+        assert run.rows[step - 1]["reward"] == pytest.approx(mean)
 
 
 @pytest.mark.parametrize(
