@@ -1,4 +1,4 @@
-"""What a step's numbers are computed from: kept of every token and completion, and put together over micro-batches and ranks.
+"""The layer of the trainer that says the numbers of a step, of every token and completion in all micro-batches and ranks.
 
 TRL averages the means of micro-batches, and of ranks; here a mean over a step is one over its tokens, or its completions.
 
