@@ -9,6 +9,8 @@ Methods of TRL's trainer, and of transformers' below it, that are overridden:
     _compute_loss                     keeps entropies, KL and what is clipped of a micro-batch
     evaluation_loop                   begins the record of an evaluation
     log                               says the numbers of an evaluation in place of TRL's averages, and hands them on
+
+N: completions of all ranks, F: reward functions.
 """
 
 import math
