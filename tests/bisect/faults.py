@@ -11,18 +11,25 @@ import torch.nn.functional as F
 
 from rlinvariant import ops
 from rlinvariant.bisect.variants import own_attention
-from rlinvariant.sampler import vllm_model
+from rlinvariant.sampler import vllm_linear
 from rlinvariant.trainer import score as scoring
 from tests.bisect.pairs import TRIAL, VOCABULARY, changed, halves, replaced, ulp
 from tests.parity.harness import off_by_an_ulp
 
 
+@contextlib.contextmanager
+def rewritten(layer, change):
+    """Change a weight of the sampler, which then multiplies by the weight itself and not by a packed copy."""
+    with changed(layer.weight, change), replaced(layer, "packed", {}):
+        yield
+
+
 def ulp_in_up(pair):
-    return changed(pair.sampler("layers.1.mlp.gate_up_proj").weight, lambda w: ulp(w[384 + 7]))
+    return rewritten(pair.sampler("layers.1.mlp.gate_up_proj"), lambda w: ulp(w[384 + 7]))
 
 
 def one_layer_stale(pair):
-    return changed(pair.sampler("layers.1.self_attn.o_proj").weight, lambda w: w.mul_(1.01))
+    return rewritten(pair.sampler("layers.1.self_attn.o_proj"), lambda w: w.mul_(1.01))
 
 
 @contextlib.contextmanager
@@ -40,7 +47,7 @@ def all_stale(pair):
 
 
 def head_ulp(pair):
-    return replaced(vllm_model._Head, "apply", off_by_an_ulp(40))
+    return replaced(vllm_linear._Head, "apply", off_by_an_ulp(40))
 
 
 def split_k(pair):
@@ -83,7 +90,11 @@ def tile_switch_of_the_op(pair):
 
         return product
 
-    with replaced(linear, "_vendor", faulty(linear._vendor)), replaced(linear, "_written", faulty(linear._written)):
+    with contextlib.ExitStack() as stack:
+        for route in ("_vendor", "_written"):
+            stack.enter_context(replaced(linear, route, faulty(getattr(linear, route))))
+        for layer in (0, 1):
+            stack.enter_context(replaced(pair.sampler(f"layers.{layer}.mlp.down_proj"), "packed", {}))
         yield
 
 

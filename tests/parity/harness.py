@@ -15,7 +15,7 @@ from trl import GRPOConfig
 from rlinvariant.bits import assert_bits_equal
 from rlinvariant.errors import ParityError
 from rlinvariant.rollout import Completion
-from rlinvariant.sampler import vllm_model
+from rlinvariant.sampler import vllm_linear
 from rlinvariant.sampler.drive import Request, Trace, counting, drive
 from rlinvariant.sampler.engine import Sampler
 from rlinvariant.trainer import InvariantGRPOTrainer, InvariantPPOTrainer
@@ -202,13 +202,13 @@ def assert_stops(run: Run, message: str = "mismatched") -> None:
 
 def off_by_an_ulp(row: int) -> Callable[..., torch.Tensor]:
     """A sampler's lm_head with a fault: one bf16 ulp more in each weight of one row."""
-    apply = vllm_model._Head.apply
+    apply = vllm_linear._Head.apply
 
     def faulty(self: Any, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         weight = layer.weight.detach().clone()
         weight[row].view(torch.int16).add_(1)
         head: Any = torch.nn.Module()
-        head.weight, head.org_vocab_size = weight, layer.org_vocab_size
+        head.weight, head.org_vocab_size, head.packed = weight, layer.org_vocab_size, {}
         return apply(self, head, x, bias)
 
     return faulty

@@ -25,7 +25,7 @@ from rlinvariant import metrics
 from rlinvariant.models import make_trainable, require_exact
 from rlinvariant.models.shapes import build
 from rlinvariant.rollout import Completion
-from rlinvariant.sampler import vllm_model
+from rlinvariant.sampler import vllm_linear
 from rlinvariant.sampler.engine import Sampler
 from tests.parity.harness import (
     Layout,
@@ -243,7 +243,7 @@ def test_one_bf16_ulp_in_one_row_of_the_lm_head_is_seen(grpo, another, monkeypat
     _, engine, _, first = grpo
     token, count = Counter(i for ids in first for i in ids).most_common(1)[0]
     assert count > 1
-    monkeypatch.setattr(vllm_model._Head, "apply", off_by_an_ulp(token))
+    monkeypatch.setattr(vllm_linear._Head, "apply", off_by_an_ulp(token))
     assert_stops(another(engine))
 
 

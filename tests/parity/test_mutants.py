@@ -8,7 +8,7 @@ import torch
 from trl import GRPOTrainer
 
 from rlinvariant.errors import ParityError, UserError
-from rlinvariant.sampler import vllm_model
+from rlinvariant.sampler import vllm_linear
 from rlinvariant.trainer import grpo
 from tests.parity.device import CUDA
 from tests.parity.harness import assert_exact, assert_stops, new_trainer, off_by_an_ulp, train
@@ -89,7 +89,7 @@ def test_weights_one_step_stale_are_seen(exact_run, exact_engine):
 
 
 def test_one_bf16_ulp_in_one_row_of_the_lm_head_is_seen(exact_run, monkeypatch):
-    monkeypatch.setattr(vllm_model._Head, "apply", off_by_an_ulp(40))
+    monkeypatch.setattr(vllm_linear._Head, "apply", off_by_an_ulp(40))
     assert_stops(exact_run())
 
 

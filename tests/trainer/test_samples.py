@@ -111,9 +111,9 @@ def test_a_stock_trainer_s_log_probs_are_kept_beside_the_sampler_s(arithmetic_di
 
 def test_the_step_that_is_not_exact_is_kept(arithmetic_dir, exact_engine, tmp_path, monkeypatch):
     """The completions that stopped the run are those to look at."""
-    from rlinvariant.sampler import vllm_model
+    from rlinvariant.sampler import vllm_linear
 
-    monkeypatch.setattr(vllm_model._Head, "apply", off_by_an_ulp(5))
+    monkeypatch.setattr(vllm_linear._Head, "apply", off_by_an_ulp(5))
     samples: list[dict[str, Any]] = []
     run = new_trainer(arithmetic_dir, exact_engine, tmp_path, on_samples=samples.extend)
     with pytest.raises(ParityError):

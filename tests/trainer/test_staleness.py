@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from rlinvariant.bits import assert_bits_equal
 from rlinvariant.errors import ConfigErrors
 from rlinvariant.models import make_invariant
-from rlinvariant.sampler import vllm_model
+from rlinvariant.sampler import vllm_linear
 from rlinvariant.trainer import InvariantGRPOTrainer
 from tests.parity.harness import Layout, assert_stops, fp32, new_trainer, off_by_an_ulp, questions, score, train, weights
 
@@ -99,7 +99,7 @@ def test_a_correction_sees_the_lag(stale, arithmetic_dir, exact_engine, tmp_path
 
 
 def test_at_lag_0_parity_is_still_required(arithmetic_dir, exact_engine, tmp_path, monkeypatch):
-    monkeypatch.setattr(vllm_model._Head, "apply", off_by_an_ulp(40))
+    monkeypatch.setattr(vllm_linear._Head, "apply", off_by_an_ulp(40))
     run = new_trainer(arithmetic_dir, exact_engine, tmp_path, staleness=K)
     assert_stops(run)
     assert len(run.rows) == 1
