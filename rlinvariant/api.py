@@ -17,6 +17,7 @@ from rlinvariant.report import wandb_log
 from rlinvariant.report.console import Console
 from rlinvariant.rewards import RewardLimits, reward_problems
 from rlinvariant.script import ScriptRun
+from rlinvariant.support import device_problems
 from rlinvariant.trainer.fields import GRPOConfig, script_problems, settled
 from rlinvariant.trainer.grpo import InvariantGRPOTrainer
 from rlinvariant.trainer.interface import RewardFunction, ScriptOptions
@@ -228,7 +229,7 @@ def _checked(
         problems.append(f"report_to=wandb: no login found; {fix}")
     ready = script_run = None
     notes: list[str] = []
-    if not places:
+    if not places and not device_problems(args, invariance, getattr(torch, dtype)):  # else there is nothing to look at
         try:
             runtime.configure()
             model, source = local_model(str(model)) if loaded is None else model, local_model(str(source))

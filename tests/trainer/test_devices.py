@@ -164,7 +164,7 @@ def refused(arithmetic_dir, tmp_path, nothing_loads):
     """The one line that `grpo_trainer` answers with."""
 
     def line(model: str = arithmetic_dir, **options: Any) -> str:
-        args = GRPOConfig(str(tmp_path / "run"), bf16=False, logging_steps=1, report_to="none", use_cpu=DEVICE == "cpu")
+        args = GRPOConfig(str(tmp_path / "run"), max_completion_length=12, report_to="none", use_cpu=DEVICE == "cpu")
         tokenizer = AutoTokenizer.from_pretrained(arithmetic_dir)
         with pytest.raises(UserError) as error:
             rlinvariant.grpo_trainer(model, variety, args, questions(), processing_class=tokenizer, **options)
