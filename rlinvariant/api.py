@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from rlinvariant.trainer.interface import StartOptions
 
 DTYPES = ("bfloat16", "float32")
+SAVE_DTYPES = ("model", "bfloat16", "float16", "float32")
 
 
 class GRPOTrainer(InvariantGRPOTrainer):
@@ -49,6 +50,8 @@ class GRPOTrainer(InvariantGRPOTrainer):
         dtype: "bfloat16" or "float32", of both sides' activations; parameters are trained in fp32.
         sampler_model: what vLLM loads; by default the model's own directory or id.
         sampler_options: max_model_len (tokens), kv_cache_gib (GiB), and options: keyword arguments of `vllm.LLM`.
+        save_dtype: of the weights that `save_model` and `push_to_hub` write: "model" as they came, "bfloat16", "float16" or
+            "float32". Checkpoints keep the fp32 parameters, from which training goes on.
         options: further arguments of `InvariantGRPOTrainer`: staleness, reward_timeout, reward_cage, reward_errors, on_row,
             on_evaluation, on_samples, on_rollout. Without `run` and `on_row`, each step prints its line.
 
@@ -213,6 +216,8 @@ def _checked(
     elif str(source) != str(model):
         places += model_problems("sampler_model" if sampler_model else "model", str(source))
     sides = [] if invariance in INVARIANCE else [f"invariance={invariance}: expected one of {', '.join(INVARIANCE)}"]
+    save_dtype: str = options.pop("save_dtype", "model")
+    sides += [] if save_dtype in SAVE_DTYPES else [f"save_dtype={save_dtype}: expected one of {', '.join(SAVE_DTYPES)}"]
     sides += [] if dtype in DTYPES else [f"dtype={dtype}: expected {' or '.join(DTYPES)}"]
     problems = sides + places + reward_problems(reward_funcs)
     if sides:
@@ -233,7 +238,7 @@ def _checked(
         try:
             runtime.configure()
             model, source = local_model(str(model)) if loaded is None else model, local_model(str(source))
-            ready = plan.plan_trainer(model, args, ppo, invariance, dtype, str(source), sampler)
+            ready = plan.plan_trainer(model, args, ppo, invariance, dtype, str(source), sampler, save_dtype)
             notes = _look(ready, reward_funcs, train_dataset, options)
         except UserError as error:
             problems += str(error).splitlines()

@@ -38,6 +38,7 @@ class Command(NamedTuple):
 COMMANDS = (
     Command("train", "rlinvariant.train", "train a policy by a recipe, with GRPO or PPO"),
     Command("resume", "rlinvariant.resume", "go on with a run that was stopped, bit for bit"),
+    Command("eval", "rlinvariant.evaluation.command", "held-out reward and pass@k of a run or a model, with errors"),
     Command("verify", "rlinvariant.verification.command", "is it exact here, on my model? counts and a certificate"),
     Command("bisect", "rlinvariant.bisect.command", "where sampler and trainer differ first, and why"),
     Command("doctor", "rlinvariant.doctor.command", "is this machine able, and what is in the way"),
@@ -50,7 +51,7 @@ COMMANDS = (
     Command("dashboard", "rlinvariant.report.dashboard_command", "the same in W&B and TensorBoard; as JSON without a login"),
 )
 LOOKING_COMMANDS = ("doctor", "report", "samples", "dashboard")  # which run, and say more, where packages break each other
-EXAMPLES_OF = ("train", "verify", "report")  # whose examples `rlinvariant --help` shows
+EXAMPLES_OF = ("train", "eval", "verify", "report")  # whose examples `rlinvariant --help` shows
 
 
 def build_parser(chosen: str, module: ModuleType | None, script: str = "") -> argparse.ArgumentParser:

@@ -119,6 +119,8 @@ def local_model(model: str) -> str:
             raise UserError(f"model={model}: {path}: sha256 {found}, expected {wheel.sha256}; {again}")
         say(f"model={model}: {wheel.origin}; converted once, into {_converted(model)}")
         _convert(path, directory)
+        card = f"---\nlicense: {wheel.licence.lower()}\nbase_model: {wheel.source}\n---\n\n{wheel.origin}\n"
+        (directory / "README.md").write_text(card)
 
     return made_once(_converted(model), make, f"free space, or {ANOTHER_CACHE}")
 

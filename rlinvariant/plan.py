@@ -33,7 +33,7 @@ class TrainerPlan:
         config: the configuration of `model`, as it was loaded.
         source: directory or hub id that the engine loads.
         source_config: the configuration of `source`; the same object where the two are one model.
-        args, ppo, invariance, dtype, sampler_options: as for `rlinvariant.grpo_trainer`.
+        args, ppo, invariance, dtype, sampler_options, save_dtype: as for `rlinvariant.grpo_trainer`.
     """
 
     model: str | PreTrainedModel
@@ -45,6 +45,7 @@ class TrainerPlan:
     invariance: Invariance
     dtype: str
     sampler_options: Mapping[str, Any]
+    save_dtype: str = "model"
 
 
 def plan_trainer(
@@ -55,6 +56,7 @@ def plan_trainer(
     dtype: str,
     source: str,
     sampler_options: Mapping[str, Any],
+    save_dtype: str = "model",
 ) -> TrainerPlan:
     """Load the configurations of the models, each once, and refuse what cannot run exactly; the settings were checked before.
 
@@ -79,9 +81,8 @@ def plan_trainer(
         problems += [f"model={name}: {reason}; use invariance=off" for reason in unsupported(config, args.device.type)]
     if problems:
         raise ConfigErrors(problems)
-    return TrainerPlan(
-        name if loaded is None else loaded, config, source, source_config, args, ppo, invariance, dtype, sampler_options
-    )
+    subject = name if loaded is None else loaded
+    return TrainerPlan(subject, config, source, source_config, args, ppo, invariance, dtype, sampler_options, save_dtype)
 
 
 def build_trainer(
@@ -144,9 +145,16 @@ def named(plan: TrainerPlan) -> Iterator[None]:
 def prove(plan: TrainerPlan, trainer: InvariantGRPOTrainer) -> None:
     """Compare a new trainer's two sides, where both are invariant, or find a certificate; say what came of it.
 
+    What the trainer publishes gets its dtype here, too.
+
     Raises:
         ParityError: a log-prob differs.
     """
+    import torch
+
+    came: Any = plan.source_config.dtype or torch.float32  # as loaded, `plan.config` may say what it was loaded as
+    trainer.save_dtype = came if plan.save_dtype == "model" else getattr(torch, plan.save_dtype)
+    trainer.computed = f"{plan.dtype} activations, float32 parameters, invariance={plan.invariance}"
     if plan.invariance != "exact":
         return
     from rlinvariant.verification.start import prove

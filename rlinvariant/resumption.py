@@ -16,7 +16,7 @@ from rlinvariant.report.rundir import RunDir, read_metrics
 if TYPE_CHECKING:
     from datasets import Dataset
 
-FREE = ("steps", "save_minutes", "completions_gib", "reward_timeout", "wandb.")
+FREE = ("steps", "save_minutes", "save_dtype", "completions_gib", "reward_timeout", "wandb.")
 """Settings, or their beginnings, that decide no bit of what is trained."""
 FREE_OF_TRAINER = (
     "save_",

@@ -15,6 +15,7 @@ from rlinvariant.launch import largest, on_main_process, rank
 from rlinvariant.lock import locked
 from rlinvariant.model_source import local_model
 from rlinvariant.plan import TrainerPlan, build_trainer, plan_trainer
+from rlinvariant.publish import card_facts, publish
 from rlinvariant.report.console import Console
 from rlinvariant.resumption import Resumption, dataset_digest, find, require_same_data
 from rlinvariant.rewards import reward_problems
@@ -79,6 +80,11 @@ def carry_out(
         train: trains, and returns the last step.
         may_end_early: whether a callback may end the run before its last step.
     """
+    trainer.model_directory = journal.directory.model
+    rows: Any = trainer.train_dataset
+    trainer.about_run = lambda: card_facts(
+        journal.config, rows, eval_dataset, {when: value.reward for when, value in journal.held_out.items()}
+    )
     journal.start(trainer)
     with journal.finishing():
         evaluate(journal, trainer, eval_dataset, "before")
@@ -87,6 +93,7 @@ def carry_out(
         if done < (steps := journal.config.steps) and not may_end_early:
             raise UserError(f"steps={steps}: training ended after {done:,}: is a callback ending it? lower steps")
         evaluate(journal, trainer, eval_dataset, "after")
+        publish(journal.config, trainer, journal.console)
 
 
 def plan(config: Config) -> Plan:
@@ -122,7 +129,7 @@ def plan(config: Config) -> Plan:
         from rlinvariant.sampler import engine  # noqa: F401
         from rlinvariant.trainer.preflight import Start, check_start, load_tokenizer
     options, ppo = sampler_options(config), config.ppo if config.algorithm == "ppo" else None
-    trainer = plan_trainer(model, args, ppo, config.invariance, config.dtype, model, options)
+    trainer = plan_trainer(model, args, ppo, config.invariance, config.dtype, model, options, config.save_dtype)
     tokenizer = load_tokenizer(model, trainer.config)
     train_dataset, eval_dataset = recipe.datasets(config, tokenizer)
     rewards = config.reward_funcs()

@@ -176,6 +176,7 @@ def run_config(
         resume=resume,
         save_minutes=None,
         dtype=plan.dtype,
+        save_dtype=plan.save_dtype,  # type: ignore[arg-type]  # checked before
         trainer=trainer_config_class()(**trainer),
         ppo=plan.ppo or PPOConfig(),
         sampler=SamplerConfig(**sizes, **own),

@@ -24,7 +24,7 @@ ROWS = (
     {"sampler", "trainer"},
     {"report"},
     {"warmstart", "verification", "resumption"},
-    {"plan", "journal"},
+    {"plan", "journal", "publish"},
     {"run"},
     {"script"},
     {"api"},
@@ -36,6 +36,7 @@ ROWS = (
     {"__main__"},
     {"train"},
     {"resume"},
+    {"evaluation"},
 )
 LEVEL = {unit: level for level, row in enumerate(ROWS) for unit in row}
 IMPORTERS = {

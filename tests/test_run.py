@@ -13,7 +13,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
+from rlinvariant.bits import compare
 from rlinvariant.keys import KEYS
 from rlinvariant.report import completions, rollouts
 from rlinvariant.report.rundir import read_metrics
@@ -156,6 +160,22 @@ def test_a_run_leaves_its_files(jobs):
     result = json.loads((run / "result.json").read_text())
     assert result["finished"] is True and result["seconds"] > 0
     assert all(0 <= result[f"heldout_reward_{when}"] <= 1 for when in ("before", "after"))
+
+
+def test_a_run_leaves_a_model_that_says_what_it_is(jobs, arithmetic_dir):
+    run = jobs["exact"].result().run("exact")
+    model = AutoModelForCausalLM.from_pretrained(run / "model", dtype="auto")
+    trained, state = load_file(run / "checkpoints/checkpoint-2/model.safetensors"), model.state_dict()
+    assert all(compare(state[name], weight) is None for name, weight in trained.items())
+    name, weight = next(iter(trained.items()))
+    weight.view(-1).view(torch.int32)[-1] ^= 1
+    assert compare(state[name], weight) is not None, "the control: one bit"
+    card, result = (run / "model/README.md").read_text(), json.loads((run / "result.json").read_text())
+    assert "rlinvariant train recipe=arithmetic" in card and "model=arithmetic" in card
+    assert str(Path(arithmetic_dir).parent) not in card, "no path of this machine"
+    before, after = (result[f"heldout_reward_{when}"] for when in ("before", "after"))
+    assert f"{before:.3f} before, {after:.3f} after; 8 prompts" in card
+    assert "mismatched 0 of" in card and "recipe arithmetic, 32 prompts" in card
 
 
 def test_no_file_of_a_run_has_a_secret(jobs, many):

@@ -112,6 +112,9 @@ class Config:
     dtype: Literal["bfloat16", "float32"] = chz.field(
         default="bfloat16", doc="Type that both sides compute in; master weights are float32."
     )
+    save_dtype: Literal["model", "bfloat16", "float16", "float32"] = chz.field(
+        default="model", doc="Type of the weights in RUN/model; model: as they came. Checkpoints keep the float32 masters."
+    )
     data: RecipeData
     trainer: TrainerConfig
     ppo: PPOConfig

@@ -1,7 +1,7 @@
 """The run directory: runs/NAME/ with config.json, environment.json, metrics.jsonl; result.json at the end.
 
-`checkpoints/` is written by the trainer, `rollouts/` by `report.rollouts`, `completions/` by `report.completions`. A run of an
-earlier version has samples.jsonl.
+`checkpoints/` and `model/` are written by the trainer, `rollouts/` by `report.rollouts`, `completions/` by
+`report.completions`. A run of an earlier version has samples.jsonl.
 
 Only the main process writes. A .json file is replaced whole; a .jsonl file grows by whole lines, each flushed to the
 disk, so a killed run leaves every row it appended. JSON has no NaN and no infinities: they are written as the strings
@@ -41,6 +41,7 @@ class RunDir:
         self.rollouts = self.path / "rollouts"
         self.completions = self.path / "completions"
         self.completions_dropped = self.path / "completions-dropped.json"
+        self.model = self.path / "model"
 
     @classmethod
     def create(

@@ -32,7 +32,6 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
-from trl.trainer.grpo_trainer import GRPOTrainer
 
 from rlinvariant import checkpoints
 from rlinvariant.checkpoints import FREE_SPACE, Checkpoint
@@ -40,25 +39,21 @@ from rlinvariant.errors import UserError
 from rlinvariant.files import disk_errors
 from rlinvariant.launch import on_main_process
 from rlinvariant.trainer import state_file
+from rlinvariant.trainer.published import PublishedTrainer
 
 SHARED_STATE = "training/state.safetensors"
 RANK_STATE = "training/rank-{}.safetensors"
 
 
-class CheckpointedTrainer(GRPOTrainer):
-    """Saves and resumes as the module says; everything else is TRL's."""
+class CheckpointedTrainer(PublishedTrainer):
+    """Saves and resumes as the module says; everything else is `PublishedTrainer`'s and TRL's."""
 
-    state: Any
-    model: Any
     optimizer: Any
-    accelerator: Any
     lr_scheduler: Any
-    args: Any
     save_minutes: float | None = None  # the longest time between two checkpoints, in minutes; None: as save_steps says alone
     on_save: Callable[[], Mapping[str, Any]] | None = None  # called on the main process; returns what else the manifest holds
     _saving: threading.Thread | None = None
     _saving_error: BaseException | None = None
-    _saving_to: str | None = None
     _resumed: Checkpoint | None = None
     _last_save: float | None = None  # time.perf_counter() of the main process
 
@@ -112,8 +107,6 @@ class CheckpointedTrainer(GRPOTrainer):
         if (kind := checkpoint.about["trainer"]) != self._kind:
             raise UserError(f"{where}: written by a run of {kind}, this one is of {self._kind}; start a new run")
 
-    _kind = "GRPO"
-
     # ---- saving
 
     def _save_checkpoint(self, model, trial):
@@ -147,7 +140,6 @@ class CheckpointedTrainer(GRPOTrainer):
         if missing := [name for name in ranks if not (partial / name).is_file()]:
             shared = "all hosts must see the run's directory; put it on a file system that they share"
             raise UserError(f"{path}: {missing[0]} is missing: {shared}")
-        (partial / "training_args.bin").unlink()  # a pickle, of settings that the run has elsewhere, and of tokens
         keep, best = self.args.save_total_limit, self.state.best_model_checkpoint
 
         def work() -> None:

@@ -97,6 +97,7 @@ class ScriptOptions(TypedDict, total=False):
     dtype: str
     sampler_model: str | Path | None
     sampler_options: SamplerOptions | None
+    save_dtype: str
     reward_timeout: float
     reward_cage: int
     reward_errors: OnError
@@ -113,5 +114,6 @@ class StartOptions(TrainerOptions, total=False):
     dtype: str
     sampler_model: str | Path | None
     sampler_options: SamplerOptions | None
+    save_dtype: str
     run: str | None
     resume: bool | str

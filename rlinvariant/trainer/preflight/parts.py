@@ -136,6 +136,10 @@ def hub_problems(args: Any, prefix: str = "") -> list[str]:
     import huggingface_hub
 
     given = f"{prefix}{wanted}={shown(getattr(args, wanted))}"
+    strategy = _plain(args.hub_strategy)
+    if args.push_to_hub and strategy not in ("end", "every_save"):
+        what = "end or every_save: the published model is what is uploaded, not checkpoints"
+        return [f"{prefix}hub_strategy={shown(strategy)}: expected {what}"]
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         return [f"{given}: HF_HUB_OFFLINE switches the hub off; unset it, or remove {prefix}{wanted}"]
     token = args.hub_token or huggingface_hub.get_token()

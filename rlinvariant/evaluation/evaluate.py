@@ -1,0 +1,156 @@
+"""Draw, grade and count: the work of `rlinvariant eval`, when its settings are known to be right."""
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from rlinvariant.config import Config
+from rlinvariant.errors import ConfigErrors, UserError
+from rlinvariant.evaluation.estimate import doubling, estimate, pass_at_k
+from rlinvariant.report.console import Console
+from rlinvariant.rewards import reward_problems
+from rlinvariant.rollout import Completion, request_seed
+from rlinvariant.run import sampler_options
+from rlinvariant.sampler.engine import Sampler
+from rlinvariant.sampler.refusals import load_config
+from rlinvariant.support import device_problems
+from rlinvariant.trainer.judge import Judge
+from rlinvariant.trainer.preflight import Start, load_tokenizer
+from rlinvariant.trainer.preflight.rows import dataset_problems, row_problems
+from rlinvariant.trainer.preflight.signatures import needed_columns, signature_problems
+from rlinvariant.trainer.preflight.tokens import token_problems
+
+MIXED = "no pass@k: rewards are not all 0 or 1; --pass R says from which reward on a completion passes"
+
+
+def evaluate(
+    config: Config, samples: int, temperature: float, ks: Sequence[int] | None, least: float | None, console: Console
+) -> dict[str, Any]:
+    """Evaluate `config.model` on the recipe's held-out rows.
+
+    Args:
+        config: settings that were checked.
+        samples: completions of each problem at `temperature`, beside the greedy one; 0: the greedy one alone.
+        temperature: of the samples.
+        ks: which pass@k; None: 1, 2, 4, ..., samples.
+        least: weighted reward from which on a completion passes; None: 1, where every reward is 0 or 1.
+        console: where it says what it does.
+
+    Returns:
+        What the JSON file holds: settings, for each way of drawing its estimates, and each problem with its completions.
+
+    Raises:
+        ConfigErrors, UserError: model, rows or rewards cannot be used; a reward function failed.
+    """
+    import torch
+
+    assert config.model is not None, "the subject of an evaluation is its model"
+    args = config.grpo_config()
+    if problems := device_problems(args, config.invariance, getattr(torch, config.dtype)):
+        raise ConfigErrors(problems)
+    model_config, recipe = load_config(config.model), config.load_recipe()
+    tokenizer = load_tokenizer(config.model, model_config)
+    held_out = recipe.datasets(config, tokenizer)[1]
+    if held_out is None:
+        raise UserError(f"recipe={config.recipe}: has no held-out rows to evaluate on; its datasets() returns None for them")
+    rewards = list(recipe.reward_funcs(config))
+    start = Start(args, config.model, model_config, tokenizer, rewards, None, held_out, config.sampler.max_model_len)
+    _refuse(start)
+    judge, rows = Judge(args, rewards, config.reward_limits), held_out.to_list()
+    read = [start.prompts.read(row["prompt"]) for row in rows]
+    prompt_ids = [list(start.prompts.tokenize([text], kind == "messages")[0]) for kind, text in read]
+    with console.stage("starting the vLLM engine"):
+        engine = Sampler(config.model, invariant=config.invariance == "exact", dtype=config.dtype, **sampler_options(config))
+    stop, longest = end_tokens(config.model, model_config, tokenizer), config.trainer.max_completion_length or 0
+    draws, per_problem, notes = [], [{"prompt": row["prompt"], "columns": _columns(row)} for row in rows], []
+    ways = [("greedy", 1, 0.0)] + ([(f"T={temperature:g}", samples, temperature)] if samples else [])
+    for name, count, heat in ways:
+        seeds = [request_seed(config.seed, 0, i, j) for i in range(len(rows)) for j in range(count)]
+        repeated = [i for i in range(len(rows)) for _ in range(count)]
+        with console.stage(f"{name}: {len(rows):,} problems x {count}"):
+            drawn = engine.generate(
+                [prompt_ids[i] for i in repeated], seeds, temperature=heat, max_tokens=longest, stop_token_ids=stop
+            )
+        graded = _graded(judge, [rows[i] for i in repeated], drawn, tokenizer)
+        for i, seed, completion, row in zip(repeated, seeds, drawn, graded, strict=True):
+            cut = not completion.token_ids or completion.token_ids[-1] not in stop
+            seen = {"seed": seed if heat else None, "length": len(completion.token_ids), "cut": cut, **row}
+            per_problem[i].setdefault(name, []).append(seen)
+        found, said = estimates([problem[name] for problem in per_problem], ks if heat else [1], least, bool(heat))
+        notes += [line for line in said if line not in notes]
+        seen = [one for problem in per_problem for one in problem[name]]
+        lengths, cuts = [one["length"] for one in seen], [one["cut"] for one in seen]
+        sizes = {"completions": len(seen), "mean_length": sum(lengths) / len(seen), "cut": sum(cuts) / len(seen)}
+        draws.append({"name": name, "temperature": heat, "samples": count, "estimates": found, **sizes})
+    engine.close()
+    settings = {key: entry["value"] for key, entry in config.resolved().items()}
+    about = {"problems": len(rows), "invariance": config.invariance, "seed": config.seed, "settings": settings}
+    return {**about, "draws": draws, "notes": notes, "results": per_problem}
+
+
+def _refuse(start: Start) -> None:
+    """Raise ConfigErrors with everything that rows, rewards and tokenizer cannot be used for."""
+    problems = reward_problems(start.rewards) + token_problems(start.tokenizer, start.vocabulary, start.name)
+    problems += dataset_problems(start.evaluation, "eval")
+    if not problems:
+        columns = start.evaluation.column_names
+        problems += signature_problems(start.rewards, columns, "eval")
+        needed = [column for column in needed_columns(start.rewards) if column in columns]
+        problems += row_problems(start.evaluation, "eval", start.prompts, needed)[0]
+    if problems:
+        raise ConfigErrors(problems)
+
+
+def end_tokens(name: str, config: Any, tokenizer: Any) -> list[int]:
+    """Return the tokens that end a completion, as TRL finds them: the tokenizer's, and those of the generation settings."""
+    from transformers import GenerationConfig
+
+    try:
+        found = GenerationConfig.from_pretrained(name).eos_token_id
+    except OSError:
+        found = GenerationConfig.from_model_config(copy.deepcopy(config)).eos_token_id
+    ends = [] if found is None else [found] if isinstance(found, int) else list(found)
+    return ends if tokenizer.eos_token_id in ends else [tokenizer.eos_token_id, *ends]
+
+
+def _graded(judge: Judge, rows: list[dict[str, Any]], drawn: Sequence[Completion], tokenizer: Any) -> list[dict[str, Any]]:
+    """Return text, rewards by name and their weighted sum for each completion."""
+    ids, prompts = [completion.token_ids for completion in drawn], [row["prompt"] for row in rows]
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    said = [[{"role": "assistant", "content": t}] for t in texts] if isinstance(prompts[0], list) else texts
+    rewards_NF, sums_N = judge.grade(rows, prompts, said, ids)
+    names = judge.reward_func_names
+    by_name = [
+        [{"name": n, "reward": None if math.isnan(r) else r} for n, r in zip(names, row, strict=True)]
+        for row in rewards_NF.tolist()
+    ]
+    return [
+        {"completion": text, "reward": total, "rewards": parts}
+        for text, total, parts in zip(texts, sums_N.tolist(), by_name, strict=True)
+    ]
+
+
+def estimates(
+    problems: Sequence[Sequence[dict[str, Any]]], ks: Sequence[int] | None, least: float | None, sampled: bool
+) -> tuple[dict[str, Any], list[str]]:
+    """Return the mean reward and pass@k over problems, each with its standard error, and what is to be said of them."""
+    rewards = [[one["reward"] for one in problem] for problem in problems]
+    found = {"reward": _as_json([sum(r) / len(r) for r in rewards])}
+    if least is None and any(r not in (0.0, 1.0) for problem in rewards for r in problem):
+        return found, [MIXED]
+    if sampled:
+        for k in ks or doubling(len(rewards[0])):
+            passed = [sum(r >= (1.0 if least is None else least) for r in problem) for problem in rewards]
+            found[f"pass@{k}"] = _as_json([pass_at_k(len(p), c, k) for p, c in zip(rewards, passed, strict=True)])
+    return found, []
+
+
+def _as_json(values: Sequence[float]) -> dict[str, float | None]:
+    mean, error = estimate(values)
+    return {"mean": mean, "error": None if math.isnan(error) else error}
+
+
+def _columns(row: dict[str, Any]) -> dict[str, str]:
+    """Return what else a row has, as text: an answer, a level."""
+    return {key: str(value) for key, value in row.items() if key != "prompt"}

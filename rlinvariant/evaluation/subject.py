@@ -1,0 +1,92 @@
+"""The subject of an evaluation: a run, or a model, with the settings that belong to it."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlinvariant import checkpoints, resume
+from rlinvariant.arguments import twice
+from rlinvariant.config import Config, check, draft
+from rlinvariant.config.recipe import listed_recipes
+from rlinvariant.errors import ConfigErrors, UserError
+from rlinvariant.files import RUNS
+from rlinvariant.report.rundir import RunDir
+from rlinvariant.text import shown
+
+KEYS = ("recipe", "dtype", "seed", "invariance", "reward_timeout", "reward_cage", "reward_errors")
+KEYS_OF_TRAINER = ("max_completion_length", "reward_weights", "chat_template_kwargs")
+TAKEN = f"{', '.join(KEYS)}, data.*, sampler.*, trainer.{', trainer.'.join(KEYS_OF_TRAINER)}"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Says what is evaluated.
+
+    Args:
+        config: the settings, those of the run and over them those of the command line; `config.model` are the weights.
+        run: the run's directory; None for a model that is of none.
+    """
+
+    config: Config
+    run: Path | None
+
+
+def find(given: str, settings: Sequence[str]) -> Subject:
+    """Find a run or a model, and its settings.
+
+    Args:
+        given: a run's name or directory, one of its checkpoints, a model's directory or hub id.
+        settings: `key=value` arguments.
+
+    Raises:
+        ConfigErrors: every mistake, a line each, before anything is loaded.
+        UserError: a run that has no weights, or whose config.json is damaged.
+    """
+    run, weights = _located(given)
+    errors = [f"{key}: eval does not take it; expected {TAKEN}" for key in _keys(settings) if not _is_taken(key)]
+    own = [] if run is None else resume.arguments(run, list(settings))
+    written = _keys(settings)
+    own = [argument for argument in own if _is_taken(key := argument.partition("=")[0]) and key not in written]
+    if repeated := next((key for key in written if written.count(key) > 1), None):
+        values = [setting.partition("=")[2] for setting in settings if setting.startswith(f"{repeated}=")]
+        raise ConfigErrors([twice(repeated, *values[:2])])
+    read = draft([*own, *settings, f"model={weights}"])
+    if read.recipe is None and not any(key == "recipe" for key in [*written, *_keys(own)]):
+        errors.append(f"recipe: missing; write recipe=NAME with one of {listed_recipes()}, or a path to a .py file")
+    errors += read.errors
+    if read.config.invariance not in ("exact", "off"):
+        errors.append(f"invariance={read.config.invariance}: expected exact or off: eval has a sampler alone")
+    errors += [] if errors else check(read.config, os.environ, read.recipe)
+    if errors:
+        raise ConfigErrors(list(dict.fromkeys(errors)))
+    return Subject(read.config, run)
+
+
+def _located(given: str) -> tuple[Path | None, str]:
+    """Return the run that is meant, or None, and the weights."""
+    path = Path(given)
+    if not path.is_dir() and (RUNS / path).is_dir():
+        path = RUNS / path
+    if not path.is_dir():
+        return None, given  # perhaps a hub id; `check` says it if it cannot be
+    run = next((at for at in (path, path.parent, path.parent.parent) if RunDir(at).metrics.is_file()), None)
+    if run is None or path != run:
+        return run, str(path)
+    directory = RunDir(run)
+    if (directory.model / "config.json").is_file():
+        return run, str(directory.model)
+    checkpoint, damages = checkpoints.newest(directory.checkpoints)
+    if checkpoint is None:
+        none = f"{shown(run)}: neither model nor a whole checkpoint; let the run save one"
+        raise UserError("\n".join([none, *damages]))
+    return run, str(checkpoint.path)
+
+
+def _keys(settings: Sequence[str]) -> list[str]:
+    return [setting.partition("=")[0] for setting in settings]
+
+
+def _is_taken(key: str) -> bool:
+    section, _, name = key.rpartition(".")
+    return key in KEYS or section in ("data", "sampler") or (section == "trainer" and name in KEYS_OF_TRAINER)
