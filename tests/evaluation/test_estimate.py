@@ -33,7 +33,8 @@ def test_pass_at_k_refuses_what_it_cannot_estimate(drawn, passed, k):
 
 
 def test_the_standard_error_is_that_of_a_mean():
-    values = [random.Random(3).random() for _ in range(50)]
+    draw = random.Random(3)
+    values = [draw.random() for _ in range(50)]
     found = estimate(values)
     assert found.mean == pytest.approx(statistics.mean(values))
     assert found.error == pytest.approx(statistics.stdev(values) / math.sqrt(50))
