@@ -40,7 +40,7 @@ def add_arguments(parser: CommandParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Evaluate, print the table, write the JSON file.
+    """Print the table of an evaluation, and write its JSON file.
 
     Raises:
         ConfigErrors, UserError: what keeps it from running, before the engine starts; a reward function that fails.

@@ -1,4 +1,7 @@
-"""Draw, grade and count: the work of `rlinvariant eval`, when its settings are known to be right."""
+"""Draw, grade and count: the work of `rlinvariant eval`, when its settings are known to be right.
+
+N: completions, F: reward functions.
+"""
 
 import copy
 import math
@@ -27,7 +30,7 @@ MIXED = "no pass@k: rewards are not all 0 or 1; --pass R says from which reward 
 def evaluate(
     config: Config, samples: int, temperature: float, ks: Sequence[int] | None, least: float | None, console: Console
 ) -> dict[str, Any]:
-    """Evaluate `config.model` on the recipe's held-out rows.
+    """Draw from `config.model`, and grade, completions of the recipe's held-out rows.
 
     Args:
         config: settings that were checked.
