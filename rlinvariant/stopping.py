@@ -45,6 +45,7 @@ class _State:
     came = 0.0  # when it came to this one
     taking_steps = False
     ending = False  # the run's last words are being written
+    lost = False  # an exception that was to end the process came to nothing
     clock: subprocess.Popen[bytes] | None = None  # the process of `deadline`, while this one listens
 
 
@@ -74,11 +75,24 @@ def handled(handler: Handler, also_ignored: tuple[int, ...] = ()) -> Iterator[No
     mine = [number for number, old in before.items() if old != signal.SIG_IGN or number in also_ignored]
     for number in mine:
         signal.signal(number, handler)
+    hook, sys.unraisablehook = sys.unraisablehook, lambda unraisable: _again(unraisable, hook)
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         for number in mine:
             signal.signal(number, before[number])
+
+
+def _again(unraisable: "sys.UnraisableHookArgs", otherwise: Callable[["sys.UnraisableHookArgs"], object]) -> None:
+    """Send a signal again whose exception rose where Python drops exceptions, as in a finaliser, and so ended nothing."""
+    if not isinstance(unraisable.exc_value, Stopped):
+        otherwise(unraisable)
+        return
+    _state.lost = True
+    timer = threading.Timer(0.05, os.kill, (os.getpid(), unraisable.exc_value.number))  # once the finaliser is over
+    timer.daemon = True
+    timer.start()
 
 
 def raise_stopped(number: int, _: FrameType | None = None) -> None:
@@ -101,8 +115,8 @@ def listening(run_dir: Path, echo_s: float, speaks: bool) -> Iterator[None]:
     """
 
     def handler(number: int, _: FrameType | None) -> None:
-        again = _state.came > 0
-        if again and time.monotonic() - _state.came < echo_s:
+        again, lost, _state.lost = _state.came > 0, _state.lost, False
+        if again and not lost and time.monotonic() - _state.came < echo_s:
             return
         if not again:
             _state.number, _state.came = _state.number or number, time.monotonic()

@@ -73,6 +73,39 @@ class Run:
         return self.process.returncode, out, err
 
 
+DROPPED = """
+    class Slow:
+        def __del__(self):
+            say("finaliser")
+            input()
+    with stopping.listening(Path("runs/x"), 3.0, True):
+        slow = Slow()
+        del slow
+        say("goes on")
+        for _ in range(3000):
+            time.sleep(0.1)
+        say("never stopped")
+"""
+
+
+@pytest.mark.parametrize("number", [*AFTER_A_STEP, signal.SIGINT])
+def test_a_signal_in_a_finaliser_ends_the_run_all_the_same(number):
+    """Python drops an exception that rises there, and the process would go on."""
+    run = Run(DROPPED.strip())
+    run.expect("finaliser")
+    run.send(number)
+    run.expect("goes on")
+    code, out, err = run.ends()
+    assert (code, out) == (128 + number, "") and "Traceback" not in err, err
+
+
+def test_what_a_finaliser_drops_otherwise_is_said_as_before():
+    """Control: an exception that is no signal's is left to Python."""
+    body = DROPPED.strip().replace("input()", "raise ValueError('other')").replace("range(3000)", "range(3)")
+    code, out, err = Run(body).ends()
+    assert code == 0 and out.endswith("never stopped\n") and "ValueError: other" in err, (code, out, err)
+
+
 @pytest.mark.parametrize("number", AFTER_A_STEP)
 def test_a_signal_ends_a_run_after_the_step_which_is_saved(number):
     run = Run("take_steps()")
