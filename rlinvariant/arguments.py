@@ -6,10 +6,11 @@ import functools
 import shutil
 import textwrap
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from rlinvariant.errors import UserError
 from rlinvariant.text import shown
+from rlinvariant.types import Untyped
 
 WIDEST_HELP = 118  # columns
 
@@ -62,10 +63,10 @@ class CommandParser(argparse.ArgumentParser):
     passes_on = ""
     """Name under which all arguments are handed on unread, for another program's parser; a plain --help is still ours."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, **options: Untyped) -> None:
         super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, conflict_handler="resolve", **options)
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+    def parse_known_args(self, args: Untyped = None, namespace: Untyped = None) -> Untyped:
         if self.passes_on and list(args or [])[:1] not in ([], ["-h"], ["--help"]):
             return argparse.Namespace(**{self.passes_on: list(args)}), []
         return super().parse_known_args(args, namespace)

@@ -26,6 +26,7 @@ from typing import Any
 
 from rlinvariant.errors import UserError, one_line
 from rlinvariant.files import sync_directory, write_atomically
+from rlinvariant.types import JsonRow
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -141,7 +142,7 @@ def _manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def finish(partial: Path, path: Path, step: int, about: Mapping[str, Any]) -> None:
+def finish(partial: Path, path: Path, step: int, about: JsonRow) -> None:
     """Hash the files of `partial`, flush them to the disk, write their manifest, and rename the directory to `path`.
 
     What stood at `path` is deleted: a damaged checkpoint, over which a run went back.

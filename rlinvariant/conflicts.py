@@ -3,9 +3,12 @@
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rlinvariant.text import shown
+
+if TYPE_CHECKING:
+    from trl.trainer.grpo_config import GRPOConfig
 
 Invariance = Literal["exact", "off", "sampler", "trainer"]
 """The sides that run the invariant ops: both, none, or that one only."""
@@ -71,7 +74,7 @@ RULES = {
 """Field -> its rule, for our configuration and for TRL scripts."""
 
 
-def conflicts(trainer: Any, invariance: str, env: Mapping[str, str], prefix: str = "") -> list[str]:
+def conflicts(trainer: "GRPOConfig", invariance: str, env: Mapping[str, str], prefix: str = "") -> list[str]:
     """List what in `trl.GRPOConfig`'s fields and the environment contradicts `invariance`, one line each.
 
     A line says the key, its value, what is expected, and the fix.
@@ -98,7 +101,7 @@ def broken(rules: Mapping[str, Rule], trainer: Any, invariance: str, prefix: str
     return found
 
 
-def ppo_conflicts(trainer: Any, ppo: Any, prefix: str = "") -> list[str]:
+def ppo_conflicts(trainer: "GRPOConfig", ppo: Any, prefix: str = "") -> list[str]:
     """List PPO's settings that are out of range, and TRL's settings that have no part in PPO, one line each.
 
     Args:

@@ -18,6 +18,7 @@ from rlinvariant.report.rundir import RunDir, read_metrics
 from rlinvariant.resumption import Resumption, settings
 from rlinvariant.rewards.watchdog import watchdog
 from rlinvariant.rollout import Rollout
+from rlinvariant.types import JsonObject, JsonRow
 
 if TYPE_CHECKING:
     from rlinvariant.metrics import FirstMismatch
@@ -44,7 +45,7 @@ class Journal:
         self,
         config: Config,
         model: str,
-        sampler_options: Mapping[str, Any],
+        sampler_options: JsonRow,
         console: Console,
         main: bool,
         data: str,
@@ -68,7 +69,7 @@ class Journal:
 
     # ---- what the trainer calls
 
-    def on_row(self, row: dict[str, Any], first_mismatch: "FirstMismatch | None") -> None:
+    def on_row(self, row: JsonObject, first_mismatch: "FirstMismatch | None") -> None:
         self.directory.append_metrics(row)
         self.console.step(row, self.config.steps, first_mismatch)
         if not self._kernels:  # only now are they known: a step has run through all of them
@@ -82,7 +83,7 @@ class Journal:
         if self._log_to_wandb is not None:
             self._log_to_wandb({**row, wandb_log.TABLE: wandb_log.table(rows)} if shows else row, row["step"])
 
-    def on_evaluation(self, row: dict[str, Any]) -> None:
+    def on_evaluation(self, row: JsonObject) -> None:
         """Record the numbers of an evaluation between two steps, which `keys.EVALUATION` lists."""
         self._append_evaluation(row)
         self.console.evaluation(row)
@@ -98,7 +99,7 @@ class Journal:
         if self._log_to_wandb is not None:
             self._log_to_wandb(row, row["step"])
 
-    def on_samples(self, rows: list[dict[str, Any]]) -> None:
+    def on_samples(self, rows: list[JsonObject]) -> None:
         """Keep what a step has drawn; `on_row`, which follows, shows some of it."""
         self._latest = rows
         if self.config.completions_gib != 0:
@@ -118,7 +119,7 @@ class Journal:
         }
         rollouts.write(self.directory.path, step, rollout, about)
 
-    def on_save(self) -> dict[str, Any]:
+    def on_save(self) -> JsonObject:
         """Return what a checkpoint's manifest says of the run: what a resumed one must have, and how long its logs were."""
         logs = (self.directory.metrics, self.directory.samples)
         return {

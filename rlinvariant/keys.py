@@ -4,8 +4,9 @@ What TRL has carries TRL's name alone; a name with a prefix of ours is of what T
 written from this table, and rows of earlier versions are read by it.
 """
 
-from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
+
+from rlinvariant.types import JsonObject, JsonRow
 
 
 class Metric(NamedTuple):
@@ -270,7 +271,7 @@ RENAMED = {
 """The keys of earlier versions, which had these numbers twice, and those of today."""
 
 
-def renamed(row: Mapping[str, Any]) -> dict[str, Any]:
+def renamed(row: JsonRow) -> JsonObject:
     """Return a row, of any version, with the keys of today."""
     kept = {key: value for key, value in row.items() if key not in RENAMED}
     return kept | {RENAMED[key]: value for key, value in row.items() if key in RENAMED}

@@ -8,6 +8,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from rlinvariant.types import JsonObject
+
 RECORDED_PACKAGES = (
     "torch",
     "vllm",
@@ -24,7 +26,7 @@ RECORDED_PACKAGES = (
 ISA_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16", "bf16", "sve")  # the last two: Arm
 
 
-def environment() -> dict[str, Any]:
+def environment() -> JsonObject:
     """Describe interpreter, platform, CPU, package versions, commit and threads, as JSON takes it.
 
     No package is imported for its version; torch is imported for its number of threads.

@@ -2,14 +2,15 @@
 
 import re
 from collections.abc import Sequence
-from typing import Any
+
+from rlinvariant.types import Json
 
 MASK = "***"
 _NAMES = re.compile(r"(token|secret|password|passwd|credentials?|(api|access|secret|private|auth)_?key)$", re.IGNORECASE)
 _USER_OF_ADDRESS = re.compile(r"(?<=://)[^/@\s]+(?=@)")  # https://USER:PASSWORD@host
 
 
-def masked(key: str, value: Any) -> Any:
+def masked(key: str, value: Json) -> Json:
     """Return a setting's value as a file may have it: MASK for a secret, and for the user and password of an address."""
     if _NAMES.search(key) and value not in (None, ""):
         return MASK

@@ -9,11 +9,11 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from rlinvariant import held_out, reading
 from rlinvariant.errors import PeerFailed, Stopped, UserError, one_line, outcome
 from rlinvariant.files import write_first
+from rlinvariant.types import JsonObject
 
 KINDS = ("DistBackendError", "DistNetworkError", "DistStoreError")  # of torch.distributed, which is not imported for this
 TEXTS = re.compile(r"gloo.*(closed|reset|refused|timed out)|connection was likely closed", re.I | re.S)  # RuntimeError
@@ -73,6 +73,6 @@ def _say(result: Path, rank: int, error: BaseException) -> None:
         write_first(result, json.dumps(failed(text, outcome(error)), indent=2) + "\n")
 
 
-def failed(text: str | None, outcome: str = "failed") -> dict[str, Any]:
+def failed(text: str | None, outcome: str = "failed") -> JsonObject:
     """Return what result.json says where the main process does not write it."""
     return {"finished": False, "outcome": outcome, "error": text, **held_out.result({}), "seconds": None}

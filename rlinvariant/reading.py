@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from rlinvariant.errors import UserError, one_line
+from rlinvariant.types import Json, JsonObject
 
 DEPTH = 64
 RESTORE = "restore it"
 
 
-def parse(text: bytes | str) -> Any:
+def parse(text: bytes | str) -> Json:
     """Return the value of a JSON text.
 
     Raises:
@@ -31,7 +32,7 @@ def parse(text: bytes | str) -> Any:
     return value
 
 
-def read(path: Path, fix: str = RESTORE) -> dict[str, Any]:
+def read(path: Path, fix: str = RESTORE) -> JsonObject:
     """Return the JSON object that a file holds.
 
     Args:
@@ -52,7 +53,7 @@ def read(path: Path, fix: str = RESTORE) -> dict[str, Any]:
     return found
 
 
-def rows(path: Path, *keys: str, size: int | None = None) -> Iterator[dict[str, Any]]:
+def rows(path: Path, *keys: str, size: int | None = None) -> Iterator[JsonObject]:
     """Yield the object of each whole line of a file that grows by lines; a last line without its newline is left out.
 
     Args:

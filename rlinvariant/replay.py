@@ -2,7 +2,7 @@
 
 import argparse
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,12 @@ from rlinvariant.errors import INTERRUPTED, NOT_EXACT, OK, UserError
 from rlinvariant.report.console import Console
 from rlinvariant.report.rundir import RunDir
 from rlinvariant.text import plural
+from rlinvariant.types import JsonObject, JsonRow
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from rlinvariant.sampler.engine import Sampler
 
 if TYPE_CHECKING:  # these import torch, transformers and vLLM, for which a mistake need not wait
     from rlinvariant.rollout import Completion, Rollout
@@ -115,7 +121,7 @@ def run(options: argparse.Namespace) -> int:
     return code
 
 
-def recorded(run: Path, step: int | None, weights: str | None = None) -> tuple["Rollout", dict[str, Any], str]:
+def recorded(run: Path, step: int | None, weights: str | None = None) -> tuple["Rollout", JsonObject, str]:
     """Return the rollout of a step, what the run says of it, and where its weights are.
 
     Args:
@@ -154,7 +160,7 @@ def recorded(run: Path, step: int | None, weights: str | None = None) -> tuple["
     return rollout, about, weights  # a hub id
 
 
-def load_model(weights: str, rollout: "Rollout", about: Mapping[str, Any], step: int) -> Any:
+def load_model(weights: str, rollout: "Rollout", about: JsonRow, step: int) -> "PreTrainedModel":
     """Load the trainer's model as it was when the step began.
 
     Raises:
@@ -175,7 +181,9 @@ def load_model(weights: str, rollout: "Rollout", about: Mapping[str, Any], step:
     return model
 
 
-def relations(rollout: "Rollout", model: Any, sampler: Any, dtype: str, trainer_exact: bool) -> Iterator["Relation"]:
+def relations(
+    rollout: "Rollout", model: "PreTrainedModel", sampler: "Sampler", dtype: str, trainer_exact: bool
+) -> Iterator["Relation"]:
     """Draw and score again, and compare with what is recorded; the last relation is a control where the trainer is exact.
 
     Args:

@@ -12,6 +12,7 @@ from rlinvariant.config import Config
 from rlinvariant.config.reward import named_reward
 from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.report.rundir import RunDir, read_metrics
+from rlinvariant.types import JsonObject
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -53,7 +54,7 @@ class Resumption:
         return 0 if self.checkpoint is None else self.checkpoint.step
 
 
-def settings(config: Config) -> dict[str, Any]:
+def settings(config: Config) -> JsonObject:
     """Return every setting's value, as JSON gives it back, and the SHA-256 of the files of rewards that the user names."""
     found = {key: entry["value"] for key, entry in config.resolved().items()}
     files = {f"file of reward {name}, sha256": named_reward(name).digest[:16] for name in config.reward}

@@ -3,18 +3,21 @@
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from rlinvariant.install import install_hint, installed_version
+
+if TYPE_CHECKING:
+    from trl.trainer.grpo_config import GRPOConfig
 
 CAPABILITY = (9, 0)  # H100, H200: where the order of summation of every kernel used has been measured
 RELEASES = {"vllm": ("0.26",), "torch": ("2.11",)}  # on which exact mode has run on a GPU
 FA3 = "vllm_flash_attn/_vllm_fa3_C*.so"  # in vLLM's CUDA wheel
 
 
-def device_problems(args: Any, invariance: str, dtype: torch.dtype) -> list[str]:
+def device_problems(args: "GRPOConfig", invariance: str, dtype: torch.dtype) -> list[str]:
     """Return one line for each reason why `args.device` (of TrainingArguments) cannot run this.
 
     vLLM is missed here, not on the first import of it, which comes after a recipe has made its model.

@@ -7,9 +7,12 @@ import random
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlinvariant.cache import CACHE, made_once
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def warm_start(
@@ -55,8 +58,8 @@ def warm_start(
 
 
 def supervised(
-    model: Any,
-    tokenizer: Any,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
     example: Callable[[random.Random], tuple[str, str]],
     *,
     stop_at: float,

@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # A unit imports itself and units of rows above its own: sampler and trainer, on one row, never each other.
 ROWS = (
+    {"types"},
     {"keys", "text"},
     {"deadline", "errors", "forks"},
     {"arguments", "files", "held_out", "install", "machine", "masking", "reading", "stopping"},

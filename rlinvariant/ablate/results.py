@@ -10,6 +10,7 @@ from rlinvariant.report import html, tables
 from rlinvariant.report.console import Console, total
 from rlinvariant.report.stats import Estimate, Measure
 from rlinvariant.report.study import Study, measured
+from rlinvariant.types import Json, JsonObject
 
 
 def report(path: Path, console: Console) -> None:
@@ -20,7 +21,7 @@ def report(path: Path, console: Console) -> None:
     console.print(f"report: {page}")
 
 
-def summary(study: Study) -> dict[str, Any]:
+def summary(study: Study) -> JsonObject:
     """Return every number of the tables with its interval, and where it comes from; None where there is none."""
 
     def numbers(found: Estimate, measure: Measure) -> dict[str, Any]:
@@ -44,6 +45,6 @@ def summary(study: Study) -> dict[str, Any]:
     return head | {"seeds": sorted({run.seed for _, run in study.runs}), "environment": environment, "arms": arms}
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Json) -> None:
     """Write a value as JSON in place of an earlier file."""
     write_atomically(path, json.dumps(value, indent=2) + "\n")

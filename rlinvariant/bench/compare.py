@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -10,6 +10,9 @@ from torch import Tensor
 from rlinvariant import bits
 from rlinvariant.rollout import Completion
 from rlinvariant.trainer.score import Layout, score, stock_score
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -35,14 +38,16 @@ def differing(a: Completion, b: Completion) -> int:
 
 
 def against_trainer(
-    model: Any, prompts: Sequence[list[int]], drawn: Sequence[Completion], temperature: float, rows: int
+    model: "PreTrainedModel", prompts: Sequence[list[int]], drawn: Sequence[Completion], temperature: float, rows: int
 ) -> int:
     """Count the tokens whose log-prob a patched model computes otherwise, given `rows` of TRL's padded rows at a time."""
     found = score(model, prompts, drawn, temperature, Layout(rows))
     return _unequal(torch.cat(found), [x for c in drawn for x in c.sampler_logprobs])
 
 
-def against_stock_trainer(model: Any, prompts: Sequence[list[int]], drawn: Sequence[Completion], temperature: float) -> int:
+def against_stock_trainer(
+    model: "PreTrainedModel", prompts: Sequence[list[int]], drawn: Sequence[Completion], temperature: float
+) -> int:
     """Count the same with a stock transformers model, one completion at a time: the control."""
     found = stock_score(model, prompts, drawn, temperature)
     return _unequal(torch.cat(found), [x for c in drawn for x in c.sampler_logprobs])

@@ -5,7 +5,7 @@ B: sequences of a forward, T: its tokens, packed or padded.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -14,9 +14,14 @@ from rlinvariant.bisect.trials import Trial, draw
 from rlinvariant.rollout import Completion
 from rlinvariant.trainer.score import Layout, score, stock_score
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from rlinvariant.sampler.engine import Sampler
+
 
 def record(
-    engine: Any, model: Any, trial: Trial, s: int, stock_trainer: bool = False
+    engine: "Sampler", model: "PreTrainedModel", trial: Trial, s: int, stock_trainer: bool = False
 ) -> tuple[Recorder, Recorder, Completion, list[float]]:
     """Draw and score a trial with everything recorded that is computed for sequence `s`.
 
@@ -36,14 +41,14 @@ def record(
     return ours, theirs, drawn[s], row
 
 
-def score_rows(model: Any, trial: Trial, drawn: Sequence[Completion], at: int, stock: bool) -> list[list[float]]:
+def score_rows(model: "PreTrainedModel", trial: Trial, drawn: Sequence[Completion], at: int, stock: bool) -> list[list[float]]:
     """Return the trainer's log-probs of one micro-batch: `trial.rows` sequences from `at` on."""
     part = slice(at, at + trial.rows)
     given = model, trial.prompts[part], drawn[part], trial.temperature
     return [row.tolist() for row in (stock_score(*given) if stock else score(*given, Layout(trial.rows)))]
 
 
-def attention_layers(engine: Any) -> list[Any]:
+def attention_layers(engine: "Sampler") -> list[Any]:
     """Return vLLM's attention layers, in the order of the layers."""
     layers = engine._runner.compilation_config.static_forward_context
     return [layers[name] for name in sorted(layers, key=lambda n: next(int(x) for x in n.split(".") if x.isdigit()))]
@@ -73,7 +78,9 @@ def _following(engine: Any, seed: int, recorder: Recorder) -> Iterator[None]:
 
 
 @contextmanager
-def expecting(model: Any, trial: Trial, drawn: Sequence[Completion], s: int, recorder: Recorder, stock: bool) -> Iterator[None]:
+def expecting(
+    model: "PreTrainedModel", trial: Trial, drawn: Sequence[Completion], s: int, recorder: Recorder, stock: bool
+) -> Iterator[None]:
     """Tell a recorder which rows of the trainer's forward are sequence `s`: a part of a packed row, or a row of its own."""
     at = s if stock else s // trial.rows * trial.rows
     until = at + (1 if stock else trial.rows)

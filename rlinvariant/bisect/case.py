@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,7 +11,11 @@ from rlinvariant import ops
 from rlinvariant.bisect import variants
 from rlinvariant.bisect.record import GATE_UP_ROLES, LOGPROB_PLACE, QKV_ROLES, ROTATED_ROLES, Call, Place
 from rlinvariant.bisect.search import First, Side, side_at
+from rlinvariant.types import JsonObject
 from rlinvariant.verification.ladder import ROW_COUNTS
+
+if TYPE_CHECKING:
+    from rlinvariant.sampler.engine import Sampler
 
 WEIGHT_MODULES = {  # role -> the trainer's module that holds its weight
     "embedding": "embed_tokens",
@@ -51,7 +55,7 @@ class Case:
         engine: the sampler.
     """
 
-    def __init__(self, first: First, tokens: list[int], temperature: float, engine: Any) -> None:
+    def __init__(self, first: First, tokens: list[int], temperature: float, engine: "Sampler") -> None:
         assert first.place is not None and first.sampler is not None and first.trainer is not None
         self.first, self.tokens, self.temperature, self.engine = first, tokens, temperature, engine
         self.sides: dict[str, Side] = {"sampler": first.sampler, "trainer": first.trainer}
@@ -160,7 +164,7 @@ class Case:
         rows = {name: self.row(side, role, layer=layer) for name, role in roles.items()}
         return {name: x for name, x in rows.items() if x is not None}
 
-    def settings(self, side: str) -> dict[str, Any]:
+    def settings(self, side: str) -> JsonObject:
         """Return the settings of the side's call of the op, or of the other side's where it called none."""
         calls = [self.call(side), self.call(other_side(side))]
         return next((dict(call.settings) for call in calls if call is not None), {})

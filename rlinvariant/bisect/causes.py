@@ -6,7 +6,7 @@ what the sides were given: weights, settings, inputs.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,6 +18,9 @@ from rlinvariant.bisect.case import Case, other_side
 from rlinvariant.bisect.record import LOGPROB_PLACE
 from rlinvariant.bisect.search import First, equal, side_at
 from rlinvariant.verification.ladder import ROW_COUNTS
+
+if TYPE_CHECKING:
+    from rlinvariant.sampler.engine import Sampler
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Explanation:
     reproduced: str | None = None
 
 
-def explain(first: First, tokens: list[int], temperature: float, engine: Any, stock: tuple[str, ...] = ()) -> Explanation:
+def explain(first: First, tokens: list[int], temperature: float, engine: "Sampler", stock: tuple[str, ...] = ()) -> Explanation:
     """Find the cause of a first difference.
 
     Args:

@@ -2,7 +2,7 @@
 
 import argparse
 import tempfile
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlinvariant import runtime
 from rlinvariant.arguments import at_least, temperature
@@ -10,6 +10,9 @@ from rlinvariant.conflicts import INVARIANCE, SIDES
 from rlinvariant.errors import NOT_EXACT, OK, ConfigErrors, UserError
 from rlinvariant.model_source import local_model, model_problems
 from rlinvariant.report.console import Console
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 DESCRIPTION = """Draws completions of random prompts with the exact sampler, scores them with the exact trainer. If a log-prob
 differs, says where the two part first: sequence, token, layer, op, by how many ulps, whether the op's inputs and weights were
@@ -86,7 +89,7 @@ def load_sides(options: argparse.Namespace, directory: str) -> tuple[Any, Any]:
     return model, load.engine(path, "sampler" not in stock, options.dtype, more, sizes)
 
 
-def room(options: argparse.Namespace, config: Any) -> tuple[int, int]:
+def room(options: argparse.Namespace, config: "PreTrainedConfig") -> tuple[int, int]:
     """Return the most tokens in one step of the engine, and the longest prompt: two steps and a token if the model has room.
 
     Raises:

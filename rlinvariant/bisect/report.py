@@ -1,7 +1,7 @@
 """Print a result of `bisect`."""
 
 from collections import Counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -14,8 +14,11 @@ from rlinvariant.bisect.trials import Trial, in_words
 from rlinvariant.bisect.variants import name
 from rlinvariant.text import plural
 
+if TYPE_CHECKING:
+    from rlinvariant.sampler.engine import Sampler
 
-def lines(result: Result, trial: Trial, engine: Any, stock: tuple[str, ...] = ()) -> list[str]:
+
+def lines(result: Result, trial: Trial, engine: "Sampler", stock: tuple[str, ...] = ()) -> list[str]:
     """Say what was found in at most fifteen lines; the last say what was tried.
 
     Args:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
@@ -12,6 +12,11 @@ from rlinvariant.bisect.both_sides import record, score_rows
 from rlinvariant.bisect.record import Block, Place, Recorder, fp32
 from rlinvariant.bisect.trials import Trial, Tried, draw
 from rlinvariant.metrics import mismatches
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from rlinvariant.sampler.engine import Sampler
 
 PADDED_ROLES = ("lm_head", "scaled logits")  # whose value may have columns beyond the vocabulary
 
@@ -75,7 +80,9 @@ class Result:
     tried: list[Tried] = field(default_factory=list)
 
 
-def find_any(engine: Any, model: Any, trials: Sequence[Trial], stock_trainer: bool = False) -> tuple[Result, Trial]:
+def find_any(
+    engine: "Sampler", model: "PreTrainedModel", trials: Sequence[Trial], stock_trainer: bool = False
+) -> tuple[Result, Trial]:
     """Run `find` on each trial in turn until something differs; if nothing does, return the counts of all."""
     compared, tried = 0, []
     for trial in trials:
@@ -87,7 +94,7 @@ def find_any(engine: Any, model: Any, trials: Sequence[Trial], stock_trainer: bo
     return Result(compared, 0, tried=tried), trials[-1]
 
 
-def find(engine: Any, model: Any, trial: Trial, stock_trainer: bool = False) -> Result:
+def find(engine: "Sampler", model: "PreTrainedModel", trial: Trial, stock_trainer: bool = False) -> Result:
     """Compare every sampled token; if one differs, draw and score again with the sequence of the first recorded.
 
     Args:

@@ -3,12 +3,15 @@
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rlinvariant.rollout import Completion
 from rlinvariant.sampler.drive import Request, Trace, drive
 from rlinvariant.text import plural
 from rlinvariant.verification.compositions import CROWD_SIZES
+
+if TYPE_CHECKING:
+    from rlinvariant.sampler.engine import Sampler
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,7 @@ def all_trials(
     return [*found, long, again, preempted]
 
 
-def draw(engine: Any, trial: Trial) -> tuple[Trace, list[Completion]]:
+def draw(engine: "Sampler", trial: Trial) -> tuple[Trace, list[Completion]]:
     """Draw as the trial says; where that is twice, the trace is the second draw's."""
     requests = [
         Request(tuple(p), s, trial.temperature, trial.max_tokens, ignore_eos=True)

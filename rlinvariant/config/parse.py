@@ -20,6 +20,7 @@ from rlinvariant.config.recipe import Data, Recipe, listed_recipes, load_recipe
 from rlinvariant.config.tree import Config, Leaf, PPOConfig, SamplerConfig, WandbConfig, leaves, plain
 from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.text import shown
+from rlinvariant.types import Untyped
 
 COMMAND_LINE = "command line"
 """Source of a value that stands on the command line."""
@@ -201,7 +202,7 @@ def _shown(key: str, value: Any) -> str:
     return shown(plain(key, value.value if isinstance(value, Castable) else value))
 
 
-def expected(annotation: Any) -> str:
+def expected(annotation: Untyped) -> str:
     """Return a type as a user reads it."""
     if typing.get_origin(annotation) is Literal:
         return "one of " + ", ".join(map(str, typing.get_args(annotation)))

@@ -15,6 +15,7 @@ from rlinvariant.errors import UserError, one_line
 from rlinvariant.files import RUNS
 from rlinvariant.masking import masked
 from rlinvariant.rewards import RewardLimits
+from rlinvariant.types import Json, JsonObject
 
 if TYPE_CHECKING:
     from trl.trainer.grpo_config import GRPOConfig
@@ -167,7 +168,7 @@ class Config:
         args.num_generations = group
         return args
 
-    def resolved(self) -> dict[str, dict[str, Any]]:
+    def resolved(self) -> dict[str, JsonObject]:
         """Return every value with its source for JSON: {"trainer.beta": {"value": 0.0, "source": "default"}, ...}."""
         return {
             key: {"value": plain(key, leaf.value), "source": self.sources.get(key, "default")}
@@ -196,7 +197,7 @@ def leaves(config: Any, prefix: str = "") -> dict[str, Leaf]:
     return found
 
 
-def plain(key: str, value: Any) -> Any:
+def plain(key: str, value: Json) -> Json:
     """Return a value as JSON can hold it; a secret is not shown."""
     value = masked(key, value)
     if isinstance(value, enum.Enum):

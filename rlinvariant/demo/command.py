@@ -7,7 +7,7 @@ import random
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlinvariant import runtime
 from rlinvariant.arguments import definitions, suggestion, twice
@@ -16,6 +16,10 @@ from rlinvariant.errors import ConfigErrors, ParityError, UserError, one_line
 from rlinvariant.files import RUNS, require_writable, write_atomically
 from rlinvariant.report.console import Console
 from rlinvariant.text import plural
+from rlinvariant.types import JsonObject
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 DESCRIPTION = """Completes one prompt many times at temperature 0 while other requests join and leave, on stock vLLM and with
 the invariant ops. Prints unique completions, the first token that differs, the same of log-probs, and tokens/s; writes
@@ -100,8 +104,8 @@ def run(options: argparse.Namespace) -> None:
 
 
 def complete(
-    path: str, asked: Options, tokenizer: Any, prompt: list[int], longest: int, console: Console
-) -> dict[str, dict[str, Any]]:
+    path: str, asked: Options, tokenizer: "PreTrainedTokenizerBase", prompt: list[int], longest: int, console: Console
+) -> dict[str, JsonObject]:
     """Complete the prompt on each engine, among the same traffic, and return what was counted: {"stock" | "ours": numbers}."""
     from rlinvariant.demo.measure import measured
     from rlinvariant.sampler.engine import Sampler
@@ -188,7 +192,7 @@ def tokenized(name: str, path: str, asked: Options) -> tuple[Any, list[int], int
     return tokenizer, prompt, longest
 
 
-def write(directory: Path, result: dict[str, Any]) -> None:
+def write(directory: Path, result: JsonObject) -> None:
     """Write demo.html, and demo.json with the environment, which says that the demo is done."""
     from rlinvariant.demo.page import page
     from rlinvariant.machine import environment

@@ -2,12 +2,16 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rlinvariant.rollout import Completion
+from rlinvariant.types import JsonObject
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
-def measured(completions: Sequence[Completion], alone: Completion, tokenizer: Any) -> dict[str, Any]:
+def measured(completions: Sequence[Completion], alone: Completion, tokenizer: "PreTrainedTokenizerBase") -> JsonObject:
     """Count what differs among one engine's completions; log-probs are compared by their bits.
 
     Args:
@@ -47,7 +51,7 @@ def growth(rows: Sequence[tuple[object, ...]]) -> list[int]:
     return [len({row[:length] for row in rows}) for length in range(1, len(rows[0]) + 1)]
 
 
-def summary(result: dict[str, Any]) -> list[str]:
+def summary(result: JsonObject) -> list[str]:
     """Say in lines what each engine did, and what exactness cost."""
     lines, arms = [], result["arms"]
     for name, arm in arms.items():

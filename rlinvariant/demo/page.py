@@ -2,14 +2,14 @@
 
 import shlex
 from pathlib import Path
-from typing import Any
 
 from rlinvariant.demo.measure import summary
 from rlinvariant.report import html
 from rlinvariant.text import escaped
+from rlinvariant.types import JsonObject
 
 
-def page(result: dict[str, Any]) -> str:
+def page(result: JsonObject) -> str:
     """Return demo.html, a page without network or script: the sentences, the curves, the numbers, what was said."""
     arms, options = result["arms"], result["options"]
     css = (Path(html.__file__).parent / "page.css").read_text()
@@ -52,7 +52,7 @@ def page(result: dict[str, Any]) -> str:
 """
 
 
-def chart(arms: dict[str, dict[str, Any]]) -> str:
+def chart(arms: dict[str, JsonObject]) -> str:
     """Draw how many different beginnings there are at each length, among the tokens and among the log-probs' bits, as SVG."""
     width, height, left, right, top, bottom = 720, 300, 60, 190, 14, 34
     lines = [

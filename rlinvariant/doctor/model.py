@@ -3,13 +3,16 @@
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlinvariant import runtime
 from rlinvariant.doctor.finding import Finding
 from rlinvariant.doctor.kernels import kernels_cpu, kernels_cuda
 from rlinvariant.errors import UserError, one_line
 from rlinvariant.model_source import WHEELS, local_model, model_problems
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 SHIPPED_RESULTS = Path(__file__).parents[1] / "bench" / "results"  # a checkout has them, a wheel has not
 
@@ -52,7 +55,7 @@ def of_model(model: str, cuda: bool) -> Iterator[Finding]:
     yield certified(model, config)
 
 
-def certified(model: str, config: Any) -> Finding:
+def certified(model: str, config: "PreTrainedConfig") -> Finding:
     """Say whether `verify` has been here with this architecture."""
     from rlinvariant.verification import certificate
 

@@ -9,13 +9,16 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlinvariant.models.modules import UnsupportedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 VIEWS = (
     *(
@@ -115,7 +118,7 @@ def _probe(model: Any) -> dict[str, Any]:
     }
 
 
-def two_layers(config: Any) -> Any:
+def two_layers(config: "PreTrainedConfig") -> "PreTrainedConfig":
     """Return a copy of a configuration with two layers, or with one of each kind (sliding or not, rotated or not)."""
     small, count = copy.deepcopy(config), config.num_hidden_layers
     per_layer = {k: v for k, v in vars(small).items() if isinstance(v, list) and len(v) == count}  # layer_types, say
@@ -139,7 +142,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def audit(model: Any, run: Callable[[], object] | None = None) -> list[Finding]:
+def audit(model: "PreTrainedModel", run: Callable[[], object] | None = None) -> list[Finding]:
     """Run a model once, without gradients, and list every operation that no op owns. Empty means exact by structure.
 
     Args:
@@ -156,7 +159,7 @@ def audit(model: Any, run: Callable[[], object] | None = None) -> list[Finding]:
     return list(findings)
 
 
-def require_exact(model: Any, run: Callable[[], object] | None = None, what: str = "") -> None:
+def require_exact(model: "PreTrainedModel", run: Callable[[], object] | None = None, what: str = "") -> None:
     """Raise UnsupportedModel unless `audit` finds nothing: every operation on the way to the result is owned.
 
     Args:

@@ -8,7 +8,7 @@ B: sequences (1 if packed), T: tokens of one, H: heads, D: width of a head; R: c
 import inspect
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rlinvariant import ops
 from rlinvariant.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 ATTENTION = "rlinvariant"  # name of the attention implementation, in transformers' registry
 
@@ -245,7 +248,7 @@ class Rotated(nn.Module):
     """Runs the class's own forward, with `apply_rotary_pos_emb` meaning `apply_rotary`; see `become`."""
 
 
-def logits_scaling(config: Any) -> tuple[float | None, float | None]:
+def logits_scaling(config: "PreTrainedConfig") -> tuple[float | None, float | None]:
     """Return the arguments of `ops.scale_logits`: what multiplies the logits (Granite divides them), and what bounds them."""
     by = getattr(config, "logits_scaling", None)
     return getattr(config, "logit_scale", None) if by is None else 1 / by, getattr(config, "final_logit_softcapping", None)

@@ -49,7 +49,7 @@ VARIANTS: dict[type, tuple[dict[str, Any], ...]] = {
 }
 
 
-def make_invariant(model: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
+def make_invariant(model: "PreTrainedModel", dtype: torch.dtype = torch.bfloat16) -> "PreTrainedModel":
     """Swap, in place, every module that sums or calls a transcendental function for one that does so through `ops`.
 
     Args:

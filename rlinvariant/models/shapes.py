@@ -5,7 +5,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ ROPE: dict[str, dict[str, Any]] = {
 }
 
 
-def config(name: str) -> Any:
+def config(name: str) -> "PreTrainedConfig":
     """Return transformers' configuration of a model of `SHAPES`."""
     from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
@@ -119,7 +122,7 @@ def build(name: str, directory: str | Path, stops: int = 1) -> str:
     return str(directory)
 
 
-def tokenizer(vocabulary: int) -> Any:
+def tokenizer(vocabulary: int) -> "PreTrainedTokenizerBase":
     """Return a tokenizer with one word for each token: w0, w1, ..."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel

@@ -7,7 +7,7 @@ micro-batch spends most of its time on: three of seven products a layer, and all
 parameter. The masters stay parameters of their own modules: state_dict, optimizer and weight sync see no difference.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +18,17 @@ from rlinvariant.models.modules import MLP, Attention, Linear, MergedAttention, 
 from rlinvariant.models.patch import make_invariant
 from rlinvariant.ops.linear import gradients
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-def make_trainable(model: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
+
+def make_trainable(model: "PreTrainedModel", dtype: torch.dtype = torch.bfloat16) -> "PreTrainedModel":
     """Do what `make_invariant` does, and what a trainer adds on a GPU. A proof must run what `InvariantGRPOTrainer` trains."""
     make_invariant(model, dtype)
     return use_working_copies(model, dtype) if next(model.parameters()).is_cuda else model
 
 
-def use_working_copies(model: Any, dtype: torch.dtype) -> Any:
+def use_working_copies(model: "PreTrainedModel", dtype: torch.dtype) -> "PreTrainedModel":
     """Make the linear layers of a patched model's decoder compute, in place, with copies that every forward of it refreshes.
 
     Args:

@@ -21,6 +21,7 @@ from rlinvariant import reading
 from rlinvariant.errors import UserError, one_line
 from rlinvariant.files import write_atomically
 from rlinvariant.report.rundir import RunDir, kept
+from rlinvariant.types import JsonObject
 
 if TYPE_CHECKING:
     import pyarrow
@@ -65,7 +66,7 @@ def dropped(run: str | Path) -> list[int]:
     return steps
 
 
-def read(path: Path) -> list[dict[str, Any]]:
+def read(path: Path) -> list[JsonObject]:
     """Return the rows of a file, rewards and extra as dictionaries. Raises UserError if it is damaged."""
     import pyarrow
     import pyarrow.parquet
@@ -103,7 +104,7 @@ class Completions:
                 rows.append({**row, "sample_id": len(rows)})
         self.steps = sorted({*self._files, *self._old})
 
-    def read(self, step: int) -> list[dict[str, Any]]:
+    def read(self, step: int) -> list[JsonObject]:
         """Return the rows of one of `steps`. Raises UserError if its file is damaged."""
         return read(self._files[step]) if step in self._files else self._old[step]
 

@@ -26,6 +26,7 @@ from rlinvariant.report.panels import Panel
 from rlinvariant.report.rundir import quoted
 from rlinvariant.report.study import Run, Study, load
 from rlinvariant.text import plural
+from rlinvariant.types import Untyped
 
 FIX = "`wandb login --relogin`, or unset WANDB_API_KEY to stay offline"
 INSTALL = install_hint("dashboard")
@@ -76,7 +77,7 @@ def push(path: str | Path) -> list[str]:
     return said
 
 
-def workspace(study: Study, entity: str, project: str) -> Any:
+def workspace(study: Study, entity: str, project: str) -> Untyped:
     """Return a wandb_workspaces Workspace: line plots in the sections of the panels, runs of one arm drawn together."""
     import wandb_workspaces.workspaces as ws
 
@@ -86,7 +87,7 @@ def workspace(study: Study, entity: str, project: str) -> Any:
     return ws.Workspace(entity=entity, project=project, name=_name(study), sections=sections, runset_settings=runs)
 
 
-def report(study: Study, entity: str, project: str) -> Any:
+def report(study: Study, entity: str, project: str) -> Untyped:
     """Return a wandb_workspaces Report: the outcome in words, the tables as text, and the same panels."""
     import wandb_workspaces.reports.v2.interface as wr
 

@@ -1,11 +1,13 @@
 """The list of what is drawn of a run, from which the HTML page, the W&B workspace and the W&B report are all made."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
+
+from rlinvariant.types import JsonRow
 
 Scale = Literal["linear", "from zero", "log", "log and zero"]
 CORRECTION, ALGORITHM = "trainer.vllm_importance_sampling_correction", "algorithm"
@@ -33,13 +35,13 @@ class Panel:
     arms: Literal["all", "corrected", "ppo"] = "all"
     of: Literal["steps", "evaluations"] = "steps"
 
-    def values(self, rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    def values(self, rows: Sequence[JsonRow]) -> np.ndarray:
         """Return [rows] float64 from rows of metrics.jsonl; NaN where a key is missing or null, and for 0 / 0."""
         columns = [np.array([math.nan if (x := row.get(key)) is None else x for row in rows], float) for key in self.keys]
         with np.errstate(divide="ignore", invalid="ignore"):
             return columns[0] / columns[1] if len(columns) > 1 else columns[0]
 
-    def shown_for(self, config: Mapping[str, Any]) -> bool:
+    def shown_for(self, config: JsonRow) -> bool:
         """Tell whether a run with this config.json has the panel's keys."""
         if self.arms == "ppo":
             return config.get(ALGORITHM, {}).get("value") == "ppo"
@@ -223,7 +225,7 @@ PANELS = (
 )
 
 
-def of_evaluations(rows: Iterable[Mapping[str, Any]]) -> list[Panel]:
+def of_evaluations(rows: Iterable[JsonRow]) -> list[Panel]:
     """Return a panel for each reward that rows of evaluations have: the held-out one, and that of each evaluation set."""
     found = dict.fromkeys(key for row in rows for key in row if key == "heldout/reward" or key.endswith("_reward"))
     said = {"heldout/reward": ("Held-out reward", "Greedy, before and after training, by the rewards that train.")}

@@ -9,7 +9,7 @@ CRC: a damaged file is seen.
 import io
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,10 @@ from rlinvariant.errors import UserError, one_line
 from rlinvariant.files import write_atomically
 from rlinvariant.report.rundir import SCHEMA, RunDir, quoted
 from rlinvariant.rollout import Batch, Completion, Rollout
+from rlinvariant.types import JsonObject, JsonRow
 
 
-def write(run: str | Path, step: int, rollout: Rollout, about: Mapping[str, Any]) -> Path:
+def write(run: str | Path, step: int, rollout: Rollout, about: JsonRow) -> Path:
     """Write what `step` drew, in place of an earlier file of that step; `about`, JSON, comes back from `read`."""
     prompts = [p for batch in rollout.batches for p in batch.prompts]
     completions = rollout.completions
@@ -51,7 +52,7 @@ def write(run: str | Path, step: int, rollout: Rollout, about: Mapping[str, Any]
     return path
 
 
-def read(run: str | Path, step: int) -> tuple[Rollout, dict[str, Any]]:
+def read(run: str | Path, step: int) -> tuple[Rollout, JsonObject]:
     """Return the rollout of a step, and the `about` written with it. UserError where it was not recorded or is damaged."""
     path = _path(run, step)
     if not path.is_file():

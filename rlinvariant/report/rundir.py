@@ -21,6 +21,7 @@ from rlinvariant.errors import UserError
 from rlinvariant.files import sync_directory, unwritable, write_atomically
 from rlinvariant.machine import environment
 from rlinvariant.text import shown
+from rlinvariant.types import Json, JsonObject, JsonRow
 
 SCHEMA = 1  # of the files of a run and of an ablation: runs of two of them are not compared
 LARGEST = 1e100  # of a number that a report draws
@@ -44,9 +45,7 @@ class RunDir:
         self.model = self.path / "model"
 
     @classmethod
-    def create(
-        cls, path: str | Path, config: Mapping[str, Any], resume: bool = False, logs: Mapping[str, int] | None = None
-    ) -> Self:
+    def create(cls, path: str | Path, config: JsonRow, resume: bool = False, logs: Mapping[str, int] | None = None) -> Self:
         """Make the directory and write config.json; with `resume`, continue one that a run left, if there is one.
 
         On resume a config.json that differs is kept as config.1.json, ...; a result.json, which would no longer be true, as
@@ -89,7 +88,7 @@ class RunDir:
         """Return whether the run has come to its end; where it stopped before, result.json says why."""
         return self.read_result().get("finished") is True
 
-    def read_config(self) -> dict[str, dict[str, Any]]:
+    def read_config(self) -> dict[str, JsonObject]:
         """Return config.json: each key with its value and source. Raises UserError if it is missing or damaged."""
         config = reading.read(self.config)
         for key, entry in config.items():
@@ -98,7 +97,7 @@ class RunDir:
                 raise UserError(f"{self.config}: {shown(key)} is {quoted(entry)}, expected {expected}; {reading.RESTORE}")
         return config
 
-    def read_result(self) -> dict[str, Any]:
+    def read_result(self) -> JsonObject:
         """Return result.json, {} if there is none; keys of earlier versions have today's names. Raises UserError if damaged."""
         result = numbers(reading.read(self.result)) if os.path.lexists(self.result) else {}
         result = {held_out.OLD.get(key, key): value for key, value in result.items()}
@@ -107,15 +106,15 @@ class RunDir:
                 raise UserError(f"{self.result}: {key} is {quoted(value)}, expected a number or null; {reading.RESTORE}")
         return result
 
-    def write_environment(self, extra: Mapping[str, Any]) -> None:
+    def write_environment(self, extra: JsonRow) -> None:
         """Write environment.json: what `machine.environment()` finds, and `extra` (GPU, kernels actually used) over it."""
         write_atomically(self.environment, _json_text({"schema": SCHEMA} | environment() | dict(extra)))
 
-    def write_result(self, result: Mapping[str, Any]) -> None:
+    def write_result(self, result: JsonRow) -> None:
         """Write result.json: finished, outcome, error (or null), what `held_out.result` says, seconds."""
         write_atomically(self.result, _json_text(result))
 
-    def append_metrics(self, row: Mapping[str, Any]) -> None:
+    def append_metrics(self, row: JsonRow) -> None:
         """Append the one row of a step, or a row of an evaluation, which has a `kind`; it is on the disk when this returns.
 
         Raises:
@@ -127,7 +126,7 @@ class RunDir:
         _append_lines(self.metrics, [row])
 
 
-def read_metrics(path: str | Path, size: int | None = None) -> list[dict[str, Any]]:
+def read_metrics(path: str | Path, size: int | None = None) -> list[JsonObject]:
     """Read the steps' rows of a metrics.jsonl, or of the run directory that holds it, in order, with the keys of today.
 
     A row takes the place of every earlier row of the same or a later step: those are of the stretch that a resumed run
@@ -140,7 +139,7 @@ def read_metrics(path: str | Path, size: int | None = None) -> list[dict[str, An
     return _rows(path, size)[0]
 
 
-def read_evaluations(path: str | Path) -> list[dict[str, Any]]:
+def read_evaluations(path: str | Path) -> list[JsonObject]:
     """Read the rows of evaluations of a metrics.jsonl, or of the run directory that holds it, as they came.
 
     `step` is how many steps were trained. Those of a stretch that a resumed run went back over are left out.
@@ -167,13 +166,13 @@ def _rows(path: str | Path, size: int | None) -> tuple[list[dict[str, Any]], lis
     return steps, evaluations
 
 
-def quoted(value: Any) -> str:
+def quoted(value: Json) -> str:
     """Return a value of a file for a message: as JSON, and cut."""
     text = json.dumps(value)
     return text if len(text) <= 40 else text[:37] + "..."
 
 
-def numbers(row: Mapping[str, Any]) -> dict[str, Any]:
+def numbers(row: JsonRow) -> JsonObject:
     """Return a row with the floats that JSON has no form for, which were written as strings; beyond LARGEST is infinite.
 
     So no sum, square or power of ten of what a reader draws can overflow.
@@ -187,7 +186,7 @@ def numbers(row: Mapping[str, Any]) -> dict[str, Any]:
     return {key: number(value) for key, value in row.items()}
 
 
-def gaps(rows: Sequence[Mapping[str, Any]], last: int = 0) -> str:
+def gaps(rows: Sequence[JsonRow], last: int = 0) -> str:
     """Say which steps have no row, from the first one to `last` or the last that has one: "3, 7 to 9"; "" if none is missing.
 
     Args:

@@ -15,6 +15,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from rlinvariant.types import JsonRow
+
 LAST = 10  # steps whose reward is averaged
 UNDECIDED = "no verdict: the seeds disagree"
 
@@ -152,7 +154,7 @@ def over_steps(key: str, reduce: Callable[[Sequence[float]], float], last: int =
     return summary
 
 
-def held_out(rows: Sequence[Row], result: Mapping[str, Any]) -> float:
+def held_out(rows: Sequence[Row], result: JsonRow) -> float:
     """Return the held-out reward after training; NaN for a run that did not end, or has no held-out data."""
     value = result.get("heldout_reward_after")
     return math.nan if value is None else float(value)

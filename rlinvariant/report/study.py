@@ -20,6 +20,7 @@ from rlinvariant.report.panels import KEYS, LEARNING, PANELS, Panel, of_evaluati
 from rlinvariant.report.rundir import SCHEMA, RunDir, gaps, quoted, read_evaluations, read_metrics
 from rlinvariant.report.stats import ACCURACY, HELD_OUT, LAST, MEASURES, Estimate, Measure, Row, Verdict, estimate, verdict
 from rlinvariant.text import shown
+from rlinvariant.types import Json, JsonRow
 
 EXACT = "exact"  # the arm that the others are compared with
 COUNTS = tuple(f"onpolicy/{name}_tokens" for name in ("mismatched", "compared", "unscored"))
@@ -53,7 +54,7 @@ class Run:
         outcome, error = self.result.get("outcome"), self.result.get("error")
         return "" if self.finished or not outcome else f" ({outcome}: {error})"
 
-    def setting(self, key: str) -> Any:
+    def setting(self, key: str) -> Json:
         return self.config.get(key, {}).get("value")
 
 
@@ -283,14 +284,14 @@ def _lost(run: Run) -> list[str]:
     return said
 
 
-def command(config: Mapping[str, Any]) -> str:
+def command(config: JsonRow) -> str:
     """Return the command line that gives a run this config.json again."""
     entries = {key: entry for key, entry in config.items() if given_by_user(entry.get("source", "")) and key != "resume"}
     given = {key: entry["value"] for key, entry in entries.items()}
     return shlex.join(["rlinvariant", "train", *(f"{key}={argument(value)}" for key, value in given.items())])
 
 
-def argument(value: Any) -> str:
+def argument(value: Json) -> str:
     """Write a setting's value of a config.json as the command line takes it."""
     if isinstance(value, bool) or value is None:
         return str(value).lower() if value is not None else "None"

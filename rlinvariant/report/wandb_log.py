@@ -12,6 +12,7 @@ from rlinvariant import reading
 from rlinvariant.errors import UserError, one_line
 from rlinvariant.install import install_hint
 from rlinvariant.text import printable, shown
+from rlinvariant.types import JsonRow
 
 TABLE, TABLE_ROWS, TABLE_CHARACTERS = "completions", 16, 2000
 """The key of a step's table of completions, how many rows it has at most, and how much of each text."""
@@ -19,7 +20,7 @@ Log = Callable[[Mapping[str, Any], int], None]
 
 
 def start(
-    settings: Any, run_dir: Path, config: Mapping[str, Any], run_id: str | None = None
+    settings: Any, run_dir: Path, config: JsonRow, run_id: str | None = None
 ) -> tuple[str, Log | None, Callable[[], None]]:
     """Open a W&B run for `settings` (`wandb.*` of the configuration).
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from types import SimpleNamespace
@@ -19,6 +19,7 @@ import cloudpickle
 from rlinvariant.errors import UserError
 from rlinvariant.rewards.grades import Graded, raised
 from rlinvariant.rewards.limits import RewardLimits
+from rlinvariant.types import RewardArguments, RewardCall
 
 CODE = "import sys; from rlinvariant.rewards.keeper import main; main(int(sys.argv[1]), int(sys.argv[2]))"
 KEEPER_GRACE_S = 30.0  # beyond the limit of a call, which the keeper itself holds
@@ -36,7 +37,7 @@ class Cage:
         UserError: the function cannot be sent to another process, or cannot be loaded there.
     """
 
-    def __init__(self, function: Callable[..., Any], name: str, limits: RewardLimits) -> None:
+    def __init__(self, function: RewardCall, name: str, limits: RewardLimits) -> None:
         self._name, self._limits = name, limits
         self._lock = threading.Lock()
         self._close: Callable[[], object] | None = None
@@ -69,7 +70,7 @@ class Cage:
             self._close = None
             raise self._refusal(f"cannot be loaded in another process: {failure.text}")
 
-    def grade(self, arguments: Mapping[str, Any]) -> Graded:
+    def grade(self, arguments: RewardArguments) -> Graded:
         """Grade a batch of samples; takes no longer than the limit, whatever the function does.
 
         Raises:
@@ -104,7 +105,7 @@ class Cage:
         raise UserError(f"reward function {self._name}: the process that keeps its cage {problem}")
 
 
-def pickled(function: Callable[..., Any]) -> bytes:
+def pickled(function: RewardCall) -> bytes:
     """Pickle a function; by value where another process cannot import it by name, as that of a recipe's file."""
     inner = getattr(function, "func", function)
     names = {getattr(x, "__module__", None) for x in (function, inner, type(function))} & sys.modules.keys()

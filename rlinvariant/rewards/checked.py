@@ -11,6 +11,7 @@ from rlinvariant.rewards.grades import Failure, Graded, attempt, attempt_async, 
 from rlinvariant.rewards.limits import RewardLimits
 from rlinvariant.rewards.watchdog import OverdueReward, watchdog
 from rlinvariant.text import plural, printable, say
+from rlinvariant.types import RewardArguments, RewardCall
 
 DEFAULTS = RewardLimits()
 ASYNC_GRACE_S = 0.5  # by which an event loop that is alive ends a coroutine before the watchdog's signal
@@ -87,7 +88,7 @@ def checked_reward(
     return wrapper
 
 
-def grade_here(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Graded:
+def grade_here(function: RewardCall, arguments: RewardArguments) -> Graded:
     """Grade a batch in this process, and if that fails, its samples one by one."""
     parts = [range(len(arguments["completions"]))]
     attempts = [attempt(function, arguments)]
@@ -95,7 +96,7 @@ def grade_here(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Gr
     return merged(parts, attempts, alone)
 
 
-async def grade_here_async(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Graded:
+async def grade_here_async(function: RewardCall, arguments: RewardArguments) -> Graded:
     """Grade a batch on the running event loop, and if that fails, its samples by calls of their own, at once."""
     parts = [range(len(arguments["completions"]))]
     attempts = [await attempt_async(function, arguments)]
@@ -106,7 +107,7 @@ async def grade_here_async(function: Callable[..., Any], arguments: Mapping[str,
 def settled(
     graded: Graded,
     where: str,
-    arguments: Mapping[str, Any],
+    arguments: RewardArguments,
     limits: RewardLimits,
     on_failures: Callable[[str, int], object] | None,
 ) -> list[float | None]:

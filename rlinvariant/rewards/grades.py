@@ -2,12 +2,13 @@
 
 import reprlib
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from rlinvariant.errors import one_line
 from rlinvariant.text import plural, printable
+from rlinvariant.types import JsonObject, RewardArguments, RewardCall
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Graded:
     extras: dict[str, list[Any]]
 
 
-def cut(arguments: Mapping[str, Any], samples: Sequence[int]) -> dict[str, Any]:
+def cut(arguments: RewardArguments, samples: Sequence[int]) -> JsonObject:
     """Return a call's arguments for some of its samples: lists that have one entry per completion are cut."""
     count = len(arguments["completions"])
     return {
@@ -57,7 +58,7 @@ def cut(arguments: Mapping[str, Any], samples: Sequence[int]) -> dict[str, Any]:
     }
 
 
-def attempt(function: Callable[..., Any], arguments: Mapping[str, Any], first: int = 0) -> Attempt:
+def attempt(function: RewardCall, arguments: RewardArguments, first: int = 0) -> Attempt:
     """Call a function once. What it logs is kept until it is known whether the call counts.
 
     Args:
@@ -73,7 +74,7 @@ def attempt(function: Callable[..., Any], arguments: Mapping[str, Any], first: i
     return made
 
 
-async def attempt_async(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Attempt:
+async def attempt_async(function: RewardCall, arguments: RewardArguments) -> Attempt:
     """Call a coroutine function once, as `attempt` does."""
     made, logging = recorder(arguments)
     try:
@@ -85,7 +86,7 @@ async def attempt_async(function: Callable[..., Any], arguments: Mapping[str, An
     return made
 
 
-def recorder(arguments: Mapping[str, Any]) -> tuple[Attempt, dict[str, Any]]:
+def recorder(arguments: RewardArguments) -> tuple[Attempt, JsonObject]:
     """Return an attempt without a result, and TRL's two functions for logging, as far as the call has them, that fill it."""
     made = Attempt([])
     logging = {

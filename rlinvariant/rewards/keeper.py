@@ -23,6 +23,7 @@ from rlinvariant import forks
 from rlinvariant.launch import end_with_parent
 from rlinvariant.rewards.grades import Attempt, Failure, Graded, attempt, cut, merged, raised, to_retry
 from rlinvariant.rewards.parent import leave_signals
+from rlinvariant.types import RewardCall
 
 FORK = multiprocessing.get_context("fork")
 Arguments = Mapping[str, Any]
@@ -72,7 +73,7 @@ def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
 class Worker:
     """Runs a process that calls the function, one part of a batch at a time."""
 
-    def __init__(self, function: Callable[..., Any]) -> None:
+    def __init__(self, function: RewardCall) -> None:
         self._function = function
         self._start()
 
@@ -124,7 +125,7 @@ class Keeper:
         trainer: the connection to the trainer, watched for its end.
     """
 
-    def __init__(self, function: Callable[..., Any], processes: int, trainer: Connection) -> None:
+    def __init__(self, function: RewardCall, processes: int, trainer: Connection) -> None:
         self._trainer, self._parent = trainer, os.getppid()
         self.workers = [Worker(function) for _ in range(processes)]
 

@@ -2,7 +2,9 @@
 
 import math
 from dataclasses import dataclass, fields
-from typing import Any, Literal, Self, TypeAlias
+from typing import Literal, Self, TypeAlias
+
+from rlinvariant.types import JsonObject
 
 OnError: TypeAlias = Literal["stop", "zero", "none"]
 
@@ -22,7 +24,7 @@ class RewardLimits:
     reward_errors: OnError = "stop"
 
     @classmethod
-    def taken(cls, options: dict[str, Any]) -> Self:
+    def taken(cls, options: JsonObject) -> Self:
         """Take the settings that are among a trainer's further arguments out of these."""
         return cls(**{field.name: options.pop(field.name) for field in fields(cls) if field.name in options})
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from rlinvariant.rewards.limits import RewardLimits
+from rlinvariant.types import JsonObject
 
 SIGNAL = signal.SIGRTMIN + 5  # one that batch systems, launchers and libraries leave alone
 KILL_AFTER_S = 1.5
@@ -47,7 +48,7 @@ class Watchdog:
             signal.signal(SIGNAL, self._overdue)
             self._can_signal = True
 
-    def leave(self, path: Path, result: dict[str, Any]) -> None:
+    def leave(self, path: Path, result: JsonObject) -> None:
         """Let the watchdog write `result`, with `error` and `seconds`, should it have to kill this process."""
         self._result = {"result": result, "path": str(path.absolute()), "began": time.monotonic()}
         with self._lock:

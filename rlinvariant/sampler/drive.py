@@ -7,6 +7,7 @@ from typing import Any
 
 from rlinvariant.rollout import Completion
 from rlinvariant.sampler.engine import Sampler
+from rlinvariant.types import Untyped
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ def drive(
     return trace
 
 
-def params(engine: Sampler, request: Request) -> Any:
+def params(engine: Sampler, request: Request) -> Untyped:
     """Return vLLM's `SamplingParams` of a request."""
     params = engine.params(
         request.seed, temperature=request.temperature, max_tokens=request.max_tokens, ignore_eos=request.ignore_eos, logprobs=0

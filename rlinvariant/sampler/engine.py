@@ -29,6 +29,7 @@ from rlinvariant.sampler import plugin
 from rlinvariant.sampler import weights as synced
 from rlinvariant.sampler.names import ARCHITECTURE, QUANTIZATION
 from rlinvariant.sampler.refusals import refuse
+from rlinvariant.types import JsonObject, Untyped
 
 if TYPE_CHECKING:
     from vllm import LLM, SamplingParams
@@ -151,7 +152,7 @@ class Sampler:
         dtype: str = "bfloat16",
         max_model_len: int | None = None,
         kv_cache_gib: float | None = None,
-        options: dict[str, Any] | None = None,
+        options: JsonObject | None = None,
         positions: int | None = None,
     ) -> None:
         runtime.quiet()
@@ -201,7 +202,7 @@ class Sampler:
         return core.engine_core.model_executor.driver_worker.worker.model_runner
 
     @property
-    def model(self) -> Any:
+    def model(self) -> Untyped:
         """Return the module that vLLM runs, without the wrapper that captures CUDA graphs."""
         return self._runner.get_model()
 
@@ -222,7 +223,7 @@ class Sampler:
         temperature: float,
         max_tokens: int,
         stop_token_ids: Sequence[int] = (),
-        **sampling: Any,
+        **sampling: Untyped,
     ) -> list[Completion]:
         """Draw one completion for each prompt, in the order of the prompts.
 
@@ -268,7 +269,7 @@ class Sampler:
         return reported(outputs)
 
     def params(
-        self, seed: int, *, temperature: float, max_tokens: int, stop_token_ids: Sequence[int] = (), **sampling: Any
+        self, seed: int, *, temperature: float, max_tokens: int, stop_token_ids: Sequence[int] = (), **sampling: Untyped
     ) -> "SamplingParams":
         """Return vLLM's settings of one request; arguments and errors are those of `generate`."""
         shaping = {

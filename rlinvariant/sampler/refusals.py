@@ -1,8 +1,7 @@
 """Refuse, before weights are loaded, what an exact engine cannot be given: options, a machine, a model."""
 
 import os
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,6 +10,7 @@ from rlinvariant.errors import ConfigErrors, UserError, one_line
 from rlinvariant.model_source import model_problems
 from rlinvariant.models import unsupported
 from rlinvariant.support import cuda_problems
+from rlinvariant.types import JsonObject, JsonRow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -36,7 +36,7 @@ UNTOUCHED_OPTIONS = {  # keep vllm.LLM's default: an exact sampler runs whole, o
 
 
 def refuse(
-    options: dict[str, Any],
+    options: JsonObject,
     model: str,
     dtype: str,
     max_model_len: int | None = None,
@@ -76,7 +76,7 @@ def refuse(
 
 
 def engine_problems(
-    options: Mapping[str, Any],
+    options: JsonRow,
     model: str,
     config: "PreTrainedConfig",
     max_model_len: int | None,

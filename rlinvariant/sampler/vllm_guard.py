@@ -10,10 +10,11 @@ import ipaddress
 import os
 import re
 import socket
-from collections.abc import Mapping
 from typing import Any
 
 from starlette.responses import JSONResponse
+
+from rlinvariant.types import JsonRow, Untyped
 
 WITHOUT_KEY = {"/health", "/ping"}
 """Paths that answer everyone who names the right host: they say whether the server is up, and nothing else."""
@@ -45,7 +46,7 @@ KEY = "set VLLM_API_KEY=..., or give --api-key KEY"
 _HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^\s:@/\\\[\]]+))(?::\d+)?", re.I)  # [IPv6] or a name or IPv4, and a port
 
 
-def problems(args: Any, given: Mapping[str, Any]) -> list[str]:
+def problems(args: Untyped, given: JsonRow) -> list[str]:
     """Return a line for each option, and each variable of the environment, that would leave a door open.
 
     Args:
@@ -64,7 +65,7 @@ def problems(args: Any, given: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def keys(args: Any) -> list[str]:
+def keys(args: Untyped) -> list[str]:
     """Return the keys of which a request must have one, as vLLM reads them; none: no key is asked for."""
     return [key for key in (args.api_key or [os.environ.get("VLLM_API_KEY")]) if key]
 
@@ -90,7 +91,7 @@ class Guard:
     and this machine's name will do: a rebound host is always a name.
     """
 
-    def __init__(self, app: Any) -> None:
+    def __init__(self, app: Untyped) -> None:
         self.app = app
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -105,7 +106,7 @@ class Guard:
         await JSONResponse({"error": {"message": message, "code": status}}, status)(scope, receive, send)
 
 
-def refused(scope: Any, args: Any) -> tuple[int, str] | None:
+def refused(scope: Untyped, args: Untyped) -> tuple[int, str] | None:
     """Return the status and the message with which a request is refused; None if it may pass.
 
     Args:

@@ -32,6 +32,7 @@ from rlinvariant.models.patch import make_invariant
 from rlinvariant.sampler.names import NOT_ACTIVE
 from rlinvariant.sampler.vllm_attention import InvariantAttentionBackend
 from rlinvariant.sampler.vllm_linear import is_ours, pack_weights, products
+from rlinvariant.types import Untyped
 
 ROWS_IN_FP64 = 256  # rows whose log-probs over the whole vocabulary are made at once: a prompt may have thousands
 
@@ -174,7 +175,7 @@ class InvariantSampler(_SeedKeeper):
     What is drawn is also kept here, on the device: vLLM's own way of handing out log-probs takes a tenth of its time.
     """
 
-    def __init__(self, runner: Any) -> None:
+    def __init__(self, runner: Untyped) -> None:
         super().__init__(runner)
         self._steps: list[tuple[list[str], np.ndarray, Tensor, Tensor]] | None = None
 
@@ -273,7 +274,7 @@ def _attention_modules(model: Any) -> dict[int, Any]:
     return {module.layer_idx: module for module in model.modules() if hasattr(module, "softcap")}
 
 
-def require_installed(runner: Any) -> tuple[int, int]:
+def require_installed(runner: Untyped) -> tuple[int, int]:
     """Return how many attention layers and matrix products the engine's model has, all of which are ours.
 
     Raises:
@@ -298,7 +299,7 @@ def require_installed(runner: Any) -> tuple[int, int]:
     return len(layers), len(products(model))
 
 
-def install(runner: Any) -> None:
+def install(runner: Untyped) -> None:
     """Put our sampler into an engine. Raises UserError if its model is not ours."""
     require_installed(runner)
     runner.sampler = InvariantSampler(runner)

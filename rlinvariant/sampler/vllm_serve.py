@@ -22,6 +22,7 @@ from rlinvariant.sampler import plugin, vllm_guard
 from rlinvariant.sampler.engine import refuse
 from rlinvariant.sampler.names import ARCHITECTURE, NOT_ACTIVE, QUANTIZATION
 from rlinvariant.text import say
+from rlinvariant.types import Untyped
 
 _Worker: Any
 if current_platform.is_cuda():
@@ -132,7 +133,7 @@ def prepared(argv: Sequence[str]) -> tuple[Any, Any]:
     return command, args
 
 
-def prepare(args: Any, default: Any) -> None:
+def prepare(args: Untyped, default: Untyped) -> None:
     """Set in `args`, parsed from a command line, what an exact server needs.
 
     Args:
@@ -206,7 +207,7 @@ class Requests(LogitsProcessor):
                 "request, or use vllm serve"
             )
 
-    def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
+    def __init__(self, vllm_config: Untyped, device: torch.device, is_pin_memory: bool) -> None:
         raise UserError(f"this logits processor is for the front end alone; {NOT_ACTIVE}")
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
@@ -215,24 +216,24 @@ class Requests(LogitsProcessor):
     def is_argmax_invariant(self) -> bool:
         raise NotImplementedError
 
-    def update_state(self, batch_update: Any) -> None:
+    def update_state(self, batch_update: Untyped) -> None:
         raise NotImplementedError
 
 
 class Worker(_Worker):
     """Runs vLLM's worker with our sampler in it. It does not start unless the model passes the trainer's checks."""
 
-    def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, vllm_config: Untyped, *args: Untyped, **kwargs: Untyped) -> None:
         plugin.require_own_registration()
         vllm_config.model_config.logits_processors = None  # in the engine it would cost a copy of every token drawn
         super().__init__(vllm_config, *args, **kwargs)
 
-    def load_model(self, *args: Any, **kwargs: Any) -> None:
+    def load_model(self, *args: Untyped, **kwargs: Untyped) -> None:
         config = self.model_config.hf_config
         self._audited = audit_config(config, self.model_config.dtype, self.device)
         super().load_model(*args, **kwargs)
 
-    def compile_or_warm_up_model(self) -> Any:
+    def compile_or_warm_up_model(self) -> Untyped:
         from rlinvariant.sampler.vllm_model import install
 
         times = super().compile_or_warm_up_model()
@@ -253,7 +254,7 @@ class Worker(_Worker):
         )
 
 
-def audit_config(config: Any, dtype: torch.dtype, device: torch.device) -> str:
+def audit_config(config: Untyped, dtype: torch.dtype, device: torch.device) -> str:
     """Run the trainer's checks on the first two layers of a model of this configuration, with random weights.
 
     Args:
@@ -282,7 +283,7 @@ def audit_config(config: Any, dtype: torch.dtype, device: torch.device) -> str:
 class Proof:
     """Holds back "startup complete", as ASGI middleware, until the engine has said that it is exact, and prints that."""
 
-    def __init__(self, app: Any) -> None:
+    def __init__(self, app: Untyped) -> None:
         self.app = app
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:

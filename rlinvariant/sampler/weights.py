@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from rlinvariant import bits
+from rlinvariant.types import Untyped
 
 MERGE_ORDER: list[Any] = [None, "q", "k", "v", *range(16)]  # how vLLM stacks the parts of a merged projection
 
 
-def differing(model: Any, weights: Iterable[tuple[str, Tensor]], invariant: bool) -> list[str]:
+def differing(model: Untyped, weights: Iterable[tuple[str, Tensor]], invariant: bool) -> list[str]:
     """Name the parameters whose bytes differ; `Sampler.differing_weights` says which are compared, and how."""
     parts: dict[str, dict[Any, Tensor]] = {}
     for name, weight in weights:

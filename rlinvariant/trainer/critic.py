@@ -1,7 +1,7 @@
 """PPO's critic: a Hugging Face decoder with a scalar head, exact where the policy is, saved as a model directory."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,6 +13,9 @@ from rlinvariant.errors import UserError
 from rlinvariant.models import make_trainable, require_exact
 from rlinvariant.models.load import load
 from rlinvariant.trainer.packing import pack
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 FOREIGN_HEADS = ("lm_head.", "score.")  # in the checkpoint of a causal LM or a reward model: a critic leaves them out
@@ -89,7 +92,7 @@ class Critic(nn.Module):
         require_exact(self.backbone, lambda: self.backbone(**inputs, attention_mask=None, use_cache=False), "critic")
 
 
-def load_critic(path: str, policy: Any, tokenizer: Any) -> Any:
+def load_critic(path: str, policy: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedModel":
     """Load the decoder of a Hugging Face checkpoint, fp32, for a critic to start from.
 
     Raises:

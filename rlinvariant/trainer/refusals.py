@@ -1,14 +1,14 @@
 """The lines that tell a user what a trainer cannot be given: settings, TRL's own arguments, a model, data."""
 
 import os
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from rlinvariant.conflicts import SIDES, Invariance, conflicts, ppo_conflicts
 from rlinvariant.rewards.limits import RewardLimits
 from rlinvariant.support import device_problems
+from rlinvariant.types import JsonRow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -21,7 +21,7 @@ def settings_problems(
     args: "GRPOConfig",
     invariance: Invariance,
     dtype: torch.dtype,
-    options: Mapping[str, Any],
+    options: JsonRow,
     ppo: "PPOConfig | None" = None,
     model: "PreTrainedModel | None" = None,
 ) -> list[str]:

@@ -30,6 +30,7 @@ from torch import Tensor
 from rlinvariant import metrics
 from rlinvariant.rollout import Completion
 from rlinvariant.trainer.grading import weighted_sums
+from rlinvariant.types import JsonObject
 
 if TYPE_CHECKING:
     from rlinvariant.trainer.collecting import CollectingTrainer
@@ -99,7 +100,7 @@ class Samples:
                 "extra": {name: values[i] for name, values in logged.items() if len(values) == len(rows)},
             }
 
-    def weigh(self, output: dict[str, Any]) -> None:
+    def weigh(self, output: JsonObject) -> None:
         """Add advantages to the rows of the last rollout, and to the rollout the numbers of its rows: `sample`, [B]."""
         advantages, mask = output["advantages"], output["completion_mask"]
         if advantages.ndim == 2:  # PPO's: one for each token

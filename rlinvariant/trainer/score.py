@@ -6,13 +6,16 @@ B: sequences of a micro-batch, L: columns of the padded batch, C: columns of com
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from rlinvariant.rollout import Completion
 from rlinvariant.trainer.packing import pack
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,11 @@ class Layout:
 
 
 def score(
-    model: Any, prompts: Sequence[Sequence[int]], completions: Sequence[Completion], temperature: float, layout: Layout
+    model: "PreTrainedModel",
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Completion],
+    temperature: float,
+    layout: Layout,
 ) -> list[Tensor]:
     """Compute fp32 log-probs of each completion, on the CPU, by `pack` and the patched model, as the trainer does."""
     device = next(model.parameters()).device
@@ -66,7 +73,7 @@ def score(
 
 @torch.no_grad()
 def stock_score(
-    model: Any, prompts: Sequence[Sequence[int]], completions: Sequence[Completion], temperature: float
+    model: "PreTrainedModel", prompts: Sequence[Sequence[int]], completions: Sequence[Completion], temperature: float
 ) -> list[Tensor]:
     """Compute the same by a model of transformers as it is, one completion at a time: a control."""
     found, device = [], next(model.parameters()).device

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rlinvariant.errors import UserError
+from rlinvariant.types import Json
 
 SCALARS = (bool, int, float, str, type(None))
 
@@ -32,7 +33,7 @@ def write(path: Path, state: object) -> None:
     save_file(_apart(tensors), path, {"state": text})
 
 
-def read(path: Path) -> Any:
+def read(path: Path) -> Json:
     """Return what `write` was given.
 
     Raises:

@@ -7,9 +7,10 @@ another version for a change, and compares the bits where the version is the sam
 
 from collections import deque
 from collections.abc import Iterable
-from typing import Any
 
 from torch import Tensor
+
+from rlinvariant.types import JsonObject
 
 Weights = Iterable[tuple[str, Tensor]]
 
@@ -38,7 +39,7 @@ class PolicyVersions:
         """Return what a resumed run needs to know, for `restore`."""
         return {"rollout": self.rollout, "rollout_step": self.rollout_step, "older": list(self._older)}
 
-    def restore(self, state: dict[str, Any], disk: int) -> None:
+    def restore(self, state: JsonObject, disk: int) -> None:
         """Take over what `state` returned, where the disk holds the weights of `disk` optimizer steps."""
         self.rollout, self.rollout_step, self.disk = state["rollout"], state["rollout_step"], disk
         self._older.extend(state["older"])

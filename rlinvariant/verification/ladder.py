@@ -9,7 +9,7 @@ B: sequences, 1 for a packed row; T: tokens of the row.
 
 import functools
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rlinvariant.bits import cancelling
 from rlinvariant.text import plural
 from rlinvariant.verification.relation import Relation
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Kernels change at 1 row (oneDNN, cuBLASLt), at the edges of vectors and tiles, and at 256 rows (vLLM's norms)
 ROW_COUNTS = (1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257)
@@ -46,7 +49,7 @@ def _signature(x: Any) -> Any:
 
 
 @torch.no_grad()
-def ladder(model: Any, generator: torch.Generator) -> Iterator[Relation]:
+def ladder(model: "PreTrainedModel", generator: torch.Generator) -> Iterator[Relation]:
     """Yield one relation for each op that the model calls, and one for the control; they count output words.
 
     Args:

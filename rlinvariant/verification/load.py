@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -16,9 +16,13 @@ from rlinvariant.models.load import load
 from rlinvariant.models.random import save_random
 from rlinvariant.ops.linear import routes
 from rlinvariant.sampler.engine import Sampler, refuse
+from rlinvariant.types import JsonObject
 from rlinvariant.verification.certificate import weights_sha256
 from rlinvariant.verification.compositions import ENGINE_REQUESTS
 from rlinvariant.verification.pair import Sizes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 PAGE_TOKENS = {"cuda": 16, "cpu": 32}  # a page of the engine's cache: the least that vLLM takes, so that requests have many
 WITHOUT_PROOF = "invariance=off trains it without the proof"
@@ -31,7 +35,7 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def configuration(model: str, dtype: str) -> Any:
+def configuration(model: str, dtype: str) -> "PreTrainedConfig":
     """Return transformers' configuration of a model that can run exactly here. Raises UserError for any other model."""
     runtime.configure()
     logging.set_verbosity_error()
@@ -42,13 +46,13 @@ def configuration(model: str, dtype: str) -> Any:
     return AutoConfig.from_pretrained(model, trust_remote_code=False)
 
 
-def random_weights(config: Any, directory: str, seed: int) -> str:
+def random_weights(config: "PreTrainedConfig", directory: str, seed: int) -> str:
     """Write a checkpoint with random weights in bf16, the dtype of most checkpoints, and return its directory."""
     config.dtype = torch.bfloat16
     return save_random(config, directory, seed)
 
 
-def trained(directory: str, dtype: str) -> Any:
+def trained(directory: str, dtype: str) -> "PreTrainedModel":
     """Load what `InvariantGRPOTrainer` trains: fp32 masters on the device, patched and audited."""
     model = masters(directory)
     try:
@@ -58,7 +62,7 @@ def trained(directory: str, dtype: str) -> Any:
     return model
 
 
-def masters(directory: str) -> Any:
+def masters(directory: str) -> "PreTrainedModel":
     """Load transformers' own model with fp32 parameters on the device."""
     logging.disable_progress_bar()
     try:
@@ -68,19 +72,19 @@ def masters(directory: str) -> Any:
         raise UserError(f"{error}{fix}") from error
 
 
-def stock(directory: str, dtype: str) -> Any:
+def stock(directory: str, dtype: str) -> "PreTrainedModel":
     """Load transformers' own model with parameters of `dtype` on the device."""
     return load(AutoModelForCausalLM, directory, dtype=getattr(torch, dtype), device_map=device()).eval()
 
 
-def options(sizes: Sizes, eager: bool) -> dict[str, Any]:
+def options(sizes: Sizes, eager: bool) -> JsonObject:
     """Return the engine's options: small steps, so that prompts are cut, and small pages of its cache."""
     more = {"enforce_eager": True} if eager else {}
     steps = {"max_num_seqs": ENGINE_REQUESTS, "max_num_batched_tokens": sizes.in_step}
     return {**steps, "block_size": PAGE_TOKENS[device()], **more}
 
 
-def engine(directory: str, invariant: bool, dtype: str, options: dict[str, Any], sizes: Sizes) -> Sampler:
+def engine(directory: str, invariant: bool, dtype: str, options: JsonObject, sizes: Sizes) -> Sampler:
     """Start an engine with room in its cache for these sizes, and keep it alive in `live_engines`."""
     config = AutoConfig.from_pretrained(directory, trust_remote_code=False).get_text_config()
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

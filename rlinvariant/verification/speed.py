@@ -11,12 +11,13 @@ import torch
 
 from rlinvariant.trainer.packing import pack
 from rlinvariant.trainer.score import Layout, padded
+from rlinvariant.types import JsonObject
 from rlinvariant.verification.pair import Pair, basic_requests
 
 DRAWN_REQUESTS, SCORED_ROWS = 64, 8
 
 
-def rates(pair: Pair, plain: Any, stock: Any) -> dict[str, Any]:
+def rates(pair: Pair, plain: Any, stock: Any) -> JsonObject:
     """Return {"sampler" | "trainer": {"exact": tok/s, "stock": tok/s, "tokens": int}}, the best of three of each, in turn.
 
     The sampler's tokens are those drawn. The trainer's are those of prompts and completions, in a forward without gradients

@@ -1,20 +1,28 @@
 """Find a certificate for a model's architecture and this machine before the first step of an exact run, or compare now."""
 
 import time
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from rlinvariant.errors import ParityError
+from rlinvariant.types import JsonObject
 from rlinvariant.verification import certificate
 from rlinvariant.verification.controls import one_ulp
 from rlinvariant.verification.pair import Pair, Sizes
 from rlinvariant.verification.relations import alone, one_by_one, sampler_and_trainer
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from rlinvariant.sampler.engine import Sampler
+
 START_SIZES = Sizes(requests=12, prompt=40, tokens=12, longest=40, in_step=256, in_forward=4096)
 
 
-def prove(model: Any, sampler: Any, config: Any, name: str, dtype: str) -> tuple[str, dict[str, Any]]:
+def prove(
+    model: "PreTrainedModel", sampler: "Sampler", config: "PreTrainedConfig", name: str, dtype: str
+) -> tuple[str, JsonObject]:
     """Return a line for the user, and a record for the run, of why sampler and trainer are the same function.
 
     Args:
@@ -56,7 +64,7 @@ def prove(model: Any, sampler: Any, config: Any, name: str, dtype: str) -> tuple
     return f"{makes}; compared now: {counts}, {seconds:.1f} s", record
 
 
-def certified(found: dict[str, Any], path: str) -> str:
+def certified(found: JsonObject, path: str) -> str:
     """Say what a certificate covers: an architecture on this machine, with the weights that were compared then."""
     verified = found["model"]
     weights = "random weights" if verified["random_weights"] else f"the weights of {verified['name']}"
@@ -64,7 +72,7 @@ def certified(found: dict[str, Any], path: str) -> str:
     return f"certificate: this architecture is exact on this machine, as verified with {weights}: {counts} ({path})"
 
 
-def pair_of(model: Any, sampler: Any, vocabulary: int) -> Pair:
+def pair_of(model: "PreTrainedModel", sampler: "Sampler", vocabulary: int) -> Pair:
     """Return a pair that draws few and short requests, which an engine of any length takes."""
     limit = sampler.llm.llm_engine.model_config.max_model_len
     tokens = max(1, min(START_SIZES.tokens, limit // 4))

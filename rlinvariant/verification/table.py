@@ -1,10 +1,11 @@
 """The lines that `verify` prints: the head, one for each relation and control, the speed, the verdict."""
 
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from rlinvariant.machine import environment
+from rlinvariant.types import JsonRow
 from rlinvariant.verification.relation import Relation
 
 NAME_COLUMNS, COUNT_COLUMNS = 48, 26
@@ -46,7 +47,7 @@ def lines(relation: Relation, control: bool = False, width: int | None = None) -
     return [*text, f"    first: {relation.first}"] if relation.first and not control else text
 
 
-def speed(rates: Mapping[str, Any]) -> Iterator[str]:
+def speed(rates: JsonRow) -> Iterator[str]:
     """Say what exactness costs on each side; `rates` as from `speed.rates`."""
     for side, r in rates.items():
         what = "tokens drawn" if side == "sampler" else "tokens scored"
@@ -56,7 +57,7 @@ def speed(rates: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
-def verdict(certificate: Mapping[str, Any]) -> Iterator[str]:
+def verdict(certificate: JsonRow) -> Iterator[str]:
     """Give the last lines: exact or not, what was not shown, and what to do next."""
     relations, controls = certificate["relations"], certificate["controls"]
     tokens = f"mismatched {certificate['mismatched']:,} / {certificate['tokens']:,} sampled tokens, sampler against trainer"

@@ -3,16 +3,20 @@
 import copy
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 from rlinvariant.text import plural
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+    from trl.trainer.grpo_config import GRPOConfig
 
 COPIES = 2  # the last checkpoint stays until the next is whole
 MOMENTS = {"adam": 2, "lion": 1, "rmsprop": 1, "lamb": 2, "ademamix": 3}
 """Beginning of an optimizer's name -> tensors of the weights' size that it keeps; one that is not here: none."""
 
 
-def disk_problems(args: Any, config: Any, models: int, prefix: str = "") -> list[str]:
+def disk_problems(args: "GRPOConfig", config: "PreTrainedConfig", models: int, prefix: str = "") -> list[str]:
     """Say that two checkpoints do not fit on the disk, if they do not.
 
     Args:
@@ -26,7 +30,7 @@ def disk_problems(args: Any, config: Any, models: int, prefix: str = "") -> list
     name = str(getattr(args.optim, "value", args.optim))
     moments = next((count for word, count in MOMENTS.items() if name.removeprefix("paged_").startswith(word)), 0)
     moments = 0 if args.save_only_model else moments
-    there = Path(args.output_dir).absolute()
+    there = Path(cast(str, args.output_dir)).absolute()  # transformers names one where None is given
     copies = COPIES - any(there.glob("checkpoint-*"))  # of a run that is resumed
     needed = copies * models * 4 * parameters(config) * (1 + moments)
     at = next(path for path in (there, *there.parents) if path.exists())
@@ -39,7 +43,7 @@ def disk_problems(args: Any, config: Any, models: int, prefix: str = "") -> list
     return [f"{at}: {room}; free space, or write {prefix}save_strategy=no"]
 
 
-def parameters(config: Any) -> int:
+def parameters(config: "PreTrainedConfig") -> int:
     """Return how many parameters a model of a configuration has; none are allocated."""
     import torch
     from transformers import AutoModelForCausalLM

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import Trainer
@@ -13,19 +13,22 @@ from transformers.training_args import trainer_log_levels
 from rlinvariant.errors import UserError, one_line
 from rlinvariant.text import shown
 
+if TYPE_CHECKING:
+    from trl.trainer.grpo_config import GRPOConfig
+
 SCHEDULED_STEPS = 1000  # most steps for which the learning rate is looked at
 
 
 class _Parts(Trainer):
     """Makes an optimizer and its scheduler by transformers' own constructors, without the rest of a trainer."""
 
-    def __init__(self, args: Any, model: torch.nn.Module) -> None:
+    def __init__(self, args: "GRPOConfig", model: torch.nn.Module) -> None:
         self.args, self.model = args, model
         self.optimizer: Any = None
         self.lr_scheduler = self.optimizer_cls_and_kwargs = None
 
 
-def part_problems(args: Any, prefix: str = "") -> list[str]:
+def part_problems(args: "GRPOConfig", prefix: str = "") -> list[str]:
     """List the settings by which optimizer, scheduler, data loader, reports or logging cannot be made, or would not work.
 
     Args:
@@ -117,7 +120,7 @@ def _plain(value: Any) -> Any:
     return getattr(value, "value", value)
 
 
-def weight_problems(args: Any, rewards: Any, prefix: str = "") -> list[str]:
+def weight_problems(args: "GRPOConfig", rewards: Any, prefix: str = "") -> list[str]:
     """List what is wrong with the weights of the rewards: their number, or a weight that is none."""
     if (weights := args.reward_weights) is None:
         return []
@@ -128,7 +131,7 @@ def weight_problems(args: Any, rewards: Any, prefix: str = "") -> list[str]:
     return [] if all(map(math.isfinite, weights)) else [f"{given}: expected finite numbers"]
 
 
-def hub_problems(args: Any, prefix: str = "") -> list[str]:
+def hub_problems(args: "GRPOConfig", prefix: str = "") -> list[str]:
     """Say why the hub cannot be used, if the run is to write to it; asks the hub who the user is."""
     wanted = next((name for name in ("push_to_hub", "log_completions_hub_repo") if getattr(args, name, None)), None)
     if wanted is None:

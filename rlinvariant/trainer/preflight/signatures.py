@@ -5,9 +5,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from rlinvariant.trainer.preflight.rows import KEPT_COLUMNS, RESERVED_COLUMNS
+from rlinvariant.types import RewardCall
 
 
-def functions(rewards: Any) -> list[Callable[..., Any]]:
+def functions(rewards: Any) -> list[RewardCall]:
     """Return the reward functions among what the user gave: models and names of models are not called with columns."""
     given = rewards if isinstance(rewards, list) else [rewards]
     return [f for f in given if callable(f) and (inspect.isroutine(f) or not hasattr(f, "forward"))]

@@ -1,12 +1,15 @@
 """Do tokenizer, model and generation settings go together, and can a checkpoint of them be written?"""
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rlinvariant.errors import UserError, one_line
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-def load_tokenizer(name: str, config: Any) -> Any:
+
+def load_tokenizer(name: str, config: "PreTrainedConfig") -> "PreTrainedTokenizerBase":
     """Load a model's tokenizer, of which no code is run.
 
     Args:
@@ -24,7 +27,7 @@ def load_tokenizer(name: str, config: Any) -> Any:
         raise UserError(f"model={name}: no tokenizer: {one_line(error, 400)}") from error
 
 
-def token_problems(tokenizer: Any, vocabulary: int | None, name: str) -> list[str]:
+def token_problems(tokenizer: "PreTrainedTokenizerBase", vocabulary: int | None, name: str) -> list[str]:
     """List what is wrong with a tokenizer's end and padding tokens.
 
     Args:
@@ -47,7 +50,7 @@ def token_problems(tokenizer: Any, vocabulary: int | None, name: str) -> list[st
     return found
 
 
-def generation_problems(name: str, config: Any) -> list[str]:
+def generation_problems(name: str, config: "PreTrainedConfig") -> list[str]:
     """List why a model's generation settings could not be saved: transformers refuses that with each checkpoint.
 
     Args:
