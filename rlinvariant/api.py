@@ -113,7 +113,7 @@ class GRPOTrainer(InvariantGRPOTrainer):
 
     _settings: PPOConfig | None = None
 
-    def train(self, resume_from_checkpoint: Any = None, *args, **kwargs):
+    def train(self, resume_from_checkpoint: bool | str | None = None, *args, **kwargs):
         """Train as TRL does; with `run`, between two evaluations of the held-out rows, and written into the run's directory.
 
         Raises:

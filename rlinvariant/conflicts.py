@@ -89,7 +89,7 @@ def conflicts(trainer: "GRPOConfig", invariance: str, env: Mapping[str, str], pr
     return found + environment_conflicts(env, invariance, bool(trainer.bf16 or trainer.fp16))
 
 
-def broken(rules: Mapping[str, Rule], trainer: Any, invariance: str, prefix: str = "") -> list[str]:
+def broken(rules: Mapping[str, Rule], trainer: "GRPOConfig", invariance: str, prefix: str = "") -> list[str]:
     """List the rules that a trainer's fields break, one line each; arguments as for `conflicts`."""
     found = []
     for name, rule in rules.items():

@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack, cast
 
 from rlinvariant.conflicts import SIDES, Invariance
 from rlinvariant.errors import ConfigErrors
 from rlinvariant.report.console import Console
 from rlinvariant.rewards import RewardLimits
+from rlinvariant.types import JsonRow
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from trl.trainer.grpo_config import GRPOConfig
 
     from rlinvariant.config import PPOConfig
+    from rlinvariant.sampler.engine import Sampler
     from rlinvariant.trainer.grpo import InvariantGRPOTrainer
     from rlinvariant.trainer.interface import RewardFunction, TrainerOptions
 
@@ -55,7 +57,7 @@ def plan_trainer(
     invariance: Invariance,
     dtype: str,
     source: str,
-    sampler_options: Mapping[str, Any],
+    sampler_options: JsonRow,
     save_dtype: str = "model",
 ) -> TrainerPlan:
     """Load the configurations of the models, each once, and refuse what cannot run exactly; the settings were checked before.
@@ -161,5 +163,6 @@ def prove(plan: TrainerPlan, trainer: InvariantGRPOTrainer) -> None:
 
     trainer.sync()
     policy = trainer.accelerator.unwrap_model(trainer.model)
-    line, trainer.proof = prove(policy, trainer.sampler, plan.source_config, plan.source, plan.dtype)
+    sampler = cast("Sampler", trainer.sampler)  # as `arguments` made it
+    line, trainer.proof = prove(policy, sampler, plan.source_config, plan.source, plan.dtype)
     Console(plan.args.process_index == 0).print(line)

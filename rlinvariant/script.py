@@ -102,7 +102,7 @@ class ScriptRun:
         hooks = ("on_row", "on_evaluation", "on_samples", "on_rollout")
         return {name: _both(getattr(self.journal, name), options.get(name)) for name in hooks}
 
-    def carry_out(self, trainer: InvariantGRPOTrainer, eval_dataset: Any, train: Callable[[Any], Any]) -> Any:
+    def carry_out(self, trainer: InvariantGRPOTrainer, eval_dataset: object, train: Callable[[Any], Any]) -> Any:
         """Train from where the run stands, and return what `train` returns, which is called with a checkpoint or None.
 
         Raises:

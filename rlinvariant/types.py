@@ -15,5 +15,5 @@ JsonRow: TypeAlias = Mapping[str, Any]
 RewardCall: TypeAlias = Callable[..., Any]
 RewardArguments: TypeAlias = Mapping[str, Any]
 
-# vLLM, argparse's namespaces and W&B's workspaces ship no types, or types that are not those of what they make.
+# vLLM, `from_pretrained`, argparse's namespaces and W&B's workspaces have no types, or not those of what they make.
 Untyped: TypeAlias = Any

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def warm_start(
     name: str,
-    build: Callable[[], tuple[Any, Any]],
+    build: Callable[[], tuple["PreTrainedModel", "PreTrainedTokenizerBase"]],
     example: Callable[[random.Random], tuple[str, str]],
     *,
     key: Mapping[str, object],

@@ -10,11 +10,15 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlinvariant import bits
 from rlinvariant.bench.measure import Link, Missing, Row, Worker, Workers, peak_memory
 from rlinvariant.bench.trainer import padded_batch
+from rlinvariant.types import Untyped
+
+if TYPE_CHECKING:
+    from trl.trainer.grpo_config import GRPOConfig
 
 MODEL = "qwen3-1.7b"
 # name -> (rows, prompt tokens, completion tokens, times); ragged rows have an eighth to all of these
@@ -71,7 +75,7 @@ def _row(
     )
 
 
-def grpo_arguments(directory: str, **settings: Any) -> Any:
+def grpo_arguments(directory: str, **settings: Untyped) -> "GRPOConfig":
     """Return TRL's configuration, which both sides share."""
     from trl.trainer.grpo_config import GRPOConfig
 

@@ -10,11 +10,14 @@ import tempfile
 import time
 from collections.abc import Iterator
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlinvariant import bits
 from rlinvariant.bench.measure import Link, Row, Worker, peak_memory, turns
 from rlinvariant.conflicts import Invariance
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # name -> (model, rows, prompt tokens, completion tokens)
 SIZES = {"tiny": ("tiny", 4, 5, 12), "recipe": ("recipe", 128, 9, 32), "512": ("512", 8, 32, 96)}
@@ -92,7 +95,9 @@ def _model(name: str) -> tuple[Any, Any]:
     return Qwen3ForCausalLM(config), tokenizer
 
 
-def padded_batch(case: str, vocab: int, rows: int, prompt: int, completion: int, least: float = 0.5) -> tuple[Any, Any]:
+def padded_batch(
+    case: str, vocab: int, rows: int, prompt: int, completion: int, least: float = 0.5
+) -> tuple["Tensor", "Tensor"]:
     """Return (ids, mask) of TRL's padded batch, both [rows, prompt + completion] int64.
 
     Prompts end and completions begin in the middle. Ragged ones are `least` to all of the longest length.

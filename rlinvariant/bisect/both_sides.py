@@ -13,6 +13,7 @@ from rlinvariant.bisect.record import LOGPROB_PLACE, Block, Recorder, fp32
 from rlinvariant.bisect.trials import Trial, draw
 from rlinvariant.rollout import Completion
 from rlinvariant.trainer.score import Layout, score, stock_score
+from rlinvariant.types import Untyped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,7 +49,7 @@ def score_rows(model: "PreTrainedModel", trial: Trial, drawn: Sequence[Completio
     return [row.tolist() for row in (stock_score(*given) if stock else score(*given, Layout(trial.rows)))]
 
 
-def attention_layers(engine: "Sampler") -> list[Any]:
+def attention_layers(engine: "Sampler") -> list[Untyped]:
     """Return vLLM's attention layers, in the order of the layers."""
     layers = engine._runner.compilation_config.static_forward_context
     return [layers[name] for name in sorted(layers, key=lambda n: next(int(x) for x in n.split(".") if x.isdigit()))]

@@ -2,7 +2,7 @@
 
 import argparse
 import tempfile
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rlinvariant import runtime
 from rlinvariant.arguments import at_least, temperature
@@ -12,7 +12,9 @@ from rlinvariant.model_source import local_model, model_problems
 from rlinvariant.report.console import Console
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from rlinvariant.sampler.engine import Sampler
 
 DESCRIPTION = """Draws completions of random prompts with the exact sampler, scores them with the exact trainer. If a log-prob
 differs, says where the two part first: sequence, token, layer, op, by how many ulps, whether the op's inputs and weights were
@@ -72,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
     return NOT_EXACT if result.mismatched else OK
 
 
-def load_sides(options: argparse.Namespace, directory: str) -> tuple[Any, Any]:
+def load_sides(options: argparse.Namespace, directory: str) -> tuple["PreTrainedModel", "Sampler"]:
     """Load the trainer's model and start the sampler, as `verify` does; random weights go into `directory`."""
     from rlinvariant.verification import load
     from rlinvariant.verification.compositions import CROWD_SIZES

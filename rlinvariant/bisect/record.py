@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from rlinvariant import ops
+from rlinvariant.types import Untyped
 
 Place = tuple[int | None, str]
 """A layer, None outside any, and a role."""
@@ -124,7 +125,7 @@ class Recorder:
         self._scored = 0
 
     @contextmanager
-    def recording(self, attentions: Sequence[Any] = ()) -> Iterator["Recorder"]:
+    def recording(self, attentions: Sequence[Untyped] = ()) -> Iterator["Recorder"]:
         """Hook every module of the model, the ops, and vLLM's attention layers, which nothing calls as modules."""
         with ExitStack() as stack:
             for name, module in self.model.named_modules():
@@ -305,7 +306,7 @@ def _pick(x: Tensor, which: Which) -> Tensor | None:
     return x.detach()[torch.tensor(rows, device=x.device)].cpu()
 
 
-def fp32(values: Any) -> Tensor:
+def fp32(values: float | Sequence[float]) -> Tensor:
     """Return numbers as a fp32 tensor."""
     return torch.tensor(values, dtype=torch.float32)
 

@@ -8,13 +8,13 @@ Shapes: K input and N output columns, D features, P positions, H and H_kv heads,
 
 import functools
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from rlinvariant import bits, ops
+from rlinvariant.types import Json
 
 Variants = Iterator[tuple[str, Tensor]]
 
@@ -161,7 +161,7 @@ def _masks(position: int, keys: int) -> Iterator[tuple[str, range]]:
         yield f"sliding window: only the last {size} of {position + 1} keys are seen", range(position + 1 - size, position + 1)
 
 
-def own_attention(q: Tensor, k: Tensor, v: Tensor, position: int, scale: float, **settings: Any) -> Tensor:
+def own_attention(q: Tensor, k: Tensor, v: Tensor, position: int, scale: float, **settings: Json) -> Tensor:
     """Return row `position`, [H, D], of `ops.attention` over one sequence."""
     end = position + 1
     cu = torch.tensor([0, end], dtype=torch.int32, device=q.device)

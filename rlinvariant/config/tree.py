@@ -15,7 +15,7 @@ from rlinvariant.errors import UserError, one_line
 from rlinvariant.files import RUNS
 from rlinvariant.masking import masked
 from rlinvariant.rewards import RewardLimits
-from rlinvariant.types import Json, JsonObject
+from rlinvariant.types import Json, JsonObject, RewardCall
 
 if TYPE_CHECKING:
     from trl.trainer.grpo_config import GRPOConfig
@@ -137,7 +137,7 @@ class Config:
         """Return the recipe's functions and defaults."""
         return load_recipe(self.recipe)
 
-    def reward_funcs(self) -> list[Any]:
+    def reward_funcs(self) -> list[RewardCall]:
         """Return the reward functions that the user names, or the recipe's."""
         return [named_reward(name).function for name in self.reward] or list(self.load_recipe().reward_funcs(self))
 
@@ -185,7 +185,7 @@ class Leaf:
     doc: str
 
 
-def leaves(config: Any, prefix: str = "") -> dict[str, Leaf]:
+def leaves(config: object, prefix: str = "") -> dict[str, Leaf]:
     """Flatten a chz tree: dotted key -> leaf."""
     found: dict[str, Leaf] = {}
     for name, field in chz.chz_fields(config).items():

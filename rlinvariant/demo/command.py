@@ -166,7 +166,7 @@ def parse(arguments: Sequence[str]) -> tuple[str | None, Options]:
     return name, Options(**given)
 
 
-def tokenized(name: str, path: str, asked: Options) -> tuple[Any, list[int], int]:
+def tokenized(name: str, path: str, asked: Options) -> tuple["PreTrainedTokenizerBase", list[int], int]:
     """Return the model's tokenizer, the prompt's token ids, and the positions that the longest request needs.
 
     Raises:

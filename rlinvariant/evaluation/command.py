@@ -4,7 +4,6 @@ import argparse
 import json
 import time
 from pathlib import Path
-from typing import Any
 
 from rlinvariant import runtime
 from rlinvariant.arguments import CommandParser, at_least, temperature
@@ -12,6 +11,7 @@ from rlinvariant.errors import UserError
 from rlinvariant.evaluation import subject
 from rlinvariant.files import RUNS, require_writable, write_atomically
 from rlinvariant.report.console import Console
+from rlinvariant.types import JsonObject
 
 DESCRIPTION = """Draws completions of a recipe's held-out problems, greedy and, with --samples, sampled, grades them by the
 recipe's rewards as training does, and prints means with standard errors, and pass@k by the unbiased estimator. Every completion
@@ -65,7 +65,7 @@ def run(options: argparse.Namespace) -> None:
     console.print(f"files       {out}")
 
 
-def table(result: dict[str, Any]) -> list[str]:
+def table(result: JsonObject) -> list[str]:
     """Return the lines of an evaluation's table."""
     lines = [f"{'':20}{'mean':>8}{'± se':>9}{'problems':>10}{'completions':>13}{'length':>8}{'cut':>7}"]
     for draw in result["draws"]:

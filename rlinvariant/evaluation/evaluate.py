@@ -6,7 +6,7 @@ N: completions, F: reward functions.
 import copy
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlinvariant.config import Config
 from rlinvariant.errors import ConfigErrors, UserError
@@ -23,13 +23,17 @@ from rlinvariant.trainer.preflight import Start, load_tokenizer
 from rlinvariant.trainer.preflight.rows import dataset_problems, row_problems
 from rlinvariant.trainer.preflight.signatures import needed_columns, signature_problems
 from rlinvariant.trainer.preflight.tokens import token_problems
+from rlinvariant.types import JsonObject
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 MIXED = "no pass@k: rewards are not all 0 or 1; --pass R says from which reward on a completion passes"
 
 
 def evaluate(
     config: Config, samples: int, temperature: float, ks: Sequence[int] | None, least: float | None, console: Console
-) -> dict[str, Any]:
+) -> JsonObject:
     """Draw from `config.model`, and grade, completions of the recipe's held-out rows.
 
     Args:
@@ -105,7 +109,7 @@ def _refuse(start: Start) -> None:
         raise ConfigErrors(problems)
 
 
-def end_tokens(name: str, config: Any, tokenizer: Any) -> list[int]:
+def end_tokens(name: str, config: "PreTrainedConfig", tokenizer: Any) -> list[int]:
     """Return the tokens that end a completion, as TRL finds them: the tokenizer's, and those of the generation settings."""
     from transformers import GenerationConfig
 
@@ -135,8 +139,8 @@ def _graded(judge: Judge, rows: list[dict[str, Any]], drawn: Sequence[Completion
 
 
 def estimates(
-    problems: Sequence[Sequence[dict[str, Any]]], ks: Sequence[int] | None, least: float | None, sampled: bool
-) -> tuple[dict[str, Any], list[str]]:
+    problems: Sequence[Sequence[JsonObject]], ks: Sequence[int] | None, least: float | None, sampled: bool
+) -> tuple[JsonObject, list[str]]:
     """Return the mean reward and pass@k over problems, each with its standard error, and what is to be said of them."""
     rewards = [[one["reward"] for one in problem] for problem in problems]
     found = {"reward": _as_json([sum(r) / len(r) for r in rewards])}

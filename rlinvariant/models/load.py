@@ -8,9 +8,10 @@ from safetensors import SafetensorError
 from transformers.utils import logging
 
 from rlinvariant.errors import UserError, one_line
+from rlinvariant.types import Untyped
 
 
-def load(kind: Any, source: str | Path, key: str = "model", heads: tuple[str, ...] = (), **options: Any) -> Any:
+def load(kind: Untyped, source: str | Path, key: str = "model", heads: tuple[str, ...] = (), **options: Untyped) -> Untyped:
     """Call `kind.from_pretrained(source, **options)`, and raise an error where that would fill missing weights at random.
 
     Args:

@@ -31,7 +31,7 @@ class UnsupportedModel(UserError):
     """Tells that the model computes something that no op owns."""
 
 
-def become(module: Any, form: type, **attributes: Any) -> None:
+def become(module: Any, form: type, **attributes: object) -> None:
     """Give the module the forward of `form`, in a class of the same name, so that saved configurations and messages keep it."""
     cls, body = type(module), {}
     for base in reversed(form.__mro__):
@@ -54,7 +54,7 @@ def _rebind(function: Callable, **names: Callable) -> Callable:
     return new
 
 
-def epsilon(norm: Any) -> Any:
+def epsilon(norm: nn.Module) -> Any:
     return getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
 
 

@@ -322,7 +322,7 @@ def _embedding(module: Any, form: type, attributes: dict[str, Any], known: dict[
     return _difference(original(ids), expected)
 
 
-def scale_of(embedding: Any) -> float | None:
+def scale_of(embedding: nn.Module) -> float | None:
     scale = getattr(embedding, "embed_scale", None)
     return None if scale is None else float(scale)
 

@@ -199,7 +199,7 @@ def gaps(rows: Sequence[JsonRow], last: int = 0) -> str:
     return ", ".join(said[:5]) + (f" and {len(said) - 5} more" if len(said) > 5 else "")
 
 
-def jsonable(value: Any) -> Any:
+def jsonable(value: Json) -> Json:
     """Return a value as JSON can hold it: arrays as lists, floats that are not finite as texts. TypeError if it has no form."""
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"

@@ -12,7 +12,7 @@ from rlinvariant import reading
 from rlinvariant.errors import UserError, one_line
 from rlinvariant.install import install_hint
 from rlinvariant.text import printable, shown
-from rlinvariant.types import JsonRow
+from rlinvariant.types import JsonRow, Untyped
 
 TABLE, TABLE_ROWS, TABLE_CHARACTERS = "completions", 16, 2000
 """The key of a step's table of completions, how many rows it has at most, and how much of each text."""
@@ -73,7 +73,7 @@ def start(
     return mode, lambda row, step: run.log({key: x for key, x in row.items() if key != "kind"}, step=step), run.finish
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> Any:
+def table(rows: Sequence[JsonRow]) -> Untyped:
     """Return a W&B table of at most TABLE_ROWS completions of a step, from the best to the worst, evenly; W&B must be there."""
     import wandb
 

@@ -17,7 +17,7 @@ DEFAULTS = RewardLimits()
 ASYNC_GRACE_S = 0.5  # by which an event loop that is alive ends a coroutine before the watchdog's signal
 
 
-def reward_problems(rewards: Any) -> list[str]:
+def reward_problems(rewards: object) -> list[str]:
     """List the rewards that are none: neither a function, nor a reward model or its name."""
     return [
         f"reward function {index}: expected a function, a reward model or its name, got {type(reward).__name__}"

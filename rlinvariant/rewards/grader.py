@@ -26,7 +26,10 @@ LONGEST_ANSWER = 500  # characters
 
 
 def math_answer(
-    completions: Sequence[Any], answer: Sequence[str], log_metric: Callable[[str, float], None] | None = None, **_: Any
+    completions: Sequence[str | list[dict[str, str]]],
+    answer: Sequence[str],
+    log_metric: Callable[[str, float], None] | None = None,
+    **_: object,
 ) -> list[float]:
     """Give 1 where a completion's final answer equals `answer`, by text or math-verify, else 0; in TRL's signature.
 

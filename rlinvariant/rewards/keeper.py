@@ -84,7 +84,7 @@ class Worker:
             self._process.start()
         theirs.close()
 
-    def send(self, message: Any) -> None:
+    def send(self, message: object) -> None:
         try:
             self.connection.send(message)
         except ConnectionError:  # it died between two calls

@@ -111,7 +111,7 @@ def _release(core: Any) -> None:
     gc.unfreeze()  # vLLM has hidden from the collector whatever was there when the engine had started
 
 
-def reported(outputs: Sequence[Any]) -> list[Completion]:
+def reported(outputs: Sequence[Untyped]) -> list[Completion]:
     """Return the completions of vLLM's `RequestOutput`s, with the log-prob that vLLM reports for each token, by token id."""
     completions = []
     for output in outputs:

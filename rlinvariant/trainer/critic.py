@@ -1,7 +1,7 @@
 """PPO's critic: a Hugging Face decoder with a scalar head, exact where the policy is, saved as a model directory."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -32,7 +32,7 @@ class Critic(nn.Module):
     Bits: where invariant, a value depends on the tokens before it alone: not on micro-batch, order of rows or padding.
     """
 
-    def __init__(self, backbone: Any, dtype: torch.dtype, invariant: bool) -> None:
+    def __init__(self, backbone: "PreTrainedModel", dtype: torch.dtype, invariant: bool) -> None:
         super().__init__()
         self.invariant = invariant
         self.backbone = make_trainable(backbone, dtype) if invariant else backbone

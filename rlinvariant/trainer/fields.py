@@ -110,7 +110,7 @@ class GRPOConfig(TRLConfig):
         super().__post_init__()
 
 
-def script_problems(args: Any, invariance: Invariance) -> list[str]:
+def script_problems(args: TRLConfig, invariance: Invariance) -> list[str]:
     """List the fields of a script's `args` that cannot have their values, one line each, beside `conflicts.conflicts`."""
     rules = {name: rule for name, rule in REFUSED.items() if args.use_vllm or not name.startswith("vllm_")}
     found = broken(rules, args, invariance)

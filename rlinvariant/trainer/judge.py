@@ -11,12 +11,14 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 from transformers import TrainerState
+from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import is_async_callable, start_event_loop_in_daemon
 
 from rlinvariant.errors import ConfigErrors
 from rlinvariant.rewards import RewardLimits, checked_reward
 from rlinvariant.trainer.grading import call_rewards
+from rlinvariant.types import RewardCall
 
 
 class Judge(GRPOTrainer):
@@ -31,7 +33,7 @@ class Judge(GRPOTrainer):
         ConfigErrors: one of them is a reward model, which only a trainer loads.
     """
 
-    def __init__(self, args: Any, rewards: Sequence[Any], limits: RewardLimits) -> None:
+    def __init__(self, args: GRPOConfig, rewards: Sequence[RewardCall], limits: RewardLimits) -> None:
         models = [reward for reward in rewards if isinstance(reward, str) or hasattr(reward, "forward")]
         if models:
             raise ConfigErrors([f"reward {models[0]}: a reward model; eval takes reward functions: call the model in one"])

@@ -93,6 +93,7 @@ class InvariantPPOTrainer(InvariantGRPOTrainer):
     def _prepare_models(self, model: Any, args: GRPOConfig, dtype: torch.dtype, tokenizer: Any) -> None:
         super()._prepare_models(model, args, dtype, tokenizer)
         path = self.ppo.critic and local_model(self.ppo.critic)
+        backbone: Any  # transformers' types do not know its `to`
         if path is None:
             backbone = copy.deepcopy(model.base_model)
         else:

@@ -75,7 +75,7 @@ class Samples:
             )
 
     def score(
-        self, trainer: "CollectingTrainer", prompts: Sequence[Any], completions: Sequence[Any], rewards_NF: Tensor
+        self, trainer: "CollectingTrainer", prompts: Sequence[object], completions: Sequence[object], rewards_NF: Tensor
     ) -> None:
         """Add texts and rewards to the rows of the last rollout, of this rank and in order."""
         first = trainer.accelerator.process_index * len(prompts)

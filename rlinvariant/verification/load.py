@@ -106,7 +106,7 @@ def or_reason(make: Callable[[], Any]) -> Any:
         return f"not run: {one_line(error, 160)}"
 
 
-def description(model: str, random: bool, directory: str, trained: Any) -> dict[str, object]:
+def description(model: str, random: bool, directory: str, trained: "PreTrainedModel") -> dict[str, object]:
     """Return what a certificate says of its model."""
     return {
         "name": model,

@@ -2,17 +2,20 @@
 
 import textwrap
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rlinvariant.machine import environment
 from rlinvariant.types import JsonRow
 from rlinvariant.verification.relation import Relation
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 NAME_COLUMNS, COUNT_COLUMNS = 48, 26
 TITLES = f"{'':<{NAME_COLUMNS}} {'mismatched / compared':>{COUNT_COLUMNS}}"
 
 
-def head(model: str, trained: Any, random: bool, dtype: str, seed: int) -> Iterator[str]:
+def head(model: str, trained: "PreTrainedModel", random: bool, dtype: str, seed: int) -> Iterator[str]:
     """Say what is verified, and where."""
     import torch
 

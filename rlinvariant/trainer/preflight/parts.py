@@ -120,7 +120,7 @@ def _plain(value: Any) -> Any:
     return getattr(value, "value", value)
 
 
-def weight_problems(args: "GRPOConfig", rewards: Any, prefix: str = "") -> list[str]:
+def weight_problems(args: "GRPOConfig", rewards: object, prefix: str = "") -> list[str]:
     """List what is wrong with the weights of the rewards: their number, or a weight that is none."""
     if (weights := args.reward_weights) is None:
         return []

@@ -40,7 +40,7 @@ class Prompts:
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     limit: str = "the model's positions"
 
-    def read(self, prompt: Any) -> tuple[str, str]:
+    def read(self, prompt: object) -> tuple[str, str]:
         """Return the kind of a prompt, text or messages, and the text that is tokenized. Raises Unreadable."""
         if isinstance(prompt, str):
             _require_text("prompt", prompt)
@@ -110,7 +110,7 @@ class Prompts:
         if start is not None and list(ids[:2]) == [start, start]:
             yield "twice", f"{self.tokenizer.bos_token} twice: the tokenizer puts it before a text that begins with it"
 
-    def remarks(self, prompt: Any) -> Iterator[tuple[str, str]]:
+    def remarks(self, prompt: object) -> Iterator[tuple[str, str]]:
         """Yield what should be known of a prompt's text."""
         if isinstance(prompt, str) and self._special and (special := self._special.search(prompt)):
             yield "special", f"{special.group()!r} in the text is the special token, as in a text that a template has made"

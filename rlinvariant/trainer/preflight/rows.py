@@ -1,11 +1,14 @@
 """The rows of a data set, each read once as TRL will read it: what cannot be trained on is a line with the row's number."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlinvariant.errors import one_line
 from rlinvariant.text import shown
 from rlinvariant.trainer.preflight.prompts import Prompts, Unreadable
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 ROWS_AT_ONCE = 4096  # read, rendered and tokenized together
 UNSUPPORTED_COLUMNS = ("image", "images", "tools")
@@ -36,7 +39,7 @@ class Found:
         return lines
 
 
-def dataset_problems(dataset: Any, name: str, least: int = 1) -> list[str]:
+def dataset_problems(dataset: object, name: str, least: int = 1) -> list[str]:
     """List what is wrong with a data set as a whole: its kind, its size, its columns. Reads no row.
 
     Args:
@@ -68,7 +71,7 @@ def dataset_problems(dataset: Any, name: str, least: int = 1) -> list[str]:
     return found
 
 
-def row_problems(dataset: Any, name: str, prompts: Prompts, needed: Sequence[str] = ()) -> tuple[list[str], list[str]]:
+def row_problems(dataset: "Dataset", name: str, prompts: Prompts, needed: Sequence[str] = ()) -> tuple[list[str], list[str]]:
     """Read every row once, in parts, and tokenize its prompt as TRL will.
 
     Args:

@@ -8,19 +8,19 @@ from rlinvariant.trainer.preflight.rows import KEPT_COLUMNS, RESERVED_COLUMNS
 from rlinvariant.types import RewardCall
 
 
-def functions(rewards: Any) -> list[RewardCall]:
+def functions(rewards: object) -> list[RewardCall]:
     """Return the reward functions among what the user gave: models and names of models are not called with columns."""
     given = rewards if isinstance(rewards, list) else [rewards]
     return [f for f in given if callable(f) and (inspect.isroutine(f) or not hasattr(f, "forward"))]
 
 
-def needed_columns(rewards: Any) -> list[str]:
+def needed_columns(rewards: object) -> list[str]:
     """Return the arguments without a default that TRL does not give by itself: columns, none of whose values may be None."""
     own = {*RESERVED_COLUMNS, *KEPT_COLUMNS}
     return sorted({name for function in functions(rewards) for name in _required(function)} - own)
 
 
-def signature_problems(rewards: Any, columns: Sequence[str], name: str) -> list[str]:
+def signature_problems(rewards: object, columns: Sequence[str], name: str) -> list[str]:
     """List the reward functions that a data set's columns cannot be handed to.
 
     Args:
