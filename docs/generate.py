@@ -129,8 +129,9 @@ def metrics() -> str:
         + ", ".join(f"`{old}` for `{new}`" for old, new in keys.RENAMED.items())
         + ", are read with the names of today by `rlinvariant.report.rundir.read_metrics`.",
         "Numbers are of all ranks and micro-batches together: a mean over a step is one over its tokens, or over its "
-        "completions, and never a mean of means. But for `loss`, `grad_norm` and clocks, a number does not depend on how many "
-        "micro-batches and processes a rollout is trained in, not in its last bit: sums are correctly rounded, or taken over "
+        "completions, and never a mean of means. But for `loss`, `grad_norm`, clocks, `vespo/*` and what a reward function "
+        "logs itself, a number does not depend on how many micro-batches and processes a rollout is trained in, not in its "
+        "last bit: sums are correctly rounded, or taken over "
         'sorted values. JSON has no NaN and no infinities: they are written as `"NaN"`, `"Infinity"` and `"-Infinity"`, and '
         "`read_metrics` gives the floats back.",
         "In formulas, r = trainer log-prob - sampler log-prob of one token, in float64, which is exactly 0 where the two "

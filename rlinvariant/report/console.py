@@ -179,13 +179,20 @@ class Console:
         self.print(f"evaluation  step {row['step']}: {', '.join(shown)}")
 
     def samples(self, rows: Iterable[Row]) -> None:
-        """Print decoded samples, three lines each, cut to the width: reward, prompt, completion."""
+        """Print decoded samples, three lines each, cut to the width: reward, the prompt's end, the completion's beginning.
+
+        Prompts of one task begin alike, with a template or a system line.
+        """
         for row in rows:
             self.print(f"sample  reward {_decimal(row.get('reward'), '.3f')}")
-            for name in ("prompt", "completion"):
-                # A text of 120 cells is cut from 121 characters at the latest, so no long one is escaped whole.
-                line = self.printable(f"  {name:<10}  {str(row.get(name, ''))[: WIDTH + 1]}")
-                self.print(line if cell_len(line) <= WIDTH else set_cell_size(line, WIDTH - 3) + "...")
+            # A text of 120 cells is cut from 121 characters at the latest, so no long one is escaped whole.
+            prompt = self.printable(str(row.get("prompt", ""))[-WIDTH - 1 :])
+            room = WIDTH - len("  completion  ")
+            if cell_len(prompt) > room:
+                prompt = "..." + set_cell_size(prompt[::-1], room - 3)[::-1]
+            self.print(f"  prompt      {prompt}")
+            line = self.printable(f"  completion  {str(row.get('completion', ''))[: WIDTH + 1]}")
+            self.print(line if cell_len(line) <= WIDTH else set_cell_size(line, WIDTH - 3) + "...")
 
     def summary(
         self,

@@ -17,7 +17,7 @@ these are the completions of the newest step. A run that is still training can b
 EXAMPLE = """rlinvariant samples first --best 5
 rlinvariant samples first --step 10-20 --search "/[0-9]+ apples/" --full
 rlinvariant samples first --prompt 3f9a
-rlinvariant samples first --worst 100 --sort logprob --json > unlikely.jsonl"""
+rlinvariant samples first --worst 100 --sort logprob --json"""
 MOST = 20  # rows of a table, where no other number is asked for
 PROMPT_COLUMNS, PANEL_COLUMNS = 24, 26  # the widest prompt that has a column; the narrowest completion beside others
 

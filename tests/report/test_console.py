@@ -135,7 +135,8 @@ def test_lines_fit_120_columns():
     }
     mismatch = FirstMismatch(1023, 32767, -1.23456789e-12, -1.23456788e-12, "0xBFA00000", "0xBFA00001")
     text = printed(
-        lambda c: c.step(large | {"step": 120}, 150, mismatch), lambda c: c.samples([{"prompt": "漢" * 500, "reward": 1}])
+        lambda c: c.step(large | {"step": 120}, 150, mismatch),
+        lambda c: c.samples([{"prompt": "漢" * 500, "completion": "漢" * 500, "reward": 1}]),
     )
     assert max(len(line) for line in text.splitlines()) <= 120
     assert re.search("漢 ?[.]{3}\n", text) and "漢" * 60 not in text  # two columns each
@@ -153,6 +154,12 @@ def test_long_samples_are_cut():
     text = printed(lambda c: c.samples([{"prompt": "p" * 10**6, "completion": "\n" * 10**6, "reward": None}]))
     assert all(len(line) <= 120 for line in text.splitlines())
     assert text.count("...") == 2
+
+
+def test_of_a_long_prompt_the_end_is_shown():
+    """Prompts of one task begin with the same template."""
+    text = printed(lambda c: c.samples([{"prompt": "<system>" * 99 + "What is one plus six?", "completion": "7"}]))
+    assert "What is one plus six?\n" in text and "  prompt      ..." in text
 
 
 def test_a_sample_that_just_fits_is_not_cut():
