@@ -17,7 +17,7 @@ BENCHMARKS = {
     "norms": (None, "norms", "rms_norm, add_rms_norm, rope and swiglu against vLLM's kernels"),
     "attention": (None, "attention", "prefill and decode against FlashAttention-3 as vLLM runs it"),
     "logprob": (None, "logprob", "token_logprobs and sample against TRL's and vLLM's"),
-    "sampler": (None, "sampler", "tokens/s against stock vLLM, and against VLLM_BATCH_INVARIANT=1"),
+    "sampler": ("sampler", "sampler", "tokens/s against stock vLLM; on a GPU also against VLLM_BATCH_INVARIANT=1"),
     "trainer": ("trainer", "gpu_trainer", "log-probs and their gradients, with peak memory, against TRL's own path"),
     "step": ("step", "gpu_step", "whole steps, exact against stock TRL and stock vLLM"),
     "parity": ("parity", "gpu_parity", "tokens whose log-prob differs: sampler against itself and the trainer, with controls"),

@@ -1,7 +1,7 @@
-"""Tokens per second of the exact sampler against stock vLLM with its defaults, and against VLLM_BATCH_INVARIANT=1.
+"""Tokens per second of the exact sampler against stock vLLM with its defaults; on a GPU also against VLLM_BATCH_INVARIANT=1.
 
-Each engine has a process of its own on the same GPU; they start together, which takes less time than one after the other, and
-then take turns. First it is seen whether a request has the same log-probs alone as among 256: the stock engines are given
+Each engine has a process of its own on the same device; they start together, which takes less time than one after the other,
+and then take turns. First it is seen whether a request has the same log-probs alone as among all: the stock engines are given
 seeds for that, and none when they are timed. An engine that ends early costs its own rows alone.
 """
 
@@ -11,18 +11,34 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from statistics import median
 from typing import Any, Protocol
 
 from rlinvariant.bench.measure import Link, Missing, Row, Worker, Workers
 from rlinvariant.rollout import Completion
 
-MODEL = "qwen3-1.7b"
-TARGETS = {1: 0.92, 16: 0.95, 64: 0.95, 256: 0.97}
-PROMPT_TOKENS, NEW_TOKENS, ALONE_REQUESTS = (64, 512), 256, 4  # tokens; new tokens; requests that are also run alone
-KV_GIB = 17  # 256 requests hold 16 GiB at their end, 112 KiB a token; three engines fit on 80 GB
+
+@dataclass(frozen=True)
+class Setup:
+    """Describes what is measured on one kind of machine."""
+
+    model: str
+    targets: dict[int, float | None]  # requests at once -> least rate, as a multiple of stock's
+    prompt_tokens: tuple[int, int]
+    new_tokens: int
+    alone: int  # requests that are also run alone
+    kv_gib: float
+    engines: tuple[str, ...]
+
+
+SETUPS = {
+    # 256 requests hold 16 GiB at their end, 112 KiB a token; three engines fit on 80 GB
+    "gpu": Setup("qwen3-1.7b", {1: 0.92, 16: 0.95, 64: 0.95, 256: 0.97}, (64, 512), 256, 4, 17, ("exact", "stock", "peer")),
+    "cpu": Setup("smollm2-135m", {1: 1.0, 8: 1.0, 32: 1.0}, (40, 60), 38, 4, 0.5, ("exact", "stock")),
+    "tiny": Setup("tiny", {1: None, 4: None}, (64, 512), 8, 2, 0.5, ("exact", "stock")),
+}
 ROUNDS, PEER_ROUNDS = 3, 1  # turns of each batch size; the peer has no target and is slow
-ENGINES = ("exact", "stock", "peer")
 LABELS = {
     "exact": "ours",
     "logprobs": "ours, and vLLM's own report of log-probs (logprobs=0)",
@@ -45,41 +61,50 @@ class Engine(Protocol):
 def rows(tiny: bool) -> Iterator[Row | Missing]:
     from rlinvariant.models.shapes import build
 
+    size = "tiny" if tiny else _machine()
+    setup = SETUPS[size]
     with tempfile.TemporaryDirectory() as directory:
-        model = "tiny" if tiny else MODEL
-        path = build(model, directory)
-        engines = {side: Worker(__name__, side, path, "tiny" if tiny else "full") for side in ENGINES}
-        with Workers(engines) as workers:
-            started = {side: a["seconds"] for side, a in workers.ask(ENGINES, together=True, what="start").items()}
-            for side in ("exact", "peer"):
+        path = build(setup.model, directory)
+        with Workers({side: Worker(__name__, side, path, size) for side in setup.engines}) as workers:
+            started = {side: a["seconds"] for side, a in workers.ask(setup.engines, together=True, what="start").items()}
+            compared = [side for side in setup.engines if side != "stock"]
+            for side in compared:
                 yield _row(workers, side, "seconds to start, all engines at once", started, "s", None, {}, 1)
-            alone = workers.ask(ENGINES, what="alone")
+            alone = workers.ask(setup.engines, what="alone")
             same = {side: found["differing"] == 0 for side, found in alone.items()}
             apart = {side: float(found["differing"]) for side, found in alone.items()}
-            for side in ("exact", "peer"):
+            for side in compared:
                 found = next(iter(alone.values()), {"requests": 0, "batch": 0, "tokens": 0})
                 case = f"{found['requests']} requests alone against among {found['batch']}: log-probs that differ"
                 target = 0.0 if side == "exact" else None
                 yield _row(workers, side, case, apart, f"of {found['tokens']}", target, same, 1)
-            for batch in (1, 4) if tiny else tuple(TARGETS):
-                yield from _batch(workers, f"{model}, batch {batch}", batch, TARGETS.get(batch), same)
+            for batch in setup.targets:
+                yield from _batch(workers, setup, batch, same)
 
 
-def _batch(workers: Workers, case: str, batch: int, target: float | None, same: dict[str, bool]) -> Iterator[Row | Missing]:
+def _machine() -> str:
+    import torch
+
+    return "gpu" if torch.cuda.is_available() else "cpu"
+
+
+def _batch(workers: Workers, setup: Setup, batch: int, same: dict[str, bool]) -> Iterator[Row | Missing]:
     """Yield rates at one batch size; the first and the largest are warm already."""
     asked: dict[str, Any] = {"what": "generate", "batch": batch}
-    if batch not in (min(TARGETS), max(TARGETS)):
-        workers.ask(ENGINES, **asked)
+    if batch not in (min(setup.targets), max(setup.targets)):
+        workers.ask(setup.engines, **asked)
     rates: dict[str, list[float]] = {side: [] for side in (*LABELS, "stock")}
     for at in range(ROUNDS):
-        turn = ("exact", "logprobs", "stock", *(("peer",) if at < PEER_ROUNDS else ()))
+        turn = ("exact", "logprobs", "stock", *(("peer",) if "peer" in setup.engines and at < PEER_ROUNDS else ()))
         for side in turn if at % 2 else turn[::-1]:
             engine, more = ("exact", {"logprobs": True}) if side == "logprobs" else (side, {})
             for found in workers.ask([engine], **asked, more=more).values():
                 rates[side].append(found["tokens"] / found["seconds"])
     speed = {side: median(values) for side, values in rates.items() if values}
     for side in LABELS:
-        yield _row(workers, side, case, speed, "tok/s", target if side == "exact" else None, same, len(rates[side]))
+        if side != "peer" or side in setup.engines:
+            target = setup.targets[batch] if side == "exact" else None
+            yield _row(workers, side, f"{setup.model}, batch {batch}", speed, "tok/s", target, same, len(rates[side]))
 
 
 def _row(
@@ -180,17 +205,19 @@ def _worker(side: str, path: str, size: str) -> None:
         os.environ["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
     if side == "peer":
         os.environ["VLLM_BATCH_INVARIANT"] = "1"
-    engine = (_Ours if side == "exact" else _Stock)(path, 1024, KV_GIB if size == "full" else 0.5)
-    serve(link, engine, size, time.perf_counter() - began)
+    setup = SETUPS[size]
+    engine = (_Ours if side == "exact" else _Stock)(path, 1024, setup.kv_gib)
+    serve(link, engine, setup, time.perf_counter() - began)
 
 
-def serve(link: Link, engine: Engine, size: str, started: float) -> None:
+def serve(link: Link, engine: Engine, setup: Setup, started: float) -> None:
     """Answer the requests that `rows` makes."""
     from rlinvariant.bench.compare import differing
 
-    batch, length, few = (256, NEW_TOKENS, ALONE_REQUESTS) if size == "full" else (4, 8, 2)
+    batch, length, few = max(setup.targets), setup.new_tokens, setup.alone
     rng = random.Random(0)
-    prompts = [[rng.randrange(engine.vocabulary) for _ in range(rng.randrange(*PROMPT_TOKENS))] for _ in range(batch)]
+    lengths = [rng.randrange(*setup.prompt_tokens) for _ in range(batch)]
+    prompts = [[rng.randrange(engine.vocabulary) for _ in range(n)] for n in lengths]
     for request in link.requests():
         if request["what"] == "start":
             link.send(seconds=started)

@@ -39,6 +39,7 @@ class Shape:
 
 
 SHAPES = {
+    "smollm2-135m": Shape(576, 1536, 30, 9, 3, 64, 49152, True, "llama"),
     "qwen3-0.6b": Shape(1024, 3072, 28, 16, 8, 128, 151936, True, "qwen3"),
     "qwen3-1.7b": Shape(2048, 6144, 28, 16, 8, 128, 151936, True, "qwen3"),
     "qwen3-4b": Shape(2560, 9728, 36, 32, 8, 128, 151936, True, "qwen3"),

@@ -22,6 +22,7 @@ def _engine(side, what, batch=None, more=None):
 
 def test_sampler_rows_are_rates_with_a_target_and_a_peer(monkeypatch):
     fakes = Fakes(monkeypatch, sampler, _engine)
+    monkeypatch.setattr(sampler, "_machine", lambda: "gpu")
     rows = list(sampler.rows(tiny=False))
     rates = {row.case: row for row in rows if row.unit == "tok/s"}
     ours, peer = rates["ours: qwen3-1.7b, batch 16"], rates["VLLM_BATCH_INVARIANT=1: qwen3-1.7b, batch 16"]
@@ -31,14 +32,24 @@ def test_sampler_rows_are_rates_with_a_target_and_a_peer(monkeypatch):
     reported = [row for row in rates.values() if "vLLM's own report" in row.case]
     assert {(row.ratio, row.target) for row in reported} == {(0.4, None)} and len(reported) == 4
     assert [(row.ours, row.unit) for row in rows[:4]] == [(50, "s"), (100, "s"), (0, "of 16"), (5, "of 16")]
-    assert len(rates) == 12 and sorted(fakes.closed) == sorted(sampler.ENGINES)
+    assert len(rates) == 12 and sorted(fakes.closed) == sorted(sampler.SETUPS["gpu"].engines)
     order = [side[0] + "r" * bool(request["more"]) for side, request in fakes.asked if request.get("batch") == 1]
     assert order == ["p", "s", "er", "e", "e", "er", "s", "s", "er", "e"], "the engines do not take turns"
+
+
+def test_a_cpu_has_a_smaller_model_and_no_peer(monkeypatch):
+    fakes = Fakes(monkeypatch, sampler, _engine)
+    monkeypatch.setattr(sampler, "_machine", lambda: "cpu")
+    rows = list(sampler.rows(tiny=False))
+    rates = {row.case: row.target for row in rows if row.unit == "tok/s"}
+    assert len(rates) == 6 and rates["ours: smollm2-135m, batch 32"] == 1.0
+    assert sorted(fakes.closed) == ["exact", "stock"] and not any("VLLM_BATCH_INVARIANT" in row.case for row in rows)
 
 
 @pytest.mark.parametrize("dead", ["peer", "stock", "exact"])
 def test_an_engine_that_ends_costs_its_own_rows_alone(monkeypatch, tmp_path, dead):
     Fakes(monkeypatch, sampler, _engine, dead=[dead])
+    monkeypatch.setattr(sampler, "_machine", lambda: "gpu")
     with pytest.raises(SystemExit, match="not measured: .*exit code 9: ValueError: no memory"):
         measure.write(tmp_path / "x.json", sampler.rows(tiny=False), tiny=False)
     content = json.loads((tmp_path / "x.json").read_text())
@@ -78,7 +89,7 @@ def test_a_sampler_that_depends_on_its_batch_is_counted(batchy):
 
     link = Link()
     link.sent = []
-    sampler.serve(link, Engine(), "tiny", 7.0)
+    sampler.serve(link, Engine(), sampler.SETUPS["tiny"], 7.0)
     assert link.sent[0] == {"seconds": 7.0}
     assert link.sent[1] == {"differing": 16 if batchy else 0, "tokens": 16, "requests": 2, "batch": 4}
     assert link.sent[2]["tokens"] == link.sent[3]["tokens"] == 24 and reported == [False] * 4 + [True]
