@@ -2,6 +2,7 @@
 #include "cpu.h"
 
 #define QUERY_BLOCK 32 /* queries that share one conversion of K and V to fp32; no effect on bits */
+#define HEADS 4        /* heads of a query, at most, that share a load of K and V; no effect on bits */
 
 /* Where key j of a sequence and head is. Packed: row start + j of a [tokens, heads, dim] tensor. Paged: row j % page of the
  * block that `table` names. Strides count elements. */
@@ -65,37 +66,67 @@ static void gather_columns(const keys *kv, const void *src, i64 seq, i64 start, 
     }
 }
 
-/* s[j] = sum over d (chain) of a[d] * column d of key j, for 64 keys at a time (four independent vectors) */
-static inline void times_columns(float *s, const float *a, const float *cols, i64 n, i64 dim) {
+/* s[r][j] = sum over d (chain) of a[r][d] * column d of key j, for 64 keys at a time (four independent vectors) */
+static inline __attribute__((always_inline)) void columns(const int rows, float *s, i64 np, const float *a, i64 dp,
+                                                          const float *cols, i64 n, i64 dim) {
     i64 j = 0, tile = dim * 16;
     for (; j + 64 <= PAD16(n); j += 64) {
-        v16 c0 = {0}, c1 = {0}, c2 = {0}, c3 = {0};
+        v16 c[HEADS][4] = {{{0}}};
         const float *p = cols + j * dim;
         for (i64 d = 0; d < dim; d++, p += 16) {
-            v16 x = all16(a[d]);
-            c0 = fma16(x, at16(p), c0), c1 = fma16(x, at16(p + tile), c1);
-            c2 = fma16(x, at16(p + 2 * tile), c2), c3 = fma16(x, at16(p + 3 * tile), c3);
+            v16 k[4] = {at16(p), at16(p + tile), at16(p + 2 * tile), at16(p + 3 * tile)};
+            for (int r = 0; r < rows; r++) {
+                v16 x = all16(a[r * dp + d]);
+                for (int i = 0; i < 4; i++) c[r][i] = fma16(x, k[i], c[r][i]);
+            }
         }
-        memcpy(s + j, &c0, 64), memcpy(s + j + 16, &c1, 64), memcpy(s + j + 32, &c2, 64), memcpy(s + j + 48, &c3, 64);
+        for (int r = 0; r < rows; r++) memcpy(s + r * np + j, c[r], 256);
     }
     for (; j < n; j += 16) {
-        v16 c = {0};
-        for (i64 d = 0; d < dim; d++) c = fma16(all16(a[d]), at16(cols + j * dim + d * 16), c);
-        memcpy(s + j, &c, 64);
+        v16 c[HEADS] = {{0}};
+        for (i64 d = 0; d < dim; d++)
+            for (int r = 0; r < rows; r++) c[r] = fma16(all16(a[r * dp + d]), at16(cols + j * dim + d * 16), c[r]);
+        for (int r = 0; r < rows; r++) memcpy(s + r * np + j, &c[r], 64);
     }
 }
 
-/* o[d] = sum over from <= j < n (chain4) of p[j] * rows[j][d] */
-static inline void times_rows(float *o, const float *p, const float *rows, i64 dp, i64 from, i64 n) {
+static inline void times_columns(int rows, float *s, i64 np, const float *a, i64 dp, const float *cols, i64 n, i64 dim) {
+    switch (rows) {
+    case 1: columns(1, s, np, a, dp, cols, n, dim); break;
+    case 2: columns(2, s, np, a, dp, cols, n, dim); break;
+    case 3: columns(3, s, np, a, dp, cols, n, dim); break;
+    default: columns(4, s, np, a, dp, cols, n, dim);
+    }
+}
+
+/* o[r][d] = sum over from <= j < n (chain4) of p[r][j] * rows[j][d] */
+static inline __attribute__((always_inline)) void weighted(const int rows, float *o, i64 dp, const float *p, i64 np,
+                                                           const float *values, i64 from, i64 n) {
     for (i64 d = 0; d < dp; d += 16) {
-        v16 c[4] = {{0}, {0}, {0}, {0}};
+        v16 c[HEADS][4] = {{{0}}};
         i64 j = from;
-        for (; j % 4 && j < n; j++) c[j % 4] = fma16(all16(p[j]), at16(rows + j * dp + d), c[j % 4]);
+        for (; j % 4 && j < n; j++)
+            for (int r = 0; r < rows; r++) c[r][j % 4] = fma16(all16(p[r * np + j]), at16(values + j * dp + d), c[r][j % 4]);
         for (; j + 4 <= n; j += 4)
-            for (int k = 0; k < 4; k++) c[k] = fma16(all16(p[j + k]), at16(rows + (j + k) * dp + d), c[k]);
-        for (; j < n; j++) c[j % 4] = fma16(all16(p[j]), at16(rows + j * dp + d), c[j % 4]);
-        v16 r = (c[0] + c[1]) + (c[2] + c[3]);
-        memcpy(o + d, &r, 64);
+            for (int k = 0; k < 4; k++) {
+                v16 v = at16(values + (j + k) * dp + d);
+                for (int r = 0; r < rows; r++) c[r][k] = fma16(all16(p[r * np + j + k]), v, c[r][k]);
+            }
+        for (; j < n; j++)
+            for (int r = 0; r < rows; r++) c[r][j % 4] = fma16(all16(p[r * np + j]), at16(values + j * dp + d), c[r][j % 4]);
+        for (int r = 0; r < rows; r++) {
+            v16 sum = (c[r][0] + c[r][1]) + (c[r][2] + c[r][3]);
+            memcpy(o + r * dp + d, &sum, 64);
+        }
+    }
+}
+
+static inline void times_rows(int rows, float *o, i64 dp, const float *p, i64 np, const float *values, i64 from, i64 n) {
+    switch (rows) {
+    case 1: weighted(1, o, dp, p, np, values, from, n); break;
+    case 2: weighted(2, o, dp, p, np, values, from, n); break;
+    case 3: weighted(3, o, dp, p, np, values, from, n); break;
+    default: weighted(4, o, dp, p, np, values, from, n);
     }
 }
 
@@ -123,8 +154,8 @@ void attention(const void *q, const void *k, const void *v, void *out, float *ls
     i64 np = PAD16(longest) + 64;
 #pragma omp parallel if (work > 65536)
     {
-        float *cols = buffer(dim * np), *rows = buffer(longest * dp), *s = buffer(np), *qr = buffer(dp), *o = buffer(dp);
-        float *tile = buffer(16 * dp);
+        float *cols = buffer(dim * np), *rows = buffer(longest * dp), *s = buffer(HEADS * np);
+        float *qr = buffer(HEADS * dp), *o = buffer(HEADS * dp), *tile = buffer(16 * dp);
 #pragma omp for schedule(dynamic)
         for (i64 t = 0; t < tasks; t++) {
             i64 b = 0;
@@ -136,22 +167,32 @@ void attention(const void *q, const void *k, const void *v, void *out, float *ls
             gather_columns(&kv, k, b, cu_q[b], head, from, seen, dim, cols, tile, dp, bf16);
             gather_rows(&kv, v, b, cu_q[b], head, from, seen, dim, rows, dp, bf16);
             for (i64 i = q0; i < q1; i++)
-                for (i64 g = 0; g < group; g++) {
+                for (i64 g = 0; g < group; g += HEADS) {
                     i64 row = (cu_q[b] + i) * heads + head * group + g, n = past + i + 1;
                     i64 lo = first_key(n, window), base = lo & ~(i64)15; /* lane 0 of the first key's vector */
-                    load(qr, q, row * dim, dim, bf16);
-                    times_columns(s + base, qr, cols + base * dim, n - base, dim);
-                    float m = -INFINITY;
-                    for (i64 j = lo; cap > 0.0f && j < n; j++) s[j] = cap * tanh_(s[j] * scale / cap);
-                    for (i64 j = lo; j < n; j++) s[j] = cap > 0.0f ? s[j] : s[j] * scale, m = s[j] > m ? s[j] : m;
-                    for (i64 j = lo; j < n; j++) s[j] = exp_(s[j] - m);
-                    for (i64 j = base; j < lo; j++) s[j] = 0.0f;
-                    for (i64 j = n; j < PAD16(n); j++) s[j] = 0.0f;
-                    float sum = sum_lanes(s + base, PAD16(n) - base);
-                    times_rows(o, s, rows, dp, lo, n);
-                    for (i64 d = 0; d < dim; d++) o[d] = o[d] / sum;
-                    store(out, row * dim, o, dim, bf16);
-                    if (lse) lse[row] = (float)((double)m + log((double)sum));
+                    int some = group - g < HEADS ? group - g : HEADS;
+                    for (int r = 0; r < some; r++) load(qr + r * dp, q, (row + r) * dim, dim, bf16);
+                    times_columns(some, s + base, np, qr, dp, cols + base * dim, n - base, dim);
+                    float m[HEADS], sum[HEADS];
+                    i64 end = PAD16(n) - base;
+                    for (int r = 0; r < some; r++) {
+                        float *w = s + r * np + base;
+                        if (cap > 0.0f)
+                            for (i64 j = 0; j < end; j++) w[j] = cap * tanh_(w[j] * scale / cap);
+                        else
+                            for (i64 j = 0; j < end; j++) w[j] = w[j] * scale;
+                        for (i64 j = 0; j < lo - base; j++) w[j] = -INFINITY; /* no keys of this query: their exp is 0 */
+                        for (i64 j = n - base; j < end; j++) w[j] = -INFINITY;
+                        m[r] = max_lanes(w, end);
+                        for (i64 j = 0; j < end; j++) w[j] = exp_(w[j] - m[r]);
+                        sum[r] = sum_lanes(w, end);
+                    }
+                    times_rows(some, o, dp, s, np, rows, lo, n);
+                    for (int r = 0; r < some; r++) {
+                        for (i64 d = 0; d < dim; d++) o[r * dp + d] = o[r * dp + d] / sum[r];
+                        store(out, (row + r) * dim, o + r * dp, dim, bf16);
+                        if (lse) lse[row + r] = (float)((double)m[r] + log((double)sum[r]));
+                    }
                 }
         }
         free(cols), free(rows), free(s), free(qr), free(o), free(tile);
@@ -187,8 +228,8 @@ void attention_backward(const void *dout, const void *q, const void *k, const vo
                     load(o, out, row * dim, dim, bf16);
                     float delta = dot_lanes(g, o, dp);
                     load(qr, q, row * dim, dim, bf16);
-                    times_columns(p + base, qr, kc + base * dim, n - base, dim);
-                    times_columns(ds + base, g, vc + base * dim, n - base, dim);
+                    times_columns(1, p + base, np, qr, dp, kc + base * dim, n - base, dim);
+                    times_columns(1, ds + base, np, g, dp, vc + base * dim, n - base, dim);
                     float l = lse[row];
                     if (cap > 0.0f)
                         for (i64 j = lo; j < n; j++) {
@@ -205,7 +246,7 @@ void attention_backward(const void *dout, const void *q, const void *k, const vo
                             memcpy(gk + j * dp + d, &x, 64), memcpy(gv + j * dp + d, &y, 64);
                         }
                     }
-                    times_rows(o, ds, kr, dp, lo, n);
+                    times_rows(1, o, dp, ds, np, kr, lo, n);
                     store(dq, row * dim, o, dim, bf16);
                     memset(o + dim, 0, (dp - dim) * 4);
                 }

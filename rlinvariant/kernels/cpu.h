@@ -109,6 +109,19 @@ static inline float sum_lanes(const float *a, i64 n) {
     return tree(acc);
 }
 
+/* the largest a[i] that is a number, -inf if none is; in any order the same; n a multiple of 16 */
+static inline float max_lanes(const float *a, i64 n) {
+    v16 most = all16(-INFINITY);
+    for (i64 i = 0; i < n; i += 16) {
+        v16 x = at16(a + i);
+        v16i larger = x > most;
+        most = (v16)(((v16i)x & larger) | ((v16i)most & ~larger));
+    }
+    float m = -INFINITY;
+    for (int l = 0; l < 16; l++) m = most[l] > m ? most[l] : m;
+    return m;
+}
+
 /* e^x: Cody-Waite reduction and a degree-6 polynomial (max error 1 ulp); 0 below -86.6, inf above 88.7, NaN kept.
  * The same operations for a scalar and for each lane of a vector, hence the same bits. */
 static inline float exp_(float x) {
