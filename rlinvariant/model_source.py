@@ -159,7 +159,7 @@ def _convert(path: Path, directory: Path) -> None:
     quiet = contextlib.redirect_stderr(io.StringIO())  # transformers draws a bar there, asked or not
     with quiet, torch.random.fork_rng(devices=[]):  # the caller's random state must not depend on whether the cache was warm
         model = load(transformers.AutoModelForCausalLM, path.parent, gguf_file=path.name, dtype=torch.float32, **options)
-    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
     # The file's `tokenizer.ggml.pre`, "smollm", which transformers does not read: every digit is a token
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
     tokenizer.model_max_length = model.config.max_position_embeddings

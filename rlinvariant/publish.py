@@ -10,6 +10,7 @@ from rlinvariant.config import Config
 from rlinvariant.config.parse import COMMAND_LINE
 from rlinvariant.config.tree import leaves, plain
 from rlinvariant.errors import UserError, one_line
+from rlinvariant.masking import masked
 from rlinvariant.report.console import Console
 from rlinvariant.report.study import argument
 from rlinvariant.text import shown
@@ -47,7 +48,11 @@ def card_facts(config: Config, train: Sized, held_out: Sized | None, rewards: Ma
     """
     data = [("script " if config.sources.get("run") == "script" else "recipe ") + Path(config.recipe).name]
     data += [f"{len(train):,} prompts"]
-    data += [f"{key}={_shared(leaf.value)}" for key, leaf in leaves(config).items() if key.startswith("data.")]
+    data += [
+        f"{key}={_shared(masked(key, plain(key, leaf.value)))}"
+        for key, leaf in leaves(config).items()
+        if key.startswith("data.")
+    ]
     facts = {"data": ", ".join(data), "seed": str(config.seed), "command": command(config)}
     if rewards and held_out is not None:
         values = ", ".join(f"{value:.3f} {when}" for when, value in rewards.items())
@@ -61,7 +66,7 @@ def command(config: Config) -> str:
         return shlex.join(["python", config.recipe])
     own = [key for key, source in config.sources.items() if source == COMMAND_LINE and key not in ("recipe", "resume")]
     found = leaves(config)
-    arguments = [f"{key}={_shared(plain(key, found[key].value))}" for key in ("recipe", *own)]
+    arguments = [f"{key}={_shared(masked(key, plain(key, found[key].value)))}" for key in ("recipe", *own)]
     return shlex.join(["rlinvariant", "train", *arguments])
 
 

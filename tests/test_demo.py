@@ -109,8 +109,8 @@ def test_it_counts_real_completions_among_real_traffic(run, tmp_path, capsys):
 def test_it_fails_where_the_invariant_engine_is_not(run, tmp_path, monkeypatch):
     """A product that depends on the row's place in the batch is seen."""
 
-    def placed(linear, x, weight, bias=None):
-        y = linear(x, weight, bias)
+    def placed(linear, x, weight, bias=None, packed=None):
+        y = linear(x, weight, bias, packed)
         y.flatten(0, -2)[::3] *= 1 + 2**-7
         return y
 

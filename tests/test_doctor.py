@@ -203,6 +203,7 @@ def a_certificate(subject: dict) -> dict:
 def test_it_claims_of_models_what_certificates_say_and_no_more(tmp_path, monkeypatch):
     monkeypatch.setattr(certificate, "cache_dir", lambda: tmp_path / "cache")
     monkeypatch.setattr(model, "SHIPPED_RESULTS", tmp_path / "results")
+    monkeypatch.setattr(model, "WHEELS", {})
     (finding,) = model.known_models(cuda=False)
     assert finding.text.startswith("no certificate of this machine and these versions")
     about = certificate.subject(Qwen2Config(**TINY, num_key_value_heads=1), "bfloat16")

@@ -32,6 +32,8 @@ EXCEPTIONS = {
     ("rlinvariant/rewards/watch.py", "os.write"): "a process without the package; a function's name, and numbers",
     ("rlinvariant/rewards/cage.py", "cloudpickle"): "the user's own function, on its way to a process of the same user",
     ("rlinvariant/rewards/keeper.py", "cloudpickle"): "the other end: it reads the pipe of the trainer that started it",
+    ("recipes/_gym.py", "pickle"): "a problem, on the pipe of a process that the recipe has started to draw it",
+    ("recipes/reasoning_gym.py", "pickle"): "the entry of a problem, in a row that the recipe itself has made, in this process",
     ("rlinvariant/deadline.py", "os.write"): "from a process without the package; a signal's name and a run's",
     ("rlinvariant/stopping.py", "os.write"): "in a signal handler, where printing may be going on; a signal's name",
     ("rlinvariant/config/trl_fields.py", "print"): "for developers; a path and a version",

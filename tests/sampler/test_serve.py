@@ -25,7 +25,7 @@ import torch
 
 from rlinvariant.demo.model import build_small
 from rlinvariant.errors import ConfigErrors, UserError
-from rlinvariant.sampler import vllm_model, vllm_serve
+from rlinvariant.sampler import vllm_linear, vllm_model, vllm_serve
 from tests.parity.device import CUDA
 
 BIN = Path(sys.executable).parent
@@ -386,7 +386,7 @@ def test_what_is_not_ours_in_an_engine_is_named(what, exact_engine, monkeypatch)
         monkeypatch.setattr(layer, "attn_backend", int)
     elif what == "product":
         name = "model.layers.1.mlp.down_proj"
-        monkeypatch.setattr(exact_engine.model.get_submodule(name), "quant_method", vllm_model.UnquantizedLinearMethod())
+        monkeypatch.setattr(exact_engine.model.get_submodule(name), "quant_method", vllm_linear.UnquantizedLinearMethod())
     else:
         name = "Linear"
         monkeypatch.setattr(runner, "get_model", lambda: torch.nn.Linear(1, 1))

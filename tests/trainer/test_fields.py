@@ -50,6 +50,7 @@ OTHERS = {
     "logging_steps": 50,
     "logging_strategy": "epoch",
     "save_total_limit": 1,
+    "disable_tqdm": False,  # TRL's default follows how much transformers says
     "use_vllm": True,
     "vllm_max_model_length": 99,
     "vllm_gpu_memory_utilization": 0.7,
