@@ -8,7 +8,7 @@ import json
 import os
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 FILES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 """Ending of a file -> the loader of `datasets` that reads it."""
 EXPECTED = "expected a file (.jsonl, .json, .parquet, .csv), a directory of save_to_disk, or a hub id"
+NO_ROWS = "no rows; give a file with some"
 
 
 @chz.chz
@@ -117,27 +118,60 @@ def _load(key: str, path: str, subset: str | None, split: str | None) -> "Datase
     """Return the rows of a file, a directory or a split on the hub. Raises UserError where it has none, or no `prompt`."""
     where = f"data.{key}={shown(path)}"
     if os.path.isfile(path):
-        options = _as_text(path) if path.endswith(".csv") else {}
+        options = _as_text(path, where) if path.endswith(".csv") else {}
         rows = _rows.read(FILES[Path(path).suffix], path, f"data.{key}", **options)
     elif os.path.isdir(path):
         rows = _of_directory(path, where, split)
     else:
         rows = _rows.of_hub(path, subset, split or "train", f"give data.{key}=FILE with its rows")
     if not len(rows):
-        raise UserError(f"{where}: no rows; give a file with some")
+        raise UserError(f"{where}: {NO_ROWS}")
     columns: Sequence[str] = rows.column_names
     if "prompt" not in columns:
         raise UserError(f"{where}: no column `prompt`; columns found: {shown(', '.join(columns))}; rename one")
     return rows
 
 
-def _as_text(path: str) -> dict[str, Any]:
-    """Return the options by which every value of a CSV file is text: 007 stays what it is, and NA is no missing value."""
+def _as_text(path: str, where: str) -> dict[str, Any]:
+    """Return the options by which every value of a CSV file is text: 007 stays what it is, and NA is no missing value.
+
+    Raises:
+        UserError: a row has another number of fields than the header, by which pandas would shift columns; a column has
+            no name, or the name of another; there are no rows.
+    """
     from datasets import Features, Value
 
-    with open(path, newline="", encoding="utf-8", errors="replace") as file:
-        columns = next(csv.reader(file), [])
+    lines = _csv_lines(path, where)
+    line, columns = next(lines, (1, []))
+    for number, column in enumerate(columns, 1):
+        if not column.strip():
+            raise UserError(f"{where}:{line}: column {number} of {len(columns)} has no name; name it, or take it out")
+        if columns.count(column) > 1:
+            raise UserError(f"{where}:{line}: two columns `{shown(column)}`; rename one")
+    any_row = False
+    for line, values in lines:
+        any_row = True
+        if len(values) != len(columns):
+            found = f"{plural(len(values), 'value')}, and the header names {plural(len(columns), 'column')}"
+            raise UserError(f'{where}:{line}: {found}; mend the row, with "..." around a value that has a comma')
+    if not any_row:
+        raise UserError(f"{where}: {NO_ROWS}")
     return {"features": Features({column: Value("string") for column in columns}), "keep_default_na": False}
+
+
+def _csv_lines(path: str, where: str) -> Iterator[tuple[int, list[str]]]:
+    """Yield the values of each line of a CSV file that is not blank, with the number of the line where they begin."""
+    csv.field_size_limit(2**31 - 1)  # a prompt may be long
+    line = 1
+    try:
+        with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:  # -sig: Excel begins a file with a BOM
+            reader = csv.reader(file)
+            for values in reader:
+                if len(values) > 1 or "".join(values).strip():
+                    yield line, values
+                line = reader.line_num + 1
+    except (OSError, csv.Error) as error:
+        raise _rows.unreadable(f"{where}:{line}", error) from error
 
 
 def _of_directory(path: str, where: str, split: str | None) -> "Dataset":

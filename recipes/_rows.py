@@ -39,9 +39,10 @@ def read(kind: str, path: str, key: str = "data.path", **options: Any) -> "Datas
     Raises:
         UserError: it cannot be read.
     """
-    from datasets import load_dataset
+    from datasets import disable_progress_bars, load_dataset
     from datasets.exceptions import DatasetsError
 
+    disable_progress_bars()  # one would stand in the middle of our own lines
     try:
         return load_dataset(kind, data_files=path, split="train", **options)
     except (OSError, ValueError, DatasetsError) as error:

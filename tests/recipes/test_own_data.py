@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, enable_progress_bars
 
 from rlinvariant.config import Config, parse
 from rlinvariant.errors import ConfigErrors, UserError
@@ -45,6 +45,12 @@ def test_every_kind_of_file_gives_the_same_rows() -> None:
         assert train.to_list() == ROWS and held_out is None, path
     train, held_out = rows("data.path=splits", "data.eval_split=test")
     assert held_out.to_list() == ROWS[:1] and train.to_list() == ROWS[1:]
+
+
+def test_no_bar_stands_in_our_lines(capfd: pytest.CaptureFixture[str]) -> None:
+    enable_progress_bars()
+    rows()
+    assert capfd.readouterr().err == ""
 
 
 def test_rows_are_held_out_by_prompt() -> None:
@@ -106,9 +112,31 @@ def test_rows_without_a_prompt_and_damaged_ones_are_one_line() -> None:
         UserError, match=r"^data\.path=rows\.jsonl: no column `prompt`; columns found: question, answer; rename"
     ):
         rows()
-    Path("rows.csv").write_text("prompt,answer\n")
-    with pytest.raises(UserError, match=r"^data\.path=rows\.csv: (no rows; give a file with some|cannot be read: )"):
-        rows("data.path=rows.csv")
     Path("rows.jsonl").write_text('{"prompt": "1+1="}\n{"prompt": \n')
     with pytest.raises(UserError, match=r"^data\.path=rows\.jsonl: cannot be read: .*; mend the file$"):
         rows()
+
+
+def test_a_csv_file_is_read_with_a_byte_order_mark_lines_in_values_and_blank_lines() -> None:
+    Path("rows.csv").write_text('\ufeff\nprompt,answer\n"1+1\n=",2\n\n"2, 3",NA\n1+0=,\n', encoding="utf-8")
+    kept = [{"prompt": "1+1\n=", "answer": "2"}, {"prompt": "2, 3", "answer": "NA"}, {"prompt": "1+0=", "answer": ""}]
+    assert rows("data.path=rows.csv")[0].to_list() == kept
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("prompt,answer\nWhat is 2, 3 and 4 added?,9\n", ":2: 3 values, and the header names 2 columns; mend the row"),
+        ("prompt,answer\n1+1=,2,\n2+2=,4,\n", ":2: 3 values, and the header names 2 columns; mend the row"),
+        ('prompt,answer\n"1+1\n=",2\n\n2+2=\n', ":5: 1 value, and the header names 2 columns; mend the row"),
+        ("prompt,answer,answer\n1+1=,2,3\n", ":1: two columns `answer`; rename one"),
+        (",prompt\n0,1+1=\n", ":1: column 1 of 2 has no name; name it, or take it out"),
+        ("prompt,answer\n", ": no rows; give a file with some"),
+        ("\n\n", ": no rows; give a file with some"),
+    ],
+)
+def test_a_csv_file_whose_columns_would_shift_or_without_rows_is_one_line(text: str, line: str) -> None:
+    Path("rows.csv").write_text(text)
+    with pytest.raises(UserError) as raised:
+        rows("data.path=rows.csv")
+    assert str(raised.value).startswith(f"data.path=rows.csv{line}")
