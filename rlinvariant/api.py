@@ -69,8 +69,6 @@ class GRPOTrainer(InvariantGRPOTrainer):
         >>> trainer.train()
     """
 
-    ppo_settings: PPOConfig | None = None
-
     def __init__(
         self,
         model: str | Path | PreTrainedModel,

