@@ -25,6 +25,8 @@ from rlinvariant.types import Untyped
 COMMAND_LINE = "command line"
 """Source of a value that stands on the command line."""
 WITHOUT_RECIPE = ("data.path", "reward")  # what says, without a recipe, what is trained on what
+MEANT = {"name": "run", "run_name": "run"}
+"""Name that other programs have for a key, and that looks like none of ours -> the key."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,11 +46,15 @@ class Layer:
 
 @dataclasses.dataclass(frozen=True)
 class Draft:
-    """Holds arguments as they were understood: the configuration without what is wrong, and a line for each thing that is."""
+    """Holds arguments as they were understood: the configuration without what is wrong, and a line for each thing that is.
+
+    `is_whole` is False where the file of `config=` could not be read, so that what it would set is not known.
+    """
 
     config: Config
     recipe: Recipe | None
     errors: list[str]
+    is_whole: bool
 
 
 def parse(argv: Sequence[str], env: Mapping[str, str] = os.environ) -> Config:
@@ -65,10 +71,10 @@ def parse(argv: Sequence[str], env: Mapping[str, str] = os.environ) -> Config:
     config, errors = read.config, list(read.errors)
     if not config.run:
         config = chz.replace(config, run=_run_name(read.recipe.name if read.recipe else "run", env))
-    if read.recipe is None and "recipe" not in config.sources:
-        others = "or a path to a .py file; or, without a recipe, data.path=FILE and reward=FILE.py:FUNCTION"
-        errors.insert(0, f"recipe: missing; write recipe=NAME with one of {listed_recipes()}, {others}")
     errors += check(config, env, read.recipe) + check_run(config, env)
+    if read.recipe is None and "recipe" not in config.sources and read.is_whole:
+        others = "or a path to a .py file; or, without a recipe, data.path=FILE and reward=FILE.py:FUNCTION"
+        errors.append(f"recipe: missing; write recipe=NAME with one of {listed_recipes()}, {others}")
     if errors:
         raise ConfigErrors(errors)
     return config
@@ -77,6 +83,7 @@ def parse(argv: Sequence[str], env: Mapping[str, str] = os.environ) -> Config:
 def draft(argv: Sequence[str]) -> Draft:
     """Read arguments as far as they go: keys that exist, with values of their types. Neither recipe nor run need be named."""
     layers, errors = _layers(argv)
+    is_whole = all(layer.values or layer.source == COMMAND_LINE for layer in layers)
     recipe, written = None, {key: value for layer in layers for key, value in layer.values.items()}
     try:
         if isinstance(named := written.get("recipe"), Castable):
@@ -112,7 +119,7 @@ def draft(argv: Sequence[str]) -> Draft:
                 blueprint.apply({key: value})
                 sources[key] = layer.source
     config: Config = blueprint.apply({"sources": sources}).make()
-    return Draft(config, recipe, errors)
+    return Draft(config, recipe, errors, is_whole)
 
 
 def _layers(argv: Sequence[str]) -> tuple[list[Layer], list[str]]:
@@ -159,6 +166,8 @@ def _problem(key: str, value: Any, known: Mapping[str, Leaf], data: type[Data]) 
         return f"not a setting here; {owned}"
     if key not in known:
         by_name = [path for path in known if path.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
+        if key in MEANT:
+            return f"unknown key; did you mean {MEANT[key]}?"
         return "unknown key" + suggestion(key, by_name or [*known, *ALIASES], 0.0 if by_name else 0.6)
     try:
         made = _made(key, value, known[key], data)

@@ -62,7 +62,8 @@ def evaluate(
     if held_out is None:
         raise UserError(f"recipe={config.recipe}: has no held-out rows to evaluate on; its datasets() returns None for them")
     rewards = list(recipe.reward_funcs(config))
-    start = Start(args, config.model, model_config, tokenizer, rewards, None, held_out, config.sampler.max_model_len)
+    parts = (args, config.model, model_config, tokenizer, rewards, None, held_out, config.sampler.max_model_len)
+    start = Start(*parts, prefix="trainer.")
     _refuse(start)
     judge, rows = Judge(args, rewards, config.reward_limits), held_out.to_list()
     read = [start.prompts.read(row["prompt"]) for row in rows]

@@ -129,6 +129,8 @@ def load(path: str | Path) -> Study:
                 return _single(place)
     except OSError as error:
         raise UserError(f"{error.filename or path}: cannot be read ({error.strerror}); restore it") from error
+    if not path.is_dir() and not (RUNS / path).is_dir():
+        raise UserError(f"{path}: no such directory, here or in {RUNS.resolve()}; give that of a run or of an ablation")
     raise UserError(f"{path}: holds no ablation.json and no config.json; give the directory of a run or of an ablation")
 
 

@@ -115,3 +115,20 @@ def test_all_mistakes_of_file_and_command_line_come_in_one_list() -> None:
     assert [line.split("=")[0] for line in found] == ["run.yaml:1: stps", "seed", "trainer.top_p"]
     with pytest.raises(ConfigErrors):
         parse(["config=run.yaml"], {})
+
+
+@pytest.mark.parametrize("text", ["recipe: [\n", "", None])
+def test_a_file_that_cannot_be_read_is_not_hidden_behind_what_it_may_have_said(text: str | None) -> None:
+    if text is not None:
+        write(text)
+    with pytest.raises(ConfigErrors) as raised:
+        parse(["config=run.yaml"], {})
+    (line,) = raised.value.errors
+    assert "run.yaml" in line
+
+
+def test_a_missing_recipe_is_said_behind_the_mistakes_of_the_file() -> None:
+    write("recip: mine.py\n")
+    with pytest.raises(ConfigErrors) as raised:
+        parse(["config=run.yaml"], {})
+    assert [line.split(";")[0] for line in raised.value.errors] == ["run.yaml:1: recip=mine.py: unknown key", "recipe: missing"]

@@ -25,6 +25,7 @@ REPLACED = f"{EXACT}: it replaces operations that the invariant ops own; remove 
         ("learning_rate=1", "learning_rate=1: unknown key; did you mean trainer.learning_rate?"),
         ("sampler.kv_cache=1", "sampler.kv_cache=1: unknown key; did you mean sampler.kv_cache_gib?"),
         ("data.sise=1", "data.sise=1: unknown key; did you mean data.size?"),
+        ("name=a1", "name=a1: unknown key; did you mean run?"),
         ("zzz=1", "zzz=1: unknown key"),
         ("...seed=1", "...seed=1: unknown key; did you mean seed?"),
         ("sources=1", "sources=1: unknown key"),

@@ -119,8 +119,9 @@ def test_the_commands_of_the_command_line(ablation, tmp_path, capsys):
     assert cli.main(["report", str(ablation)]) == 0
     assert capsys.readouterr().out.endswith(f"report: {ablation / 'report.html'}\n")
     for arguments, message in [
-        (["report", str(tmp_path / "none")], "holds no ablation.json and no config.json"),
-        (["report", "runs/nope"], "error: runs/nope: holds no ablation.json and no config.json"),
+        (["report", str(tmp_path)], "holds no ablation.json and no config.json"),
+        (["report", str(tmp_path / "none")], "none: no such directory, here or in "),
+        (["report", "runs/nope"], "error: runs/nope: no such directory, here or in "),
         (["report"], "report: the following arguments are required: RUN_OR_ABLATION; see rlinvariant report --help"),
         (["report", "a", "b"], "report: unrecognized arguments: b; see rlinvariant report --help"),
         (["dashboard", "draw"], "dashboard: argument action: invalid choice: 'draw' (choose from "),

@@ -55,7 +55,9 @@ class Start:
     def prompts(self) -> Prompts:
         """Return how the run's prompts become tokens."""
         positions = getattr(self.config.get_text_config(), "max_position_embeddings", None)
-        limit = "the model's positions" if self.max_model_len is None else "sampler.max_model_len"
+        limit = "the model's positions" if self.max_model_len is None else "the sampler's max_model_len"
+        if self.max_model_len is not None and self.prefix:
+            limit = "sampler.max_model_len"
         return Prompts(
             self.tokenizer,
             self.vocabulary,
@@ -63,6 +65,7 @@ class Start:
             self.args.max_completion_length or 0,
             self.args.chat_template_kwargs or {},
             limit,
+            self.prefix,
         )
 
 
@@ -91,7 +94,7 @@ def check_start(start: Start) -> list[str]:
     for name, dataset, least in sets:
         if dataset is None:
             continue
-        if wrong := dataset_problems(dataset, name, least):
+        if wrong := dataset_problems(dataset, name, least, prefix):
             problems += wrong
             continue
         columns = ["prompt"] if args.remove_unused_columns else dataset.column_names

@@ -31,6 +31,7 @@ class Prompts:
         completion: most tokens of a completion.
         template_kwargs: further arguments of the chat template.
         limit: what decides `longest`, in words.
+        prefix: what the user writes before the name of a field of TRL's configuration.
     """
 
     tokenizer: Any
@@ -39,6 +40,7 @@ class Prompts:
     completion: int = 0
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     limit: str = "the model's positions"
+    prefix: str = ""
 
     def read(self, prompt: object) -> tuple[str, str]:
         """Return the kind of a prompt, text or messages, and the text that is tokenized. Raises Unreadable."""
@@ -99,8 +101,13 @@ class Prompts:
             which = f"token {max(ids)}, and the model has embeddings for {self.vocabulary:,}"
             yield "vocabulary", f"{which}: tokenizer and model do not belong together"
         if self.longest is not None and len(ids) + self.completion > self.longest:
-            room = f"{self.limit} = {self.longest:,} less max_completion_length={self.completion:,}"
+            room = f"{self.limit} = {self.longest:,} less {self.prefix}max_completion_length={self.completion:,}"
             yield "too long", f"a prompt of {len(ids):,} tokens, and {room} leaves room for {self.longest - self.completion:,}"
+
+    def shortened(self, longest: int) -> str:
+        """Return what mends prompts that are too long, of which the longest has so many tokens."""
+        room, drop = (self.longest or 0) - longest, "drop the longer prompts"
+        return f"lower it to {room:,}, or {drop}" if room > 0 else drop
 
     def doubts(self, ids: Sequence[int]) -> Iterator[tuple[str, str]]:
         """Yield the kind and a description of what can be trained on, but is seldom meant."""

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rlinvariant.errors import one_line
-from rlinvariant.text import shown
+from rlinvariant.text import plural, shown
 from rlinvariant.trainer.preflight.prompts import Prompts, Unreadable
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ class Found:
     def __init__(self, name: str) -> None:
         self.name = name
         self.kinds: dict[str, tuple[int, str, int]] = {}
+        self.fixes: dict[str, str] = {}  # of a kind, where that depends on all of its rows
 
     def add(self, kind: str, row: int, text: str) -> None:
         first, said, count = self.kinds.get(kind, (row, text, 0))
@@ -33,19 +34,21 @@ class Found:
     def lines(self) -> list[str]:
         """Return a line for each kind, in the order of their first rows."""
         lines = []
-        for row, text, count in sorted(self.kinds.values()):
+        for (row, text, count), kind in sorted((found, kind) for kind, found in self.kinds.items()):
+            fix = f"; {self.fixes[kind]}" if kind in self.fixes else ""
             more = f" ({count - 1:,} more such row{'s' if count > 2 else ''})" if count > 1 else ""
-            lines.append(f"{self.name} dataset, row {row}: {text}{more}")
+            lines.append(f"{self.name} dataset, row {row}: {text}{more}{fix}")
         return lines
 
 
-def dataset_problems(dataset: object, name: str, least: int = 1) -> list[str]:
+def dataset_problems(dataset: object, name: str, least: int = 1, prefix: str = "") -> list[str]:
     """List what is wrong with a data set as a whole: its kind, its size, its columns. Reads no row.
 
     Args:
         dataset: what the user gave.
         name: "train" or "eval".
         least: fewest rows that can be used: the prompts of one rollout, of which TRL drops an incomplete one.
+        prefix: what the user writes before the name of a field of TRL's configuration.
     """
     from datasets import Dataset, DatasetDict, IterableDataset
 
@@ -66,8 +69,9 @@ def dataset_problems(dataset: object, name: str, least: int = 1) -> list[str]:
     found += [f"{where}: column `{column}` {text}" for column in UNSUPPORTED_COLUMNS if column in columns]
     found += [f"{where}: column `{column}` {own}" for column in RESERVED_COLUMNS if column in columns]
     if len(dataset) < least:
-        fix = "add rows, or lower per_device_train_batch_size or gradient_accumulation_steps"
-        found.append(f"{where}: {len(dataset):,} rows, and one rollout takes {least:,} prompts: no step could be made; {fix}")
+        fix = f"add rows, or lower {prefix}per_device_train_batch_size or {prefix}gradient_accumulation_steps"
+        rows, prompts = plural(len(dataset), "row"), plural(least, "prompt")
+        found.append(f"{where}: {rows}, and one rollout takes {prompts}: no step could be made; {fix}")
     return found
 
 
@@ -84,6 +88,7 @@ def row_problems(dataset: "Dataset", name: str, prompts: Prompts, needed: Sequen
         What has to be mended, and what the user should know: a line for each kind of fault, with its first row.
     """
     problems, notes = Found(name), Found(name)
+    longest = 0  # tokens
     columns, kinds = f"columns found: {shown(', '.join(dataset.column_names))}", set[str]()
     for start, part in _parts(dataset, ["prompt", *needed]):
         rows, texts = [], []
@@ -105,6 +110,7 @@ def row_problems(dataset: "Dataset", name: str, prompts: Prompts, needed: Sequen
             for note, said in prompts.remarks(prompt):
                 notes.add(note, row, said)
         for row, ids in zip(rows, _tokenized(prompts, texts, "messages" in kinds, rows, problems), strict=True):
+            longest = max(longest, len(ids))
             for into, faults in ((problems, prompts.faults(ids)), (notes, prompts.doubts(ids))):
                 for kind, text in faults:
                     into.add(kind, row, text)
@@ -113,6 +119,7 @@ def row_problems(dataset: "Dataset", name: str, prompts: Prompts, needed: Sequen
             for row, value in enumerate(part[column], start):
                 if value is None:
                     problems.add(f"empty {column}", row, f"no value in `{column}`, which a reward function needs; {fix}")
+    problems.fixes["too long"] = prompts.shortened(longest)
     return problems.lines(), notes.lines()
 
 

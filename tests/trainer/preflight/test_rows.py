@@ -89,13 +89,17 @@ def test_a_row_that_cannot_be_read_is_named(rows: list[dict[str, Any]], line: st
     assert found.startswith(f"train dataset{line}"), found
 
 
-def test_what_is_over_long_is_named_with_what_decides_it() -> None:
-    rows = [GOOD] * 15 + [{"prompt": "1" * 90}, {"prompt": "1" * 80}, {"prompt": "1" * 79}]
-    (line,), _ = looked_at(rows, longest=128, completion=48, limit="sampler.max_model_len")
+def test_what_is_over_long_is_named_with_what_decides_it_and_a_number_that_fits_every_row() -> None:
+    rows = [GOOD] * 15 + [{"prompt": "1" * 80}, {"prompt": "1" * 90}, {"prompt": "1" * 79}]
+    limits = {"longest": 128, "limit": "sampler.max_model_len", "prefix": "trainer."}
+    (line,), _ = looked_at(rows, completion=48, **limits)
     assert line == (
-        "train dataset, row 15: a prompt of 91 tokens, and sampler.max_model_len = 128 less max_completion_length=48 "
-        "leaves room for 80 (1 more such row)"
+        "train dataset, row 15: a prompt of 81 tokens, and sampler.max_model_len = 128 less trainer.max_completion_length=48 "
+        "leaves room for 80 (1 more such row); lower it to 37, or drop the longer prompts"
     ), "a prompt has a <bos>, so that 79 characters just fit"
+    assert looked_at(rows, completion=37, **limits) == ([], [])
+    (line,), _ = looked_at([{"prompt": "1" * 128}], completion=1, longest=128)
+    assert line.endswith(" less max_completion_length=1 leaves room for 127; drop the longer prompts")
 
 
 def test_a_token_without_an_embedding_is_named() -> None:
