@@ -1,19 +1,13 @@
 """The end of a run: RUN/model, which others load, and the facts that its card tells."""
 
-import os
-import shlex
 from collections.abc import Mapping, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlinvariant.config import Config
-from rlinvariant.config.parse import COMMAND_LINE
-from rlinvariant.config.tree import leaves, plain
 from rlinvariant.errors import UserError, one_line
-from rlinvariant.masking import masked
 from rlinvariant.report.console import Console
-from rlinvariant.report.study import argument
-from rlinvariant.text import shown
+from rlinvariant.report.study import argument, command
 
 if TYPE_CHECKING:
     from rlinvariant.trainer.grpo import InvariantGRPOTrainer
@@ -46,31 +40,12 @@ def card_facts(config: Config, train: Sized, held_out: Sized | None, rewards: Ma
         train, held_out: rows.
         rewards: mean held-out reward, greedy: "before" and, at the end, "after".
     """
-    data = [("script " if config.sources.get("run") == "script" else "recipe ") + Path(config.recipe).name]
+    kind, resolved = "script" if config.sources.get("run") == "script" else "recipe", config.resolved()
+    data = [f"{kind} {Path(config.recipe).name}"] if config.recipe else []
     data += [f"{len(train):,} prompts"]
-    data += [
-        f"{key}={_shared(masked(key, plain(key, leaf.value)))}"
-        for key, leaf in leaves(config).items()
-        if key.startswith("data.")
-    ]
-    facts = {"data": ", ".join(data), "seed": str(config.seed), "command": command(config)}
+    data += [f"{key}={argument(entry['value'], shared=True)}" for key, entry in resolved.items() if key.startswith("data.")]
+    facts = {"data": ", ".join(data), "seed": str(config.seed), "command": command(resolved, shared=True)}
     if rewards and held_out is not None:
         values = ", ".join(f"{value:.3f} {when}" for when, value in rewards.items())
         facts["held-out reward, greedy"] = f"{values}; {len(held_out):,} prompts"
     return facts
-
-
-def command(config: Config) -> str:
-    """Return the command that starts a run, without secrets, and of a file of this machine only the name."""
-    if config.sources.get("run") == "script":
-        return shlex.join(["python", config.recipe])
-    own = [key for key, source in config.sources.items() if source == COMMAND_LINE and key not in ("recipe", "resume")]
-    found = leaves(config)
-    arguments = [f"{key}={_shared(masked(key, plain(key, found[key].value)))}" for key in ("recipe", *own)]
-    return shlex.join(["rlinvariant", "train", *arguments])
-
-
-def _shared(value: object) -> str:
-    """Write a value for others: of an absolute path its last part, as the rest says where somebody's files are."""
-    text = shown(argument(value))
-    return Path(text).name if os.path.isabs(text) else text

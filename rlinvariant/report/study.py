@@ -286,18 +286,27 @@ def _lost(run: Run) -> list[str]:
     return said
 
 
-def command(config: JsonRow) -> str:
-    """Return the command line that gives a run this config.json again."""
+def command(config: JsonRow, shared: bool = False) -> str:
+    """Return the command line that gives a run this config.json again, in which secrets are masked.
+
+    Args:
+        config: what `Config.resolved` returns.
+        shared: whether others read it: of an absolute path it has the last part, as the rest says where somebody's files are.
+    """
+    if (config.get("recipe") or {}).get("source") == "script":
+        return shlex.join(["python", argument(config["recipe"]["value"], shared)])
     entries = {key: entry for key, entry in config.items() if given_by_user(entry.get("source", "")) and key != "resume"}
-    given = {key: entry["value"] for key, entry in entries.items()}
-    return shlex.join(["rlinvariant", "train", *(f"{key}={argument(value)}" for key, value in given.items())])
+    given = {key: entry["value"] for key, entry in entries.items() if (key, entry["value"]) != ("recipe", "")}
+    return shlex.join(["rlinvariant", "train", *(f"{key}={argument(value, shared)}" for key, value in given.items())])
 
 
-def argument(value: Json) -> str:
-    """Write a setting's value of a config.json as the command line takes it."""
+def argument(value: Json, shared: bool = False) -> str:
+    """Write a setting's value of a config.json as the command line takes it, and, `shared`, without the way to a file."""
+    if isinstance(value, list):
+        return ",".join(argument(item, shared) for item in value)
     if isinstance(value, bool) or value is None:
         return str(value).lower() if value is not None else "None"
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    return Path(str(value)).name if shared and os.path.isabs(str(value)) else str(value)
 
 
 def measured(study: Study) -> list[Measure]:

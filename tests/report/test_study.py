@@ -10,6 +10,7 @@ import pytest
 from rlinvariant import cli
 from rlinvariant.config import parse
 from rlinvariant.errors import UserError
+from rlinvariant.publish import card_facts
 from rlinvariant.report import html
 from rlinvariant.report.study import command, load
 from tests.report.runs import write_ablation, write_run
@@ -113,6 +114,45 @@ def test_the_command_of_a_run_gives_its_configuration_again(tmp_path, monkeypatc
     program, train, *again = shlex.split(command(json.loads(json.dumps(config.resolved()))))
     assert (program, train) == ("rlinvariant", "train")
     assert parse(again).resolved() == config.resolved()
+
+
+def test_the_command_on_a_card_is_that_of_the_report_without_ways_to_files_and_secrets(tmp_path, monkeypatch):
+    """No recipe, a file of settings, a list of files, a value longer than an error would show."""
+    monkeypatch.chdir(tmp_path)
+    rows, rewards = tmp_path / "rows.jsonl", tmp_path / "rewards.py"
+    rows.write_text('{"prompt": "1+1="}\n' * 40)
+    rewards.write_text("def a(completions, **_):\n    return [0.0] * len(completions)\n\n\nb = a\n")
+    tags = ",".join(f"tag{i}" for i in range(60))
+    (tmp_path / "settings.yaml").write_text(f"steps: 3\nseed: 7\ndata:\n  path: {rows}\n")
+    config = parse(
+        [
+            "config=settings.yaml",
+            "model=org/base",
+            f"reward={rewards}:a,{rewards}:b",
+            f"wandb.tags={tags},https://me:secret@host",
+            "run=x",
+            "seed=8",
+        ]
+    )
+    facts = card_facts(config, range(40), None, {})
+    _, _, *given = shlex.split(facts["command"])
+    expected = {
+        "run=x",
+        "model=org/base",
+        "reward=rewards.py:a,rewards.py:b",
+        f"wandb.tags={tags},https://***@host",
+        "data.path=rows.jsonl",
+    }
+    assert set(given) == expected | {"steps=3", "seed=8"}
+    assert facts["data"].startswith("40 prompts, data.path=rows.jsonl") and str(tmp_path) not in str(facts)
+    whole = shlex.split(command(config.resolved()))
+    assert f"data.path={rows}" in whole and f"reward={rewards}:a,{rewards}:b" in whole, "the control: the user's own report"
+    assert [argument.partition("=")[0] for argument in whole[2:]] == [argument.partition("=")[0] for argument in given]
+
+
+def test_a_script_is_its_own_command():
+    config = {"recipe": {"value": "train_it.py", "source": "script"}, "run": {"value": "x", "source": "script"}}
+    assert command(config) == command(config, shared=True) == "python train_it.py"
 
 
 def test_the_commands_of_the_command_line(ablation, tmp_path, capsys):
