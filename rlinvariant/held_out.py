@@ -11,15 +11,10 @@ OLD = {f"accuracy_{when}": f"heldout_reward_{when}" for when in WHEN}
 
 
 class HeldOut(NamedTuple):
-    """Holds the mean reward over held-out rows, and whether it is an accuracy: each row's reward is 0 or 1."""
+    """Holds the mean reward over held-out rows, and whether it may be an accuracy: each row's reward is 0 or 1."""
 
     reward: float
     is_accuracy: bool
-
-    @property
-    def name(self) -> str:
-        """Return the word for it."""
-        return "accuracy" if self.is_accuracy else "reward"
 
     @classmethod
     def read(cls, value: Mapping[str, float] | float) -> Self:
@@ -29,10 +24,18 @@ class HeldOut(NamedTuple):
         return cls(value, False)
 
 
+def is_accuracy(known: Mapping[str, HeldOut]) -> bool | None:
+    """Say whether a run's held-out reward is an accuracy, before and after alike; None where it lacks one of the two.
+
+    A graded score, too, may be 0 in every row before training: it is the whole run that decides.
+    """
+    return all(known[when].is_accuracy for when in WHEN) if all(when in known for when in WHEN) else None
+
+
 def result(known: Mapping[str, HeldOut]) -> dict[str, float | bool | None]:
     """Return what result.json says of it; null for what is not known, as where there are no held-out rows."""
     rewards = {f"heldout_reward_{when}": known[when].reward if when in known else None for when in WHEN}
-    return rewards | {"heldout_is_accuracy": all(value.is_accuracy for value in known.values()) if known else None}
+    return rewards | {"heldout_is_accuracy": is_accuracy(known)}
 
 
 def said(result: Mapping[str, float | bool | None]) -> tuple[str, str, str] | None:

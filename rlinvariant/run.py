@@ -185,7 +185,7 @@ def evaluate(journal: Journal, trainer: "InvariantGRPOTrainer", dataset: "Datase
     with journal.console.stage(f"held-out reward {when}, greedy, {len(dataset)} prompts"):
         value = greedy_reward(trainer, dataset)
     journal.on_held_out(when, value, trainer.state.global_step)
-    journal.console.print(f"held-out {value.name} {when}: {value.reward:.3f}")
+    journal.console.print(f"held-out reward {when}: {value.reward:.3f}")
 
 
 def sampler_options(config: Config) -> "SamplerOptions":

@@ -20,7 +20,7 @@ from rich.console import RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from rlinvariant.held_out import WHEN, HeldOut
+from rlinvariant.held_out import WHEN, HeldOut, is_accuracy
 from rlinvariant.report.terminal import Screen, others_above
 from rlinvariant.text import plural, printable
 
@@ -212,7 +212,7 @@ class Console:
             lines.append(("reward", f"{begin} -> {end}, {last - first:+.3f}"))
         if held_out:
             before, after = (_decimal(held_out[when].reward if when in held_out else None, ".3f") for when in WHEN)
-            name = "accuracy" if all(value.is_accuracy for value in held_out.values()) else "mean reward"
+            name = "accuracy" if is_accuracy(held_out) else "mean reward"
             lines.append(("held out", f"{before} before -> {after} after, {name}, greedy"))
         lines += [
             (
