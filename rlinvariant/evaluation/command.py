@@ -13,12 +13,14 @@ from rlinvariant.files import RUNS, require_writable, write_atomically
 from rlinvariant.report.console import Console
 from rlinvariant.types import JsonObject
 
-DESCRIPTION = """Draws completions of a recipe's held-out problems, greedy and, with --samples, sampled, grades them by the
-recipe's rewards as training does, and prints means with standard errors, and pass@k by the unbiased estimator. Every completion
-goes into a JSON file. The sampler is the exact one, so that no number depends on the batch; invariance=off takes stock vLLM.
+DESCRIPTION = """Draws completions of held-out problems, greedy and, with --samples, sampled, grades them by the rewards
+of the recipe, or of reward=, as training does, and prints means with standard errors, and pass@k by the unbiased estimator.
+Every completion goes into a JSON file. The sampler is the exact one, so that no number depends on the batch; invariance=off
+takes stock vLLM.
 
 RUN is a run's name or directory, whose settings hold and of which RUN/model is evaluated, or the newest checkpoint where there
-is none; or one of its checkpoints. MODEL is any model's directory or hub id; it needs recipe=."""
+is none; or one of its checkpoints. MODEL is any model's directory or hub id; it needs recipe=, or data.path=, data.eval_path=
+and reward=."""
 EXAMPLE = """rlinvariant eval runs/first --samples 8
 rlinvariant eval runs/first/checkpoints/checkpoint-60
 rlinvariant eval Qwen/Qwen3-0.6B recipe=gsm8k data.eval_size=64 --samples 16 --temperature 0.8 --k 1,8"""
@@ -31,7 +33,8 @@ def add_arguments(parser: CommandParser) -> None:
     parser.add_argument(
         "--samples", type=at_least(1), metavar="N", help="completions drawn of each problem, beside the greedy one"
     )
-    parser.add_argument("--temperature", type=temperature, default=1.0, metavar="T", help="of the sampled completions")
+    heat = "of the sampled completions; without it trainer.temperature of the run or the recipe, else 1"
+    parser.add_argument("--temperature", type=temperature, metavar="T", help=heat)
     parser.add_argument("--k", type=_numbers, metavar="K,...", help="which pass@k; without it 1, 2, 4, ... to N")
     passes = "least weighted reward of a completion that passes; without it 1, if every reward is 0 or 1"
     parser.add_argument("--pass", type=float, dest="least", metavar="R", help=passes)
@@ -56,7 +59,11 @@ def run(options: argparse.Namespace) -> None:
     runtime.quiet()
     with console.stage("loading transformers, TRL and vLLM"):
         from rlinvariant.evaluation import evaluate
-    result = evaluate.evaluate(found.config, options.samples or 0, options.temperature, options.k, options.least, console)
+    heat = found.config.trainer.temperature if options.temperature is None else options.temperature
+    if options.samples:
+        source = "trainer.temperature" if options.temperature is None else "--temperature"
+        console.print(f"samples are drawn at temperature {heat:g} ({source})")
+    result = evaluate.evaluate(found.config, options.samples or 0, heat, options.k, options.least, console)
     result = {"subject": options.subject, "weights": found.config.model, **result}
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, json.dumps(result, indent=1))
@@ -71,8 +78,8 @@ def table(result: JsonObject) -> list[str]:
     for draw in result["draws"]:
         for name, number in draw["estimates"].items():
             label = f"{draw['name']} {name}"
-            error = f"{number['error']:.3f}" if number["error"] is not None else "-"
-            line = f"{label:20}{number['mean']:8.3f}{error:>9}{result['problems']:10,}{draw['completions']:13,}"
+            mean, error = ("-" if number[key] is None else f"{number[key]:.3f}" for key in ("mean", "error"))
+            line = f"{label:20}{mean:>8}{error:>9}{number['problems']:10,}{draw['completions']:13,}"
             lines.append(f"{line}{draw['mean_length']:8.1f}{draw['cut']:7.1%}")
     lines.append("se = sqrt(sum (x_i - mean)^2 / (N (N - 1))) over the N problems")
     return lines + result["notes"]

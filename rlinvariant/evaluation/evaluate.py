@@ -18,8 +18,10 @@ from rlinvariant.run import sampler_options
 from rlinvariant.sampler.engine import Sampler
 from rlinvariant.sampler.refusals import load_config
 from rlinvariant.support import device_problems
+from rlinvariant.text import plural, shown
 from rlinvariant.trainer.judge import Judge
 from rlinvariant.trainer.preflight import Start, load_tokenizer
+from rlinvariant.trainer.preflight.parts import weight_problems
 from rlinvariant.trainer.preflight.rows import dataset_problems, row_problems
 from rlinvariant.trainer.preflight.signatures import needed_columns, signature_problems
 from rlinvariant.trainer.preflight.tokens import token_problems
@@ -34,7 +36,7 @@ MIXED = "no pass@k: rewards are not all 0 or 1; --pass R says from which reward 
 def evaluate(
     config: Config, samples: int, temperature: float, ks: Sequence[int] | None, least: float | None, console: Console
 ) -> JsonObject:
-    """Draw from `config.model`, and grade, completions of the recipe's held-out rows.
+    """Draw from `config.model`, and grade, completions of the held-out rows.
 
     Args:
         config: settings that were checked.
@@ -60,8 +62,8 @@ def evaluate(
     tokenizer = load_tokenizer(config.model, model_config)
     held_out = recipe.datasets(config, tokenizer)[1]
     if held_out is None:
-        raise UserError(f"recipe={config.recipe}: has no held-out rows to evaluate on; its datasets() returns None for them")
-    rewards = list(recipe.reward_funcs(config))
+        raise UserError(_none_held_out(config))
+    rewards = config.reward_funcs()
     parts = (args, config.model, model_config, tokenizer, rewards, None, held_out, config.sampler.max_model_len)
     start = Start(*parts, prefix="trainer.")
     _refuse(start)
@@ -86,10 +88,17 @@ def evaluate(
             seen = {"seed": seed if heat else None, "length": len(completion.token_ids), "cut": cut, **row}
             per_problem[i].setdefault(name, []).append(seen)
         found, said = estimates([problem[name] for problem in per_problem], ks if heat else [1], least, bool(heat))
-        notes += [line for line in said if line not in notes]
         seen = [one for problem in per_problem for one in problem[name]]
+        if left := sum(one["reward"] is None for one in seen):
+            said.append(f"{name}: {left:,} of {plural(len(seen), 'completion')} left out: no reward applies")
+        notes += [line for line in said if line not in notes]
         lengths, cuts = [one["length"] for one in seen], [one["cut"] for one in seen]
-        sizes = {"completions": len(seen), "mean_length": sum(lengths) / len(seen), "cut": sum(cuts) / len(seen)}
+        sizes = {
+            "completions": len(seen),
+            "mean_length": sum(lengths) / len(seen),
+            "left_out": left,
+            "cut": sum(cuts) / len(seen),
+        }
         draws.append({"name": name, "temperature": heat, "samples": count, "estimates": found, **sizes})
     engine.close()
     settings = {key: entry["value"] for key, entry in config.resolved().items()}
@@ -99,7 +108,8 @@ def evaluate(
 
 def _refuse(start: Start) -> None:
     """Raise ConfigErrors with everything that rows, rewards and tokenizer cannot be used for."""
-    problems = reward_problems(start.rewards) + token_problems(start.tokenizer, start.vocabulary, start.name)
+    problems = reward_problems(start.rewards) + weight_problems(start.args, start.rewards, start.prefix)
+    problems += token_problems(start.tokenizer, start.vocabulary, start.name)
     problems += dataset_problems(start.evaluation, "eval")
     if not problems:
         columns = start.evaluation.column_names
@@ -108,6 +118,14 @@ def _refuse(start: Start) -> None:
         problems += row_problems(start.evaluation, "eval", start.prompts, needed)[0]
     if problems:
         raise ConfigErrors(problems)
+
+
+def _none_held_out(config: Config) -> str:
+    """Say that there is nothing to evaluate on, and what gives it."""
+    if config.recipe:
+        return f"recipe={config.recipe}: has no held-out rows to evaluate on; its datasets() returns None for them"
+    path = shown(str(getattr(config.data, "path", None)))
+    return f"data.path={path}: no held-out rows to evaluate on; write data.eval_size=N, data.eval_path= or data.eval_split="
 
 
 def end_tokens(name: str, config: "PreTrainedConfig", tokenizer: Any) -> list[int]:
@@ -123,40 +141,48 @@ def end_tokens(name: str, config: "PreTrainedConfig", tokenizer: Any) -> list[in
 
 
 def _graded(judge: Judge, rows: list[dict[str, Any]], drawn: Sequence[Completion], tokenizer: Any) -> list[dict[str, Any]]:
-    """Return text, rewards by name and their weighted sum for each completion."""
+    """Return text, rewards by name and their weighted sum, None where no reward applies, for each completion."""
     ids, prompts = [completion.token_ids for completion in drawn], [row["prompt"] for row in rows]
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
     said = [[{"role": "assistant", "content": t}] for t in texts] if isinstance(prompts[0], list) else texts
     rewards_NF, sums_N = judge.grade(rows, prompts, said, ids)
     names = judge.reward_func_names
-    by_name = [
-        [{"name": n, "reward": None if math.isnan(r) else r} for n, r in zip(names, row, strict=True)]
-        for row in rewards_NF.tolist()
-    ]
+    by_name = [[{"name": n, "reward": _or_none(r)} for n, r in zip(names, row, strict=True)] for row in rewards_NF.tolist()]
     return [
-        {"completion": text, "reward": total, "rewards": parts}
-        for text, total, parts in zip(texts, sums_N.tolist(), by_name, strict=True)
+        {"completion": text, "reward": _or_none(total), "rewards": parts}
+        for text, total, parts in zip(texts, sums_N, by_name, strict=True)
     ]
 
 
 def estimates(
     problems: Sequence[Sequence[JsonObject]], ks: Sequence[int] | None, least: float | None, sampled: bool
 ) -> tuple[JsonObject, list[str]]:
-    """Return the mean reward and pass@k over problems, each with its standard error, and what is to be said of them."""
-    rewards = [[one["reward"] for one in problem] for problem in problems]
+    """Return the mean reward and pass@k over problems, each with its standard error, and what is to be said of them.
+
+    As in training, a completion to which no reward applies, whose reward is None, is left out of both; so is a problem that has
+    no other, and of pass@k one with fewer than k.
+    """
+    rewards = [[one["reward"] for one in problem if one["reward"] is not None] for problem in problems]
+    rewards = [of_one for of_one in rewards if of_one]
     found = {"reward": _as_json([sum(r) / len(r) for r in rewards])}
     if least is None and any(r not in (0.0, 1.0) for problem in rewards for r in problem):
         return found, [MIXED]
     if sampled:
-        for k in ks or doubling(len(rewards[0])):
-            passed = [sum(r >= (1.0 if least is None else least) for r in problem) for problem in rewards]
-            found[f"pass@{k}"] = _as_json([pass_at_k(len(p), c, k) for p, c in zip(rewards, passed, strict=True)])
+        bound = 1.0 if least is None else least
+        for k in ks or doubling(len(problems[0])):
+            of_k = [(len(of_one), sum(r >= bound for r in of_one)) for of_one in rewards if len(of_one) >= k]
+            found[f"pass@{k}"] = _as_json([pass_at_k(drawn, passed, k) for drawn, passed in of_k])
     return found, []
 
 
 def _as_json(values: Sequence[float]) -> dict[str, float | None]:
-    mean, error = estimate(values)
-    return {"mean": mean, "error": None if math.isnan(error) else error}
+    mean, error = estimate(values) if values else (math.nan, math.nan)
+    return {"mean": _or_none(mean), "error": _or_none(error), "problems": len(values)}
+
+
+def _or_none(value: float) -> float | None:
+    """Return None for NaN, which JSON does not have."""
+    return None if math.isnan(value) else value
 
 
 def _columns(row: dict[str, Any]) -> dict[str, str]:

@@ -14,8 +14,9 @@ from rlinvariant.files import RUNS
 from rlinvariant.report.rundir import RunDir
 from rlinvariant.text import shown
 
-KEYS = ("recipe", "dtype", "seed", "invariance", "reward_timeout", "reward_cage", "reward_errors")
+KEYS = ("recipe", "reward", "dtype", "seed", "invariance", "reward_timeout", "reward_cage", "reward_errors")
 KEYS_OF_TRAINER = ("max_completion_length", "reward_weights", "chat_template_kwargs")
+OF_THE_RUN = "trainer.temperature"  # taken from the run; on the command line it is --temperature
 TAKEN = f"{', '.join(KEYS)}, data.*, sampler.*, trainer.{', trainer.'.join(KEYS_OF_TRAINER)}"
 
 
@@ -47,13 +48,14 @@ def find(given: str, settings: Sequence[str]) -> Subject:
     errors = [f"{key}: eval does not take it; expected {TAKEN}" for key in _keys(settings) if not _is_taken(key)]
     own = [] if run is None else resume.arguments(run, list(settings))
     written = _keys(settings)
-    own = [argument for argument in own if _is_taken(key := argument.partition("=")[0]) and key not in written]
+    own = [argument for argument in own if _is_kept(key := argument.partition("=")[0]) and key not in written]
     if repeated := next((key for key in written if written.count(key) > 1), None):
         values = [setting.partition("=")[2] for setting in settings if setting.startswith(f"{repeated}=")]
         raise ConfigErrors([twice(repeated, *values[:2])])
     read = draft([*own, *settings, f"model={weights}"])
     if read.recipe is None and not any(key == "recipe" for key in [*written, *_keys(own)]):
-        errors.append(f"recipe: missing; write recipe=NAME with one of {listed_recipes()}, or a path to a .py file")
+        others = "a path to a .py file, or data.path=FILE, data.eval_path=FILE and reward=FILE.py:FUNCTION"
+        errors.append(f"recipe: missing; write recipe=NAME with one of {listed_recipes()}, {others}")
     errors += read.errors
     if read.config.invariance not in ("exact", "off"):
         errors.append(f"invariance={read.config.invariance}: expected exact or off: eval has a sampler alone")
@@ -90,3 +92,8 @@ def _keys(settings: Sequence[str]) -> list[str]:
 def _is_taken(key: str) -> bool:
     section, _, name = key.rpartition(".")
     return key in KEYS or section in ("data", "sampler") or (section == "trainer" and name in KEYS_OF_TRAINER)
+
+
+def _is_kept(key: str) -> bool:
+    """Say whether a run's own setting holds for its evaluation, too."""
+    return _is_taken(key) or key == OF_THE_RUN

@@ -17,7 +17,7 @@ from trl.trainer.utils import is_async_callable, start_event_loop_in_daemon
 
 from rlinvariant.errors import ConfigErrors
 from rlinvariant.rewards import RewardLimits, checked_reward
-from rlinvariant.trainer.grading import call_rewards
+from rlinvariant.trainer.grading import call_rewards, weighted_sums
 from rlinvariant.types import RewardCall
 
 
@@ -49,11 +49,11 @@ class Judge(GRPOTrainer):
             _, self.async_loop, ready = start_event_loop_in_daemon(name="eval")
             ready.wait()
 
-    def grade(self, rows: Any, prompts: Any, texts: Any, ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """Return the rewards [N, F] fp32, NaN where one does not apply, and their weighted sums [N] float64.
+    def grade(self, rows: Any, prompts: Any, texts: Any, ids: Sequence[Sequence[int]]) -> tuple[Tensor, list[float]]:
+        """Return the rewards [N, F] fp32, NaN where one does not apply, and N weighted sums, NaN where none does.
 
         Raises:
             UserError: a reward function failed, or passed its limit.
         """
         rewards_NF = call_rewards(self, rows, prompts, texts, ids).cpu()
-        return rewards_NF, (rewards_NF.double() * self.reward_weights.double()).nansum(1)
+        return rewards_NF, weighted_sums(rewards_NF, self.reward_weights)

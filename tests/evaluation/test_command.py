@@ -1,13 +1,16 @@
 """`rlinvariant eval`: what is wrong is said before the engine starts; numbers are those of the completions in the file."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 
+from rlinvariant.config import parse
 from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.evaluation.command import table
 from rlinvariant.evaluation.evaluate import MIXED, estimates
+from rlinvariant.evaluation.subject import find
 from tests.commands import run
 
 RECIPE = str(Path(__file__).parents[1] / "trainer/tiny_recipe.py")
@@ -19,6 +22,9 @@ RECIPE = str(Path(__file__).parents[1] / "trainer/tiny_recipe.py")
         (["{model}"], "recipe: missing; write recipe=NAME"),
         (["{model}", "recipe=arithmetc"], "did you mean arithmetic?"),
         (["{model}", "recipe=arithmetic", "steps=3"], "steps: eval does not take it"),
+        (["{model}", "recipe=arithmetic", "trainer.temperature=2"], "trainer.temperature: eval does not take it"),
+        (["{model}", "recipe=arithmetic", "trainer.reward_weights=1,0.5"], "expected 1, one for each reward function"),
+        (["{model}", "recipe=arithmetic", "reward=nowhere.py:f"], "reward=nowhere.py:f"),
         (["{model}", "recipe=arithmetic", "invariance=trainer"], "expected exact or off"),
         (["{model}", "recipe=arithmetic", "seed=1", "seed=2"], "seed=1 and seed=2"),
         (["{model}", "recipe=arithmetic", "data.digits=x"], "data.digits=x: expected int"),
@@ -47,7 +53,62 @@ def test_a_run_without_weights_is_refused(tmp_path, monkeypatch):
         run("eval", "empty")
 
 
-def problem(*rewards: float) -> list[dict]:
+REWARDS = """
+def dots(completions, **kwargs):
+    return [0.5 for _ in completions]
+
+def of_short_prompts(completions, prompts, **kwargs):
+    return [1.0 if len(prompt) < 6 else None for prompt in prompts]
+
+def needs(completions, nothing_has_it):
+    return [0.0 for _ in completions]
+"""
+
+
+def own_run(arithmetic_dir: str, *settings: str) -> None:
+    """Leave runs/yam, as a run of config=run.yaml without a recipe does, and go on with its model."""
+    Path("rewards.py").write_text(REWARDS)
+    Path("rows.jsonl").write_text("\n".join(json.dumps({"prompt": f"{10**i}+{i}="}) for i in range(6)))
+    Path("run.yaml").write_text("data: {path: rows.jsonl, eval_size: 4}\nreward: [rewards.py:of_short_prompts]\n")
+    length = "trainer.max_completion_length=12"
+    config = parse(["config=run.yaml", f"model={arithmetic_dir}", "run=yam", "sampler.max_model_len=64", length, *settings])
+    Path("runs/yam").mkdir(parents=True)
+    Path("runs/yam/config.json").write_text(json.dumps(config.resolved()))
+    Path("runs/yam/metrics.jsonl").touch()
+    Path("runs/yam/model").symlink_to(arithmetic_dir)
+
+
+def test_the_rewards_temperature_and_rows_are_those_of_the_run(arithmetic_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    own_run(arithmetic_dir, "trainer.temperature=0.5")
+    config = find("yam", []).config
+    assert [reward.__name__ for reward in config.reward_funcs()] == ["of_short_prompts"] and config.data.eval_size == 4
+    assert config.trainer.temperature == 0.5 and find(arithmetic_dir, ["recipe=arithmetic"]).config.trainer.temperature == 1.0
+    with pytest.raises(ConfigErrors, match="nothing_has_it"):
+        run("eval", "yam", "reward=rewards.py:needs")
+    with pytest.raises(ConfigErrors, match="nothing_has_it"):  # also in place of a recipe's, and not beside them
+        run("eval", arithmetic_dir, "recipe=arithmetic", "reward=rewards.py:needs")
+    with pytest.raises(UserError, match=r"data\.path=rows\.jsonl: no held-out rows"):
+        run("eval", "yam", "data.eval_size=0")
+
+
+@pytest.mark.slow
+def test_a_run_without_a_recipe_is_evaluated(arithmetic_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    own_run(arithmetic_dir, "trainer.temperature=0.5")
+    assert run("eval", "yam", "--samples", "2", "--out", "eval.json", "data.eval_size=5") == 0
+    found, said = json.loads(Path("eval.json").read_text()), capsys.readouterr().out
+    assert [draw["name"] for draw in found["draws"]] == ["greedy", "T=0.5"]
+    assert "samples are drawn at temperature 0.5 (trainer.temperature)" in said
+    graded = [problem for problem in found["results"] if len(problem["prompt"]) < 6]
+    assert 0 < len(graded) < 5
+    for draw in found["draws"]:
+        assert draw["estimates"]["reward"] == {"mean": 1.0, "error": 0.0, "problems": len(graded)}
+        left = (5 - len(graded)) * draw["samples"]
+        assert draw["left_out"] == left and f"{draw['name']}: {left} of {5 * draw['samples']} completions left out" in said
+
+
+def problem(*rewards: float | None) -> list[dict]:
     return [{"reward": reward} for reward in rewards]
 
 
@@ -58,7 +119,33 @@ def test_pass_at_k_needs_rewards_of_0_or_1_or_a_bound():
     found, notes = estimates(mixed, None, 0.5, sampled=True)
     assert [found[f"pass@{k}"]["mean"] for k in (1, 2)] == [0.5, 1.0] and not notes
     found, _ = estimates([problem(0.0, 1.0), problem(0.0, 0.0)], [2], None, sampled=True)
-    assert found["reward"]["mean"] == 0.25 and found["pass@2"] == {"mean": 0.5, "error": 0.5}
+    assert found["reward"]["mean"] == 0.25 and found["pass@2"] == {"mean": 0.5, "error": 0.5, "problems": 2}
+
+
+def test_a_completion_without_a_reward_is_left_out_and_does_not_count_as_0():
+    problems = [problem(1.0, None), problem(None, None), problem(1.0, 0.0)]
+    found, _ = estimates(problems, [1, 2], None, sampled=True)
+    assert found["reward"] == {"mean": 0.75, "error": 0.25, "problems": 2} == found["pass@1"]
+    assert found["pass@2"] == {"mean": 1.0, "error": None, "problems": 1}
+    assert estimates([problem(None)], None, None, sampled=False)[0]["reward"] == {"mean": None, "error": None, "problems": 0}
+
+
+def test_the_judge_weighs_as_training_does():
+    from trl.trainer.grpo_config import GRPOConfig
+
+    from rlinvariant.rewards import RewardLimits
+    from rlinvariant.trainer.judge import Judge
+
+    def some(completions, **_):
+        return [1.0, None, 0.5]
+
+    def first(completions, **_):
+        return [1.0, None, None]
+
+    args = GRPOConfig(use_cpu=True, bf16=False, reward_weights=[1.0, 2.0])
+    rows = [{"prompt": "a"}] * 3
+    _, sums = Judge(args, [some, first], RewardLimits(0.0, 0, "stop")).grade(rows, ["a"] * 3, ["b"] * 3, [[1]] * 3)
+    assert sums[0] == 3.0 and math.isnan(sums[1]) and sums[2] == 0.5
 
 
 @pytest.mark.slow
