@@ -168,7 +168,7 @@ def draw(tasks: Tasks, size: int, seed: int) -> Generator[Problem]:
                 for _ in range(size):
                     yield pickle.load(process.stdout)
                 return
-            except (EOFError, BrokenPipeError):
+            except (EOFError, BrokenPipeError, pickle.UnpicklingError):  # the last: it ended within a problem
                 process.wait()
             finally:
                 process.kill()

@@ -48,6 +48,7 @@ class MeasuredTrainer(CollectingTrainer):
     _graded: list[Graded]  # of training: of this step, or the last that drew
     _graded_at: int = -1  # the step at whose beginning that was drawn
     _evaluated: list[Graded]
+    _evaluated_as: str | None = None  # prefix of the keys of an evaluation that is not logged yet
     _trainer_entropies: Tensor
     num_generations: int
     num_generations_eval: int
@@ -114,17 +115,19 @@ class MeasuredTrainer(CollectingTrainer):
         numbers = [x.float().cpu().numpy() for x in (self._trainer_entropies[mask], kl)]
         return Trained(mask.sum(1).cpu().numpy(), numbers[0], numbers[1], (counts[0], counts[1], counts[2]), clips)
 
-    def evaluation_loop(self, dataloader, *args, **kwargs):
+    def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs):
+        self._evaluated_as = metric_key_prefix
         self._evaluation, self._evaluated = self.record_type(), []
         self._evaluation_rows = self.num_examples(dataloader) * self.num_generations_eval
-        return super().evaluation_loop(dataloader, *args, **kwargs)
+        return super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
 
     # ---- what is said of it
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        prefix = next((key.removesuffix("_runtime") for key in logs if key.endswith("_runtime")), "train")
-        if prefix == "train":
+        prefix = self._evaluated_as
+        if prefix is None or f"{prefix}_runtime" not in logs:
             return super().log(logs, start_time)
+        self._evaluated_as = None
         logs |= {
             f"{prefix}_{key}": value for key, value in self._evaluation_numbers().items()
         }  # the caller's: of the best model

@@ -174,3 +174,5 @@ def test_an_evaluation_is_a_row_of_all_its_completions(new):
     assert not [key for key in hard if key.startswith("eval_easy")] and sets["eval_hard_reward"] == hard["eval_hard_reward"]
     assert easy["eval_easy_num_tokens"] == plain["eval_num_tokens"] and "eval_reward" not in easy
     assert not any(key.startswith("eval") for row in run.rows for key in row)
+    run.trainer.log({"data_runtime": 1.0})  # a user's own, which is no evaluation
+    assert len(found) == 3 and run.trainer.state.log_history[-1]["data_runtime"] == 1.0
