@@ -62,16 +62,29 @@ def test_tasks_of_each_kind_score_their_own_answers_in_a_mixture() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("task", task_names())
 def test_every_task_gives_rows_that_can_be_trained_on(task: str) -> None:
-    made = config(f"data.task={task}", "data.train_size=3", "data.eval_size=2")
+    # The tokenizer here has a token for each character, so that most prompts take four times the room that they take elsewhere
+    made = config(f"data.task={task}", "data.train_size=3", "data.eval_size=2", "sampler.max_model_len=32768")
     tokenizer = chat_tokenizer()
     rows = recipe.datasets(made, tokenizer)
     assert [len(part) for part in rows] == [3, 2]
     for part in rows:
-        assert row_problems(part, "train", Prompts(tokenizer, longest=2048, completion=128), ["entry"])[0] == []
+        assert row_problems(part, "train", Prompts(tokenizer, longest=32768, completion=128), ["entry"])[0] == []
     tasks, _ = read_tasks(task, {}, None)
     row: Any
     for row in rows[0]:
         require_sound(Problem(task, row["prompt"][1]["content"], row["answer"], row["entry"]), tasks)
+
+
+REFUSED_LEVELS = {
+    ("caesar_cipher", True),
+    ("knight_swap", False),
+    ("knight_swap", True),
+    ("rubiks_cube", True),
+    ("survo", True),
+}
+"""(task, whether the last level of its curriculum and not its first): reasoning-gym 0.1.25's own config refuses what it sets."""
+FAILING_LEVELS = {("jugs", True)}
+"""The same, for a level at which reasoning-gym 0.1.25 finds no problem."""
 
 
 @pytest.mark.slow
@@ -86,7 +99,13 @@ def test_every_curriculum_draws_at_its_first_and_last_level(task: str) -> None:
     most = int(line.split("expected 0 to ")[1].split()[0])
     for level in (0, most):
         tasks, problems = read_tasks(task, {}, level)
-        assert problems == [] and len(list(draw(tasks, 1, 7))) == 1
+        if (task, level > 0) in REFUSED_LEVELS:
+            assert len(problems) == 1 and f"{task} refuses it" in problems[0], problems
+        elif (task, level > 0) in FAILING_LEVELS:
+            with pytest.raises(UserError, match=f"data.task={task}: reasoning-gym fails: .*; change data.config or data.task"):
+                list(draw(tasks, 1, 7))
+        else:
+            assert problems == [] and len(list(draw(tasks, 1, 7))) == 1
 
 
 def test_rows_are_held_out_by_question() -> None:

@@ -14,6 +14,7 @@ from rlinvariant.config import Config, parse
 from rlinvariant.errors import ConfigErrors
 from rlinvariant.model_source import local_model, model_problems
 from rlinvariant.recipes import words
+from rlinvariant.report.rundir import read_metrics
 from tests.config.common import with_defaults
 
 ROOT = Path(__file__).parents[2]
@@ -123,7 +124,7 @@ def rlinvariant(directory: Path, *argv: str) -> str:
 
 
 def rows(directory: Path, name: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (directory / f"runs/{name}/metrics.jsonl").read_text().splitlines()]
+    return read_metrics(directory / "runs" / name)
 
 
 @pytest.mark.slow

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from rlinvariant.report.rundir import read_metrics
+
 ROOT = Path(__file__).parents[2]
 RECIPE = """
 import itertools, os
@@ -50,7 +52,7 @@ def test_a_cage_lets_a_run_go_on_to_the_same_weights(arithmetic_dir, tmp_path):
         assert done.returncode == 0, done.stderr
         (file,) = (tmp_path / "runs" / run).glob("checkpoints/checkpoint-4/model.safetensors")
         weights[run] = file.read_bytes()
-        rows = [json.loads(line) for line in (tmp_path / "runs" / run / "metrics.jsonl").read_text().splitlines()]
+        rows = read_metrics(tmp_path / "runs" / run)
         counted = [(row["reward/errors"] > 0, row["reward/timeouts"] > 0, row["reward/crashes"] > 0) for row in rows]
         nothing, flaky = (False, False, False), name == "flaky"
         assert counted == [nothing, (False, False, flaky), (flaky, False, False), nothing]
