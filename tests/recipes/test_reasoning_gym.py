@@ -82,7 +82,7 @@ REFUSED_LEVELS = {
     ("rubiks_cube", True),
     ("survo", True),
 }
-"""(task, whether the last level of its curriculum and not its first): reasoning-gym 0.1.25's own config refuses what it sets."""
+"""(task, whether the last level of its curriculum, not its first): reasoning-gym 0.1.25's own config refuses what it sets."""
 FAILING_LEVELS = {("jugs", True)}
 """The same, for a level at which reasoning-gym 0.1.25 finds no problem."""
 
