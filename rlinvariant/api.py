@@ -12,9 +12,11 @@ from rlinvariant import plan, runtime
 from rlinvariant.config import PPOConfig
 from rlinvariant.conflicts import INVARIANCE, Invariance
 from rlinvariant.errors import ConfigErrors, UserError
+from rlinvariant.files import RUNS
 from rlinvariant.model_source import local_model, model_problems
 from rlinvariant.report import wandb_log
 from rlinvariant.report.console import Console
+from rlinvariant.report.rundir import RunDir
 from rlinvariant.rewards import RewardLimits, reward_problems
 from rlinvariant.script import ScriptRun
 from rlinvariant.support import device_problems
@@ -237,7 +239,7 @@ def _checked(
             runtime.configure()
             model, source = local_model(str(model)) if loaded is None else model, local_model(str(source))
             ready = plan.plan_trainer(model, args, ppo, invariance, dtype, str(source), sampler, save_dtype)
-            notes = _look(ready, reward_funcs, train_dataset, options)
+            notes = _look(ready, reward_funcs, train_dataset, options, run)
         except UserError as error:
             problems += str(error).splitlines()
     if ready is not None and run is not None:
@@ -260,10 +262,14 @@ def _look(
     reward_funcs: RewardFunction | list[RewardFunction],
     train_dataset: Dataset | None,
     options: dict[str, Any],
+    run: str | None,
 ) -> list[str]:
     """Look at tokenizer, rewards and rows, and return notes; adds the tokenizer to `options` if it is not there."""
     source = str(ready.source)
     tokenizer = options["processing_class"] = options.get("processing_class") or load_tokenizer(source, ready.config)
     longest = ready.sampler_options.get("max_model_len")
     parts = (ready.args, source, ready.config, tokenizer, reward_funcs, train_dataset, options.get("eval_dataset"), longest)
-    return check_start(Start(*parts, models=1 if ready.ppo is None else 2))
+    published = Path(ready.args.output_dir or "", "model") if ready.args.push_to_hub else None
+    if run is not None:
+        published = RunDir(RUNS / run).model
+    return check_start(Start(*parts, models=1 if ready.ppo is None else 2, published=published))

@@ -17,6 +17,7 @@ from rlinvariant.model_source import local_model
 from rlinvariant.plan import TrainerPlan, build_trainer, plan_trainer
 from rlinvariant.publish import card_facts, publish
 from rlinvariant.report.console import Console
+from rlinvariant.report.rundir import RunDir
 from rlinvariant.resumption import Resumption, dataset_digest, find, require_same_data
 from rlinvariant.rewards import reward_problems
 from rlinvariant.stopping import after_a_step
@@ -136,7 +137,8 @@ def plan(config: Config) -> Plan:
     if problems := reward_problems(rewards):
         raise ConfigErrors(problems)
     parts = (args, model, trainer.config, tokenizer, rewards, train_dataset, eval_dataset, options.get("max_model_len"))
-    for note in check_start(Start(*parts, models=1 if ppo is None else 2, prefix="trainer.")):
+    published = RunDir(config.run_dir).model
+    for note in check_start(Start(*parts, models=1 if ppo is None else 2, prefix="trainer.", published=published)):
         console.print(f"note: {note}")
     data = dataset_digest(train_dataset)
     resumption = require_same_data(resumption, data, config)

@@ -23,11 +23,13 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress
 from trl.trainer.grpo_trainer import GRPOTrainer
 
+from rlinvariant.errors import UserError
 from rlinvariant.files import sync_directory, write_atomically
 from rlinvariant.trainer.card import Card
 
 SETTINGS = "training_args.bin"  # a pickle, of settings that the run has elsewhere, and of tokens
 CARD = "README.md"
+MARK = "rlinvariant.json"  # in each directory that `publish` has written: no other is replaced
 
 
 class PublishedTrainer(GRPOTrainer):
@@ -118,7 +120,11 @@ class PublishedTrainer(GRPOTrainer):
         self._card_options |= {"tags": [tags] if isinstance(tags, str) else list(tags)} if tags else {}
 
     def publish(self) -> Path:
-        """Write model, tokenizer and card into `model_directory`, whole or not at all, and return it. All ranks call this."""
+        """Write model, tokenizer and card into `model_directory`, whole or not at all, and return it. All ranks call this.
+
+        Raises:
+            UserError: what is there was not written by this, or is the base model.
+        """
         path = self._publish() if self.args.should_save else self._published_to
         self.accelerator.wait_for_everyone()
         return path
@@ -131,10 +137,13 @@ class PublishedTrainer(GRPOTrainer):
         if self.is_world_process_zero():
             self._finish_current_push()  # it reads the files that are written now
         path = self._published_to
-        partial = path.with_name(f".{path.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
+        self._require_place()
+        partial, replaced = (path.with_name(f".{path.name}.{name}") for name in ("partial", "replaced"))
+        for left in (partial, replaced):  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
         try:
             self._write(partial)
+            write_atomically(partial / MARK, json.dumps({"published_by": "rlinvariant", "step": self.state.global_step}) + "\n")
             for file in partial.iterdir():
                 file.chmod(0o666 & ~_umask())  # safetensors makes a file for its owner alone
                 with file.open("rb") as written:
@@ -142,16 +151,23 @@ class PublishedTrainer(GRPOTrainer):
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        shutil.rmtree(path, ignore_errors=True)
+        if path.is_dir():
+            os.rename(path, replaced)
         os.rename(partial, path)
         sync_directory(path.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
         return path
+
+    def _require_place(self) -> None:
+        if problems := place_problems(self._published_to, self._base):
+            raise UserError(problems[0])
 
     def init_hf_repo(self, token: str | None = None) -> None:
         """Make the repository; a run that gives it no name gives it its own, not that of its directory of checkpoints."""
         output = Path(self.args.output_dir).absolute()
         if self.args.hub_model_id is None and output.name == "checkpoints":
             self.args.hub_model_id = output.parent.name
+        self._require_place()
         super().init_hf_repo(token)
 
     def push_to_hub(
@@ -200,6 +216,25 @@ class PublishedTrainer(GRPOTrainer):
         self._publish()
         job = self.upload(f"Training in progress, step {self.state.global_step}", blocking=False)
         self.push_in_progress = PushInProgress([job])  # type: ignore[arg-type]  # typed as one future, used as a list
+
+
+def place_problems(path: Path, base: str) -> list[str]:
+    """Say in at most one line why a model must not be published into a directory, whose content it would replace.
+
+    Args:
+        path: the directory.
+        base: directory or hub id of the model that training begins from.
+    """
+    fix = "move it, or choose another run or output_dir"
+    if os.path.isdir(base) and path.resolve() in (at := Path(base).resolve(), *at.parents):
+        return [f"{path}: the base model is there, and the trained one would replace it; {fix}"]
+    if path.is_symlink() or (os.path.lexists(path) and not _replaceable(path)):
+        return [f"{path}: not written by rlinvariant (it has no {MARK}), and the trained model would replace it; {fix}"]
+    return []
+
+
+def _replaceable(path: Path) -> bool:
+    return path.is_dir() and ((path / MARK).is_file() or not any(path.iterdir()))
 
 
 def cast(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

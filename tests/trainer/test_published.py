@@ -1,18 +1,23 @@
 """What a trainer saves for others: dtype, configuration and tokenizer as the model came, a card that says what was done."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.trainer.grpo_trainer import GRPOTrainer
 
+import rlinvariant
 from rlinvariant.bits import assert_bits_equal
+from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.trainer.card import Card, stated
+from rlinvariant.trainer.fields import GRPOConfig
 from rlinvariant.trainer.preflight.parts import hub_problems
-from rlinvariant.trainer.published import cast
+from rlinvariant.trainer.published import MARK, cast, place_problems
 from tests.parity.harness import Run, assert_exact, new_trainer
 from tests.trainer.hub import serving
 
@@ -122,6 +127,44 @@ def test_a_directory_is_whole_or_as_it_was(run, monkeypatch):
         run.trainer.publish()
     assert {file.name: file.read_bytes() for file in path.iterdir()} == before
     assert [p.name for p in path.parent.iterdir() if p.name.startswith(".model")] == []
+
+
+def test_only_what_was_published_is_replaced(run, arithmetic_dir, tmp_path):
+    """Nothing that a user keeps in OUTPUT_DIR/model is lost: neither files, nor a link, nor the base model."""
+    path = tmp_path / "run/model"
+    path.mkdir()
+    assert run.trainer.publish() == path == run.trainer.publish(), "the control: an empty directory, and our own"
+    assert json.loads((path / MARK).read_text()) == {"published_by": "rlinvariant", "step": 2}
+    (path / MARK).unlink()
+    (path / "mine.txt").write_text("mine")
+    line = f"{path}: not written by rlinvariant (it has no {MARK}), and the trained model would replace it; move it, or choose"
+    with pytest.raises(UserError, match="^" + re.escape(line)):
+        run.trainer.publish()
+    run.trainer.args.hub_always_push = True
+    with pytest.raises(UserError, match="^" + re.escape(line)):
+        run.trainer._push_from_checkpoint(str(tmp_path / "run/checkpoint-2"))
+    assert (path / "mine.txt").read_text() == "mine" and (path / "model.safetensors").is_file()
+    (tmp_path / "link").symlink_to(path)
+    assert place_problems(tmp_path / "link", "org/base") and not place_problems(tmp_path / "absent", "org/base")
+    (base,) = place_problems(Path(arithmetic_dir), arithmetic_dir)
+    assert base.startswith(f"{arithmetic_dir}: the base model is there")
+
+
+def test_a_run_that_would_replace_what_is_there_does_not_start(arithmetic_dir, tmp_path, monkeypatch):
+    """Before weights are loaded: of a script that pushes, and of one with a run's directory."""
+    monkeypatch.chdir(tmp_path)
+    rows = Dataset.from_dict({"prompt": ["1+1="] * 8})
+    for place, given, options in (("out/model", {"push_to_hub": True}, {}), ("runs/a/model", {}, {"run": "a"})):
+        Path(place).mkdir(parents=True)
+        (Path(place) / "mine.txt").write_text("mine")
+        args = GRPOConfig(
+            "out", per_device_train_batch_size=4, num_generations=4, max_completion_length=4, report_to=[], **given
+        )
+        with pytest.raises(ConfigErrors) as raised, serving(monkeypatch):
+            rlinvariant.GRPOTrainer(arithmetic_dir, lambda completions, **_: [0.0] * len(completions), args, rows, **options)
+        said = f"{place}: not written by rlinvariant (it has no {MARK}), and the trained model would replace it"
+        assert [error for error in raised.value.errors if error.startswith(said)], raised.value.errors
+        assert (Path(place) / "mine.txt").read_text() == "mine"
 
 
 def test_what_is_pushed_is_what_is_published(run, tmp_path, monkeypatch):

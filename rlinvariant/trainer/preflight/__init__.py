@@ -1,6 +1,7 @@
 """Look once, before weights are loaded and the engine starts, at what can be known, and say it in one list."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rlinvariant.errors import ConfigErrors
@@ -15,6 +16,7 @@ from rlinvariant.trainer.preflight.prompts import Prompts
 from rlinvariant.trainer.preflight.rows import dataset_problems, row_problems
 from rlinvariant.trainer.preflight.signatures import needed_columns, signature_problems
 from rlinvariant.trainer.preflight.tokens import generation_problems, load_tokenizer, token_problems
+from rlinvariant.trainer.published import place_problems
 
 __all__ = ["Start", "check_start", "constructing", "load_tokenizer"]
 
@@ -33,6 +35,7 @@ class Start:
         max_model_len: most tokens of a prompt and its completion that the engine takes; None: the model's positions.
         models: how many models are trained: 2 for PPO, whose critic is one.
         prefix: what the user writes before the name of a field of `args`.
+        published: the directory that gets the trained model; None: the run itself publishes none.
     """
 
     args: Any
@@ -45,6 +48,7 @@ class Start:
     max_model_len: int | None = None
     models: int = 1
     prefix: str = ""
+    published: Path | None = None
 
     @property
     def vocabulary(self) -> int | None:
@@ -80,6 +84,8 @@ def check_start(start: Start) -> list[str]:
     """
     args, prefix = start.args, start.prefix
     problems = part_problems(args, prefix) + weight_problems(args, start.rewards, prefix) + hub_problems(args, prefix)
+    if start.published is not None:
+        problems += place_problems(start.published, start.name)
     problems += token_problems(start.tokenizer, start.vocabulary, start.name)
     problems += generation_problems(start.name, start.config) + disk_problems(args, start.config, start.models, prefix)
     if start.evaluation is None and (strategy := getattr(args.eval_strategy, "value", args.eval_strategy)) != "no":
