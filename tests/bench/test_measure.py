@@ -96,7 +96,7 @@ def test_each_machine_has_its_benchmarks(monkeypatch, capsys, tmp_path):
             __main__.main([*argv, "--out", str(tmp_path)])
         return capsys.readouterr().err
 
-    assert "linear: not for this machine (cpu); here: ops, trainer" in refused("linear", machine="cpu")
+    assert "linear: not for this machine (cpu); here: ops, sampler, trainer" in refused("linear", machine="cpu")
     assert "ops: not for this machine (h200); here: linear, norms" in refused("ops", machine="h200")
     assert "--tokens: only with families, and with parity on a GPU" in refused("step", "--tokens", "9", machine="cpu")
     assert "invalid choice: 'gemm'" in refused("gemm", machine="cpu")
