@@ -18,7 +18,7 @@ from rlinvariant.report import wandb_log
 from rlinvariant.report.console import Console
 from rlinvariant.report.rundir import RunDir
 from rlinvariant.rewards import RewardLimits, reward_problems
-from rlinvariant.script import ScriptRun
+from rlinvariant.script import ScriptRun, run_config
 from rlinvariant.support import device_problems
 from rlinvariant.trainer.fields import GRPOConfig, script_problems, settled
 from rlinvariant.trainer.grpo import InvariantGRPOTrainer
@@ -245,7 +245,8 @@ def _checked(
     if ready is not None and run is not None:
         rows = len(train_dataset) if train_dataset is not None else 0
         limits, staleness = RewardLimits.taken(dict(options)), options.get("staleness", 0)
-        script_run = ScriptRun(run, resume, ready, rows, limits, staleness, to_wandb, console)
+        config = run_config(run, resume, ready, rows, limits, staleness, to_wandb)
+        script_run = ScriptRun(config, ready, console)
         problems += script_run.problems()
     if problems:
         raise ConfigErrors(problems)

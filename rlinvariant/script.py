@@ -58,28 +58,13 @@ class ScriptRun:
     """Stands for the run directory of a script's trainer, as `rlinvariant.run` does for the command line's.
 
     Args:
-        run, resume: as the user gave them to the trainer.
+        config: what `run_config` returned.
         plan: the trainer's, whose checkpoints go to the run's directory.
-        rows: of the training data.
-        limits: how reward functions are called.
-        staleness: as for the trainer.
-        to_wandb: whether W&B gets the run, online with a login, else offline.
         console: where lines go.
     """
 
-    def __init__(
-        self,
-        run: str,
-        resume: bool | str,
-        plan: TrainerPlan,
-        rows: int,
-        limits: RewardLimits,
-        staleness: int,
-        to_wandb: bool,
-        console: Console,
-    ) -> None:
-        self.plan, self.console = plan, console
-        self.config = run_config(run, resume, plan, rows, limits, staleness, to_wandb)
+    def __init__(self, config: Config, plan: TrainerPlan, console: Console) -> None:
+        self.config, self.plan, self.console = config, plan, console
 
     def problems(self) -> list[str]:
         """List why the directory cannot be used."""

@@ -79,7 +79,7 @@ def handled(handler: Handler, also_ignored: tuple[int, ...] = ()) -> Iterator[No
     try:
         yield
     finally:
-        sys.unraisablehook = hook
+        sys.unraisablehook, _state.lost = hook, False
         for number in mine:
             signal.signal(number, before[number])
 
@@ -89,8 +89,13 @@ def _again(unraisable: "sys.UnraisableHookArgs", otherwise: Callable[["sys.Unrai
     if not isinstance(unraisable.exc_value, Stopped):
         otherwise(unraisable)
         return
-    _state.lost = True
-    timer = threading.Timer(0.05, os.kill, (os.getpid(), unraisable.exc_value.number))  # once the finaliser is over
+    _state.lost, number = True, unraisable.exc_value.number
+
+    def send() -> None:
+        if _state.lost:  # else nobody listens any more
+            os.kill(os.getpid(), number)
+
+    timer = threading.Timer(0.05, send)  # once the finaliser is over
     timer.daemon = True
     timer.start()
 

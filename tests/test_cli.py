@@ -1,4 +1,4 @@
-"""What every command does with --help, a typing error, a closed pipe, ctrl-C, a model that is not there, a silent hub."""
+"""Every command takes --help, a typing error, a closed pipe, ctrl-C, a model that is not there and a silent hub well."""
 
 import os
 import re

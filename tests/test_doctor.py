@@ -269,7 +269,7 @@ def test_a_wrong_path_and_wrong_arguments(capsys, tmp_path):
 
 
 def test_a_tree_whose_metadata_names_no_releases_is_a_note(capsys, monkeypatch):
-    """As beside a hand-made entry point: there is nothing to compare with, which is no fault of the machine."""
+    """Beside a hand-made entry point there is nothing to compare with, which is no fault of the machine."""
     monkeypatch.setattr(metadata, "requires", lambda name: None)
     monkeypatch.setattr(metadata, "metadata", lambda name: {"Requires-Python": None})
     first, *_ = packages.packages()

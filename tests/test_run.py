@@ -99,7 +99,7 @@ def jobs(arithmetic_dir, tmp_path_factory) -> Mapping[str, Future[Finished]]:
 
 @pytest.fixture(scope="module")
 def many(jobs) -> dict[str, Any]:
-    """What each run of many_runs.py gave, by name."""
+    """Return what each run of many_runs.py gave, by name."""
     done = jobs["many"].result()
     lines = [line for line in done.output.splitlines() if line.startswith("RESULTS ")]
     assert lines, done.output[-2000:] + done.error[-4000:]
@@ -203,7 +203,7 @@ def test_wandb_may_be_absent(jobs):
 
 @pytest.fixture(scope="module")
 def asked(jobs) -> list[list[dict[str, Any]]]:
-    """What each of two processes asked of its sampler, rollout by rollout."""
+    """Return what each of two processes asked of its sampler, rollout by rollout."""
     directory = jobs["two"].result().directory.parent
     files = [(directory / f"{rank}.jsonl").read_text().splitlines() for rank in (0, 1)]
     return [[json.loads(line) for line in lines] for lines in files]

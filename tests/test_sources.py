@@ -1,4 +1,4 @@
-"""What the package's own code never does: run data as code, or write to a terminal past the functions that escape."""
+"""The package's own code never runs data as code, nor writes to a terminal past the functions that escape."""
 
 import ast
 from collections.abc import Iterator

@@ -66,9 +66,18 @@ static void gather_columns(const keys *kv, const void *src, i64 seq, i64 start, 
     }
 }
 
+/* Call a function with a constant number of rows, so that the compiler keeps their sums in registers */
+#define WITH_ROWS(rows, function, ...)             \
+    switch (rows) {                                \
+    case 1: function(1, __VA_ARGS__); break;       \
+    case 2: function(2, __VA_ARGS__); break;       \
+    case 3: function(3, __VA_ARGS__); break;       \
+    default: function(HEADS, __VA_ARGS__);         \
+    }
+
 /* s[r][j] = sum over d (chain) of a[r][d] * column d of key j, for 64 keys at a time (four independent vectors) */
-static inline __attribute__((always_inline)) void columns(const int rows, float *s, i64 np, const float *a, i64 dp,
-                                                          const float *cols, i64 n, i64 dim) {
+static inline __attribute__((always_inline)) void times_columns(const int rows, float *s, i64 np, const float *a,
+                                                                i64 dp, const float *cols, i64 n, i64 dim) {
     i64 j = 0, tile = dim * 16;
     for (; j + 64 <= PAD16(n); j += 64) {
         v16 c[HEADS][4] = {{{0}}};
@@ -90,18 +99,9 @@ static inline __attribute__((always_inline)) void columns(const int rows, float 
     }
 }
 
-static inline void times_columns(int rows, float *s, i64 np, const float *a, i64 dp, const float *cols, i64 n, i64 dim) {
-    switch (rows) {
-    case 1: columns(1, s, np, a, dp, cols, n, dim); break;
-    case 2: columns(2, s, np, a, dp, cols, n, dim); break;
-    case 3: columns(3, s, np, a, dp, cols, n, dim); break;
-    default: columns(4, s, np, a, dp, cols, n, dim);
-    }
-}
-
 /* o[r][d] = sum over from <= j < n (chain4) of p[r][j] * rows[j][d] */
-static inline __attribute__((always_inline)) void weighted(const int rows, float *o, i64 dp, const float *p, i64 np,
-                                                           const float *values, i64 from, i64 n) {
+static inline __attribute__((always_inline)) void times_rows(const int rows, float *o, i64 dp, const float *p, i64 np,
+                                                             const float *values, i64 from, i64 n) {
     for (i64 d = 0; d < dp; d += 16) {
         v16 c[HEADS][4] = {{{0}}};
         i64 j = from;
@@ -118,15 +118,6 @@ static inline __attribute__((always_inline)) void weighted(const int rows, float
             v16 sum = (c[r][0] + c[r][1]) + (c[r][2] + c[r][3]);
             memcpy(o + r * dp + d, &sum, 64);
         }
-    }
-}
-
-static inline void times_rows(int rows, float *o, i64 dp, const float *p, i64 np, const float *values, i64 from, i64 n) {
-    switch (rows) {
-    case 1: weighted(1, o, dp, p, np, values, from, n); break;
-    case 2: weighted(2, o, dp, p, np, values, from, n); break;
-    case 3: weighted(3, o, dp, p, np, values, from, n); break;
-    default: weighted(4, o, dp, p, np, values, from, n);
     }
 }
 
@@ -172,7 +163,7 @@ void attention(const void *q, const void *k, const void *v, void *out, float *ls
                     i64 lo = first_key(n, window), base = lo & ~(i64)15; /* lane 0 of the first key's vector */
                     int some = group - g < HEADS ? group - g : HEADS;
                     for (int r = 0; r < some; r++) load(qr + r * dp, q, (row + r) * dim, dim, bf16);
-                    times_columns(some, s + base, np, qr, dp, cols + base * dim, n - base, dim);
+                    WITH_ROWS(some, times_columns, s + base, np, qr, dp, cols + base * dim, n - base, dim);
                     float m[HEADS], sum[HEADS];
                     i64 end = PAD16(n) - base;
                     for (int r = 0; r < some; r++) {
@@ -187,7 +178,7 @@ void attention(const void *q, const void *k, const void *v, void *out, float *ls
                         for (i64 j = 0; j < end; j++) w[j] = exp_(w[j] - m[r]);
                         sum[r] = sum_lanes(w, end);
                     }
-                    times_rows(some, o, dp, s, np, rows, lo, n);
+                    WITH_ROWS(some, times_rows, o, dp, s, np, rows, lo, n);
                     for (int r = 0; r < some; r++) {
                         for (i64 d = 0; d < dim; d++) o[r * dp + d] = o[r * dp + d] / sum[r];
                         store(out, (row + r) * dim, o + r * dp, dim, bf16);

@@ -41,7 +41,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, packed: Tensor
     """
     if packed is None:
         return _linear(x, weight, bias)
-    y_RN = _in_calls(x.reshape(-1, x.shape[-1]).contiguous(), lambda x_RK: _by_packed(x_RK, packed, bias))
+    _check(x, weight, bias)
+    b_N = None if bias is None else bias.to(x.dtype).contiguous()
+    y_RN = _in_calls(x.reshape(-1, x.shape[-1]).contiguous(), lambda x_RK: _by_packed(x_RK, packed, b_N))
     return y_RN.view(*x.shape[:-1], len(weight))
 
 

@@ -1,4 +1,4 @@
-"""What README, CONTRIBUTING and docs/ say is true of the tree: links, commands, keys, generated pages, the figure."""
+"""README, CONTRIBUTING and docs/ say what is true of the tree: links, commands, keys, generated pages, the figure."""
 
 import importlib
 import importlib.util

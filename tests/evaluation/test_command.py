@@ -150,7 +150,7 @@ def test_the_judge_weighs_as_training_does():
 
 @pytest.mark.slow
 def test_an_evaluation_is_what_its_completions_say(arithmetic_dir, tmp_path, monkeypatch, capsys):
-    """Of one model: greedy and sampled, again with another batch: the same; with another seed or stock vLLM: not."""
+    """A model's greedy and sampled completions are the same in another batch, and others with another seed."""
     monkeypatch.chdir(tmp_path)
 
     def evaluated(name: str, *more: str) -> dict:

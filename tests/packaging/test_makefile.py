@@ -1,4 +1,4 @@
-"""What the Makefile installs, by a pip that only writes down what it is asked; the pins; the workflows' targets."""
+"""The Makefile installs what it should, by a pip that only writes down its arguments; pins and workflows fit to it."""
 
 import os
 import re

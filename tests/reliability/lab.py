@@ -43,7 +43,7 @@ class Run:
 
     @property
     def text(self) -> str:
-        """What the run has printed."""
+        """Return what the run has printed."""
         return self.log.read_text(errors="replace")
 
 

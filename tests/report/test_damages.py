@@ -237,7 +237,7 @@ def test_a_damaged_rollout_is_the_same_or_one_line(every, whole, tmp_path):
 
 
 def test_ablate_goes_on_in_a_damaged_directory_or_refuses_in_one_line(ablation, tmp_path, monkeypatch):
-    """What an earlier command has left is read before anything starts."""
+    """Ablate reads the files that an earlier command has left before anything starts."""
     monkeypatch.chdir(tmp_path)
     place, found, went_on = tmp_path / "runs" / "ablation-a", [], 0
     damages = [*on_the_file(place / "ablation.json"), *in_the_values(place / "ablation.json", ABLATION)]

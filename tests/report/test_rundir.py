@@ -160,7 +160,7 @@ def test_a_path_that_cannot_be_made_is_one_line(tmp_path):
 
 
 def test_a_full_disk_is_no_misuse(tmp_path):
-    """What is written for config.json goes to a device that is always full."""
+    """Every write of config.json goes to a device that is always full."""
     (tmp_path / "config.json.partial").symlink_to("/dev/full")
     with pytest.raises(DiskError, match=r"^run: .* cannot be written \(No space left on device\)") as error:
         RunDir.create(tmp_path, {})

@@ -170,7 +170,7 @@ def test_wrong_limits_are_refused() -> None:
 
 
 def test_a_cage_grades_as_the_trainer_does_and_in_order() -> None:
-    """What is drawn at random too: control, the next step draws something else."""
+    """Random grades are equal too; the control is the next step, which draws others."""
     drawn = lambda completions, **_: [__import__("random").random() for _ in completions]  # noqa: E731
     caged = checked_reward(drawn, RewardLimits(reward_cage=2))
     later = BATCH | {"trainer_state": SimpleNamespace(global_step=7, log_history=[])}
