@@ -47,6 +47,10 @@ def suggestion(word: str, options: Iterable[str], cutoff: float = 0.6) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
+SCRIPT = "script"
+"""Source, in config.json, of a value that a script has set."""
+
+
 def given_by_user(source: object) -> bool:
     """Say whether a value of this source was written by the user, on the command line or in a file, and is no default."""
     return source == "command line" or (isinstance(source, str) and source.startswith("file "))

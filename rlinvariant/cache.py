@@ -38,7 +38,7 @@ def made_once(directory: Path, make: Callable[[Path], object], fix: str = ANOTHE
         directory.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except OSError as error:
-        raise unwritable(directory, error.strerror, "model", fix) from error
+        raise unwritable(directory, error.strerror, "model", fix, error.errno) from error
     try:
         with disk_errors(directory, fix):
             if not directory.is_dir():

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rlinvariant.arguments import SCRIPT
 from rlinvariant.config import Config
 from rlinvariant.errors import UserError, one_line
 from rlinvariant.report.console import Console
@@ -17,7 +18,7 @@ def publish(config: Config, trainer: "InvariantGRPOTrainer", console: Console) -
     """Write the trained model where others load it from, and upload that if the run is to be pushed to the hub.
 
     Raises:
-        UserError: the hub does not take it; the directory is there.
+        UserError: the hub does not take it; the directory was not written by rlinvariant, or is the base model's.
     """
     with console.stage("writing the model"):
         path = trainer.publish()
@@ -40,7 +41,7 @@ def card_facts(config: Config, train: Sized, held_out: Sized | None, rewards: Ma
         train, held_out: rows.
         rewards: mean held-out reward, greedy: "before" and, at the end, "after".
     """
-    kind, resolved = "script" if config.sources.get("run") == "script" else "recipe", config.resolved()
+    kind, resolved = SCRIPT if config.sources.get("run") == SCRIPT else "recipe", config.resolved()
     data = [f"{kind} {Path(config.recipe).name}"] if config.recipe else []
     data += [f"{len(train):,} prompts"]
     data += [f"{key}={argument(entry['value'], shared=True)}" for key, entry in resolved.items() if key.startswith("data.")]

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from rlinvariant import runtime
-from rlinvariant.checkpoints import FREE_SPACE
+from rlinvariant.checkpoints import FREE_SPACE, Checkpoint
 from rlinvariant.config import Config
 from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.files import disk_errors
@@ -168,13 +168,27 @@ def build(planned: Plan) -> "InvariantGRPOTrainer":
 
 
 def train(planned: Plan, trainer: "InvariantGRPOTrainer") -> int:
-    """Train from where the run stands, and return the last step; a run that has done all only gets its last weights back."""
-    checkpoint = planned.resumption.checkpoint
-    if checkpoint is not None and checkpoint.step >= planned.config.steps:
-        planned.console.print(f"all {checkpoint.step} steps are done: nothing is trained")
+    """Train from where the run stands, and return the last step."""
+    go_on = lambda checkpoint: trainer.train(resume_from_checkpoint=checkpoint)  # noqa: E731
+    return train_on(trainer, planned.resumption.checkpoint, planned.config.steps, planned.console, go_on)
+
+
+def train_on(
+    trainer: "InvariantGRPOTrainer",
+    checkpoint: Checkpoint | None,
+    steps: int,
+    console: Console,
+    train: Callable[[Checkpoint | None], object],
+) -> int:
+    """Call `train` with the checkpoint that a run goes on from, and return the last step.
+
+    A run that has done all its steps only gets its last weights back: transformers looks at their number after a step.
+    """
+    if checkpoint is not None and checkpoint.step >= steps:
+        console.print(f"all {checkpoint.step} steps are done: nothing is trained")
         trainer.take_weights(checkpoint)
-        return checkpoint.step
-    trainer.train(resume_from_checkpoint=checkpoint)
+    else:
+        train(checkpoint)
     return trainer.state.global_step
 
 

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import chz
 import datasets
+from transformers.trainer_utils import TrainOutput
 
 from rlinvariant import stopping
+from rlinvariant.arguments import SCRIPT
 from rlinvariant.config import Config, Data, PPOConfig, SamplerConfig, WandbConfig
 from rlinvariant.config.check import check_run
 from rlinvariant.config.fields import trainer_config_class
@@ -22,16 +24,13 @@ from rlinvariant.launch import is_launched, on_main_process, rank
 from rlinvariant.report.console import Console
 from rlinvariant.resumption import dataset_digest, find, require_same_data
 from rlinvariant.rewards import RewardLimits
-from rlinvariant.run import carry_out, directory
+from rlinvariant.run import carry_out, directory, train_on
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
     from rlinvariant.plan import TrainerPlan
     from rlinvariant.trainer.grpo import InvariantGRPOTrainer
-
-SOURCE = "script"
-"""Source, in config.json, of a value that a script has set."""
 
 
 def script_name() -> str:
@@ -90,6 +89,8 @@ class ScriptRun:
     def carry_out(self, trainer: InvariantGRPOTrainer, eval_dataset: object, train: Callable[[Any], Any]) -> Any:
         """Train from where the run stands, and return what `train` returns, which is called with a checkpoint or None.
 
+        Of a run that has done all its steps, that is a `TrainOutput` without a loss.
+
         Raises:
             Stopped: a signal has ended the run, after a step that is saved.
         """
@@ -98,13 +99,13 @@ class ScriptRun:
         results = []
 
         def steps() -> int:
-            results.append(train(self.resumption.checkpoint))
-            return trainer.state.global_step
+            go_on = lambda checkpoint: results.append(train(checkpoint))  # noqa: E731
+            return train_on(trainer, self.resumption.checkpoint, self.config.steps, self.console, go_on)
 
         echo_s = stopping.ECHO_S if is_launched() else 0.0
         with stopping.listening(self.config.run_dir, echo_s, rank() == 0), directory(self.config):
             carry_out(self.journal, trainer, held_out, steps, may_end_early=True)
-        return results[0]
+        return results[0] if results else TrainOutput(trainer.state.global_step, math.nan, {})
 
 
 def _both(first: Callable[..., object], second: Callable[..., object] | None) -> Callable[..., None]:
@@ -170,5 +171,5 @@ def run_config(
         ),
     )
     before = leaves(default)
-    sources = {key: SOURCE for key, leaf in leaves(config).items() if leaf.value != before[key].value} | {"run": SOURCE}
+    sources = {key: SCRIPT for key, leaf in leaves(config).items() if leaf.value != before[key].value} | {"run": SCRIPT}
     return chz.replace(config, sources=sources)

@@ -83,7 +83,7 @@ def parse(argv: Sequence[str], env: Mapping[str, str] = os.environ) -> Config:
 def draft(argv: Sequence[str]) -> Draft:
     """Read arguments as far as they go: keys that exist, with values of their types. Neither recipe nor run need be named."""
     layers, errors = _layers(argv)
-    is_whole = all(layer.values or layer.source == COMMAND_LINE for layer in layers)
+    is_whole = not errors or all(layer.values or layer.source == COMMAND_LINE for layer in layers)
     recipe, written = None, {key: value for layer in layers for key, value in layer.values.items()}
     try:
         if isinstance(named := written.get("recipe"), Castable):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rlinvariant.config import Config
 from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.evaluation.estimate import doubling, estimate, pass_at_k
+from rlinvariant.model_source import local_model
 from rlinvariant.report.console import Console
 from rlinvariant.rewards import reward_problems
 from rlinvariant.rollout import Completion, request_seed
@@ -58,21 +59,23 @@ def evaluate(
     args = config.grpo_config()
     if problems := device_problems(args, config.invariance, getattr(torch, config.dtype)):
         raise ConfigErrors(problems)
-    model_config, recipe = load_config(config.model), config.load_recipe()
-    tokenizer = load_tokenizer(config.model, model_config)
+    model = local_model(config.model)
+    model_config, recipe = load_config(model), config.load_recipe()
+    tokenizer = load_tokenizer(model, model_config)
     held_out = recipe.datasets(config, tokenizer)[1]
     if held_out is None:
         raise UserError(_none_held_out(config))
     rewards = config.reward_funcs()
-    parts = (args, config.model, model_config, tokenizer, rewards, None, held_out, config.sampler.max_model_len)
+    parts = (args, model, model_config, tokenizer, rewards, None, held_out, config.sampler.max_model_len)
     start = Start(*parts, prefix="trainer.")
     _refuse(start)
     judge, rows = Judge(args, rewards, config.reward_limits), held_out.to_list()
-    read = [start.prompts.read(row["prompt"]) for row in rows]
-    prompt_ids = [list(start.prompts.tokenize([text], kind == "messages")[0]) for kind, text in read]
+    prompts = start.prompts
+    kinds, texts = zip(*(prompts.read(row["prompt"]) for row in rows), strict=True)  # of one kind, as `_refuse` has seen
+    prompt_ids = [list(ids) for ids in prompts.tokenize(texts, kinds[0] == "messages")]
+    stop, longest = end_tokens(model, model_config, tokenizer), config.trainer.max_completion_length or 0
     with console.stage("starting the vLLM engine"):
-        engine = Sampler(config.model, invariant=config.invariance == "exact", dtype=config.dtype, **sampler_options(config))
-    stop, longest = end_tokens(config.model, model_config, tokenizer), config.trainer.max_completion_length or 0
+        engine = Sampler(model, invariant=config.invariance == "exact", dtype=config.dtype, **sampler_options(config))
     draws, per_problem, notes = [], [{"prompt": row["prompt"], "columns": _columns(row)} for row in rows], []
     ways = [("greedy", 1, 0.0)] + ([(f"T={temperature:g}", samples, temperature)] if samples else [])
     for name, count, heat in ways:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlinvariant import checkpoints, resume
-from rlinvariant.arguments import twice
 from rlinvariant.config import Config, check, draft
 from rlinvariant.config.recipe import listed_recipes
 from rlinvariant.errors import ConfigErrors, UserError
@@ -45,13 +44,10 @@ def find(given: str, settings: Sequence[str]) -> Subject:
         UserError: a run that has no weights, or whose config.json is damaged.
     """
     run, weights = _located(given)
-    errors = [f"{key}: eval does not take it; expected {TAKEN}" for key in _keys(settings) if not _is_taken(key)]
-    own = [] if run is None else resume.arguments(run, list(settings))
     written = _keys(settings)
+    errors = [f"{key}: eval does not take it; expected {TAKEN}" for key in written if not _is_taken(key)]
+    own = [] if run is None else resume.arguments(run, list(settings))
     own = [argument for argument in own if _is_kept(key := argument.partition("=")[0]) and key not in written]
-    if repeated := next((key for key in written if written.count(key) > 1), None):
-        values = [setting.partition("=")[2] for setting in settings if setting.startswith(f"{repeated}=")]
-        raise ConfigErrors([twice(repeated, *values[:2])])
     read = draft([*own, *settings, f"model={weights}"])
     if read.recipe is None and not any(key == "recipe" for key in [*written, *_keys(own)]):
         others = "a path to a .py file, or data.path=FILE, data.eval_path=FILE and reward=FILE.py:FUNCTION"

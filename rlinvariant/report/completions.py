@@ -171,16 +171,18 @@ def _valid(text: str) -> str:
 
 def _thin(run: str | Path, limit: float) -> None:
     """Delete files until the rest is within the limit: each time the one that leaves the smallest gap for its age."""
-    sizes = {step: path.stat().st_size for step, path in files(run).items()}
-    kept, gone = list(sizes), []
-    while sum(sizes[step] for step in kept) > limit and len(kept) > 2:
-        last = kept[-1]
-        at = min(range(1, len(kept) - 1), key=lambda i: (kept[i + 1] - kept[i - 1]) / (last - kept[i]))
-        gone.append(kept.pop(at))
+    paths = files(run)
+    sizes = {step: path.stat().st_size for step, path in paths.items()}
+    stay, gone, total = list(sizes), [], sum(sizes.values())
+    while total > limit and len(stay) > 2:
+        last = stay[-1]
+        at = min(range(1, len(stay) - 1), key=lambda i: (stay[i + 1] - stay[i - 1]) / (last - stay[i]))
+        gone.append(stay.pop(at))
+        total -= sizes[gone[-1]]
     if gone:
         _write_dropped(run, sorted({*dropped(run), *gone}))
         for step in gone:
-            files(run)[step].unlink()
+            paths[step].unlink()
 
 
 def _write_dropped(run: str | Path, steps: Sequence[int]) -> None:

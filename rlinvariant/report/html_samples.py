@@ -35,7 +35,7 @@ def section(study: Study) -> str:
             runs.append({"name": name} | _chosen(kept, path, BYTES // len(first)))
         except (UserError, OSError) as error:
             static.append(f'<p class="small">{escaped(str(error))}</p>')
-    if not static:
+    if not (static or runs):
         return ""
     data = json.dumps(runs, separators=(",", ":")).replace("<", "\\u003c")
     app = f'<div id="said"></div><script type="application/json" id="said-data">{data}</script>' if runs else ""
@@ -45,8 +45,8 @@ def section(study: Study) -> str:
 
 def _few(kept: Completions, where: str) -> Iterator[str]:
     """Yield the best, the worst and the median completion of the first and the last step; of an arm the last step's best."""
-    rows = [row for step in sorted({kept.steps[0], kept.steps[-1]}) for row in telling(kept.read(step))]
-    for row in rows[-3:-2] if where else rows:
+    steps = kept.steps[-1:] if where else sorted({kept.steps[0], kept.steps[-1]})
+    for row in [row for step in steps for row in telling(kept.read(step))[: 1 if where else None]]:
         reward = row.get("reward")
         shown = f"{reward:.3f}" if isinstance(reward, int | float) else str(reward)
         place = ", ".join(x for x in (where, f"step {row['step']}", f"reward {shown}") if x)

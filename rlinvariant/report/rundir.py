@@ -136,22 +136,17 @@ def read_metrics(path: str | Path, size: int | None = None) -> list[JsonObject]:
         UserError: the file cannot be read, or any other line is not a JSON object with an integer "step" (file and line number
             given).
     """
-    return _rows(path, size)[0]
+    return read_rows(path, size)[0]
 
 
-def read_evaluations(path: str | Path) -> list[JsonObject]:
-    """Read the rows of evaluations of a metrics.jsonl, or of the run directory that holds it, as they came.
+def read_rows(path: str | Path, size: int | None = None) -> tuple[list[JsonObject], list[JsonObject]]:
+    """Read the steps' rows, as `read_metrics` does, and those of evaluations, whose `step` is how many steps were trained.
 
-    `step` is how many steps were trained. Those of a stretch that a resumed run went back over are left out.
+    Evaluations of a stretch that a resumed run went back over are left out, too.
 
     Raises:
         UserError: as `read_metrics`.
     """
-    return _rows(path, None)[1]
-
-
-def _rows(path: str | Path, size: int | None) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return the rows of steps and those of evaluations."""
     path = Path(path)
     steps: list[dict[str, Any]] = []
     evaluations: list[dict[str, Any]] = []

@@ -3,12 +3,12 @@
 import argparse
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from rlinvariant.arguments import at_least
 from rlinvariant.errors import UserError
 from rlinvariant.report import search
+from rlinvariant.report.completions import Completions
 from rlinvariant.report.search import Found, Query, Sample
 from rlinvariant.text import plural
 
@@ -46,8 +46,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Print what is asked for. Raises UserError as `search.find` does, and where nothing is found."""
     directory = search.locate(options.run)
-    query = _query(options, directory)
-    found = search.find(directory, query)
+    kept = Completions(directory)
+    if not kept.steps:
+        raise UserError(f"{directory}: has no completions: no step was taken, or completions_gib=0 keeps none")
+    query = _query(options, kept.steps)
+    found = search.find(directory, kept, query)
     if not found.rows:
         raise UserError(f"{directory}: none of its completions is as asked for{''.join(f'; {note}' for note in found.notes)}")
     if options.json:
@@ -60,15 +63,13 @@ def run(options: argparse.Namespace) -> None:
     _print(found, query, options)
 
 
-def _query(options: argparse.Namespace, directory: Path) -> Query:
+def _query(options: argparse.Namespace, kept_steps: list[int]) -> Query:
     """Read the options; without any that chooses, the newest step is meant."""
-    from rlinvariant.report.completions import Completions
-
     ends = options.best or options.worst
     chooses = options.step or options.search or options.prompt or options.sort or ends
     step = options.step or ("" if chooses else "last")
     return Query(
-        steps=search.step_range(step, Completions(directory).steps) if step else None,
+        steps=search.step_range(step, kept_steps) if step else None,
         prompt=options.prompt,
         pattern=search.pattern(options.search) if options.search else None,
         sort=options.sort or ("reward" if ends else ""),

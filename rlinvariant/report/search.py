@@ -80,17 +80,16 @@ def locate(path: str | Path) -> Path:
     raise UserError(f"{path}: no such run; expected a directory under {RUNS.resolve()}, or its name")
 
 
-def find(run: Path, query: Query) -> Found:
-    """Read what is asked for, a step at a time.
+def find(run: Path, kept: Completions, query: Query) -> Found:
+    """Read what is asked for of a run that has `kept` completions, a step at a time.
 
     Raises:
         UserError: there are no completions of these steps.
     """
-    kept = Completions(run)
     first, last = query.steps or (0, 2**63)
     wanted = [step for step in kept.steps if first <= step <= last]
     if not wanted:
-        have = f"there are of steps {kept.steps[0]} to {kept.steps[-1]}" if kept.steps else "the run has none"
+        have = f"there are of steps {kept.steps[0]} to {kept.steps[-1]}"
         raise UserError(f"{run}: no completions of step {first}{f' to {last}' if last != first else ''}; {have}")
     found = Found([])
 

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from rlinvariant import reading
-from rlinvariant.arguments import given_by_user
+from rlinvariant.arguments import SCRIPT, given_by_user
 from rlinvariant.errors import UserError
 from rlinvariant.files import RUNS
 from rlinvariant.report.panels import KEYS, LEARNING, PANELS, Panel, of_evaluations
-from rlinvariant.report.rundir import SCHEMA, RunDir, gaps, quoted, read_evaluations, read_metrics
+from rlinvariant.report.rundir import SCHEMA, RunDir, gaps, quoted, read_rows
 from rlinvariant.report.stats import ACCURACY, HELD_OUT, LAST, MEASURES, Estimate, Measure, Row, Verdict, estimate, verdict
 from rlinvariant.text import shown
 from rlinvariant.types import Json, JsonRow
@@ -204,7 +204,7 @@ def _run(path: Path, seed: int | None) -> Run:
         if value is not None and type(value) is not int and not (str(value).isdecimal() and len(str(value)) < 19):
             raise UserError(f"{files.config}: {key} is {quoted(value)}, expected an integer; restore it")
     there = os.path.lexists(files.metrics)
-    rows, evaluations = (read_metrics(path), read_evaluations(path)) if there else ([], [])
+    rows, evaluations = read_rows(path) if there else ([], [])
     _check_numbers(files.metrics, rows)
     environment = reading.read(files.environment) if os.path.lexists(files.environment) else {}
     cpu = environment.get("cpu")
@@ -293,7 +293,7 @@ def command(config: JsonRow, shared: bool = False) -> str:
         config: what `Config.resolved` returns.
         shared: whether others read it: of an absolute path it has the last part, as the rest says where somebody's files are.
     """
-    if (config.get("recipe") or {}).get("source") == "script":
+    if (config.get("recipe") or {}).get("source") == SCRIPT:
         return shlex.join(["python", argument(config["recipe"]["value"], shared)])
     entries = {key: entry for key, entry in config.items() if given_by_user(entry.get("source", "")) and key != "resume"}
     given = {key: entry["value"] for key, entry in entries.items() if (key, entry["value"]) != ("recipe", "")}

@@ -293,10 +293,11 @@ def require_installed(runner: Untyped) -> tuple[int, int]:
         found = {name: getattr(layer.impl, name) for name in ("scale", "window", "softcap")}
         if found != (own := {"scale": module.scaling, "window": module.window, "softcap": module.softcap}):
             raise UserError(f"layer {i}: vLLM gives its attention {found}, the model's own forward {own}; use invariance=off")
-    for name, layer in products(model).items():
+    multiplying = products(model)
+    for name, layer in multiplying.items():
         if not is_ours(layer):
             raise UserError(f"plugin not active in {name}: its product is {type(layer.quant_method).__name__}")
-    return len(layers), len(products(model))
+    return len(layers), len(multiplying)
 
 
 def install(runner: Untyped) -> None:

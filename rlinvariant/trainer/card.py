@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rlinvariant.install import installed_version
 from rlinvariant.text import plural, printable
 from rlinvariant.types import JsonRow
 
@@ -96,16 +97,16 @@ tokenizer = AutoTokenizer.from_pretrained("DIRECTORY_OR_ID")
 
 def contract(log: Sequence[JsonRow]) -> str:
     """Say of how many sampled tokens the trainer's log-prob was not the sampler's, bit for bit."""
-    counts = {name: sum(int(row.get(f"onpolicy/{name}_tokens", 0)) for row in log) for name in ("compared", "unscored")}
-    mismatched = sum(int(row.get("onpolicy/mismatched_tokens", 0)) for row in log)
-    if not counts["compared"]:
+    names = ("mismatched", "compared", "unscored")
+    mismatched, compared, unscored = (sum(int(row.get(f"onpolicy/{name}_tokens", 0)) for row in log) for name in names)
+    if not compared:
         return "no token was compared"
-    text = f"mismatched {mismatched:,} of {counts['compared']:,} tokens: log-probs that are not the same 32 bits"
-    return text + (f"; {counts['unscored']:,} sampled tokens were not compared" if counts["unscored"] else "")
+    text = f"mismatched {mismatched:,} of {compared:,} tokens: log-probs that are not the same 32 bits"
+    return text + (f"; {unscored:,} sampled tokens were not compared" if unscored else "")
 
 
 def curve(log: Sequence[JsonRow]) -> str:
-    """Return the section on rewards: means over stretches of steps; "" where no step was taken."""
+    """Return the section on rewards: means over stretches of steps, or a sentence where no step was taken."""
     steps = [(int(row["step"]), float(row["reward"])) for row in log if "reward" in row and "step" in row]
     if not steps:
         return "No step was taken."
@@ -124,15 +125,7 @@ def _stretches(steps: Sequence[Any]) -> Iterator[Sequence[Any]]:
 
 def versions() -> list[str]:
     """Return the packages that made the model, each with its version."""
-    from importlib import metadata
-
-    found = []
-    for package in PACKAGES:
-        try:
-            found.append(f"{package} {metadata.version(package)}")
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    return [f"{package} {version}" for package in PACKAGES if (version := installed_version(package))]
 
 
 @functools.cache

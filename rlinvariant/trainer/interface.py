@@ -103,17 +103,13 @@ class ScriptOptions(TypedDict, total=False):
     reward_errors: OnError
     staleness: int
     on_row: OnRow | None
+    on_evaluation: OnEvaluation | None
     on_samples: OnSamples | None
     on_rollout: OnRollout | None
 
 
-class StartOptions(TrainerOptions, total=False):
+class StartOptions(TRLArguments, ScriptOptions, total=False):
     """Lists the further keyword arguments of `rlinvariant.grpo_trainer`; `rlinvariant.GRPOTrainer` says what they mean."""
 
-    invariance: Invariance
-    dtype: str
-    sampler_model: str | Path | None
-    sampler_options: SamplerOptions | None
-    save_dtype: str
     run: str | None
     resume: bool | str

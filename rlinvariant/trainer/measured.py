@@ -128,9 +128,8 @@ class MeasuredTrainer(CollectingTrainer):
         if prefix is None or f"{prefix}_runtime" not in logs:
             return super().log(logs, start_time)
         self._evaluated_as = None
-        logs |= {
-            f"{prefix}_{key}": value for key, value in self._evaluation_numbers().items()
-        }  # the caller's: of the best model
+        # In place: whoever called chooses the best model by these logs
+        logs |= {f"{prefix}_{key}": value for key, value in self._evaluation_numbers().items()}
         row = {"kind": keys.EVALUATED, "step": self.state.global_step, **logs}
         super().log(logs, start_time)
         if self.on_evaluation is not None and self.accelerator.is_main_process:

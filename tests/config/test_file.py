@@ -96,6 +96,14 @@ def test_a_file_that_is_no_mapping_is_one_line(text: str, found: str) -> None:
     assert draft(["config=run.yaml"]).errors == [f"config=run.yaml: {expected} {found}"]
 
 
+@pytest.mark.parametrize("text", ["{}", "data: {}\n"])
+def test_a_file_without_a_value_names_no_recipe(text: str) -> None:
+    write(text)
+    with pytest.raises(ConfigErrors) as raised:
+        parse(["config=run.yaml"], {})
+    assert any(line.startswith("recipe: missing") for line in raised.value.errors)
+
+
 def test_a_file_that_is_not_there_or_not_text_is_one_line() -> None:
     assert errors("config=no.yaml") == [
         "config=no.yaml: cannot be read (No such file or directory); give the path of a YAML file"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import rlinvariant.evaluation.evaluate as evaluation
 from rlinvariant.config import parse
 from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.evaluation.command import table
@@ -90,6 +91,30 @@ def test_the_rewards_temperature_and_rows_are_those_of_the_run(arithmetic_dir, t
         run("eval", arithmetic_dir, "recipe=arithmetic", "reward=rewards.py:needs")
     with pytest.raises(UserError, match=r"data\.path=rows\.jsonl: no held-out rows"):
         run("eval", "yam", "data.eval_size=0")
+
+
+def test_a_scripts_run_is_evaluated_with_settings_that_are_given(arithmetic_dir, tmp_path, monkeypatch):
+    """Its config.json names the script where a run of the command line has its recipe."""
+    monkeypatch.chdir(tmp_path)
+    own_run(arithmetic_dir)
+    config = json.loads(Path("runs/yam/config.json").read_text())
+    config = {key: entry | {"source": "script" if entry["source"] != "default" else "default"} for key, entry in config.items()}
+    config["recipe"] = {"value": "my.py", "source": "script"}
+    Path("runs/yam/config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigErrors, match="recipe: missing"):
+        find("yam", [])
+    assert find("yam", ["recipe=arithmetic"]).config.recipe == "arithmetic"
+    with pytest.raises(UserError, match=r"a run of my\.py; start that again"):
+        run("resume", "yam")
+
+
+def test_a_name_of_a_wheel_is_made_a_directory_first(arithmetic_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluation, "local_model", lambda name: arithmetic_dir if name == "smollm2-135m-instruct" else name)
+    rewards = ["reward=rewards.py:needs"]
+    Path("rewards.py").write_text(REWARDS)
+    with pytest.raises(ConfigErrors, match="nothing_has_it"):  # beyond the model's loading
+        run("eval", "smollm2-135m-instruct", "recipe=arithmetic", *rewards)
 
 
 @pytest.mark.slow

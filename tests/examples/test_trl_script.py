@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from rlinvariant.report.rundir import read_metrics
+
 EXAMPLE = Path(__file__).parents[2] / "examples" / "trl_script.py"
 OURS = "from rlinvariant import GRPOConfig, GRPOTrainer"
 TRLS = "from trl import GRPOConfig, GRPOTrainer"
@@ -41,5 +43,10 @@ def test_a_script_that_names_its_run_leaves_what_the_command_line_leaves(arithme
     left = {path.name for path in (tmp_path / "runs" / "named").iterdir()}
     assert left >= {"config.json", "environment.json", "metrics.jsonl", "result.json", "report.html", "checkpoints", "rollouts"}
     assert len((tmp_path / "runs" / "named" / "metrics.jsonl").read_text().splitlines()) == 4
+    (tmp_path / "script.py").write_text(source.replace("run='named'", "run='named', resume=True"))
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 0 and "all 4 steps are done: nothing is trained" in ended.stdout, ended.stderr[-3000:]
+    assert [row["step"] for row in read_metrics(tmp_path / "runs" / "named")] == [1, 2, 3, 4]
+    (tmp_path / "script.py").write_text(source)
     again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert again.returncode != 0 and "run=named: runs/named exists" in again.stderr

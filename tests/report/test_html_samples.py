@@ -121,6 +121,15 @@ def test_a_part_of_a_step_is_whole_groups_with_the_best_and_the_worst():
     assert all(groups.count(group) == 8 for group in groups)
 
 
+def test_an_arm_shows_the_best_of_its_last_step_however_few_there_are(tmp_path):
+    path = write_ablation(tmp_path / "ablation-a", seeds=[0], steps=1)
+    for arm in path.glob("*/seed-0"):
+        for step in (1, 2):
+            completions.write(arm, said(step, groups=1, size=2))
+    shown = text_of(html.write(path)[0].read_text())
+    assert shown.count("seed 0, step 2, reward") == len(list(path.glob("*/seed-0"))) and "seed 0, step 1, reward" not in shown
+
+
 def test_a_damaged_file_is_named_and_an_ablation_shows_each_arm(tmp_path):
     path = write_ablation(tmp_path / "ablation-a", seeds=[0], steps=2)
     completions.files(path / "drift" / "seed-0")[1].write_bytes(b"")

@@ -97,6 +97,12 @@ def test_whole_texts_are_shown_with_each_reward(asked):
     assert lines[-3:-1] == ["    sample 7 of step 2", "    second line"]
 
 
+@pytest.mark.parametrize("options", [(), ("--best", "3"), ("--step", "last")])
+def test_a_run_without_completions_is_one_line(options, tmp_path, asked):
+    code, lines, error = asked(*options, path=RunDir.create(tmp_path / "run", {}).path)
+    assert code == 2 and not lines and "has no completions: no step was taken, or completions_gib=0" in error
+
+
 @pytest.mark.parametrize("form", [(), ("--full",), ("--json",), ("--prompt", "0")])
 def test_no_completion_commands_the_terminal(form, tmp_path, asked):
     """`asked` looks for control characters; the control: the texts are full of them."""
