@@ -13,42 +13,76 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from statistics import mean, median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlinvariant.bench import gpu
 from rlinvariant.bench.gpu_trainer import grpo_arguments
 from rlinvariant.bench.measure import Link, Missing, Row, Worker, Workers
 
+if TYPE_CHECKING:
+    from rlinvariant.trainer.grpo import InvariantGRPOTrainer
+
 MODEL = "qwen3-1.7b"
-# name -> (prompts, micro-batch in rows, longest completion, longest of the first step, GiB for keys and values)
-SIZES = {"tiny": (2, 8, 8, 4, 0.3), "full": (64, 16, 512, 64, 14.0)}
-GENERATIONS, PROMPT_TOKENS, STOP_SHARE = 8, (64, 256), 1 / 300
+GENERATIONS, PROMPT_TOKENS = 8, (64, 256)
 ROUNDS = 3  # steps of each side; fewer, but at least one, if sides that run together would need over MOST_SECONDS
 MOST_SECONDS = 225
 TARGET = 0.85
 SIDES = ("exact", "stock")
 
 
-def rows(tiny: bool) -> Iterator[Row | Missing]:
-    from rlinvariant.models.shapes import SHAPES, build
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """Describes the steps of a benchmark.
 
-    size, model = ("tiny", "tiny") if tiny else ("full", MODEL)
-    prompts, _, length, short, _ = SIZES[size]
-    name = f"{model}, {prompts} prompts x {GENERATIONS}, up to {length} new tokens"
+    Args:
+        prompts: of a step; each has GENERATIONS completions.
+        rows: of a micro-batch.
+        length, short: the most tokens of a completion, and in the first step, which compiles and allocates.
+        kv_gib: memory for keys and values, in GiB.
+        stop_share: the share of the vocabulary that ends a completion.
+    """
+
+    prompts: int
+    rows: int
+    length: int
+    short: int
+    kv_gib: float
+    stop_share: float = 1 / 300
+
+    def stops(self, model: str) -> int:
+        """Return how many tokens of a model of `shapes.SHAPES` end a completion."""
+        from rlinvariant.models.shapes import SHAPES
+
+        return round(SHAPES[model].vocab * self.stop_share)
+
+
+SIZES = {
+    "tiny": Size(prompts=2, rows=8, length=8, short=4, kv_gib=0.3),
+    "full": Size(prompts=64, rows=16, length=512, short=64, kv_gib=14.0),
+}
+
+
+def rows(tiny: bool) -> Iterator[Row | Missing]:
+    from rlinvariant.models.shapes import build
+
+    which, model = ("tiny", "tiny") if tiny else ("full", MODEL)
+    size = SIZES[which]
+    name = f"{model}, {size.prompts} prompts x {GENERATIONS}, up to {size.length} new tokens"
     with tempfile.TemporaryDirectory() as directory:
-        path = build(model, directory, stops=round(SHAPES[model].vocab * STOP_SHARE))
+        path = build(model, directory, stops=size.stops(model))
         answers: list[dict[str, dict[str, Any]]] = [{} for _ in range(ROUNDS)]
         missing: dict[str, str] = {}
         groups = [SIDES] if tiny or gpu.large() else [(side,) for side in SIDES]
         for group in groups:
             began = time.perf_counter()
-            with Workers({side: Worker(__name__, side, path, size) for side in group}) as workers:
-                workers.ask(group, together=True, length=short)
+            with Workers({side: Worker(__name__, side, path, which) for side in group}) as workers:
+                workers.ask(group, together=True, length=size.short)
                 print(f"{', '.join(group)}: started after {time.perf_counter() - began:.0f} s", flush=True)
                 for at, answer in enumerate(answers):
                     round_began = time.perf_counter()
-                    answer |= (found := workers.ask(group if at % 2 else group[::-1], length=length))
+                    answer |= (found := workers.ask(group if at % 2 else group[::-1], length=size.length))
                     for side, of_side in found.items():
                         numbers = ", ".join(f"{k} {v if v is None else round(v, 2)}" for k, v in of_side.items())
                         print(f"{side}: {numbers}", flush=True)
@@ -73,12 +107,12 @@ def _rows(name: str, missing: dict[str, str], answers: list[dict[str, dict[str, 
     tokens = {side: mean(a[side]["tokens"] for a in answers) for side in SIDES}
 
     def row(case: str, found: dict[str, float], unit: str, target: float | None, bits: dict[str, bool | None]) -> Row:
-        ours, stock = (found[side] for side in SIDES)
-        ratio = round(ours / max(stock, 1e-9), 3)
+        mine, stock = (found[side] for side in SIDES)
+        ratio = round(mine / max(stock, 1e-9), 3)
         return Row(
             bench="step",
             case=f"{case}: {name}",
-            ours=round(ours, 3),
+            ours=round(mine, 3),
             stock=round(stock, 3),
             unit=unit,
             ratio=ratio,
@@ -102,20 +136,23 @@ def reward(completion_ids: list[list[int]], **_: object) -> list[float | None]:
     return [float(len(ids) % 7) for ids in completion_ids]
 
 
-def _worker(side: str, path: str, size: str) -> None:
+def _worker(side: str, path: str, which: str) -> None:
     link = Link()
-    prompts, rows_, length, _, kv_gib = SIZES[size]
     with tempfile.TemporaryDirectory() as directory:
-        settings = {
-            "per_device_train_batch_size": rows_,
-            "gradient_accumulation_steps": prompts * GENERATIONS // rows_,
-            "max_completion_length": length,
-            "max_steps": 10**6,
-            "temperature": 1.0,
-        }
-        trainer = (_ours if side == "exact" else _stock)(path, directory, settings, kv_gib)
+        trainer = (ours if side == "exact" else _stock)(path, directory, SIZES[which])
         trainer.add_callback(_turns(link, trainer))
         trainer.train()
+
+
+def _settings(size: Size) -> dict[str, Any]:
+    """Return TRL's settings that both sides have."""
+    return {
+        "per_device_train_batch_size": size.rows,
+        "gradient_accumulation_steps": size.prompts * GENERATIONS // size.rows,
+        "max_completion_length": size.length,
+        "max_steps": 10**6,
+        "temperature": 1.0,
+    }
 
 
 def _dataset(path: str) -> tuple[Any, Any]:
@@ -129,23 +166,24 @@ def _dataset(path: str) -> tuple[Any, Any]:
     return Dataset.from_list([{"prompt": text} for text in texts]), tokenizer
 
 
-def _ours(path: str, directory: str, settings: dict[str, Any], kv_gib: float) -> Any:
+def ours(path: str, directory: str, size: Size) -> "InvariantGRPOTrainer":
+    """Return our trainer of a model in `path`, in exact mode."""
     import torch
 
     from rlinvariant.api import grpo_trainer
     from rlinvariant.trainer.interface import SamplerOptions
 
     dataset, tokenizer = _dataset(path)
-    settings |= {"bf16": False, "use_cpu": not torch.cuda.is_available(), "vllm_importance_sampling_correction": False}
-    args = grpo_arguments(directory, **settings)
-    most = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"]
-    sampler: SamplerOptions = {"max_model_len": 1024, "kv_cache_gib": kv_gib, "options": {"max_num_seqs": most}}
+    settings = {"bf16": False, "use_cpu": not torch.cuda.is_available(), "vllm_importance_sampling_correction": False}
+    args = grpo_arguments(directory, **_settings(size), **settings)
+    most = size.prompts * GENERATIONS
+    sampler: SamplerOptions = {"max_model_len": 1024, "kv_cache_gib": size.kv_gib, "options": {"max_num_seqs": most}}
     return grpo_trainer(
         path, reward, args, dataset, processing_class=tokenizer, sampler_options=sampler, on_row=lambda *_: None
     )
 
 
-def _stock(path: str, directory: str, settings: dict[str, Any], kv_gib: float) -> Any:
+def _stock(path: str, directory: str, size: Size) -> Any:
     """Return TRL's trainer as it comes, with its vLLM in this process.
 
     Only vLLM's memory is given in bytes, as ours is, so that both sides fit: TRL would give a share of the GPU's memory, from
@@ -159,7 +197,7 @@ def _stock(path: str, directory: str, settings: dict[str, Any], kv_gib: float) -
     from trl.trainer.grpo_trainer import GRPOTrainer
 
     generation: Any = importlib.import_module("trl.generation.vllm_generation")
-    llm, memory = generation.LLM, {"kv_cache_memory_bytes": int(kv_gib * 2**30)}
+    llm, memory = generation.LLM, {"kv_cache_memory_bytes": int(size.kv_gib * 2**30)}
     generation.LLM = lambda **arguments: llm(**arguments | memory)
     dataset, tokenizer = _dataset(path)
     args = grpo_arguments(
@@ -170,7 +208,7 @@ def _stock(path: str, directory: str, settings: dict[str, Any], kv_gib: float) -
         vllm_mode="colocate",
         vllm_max_model_length=1024,
         vllm_gpu_memory_utilization=0.01,
-        **settings,
+        **_settings(size),
     )
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     return GRPOTrainer(model, reward, args, train_dataset=dataset, processing_class=tokenizer)

@@ -207,12 +207,11 @@ def test_stock_trl_steps_with_a_colocated_engine(monkeypatch, tmp_path):
             self.sent.append(answer)
 
     path, link = shapes.build("tiny", tmp_path / "model", stops=5), Link()
-    settings = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "max_completion_length": 8, "max_steps": 9}
-    trainer = gpu_step._stock(path, str(tmp_path / "out"), settings, kv_gib=0.5)
+    trainer = gpu_step._stock(path, str(tmp_path / "out"), gpu_step.SIZES["tiny"])
     trainer.add_callback(gpu_step._turns(link, trainer))
     with pytest.raises(SystemExit):
         trainer.train()
-    assert made.arguments["kv_cache_memory_bytes"] == 2**29 and made.arguments["gpu_memory_utilization"] == 0.01
+    assert made.arguments["kv_cache_memory_bytes"] == int(0.3 * 2**30) and made.arguments["gpu_memory_utilization"] == 0.01
     assert made.arguments["max_num_seqs"] == 16 and made.arguments["distributed_executor_backend"] == "external_launcher"
     assert made.limits == [3, 8] and made.loaded == 2 * len(list(trainer.model.named_parameters()))
     assert [answer["exact"] for answer in link.sent] == [False, False] and all(answer["rollout"] > 0 for answer in link.sent)
