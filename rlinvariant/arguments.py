@@ -90,6 +90,13 @@ def at_least(least: float) -> Callable[[str], int]:
     return number
 
 
+def written(text: str) -> str:
+    """Read a text that is not empty, as an unset variable of a shell would be."""
+    if not text:
+        raise argparse.ArgumentTypeError("empty; write a value, or leave the option out")
+    return text
+
+
 def temperature(text: str) -> float:
     """Read a temperature of at least 0.01, to which vLLM raises smaller ones."""
     try:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlinvariant import runtime
-from rlinvariant.arguments import at_least
+from rlinvariant.arguments import at_least, written
 from rlinvariant.conflicts import SIDES
 from rlinvariant.errors import INTERRUPTED, NOT_EXACT, OK, UserError
 from rlinvariant.report.console import Console
@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `replay`."""
     parser.add_argument("run", metavar="RUN", type=Path, help="the directory of a run, runs/NAME")
     parser.add_argument("--step", type=at_least(1), metavar="K", help="which step, as metrics.jsonl counts them")
-    parser.add_argument("--weights", metavar="DIR", help="where the weights are now, if they were moved")
+    parser.add_argument("--weights", type=written, metavar="DIR", help="where the weights are now, if they were moved")
 
 
 def run(options: argparse.Namespace) -> int:

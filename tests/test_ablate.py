@@ -113,6 +113,7 @@ MISTAKES = {
     "invariance=off": "invariance=off: not a setting of ablate; each arm sets its own; choose with arms=",
     "staleness=1": "staleness=1: not a setting of ablate; each arm sets its own; choose with arms=",
     "resume=true": "resume=true: not a setting of ablate; the same command goes on where it ended",
+    "run=": "run=: expected a name of letters",
     "run=../x": "run=../x: expected a name of letters, digits, '.', '_' and '-'; it becomes runs/ablation-NAME",
     "launch=nowhere.yaml": "launch=nowhere.yaml: no such file; give an accelerate configuration, e.g. configs/cpu2.yaml",
     "--seeds=3": "--seeds=3: expected key=value, e.g. seeds=3",

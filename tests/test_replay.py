@@ -242,6 +242,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], None] | None, list[str], list[str]]] 
     "not recorded": (None, ["RUN", "--step", "4"], ["step 4 was not recorded; recorded: 1, 3, 5"]),
     "no number": (None, ["RUN", "--step", "x"], ["argument --step: x: expected a whole number of at least 1", "replay --help"]),
     "no weights": (no_checkpoint, ["RUN", "--step", "3"], ["weights are gone", "another step: 1, 5,", "--weights DIR"]),
+    "weights of an empty variable": (None, ["RUN", "--step", "3", "--weights", ""], ["--weights: empty"]),
     "weights elsewhere": (None, ["RUN", "--step", "3", "--weights", "nix"], ["--weights nix: no such directory"]),
     "cut": (damaged(lambda x: x[:3000]), ["RUN", "--step", "3"], ["step-3.npz: damaged", "another step: 1, 5"]),
     "a bit": (damaged(flipped), ["RUN", "--step", "3"], ["step-3.npz: damaged", "another step: 1, 5"]),

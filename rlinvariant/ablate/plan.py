@@ -97,7 +97,7 @@ def read(argv: Sequence[str]) -> Plan:
     if not recipe:
         errors.append("recipe: missing; write recipe=NAME, e.g. recipe=arithmetic")
     name = given.pop("run", Path(recipe).stem).removeprefix("ablation-")
-    if name and not re.fullmatch(r"\w[\w.-]*", name):
+    if recipe and not re.fullmatch(r"\w[\w.-]*", name):
         errors.append(f"run={name}: expected a name of letters, digits, '.', '_' and '-'; it becomes runs/ablation-NAME")
     seeds = _seeds(given.pop("seeds", "3"), errors)
     arms = tuple(

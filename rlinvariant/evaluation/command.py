@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import time
 from pathlib import Path
 
@@ -36,8 +37,8 @@ def add_arguments(parser: CommandParser) -> None:
     heat = "of the sampled completions; without it trainer.temperature of the run or the recipe, else 1"
     parser.add_argument("--temperature", type=temperature, metavar="T", help=heat)
     parser.add_argument("--k", type=_numbers, metavar="K,...", help="which pass@k; without it 1, 2, 4, ... to N")
-    passes = "least weighted reward of a completion that passes; without it 1, if every reward is 0 or 1"
-    parser.add_argument("--pass", type=float, dest="least", metavar="R", help=passes)
+    passes = "least weighted reward, in float32 as rewards are, of a completion that passes; without it 1, if all are 0 or 1"
+    parser.add_argument("--pass", type=_reward, dest="least", metavar="R", help=passes)
     where = "JSON file; without it eval/TIME.json in the run, or in runs/"
     parser.add_argument("--out", type=Path, metavar="FILE", help=where)
 
@@ -50,6 +51,9 @@ def run(options: argparse.Namespace) -> None:
     """
     if options.k and (options.samples or 0) < max(options.k):
         raise UserError(f"eval: --k {max(options.k)}: expected at most --samples, which is {options.samples or 'not given'}")
+    if options.temperature is not None and not options.samples:
+        fix = "it is of the sampled completions; add --samples N, or remove it"
+        raise UserError(f"eval: --temperature {options.temperature:g}: expected --samples beside it: {fix}")
     found = subject.find(options.subject, options.settings)
     directory = (found.run or RUNS) / "eval"
     out = options.out or directory / f"{time.strftime('%Y%m%d-%H%M%S')}.json"
@@ -83,6 +87,16 @@ def table(result: JsonObject) -> list[str]:
             lines.append(f"{line}{draw['mean_length']:8.1f}{draw['cut']:7.1%}")
     lines.append("se = sqrt(sum (x_i - mean)^2 / (N (N - 1))) over the N problems")
     return lines + result["notes"]
+
+
+def _reward(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text}: expected a number")
+    return value
 
 
 def _numbers(text: str) -> list[int]:

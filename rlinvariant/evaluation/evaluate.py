@@ -8,6 +8,8 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from rlinvariant.config import Config
 from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.evaluation.estimate import doubling, estimate, pass_at_k
@@ -44,7 +46,7 @@ def evaluate(
         samples: completions of each problem at `temperature`, beside the greedy one; 0: the greedy one alone.
         temperature: of the samples.
         ks: which pass@k; None: 1, 2, 4, ..., samples.
-        least: weighted reward from which on a completion passes; None: 1, where every reward is 0 or 1.
+        least: weighted reward from which on a completion passes, rounded to fp32; None: 1, where every reward is 0 or 1.
         console: where it says what it does.
 
     Returns:
@@ -163,15 +165,16 @@ def estimates(
     """Return the mean reward and pass@k over problems, each with its standard error, and what is to be said of them.
 
     As in training, a completion to which no reward applies, whose reward is None, is left out of both; so is a problem that has
-    no other, and of pass@k one with fewer than k.
+    no other, and of pass@k one with fewer than k. Rewards are fp32, and so is `least`: a reward of 0.9 passes where 0.9 does.
+    Greedy completions have their pass@1 where `least` is given: it is not their mean.
     """
     rewards = [[one["reward"] for one in problem if one["reward"] is not None] for problem in problems]
     rewards = [of_one for of_one in rewards if of_one]
     found = {"reward": _as_json([sum(r) / len(r) for r in rewards])}
     if least is None and any(r not in (0.0, 1.0) for problem in rewards for r in problem):
         return found, [MIXED]
-    if sampled:
-        bound = 1.0 if least is None else least
+    if sampled or least is not None:
+        bound = 1.0 if least is None else float(np.float32(least))
         for k in ks or doubling(len(problems[0])):
             of_k = [(len(of_one), sum(r >= bound for r in of_one)) for of_one in rewards if len(of_one) >= k]
             found[f"pass@{k}"] = _as_json([pass_at_k(drawn, passed, k) for drawn, passed in of_k])

@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from rlinvariant.arguments import at_least
+from rlinvariant.arguments import at_least, written
 from rlinvariant.errors import UserError
 from rlinvariant.report import search
 from rlinvariant.report.completions import Completions
@@ -25,12 +25,18 @@ PROMPT_COLUMNS, PANEL_COLUMNS = 24, 26  # the widest prompt that has a column; t
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `samples`."""
     parser.add_argument("run", metavar="RUN", help="the run's directory, runs/NAME, or its name")
-    parser.add_argument("--step", default="", metavar="N|A-B|last", help="of these optimizer steps")
+    parser.add_argument("--step", type=written, metavar="N|A-B|last", help="of these optimizer steps")
     parser.add_argument(
-        "--search", default="", metavar="TEXT", help="with this text, in any case, or /regex/, in prompt or completion"
+        "--search",
+        type=written,
+        metavar="TEXT",
+        help="with this text, in any case, or /regex/, in prompt or completion",
     )
     parser.add_argument(
-        "--prompt", default="", metavar="ID", help="the completions of one prompt, side by side; an id's beginning"
+        "--prompt",
+        type=written,
+        metavar="ID",
+        help="the completions of one prompt, side by side; an id's beginning",
     )
     parser.add_argument(
         "--sort", default="", choices=list(search.KEYS), help="the highest first; logprob is the mean over tokens"
@@ -70,7 +76,7 @@ def _query(options: argparse.Namespace, kept_steps: list[int]) -> Query:
     step = options.step or ("" if chooses else "last")
     return Query(
         steps=search.step_range(step, kept_steps) if step else None,
-        prompt=options.prompt,
+        prompt=options.prompt or "",
         pattern=search.pattern(options.search) if options.search else None,
         sort=options.sort or ("reward" if ends else ""),
         lowest=options.worst is not None,

@@ -56,6 +56,8 @@ def problems(args: Untyped, given: JsonRow) -> list[str]:
     here = {k: v for k in REFUSED_ENVIRONMENT if (v := os.environ.get(k, "")) not in ("", "0")}
     found = [f"{k}={v}: expected unset: {REFUSED_ENVIRONMENT[k]}" for k, v in here.items()]
     found += [f"--{k.replace('_', '-')}: {why}; remove it" for k, why in REFUSED_OPTIONS.items() if k in given]
+    if args.uds:  # vLLM would not read these
+        found += [f"--{k} {given[k]}: expected none beside --uds; keep one of them" for k in ("host", "port") if k in given]
     if args.api_key is not None and not all(args.api_key):
         found.append(f"--api-key: empty; expected a key: {KEY}")
     if not (args.uds or is_loopback(args.host) or any(keys(args))):

@@ -187,7 +187,6 @@ class InvariantGRPOTrainer(MeasuredTrainer):
         self._sampler_logprobs = [c.sampler_logprobs for c in completions]
         if self.model.training:
             self._versions.sampled(self.state.global_step)
-            self._record.completions += [c.token_ids for c in completions]
             self._record.samples.draw(self, prompt_ids, completions, num_generations)
             self._hand_on(Batch(prompt_ids, seeds, completions))
         return [c.token_ids for c in completions], self._sampler_logprobs

@@ -17,7 +17,7 @@ from trl.trainer.utils import is_async_callable, start_event_loop_in_daemon
 
 from rlinvariant.errors import ConfigErrors
 from rlinvariant.rewards import RewardLimits, checked_reward
-from rlinvariant.trainer.grading import call_rewards, weighted_sums
+from rlinvariant.trainer.grading import call_rewards, different_names, weighted_sums
 from rlinvariant.types import RewardCall
 
 
@@ -39,7 +39,7 @@ class Judge(GRPOTrainer):
             raise ConfigErrors([f"reward {models[0]}: a reward model; eval takes reward functions: call the model in one"])
         self.args, self.accelerator, self.state = args, Accelerator(cpu=args.use_cpu), TrainerState()
         self.reward_funcs = [checked_reward(reward, limits) for reward in rewards]
-        self.reward_func_names = [str(getattr(r, "__name__", type(r).__name__)) for r in self.reward_funcs]
+        self.reward_func_names = different_names([r.__name__ for r in self.reward_funcs])
         self.reward_processing_classes = [None] * len(rewards)
         given = args.reward_weights
         self.reward_weights = torch.ones(len(rewards)) if given is None else torch.tensor(given, dtype=torch.float32)

@@ -87,8 +87,7 @@ class StepRecord:
     Args:
         compared: log-probs of tokens that were trained on for the first time, with the weights that the step began with.
         moved: log-probs of a later pass over a rollout: the policy has moved since, as it should.
-        completions: token ids of what was sampled for training.
-        samples: the same with texts, rewards and all else that is known of each.
+        samples: what was sampled for training, with tokens, texts, rewards and all else that is known of each.
         trained: what the loss saw of each micro-batch.
         corrected: of each rollout, the differences and the weights of TRL's correction, where it is on; two arrays, fp32.
         seconds: wall time of each of PARTS.
@@ -101,7 +100,6 @@ class StepRecord:
 
     compared: list[Pair] = field(default_factory=list)
     moved: list[Pair] = field(default_factory=list)
-    completions: list[list[int]] = field(default_factory=list)
     samples: Samples = field(default_factory=Samples)
     trained: list[Trained] = field(default_factory=list)
     corrected: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
@@ -118,7 +116,6 @@ class StepRecord:
         return cls(
             compared=[pair for rank in ranks for pair in rank.compared],
             moved=[pair for rank in ranks for pair in rank.moved],
-            completions=[ids for rank in ranks for ids in rank.completions],
             samples=Samples.merge([rank.samples for rank in ranks]),
             trained=[batch for rank in ranks for batch in rank.trained],
             corrected=[arrays for rank in ranks for arrays in rank.corrected],
@@ -143,7 +140,7 @@ class StepRecord:
     @property
     def sampled(self) -> int:
         """Return how many tokens were sampled."""
-        return sum(map(len, self.completions))
+        return sum(row["length"] for row in self.samples.rows)
 
     def onpolicy(self, clip_max: float) -> dict[str, float | int]:
         """Return `metrics.onpolicy` of the tokens compared, out of all that were sampled."""
@@ -181,9 +178,10 @@ class StepRecord:
             The keys of `keys.KEYS` that are ours, but for those that a run counts over its steps.
         """
         trained = sum(len(pair.sampler) for pair in (*self.compared, *self.moved))
+        drawn = [row["token_ids"].tolist() for row in self.samples.rows]  # merged: group after group
         return {
             **self.onpolicy(clip_max),
-            "onpolicy/group_unique_frac": metrics.group_unique_frac(self.completions, group_size),
+            "onpolicy/group_unique_frac": metrics.group_unique_frac(drawn, group_size),
             "onpolicy/weights_equal": int(self.weights_equal),
             **{f"reward/{name}": self.failures[kind] for kind, name in FAILURES.items()},
             "policy/approx_kl": self.approx_kl(clip_max),

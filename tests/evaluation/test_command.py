@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 
 import rlinvariant.evaluation.evaluate as evaluation
 from rlinvariant.config import parse
@@ -34,6 +35,8 @@ RECIPE = str(Path(__file__).parents[1] / "trainer/tiny_recipe.py")
         (["{model}", "recipe=arithmetic", "--samples", "2", "--k", "1,4"], "expected at most --samples, which is 2"),
         (["{model}", "recipe=arithmetic", "--k", "0"], "expected whole numbers of at least 1"),
         (["{model}", "recipe=arithmetic", "--temperature", "0"], "expected a number of at least 0.01"),
+        (["{model}", "recipe=arithmetic", "--temperature", "0.8"], "--temperature 0.8: expected --samples beside it"),
+        (["{model}", "recipe=arithmetic", "--pass", "nan"], "--pass: nan: expected a number"),
         (["{model}", "recipe=arithmetic", "--out", "/proc/x/y.json"], "cannot be written"),
     ],
 )
@@ -143,8 +146,18 @@ def test_pass_at_k_needs_rewards_of_0_or_1_or_a_bound():
     assert list(found) == ["reward"] and notes == [MIXED]
     found, notes = estimates(mixed, None, 0.5, sampled=True)
     assert [found[f"pass@{k}"]["mean"] for k in (1, 2)] == [0.5, 1.0] and not notes
+    assert estimates([problem(0.5), problem(0.2)], [1], 0.5, sampled=False)[0]["pass@1"]["mean"] == 0.5, "greedy, too"
+    assert list(estimates([problem(1.0)], [1], None, sampled=False)[0]) == ["reward"]
     found, _ = estimates([problem(0.0, 1.0), problem(0.0, 0.0)], [2], None, sampled=True)
     assert found["reward"]["mean"] == 0.25 and found["pass@2"] == {"mean": 0.5, "error": 0.5, "problems": 2}
+
+
+@pytest.mark.parametrize("given", [0.1, 0.3, 0.7, 0.9])
+def test_a_reward_passes_at_the_number_that_the_function_gave(given):
+    """Rewards are fp32, and some of these are less than the number in float64."""
+    reward = torch.tensor([given], dtype=torch.float32).tolist()[0]
+    assert estimates([problem(reward)], [1], given, sampled=True)[0]["pass@1"]["mean"] == 1
+    assert estimates([problem(reward)], [1], given + 1e-6, sampled=True)[0]["pass@1"]["mean"] == 0, "the control"
 
 
 def test_a_completion_without_a_reward_is_left_out_and_does_not_count_as_0():
@@ -169,8 +182,13 @@ def test_the_judge_weighs_as_training_does():
 
     args = GRPOConfig(use_cpu=True, bf16=False, reward_weights=[1.0, 2.0])
     rows = [{"prompt": "a"}] * 3
-    _, sums = Judge(args, [some, first], RewardLimits(0.0, 0, "stop")).grade(rows, ["a"] * 3, ["b"] * 3, [[1]] * 3)
+    judge = Judge(args, [some, first], RewardLimits(0.0, 0, "stop"))
+    _, sums = judge.grade(rows, ["a"] * 3, ["b"] * 3, [[1]] * 3)
     assert sums[0] == 3.0 and math.isnan(sums[1]) and sums[2] == 0.5
+    assert judge.reward_func_names == ["some", "first"]
+    first.__name__ = "some"
+    named = Judge(args, [some, first], RewardLimits(0.0, 0, "stop")).reward_func_names
+    assert named == ["some", "some_2"], "as in training"
 
 
 @pytest.mark.slow

@@ -121,6 +121,9 @@ def test_no_completion_commands_the_terminal(form, tmp_path, asked):
         (["--search", "/(/"], "--search /(/: no regular expression"),
         (["--search", "nothing of the kind"], "none of its completions is as asked for"),
         (["--sort", "colour"], "choose from"),
+        (["--search", ""], "--search: empty; write a value, or leave the option out"),
+        (["--prompt", ""], "--prompt: empty"),
+        (["--step", ""], "--step: empty"),
         (["--best", "0"], "expected a whole number of at least 1"),
     ],
 )

@@ -1,15 +1,20 @@
 """What a step leaves behind: merged over ranks, and turned into a row, without TRL, a model or an engine."""
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from rlinvariant import metrics
 from rlinvariant.keys import KEYS, PPO_KEYS
 from rlinvariant.metrics import FirstMismatch, Trained
+from rlinvariant.rollout import Completion
 from rlinvariant.trainer.grading import different_names, weighted_sums
 from rlinvariant.trainer.record import PARTS, Graded, Pair, PPORecord, StepRecord
+from rlinvariant.trainer.samples import Samples
 from rlinvariant.trainer.versions import PolicyVersions
 
 SETTINGS = {"group_size": 2, "clip_max": 2.0, "step_s": 3.0}
@@ -19,24 +24,49 @@ def pair(sampler: list[float], trainer: list[float]) -> Pair:
     return Pair(np.array(sampler, np.float32), np.array(trainer, np.float32))
 
 
+def drawn(*rollouts: list[list[int]], rank: int = 0, ranks: int = 1, group_size: int = 2) -> Samples:
+    """Return the samples of a rank that drew these rollouts."""
+    accelerator = SimpleNamespace(process_index=rank, num_processes=ranks)
+    trainer: Any = SimpleNamespace(accelerator=accelerator, end_ids={9}, state=SimpleNamespace(global_step=0))
+    samples = Samples()
+    for rollout in rollouts:
+        completions = [Completion(ids, [-1.0] * len(ids)) for ids in rollout]
+        samples.draw(trainer, [[1]] * len(rollout), completions, group_size)
+    return samples
+
+
 def record(**changes) -> StepRecord:
-    settings = {"compared": [pair([-1, -2, -3], [-1, -2, -3])], "completions": [[4, 9], [4]]} | changes
+    settings = {"compared": [pair([-1, -2, -3], [-1, -2, -3])], "samples": drawn([[4, 9], [4]])} | changes
     return StepRecord(**settings)
 
 
 def test_the_record_of_all_ranks_has_every_token_and_the_slowest_seconds():
-    a = record(seconds=dict.fromkeys(PARTS, 1.0) | {"rollout": 5.0})
+    a = record(seconds=dict.fromkeys(PARTS, 1.0) | {"rollout": 5.0}, samples=drawn([[4, 9], [4]], rank=0, ranks=2))
     mismatch = FirstMismatch(0, 1, -1.0, -2.0, "0x0", "0x1")
-    b = record(compared=[pair([-4], [-5])], first_mismatch=mismatch, weights_equal=False, completions=[[7], [9]])
+    samples = drawn([[7], [9]], rank=1, ranks=2)
+    b = record(compared=[pair([-4], [-5])], first_mismatch=mismatch, weights_equal=False, samples=samples)
     whole = StepRecord.merge([a, b])
     assert Pair.join(whole.compared).sampler.tolist() == [-1, -2, -3, -4]
-    assert whole.completions == [[4, 9], [4], [7], [9]] and whole.sampled == 5
+    assert [row["token_ids"].tolist() for row in whole.samples.rows] == [[4, 9], [4], [7], [9]] and whole.sampled == 5
     assert whole.seconds == dict.fromkeys(PARTS, 1.0) | {"rollout": 5.0} and whole.began == a.began
     assert whole.first_mismatch is mismatch and not whole.weights_equal
     row = whole.row(**SETTINGS)
     assert row["onpolicy/mismatched_tokens"] == 1 and row["onpolicy/compared_tokens"] == 4
     assert row["onpolicy/unscored_tokens"] == 1 and row["onpolicy/weights_equal"] == 0
     assert row["perf/sampler_tok_s"] == 1.0 and row["perf/trainer_tok_s"] == 4.0 and row["step_time"] == 3.0
+
+
+@pytest.mark.parametrize("group_size", [2, 4])
+def test_a_group_is_that_of_one_prompt_over_ranks_and_rollouts(group_size):
+    """Two ranks draw half of each rollout; a group of 4 lies on both. Rank after rank, groups of two rollouts would mix."""
+    first, second = [[1], [2], [3], [4]], [[5], [5], [5], [5]]  # all different, all the same
+    halves = [drawn(first[i : i + 2], second[i : i + 2], rank=i // 2, ranks=2, group_size=group_size) for i in (0, 2)]
+    whole = StepRecord.merge([record(samples=half) for half in halves])
+    row = whole.row(**SETTINGS | {"group_size": group_size})
+    assert row["onpolicy/group_unique_frac"] == (4 + 4 / group_size) / 8
+    rows = [row["token_ids"].tolist() for half in halves for row in half.rows]
+    by_rank = metrics.group_unique_frac(rows, group_size)
+    assert (by_rank == row["onpolicy/group_unique_frac"]) == (group_size == 2), "the control: in the order of ranks"
 
 
 def batch() -> Trained:
