@@ -54,8 +54,9 @@ class GRPOTrainer(InvariantGRPOTrainer):
         sampler_options: max_model_len (tokens), kv_cache_gib (GiB), and options: keyword arguments of `vllm.LLM`.
         save_dtype: of the weights that `save_model` and `push_to_hub` write: "model" as they came, "bfloat16", "float16" or
             "float32". Checkpoints keep the fp32 parameters, from which training goes on.
-        options: further arguments of `InvariantGRPOTrainer`: staleness, reward_timeout, reward_cage, reward_errors, on_row,
-            on_evaluation, on_samples, on_rollout. Without `run` and `on_row`, each step prints its line.
+        options: further arguments of `InvariantGRPOTrainer`: staleness, tokens_per_microbatch, recompute, reward_timeout,
+            reward_cage, reward_errors, on_row, on_evaluation, on_samples, on_rollout. Without `run` and `on_row`, each step
+            prints its line.
 
     The trainer is ready for `train`; `proof` says what was compared, or which certificate was found.
 
@@ -273,4 +274,6 @@ def _look(
     published = Path(ready.args.output_dir or "", "model") if ready.args.push_to_hub else None
     if run is not None:
         published = RunDir(RUNS / run).model
-    return check_start(Start(*parts, models=1 if ready.ppo is None else 2, published=published))
+    tokens = options.get("tokens_per_microbatch")
+    models = 1 if ready.ppo is None else 2
+    return check_start(Start(*parts, models=models, published=published, tokens_per_microbatch=tokens))

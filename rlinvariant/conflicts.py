@@ -161,3 +161,18 @@ def environment_conflicts(env: Mapping[str, str], invariance: str, autocast_aske
         value = shown(env["VLLM_BATCH_INVARIANT"])
         found.append(f"VLLM_BATCH_INVARIANT={value}: expected unset; invariance= decides; run `unset VLLM_BATCH_INVARIANT`")
     return found
+
+
+def microbatch_problems(
+    tokens: int | None, recompute: bool | None, args: "GRPOConfig", invariance: Invariance, prefix: str = ""
+) -> list[str]:
+    """List what is wrong with the settings of micro-batches; `prefix` is what the user writes before a field of `args`."""
+    name, stock = f"{prefix}tokens_per_microbatch={tokens}", not SIDES[invariance][1]
+    least = (args.max_completion_length or 0) + 1
+    if tokens is not None and stock:
+        return [f"{name}: expected None with invariance={invariance}: a stock trainer counts rows; remove it"]
+    if tokens is not None and (isinstance(tokens, bool) or tokens < least):
+        return [f"{name}: expected at least {least:,}, a prompt and {prefix}max_completion_length; or None: as many as fit"]
+    if recompute is not None and stock:
+        return [f"recompute={recompute}: expected None with invariance={invariance}; use args.gradient_checkpointing"]
+    return []

@@ -138,7 +138,9 @@ def plan(config: Config) -> Plan:
         raise ConfigErrors(problems)
     parts = (args, model, trainer.config, tokenizer, rewards, train_dataset, eval_dataset, options.get("max_model_len"))
     published = RunDir(config.run_dir).model
-    for note in check_start(Start(*parts, models=1 if ppo is None else 2, prefix="trainer.", published=published)):
+    models, tokens = 1 if ppo is None else 2, config.trainer.tokens_per_microbatch
+    start = Start(*parts, models=models, prefix="trainer.", published=published, tokens_per_microbatch=tokens)
+    for note in check_start(start):
         console.print(f"note: {note}")
     data = dataset_digest(train_dataset)
     resumption = require_same_data(resumption, data, config)
@@ -157,6 +159,8 @@ def build(planned: Plan) -> "InvariantGRPOTrainer":
             eval_dataset=planned.eval_dataset,
             processing_class=planned.tokenizer,
             staleness=config.staleness,
+            tokens_per_microbatch=config.trainer.tokens_per_microbatch,
+            recompute=config.recompute,
             **asdict(config.reward_limits),
             on_row=journal.on_row,
             on_evaluation=journal.on_evaluation,

@@ -129,7 +129,7 @@ class Trace:
 
 
 def _own_times(events: Any, whole: float) -> dict[str, tuple[float, float | None, int | None]]:
-    from torch.autograd.profiler_util import DeviceType
+    from torch._C._autograd import DeviceType
 
     cuda = DeviceType.CUDA
     marks = [e for e in events if e.name.startswith("part:") and e.device_type != cuda]

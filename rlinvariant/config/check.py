@@ -8,7 +8,7 @@ from rlinvariant.arguments import given_by_user
 from rlinvariant.config.recipe import Recipe
 from rlinvariant.config.reward import named_reward_problems
 from rlinvariant.config.tree import Config
-from rlinvariant.conflicts import conflicts, ppo_conflicts
+from rlinvariant.conflicts import conflicts, microbatch_problems, ppo_conflicts
 from rlinvariant.errors import UserError
 from rlinvariant.files import require_writable
 from rlinvariant.launch import rank
@@ -35,6 +35,8 @@ def check(config: Config, env: Mapping[str, str], recipe: Recipe | None = None) 
         found += recipe.check(config)
     found += conflicts(config.trainer, config.invariance, env, "trainer.")
     found += _check_ppo(config) if config.algorithm == "ppo" else _check_no_ppo(config)
+    tokens = config.trainer.tokens_per_microbatch
+    found += microbatch_problems(tokens, None, config.trainer, config.invariance, "trainer.")
     return found + _check_sampler(config)
 
 

@@ -18,7 +18,10 @@ from rlinvariant.files import cache_dir, write_atomically
 if TYPE_CHECKING:
     from trl.trainer.grpo_config import GRPOConfig
 
-    TrainerConfig = GRPOConfig
+    class TrainerConfig(GRPOConfig):
+        """Holds the fields of `trl.GRPOConfig` and of `TRAINER_OWN`."""
+
+        tokens_per_microbatch: int | None = None
 else:
 
     @chz.chz
@@ -63,6 +66,14 @@ TRAINER_DEFAULTS = {
     "vllm_importance_sampling_correction": False,  # nothing to correct when exact
 }
 """Our defaults where they are not TRL's."""
+TRAINER_OWN: dict[str, tuple[Any, Any, str]] = {
+    "tokens_per_microbatch": (
+        int | None,
+        None,
+        "Most tokens of a forward and backward of an exact trainer, whatever the batch sizes; None: as many as fit.",
+    )
+}
+"""Fields of ours among them: type, default, what each is for."""
 TRAINER_CHOICES = {
     "loss_type": Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "vespo", "luspo"],
     "importance_sampling_level": Literal["token", "sequence"],
@@ -135,4 +146,6 @@ def trainer_config_class() -> type:
         # a list is made anew for each tree
         given: Any = {"default_factory": default.copy} if isinstance(default, (list, dict)) else {"default": default}
         namespace[name] = chz.field(**given, doc=field["doc"])
+    for name, (kind, default, doc) in TRAINER_OWN.items():
+        namespace["__annotations__"][name], namespace[name] = kind, chz.field(default=default, doc=doc)
     return chz.chz(type("TrainerConfig", (TrainerConfig,), namespace))

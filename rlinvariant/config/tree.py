@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import chz
 
-from rlinvariant.config.fields import TrainerConfig
+from rlinvariant.config.fields import TRAINER_OWN, TrainerConfig
 from rlinvariant.config.recipe import Data, Recipe, load_recipe
 from rlinvariant.config.reward import named_reward
 from rlinvariant.errors import UserError, one_line
@@ -133,6 +133,12 @@ class Config:
         """Return what the run allows its reward functions."""
         return RewardLimits(self.reward_timeout, self.reward_cage, self.reward_errors)
 
+    @property
+    def recompute(self) -> bool | None:
+        """Return what was said of recomputing activations, by user or recipe; None: nothing, or the trainer is stock."""
+        said = "trainer.gradient_checkpointing" in self.sources and self.invariance in ("exact", "trainer")
+        return self.trainer.gradient_checkpointing if said else None
+
     def load_recipe(self) -> Recipe:
         """Return the recipe's functions and defaults."""
         return load_recipe(self.recipe)
@@ -150,7 +156,7 @@ class Config:
         import torch
         from trl.trainer.grpo_config import GRPOConfig
 
-        fields = {name: getattr(self.trainer, name) for name in chz.chz_fields(type(self.trainer))}
+        fields = {name: getattr(self.trainer, name) for name in chz.chz_fields(type(self.trainer)) if name not in TRAINER_OWN}
         if self.invariance in ("off", "sampler") and "trainer.bf16" not in self.sources:
             fields["bf16"] = self.dtype == "bfloat16"  # a stock trainer casts by autocast, as TRL does by default
         fields |= {"output_dir": str(self.run_dir / "checkpoints"), "max_steps": self.steps, "seed": self.seed}

@@ -115,6 +115,8 @@ def build(name: str, directory: str | Path, stops: int = 1) -> str:
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter += 0.02 * torch.randn_like(parameter)
+        # transformers leaves this row zero, where a norm's gradient is 1 / sqrt(eps): over many layers it overflows
+        model.get_input_embeddings().weight[model.config.pad_token_id].normal_(0.0, 0.02)
     model.generation_config.eos_token_id = [1, *range(3, 2 + stops)] if stops > 1 else 1
     model.save_pretrained(directory)
     tokenizer(SHAPES[name].vocab).save_pretrained(directory)
@@ -126,11 +128,12 @@ def build(name: str, directory: str | Path, stops: int = 1) -> str:
 
 def tokenizer(vocabulary: int) -> "PreTrainedTokenizerBase":
     """Return a tokenizer with one word for each token: w0, w1, ..."""
-    from tokenizers import Tokenizer
+    from tokenizers import AddedToken, Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit
     from transformers import PreTrainedTokenizerFast
 
     words = Tokenizer(WordLevel({f"w{i}": i for i in range(vocabulary)}, unk_token="w3"))
     words.pre_tokenizer = WhitespaceSplit()  # type: ignore[assignment]
-    return PreTrainedTokenizerFast(tokenizer_object=words, bos_token="w0", eos_token="w1", pad_token="w2")
+    bos, eos, pad = (AddedToken(f"w{i}", single_word=True, special=True) for i in range(3))  # or w25 would be w2, 5
+    return PreTrainedTokenizerFast(tokenizer_object=words, bos_token=bos, eos_token=eos, pad_token=pad)

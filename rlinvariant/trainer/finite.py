@@ -19,7 +19,6 @@ device. The norm is not finite if any number is not; which tensor that is, is lo
 N: completions, F: reward functions.
 """
 
-import copy
 import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -32,8 +31,8 @@ from torch.nn.utils import get_total_norm
 
 from rlinvariant import checkpoints
 from rlinvariant.errors import UserError
-from rlinvariant.trainer.checkpointed import CheckpointedTrainer
 from rlinvariant.trainer.grading import call_rewards
+from rlinvariant.trainer.microbatches import MicroBatchedTrainer
 
 Named = Iterable[tuple[str, Tensor]]
 
@@ -51,7 +50,7 @@ def norm(tensors: Named) -> Tensor:
     return get_total_norm([x.detach() for _, x in tensors if x.is_floating_point()])
 
 
-class FiniteTrainer(CheckpointedTrainer):
+class FiniteTrainer(MicroBatchedTrainer):
     """Stops with UserError at the first number that is not finite, as the module says."""
 
     _trainer_logprobs: Tensor  # [B, T] fp32, of the last micro-batch
@@ -62,12 +61,12 @@ class FiniteTrainer(CheckpointedTrainer):
 
     def _trl_args(self, args: Any) -> Any:
         """Return what TRL is given for the user's settings."""
-        args = copy.copy(args)
+        args = super()._trl_args(args)
         args.logging_nan_inf_filter = False  # would show another loss in the place of one that is not finite
         return args
 
     def train(self, *args, **kwargs):
-        """Train as `CheckpointedTrainer` does.
+        """Train as `MicroBatchedTrainer` does.
 
         Raises:
             UserError: a number is not finite; one line names the tensor, the same on all ranks.
@@ -115,10 +114,6 @@ class FiniteTrainer(CheckpointedTrainer):
             self._saving.join()
         steps = [step for step, _ in checkpoints.found(Path(self.args.output_dir))]
         return f"checkpoint-{max(steps)} is the last" if steps else "there is no checkpoint"
-
-    def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield names and parameters of all that the optimizer trains."""
-        yield from self.accelerator.unwrap_model(self.model).named_parameters()
 
     def _weights_and_states(self) -> Iterator[tuple[str, Tensor]]:
         for name, p in self._trained():

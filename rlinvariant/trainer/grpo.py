@@ -25,7 +25,7 @@ import copy
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Unpack
 
 import torch
@@ -73,6 +73,10 @@ class InvariantGRPOTrainer(MeasuredTrainer):
         staleness: k, a constant policy lag: a rollout is sampled with the weights of k optimizer steps ago (of the first
             step, until there are so many; also after a resume). Costs k fp32 copies of the weights, in host memory. The
             log-probs of two versions differ, as they should: they are counted, and required to be equal only at lag 0.
+        tokens_per_microbatch: the most tokens of a forward and backward, where the trainer is invariant: the rows of a step
+            are divided by them, whatever `args` says of micro-batches. None: as many as fit, a power of two.
+        recompute: whether a backward computes the activations of all layers again, or of none; None: of as many as memory
+            needs, and of none where `args.gradient_checkpointing` is off. Changes no bit.
         reward_timeout, reward_cage, reward_errors: how reward functions are called; `rlinvariant.rewards.RewardLimits` says it.
         on_row: called on the main process with the metrics of every optimizer step, and the first mismatch or None.
         on_samples: called on the main process, before `on_row`, with a row for each completion that the step drew;
@@ -114,6 +118,8 @@ class InvariantGRPOTrainer(MeasuredTrainer):
         invariance: Invariance = "exact",
         dtype: torch.dtype = torch.bfloat16,
         staleness: int = 0,
+        tokens_per_microbatch: int | None = None,
+        recompute: bool | None = None,
         on_row: OnRow | None = None,
         on_evaluation: OnEvaluation | None = None,
         on_samples: OnSamples | None = None,
@@ -122,19 +128,23 @@ class InvariantGRPOTrainer(MeasuredTrainer):
         **kwargs: Unpack[TrainerArguments],
     ) -> None:
         self.invariance, self.staleness = invariance, staleness
+        self.tokens_per_microbatch = tokens_per_microbatch
+        self.recompute = False if recompute is None and not args.gradient_checkpointing else recompute
         self._sampler_is_invariant, self._trainer_is_invariant = SIDES[invariance]
         self._on_row, self.on_evaluation = on_row, on_evaluation
         self._on_samples, self._on_rollout = on_samples, on_rollout
         others: Any = kwargs
         limits = RewardLimits.taken(others)
         if not checked:
-            options = {**kwargs, "staleness": staleness, **asdict(limits)}
+            own = {"staleness": staleness, "tokens_per_microbatch": tokens_per_microbatch, "recompute": recompute}
+            options = {**kwargs, **own, **asdict(limits)}
             if problems := settings_problems(args, invariance, dtype, options, getattr(self, "ppo", None), model):
                 raise ConfigErrors(problems)
             name, ppo = model.config._name_or_path, getattr(self, "ppo", None)
             tokenizer = others["processing_class"] = kwargs.get("processing_class") or load_tokenizer(name, model.config)
             parts = (args, name, model.config, tokenizer, reward_funcs, train_dataset, kwargs.get("eval_dataset"))
-            for note in check_start(Start(*parts, models=1 if ppo is None else 2)):
+            start = Start(*parts, models=1 if ppo is None else 2, tokens_per_microbatch=tokens_per_microbatch)
+            for note in check_start(start):
                 warnings.warn(note, stacklevel=2)
         self._prepare_models(model, args, dtype, kwargs.get("processing_class"))
         rewards = checked_rewards(self, reward_funcs, limits)
@@ -286,12 +296,10 @@ class InvariantGRPOTrainer(MeasuredTrainer):
                 model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **kwargs
             )
         else:
-            rows = batch_size or len(input_ids)
-            parts = [
-                self._packed_logprobs(model, input_ids[at : at + rows], attention_mask[at : at + rows], logits_to_keep)
-                for at in range(0, len(input_ids), rows)
-            ]
-            logprobs, entropies = (torch.cat(x) for x in zip(*parts, strict=True))
+            parts = self._parts(attention_mask.sum(1))
+            found = [self._packed_logprobs(model, input_ids[x], attention_mask[x], logits_to_keep) for x in parts]
+            back = torch.cat(parts).argsort()
+            logprobs, entropies = (torch.cat(x)[back] for x in zip(*found, strict=True))
             result = logprobs, entropies if compute_entropy else None, None
         self._trainer_logprobs, entropies = result[0].detach(), result[1]
         if entropies is not None:
@@ -325,7 +333,8 @@ class InvariantGRPOTrainer(MeasuredTrainer):
         record.compared.append(pair := Pair.of(trainer_logprobs, inputs))
         record.samples.compare(inputs, *pair)
         if record.first_mismatch is None:
-            record.first_mismatch = metrics.first_mismatch(inputs["sampling_per_token_logps"], trainer_logprobs, mask)
+            found = metrics.first_mismatch(inputs["sampling_per_token_logps"], trainer_logprobs, mask)
+            record.first_mismatch = found and replace(found, sequence=record.samples.number(inputs, found.sequence))
         if record.first_mismatch is not None and self._must_be_equal:
             step, numbers = self.state.global_step + 1, record.onpolicy(self._clip_max)
             self._hand_on_samples(record)  # of this rank

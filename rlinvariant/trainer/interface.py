@@ -67,6 +67,8 @@ class TrainerOptions(TrainerArguments, total=False):
     """Lists the further arguments of a trainer, and those of `InvariantGRPOTrainer` that say what it hands on, and when."""
 
     staleness: int
+    tokens_per_microbatch: int | None
+    recompute: bool | None
     on_row: OnRow | None
     on_evaluation: OnEvaluation | None
     on_samples: OnSamples | None
@@ -102,6 +104,8 @@ class ScriptOptions(TypedDict, total=False):
     reward_cage: int
     reward_errors: OnError
     staleness: int
+    tokens_per_microbatch: int | None
+    recompute: bool | None
     on_row: OnRow | None
     on_evaluation: OnEvaluation | None
     on_samples: OnSamples | None

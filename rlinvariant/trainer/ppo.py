@@ -82,7 +82,7 @@ class InvariantPPOTrainer(InvariantGRPOTrainer):
         self.ppo = ppo or PPOConfig()
         self._stopped = False  # the rest of the rollout is skipped
         super().__init__(model, reward_funcs, args, train_dataset, **kwargs)
-        if args.gradient_checkpointing:
+        if args.gradient_checkpointing and not self._trainer_is_invariant:
             self.critic.backbone.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
 
     def _trl_args(self, args: GRPOConfig) -> GRPOConfig:
@@ -137,7 +137,7 @@ class InvariantPPOTrainer(InvariantGRPOTrainer):
         mask, old = output["completion_mask"], output["old_per_token_logps"]
         # Where the rollout is one micro-batch, the first pass trains these rows with these weights: it takes the values, with
         # their graph, as they are, and no pass is added.
-        once = self.args.steps_per_generation == 1
+        once = self.args.steps_per_generation == 1 and (not self._trainer_is_invariant or len(self._divide(output)) == 1)
         values = self._rollout_values(output, once)
         known = values.detach()
         rewards = advantages.token_rewards(self._scores, old, output.get("ref_per_token_logps"), mask, self.ppo.kl_coef)
@@ -165,15 +165,22 @@ class InvariantPPOTrainer(InvariantGRPOTrainer):
     def _rollout_values(self, output: dict[str, Any], grad: bool) -> Tensor:
         """Return the values of a rollout's completions, [B, T] fp32, computed in micro-batches."""
         self.critic.train(grad)
-        rows, count = self.args.per_device_train_batch_size, len(output["completion_ids"])
+        if self._trainer_is_invariant:
+            parts = self._parts(output["prompt_mask"].sum(1) + output["completion_mask"].sum(1))
+        else:
+            parts = torch.arange(len(output["completion_ids"])).split(self.args.per_device_train_batch_size)
         with torch.set_grad_enabled(grad), self.compute_loss_context_manager():
-            return torch.cat([self._values(output, slice(i, i + rows)) for i in range(0, count, rows)])
+            return torch.cat([self._values(output, rows) for rows in parts])[torch.cat([*parts]).argsort()]
 
-    def _values(self, inputs: dict[str, Any], rows: slice = slice(None)) -> Tensor:
+    def _values(self, inputs: dict[str, Any], rows: slice | Tensor = slice(None)) -> Tensor:
         ids, mask = (
             torch.cat([inputs[f"prompt_{what}"][rows], inputs[f"completion_{what}"][rows]], 1) for what in ("ids", "mask")
         )
         return self.critic(ids, mask, inputs["completion_ids"].shape[1])
+
+    def _models(self) -> Iterator[nn.Module]:
+        yield from super()._models()
+        yield self.critic.backbone
 
     # ---- the losses
 

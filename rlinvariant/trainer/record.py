@@ -1,11 +1,12 @@
 """The record of one optimizer step, on a rank and on all of them, and the row of metrics computed from it."""
 
+import copy
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -109,6 +110,7 @@ class StepRecord:
     weights_equal: bool = True
     stop: int = 0
     began: float = field(default_factory=time.perf_counter)
+    of_passes: ClassVar[tuple[str, ...]] = ("compared", "moved", "trained", "first_mismatch")
 
     @classmethod
     def merge(cls, ranks: Sequence[Self]) -> Self:
@@ -126,6 +128,15 @@ class StepRecord:
             stop=max(rank.stop for rank in ranks),
             began=ranks[0].began,
         )
+
+    def mark(self) -> dict[str, Any]:
+        """Return what passes over a batch have added so far, for `restore`."""
+        return {name: copy.copy(getattr(self, name)) for name in self.of_passes}
+
+    def restore(self, marked: Mapping[str, Any]) -> None:
+        """Forget what passes have added since `mark`."""
+        for name, value in marked.items():
+            setattr(self, name, copy.copy(value))
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
@@ -208,6 +219,7 @@ class PPORecord(StepRecord):
     value_losses: list[Tensor] = field(default_factory=list)
     values_clipped: int = 0
     value_grad_norm: float = float("nan")
+    of_passes: ClassVar[tuple[str, ...]] = (*StepRecord.of_passes, "log_ratios", "value_losses", "values_clipped")
 
     @classmethod
     def merge(cls, ranks: Sequence[Self]) -> Self:

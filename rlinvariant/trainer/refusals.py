@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from rlinvariant.conflicts import SIDES, Invariance, conflicts, ppo_conflicts
+from rlinvariant.conflicts import SIDES, Invariance, conflicts, microbatch_problems, ppo_conflicts
 from rlinvariant.rewards.limits import RewardLimits
 from rlinvariant.support import device_problems
 from rlinvariant.types import JsonRow
@@ -38,6 +38,7 @@ def settings_problems(
     found += ppo_conflicts(args, ppo) if ppo is not None else []
     if (staleness := options.get("staleness", 0)) < 0:
         found.append(f"staleness={staleness}: expected 0 or more optimizer steps")
+    found += microbatch_problems(options.get("tokens_per_microbatch"), options.get("recompute"), args, invariance)
     found += RewardLimits.taken(dict(options)).problems()
     if args.use_vllm:
         found.append("use_vllm=True: expected False; the sampler is attached by rlinvariant")

@@ -110,6 +110,10 @@ class Samples:
         for row, advantage in zip(self.rows[-count:], advantages.tolist(), strict=True):
             row["advantage"] = advantage
 
+    def number(self, inputs: Mapping[str, Tensor], row: int) -> int:
+        """Return the `sample_id` of a row of a micro-batch."""
+        return self.rows[int(inputs["sample"][row])]["sample_id"]
+
     def compare(self, inputs: Mapping[str, Tensor], sampler: np.ndarray, trainer: np.ndarray) -> None:
         """Add how the two sides' log-probs of a micro-batch's real tokens, each [n] fp32, compare."""
         differs, end = metrics.mismatches(sampler, trainer), 0

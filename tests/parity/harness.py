@@ -131,6 +131,8 @@ def new_trainer(path: str, engine: Any, output_dir: Path | str, *, invariance: s
         "train_dataset",
         "dtype",
         "staleness",
+        "tokens_per_microbatch",
+        "recompute",
         "on_evaluation",
         "on_samples",
         "on_rollout",

@@ -36,6 +36,7 @@ class Start:
         models: how many models are trained: 2 for PPO, whose critic is one.
         prefix: what the user writes before the name of a field of `args`.
         published: the directory that gets the trained model; None: the run itself publishes none.
+        tokens_per_microbatch: most tokens of a prompt and its completion that a backward takes; None: no such limit.
     """
 
     args: Any
@@ -49,6 +50,7 @@ class Start:
     models: int = 1
     prefix: str = ""
     published: Path | None = None
+    tokens_per_microbatch: int | None = None
 
     @property
     def vocabulary(self) -> int | None:
@@ -62,10 +64,13 @@ class Start:
         limit = "the model's positions" if self.max_model_len is None else "the sampler's max_model_len"
         if self.max_model_len is not None and self.prefix:
             limit = "sampler.max_model_len"
+        longest = self.max_model_len or positions
+        if self.tokens_per_microbatch is not None and (longest is None or self.tokens_per_microbatch < longest):
+            longest, limit = self.tokens_per_microbatch, f"{self.prefix}tokens_per_microbatch"
         return Prompts(
             self.tokenizer,
             self.vocabulary,
-            self.max_model_len or positions,
+            longest,
             self.args.max_completion_length or 0,
             self.args.chat_template_kwargs or {},
             limit,

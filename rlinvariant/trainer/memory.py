@@ -1,0 +1,137 @@
+"""How many tokens a forward and backward may hold: measured from the model and the free memory, not guessed from names."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from rlinvariant.ops.token_logprobs import CHUNK_BYTES
+from rlinvariant.trainer.packing import pack
+
+if TYPE_CHECKING:
+    from rlinvariant.trainer.microbatches import MicroBatchedTrainer
+
+MOST_TOKENS = {"cuda": 32768, "cpu": 8192}  # a larger forward is no faster
+USABLE = {"cuda": 0.9, "cpu": 0.5}  # share of the free memory: fragments, and on a CPU whatever else runs
+BACKWARD = 2.5  # layers whose activations and their gradients are there at once in a backward
+STATES = 12  # bytes of a parameter's fp32 gradient and of Adam's two moments
+PROBE = 64  # tokens
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Holds how a step is divided.
+
+    Args:
+        tokens: the most of a part.
+        recomputed: of how many decoder layers, the first ones, the backward computes the activations again.
+        layers: how many there are.
+    """
+
+    tokens: int
+    recomputed: int
+    layers: int
+
+    def __str__(self) -> str:
+        how = {0: "no activations recomputed", self.layers: "activations of all layers recomputed"}
+        part = f"activations of {self.recomputed} of {self.layers} layers recomputed"
+        return f"micro-batches of at most {self.tokens:,} tokens, {how.get(self.recomputed, part)}"
+
+    def apply(self, model: Any, kwargs: Mapping[str, Any] | None = None) -> None:
+        """Switch recomputation on in the first layers of a model, and off in the others: TRL's generation switches all on.
+
+        `kwargs` are `gradient_checkpointing_kwargs`, as transformers takes them.
+        """
+        if self.recomputed and not model.is_gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False, **(kwargs or {})})
+        for at, layer in enumerate(decoder_layers(model)):
+            layer.gradient_checkpointing = at < self.recomputed
+
+    def halved(self, longest: int) -> "Fit | None":
+        """Return what is tried next where memory was too small; None: there is nothing left to try."""
+        if self.tokens > longest:
+            return replace(self, tokens=max(longest, self.tokens // 2))
+        return replace(self, recomputed=self.layers) if self.recomputed < self.layers else None
+
+
+def decoder_layers(model: nn.Module) -> list[Any]:
+    """Return the layers whose activations can be recomputed."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def settle(trainer: "MicroBatchedTrainer") -> Fit:
+    """Find how many tokens fit, and how many layers have to be recomputed for it; all ranks find the same.
+
+    Args:
+        trainer: whose model, optimizer and device are looked at, before its first backward.
+
+    Without a number from the user, it is a power of two, so that a little more or less of free memory is no other run: at most
+    MOST_TOKENS, with as few layers recomputed as it takes, or with all of them as many tokens as fit.
+    """
+    model, device = trainer.accelerator.unwrap_model(trainer.model), trainer.accelerator.device
+    layers, asked, recompute = decoder_layers(model), trainer.tokens_per_microbatch, trainer.recompute
+    full = _bytes_of_a_token(model) / max(1, len(layers))  # of a layer
+    kept = model.config.get_text_config().hidden_size * _itemsize(model)
+    free = _free(device) * USABLE[device.type] - _still_to_come(trainer)
+    if trainer.accelerator.num_processes > 1:
+        free = trainer.accelerator.gather(torch.tensor([float(free)], device=device)).min().item()
+
+    def fits(recomputed: int) -> float:
+        return free / (full * (len(layers) - recomputed + BACKWARD) + kept * recomputed)
+
+    choices = {True: [len(layers)], False: [0], None: [round(len(layers) * share / 4) for share in range(5)]}[recompute]
+    wanted = asked or MOST_TOKENS[device.type]
+    recomputed = next((count for count in choices if fits(count) >= wanted), choices[-1])
+    if asked is not None:
+        return Fit(asked, recomputed, len(layers))
+    tokens = min(wanted, 2 ** int(math.log2(max(1.0, fits(recomputed)))))
+    return Fit(tokens, recomputed, len(layers))
+
+
+def _bytes_of_a_token(model: Any) -> float:
+    """Return what a forward keeps of each token for the backward: of twice as many tokens less that of as many."""
+    once, twice = (_saved_bytes(model, count * PROBE) for count in (1, 2))
+    return (twice - once) / PROBE
+
+
+def _saved_bytes(model: Any, tokens: int) -> int:
+    device, saved = next(model.parameters()).device, dict[int, torch.UntypedStorage]()
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        storage = x.untyped_storage()  # held, or another tensor could get its place
+        saved[storage.data_ptr()] = storage
+        return x
+
+    ids = torch.arange(tokens, device=device)[None] % model.config.get_text_config().vocab_size
+    batch = pack(ids, torch.ones_like(ids), tokens - 1)
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        scored = {"token_ids": batch.token_ids, "predicted_from": batch.predicted_from, "temperature": 1.0}
+        model(**batch.inputs, attention_mask=None, **scored)
+    return sum(storage.nbytes() for storage in saved.values())
+
+
+def _itemsize(model: Any) -> int:
+    embeddings: Any = model.get_input_embeddings()
+    return embeddings.compute_dtype.itemsize
+
+
+def _free(device: torch.device) -> float:
+    """Return the bytes that this process can still take."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    import psutil
+
+    return psutil.virtual_memory().available
+
+
+def _still_to_come(trainer: "MicroBatchedTrainer") -> float:
+    """Return the bytes of what the first step will add beside activations: gradients, Adam's moments, the head's logits."""
+    head = 3 * CHUNK_BYTES[trainer.accelerator.device.type]
+    has_states = trainer.optimizer is not None and trainer.optimizer.state
+    return sum(p.numel() for _, p in trainer._trained()) * (4 if has_states else STATES) + head

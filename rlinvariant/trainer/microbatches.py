@@ -1,0 +1,289 @@
+"""The layer of the trainer that fills micro-batches by tokens: a step's rows in as few forwards as memory allows.
+
+A forward here does not depend on what it is packed with, so a micro-batch may hold any rows. TRL counts rows: it is told that a
+step has one micro-batch, or as few as the rollout's size allows, and what TRL calls a batch is cut in parts, each of at most
+`tokens_per_microbatch` tokens. Each part's loss is TRL's, with the weight that the part has in the step; so losses and
+gradients are those of one large batch, but for the order in which gradients are added. That order has to be the same after a
+resume: the number of tokens is settled once, and a checkpoint holds it.
+
+Methods of TRL's trainer, and of transformers' below it, that are overridden:
+
+    training_step       starts an optimizer step again with half as many tokens where a GPU's memory was too small
+    _prepare_inputs     gives such a step its rows again
+    compute_loss        runs forward and backward of all parts but the last
+
+B: rows of a batch, b: of a part.
+"""
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlinvariant.errors import UserError, one_line
+from rlinvariant.text import say
+from rlinvariant.trainer.checkpointed import CheckpointedTrainer
+from rlinvariant.trainer.memory import Fit, settle
+
+TOKEN_MEANS = ("bnpo", "dapo", "cispo", "vespo")  # TRL's losses that are means over tokens; the others are means over rows
+SUMMED = ("dapo", "cispo", "vespo")  # of these, those whose parts are normalised by the tokens of the whole step
+
+
+def pack_rows(lengths: Sequence[int], most: int, least_parts: int = 1) -> list[list[int]]:
+    """Divide rows into parts of about as many tokens, the longest first, each into the part with the fewest.
+
+    Args:
+        lengths: tokens of each row.
+        most: tokens of a part; a longer row is a part of its own.
+        least_parts: how many parts there are at least, and no more than rows.
+
+    Returns:
+        The rows of each part, ascending: the fewest parts of at most `most` tokens that this way of dividing finds.
+    """
+    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
+    for count in range(max(1, least_parts, math.ceil(sum(lengths) / most)), len(lengths) + 1):
+        parts, sizes = [[] for _ in range(count)], [0] * count
+        for row in order:
+            at = sizes.index(min(sizes))
+            parts[at].append(row)
+            sizes[at] += lengths[row]
+        if count == len(lengths) or all(size <= most for size in sizes):
+            return [sorted(part) for part in parts if part]
+    return [[*range(len(lengths))]]
+
+
+def merged(micro_batch: int, steps: int, steps_per_generation: int) -> tuple[int, int, int]:
+    """Return TRL's rows of a micro-batch, micro-batches of a step and of a rollout, with as few micro-batches as possible."""
+    factor = math.gcd(steps, steps_per_generation)
+    return micro_batch * factor, steps // factor, steps_per_generation // factor
+
+
+class MicroBatchedTrainer(CheckpointedTrainer):
+    """Divides the rows of an optimizer step by tokens, as the module says. A stock trainer keeps TRL's micro-batches."""
+
+    tokens_per_microbatch: int | None = None  # as the user asks for; None: as many as fit
+    recompute: bool | None = None  # activations of all layers, or none; None: of as many as memory needs
+    _fit: Fit | None = None
+    _again: Any = None  # the batch that is taken once more
+    _window: list[Any]  # batches of the optimizer step in progress
+    _begins: bool = True  # whether the next batch begins an optimizer step
+    _marked: tuple[Any, Any, Any]
+    _loss_before: Any = 0.0  # of all parts of a batch but the last
+    _entropy_window_stats: Any
+    _trainer_is_invariant: bool
+    _record: Any
+    _metrics: Any
+    _buffered_inputs: Any
+    _step: int
+    accelerator: Any
+    optimizer: Any
+    args: Any
+    loss_type: str
+    current_gradient_accumulation_steps: Any
+
+    def _trl_args(self, args: Any) -> Any:
+        """Return what TRL is given for the user's settings, in a copy of them."""
+        args = copy.copy(args)
+        if self._trainer_is_invariant:
+            args.gradient_checkpointing = False  # decided for each layer, when memory is known
+            rows, steps = args.per_device_train_batch_size, args.gradient_accumulation_steps
+            rows, steps, rollout = merged(rows, steps, args.steps_per_generation)
+            args.per_device_train_batch_size, args.gradient_accumulation_steps, args.steps_per_generation = rows, steps, rollout
+        return args
+
+    def train(self, *args, **kwargs):
+        """Train as TRL does, in micro-batches of as many tokens as fit, or as the user asks for."""
+        self._again, self._window, self._begins = None, [], True
+        return super().train(*args, **kwargs)
+
+    # ---- dividing rows
+
+    def _parts(self, lengths_B: Tensor, together: bool = False) -> list[Tensor]:
+        """Return the rows of each part of a batch, int64, for the tokens of each row.
+
+        Args:
+            lengths_B: tokens of each row.
+            together: whether all ranks divide a batch now: then all get as many parts, as they meet in each.
+        """
+        lengths, most = lengths_B.tolist(), self.fit.tokens
+        parts = pack_rows(lengths, most)
+        if together and self.accelerator.num_processes > 1:
+            count = self.accelerator.gather(torch.tensor([len(parts)], device=lengths_B.device)).max().item()
+            parts = pack_rows(lengths, most, int(count))
+        return [torch.tensor(part, device=lengths_B.device) for part in parts]
+
+    def _divide(self, batch: Any) -> list[Tensor]:
+        """Return the rows of each part of a batch that all ranks are about to train on."""
+        for model in self._models():
+            self.fit.apply(model, self.args.gradient_checkpointing_kwargs)
+        return self._parts(_lengths(batch), together=True)
+
+    def _models(self) -> Iterator[nn.Module]:
+        """Yield the models whose forward and backward are divided."""
+        yield self.accelerator.unwrap_model(self.model)
+
+    def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield names and parameters of all that the optimizer trains."""
+        yield from self.accelerator.unwrap_model(self.model).named_parameters()
+
+    @property
+    def fit(self) -> Fit:
+        """Return how a step is divided; it is settled when it is first asked for. All ranks ask together then."""
+        if self._fit is None:
+            self._fit = settle(self)
+        return self._fit
+
+    # ---- a step in parts
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if not (self.model.training and self._trainer_is_invariant):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        parts = self._divide(inputs)
+        if not self._window:
+            noted = {key: [*values] for key, values in self._metrics["train"].items()}
+            self._marked = self._record.mark(), noted, self._entropy_window_stats
+        self._window.append(inputs)
+        before = {key: len(values) for key, values in self._metrics["train"].items()}
+        steps, weights = self.current_gradient_accumulation_steps, [self._weight(inputs, rows) for rows in parts]
+        self._loss_before, part, loss = 0.0, {}, None
+        try:
+            for at, (rows, weight) in enumerate(zip(parts, weights, strict=True)):
+                part = _rows_of(inputs, rows)
+                part["num_items_in_batch"] = inputs["num_items_in_batch"] * weight
+                self.current_gradient_accumulation_steps = steps / weight
+                last = at == len(parts) - 1
+                with ExitStack() as stack:
+                    if not last:
+                        stack.enter_context(self._unsynced(model))
+                    loss = super().compute_loss(model, part, num_items_in_batch=num_items_in_batch)
+                    if not last:
+                        self.accelerator.backward(loss)
+                        self._loss_before += loss.detach()
+        finally:
+            self.current_gradient_accumulation_steps = steps
+        if "compared" in part:
+            inputs.setdefault("compared", True)
+        self._weigh_metrics(before, weights)
+        return loss
+
+    def _weight(self, inputs: Any, rows: Tensor) -> float:
+        """Return the share that a part's loss has in the batch's: of its rows, or of its tokens, as TRL's loss is a mean."""
+        if self.loss_type not in TOKEN_MEANS:
+            return len(rows) / len(inputs["completion_mask"])
+        mask = inputs["completion_mask"] * inputs["tool_mask"] if "tool_mask" in inputs else inputs["completion_mask"]
+        own, whole = mask[rows].sum().item(), mask.sum().item()
+        return own / whole if own else 1.0  # without a token its loss is 0
+
+    @contextmanager
+    def _unsynced(self, model: Any) -> Iterator[None]:
+        """Let a backward add to this rank's gradients alone, and TRL see that the step goes on."""
+        state = self.accelerator.gradient_state
+        syncs = state.sync_gradients
+        state._set_sync_gradients(False)
+        try:
+            with self.accelerator.no_sync(model):
+                yield
+        finally:
+            state._set_sync_gradients(syncs)
+
+    def _weigh_metrics(self, before: dict[str, int], weights: list[float]) -> None:
+        """Make one number of what TRL has noted of each part: their mean, or their sum, as the batch's would be."""
+        for key, values in self._metrics["train"].items():
+            if len(new := values[before.get(key, 0) :]) == len(weights) > 1:
+                summed = key == "policy_loss" and self.loss_type in SUMMED
+                total = math.fsum(new) if summed else math.fsum(x * w for x, w in zip(new, weights, strict=True)) / sum(weights)
+                values[before.get(key, 0) :] = [total]
+
+    # ---- memory that was too small
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if self._begins:
+            self._window, self._begins = [], False
+        try:
+            loss, problem = super().training_step(model, inputs, num_items_in_batch), None
+        except torch.OutOfMemoryError as error:
+            loss, problem = None, error.with_traceback(None)  # whose frames hold what has to be freed
+        while problem is not None:
+            self._start_again(problem)
+            loss, problem = self._take_window(model, num_items_in_batch)
+        self._begins = bool(self.accelerator.sync_gradients)
+        return loss + self._loss_before
+
+    def _prepare_inputs(self, generation_batch):
+        return super()._prepare_inputs(generation_batch) if self._again is None else self._again
+
+    def _start_again(self, problem: torch.OutOfMemoryError) -> None:
+        """Undo what this optimizer step's passes have added, and halve the tokens of a part.
+
+        Raises:
+            UserError: nothing is left to try: memory was too small for one row, for the rollout, or on one rank of several.
+        """
+        assert self._fit is not None
+        longest = max((int(_lengths(batch).max()) for batch in self._window), default=self._fit.tokens)
+        fit = None if self.accelerator.num_processes > 1 or not self._window else self._fit.halved(longest)
+        step = f"step {self.state.global_step + 1}: out of memory with {self._fit}"
+        if fit is None:
+            fix = "lower tokens_per_microbatch or sampler.kv_cache_gib, or use a smaller model"
+            raise UserError(f"{step}; the longest row has {longest:,} tokens; {fix}: {one_line(problem)}") from problem
+        say(f"{step}; it starts again with {fit}")
+        self._fit = fit
+        self.optimizer.zero_grad(set_to_none=True)
+        self._record.restore(self._marked[0])
+        self._metrics["train"].clear()
+        self._metrics["train"] |= {key: [*values] for key, values in self._marked[1].items()}
+        self._entropy_window_stats = self._marked[2]
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _take_window(self, model: Any, num_items_in_batch: Any) -> tuple[Any, torch.OutOfMemoryError | None]:
+        """Take the micro-batches of this step once more; return the last one's loss, or why there is none."""
+        window, first = self._window, self._step - len(self._window) + 1
+        self._window, self._step, loss = [], first, None
+        try:
+            for at, batch in enumerate(window):
+                batch.pop("values", None)  # PPO's, whose graph is gone
+                self._again = batch
+                with ExitStack() as stack:
+                    if at < len(window) - 1:
+                        stack.enter_context(self._unsynced(model))
+                    loss = super().training_step(model, batch, num_items_in_batch)
+        except torch.OutOfMemoryError as error:
+            self._window, self._step = window, first + len(window) - 1
+            return None, error.with_traceback(None)
+        finally:
+            self._again = None
+        return loss, None
+
+    # ---- over a resume
+
+    def _progress(self) -> dict[str, Any]:
+        return super()._progress() | {"fit": None if self._fit is None else asdict(self._fit)}
+
+    def _restore_progress(self, progress: dict[str, Any]) -> None:
+        super()._restore_progress(progress)
+        fit = progress.get("fit")  # checkpoints of earlier versions have none
+        if fit is not None and self.tokens_per_microbatch in (None, fit["tokens"]):
+            self._fit = Fit(**fit)
+
+
+def _lengths(batch: Any) -> Tensor:
+    """Return the tokens of each row, [B]."""
+    return batch["prompt_mask"].sum(1) + batch["completion_mask"].sum(1)
+
+
+def _rows_of(batch: Any, rows: Tensor) -> dict[str, Any]:
+    """Return some rows of a batch: of every tensor and list that has one entry for each row."""
+    count, part = len(batch["completion_mask"]), dict[str, Any]()
+    for key, value in batch.items():
+        if isinstance(value, Tensor) and value.ndim and len(value) == count:
+            part[key] = value[rows]
+        elif isinstance(value, list) and len(value) == count:
+            part[key] = [value[row] for row in rows.tolist()]
+        else:
+            part[key] = value
+    return part
