@@ -296,10 +296,8 @@ class InvariantGRPOTrainer(MeasuredTrainer):
                 model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **kwargs
             )
         else:
-            parts = self._parts(attention_mask.sum(1))
-            found = [self._packed_logprobs(model, input_ids[x], attention_mask[x], logits_to_keep) for x in parts]
-            back = torch.cat(parts).argsort()
-            logprobs, entropies = (torch.cat(x)[back] for x in zip(*found, strict=True))
+            scored = lambda x: self._packed_logprobs(model, input_ids[x], attention_mask[x], logits_to_keep)  # noqa: E731
+            logprobs, entropies = self._in_parts(attention_mask.sum(1), scored)
             result = logprobs, entropies if compute_entropy else None, None
         self._trainer_logprobs, entropies = result[0].detach(), result[1]
         if entropies is not None:

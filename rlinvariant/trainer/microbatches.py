@@ -17,7 +17,7 @@ B: rows of a batch, b: of a part.
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from typing import Any
@@ -39,22 +39,23 @@ def pack_rows(lengths: Sequence[int], most: int, least_parts: int = 1) -> list[l
 
     Args:
         lengths: tokens of each row.
-        most: tokens of a part; a longer row is a part of its own.
+        most: tokens of a part; if a row is longer, its tokens.
         least_parts: how many parts there are at least, and no more than rows.
 
     Returns:
         The rows of each part, ascending: the fewest parts of at most `most` tokens that this way of dividing finds.
     """
     order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
-    for count in range(max(1, least_parts, math.ceil(sum(lengths) / most)), len(lengths) + 1):
+    most = max(most, *lengths)
+    for count in range(min(len(lengths), max(least_parts, math.ceil(sum(lengths) / most))), len(lengths) + 1):
         parts, sizes = [[] for _ in range(count)], [0] * count
         for row in order:
             at = sizes.index(min(sizes))
             parts[at].append(row)
             sizes[at] += lengths[row]
-        if count == len(lengths) or all(size <= most for size in sizes):
-            return [sorted(part) for part in parts if part]
-    return [[*range(len(lengths))]]
+        if all(size <= most for size in sizes):
+            return [sorted(part) for part in parts]
+    raise AssertionError("a part for each row is one that fits")
 
 
 def merged(micro_batch: int, steps: int, steps_per_generation: int) -> tuple[int, int, int]:
@@ -117,6 +118,28 @@ class MicroBatchedTrainer(CheckpointedTrainer):
             parts = pack_rows(lengths, most, int(count))
         return [torch.tensor(part, device=lengths_B.device) for part in parts]
 
+    def _in_parts(self, lengths_B: Tensor, compute: Callable[[Tensor], tuple[Tensor, ...]]) -> list[Tensor]:
+        """Return what a function computes of all rows, part by part: of each of its tensors, [B, ...].
+
+        Where memory is too small without gradients, nothing has to be undone: it is computed again in parts of half the tokens.
+
+        Args:
+            lengths_B: tokens of each row.
+            compute: takes the rows of a part, and returns tensors [b, ...].
+        """
+        while True:
+            parts = self._parts(lengths_B)
+            try:
+                found = [compute(rows) for rows in parts]
+                break
+            except torch.OutOfMemoryError as error:
+                if torch.is_grad_enabled():
+                    raise  # of a pass that `training_step` takes again
+                problem = error.with_traceback(None)
+            self._halve(problem, int(lengths_B.max()), "scoring the rollout")
+        back = torch.cat(parts).argsort()
+        return [torch.cat(x)[back] for x in zip(*found, strict=True)]
+
     def _divide(self, batch: Any) -> list[Tensor]:
         """Return the rows of each part of a batch that all ranks are about to train on."""
         for model in self._models():
@@ -168,7 +191,7 @@ class MicroBatchedTrainer(CheckpointedTrainer):
             self.current_gradient_accumulation_steps = steps
         if "compared" in part:
             inputs.setdefault("compared", True)
-        self._weigh_metrics(before, weights)
+        self._weigh_metrics(before, weights, [len(rows) for rows in parts])
         return loss
 
     def _weight(self, inputs: Any, rows: Tensor) -> float:
@@ -191,13 +214,14 @@ class MicroBatchedTrainer(CheckpointedTrainer):
         finally:
             state._set_sync_gradients(syncs)
 
-    def _weigh_metrics(self, before: dict[str, int], weights: list[float]) -> None:
-        """Make one number of what TRL has noted of each part: their mean, or their sum, as the batch's would be."""
+    def _weigh_metrics(self, before: dict[str, int], weights: list[float], rows: list[int]) -> None:
+        """Make one number of what TRL has noted of each part, as the whole batch's would be; the losses have `weights`."""
         for key, values in self._metrics["train"].items():
-            if len(new := values[before.get(key, 0) :]) == len(weights) > 1:
-                summed = key == "policy_loss" and self.loss_type in SUMMED
-                total = math.fsum(new) if summed else math.fsum(x * w for x, w in zip(new, weights, strict=True)) / sum(weights)
-                values[before.get(key, 0) :] = [total]
+            if len(new := values[before.get(key, 0) :]) != len(rows) or len(rows) == 1:
+                continue
+            share = weights if key == "policy_loss" else rows
+            total = math.fsum(x * w for x, w in zip(new, share, strict=True)) / sum(share)
+            values[before.get(key, 0) :] = [math.fsum(new) if key == "policy_loss" and self.loss_type in SUMMED else total]
 
     # ---- memory that was too small
 
@@ -218,25 +242,30 @@ class MicroBatchedTrainer(CheckpointedTrainer):
         return super()._prepare_inputs(generation_batch) if self._again is None else self._again
 
     def _start_again(self, problem: torch.OutOfMemoryError) -> None:
-        """Undo what this optimizer step's passes have added, and halve the tokens of a part.
-
-        Raises:
-            UserError: nothing is left to try: memory was too small for one row, for the rollout, or on one rank of several.
-        """
-        assert self._fit is not None
-        longest = max((int(_lengths(batch).max()) for batch in self._window), default=self._fit.tokens)
-        fit = None if self.accelerator.num_processes > 1 or not self._window else self._fit.halved(longest)
-        step = f"step {self.state.global_step + 1}: out of memory with {self._fit}"
-        if fit is None:
-            fix = "lower tokens_per_microbatch or sampler.kv_cache_gib, or use a smaller model"
-            raise UserError(f"{step}; the longest row has {longest:,} tokens; {fix}: {one_line(problem)}") from problem
-        say(f"{step}; it starts again with {fit}")
-        self._fit = fit
+        """Undo what this optimizer step's passes have added, and halve the tokens of a part. Raises UserError as `_halve`."""
+        if not self._window:
+            raise problem  # not of a pass
+        self._halve(problem, max(int(_lengths(batch).max()) for batch in self._window), "the step")
         self.optimizer.zero_grad(set_to_none=True)
         self._record.restore(self._marked[0])
         self._metrics["train"].clear()
         self._metrics["train"] |= {key: [*values] for key, values in self._marked[1].items()}
         self._entropy_window_stats = self._marked[2]
+
+    def _halve(self, problem: torch.OutOfMemoryError, longest: int, what: str) -> None:
+        """Let parts have half as many tokens, or activations be recomputed; `longest` are the tokens of the longest row.
+
+        Raises:
+            UserError: nothing is left to try: memory is too small for one row, or other ranks wait in the same step.
+        """
+        several, step = self.accelerator.num_processes > 1, f"step {self.state.global_step + 1}: out of memory with {self.fit}"
+        fit = None if several else self.fit.halved(longest)
+        if fit is None:
+            fix = "lower tokens_per_microbatch or sampler.kv_cache_gib, or use a smaller model"
+            why = "other processes are in the same step" if several else f"the longest row has {longest:,} tokens"
+            raise UserError(f"{step}; {why}; {fix}: {one_line(problem)}") from problem
+        say(f"{step}; {what} starts again with {fit}")
+        self._fit = fit
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 

@@ -165,12 +165,12 @@ class InvariantPPOTrainer(InvariantGRPOTrainer):
     def _rollout_values(self, output: dict[str, Any], grad: bool) -> Tensor:
         """Return the values of a rollout's completions, [B, T] fp32, computed in micro-batches."""
         self.critic.train(grad)
-        if self._trainer_is_invariant:
-            parts = self._parts(output["prompt_mask"].sum(1) + output["completion_mask"].sum(1))
-        else:
-            parts = torch.arange(len(output["completion_ids"])).split(self.args.per_device_train_batch_size)
+        rows, count = self.args.per_device_train_batch_size, len(output["completion_ids"])
         with torch.set_grad_enabled(grad), self.compute_loss_context_manager():
-            return torch.cat([self._values(output, rows) for rows in parts])[torch.cat([*parts]).argsort()]
+            if self._trainer_is_invariant:
+                lengths_B = output["prompt_mask"].sum(1) + output["completion_mask"].sum(1)
+                return self._in_parts(lengths_B, lambda part: (self._values(output, part),))[0]
+            return torch.cat([self._values(output, slice(i, i + rows)) for i in range(0, count, rows)])
 
     def _values(self, inputs: dict[str, Any], rows: slice | Tensor = slice(None)) -> Tensor:
         ids, mask = (
