@@ -25,6 +25,7 @@ def destroyed(monkeypatch):
     return calls
 
 
+@pytest.mark.usefixtures("real_freeze")  # what the start of one engine hides from the collector is given back all the same
 def test_an_engine_ends_alone_and_gives_its_memory_back(arithmetic_dir, exact_engine, destroyed):
     first = start_engine(arithmetic_dir, kv_bytes=1 << 20)
     drawn, module = draw(first), weakref.ref(first.model)
