@@ -246,7 +246,8 @@ def _checked(
     if ready is not None and run is not None:
         rows = len(train_dataset) if train_dataset is not None else 0
         limits, staleness = RewardLimits.taken(dict(options)), options.get("staleness", 0)
-        config = run_config(run, resume, ready, rows, limits, staleness, to_wandb)
+        tokens = options.get("tokens_per_microbatch")
+        config = run_config(run, resume, ready, rows, limits, staleness, tokens, to_wandb)
         script_run = ScriptRun(config, ready, console)
         problems += script_run.problems()
     if problems:

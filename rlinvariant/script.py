@@ -17,7 +17,7 @@ from rlinvariant import stopping
 from rlinvariant.arguments import SCRIPT
 from rlinvariant.config import Config, Data, PPOConfig, SamplerConfig, WandbConfig
 from rlinvariant.config.check import check_run
-from rlinvariant.config.fields import trainer_config_class
+from rlinvariant.config.fields import TRAINER_OWN, trainer_config_class
 from rlinvariant.config.tree import leaves
 from rlinvariant.journal import Journal
 from rlinvariant.launch import is_launched, on_main_process, rank
@@ -126,6 +126,7 @@ def run_config(
     rows: int,
     limits: RewardLimits,
     staleness: int,
+    tokens_per_microbatch: int | None,
     to_wandb: bool,
 ) -> Config:
     """Describe a script's run as the command line describes its own.
@@ -135,14 +136,15 @@ def run_config(
         plan: the trainer's.
         rows: of the training data.
         limits: how reward functions are called.
-        staleness: as for the trainer.
+        staleness, tokens_per_microbatch: as for the trainer.
         to_wandb: whether W&B gets the run.
     """
     args, fields = plan.args, chz.chz_fields(trainer_config_class())
     options = {**(plan.sampler_options.get("options") or {})}
     sizes = {key: plan.sampler_options[key] for key in ("max_model_len", "kv_cache_gib") if key in plan.sampler_options}
     own = {key: options[key] for key in chz.chz_fields(SamplerConfig) if key in options}
-    trainer = {name: getattr(args, name) for name in fields}
+    trainer = {name: getattr(args, name) for name in fields if name not in TRAINER_OWN}
+    trainer |= {"tokens_per_microbatch": tokens_per_microbatch}
     default = Config(
         recipe="", data=Data(), trainer=trainer_config_class()(), ppo=PPOConfig(), sampler=SamplerConfig(), wandb=WandbConfig()
     )

@@ -189,6 +189,7 @@ class MicroBatchedTrainer(CheckpointedTrainer):
                         self._loss_before += loss.detach()
         finally:
             self.current_gradient_accumulation_steps = steps
+            inputs.pop("values", None)  # PPO's, of a rollout that is one part: their graph is used once
         if "compared" in part:
             inputs.setdefault("compared", True)
         self._weigh_metrics(before, weights, [len(rows) for rows in parts])
@@ -275,7 +276,6 @@ class MicroBatchedTrainer(CheckpointedTrainer):
         self._window, self._step, loss = [], first, None
         try:
             for at, batch in enumerate(window):
-                batch.pop("values", None)  # PPO's, whose graph is gone
                 self._again = batch
                 with ExitStack() as stack:
                     if at < len(window) - 1:

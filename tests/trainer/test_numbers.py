@@ -18,7 +18,7 @@ ROUNDED = {
     "value/grad_norm": 2e-2,
     "policy_loss": 1e-6,
 }  # float sums, in the order of training
-CUTS = {1: 16, 2: 8, 4: 4}  # micro-batches of a rollout, and their rows
+CUTS = {1: None, 2: 190, 4: 90}  # micro-batches of a rollout, and their tokens
 
 
 @pytest.fixture
@@ -50,9 +50,12 @@ KINDS: dict[str, dict[str, Any]] = {
 def test_a_row_does_not_depend_on_the_number_of_micro_batches(kind, new):
     """All keys but clocks, to the last bit; the loss and its gradient are float sums in another order."""
     rows = []
-    for parts, size in CUTS.items():
-        run = new(max_steps=1, per_device_train_batch_size=size, gradient_accumulation_steps=parts, **KINDS[kind])
+    for parts, tokens in CUTS.items():
+        run, taken = new(max_steps=1, tokens_per_microbatch=tokens, **KINDS[kind]), []
+        divide = run.trainer._divide
+        run.trainer._divide = lambda batch, divide=divide, taken=taken: taken.append(divide(batch)) or taken[-1]
         run.trainer.train()
+        assert len(taken[-1]) == parts
         rows += run.rows
     whole = {key: value for key, value in rows[0].items() if not key.startswith(CLOCKS)}
     assert set(KEYS) <= rows[0].keys()
@@ -80,10 +83,11 @@ def test_trls_means_of_micro_batches_are_other_numbers(new):
         noted.update({key: list(values) for key, values in self._metrics[mode].items()})
         return others(self, mode, row)
 
-    with mock.patch.object(MeasuredTrainer, "_others", noting):
-        run = new(
-            max_steps=1, per_device_train_batch_size=4, gradient_accumulation_steps=4, **KINDS["clipped, with a reference"]
-        )
+    with (
+        mock.patch.object(MeasuredTrainer, "_others", noting),
+        mock.patch.object(MeasuredTrainer, "_weigh_metrics", lambda *_: None),
+    ):
+        run = new(max_steps=1, tokens_per_microbatch=90, **KINDS["clipped, with a reference"])
         run.trainer.train()
     for key in ("entropy", "clip_ratio/low_mean", "clip_ratio/region_mean"):
         assert len(noted[key]) == 4 and abs(sum(noted[key]) / 4 - run.rows[0][key]) > 1e-6, key

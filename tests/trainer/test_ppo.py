@@ -179,7 +179,8 @@ def test_one_pass_of_the_critic_where_the_rollout_is_one_micro_batch(run):
 
     assert passes() == 2, "the step's own"
     assert passes(num_iterations=2) == 2
-    assert passes(gradient_accumulation_steps=2, per_device_train_batch_size=8) == 2 * (2 + 2), "old values, and the step's"
+    assert passes(gradient_accumulation_steps=2, per_device_train_batch_size=8) == 2, "as many rows in one part"
+    assert passes(tokens_per_microbatch=200) == 2 * (2 + 2), "old values, and the step's"
 
 
 @fp32_only_on_cpu
