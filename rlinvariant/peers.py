@@ -57,10 +57,12 @@ def first_failure(result: Path, rank: int) -> Iterator[None]:
 
 
 def _said(result: Path) -> PeerFailed | None:
-    """Return the error that another process has left; none if none has."""
+    """Return the error that another process has left; None if none has, or if the main process has finished already."""
     try:
         said = reading.read(result)
     except UserError:
+        return None
+    if said.get("finished") is True:
         return None
     return PeerFailed(str(said.get("error")), str(said.get("outcome")))
 

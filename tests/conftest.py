@@ -2,7 +2,7 @@
 
 import gc
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 
 # Before torch is imported: libgomp reads it once. A spinning OpenMP thread starves its partner on a machine that is shared.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -10,30 +10,38 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may need the networ
 
 import pytest
 
-FREEZE, UNFREEZE = gc.freeze, gc.unfreeze
-gc.disable()  # while the test files import torch, vLLM and TRL: all that they make stays
+from tests import collector
+from tests.collector import importing
+from tests.forks import Server
+
+FORKS = pytest.StashKey[Server]()
 
 
-def pytest_collection_finish() -> None:
-    """Hide what has been imported, a million objects, from the garbage collector, and leave it at that.
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):  # pytest-xdist's workers share it
+        config.stash[FORKS] = Server()
 
-    The start of an engine looks at every object six times. vLLM then hides them all with `gc.freeze`, and the next start brings
-    them back with `gc.unfreeze`, so that an earlier engine can be collected. Both together are more than half of a start.
-    """
-    gc.enable()
-    FREEZE()
-    gc.freeze = gc.unfreeze = lambda: None
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if FORKS in config.stash:
+        config.stash[FORKS].close()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    with importing():
+        return (yield)
 
 
 @pytest.fixture
 def real_freeze(monkeypatch) -> Iterator[None]:
     """Give a test the `gc.freeze` and `gc.unfreeze` of a process as a user has it."""
     with monkeypatch.context() as real:
-        real.setattr(gc, "freeze", FREEZE)
-        real.setattr(gc, "unfreeze", UNFREEZE)
+        real.setattr(gc, "freeze", collector.FREEZE)
+        real.setattr(gc, "unfreeze", collector.UNFREEZE)
         yield
     gc.collect()
-    FREEZE()
+    collector.FREEZE()
 
 
 @pytest.fixture(scope="session")

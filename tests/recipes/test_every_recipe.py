@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import pytest
 from rlinvariant.config import load_recipe, parse, recipe_names
 from rlinvariant.recipes import _math, words_gpu
 from rlinvariant.report import completions
+from tests import forks
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "recipes"
@@ -64,9 +63,7 @@ def test_an_ablation_is_its_parent_with_other_defaults(name: str) -> None:
 def finished(tmp_path_factory) -> Path:
     """The directory in which each kind of recipe has run a step."""
     directory = tmp_path_factory.mktemp("recipes")
-    command = [sys.executable, str(ROOT / "tests/recipes/run_recipes.py"), str(directory)]
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=300)
+    done = forks.run([str(ROOT / "tests/recipes/run_recipes.py"), str(directory)], cwd=directory, env=os.environ)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return directory
 

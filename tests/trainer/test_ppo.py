@@ -1,8 +1,5 @@
 """PPO: exact like GRPO, values that depend on nothing but their tokens, and what PPO adds, each against a control."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -18,6 +15,7 @@ from rlinvariant.keys import KEYS, PPO_KEYS
 from rlinvariant.report.rundir import read_metrics
 from rlinvariant.trainer import InvariantPPOTrainer
 from rlinvariant.trainer.critic import VALUE_HEAD_FILE, Critic
+from tests import forks
 from tests.parity.device import DEVICE, cpu_only, fp32_only_on_cpu
 from tests.parity.harness import (
     Layout,
@@ -302,12 +300,10 @@ def test_two_processes_train_one_critic(arithmetic_dir, exact_engine, tmp_path):
     here = Path(__file__).parent
     settings = [f"recipe={here / 'tiny_recipe.py'}", f"model={arithmetic_dir}", "steps=2", "run=two"]
     settings += ["algorithm=ppo", "ppo.kl_coef=0.1", "ppo.critic_learning_rate=1e-3"]
-    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "-q", "--num_cpu_threads_per_process", "1"]
-    command += ["--config_file", str(here.parents[1] / "configs/cpu2.yaml"), str(here / "ppo_on_ranks.py"), str(tmp_path)]
-    command += [*settings, "trainer.per_device_train_batch_size=8", "wandb.mode=disabled"]
-    environment = os.environ | {"PYTHONPATH": str(here.parents[1])}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    each = [*settings, "trainer.per_device_train_batch_size=8", "wandb.mode=disabled"]
+    ranks = forks.run_ranks(2, [str(here / "ppo_on_ranks.py"), str(tmp_path), *each], cwd=tmp_path)
+    for done in ranks:
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     rows = read_metrics(tmp_path / "runs/two")
     assert [row["onpolicy/mismatched_tokens"] for row in rows] == [0, 0]
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
