@@ -117,9 +117,9 @@ def _config(name: str, given: Any, level: int | None) -> tuple[dict[str, Any], l
             problems.append(f"{where}: `{key}` is set by data.seed, data.train_size and data.eval_size; remove it")
         elif key not in known:
             problems.append(f"{where}: {name} has no field {shown(key)}{suggestion(str(key), known)}; its: {', '.join(known)}")
-    if level is not None:
-        if name not in CURRICULA:
-            return {}, [*problems, f"data.level={level}: {name} has no curriculum; use data.config"]
+    if name not in CURRICULA and level:
+        return {}, [*problems, f"data.level={level}: expected 0 for {name}, which has no curriculum; use data.config"]
+    if name in CURRICULA and level is not None:
         curriculum: Any = CURRICULA[name]
         curriculum = curriculum()
         most = max(len(attribute.levels) for attribute in curriculum.attributes.values()) - 1
@@ -133,7 +133,8 @@ def _config(name: str, given: Any, level: int | None) -> tuple[dict[str, Any], l
         try:
             Tasks({name: 1.0}, {name: config}).dataset(1, 0)
         except Exception as error:  # each task has checks of its own
-            problems.append(f"{where}: {name} refuses it: {one_line(error)}; change it")
+            at, fix = ("", "it") if level is None else (f" at data.level={level}", "one of them")
+            problems.append(f"{where}{at}: {name} refuses it: {one_line(error)}; change {fix}")
     return config, problems
 
 

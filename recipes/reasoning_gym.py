@@ -1,15 +1,16 @@
 """Any task of reasoning-gym: `rlinvariant train recipe=reasoning_gym data.task=leg_counting`.
 
-Problems are drawn, not downloaded. A prompt is one of reasoning-gym's system lines, which ask for `<answer>` tags, and the
-question; the reward is the task's own score, 0 to 1, of what stands in the last pair of tags. Tasks are sympy and the like
-that read what a model writes, so they score in a process of its own, and what they fail on counts 0.
+Problems are drawn, not downloaded. A prompt is one of reasoning-gym's system lines, which ask for `<answer>` tags, problems of
+the same task with their answers in such tags, and the question: without these examples a small model never writes the tags. The
+reward is the task's own score, 0 to 1, of what stands in the last pair of tags. Tasks are sympy and the like that read what a
+model writes, so they score in a process of its own, and what they fail on counts 0.
 (https://github.com/open-thought/reasoning-gym; Stojanovski et al. 2025, arXiv:2505.24760)
 """
 
 import functools
 import importlib.util
 import pickle
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import chz
@@ -27,23 +28,29 @@ if TYPE_CHECKING:
 
 DEFAULTS = {
     "model": "smollm2-135m-instruct",
-    "dtype": "float32",
     "reward_cage": 1,
     "reward_timeout": 60.0,
     "reward_errors": "zero",
-    "trainer.learning_rate": 3e-6,
+    "trainer.learning_rate": 1e-5,
+    "trainer.adam_beta2": 0.99,  # a run of 100 steps is short for 0.999
     "trainer.lr_scheduler_type": "constant_with_warmup",
     "trainer.warmup_steps": 5,
     "trainer.num_generations": 8,
     "trainer.per_device_train_batch_size": 8,
     "trainer.gradient_accumulation_steps": 4,  # 4 prompts x 8 samples
-    "trainer.max_completion_length": 128,
+    "trainer.max_completion_length": 32,  # the tags and a short answer
     "trainer.loss_type": "dapo",
+    "trainer.gradient_checkpointing": False,  # the model is small
     "sampler.max_model_len": 2048,
     "sampler.kv_cache_gib": 1.0,
 }
-HELD_OUT_SEED = 2**30  # added to data.seed: reasoning-gym seeds problem i by seed + i, so that a near seed gives the same ones
+# Added to data.seed: reasoning-gym seeds problem i by seed + i, so that a near seed gives the same ones
+HELD_OUT_SEED = 2**30
+EXAMPLE_SEED = 3 * 2**29
+Beginnings = Mapping[str, Sequence[Mapping[str, str]]]
+"""Name of a task -> the messages before a question of it."""
 DRAWS_PER_ROW = 4  # problems drawn, at most, for each that is wanted
+DRAWS_PER_EXAMPLE = 16
 
 
 @chz.chz
@@ -52,17 +59,19 @@ class Data(BaseData):
     config: dict[str, Any] = chz.field(
         default_factory=dict, doc="Fields of the task's own config, as {'max_terms': 3}; of several tasks, a dict for each."
     )
-    level: int | None = chz.field(default=None, doc="Level of the tasks' own curricula, 0: the easiest; None: their defaults.")
+    level: int | None = chz.field(default=0, doc="Level of the tasks' own curricula, 0: the easiest; None: their defaults.")
     system: str = chz.field(default="direct", doc="Name of a system line of reasoning-gym, or a text that asks for <answer>.")
+    examples: int = chz.field(default=2, doc="Problems of the same task that every prompt shows with their answers.")
     train_size: int = chz.field(default=1024, doc="Training problems.")
-    eval_size: int = chz.field(default=64, doc="Held-out problems, drawn by another seed; their questions are not trained on.")
+    eval_size: int = chz.field(default=16, doc="Held-out problems, drawn by another seed; their questions are not trained on.")
     seed: int = chz.field(default=0, doc="Seed of the problems.")
 
 
 def check(config: Config) -> list[str]:
     """List what is wrong with `data.*`, one line each."""
     data, found = config.data, []
-    for key, (least, most) in {"train_size": (1, 10**6), "eval_size": (1, 10**5), "seed": (0, HELD_OUT_SEED // 2)}.items():
+    ranges = {"examples": (0, 100), "train_size": (1, 10**6), "eval_size": (1, 10**5), "seed": (0, HELD_OUT_SEED // 2)}
+    for key, (least, most) in ranges.items():
         if not least <= (value := getattr(data, key)) <= most:
             found.append(f"data.{key}={value}: expected {least} to {most}")
     if importlib.util.find_spec("reasoning_gym") is None:
@@ -80,14 +89,40 @@ def datasets(config: Config, tokenizer: Any) -> "tuple[Dataset, Dataset]":
     from datasets import Dataset
 
     data, tasks = config.data, _tasks(config)
-    fits = _fits(config, tokenizer)
-    held_out, _ = _take(tasks, "eval_size", data.eval_size, data.seed + HELD_OUT_SEED, fits, unique=True)
-    questions = {problem.question for problem in held_out}
+    examples = _examples(tasks, data.examples, data.seed + EXAMPLE_SEED)
+    beginnings = {task: _beginning(config, problems) for task, problems in examples.items()}
+    fits = _fits(config, tokenizer, beginnings)
+    questions = {problem.question for problems in examples.values() for problem in problems}
+    held_out, _ = _take(tasks, "eval_size", data.eval_size, data.seed + HELD_OUT_SEED, fits, questions, unique=True)
+    questions |= {problem.question for problem in held_out}
     train, left_out = _take(tasks, "train_size", data.train_size, data.seed, fits, questions)
-    if left_out and rank() == 0:
-        say(f"data.task={data.task}: {left_out}")
-    rows = [_row(config, problem) for problem in train], [_row(config, problem) for problem in held_out]
+    if rank() == 0:
+        for line in filter(None, (left_out, _long_answers(config, tokenizer, train))):
+            say(f"data.task={data.task}: {line}")
+    rows = [[_row(beginnings, problem) for problem in part] for part in (train, held_out)]
     return Dataset.from_list(rows[0]), Dataset.from_list(rows[1])
+
+
+def _examples(tasks: Tasks, count: int, seed: int) -> dict[str, list[Problem]]:
+    """Draw `count` problems of each task, whose questions differ, to be shown with their answers."""
+    found: dict[str, list[Problem]] = {task: [] for task in tasks.weights}
+    if not count:
+        return found
+    alike = Tasks(dict.fromkeys(tasks.weights, 1.0), tasks.configs)  # a task of a small weight would be long in coming
+    size = DRAWS_PER_EXAMPLE * count * len(found)
+    draws = draw(alike, size, seed)
+    while min(map(len, found.values())) < count and (problem := next(draws, None)) is not None:
+        of_task = found[problem.task]
+        if problem.answer is None:
+            raise UserError(f"data.examples={count}: {problem.task} gives no answers to show; write data.examples=0")
+        if len(of_task) < count and problem.question not in {other.question for other in of_task}:
+            of_task.append(problem)
+    draws.close()
+    for task, problems in found.items():
+        if len(problems) < count:
+            most = f"expected at most {len(problems)}, which {size:,} problems drawn gave of {task}"
+            raise UserError(f"data.examples={count}: {most}; lower it, or make the task harder")
+    return found
 
 
 def _take(
@@ -95,7 +130,7 @@ def _take(
     key: str,
     count: int,
     seed: int,
-    fits: Callable[[str], bool],
+    fits: Callable[[Problem], bool],
     without: Collection[str] = (),
     unique: bool = False,
 ) -> tuple[list[Problem], str]:
@@ -105,34 +140,59 @@ def _take(
     while len(taken) < count and (problem := next(draws, None)) is not None:
         if problem.question in without or (unique and problem.question in seen):
             held += 1
-        elif not fits(problem.question):
+        elif not fits(problem):
             long += 1
         else:
             taken.append(problem)
             seen.add(problem.question)
     draws.close()
-    why = "drawn before" if unique else "held out"
+    why = "drawn before" if unique else "an example or held out"
     said = f"of {len(taken) + long + held:,} problems drawn, {held:,} left out as their question is {why}, {long:,} as too long"
     if len(taken) < count:
-        fix = "lower it, raise sampler.max_model_len" if long > held else "lower it"
+        fix = "lower it or data.examples, raise sampler.max_model_len" if long > held else "lower it"
         raise UserError(f"data.{key}={count}: expected at most {len(taken)}: {said}; {fix}, or make the task harder")
     return taken, said if long or held else ""
 
 
-def _row(config: Config, problem: Problem) -> dict[str, Any]:
-    row = {"prompt": _prompt(config, problem.question), "task": problem.task, "answer": problem.answer}
+def _tagged(problem: Problem) -> str:
+    return f"<answer>{problem.answer}</answer>"
+
+
+def _long_answers(config: Config, tokenizer: Any, problems: Sequence[Problem]) -> str:
+    """Say how many right answers are longer than a completion may be; nothing where all fit."""
+    most = config.trainer.max_completion_length
+    texts = [_tagged(problem) for problem in problems if problem.answer is not None]
+    if most is None or not texts:
+        return ""
+    lengths = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    if not (long := sum(length > most for length in lengths)):
+        return ""
+    key = f"trainer.max_completion_length={most}"
+    return f"{long:,} of {len(texts):,} right answers, up to {max(lengths):,} tokens long, do not fit in {key}; raise it"
+
+
+def _beginning(config: Config, examples: Sequence[Problem]) -> list[dict[str, str]]:
+    """Return the messages before a question: the system line, and the examples with their answers."""
+    from reasoning_gym.utils import SYSTEM_PROMPTS
+
+    messages = [{"role": "system", "content": str(SYSTEM_PROMPTS.get(config.data.system, config.data.system))}]
+    for problem in examples:
+        messages.append({"role": "user", "content": problem.question})
+        messages.append({"role": "assistant", "content": _tagged(problem)})
+    return messages
+
+
+def _prompt(beginnings: Beginnings, problem: Problem) -> list[dict[str, str]]:
+    return [*beginnings[problem.task], {"role": "user", "content": problem.question}]
+
+
+def _row(beginnings: Beginnings, problem: Problem) -> dict[str, Any]:
+    row = {"prompt": _prompt(beginnings, problem), "task": problem.task, "answer": problem.answer}
     return row | {"entry": problem.entry}
 
 
-def _prompt(config: Config, question: str) -> list[dict[str, str]]:
-    from reasoning_gym.utils import SYSTEM_PROMPTS
-
-    system = str(SYSTEM_PROMPTS.get(config.data.system, config.data.system))
-    return [{"role": "system", "content": system}, {"role": "user", "content": question}]
-
-
-def _fits(config: Config, tokenizer: Any) -> Callable[[str], bool]:
-    """Return a function that tells whether a question leaves room for a completion, by `sampler.max_model_len`.
+def _fits(config: Config, tokenizer: Any, beginnings: Beginnings) -> Callable[[Problem], bool]:
+    """Return a function that tells whether a problem leaves room for a completion, by `sampler.max_model_len`.
 
     Raises:
         UserError: from the function: the tokenizer's chat template is missing or fails.
@@ -143,9 +203,9 @@ def _fits(config: Config, tokenizer: Any) -> Callable[[str], bool]:
     kwargs: Any = config.trainer.chat_template_kwargs
     prompts = Prompts(tokenizer, template_kwargs=kwargs or {})
 
-    def fits(question: str) -> bool:
+    def fits(problem: Problem) -> bool:
         try:
-            text = prompts.read(_prompt(config, question))[1]
+            text = prompts.read(_prompt(beginnings, problem))[1]
         except Unreadable as error:
             raise UserError(f"model={config.model}: {error}") from error
         return longest is None or len(prompts.tokenize([text], True)[0]) + completion <= longest

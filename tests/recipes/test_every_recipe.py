@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rlinvariant.config import load_recipe, parse, recipe_names
-from rlinvariant.recipes import _math, words_gpu
+from rlinvariant.recipes import _math, reasoning_gym_gpu, words_gpu
 from rlinvariant.report import completions
 from tests import forks
 
@@ -31,6 +31,7 @@ PARENTS = {
     "arithmetic_mis": ("arithmetic_tis", {"trainer.vllm_importance_sampling_mode": "sequence_mask"}),
     "arithmetic_stale": ("arithmetic", {"staleness": 4}),
     "words_gpu": ("words", words_gpu.DEFAULTS),
+    "reasoning_gym_gpu": ("reasoning_gym", reasoning_gym_gpu.DEFAULTS),
     "gsm8k_off": ("gsm8k", {"invariance": "off"}),
     "arithmetic_ppo": ("arithmetic", PPO),
     "countdown_ppo": ("countdown", PPO),

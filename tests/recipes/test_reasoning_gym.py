@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ SAMPLED = ("chain_sum", "acre", "isomorphic_strings", "gsm_symbolic", "knights_k
 """Tasks of each kind: a plain one, no curriculum, made by hash order, objects in its entries, no answer of its own."""
 ORACLES = {"propositional_logic": "example_answer", "rubiks_cube": "example_correct_answer", "graph_color": "possible_answer"}
 """Tasks that give no answer of their own -> where in `metadata` they show one."""
+WITHOUT_ANSWER = (*ORACLES, "boxnet", "rush_hour")
 WITHOUT_ORACLE = ("boxnet", "rush_hour")
 FLOOR = 0.2  # most that any task gives for an answer that is not even tried
 
@@ -31,6 +33,10 @@ def config(*argv: str) -> Config:
     sizes = ["data.train_size=24", "data.eval_size=4", "model=org/name"]
     given = {argument.partition("=")[0] for argument in argv}
     return parse(["recipe=reasoning_gym", *(size for size in sizes if size.partition("=")[0] not in given), *argv], {})
+
+
+def asked(row: Any) -> str:
+    return row["prompt"][-1]["content"]
 
 
 def oracle(task: str, entry: Mapping[str, Any]) -> str | None:
@@ -63,16 +69,19 @@ def test_tasks_of_each_kind_score_their_own_answers_in_a_mixture() -> None:
 @pytest.mark.parametrize("task", task_names())
 def test_every_task_gives_rows_that_can_be_trained_on(task: str) -> None:
     # The tokenizer here has a token for each character, so that most prompts take four times the room that they take elsewhere
-    made = config(f"data.task={task}", "data.train_size=3", "data.eval_size=2", "sampler.max_model_len=32768")
+    few = ["data.examples=0"] if task in WITHOUT_ANSWER else []
+    made = config(
+        f"data.task={task}", "data.train_size=3", "data.eval_size=2", "data.level=None", "sampler.max_model_len=98304", *few
+    )
     tokenizer = chat_tokenizer()
     rows = recipe.datasets(made, tokenizer)
     assert [len(part) for part in rows] == [3, 2]
     for part in rows:
-        assert row_problems(part, "train", Prompts(tokenizer, longest=32768, completion=128), ["entry"])[0] == []
+        assert row_problems(part, "train", Prompts(tokenizer, longest=98304, completion=128), ["entry"])[0] == []
     tasks, _ = read_tasks(task, {}, None)
     row: Any
     for row in rows[0]:
-        require_sound(Problem(task, row["prompt"][1]["content"], row["answer"], row["entry"]), tasks)
+        require_sound(Problem(task, asked(row), row["answer"], row["entry"]), tasks)
 
 
 REFUSED_LEVELS = {
@@ -93,7 +102,8 @@ def test_every_curriculum_draws_at_its_first_and_last_level(task: str) -> None:
     from reasoning_gym.factory import CURRICULA
 
     if task not in CURRICULA:
-        assert read_tasks(task, {}, 0)[1] == [f"data.level=0: {task} has no curriculum; use data.config"]
+        assert read_tasks(task, {}, 0) == read_tasks(task, {}, None)
+        assert read_tasks(task, {}, 1)[1] == [f"data.level=1: expected 0 for {task}, which has no curriculum; use data.config"]
         return
     (line,) = read_tasks(task, {}, 99)[1]
     most = int(line.split("expected 0 to ")[1].split()[0])
@@ -115,14 +125,87 @@ def test_rows_are_held_out_by_question() -> None:
     near = [[e["question"] for e in reasoning_gym.create_dataset("gcd", size=24, seed=seed)] for seed in (0, 1)]
     assert set(near[0][1:]) == set(near[1][:-1])
     made = config("data.task=gcd:3,coin_flip", "data.config={'coin_flip': {'min_trials': 3, 'max_trials': 3}}")
-    train, held_out = ([row["prompt"][1]["content"] for row in part] for part in recipe.datasets(made, chat_tokenizer()))
+    train, held_out = ([asked(row) for row in part] for part in recipe.datasets(made, chat_tokenizer()))
     assert (len(train), len(held_out), len(set(held_out))) == (24, 4, 4) and not set(train) & set(held_out)
     assert sum("coin" in question for question in train) < 12 < sum("GCD" in question for question in train)
 
 
+def shown_problems(row: Any) -> list[tuple[str, str]]:
+    """Return question and answer of each example of a prompt, whose turns must alternate after the system line."""
+    system, *turns, last = row["prompt"]
+    assert [turn["role"] for turn in [system, *turns, last]] == ["system", *["user", "assistant"] * (len(turns) // 2), "user"]
+    return [(turns[i]["content"], turns[i + 1]["content"]) for i in range(0, len(turns), 2)]
+
+
+def test_a_prompt_shows_answered_problems_of_its_own_task_that_are_in_no_row() -> None:
+    made = config("data.task=gcd,lcm:0.2", "data.examples=3", "data.eval_size=8")
+    train, held_out = recipe.datasets(made, chat_tokenizer())
+    rows = [*train, *held_out]
+    tasks, _ = read_tasks("gcd,lcm", {}, 0)
+    entries = {problem.question: problem for problem in draw(tasks, 96, recipe.EXAMPLE_SEED)}
+    words = {"gcd": "Greatest Common Divisor", "lcm": "Least Common Multiple"}
+    assert {row["task"] for row in rows} == set(words)
+    shown = set[str]()
+    for row in rows:
+        examples = shown_problems(row)
+        assert len(dict(examples)) == 3 and all(words[row["task"]] in text for text in [asked(row), *dict(examples)])
+        for question, answer in examples:
+            content = [[{"role": "assistant", "content": answer}]]
+            assert answer.startswith("<answer>") and recipe.gym_score(tasks, content, [entries[question].entry]) == [1.0]
+        shown |= dict(examples).keys()
+    assert len(shown) == 6 and not shown & {asked(row) for row in rows}
+
+
+def test_the_question_of_an_example_is_neither_trained_on_nor_held_out() -> None:
+    """Few questions, all drawn; the control: without the examples, the rows have their questions."""
+    few = ("data.task=coin_flip", "data.config={'min_trials': 3, 'max_trials': 5}", "data.train_size=200", "data.eval_size=2")
+    train, held_out = recipe.datasets(config(*few), chat_tokenizer())
+    first: Any = next(iter(train))
+    shown = dict(shown_problems(first)).keys()
+    assert len(shown) == config(*few).data.examples > 0 and not shown & {asked(row) for row in [*train, *held_out]}
+    train, held_out = recipe.datasets(config(*few, "data.examples=0"), chat_tokenizer())
+    assert shown <= {asked(row) for row in [*train, *held_out]}, "blind"
+
+
+def test_examples_take_room() -> None:
+    """The control: the same problems fit without examples."""
+    few = ("data.task=chain_sum", "sampler.max_model_len=700", "trainer.max_completion_length=64")
+    assert len(recipe.datasets(config(*few, "data.examples=0"), chat_tokenizer())[0]) == 24
+    with pytest.raises(UserError, match=r"^data\.eval_size=4: .* 16 as too long; lower it or data\.examples, raise sam"):
+        recipe.datasets(config(*few, "data.examples=8"), chat_tokenizer())
+
+
+def test_answers_that_no_completion_has_room_for_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    """A character is a token here. The control: with more room nothing is said."""
+    few = ("data.task=spell_backward", "data.config={'min_word_len': 4, 'max_word_len': 6}", "data.examples=1")
+    recipe.datasets(config(*few, "trainer.max_completion_length=22"), chat_tokenizer())
+    line = r"data\.task=spell_backward: \d+ of 24 right answers, up to 23 tokens long, do not fit in .*=22; raise it"
+    assert re.search(line, capsys.readouterr().out)
+    recipe.datasets(config(*few, "trainer.max_completion_length=23"), chat_tokenizer())
+    assert "right answers" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (
+            ["data.task=gcd,boxnet", "data.examples=2"],
+            r"data\.examples=2: boxnet gives no answers to show; write data",
+        ),
+        (
+            ["data.task=coin_flip", "data.examples=90"],
+            r"data\.examples=90: expected at most \d+, which 1,440 p",
+        ),
+    ],
+)
+def test_a_task_that_has_no_examples_is_refused(argv: list[str], line: str) -> None:
+    with pytest.raises(UserError, match=f"^{line}"):
+        recipe.datasets(config(*argv), chat_tokenizer())
+
+
 def test_a_small_task_says_how_many_it_can_hold_out() -> None:
     with pytest.raises(UserError, match=r"^data\.eval_size=64: expected at most \d+: of 256 problems drawn, \d+ left out as"):
-        recipe.datasets(config("data.task=coin_flip", "data.level=0", "data.eval_size=64"), chat_tokenizer())
+        recipe.datasets(config("data.task=coin_flip", "data.eval_size=64"), chat_tokenizer())
 
 
 @pytest.mark.slow
@@ -167,11 +250,19 @@ def test_the_last_answer_tags_count() -> None:
             "data.config={'max_term': 3}: chain_sum has no field max_term; did you mean max_terms?",
         ),
         ("data.config={'seed': 3}", "data.config={'seed': 3}: `seed` is set by data.seed, data.train_size and data.eval_size"),
-        ("data.config={'max_terms': 1}", "data.config={'max_terms': 1}: chain_sum refuses it: max_terms must be >= min_terms"),
-        ("data.config={'max_terms': 'x'}", "data.config={'max_terms': 'x'}: chain_sum refuses it: '>=' not supported"),
+        (
+            "data.config={'max_terms': 1}",
+            "data.config={'max_terms': 1} at data.level=0: chain_sum refuses it: max_terms must be",
+        ),
+        ("data.config={'max_terms': 'x'}", "data.config={'max_terms': 'x'} at data.level=0: chain_sum refuses it: '>=' not"),
+        (
+            "data.task=knight_swap",
+            "data.config={} at data.level=0: knight_swap refuses it: min_nodes must be >= 6; change one of",
+        ),
         ("data.level=99", "data.level=99: expected 0 to 10 for chain_sum"),
         ("data.system=be brief", "data.system=be brief: expected a text that asks for <answer> tags, or one of DeepSeekZero"),
         ("data.eval_size=0", "data.eval_size=0: expected 1 to 100000"),
+        ("data.examples=-1", "data.examples=-1: expected 0 to 100"),
     ],
 )
 def test_wrong_data_is_one_line(argument: str, line: str) -> None:
