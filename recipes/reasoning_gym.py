@@ -47,7 +47,7 @@ DEFAULTS = {
 # Added to data.seed: reasoning-gym seeds problem i by seed + i, so that a near seed gives the same ones
 HELD_OUT_SEED = 2**30
 EXAMPLE_SEED = 3 * 2**29
-Beginnings = Mapping[str, Sequence[Mapping[str, str]]]
+Beginnings = Mapping[str, list[dict[str, str]]]
 """Name of a task -> the messages before a question of it."""
 DRAWS_PER_ROW = 4  # problems drawn, at most, for each that is wanted
 DRAWS_PER_EXAMPLE = 16
