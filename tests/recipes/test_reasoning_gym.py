@@ -171,7 +171,7 @@ def test_examples_take_room() -> None:
     """The control: the same problems fit without examples."""
     few = ("data.task=chain_sum", "sampler.max_model_len=700", "trainer.max_completion_length=64")
     assert len(recipe.datasets(config(*few, "data.examples=0"), chat_tokenizer())[0]) == 24
-    with pytest.raises(UserError, match=r"^data\.eval_size=4: .* 16 as too long; lower it or data\.examples, raise sam"):
+    with pytest.raises(UserError, match=r"^data\.eval_size=4: .* 14 as too long; lower it or data\.examples, raise sam"):
         recipe.datasets(config(*few, "data.examples=8"), chat_tokenizer())
 
 
