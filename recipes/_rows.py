@@ -4,6 +4,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from rlinvariant.errors import UserError, one_line
+from rlinvariant.hub import hub_refusal
 from rlinvariant.text import shown
 
 if TYPE_CHECKING:
@@ -69,6 +70,8 @@ def of_hub(hub: str, subset: str | None, split: str, fix: str) -> "Dataset":
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
+    if refusal := hub_refusal(hub, "dataset"):
+        raise UserError(f"{hub}: cannot be had from the hub: {refusal}, or {fix}")
     try:
         return load_dataset(hub, subset, split=split)
     except (OSError, ValueError, DatasetsError) as error:

@@ -13,7 +13,7 @@ from rlinvariant.config import PPOConfig
 from rlinvariant.conflicts import INVARIANCE, Invariance
 from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.files import RUNS
-from rlinvariant.model_source import local_model, model_problems
+from rlinvariant.model_source import local_model, source_problems
 from rlinvariant.report import wandb_log
 from rlinvariant.report.console import Console
 from rlinvariant.report.rundir import RunDir
@@ -211,11 +211,12 @@ def _checked(
     sampler: dict[str, Any] = dict(options.pop("sampler_options", None) or {})
     loaded = None if isinstance(model, (str, Path)) else model
     source = sampler_model or (str(model) if loaded is None else loaded.config._name_or_path)
-    places = model_problems("model", str(model)) if loaded is None else []
+    places = source_problems("model", str(model)) if loaded is None else []
     if not source:
         places.append("sampler_model: missing; save the model and name its directory, for vLLM to load")
     elif str(source) != str(model):
-        places += model_problems("sampler_model" if sampler_model else "model", str(source))
+        places += source_problems("sampler_model" if sampler_model else "model", str(source))
+    places += source_problems("ppo.critic", ppo.critic) if ppo is not None and ppo.critic is not None else []
     sides = [] if invariance in INVARIANCE else [f"invariance={invariance}: expected one of {', '.join(INVARIANCE)}"]
     save_dtype: str = options.pop("save_dtype", "model")
     sides += [] if save_dtype in SAVE_DTYPES else [f"save_dtype={save_dtype}: expected one of {', '.join(SAVE_DTYPES)}"]

@@ -13,6 +13,7 @@ from typing import Any
 from rlinvariant.cache import made_once
 from rlinvariant.errors import UserError
 from rlinvariant.files import ANOTHER_CACHE, cache_dir
+from rlinvariant.hub import hub_problems
 from rlinvariant.install import install_hint
 from rlinvariant.text import say, shown
 
@@ -99,6 +100,12 @@ def model_problems(key: str, model: str) -> list[str]:
         return []
     fix = "write its path without ~" if model.startswith("~") else "give a Hugging Face model directory or a hub id ORG/NAME"
     return [f"{given}: no such directory; {fix}, or {' or '.join(WHEELS)}"]
+
+
+def source_problems(key: str, model: str) -> list[str]:
+    """Say in at most one line why a model cannot be read, as `model_problems` does; a hub id is asked of the hub."""
+    problems = model_problems(key, model)
+    return problems if problems or os.path.isdir(model) or model in WHEELS else hub_problems(key, model)
 
 
 def local_model(model: str) -> str:

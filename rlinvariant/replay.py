@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from rlinvariant import runtime
 from rlinvariant.arguments import at_least, written
 from rlinvariant.conflicts import SIDES
-from rlinvariant.errors import INTERRUPTED, NOT_EXACT, OK, UserError
+from rlinvariant.errors import INTERRUPTED, NOT_EXACT, OK, ConfigErrors, UserError
+from rlinvariant.model_source import source_problems
 from rlinvariant.report.console import Console
 from rlinvariant.report.rundir import RunDir
 from rlinvariant.text import plural
@@ -80,6 +81,8 @@ def run(options: argparse.Namespace) -> int:
     """
     began, step, console = time.monotonic(), options.step, Console()
     rollout, about, weights = recorded(options.run, step, options.weights)
+    if problems := source_problems("weights", weights):
+        raise ConfigErrors(problems)
     runtime.configure()
     runtime.quiet()
     with console.stage("loading transformers and vLLM"):

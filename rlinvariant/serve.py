@@ -8,7 +8,7 @@ import argparse
 
 from rlinvariant.arguments import CommandParser
 from rlinvariant.errors import ConfigErrors
-from rlinvariant.model_source import local_model, model_problems
+from rlinvariant.model_source import local_model, source_problems
 
 DESCRIPTION = """vLLM's OpenAI-compatible server with the invariant ops on: the same request (temperature 0, or any with a seed)
 gets the same tokens, text and log-probs, bit for bit, whatever else is being served. It listens on 127.0.0.1; --host with
@@ -34,7 +34,7 @@ def run(options: argparse.Namespace) -> None:
     from rlinvariant.report.console import Console
 
     model = next(iter(options.arguments), "-")
-    if not model.startswith("-") and (problems := model_problems("MODEL", model)):
+    if not model.startswith("-") and (problems := source_problems("MODEL", model)):
         raise ConfigErrors(problems)
     Console().print("starting vLLM: half a minute on a CPU, a minute or more on a GPU ...")
     from rlinvariant.sampler import vllm_serve

@@ -44,7 +44,7 @@ def run(options: argparse.Namespace) -> int | None:
         fields = fields_help(settings, options.help_all)
         say(f"{options.parser.format_help()}\n{fields}")
         return None
-    from rlinvariant.config import parse
+    from rlinvariant.config import parse, unreachable
 
     if machine is not None or not (options.script or is_launched()):
         if not is_launched():
@@ -52,6 +52,8 @@ def run(options: argparse.Namespace) -> int | None:
         return launch(settings, machine)
     echo_s = stopping.ECHO_S if end_with_launcher() else 0.0
     config = parse(settings)
+    if problems := unreachable(config):
+        raise ConfigErrors(problems)
     from rlinvariant.run import run
 
     with stopping.listening(config.run_dir, echo_s, rank() == 0):
@@ -61,7 +63,7 @@ def run(options: argparse.Namespace) -> int | None:
 
 def check(settings: Sequence[str], machine: str | None) -> None:
     """Refuse mistakes before any process starts. Raises ConfigErrors with all of them."""
-    from rlinvariant.config import parse
+    from rlinvariant.config import parse, unreachable
 
     errors, (all_processes, hosts) = [], (1, 1)
     try:
@@ -70,7 +72,8 @@ def check(settings: Sequence[str], machine: str | None) -> None:
         errors.append(str(error))
     try:
         launched = {"WORLD_SIZE": str(all_processes), "LOCAL_WORLD_SIZE": str(all_processes // hosts)}
-        parse(settings, os.environ | launched)
+        config = parse(settings, os.environ | launched)
+        errors += [] if errors else unreachable(config)
     except ConfigErrors as error:
         errors += error.errors
     if errors:

@@ -14,7 +14,7 @@ ROWS = (
     {"types"},
     {"keys", "text"},
     {"deadline", "errors", "forks"},
-    {"arguments", "files", "held_out", "install", "machine", "masking", "reading", "stopping"},
+    {"arguments", "files", "held_out", "hub", "install", "machine", "masking", "reading", "stopping"},
     {"bits", "rollout", "runtime", "checkpoints", "lock", "peers"},
     {"kernels"},
     {"ops"},

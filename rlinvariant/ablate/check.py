@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rlinvariant.ablate.arms import GRPO_ARM
 from rlinvariant.ablate.plan import Plan
-from rlinvariant.config import Config, parse
+from rlinvariant.config import Config, parse, unreachable
 from rlinvariant.errors import ConfigErrors, UserError
 
 
@@ -36,6 +36,8 @@ def checked(plan: Plan) -> dict[str, Config]:
     if found:
         everywhere = len(plan.arms)
         raise ConfigErrors([a if len(b) == everywhere else f"{a} (arm {', '.join(b)})" for a, b in found.items()])
+    if problems := unreachable(configs[plan.arms[0].name]):  # the arms train one model on one data set
+        raise ConfigErrors(problems)
     return configs
 
 

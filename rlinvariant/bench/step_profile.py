@@ -1,4 +1,4 @@
-"""Where the time of a whole GRPO step goes, at four sizes of model: seconds of each part, and how long the GPU works in it.
+"""Time of a whole GRPO step, part by part, at four sizes of model: seconds of each part, and how long the GPU works in it.
 
 One process trains as `bench step` does, exact mode, with nothing set for speed: the micro-batches are what the trainer chooses.
 Every part waits for the GPU when it begins and when it ends, so a part's seconds are its own; a step with these waits takes

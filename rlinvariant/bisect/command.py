@@ -8,7 +8,7 @@ from rlinvariant import runtime
 from rlinvariant.arguments import at_least, temperature
 from rlinvariant.conflicts import INVARIANCE, SIDES
 from rlinvariant.errors import NOT_EXACT, OK, ConfigErrors, UserError
-from rlinvariant.model_source import local_model, model_problems
+from rlinvariant.model_source import local_model, source_problems
 from rlinvariant.report.console import Console
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         UserError: a model that cannot be loaded or cannot run exactly, or sizes that do not fit it.
     """
-    if problems := model_problems("model", options.model):
+    if problems := source_problems("model", options.model):
         raise ConfigErrors(problems)
     console = Console()
     runtime.quiet()

@@ -4,7 +4,7 @@
 environment, but imports no framework, loads no model, opens no device, and writes nothing but a cache of TRL's fields.
 """
 
-from rlinvariant.config.check import check
+from rlinvariant.config.check import check, unreachable
 from rlinvariant.config.fields import ALIASES, OWNED, TRAINER_CHOICES, TRAINER_DEFAULTS
 from rlinvariant.config.parse import Draft, draft, parse
 from rlinvariant.config.recipe import Data, Recipe, load_recipe, recipe_names
@@ -28,4 +28,5 @@ __all__ = [
     "load_recipe",
     "parse",
     "recipe_names",
+    "unreachable",
 ]

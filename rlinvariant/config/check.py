@@ -11,8 +11,9 @@ from rlinvariant.config.tree import Config
 from rlinvariant.conflicts import conflicts, microbatch_problems, ppo_conflicts
 from rlinvariant.errors import UserError
 from rlinvariant.files import require_writable
+from rlinvariant.hub import hub_problems
 from rlinvariant.launch import rank
-from rlinvariant.model_source import model_problems
+from rlinvariant.model_source import model_problems, source_problems
 from rlinvariant.text import shown
 
 LONGEST_RUN = 200  # bytes: a name of a file has at most 255
@@ -83,6 +84,18 @@ def _processes(env: Mapping[str, str]) -> tuple[int, list[str]]:
         if name in env and not re.fullmatch("[0-9]{1,9}", env[name])
     ]
     return (1 if found else max(1, int(env.get("WORLD_SIZE", "1")))), found
+
+
+def unreachable(config: Config) -> list[str]:
+    """List the models and rows that a checked configuration names and that the hub would have to give, but cannot."""
+    critic = config.ppo.critic if config.algorithm == "ppo" else None
+    found = [
+        line for key, name in (("model", config.model), ("ppo.critic", critic)) if name for line in source_problems(key, name)
+    ]
+    rows = [] if config.recipe else [(f"data.{key}", getattr(config.data, key, None)) for key in ("path", "eval_path")]
+    return found + [
+        line for key, path in rows if path and not os.path.exists(path) for line in hub_problems(key, path, "dataset")
+    ]
 
 
 def _check_numbers(config: Config) -> list[str]:

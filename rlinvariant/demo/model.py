@@ -4,16 +4,16 @@ from pathlib import Path
 
 from rlinvariant.arguments import suggestion
 from rlinvariant.cache import CACHE, made_once
-from rlinvariant.model_source import local_model, model_problems
+from rlinvariant.model_source import local_model, source_problems
 
 SMALL_MODEL = "small"  # the default on a CPU
 
 
 def problems(name: str) -> list[str]:
-    """Say in at most one line why there can be no such model, without asking the hub."""
-    found = [] if name == SMALL_MODEL else model_problems("MODEL", name)
-    if not found:
-        return []
+    """Say in at most one line why there can be no such model."""
+    found = [] if name == SMALL_MODEL else source_problems("MODEL", name)
+    if not found or "/" in name:  # no shape's
+        return found
     from rlinvariant.models.shapes import SHAPES
 
     names = [SMALL_MODEL, *SHAPES]

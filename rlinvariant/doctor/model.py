@@ -9,7 +9,7 @@ from rlinvariant import runtime
 from rlinvariant.doctor.finding import Finding
 from rlinvariant.doctor.kernels import kernels_cpu, kernels_cuda
 from rlinvariant.errors import UserError, one_line
-from rlinvariant.model_source import WHEELS, local_model, model_problems
+from rlinvariant.model_source import WHEELS, local_model, model_problems, source_problems
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -28,6 +28,9 @@ def of_model(model: str, cuda: bool) -> Iterator[Finding]:
 
     logging.set_verbosity_error()
     runtime.quiet()
+    if problems := source_problems("MODEL", model):
+        yield Finding("model", "problem", problems[0], False)
+        return
     try:
         config = AutoConfig.from_pretrained(local_model(model), trust_remote_code=False)
         with torch.device("meta"):  # shapes without memory

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlinvariant import checkpoints, resume
-from rlinvariant.config import Config, check, draft
+from rlinvariant.config import Config, check, draft, unreachable
 from rlinvariant.config.recipe import listed_recipes
 from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.files import RUNS
@@ -55,7 +55,7 @@ def find(given: str, settings: Sequence[str]) -> Subject:
     errors += read.errors
     if read.config.invariance not in ("exact", "off"):
         errors.append(f"invariance={read.config.invariance}: expected exact or off: eval has a sampler alone")
-    errors += [] if errors else check(read.config, os.environ, read.recipe)
+    errors = errors or check(read.config, os.environ, read.recipe) or unreachable(read.config)
     if errors:
         raise ConfigErrors(list(dict.fromkeys(errors)))
     return Subject(read.config, run)

@@ -7,7 +7,7 @@ import torch
 
 from rlinvariant import runtime
 from rlinvariant.errors import ConfigErrors, UserError, one_line
-from rlinvariant.model_source import model_problems
+from rlinvariant.model_source import source_problems
 from rlinvariant.models import unsupported
 from rlinvariant.support import cuda_problems
 from rlinvariant.types import JsonObject, JsonRow
@@ -60,7 +60,7 @@ def refuse(
         ConfigErrors: every option, variable, device and property of the model that would change the bits, one line each.
         UserError: the configuration cannot be loaded, or is not a causal language model's.
     """
-    if problems := model_problems("model", model):
+    if problems := source_problems("model", model):
         raise ConfigErrors(problems)
     runtime.quiet()
     found: list[str] = []

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from rlinvariant.errors import ConfigErrors
-from rlinvariant.model_source import model_problems
+from rlinvariant.model_source import source_problems
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Options:
 
     def require_sense(self) -> None:
         """Raise ConfigErrors for a model that cannot be there, and for options that contradict each other."""
-        errors = model_problems("model", self.model)
+        errors = source_problems("model", self.model)
         if self.short and self.tokens:
             errors.append(f"verify: --tokens {self.tokens} with --short: expected one of them; remove one")
         if self.dtype not in ("bfloat16", "float32"):

@@ -1,0 +1,60 @@
+"""Can the hub give a model or a data set? It is asked once, before anything is loaded.
+
+transformers and datasets would find out too, but only after their imports, and where the hub does not answer they ask again for
+half a minute, in silence, for each file.
+"""
+
+import os
+from typing import Literal
+
+from rlinvariant.errors import one_line
+from rlinvariant.text import shown
+
+ANSWER_S = 5.0  # how long the hub is waited for
+Kind = Literal["model", "dataset"]
+
+
+def hub_problems(key: str, name: str, kind: Kind = "model") -> list[str]:
+    """Say in at most one line why a name that is no file and no directory cannot be had from the hub either.
+
+    Args:
+        key: what the user wrote the name after; the line starts with `key=name`.
+        name: ORG/NAME.
+        kind: of what it is the name.
+    """
+    refusal = hub_refusal(name, kind)
+    return [] if refusal is None else [f"{key}={shown(name)}: no such directory, and {refusal}, or mend the name"]
+
+
+def hub_refusal(name: str, kind: Kind) -> str | None:
+    """Say why a model or a data set cannot be had from the hub, and the fix; None if it can, or is in the hub's cache here."""
+    from huggingface_hub import constants, hf_hub_url
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import build_hf_headers, get_session
+
+    file = "config.json" if kind == "model" else "README.md"
+    try:
+        if _is_cached(name, kind):
+            return None
+        if constants.HF_HUB_OFFLINE:
+            return "HF_HUB_OFFLINE forbids to ask the hub, of which no copy is here; unset it"
+        url = hf_hub_url(name, file, repo_type=kind)
+        status = get_session().head(url, headers=build_hf_headers(), timeout=ANSWER_S).status_code
+    except HFValidationError as error:
+        return f"no hub id ({one_line(error)}); give another"
+    except Exception as error:  # httpx's, httpx2's or requests', by the release of the hub's client
+        return f"the hub, {constants.ENDPOINT}, does not answer ({one_line(error) or type(error).__name__}); go online"
+    if kind == "model" and status in (401, 403, 404):
+        return f"the hub shows you no such model (status {status}); log in with `hf auth login`"
+    return None
+
+
+def _is_cached(name: str, kind: Kind) -> bool:
+    """Tell whether this machine has a copy of what the hub has; `datasets` has a cache of its own."""
+    if kind == "dataset":
+        from datasets import config
+
+        return os.path.isdir(os.path.join(config.HF_DATASETS_CACHE, name.replace("/", "___")))
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(name, "config.json"), str)
