@@ -4,14 +4,14 @@ import json
 import os
 import select
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
+
+from tests import forks
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "tests/trainer/tiny_recipe.py"
@@ -61,16 +61,18 @@ class Lab:
         self.logs.mkdir(parents=True)
         self._codes: dict[int, int] = {}
         self._pending = b""
+        (requests, self._requests), (self._answers, answers) = os.pipe(), os.pipe()
         with (self.logs / "server").open("wb") as errors:
-            self._server = subprocess.Popen(
-                [sys.executable, "-m", "tests.reliability.server", model],
+            self._server = forks.Fork(
+                ["-m", "tests.reliability.server", model],
                 cwd=directory,
                 env=environment(),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                start_new_session=True,
+                stdin=requests,
+                stdout=answers,
+                stderr=errors.fileno(),
             )
+        for taken in (requests, answers):
+            os.close(taken)
         if self._line(TIMEOUT_S) != "ready":
             raise RuntimeError(f"the fork server did not start: {(self.logs / 'server').read_text()[-3000:]}")
 
@@ -78,9 +80,9 @@ class Lab:
         return self
 
     def __exit__(self, *_: object) -> None:
-        assert self._server.stdin is not None
-        self._server.stdin.close()
+        os.close(self._requests)
         self._server.wait(30)
+        os.close(self._answers)
 
     def start(self, *settings: str, run: str, faults: Sequence[Fault] = (), **variables: str) -> Run:
         """Start `train` with the tiny recipe; a setting that is given twice has its last value."""
@@ -97,9 +99,8 @@ class Lab:
         self._count += 1
         log = self.logs / str(self._count)
         request = {"argv": argv, "log": str(log), "environment": variables, "faults": faults}
-        assert self._server.stdin is not None
-        self._server.stdin.write(json.dumps(request).encode() + b"\n")
-        self._server.stdin.flush()
+        with os.fdopen(self._requests, "wb", closefd=False) as requests:
+            requests.write(json.dumps(request).encode() + b"\n")
         while True:
             answer = json.loads(self._line(TIMEOUT_S))
             if "started" in answer:
@@ -121,12 +122,11 @@ class Lab:
         Raises:
             RuntimeError: the server has ended.
         """
-        assert self._server.stdout is not None
         end = time.monotonic() + seconds
         while b"\n" not in self._pending:
-            if not select.select([self._server.stdout], [], [], max(0, end - time.monotonic()))[0]:
+            if not select.select([self._answers], [], [], max(0, end - time.monotonic()))[0]:
                 return ""
-            if not (data := os.read(self._server.stdout.fileno(), 65536)):
+            if not (data := os.read(self._answers, 65536)):
                 raise RuntimeError(f"the fork server has ended: {(self.logs / 'server').read_text()[-3000:]}")
             self._pending += data
         line, _, self._pending = self._pending.partition(b"\n")

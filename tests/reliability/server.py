@@ -1,6 +1,6 @@
-"""A process that has imported torch, TRL and vLLM and started one engine, and forks a run for each request.
+"""A process with one engine, which forks a run for each request.
 
-    python -m tests.reliability.server MODEL
+    python -m tests.reliability.server MODEL    as a fork of `tests.forks`
 
 Most of a run's start is importing and the engine. A fork has both already, so that a run takes a second or two, and a
 hundred of them are a test. The engine is given to each run whose settings are those that it was started with; any other run
@@ -11,7 +11,6 @@ A line of JSON on stdin is a request: argv of `rlinvariant`, the log's path, env
 {"ended": pid, "code": code}.
 """
 
-import importlib
 import json
 import os
 import select
@@ -21,18 +20,6 @@ from typing import Any
 
 POLL_S = 0.02
 ENGINE = {"max_model_len": 64, "kv_cache_gib": 0.05, "options": {"max_num_seqs": 128, "enable_prefix_caching": True}}
-MODULES = (
-    "datasets",
-    "rlinvariant.run",
-    "rlinvariant.report.html",
-    "rlinvariant.report.rollouts",
-    "rlinvariant.report.wandb_log",
-    "rlinvariant.trainer.evaluate",
-    "rlinvariant.trainer.ppo",
-    "rlinvariant.trainer.refusals",
-    "rlinvariant.verification.start",
-    "tests.reliability.faults",
-)
 
 
 def share_engine(model: str) -> None:
@@ -81,10 +68,9 @@ def main(model: str) -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     from rlinvariant import runtime
+    from tests.reliability import faults  # noqa: F401
 
     runtime.configure()
-    for name in MODULES:
-        importlib.import_module(name)
     share_engine(model)
     print("ready", file=answers)
     open_requests = True
