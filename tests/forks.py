@@ -43,6 +43,8 @@ MODULES = (
     "wandb",
 )
 REQUEST_BYTES = 1 << 20
+LAUNCHED = {"ACCELERATE_USE_CPU": "true", "ACCELERATE_MIXED_PRECISION": "no", "OMP_NUM_THREADS": "1"}
+"""The environment of a process that `accelerate launch` starts on a CPU, with one thread."""
 
 
 # ---- what a test calls
@@ -119,7 +121,7 @@ def run(
 
 
 def run_ranks(
-    count: int, arguments: Sequence[str], *, cwd: Path | str, timeout: float = 300
+    count: int, arguments: Sequence[str], *, cwd: Path | str, env: Mapping[str, str] = os.environ, timeout: float = 300
 ) -> list[subprocess.CompletedProcess[str]]:
     """Fork the processes of one run, as `accelerate launch` with a file of so many processes on a CPU starts them.
 
@@ -131,9 +133,8 @@ def run_ranks(
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as the launcher has one
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": str(count)}
     shared |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0", "LOCAL_WORLD_SIZE": str(count)}
-    shared |= {"ACCELERATE_USE_CPU": "true", "ACCELERATE_MIXED_PRECISION": "no", "OMP_NUM_THREADS": "1"}
-    ranks = [os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
-    return _run([arguments] * count, cwd, ranks, timeout)
+    each = [dict(env) | LAUNCHED | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+    return _run([arguments] * count, cwd, each, timeout)
 
 
 def _run(
@@ -142,11 +143,10 @@ def _run(
     """Fork processes that run together, and return what `run` does for each."""
     with ExitStack() as stack:
         null = stack.enter_context(open(os.devnull))
-        started: list[tuple[Fork, IO[str], IO[str]]] = []
+        started: list[tuple[Fork | subprocess.Popen[bytes], IO[str], IO[str]]] = []
         for arguments, env in zip(commands, environments, strict=True):
             output, error = (stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2))
-            stdin, stdout, stderr = (file.fileno() for file in (null, output, error))
-            process = Fork(arguments, cwd=cwd, env=env, stdin=stdin, stdout=stdout, stderr=stderr)
+            process = start(arguments, cwd, env, null, output, error)
             stack.callback(process.kill)
             started.append((process, output, error))
         done = []
@@ -154,6 +154,18 @@ def _run(
             code = process.wait(timeout)
             done.append(subprocess.CompletedProcess(process.args, code, *(_text(file) for file in (output, error))))
         return done
+
+
+def start(
+    arguments: Sequence[str], cwd: Path | str, env: Mapping[str, str], stdin: IO[str], stdout: IO[str], stderr: IO[str]
+) -> Fork | subprocess.Popen[bytes]:
+    """Fork a process; with a GPU, whose driver does not survive a fork, start it."""
+    import torch
+
+    streams = {"stdin": stdin.fileno(), "stdout": stdout.fileno(), "stderr": stderr.fileno()}
+    if torch.cuda.is_available():
+        return subprocess.Popen([sys.executable, *arguments], cwd=cwd, env=env, **streams)
+    return Fork(arguments, cwd=cwd, env=env, **streams)
 
 
 def _text(file: IO[str]) -> str:

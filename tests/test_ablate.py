@@ -5,6 +5,7 @@ import io
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import typing
@@ -21,10 +22,12 @@ from rlinvariant.ablate.plan import Plan, extended, read
 from rlinvariant.ablate.runs import prepare
 from rlinvariant.config import TRAINER_CHOICES, parse
 from rlinvariant.errors import ConfigErrors, UserError
+from rlinvariant.launch import LAUNCHER
 from rlinvariant.lock import locked
 from rlinvariant.report.rundir import RunDir, read_metrics
-from tests import commands
+from tests import commands, forks
 from tests.config.common import with_defaults
+from tests.parity.device import CUDA
 
 ROOT = Path(__file__).parents[1]
 TINY = f"recipe={ROOT / 'tests/trainer/tiny_recipe.py'}"
@@ -333,17 +336,37 @@ def test_two_ablations_in_one_directory_are_refused(fake):
 # ---- real runs
 
 
-@pytest.fixture(scope="module")
-def small(arithmetic_dir, tmp_path_factory) -> tuple[Path, list[str]]:
+class ForkedRun(forks.Fork):
+    """Takes the place of `subprocess.Popen`: a run of an ablation as a fork, as which it neither imports nor is launched."""
+
+    def __init__(self, command: list[str], *, pass_fds: list[int], env: dict[str, str], **streams: Any) -> None:
+        assert command[0] == sys.executable and streams.pop("start_new_session")
+        with open(os.devnull) as null:
+            stream = {subprocess.DEVNULL: null, subprocess.STDOUT: streams["stdout"]}
+            opened = {name: stream.get(given, given).fileno() for name, given in streams.items()}
+            super().__init__(command[1:], cwd=Path.cwd(), env=env | forks.LAUNCHED | {LAUNCHER: ""}, kept=pass_fds, **opened)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        "forks",
+        pytest.param("processes", marks=pytest.mark.slow),
+    ],
+)
+def small(request, arithmetic_dir, tmp_path_factory) -> tuple[Path, list[str]]:
     """Run two arms with one seed for two steps, and the same command again. Gives the directory and what each printed."""
     directory, printed = tmp_path_factory.mktemp("ablation"), []
     argv = [TINY, f"model={arithmetic_dir}", "seeds=1", "arms=exact,stale-1", "steps=2", "wandb.mode=disabled"]
-    for _ in range(2):
-        output = io.StringIO()
-        with contextlib.chdir(directory), contextlib.redirect_stdout(output):
-            code = cli.main(["ablate", *argv])
-        assert code == 0, output.getvalue()
-        printed.append(output.getvalue())
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "forks" and not CUDA:
+            patch.setattr(runs.subprocess, "Popen", ForkedRun)
+        for _ in range(2):
+            output = io.StringIO()
+            with contextlib.chdir(directory), contextlib.redirect_stdout(output):
+                code = cli.main(["ablate", *argv])
+            assert code == 0, output.getvalue()
+            printed.append(output.getvalue())
     return directory / "runs/ablation-tiny_recipe", printed
 
 

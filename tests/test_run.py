@@ -1,4 +1,4 @@
-"""`accelerate launch` from the outside: each mode, two processes, without W&B, resumed, and each mistake in one line."""
+"""Runs from the outside: launched, two processes, without W&B; each mode, resumed, and each mistake in one line."""
 
 import html
 import importlib.util
@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from rlinvariant.bits import compare
 from rlinvariant.keys import KEYS
 from rlinvariant.report import completions, rollouts
 from rlinvariant.report.rundir import read_metrics
+from tests import forks
 from tests.parity.device import CUDA, cpu_only
 from tests.trainer.many_runs import CANARY
 
@@ -49,52 +50,82 @@ two_processes = cpu_only("two processes of one run take a GPU each; here they ar
 
 
 class Finished:
-    """A process that ran in a directory of its own, and the runs that it left there."""
+    """The processes of a command that ran in a directory of its own, and the runs that they left there."""
 
-    def __init__(self, directory: Path, command: list[str], before: str = "", **environment: str) -> None:
-        """`before`: what Python finds modules in first."""
-        directory.mkdir()
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "ACCELERATE_", "VLLM_"))}
-        path = os.pathsep.join(p for p in (before, str(ROOT), os.environ.get("PYTHONPATH")) if p)
-        inherited |= {"PYTHONPATH": path, "WANDB_MODE": "offline"} | environment
-        done = subprocess.run(command, cwd=directory, env=inherited, capture_output=True, text=True, timeout=300)
-        self.code, self.output, self.error = done.returncode, done.stdout, done.stderr
-        self.directory = directory
+    def __init__(self, directory: Path, *done: subprocess.CompletedProcess[str]) -> None:
+        self.directory, self.code = directory, next((each.returncode for each in done if each.returncode), 0)
+        self.output, self.error = done[0].stdout, "\n".join(each.stderr for each in done)
 
     def run(self, name: str) -> Path:
         assert self.code == 0, f"exit {self.code}\n{self.output[-2000:]}\n{self.error[-4000:]}"
         return self.directory / "runs" / name
 
 
-def launch(config: str, script: str, *flags: str) -> list[str]:
-    head = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "-q"]
-    head += ["--config_file", str(ROOT / "configs" / config)]
-    return [*head, "--num_cpu_threads_per_process", "1", *flags, str(ROOT / script)]
+def environment(before: str = "", **more: str) -> dict[str, str]:
+    """Return the environment of a run; `before` is where Python looks for modules first."""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "ACCELERATE_", "VLLM_"))}
+    path = os.pathsep.join(p for p in (before, str(ROOT), os.environ.get("PYTHONPATH")) if p)
+    return inherited | {"PYTHONPATH": path, "WANDB_MODE": "offline"} | more
+
+
+def launched(directory: Path, config: str, script: str, *arguments: str, flags: Sequence[str] = (), **more: str) -> Finished:
+    """Run a command line as a user has it."""
+    directory.mkdir()
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "-q"]
+    command += ["--config_file", str(ROOT / "configs" / config), "--num_cpu_threads_per_process", "1", *flags]
+    command += [str(ROOT / script), *arguments]
+    env = environment(**more)
+    return Finished(directory, subprocess.run(command, cwd=directory, env=env, capture_output=True, text=True, timeout=300))
+
+
+def forked(directory: Path, script: str, *arguments: str) -> Finished:
+    """Run it as the process that it becomes, without a launcher and without importing."""
+    directory.mkdir()
+    command = [str(ROOT / script), *arguments]
+    return Finished(directory, forks.run(command, cwd=directory, env=environment() | forks.LAUNCHED))
+
+
+def of_two_ranks(model: str) -> list[str]:
+    """Return the arguments of a run whose three groups of 4 lie on two processes of six samples: one is shared."""
+    return [f"recipe={RECIPE}", f"model={model}", "run=two", "trainer.per_device_train_batch_size=6"]
+
+
+def forked_ranks(directory: Path, model: str) -> Finished:
+    """Run the two processes that the launcher would start."""
+    directory.mkdir()
+    env = environment(RECORD=str(directory))
+    return Finished(directory, *forks.run_ranks(2, [str(ROOT / "train.py"), *of_two_ranks(model)], cwd=directory, env=env))
 
 
 @pytest.fixture(scope="module")
 def jobs(arithmetic_dir, tmp_path_factory) -> Mapping[str, Future[Finished]]:
-    """All processes, two at a time with one thread each: most of a start is importing, on one core."""
+    """All processes, two at a time with one thread each."""
     top = tmp_path_factory.mktemp("runs")
-    shim = top / "shim"
-    shim.mkdir()
-    # As if wandb were not installed: find_spec gives None and import raises ModuleNotFoundError.
-    (shim / "sitecustomize.py").write_text("import sys\n\nsys.modules['wandb'] = None\n")
     small = [*SMALL, f"model={arithmetic_dir}"]
-    # 6 samples on each of 2 processes are 3 groups of 4: one is shared
-    two = [f"recipe={RECIPE}", f"model={arithmetic_dir}", "run=two", "trainer.per_device_train_batch_size=6"]
-    commands: dict[str, tuple[list[str], dict[str, str]]] = {
-        "many": ([*launch(ONE, "tests/trainer/many_runs.py"), arithmetic_dir, *small], {}),
-        "exact": ([*launch(ONE, "train.py"), *small, "run=exact"], {}),
-        "two": ([*launch("cpu2.yaml", "train.py"), *two], {"RECORD": str(top), "before": str(shim)}),
-        "autocast": ([*launch(ONE, "train.py", "--mixed_precision", "bf16"), *small], {}),
+    many = ["tests/trainer/many_runs.py", arithmetic_dir, *small]
+    started: dict[str, Callable[[], Finished]] = {
+        "many": lambda: launched(top / "many", ONE, *many) if CUDA else forked(top / "many", *many),
+        "exact": lambda: launched(top / "exact", ONE, "train.py", *small, "run=exact"),
+        "two": lambda: forked_ranks(top / "two", arithmetic_dir),
+        "autocast": lambda: launched(top / "autocast", ONE, "train.py", *small, flags=["--mixed_precision", "bf16"]),
     }
     if CUDA:
-        del commands["two"]
+        del started["two"]
     pool = ThreadPoolExecutor(max_workers=2)
-    return {
-        name: pool.submit(Finished, top / name, command, **environment) for name, (command, environment) in commands.items()
-    }
+    return {name: pool.submit(job) for name, job in started.items()}
+
+
+@pytest.fixture(scope="module", params=["forked", pytest.param("launched", marks=pytest.mark.slow)])
+def two(request, arithmetic_dir, tmp_path_factory) -> Finished:
+    """A run of two processes; those that are launched are so as if wandb were not installed."""
+    if request.param == "forked":
+        return request.getfixturevalue("jobs")["two"].result()
+    top = tmp_path_factory.mktemp("launched")
+    (top / "shim").mkdir()
+    # find_spec gives None and import raises ModuleNotFoundError
+    (top / "shim/sitecustomize.py").write_text("import sys\n\nsys.modules['wandb'] = None\n")
+    more = {"before": str(top / "shim"), "RECORD": str(top / "two")}
+    return launched(top / "two", "cpu2.yaml", "train.py", *of_two_ranks(arithmetic_dir), **more)
 
 
 @pytest.fixture(scope="module")
@@ -196,22 +227,22 @@ def test_no_file_of_a_run_has_a_secret(jobs, many):
 
 @pytest.mark.slow
 @two_processes
-def test_wandb_may_be_absent(jobs):
-    environment = json.loads((jobs["two"].result().run("two") / "environment.json").read_text())
-    assert environment["wandb"] == "disabled"
+@pytest.mark.parametrize("two", ["launched"], indirect=True)
+def test_wandb_may_be_absent(two):
+    assert json.loads((two.run("two") / "environment.json").read_text())["wandb"] == "disabled"
 
 
-@pytest.fixture(scope="module")
-def asked(jobs) -> list[list[dict[str, Any]]]:
+@pytest.fixture
+def asked(two) -> list[list[dict[str, Any]]]:
     """Return what each of two processes asked of its sampler, rollout by rollout."""
-    directory = jobs["two"].result().directory.parent
-    files = [(directory / f"{rank}.jsonl").read_text().splitlines() for rank in (0, 1)]
+    assert two.run("two").is_dir()
+    files = [(two.directory / f"{rank}.jsonl").read_text().splitlines() for rank in (0, 1)]
     return [[json.loads(line) for line in lines] for lines in files]
 
 
 @two_processes
-def test_two_processes_are_exact_and_their_metrics_are_summed(metrics_of, asked):
-    for row, *of_ranks in zip(metrics_of("two"), *asked, strict=True):
+def test_two_processes_are_exact_and_their_metrics_are_summed(two, asked):
+    for row, *of_ranks in zip(read_metrics(two.run("two")), *asked, strict=True):
         completions = [c for rollout in of_ranks for c in rollout["completions"]]
         assert len(completions) == 12
         assert row["onpolicy/compared_tokens"] == sum(map(len, completions)) >= 12 * 8
@@ -236,8 +267,8 @@ def test_two_processes_draw_distinct_seeds(asked):
 
 
 @two_processes
-def test_two_processes_record_one_rollout(jobs, asked):
-    rollout, _ = rollouts.read(jobs["two"].result().run("two"), 1)
+def test_two_processes_record_one_rollout(two, asked):
+    rollout, _ = rollouts.read(two.run("two"), 1)
     assert [(b.prompts, b.seeds, [c.token_ids for c in b.completions]) for b in rollout.batches] == [
         (rank[0]["prompts"], rank[0]["seeds"], rank[0]["completions"]) for rank in asked
     ]

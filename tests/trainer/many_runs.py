@@ -1,6 +1,6 @@
 """`train.py`'s command, many times in one process, since most of a start is importing: each mode, a resumed run, each mistake.
 
-    accelerate launch many_runs.py MODEL ARGUMENTS-OF-A-SMALL-RUN
+    accelerate launch many_runs.py MODEL ARGUMENTS-OF-A-SMALL-RUN    or as a fork of `tests.forks`
 
 Prints, as JSON, the exit code and what went to stderr and stdout, by name.
 """

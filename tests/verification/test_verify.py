@@ -24,7 +24,7 @@ from rlinvariant.sampler.drive import Request, Trace
 from rlinvariant.verification import certificate, compositions, controls, ladder, load, relations, start, table, verify
 from rlinvariant.verification.pair import FULL_SIZES, SHORT_SIZES, Pair, Sizes
 from rlinvariant.verification.relation import Relation
-from tests import commands
+from tests import commands, forks
 from tests.parity.harness import off_by_an_ulp
 
 UNKNOWN = {"qwen2-window", "qwen3-window"}.__contains__  # to stock vLLM: windows in some of the layers
@@ -291,13 +291,17 @@ def test_training_does_not_start_where_the_short_form_fails(exact_engine, arithm
 # ---- the command
 
 
-def test_the_command_from_outside(tmp_path):
-    """It runs in a process of its own, as a user has it."""
+@pytest.mark.parametrize("how", ["fork", pytest.param("process", marks=pytest.mark.slow)])
+def test_the_command_from_outside(how, tmp_path):
+    """It runs in a process of its own, as a user has it; with all that it imports, the same is slow."""
     FAMILIES["qwen3"]().save_pretrained(tmp_path / "model")
     environment = os.environ | {"RLINVARIANT_CACHE": str(tmp_path / "cache")}
     arguments = ["verify", str(tmp_path / "model"), "--random", "--short", "--seed", "3", "--out", str(tmp_path / "mine.json")]
-    command = [sys.executable, "-m", "rlinvariant.cli", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    command = ["-m", "rlinvariant.cli", *arguments]
+    if how == "fork":
+        done = forks.run(command, cwd=tmp_path, env=environment)
+    else:
+        done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "exact: mismatched 0 / " in done.stdout and str(tmp_path / "mine.json") in done.stdout
     found = json.loads((tmp_path / "mine.json").read_text())
