@@ -61,7 +61,7 @@ class Data(BaseData):
     )
     level: int | None = chz.field(default=0, doc="Level of the tasks' own curricula, 0: the easiest; None: their defaults.")
     system: str = chz.field(default="direct", doc="Name of a system line of reasoning-gym, or a text that asks for <answer>.")
-    examples: int = chz.field(default=2, doc="Problems of the same task that every prompt shows with their answers.")
+    examples: int = chz.field(default=3, doc="Problems of the same task that every prompt shows with their answers.")
     train_size: int = chz.field(default=1024, doc="Training problems.")
     eval_size: int = chz.field(default=16, doc="Held-out problems, drawn by another seed; their questions are not trained on.")
     seed: int = chz.field(default=0, doc="Seed of the problems.")
