@@ -66,6 +66,7 @@ class Journal:
         self._environment: dict[str, Any] = {}
         self._kernels: dict[str, str] = {}
         self._subject: dict[str, Any] = {}
+        self._micro_batches: Callable[[], JsonObject | None] = lambda: None
 
     # ---- what the trainer calls
 
@@ -156,6 +157,8 @@ class Journal:
             self._go_on(resolved)
             self._environment = {"vllm_environment": runtime.VLLM, "proof": trainer.proof, "wandb": mode}
             self._environment["wandb_id"] = wandb_id
+            self._micro_batches = lambda: trainer.said_of_parts
+            self._environment["micro_batches"] = trainer.said_of_parts
             self._environment["machine_file"] = os.environ.get(MACHINE)
             self.directory.write_environment(self._environment)
         except BaseException:
@@ -253,6 +256,7 @@ class Journal:
 
     def _write_environment(self) -> None:
         self._kernels = kernels(self.config.invariance)
+        self._environment["micro_batches"] = self._micro_batches()  # fewer tokens, where memory was too small
         self.directory.write_environment({"kernels": self._kernels, **self._environment})
 
 

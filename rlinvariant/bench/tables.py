@@ -45,7 +45,7 @@ def section(name: str, content: Result) -> str:
 
 
 def _other_than_costs(name: str) -> Callable[[Result], str] | None:
-    kinds = {"parity_soak": soak, "families": families, "parity": parity, "reliability": reliability}
+    kinds = {"parity_soak": soak, "families": families, "parity": parity, "reliability": reliability, "profile": profile}
     return ablation if name.startswith("ablation") else kinds.get(name)
 
 
@@ -136,6 +136,19 @@ def soak(content: Result) -> str:
             f"| {zero} | {content['coverage']:.6g} | {against} |",
         ]
     )
+
+
+def profile(content: Result) -> str:
+    """Return a line for each part of a profiled step, with what was measured without tracing below each model's parts."""
+    lines = ["| model | part of a step | ms | GPU busy, ms | kernels | |", "|---|---|--:|--:|--:|---|"]
+    for row in content["rows"]:
+        if "missing" in row:
+            lines.append(_missing(row, 5))
+            continue
+        busy, kernels = ("" if row[key] is None else f"{row[key]:,.0f}" for key in ("busy_ms", "kernels"))
+        name = f"**{row['compared']}**" if row["note"] else row["compared"]
+        lines.append(f"| {row['model']} | {name} | {row['wall_ms']:,.0f} | {busy} | {kernels} | {row['note']} |")
+    return "\n".join(lines)
 
 
 def reliability(content: Result) -> str:

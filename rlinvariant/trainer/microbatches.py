@@ -155,6 +155,11 @@ class MicroBatchedTrainer(CheckpointedTrainer):
         yield from self.accelerator.unwrap_model(self.model).named_parameters()
 
     @property
+    def said_of_parts(self) -> dict[str, Any] | None:
+        """Return how a step is divided, for JSON; None for a stock trainer, which counts rows."""
+        return asdict(self.fit) if self._trainer_is_invariant else None
+
+    @property
     def fit(self) -> Fit:
         """Return how a step is divided; it is settled when it is first asked for. All ranks ask together then."""
         if self._fit is None:
