@@ -5,7 +5,7 @@ environment, but imports no framework, loads no model, opens no device, and writ
 """
 
 from rlinvariant.config.check import check, unreachable
-from rlinvariant.config.fields import ALIASES, OWNED, TRAINER_CHOICES, TRAINER_DEFAULTS
+from rlinvariant.config.fields import ALIASES, OWNED, TRAINER_CHOICES, TRAINER_DEFAULTS, TRAINER_OWN
 from rlinvariant.config.parse import Draft, draft, parse
 from rlinvariant.config.recipe import Data, Recipe, load_recipe, recipe_names
 from rlinvariant.config.tree import RUNS, Config, PPOConfig, SamplerConfig, WandbConfig
@@ -16,6 +16,7 @@ __all__ = [
     "RUNS",
     "TRAINER_CHOICES",
     "TRAINER_DEFAULTS",
+    "TRAINER_OWN",
     "Config",
     "Data",
     "Draft",

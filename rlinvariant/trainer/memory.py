@@ -1,7 +1,6 @@
-"""How many tokens a forward and backward may hold: measured from the model and the free memory, not guessed from names."""
+"""The number of tokens that a forward and backward may hold, measured on the model and in the free memory."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +9,7 @@ from torch import nn
 
 from rlinvariant.ops.token_logprobs import CHUNK_BYTES
 from rlinvariant.trainer.packing import pack
+from rlinvariant.types import JsonRow, Untyped
 
 if TYPE_CHECKING:
     from rlinvariant.trainer.microbatches import MicroBatchedTrainer
@@ -40,8 +40,8 @@ class Fit:
         part = f"activations of {self.recomputed} of {self.layers} layers recomputed"
         return f"micro-batches of at most {self.tokens:,} tokens, {how.get(self.recomputed, part)}"
 
-    def apply(self, model: Any, kwargs: Mapping[str, Any] | None = None) -> None:
-        """Switch recomputation on in the first layers of a model, and off in the others: TRL's generation switches all on.
+    def apply(self, model: Untyped, kwargs: JsonRow | None = None) -> None:
+        """Let the first layers of a model recompute, and the others not: TRL's generation switches all on.
 
         `kwargs` are `gradient_checkpointing_kwargs`, as transformers takes them.
         """
@@ -57,7 +57,7 @@ class Fit:
         return replace(self, recomputed=self.layers) if self.recomputed < self.layers else None
 
 
-def decoder_layers(model: nn.Module) -> list[Any]:
+def decoder_layers(model: nn.Module) -> list[Untyped]:
     """Return the layers whose activations can be recomputed."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 

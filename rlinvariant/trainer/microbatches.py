@@ -29,13 +29,14 @@ from rlinvariant.errors import UserError, one_line
 from rlinvariant.text import say
 from rlinvariant.trainer.checkpointed import CheckpointedTrainer
 from rlinvariant.trainer.memory import Fit, settle
+from rlinvariant.types import JsonObject
 
 TOKEN_MEANS = ("bnpo", "dapo", "cispo", "vespo")  # TRL's losses that are means over tokens; the others are means over rows
 SUMMED = ("dapo", "cispo", "vespo")  # of these, those whose parts are normalised by the tokens of the whole step
 
 
 def pack_rows(lengths: Sequence[int], most: int, least_parts: int = 1) -> list[list[int]]:
-    """Divide rows into parts of about as many tokens, the longest first, each into the part with the fewest.
+    """Sort rows into parts of about as many tokens: the longest first, each into the part with the fewest.
 
     Args:
         lengths: tokens of each row.
@@ -65,7 +66,7 @@ def merged(micro_batch: int, steps: int, steps_per_generation: int) -> tuple[int
 
 
 class MicroBatchedTrainer(CheckpointedTrainer):
-    """Divides the rows of an optimizer step by tokens, as the module says. A stock trainer keeps TRL's micro-batches."""
+    """Takes an optimizer step in parts of so many tokens, as the module says. A stock trainer keeps TRL's micro-batches."""
 
     tokens_per_microbatch: int | None = None  # as the user asks for; None: as many as fit
     recompute: bool | None = None  # activations of all layers, or none; None: of as many as memory needs
@@ -155,7 +156,7 @@ class MicroBatchedTrainer(CheckpointedTrainer):
         yield from self.accelerator.unwrap_model(self.model).named_parameters()
 
     @property
-    def said_of_parts(self) -> dict[str, Any] | None:
+    def said_of_parts(self) -> JsonObject | None:
         """Return how a step is divided, for JSON; None for a stock trainer, which counts rows."""
         return asdict(self.fit) if self._trainer_is_invariant else None
 

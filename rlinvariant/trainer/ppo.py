@@ -168,8 +168,8 @@ class InvariantPPOTrainer(InvariantGRPOTrainer):
         rows, count = self.args.per_device_train_batch_size, len(output["completion_ids"])
         with torch.set_grad_enabled(grad), self.compute_loss_context_manager():
             if self._trainer_is_invariant:
-                lengths_B = output["prompt_mask"].sum(1) + output["completion_mask"].sum(1)
-                return self._in_parts(lengths_B, lambda part: (self._values(output, part),))[0]
+                lengths = output["prompt_mask"].sum(1) + output["completion_mask"].sum(1)
+                return self._in_parts(lengths, lambda part: (self._values(output, part),))[0]
             return torch.cat([self._values(output, slice(i, i + rows)) for i in range(0, count, rows)])
 
     def _values(self, inputs: dict[str, Any], rows: slice | Tensor = slice(None)) -> Tensor:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import ClassVar, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from rlinvariant import metrics
 from rlinvariant.metrics import Trained
 from rlinvariant.trainer.samples import Samples
+from rlinvariant.types import JsonObject, JsonRow
 
 PARTS = ("rollout", "score", "train", "sync", "save")
 """The parts of a step whose seconds are counted, each on its own: none is part of another."""
@@ -129,11 +130,11 @@ class StepRecord:
             began=ranks[0].began,
         )
 
-    def mark(self) -> dict[str, Any]:
+    def mark(self) -> JsonObject:
         """Return what passes over a batch have added so far, for `restore`."""
         return {name: copy.copy(getattr(self, name)) for name in self.of_passes}
 
-    def restore(self, marked: Mapping[str, Any]) -> None:
+    def restore(self, marked: JsonRow) -> None:
         """Forget what passes have added since `mark`."""
         for name, value in marked.items():
             setattr(self, name, copy.copy(value))
