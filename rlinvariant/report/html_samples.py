@@ -121,7 +121,7 @@ def _row(row: Sample, prompts: dict[str, int], pieces: "_Pieces") -> dict[str, A
         each = (f"{name} {value:.3f}" for name, value in rewards.items() if isinstance(value, int | float))
         small["e"] = printable(", ".join(each))
     if len(text) <= CHARACTERS and (found := pieces.of(row, text)):
-        small["n"] = list(accumulate(len(printable(piece, keep="\n")) for piece in found))
+        small["n"] = list(accumulate(_units(printable(piece, keep="\n")) for piece in found))
         small["q"] = [max(-99, round(10 * x)) if x == x else 0 for x in row["sampler_logprobs"]]
     return small
 
@@ -129,6 +129,11 @@ def _row(row: Sample, prompts: dict[str, int], pieces: "_Pieces") -> dict[str, A
 def _shown(text: str) -> str:
     cut = f"… cut: the first {CHARACTERS:,} of {len(text):,} characters" if len(text) > CHARACTERS else ""
     return printable(text[:CHARACTERS], keep="\n") + cut
+
+
+def _units(text: str) -> int:
+    """Return a text's length as the page's script counts it: an emoji is two units of UTF-16."""
+    return len(text.encode("utf-16-le")) // 2
 
 
 class _Pieces:

@@ -44,16 +44,31 @@ def data_of(page: str) -> list[dict[str, Any]]:
     return json.loads(found[1])
 
 
-@pytest.fixture
-def run(tmp_path) -> Path:
-    """A run of three steps, the last with hostile texts, and a tokenizer whose token 0 is `sa`, 1 `mple`, ..."""
-    path = write_run(tmp_path / "run", 0).path
-    pieces = ["sa", "mple", " ", "0", "1", "2", "3", "4", "5", "6", "7"]
-    tokenizer = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token="7"))
+def write_tokenizer(path: Path, pieces: list[str]) -> None:
+    """Give a run a checkpoint's tokenizer of these tokens."""
+    tokenizer = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token=pieces[-1]))
     tokenizer.decoder = decoders.Fuse()
     place = path / "checkpoints" / "checkpoint-3"
     place.mkdir(parents=True)
     tokenizer.save(str(place / "tokenizer.json"))
+
+
+def probed(run: Path) -> dict[str, Any]:
+    """Return what PROBE has seen of a run's page in the browser."""
+    page = html.write(run)[0].read_text()
+    file = run / "probed.html"
+    page = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page)  # it would forbid the probe
+    file.write_text(page.replace("</body>", f"<script>{PROBE}</script></body>"))
+    found = re.search(r'<pre id="probe">(.*?)</pre>', document(file)[0], re.DOTALL)
+    assert found is not None
+    return json.loads(found[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    """A run of three steps, the last with hostile texts, and a tokenizer whose token 0 is `sa`, 1 `mple`, ..."""
+    path = write_run(tmp_path / "run", 0).path
+    write_tokenizer(path, ["sa", "mple", " ", "0", "1", "2", "3", "4", "5", "6", "7"])
     for step in (1, 2, 3):
         rows = said(step)
         for i, row in enumerate(rows):
@@ -62,14 +77,8 @@ def run(tmp_path) -> Path:
     return path
 
 
-def test_a_reader_searches_sorts_and_sees_groups_and_tokens(run, tmp_path):
-    page = html.write(run)[0].read_text()
-    file = tmp_path / "probed.html"
-    probed = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page)  # it would forbid the probe
-    file.write_text(probed.replace("</body>", f"<script>{PROBE}</script></body>"))
-    found = re.search(r'<pre id="probe">(.*?)</pre>', document(file)[0], re.DOTALL)
-    assert found is not None
-    seen = json.loads(found[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
+def test_a_reader_searches_sorts_and_sees_groups_and_tokens(run):
+    seen = probed(run)
     assert "pwned" not in seen["title"] and any("<script>" in card for card in seen["start"])
     assert len(seen["start"]) == 8 and seen["beside"] == 3 and "step 3 #0" in seen["start"][0]
     assert all("step 1" in card for card in seen["first"]) and len(seen["all"]) == 24
@@ -80,6 +89,15 @@ def test_a_reader_searches_sorts_and_sees_groups_and_tokens(run, tmp_path):
     texts, titles, colours = zip(*seen["tokens"], strict=True)
     assert texts == ("sa", "mple", " ", "0") and titles[2] == "log-prob -4.0"
     assert len(set(colours)) == 4, "each token as its log-prob"
+
+
+def test_a_token_after_an_emoji_is_coloured_whole(tmp_path):
+    """JavaScript counts an emoji as two."""
+    path, pieces = write_run(tmp_path / "run", 0).path, ["🙂🙈", "sa", "\u200d", "é", "mple"]
+    write_tokenizer(path, pieces)
+    more = {"completion": "".join(pieces), "token_ids": [0, 1, 2, 3, 4], "sampler_logprobs": [-0.1 * i for i in range(5)]}
+    completions.write(path, [row | more for row in said(1)])
+    assert [text for text, _, _ in probed(path)["tokens"]] == ["🙂🙈", "sa", "\\u200d", "é", "mple"]
 
 
 def test_without_a_tokenizer_or_with_another_there_are_no_colours(run):
