@@ -1,9 +1,10 @@
 """Imports point one way, each heavy dependency has one importer, and importing changes nothing."""
 
 import ast
+import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -153,11 +154,8 @@ def test_what_is_allowed_passes(unit, source, package):
 
 # What a module imports first is not ours to judge, so the state is taken after that.
 STATE = """
-import importlib, os, random, sys
+import importlib, json, os, random, sys
 import numpy, torch
-if sys.argv[1] == "rlinvariant.config":
-    import accelerate, chz, datasets, transformers
-    from trl import GRPOConfig
 
 def state():
     return {
@@ -177,24 +175,42 @@ def state():
         "vllm": "vllm" in sys.modules,
     }
 
-before = state()
-if len(sys.argv) > 2:
-    exec(sys.argv[2])
-importlib.import_module(sys.argv[1])
-after = state()
-print([key for key in before if before[key] != after[key]], after["cuda"], after["vllm"])
+def change(module, planted):
+    if module == "rlinvariant.config":
+        import accelerate, chz, datasets, transformers
+        from trl import GRPOConfig
+    before = state()
+    exec(planted)
+    importlib.import_module(module)
+    after = state()
+    print([key for key in before if before[key] != after[key]], after["cuda"], after["vllm"], flush=True)
+
+for line in sys.stdin:  # each in a fork, which has imported torch alone
+    if os.fork() == 0:
+        change(*json.loads(line))
+        os._exit(0)
+    os.wait()
+    print("end", flush=True)
 """
 
 
-def state_change(module: str, *planted: str) -> str:
-    command = [sys.executable, "-c", STATE, module, *planted]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return result.stdout.strip()
+@pytest.fixture(scope="module")
+def state_change() -> Iterator[Callable[..., str]]:
+    """Return a function that tells what changes when a module is imported."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
+    with subprocess.Popen([sys.executable, "-c", STATE], cwd=ROOT, **pipes) as process:
+        assert process.stdin is not None and process.stdout is not None
+
+        def change(module: str, planted: str = "") -> str:
+            print(json.dumps([module, planted]), file=process.stdin)
+            return "".join(iter(process.stdout.readline, "end\n")).strip()
+
+        yield change
+        process.stdin.close()
 
 
 @pytest.mark.parametrize("module", ["", ".bits", ".rollout", ".metrics", ".config"])
-def test_importing_changes_nothing(module):
+def test_importing_changes_nothing(module, state_change):
     assert state_change("rlinvariant" + module) == "[] False False"
 
 
@@ -207,5 +223,5 @@ def test_importing_changes_nothing(module):
         ("torch.set_default_dtype(torch.float64)", "dtype"),
     ],
 )
-def test_a_planted_change_is_found(planted, key):
+def test_a_planted_change_is_found(planted, key, state_change):
     assert state_change("rlinvariant.rollout", planted) == f"['{key}'] False False"
