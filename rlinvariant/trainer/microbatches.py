@@ -178,7 +178,7 @@ class MicroBatchedTrainer(CheckpointedTrainer):
             self._marked = self._record.mark(), noted, self._entropy_window_stats
         self._window.append(inputs)
         before = {key: len(values) for key, values in self._metrics["train"].items()}
-        steps, weights = self.current_gradient_accumulation_steps, [self._weight(inputs, rows) for rows in parts]
+        steps, weights = self.current_gradient_accumulation_steps, self._weights_of(inputs, parts)
         self._loss_before, part, loss = 0.0, {}, None
         try:
             for at, (rows, weight) in enumerate(zip(parts, weights, strict=True)):
@@ -201,13 +201,14 @@ class MicroBatchedTrainer(CheckpointedTrainer):
         self._weigh_metrics(before, weights, [len(rows) for rows in parts])
         return loss
 
-    def _weight(self, inputs: Any, rows: Tensor) -> float:
-        """Return the share that a part's loss has in the batch's: of its rows, or of its tokens, as TRL's loss is a mean."""
+    def _weights_of(self, inputs: Any, parts: list[Tensor]) -> list[float]:
+        """Return the share that each part's loss has in the batch's: of the rows, or of the tokens, as TRL's loss is a mean."""
+        mask = inputs["completion_mask"]
         if self.loss_type not in TOKEN_MEANS:
-            return len(rows) / len(inputs["completion_mask"])
-        mask = inputs["completion_mask"] * inputs["tool_mask"] if "tool_mask" in inputs else inputs["completion_mask"]
-        own, whole = mask[rows].sum().item(), mask.sum().item()
-        return own / whole if own else 1.0  # without a token its loss is 0
+            return [len(rows) / len(mask) for rows in parts]
+        tokens_B = (mask * inputs["tool_mask"] if "tool_mask" in inputs else mask).sum(1)
+        tokens = torch.stack([tokens_B[rows].sum() for rows in parts]).tolist()
+        return [own / sum(tokens) if own else 1.0 for own in tokens]  # without a token its loss is 0
 
     @contextmanager
     def _unsynced(self, model: Any) -> Iterator[None]:
@@ -235,11 +236,15 @@ class MicroBatchedTrainer(CheckpointedTrainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         if self._begins:
             self._window, self._begins = [], False
+        before = len(self._window)
         try:
             loss, problem = super().training_step(model, inputs, num_items_in_batch), None
         except torch.OutOfMemoryError as error:
             loss, problem = None, error.with_traceback(None)  # whose frames hold what has to be freed
         while problem is not None:
+            if len(self._window) == before:  # the rollout, and not a pass
+                fix = "lower sampler.kv_cache_gib, the rows of a step or max_completion_length"
+                raise UserError(f"step {self.state.global_step + 1}: out of memory before a pass; {fix}: {one_line(problem)}")
             self._start_again(problem)
             loss, problem = self._take_window(model, num_items_in_batch)
         self._begins = bool(self.accelerator.sync_gradients)
@@ -250,8 +255,6 @@ class MicroBatchedTrainer(CheckpointedTrainer):
 
     def _start_again(self, problem: torch.OutOfMemoryError) -> None:
         """Undo what this optimizer step's passes have added, and halve the tokens of a part. Raises UserError as `_halve`."""
-        if not self._window:
-            raise problem  # not of a pass
         self._halve(problem, max(int(_lengths(batch).max()) for batch in self._window), "the step")
         self.optimizer.zero_grad(set_to_none=True)
         self._record.restore(self._marked[0])

@@ -91,7 +91,7 @@ def test_a_step_has_the_same_gradients_and_bits_however_it_is_divided(loss, divi
         assert distance(found, expected) < 2**-8, f"{tokens} tokens: more than a rounding to bf16"
     if loss in SUMMED:  # whose parts are normalised by the tokens of the whole step
         return
-    monkeypatch.setattr(InvariantGRPOTrainer, "_weight", lambda *_: 1.0)
+    monkeypatch.setattr(InvariantGRPOTrainer, "_weights_of", lambda self, inputs, parts: [1.0] * len(parts))
     _, wrong = divided(ONE_ROW, **settings)
     assert distance(wrong, expected) > 0.2, "a part's weight is not seen"
 
@@ -164,6 +164,23 @@ def test_out_of_memory_for_one_row_is_one_line_that_says_what_was_tried(divided,
         r"the longest row has \d+ tokens; lower tokens_per_microbatch or .*: CUDA out of memory.*",
         str(error.value),
     )
+
+
+@pytest.mark.parametrize("call", [0, 1], ids=["first", "second"])
+def test_out_of_memory_in_a_rollout_takes_no_step_without_it(call, divided, monkeypatch):
+    """Also where the step has trained on another rollout already, which is not trained on alone."""
+    calls, generate = [], InvariantGRPOTrainer._generate_single_turn
+
+    def limited(self, *args, **kwargs):
+        calls.append(len(calls))
+        if calls[-1] == call:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return generate(self, *args, **kwargs)
+
+    monkeypatch.setattr(InvariantGRPOTrainer, "_generate_single_turn", limited)
+    with pytest.raises(UserError, match=r"step 1: out of memory before a pass; lower .*: CUDA out of memory"):
+        divided(None, per_device_train_batch_size=8, **TWICE["two rollouts a step"])
+    assert len(calls) == call + 1
 
 
 def test_a_resumed_run_divides_as_its_checkpoint_did(arithmetic_dir, exact_engine, tmp_path, monkeypatch):
