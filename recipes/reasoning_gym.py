@@ -40,9 +40,8 @@ DEFAULTS = {
     "trainer.gradient_accumulation_steps": 4,  # 4 prompts x 8 samples
     "trainer.max_completion_length": 32,  # the tags and a short answer
     "trainer.loss_type": "dapo",
-    "trainer.gradient_checkpointing": False,  # the model is small
     "sampler.max_model_len": 2048,
-    "sampler.kv_cache_gib": 1.0,
+    "sampler.kv_cache_gib": 0.5,
 }
 # Added to data.seed: reasoning-gym seeds problem i by seed + i, so that a near seed gives the same ones
 HELD_OUT_SEED = 2**30
