@@ -47,4 +47,5 @@ def __getattr__(name: str) -> object:
     """Import on first use: importing rlinvariant loads no framework and touches no device."""
     if name not in _HOMES:
         raise AttributeError(f"module 'rlinvariant' has no attribute {name!r}")
+    importlib.import_module("rlinvariant.runtime").before_torch()
     return getattr(importlib.import_module(f"rlinvariant.{_HOMES[name]}"), name)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from types import ModuleType, TracebackType
 from typing import NamedTuple, NoReturn
 
-from rlinvariant import errors
+from rlinvariant import errors, runtime
 from rlinvariant.arguments import CommandParser, suggestion, wrapped
 from rlinvariant.errors import ConfigErrors, ParityError, PeerFailed, UserError
 from rlinvariant.install import require_working_install
@@ -124,9 +124,7 @@ def _dispatch(arguments: list[str], script: str) -> int | None:
 
 def exit_code(command: Callable[[], int | None]) -> int:
     """Run a command and return its exit code. A user's mistake, a broken proof and ctrl-C are printed as a line each."""
-    # libgomp reads it when torch is imported: spinning threads make a run 10 times slower as soon as cores are shared
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # "is an experimental feature", said of a switch for cuBLASLt
+    runtime.before_torch()
     sys.excepthook = _crashed
     threading.excepthook = lambda failed: _crashed(failed.exc_type, failed.exc_value, failed.exc_traceback)
     try:

@@ -21,6 +21,20 @@ MEMORY = {
 QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
+BEFORE_TORCH = {
+    # Spinning threads make a run 10 times slower as soon as cores are shared
+    "OMP_WAIT_POLICY": "passive",
+    # "Using MEMBIND policy for memory allocation", of vLLM on a CPU; "is an experimental feature", of a switch for cuBLASLt
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+}
+
+
+def before_torch() -> None:
+    """Set the variables that libraries read once, when torch is imported; afterwards it would change nothing."""
+    for name, value in BEFORE_TORCH.items():
+        os.environ.setdefault(name, value)
+
+
 def configure() -> dict[str, str]:
     """Set the variables that vLLM reads when an engine starts, and return them; call `quiet`.
 

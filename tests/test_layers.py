@@ -214,6 +214,33 @@ def test_importing_changes_nothing(module, state_change):
     assert state_change("rlinvariant" + module) == "[] False False"
 
 
+FIRST = """
+import os, sys
+class Torch:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            print(os.environ.get("TORCH_CPP_LOG_LEVEL"), os.environ.get("OMP_WAIT_POLICY"), flush=True)
+            os._exit(0)
+sys.meta_path.insert(0, Torch())
+"""
+
+
+@pytest.mark.parametrize(
+    ("imports", "found"),
+    [
+        ("from rlinvariant import GRPOConfig, GRPOTrainer", "ERROR passive"),
+        ("import rlinvariant; rlinvariant.grpo_trainer", "ERROR passive"),
+        ("import torch", "None None"),  # the control
+    ],
+)
+def test_what_torch_reads_when_it_is_imported_is_set_before(imports, found, monkeypatch):
+    """vLLM's line about NUMA nodes, in every script, is silenced by a variable that torch reads once."""
+    for name in ("TORCH_CPP_LOG_LEVEL", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    result = subprocess.run([sys.executable, "-c", FIRST + imports], cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout.strip() == found, result.stderr
+
+
 @pytest.mark.parametrize(
     ("planted", "key"),
     [
