@@ -8,7 +8,7 @@ import numpy as np
 
 STATE = (".safetensors", ".pt", ".pth")
 CLOCKS = ("time/", "perf/")
-CLOCK_KEYS = ("step_time",)
+CLOCK_KEYS = ("step_time", *(f"eval_{key}" for key in ("runtime", "samples_per_second", "steps_per_second")))
 
 
 def differences(run: Path, untouched: Path) -> list[str]:

@@ -55,8 +55,8 @@ def growth(held: Sequence[dict[str, Any]], since: int) -> float:
 
 
 def extremes(held: Sequence[dict[str, Any]], key: str, since: int) -> tuple[int, int]:
-    """Return the least and the most of `files` or `threads` since a step."""
-    values = [row[key] for row in held[since:]]
+    """Return the least and the most of `files` or `threads` since a step, while no checkpoint was being finished."""
+    values = [row[key] for row in held[since:] if not row["saving"]]
     return min(values), max(values)
 
 

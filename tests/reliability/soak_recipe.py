@@ -5,6 +5,7 @@ $SOAK names the file: one JSON line per step, with resident memory and its anony
 
 import json
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,9 @@ def reward_funcs(config: Config) -> list[Any]:
 
 
 def held() -> dict[str, int]:
-    """Return what this process holds of the system: bytes of memory, open files, threads."""
+    """Return what this process holds of the system: bytes of memory, open files, threads; and whether a checkpoint is on its
+    way to the disk meanwhile, in a thread that has a file open."""
+    began = _saves()
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     kib = {name: int(lines[name].split()[0]) for name in ("VmRSS", "RssAnon")}
     return {
@@ -53,4 +56,9 @@ def held() -> dict[str, int]:
         "anonymous": kib["RssAnon"] * 1024,
         "files": len(os.listdir("/proc/self/fd")),
         "threads": int(lines["Threads"]),
+        "saving": began or _saves(),
     }
+
+
+def _saves() -> bool:
+    return any(thread.name.startswith("checkpoint-") for thread in threading.enumerate())
