@@ -2,7 +2,7 @@
 
 import hashlib
 import operator
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 
@@ -51,6 +51,11 @@ class Rollout:
     @property
     def completions(self) -> list[Completion]:
         return [completion for batch in self.batches for completion in batch.completions]
+
+
+def is_cut(token_ids: Sequence[int], end_ids: Collection[int]) -> bool:
+    """Say whether a completion was cut by its limit: it does not end in a token that ends one."""
+    return not token_ids or token_ids[-1] not in end_ids
 
 
 def request_seed(run_seed: int, step: int, prompt: int, sample: int) -> int:

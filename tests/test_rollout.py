@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlinvariant.rollout import Completion, request_seed
+from rlinvariant.rollout import Completion, is_cut, request_seed
 
 
 def test_a_seed_is_the_documented_hash():
@@ -54,3 +54,7 @@ def test_a_completion_has_one_logprob_per_token():
     assert Completion([5, 6], [-1.0, -2.0]).token_ids == [5, 6]
     with pytest.raises(ValueError, match="2 tokens came with 1 log-probs"):
         Completion([5, 6], [-1.0])
+
+
+def test_a_completion_is_cut_unless_its_last_token_ends_it():
+    assert is_cut([], {9}) and is_cut([9, 1], {9}) and not is_cut([1, 9], {9}) and not is_cut([9], [8, 9])

@@ -16,7 +16,7 @@ from rlinvariant.evaluation.estimate import doubling, estimate, pass_at_k
 from rlinvariant.model_source import local_model
 from rlinvariant.report.console import Console
 from rlinvariant.rewards import reward_problems
-from rlinvariant.rollout import Completion, request_seed
+from rlinvariant.rollout import Completion, is_cut, request_seed
 from rlinvariant.run import sampler_options
 from rlinvariant.sampler.engine import Sampler
 from rlinvariant.sampler.refusals import load_config
@@ -89,7 +89,7 @@ def evaluate(
             )
         graded = _graded(judge, [rows[i] for i in repeated], drawn, tokenizer)
         for i, seed, completion, row in zip(repeated, seeds, drawn, graded, strict=True):
-            cut = not completion.token_ids or completion.token_ids[-1] not in stop
+            cut = is_cut(completion.token_ids, stop)
             seen = {"seed": seed if heat else None, "length": len(completion.token_ids), "cut": cut, **row}
             per_problem[i].setdefault(name, []).append(seen)
         found, said = estimates([problem[name] for problem in per_problem], ks if heat else [1], least, bool(heat))

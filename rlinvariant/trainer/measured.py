@@ -25,6 +25,7 @@ from torch import Tensor
 
 from rlinvariant import keys, metrics
 from rlinvariant.metrics import Trained
+from rlinvariant.rollout import is_cut
 from rlinvariant.trainer.collecting import CollectingTrainer
 from rlinvariant.trainer.grading import weighted_sums
 from rlinvariant.trainer.interface import OnEvaluation, Row
@@ -69,7 +70,7 @@ class MeasuredTrainer(CollectingTrainer):
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list, *args, **kwargs):
         rewards_NF = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list, *args, **kwargs)
-        self._drawn_lengths = [(len(ids), not ids or ids[-1] not in self.end_ids) for ids in completion_ids_list]
+        self._drawn_lengths = [(len(ids), is_cut(ids, self.end_ids)) for ids in completion_ids_list]
         self._rewards_NF = rewards_NF
         return rewards_NF
 

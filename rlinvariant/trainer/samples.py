@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from rlinvariant import metrics
-from rlinvariant.rollout import Completion
+from rlinvariant.rollout import Completion, is_cut
 from rlinvariant.trainer.grading import weighted_sums
 from rlinvariant.types import JsonObject
 
@@ -70,7 +70,7 @@ class Samples:
                     "trainer_logprobs": None,
                     "mismatched_tokens": None,
                     "length": len(ids),
-                    "truncated": not ids or ids[-1] not in ends,
+                    "truncated": is_cut(ids, ends),
                 }
             )
 
