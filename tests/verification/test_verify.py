@@ -316,7 +316,7 @@ def test_the_command_from_outside(how, tmp_path):
         ([], "MODEL"),
         (["m", "--toknes", "5"], "--toknes"),
         (["m", "--tokens", "0"], "0: expected a whole number of at least 1"),
-        (["some/m", "--tokens", "9", "--short"], "--tokens 9 with --short"),
+        ([".", "--tokens", "9", "--short"], "--tokens 9 with --short"),
         (["m", "--dtype", "float16"], "float16"),
     ],
 )
