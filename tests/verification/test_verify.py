@@ -316,11 +316,13 @@ def test_the_command_from_outside(how, tmp_path):
         ([], "MODEL"),
         (["m", "--toknes", "5"], "--toknes"),
         (["m", "--tokens", "0"], "0: expected a whole number of at least 1"),
-        ([".", "--tokens", "9", "--short"], "--tokens 9 with --short"),
+        (["m", "--tokens", "9", "--short"], "--tokens 9 with --short"),
         (["m", "--dtype", "float16"], "float16"),
     ],
 )
-def test_a_wrong_command_line_is_one_line(argv, message):
+def test_a_wrong_command_line_is_one_line(argv, message, tmp_path, monkeypatch):
+    FAMILIES["llama"]().save_pretrained(tmp_path / "m")
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=message) as error:
         commands.run("verify", *argv)
     assert "\n" not in str(error.value)
