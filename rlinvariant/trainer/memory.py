@@ -15,7 +15,11 @@ if TYPE_CHECKING:
     from rlinvariant.trainer.microbatches import MicroBatchedTrainer
 
 MOST_TOKENS = {"cuda": 32768, "cpu": 8192}  # a larger forward is no faster
-USABLE = {"cuda": 0.9, "cpu": 0.5}  # share of the free memory: fragments, and on a CPU whatever else runs
+ENOUGH_TOKENS = {"cuda": 8192, "cpu": 1024}  # from here on, recomputing costs more than smaller forwards do
+USABLE = {
+    "cuda": 0.9,
+    "cpu": 0.15,
+}  # share of the memory, of a GPU's that is free, and of all of a CPU's: the same at every start
 BACKWARD = 2.5  # layers whose activations and their gradients are there at once in a backward
 STATES = 12  # bytes of a parameter's fp32 gradient and of Adam's two moments
 PROBE = 64  # tokens
@@ -70,8 +74,8 @@ def settle(trainer: "MicroBatchedTrainer") -> Fit:
     Args:
         trainer: whose model, optimizer and device are looked at, before its first backward.
 
-    Without a number from the user, it is a power of two, so that a little more or less of free memory is no other run: at most
-    MOST_TOKENS, with as few layers recomputed as it takes, or with all of them as many tokens as fit.
+    Without a number from the user, it is a power of two, so that a little more or less of free memory is no other run: as many
+    as fit, at most MOST_TOKENS, with as few layers recomputed as it takes to have ENOUGH_TOKENS.
     """
     model, device = trainer.accelerator.unwrap_model(trainer.model), trainer.accelerator.device
     layers, asked, recompute = decoder_layers(model), trainer.tokens_per_microbatch, trainer.recompute
@@ -85,12 +89,10 @@ def settle(trainer: "MicroBatchedTrainer") -> Fit:
         return free / (full * (len(layers) - recomputed + BACKWARD) + kept * recomputed)
 
     choices = {True: [len(layers)], False: [0], None: [round(len(layers) * share / 4) for share in range(5)]}[recompute]
-    wanted = asked or MOST_TOKENS[device.type]
+    wanted = asked or ENOUGH_TOKENS[device.type]
     recomputed = next((count for count in choices if fits(count) >= wanted), choices[-1])
-    if asked is not None:
-        return Fit(asked, recomputed, len(layers))
-    tokens = min(wanted, 2 ** int(math.log2(max(1.0, fits(recomputed)))))
-    return Fit(tokens, recomputed, len(layers))
+    fitting = 2 ** int(math.log2(max(1.0, fits(recomputed))))
+    return Fit(asked or min(MOST_TOKENS[device.type], fitting), recomputed, len(layers))
 
 
 def _bytes_of_a_token(model: Any) -> float:
@@ -121,13 +123,13 @@ def _itemsize(model: Any) -> int:
 
 
 def _free(device: torch.device) -> float:
-    """Return the bytes that this process can still take."""
+    """Return the bytes that this process can still take: of a CPU all, of which USABLE leaves the most to others."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
     import psutil
 
-    return psutil.virtual_memory().available
+    return psutil.virtual_memory().total
 
 
 def _still_to_come(trainer: "MicroBatchedTrainer") -> float:

@@ -198,12 +198,13 @@ def test_more_is_recomputed_and_then_less_is_held_as_memory_shrinks(divided, mon
     trainer.recompute, found = None, []
     token = memory._bytes_of_a_token(trainer.model)
     monkeypatch.setattr(memory, "_still_to_come", lambda _: 0)
-    for tokens_that_fit in (1e6, 8192 * 1.2, 8192 * 0.9, 100.0, 1.5):
-        monkeypatch.setattr(memory, "_free", lambda _, n=tokens_that_fit: n * token * (layers + memory.BACKWARD) / layers / 0.5)
+    whole = token * (layers + memory.BACKWARD) / layers / memory.USABLE["cpu"]
+    for tokens_that_fit in (1e6, 8192 * 1.2, 8192 * 0.9, 1024 * 0.9, 100.0, 1.5):
+        monkeypatch.setattr(memory, "_free", lambda _, n=tokens_that_fit: n * whole)
         found.append(memory.settle(trainer))
-    assert found[0] == found[1] == Fit(8192, 0, layers)
-    assert found[2].tokens == 8192 and 0 < found[2].recomputed <= layers
-    assert found[3].tokens < 8192 and found[3].recomputed == layers
+    assert found[0] == found[1] == Fit(8192, 0, layers) and found[2] == Fit(4096, 0, layers)
+    assert found[3].tokens == 1024 and 0 < found[3].recomputed <= layers
+    assert found[4].tokens < 1024 and found[4].recomputed == layers
     assert [fit.tokens for fit in found] == sorted((fit.tokens for fit in found), reverse=True)
     assert all(fit.tokens & (fit.tokens - 1) == 0 for fit in found), "a run on a card with a little more memory is another run"
 
