@@ -173,6 +173,10 @@ def microbatch_problems(
         return [f"{name}: expected None with invariance={invariance}: a stock trainer counts rows; remove it"]
     if tokens is not None and (isinstance(tokens, bool) or tokens < least):
         return [f"{name}: expected at least {least:,}, a prompt and {prefix}max_completion_length; or None: as many as fit"]
+    own = {"every_n_layers", "offload"} & set(args.gradient_checkpointing_kwargs or {})
+    if own and not stock:
+        name = f"{prefix}gradient_checkpointing_kwargs={shown(args.gradient_checkpointing_kwargs)}"
+        return [f"{name}: expected no {min(own)}: which layers recompute is decided by the free memory; remove it"]
     if recompute is not None and stock:
         return [f"recompute={recompute}: expected None with invariance={invariance}; use args.gradient_checkpointing"]
     return []

@@ -53,8 +53,11 @@ def _is_cached(name: str, kind: Kind) -> bool:
     """Tell whether this machine has a copy of what the hub has; `datasets` has a cache of its own."""
     if kind == "dataset":
         from datasets import config
+        from datasets.naming import camelcase_to_snakecase
 
-        return os.path.isdir(os.path.join(config.HF_DATASETS_CACHE, name.replace("/", "___")))
+        owner, _, last = name.rpartition("/")
+        directory = "___".join([*filter(None, [owner]), camelcase_to_snakecase(last)])  # as `datasets` names it
+        return os.path.isdir(os.path.join(config.HF_DATASETS_CACHE, directory))
     from huggingface_hub import try_to_load_from_cache
 
     return isinstance(try_to_load_from_cache(name, "config.json"), str)

@@ -99,8 +99,9 @@ def test_a_silent_hub_is_asked_once_for_rows(hub, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"^org/rows: cannot be had from the hub: the hub, .* go online, or give data\.path"):
         _rows.of_hub("org/rows", None, "train", "give data.path=FILE")
     assert len(hub.asked) == 1
-    (tmp_path / "org___rows").mkdir()
-    assert hub_refusal("org/rows", "dataset") is None and len(hub.asked) == 1, "what is in the cache needs no hub"
+    for name, directory in {"org/rows": "org___rows", "Org/MATH-500": "Org___math-500"}.items():  # as `datasets` names them
+        (tmp_path / directory).mkdir()
+        assert hub_refusal(name, "dataset") is None and len(hub.asked) == 1, "what is in the cache needs no hub"
 
 
 def test_the_control_asks_again_and_again(hub):

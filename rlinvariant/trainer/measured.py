@@ -29,11 +29,11 @@ from rlinvariant.rollout import is_cut
 from rlinvariant.trainer.collecting import CollectingTrainer
 from rlinvariant.trainer.grading import weighted_sums
 from rlinvariant.trainer.interface import OnEvaluation, Row
+from rlinvariant.trainer.microbatches import SUMMED
 from rlinvariant.trainer.record import Graded, StepRecord
 from rlinvariant.trainer.versions import PolicyVersions
 
 CLIPPED_BOTH = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")  # TRL's losses that clip ratios at both ends
-SUMMED = ("dapo", "cispo", "vespo")  # those whose parts, of micro-batches, are added
 
 
 class MeasuredTrainer(CollectingTrainer):

@@ -1,7 +1,9 @@
 """The number of tokens that a forward and backward may hold, measured on the model and in the free memory."""
 
 import math
+import os
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +25,7 @@ USABLE = {
 BACKWARD = 2.5  # layers whose activations and their gradients are there at once in a backward
 STATES = 12  # bytes of a parameter's fp32 gradient and of Adam's two moments
 PROBE = 64  # tokens
+LEAST_TOKENS = 256.0  # of a part; a longer row is a part of its own
 
 
 @dataclass(frozen=True)
@@ -47,18 +50,28 @@ class Fit:
     def apply(self, model: Untyped, kwargs: JsonRow | None = None) -> None:
         """Let the first layers of a model recompute, and the others not: TRL's generation switches all on.
 
-        `kwargs` are `gradient_checkpointing_kwargs`, as transformers takes them.
+        Of a model with another number of layers, as a critic may be, the same share. `kwargs` are
+        `gradient_checkpointing_kwargs`, as transformers takes them.
         """
         if self.recomputed and not model.is_gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False, **(kwargs or {})})
-        for at, layer in enumerate(decoder_layers(model)):
-            layer.gradient_checkpointing = at < self.recomputed
+        own = decoder_layers(model)
+        for at, layer in enumerate(own):
+            layer.gradient_checkpointing = at * self.layers < self.recomputed * len(own)
 
-    def halved(self, longest: int) -> "Fit | None":
-        """Return what is tried next where memory was too small; None: there is nothing left to try."""
-        if self.tokens > longest:
-            return replace(self, tokens=max(longest, self.tokens // 2))
-        return replace(self, recomputed=self.layers) if self.recomputed < self.layers else None
+    def halved(self, longest: int, device: str, recomputes: bool) -> "Fit | None":
+        """Return what is tried next where memory was too small; None: there is nothing left to try.
+
+        Args:
+            longest: tokens of the longest row, which no part can be shorter than.
+            device: its type, which says from how many tokens on recomputing costs more than smaller parts do.
+            recomputes: whether activations may be recomputed, and that would help.
+        """
+        if self.tokens > (enough := max(longest, ENOUGH_TOKENS[device])):
+            return replace(self, tokens=max(enough, self.tokens // 2))
+        if recomputes and self.recomputed < self.layers:
+            return replace(self, recomputed=self.layers)
+        return replace(self, tokens=max(longest, self.tokens // 2)) if self.tokens > longest else None
 
 
 def decoder_layers(model: nn.Module) -> list[Untyped]:
@@ -77,22 +90,27 @@ def settle(trainer: "MicroBatchedTrainer") -> Fit:
     Without a number from the user, it is a power of two, so that a little more or less of free memory is no other run: as many
     as fit, at most MOST_TOKENS, with as few layers recomputed as it takes to have ENOUGH_TOKENS.
     """
-    model, device = trainer.accelerator.unwrap_model(trainer.model), trainer.accelerator.device
-    layers, asked, recompute = decoder_layers(model), trainer.tokens_per_microbatch, trainer.recompute
-    full = _bytes_of_a_token(model) / max(1, len(layers))  # of a layer
-    kept = model.config.get_text_config().hidden_size * _itemsize(model)
-    free = _free(device) * USABLE[device.type] - _still_to_come(trainer)
+    policy, device = trainer.accelerator.unwrap_model(trainer.model), trainer.accelerator.device
+    layers, asked, recompute = len(decoder_layers(policy)), trainer.tokens_per_microbatch, trainer.recompute
+    models: list[Any] = [*trainer._models()]
+    for model in models:
+        if model.is_gradient_checkpointing:  # as it came: from here on it is decided here
+            model.gradient_checkpointing_disable()
+    # one model's activations are there at a time
+    full = max(_bytes_of_a_token(model) / max(1, len(decoder_layers(model))) for model in models)
+    kept = policy.config.get_text_config().hidden_size * _itemsize(policy)
+    free = _usable(trainer)
     if trainer.accelerator.num_processes > 1:
         free = trainer.accelerator.gather(torch.tensor([float(free)], device=device)).min().item()
 
     def fits(recomputed: int) -> float:
-        return free / (full * (len(layers) - recomputed + BACKWARD) + kept * recomputed)
+        return free / (full * (layers - recomputed + BACKWARD) + kept * recomputed)
 
-    choices = {True: [len(layers)], False: [0], None: [round(len(layers) * share / 4) for share in range(5)]}[recompute]
+    choices = {True: [layers], False: [0], None: [round(layers * share / 4) for share in range(5)]}[recompute]
     wanted = asked or ENOUGH_TOKENS[device.type]
     recomputed = next((count for count in choices if fits(count) >= wanted), choices[-1])
-    fitting = 2 ** int(math.log2(max(1.0, fits(recomputed))))
-    return Fit(asked or min(MOST_TOKENS[device.type], fitting), recomputed, len(layers))
+    fitting = 2 ** int(math.log2(max(LEAST_TOKENS, fits(recomputed))))
+    return Fit(asked or min(MOST_TOKENS[device.type], fitting), recomputed, layers)
 
 
 def _bytes_of_a_token(model: Any) -> float:
@@ -111,8 +129,10 @@ def _saved_bytes(model: Any, tokens: int) -> int:
 
     ids = torch.arange(tokens, device=device)[None] % model.config.get_text_config().vocab_size
     batch = pack(ids, torch.ones_like(ids), tokens - 1)
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+    scored: dict[str, Any] = {"use_cache": False}
+    if hasattr(model, "lm_head"):
         scored = {"token_ids": batch.token_ids, "predicted_from": batch.predicted_from, "temperature": 1.0}
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         model(**batch.inputs, attention_mask=None, **scored)
     return sum(storage.nbytes() for storage in saved.values())
 
@@ -122,18 +142,27 @@ def _itemsize(model: Any) -> int:
     return embeddings.compute_dtype.itemsize
 
 
-def _free(device: torch.device) -> float:
-    """Return the bytes that this process can still take: of a CPU all, of which USABLE leaves the most to others."""
+def _usable(trainer: "MicroBatchedTrainer") -> float:
+    """Return the bytes that activations may take.
+
+    Of a GPU, what is free but for what the first step will add: gradients, Adam's moments, the head's logits. Of a CPU, a share
+    of all memory, less if those leave less.
+    """
+    device = trainer.accelerator.device
+    has_states = trainer.optimizer is not None and trainer.optimizer.state
+    parameters = sum(p.numel() for _, p in trainer._trained())
+    to_come = parameters * (4 if has_states else STATES) + 3 * CHUNK_BYTES[device.type]
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
+        return (torch.cuda.mem_get_info(device)[0] + unused) * USABLE["cuda"] - to_come
+    total = _all_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(USABLE["cpu"] * total, total - to_come - 4 * parameters)
+
+
+def _all_memory() -> float:
+    """Return the bytes that the processes of this machine, or of this container, can have."""
     import psutil
 
-    return psutil.virtual_memory().total
-
-
-def _still_to_come(trainer: "MicroBatchedTrainer") -> float:
-    """Return the bytes of what the first step will add beside activations: gradients, Adam's moments, the head's logits."""
-    head = 3 * CHUNK_BYTES[trainer.accelerator.device.type]
-    has_states = trainer.optimizer is not None and trainer.optimizer.state
-    return sum(p.numel() for _, p in trainer._trained()) * (4 if has_states else STATES) + head
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.exists() else "max"
+    return min(psutil.virtual_memory().total, math.inf if text == "max" else float(text))

@@ -8,7 +8,7 @@ resume: the number of tokens is settled once, and a checkpoint holds it.
 
 Methods of TRL's trainer, and of transformers' below it, that are overridden:
 
-    training_step       starts an optimizer step again with half as many tokens where a GPU's memory was too small
+    training_step       starts an optimizer step again with half as many tokens where a GPU's memory was too small for a pass
     _prepare_inputs     gives such a step its rows again
     compute_loss        runs forward and backward of all parts but the last
 
@@ -16,10 +16,11 @@ B: rows of a batch, b: of a part.
 """
 
 import copy
+import gc
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -29,10 +30,11 @@ from rlinvariant.errors import UserError, one_line
 from rlinvariant.text import say
 from rlinvariant.trainer.checkpointed import CheckpointedTrainer
 from rlinvariant.trainer.memory import Fit, settle
-from rlinvariant.types import JsonObject
+from rlinvariant.types import JsonObject, JsonRow
 
 TOKEN_MEANS = ("bnpo", "dapo", "cispo", "vespo")  # TRL's losses that are means over tokens; the others are means over rows
 SUMMED = ("dapo", "cispo", "vespo")  # of these, those whose parts are normalised by the tokens of the whole step
+ENTROPY_STATE = ("_entropy_window_stats", "entropy_coef", "_last_world_entropy")  # what TRL's passes move of its controller
 
 
 def pack_rows(lengths: Sequence[int], most: int, least_parts: int = 1) -> list[list[int]]:
@@ -65,6 +67,15 @@ def merged(micro_batch: int, steps: int, steps_per_generation: int) -> tuple[int
     return micro_batch * factor, steps // factor, steps_per_generation // factor
 
 
+@dataclass
+class Pass:
+    """Holds a batch that is trained on, and the lengths of the lists that passes add to, before its pass and after it."""
+
+    batch: dict[str, Any]
+    before: dict[str, int]
+    after: dict[str, int] | None = None  # None: in progress
+
+
 class MicroBatchedTrainer(CheckpointedTrainer):
     """Takes an optimizer step in parts of so many tokens, as the module says. A stock trainer keeps TRL's micro-batches."""
 
@@ -72,9 +83,9 @@ class MicroBatchedTrainer(CheckpointedTrainer):
     recompute: bool | None = None  # activations of all layers, or none; None: of as many as memory needs
     _fit: Fit | None = None
     _again: Any = None  # the batch that is taken once more
-    _window: list[Any]  # batches of the optimizer step in progress
+    _window: list[Pass]  # over the batches of the optimizer step in progress
     _begins: bool = True  # whether the next batch begins an optimizer step
-    _marked: tuple[Any, Any, Any]
+    _marked: tuple[Any, ...]  # TRL's adaptive entropy, before the first pass of the step
     _loss_before: Any = 0.0  # of all parts of a batch but the last
     _entropy_window_stats: Any
     _trainer_is_invariant: bool
@@ -92,6 +103,8 @@ class MicroBatchedTrainer(CheckpointedTrainer):
         """Return what TRL is given for the user's settings, in a copy of them."""
         args = copy.copy(args)
         if self._trainer_is_invariant:
+            if args.ddp_find_unused_parameters is None:  # as transformers would have set it
+                args.ddp_find_unused_parameters = not args.gradient_checkpointing
             args.gradient_checkpointing = False  # decided for each layer, when memory is known
             rows, steps = args.per_device_train_batch_size, args.gradient_accumulation_steps
             rows, steps, rollout = merged(rows, steps, args.steps_per_generation)
@@ -145,7 +158,7 @@ class MicroBatchedTrainer(CheckpointedTrainer):
         """Return the rows of each part of a batch that all ranks are about to train on."""
         for model in self._models():
             self.fit.apply(model, self.args.gradient_checkpointing_kwargs)
-        return self._parts(_lengths(batch), together=True)
+        return self._parts(lengths(batch), together=True)
 
     def _models(self) -> Iterator[nn.Module]:
         """Yield the models whose forward and backward are divided."""
@@ -174,9 +187,8 @@ class MicroBatchedTrainer(CheckpointedTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         parts = self._divide(inputs)
         if not self._window:
-            noted = {key: [*values] for key, values in self._metrics["train"].items()}
-            self._marked = self._record.mark(), noted, self._entropy_window_stats
-        self._window.append(inputs)
+            self._marked = tuple(getattr(self, name, None) for name in ENTROPY_STATE)
+        self._window.append(Pass(inputs, _ends(self._noted())))
         before = {key: len(values) for key, values in self._metrics["train"].items()}
         steps, weights = self.current_gradient_accumulation_steps, self._weights_of(inputs, parts)
         self._loss_before, part, loss = 0.0, {}, None
@@ -199,7 +211,12 @@ class MicroBatchedTrainer(CheckpointedTrainer):
         if "compared" in part:
             inputs.setdefault("compared", True)
         self._weigh_metrics(before, weights, [len(rows) for rows in parts])
+        self._window[-1].after = _ends(self._noted())
         return loss
+
+    def _noted(self) -> dict[str, list[Any]]:
+        """Return the lists that passes add to, by name: of the record, and TRL's."""
+        return {f"record: {name}": x for name, x in self._record.lists_of_passes().items()} | self._metrics["train"]
 
     def _weights_of(self, inputs: Any, parts: list[Tensor]) -> list[float]:
         """Return the share that each part's loss has in the batch's: of the rows, or of the tokens, as TRL's loss is a mean."""
@@ -234,6 +251,8 @@ class MicroBatchedTrainer(CheckpointedTrainer):
     # ---- memory that was too small
 
     def training_step(self, model, inputs, num_items_in_batch=None):
+        if not self._trainer_is_invariant:
+            return super().training_step(model, inputs, num_items_in_batch)
         if self._begins:
             self._window, self._begins = [], False
         before = len(self._window)
@@ -245,22 +264,14 @@ class MicroBatchedTrainer(CheckpointedTrainer):
             if len(self._window) == before:  # the rollout, and not a pass
                 fix = "lower sampler.kv_cache_gib, the rows of a step or max_completion_length"
                 raise UserError(f"step {self.state.global_step + 1}: out of memory before a pass; {fix}: {one_line(problem)}")
-            self._start_again(problem)
+            self._halve(problem, max(int(lengths(x.batch).max()) for x in self._window), "the step")
+            self._undo()
             loss, problem = self._take_window(model, num_items_in_batch)
         self._begins = bool(self.accelerator.sync_gradients)
         return loss + self._loss_before
 
     def _prepare_inputs(self, generation_batch):
         return super()._prepare_inputs(generation_batch) if self._again is None else self._again
-
-    def _start_again(self, problem: torch.OutOfMemoryError) -> None:
-        """Undo what this optimizer step's passes have added, and halve the tokens of a part. Raises UserError as `_halve`."""
-        self._halve(problem, max(int(_lengths(batch).max()) for batch in self._window), "the step")
-        self.optimizer.zero_grad(set_to_none=True)
-        self._record.restore(self._marked[0])
-        self._metrics["train"].clear()
-        self._metrics["train"] |= {key: [*values] for key, values in self._marked[1].items()}
-        self._entropy_window_stats = self._marked[2]
 
     def _halve(self, problem: torch.OutOfMemoryError, longest: int, what: str) -> None:
         """Let parts have half as many tokens, or activations be recomputed; `longest` are the tokens of the longest row.
@@ -269,29 +280,46 @@ class MicroBatchedTrainer(CheckpointedTrainer):
             UserError: nothing is left to try: memory is too small for one row, or other ranks wait in the same step.
         """
         several, step = self.accelerator.num_processes > 1, f"step {self.state.global_step + 1}: out of memory with {self.fit}"
-        fit = None if several else self.fit.halved(longest)
+        recomputes = torch.is_grad_enabled() and self.recompute is None  # without gradients nothing is kept
+        fit = None if several else self.fit.halved(longest, self.accelerator.device.type, recomputes)
         if fit is None:
             fix = "lower tokens_per_microbatch or sampler.kv_cache_gib, or use a smaller model"
             why = "other processes are in the same step" if several else f"the longest row has {longest:,} tokens"
             raise UserError(f"{step}; {why}; {fix}: {one_line(problem)}") from problem
         say(f"{step}; {what} starts again with {fit}")
         self._fit = fit
+        gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+    def _undo(self) -> None:
+        """Forget what the passes of this optimizer step have added, and nothing else: rollouts between them stay."""
+        for _, parameter in self._trained():
+            parameter.grad = None  # accelerate's optimizer does nothing in the middle of a step
+        for done in reversed(self._window):
+            after = done.after or {}
+            for name, values in self._noted().items():
+                del values[done.before.get(name, 0) : after.get(name)]
+            if done.batch.get("compared") is True:
+                del done.batch["compared"]
+        for name, value in zip(ENTROPY_STATE, self._marked, strict=True):
+            setattr(self, name, value)
 
     def _take_window(self, model: Any, num_items_in_batch: Any) -> tuple[Any, torch.OutOfMemoryError | None]:
         """Take the micro-batches of this step once more; return the last one's loss, or why there is none."""
         window, first = self._window, self._step - len(self._window) + 1
         self._window, self._step, loss = [], first, None
         try:
-            for at, batch in enumerate(window):
-                self._again = batch
+            for at, done in enumerate(window):
+                self._again = done.batch
                 with ExitStack() as stack:
                     if at < len(window) - 1:
                         stack.enter_context(self._unsynced(model))
-                    loss = super().training_step(model, batch, num_items_in_batch)
+                    loss = super().training_step(model, done.batch, num_items_in_batch)
         except torch.OutOfMemoryError as error:
-            self._window, self._step = window, first + len(window) - 1
+            missing = window[len(self._window) :]
+            self._window += [Pass(done.batch, _ends(self._noted())) for done in missing]
+            self._step = first + len(window) - 1
             return None, error.with_traceback(None)
         finally:
             self._again = None
@@ -300,17 +328,25 @@ class MicroBatchedTrainer(CheckpointedTrainer):
     # ---- over a resume
 
     def _progress(self) -> dict[str, Any]:
-        return super()._progress() | {"fit": None if self._fit is None else asdict(self._fit)}
+        asked = {"tokens": self.tokens_per_microbatch, "recompute": self.recompute}
+        return super()._progress() | {"fit": None if self._fit is None else {"asked": asked, "found": asdict(self._fit)}}
 
     def _restore_progress(self, progress: dict[str, Any]) -> None:
         super()._restore_progress(progress)
         fit = progress.get("fit")  # checkpoints of earlier versions have none
-        if fit is not None and self.tokens_per_microbatch in (None, fit["tokens"]):
-            self._fit = Fit(**fit)
+        if fit is None or fit["asked"] != {"tokens": self.tokens_per_microbatch, "recompute": self.recompute}:
+            return
+        before, self._fit = self._fit, Fit(**fit["found"])
+        if before != self._fit and self.accelerator.is_main_process:
+            say(f"as in the checkpoint: {self._fit}")
 
 
-def _lengths(batch: Any) -> Tensor:
-    """Return the tokens of each row, [B]."""
+def _ends(lists: Mapping[str, Sequence[Any]]) -> dict[str, int]:
+    return {name: len(values) for name, values in lists.items()}
+
+
+def lengths(batch: JsonRow) -> Tensor:
+    """Return the tokens of each row of a batch, [B] int64: of its prompt and its completion."""
     return batch["prompt_mask"].sum(1) + batch["completion_mask"].sum(1)
 
 

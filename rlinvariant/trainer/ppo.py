@@ -36,6 +36,7 @@ from rlinvariant.trainer import advantages
 from rlinvariant.trainer.critic import Critic, load_critic
 from rlinvariant.trainer.grpo import InvariantGRPOTrainer
 from rlinvariant.trainer.interface import InvariantOptions, RewardFunction, Row
+from rlinvariant.trainer.microbatches import lengths
 from rlinvariant.trainer.record import PPORecord
 
 
@@ -138,7 +139,17 @@ class InvariantPPOTrainer(InvariantGRPOTrainer):
         # Where the rollout is one micro-batch, the first pass trains these rows with these weights: it takes the values, with
         # their graph, as they are, and no pass is added.
         once = self.args.steps_per_generation == 1 and (not self._trainer_is_invariant or len(self._divide(output)) == 1)
-        values = self._rollout_values(output, once)
+        values = problem = None
+        try:
+            values = self._rollout_values(output, once)
+        except torch.OutOfMemoryError as error:
+            if not (once and self._trainer_is_invariant):
+                raise
+            problem = error.with_traceback(None)  # whose frames hold what has to be freed
+        if values is None:
+            assert problem is not None
+            self._halve(problem, int(lengths(output).max()), "the critic's pass")
+            once, values = False, self._rollout_values(output, False)
         known = values.detach()
         rewards = advantages.token_rewards(self._scores, old, output.get("ref_per_token_logps"), mask, self.ppo.kl_coef)
         estimates, returns = advantages.gae(rewards, known, mask, self.ppo.gamma, self.ppo.lam)
@@ -168,8 +179,7 @@ class InvariantPPOTrainer(InvariantGRPOTrainer):
         rows, count = self.args.per_device_train_batch_size, len(output["completion_ids"])
         with torch.set_grad_enabled(grad), self.compute_loss_context_manager():
             if self._trainer_is_invariant:
-                lengths = output["prompt_mask"].sum(1) + output["completion_mask"].sum(1)
-                return self._in_parts(lengths, lambda part: (self._values(output, part),))[0]
+                return self._in_parts(lengths(output), lambda part: (self._values(output, part),))[0]
             return torch.cat([self._values(output, slice(i, i + rows)) for i in range(0, count, rows)])
 
     def _values(self, inputs: dict[str, Any], rows: slice | Tensor = slice(None)) -> Tensor:
@@ -214,7 +224,7 @@ class InvariantPPOTrainer(InvariantGRPOTrainer):
             (total / tokens).backward()
         real = mask.bool()
         self._record.value_losses.append(losses.detach()[real].cpu())
-        self._record.values_clipped += int(clipped[real].sum())
+        self._record.values_clipped.append(int(clipped[real].sum()))
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         if self._stopped and self._step % (self.args.steps_per_generation * self.num_iterations):

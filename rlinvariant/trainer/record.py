@@ -1,6 +1,5 @@
 """The record of one optimizer step, on a rank and on all of them, and the row of metrics computed from it."""
 
-import copy
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ from torch import Tensor
 from rlinvariant import metrics
 from rlinvariant.metrics import Trained
 from rlinvariant.trainer.samples import Samples
-from rlinvariant.types import JsonObject, JsonRow
+from rlinvariant.types import Untyped
 
 PARTS = ("rollout", "score", "train", "sync", "save")
 """The parts of a step whose seconds are counted, each on its own: none is part of another."""
@@ -111,7 +110,7 @@ class StepRecord:
     weights_equal: bool = True
     stop: int = 0
     began: float = field(default_factory=time.perf_counter)
-    of_passes: ClassVar[tuple[str, ...]] = ("compared", "moved", "trained", "first_mismatch")
+    of_passes: ClassVar[tuple[str, ...]] = ("compared", "moved", "trained")
 
     @classmethod
     def merge(cls, ranks: Sequence[Self]) -> Self:
@@ -130,14 +129,9 @@ class StepRecord:
             began=ranks[0].began,
         )
 
-    def mark(self) -> JsonObject:
-        """Return what passes over a batch have added so far, for `restore`."""
-        return {name: copy.copy(getattr(self, name)) for name in self.of_passes}
-
-    def restore(self, marked: JsonRow) -> None:
-        """Forget what passes have added since `mark`."""
-        for name, value in marked.items():
-            setattr(self, name, copy.copy(value))
+    def lists_of_passes(self) -> dict[str, list[Untyped]]:
+        """Return the lists that passes over a batch add to, by name."""
+        return {name: getattr(self, name) for name in self.of_passes}
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
@@ -212,13 +206,13 @@ class PPORecord(StepRecord):
         log_ratios: log(policy / policy that sampled) of the tokens trained on, one [n] float64 for each micro-batch, on the
             CPU.
         value_losses: the critic's loss of each token, one [n] fp32 for each micro-batch, on the CPU.
-        values_clipped: for how many tokens its clipped error was the larger.
+        values_clipped: for how many tokens of each micro-batch its clipped error was the larger.
         value_grad_norm: norm of the critic's gradient, the same on all ranks; NaN where no step was taken.
     """
 
     log_ratios: list[Tensor] = field(default_factory=list)
     value_losses: list[Tensor] = field(default_factory=list)
-    values_clipped: int = 0
+    values_clipped: list[int] = field(default_factory=list)
     value_grad_norm: float = float("nan")
     of_passes: ClassVar[tuple[str, ...]] = (*StepRecord.of_passes, "log_ratios", "value_losses", "values_clipped")
 
@@ -228,7 +222,7 @@ class PPORecord(StepRecord):
         whole = super().merge(ranks)
         whole.log_ratios = [x for rank in ranks for x in rank.log_ratios]
         whole.value_losses = [x for rank in ranks for x in rank.value_losses]
-        whole.values_clipped = sum(rank.values_clipped for rank in ranks)
+        whole.values_clipped = [count for rank in ranks for count in rank.values_clipped]
         whole.value_grad_norm = ranks[0].value_grad_norm
         return whole
 
@@ -245,7 +239,7 @@ class PPORecord(StepRecord):
         seen = bool(len(ratio))
         return {
             "value/loss": metrics.mean(losses),
-            "value/clip_frac": self.values_clipped / len(losses) if len(losses) else none,
+            "value/clip_frac": sum(self.values_clipped) / len(losses) if len(losses) else none,
             "value/grad_norm": self.value_grad_norm,
             "policy/approx_kl": metrics.mean((torch.expm1(log_ratio) - log_ratio).numpy()),
             "policy/ratio_mean": metrics.mean(ratio.numpy()),

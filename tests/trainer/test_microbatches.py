@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from rlinvariant.config import PPOConfig
 from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.trainer import InvariantGRPOTrainer, memory
 from rlinvariant.trainer.memory import Fit
@@ -122,43 +123,92 @@ def test_every_schedule_is_exact_in_parts(schedule, divided):
     assert_exact(run, STEP)
 
 
-def out_of_memory(monkeypatch, above):
-    """Let a forward of more than so many tokens end as on a GPU whose memory is too small; return the tokens of all others."""
-    seen, packed = [], InvariantGRPOTrainer._packed_logprobs
+def out_of_memory(monkeypatch, call, where):
+    """Let one call of the step's forwards end as where a GPU's memory is too small: in it, or in the backward that follows."""
+    calls, packed = [], InvariantGRPOTrainer._packed_logprobs
 
-    def limited(self, model, input_ids, attention_mask, length):
-        tokens = int(attention_mask.sum())
-        found = packed(self, model, input_ids, attention_mask, length)  # a part of the step's work is done by then
-        if tokens > above:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        seen.append(tokens)
-        return found
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    def limited(self, model, *args):
+        if not torch.is_grad_enabled():
+            return packed(self, model, *args)
+        calls.append(len(calls))
+        logprobs, entropies = packed(self, model, *args)  # a part of the work is done by then
+        if calls[-1] == call and where == "forward":
+            fail()
+        if calls[-1] == call:  # other gradients of this part have been added already
+            first = next(iter(self.accelerator.unwrap_model(model).parameters()))
+            hook = first.register_post_accumulate_grad_hook(lambda _: (hook.remove(), fail()))
+        return logprobs, entropies
 
     monkeypatch.setattr(InvariantGRPOTrainer, "_packed_logprobs", limited)
-    return seen
+    return calls
 
 
-@pytest.mark.parametrize("schedule", [{}, *TWICE.values()], ids=["a rollout a step", *TWICE])
+RETAKEN = {
+    "a rollout a step": ({}, 1),
+    "two rollouts a step": ({"per_device_train_batch_size": 8, **TWICE["two rollouts a step"]}, 3),
+    "straddling a step": ({"per_device_train_batch_size": 8, **TWICE["straddling a step"]}, 3),
+    "used twice": ({"num_iterations": 2}, 1),
+    "an entropy bonus that adapts": ({"use_adaptive_entropy": True, "entropy_target": 9.0, "loss_type": "dapo"}, 1),
+    "a reference": ({"beta": 0.1}, 2),
+    "PPO": ({"ppo": PPOConfig()}, 1),
+}
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("name", RETAKEN)
 def test_out_of_memory_starts_the_step_again_with_half_the_tokens_and_changes_nothing_else(
-    schedule, divided, monkeypatch, capsys
+    name, where, divided, monkeypatch, capsys
 ):
-    size = {"per_device_train_batch_size": 8} if schedule else {}
-    expected, gradients = divided(75, max_steps=3, **size, **schedule)
-    out_of_memory(monkeypatch, above=80)
-    run, found = divided(150, max_steps=3, **size, **schedule)
+    """In a later part, and where a step has two batches in a part of the second: what was added before is taken back."""
+    settings, call = RETAKEN[name]
+    monkeypatch.setitem(memory.ENOUGH_TOKENS, "cpu", 16)
+    monkeypatch.setitem(memory.ENOUGH_TOKENS, "cuda", 16)
+    expected, gradients = divided(60, max_steps=3, **settings)
+    calls = out_of_memory(monkeypatch, call, where)
+    run, found = divided(120, max_steps=3, **settings)
+    assert len(calls) > call
     said = capsys.readouterr().out
-    assert "out of memory with micro-batches of at most 150 tokens" in said and "again with micro-batches of at most 75" in said
-    assert run.trainer.fit.tokens == 75
+    assert "step 1: out of memory with micro-batches of at most 120 tokens" in said and "the step starts again with" in said
+    assert run.trainer.fit.tokens == 60
     assert_exact(run, STEP)
-    assert torch.equal(found, gradients), "the first step is not what it is with 75 tokens from the start"
+    assert torch.equal(found, gradients), "the first step is not what it is with 60 tokens from the start"
     assert numbers(run) == numbers(expected)
     assert_same_weights(weights(run), weights(expected), "out of memory")
 
 
+def test_a_resume_keeps_what_memory_has_halved(arithmetic_dir, exact_engine, tmp_path, monkeypatch):
+    monkeypatch.setitem(memory.ENOUGH_TOKENS, "cpu", 16)
+    monkeypatch.setitem(memory.ENOUGH_TOKENS, "cuda", 16)
+    settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3, "tokens_per_microbatch": 120}
+    with monkeypatch.context() as patch:
+        out_of_memory(patch, 1, "forward")
+        whole = train(arithmetic_dir, exact_engine, tmp_path / "a", **settings)
+    again = new_trainer(arithmetic_dir, exact_engine, tmp_path / "a", **settings)
+    again.trainer.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-1"))
+    assert again.trainer.fit.tokens == 60
+    assert_same_weights(weights(again), weights(whole), "resumed")
+
+
+@pytest.mark.parametrize("recomputes", [True, False])
+def test_what_is_tried_as_memory_gets_smaller(recomputes):
+    found, fit = [], Fit(32768, 0, 28)
+    while fit is not None:
+        found.append((fit.tokens, fit.recomputed))
+        fit = fit.halved(3000, "cuda", recomputes)
+    smaller = [(8192, 28), (4096, 28), (3000, 28)] if recomputes else [(4096, 0), (3000, 0)]
+    assert found == [(32768, 0), (16384, 0), (8192, 0), *smaller]
+
+
 def test_out_of_memory_for_one_row_is_one_line_that_says_what_was_tried(divided, monkeypatch):
-    out_of_memory(monkeypatch, above=10)
+    def never(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(InvariantGRPOTrainer, "_packed_logprobs", never)
     with pytest.raises(UserError) as error:
-        divided(60)
+        divided(60, recompute=None, gradient_checkpointing=True)
     assert re.fullmatch(
         r"step 1: out of memory with micro-batches of at most \d+ tokens, activations of all layers recomputed; "
         r"the longest row has \d+ tokens; lower tokens_per_microbatch or .*: CUDA out of memory.*",
@@ -183,13 +233,21 @@ def test_out_of_memory_in_a_rollout_takes_no_step_without_it(call, divided, monk
     assert len(calls) == call + 1
 
 
-def test_a_resumed_run_divides_as_its_checkpoint_did(arithmetic_dir, exact_engine, tmp_path, monkeypatch):
+def test_a_resumed_run_divides_as_its_checkpoint_did(arithmetic_dir, exact_engine, tmp_path, capsys):
+    """Whatever now fits: the settled number is part of the run."""
     settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3}
-    whole = train(arithmetic_dir, exact_engine, tmp_path / "a", tokens_per_microbatch=60, **settings)
+    whole = new_trainer(arithmetic_dir, exact_engine, tmp_path / "a", **settings)
+    whole.trainer._fit = Fit(60, 0, 2)
+    whole.trainer.train()
     again = new_trainer(arithmetic_dir, exact_engine, tmp_path / "a", **settings)
+    assert again.trainer.fit.tokens != 60
     again.trainer.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-1"))
     assert again.trainer.fit.tokens == 60
+    assert "as in the checkpoint: micro-batches of at most 60 tokens" in capsys.readouterr().out
     assert_same_weights(weights(again), weights(whole), "resumed")
+    asked = new_trainer(arithmetic_dir, exact_engine, tmp_path / "a", tokens_per_microbatch=99, **settings)
+    asked.trainer.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-1"))
+    assert asked.trainer.fit.tokens == 99, "the user's own number is another run, and is what was asked for"
 
 
 def test_more_is_recomputed_and_then_less_is_held_as_memory_shrinks(divided, monkeypatch):
@@ -197,14 +255,13 @@ def test_more_is_recomputed_and_then_less_is_held_as_memory_shrinks(divided, mon
     trainer, layers = run.trainer, run.trainer.fit.layers
     trainer.recompute, found = None, []
     token = memory._bytes_of_a_token(trainer.model)
-    monkeypatch.setattr(memory, "_still_to_come", lambda _: 0)
-    whole = token * (layers + memory.BACKWARD) / layers / memory.USABLE["cpu"]
+    whole = token * (layers + memory.BACKWARD) / layers
     for tokens_that_fit in (1e6, 8192 * 1.2, 8192 * 0.9, 1024 * 0.9, 100.0, 1.5):
-        monkeypatch.setattr(memory, "_free", lambda _, n=tokens_that_fit: n * whole)
+        monkeypatch.setattr(memory, "_usable", lambda _, n=tokens_that_fit: n * whole)
         found.append(memory.settle(trainer))
     assert found[0] == found[1] == Fit(8192, 0, layers) and found[2] == Fit(4096, 0, layers)
     assert found[3].tokens == 1024 and 0 < found[3].recomputed <= layers
-    assert found[4].tokens < 1024 and found[4].recomputed == layers
+    assert found[4] == found[5] == Fit(256, layers, layers), "a longer row is a part of its own"
     assert [fit.tokens for fit in found] == sorted((fit.tokens for fit in found), reverse=True)
     assert all(fit.tokens & (fit.tokens - 1) == 0 for fit in found), "a run on a card with a little more memory is another run"
 
@@ -227,6 +284,10 @@ MISTAKES = {
     "too small": ({"tokens_per_microbatch": 12}, "tokens_per_microbatch=12: expected at least 13"),
     "no longer prompt": ({"tokens_per_microbatch": 14}, "tokens_per_microbatch = 14 less max_completion_length=12 leaves room"),
     "a stock trainer": ({"tokens_per_microbatch": 99, "invariance": "off"}, "a stock trainer counts rows; remove it"),
+    "layers by number": (
+        {"gradient_checkpointing_kwargs": {"every_n_layers": 2}},
+        "expected no every_n_layers: which layers recompute is decided by the free memory; remove it",
+    ),
     "stock, recomputed": ({"recompute": True, "invariance": "off"}, "recompute=True: expected None with invariance=off"),
 }
 

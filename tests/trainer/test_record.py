@@ -117,7 +117,7 @@ def test_ppos_record_is_of_all_ranks_too():
         PPORecord(
             log_ratios=[torch.zeros(3, dtype=torch.float64)],
             value_losses=[torch.tensor([1.0, 2.0, 3.0])],
-            values_clipped=1,
+            values_clipped=[1],
             value_grad_norm=2.0,
         ),
         PPORecord(log_ratios=[torch.ones(1, dtype=torch.float64)], value_losses=[torch.tensor([2.0])], value_grad_norm=2.0),
