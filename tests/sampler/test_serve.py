@@ -25,7 +25,7 @@ import torch
 
 from rlinvariant.demo.model import build_small
 from rlinvariant.errors import ConfigErrors, UserError
-from rlinvariant.sampler import vllm_linear, vllm_model, vllm_serve
+from rlinvariant.sampler import vllm_serve
 from tests.parity.device import CUDA
 
 BIN = Path(sys.executable).parent
@@ -377,33 +377,3 @@ def test_the_server_is_ready_only_when_the_engine_has_said_so(proved, capsys):
     asyncio.run(start())
     assert server.started is proved
     assert ("exact: it is" in capsys.readouterr().out) is proved
-
-
-@pytest.mark.parametrize("what", ["attention", "product", "model"])
-def test_what_is_not_ours_in_an_engine_is_named(what, exact_engine, monkeypatch):
-    runner = exact_engine._runner
-    attentions, products = vllm_model.require_installed(runner)
-    assert (attentions, products) == (2, 9)
-    if what == "attention":
-        name, layer = next(iter(runner.compilation_config.static_forward_context.items()))
-        monkeypatch.setattr(layer, "attn_backend", int)
-    elif what == "product":
-        name = "model.layers.1.mlp.down_proj"
-        monkeypatch.setattr(exact_engine.model.get_submodule(name), "quant_method", vllm_linear.UnquantizedLinearMethod())
-    else:
-        name = "Linear"
-        monkeypatch.setattr(runner, "get_model", lambda: torch.nn.Linear(1, 1))
-    with pytest.raises(UserError, match=f"{name}.*plugin not active|plugin not active.*{name}"):
-        vllm_model.require_installed(runner)
-
-
-def test_equal_log_probs_are_ordered_by_token_however_many_are_asked_for():
-    """Rows of a few values: nearly all are ties. `topk` alone gives another order for each number."""
-    values = torch.randint(-3, 1, (5, 200), generator=torch.Generator().manual_seed(0)).float()
-    values[0, 7] = float("-inf")
-    values[1, 3] = -0.0
-    for row, (top, ids) in enumerate(zip(*vllm_model._top(values, 150), strict=True)):
-        expected = sorted(range(200), key=lambda i: (-values[row, i].item(), i))[:150]
-        assert ids.tolist() == expected and top.tolist() == values[row, expected].tolist()
-    for count in (1, 2, 20):
-        assert vllm_model._top(values, count)[1].equal(vllm_model._top(values, 150)[1][:, :count])
