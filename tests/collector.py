@@ -1,4 +1,4 @@
-"""What a process imports, a million objects once vLLM and TRL are there, hidden from the garbage collector."""
+"""Imported objects, a million once vLLM and TRL are there, are hidden from the garbage collector."""
 
 import gc
 from collections.abc import Iterator

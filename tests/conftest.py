@@ -1,4 +1,4 @@
-"""What the end-to-end tests share: the environment of every process, a tiny checkpoint, and engines, slow to start."""
+"""The end-to-end tests share some parts: the environment of every process, a tiny checkpoint, and engines, slow to start."""
 
 import gc
 import os

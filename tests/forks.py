@@ -21,10 +21,10 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 from tests.collector import importing
 
@@ -263,8 +263,7 @@ def _become(request: dict[str, Any], descriptors: list[int]) -> None:
     import numpy as np
     import torch
 
-    code: Any = 1
-    try:
+    def main() -> None:
         os.setsid()
         for target, descriptor in enumerate(descriptors[:3]):
             os.dup2(descriptor, target)
@@ -283,9 +282,17 @@ def _become(request: dict[str, Any], descriptors: list[int]) -> None:
             sys.argv = [first, *rest]
             sys.path[0] = os.path.dirname(first)
             runpy.run_path(first, run_name="__main__")
-        code = 0
+
+    end_with(main)
+
+
+def end_with(main: Callable[[], int | None]) -> NoReturn:
+    """End this process, a fork, as Python ends one that runs a function alone: with its exit code, or by what it raises."""
+    code: int | None = 1
+    try:
+        code = main()
     except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+        code = end.code if end.code is None or isinstance(end.code, int) else 1
         if isinstance(end.code, str):
             print(end.code, file=sys.stderr)
     except BaseException:
@@ -293,7 +300,7 @@ def _become(request: dict[str, Any], descriptors: list[int]) -> None:
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)  # exit handlers would join threads that the fork does not have
+        os._exit(code or 0)  # exit handlers would join threads that the fork does not have
 
 
 if __name__ == "__main__":

@@ -163,7 +163,7 @@ def test_a_directory_that_is_not_there_is_said_at_once(name, monkeypatch, tmp_pa
 
 
 def test_a_hub_that_does_not_answer_is_one_line():
-    """What huggingface_hub logs is not shown; `tests/test_hub.py` counts how often it is asked."""
+    """Lines that huggingface_hub logs are not shown; `tests/test_hub.py` counts how often it is asked."""
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{closed.getsockname()[1]}"

@@ -47,7 +47,11 @@ _KEPT = """
     log_completions log_multimodal num_completions_to_print log_unique_prompts log_completions_hub_repo
 """
 KEPT = frozenset(_KEPT.split())
-"""Fields that mean here what they mean to TRL."""
+"""Fields that mean here what they mean to TRL.
+
+But an exact trainer takes `gradient_checkpointing` as what memory may need, and of `per_device_train_batch_size` and
+`gradient_accumulation_steps` the rows of a step alone.
+"""
 
 SET: Mapping[str, tuple[Any, str]] = {
     "bf16": (False, "the modules cast to dtype=, in place of autocast"),

@@ -21,7 +21,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +65,10 @@ def merged(micro_batch: int, steps: int, steps_per_generation: int) -> tuple[int
     """Return TRL's rows of a micro-batch, micro-batches of a step and of a rollout, with as few micro-batches as possible."""
     factor = math.gcd(steps, steps_per_generation)
     return micro_batch * factor, steps // factor, steps_per_generation // factor
+
+
+Rows: TypeAlias = Tensor | slice
+"""The numbers of some rows of a batch, int64, or all of them."""
 
 
 @dataclass
@@ -132,24 +136,25 @@ class MicroBatchedTrainer(CheckpointedTrainer):
             parts = pack_rows(lengths, most, int(count))
         return [torch.tensor(part, device=lengths_B.device) for part in parts]
 
-    def _in_parts(self, lengths_B: Tensor, compute: Callable[[Tensor], tuple[Tensor, ...]]) -> list[Tensor]:
+    def _in_parts(self, lengths_B: Tensor, compute: Callable[[Rows], tuple[Tensor, ...]]) -> list[Tensor]:
         """Return what a function computes of all rows, part by part: of each of its tensors, [B, ...].
 
-        Where memory is too small without gradients, nothing has to be undone: it is computed again in parts of half the tokens.
+        With gradients, the rows are one part already. Without, nothing has to be undone where memory is too small: they are
+        computed again in parts of half the tokens.
 
         Args:
             lengths_B: tokens of each row.
             compute: takes the rows of a part, and returns tensors [b, ...].
         """
+        if torch.is_grad_enabled():
+            return [*compute(slice(None))]
         while True:
             parts = self._parts(lengths_B)
             try:
                 found = [compute(rows) for rows in parts]
                 break
             except torch.OutOfMemoryError as error:
-                if torch.is_grad_enabled():
-                    raise  # of a pass that `training_step` takes again
-                problem = error.with_traceback(None)
+                problem = error.with_traceback(None)  # whose frames hold what has to be freed
             self._halve(problem, int(lengths_B.max()), "scoring the rollout")
         back = torch.cat(parts).argsort()
         return [torch.cat(x)[back] for x in zip(*found, strict=True)]
@@ -188,30 +193,26 @@ class MicroBatchedTrainer(CheckpointedTrainer):
         parts = self._divide(inputs)
         if not self._window:
             self._marked = tuple(getattr(self, name, None) for name in ENTROPY_STATE)
-        self._window.append(Pass(inputs, _ends(self._noted())))
-        before = {key: len(values) for key, values in self._metrics["train"].items()}
+        self._window.append(done := Pass(inputs, _ends(self._noted())))
         steps, weights = self.current_gradient_accumulation_steps, self._weights_of(inputs, parts)
-        self._loss_before, part, loss = 0.0, {}, None
+        *earlier, last = [_rows_of(inputs, rows, weight) for rows, weight in zip(parts, weights, strict=True)]
+        inputs.pop("values", None)  # PPO's, of a rollout that is one part: their graph is used once
+        self._loss_before = 0.0
         try:
-            for at, (rows, weight) in enumerate(zip(parts, weights, strict=True)):
-                part = _rows_of(inputs, rows)
-                part["num_items_in_batch"] = inputs["num_items_in_batch"] * weight
+            for part, weight in zip(earlier, weights[:-1], strict=True):
                 self.current_gradient_accumulation_steps = steps / weight
-                last = at == len(parts) - 1
-                with ExitStack() as stack:
-                    if not last:
-                        stack.enter_context(self._unsynced(model))
+                with self._unsynced(model):
                     loss = super().compute_loss(model, part, num_items_in_batch=num_items_in_batch)
-                    if not last:
-                        self.accelerator.backward(loss)
-                        self._loss_before += loss.detach()
+                    self.accelerator.backward(loss)
+                self._loss_before += loss.detach()
+            self.current_gradient_accumulation_steps = steps / weights[-1]
+            loss = super().compute_loss(model, last, num_items_in_batch=num_items_in_batch)
         finally:
             self.current_gradient_accumulation_steps = steps
-            inputs.pop("values", None)  # PPO's, of a rollout that is one part: their graph is used once
-        if "compared" in part:
+        if "compared" in last:
             inputs.setdefault("compared", True)
-        self._weigh_metrics(before, weights, [len(rows) for rows in parts])
-        self._window[-1].after = _ends(self._noted())
+        self._weigh_metrics(done.before, weights, [len(rows) for rows in parts])
+        done.after = _ends(self._noted())
         return loss
 
     def _noted(self) -> dict[str, list[Any]]:
@@ -350,8 +351,8 @@ def lengths(batch: JsonRow) -> Tensor:
     return batch["prompt_mask"].sum(1) + batch["completion_mask"].sum(1)
 
 
-def _rows_of(batch: Any, rows: Tensor) -> dict[str, Any]:
-    """Return some rows of a batch: of every tensor and list that has one entry for each row."""
+def _rows_of(batch: Any, rows: Tensor, weight: float) -> dict[str, Any]:
+    """Return a part of a batch: some rows of every tensor and list that has one entry for each row, and its share of tokens."""
     count, part = len(batch["completion_mask"]), dict[str, Any]()
     for key, value in batch.items():
         if isinstance(value, Tensor) and value.ndim and len(value) == count:
@@ -360,4 +361,4 @@ def _rows_of(batch: Any, rows: Tensor) -> dict[str, Any]:
             part[key] = [value[row] for row in rows.tolist()]
         else:
             part[key] = value
-    return part
+    return part | {"num_items_in_batch": batch["num_items_in_batch"] * weight}

@@ -36,7 +36,7 @@ from rlinvariant.trainer import advantages
 from rlinvariant.trainer.critic import Critic, load_critic
 from rlinvariant.trainer.grpo import InvariantGRPOTrainer
 from rlinvariant.trainer.interface import InvariantOptions, RewardFunction, Row
-from rlinvariant.trainer.microbatches import lengths
+from rlinvariant.trainer.microbatches import Rows, lengths
 from rlinvariant.trainer.record import PPORecord
 
 
@@ -139,17 +139,9 @@ class InvariantPPOTrainer(InvariantGRPOTrainer):
         # Where the rollout is one micro-batch, the first pass trains these rows with these weights: it takes the values, with
         # their graph, as they are, and no pass is added.
         once = self.args.steps_per_generation == 1 and (not self._trainer_is_invariant or len(self._divide(output)) == 1)
-        values = problem = None
-        try:
-            values = self._rollout_values(output, once)
-        except torch.OutOfMemoryError as error:
-            if not (once and self._trainer_is_invariant):
-                raise
-            problem = error.with_traceback(None)  # whose frames hold what has to be freed
-        if values is None:
-            assert problem is not None
-            self._halve(problem, int(lengths(output).max()), "the critic's pass")
-            once, values = False, self._rollout_values(output, False)
+        graphed = self._values_with_graph(output) if once else None
+        once = graphed is not None
+        values = self._rollout_values(output, False) if graphed is None else graphed
         known = values.detach()
         rewards = advantages.token_rewards(self._scores, old, output.get("ref_per_token_logps"), mask, self.ppo.kl_coef)
         estimates, returns = advantages.gae(rewards, known, mask, self.ppo.gamma, self.ppo.lam)
@@ -173,6 +165,17 @@ class InvariantPPOTrainer(InvariantGRPOTrainer):
             "reward/kl_penalty": metrics.mean(penalties) + 0.0,
         }
 
+    def _values_with_graph(self, output: dict[str, Any]) -> Tensor | None:
+        """Return the values of a rollout with their graph; None where memory is too small for it, and parts are halved."""
+        try:
+            return self._rollout_values(output, True)
+        except torch.OutOfMemoryError as error:
+            if not self._trainer_is_invariant:
+                raise
+            problem = error.with_traceback(None)  # whose frames hold what has to be freed
+        self._halve(problem, int(lengths(output).max()), "the critic's pass")
+        return None
+
     def _rollout_values(self, output: dict[str, Any], grad: bool) -> Tensor:
         """Return the values of a rollout's completions, [B, T] fp32, computed in micro-batches."""
         self.critic.train(grad)
@@ -182,7 +185,7 @@ class InvariantPPOTrainer(InvariantGRPOTrainer):
                 return self._in_parts(lengths(output), lambda part: (self._values(output, part),))[0]
             return torch.cat([self._values(output, slice(i, i + rows)) for i in range(0, count, rows)])
 
-    def _values(self, inputs: dict[str, Any], rows: slice | Tensor = slice(None)) -> Tensor:
+    def _values(self, inputs: dict[str, Any], rows: Rows = slice(None)) -> Tensor:
         ids, mask = (
             torch.cat([inputs[f"prompt_{what}"][rows], inputs[f"completion_{what}"][rows]], 1) for what in ("ids", "mask")
         )

@@ -15,8 +15,9 @@ import json
 import os
 import select
 import sys
-import traceback
 from typing import Any
+
+from tests.forks import end_with
 
 POLL_S = 0.02
 ENGINE = {"max_model_len": 64, "kv_cache_gib": 0.05, "options": {"max_num_seqs": 128, "enable_prefix_caching": True}}
@@ -48,20 +49,16 @@ def become_a_run(request: dict[str, Any]) -> None:
     for descriptor, target in ((null, 0), (log, 1), (log, 2)):
         os.dup2(descriptor, target)
     os.environ.update(request["environment"])
-    code: Any = 1
-    try:
+
+    def main() -> int:
         from rlinvariant import cli
         from tests.reliability import faults
 
         for name, arguments in request["faults"]:
             getattr(faults, name)(**arguments)
-        code = cli.main(request["argv"], script="train.py")
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)  # exit handlers would join threads that the fork does not have
+        return cli.main(request["argv"], script="train.py")
+
+    end_with(main)
 
 
 def main(model: str) -> None:

@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 from rlinvariant.config import PPOConfig
 from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.trainer import InvariantGRPOTrainer, memory
+from rlinvariant.trainer.critic import Critic
 from rlinvariant.trainer.memory import Fit
 from rlinvariant.trainer.microbatches import SUMMED, merged, pack_rows
 from tests.parity.harness import assert_exact, assert_same_weights, new_trainer, train, weights
@@ -162,7 +163,7 @@ RETAKEN = {
 def test_out_of_memory_starts_the_step_again_with_half_the_tokens_and_changes_nothing_else(
     name, where, divided, monkeypatch, capsys
 ):
-    """In a later part, and where a step has two batches in a part of the second: what was added before is taken back."""
+    """Memory ends in a later part, or in the second batch of a step: what was added before is taken back."""
     settings, call = RETAKEN[name]
     monkeypatch.setitem(memory.ENOUGH_TOKENS, "cpu", 16)
     monkeypatch.setitem(memory.ENOUGH_TOKENS, "cuda", 16)
@@ -177,6 +178,25 @@ def test_out_of_memory_starts_the_step_again_with_half_the_tokens_and_changes_no
     assert torch.equal(found, gradients), "the first step is not what it is with 60 tokens from the start"
     assert numbers(run) == numbers(expected)
     assert_same_weights(weights(run), weights(expected), "out of memory")
+
+
+def test_out_of_memory_in_the_critics_pass_of_a_rollout_halves_too(divided, monkeypatch, capsys):
+    monkeypatch.setitem(memory.ENOUGH_TOKENS, "cpu", 16)
+    monkeypatch.setitem(memory.ENOUGH_TOKENS, "cuda", 16)
+    expected, gradients = divided(200, max_steps=2, ppo=PPOConfig())
+    forward, calls = Critic.forward, []
+
+    def limited(self, *args):
+        calls.append(torch.is_grad_enabled())
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return forward(self, *args)
+
+    monkeypatch.setattr(Critic, "forward", limited)
+    run, found = divided(400, max_steps=2, ppo=PPOConfig())
+    assert calls[:3] == [True, False, False], "with the graph, and then in two parts without"
+    assert "the critic's pass starts again with micro-batches of at most 200 tokens" in capsys.readouterr().out
+    assert torch.equal(found, gradients) and numbers(run) == numbers(expected)
 
 
 def test_a_resume_keeps_what_memory_has_halved(arithmetic_dir, exact_engine, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""What a step's numbers say: of all tokens and completions alike, however they were cut, and of the rewards that train."""
+"""A step's numbers are of all tokens and completions alike, however they were cut, and of the rewards that train."""
 
 import math
 from typing import Any

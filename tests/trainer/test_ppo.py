@@ -266,7 +266,7 @@ def test_drift_enters_the_ratio(arithmetic_dir, stock_engine, tmp_path):
 
 
 def configured(engine: Any, directory: Path, *settings: str) -> tuple[InvariantPPOTrainer, list[dict[str, Any]]]:
-    """What `rlinvariant train` would train, on an engine that runs already; and its rows."""
+    """Return the trainer that `rlinvariant train` would make, on an engine that runs already, and its rows."""
     config, rows = parse([*settings, "trainer.report_to=none", "trainer.save_strategy=no"]), []
     args, recipe = config.grpo_config(), config.load_recipe()
     args.output_dir = str(directory)

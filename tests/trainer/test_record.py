@@ -1,4 +1,4 @@
-"""What a step leaves behind: merged over ranks, and turned into a row, without TRL, a model or an engine."""
+"""The record that a step leaves behind is merged over ranks, and turned into a row, without TRL, a model or an engine."""
 
 import math
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""What a step's completions were: every one, once, with the numbers that it was trained with."""
+"""A step's completions are handed on: every one, once, with the numbers that it was trained with."""
 
 import math
 from typing import Any

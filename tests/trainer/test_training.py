@@ -171,7 +171,7 @@ def test_evaluation_changes_no_sample(run):
 
 
 def test_a_reference_model_is_the_same_function(run):
-    """At the first step policy and reference are one model: KL is 0 without rounding."""
+    """Policy and reference are one model at the first step: KL is 0 without rounding."""
     trained = run(beta=0.1)
     assert_exact(trained, 2 * STEP)
     assert trained.rows[0]["kl"] == 0.0 < trained.rows[1]["kl"]
