@@ -86,8 +86,12 @@ def forked(directory: Path, script: str, *arguments: str) -> Finished:
 
 
 def of_two_ranks(model: str) -> list[str]:
-    """Return the arguments of a run whose three groups of 4 lie on two processes of six samples: one is shared."""
-    return [f"recipe={RECIPE}", f"model={model}", "run=two", "trainer.per_device_train_batch_size=6"]
+    """Return the arguments of a run whose three groups of 4 lie on two processes of six samples: one is shared.
+
+    Each process trains on its samples in parts, of which both have as many.
+    """
+    parts = "trainer.tokens_per_microbatch=50"
+    return [f"recipe={RECIPE}", f"model={model}", "run=two", "trainer.per_device_train_batch_size=6", parts]
 
 
 def forked_ranks(directory: Path, model: str) -> Finished:
