@@ -127,8 +127,11 @@ def _saved_bytes(model: Any, tokens: int) -> int:
         saved[storage.data_ptr()] = storage
         return x
 
-    ids = torch.arange(tokens, device=device)[None] % model.config.get_text_config().vocab_size
-    batch = pack(ids, torch.ones_like(ids), tokens - 1)
+    config = model.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None) or PROBE
+    length = min(PROBE, 2 ** int(math.log2(positions)))  # of a row: divides PROBE
+    ids = torch.arange(tokens, device=device).view(-1, length) % config.vocab_size
+    batch = pack(ids, torch.ones_like(ids), length - 1)
     scored: dict[str, Any] = {"use_cache": False}
     if hasattr(model, "lm_head"):
         scored = {"token_ids": batch.token_ids, "predicted_from": batch.predicted_from, "temperature": 1.0}

@@ -10,10 +10,12 @@ from transformers import TrainerCallback
 
 from rlinvariant.config import PPOConfig
 from rlinvariant.errors import ConfigErrors, UserError
+from rlinvariant.models import make_invariant
 from rlinvariant.trainer import InvariantGRPOTrainer, memory
 from rlinvariant.trainer.critic import Critic
 from rlinvariant.trainer.memory import Fit
 from rlinvariant.trainer.microbatches import SUMMED, merged, pack_rows
+from tests.models.small import SUPPORTED, build
 from tests.parity.harness import assert_exact, assert_same_weights, new_trainer, train, weights
 from tests.trainer.test_training import LOSSES, STEP, numbers
 
@@ -298,6 +300,14 @@ def test_what_a_forward_keeps_is_what_is_counted(divided):
     least = 2 * (4 * config.hidden_size + 3 * config.intermediate_size)  # bf16: streams, norms, gate, up and their product
     assert whole - one >= least * (len(layers) - 1)
     assert whole - one <= 4 * least * (len(layers) - 1)
+
+
+@pytest.mark.parametrize("family", SUPPORTED)
+@pytest.mark.parametrize("positions", [7, 20, 64])
+def test_a_model_with_few_positions_is_measured(family, positions):
+    """The probe is as many tokens for every model; its rows end where the positions do, and a row past them is an error."""
+    found = [memory._bytes_of_a_token(make_invariant(build(family, max_position_embeddings=n)).train()) for n in (positions, 128)]
+    assert found[0] == pytest.approx(found[1], rel=0.05), "cumulative lengths alone differ"
 
 
 MISTAKES = {
