@@ -306,7 +306,8 @@ def test_what_a_forward_keeps_is_what_is_counted(divided):
 @pytest.mark.parametrize("positions", [7, 20, 64])
 def test_a_model_with_few_positions_is_measured(family, positions):
     """The probe is as many tokens for every model; its rows end where the positions do, and a row past them is an error."""
-    found = [memory._bytes_of_a_token(make_invariant(build(family, max_position_embeddings=n)).train()) for n in (positions, 128)]
+    few, many = (make_invariant(build(family, max_position_embeddings=n)).train() for n in (positions, 128))
+    found = [memory._bytes_of_a_token(model) for model in (few, many)]
     assert found[0] == pytest.approx(found[1], rel=0.05), "cumulative lengths alone differ"
 
 
