@@ -5,6 +5,7 @@ models/patch.py says which module becomes which, and sets the attributes declare
 B: sequences (1 if packed), T: tokens of one, H: heads, D: width of a head; R: columns of a head that are rotated; P: positions.
 """
 
+import functools
 import inspect
 import types
 from collections.abc import Callable
@@ -33,7 +34,14 @@ class UnsupportedModel(UserError):
 
 def become(module: Any, form: type, **attributes: object) -> None:
     """Give the module the forward of `form`, in a class of the same name, so that saved configurations and messages keep it."""
-    cls, body = type(module), {}
+    module.__class__ = _with_forward_of(form, type(module))
+    for name, value in attributes.items():
+        setattr(module, name, value)
+
+
+@functools.cache  # one class for all layers of a model: torch.compile compiles anew for each class
+def _with_forward_of(form: type, cls: Any) -> type:
+    body = dict[str, Any]()
     for base in reversed(form.__mro__):
         if issubclass(base, nn.Module) and base is not nn.Module:
             body |= vars(base)
@@ -41,9 +49,7 @@ def become(module: Any, form: type, **attributes: object) -> None:
         body["forward"] = _rebind(cls.forward, apply_rotary_pos_emb=apply_rotary)
     body = {k: v for k, v in body.items() if k not in ("__dict__", "__weakref__", "__doc__", "__qualname__", "__module__")}
     own = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "stock": cls, "form": form}
-    module.__class__ = type(cls.__name__, (cls,), body | own)
-    for name, value in attributes.items():
-        setattr(module, name, value)
+    return type(cls.__name__, (cls,), body | own)
 
 
 def _rebind(function: Callable, **names: Callable) -> Callable:

@@ -109,3 +109,12 @@ def test_tables_do_not_depend_on_threads_or_the_device_context():
         assert_bits_equal(sin, tables[0][1], "sin")
     angle = 4999 * 10000.0 ** torch.tensor(-2 / 64).double()
     torch.testing.assert_close(tables[0][0][4999, 1].double().cpu(), angle.float().double().cos(), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", SUPPORTED)
+def test_modules_of_one_kind_share_a_class(family):
+    """torch.compile compiles anew for each class, and gives up after a few."""
+    model = make_invariant(build(family, num_hidden_layers=2))
+    kinds = [{name: type(module) for name, module in layer.named_modules()} for layer in model.model.layers]
+    assert kinds[0] == kinds[1] and hasattr(kinds[0]["self_attn"], "stock")
+    assert type(make_invariant(build(family)).model.layers[0]) is kinds[0][""], "as of another model of the family"
