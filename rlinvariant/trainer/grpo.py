@@ -301,7 +301,7 @@ class InvariantGRPOTrainer(MeasuredTrainer):
             result = logprobs, entropies if compute_entropy else None, None
         self._trainer_logprobs, entropies = result[0].detach(), result[1]
         if entropies is not None:
-            self._trainer_entropies = entropies.detach()
+            self._trainer_entropies = entropies  # `entropy.WholeEntropyTrainer` takes them off their graph
         return result
 
     def _packed_logprobs(self, model, input_ids: Tensor, attention_mask: Tensor, length: int) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from rlinvariant.errors import UserError, one_line
 from rlinvariant.text import say
-from rlinvariant.trainer.checkpointed import CheckpointedTrainer
+from rlinvariant.trainer.entropy import WholeEntropyTrainer, trained_tokens
 from rlinvariant.trainer.memory import Fit, settle
 from rlinvariant.types import JsonObject, JsonRow
 
@@ -80,7 +80,7 @@ class Pass:
     after: dict[str, int] | None = None  # None: in progress
 
 
-class MicroBatchedTrainer(CheckpointedTrainer):
+class MicroBatchedTrainer(WholeEntropyTrainer):
     """Takes an optimizer step in parts of so many tokens, as the module says. A stock trainer keeps TRL's micro-batches."""
 
     tokens_per_microbatch: int | None = None  # as the user asks for; None: as many as fit
@@ -195,7 +195,8 @@ class MicroBatchedTrainer(CheckpointedTrainer):
             self._marked = tuple(getattr(self, name, None) for name in ENTROPY_STATE)
         self._window.append(done := Pass(inputs, _ends(self._noted())))
         steps, weights = self.current_gradient_accumulation_steps, self._weights_of(inputs, parts)
-        *earlier, last = [_rows_of(inputs, rows, weight) for rows, weight in zip(parts, weights, strict=True)]
+        whole = inputs | (self._entropy_terms(inputs) if len(parts) > 1 else {})
+        *earlier, last = [_rows_of(whole, rows, weight) for rows, weight in zip(parts, weights, strict=True)]
         inputs.pop("values", None)  # PPO's, of a rollout that is one part: their graph is used once
         self._loss_before = 0.0
         try:
@@ -221,10 +222,9 @@ class MicroBatchedTrainer(CheckpointedTrainer):
 
     def _weights_of(self, inputs: Any, parts: list[Tensor]) -> list[float]:
         """Return the share that each part's loss has in the batch's: of the rows, or of the tokens, as TRL's loss is a mean."""
-        mask = inputs["completion_mask"]
+        tokens_B = trained_tokens(inputs).sum(1)
         if self.loss_type not in TOKEN_MEANS:
-            return [len(rows) / len(mask) for rows in parts]
-        tokens_B = (mask * inputs["tool_mask"] if "tool_mask" in inputs else mask).sum(1)
+            return [len(rows) / len(tokens_B) for rows in parts]
         tokens = torch.stack([tokens_B[rows].sum() for rows in parts]).tolist()
         return [own / sum(tokens) if own else 1.0 for own in tokens]  # without a token its loss is 0
 
@@ -352,7 +352,7 @@ def lengths(batch: JsonRow) -> Tensor:
 
 
 def _rows_of(batch: Any, rows: Tensor, weight: float) -> dict[str, Any]:
-    """Return a part of a batch: some rows of every tensor and list that has one entry for each row, and its share of tokens."""
+    """Return a part of a batch: some rows of every tensor and list that has one entry for each row, and its share."""
     count, part = len(batch["completion_mask"]), dict[str, Any]()
     for key, value in batch.items():
         if isinstance(value, Tensor) and value.ndim and len(value) == count:
@@ -361,4 +361,4 @@ def _rows_of(batch: Any, rows: Tensor, weight: float) -> dict[str, Any]:
             part[key] = [value[row] for row in rows.tolist()]
         else:
             part[key] = value
-    return part | {"num_items_in_batch": batch["num_items_in_batch"] * weight}
+    return part | {"num_items_in_batch": batch["num_items_in_batch"] * weight, "weight": weight}

@@ -6,7 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from rlinvariant.config import PPOConfig
 from rlinvariant.errors import ConfigErrors, UserError
@@ -69,8 +69,8 @@ def divided(arithmetic_dir, exact_engine, tmp_path):
     def start(tokens, **changes):
         kept = Gradients()
         directory = tmp_path / str(len(list(tmp_path.iterdir())))
-        settings = {"max_steps": 1, "max_grad_norm": 1e9, "callbacks": [kept]} | changes
-        run = train(arithmetic_dir, exact_engine, directory, tokens_per_microbatch=tokens, **settings)
+        settings = {"max_steps": 1, "max_grad_norm": 1e9, "callbacks": [kept], "engine": exact_engine} | changes
+        run = train(arithmetic_dir, settings.pop("engine"), directory, tokens_per_microbatch=tokens, **settings)
         return run, kept.steps[0]
 
     return start
@@ -98,6 +98,73 @@ def test_a_step_has_the_same_gradients_and_bits_however_it_is_divided(loss, divi
     monkeypatch.setattr(InvariantGRPOTrainer, "_weights_of", lambda self, inputs, parts: [1.0] * len(parts))
     _, wrong = divided(ONE_ROW, **settings)
     assert distance(wrong, expected) > 0.2, "a part's weight is not seen"
+
+
+class Drifting:
+    """An engine whose log-probs are not the trainer's: of each completion by another amount, and of each token."""
+
+    def __init__(self, engine):
+        self.sync, self.differing_weights, self._engine = engine.sync, engine.differing_weights, engine
+
+    def generate(self, prompts, seeds, **settings):
+        completions = self._engine.generate(prompts, seeds, **settings)
+        for seed, completion in zip(seeds, completions, strict=True):
+            rng = random.Random(seed)
+            of_all = rng.gauss(0, 0.3)
+            completion.sampler_logprobs[:] = [x + of_all + rng.gauss(0, 0.3) for x in completion.sampler_logprobs]
+        return completions
+
+
+CORRECTED = {"vllm_importance_sampling_correction": True, "vllm_importance_sampling_clip_max": 1.3}
+TERMS = {  # what a loss has beside advantages and ratios: it must be seen in the gradient, and be the same in parts
+    "a reference": {"beta": 2.0},
+    "tokens truncated": {**CORRECTED, "vllm_importance_sampling_mode": "token_truncate"},
+    "sequences masked": {**CORRECTED, "vllm_importance_sampling_mode": "sequence_mask"},
+    "off-policy sequences masked": {"off_policy_mask_threshold": 0.0},
+    "an entropy bonus": {"entropy_coef": 0.3},
+    "high entropy only": {"top_entropy_quantile": 0.5},
+    "a bonus of high entropy": {"top_entropy_quantile": 0.5, "entropy_coef": 0.3},
+}
+MORE_TERMS = {
+    "a reference, unbiased": {"beta": 2.0, "use_bias_correction_kl": True},
+    "tokens masked": {**CORRECTED, "vllm_importance_sampling_mode": "token_mask"},
+    "sequences truncated": {**CORRECTED, "vllm_importance_sampling_mode": "sequence_truncate"},
+}
+slow = [pytest.param(settings, "grpo", id=f"{name}-grpo", marks=pytest.mark.slow) for name, settings in MORE_TERMS.items()]
+slow += [
+    pytest.param(settings, "dapo", id=f"{name}-dapo", marks=pytest.mark.slow) for name, settings in (TERMS | MORE_TERMS).items()
+]
+
+
+@pytest.fixture(scope="module")
+def known() -> dict[str, torch.Tensor]:
+    """The gradient of each loss without any of the terms, once there is one."""
+    return {}
+
+
+@pytest.mark.parametrize(
+    ("term", "loss"), [*(pytest.param(settings, "grpo", id=f"{name}-grpo") for name, settings in TERMS.items()), *slow]
+)
+def test_every_term_of_a_loss_has_the_same_gradient_in_parts(term, loss, known, divided, arithmetic_dir, exact_engine):
+    """Sampler and policy differ here, and policy and reference: else ratios are 1, KL is 0, and no mask has a hole."""
+
+    def gradient(tokens, **settings):
+        model = AutoModelForCausalLM.from_pretrained(arithmetic_dir, dtype=torch.float32)
+        rng = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight += 0.02 * torch.randn(weight.shape, generator=rng)
+        settings |= {"invariance": "trainer", "engine": Drifting(exact_engine), "model": model, "loss_type": loss}
+        run, found = divided(tokens, **settings)
+        return run.rows[0], found
+
+    if loss not in known:
+        known[loss] = gradient(None)[1]
+    row, whole = gradient(None, **term)
+    assert distance(whole, known[loss]) > 2**-5, "blind: the term is not seen"
+    in_parts, found = gradient(60, **term)
+    assert distance(found, whole) < 2**-8, "more than a rounding to bf16"
+    assert in_parts["loss"] == pytest.approx(row["loss"], rel=2e-3)
 
 
 def test_the_number_of_parts_follows_from_the_tokens(divided):
