@@ -136,7 +136,8 @@ class Config:
     @property
     def recompute(self) -> bool | None:
         """Return what was said of recomputing activations, by user or recipe; None: nothing, or the trainer is stock."""
-        said = "trainer.gradient_checkpointing" in self.sources and self.invariance in ("exact", "trainer")
+        names = {"trainer.gradient_checkpointing", "trainer.activation_checkpointing"}  # the second since transformers 5.24
+        said = bool(names & self.sources.keys()) and self.invariance in ("exact", "trainer")
         return self.trainer.gradient_checkpointing if said else None
 
     def load_recipe(self) -> Recipe:

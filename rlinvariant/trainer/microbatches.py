@@ -109,7 +109,8 @@ class MicroBatchedTrainer(WholeEntropyTrainer):
         if self._trainer_is_invariant:
             if args.ddp_find_unused_parameters is None:  # as transformers would have set it
                 args.ddp_find_unused_parameters = not args.gradient_checkpointing
-            args.gradient_checkpointing = False  # decided for each layer, when memory is known
+            for name in {"gradient_checkpointing", "activation_checkpointing"} & vars(args).keys():  # since transformers 5.24
+                setattr(args, name, False)  # decided for each layer, when memory is known
             rows, steps = args.per_device_train_batch_size, args.gradient_accumulation_steps
             rows, steps, rollout = merged(rows, steps, args.steps_per_generation)
             args.per_device_train_batch_size, args.gradient_accumulation_steps, args.steps_per_generation = rows, steps, rollout

@@ -189,7 +189,7 @@ class Load:
 async def alone_and_among(url: str, kinds: list[str]) -> tuple[dict[str, str], list[tuple[str, str]], Load]:
     """Return (bytes of each request alone, (request, its bytes) among traffic, the traffic)."""
     limits = httpx.Limits(max_connections=64)
-    async with httpx.AsyncClient(base_url=url, timeout=60, limits=limits) as client:
+    async with httpx.AsyncClient(base_url=url, timeout=None, limits=limits) as client:
         alone = {kind: await whole(client, body(**REQUESTS[kind])) for kind in kinds}
         again = [(kind, await whole(client, body(**REQUESTS[kind]))) for kind in kinds]  # from a warm prefix
         load = Load(client)
@@ -244,7 +244,7 @@ def test_it_answers_to_its_own_host_and_serves_no_other_route(servers):
     for name, expected in (("ours", {"a foreign host": 400, "docs": 404}), ("stock", dict.fromkeys(asked, 200))):
         servers[name].wait()
         found = {
-            what: httpx.get(servers[name].url + path, headers={"host": host}).status_code
+            what: httpx.get(servers[name].url + path, headers={"host": host}, timeout=None).status_code
             for what, (path, host) in asked.items()
         }
         assert found == expected
@@ -285,7 +285,7 @@ def test_stock_vllm_answers_otherwise_under_load(servers):
 )
 def test_a_request_that_could_not_be_exact_is_refused_by_name(name, value, servers):
     servers["ours"].wait()
-    response = httpx.post(f"{servers['ours'].url}/v1/completions", json=body(**{"temperature": 1, name: value}))
+    response = httpx.post(f"{servers['ours'].url}/v1/completions", json=body(**{"temperature": 1, name: value}), timeout=None)
     assert response.status_code == 400
     assert f"{name}=" in response.json()["error"]["message"]
 
