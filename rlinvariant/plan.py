@@ -157,7 +157,7 @@ def prove(plan: TrainerPlan, trainer: InvariantGRPOTrainer) -> None:
     came: Any = plan.source_config.dtype or torch.float32  # as loaded, `plan.config` may say what it was loaded as
     trainer.save_dtype = came if plan.save_dtype == "model" else getattr(torch, plan.save_dtype)
     if SIDES[plan.invariance][1]:
-        Console(plan.args.process_index == 0).print(str(trainer.fit))
+        trainer.settle()
     trainer.computed = f"{plan.dtype} activations, float32 parameters, invariance={plan.invariance}"
     if plan.invariance != "exact":
         return

@@ -163,6 +163,13 @@ class CheckpointedTrainer(PublishedTrainer):
                 with disk_errors(Path(self.args.output_dir), FREE_SPACE):
                     raise error
 
+    def _last_checkpoint(self) -> str:
+        """Say which checkpoint is the last; one that is being written is waited for."""
+        if self._saving is not None:
+            self._saving.join()
+        steps = [step for step, _ in checkpoints.found(Path(self.args.output_dir))]
+        return f"checkpoint-{max(steps)} is the last" if steps else "there is no checkpoint"
+
     def _save_if_due(self, now: float) -> None:
         """Ask for a checkpoint if the last is `save_minutes` old; `now` is the main process's clock, the same on all ranks."""
         if self._last_save is None or self.control.should_save:

@@ -21,7 +21,6 @@ N: completions, F: reward functions.
 
 import math
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +28,6 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from rlinvariant import checkpoints
 from rlinvariant.errors import UserError
 from rlinvariant.trainer.grading import call_rewards
 from rlinvariant.trainer.microbatches import MicroBatchedTrainer
@@ -107,13 +105,6 @@ class FiniteTrainer(MicroBatchedTrainer):
             return
         when, then = when or f"step {self.state.global_step + 1}", then or "stopped before the optimizer step"
         raise UserError(f"{when}: {problem}; {then}; {self._last_checkpoint()}")
-
-    def _last_checkpoint(self) -> str:
-        """Say which checkpoint is the last; one that is being written is waited for."""
-        if self._saving is not None:
-            self._saving.join()
-        steps = [step for step, _ in checkpoints.found(Path(self.args.output_dir))]
-        return f"checkpoint-{max(steps)} is the last" if steps else "there is no checkpoint"
 
     def _weights_and_states(self) -> Iterator[tuple[str, Tensor]]:
         for name, p in self._trained():

@@ -8,9 +8,11 @@ resume: the number of tokens is settled once, and a checkpoint holds it.
 
 Methods of TRL's trainer, and of transformers' below it, that are overridden:
 
-    training_step       starts an optimizer step again with half as many tokens where a GPU's memory was too small for a pass
-    _prepare_inputs     gives such a step its rows again
-    compute_loss        runs forward and backward of all parts but the last
+    train                   says in one line where else memory was too small
+    _prepare_for_training   says how a step is divided
+    training_step           starts an optimizer step again with half as many tokens where memory was too small for a pass
+    _prepare_inputs         gives such a step its rows again
+    compute_loss            runs forward and backward of all parts but the last
 
 B: rows of a batch, b: of a part.
 """
@@ -89,6 +91,7 @@ class MicroBatchedTrainer(WholeEntropyTrainer):
     _again: Any = None  # the batch that is taken once more
     _window: list[Pass]  # over the batches of the optimizer step in progress
     _begins: bool = True  # whether the next batch begins an optimizer step
+    _last_pass: int = -1  # the step that was trained on, and not taken yet if it is that of the trainer's state
     _marked: tuple[Any, ...]  # TRL's adaptive entropy, before the first pass of the step
     _loss_before: Any = 0.0  # of all parts of a batch but the last
     _entropy_window_stats: Any
@@ -118,8 +121,25 @@ class MicroBatchedTrainer(WholeEntropyTrainer):
 
     def train(self, *args, **kwargs):
         """Train as TRL does, in micro-batches of as many tokens as fit, or as the user asks for."""
-        self._again, self._window, self._begins = None, [], True
-        return super().train(*args, **kwargs)
+        self._again, self._window, self._begins, self._last_pass = None, [], True, -1
+        try:
+            return super().train(*args, **kwargs)
+        except torch.OutOfMemoryError as error:
+            problem = error.with_traceback(None)
+        raise self._ended(self._why_too_small(), problem)
+
+    def _ended(self, why: str, problem: torch.OutOfMemoryError) -> UserError:
+        """Return the line with which a run ends where memory was too small."""
+        return UserError(f"step {self.state.global_step + 1}: {why}; {self._last_checkpoint()}: {one_line(problem)}")
+
+    def _why_too_small(self) -> str:
+        """Say where memory was too small, outside of the passes that start again, and what helps."""
+        less = "lower sampler.kv_cache_gib"
+        if self._last_pass == self.state.global_step:
+            return f"out of memory in the optimizer; {less}, choose an optim with smaller states, or use a smaller model"
+        if not self._trainer_is_invariant:
+            return f"out of memory; {less}, per_device_train_batch_size or max_completion_length"
+        return f"out of memory outside of a pass; {less}, per_device_eval_batch_size or max_completion_length"
 
     # ---- dividing rows
 
@@ -182,9 +202,14 @@ class MicroBatchedTrainer(WholeEntropyTrainer):
     @property
     def fit(self) -> Fit:
         """Return how a step is divided; it is settled when it is first asked for. All ranks ask together then."""
+        self.settle()
+        assert self._fit is not None
+        return self._fit
+
+    def settle(self) -> None:
+        """Find how a step is divided, unless that is known. All ranks call this."""
         if self._fit is None:
             self._fit = settle(self)
-        return self._fit
 
     # ---- a step in parts
 
@@ -265,11 +290,13 @@ class MicroBatchedTrainer(WholeEntropyTrainer):
         while problem is not None:
             if len(self._window) == before:  # the rollout, and not a pass
                 fix = "lower sampler.kv_cache_gib, the rows of a step or max_completion_length"
-                raise UserError(f"step {self.state.global_step + 1}: out of memory before a pass; {fix}: {one_line(problem)}")
+                raise self._ended(f"out of memory before a pass; {fix}", problem)
             self._halve(problem, max(int(lengths(x.batch).max()) for x in self._window), "the step")
             self._undo()
             loss, problem = self._take_window(model, num_items_in_batch)
         self._begins = bool(self.accelerator.sync_gradients)
+        if self._begins:
+            self._last_pass = self.state.global_step
         return loss + self._loss_before
 
     def _prepare_inputs(self, generation_batch):
@@ -281,14 +308,14 @@ class MicroBatchedTrainer(WholeEntropyTrainer):
         Raises:
             UserError: nothing is left to try: memory is too small for one row, or other ranks wait in the same step.
         """
-        several, step = self.accelerator.num_processes > 1, f"step {self.state.global_step + 1}: out of memory with {self.fit}"
+        several, too_small = self.accelerator.num_processes > 1, f"out of memory with {self.fit}"
         recomputes = torch.is_grad_enabled() and self.recompute is None  # without gradients nothing is kept
         fit = None if several else self.fit.halved(longest, self.accelerator.device.type, recomputes)
         if fit is None:
             fix = "lower tokens_per_microbatch or sampler.kv_cache_gib, or use a smaller model"
             why = "other processes are in the same step" if several else f"the longest row has {longest:,} tokens"
-            raise UserError(f"{step}; {why}; {fix}: {one_line(problem)}") from problem
-        say(f"{step}; {what} starts again with {fit}")
+            raise self._ended(f"{too_small}; {why}; {fix}", problem)
+        say(f"step {self.state.global_step + 1}: {too_small}; {what} starts again with {fit}")
         self._fit = fit
         gc.collect()
         if torch.cuda.is_available():
@@ -336,11 +363,16 @@ class MicroBatchedTrainer(WholeEntropyTrainer):
     def _restore_progress(self, progress: dict[str, Any]) -> None:
         super()._restore_progress(progress)
         fit = progress.get("fit")  # checkpoints of earlier versions have none
-        if fit is None or fit["asked"] != {"tokens": self.tokens_per_microbatch, "recompute": self.recompute}:
-            return
-        before, self._fit = self._fit, Fit(**fit["found"])
-        if before != self._fit and self.accelerator.is_main_process:
-            say(f"as in the checkpoint: {self._fit}")
+        if fit is not None and fit["asked"] == {"tokens": self.tokens_per_microbatch, "recompute": self.recompute}:
+            self._fit = Fit(**fit["found"])
+
+    def _prepare_for_training(self, *args, **kwargs):
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        if self._trainer_is_invariant:  # only now is it known: a checkpoint's number holds
+            self.settle()
+            if self.accelerator.is_main_process:
+                say(str(self._fit))
+        return prepared
 
 
 def _ends(lists: Mapping[str, Sequence[Any]]) -> dict[str, int]:

@@ -153,7 +153,7 @@ def even(completion_ids: list[list[int]], **_: Any) -> list[float]:
 
 @pytest.fixture(scope="module")
 def grpo(path_of, tmp_path_factory) -> Iterator[tuple[Run, Any, dict[str, torch.Tensor], list[list[int]]]]:
-    """A run by the one call that users make, gradient checkpointing on; its engine, last weights and first completions."""
+    """A run by the one call that users make, all layers recomputed; its engine, last weights and first completions."""
     release()
     path, rows, mismatches = path_of(SMALLEST), [], []
     args = GRPOConfig(
@@ -175,6 +175,7 @@ def grpo(path_of, tmp_path_factory) -> Iterator[tuple[Run, Any, dict[str, torch.
         words(),
         processing_class=AutoTokenizer.from_pretrained(path),
         sampler_options={"max_model_len": 256, "kv_cache_gib": 4, "options": {"enforce_eager": True, "max_num_seqs": 64}},
+        recompute=True,
         on_row=lambda row, mismatch: (rows.append(dict(row)), mismatches.append(mismatch)),
     )
     generate, drawn = trainer.sampler.generate, []

@@ -1,4 +1,4 @@
-"""Resuming after every step: inside a reused rollout, in accumulation, after epochs, with evaluation between, with PPO."""
+"""Resuming after every step: inside a reused rollout, in parts, after epochs, with evaluation between, with PPO."""
 
 from collections.abc import Sequence
 
@@ -6,6 +6,7 @@ from tests.reliability.campaign import Campaign
 from tests.reliability.lab import Fault, Lab
 
 SMALL_BATCH = "trainer.per_device_train_batch_size=8"
+PARTS = "trainer.tokens_per_microbatch=60"
 TWO_STEPS_AN_EPOCH = "data.train_size=8"
 EVALUATION = ("trainer.eval_strategy=steps", "trainer.eval_steps=2")
 SETTINGS = {
@@ -16,12 +17,8 @@ SETTINGS = {
         "trainer.num_iterations=2",
         "trainer.gradient_accumulation_steps=1",
     ),
-    "gradient_accumulation_steps=2": (SMALL_BATCH, "trainer.gradient_accumulation_steps=2"),
-    "gradient_accumulation_steps=2 x num_iterations=2": (
-        SMALL_BATCH,
-        "trainer.gradient_accumulation_steps=2",
-        "trainer.num_iterations=2",
-    ),
+    "parts": (PARTS,),
+    "parts x num_iterations=2": (PARTS, SMALL_BATCH, "trainer.gradient_accumulation_steps=2", "trainer.num_iterations=2"),
     "epochs of two steps": (TWO_STEPS_AN_EPOCH,),
     "epochs of two steps, a rollout of two": (
         TWO_STEPS_AN_EPOCH,

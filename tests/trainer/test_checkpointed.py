@@ -24,7 +24,7 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "a rollout a step": {},
     "a rollout for four steps": {"steps_per_generation": 4},
     "a rollout used twice": {"num_iterations": 2, "steps_per_generation": 2},
-    "gradients of two batches": {"gradient_accumulation_steps": 2},
+    "gradients of several parts": {"tokens_per_microbatch": 60},
     "an epoch of two steps": {"train_dataset": questions(8)},
     "an epoch of two steps, in order": {"train_dataset": questions(8), "shuffle_dataset": False},
     "evaluation between": {

@@ -30,6 +30,12 @@ OVERRIDDEN = {
     ],
     "_compute_loss": ["self", "model", "inputs"],
     "_calculate_rewards": ["self", "inputs", "prompts", "completions", "completion_ids_list"],
+    "compute_loss": ["self", "model", "inputs", "return_outputs", "num_items_in_batch"],
+    "get_high_entropy_mask": ["self", "entropies", "mask", "threshold"],
+    "_prepare_inputs": ["self", "generation_batch"],
+    "_prepare_for_training": ["self", "max_steps", "train_dataloader", "resume_from_checkpoint"],
+    "evaluation_loop": ["self", "dataloader"],
+    "_push_from_checkpoint": ["self", "checkpoint_folder"],
     "training_step": ["self", "model", "inputs", "num_items_in_batch"],
     "_clip_grad_norm": ["self", "model"],
     "_get_grad_norm": ["self", "model", "grad_norm"],
@@ -72,6 +78,12 @@ READ = {
     "_pending_metrics": "self._pending_metrics = defaultdict(list)",
     "_pending_extra_logs": "self._pending_extra_logs = defaultdict(list)",
 }
+ENTROPY = (
+    "self.get_high_entropy_mask(entropies, mask, 1 - self.top_entropy_quantile)",
+    "apply_coef = self.entropy_coef if self._last_world_entropy <= self.args.entropy_target else 0.0",
+    "(entropies * effective_mask).sum() / effective_mask.sum().clamp(min=1.0) / accumulation_factor",
+    "loss = loss - apply_coef * entropy_loss",
+)
 OUTPUTS = ("old_per_token_logps", "sampling_per_token_logps", "completion_ids", "completion_mask", "prompt_ids", "advantages")
 FIELDS = (
     "use_vllm",
@@ -113,10 +125,10 @@ def test_overridden_methods_have_the_signature_expected(name):
 
 
 def test_every_override_is_under_contract():
-    kinds = (CheckpointedTrainer, FiniteTrainer, InvariantGRPOTrainer, InvariantPPOTrainer)
+    kinds = [kind for kind in InvariantPPOTrainer.__mro__ if issubclass(kind, GRPOTrainer) and kind is not GRPOTrainer]
     members = {name: value for kind in kinds for name, value in vars(kind).items()}
     ours = {name for name, value in members.items() if hasattr(GRPOTrainer, name) and inspect.isfunction(value)}
-    ours -= {"__init__", "train"}  # of public signature
+    ours -= {"__init__", "train", "create_model_card", "init_hf_repo", "push_to_hub"}  # of public signature
     assert ours <= set(OVERRIDDEN), f"{ours - set(OVERRIDDEN)}: overridden, and not listed above"
 
 
@@ -167,6 +179,11 @@ def test_what_a_checkpoint_relies_on():
 @pytest.mark.parametrize("name", READ)
 def test_attributes_that_are_read_are_set_by_trl(name):
     assert READ[name] in source(GRPOTrainer.__init__), f"GRPOTrainer.__init__ no longer sets {name} as expected"
+
+
+@pytest.mark.parametrize("piece", ENTROPY)
+def test_the_loss_takes_entropies_as_expected(piece):
+    assert piece in source(GRPOTrainer._compute_loss)
 
 
 @pytest.mark.parametrize("key", OUTPUTS)

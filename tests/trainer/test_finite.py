@@ -30,9 +30,9 @@ def test_a_plant_stops_the_run(plant, arithmetic_dir, exact_engine, tmp_path):
 
 
 def test_every_micro_batch_is_looked_at(arithmetic_dir, exact_engine, tmp_path):
-    """The loss of the first of two is NaN."""
+    """The loss of the first of several is NaN."""
     plant = next(p for p in plants() if p.algorithm == "grpo" and p.place == "the loss")
-    _, said = tried(plant, arithmetic_dir, exact_engine, tmp_path, gradient_accumulation_steps=2, per_device_train_batch_size=8)
+    _, said = tried(plant, arithmetic_dir, exact_engine, tmp_path, tokens_per_microbatch=100)
     assert re.match(rf"UserError: step 2: {plant.says}", said), said
 
 

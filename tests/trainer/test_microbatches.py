@@ -6,7 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM
 
 from rlinvariant.config import PPOConfig
 from rlinvariant.errors import ConfigErrors, UserError
@@ -17,6 +17,7 @@ from rlinvariant.trainer.memory import Fit
 from rlinvariant.trainer.microbatches import SUMMED, merged, pack_rows
 from tests.models.small import SUPPORTED, build
 from tests.parity.harness import assert_exact, assert_same_weights, new_trainer, train, weights
+from tests.trainer.gradients import Gradients, distance
 from tests.trainer.test_training import LOSSES, STEP, numbers
 
 ONE_ROW = 22  # the tokens of the longest row: with so many, each row is a part
@@ -52,16 +53,6 @@ def test_trl_counts_as_few_micro_batches_as_the_rollout_allows(given, expected):
 divide = InvariantGRPOTrainer._divide
 
 
-class Gradients(TrainerCallback):
-    """Keeps each step's gradients, as the optimizer gets them."""
-
-    def __init__(self):
-        self.steps = []
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.steps.append(torch.cat([p.grad.flatten().double() for p in model.parameters()]))
-
-
 @pytest.fixture
 def divided(arithmetic_dir, exact_engine, tmp_path):
     """Train one step in fp32, with so many tokens in a part; return the run and its gradients."""
@@ -74,10 +65,6 @@ def divided(arithmetic_dir, exact_engine, tmp_path):
         return run, kept.steps[0]
 
     return start
-
-
-def distance(found, expected):
-    return ((found - expected).norm() / expected.norm()).item()
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -305,6 +292,43 @@ def test_out_of_memory_for_one_row_is_one_line_that_says_what_was_tried(divided,
     )
 
 
+PLACES = {  # where else memory may be too small in the second step, and what the line says of it
+    "clipping": (
+        torch.nn.utils,
+        "clip_grad_norm_",
+        "out of memory in the optimizer; lower sampler.kv_cache_gib, choose an optim ",
+    ),
+    "optimizer": (torch.optim.AdamW, "step", "out of memory in the optimizer; lower sampler.kv_cache_gib, choose an optim "),
+    "weight sync": (InvariantGRPOTrainer, "sync", "out of memory before a pass; lower sampler.kv_cache_gib"),
+    "log": (InvariantGRPOTrainer, "_hand_on_samples", "out of memory outside of a pass; lower sampler.kv_cache_gib"),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_out_of_memory_elsewhere_is_one_line_and_loses_no_step_before(
+    place, arithmetic_dir, exact_engine, tmp_path, monkeypatch
+):
+    owner, name, words = PLACES[place]
+    settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3}
+    whole = train(arithmetic_dir, exact_engine, tmp_path / "whole", **settings)
+    broken = new_trainer(arithmetic_dir, exact_engine, tmp_path / "a", **settings)
+    works = getattr(owner, name)
+
+    def fails(*args, **kwargs):
+        if broken.trainer.state.global_step >= 1 and (place != "log" or broken.trainer.state.global_step == 2):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return works(*args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(UserError) as error:
+        patch.setattr(owner, name, fails)
+        broken.trainer.train()
+    said = str(error.value)
+    assert "\n" not in said and re.match(rf"step [23]: {words}", said) and "checkpoint-1 is the last: CUDA out of" in said
+    again = new_trainer(arithmetic_dir, exact_engine, tmp_path / "a", **settings)
+    again.trainer.train(resume_from_checkpoint=True)
+    assert_same_weights(weights(again), weights(whole), "resumed")
+
+
 @pytest.mark.parametrize("call", [0, 1], ids=["first", "second"])
 def test_out_of_memory_in_a_rollout_takes_no_step_without_it(call, divided, monkeypatch):
     """Also where the step has trained on another rollout already, which is not trained on alone."""
@@ -332,7 +356,8 @@ def test_a_resumed_run_divides_as_its_checkpoint_did(arithmetic_dir, exact_engin
     assert again.trainer.fit.tokens != 60
     again.trainer.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-1"))
     assert again.trainer.fit.tokens == 60
-    assert "as in the checkpoint: micro-batches of at most 60 tokens" in capsys.readouterr().out
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("micro-batches")]
+    assert said == 2 * ["micro-batches of at most 60 tokens, no activations recomputed"], "once for each of two runs"
     assert_same_weights(weights(again), weights(whole), "resumed")
     asked = new_trainer(arithmetic_dir, exact_engine, tmp_path / "a", tokens_per_microbatch=99, **settings)
     asked.trainer.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-1"))

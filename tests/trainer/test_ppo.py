@@ -28,6 +28,7 @@ from tests.parity.harness import (
     padded,
     weights,
 )
+from tests.trainer.gradients import Gradients, distance
 
 STEP = 16 * 8
 TIMES = ("time/", "perf/", "step_time", "profiling/")
@@ -63,10 +64,10 @@ def test_a_run_is_exact_and_moves_policy_and_critic(run, arithmetic_dir):
 
 
 SCHEDULES = {
-    "accumulated": {"gradient_accumulation_steps": 2},
+    "in parts": {"gradient_accumulation_steps": 2, "tokens_per_microbatch": 60},
     "two iterations": {"num_iterations": 2},
     "minibatches, two iterations": {"steps_per_generation": 2, "num_iterations": 2},
-    "checkpointed": {"gradient_checkpointing": True},
+    "recomputed": {"recompute": True},
 }
 
 
@@ -154,9 +155,9 @@ def test_the_policy_loss_is_ppos(new, arithmetic_dir):
     assert torch.allclose(gradient.double().cpu(), slopes / 12, rtol=1e-5, atol=1e-7)
 
 
-def test_accumulation_and_minibatches_change_no_mean(run):
-    """One step over 16 rows, in one piece or four: the same loss and gradient of the critic, but for rounding."""
-    whole, pieces = run(max_steps=1), run(max_steps=1, per_device_train_batch_size=4, gradient_accumulation_steps=4)
+def test_parts_change_no_mean(run):
+    """One step over 16 rows, in one piece or several: the same loss and gradient of the critic, but for rounding."""
+    whole, pieces = run(max_steps=1), run(max_steps=1, tokens_per_microbatch=60)
     for key, error in {"value/loss": 1e-5, "value/grad_norm": 2e-2, "grad_norm": 2e-2, "reward": 0}.items():
         assert pieces.rows[0][key] == pytest.approx(whole.rows[0][key], rel=error), key
     assert whole.rows[0]["value/grad_norm"] > 0
@@ -266,7 +267,7 @@ def test_drift_enters_the_ratio(arithmetic_dir, stock_engine, tmp_path):
 
 
 def configured(engine: Any, directory: Path, *settings: str) -> tuple[InvariantPPOTrainer, list[dict[str, Any]]]:
-    """Return the trainer that `rlinvariant train` would make, on an engine that runs already, and its rows."""
+    """Return the trainer that `rlinvariant train` would make, on an engine that runs already, and where its rows will be."""
     config, rows = parse([*settings, "trainer.report_to=none", "trainer.save_strategy=no"]), []
     args, recipe = config.grpo_config(), config.load_recipe()
     args.output_dir = str(directory)
@@ -281,7 +282,6 @@ def configured(engine: Any, directory: Path, *settings: str) -> tuple[InvariantP
         sampler=lambda: engine,
         on_row=lambda row, _: rows.append(row),
     )
-    trainer.train()
     return trainer, rows
 
 
@@ -290,26 +290,36 @@ def test_one_sample_of_each_prompt(arithmetic_dir, exact_engine, tmp_path):
     settings = ["per_device_train_batch_size=16", "max_completion_length=12", "num_generations=1"]
     settings = ["recipe=arithmetic_ppo", f"model={arithmetic_dir}", "steps=2", *(f"trainer.{s}" for s in settings)]
     trainer, rows = configured(exact_engine, tmp_path, *settings)
+    trainer.train()
     assert [row["onpolicy/mismatched_tokens"] for row in rows] == [0, 0] and trainer.num_generations == 1
     assert len(set(trainer._logs["prompt"])) > 12, "16 prompts, but for some that are alike"
 
 
 @cpu_only("two processes of one run take a GPU each; here they are joined by gloo")
-def test_two_processes_train_one_critic(arithmetic_dir, exact_engine, tmp_path):
-    """Each sees rows of its own: without an average of gradients the critics would part. And it is that of one process."""
+def test_two_processes_train_one_policy_and_one_critic(arithmetic_dir, exact_engine, tmp_path):
+    """Each has rows of its own, the first one the long ones, of which it makes more parts; the step is that of one process.
+
+    Without an average of gradients the critics would part; with other numbers of parts they would wait for each other.
+    """
     here = Path(__file__).parent
-    settings = [f"recipe={here / 'tiny_recipe.py'}", f"model={arithmetic_dir}", "steps=2", "run=two"]
-    settings += ["algorithm=ppo", "ppo.kl_coef=0.1", "ppo.critic_learning_rate=1e-3"]
-    each = [*settings, "trainer.per_device_train_batch_size=8", "wandb.mode=disabled"]
+    settings = [f"recipe={here / 'tiny_recipe.py'}", f"model={arithmetic_dir}", "steps=2", "run=two", "data.uneven=true"]
+    settings += ["algorithm=ppo", "ppo.kl_coef=0.1", "ppo.critic_learning_rate=1e-3", "trainer.shuffle_dataset=false"]
+    each = [*settings, "trainer.per_device_train_batch_size=8", "trainer.tokens_per_microbatch=130", "wandb.mode=disabled"]
     ranks = forks.run_ranks(2, [str(here / "ppo_on_ranks.py"), str(tmp_path), *each], cwd=tmp_path)
     for done in ranks:
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     rows = read_metrics(tmp_path / "runs/two")
     assert [row["onpolicy/mismatched_tokens"] for row in rows] == [0, 0]
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    assert_same_weights(first, second, "critics of two ranks")
-    _, (alone, _) = configured(exact_engine, tmp_path / "one", *settings)
+    assert_same_weights(first["critic"], second["critic"], "critics of two ranks")
+    for (own, had), (others, others_had) in zip(first["parts"], second["parts"], strict=True):
+        assert own > others and had == others_had == own, "blind: both ranks divide alike"
+    trainer, rows_of_one = configured(exact_engine, tmp_path / "one", *settings)
+    trainer.add_callback(kept := Gradients())
+    trainer.train()
+    alone = rows_of_one[0]
     assert rows[0]["onpolicy/compared_tokens"] == alone["onpolicy/compared_tokens"] >= STEP
+    assert torch.equal(first["gradient"], second["gradient"]) and distance(first["gradient"], kept.steps[0]) < 2**-8
     for key, error in {"value/loss": 1e-5, "value/grad_norm": 2e-2, "grad_norm": 2e-2}.items():
         assert rows[0][key] == pytest.approx(alone[key], rel=error) != 0, key
 

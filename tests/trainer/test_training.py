@@ -96,11 +96,12 @@ def test_every_setting_is_exact(setting, run):
 
 
 SCHEDULES = {
-    "accumulated": {"gradient_accumulation_steps": 2},
-    "one by one": {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 1},
+    "in parts": {"tokens_per_microbatch": 60},
+    "row by row": {"tokens_per_microbatch": 22},
+    "one row of four at a time": {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 1},
     "two rollouts a step": {"gradient_accumulation_steps": 2, "steps_per_generation": 1},
     "two iterations": {"num_iterations": 2},
-    "two iterations, accumulated": {"num_iterations": 2, "gradient_accumulation_steps": 2},
+    "two iterations, in parts": {"num_iterations": 2, "gradient_accumulation_steps": 2, "tokens_per_microbatch": 60},
     "two iterations in one step": {"num_iterations": 2, "gradient_accumulation_steps": 2, "steps_per_generation": 1},
     "scored ahead": {"steps_per_generation": 4, "gradient_accumulation_steps": 2},
     "scored ahead, two iterations": {"steps_per_generation": 2, "num_iterations": 2},
@@ -112,15 +113,24 @@ SCHEDULES = {
 def test_every_schedule_compares_each_token_once(schedule, run):
     settings = {"per_device_train_batch_size": 8} | SCHEDULES[schedule]
     drawn: list[int] = []
-    generate = InvariantGRPOTrainer._generate_single_turn
+    parts: list[int] = []
+    generate, divide = InvariantGRPOTrainer._generate_single_turn, InvariantGRPOTrainer._divide
 
     def counted(self, *args, **kwargs):
         ids, logprobs = generate(self, *args, **kwargs)
         drawn.append(sum(map(len, ids)))
         return ids, logprobs
 
-    with mock.patch.object(InvariantGRPOTrainer, "_generate_single_turn", counted):
+    def divided(self, batch):
+        parts.append(len(found := divide(self, batch)))
+        return found
+
+    with (
+        mock.patch.object(InvariantGRPOTrainer, "_generate_single_turn", counted),
+        mock.patch.object(InvariantGRPOTrainer, "_divide", divided),
+    ):
         trained = run(max_steps=4, **settings)
+    assert min(parts) > 1 if "tokens_per_microbatch" in settings else set(parts) == {1}
     assert_exact(trained, 4 * len(drawn) * 8)  # 4 completions a rollout or more
     assert trained.total("compared_tokens") == sum(drawn), "what was sampled and what was compared are not the same"
     assert len(trained.rows) == 4

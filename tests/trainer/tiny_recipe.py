@@ -31,6 +31,7 @@ class Data(arithmetic.Data):
     fault: str = chz.field(
         default="", doc="no prompt, reward raises, ctrl-C, rank 1 raises, rank 1 is killed, rank 1 is stopped at the end."
     )
+    uneven: bool = chz.field(default=False, doc="Two long prompts, and then two short ones, and so on; in this order.")
     api_key: str = chz.field(default="", doc="A secret, which nothing here uses.")
     source: str = chz.field(default="", doc="An address with a password in it, which nothing here uses.")
 
@@ -46,6 +47,8 @@ def datasets(config: Config, tokenizer: Any) -> Any:
         stop_after_training()
     if config.data.fault == "no prompt":
         prompts[3] = ""
+    if config.data.uneven:
+        prompts = ["1+" * 20 + prompt if at % 4 < 2 else prompt for at, prompt in enumerate(prompts)]
     return train.remove_columns("prompt").add_column("prompt", prompts), evaluation
 
 
