@@ -90,7 +90,12 @@ def _from_values(sampler: np.ndarray, trainer: np.ndarray, mismatched: np.ndarra
 
 @dataclass(frozen=True)
 class FirstMismatch:
-    """Describes where, in row-major order, the first two log-probs that are not the same bits stand."""
+    """Describes where, in row-major order, the first two log-probs that are not the same bits stand.
+
+    Args:
+        sequence, position: row and column, from 0.
+        turn: of a row that was sampled in several turns, which of them, from 1; None: there is one.
+    """
 
     sequence: int
     position: int
@@ -98,10 +103,11 @@ class FirstMismatch:
     trainer_logprob: float
     sampler_hex: str
     trainer_hex: str
+    turn: int | None = None
 
     def __str__(self) -> str:
         return (
-            f"sequence {self.sequence}, position {self.position}: "
+            f"sequence {self.sequence}, {'' if self.turn is None else f'turn {self.turn}, '}position {self.position}: "
             f"sampler {self.sampler_logprob:.9g} {self.sampler_hex}, "
             f"trainer {self.trainer_logprob:.9g} {self.trainer_hex}"
         )
@@ -117,7 +123,7 @@ def first_mismatch(
         mask: [B, T], true or nonzero where a token was sampled; padding is not looked at.
 
     Returns:
-        `sequence` is the row and `position` the column.
+        `sequence` is the row and `position` the column; `turn` counts runs of 1 in the row's mask, if it has several.
 
     Raises:
         TypeError: a log-prob array is not fp32.
@@ -136,7 +142,9 @@ def first_mismatch(
         return None
     row, column = (int(i) for i in places[0])
     words = [f"0x{int(x[row, column].view(np.uint32)):08X}" for x in (sampler, trainer)]
-    return FirstMismatch(row, column, float(sampler[row, column]), float(trainer[row, column]), *words)
+    begins = np.diff(chosen[row].astype(np.int8), prepend=np.int8(0)) == 1
+    turn = int(begins[: column + 1].sum()) if begins.sum() > 1 else None
+    return FirstMismatch(row, column, float(sampler[row, column]), float(trainer[row, column]), words[0], words[1], turn)
 
 
 def group_unique_frac(token_id_lists: Sequence[Sequence[int]], group_size: int) -> float:

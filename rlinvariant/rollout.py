@@ -4,6 +4,7 @@ import hashlib
 import operator
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 
 @dataclass(frozen=True)
@@ -25,11 +26,19 @@ class Completion:
 
 @dataclass(frozen=True)
 class Batch:
-    """Holds requests that one engine drew together: prompts (token ids), a seed for each, and what came back."""
+    """Holds requests that one engine drew together, as of one turn.
+
+    Args:
+        prompts: token ids of each; of a later turn, with all that came before it.
+        seeds: one for each.
+        completions: what came back.
+        max_tokens: most tokens of each; None: the rollout's for all.
+    """
 
     prompts: Sequence[Sequence[int]]
     seeds: Sequence[int]
     completions: Sequence[Completion]
+    max_tokens: Sequence[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -37,7 +46,7 @@ class Rollout:
     """Holds all that a step drew, and what it takes to draw it again.
 
     Args:
-        batches: of every rank, in order of ranks; of a step that samples more than once, in order of time.
+        batches: of every rank, in order of ranks; of a step that samples more than once, or in turns, in order of time.
         temperature, max_tokens, stop_token_ids: as for `Sampler.generate`.
         weights_sha256: `bits.digest` of the parameters that it was drawn with.
     """
@@ -51,6 +60,12 @@ class Rollout:
     @property
     def completions(self) -> list[Completion]:
         return [completion for batch in self.batches for completion in batch.completions]
+
+
+def runs(token_ids: Sequence[int], tool_mask: Sequence[int]) -> list[tuple[bool, list[int]]]:
+    """Return the parts of a completion between which sampled tokens and others meet: whether sampled, and the tokens."""
+    pairs = groupby(zip(tool_mask, token_ids, strict=True), key=lambda pair: bool(pair[0]))
+    return [(sampled, [token for _, token in run]) for sampled, run in pairs]
 
 
 def is_cut(token_ids: Sequence[int], end_ids: Collection[int]) -> bool:

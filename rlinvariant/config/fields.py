@@ -46,7 +46,6 @@ OWNED = {
     "num_train_epochs": "use steps=N",
     "model_init_kwargs": "use model= and dtype=",
     "use_cpu": "the device is found automatically",
-    "max_tool_calling_iterations": "tools are not supported",
     "logging_nan_inf_filter": "a loss that is not finite stops the run",
     "local_rank": "accelerate sets it",
     "enable_jit_checkpoint": "SIGTERM saves the step in progress without it",

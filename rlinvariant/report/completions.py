@@ -147,7 +147,14 @@ def _table(rows: Sequence[Sample]) -> "pyarrow.Table":
     texts = {"prompt": pa.string(), "completion": pa.string()}
     rewards = {REWARD + _valid(name): pa.float32() for name in rows[0]["rewards"]}
     numbers = {"reward": pa.float32(), "advantage": pa.float32(), "length": pa.int32(), "truncated": pa.bool_()}
-    tokens = {"token_ids": ids, "sampler_logprobs": logprobs, "trainer_logprobs": logprobs, "mismatched_tokens": pa.int32()}
+    tools = {"tool_mask": pa.list_(pa.int8()), "tool_results": pa.list_(pa.string())}
+    tokens = {
+        "token_ids": ids,
+        **tools,
+        "sampler_logprobs": logprobs,
+        "trainer_logprobs": logprobs,
+        "mismatched_tokens": pa.int32(),
+    }
     last = {"prompt_token_ids": ids, "extra": pa.string()}
     columns = first | texts | rewards | numbers | tokens | last
     flat = [
@@ -156,6 +163,7 @@ def _table(rows: Sequence[Sample]) -> "pyarrow.Table":
             "prompt": _valid(row["prompt"]),
             "completion": _valid(row["completion"]),
             **{REWARD + _valid(name): value for name, value in row["rewards"].items()},
+            "tool_results": None if row["tool_results"] is None else [_valid(text) for text in row["tool_results"]],
             "extra": json.dumps(row["extra"], default=str) if row["extra"] else None,
         }
         for row in rows

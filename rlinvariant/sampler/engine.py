@@ -197,6 +197,11 @@ class Sampler:
             torch.cuda.empty_cache()
 
     @property
+    def max_model_len(self) -> int:
+        """Return the most tokens of a prompt and its completion."""
+        return self.llm.llm_engine.model_config.max_model_len
+
+    @property
     def _runner(self) -> Any:
         core: Any = self.llm.llm_engine.engine_core
         return core.engine_core.model_executor.driver_worker.worker.model_runner
@@ -221,7 +226,7 @@ class Sampler:
         seeds: Sequence[int],
         *,
         temperature: float,
-        max_tokens: int,
+        max_tokens: int | Sequence[int],
         stop_token_ids: Sequence[int] = (),
         **sampling: Untyped,
     ) -> list[Completion]:
@@ -231,7 +236,7 @@ class Sampler:
             prompts: token ids of each; none may be empty.
             seeds: one per prompt, in [0, 2**63); equal seeds of equal prompts give equal completions.
             temperature: 0 draws greedily; an invariant engine takes 0 or at least 0.01.
-            max_tokens: most tokens of a completion.
+            max_tokens: most tokens of a completion, 1 or more: one number for all, or one for each prompt.
             stop_token_ids: tokens that end a completion and belong to it, beside the model's own end token.
             sampling: further fields of `vllm.SamplingParams`.
 
@@ -244,15 +249,16 @@ class Sampler:
         """
         if empty := [i for i, p in enumerate(prompts) if not p]:
             raise UserError(f"prompt {empty[0]} of this batch has no tokens: is it blank, or has model= no tokenizer?")
-        longest = max(map(len, prompts), default=0)
-        if longest + max_tokens > (limit := self.llm.llm_engine.model_config.max_model_len):
+        most = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else max_tokens
+        _, prompt, tokens = max(((len(p) + n, len(p), n) for p, n in zip(prompts, most, strict=True)), default=(0, 0, 0))
+        if prompt + tokens > (limit := self.max_model_len):
             raise UserError(
-                f"a prompt of {longest} tokens and a completion of {max_tokens} do not fit sampler.max_model_len={limit}; "
+                f"a prompt of {prompt} tokens and a completion of {tokens} do not fit sampler.max_model_len={limit}; "
                 "raise it, or lower trainer.max_completion_length"
             )
         params = [
-            self.params(s, temperature=temperature, max_tokens=max_tokens, stop_token_ids=stop_token_ids, **sampling)
-            for s in seeds
+            self.params(s, temperature=temperature, max_tokens=n, stop_token_ids=stop_token_ids, **sampling)
+            for s, n in zip(seeds, most, strict=True)
         ]
         inputs: list[Any] = [{"prompt_token_ids": list(p)} for p in prompts]
         if self.invariant:

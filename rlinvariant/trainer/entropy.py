@@ -17,12 +17,14 @@ import torch
 from torch import Tensor
 
 from rlinvariant.trainer.checkpointed import CheckpointedTrainer
+from rlinvariant.trainer.turns import sampled_mask
 
 
 class WholeEntropyTrainer(CheckpointedTrainer):
     """Takes from a part of a batch what `_entropy_terms` has put there, as the module says."""
 
     _high_entropy: Tensor | None = None  # of the part in progress
+    _tool_mask: Tensor | None
     _trainer_entropies: Tensor  # [B, T] fp32, of the last forward
     _entropy_bonus_enabled: bool
     _last_world_entropy: float
@@ -36,7 +38,8 @@ class WholeEntropyTrainer(CheckpointedTrainer):
 
         Forwards that take no gradient give the entropies, where a quantile is asked for: they have the bits of those to come.
         """
-        terms, mask_BT = dict[str, Any](), trained_tokens(inputs)
+        terms, mask_BT = dict[str, Any](), sampled_mask(inputs).long()
+        self._tool_mask = inputs.get("tool_mask")
         if self.top_entropy_quantile < 1.0:
             ids, mask = (torch.cat([inputs[f"{of}_{what}"] for of in ("prompt", "completion")], 1) for what in ("ids", "mask"))
             with torch.no_grad():
@@ -65,9 +68,3 @@ class WholeEntropyTrainer(CheckpointedTrainer):
             bonus = (entropies_BT * mask_BT).sum() / max(1, own) / self.current_gradient_accumulation_steps
             loss = loss - coefficient * missing * bonus if missing else loss
         return loss
-
-
-def trained_tokens(inputs: dict[str, Any]) -> Tensor:
-    """Return which tokens of a batch's completions TRL's losses count, [B, T]: not padding, and not what a tool has said."""
-    mask_BT = inputs["completion_mask"]
-    return mask_BT * inputs["tool_mask"] if "tool_mask" in inputs else mask_BT

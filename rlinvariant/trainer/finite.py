@@ -31,6 +31,7 @@ from torch.nn.utils import get_total_norm
 from rlinvariant.errors import UserError
 from rlinvariant.trainer.grading import call_rewards
 from rlinvariant.trainer.microbatches import MicroBatchedTrainer
+from rlinvariant.trainer.turns import sampled_mask
 
 Named = Iterable[tuple[str, Tensor]]
 
@@ -150,7 +151,7 @@ class FiniteTrainer(MicroBatchedTrainer):
     def _generate_and_score_completions(self, inputs):
         output = super()._generate_and_score_completions(inputs)
         if self.model.training:
-            mask = output["completion_mask"].bool()
+            mask = sampled_mask(output)
             names = {"sampler_logprobs": "sampling", "old log-probs": "old", "log-probs of the reference": "ref"}
             found = {name: output.get(f"{kind}_per_token_logps") for name, kind in names.items()}
             logprobs = [(name, torch.where(mask, x, 0.0)) for name, x in found.items() if x is not None]
@@ -160,7 +161,7 @@ class FiniteTrainer(MicroBatchedTrainer):
     def _compute_loss(self, model, inputs):
         loss = super()._compute_loss(model, inputs)
         if self.model.training:
-            logprobs = torch.where(inputs["completion_mask"].bool(), self._trainer_logprobs, 0.0)
+            logprobs = torch.where(sampled_mask(inputs), self._trainer_logprobs, 0.0)
             self._require_finite([("trainer_logprobs", logprobs), ("loss", loss)])
         return loss
 

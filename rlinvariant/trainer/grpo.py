@@ -1,13 +1,12 @@
 """GRPO as TRL does it, on rollouts whose log-probs the trainer reproduces bit for bit.
 
-Nine methods of TRL's trainer are overridden. Two have a body of our own:
+Eight methods of TRL's trainer are overridden here. One has a body of our own:
 
-    _generate_single_turn                  samples from the attached engine, with a seed for each request
     _get_per_token_logps_and_entropies     scores packed rows by `rlinvariant.ops`; TRL's own where the trainer is stock
 
 Seven call TRL's, and do something before or after it:
 
-    train                                  forgets which weights sampler and disk held, and what was counted
+    train                                  forgets what was counted
     _generate_and_score_completions        compares a rollout at once, if part of it is trained on after a step
     _compute_loss                          compares the log-probs that the loss has just computed
     _calculate_rewards                     is timed
@@ -15,32 +14,33 @@ Seven call TRL's, and do something before or after it:
     _save_checkpoint                       is timed, and notes which weights the disk holds
     log                                    says our numbers in place of TRL's averages, hands the row on, starts the next record
 
-Rewards, advantages, losses and optimisation stay TRL's. Checkpoints and resuming are `checkpointed.CheckpointedTrainer`'s,
-`finite.FiniteTrainer` stops at NaN and infinity, `collecting.CollectingTrainer` keeps the completions,
-`measured.MeasuredTrainer` the numbers. What a step has seen is in `record.StepRecord`, which weights are where in
-`versions.PolicyVersions`.
+Rewards, advantages, losses, tools and optimisation stay TRL's. `drawing.DrawingTrainer` draws from the attached engine,
+`checkpointed.CheckpointedTrainer` saves and resumes, `finite.FiniteTrainer` stops at NaN and infinity,
+`collecting.CollectingTrainer` keeps the completions, `measured.MeasuredTrainer` the numbers. What a step has seen is in
+`record.StepRecord`, which weights are where in `versions.PolicyVersions`.
 """
 
 import copy
 import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from typing import Any, Unpack
 
 import torch
+import torch.nn.functional as F
 from accelerate.utils import DistributedType, gather_object
 from datasets import Dataset
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PrinterCallback
 from trl.trainer.grpo_config import GRPOConfig
 
-from rlinvariant import bits, metrics, stopping
+from rlinvariant import metrics, stopping
 from rlinvariant.conflicts import SIDES, Invariance
 from rlinvariant.errors import ConfigErrors, ParityError
 from rlinvariant.models import make_invariant, make_trainable, require_exact
 from rlinvariant.rewards import RewardLimits
-from rlinvariant.rollout import Batch, Rollout, request_seed
+from rlinvariant.trainer.drawing import DrawingTrainer
 from rlinvariant.trainer.grading import checked_rewards, different_names
 from rlinvariant.trainer.interface import (
     OnEvaluation,
@@ -51,17 +51,17 @@ from rlinvariant.trainer.interface import (
     SamplerLike,
     TrainerArguments,
 )
-from rlinvariant.trainer.measured import MeasuredTrainer
 from rlinvariant.trainer.packing import pack
 from rlinvariant.trainer.preflight import Start, check_start, constructing, load_tokenizer
 from rlinvariant.trainer.record import Pair
 from rlinvariant.trainer.refusals import settings_problems
+from rlinvariant.trainer.turns import sampled_mask
 from rlinvariant.trainer.versions import PolicyVersions
 
 PROCESSES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
-class InvariantGRPOTrainer(MeasuredTrainer):
+class InvariantGRPOTrainer(DrawingTrainer):
     """Trains as `trl.GRPOTrainer` does, samples from an attached engine, and proves, at every step, what it trains on.
 
     Args:
@@ -103,8 +103,6 @@ class InvariantGRPOTrainer(MeasuredTrainer):
     model: Any  # PreTrainedModel, with what `make_invariant` adds to its forward
     ref_model: Any
     args: Any  # GRPOConfig, whose fields that may be None TRL has set
-    max_completion_length: int
-    sampler: SamplerLike
     proof: dict[str, Any] | None = None  # what was compared before the first step, where `rlinvariant.grpo_trainer` did
 
     def __init__(
@@ -159,11 +157,8 @@ class InvariantGRPOTrainer(MeasuredTrainer):
                 self.ref_model.__dict__.pop("forward", None)
                 make_invariant(self.ref_model, dtype)
         self.remove_callback(PrinterCallback)  # prints every number of every step; our console and files have them
-        self.use_vllm = True  # TRL's name for "the rollout carries log-probs": turns on its correction, if asked for
-        self.sampler = sampler()
+        self._attach(sampler())
         self._versions = PolicyVersions(staleness)
-        self._seeded: dict[bool, tuple[int, int]] = {}  # training or not -> (last step, rollouts that it had had before)
-        self._sampler_logprobs: list[list[float]] = []  # of the last rollout, from `_generate_single_turn` to the leaf
         self._scoring_rollout = False
         self.reward_func_names = different_names(self.reward_func_names)
         self._start_step()
@@ -176,88 +171,9 @@ class InvariantGRPOTrainer(MeasuredTrainer):
             require_exact(make_invariant(copy.deepcopy(model).to(args.device), dtype))  # what the sampler will run
 
     def train(self, *args, **kwargs):
-        """Train as `MeasuredTrainer` does; the first rollout syncs the weights, whatever the sampler held."""
-        self._versions.forget()
-        self._seeded = {}
+        """Train as `DrawingTrainer` does; what was recorded before is forgotten."""
         self._start_step()
         return super().train(*args, **kwargs)
-
-    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs):
-        """Sample one completion per prompt; TRL has repeated each prompt `num_generations` times over all ranks."""
-        self.sync(stale=self.model.training)
-        seeds = self._seeds(len(prompt_ids), num_generations)
-        with self._timed("rollout"):
-            completions = self.sampler.generate(
-                prompt_ids,
-                seeds,
-                temperature=self.temperature,
-                max_tokens=self.max_completion_length,
-                stop_token_ids=list(self.eos_token_ids),
-            )
-        self._sampler_logprobs = [c.sampler_logprobs for c in completions]
-        if self.model.training:
-            self._versions.sampled(self.state.global_step)
-            self._record.samples.draw(self, prompt_ids, completions, num_generations)
-            self._hand_on(Batch(prompt_ids, seeds, completions))
-        return [c.token_ids for c in completions], self._sampler_logprobs
-
-    def _hand_on(self, batch: Batch) -> None:
-        """Give `on_rollout` what this step has drawn so far, if the weights that it was drawn with can be loaded again."""
-        step = self.state.global_step
-        if self._on_rollout is None or not self._versions.on_disk(step):
-            return
-        with self._timed("save"):
-            batches = gather_object([batch])
-            if not self.accelerator.is_main_process:
-                return
-            self._drawn += batches
-            stop, weights = list(self.eos_token_ids), bits.digest(self._weights())
-            self._on_rollout(step + 1, Rollout(self._drawn, self.temperature, self.max_completion_length, stop, weights))
-
-    def _seeds(self, count: int, group: int) -> list[int]:
-        """Derive a seed for each request from (run seed, step, prompt, sample): distinct over a group and over ranks.
-
-        A step that samples more than once, and evaluation, draw from runs of their own.
-        """
-        step, training = self.state.global_step, bool(self.model.training)
-        last, earlier = self._seeded.get(training, (-1, 0))
-        earlier = earlier + 1 if last == step else 0
-        self._seeded[training] = (step, earlier)
-        run = request_seed(self.args.seed, earlier, int(training), 0)
-        first = self.accelerator.process_index * count
-        return [request_seed(run, step, i // group, i % group) for i in range(first, first + count)]
-
-    def sync(self, stale: bool = False) -> None:
-        """Give the sampler the current weights, unless it has them, bit for bit. All ranks call this.
-
-        Args:
-            stale: give it the weights of `staleness` steps ago instead.
-
-        Raises:
-            ParityError: with invariance="exact", when a parameter of the sampler differs after the sync.
-            UserError: a weight is not finite.
-        """
-        step = self.state.global_step
-        when = () if self.model.training else (f"after step {step}", "stopped before they were sampled from")
-        version, older = self._versions.to_sample_with(step, stale)
-        with self._timed("sync"):
-            self._require_finite(((f"weight {name}", w) for name, w in self._weights()), *when)
-            if self._versions.sampler == version and self._sampler_is_invariant:  # all of a stock one's cannot be read
-                if not self.sampler.differing_weights(self._weights(older)):
-                    return
-                self._versions.edited()
-            self.sampler.sync(self._weights(older))
-            differing = self.sampler.differing_weights(self._weights(older))
-        self._versions.sampler, self._record.weights_equal = version, not differing
-        if differing and self.invariance == "exact":
-            differ = f"{len(differing)} of the sampler's parameters differ from the trainer's, first {differing[0]}"
-            raise ParityError(f"step {step + 1}: after the weight sync, {differ}")
-
-    def _weights(self, older: dict[str, Tensor] | None = None):
-        """Yield names and tensors of the policy's parameters, or of older ones, on the device."""
-        if older is not None:
-            return ((name, w.to(self.accelerator.device)) for name, w in older.items())
-        return self.accelerator.unwrap_model(self.model).named_parameters()
 
     @property
     def _must_be_equal(self) -> bool:
@@ -289,14 +205,17 @@ class InvariantGRPOTrainer(MeasuredTrainer):
             # The old log-probs are the sampler's: the loss, which runs on the same weights, will prove it. TRL's extra pass
             # over the rollout, a quarter of a step's arithmetic, is not needed.
             rows = [torch.tensor(x, dtype=torch.float32) for x in self._sampler_logprobs]
-            logprobs = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-            return torch.nn.functional.pad(logprobs, (0, logits_to_keep - logprobs.shape[1])).to(input_ids.device), None, None
+            logprobs = pad_sequence(rows, batch_first=True)
+            return F.pad(logprobs, (0, logits_to_keep - logprobs.shape[1])).to(input_ids.device), None, None
         if not self._trainer_is_invariant:
             result = super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **kwargs
             )
         else:
-            scored = lambda x: self._packed_logprobs(model, input_ids[x], attention_mask[x], logits_to_keep)  # noqa: E731
+            wanted = attention_mask[:, -logits_to_keep:].bool()
+            if self._tool_mask is not None:  # nobody trains on a tool's tokens
+                wanted &= F.pad(self._tool_mask, (0, logits_to_keep - self._tool_mask.shape[1])).bool()
+            scored = lambda x: self._packed_logprobs(model, input_ids[x], attention_mask[x], wanted[x])  # noqa: E731
             logprobs, entropies = self._in_parts(attention_mask.sum(1), scored)
             result = logprobs, entropies if compute_entropy else None, None
         self._trainer_logprobs, entropies = result[0].detach(), result[1]
@@ -304,9 +223,9 @@ class InvariantGRPOTrainer(MeasuredTrainer):
             self._trainer_entropies = entropies  # `entropy.WholeEntropyTrainer` takes them off their graph
         return result
 
-    def _packed_logprobs(self, model, input_ids: Tensor, attention_mask: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """Return log-probs and entropies [B, length], fp32, of the last `length` columns of a padded batch [B, L]."""
-        batch = pack(input_ids, attention_mask, length)
+    def _packed_logprobs(self, model, input_ids: Tensor, attention_mask: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        """Return log-probs and entropies [B, C], fp32, of the `wanted` [B, C] of the last columns of a padded batch [B, L]."""
+        batch = pack(input_ids, attention_mask, wanted.shape[1], wanted=wanted)
         logprobs, entropies = model(
             **batch.inputs,
             attention_mask=None,
@@ -317,6 +236,7 @@ class InvariantGRPOTrainer(MeasuredTrainer):
         return batch.unpack(logprobs), batch.unpack(entropies)
 
     def _compute_loss(self, model, inputs):
+        self._tool_mask = inputs.get("tool_mask")
         loss = super()._compute_loss(model, inputs)
         if self.model.training and "compared" not in inputs and self._versions.rollout_step == self.state.global_step:
             self._compare(self._trainer_logprobs, inputs)
@@ -327,7 +247,7 @@ class InvariantGRPOTrainer(MeasuredTrainer):
 
     def _compare(self, trainer_logprobs: Tensor, inputs: dict[str, Any]) -> None:
         """Keep both log-probs of every sampled token; stop at the first that differs where they must be equal."""
-        record, mask = self._record, inputs["completion_mask"].bool()
+        record, mask = self._record, sampled_mask(inputs)
         record.compared.append(pair := Pair.of(trainer_logprobs, inputs))
         record.samples.compare(inputs, *pair)
         if record.first_mismatch is None:
@@ -345,11 +265,7 @@ class InvariantGRPOTrainer(MeasuredTrainer):
     def _start_step(self) -> None:
         equal = self._record.weights_equal if hasattr(self, "_record") else True  # until the next sync
         self._record = self.record_type(weights_equal=equal)
-        self._drawn: list[Batch] = []  # by this step on all ranks, of what was handed to `on_rollout`
-
-    def _timed(self, part: str) -> AbstractContextManager[None]:
-        """Count a block's seconds, but not those that an evaluation between two steps takes."""
-        return self._record.timed(part) if self.model.training else nullcontext()
+        self._drawn = []
 
     def _calculate_rewards(self, *args, **kwargs):
         with self._timed("score"):
@@ -368,14 +284,6 @@ class InvariantGRPOTrainer(MeasuredTrainer):
         with self._timed("save"):
             super()._save_checkpoint(model, trial)
         self._versions.disk = self.state.global_step
-
-    def _progress(self) -> dict[str, Any]:
-        return super()._progress() | {"seeded": self._seeded, "versions": self._versions.state()}
-
-    def _restore_progress(self, progress: dict[str, Any]) -> None:
-        super()._restore_progress(progress)
-        self._versions.restore(progress["versions"], disk=self.state.global_step)
-        self._seeded = progress["seeded"]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Say the numbers of `keys.KEYS` in place of what TRL has averaged of a step, and hand the row on."""

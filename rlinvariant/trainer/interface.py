@@ -27,13 +27,18 @@ RewardFunction: TypeAlias = str | PreTrainedModel | Callable[..., Any]
 class SamplerLike(Protocol):
     """Describes what the trainer needs of a sampler; `rlinvariant.sampler.engine.Sampler` has it."""
 
+    llm: Any  # the engine, of which TRL reads max_model_len
+
+    @property
+    def max_model_len(self) -> int: ...
+
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
         seeds: Sequence[int],
         *,
         temperature: float,
-        max_tokens: int,
+        max_tokens: int | Sequence[int],
         stop_token_ids: Sequence[int] = (),
     ) -> list[Completion]: ...
 
@@ -52,6 +57,9 @@ class TRLArguments(TypedDict, total=False):
     reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase] | None
     callbacks: list[TrainerCallback] | None
     optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None]
+    tools: list[Callable[..., Any]] | None
+    rollout_func: Callable[..., dict[str, Any]] | None
+    environment_factory: Callable[[], Any] | dict[str, Callable[[], Any]] | None
     peft_config: object  # peft.PeftConfig, where the trainer is stock
 
 

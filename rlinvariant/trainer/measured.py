@@ -31,6 +31,7 @@ from rlinvariant.trainer.grading import weighted_sums
 from rlinvariant.trainer.interface import OnEvaluation, Row
 from rlinvariant.trainer.microbatches import SUMMED
 from rlinvariant.trainer.record import Graded, StepRecord
+from rlinvariant.trainer.turns import sampled_mask
 from rlinvariant.trainer.versions import PolicyVersions
 
 CLIPPED_BOTH = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")  # TRL's losses that clip ratios at both ends
@@ -51,6 +52,7 @@ class MeasuredTrainer(CollectingTrainer):
     _evaluated: list[Graded]
     _evaluated_as: str | None = None  # prefix of the keys of an evaluation that is not logged yet
     _trainer_entropies: Tensor
+    _sampled: list[list[int]] | None  # of the last rollout, 1 for each token that was sampled, 0 for a tool's; None: all were
     num_generations: int
     num_generations_eval: int
     loss_type: str
@@ -70,7 +72,8 @@ class MeasuredTrainer(CollectingTrainer):
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list, *args, **kwargs):
         rewards_NF = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list, *args, **kwargs)
-        self._drawn_lengths = [(len(ids), is_cut(ids, self.end_ids)) for ids in completion_ids_list]
+        sampled = [len(ids) for ids in completion_ids_list] if self._sampled is None else [sum(row) for row in self._sampled]
+        self._drawn_lengths = [(n, is_cut(ids, self.end_ids)) for n, ids in zip(sampled, completion_ids_list, strict=True)]
         self._rewards_NF = rewards_NF
         return rewards_NF
 
@@ -97,7 +100,7 @@ class MeasuredTrainer(CollectingTrainer):
     @torch.no_grad()
     def _trained_of(self, inputs: dict[str, Any]) -> Trained:
         """Take from a micro-batch what TRL's loss has just seen of it, by TRL's formulas."""
-        mask, new, advantages = inputs["completion_mask"].bool(), self._trainer_logprobs, inputs["advantages"]
+        mask, new, advantages = sampled_mask(inputs), self._trainer_logprobs, inputs["advantages"]
         log_ratio, terms = new - inputs.get("old_per_token_logps", new), mask
         if self.importance_sampling_level == "sequence":
             log_ratio = (log_ratio * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1.0)
@@ -204,7 +207,7 @@ class MeasuredTrainer(CollectingTrainer):
 
 def _correction(output: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     """Return how far apart old and sampler's log-probs are, of each token, and the weights that TRL has made of it."""
-    mask, ratio = output["completion_mask"].bool(), output["importance_sampling_ratio"]
+    mask, ratio = sampled_mask(output), output["importance_sampling_ratio"]
     apart = (output["old_per_token_logps"] - output["sampling_per_token_logps"]).abs()[mask]
     weights = ratio[mask] if ratio.shape == mask.shape else ratio.flatten()
     return apart.cpu().numpy(), weights.cpu().numpy()

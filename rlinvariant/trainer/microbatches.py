@@ -30,8 +30,9 @@ from torch import Tensor, nn
 
 from rlinvariant.errors import UserError, one_line
 from rlinvariant.text import say
-from rlinvariant.trainer.entropy import WholeEntropyTrainer, trained_tokens
+from rlinvariant.trainer.entropy import WholeEntropyTrainer
 from rlinvariant.trainer.memory import Fit, settle
+from rlinvariant.trainer.turns import sampled_mask
 from rlinvariant.types import JsonObject, JsonRow
 
 TOKEN_MEANS = ("bnpo", "dapo", "cispo", "vespo")  # TRL's losses that are means over tokens; the others are means over rows
@@ -248,7 +249,7 @@ class MicroBatchedTrainer(WholeEntropyTrainer):
 
     def _weights_of(self, inputs: Any, parts: list[Tensor]) -> list[float]:
         """Return the share that each part's loss has in the batch's: of the rows, or of the tokens, as TRL's loss is a mean."""
-        tokens_B = trained_tokens(inputs).sum(1)
+        tokens_B = sampled_mask(inputs).sum(1)
         if self.loss_type not in TOKEN_MEANS:
             return [len(rows) / len(tokens_B) for rows in parts]
         tokens = torch.stack([tokens_B[rows].sum() for rows in parts]).tolist()

@@ -29,7 +29,13 @@ class Packed:
         return values.new_zeros(self.keep.shape).masked_scatter(self.keep, values)
 
 
-def pack(input_ids: Tensor, attention_mask: Tensor, completion_length: int, multiple: int | None = None) -> Packed:
+def pack(
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    completion_length: int,
+    multiple: int | None = None,
+    wanted: Tensor | None = None,
+) -> Packed:
     """Drop the padding of a batch and find the completion tokens.
 
     Positions count real tokens, so a left-padded row is rotated as vLLM rotated it; TRL's padded forward passes none.
@@ -39,6 +45,7 @@ def pack(input_ids: Tensor, attention_mask: Tensor, completion_length: int, mult
         attention_mask: [B, L], 1 on real tokens.
         completion_length: C, how many of the last columns belong to completions.
         multiple: of what N is to be, by default what suits the device; the rest is a sequence that nothing is scored of.
+        wanted: [B, C] bool, which of the completions' real tokens to score; None: all.
     """
     multiple = multiple or (GEMM_ROW_STEP if input_ids.is_cuda else 1)
     mask_BL = attention_mask.bool()
@@ -46,6 +53,7 @@ def pack(input_ids: Tensor, attention_mask: Tensor, completion_length: int, mult
     row_of_BL = torch.full_like(input_ids, -1)
     row_of_BL[mask_BL] = torch.arange(int(lengths_B.sum()), device=input_ids.device)
     keep_BC = mask_BL[:, -completion_length:]
+    keep_BC = keep_BC if wanted is None else keep_BC & wanted
     scored_S = row_of_BL[:, -completion_length:][keep_BC]
     ids_N, positions_N = input_ids[mask_BL], (attention_mask.cumsum(1) - 1)[mask_BL]
     if missing := -len(ids_N) % multiple:

@@ -38,6 +38,7 @@ from rlinvariant.trainer.grpo import InvariantGRPOTrainer
 from rlinvariant.trainer.interface import InvariantOptions, RewardFunction, Row
 from rlinvariant.trainer.microbatches import Rows, lengths
 from rlinvariant.trainer.record import PPORecord
+from rlinvariant.trainer.turns import sampled_mask
 
 
 class InvariantPPOTrainer(InvariantGRPOTrainer):
@@ -108,7 +109,7 @@ class InvariantPPOTrainer(InvariantGRPOTrainer):
     def _generate_single_turn(self, *args, **kwargs):
         ids, logprobs = super()._generate_single_turn(*args, **kwargs)
         empty = [i for i, completion in enumerate(ids) if not completion]
-        if empty and self.model.training:
+        if empty and self.model.training and self._turns.conversations is None:  # a later turn may find no room
             where = f"step {self.state.global_step + 1}, sample {empty[0]}"
             raise UserError(f"{where}: empty completion: no token can carry its reward; raise trainer.max_completion_length")
         return ids, logprobs
@@ -135,7 +136,7 @@ class InvariantPPOTrainer(InvariantGRPOTrainer):
 
     def _estimate(self, output: dict[str, Any]) -> None:
         """Add `old_values` and `returns`, and put advantages per token in place of a group's: [B, T] fp32 each."""
-        mask, old = output["completion_mask"], output["old_per_token_logps"]
+        mask, old = sampled_mask(output), output["old_per_token_logps"]
         # Where the rollout is one micro-batch, the first pass trains these rows with these weights: it takes the values, with
         # their graph, as they are, and no pass is added.
         once = self.args.steps_per_generation == 1 and (not self._trainer_is_invariant or len(self._divide(output)) == 1)
@@ -147,7 +148,7 @@ class InvariantPPOTrainer(InvariantGRPOTrainer):
         estimates, returns = advantages.gae(rewards, known, mask, self.ppo.gamma, self.ppo.lam)
         named = {"values": known, "rewards per token": rewards, "advantages": estimates, "returns": returns}
         self._require_finite(named.items())
-        counted = mask.bool() & self._scored[:, None]
+        counted = mask & self._scored[:, None]
         if self.ppo.whiten_advantages:
             moments = self.accelerator.gather(advantages.moments(estimates, counted)[None]).sum(0).cpu()
             estimates = advantages.whiten(estimates, counted, *advantages.mean_and_variance(moments))
@@ -206,13 +207,13 @@ class InvariantPPOTrainer(InvariantGRPOTrainer):
             loss = super()._compute_loss(model, inputs)
         finally:
             self.beta = beta
-        log_ratio = (self._trainer_logprobs - inputs["old_per_token_logps"])[inputs["completion_mask"].bool()].double()
+        log_ratio = (self._trainer_logprobs - inputs["old_per_token_logps"])[sampled_mask(inputs)].double()
         self._record.log_ratios.append(log_ratio.cpu())
         return loss
 
     def _learn_values(self, inputs: dict[str, Any]) -> None:
         """Run the critic's forward and backward: its graph is gone before the policy's is built."""
-        mask = inputs["completion_mask"]
+        mask = sampled_mask(inputs)
         values = inputs.pop("values", None)
         if values is None:
             self.critic.train()
@@ -225,9 +226,8 @@ class InvariantPPOTrainer(InvariantGRPOTrainer):
         tokens = inputs["num_items_in_batch"].clamp(min=1.0) * share / self.accelerator.num_processes
         with torch.autocast(values.device.type, enabled=False):
             (total / tokens).backward()
-        real = mask.bool()
-        self._record.value_losses.append(losses.detach()[real].cpu())
-        self._record.values_clipped.append(int(clipped[real].sum()))
+        self._record.value_losses.append(losses.detach()[mask].cpu())
+        self._record.values_clipped.append(int(clipped[mask].sum()))
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         if self._stopped and self._step % (self.args.steps_per_generation * self.num_iterations):

@@ -14,6 +14,7 @@ from torch import Tensor
 from rlinvariant import metrics
 from rlinvariant.metrics import Trained
 from rlinvariant.trainer.samples import Samples
+from rlinvariant.trainer.turns import sampled_mask
 from rlinvariant.types import Untyped
 
 PARTS = ("rollout", "score", "train", "sync", "save")
@@ -31,8 +32,8 @@ class Pair(NamedTuple):
 
     @classmethod
     def of(cls, trainer_logprobs: Tensor, inputs: Mapping[str, Tensor]) -> Self:
-        """Return both sides' log-probs of a micro-batch's real tokens; `trainer_logprobs` is [B, T], padded."""
-        mask = inputs["completion_mask"].bool()
+        """Return both sides' log-probs of a micro-batch's sampled tokens; `trainer_logprobs` is [B, T], padded."""
+        mask = sampled_mask(inputs)
         return cls(inputs["sampling_per_token_logps"][mask].cpu().numpy(), trainer_logprobs[mask].cpu().numpy())
 
     @classmethod

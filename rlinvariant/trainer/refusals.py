@@ -42,9 +42,10 @@ def settings_problems(
     found += RewardLimits.taken(dict(options)).problems()
     if args.use_vllm:
         found.append("use_vllm=True: expected False; the sampler is attached by rlinvariant")
-    for name in ("rollout_func", "tools", "environment_factory"):
-        if options.get(name):
-            found.append(f"{name}: expected None: only plain completions of the dataset's prompts are compared so far")
+    if options.get("rollout_func") and (given := [x for x in ("tools", "environment_factory") if options.get(x)]):
+        found.append(
+            f"rollout_func: expected None with {given[0]}: TRL would call the tools after it, on the rollout it returned"
+        )
     invariant = SIDES[invariance][1]
     if invariant and model is not None and model.dtype != torch.float32:
         found.append(f"model.dtype={model.dtype}: expected torch.float32 masters; load with dtype=torch.float32")

@@ -117,10 +117,6 @@ REPLACED = f"{EXACT}: it replaces operations that the invariant ops own; remove 
             "trainer.vllm_server_host=h: not a setting here; rlinvariant attaches its own vLLM; see sampler.*",
         ),
         ("trainer.output_dir=x", "trainer.output_dir=x: not a setting here; use run=NAME, which gives runs/NAME"),
-        (
-            "trainer.max_tool_calling_iterations=3",
-            "trainer.max_tool_calling_iterations=3: not a setting here; tools are not supported",
-        ),
         ("model=nowhere", f"model=nowhere: {NO_DIRECTORY}"),
         ("model=./no/where", f"model=./no/where: {NO_DIRECTORY}"),
         ("model=runs/x/checkpoint-3", f"model=runs/x/checkpoint-3: {NO_DIRECTORY}"),

@@ -141,6 +141,10 @@ def new_trainer(path: str, engine: Any, output_dir: Path | str, *, invariance: s
         "model",
         "callbacks",
         "ppo",
+        "tools",
+        "environment_factory",
+        "rollout_func",
+        "processing_class",
     )
     owned = {key: changes.pop(key) for key in names if key in changes}
     arguments: dict[str, Any] = {
@@ -171,7 +175,7 @@ def new_trainer(path: str, engine: Any, output_dir: Path | str, *, invariance: s
         model,
         owned.pop("reward_funcs", variety),
         GRPOConfig(**arguments),
-        processing_class=AutoTokenizer.from_pretrained(path),
+        processing_class=owned.pop("processing_class", None) or AutoTokenizer.from_pretrained(path),
         train_dataset=owned.pop("train_dataset", None) or questions(),
         sampler=lambda: engine,
         invariance=invariance,

@@ -22,6 +22,8 @@ def said(step: int, groups: int = 2, size: int = 4, mismatched: int = 0, **chang
             "prompt_token_ids": np.asarray([7, i // size], np.int32),
             "token_ids": np.arange(length, dtype=np.int32),
             "sampler_logprobs": logprobs,
+            "tool_mask": None,
+            "tool_results": None,
             "trainer_logprobs": logprobs - np.float32(0.5) if i < mismatched else None,
             "mismatched_tokens": length if i < mismatched else 0,
             "rewards": {"exact": i % size / size, "format": None},

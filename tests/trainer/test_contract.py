@@ -11,13 +11,16 @@ from transformers import Trainer
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
-from rlinvariant.trainer import InvariantGRPOTrainer, InvariantPPOTrainer, checkpointed, finite
+from rlinvariant.trainer import InvariantGRPOTrainer, InvariantPPOTrainer, checkpointed, drawing, finite
 from rlinvariant.trainer.checkpointed import CheckpointedTrainer
+from rlinvariant.trainer.drawing import DrawingTrainer
 from rlinvariant.trainer.finite import FiniteTrainer
 
 # Leading parameters of each method of GRPOTrainer that is overridden, in TRL's order: ours are called with these.
 OVERRIDDEN = {
+    "_generate": ["self", "prompts"],
     "_generate_single_turn": ["self", "prompt_ids", "images", "multimodal_fields", "num_generations"],
+    "_tool_call_loop": ["self", "prompts", "prompt_ids", "completion_ids", "completions", "logprobs"],
     "_generate_and_score_completions": ["self", "inputs"],
     "_get_per_token_logps_and_entropies": [
         "self",
@@ -142,7 +145,9 @@ def test_the_module_says_which_methods_are_overridden(kind):
     assert f"{count[len(table) + (kind is InvariantPPOTrainer)]} " in inspect.getmodule(kind).__doc__
 
 
-@pytest.mark.parametrize(("kind", "module"), [(CheckpointedTrainer, checkpointed), (FiniteTrainer, finite)])
+@pytest.mark.parametrize(
+    ("kind", "module"), [(CheckpointedTrainer, checkpointed), (FiniteTrainer, finite), (DrawingTrainer, drawing)]
+)
 def test_the_modules_below_say_so_too(kind, module):
     overridden = {n for n, value in vars(kind).items() if hasattr(GRPOTrainer, n) and inspect.isfunction(value)}
     table = (module.__doc__ or "").partition("that are overridden:")[2]
@@ -213,6 +218,19 @@ def test_the_leaf_gives_log_probs_entropies_and_an_auxiliary_loss():
 
 def test_a_rollout_returns_ids_and_log_probs():
     assert "completion_ids, logprobs = self._generate_single_turn(" in source(GRPOTrainer._generate)
+    returned = "return prompt_ids, completion_ids, tool_mask, completions, logprobs, "
+    assert returned in source(GRPOTrainer._generate)
+
+
+def test_what_turns_rely_on():
+    """A turn goes on with the samples whose last message is a tool's, in order; its prompt is their tokens and more."""
+    loop = source(GRPOTrainer._tool_call_loop)
+    assert "completions[idx_with_tool].append(tool_message)" in loop
+    assert "del completions[idx_with_tool][completions_len_before[idx] :]" in loop
+    assert "prompt_ids[idx_with_tool] + completion_ids[idx_with_tool] + suffix_ids" in loop
+    assert "self.vllm_generation.llm.llm_engine.model_config.max_model_len" in loop
+    assert "gather" not in loop.replace("asyncio.gather", "")  # a rank with more turns than others waits for none
+    assert 'tool_mask = extra_fields.pop("env_mask", None)' in source(GRPOTrainer._generate)
 
 
 def test_log_probs_of_a_rollout_are_kept_for_the_comparison():

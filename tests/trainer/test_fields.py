@@ -42,7 +42,6 @@ WRONG = {
     "parallelism_config": object(),
     "auto_find_batch_size": True,
     "enable_jit_checkpoint": True,
-    "max_tool_calling_iterations": 3,
     "model_init_kwargs": {"revision": "main"},
 }
 """Field that is refused -> a value for which it is."""

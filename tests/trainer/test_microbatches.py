@@ -92,6 +92,7 @@ class Drifting:
 
     def __init__(self, engine):
         self.sync, self.differing_weights, self._engine = engine.sync, engine.differing_weights, engine
+        self.max_model_len = engine.max_model_len
 
     def generate(self, prompts, seeds, **settings):
         completions = self._engine.generate(prompts, seeds, **settings)

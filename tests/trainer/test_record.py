@@ -11,7 +11,6 @@ import torch
 from rlinvariant import metrics
 from rlinvariant.keys import KEYS, PPO_KEYS
 from rlinvariant.metrics import FirstMismatch, Trained
-from rlinvariant.rollout import Completion
 from rlinvariant.trainer.grading import different_names, weighted_sums
 from rlinvariant.trainer.record import PARTS, Graded, Pair, PPORecord, StepRecord
 from rlinvariant.trainer.samples import Samples
@@ -30,8 +29,7 @@ def drawn(*rollouts: list[list[int]], rank: int = 0, ranks: int = 1, group_size:
     trainer: Any = SimpleNamespace(accelerator=accelerator, end_ids={9}, state=SimpleNamespace(global_step=0))
     samples = Samples()
     for rollout in rollouts:
-        completions = [Completion(ids, [-1.0] * len(ids)) for ids in rollout]
-        samples.draw(trainer, [[1]] * len(rollout), completions, group_size)
+        samples.draw(trainer, [[1]] * len(rollout), rollout, [[-1.0] * len(ids) for ids in rollout], None, group_size)
     return samples
 
 

@@ -1,0 +1,207 @@
+"""The layer of the trainer that draws: gives the sampler the weights, and requests their seeds, turn after turn.
+
+Methods of TRL's trainer that are overridden:
+
+    train                   forgets which weights sampler and disk held
+    _generate               syncs the weights, once; keeps what all turns have given, and hands it on
+    _tool_call_loop         keeps the conversations, whose last messages say which samples a turn goes on with
+    _generate_single_turn   draws one turn of TRL's
+
+A sample is one of the prompts that `_generate` is given, and what follows it: what the model said, what a tool answered, what
+the model said to that. A rank draws as many turns as its own samples take: within a turn no rank waits for another.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import chain, zip_longest
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from rlinvariant import bits
+from rlinvariant.conflicts import Invariance
+from rlinvariant.errors import ParityError
+from rlinvariant.rollout import Batch, Completion, Rollout, request_seed
+from rlinvariant.trainer.interface import OnRollout, SamplerLike
+from rlinvariant.trainer.measured import MeasuredTrainer
+from rlinvariant.trainer.turns import AttachedSampler, Turns
+
+
+class DrawingTrainer(MeasuredTrainer):
+    """Draws rollouts, of one turn or of many, as the module says."""
+
+    sampler: SamplerLike
+    invariance: Invariance
+    temperature: float
+    max_completion_length: int
+    rollout_func: Any
+    vllm_generation: Any
+    _last_loaded_step: int
+    _on_rollout: OnRollout | None
+    _sampler_is_invariant: bool
+    _seeded: dict[bool, tuple[int, int]]  # training or not -> (last step, rollouts that it had had before)
+    _drawn: list[Batch]  # by this step on all ranks, of what was handed to `on_rollout`
+    _turns: Turns  # of the rollout that is being drawn, or was drawn last
+    _sampler_logprobs: list[list[float]]  # of the last rollout, one for each token; a tool's have any number
+    _sampled: list[list[int]] | None  # of the last rollout, 1 for each token that was sampled, 0 for a tool's; None: all were
+    _tool_mask: Tensor | None  # the same as [B, C] of the batch that is scored, padded
+
+    def _attach(self, sampler: SamplerLike) -> None:
+        """Let TRL find the engine where it looks for its own."""
+        self.sampler, self._seeded, self._drawn = sampler, {}, []
+        self.use_vllm = True  # TRL's name for "the rollout carries log-probs": turns on its correction, if asked for
+        self.vllm_mode, self.vllm_generation = "colocate", AttachedSampler(self)
+
+    def train(self, *args, **kwargs):
+        """Train as `MeasuredTrainer` does; the first rollout syncs the weights, whatever the sampler held."""
+        self._versions.forget()
+        self._seeded = {}
+        return super().train(*args, **kwargs)
+
+    # ---- a rollout
+
+    def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
+        """Draw all turns of a rollout; TRL has repeated each prompt `num_generations` times over all ranks."""
+        training = bool(self.model.training)
+        group = self.num_generations if training else self.num_generations_eval
+        self.sync(stale=training)
+        self._last_loaded_step = self.state.global_step  # TRL need not sync
+        self._turns = Turns(self._seeds(len(prompts), group))
+        output: Any = super()._generate(prompts)
+        prompt_ids, completion_ids, self._sampled, _, self._sampler_logprobs, *_ = output
+        rows = [torch.tensor(row) for row in self._sampled or []]
+        self._tool_mask = pad_sequence(rows, batch_first=True).to(self.accelerator.device) if rows else None
+        if training:
+            self._versions.sampled(self.state.global_step)
+            self._record.samples.draw(self, prompt_ids, completion_ids, self._sampler_logprobs, self._sampled, group)
+            self._hand_on(self._turns.batches)
+        return output
+
+    def _tool_call_loop(self, prompts, prompt_ids, completion_ids, completions, *args, **kwargs):
+        self._turns.conversations = completions
+        return super()._tool_call_loop(prompts, prompt_ids, completion_ids, completions, *args, **kwargs)
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs):
+        """Return token ids and log-probs of a turn; TRL adds to the lists."""
+        drawn = self.draw(prompt_ids, self._turns.continued(prompt_ids))
+        return [list(c.token_ids) for c in drawn], [list(c.sampler_logprobs) for c in drawn]
+
+    def draw(
+        self,
+        prompts: Sequence[Sequence[int]],
+        samples: Sequence[int] | None = None,
+        max_tokens: int | None = None,
+    ) -> list[Completion]:
+        """Draw the next turn of some samples; what a `rollout_func` calls. No rank waits for another here.
+
+        A sample's first turn has the seed that it has in a run of one turn, and a later one a seed made of that and of the
+        turn's number: they depend on the run's seed, the step, the sample and how often it was drawn, and on nothing else.
+
+        Args:
+            prompts: token ids of all that the turn is to follow: the first prompt, and whatever came after it.
+            samples: which of the prompts that `rollout_func` was given each is a turn of, by number; None: all, in order.
+            max_tokens: most tokens of each completion; never more than `max_completion_length` leaves behind the sample's first
+                prompt, and the engine's max_model_len. None: as many as these leave.
+
+        Returns:
+            A `Completion` for each prompt: its tokens, and for each the sampler's log-prob; no tokens where no room is left.
+
+        Raises:
+            UserError: a prompt is empty, or a first one does not fit with its completion.
+        """
+        samples = list(range(len(prompts))) if samples is None else samples
+        limits = self._turns.limits(prompts, samples, self.max_completion_length, self.sampler.max_model_len)
+        limits = [limit if max_tokens is None else min(limit, max_tokens) for limit in limits]
+        seeds = [self._turns.seed(sample) for sample in samples]
+        asked = [i for i, limit in enumerate(limits) if limit > 0]
+        drawn = [Completion([], []) for _ in prompts]
+        if asked:
+            batch = self._ask([prompts[i] for i in asked], [seeds[i] for i in asked], [limits[i] for i in asked])
+            self._turns.batches.append(batch)
+            for i, completion in zip(asked, batch.completions, strict=True):
+                drawn[i] = completion
+        self._turns.add(prompts, samples, drawn)
+        return drawn
+
+    def _ask(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], limits: Sequence[int]) -> Batch:
+        """Draw requests, and return them with what came back."""
+        how: dict[str, Any] = {"temperature": self.temperature, "stop_token_ids": list(self.eos_token_ids)}
+        with self._timed("rollout"):
+            return Batch(prompts, seeds, self.sampler.generate(prompts, seeds, max_tokens=limits, **how), limits)
+
+    def _hand_on(self, batches: list[Batch]) -> None:
+        """Give `on_rollout` what this step has drawn so far, if the weights that it was drawn with can be loaded again."""
+        step = self.state.global_step
+        if self._on_rollout is None or not self._versions.on_disk(step):
+            return
+        with self._timed("save"):
+            ranks = gather_object([batches])
+            if not self.accelerator.is_main_process:
+                return
+            self._drawn += [b for b in chain.from_iterable(zip_longest(*ranks)) if b is not None]  # turn after turn
+            stop, weights = list(self.eos_token_ids), bits.digest(self._weights())
+            self._on_rollout(step + 1, Rollout(self._drawn, self.temperature, self.max_completion_length, stop, weights))
+
+    def _seeds(self, count: int, group: int) -> list[int]:
+        """Derive a seed for each sample's first turn from (run seed, step, prompt, sample): distinct over a group and ranks.
+
+        A step that samples more than once, and evaluation, draw from runs of their own.
+        """
+        step, training = self.state.global_step, bool(self.model.training)
+        last, earlier = self._seeded.get(training, (-1, 0))
+        earlier = earlier + 1 if last == step else 0
+        self._seeded[training] = (step, earlier)
+        run = request_seed(self.args.seed, earlier, int(training), 0)
+        first = self.accelerator.process_index * count
+        return [request_seed(run, step, i // group, i % group) for i in range(first, first + count)]
+
+    # ---- the weights that draw
+
+    def sync(self, stale: bool = False) -> None:
+        """Give the sampler the current weights, unless it has them, bit for bit. All ranks call this.
+
+        Args:
+            stale: give it the weights of `staleness` steps ago instead.
+
+        Raises:
+            ParityError: with invariance="exact", when a parameter of the sampler differs after the sync.
+            UserError: a weight is not finite.
+        """
+        step = self.state.global_step
+        when = () if self.model.training else (f"after step {step}", "stopped before they were sampled from")
+        version, older = self._versions.to_sample_with(step, stale)
+        with self._timed("sync"):
+            self._require_finite(((f"weight {name}", w) for name, w in self._weights()), *when)
+            if self._versions.sampler == version and self._sampler_is_invariant:  # all of a stock one's cannot be read
+                if not self.sampler.differing_weights(self._weights(older)):
+                    return
+                self._versions.edited()
+            self.sampler.sync(self._weights(older))
+            differing = self.sampler.differing_weights(self._weights(older))
+        self._versions.sampler, self._record.weights_equal = version, not differing
+        if differing and self.invariance == "exact":
+            differ = f"{len(differing)} of the sampler's parameters differ from the trainer's, first {differing[0]}"
+            raise ParityError(f"step {step + 1}: after the weight sync, {differ}")
+
+    def _weights(self, older: dict[str, Tensor] | None = None):
+        """Yield names and tensors of the policy's parameters, or of older ones, on the device."""
+        if older is not None:
+            return ((name, w.to(self.accelerator.device)) for name, w in older.items())
+        return self.accelerator.unwrap_model(self.model).named_parameters()
+
+    def _timed(self, part: str) -> AbstractContextManager[None]:
+        """Count a block's seconds, but not those that an evaluation between two steps takes."""
+        return self._record.timed(part) if self.model.training else nullcontext()
+
+    # ---- over a resume
+
+    def _progress(self) -> dict[str, Any]:
+        return super()._progress() | {"seeded": self._seeded, "versions": self._versions.state()}
+
+    def _restore_progress(self, progress: dict[str, Any]) -> None:
+        super()._restore_progress(progress)
+        self._versions.restore(progress["versions"], disk=self.state.global_step)
+        self._seeded = progress["seeded"]

@@ -1,0 +1,100 @@
+"""The turns of a rollout on one rank: which sample a request goes on with, its seed, its limit; and which tokens were sampled.
+
+N: samples of a rollout on this rank, B: rows of a batch, C: columns of completions.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from rlinvariant.rollout import Batch, Completion, request_seed
+
+if TYPE_CHECKING:
+    from rlinvariant.trainer.drawing import DrawingTrainer
+
+
+def sampled_mask(batch: Mapping[str, Tensor]) -> Tensor:
+    """Return which tokens of completions were sampled and are trained on, [B, C] bool: neither padding nor a tool's."""
+    mask = batch["completion_mask"]
+    return (mask * batch["tool_mask"] if "tool_mask" in batch else mask).bool()
+
+
+class Turns:
+    """Keeps what one call of TRL's `_generate` has drawn so far.
+
+    Args:
+        seeds: [N] of the samples' first turns.
+
+    Attributes:
+        batches: the requests of each turn, in order of time.
+        conversations: [N] the messages of each sample that follow its prompt, which TRL's loop adds to; None: not in that loop.
+    """
+
+    def __init__(self, seeds: Sequence[int]) -> None:
+        self._seeds = seeds
+        self._drawn = [0] * len(seeds)  # how many turns of each sample
+        self._first: list[int | None] = [None] * len(seeds)  # tokens of each sample's first prompt
+        self._said: list[list[int]] = [[] for _ in seeds]  # tokens of each sample up to the end of its last turn
+        self._silent = [False] * len(seeds)  # whether the last turn had no room for a token
+        self.batches: list[Batch] = []
+        self.conversations: Sequence[Sequence[Mapping[str, Any]]] | None = None
+
+    def seed(self, sample: int) -> int:
+        """Return the seed of a sample's next turn."""
+        first, turn = self._seeds[sample], self._drawn[sample]
+        return first if turn == 0 else request_seed(first, turn, 0, 0)
+
+    def limits(
+        self, prompts: Sequence[Sequence[int]], samples: Sequence[int], max_completion_length: int, max_model_len: int
+    ) -> list[int]:
+        """Return how many tokens each turn may have; 0 where no room is left. A first turn's is checked by the engine."""
+        found = []
+        for prompt, sample in zip(prompts, samples, strict=True):
+            if (first := self._first[sample]) is None:
+                found.append(max_completion_length)
+            else:
+                left = max_completion_length - max(0, len(prompt) - first)
+                found.append(max(0, min(left, max_model_len - len(prompt))))
+        return found
+
+    def add(self, prompts: Sequence[Sequence[int]], samples: Sequence[int], drawn: Sequence[Completion]) -> None:
+        """Keep what a turn has drawn."""
+        for prompt, sample, completion in zip(prompts, samples, drawn, strict=True):
+            if self._first[sample] is None:
+                self._first[sample] = len(prompt)
+            self._drawn[sample] += 1
+            self._said[sample] = [*prompt, *completion.token_ids]
+            self._silent[sample] = not completion.token_ids
+
+    def continued(self, prompts: Sequence[Sequence[int]]) -> list[int]:
+        """Return the samples that TRL's loop goes on with: those whose last message is a tool's, unless they had no more room.
+
+        Raises:
+            RuntimeError: a prompt is not what its sample has said so far, and more.
+        """
+        if self.conversations is None:
+            return list(range(len(prompts)))
+        found = [i for i, said in enumerate(self.conversations) if said[-1]["role"] == "tool" and not self._silent[i]]
+        if len(found) != len(prompts) or any(
+            len(prompt) <= len(self._said[i]) or list(prompt[: len(self._said[i])]) != self._said[i]
+            for i, prompt in zip(found, prompts, strict=True)
+        ):
+            raise RuntimeError("a turn's prompts are not the tokens of the samples whose tools were called: TRL has changed")
+        return found
+
+
+class AttachedSampler:
+    """Stands where TRL looks for a vLLM of its own, and lends it the trainer's."""
+
+    def __init__(self, trainer: "DrawingTrainer") -> None:
+        self._trainer = trainer
+
+    @property
+    def llm(self) -> Any:
+        """Return the engine, of which TRL reads max_model_len."""
+        return self._trainer.sampler.llm
+
+    def sync_weights(self) -> None:
+        """Give the engine the trainer's weights. All ranks call this."""
+        self._trainer.sync(stale=bool(self._trainer.model.training))

@@ -1,0 +1,118 @@
+"""Rollouts of several turns, through TRL's loop: every sampled token of every turn has the sampler's bits in the trainer."""
+
+from unittest import mock
+
+import pytest
+
+from rlinvariant.rollout import Completion, request_seed
+from rlinvariant.trainer.drawing import DrawingTrainer
+from rlinvariant.trainer.turns import Turns
+from tests.parity.harness import assert_exact, assert_stops
+from tests.trainer.tool_model import tool_trainer
+
+
+@pytest.fixture
+def new(arithmetic_dir, exact_engine, tmp_path):
+    """A trainer with a tool; the rows of what it draws are in `samples`."""
+    samples = []
+
+    def start(**changes):
+        run = tool_trainer(arithmetic_dir, exact_engine, tmp_path, on_samples=samples.extend, **changes)
+        run.samples = samples
+        return run
+
+    return start
+
+
+def test_every_sampled_token_of_every_turn_is_compared_and_equal(new):
+    run = new()
+    run.trainer.train()
+    assert_exact(run, 200)
+    sampled = sum(row["length"] for row in run.samples)
+    assert run.total("compared_tokens") == sampled < sum(len(row["token_ids"]) for row in run.samples)
+    turns = [len(row["tool_results"]) for row in run.samples]
+    assert max(turns) >= 3 and min(turns) == 0, "samples of one turn and of four"
+    for row in run.samples:
+        assert len(row["tool_mask"]) == len(row["token_ids"]) and row["tool_mask"].sum() == len(row["sampler_logprobs"])
+        assert all("T:" in text and text.endswith("A:") for text in row["tool_results"])
+        assert row["mismatched_tokens"] == 0
+    assert {row["tools/call_frequency"] > 0.5 for row in run.rows} == {True}
+
+
+def test_an_earlier_token_of_another_id_is_found(new):
+    """Control: what tokenizing the text anew does. A tool's token changes after the sampler has read it."""
+    run, generate = new(), DrawingTrainer._generate
+
+    def retokenized(self, prompts):
+        output = generate(self, prompts)
+        ids, mask = next((i, m) for i, m in zip(output[1], output[2], strict=True) if m[-1] == 1 and 0 in m)
+        ids[mask.index(0)] = 10 + (ids[mask.index(0)] + 1) % 50
+        return output
+
+    with mock.patch.object(DrawingTrainer, "_generate", retokenized):
+        assert_stops(run)
+    assert run.mismatches[-1].turn == 2 and f"turn 2, position {run.mismatches[-1].position}" in str(run.mismatches[-1])
+
+
+def test_a_turn_drawn_with_other_weights_is_found(new, exact_engine):
+    """Control: weights that change between turns."""
+    run, draw = new(), DrawingTrainer.draw
+
+    def moved(self, *args, **kwargs):
+        drawn = draw(self, *args, **kwargs)
+        exact_engine.sync((name, weight * 1.01) for name, weight in self._weights())
+        return drawn
+
+    with mock.patch.object(DrawingTrainer, "draw", moved):
+        assert_stops(run)
+    assert run.mismatches[-1].turn >= 2
+
+
+def test_a_lost_tool_mask_is_found(new):
+    """Control: a tool's tokens that count as sampled."""
+    run, generate = new(), DrawingTrainer._generate
+
+    def without(self, prompts):
+        output = generate(self, prompts)
+        self._sampled = self._tool_mask = None
+        return *output[:2], None, *output[3:]
+
+    more = pytest.raises(ValueError, match="tokens compared, but only")  # than were sampled
+    with mock.patch.object(DrawingTrainer, "_generate", without), more:
+        run.trainer.train()
+
+
+def test_a_turn_has_a_seed_of_its_own(new):
+    run, seeds = new(), []
+    ask = DrawingTrainer._ask
+
+    def recording(self, prompts, own, limits):
+        seeds.append((self.state.global_step, own))
+        return ask(self, prompts, own, limits)
+
+    with mock.patch.object(DrawingTrainer, "_ask", recording):
+        run.trainer.train()
+    flat = [seed for _, own in seeds for seed in own]
+    assert len(seeds) > 6 and len(set(flat)) == len(flat)
+    first = [own for step, own in seeds if step == 0][:2]
+    assert set(first[1]) <= {request_seed(seed, 1, 0, 0) for seed in first[0]}
+
+
+def test_a_turn_goes_on_with_the_samples_that_called():
+    """Of four samples one has ended, one had its tool's answer taken back, and one had no room left to say more."""
+    turns, asked, said = Turns([1, 2, 3, 4]), {"role": "assistant"}, {"role": "tool"}
+    prompts, first = [[5], [6], [7], [5]], [Completion([i], [-1.0]) for i in range(4)]
+    turns.add(prompts, range(4), first)
+    turns.conversations = [[asked], [asked, said], [asked, said], [asked, said]]
+    assert turns.continued([[6, 1, 9], [7, 2, 9], [5, 3, 9]]) == [1, 2, 3]
+    assert turns.limits([[6, 1, 9], [7, 2, 9], [5, 3, 9]], [1, 2, 3], 3, 5) == [1, 1, 1]
+    turns.add(
+        [[6, 1, 9], [7, 2, 9], [5, 3, 9]], [1, 2, 3], [Completion([4], [-1.0]), Completion([], []), Completion([4], [-1.0])]
+    )
+    assert turns.continued([[6, 1, 9, 4, 9], [5, 3, 9, 4, 9]]) == [1, 3]
+    assert turns.limits([[6, 1, 9, 4, 9], [5, 3, 9, 4, 9]], [1, 3], 4, 9) == [0, 0]
+    assert turns.limits([[6, 1, 9, 4, 9], [5, 3, 9, 4, 9]], [1, 3], 9, 6) == [1, 1]
+    assert turns.seed(0) == request_seed(1, 1, 0, 0) and turns.seed(1) == request_seed(2, 2, 0, 0)
+    for other in ([[5, 3, 9, 4, 9], [6, 1, 9, 4, 9]], [[6, 1, 9, 4, 9]], [[6, 1, 9, 4, 9], [5, 3, 9, 4]]):
+        with pytest.raises(RuntimeError, match="TRL has changed"):
+            turns.continued(other)

@@ -1,0 +1,69 @@
+"""A tokenizer whose template knows tools, and a trainer whose tiny random model calls one every few turns."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.parity.harness import Run, new_trainer
+
+TEMPLATE = (
+    "{%- for m in messages -%}"
+    "{%- if m.role == 'user' -%}U:{{ m.content }};"
+    "{%- elif m.role == 'assistant' -%}A:{{ m.content }}"
+    "{%- for call in m.tool_calls or [] -%}{{ call.function.name }} {{ call.function.arguments | tojson }}{%- endfor -%}<eos>"
+    "{%- else -%}T:{{ m.content }};{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}A:{%- endif -%}"
+)
+ENDS = "<eos>" + "abcdefghijklmnopqrst"  # tokens that end a turn: the random model draws one every few tokens
+PARSED = {
+    "defaults": {"role": "assistant"},
+    "start_anchor": "A:",
+    "fields": {
+        "tool_calls": {
+            "open_pattern": "[0-9A-Z]",  # so many characters that most turns call the tool
+            "repeats": True,
+            "content": "text",
+            "transform": {"type": "function", "function": {"name": "reversed_text", "arguments": {"text": "{content}"}}},
+        },
+        "content": {"close_pattern": "<eos>", "content": "text"},
+    },
+}
+
+
+def reversed_text(text: str) -> str:
+    """Turn a text round.
+
+    Args:
+        text: what to turn round.
+
+    Returns:
+        The text, from its end to its beginning.
+    """
+    return text[::-1] * 2
+
+
+def questions(count: int = 16) -> Dataset:
+    """Prompts of one message, of several lengths."""
+    rng = random.Random(3)
+    return Dataset.from_list(
+        [{"prompt": [{"role": "user", "content": str(rng.randrange(10 ** rng.randint(1, 4)))}]} for _ in range(count)]
+    )
+
+
+def talkative(completions: list[Any], **_: Any) -> list[float]:
+    """Reward what differs between the samples of a group: how many messages there are, and how long they are."""
+    return [len(said) + sum(len(m["content"]) for m in said) / 50 for said in completions]
+
+
+def tool_trainer(path: str, engine: Any, output_dir: Path | str, **changes: Any) -> Run:
+    """A trainer with the tool; settings as for `new_trainer`."""
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.chat_template, tokenizer.response_template = TEMPLATE, PARSED
+    model: Any = AutoModelForCausalLM.from_pretrained(path)
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(list(ENDS[5:]))]
+    settings = {"tools": [reversed_text], "max_completion_length": 80, "reward_funcs": talkative, "train_dataset": questions()}
+    return new_trainer(path, engine, output_dir, model=model, processing_class=tokenizer, **(settings | changes))
