@@ -24,7 +24,7 @@ from rlinvariant.trainer.fields import GRPOConfig, script_problems, settled
 from rlinvariant.trainer.grpo import InvariantGRPOTrainer
 from rlinvariant.trainer.interface import RewardFunction, ScriptOptions
 from rlinvariant.trainer.ppo import InvariantPPOTrainer
-from rlinvariant.trainer.preflight import Start, check_start, load_tokenizer
+from rlinvariant.trainer.preflight import check_start, load_tokenizer
 from rlinvariant.trainer.refusals import settings_problems
 
 if TYPE_CHECKING:
@@ -252,7 +252,7 @@ def _checked(
         script_run = ScriptRun(config, ready, console)
         problems += script_run.problems()
     if problems:
-        raise ConfigErrors(problems)
+        raise ConfigErrors([*dict.fromkeys(problems)])  # of rewards, perhaps twice
     assert ready is not None, "a model that is not there is a problem"
     if said:
         console.print(f"settings of TRL, set for this run: {', '.join(said)}")
@@ -271,11 +271,8 @@ def _look(
     """Look at tokenizer, rewards and rows, and return notes; adds the tokenizer to `options` if it is not there."""
     source = str(ready.source)
     tokenizer = options["processing_class"] = options.get("processing_class") or load_tokenizer(source, ready.config)
-    longest = ready.sampler_options.get("max_model_len")
-    parts = (ready.args, source, ready.config, tokenizer, reward_funcs, train_dataset, options.get("eval_dataset"), longest)
     published = Path(ready.args.output_dir or "", "model") if ready.args.push_to_hub else None
     if run is not None:
         published = RunDir(RUNS / run).model
-    tokens = options.get("tokens_per_microbatch")
-    models = 1 if ready.ppo is None else 2
-    return check_start(Start(*parts, models=models, published=published, tokens_per_microbatch=tokens))
+    parts = (tokenizer, reward_funcs, train_dataset, options.get("eval_dataset"))
+    return check_start(ready.start(*parts, published=published, tokens_per_microbatch=options.get("tokens_per_microbatch")))

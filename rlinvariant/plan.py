@@ -17,13 +17,14 @@ from rlinvariant.types import JsonRow
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
     from trl.trainer.grpo_config import GRPOConfig
 
     from rlinvariant.config import PPOConfig
     from rlinvariant.sampler.engine import Sampler
     from rlinvariant.trainer.grpo import InvariantGRPOTrainer
     from rlinvariant.trainer.interface import RewardFunction, TrainerOptions
+    from rlinvariant.trainer.preflight import Start
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class TrainerPlan:
         config: the configuration of `model`, as it was loaded.
         source: directory or hub id that the engine loads.
         source_config: the configuration of `source`; the same object where the two are one model.
+        generation: the generation settings of `model`.
         args, ppo, invariance, dtype, sampler_options, save_dtype: as for `rlinvariant.grpo_trainer`.
     """
 
@@ -42,12 +44,37 @@ class TrainerPlan:
     config: PreTrainedConfig
     source: str
     source_config: PreTrainedConfig
+    generation: GenerationConfig
     args: GRPOConfig
     ppo: PPOConfig | None
     invariance: Invariance
     dtype: str
     sampler_options: Mapping[str, Any]
     save_dtype: str = "model"
+
+    def start(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        rewards: object,
+        train: Dataset | None,
+        evaluation: Dataset | dict[str, Dataset] | None,
+        *,
+        published: Path | None,
+        tokens_per_microbatch: int | None,
+        prefix: str = "",
+    ) -> Start:
+        """Return what is looked at before weights are loaded; the arguments are those of `Start`."""
+        from rlinvariant.trainer.preflight import Start
+
+        name = self.model if isinstance(self.model, str) else self.source
+        return Start(
+            *(self.args, name, self.config, self.generation, tokenizer, rewards, train, evaluation),
+            max_model_len=self.sampler_options.get("max_model_len"),
+            models=1 if self.ppo is None else 2,
+            prefix=prefix,
+            published=published,
+            tokens_per_microbatch=tokens_per_microbatch,
+        )
 
 
 def plan_trainer(
@@ -60,7 +87,7 @@ def plan_trainer(
     sampler_options: JsonRow,
     save_dtype: str = "model",
 ) -> TrainerPlan:
-    """Load the configurations of the models, each once, and refuse what cannot run exactly; the settings were checked before.
+    """Load what says how the models are made, each once, and refuse what cannot run exactly; the settings were checked before.
 
     Raises:
         ConfigErrors: every option of the engine and every property of a model that would change the bits, one line each.
@@ -68,6 +95,7 @@ def plan_trainer(
     """
     from rlinvariant.models import unsupported
     from rlinvariant.sampler.refusals import engine_problems, load_config
+    from rlinvariant.trainer.preflight import load_generation
 
     sampler_is_invariant, trainer_is_invariant = SIDES[invariance]
     loaded = None if isinstance(model, (str, Path)) else model
@@ -83,8 +111,9 @@ def plan_trainer(
         problems += [f"model={name}: {reason}; use invariance=off" for reason in unsupported(config, args.device.type)]
     if problems:
         raise ConfigErrors(problems)
-    subject = name if loaded is None else loaded
-    return TrainerPlan(subject, config, source, source_config, args, ppo, invariance, dtype, sampler_options, save_dtype)
+    generation: Any = load_generation(name, config) if loaded is None else loaded.generation_config
+    parts = (name if loaded is None else loaded, config, source, source_config, generation)
+    return TrainerPlan(*parts, args, ppo, invariance, dtype, sampler_options, save_dtype)
 
 
 def build_trainer(
@@ -121,7 +150,8 @@ def arguments(
     transformers_logging.disable_progress_bar()
     model: Any = plan.model
     if isinstance(model, str):
-        model = load(AutoModelForCausalLM, model, dtype=torch.float32, config=copy.deepcopy(plan.config))
+        settings = {"config": copy.deepcopy(plan.config), "generation_config": plan.generation}
+        model = load(AutoModelForCausalLM, model, dtype=torch.float32, **settings)
     Console(plan.args.process_index == 0).print(str(RewardLimits.taken({**options})))
     invariant = SIDES[plan.invariance][0]
     positions = getattr(plan.source_config.get_text_config(), "max_position_embeddings", None)  # a stock engine needs none

@@ -19,7 +19,6 @@ from rlinvariant.publish import card_facts, publish
 from rlinvariant.report.console import Console
 from rlinvariant.report.rundir import RunDir
 from rlinvariant.resumption import Resumption, dataset_digest, find, require_same_data
-from rlinvariant.rewards import reward_problems
 from rlinvariant.stopping import after_a_step
 
 if TYPE_CHECKING:
@@ -128,18 +127,15 @@ def plan(config: Config) -> Plan:
     model = local_model(model)
     with console.stage("loading transformers, TRL and vLLM"):
         from rlinvariant.sampler import engine  # noqa: F401
-        from rlinvariant.trainer.preflight import Start, check_start, load_tokenizer
+        from rlinvariant.trainer.preflight import check_start, load_tokenizer
     options, ppo = sampler_options(config), config.ppo if config.algorithm == "ppo" else None
     trainer = plan_trainer(model, args, ppo, config.invariance, config.dtype, model, options, config.save_dtype)
     tokenizer = load_tokenizer(model, trainer.config)
     train_dataset, eval_dataset = recipe.datasets(config, tokenizer)
     rewards = config.reward_funcs()
-    if problems := reward_problems(rewards):
-        raise ConfigErrors(problems)
-    parts = (args, model, trainer.config, tokenizer, rewards, train_dataset, eval_dataset, options.get("max_model_len"))
-    published = RunDir(config.run_dir).model
-    models, tokens = 1 if ppo is None else 2, config.trainer.tokens_per_microbatch
-    start = Start(*parts, models=models, prefix="trainer.", published=published, tokens_per_microbatch=tokens)
+    published, tokens = RunDir(config.run_dir).model, config.trainer.tokens_per_microbatch
+    parts = (tokenizer, rewards, train_dataset, eval_dataset)
+    start = trainer.start(*parts, published=published, tokens_per_microbatch=tokens, prefix="trainer.")
     for note in check_start(start):
         console.print(f"note: {note}")
     data = dataset_digest(train_dataset)

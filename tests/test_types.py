@@ -17,7 +17,7 @@ ALLOWED = {  # file: function -> why no type says it
     "bench/measure.py: write": "rows of any bench, each a dataclass of its own",
     "bisect/case.py: Case.rotary": "a module of transformers that has been given our tables",
     "conflicts.py: ppo_conflicts": "a config.PPOConfig, and config imports this module",
-    "evaluation/evaluate.py: end_tokens": "eos_token_id of a tokenizer is declared to be text, or a list, too",
+    "trainer/preflight/tokens.py: end_tokens": "eos_token_id of a tokenizer is declared to be text, or a list, too",
     "models/modules.py: become": "a module of transformers, whose class is replaced",
     "models/modules.py: epsilon": "a number under either of two names, as the module has it",
     "ops/register.py: define": "an operator gives a tensor, or a tuple of them: its schema says which",

@@ -3,7 +3,6 @@
 N: completions, F: reward functions.
 """
 
-import copy
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,6 @@ from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.evaluation.estimate import doubling, estimate, pass_at_k
 from rlinvariant.model_source import local_model
 from rlinvariant.report.console import Console
-from rlinvariant.rewards import reward_problems
 from rlinvariant.rollout import Completion, is_cut, request_seed
 from rlinvariant.run import sampler_options
 from rlinvariant.sampler.engine import Sampler
@@ -23,15 +21,11 @@ from rlinvariant.sampler.refusals import load_config
 from rlinvariant.support import device_problems
 from rlinvariant.text import plural, shown
 from rlinvariant.trainer.judge import Judge
-from rlinvariant.trainer.preflight import Start, load_tokenizer
-from rlinvariant.trainer.preflight.parts import weight_problems
-from rlinvariant.trainer.preflight.rows import dataset_problems, row_problems
-from rlinvariant.trainer.preflight.signatures import needed_columns, signature_problems
-from rlinvariant.trainer.preflight.tokens import token_problems
+from rlinvariant.trainer.preflight import Start, check_data, end_tokens, load_generation, load_tokenizer
 from rlinvariant.types import JsonObject
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    pass
 
 MIXED = "no pass@k: rewards are not all 0 or 1; --pass R says from which reward on a completion passes"
 
@@ -68,14 +62,15 @@ def evaluate(
     if held_out is None:
         raise UserError(_none_held_out(config))
     rewards = config.reward_funcs()
-    parts = (args, model, model_config, tokenizer, rewards, None, held_out, config.sampler.max_model_len)
+    generation = load_generation(model, model_config)
+    parts = (args, model, model_config, generation, tokenizer, rewards, None, held_out, config.sampler.max_model_len)
     start = Start(*parts, prefix="trainer.")
-    _refuse(start)
+    check_data(start)
     judge, rows = Judge(args, rewards, config.reward_limits), held_out.to_list()
     prompts = start.prompts
-    kinds, texts = zip(*(prompts.read(row["prompt"]) for row in rows), strict=True)  # of one kind, as `_refuse` has seen
+    kinds, texts = zip(*(prompts.read(row["prompt"]) for row in rows), strict=True)  # of one kind, as `check_data` has seen
     prompt_ids = [list(ids) for ids in prompts.tokenize(texts, kinds[0] == "messages")]
-    stop, longest = end_tokens(model, model_config, tokenizer), config.trainer.max_completion_length or 0
+    stop, longest = end_tokens(generation, tokenizer), config.trainer.max_completion_length or 0
     with console.stage("starting the vLLM engine"):
         engine = Sampler(model, invariant=config.invariance == "exact", dtype=config.dtype, **sampler_options(config))
     draws, per_problem, notes = [], [{"prompt": row["prompt"], "columns": _columns(row)} for row in rows], []
@@ -111,38 +106,12 @@ def evaluate(
     return {**about, "draws": draws, "notes": notes, "results": per_problem}
 
 
-def _refuse(start: Start) -> None:
-    """Raise ConfigErrors with everything that rows, rewards and tokenizer cannot be used for."""
-    problems = reward_problems(start.rewards) + weight_problems(start.args, start.rewards, start.prefix)
-    problems += token_problems(start.tokenizer, start.vocabulary, start.name)
-    problems += dataset_problems(start.evaluation, "eval")
-    if not problems:
-        columns = start.evaluation.column_names
-        problems += signature_problems(start.rewards, columns, "eval")
-        needed = [column for column in needed_columns(start.rewards) if column in columns]
-        problems += row_problems(start.evaluation, "eval", start.prompts, needed)[0]
-    if problems:
-        raise ConfigErrors(problems)
-
-
 def _none_held_out(config: Config) -> str:
     """Say that there is nothing to evaluate on, and what gives it."""
     if config.recipe:
         return f"recipe={config.recipe}: has no held-out rows to evaluate on; its datasets() returns None for them"
     path = shown(str(getattr(config.data, "path", None)))
     return f"data.path={path}: no held-out rows to evaluate on; write data.eval_size=N, data.eval_path= or data.eval_split="
-
-
-def end_tokens(name: str, config: "PreTrainedConfig", tokenizer: Any) -> list[int]:
-    """Return the tokens that end a completion, as TRL finds them: the tokenizer's, and those of the generation settings."""
-    from transformers import GenerationConfig
-
-    try:
-        found = GenerationConfig.from_pretrained(name).eos_token_id
-    except OSError:
-        found = GenerationConfig.from_model_config(copy.deepcopy(config)).eos_token_id
-    ends = [] if found is None else [found] if isinstance(found, int) else list(found)
-    return ends if tokenizer.eos_token_id in ends else [tokenizer.eos_token_id, *ends]
 
 
 def _graded(judge: Judge, rows: list[dict[str, Any]], drawn: Sequence[Completion], tokenizer: Any) -> list[dict[str, Any]]:

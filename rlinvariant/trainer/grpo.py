@@ -140,7 +140,8 @@ class InvariantGRPOTrainer(DrawingTrainer):
                 raise ConfigErrors(problems)
             name, ppo = model.config._name_or_path, getattr(self, "ppo", None)
             tokenizer = others["processing_class"] = kwargs.get("processing_class") or load_tokenizer(name, model.config)
-            parts = (args, name, model.config, tokenizer, reward_funcs, train_dataset, kwargs.get("eval_dataset"))
+            data = (reward_funcs, train_dataset, kwargs.get("eval_dataset"))
+            parts = (args, name, model.config, model.generation_config, tokenizer, *data)
             start = Start(*parts, models=1 if ppo is None else 2, tokens_per_microbatch=tokens_per_microbatch)
             for note in check_start(start):
                 warnings.warn(note, stacklevel=2)

@@ -82,7 +82,7 @@ def counting() -> Iterator[dict[str, list[str]]]:
 
     `make_invariant` looks for itself whether it can patch a model, whoever calls it, so its calls are not those of a start.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     from rlinvariant import conflicts, models, support
     from rlinvariant.models import patch
@@ -107,6 +107,7 @@ def counting() -> Iterator[dict[str, list[str]]]:
         models.unsupported,
         refusals.engine_problems,
         preflight.check_start,
+        preflight.check_data,
     ]
     ours = [m for n, m in sys.modules.items() if n.startswith("rlinvariant.") and m is not patch]
     with contextlib.ExitStack() as stack:
@@ -115,7 +116,7 @@ def counting() -> Iterator[dict[str, list[str]]]:
             for module in ours:
                 if vars(module).get(function.__name__) is function:
                     stack.enter_context(mock.patch.object(module, function.__name__, replacement))
-        for kind in (AutoConfig, AutoTokenizer):
+        for kind in (AutoConfig, AutoTokenizer, GenerationConfig):
             stack.enter_context(mock.patch.object(kind, "from_pretrained", wrapped(kind.from_pretrained)))
         yield calls
 

@@ -1,10 +1,12 @@
 """Look once, before weights are loaded and the engine starts, at what can be known, and say it in one list."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rlinvariant.errors import ConfigErrors
+from rlinvariant.rewards import reward_problems
 from rlinvariant.trainer.preflight.disk import disk_problems
 from rlinvariant.trainer.preflight.parts import (
     constructing,
@@ -15,20 +17,26 @@ from rlinvariant.trainer.preflight.parts import (
 from rlinvariant.trainer.preflight.prompts import Prompts
 from rlinvariant.trainer.preflight.rows import dataset_problems, row_problems
 from rlinvariant.trainer.preflight.signatures import needed_columns, signature_problems
-from rlinvariant.trainer.preflight.tokens import generation_problems, load_tokenizer, token_problems
+from rlinvariant.trainer.preflight.tokens import (
+    end_tokens,
+    generation_problems,
+    load_generation,
+    load_tokenizer,
+    token_problems,
+)
 from rlinvariant.trainer.published import place_problems
 
-__all__ = ["Start", "check_start", "constructing", "load_tokenizer"]
+__all__ = ["Start", "check_data", "check_start", "constructing", "end_tokens", "load_generation", "load_tokenizer"]
 
 
 @dataclass(frozen=True)
 class Start:
-    """Holds what a run is going to be made of, as far as it is there before weights are loaded.
+    """Holds what a run, or an evaluation, is going to be made of, as far as it is there before weights are loaded.
 
     Args:
         args: TRL's configuration.
         name: directory or hub id of the model.
-        config: the model's configuration.
+        config, generation: the model's configuration and generation settings.
         tokenizer: the run's.
         rewards: reward functions, models or names, one or a list.
         train, evaluation: the data sets, the second perhaps a dict of several by name; None: there is none.
@@ -42,6 +50,7 @@ class Start:
     args: Any
     name: str
     config: Any
+    generation: Any
     tokenizer: Any
     rewards: Any
     train: Any
@@ -88,16 +97,23 @@ def check_start(start: Start) -> list[str]:
         ConfigErrors: everything that has to be mended, one line each.
     """
     args, prefix = start.args, start.prefix
-    problems = part_problems(args, prefix) + weight_problems(args, start.rewards, prefix) + hub_problems(args, prefix)
+    problems = part_problems(args, prefix) + hub_problems(args, prefix)
     if start.published is not None:
         problems += place_problems(start.published, start.name)
-    problems += token_problems(start.tokenizer, start.vocabulary, start.name)
-    problems += generation_problems(start.name, start.config) + disk_problems(args, start.config, start.models, prefix)
+    problems += generation_problems(start.name, start.generation) + disk_problems(args, start.config, start.models, prefix)
     if start.evaluation is None and (strategy := getattr(args.eval_strategy, "value", args.eval_strategy)) != "no":
         problems.append(f"{prefix}eval_strategy={strategy}: expected no, as there is no evaluation data set; or give one")
     if isinstance(start.evaluation, dict) and len(start.evaluation) > 1 and args.load_best_model_at_end:
         one = f"TRL names the rewards of all {len(start.evaluation)} evaluation data sets eval_reward; give one data set"
         problems.append(f"{prefix}load_best_model_at_end=True: expected False: {one}")
+    return check_data(start, problems)
+
+
+def check_data(start: Start, problems: Sequence[str] = ()) -> list[str]:
+    """Look at rewards, tokenizer and every row once, as `check_start` does; `problems` are what is known already."""
+    args, prefix = start.args, start.prefix
+    problems = [*problems, *reward_problems(start.rewards), *weight_problems(args, start.rewards, prefix)]
+    problems += token_problems(start.tokenizer, start.vocabulary, start.name)
     of_a_rollout = args.generation_batch_size // (args.num_generations or 1)
     notes: list[str] = []
     held_out = start.evaluation if isinstance(start.evaluation, dict) else {"": start.evaluation}

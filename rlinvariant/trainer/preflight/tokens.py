@@ -2,12 +2,12 @@
 
 import copy
 import tempfile
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rlinvariant.errors import UserError, one_line
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 
 def load_tokenizer(name: str, config: "PreTrainedConfig") -> "PreTrainedTokenizerBase":
@@ -51,21 +51,41 @@ def token_problems(tokenizer: "PreTrainedTokenizerBase", vocabulary: int | None,
     return found
 
 
-def generation_problems(name: str, config: "PreTrainedConfig") -> list[str]:
-    """List why a model's generation settings could not be saved: transformers refuses that with each checkpoint.
+def load_generation(name: str, config: "PreTrainedConfig") -> "GenerationConfig":
+    """Load a model's generation settings, as transformers does with its weights.
 
     Args:
         name: directory or hub id of the model.
-        config: its configuration.
+        config: its configuration, which stands in where there are none.
+
+    Raises:
+        UserError: they cannot be read.
     """
     from transformers import GenerationConfig
 
     try:
-        generation = GenerationConfig.from_pretrained(name)
-    except OSError:  # there is none; transformers does the same
-        generation = GenerationConfig.from_model_config(copy.deepcopy(config))
+        return GenerationConfig.from_pretrained(name)
+    except OSError:
+        return GenerationConfig.from_model_config(copy.deepcopy(config))
     except (ValueError, TypeError) as error:
-        return [f"model={name}: generation_config.json cannot be read: {one_line(error)}; mend or delete it"]
+        why = f"generation_config.json cannot be read: {one_line(error)}; mend or delete it"
+        raise UserError(f"model={name}: {why}") from error
+
+
+def end_tokens(generation: "GenerationConfig", tokenizer: Any) -> list[int]:
+    """Return the tokens that end a completion, as TRL finds them: the tokenizer's, and those of the generation settings."""
+    found, own = generation.eos_token_id, tokenizer.eos_token_id
+    ends = [] if found is None else [found] if isinstance(found, int) else list(found)
+    return ends if own in ends else [own, *ends]
+
+
+def generation_problems(name: str, generation: "GenerationConfig") -> list[str]:
+    """List why a model's generation settings could not be saved: transformers refuses that with each checkpoint.
+
+    Args:
+        name: directory or hub id of the model.
+        generation: its generation settings.
+    """
     with tempfile.TemporaryDirectory() as directory:  # what transformers refuses to save is another set in each version
         try:
             generation.save_pretrained(directory)

@@ -9,18 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 from datasets import Dataset
 from packaging.version import Version
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from trl.trainer.grpo_config import GRPOConfig
 
 from rlinvariant import runtime
-from rlinvariant.errors import ConfigErrors
+from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.trainer.preflight import Start, check_start
 from rlinvariant.trainer.preflight.disk import disk_problems, parameters
 from rlinvariant.trainer.preflight.parts import hub_problems, part_problems, weight_problems
 from rlinvariant.trainer.preflight.signatures import needed_columns, signature_problems
-from rlinvariant.trainer.preflight.tokens import generation_problems, token_problems
+from rlinvariant.trainer.preflight.tokens import generation_problems, load_generation, token_problems
 
 
 def settings(path: Any = "out", **changes: Any) -> GRPOConfig:
@@ -116,18 +117,19 @@ def test_tokens_that_do_not_go_with_the_model_are_said(arithmetic_dir: str) -> N
 
 def test_generation_settings_that_no_checkpoint_could_hold_are_said(arithmetic_dir: str, tmp_path: Path) -> None:
     """The control is what transformers does: before 5.24 it refuses to save them."""
-    import transformers
-    from transformers import GenerationConfig
-
     config = AutoConfig.from_pretrained(arithmetic_dir)
-    assert generation_problems(arithmetic_dir, config) == []
+    assert generation_problems(arithmetic_dir, load_generation(arithmetic_dir, config)) == []
     (tmp_path / "generation_config.json").write_text(json.dumps({"do_sample": False, "temperature": 0.6, "eos_token_id": 2}))
-    problems, refused = generation_problems(str(tmp_path), config), Version(transformers.__version__) < Version("5.24")
+    problems = generation_problems(str(tmp_path), load_generation(str(tmp_path), config))
+    refused = Version(transformers.__version__) < Version("5.24")
     assert len(problems) == refused
     for line in problems:
         assert line.startswith(f"model={tmp_path}: generation_config.json: ") and "temperature" in line and "\n" not in line
     with pytest.raises(ValueError) if refused else nullcontext():
         GenerationConfig.from_pretrained(tmp_path).save_pretrained(tmp_path / "saved")
+    (tmp_path / "generation_config.json").write_text('["no", "object"]')
+    with pytest.raises(UserError, match=r"^model=.*: generation_config\.json cannot be read: .*; mend or delete it$"):
+        load_generation(str(tmp_path), config)
 
 
 def test_two_checkpoints_must_fit_on_the_disk(arithmetic_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,10 +153,10 @@ def test_everything_comes_in_one_list(arithmetic_dir: str) -> None:
     config, tokenizer = AutoConfig.from_pretrained(arithmetic_dir), AutoTokenizer.from_pretrained(arithmetic_dir)
     args = settings(learning_rate=-1.0, reward_weights=[1.0, 1.0])
     with pytest.raises(ConfigErrors) as raised:
-        check_start(Start(args, arithmetic_dir, config, tokenizer, [exact], rows, rows.select([0])))
+        check_start(Start(args, arithmetic_dir, config, GenerationConfig(), tokenizer, [exact], rows, rows.select([0])))
     found = "\n".join(raised.value.errors)
     for start in ("optim=", "reward_weights=", "reward function exact: needs `answer`", "train dataset, row 1: a blank"):
         assert f"\n{start}" in f"\n{found}", found
     good = Dataset.from_list([{"prompt": "1+1=", "answer": "2"}, {"prompt": "<eos>", "answer": "2"}])
-    (note,) = check_start(Start(settings(), arithmetic_dir, config, tokenizer, exact, good))
+    (note,) = check_start(Start(settings(), arithmetic_dir, config, GenerationConfig(), tokenizer, exact, good))
     assert note.startswith("train dataset, row 1: '<eos>'")
