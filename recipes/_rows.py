@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlinvariant.errors import UserError, one_line
 from rlinvariant.hub import hub_refusal
+from rlinvariant.launch import asks_the_hub, main_process_fetches
 from rlinvariant.text import shown
 
 if TYPE_CHECKING:
@@ -70,10 +71,11 @@ def of_hub(hub: str, subset: str | None, split: str, fix: str) -> "Dataset":
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
-    if refusal := hub_refusal(hub, "dataset"):
+    if asks_the_hub() and (refusal := hub_refusal(hub, "dataset")):
         raise UserError(f"{hub}: cannot be had from the hub: {refusal}, or {fix}")
     try:
-        return load_dataset(hub, subset, split=split)
+        with main_process_fetches(hub):
+            return load_dataset(hub, subset, split=split)
     except (OSError, ValueError, DatasetsError) as error:
         cause = f"{type(error).__name__}: {one_line(error)}"
         raise UserError(f"{hub}: cannot be had from the hub: {cause}; log in or go online, or {fix}") from error

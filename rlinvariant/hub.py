@@ -1,10 +1,12 @@
-"""Can the hub give a model or a data set? It is asked once, before anything is loaded.
+"""Can the hub give a model or a data set? It is asked before anything is loaded, and once more where it does not answer.
 
 transformers and datasets would find out too, but only after their imports, and where the hub does not answer they ask again for
-half a minute, in silence, for each file.
+half a minute, in silence, for each file. Of the processes of a launch, one asks: `launch.asks_the_hub`.
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 from rlinvariant.errors import one_line
@@ -30,7 +32,7 @@ def hub_refusal(name: str, kind: Kind) -> str | None:
     """Say why a model or a data set cannot be had from the hub, and the fix; None if it can, or is in the hub's cache here."""
     from huggingface_hub import constants, hf_hub_url
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import build_hf_headers, get_session
+    from huggingface_hub.utils import build_hf_headers, http_backoff
 
     file = "config.json" if kind == "model" else "README.md"
     try:
@@ -39,7 +41,9 @@ def hub_refusal(name: str, kind: Kind) -> str | None:
         if constants.HF_HUB_OFFLINE:
             return "HF_HUB_OFFLINE forbids to ask the hub, of which no copy is here; unset it"
         url = hf_hub_url(name, file, repo_type=kind)
-        status = get_session().head(url, headers=build_hf_headers(), timeout=ANSWER_S).status_code
+        again = {"max_retries": 1, "retry_on_status_codes": ()}  # a hub that is busy is left to the client
+        with _quiet():
+            status = http_backoff("HEAD", url, headers=build_hf_headers(), timeout=ANSWER_S, **again).status_code
     except HFValidationError as error:
         return f"no hub id ({one_line(error)}); give another"
     except Exception as error:  # httpx's, httpx2's or requests', by the release of the hub's client
@@ -47,6 +51,19 @@ def hub_refusal(name: str, kind: Kind) -> str | None:
     if kind == "model" and status in (401, 403, 404):
         return f"the hub shows you no such model (status {status}); log in with `hf auth login`"
     return None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the hub's client from warning of each try: what came of them is said in one line."""
+    from huggingface_hub import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _is_cached(name: str, kind: Kind) -> bool:

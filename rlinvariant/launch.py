@@ -8,7 +8,8 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -121,6 +122,33 @@ def on_main_process(work: Callable[[], T]) -> T:
     if isinstance(result, UserError):
         raise result
     return result
+
+
+def asks_the_hub() -> bool:
+    """Return whether this process asks the hub what a name is: of a launch, the one that launches, or else the main process."""
+    return LAUNCHER not in os.environ and rank() == 0
+
+
+@contextmanager
+def main_process_fetches(name: str) -> Iterator[None]:
+    """Let the main process of each host go first through a block that loads what the hub has; the others find it in the cache.
+
+    Args:
+        name: of what is loaded; a directory keeps nobody waiting. Every rank must call this.
+    """
+    if os.path.isdir(name) or not (is_launched() and int(os.environ.get("WORLD_SIZE", "1")) > 1):
+        yield
+        return
+    from accelerate import PartialState
+
+    state = PartialState()
+    if not state.is_local_main_process:
+        state.wait_for_everyone()
+    try:
+        yield
+    finally:
+        if state.is_local_main_process:
+            state.wait_for_everyone()
 
 
 def largest(number: int) -> int:

@@ -15,6 +15,7 @@ from rlinvariant.errors import UserError
 from rlinvariant.files import ANOTHER_CACHE, cache_dir
 from rlinvariant.hub import hub_problems
 from rlinvariant.install import install_hint
+from rlinvariant.launch import asks_the_hub
 from rlinvariant.text import say, shown
 
 
@@ -105,7 +106,8 @@ def model_problems(key: str, model: str) -> list[str]:
 def source_problems(key: str, model: str) -> list[str]:
     """Say in at most one line why a model cannot be read, as `model_problems` does; a hub id is asked of the hub."""
     problems = model_problems(key, model)
-    return problems if problems or os.path.isdir(model) or model in WHEELS else hub_problems(key, model)
+    known = problems or os.path.isdir(model) or model in WHEELS or not asks_the_hub()
+    return problems if known else hub_problems(key, model)
 
 
 def local_model(model: str) -> str:

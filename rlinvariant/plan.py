@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Unpack, cast
 
 from rlinvariant.conflicts import SIDES, Invariance
 from rlinvariant.errors import ConfigErrors
+from rlinvariant.launch import main_process_fetches
 from rlinvariant.report.console import Console
 from rlinvariant.rewards import RewardLimits
 from rlinvariant.types import JsonRow
@@ -100,8 +101,10 @@ def plan_trainer(
     sampler_is_invariant, trainer_is_invariant = SIDES[invariance]
     loaded = None if isinstance(model, (str, Path)) else model
     name = str(model) if loaded is None else loaded.config._name_or_path
-    config = load_config(name) if loaded is None else loaded.config
-    source_config = config if loaded is None and source == name else load_config(source)
+    with main_process_fetches(name), main_process_fetches(source):
+        config = load_config(name) if loaded is None else loaded.config
+        source_config = config if loaded is None and source == name else load_config(source)
+        generation: Any = load_generation(name, config) if loaded is None else loaded.generation_config
     problems: list[str] = []
     if sampler_is_invariant:
         given = sampler_options.get("options") or {}
@@ -111,7 +114,6 @@ def plan_trainer(
         problems += [f"model={name}: {reason}; use invariance=off" for reason in unsupported(config, args.device.type)]
     if problems:
         raise ConfigErrors(problems)
-    generation: Any = load_generation(name, config) if loaded is None else loaded.generation_config
     parts = (name if loaded is None else loaded, config, source, source_config, generation)
     return TrainerPlan(*parts, args, ppo, invariance, dtype, sampler_options, save_dtype)
 
@@ -151,7 +153,8 @@ def arguments(
     model: Any = plan.model
     if isinstance(model, str):
         settings = {"config": copy.deepcopy(plan.config), "generation_config": plan.generation}
-        model = load(AutoModelForCausalLM, model, dtype=torch.float32, **settings)
+        with main_process_fetches(model):
+            model = load(AutoModelForCausalLM, model, dtype=torch.float32, **settings)
     Console(plan.args.process_index == 0).print(str(RewardLimits.taken({**options})))
     invariant = SIDES[plan.invariance][0]
     positions = getattr(plan.source_config.get_text_config(), "max_position_embeddings", None)  # a stock engine needs none

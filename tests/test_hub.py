@@ -1,5 +1,6 @@
-"""A name that is no directory: the hub is asked once, before anything is loaded, and its silence or its no is one line."""
+"""A name that is no directory: the hub is asked before anything is loaded, and its silence or its no is one line."""
 
+import os
 import socketserver
 import threading
 from collections.abc import Iterator
@@ -8,7 +9,7 @@ import pytest
 from huggingface_hub import constants, file_download
 from trl.trainer.grpo_config import GRPOConfig
 
-from rlinvariant import replay
+from rlinvariant import launch, replay
 from rlinvariant.api import GRPOTrainer, PPOTrainer
 from rlinvariant.config import PPOConfig
 from rlinvariant.errors import UserError
@@ -16,7 +17,8 @@ from rlinvariant.hub import hub_refusal
 from rlinvariant.model_source import source_problems
 from rlinvariant.recipes import _rows
 from rlinvariant.sampler.refusals import load_config
-from tests import commands
+from tests import commands, forks
+from tests.parity.device import cpu_only
 
 
 class Hub:
@@ -24,6 +26,7 @@ class Hub:
 
     asked: list[str]
     status: int | None = None
+    silent = 0  # how many requests have no answer, the first ones
 
     def __init__(self) -> None:
         self.asked = []
@@ -39,7 +42,7 @@ def hub(monkeypatch, tmp_path) -> Iterator[Hub]:
             found.asked.append(self.rfile.readline().decode().strip())
             while self.rfile.readline().strip():
                 pass
-            if found.status is not None:
+            if found.status is not None and len(found.asked) > found.silent:
                 self.wfile.write(f"HTTP/1.1 {found.status} x\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode())
 
     server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)
@@ -80,7 +83,7 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_silent_hub_is_asked_once_for_a_model(way, hub, tmp_path, monkeypatch):
+def test_a_silent_hub_is_asked_twice_for_a_model(way, hub, tmp_path, monkeypatch):
     for name in ("transformers.AutoConfig.from_pretrained", "datasets.load_dataset"):
         monkeypatch.setattr(name, lambda *_, **__: pytest.fail("something is loaded"))
     (tmp_path / "of_silence.py").write_text("def right(completions, **_):\n    return [0.0 for _ in completions]\n")
@@ -90,24 +93,73 @@ def test_a_silent_hub_is_asked_once_for_a_model(way, hub, tmp_path, monkeypatch)
     assert len(lines) == 1 and "nosuch/dir: no such directory, and the hub, http://127.0.0.1:" in lines[0]
     assert "does not answer" in lines[0] and lines[0].endswith("; go online, or mend the name")
     assert hub.asked[0].startswith("HEAD /nosuch/dir/resolve/main/config.json")
-    assert len(hub.asked) == 1 + (way == "train, rows"), "once for each name"
+    assert len(hub.asked) == 2 * (1 + (way == "train, rows")), "twice for each name"
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_silent_hub_is_asked_once_for_rows(hub, tmp_path, monkeypatch):
+def test_a_silent_hub_is_asked_twice_for_rows(hub, tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path))
     with pytest.raises(UserError, match=r"^org/rows: cannot be had from the hub: the hub, .* go online, or give data\.path"):
         _rows.of_hub("org/rows", None, "train", "give data.path=FILE")
-    assert len(hub.asked) == 1
+    assert len(hub.asked) == 2
     for name, directory in {"org/rows": "org___rows", "Org/MATH-500": "Org___math-500"}.items():  # as `datasets` names them
         (tmp_path / directory).mkdir()
-        assert hub_refusal(name, "dataset") is None and len(hub.asked) == 1, "what is in the cache needs no hub"
+        assert hub_refusal(name, "dataset") is None and len(hub.asked) == 2, "what is in the cache needs no hub"
 
 
 def test_the_control_asks_again_and_again(hub):
     with pytest.raises(UserError, match="cannot be loaded"):
         load_config("nosuch/dir")
-    assert len(hub.asked) > 1
+    assert len(hub.asked) > 2
+
+
+def test_a_hub_that_answers_at_the_second_try_has_the_model(hub):
+    hub.silent, hub.status = 1, 200
+    assert source_problems("model", "org/there") == [] and len(hub.asked) == 2
+
+
+PROCESSES = {
+    "alone": ({}, True),
+    "the main process": ({"LOCAL_RANK": "0", "RANK": "0"}, True),
+    "another": ({"LOCAL_RANK": "1", "RANK": "1"}, False),
+    "one whose launcher has asked": ({"LOCAL_RANK": "0", "RANK": "0", launch.LAUNCHER: "7"}, False),
+}
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+def test_one_process_of_a_launch_asks(process, hub, monkeypatch):
+    variables, asks = PROCESSES[process]
+    for name in ("LOCAL_RANK", "RANK", launch.LAUNCHER):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    hub.status = 404
+    assert len(source_problems("model", "nosuch/dir")) == asks == len(hub.asked)
+
+
+FETCHING = """
+import sys
+from accelerate import PartialState
+from rlinvariant.launch import main_process_fetches, rank
+PartialState(cpu=True)
+for name in ("org/model", "org/refused"):
+    try:
+        with main_process_fetches(name):
+            print(rank(), file=open(name.replace("/", "-"), "a"), flush=True)
+            if name == "org/refused":
+                raise ValueError
+    except ValueError:
+        pass
+"""
+
+
+@cpu_only("two processes are joined by gloo")
+def test_the_main_process_fetches_first(tmp_path):
+    """Also where that fails: nobody waits for ever."""
+    (tmp_path / "fetching.py").write_text(FETCHING)
+    for done in forks.run_ranks(2, [str(tmp_path / "fetching.py")], cwd=tmp_path, env=os.environ, timeout=60):
+        assert done.returncode == 0, done.stderr
+    assert [(tmp_path / f"org-{name}").read_text().split() for name in ("model", "refused")] == 2 * [["0", "1"]]
 
 
 @pytest.mark.parametrize(("status", "words"), [(401, "log in"), (404, "log in"), (200, None), (307, None), (503, None)])

@@ -12,7 +12,7 @@ from rlinvariant.conflicts import conflicts, microbatch_problems, ppo_conflicts
 from rlinvariant.errors import UserError
 from rlinvariant.files import require_writable
 from rlinvariant.hub import hub_problems
-from rlinvariant.launch import rank
+from rlinvariant.launch import asks_the_hub, rank
 from rlinvariant.model_source import model_problems, source_problems
 from rlinvariant.text import shown
 
@@ -92,7 +92,11 @@ def unreachable(config: Config) -> list[str]:
     found = [
         line for key, name in (("model", config.model), ("ppo.critic", critic)) if name for line in source_problems(key, name)
     ]
-    rows = [] if config.recipe else [(f"data.{key}", getattr(config.data, key, None)) for key in ("path", "eval_path")]
+    rows = (
+        []
+        if config.recipe or not asks_the_hub()
+        else [(f"data.{key}", getattr(config.data, key, None)) for key in ("path", "eval_path")]
+    )
     return found + [
         line for key, path in rows if path and not os.path.exists(path) for line in hub_problems(key, path, "dataset")
     ]

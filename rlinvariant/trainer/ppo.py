@@ -31,6 +31,7 @@ from trl.trainer.grpo_config import GRPOConfig
 from rlinvariant import metrics
 from rlinvariant.config import PPOConfig
 from rlinvariant.errors import UserError
+from rlinvariant.launch import main_process_fetches
 from rlinvariant.model_source import local_model
 from rlinvariant.trainer import advantages
 from rlinvariant.trainer.critic import Critic, load_critic
@@ -99,7 +100,8 @@ class InvariantPPOTrainer(InvariantGRPOTrainer):
         if path is None:
             backbone = copy.deepcopy(model.base_model)
         else:
-            backbone = load_critic(path, model, tokenizer)
+            with main_process_fetches(path):
+                backbone = load_critic(path, model, tokenizer)
         self.critic = Critic(backbone.to(args.device), dtype, self._trainer_is_invariant)
         if path is not None:
             self.critic.load_head(Path(path))

@@ -26,6 +26,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from rlinvariant.errors import UserError
 from rlinvariant.files import sync_directory, write_atomically
 from rlinvariant.trainer.card import Card
+from rlinvariant.types import Untyped
 
 SETTINGS = "training_args.bin"  # a pickle, of settings that the run has elsewhere, and of tokens
 CARD = "README.md"
@@ -248,7 +249,7 @@ def cast(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     return {name: done[weight.data_ptr(), tuple(weight.shape)] for name, weight in state.items()}
 
 
-def files_of(tokenizer: Any) -> dict[str, bytes]:
+def files_of(tokenizer: Untyped) -> dict[str, bytes]:
     """Return what a tokenizer saves as it is now, by the files' names: a copy of it would take ten times as long to make."""
     if tokenizer is None:
         return {}

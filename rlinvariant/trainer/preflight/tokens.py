@@ -5,6 +5,7 @@ import tempfile
 from typing import TYPE_CHECKING, Any
 
 from rlinvariant.errors import UserError, one_line
+from rlinvariant.launch import main_process_fetches
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
@@ -23,7 +24,8 @@ def load_tokenizer(name: str, config: "PreTrainedConfig") -> "PreTrainedTokenize
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(name, config=copy.deepcopy(config), trust_remote_code=False)
+        with main_process_fetches(name):
+            return AutoTokenizer.from_pretrained(name, config=copy.deepcopy(config), trust_remote_code=False)
     except Exception as error:  # tokenizers raises plain exceptions
         raise UserError(f"model={name}: no tokenizer: {one_line(error, 400)}") from error
 
