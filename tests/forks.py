@@ -79,7 +79,7 @@ class Fork:
         self._server.connect(os.environ[VARIABLE])
         request = {"arguments": list(arguments), "directory": str(cwd), "environment": dict(env)}
         socket.send_fds(self._server, [json.dumps(request).encode()], [stdin, stdout, stderr, *kept])
-        self.pid = int(self._server.recv(64))
+        self.pid = self._told()
 
     def wait(self, timeout: float | None = None) -> int:
         """Return the exit code, minus the signal's number where one has ended it.
@@ -91,9 +91,15 @@ class Fork:
             if not select.select([self._server], [], [], timeout)[0]:
                 assert timeout is not None
                 raise subprocess.TimeoutExpired(self.args, timeout)
-            self.returncode = int(self._server.recv(64))
+            self.returncode = self._told()
             self._server.close()
         return self.returncode
+
+    def _told(self) -> int:
+        """Return the number that the server tells next. Raises RuntimeError where it has ended."""
+        if not (number := self._server.recv(64)):
+            raise RuntimeError("the process that forks the tests' processes has ended; was memory short?")
+        return int(number)
 
     def poll(self) -> int | None:
         try:

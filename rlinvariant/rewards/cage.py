@@ -54,7 +54,7 @@ class Cage:
     def _start(self) -> None:
         self._connection, theirs = multiprocessing.Pipe()
         paths = os.pathsep.join(path for path in sys.path if path)
-        process = subprocess.Popen(
+        self._keeper = subprocess.Popen(
             [sys.executable, "-c", CODE, str(theirs.fileno()), str(self._limits.reward_cage)],
             env=os.environ | {"PYTHONPATH": paths},
             pass_fds=[theirs.fileno()],
@@ -62,7 +62,7 @@ class Cage:
             start_new_session=True,  # ctrl-C is the trainer's
         )
         theirs.close()
-        self._close = weakref.finalize(self, _end, process, self._connection)
+        self._close = weakref.finalize(self, _end, self._keeper, self._connection)
         self._connection.send_bytes(self._pickled)
         failure = self._answer(self._limits.limit_s)
         if failure is not None:
@@ -74,7 +74,7 @@ class Cage:
         """Grade a batch of samples; takes no longer than the limit, whatever the function does.
 
         Raises:
-            UserError: the arguments cannot be sent, or the keeper itself is gone.
+            UserError: the arguments cannot be sent, or the keeper itself was ended in the middle of the call.
         """
         sent = {key: value for key, value in arguments.items() if key not in ("log_metric", "log_extra")}
         seed = self._name
@@ -84,6 +84,9 @@ class Cage:
             seed = f"{self._name} {state.global_step}"
         logs = [key for key in ("log_metric", "log_extra") if key in arguments]
         with self._lock:
+            if self._close is not None and self._keeper.poll() is not None:  # ended between two calls: nothing is lost
+                self._close()
+                self._close = None
             if self._close is None:
                 self._start()
             try:

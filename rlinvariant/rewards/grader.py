@@ -90,6 +90,8 @@ class _Grader:
 
     def equal(self, right: str, found: str) -> bool | None:
         """Return whether the answers are equal; None if the process was ended over this question."""
+        if self.process is not None and self.process.poll() is not None:  # between two questions: no answer is to blame
+            self._end()
         if self.process is None:
             self._start()
         process: Any = self.process

@@ -10,6 +10,7 @@ import time
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 
 from rlinvariant.errors import ConfigErrors, UserError
@@ -215,6 +216,38 @@ def test_a_cage_imports_nothing_to_read_the_state() -> None:
 
     state = TrainerState(global_step=6, log_history=[{"loss": 1.0}])
     assert checked_reward(reward, RewardLimits(reward_cage=1))(**BATCH | {"trainer_state": state}) == [6.0] * 3
+
+
+def processes_of(module: str) -> set[psutil.Process]:
+    """Return the processes of this one that run a module of `rlinvariant.rewards`."""
+    return {
+        process for process in psutil.Process().children() if f"rewards.{module} import main" in " ".join(process.cmdline())
+    }
+
+
+def end(process: psutil.Process) -> None:
+    """Kill a child and wait for its end, which is left for its `subprocess.Popen` to find."""
+    process.kill()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+
+
+def test_a_keeper_that_was_ended_between_two_calls_is_started_again() -> None:
+    """In the middle of a call nobody knows what the function has done: that is one line, and nobody waits."""
+
+    def ends_its_keeper(completions: list[str], answer: list[str], **_: Any) -> list[float]:
+        if answer[0] == "end":
+            os.kill(os.getppid(), signal.SIGKILL)
+            time.sleep(600)
+        return [float(text == "1") for text in completions]
+
+    before = processes_of("keeper")
+    caged = checked_reward(ends_its_keeper, RewardLimits(60.0, 2))
+    (keeper,) = processes_of("keeper") - before
+    end(keeper)
+    assert caged(**BATCH) == [1.0, 0.0, 0.0]
+    with pytest.raises(UserError, match=r"reward function ends_its_keeper.*: the process that keeps its cage was ended from"):
+        caged(**BATCH | {"answer": ["end"] * 3})
+    assert caged(**BATCH) == [1.0, 0.0, 0.0]
 
 
 def test_what_cannot_be_sent_to_a_cage_is_refused() -> None:

@@ -8,6 +8,7 @@ import pytest
 from rlinvariant.errors import UserError
 from rlinvariant.rewards import checked_reward, final_answer, math_answer
 from rlinvariant.rewards.grader import GRADING_CPU_S
+from tests.rewards.test_checked import end, processes_of
 
 
 @pytest.mark.parametrize(
@@ -71,6 +72,17 @@ def test_an_answer_that_would_run_for_ever_costs_its_own_reward_alone() -> None:
     assert rewards == [1, *[0] * (len(texts) - 2), 1]
     assert 2 <= logged["grader_stopped"] <= 4  # the huge ones, and the deep ones where the machine is slow
     assert math_answer([r"\boxed{4/2}"] * 20, ["2"] * 20) == [1] * 20  # every grader is there again
+
+
+def test_a_grader_that_was_ended_between_two_questions_costs_no_reward() -> None:
+    """As the kernel ends one where memory is short."""
+    right = [r"\boxed{4/2}"] * 20
+    assert math_answer(right, ["2"] * 20) == [1] * 20
+    for grader in (ended := processes_of("grader")):
+        end(grader)
+    logged: dict[str, float] = {}
+    assert math_answer(right, ["2"] * 20, log_metric=logged.__setitem__) == [1] * 20 and logged["grader_stopped"] == 0
+    assert ended, "blind: none was ended"
 
 
 def test_graders_work_in_any_thread() -> None:
