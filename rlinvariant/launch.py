@@ -201,6 +201,8 @@ def _launch(file: Path, argv: Sequence[str]) -> int:
     settings_of_launch = ["--config_file", str(file), "--num_cpu_threads_per_process", threads]
     options = launch_command_parser().parse_args([*settings_of_launch, str(WORKER), "train", *argv])
     if all_processes > 1 or settings.distributed_type not in ("NO", False):
+        if hosts == 1:  # torchrun's store takes a port that is free: no other start can take it in between
+            options.standalone, options.main_process_port = True, 0
         return _launch_several(options)
     command, environment = prepare_simple_launcher_cmd_env(_validate_launch_command(options)[0])
     environment.setdefault(LAUNCHER, str(os.getpid()))

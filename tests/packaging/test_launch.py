@@ -99,12 +99,23 @@ def test_one_process_is_the_one_that_was_started(tmp_path):
     assert code == 7 and err == ""
 
 
-def test_two_processes_each_have_their_share_of_the_cores(tmp_path):
-    os.mkfifo(tmp_path / "both")  # opens when both are there
-    body = "open('both', 'r' if os.environ['RANK'] == '0' else 'w'); sys.stdout.flush(); os._exit(3)"
-    code, said, err = finish(start(tmp_path, body, "machine=cpu2"))
-    assert sorted(line["rank"] for line in said) == ["0", "1"] and code == 3, err
-    assert {line["threads"] for line in said} == {str(max(1, len(os.sched_getaffinity(0)) // 2))}
+def test_two_processes_each_have_their_share_of_the_cores_and_two_runs_start_at_once(tmp_path):
+    """Whatever port the machine file names, a run's processes meet at one that was free when it was taken."""
+    file = tmp_path / "machine.yaml"
+    file.write_text(launch.machine_file("cpu2").read_text().replace("main_process_port: 0", "main_process_port: 29517"))
+    body = "open('both', 'r' if os.environ['RANK'] == '0' else 'w'); say(port=os.environ['MASTER_PORT']); os._exit(3)"
+    runs = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        os.mkfifo(tmp_path / name / "both")  # opens when both of its processes are there
+        runs.append(start(tmp_path / name, body, f"machine={file}"))
+    ports = set()
+    for process in runs:
+        code, said, err = finish(process)
+        assert sorted(line["rank"] for line in said if "rank" in line) == ["0", "1"] and code == 3 and err == "", err
+        assert {line["threads"] for line in said if "rank" in line} == {str(max(1, len(os.sched_getaffinity(0)) // 2))}
+        ports |= {line["port"] for line in said if "port" in line}
+    assert len(ports) == 2 and "29517" not in ports
 
 
 def test_a_mistake_is_found_before_any_process_starts(tmp_path):
