@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from rlinvariant.recipes._gym import Problem, Tasks, draw, read_tasks, task_name
 from rlinvariant.trainer.preflight.prompts import Prompts
 from rlinvariant.trainer.preflight.rows import row_problems
 from tests.recipes.hub_rows import chat_tokenizer
+from tests.recipes.smollm2 import SMALL, needs_the_model, rlinvariant, rows
 
 SAMPLED = ("chain_sum", "acre", "isomorphic_strings", "gsm_symbolic", "knights_knaves", "propositional_logic", "codeio")
 """Tasks of each kind: a plain one, no curriculum, made by hash order, objects in its entries, no answer of its own."""
@@ -284,3 +286,16 @@ def test_a_model_without_a_template_is_refused() -> None:
     tokenizer.chat_template = None
     with pytest.raises(UserError, match=r"^model=org/name: messages, and the tokenizer has no chat template; choose an ins"):
         recipe.datasets(config(), tokenizer)
+
+
+@pytest.mark.slow
+@needs_the_model
+def test_smollm2_is_trained_exactly(tmp_path: Path) -> None:
+    """A mixture, scored in the cage. The control is that of the words: stock kernels differ in most tokens."""
+    tasks = "data.task=leg_counting:1,chain_sum:1"
+    rlinvariant(tmp_path, "train", "recipe=reasoning_gym", "run=gym", tasks, "data.train_size=32", *SMALL)
+    found = rows(tmp_path, "gym")
+    assert len(found) == 2
+    for row in found:
+        assert row["onpolicy/mismatched_tokens"] == row["onpolicy/unscored_tokens"] == 0 and row["onpolicy/coverage"] == 1
+        assert row["onpolicy/compared_tokens"] >= 8 and row["reward/errors"] == row["reward/crashes"] == 0 <= row["reward"] <= 1

@@ -1,10 +1,7 @@
 """Problems in words: what is asked, what is right, what is held out; with SmolLM2, exact steps beside a control (slow)."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +9,11 @@ import pytest
 
 from rlinvariant.config import Config, parse
 from rlinvariant.errors import ConfigErrors
-from rlinvariant.model_source import local_model, model_problems
+from rlinvariant.model_source import local_model
 from rlinvariant.recipes import words
-from rlinvariant.report.rundir import read_metrics
 from tests.config.common import with_defaults
+from tests.recipes.smollm2 import MODEL, SMALL, needs_the_model, rlinvariant, rows
 
-ROOT = Path(__file__).parents[2]
-MODEL = words.DEFAULTS["model"]
 VALUES = {words.in_words(number): number for number in range(100)}
 
 
@@ -90,22 +85,6 @@ def test_wrong_settings_are_one_line(argument: str) -> None:
     assert line.startswith(f"{argument}: expected ")
 
 
-needs_the_model = pytest.mark.skipif(
-    bool(model_problems("model", MODEL)), reason=f"needs {MODEL}: {'; '.join(model_problems('model', MODEL))}"
-)
-SMALL = (
-    "steps=2",
-    "wandb.mode=disabled",
-    "data.eval_size=4",
-    "trainer.per_device_train_batch_size=8",
-    "trainer.num_generations=4",
-    "trainer.max_completion_length=16",
-    "trainer.warmup_steps=0",
-    "trainer.save_strategy=no",
-    "sampler.kv_cache_gib=0.1",
-)
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory in which an exact and a stock run have done two steps with the real model."""
@@ -113,18 +92,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("exact", "off"):
         rlinvariant(directory, "train", "recipe=words", f"run={name}", f"invariance={name}", *SMALL)
     return directory
-
-
-def rlinvariant(directory: Path, *argv: str) -> str:
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "rlinvariant", *argv]
-    done = subprocess.run(command, cwd=directory, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return done.stdout
-
-
-def rows(directory: Path, name: str) -> list[dict[str, Any]]:
-    return read_metrics(directory / "runs" / name)
 
 
 @pytest.mark.slow
