@@ -41,7 +41,6 @@ _WHOLE = "the sampler must draw from the whole distribution, which is the one th
 _EXACT = ("exact", "trainer")  # where the trainer runs the invariant ops
 _MASTERS = "False MODE: masters stay float32 and the modules cast; use dtype=bfloat16"
 _REPLACED = "False MODE: it replaces operations that the invariant ops own; remove it"
-_DROPPED = "False MODE: TRL drops truncated completions before they could be compared; remove it"
 RULES = {
     "temperature": Rule(
         lambda value: value >= 0.01,
@@ -69,7 +68,6 @@ RULES = {
     "cast_lm_head_to_fp32": Rule(operator.not_, _REPLACED, _EXACT),
     "torch_compile": Rule(operator.not_, _REPLACED, _EXACT),
     "neftune_noise_alpha": Rule(operator.not_, "None MODE: the noise is in the trainer's forward alone; remove it", _EXACT),
-    "mask_truncated_completions": Rule(operator.not_, _DROPPED, ("exact",)),
 }
 """Field -> its rule, for our configuration and for TRL scripts."""
 

@@ -62,6 +62,11 @@ ONPOLICY = Section(
             "fraction",
         ),
         Metric(
+            "onpolicy/masked_tokens",
+            "compared tokens that `trainer.mask_truncated_completions` leaves out of the loss: the limit cut their completions",
+            "tokens",
+        ),
+        Metric(
             "onpolicy/weights_equal",
             "1 if the sampler's weights are the trainer's, bit for bit, when the rollout was drawn",
             "0 or 1",

@@ -94,7 +94,8 @@ def run(options: argparse.Namespace) -> int:
     if then["threads"]:
         torch.set_num_threads(then["threads"])
     tokens = sum(len(c.token_ids) for c in rollout.completions)
-    drawn = f"{plural(len(rollout.completions), 'completion')}, {plural(tokens, 'token')}"
+    batches = f" in {plural(len(rollout.batches), 'batch', 'batches')}" if len(rollout.batches) > 1 else ""
+    drawn = f"{plural(len(rollout.completions), 'completion')}{batches}, {plural(tokens, 'token')}"
     console.print(
         f"step {step} of {options.run}: {drawn}, invariance={about['invariance']}, {dtype}, temperature {rollout.temperature:g}"
     )
@@ -204,17 +205,17 @@ def relations(
 
     sampler.sync(model.named_parameters())
     completions = rollout.completions
-    again = [c for b in rollout.batches for c in _draw(sampler, rollout, b.prompts, b.seeds)]
+    again = [c for b in rollout.batches for c in _draw(sampler, rollout, rollout.requests_of(b))]
     yield Relation("sampler, drawn again = recorded").of(again, completions)
-    requests = [(p, s) for b in rollout.batches for p, s in zip(b.prompts, b.seeds, strict=True)]
+    requests = rollout.requests
     some = range(0, len(requests), -(-len(requests) // LONE_REQUESTS))
-    lone = [_draw(sampler, rollout, [requests[i][0]], [requests[i][1]])[0] for i in some]
+    lone = [_draw(sampler, rollout, [requests[i]])[0] for i in some]
     yield Relation(f"sampler, {len(some)} drawn alone = recorded").of(lone, [completions[i] for i in some])
     trainer = Relation("trainer = recorded, which is the sampler's")
     if not trainer_exact:
         device = next(model.parameters()).device.type
         with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):  # TRL runs a stock trainer so
-            scored = stock_score(model, [p for p, _ in requests], completions, rollout.temperature)
+            scored = stock_score(model, [p for p, _, _ in requests], completions, rollout.temperature)
         trainer.add([x.numpy() for x in scored], [c.sampler_logprobs for c in completions])
         yield trainer
         return
@@ -245,10 +246,11 @@ def verdict(found: Sequence["Relation"], step: int, invariance: str, changed: bo
     return NOT_EXACT, ["", f"NOT EXACT: step {step} was not replayed: {counts}; {why}"]
 
 
-def _draw(sampler: Any, rollout: "Rollout", prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> "list[Completion]":
+def _draw(sampler: Any, rollout: "Rollout", requests: Sequence[tuple[Sequence[int], int, int]]) -> "list[Completion]":
     """Draw completions as the rollout's were drawn."""
-    how = {"temperature": rollout.temperature, "max_tokens": rollout.max_tokens}
-    return sampler.generate(prompts, seeds, **how, stop_token_ids=rollout.stop_token_ids)
+    prompts, seeds, most = ([*column] for column in zip(*requests, strict=True))
+    how = {"temperature": rollout.temperature, "stop_token_ids": rollout.stop_token_ids}
+    return sampler.generate(prompts, seeds, max_tokens=most, **how)
 
 
 def _pair(rollout: "Rollout", model: Any, sampler: Any) -> "Pair":
@@ -256,11 +258,7 @@ def _pair(rollout: "Rollout", model: Any, sampler: Any) -> "Pair":
     from rlinvariant.sampler.drive import Request
     from rlinvariant.verification.pair import Batch, Pair, Sizes
 
-    requests = [
-        Request(tuple(p), s, rollout.temperature, rollout.max_tokens)
-        for b in rollout.batches
-        for p, s in zip(b.prompts, b.seeds, strict=True)
-    ]
+    requests = [Request(tuple(p), s, rollout.temperature, most) for p, s, most in rollout.requests]
     sizes = Sizes(len(requests), 0, rollout.max_tokens, 0, 0, FORWARD_TOKENS)
     pair = Pair(model, sampler, sizes, 0, model.config.get_text_config().vocab_size)
     pair.batch = Batch(requests, rollout.completions, [])

@@ -58,6 +58,16 @@ class Rollout:
     weights_sha256: str
 
     @property
+    def requests(self) -> list[tuple[Sequence[int], int, int]]:
+        """Return prompt, seed and most tokens of each request, in order."""
+        return [request for batch in self.batches for request in self.requests_of(batch)]
+
+    def requests_of(self, batch: Batch) -> list[tuple[Sequence[int], int, int]]:
+        """Return the same of one batch."""
+        most = batch.max_tokens or [self.max_tokens] * len(batch.seeds)
+        return list(zip(batch.prompts, batch.seeds, most, strict=True))
+
+    @property
     def completions(self) -> list[Completion]:
         return [completion for batch in self.batches for completion in batch.completions]
 

@@ -22,7 +22,8 @@ from rlinvariant.rollout import Batch, Completion, Rollout
 from rlinvariant.verification import certificate, load
 from rlinvariant.verification.relation import Relation
 from tests import commands
-from tests.parity.harness import assert_exact, new_trainer
+from tests.parity.harness import Run, assert_exact, new_trainer
+from tests.trainer.tool_model import tool_trainer
 
 SUBJECT = {"device": "cpu", "threads": 1, "packages": {}, "isa": None, "sources": ""}
 ABOUT = {"invariance": "exact", "dtype": "bfloat16", "sampler": {}, "subject": SUBJECT}
@@ -34,14 +35,14 @@ DRAWN, ALONE, TRAINER, ULP = range(4)  # the order of what `relations` gives
 def record(arithmetic_dir, exact_engine) -> Callable[..., Path]:
     """Train and record into a directory, as `run` does, without the configuration's part."""
 
-    def start(directory: Path, resume: str | None = None, **changes: Any) -> Path:
+    def start(directory: Path, resume: str | None = None, make: Callable[..., Run] = new_trainer, **changes: Any) -> Path:
         def on_rollout(step: int, rollout: Rollout) -> None:
             at = arithmetic_dir if step == 1 else f"checkpoint-{step - 1}"
             rollouts.write(directory, step, rollout, ABOUT | {"weights": at})
 
         (directory / "config.json").write_text("{}")
         settings = SAVING | changes
-        run = new_trainer(arithmetic_dir, exact_engine, directory / "checkpoints", on_rollout=on_rollout, **settings)
+        run = make(arithmetic_dir, exact_engine, directory / "checkpoints", on_rollout=on_rollout, **settings)
         run.trainer.train(resume_from_checkpoint=resume)
         if not changes.get("staleness"):
             assert_exact(run, 100)
@@ -197,14 +198,30 @@ def test_a_digest_is_of_names_dtypes_shapes_and_bytes():
 
 def test_a_rollout_comes_back_as_it_was(tmp_path):
     batches = [
-        Batch([[1, 2], [3]], [2**63 - 1, 0], [Completion([5], [next_float(-1.0)]), Completion([], [])]),
-        Batch([[7]], [9], [Completion([6, 7], [-0.0, next_float(0.0)])]),
+        Batch([[1, 2], [3]], [2**63 - 1, 0], [Completion([5], [next_float(-1.0)]), Completion([], [])], [2, 1]),
+        Batch([[7]], [9], [Completion([6, 7], [-0.0, next_float(0.0)])], [2]),
     ]
     written = Rollout(batches, 0.7, 2, [2, 0], "ab")
     rollouts.write(tmp_path, 12, written, {"weights": "é"})
     read, about = rollouts.read(tmp_path, 12)
     assert read == written and about == {"weights": "é"} and str(read.batches[1].completions[0].sampler_logprobs[0]) == "-0.0"
     assert rollouts.steps(tmp_path) == [12]
+
+
+def test_a_rollout_of_an_earlier_version_has_one_limit_for_all(tmp_path):
+    file = rollouts.write(tmp_path, 12, Rollout([Batch([[1]], [5], [Completion([5], [-1.0])], [3])], 0.7, 2, [2, 0], "ab"), {})
+    with np.load(file) as found:
+        arrays = {name: found[name] for name in found.files if name != "max_tokens"}
+    np.savez_compressed(file, **arrays)
+    assert rollouts.read(tmp_path, 12)[0].requests == [([1], 5, 2)]
+
+
+def test_turns_are_recorded_and_drawn_again(record, replayed, tmp_path):
+    record(tmp_path, make=tool_trainer, max_steps=2)
+    rollout, _ = rollouts.read(tmp_path, 1)
+    assert len(rollout.batches) >= 3, "a batch for each turn"
+    assert len({most for _, _, most in rollout.requests}) > 4
+    assert_replayed(replayed(tmp_path, 1), rollout)
 
 
 def damaged(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:

@@ -110,7 +110,10 @@ def _groups(rows: Sequence[Sample]) -> list[Sample]:
 
 
 def _row(row: Sample, prompts: dict[str, int], pieces: "_Pieces") -> dict[str, Any]:
-    """Return a completion with short keys; of its tokens, where each ends in the text and its log-prob, in tenths of a nat."""
+    """Return a completion with short keys; of its tokens, where each ends in the text and its log-prob in tenths of a nat.
+
+    A token that was not sampled has None for a log-prob.
+    """
     prompt, text = _plain(row.get("prompt")), _plain(row.get("completion"))
     small = {"i": row["sample_id"], "p": prompts.setdefault(prompt, len(prompts)), "c": _shown(text)}
     numbers = {"r": row.get("reward"), "a": row.get("advantage"), "l": row.get("length"), "m": mean_logprob(row)}
@@ -122,7 +125,9 @@ def _row(row: Sample, prompts: dict[str, int], pieces: "_Pieces") -> dict[str, A
         small["e"] = printable(", ".join(each))
     if len(text) <= CHARACTERS and (found := pieces.of(row, text)):
         small["n"] = list(accumulate(_units(printable(piece, keep="\n")) for piece in found))
-        small["q"] = [max(-99, round(10 * x)) if x == x else 0 for x in row["sampler_logprobs"]]
+        given = iter(row["sampler_logprobs"])
+        by_token = [next(given) if sampled else None for sampled in row.get("tool_mask") or [1] * len(found)]
+        small["q"] = [None if x is None else max(-99, round(10 * x)) if x == x else 0 for x in by_token]
     return small
 
 
@@ -157,7 +162,7 @@ class _Pieces:
             return []
         from tokenizers.decoders import DecodeStream
 
-        stream = DecodeStream(skip_special_tokens=True)
+        stream = DecodeStream(skip_special_tokens=row.get("tool_mask") is None)  # those that end turns are part of the text
         try:
             found = [stream.step(self._tokenizer, token) or "" for token in ids]
         except Exception:  # of another tokenizer

@@ -1,9 +1,10 @@
 """Recorded rollouts: RUN/rollouts/step-K.npz, all that step K drew, for `rlinvariant replay`.
 
 A file holds flat arrays, of all requests in order: `prompts` and `completions` (int32 token ids, with `prompt_lengths` and
-`completion_lengths`), `logprobs` (fp32, one per completion token), `seeds` (int64), `batches` (int32, the batch of each
-request), and `about`, JSON: the rest of the rollout, and what the run says of itself. It is written whole, and each array has a
-CRC: a damaged file is seen.
+`completion_lengths`), `logprobs` (fp32, one per completion token), `seeds` (int64), `max_tokens` (int32; files of earlier
+versions have none: one number holds for all), `batches` (int32, the batch of each request: a turn of a rank), and `about`,
+JSON: the rest of the rollout, and what the run says of itself. It is written whole, and each array has a CRC: a damaged file is
+seen.
 """
 
 import io
@@ -35,6 +36,7 @@ def write(run: str | Path, step: int, rollout: Rollout, about: JsonRow) -> Path:
         "completion_lengths": np.asarray([len(c.token_ids) for c in completions], np.int32),
         "logprobs": np.asarray([x for c in completions for x in c.sampler_logprobs], np.float32),
         "seeds": np.asarray([s for batch in rollout.batches for s in batch.seeds], np.int64),
+        "max_tokens": np.asarray([most for _, _, most in rollout.requests], np.int32),
         "batches": np.repeat(np.arange(len(rollout.batches), dtype=np.int32), [len(b.prompts) for b in rollout.batches]),
     }
     sampling = {
@@ -71,11 +73,12 @@ def read(run: str | Path, step: int) -> tuple[Rollout, JsonObject]:
         )
         completions = [Completion(i, x) for i, x in zip(ids, logprobs, strict=True)]
         seeds, numbers = found["seeds"].tolist(), found["batches"].tolist()
-        requests = list(zip(prompts, seeds, completions, numbers, strict=True))
+        most = found["max_tokens"].tolist() if "max_tokens" in found else [about["sampling"]["max_tokens"]] * len(seeds)
+        requests = list(zip(prompts, seeds, completions, most, numbers, strict=True))
         batches = []
         for number in dict.fromkeys(numbers):
-            of = [r for r in requests if r[3] == number]
-            batches.append(Batch([r[0] for r in of], [r[1] for r in of], [r[2] for r in of]))
+            of = [r for r in requests if r[4] == number]
+            batches.append(Batch([r[0] for r in of], [r[1] for r in of], [r[2] for r in of], [r[3] for r in of]))
         return Rollout(batches, **_sampling(about["sampling"])), dict(about["run"])
     except UserError:
         raise

@@ -31,9 +31,14 @@ if (said) {
     let start = 0;
     row.n.forEach((end, i) => {
       const span = make("span", pre, row.c.slice(start, end)), nats = row.q[i] / 10;
+      start = end;
+      if (row.q[i] === null) {
+        span.style.opacity = 0.6;
+        span.title = "not sampled: a tool's";
+        return;
+      }
       span.style.backgroundColor = "color-mix(in srgb, var(--c1) " + Math.min(75, -12 * nats) + "%, transparent)";
       span.title = "log-prob " + nats.toFixed(1);
-      start = end;
     });
   };
   const card = (row, parent) => {

@@ -152,6 +152,8 @@ def _heading(row: Sample) -> str:
     each = ", ".join(f"{name} {_decimal(value)}" for name, value in rewards.items()) if isinstance(rewards, dict) else ""
     reward, advantage, length, logprob = _numbers(row)
     said = f"reward {reward}{f' ({each})' if each else ''}, advantage {advantage}, {length} tokens, mean log-prob {logprob}"
+    if results := row.get("tool_results"):
+        said += f", {len(results) + 1} turns"
     differ = row.get("mismatched_tokens")
     return f"{said}, {plural(differ, 'token')} differ" if differ else said
 

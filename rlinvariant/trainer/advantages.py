@@ -28,11 +28,11 @@ def token_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor | None,
         [B, T] fp32, 0 where there is no token.
 
     Raises:
-        ValueError: a row has no token, or a hole: nothing to carry its score.
+        ValueError: a row has no token: nothing to carry its score.
 
     Ref: Ouyang et al. 2022, arXiv:2203.02155, equation 2; Schulman 2020, "Approximating KL Divergence" (k1).
     """
-    last_B = _lengths(mask) - 1
+    last_B = _last(mask)
     rewards_BT = torch.zeros_like(logprobs)
     if ref_logprobs is not None:
         rewards_BT = torch.where(mask.bool(), -kl_coef * (logprobs - ref_logprobs), rewards_BT)
@@ -69,6 +69,24 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
         following_B = torch.where(real_BT[:, t], delta_BT[:, t] + gamma * lam * following_B, 0.0)
         advantages_BT[:, t] = following_B
     return advantages_BT.to(rewards.dtype), (advantages_BT + values_BT).to(rewards.dtype)
+
+
+def over_sampled(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """Estimate as `gae` where rows have holes: what follows a turn's last token is the next turn's first.
+
+    A tool's tokens are no actions: they take no time, are not discounted over, and have neither advantage nor return.
+
+    Args:
+        rewards, values: [B, T] fp32.
+        mask: [B, T] bool, true on sampled tokens.
+
+    Returns:
+        advantages, returns: each [B, T], 0 where no token was sampled.
+    """
+    order_BT = (~mask).long().argsort(dim=1, stable=True)  # sampled tokens first, in order
+    packed = gae(rewards.gather(1, order_BT), values.gather(1, order_BT), mask.gather(1, order_BT), gamma, lam)
+    advantages, returns = (torch.zeros_like(x).scatter(1, order_BT, x) for x in packed)
+    return advantages, returns
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None) -> tuple[Tensor, Tensor]:
@@ -136,13 +154,24 @@ def explained_variance(returns: np.ndarray, values: np.ndarray) -> float:
     return 1.0 - (metrics.std(returns - values) / whole) ** 2 if whole > 0 else float("nan")
 
 
+def _last(mask: Tensor) -> Tensor:
+    """Return the column of each row's last token, [B].
+
+    Raises:
+        ValueError: a row has no token.
+    """
+    real_BT = mask.bool()
+    if bool((~real_BT.any(1)).any()):
+        row = int((~real_BT.any(1)).nonzero()[0])
+        raise ValueError(f"row {row}: every token is masked, or the completion is empty: no token can carry its reward")
+    return real_BT.shape[1] - 1 - real_BT.flip(1).long().argmax(1)
+
+
 def _lengths(mask: Tensor) -> Tensor:
     """Return how many tokens each row has, [B]."""
     real_BT = mask.bool()
     lengths_B = real_BT.sum(1)
-    if bool((lengths_B == 0).any()):
-        row = int((lengths_B == 0).nonzero()[0])
-        raise ValueError(f"row {row}: every token is masked, or the completion is empty: no token can carry its reward")
+    _last(mask)
     if bool((real_BT[:, 1:] & ~real_BT[:, :-1]).any()):
         raise ValueError("mask: expected real tokens at the left of each row, found a hole")
     return lengths_B

@@ -25,6 +25,7 @@ from rlinvariant import bits
 from rlinvariant.conflicts import Invariance
 from rlinvariant.errors import ParityError
 from rlinvariant.rollout import Batch, Completion, Rollout, request_seed
+from rlinvariant.trainer import custom_rollouts
 from rlinvariant.trainer.interface import OnRollout, SamplerLike
 from rlinvariant.trainer.measured import MeasuredTrainer
 from rlinvariant.trainer.turns import AttachedSampler, Turns
@@ -54,6 +55,8 @@ class DrawingTrainer(MeasuredTrainer):
         self.sampler, self._seeded, self._drawn = sampler, {}, []
         self.use_vllm = True  # TRL's name for "the rollout carries log-probs": turns on its correction, if asked for
         self.vllm_mode, self.vllm_generation = "colocate", AttachedSampler(self)
+        if self.rollout_func is not None:
+            self.rollout_func = custom_rollouts.checked(self.rollout_func, self.model.config.get_text_config().vocab_size)
 
     def train(self, *args, **kwargs):
         """Train as `MeasuredTrainer` does; the first rollout syncs the weights, whatever the sampler held."""
@@ -142,6 +145,8 @@ class DrawingTrainer(MeasuredTrainer):
             if not self.accelerator.is_main_process:
                 return
             self._drawn += [b for b in chain.from_iterable(zip_longest(*ranks)) if b is not None]  # turn after turn
+            if not self._drawn:  # a `rollout_func` has drawn by something else
+                return
             stop, weights = list(self.eos_token_ids), bits.digest(self._weights())
             self._on_rollout(step + 1, Rollout(self._drawn, self.temperature, self.max_completion_length, stop, weights))
 

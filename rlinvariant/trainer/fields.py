@@ -37,7 +37,8 @@ _KEPT = """
     dataloader_multiprocessing_context dataloader_in_order remove_unused_columns train_sampling_strategy length_column_name
     ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout
     router_aux_loss_coef disable_dropout shuffle_dataset pad_to_multiple_of chat_template_kwargs
-    num_generations max_completion_length max_tool_calling_iterations generation_batch_size steps_per_generation num_iterations
+    num_generations max_completion_length generation_batch_size steps_per_generation num_iterations
+    mask_truncated_completions max_tool_calling_iterations
     beta epsilon delta epsilon_high sapo_temperature_neg sapo_temperature_pos vespo_k_pos vespo_lambda_pos vespo_k_neg
     vespo_lambda_neg importance_sampling_level reward_weights multi_objective_aggregation scale_rewards loss_type
     sync_ref_model ref_model_mixup_alpha ref_model_sync_steps top_entropy_quantile entropy_coef use_adaptive_entropy

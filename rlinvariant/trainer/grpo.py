@@ -187,10 +187,33 @@ class InvariantGRPOTrainer(DrawingTrainer):
             output = super()._generate_and_score_completions(inputs)
         finally:
             self._scoring_rollout = False
+        if self.model.training and self.mask_truncated_completions:
+            self._compare_masked(output)
         if self.model.training and self._scores_ahead and "old_per_token_logps" in output:
             self._compare(output["old_per_token_logps"], output)
             output["compared"] = torch.ones_like(output["sample"], dtype=torch.bool)
         return output
+
+    def _compare_masked(self, output: dict[str, Any]) -> None:
+        """Compare the completions that TRL has masked because the limit cut them: nobody trains on them."""
+        if self._trainer_is_invariant:
+            _ = self.fit  # which all ranks settle together, though some may have nothing to compare
+        device, width = output["completion_mask"].device, output["completion_mask"].shape[1]
+        lengths = torch.tensor([len(row) for row in self._sampler_logprobs], device=device)
+        rows = (output["completion_mask"].sum(1) == 0).nonzero()[:, 0]
+        if not len(rows):
+            return
+        names = ("prompt_ids", "prompt_mask", "completion_ids", "sampling_per_token_logps", "sample")
+        batch = {name: output[name][rows] for name in names}
+        batch["completion_mask"] = (torch.arange(width, device=device) < lengths[rows, None]).long()
+        if self._tool_mask is not None:
+            self._tool_mask = batch["tool_mask"] = F.pad(self._tool_mask, (0, width - self._tool_mask.shape[1]))[rows]
+        ids, mask = (torch.cat([batch[f"{of}_{what}"] for of in ("prompt", "completion")], 1) for what in ("ids", "mask"))
+        with torch.no_grad():
+            size = self.args.per_device_train_batch_size
+            logprobs = self._get_per_token_logps_and_entropies(self.model, ids, mask, width, batch_size=size)[0]
+        self._record.masked += int(sampled_mask(batch).sum())
+        self._compare(logprobs, batch)
 
     @property
     def _scores_ahead(self) -> bool:

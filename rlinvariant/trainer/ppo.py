@@ -147,7 +147,7 @@ class InvariantPPOTrainer(InvariantGRPOTrainer):
         values = self._rollout_values(output, False) if graphed is None else graphed
         known = values.detach()
         rewards = advantages.token_rewards(self._scores, old, output.get("ref_per_token_logps"), mask, self.ppo.kl_coef)
-        estimates, returns = advantages.gae(rewards, known, mask, self.ppo.gamma, self.ppo.lam)
+        estimates, returns = advantages.over_sampled(rewards, known, mask, self.ppo.gamma, self.ppo.lam)
         named = {"values": known, "rewards per token": rewards, "advantages": estimates, "returns": returns}
         self._require_finite(named.items())
         counted = mask & self._scored[:, None]

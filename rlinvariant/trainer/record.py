@@ -94,6 +94,7 @@ class StepRecord:
         corrected: of each rollout, the differences and the weights of TRL's correction, where it is on; two arrays, fp32.
         seconds: wall time of each of PARTS.
         failures: how many failures of reward functions were survived, by kind.
+        masked: how many of the compared tokens are trained on by nobody: the limit cut their completions.
         first_mismatch: where the first two compared log-probs that differ stand, on the rank that saw them.
         weights_equal: whether the sampler's parameters had the bits that they should have, after the last sync.
         stop: the signal that asks the run to end after this step, 0 if none does.
@@ -107,6 +108,7 @@ class StepRecord:
     corrected: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
     failures: Counter[str] = field(default_factory=Counter)
+    masked: int = 0
     first_mismatch: metrics.FirstMismatch | None = None
     weights_equal: bool = True
     stop: int = 0
@@ -123,6 +125,7 @@ class StepRecord:
             trained=[batch for rank in ranks for batch in rank.trained],
             corrected=[arrays for rank in ranks for arrays in rank.corrected],
             seconds={part: max(rank.seconds[part] for rank in ranks) for part in PARTS},
+            masked=sum(rank.masked for rank in ranks),
             failures=sum((rank.failures for rank in ranks), Counter()),
             first_mismatch=next((rank.first_mismatch for rank in ranks if rank.first_mismatch is not None), None),
             weights_equal=all(rank.weights_equal for rank in ranks),
@@ -189,6 +192,7 @@ class StepRecord:
         return {
             **self.onpolicy(clip_max),
             "onpolicy/group_unique_frac": metrics.group_unique_frac(drawn, group_size),
+            "onpolicy/masked_tokens": self.masked,
             "onpolicy/weights_equal": int(self.weights_equal),
             **{f"reward/{name}": self.failures[kind] for kind, name in FAILURES.items()},
             "policy/approx_kl": self.approx_kl(clip_max),

@@ -4,7 +4,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,6 +14,9 @@ from rlinvariant.sampler.drive import Request, Trace, drive
 from rlinvariant.sampler.engine import Sampler
 from rlinvariant.trainer.score import Layout, score
 from rlinvariant.verification.relation import Relation
+
+if TYPE_CHECKING:
+    from rlinvariant.verification.turns import Sample
 
 DRAW_TEMPERATURES = (1.0, 0.7)  # a division by 0.7 rounds; one by 1.0 does not
 LEAST_POSITIONS = 64  # room for prompts that are cut and cached
@@ -83,6 +86,7 @@ class Pair:
         tokens: log-probs compared so far, sampler against trainer; `mismatched` of them differ.
         scored: tokens that the trainer's model has scored, prompts included; `seconds` is the time that it took.
         batch: the batch that `relations.sampler_and_trainer` drew.
+        samples: those that `turns.turns` drew.
     """
 
     model: Any
@@ -96,6 +100,7 @@ class Pair:
     scored: int = 0
     seconds: float = 0.0
     batch: Batch = field(init=False)
+    samples: "list[Sample]" = field(init=False)
 
     def prompt(self, rng: random.Random, length: int) -> tuple[int, ...]:
         """Return `length` random token ids."""

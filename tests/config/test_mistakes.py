@@ -95,11 +95,6 @@ REPLACED = f"{EXACT}: it replaces operations that the invariant ops own; remove 
         ),
         ("sampler.max_num_seqs=0", "sampler.max_num_seqs=0: expected at least 1"),
         (
-            "trainer.mask_truncated_completions=true",
-            "trainer.mask_truncated_completions=True: expected False with invariance=exact: TRL drops truncated completions "
-            "before they could be compared; remove it",
-        ),
-        (
             "trainer.logging_strategy=no",
             "trainer.logging_strategy=no: expected steps: every step is counted and written; remove it",
         ),

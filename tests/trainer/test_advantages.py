@@ -12,6 +12,7 @@ from rlinvariant.trainer.advantages import (
     gae,
     mean_and_variance,
     moments,
+    over_sampled,
     token_rewards,
     value_loss,
     whiten,
@@ -88,12 +89,29 @@ def test_rewards_by_hand():
     assert token_rewards(scores, logprobs, reference, mask, 0.5).tolist() == [[-0.25, 3.5, 0], [4, 0, 0]]
 
 
-@pytest.mark.parametrize(("mask", "words"), [([[1, 1], [0, 0]], "row 1: every token is masked"), ([[1, 1], [0, 1]], "a hole")])
-def test_a_row_without_a_token_and_a_hole_are_refused(mask, words):
-    x, mask = torch.zeros(2, 2), torch.tensor(mask)
-    for call in (lambda: token_rewards(x[:, 0], x, None, mask, 0.0), lambda: gae(x, x, mask, 1.0, 1.0)):
-        with pytest.raises(ValueError, match=words):
+def test_a_row_without_a_token_and_a_hole_are_refused():
+    x, empty = torch.zeros(2, 2), torch.tensor([[1, 1], [0, 0]])
+    for call in (lambda: token_rewards(x[:, 0], x, None, empty, 0.0), lambda: gae(x, x, empty, 1.0, 1.0)):
+        with pytest.raises(ValueError, match="row 1: every token is masked"):
             call()
+    with pytest.raises(ValueError, match="a hole"):
+        gae(x, x, torch.tensor([[1, 1], [0, 1]]), 1.0, 1.0)
+
+
+def test_over_turns_the_next_token_is_the_next_turns():
+    """Holes change nothing: the estimates are those of the sampled tokens alone, and the reward is on the last of them."""
+    rewards, values, mask = ragged(2, dtype=torch.float32)
+    columns = torch.tensor([0, 1, 3, 4, 7, 8, 9, 12, 13, 15, 16, 17])[: mask.shape[1]]
+    wide = [torch.zeros(len(mask), 20, dtype=x.dtype).index_copy(1, columns, x) for x in (rewards, values, mask)]
+    wide[1][wide[2] == 0] = 99.0  # a tool's token has a value, which nobody reads
+    found = over_sampled(wide[0], wide[1], wide[2].bool(), 0.97, 0.9)
+    for estimate, alone in zip(found, gae(rewards, values, mask, 0.97, 0.9), strict=True):
+        assert_bits_equal(estimate[:, columns], alone, "sampled tokens")
+        assert not estimate[wide[2] == 0].any()
+    scores = torch.arange(len(mask), dtype=torch.float32) + 1
+    carried = token_rewards(scores, wide[0], None, wide[2], 0.0)
+    last = columns[mask.sum(1) - 1]
+    assert carried.sum(1).tolist() == scores.tolist() == carried.gather(1, last[:, None])[:, 0].tolist()
 
 
 def clipped_error(v: float, old: float, target: float, clip: float) -> float:

@@ -36,7 +36,7 @@ def refused(arithmetic_dir, tmp_path):
 def test_all_conflicts_come_at_once(refused):
     settings = {"top_p": 0.9, "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.1, "logging_steps": 2, "bf16": True}
     settings |= {"use_vllm": True, "peft_config": object(), "use_liger_kernel": True, "torch_compile": True}
-    settings |= {"neftune_noise_alpha": 5.0, "mask_truncated_completions": True, "cast_lm_head_to_fp32": True}
+    settings |= {"neftune_noise_alpha": 5.0, "cast_lm_head_to_fp32": True}
     found = refused(ConfigErrors, **settings)
     for name in settings:
         assert any(line.startswith(name) and "expected" in line for line in found), f"{name}: {found}"

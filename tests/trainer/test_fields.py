@@ -29,7 +29,6 @@ WRONG = {
     "cast_lm_head_to_fp32": True,
     "torch_compile": True,
     "neftune_noise_alpha": 5.0,
-    "mask_truncated_completions": True,
     "vllm_mode": "server",
     "vllm_enable_sleep_mode": True,
     "vllm_tensor_parallel_size": 2,

@@ -121,12 +121,16 @@ def test_the_step_that_is_not_exact_is_kept(arithmetic_dir, exact_engine, tmp_pa
     assert len(samples) == 16 and sum(row["mismatched_tokens"] or 0 for row in samples) > 0
 
 
-def test_what_masking_leaves_out_was_not_compared(arithmetic_dir, stock_engine, tmp_path):
+@pytest.mark.parametrize("invariance", ["exact", "off"])
+def test_what_masking_leaves_out_was_compared(arithmetic_dir, exact_engine, stock_engine, tmp_path, invariance):
     samples: list[dict[str, Any]] = []
-    settings = {"invariance": "off", "mask_truncated_completions": True, "on_samples": samples.extend}
-    new_trainer(arithmetic_dir, stock_engine, tmp_path, **settings).trainer.train()
-    assert {(row["mismatched_tokens"] is None) == row["truncated"] for row in samples} == {True}
+    settings = {"invariance": invariance, "mask_truncated_completions": True, "on_samples": samples.extend}
+    run = train(arithmetic_dir, exact_engine if invariance == "exact" else stock_engine, tmp_path, **settings)
+    assert {row["mismatched_tokens"] is None for row in samples} == {False}
     assert {row["truncated"] for row in samples} == {True, False}
+    assert run.total("masked_tokens") == sum(row["length"] for row in samples if row["truncated"]) > 0
+    assert run.total("compared_tokens") == sum(row["length"] for row in samples) and run.total("unscored_tokens") == 0
+    assert (run.total("mismatched_tokens") == 0) == (invariance == "exact")
 
 
 def test_a_completion_no_reward_applies_to_has_none(collected):

@@ -285,11 +285,13 @@ def test_training_twice_syncs_again(arithmetic_dir, exact_engine, tmp_path):
     assert len(run.rows) == 2
 
 
-def test_dropped_completions_are_counted(arithmetic_dir, stock_engine, tmp_path):
-    """TRL never scores the truncated completions that it is told to mask: the coverage of a run that is not exact says so."""
-    dropped = {"mask_truncated_completions": True, "max_completion_length": 8}
-    run = train(arithmetic_dir, stock_engine, tmp_path, invariance="off", **dropped)
-    assert all(row["onpolicy/unscored_tokens"] > 0 and row["onpolicy/coverage"] < 1 for row in run.rows)
+@pytest.mark.parametrize("generations", [{}, {"gradient_accumulation_steps": 1, "steps_per_generation": 2}])
+def test_a_step_whose_completions_are_all_masked_is_compared(generations, arithmetic_dir, exact_engine, tmp_path):
+    """At two tokens nearly all are cut: parts of a step have no token to train on."""
+    masked = {"mask_truncated_completions": True, "max_completion_length": 2, "per_device_train_batch_size": 4, **generations}
+    run = train(arithmetic_dir, exact_engine, tmp_path, **masked, tokens_per_microbatch=16)
+    assert_exact(run, 12)
+    assert run.total("masked_tokens") >= 0.8 * run.total("compared_tokens")
 
 
 def test_the_sampler_of_trl_repeats_each_prompt_in_place():

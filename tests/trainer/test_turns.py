@@ -1,13 +1,21 @@
 """Rollouts of several turns, through TRL's loop: every sampled token of every turn has the sampler's bits in the trainer."""
 
+import json
+import math
+import os
+from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 
+from rlinvariant.config import PPOConfig
 from rlinvariant.rollout import Completion, request_seed
 from rlinvariant.trainer.drawing import DrawingTrainer
 from rlinvariant.trainer.turns import Turns
-from tests.parity.harness import assert_exact, assert_stops
+from tests import forks
+from tests.parity.device import cpu_only
+from tests.parity.harness import assert_exact, assert_stops, critic_weights
 from tests.trainer.tool_model import tool_trainer
 
 
@@ -116,3 +124,36 @@ def test_a_turn_goes_on_with_the_samples_that_called():
     for other in ([[5, 3, 9, 4, 9], [6, 1, 9, 4, 9]], [[6, 1, 9, 4, 9]], [[6, 1, 9, 4, 9], [5, 3, 9, 4]]):
         with pytest.raises(RuntimeError, match="TRL has changed"):
             turns.continued(other)
+
+
+def test_ppo_over_turns(new):
+    """Advantages and values are of the sampled tokens alone; the step's count holds, and both models learn."""
+    run = new(ppo=PPOConfig(kl_coef=0.1))
+    before = critic_weights(run)
+    run.trainer.train()
+    assert_exact(run, 200)
+    assert any(not torch.equal(before[name], weight) for name, weight in critic_weights(run).items())
+    assert all(math.isfinite(row["value/loss"]) for row in run.rows)
+
+
+def test_masked_completions_of_turns_are_compared(new):
+    run = new(mask_truncated_completions=True, max_completion_length=40)
+    run.trainer.train()
+    assert_exact(run, 100)
+    assert run.total("masked_tokens") == sum(row["length"] for row in run.samples if row["truncated"]) > 0
+
+
+@cpu_only("two processes of one run take a GPU each; here they are joined by gloo")
+def test_ranks_take_as_many_turns_as_their_samples(arithmetic_dir, tmp_path):
+    """One rank may call tools once, the other as often as it likes: no rank waits in a turn, no two requests share a seed."""
+    script = Path(__file__).parent / "turns_on_ranks.py"
+    env = {**os.environ, "PYTHONPATH": str(script.parents[2])}
+    for done in forks.run_ranks(2, [str(script), str(tmp_path), arithmetic_dir], cwd=tmp_path, env=env):
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    for one, other in zip(ranks[0]["turns"], ranks[1]["turns"], strict=True):
+        assert len(one) == 2 < len(other), "blind: as many turns"
+        seeds = [seed for batch in (*one, *other) for seed in batch]
+        assert len(set(seeds)) == len(seeds)
+    for row in ranks[0]["rows"]:
+        assert row["onpolicy/mismatched_tokens"] == 0 == row["onpolicy/unscored_tokens"] < row["onpolicy/compared_tokens"]

@@ -1,0 +1,86 @@
+"""A user's `rollout_func`, called so that what it returns is what TRL expects, or one line says which sequence is not."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rlinvariant.errors import one_line
+from rlinvariant.text import shown
+
+if TYPE_CHECKING:
+    from rlinvariant.trainer.drawing import DrawingTrainer
+
+Returned = dict[str, Any]
+NEEDED = ("prompt_ids", "completion_ids", "logprobs")
+LISTS = (*NEEDED, "env_mask")
+
+
+def checked(function: Callable[..., Any], vocabulary: int) -> Callable[[list[Any], "DrawingTrainer"], Returned]:
+    """Wrap a `rollout_func`: an error of one rank ends all alike, before any of them trains.
+
+    Args:
+        function: takes prompts and the trainer, and returns a dict, as TRL says.
+        vocabulary: rows of the model's embedding.
+
+    Raises:
+        UserError: from the function that is returned, on every rank, if the user's fails on one or returns something else.
+    """
+
+    def call(prompts: list[Any], trainer: "DrawingTrainer") -> Returned:
+        found, problem = dict[str, Any](), None
+        try:
+            found = function(prompts, trainer)
+        except Exception as error:  # the user's code may raise anything
+            problem = f"rollout_func: {type(error).__name__}: {one_line(error)}"
+        if problem is None and (wrong := _problem(found, len(prompts), vocabulary)) is not None:
+            problem = f"rollout_func: {wrong}"
+        trainer._raise_agreed(problem)
+        return {**found, **{name: [_plain(row) for row in found[name]] for name in LISTS if found.get(name) is not None}}
+
+    return call
+
+
+def _problem(found: Any, count: int, vocabulary: int) -> str | None:
+    """Say what is wrong with what a `rollout_func` has returned for so many prompts; None: nothing."""
+    if not isinstance(found, Mapping):
+        return f"returned {type(found).__name__}: expected a dict with {', '.join(NEEDED)}"
+    if missing := [name for name in NEEDED if found.get(name) is None]:
+        return f"no `{missing[0]}`: expected {', '.join(NEEDED)}, and env_mask where some tokens were not sampled"
+    names = LISTS if found.get("env_mask") is not None else NEEDED
+    for name in names:
+        if len(found[name]) != count:
+            return f"{len(found[name])} rows of `{name}`: expected {count}, one for each prompt"
+    for i in range(count):
+        prompt, ids, logprobs = (_plain(found[name][i]) for name in NEEDED)
+        mask = _plain(found["env_mask"][i]) if "env_mask" in names else [1] * len(ids)
+        if (wrong := _row_problem(prompt, ids, logprobs, mask, vocabulary)) is not None:
+            return f"sequence {i}: {wrong}"
+    return None
+
+
+def _plain(row: Any) -> list[Any]:
+    """Return a row as a list of Python's numbers, whatever array it is."""
+    return row.tolist() if hasattr(row, "tolist") else list(row)
+
+
+def _row_problem(
+    prompt: Sequence[Any], ids: Sequence[Any], logprobs: Sequence[Any], mask: Sequence[Any], vocabulary: int
+) -> str | None:
+    """Say what is wrong with one sequence; None: nothing."""
+    for name, tokens in (("prompt_ids", prompt), ("completion_ids", ids)):
+        if not len(tokens):
+            return f"no token in `{name}`"
+        if strange := [x for x in tokens if isinstance(x, bool) or not isinstance(x, int) or not 0 <= x < vocabulary]:
+            return f"{shown(strange[0])} in `{name}`: expected token ids, integers from 0 to {vocabulary - 1:,}"
+    for name, row in (("logprobs", logprobs), ("env_mask", mask)):
+        if len(row) != len(ids):
+            return f"{len(row)} numbers in `{name}`: expected {len(ids)}, one for each token of `completion_ids`"
+    if strange := [x for x in mask if x not in (0, 1)]:
+        return f"{shown(strange[0])} in `env_mask`: expected 1 for each sampled token, and 0 for the others"
+    if not any(mask):
+        return "`env_mask` is 0 everywhere: expected at least one sampled token"
+    for at, (x, sampled) in enumerate(zip(logprobs, mask, strict=True)):
+        if not isinstance(x, int | float) or (sampled and not math.isfinite(x)):
+            fix = "keep the sampler's log-prob of each token: trainer.draw returns them"
+            return f"token {at} has the log-prob {shown(x)}: expected a finite number; {fix}"
+    return None
