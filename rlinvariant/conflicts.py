@@ -178,3 +178,19 @@ def microbatch_problems(
     if recompute is not None and stock:
         return [f"recompute={recompute}: expected None with invariance={invariance}; use args.gradient_checkpointing"]
     return []
+
+
+def adapter_conflicts(said: str, none: str, invariance: str, ppo: bool) -> list[str]:
+    """Say why LoRA adapters cannot be trained with the other settings, in a line at most.
+
+    Args:
+        said: the setting that asks for adapters, as it is written.
+        none: its value that asks for none.
+        invariance: as for `InvariantGRPOTrainer`.
+        ppo: whether a critic is trained.
+    """
+    if ppo:
+        return [f"{said}: expected {none} with PPO: the critic is a copy of a whole model"]
+    if invariance != "exact":
+        return [f"{said}: expected {none} with invariance={invariance}: a stock engine takes whole weights; train with exact"]
+    return []

@@ -91,7 +91,7 @@ def model_problems(key: str, model: str) -> list[str]:
     path, given = Path(model), f"{key}={shown(model)}"
     if os.path.isdir(path):  # unlike Path's own, it takes a name that no file can have for one that is not there
         if (path / "adapter_config.json").exists():
-            return [f"{given}: expected a whole model, found a PEFT adapter; merge it (merge_and_unload) first"]
+            return [f"{given}: expected a whole model, found a PEFT adapter, which only training takes so far"]
         if not (path / "config.json").exists():
             return [f"{given}: expected a Hugging Face model directory, found no config.json in it"]
         return []

@@ -146,24 +146,35 @@ def arguments(
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
+    from rlinvariant.models import lora
     from rlinvariant.models.load import load
     from rlinvariant.sampler.engine import Sampler
 
     transformers_logging.disable_progress_bar()
     model: Any = plan.model
+    given: dict[str, Any] = {**options}
+    adapter = given.pop("peft_config", None) if SIDES[plan.invariance][1] else None
     if isinstance(model, str):
+        dtype = torch.float32 if adapter is None else getattr(torch, plan.dtype)  # what is frozen needs no fp32
         settings = {"config": copy.deepcopy(plan.config), "generation_config": plan.generation}
         with main_process_fetches(model):
-            model = load(AutoModelForCausalLM, model, dtype=torch.float32, **settings)
+            model = load(AutoModelForCausalLM, model, dtype=dtype, **settings)
+    if adapter is not None:
+        model = lora.applied(model, adapter, plan.args.seed)
     Console(plan.args.process_index == 0).print(str(RewardLimits.taken({**options})))
     invariant = SIDES[plan.invariance][0]
     positions = getattr(plan.source_config.get_text_config(), "max_position_embeddings", None)  # a stock engine needs none
     engine: Callable[[], Sampler] = lambda: Sampler(  # noqa: E731
-        plan.source, invariant=invariant, dtype=plan.dtype, positions=positions, **plan.sampler_options
+        plan.source,
+        invariant=invariant,
+        dtype=plan.dtype,
+        positions=positions,
+        ranks=lora.ranks(model),
+        **plan.sampler_options,
     )
     parts = {"model": model, "reward_funcs": reward_funcs, "args": plan.args, "train_dataset": train_dataset}
     sides = {"sampler": engine, "invariance": plan.invariance, "dtype": getattr(torch, plan.dtype), "checked": True}
-    return parts | sides | ({} if plan.ppo is None else {"ppo": plan.ppo}) | {**options}
+    return parts | sides | ({} if plan.ppo is None else {"ppo": plan.ppo}) | given
 
 
 @contextmanager
@@ -191,7 +202,9 @@ def prove(plan: TrainerPlan, trainer: InvariantGRPOTrainer) -> None:
     trainer.save_dtype = came if plan.save_dtype == "model" else getattr(torch, plan.save_dtype)
     if SIDES[plan.invariance][1]:
         trainer.settle()
-    trainer.computed = f"{plan.dtype} activations, float32 parameters, invariance={plan.invariance}"
+    adapted = hasattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config")
+    parameters = "LoRA adapters in float32 on a frozen base" if adapted else "float32 parameters"
+    trainer.computed = f"{plan.dtype} activations, {parameters}, invariance={plan.invariance}"
     if plan.invariance != "exact":
         return
     from rlinvariant.verification.start import prove

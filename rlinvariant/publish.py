@@ -23,7 +23,10 @@ def publish(config: Config, trainer: "InvariantGRPOTrainer", console: Console) -
     with console.stage("writing the model"):
         path = trainer.publish()
     dtype = str(trainer.save_dtype).removeprefix("torch.")
-    console.print(f"model: {path}, {dtype}, for transformers and vLLM; README.md there is its card")
+    form = f"{dtype}, for transformers and vLLM"
+    if config.lora.r:
+        form = "a LoRA adapter in float32, for peft and vLLM's --enable-lora, which round its products otherwise"
+    console.print(f"model: {path}, {form}; README.md there is its card")
     if not trainer.args.push_to_hub:
         return
     try:

@@ -142,7 +142,8 @@ def recorded(run: Path, step: int | None, weights: str | None = None) -> tuple["
     from rlinvariant.report import rollouts
 
     if not (steps := rollouts.steps(run)):
-        raise UserError(f"{run}: no rollout is recorded: the run stopped before its first step, or is of an older version")
+        why = "the run stopped before its first step, trains adapters (lora.r), or is of an older version"
+        raise UserError(f"{run}: no rollout is recorded: {why}")
     if step is None:
         raise UserError(f"replay: --step: missing; recorded: {rollouts.listed(steps)}")
     rollout, about = rollouts.read(run, step)

@@ -106,10 +106,12 @@ def plan(config: Config) -> Plan:
     import torch
     from transformers.utils import logging as transformers_logging
 
-    from rlinvariant.support import device_problems
+    from rlinvariant.support import adapter_problems, device_problems
 
     console, recipe = Console(args.process_index == 0), config.load_recipe()
-    if problems := device_problems(args, config.invariance, getattr(torch, config.dtype)):  # before a recipe makes its model
+    problems = device_problems(args, config.invariance, getattr(torch, config.dtype))
+    problems += adapter_problems(args, f"lora.r={config.lora.r}") if config.lora.r else []
+    if problems:  # before a recipe makes its model
         raise ConfigErrors(problems)
     trained = config.recipe or config.data.path
     console.print(f"{trained}: invariance={config.invariance}, {config.steps} steps, files in {config.run_dir}")
@@ -147,6 +149,7 @@ def plan(config: Config) -> Plan:
 def build(planned: Plan) -> "InvariantGRPOTrainer":
     """Load the weights, start the engine, and make the trainer, which writes to the journal."""
     config, journal = planned.config, planned.journal
+    adapter = config.lora.peft_config()
     with planned.console.stage("starting the vLLM engine and checking the model"):
         trainer = build_trainer(
             planned.trainer,
@@ -157,11 +160,12 @@ def build(planned: Plan) -> "InvariantGRPOTrainer":
             staleness=config.staleness,
             tokens_per_microbatch=config.trainer.tokens_per_microbatch,
             recompute=config.recompute,
+            **({} if adapter is None else {"peft_config": adapter}),
             **asdict(config.reward_limits),
             on_row=journal.on_row,
             on_evaluation=journal.on_evaluation,
             on_samples=journal.on_samples,
-            on_rollout=journal.on_rollout,
+            on_rollout=journal.on_rollout if adapter is None else None,  # what `replay` reads, which takes whole models
         )
     trainer.on_save, trainer.save_minutes = journal.on_save, config.save_minutes
     return trainer

@@ -34,6 +34,15 @@ def device_problems(args: "GRPOConfig", invariance: str, dtype: torch.dtype) -> 
     return list(cuda_problems(dtype))
 
 
+def adapter_problems(args: "GRPOConfig", said: str) -> list[str]:
+    """Say, in a line at most, why `args.device` cannot train adapters exactly; `said` is the setting that asks for them."""
+    if args.device.type == "cpu":
+        return []
+    return [
+        f"{said}: exact adapters were proven on CPUs alone so far, not on {args.device.type}; train all weights"
+    ]
+
+
 def cuda_problems(dtype: torch.dtype) -> Iterator[str]:
     """Yield one line for each reason why this machine's GPU cannot run exactly."""
     name = torch.cuda.get_device_name()

@@ -8,7 +8,7 @@ from rlinvariant.config.check import check, unreachable
 from rlinvariant.config.fields import ALIASES, OWNED, TRAINER_CHOICES, TRAINER_DEFAULTS, TRAINER_OWN
 from rlinvariant.config.parse import Draft, draft, parse
 from rlinvariant.config.recipe import Data, Recipe, load_recipe, recipe_names
-from rlinvariant.config.tree import RUNS, Config, PPOConfig, SamplerConfig, WandbConfig
+from rlinvariant.config.tree import RUNS, Config, LoraConfig, PPOConfig, SamplerConfig, WandbConfig
 
 __all__ = [
     "ALIASES",
@@ -20,6 +20,7 @@ __all__ = [
     "Config",
     "Data",
     "Draft",
+    "LoraConfig",
     "PPOConfig",
     "Recipe",
     "SamplerConfig",

@@ -1,5 +1,6 @@
 """Checks of a well-typed configuration: one function for each kind of mistake, one line for each mistake."""
 
+import importlib.util
 import os
 import re
 from collections.abc import Mapping
@@ -8,10 +9,11 @@ from rlinvariant.arguments import given_by_user
 from rlinvariant.config.recipe import Recipe
 from rlinvariant.config.reward import named_reward_problems
 from rlinvariant.config.tree import Config
-from rlinvariant.conflicts import conflicts, microbatch_problems, ppo_conflicts
+from rlinvariant.conflicts import adapter_conflicts, conflicts, microbatch_problems, ppo_conflicts
 from rlinvariant.errors import UserError
 from rlinvariant.files import require_writable
 from rlinvariant.hub import hub_problems
+from rlinvariant.install import install_hint
 from rlinvariant.launch import asks_the_hub, rank
 from rlinvariant.model_source import model_problems, source_problems
 from rlinvariant.text import shown
@@ -35,6 +37,7 @@ def check(config: Config, env: Mapping[str, str], recipe: Recipe | None = None) 
     if recipe is not None and recipe.check is not None:
         found += recipe.check(config)
     found += conflicts(config.trainer, config.invariance, env, "trainer.")
+    found += _check_lora(config)
     found += _check_ppo(config) if config.algorithm == "ppo" else _check_no_ppo(config)
     tokens = config.trainer.tokens_per_microbatch
     found += microbatch_problems(tokens, None, config.trainer, config.invariance, "trainer.")
@@ -145,6 +148,24 @@ def _check_no_ppo(config: Config) -> list[str]:
         for key, source in config.sources.items()
         if key.startswith("ppo.") and (given_by_user(source) or not rest)
     ]
+
+
+def _check_lora(config: Config) -> list[str]:
+    """Refuse adapters where they cannot be exact or cannot be made, and settings of adapters where there are none."""
+    lora = config.lora
+    if not lora.r:
+        keys = [key for key in config.sources if key.startswith("lora.") and key != "lora.r"]
+        does_nothing = "expected lora.r=RANK too, or it does nothing; remove it"
+        return [f"{key}={shown(getattr(lora, key.removeprefix('lora.')))}: {does_nothing}" for key in keys]
+    found = _required(
+        config,
+        (lora.r >= 1, "lora.r", "a rank, at least 1, or 0 for no adapters"),
+        (lora.alpha is None or lora.alpha >= 1, "lora.alpha", "at least 1, or None for 2 r"),
+        (bool(lora.target_modules), "lora.target_modules", "names of projections, or all-linear"),
+    )
+    if importlib.util.find_spec("peft") is None:
+        found.append(f"lora.r={lora.r}: needs the package peft; {install_hint('lora')}")
+    return found + adapter_conflicts(f"lora.r={lora.r}", "0", config.invariance, config.algorithm == "ppo")
 
 
 def _check_batches(config: Config, processes: int) -> list[str]:

@@ -12,7 +12,7 @@ from chz.blueprint import Castable
 from rlinvariant.errors import one_line
 from rlinvariant.text import shown
 
-SECTIONS = ("data", "trainer", "ppo", "sampler", "wandb")
+SECTIONS = ("data", "trainer", "ppo", "lora", "sampler", "wandb")
 REFUSED = {"machine": "not a setting of the run; write machine= on the command line", "config": "one file cannot name another"}
 NULL = "tag:yaml.org,2002:null"
 

@@ -32,6 +32,7 @@ SECTIONS = {
     "data": "data.*, which are the recipe's own",
     "trainer": "trainer.*, which are TRL's: see trl.GRPOConfig",
     "ppo": "ppo.*, with algorithm=ppo",
+    "lora": "lora.*, which are PEFT's",
     "sampler": "sampler.*, which are vLLM's",
     "wandb": "wandb.*",
 }

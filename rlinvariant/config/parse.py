@@ -17,7 +17,7 @@ from rlinvariant.config.check import check, check_run
 from rlinvariant.config.fields import ALIASES, OWNED, trainer_config_class
 from rlinvariant.config.file import read_file
 from rlinvariant.config.recipe import Data, Recipe, listed_recipes, load_recipe
-from rlinvariant.config.tree import Config, Leaf, PPOConfig, SamplerConfig, WandbConfig, leaves, plain
+from rlinvariant.config.tree import Config, Leaf, LoraConfig, PPOConfig, SamplerConfig, WandbConfig, leaves, plain
 from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.text import shown
 from rlinvariant.types import Untyped
@@ -101,6 +101,7 @@ def draft(argv: Sequence[str]) -> Draft:
             "data": recipe.data if recipe else Data,
             "trainer": trainer_config_class(),
             "ppo": PPOConfig,
+            "lora": LoraConfig,
             "sampler": SamplerConfig,
             "wandb": WandbConfig,
         }

@@ -59,6 +59,30 @@ class PPOConfig:
 
 
 @chz.chz
+class LoraConfig:
+    """Holds the settings of LoRA adapters, `lora.*`, by PEFT's names. The base is frozen, in `dtype`; adapters are float32."""
+
+    r: int = chz.field(default=0, doc="Rank of the adapters; 0: none, all weights are trained.")
+    alpha: int | None = chz.field(default=None, doc="An adapter's product is multiplied by alpha / r; None: 2 r.")
+    target_modules: list[str] = chz.field(
+        default_factory=lambda: ["all-linear"], doc="Projections with an adapter, q_proj,v_proj; all-linear: all but lm_head."
+    )
+    use_rslora: bool = chz.field(default=False, doc="Multiply by alpha / sqrt(r) instead.")
+
+    def peft_config(self) -> Any:
+        """Return PEFT's own configuration; None: no adapters."""
+        if not self.r:
+            return None
+        from peft import LoraConfig as PeftLoraConfig
+
+        targets = self.target_modules if self.target_modules != ["all-linear"] else "all-linear"
+        alpha = 2 * self.r if self.alpha is None else self.alpha
+        return PeftLoraConfig(
+            r=self.r, lora_alpha=alpha, target_modules=targets, use_rslora=self.use_rslora, task_type="CAUSAL_LM"
+        )
+
+
+@chz.chz
 class WandbConfig:
     """Holds the settings of W&B, `wandb.*`."""
 
@@ -119,6 +143,7 @@ class Config:
     data: RecipeData
     trainer: TrainerConfig
     ppo: PPOConfig
+    lora: LoraConfig
     sampler: SamplerConfig
     wandb: WandbConfig
     sources: Mapping[str, str] = chz.field(default_factory=dict)

@@ -38,6 +38,7 @@ VIEWS = (
 )
 COPIES = (
     *("cat", "stack", "clone", "copy", "to_copy", "foreach_copy", "lift_fresh", "contiguous", "flip", "roll", "repeat"),
+    "constant_pad_nd",
     *("index", "index_select", "index_put", "gather", "embedding", "where", "masked_fill", "masked_select"),
 )
 CONSTANTS = (

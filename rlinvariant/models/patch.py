@@ -36,6 +36,7 @@ from rlinvariant import ops
 from rlinvariant.kernels import cpu
 from rlinvariant.models import modules as forms
 from rlinvariant.models.limits import unsupported
+from rlinvariant.models.lora import LoraLinear, is_lora
 from rlinvariant.models.modules import ATTENTION, UnsupportedModel, become, epsilon
 
 # What a form needs to know beyond what the module has, to be found by comparing, in this order
@@ -110,6 +111,8 @@ def _form(module: nn.Module) -> type | None:
     cls, children = type(module), dict(module.named_children())
     if hasattr(cls, "stock"):
         return None  # swapped already
+    if is_lora(module):
+        return LoraLinear
     if cls is nn.Linear:
         return forms.Linear
     if cls is nn.Embedding or (isinstance(module, nn.Embedding) and hasattr(module, "embed_scale")):
@@ -342,6 +345,7 @@ class _StandIn(nn.Module):
 
 
 _CHECKS: dict[type, Callable[[Any, type, dict[str, Any], dict[Any, Any]], float]] = {
+    LoraLinear: _module,
     forms.RMSNorm: _norm,
     forms.MLP: _module,
     forms.MergedMLP: _module,

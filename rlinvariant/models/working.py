@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from rlinvariant import ops
+from rlinvariant.models.lora import is_lora
 from rlinvariant.models.modules import MLP, Attention, Linear, MergedAttention, MergedMLP, become
 from rlinvariant.models.patch import make_invariant
 from rlinvariant.ops.linear import gradients
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 def make_trainable(model: "PreTrainedModel", dtype: torch.dtype = torch.bfloat16) -> "PreTrainedModel":
     """Do what `make_invariant` does, and what a trainer adds on a GPU. A proof must run what `InvariantGRPOTrainer` trains."""
     make_invariant(model, dtype)
+    if any(map(is_lora, model.modules())):
+        return model  # its base is kept in the dtype of activations already
     return use_working_copies(model, dtype) if next(model.parameters()).is_cuda else model
 
 

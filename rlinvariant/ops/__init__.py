@@ -7,6 +7,7 @@ Nothing else in a model may sum, and nothing else may call a transcendental func
 from rlinvariant.ops.attention import attention, attention_ref, paged_attention, paged_attention_ref
 from rlinvariant.ops.embedding import embedding, embedding_ref
 from rlinvariant.ops.linear import linear, linear_ref
+from rlinvariant.ops.lora import lora_linear, lora_linear_ref
 from rlinvariant.ops.qk_norm_rope import qk_norm_rope, qk_norm_rope_ref
 from rlinvariant.ops.rms_norm import add_rms_norm, add_rms_norm_ref, rms_norm, rms_norm_ref
 from rlinvariant.ops.rope import rope, rope_ref
@@ -30,6 +31,8 @@ __all__ = [
     "embedding_ref",
     "linear",
     "linear_ref",
+    "lora_linear",
+    "lora_linear_ref",
     "log_softmax",
     "log_softmax_ref",
     "paged_attention",

@@ -199,12 +199,13 @@ def gradients(
     """
     dy_RN, x_RK = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
     dx = (dy_RN @ weight.to(dy.dtype)).view(x.shape) if needed[0] else None
-    dw_NK = _product(dy_RN.t(), x_RK, dtype) if needed[1] else None
+    dw_NK = product(dy_RN.t(), x_RK, dtype) if needed[1] else None
     db_N = dy_RN.float().sum(0).to(bias) if bias is not None and needed[2] else None
     return dx, dw_NK, db_N
 
 
-def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """Multiply a [M, K] by b [K, N], by a stock GEMM; in dtype from the accumulator on where the GEMM can."""
     wide: dict[str, Any] = {"out_dtype": dtype} if _stores_wide(a, dtype) else {}
     return torch.mm(a, b, **wide).to(dtype)
 

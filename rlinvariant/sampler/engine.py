@@ -12,7 +12,7 @@ import os
 import random
 import sys
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,8 +24,9 @@ from torch import Tensor
 from rlinvariant import runtime
 from rlinvariant.errors import UserError
 from rlinvariant.model_source import local_model
+from rlinvariant.models.lora import split
 from rlinvariant.rollout import Completion
-from rlinvariant.sampler import plugin
+from rlinvariant.sampler import adapters, plugin
 from rlinvariant.sampler import weights as synced
 from rlinvariant.sampler.names import ARCHITECTURE, QUANTIZATION
 from rlinvariant.sampler.refusals import refuse
@@ -135,6 +136,7 @@ class Sampler:
         kv_cache_gib: memory for keys and values, in GiB; None: 1 on a CPU, an eighth of a GPU's.
         options: further keyword arguments of `vllm.LLM`.
         positions: what `refuse` returned for the same arguments, where it has run already; None: it runs here.
+        ranks: LoRA adapters that `sync` will bring: the rank of each, by the name of the projection. Of an invariant engine.
 
     Raises:
         UserError: the plugin is not active in the engine, or an option is one that is set here.
@@ -154,6 +156,7 @@ class Sampler:
         kv_cache_gib: float | None = None,
         options: JsonObject | None = None,
         positions: int | None = None,
+        ranks: Mapping[str, int] | None = None,
     ) -> None:
         runtime.quiet()
         runtime.configure()
@@ -175,7 +178,7 @@ class Sampler:
                 plugin.load()
                 plugin.register_class()
                 arguments |= {"quantization": QUANTIZATION, "hf_overrides": {"architectures": [ARCHITECTURE]}}
-            with _stdout_with_descriptor():
+            with _stdout_with_descriptor(), adapters.expecting(ranks or {}):
                 self.llm = LLM(str(model), **arguments)
             core: Any = self.llm.llm_engine.engine_core
             if hasattr(core, "_finalizer"):  # vLLM 0.26 has none
@@ -338,7 +341,8 @@ class Sampler:
         Args:
             weights: as for `sync`.
         """
-        return synced.differing(self.model, weights, self.invariant)
+        own, of_adapters = split(weights)
+        return synced.differing(self.model, own, self.invariant) + adapters.differing(self.model, of_adapters)
 
 
 def _external(request: str) -> str:

@@ -48,7 +48,7 @@ class InvariantConfig(QuantizationConfig):
 class _Linear(UnquantizedLinearMethod):
     def create_weights(self, layer: Any, input_size_per_partition: int, output_partition_sizes: list[int], *args, **kwargs):
         super().create_weights(layer, input_size_per_partition, output_partition_sizes, *args, **kwargs)
-        layer.parts, layer.packed = output_partition_sizes, {}
+        layer.parts, layer.packed, layer.adapters = output_partition_sizes, {}, None
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Leave the weight as it is: vLLM would repack and free it, and weight sync could not reach it."""
@@ -58,6 +58,8 @@ class _Linear(UnquantizedLinearMethod):
 
         On CUDA an output column does not depend on how many columns there are.
         """
+        if layer.adapters is not None:
+            return layer.adapters(x, bias)
         packed = _packed(layer)
         if packed is not None or len(layer.parts) == 1 or x.is_cuda:
             return ops.linear(x, layer.weight, bias, packed)
@@ -97,6 +99,9 @@ def multiplied(layer: Untyped) -> Tensor:
 def pack_weights(model: nn.Module) -> None:
     """Pack anew what every layer multiplies by, as vLLM's stock layers do on a CPU, for the number of threads set now."""
     for layer in filter(is_ours, products(model).values()):
+        if getattr(layer, "adapters", None) is not None:
+            layer.adapters.pack(layer.bias is not None)
+            continue
         weight = multiplied(layer)
         packed = pack_weight(weight, getattr(layer, "parts", [len(weight)]), layer.bias is not None)
         layer.packed = {} if packed is None else {torch.get_num_threads(): packed}

@@ -27,8 +27,10 @@ from vllm.v1.sample.sampler import Sampler
 
 from rlinvariant import ops
 from rlinvariant.errors import UserError
+from rlinvariant.models.lora import split
 from rlinvariant.models.modules import become, logits_scaling
 from rlinvariant.models.patch import make_invariant
+from rlinvariant.sampler import adapters
 from rlinvariant.sampler.names import NOT_ACTIVE
 from rlinvariant.sampler.vllm_attention import InvariantAttentionBackend
 from rlinvariant.sampler.vllm_linear import is_ours, pack_weights, products
@@ -124,7 +126,12 @@ class InvariantForCausalLM(TransformersForCausalLM):
 
         vLLM's stock layers pack their weights too; a copy that is opaque to the compiler is of use in eager mode alone.
         """
-        loaded = super().load_weights(weights)
+        if not getattr(self, "adapters_attached", False):
+            adapters.attach(self)
+            self.adapters_attached = True
+        own, of_adapters = split(weights)
+        loaded = super().load_weights(own)
+        adapters.load(self, of_adapters)
         if self.compilation_config.mode == CompilationMode.NONE:
             pack_weights(self)
         return loaded

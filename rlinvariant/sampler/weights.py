@@ -16,8 +16,8 @@ def differing(model: Untyped, weights: Iterable[tuple[str, Tensor]], invariant: 
     """Name the parameters whose bytes differ; `Sampler.differing_weights` says which are compared, and how."""
     parts: dict[str, dict[Any, Tensor]] = {}
     for name, weight in weights:
-        target, shard = _target(model, name)
-        parts.setdefault(target, {})[shard] = weight.detach()
+        place, shard = target(model, name)
+        parts.setdefault(place, {})[shard] = weight.detach()
     own = dict(model.named_parameters())
     tied = "lm_head.weight" not in own
     bad = [name for name in parts if name not in own and not (tied and name == "lm_head.weight")]
@@ -45,7 +45,7 @@ def _stale_copies(model: Any) -> list[str]:
     ]
 
 
-def _target(model: Any, name: str) -> tuple[str, Any]:
+def target(model: Any, name: str) -> tuple[str, Any]:
     """Return where vLLM keeps a Hugging Face parameter: the name of its own parameter, and which part of it."""
     mapper = getattr(model, "hf_to_vllm_mapper", None)
     for original, (merged, shard) in getattr(mapper, "orig_to_new_stacked", {}).items():

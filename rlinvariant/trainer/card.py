@@ -31,6 +31,7 @@ class Card:
         command: what started the run; "" where it is not known.
         dataset: the data set's id at the hub, where there is one.
         tags: further tags for the hub.
+        library: what loads the weights, by its name at the hub.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Card:
     command: str = ""
     dataset: str | None = None
     tags: Sequence[str] = ()
+    library: str = "transformers"
 
     def text(self) -> str:
         """Return the card: the hub's metadata as YAML, then Markdown."""
@@ -57,7 +59,7 @@ class Card:
             base_model=origin,
             base_model_weights=weights,
             license=licence,
-            library_name="transformers",
+            library_name=self.library,
             pipeline_tag="text-generation",
             datasets=[self.dataset] if self.dataset else None,
             tags=sorted({self.algorithm.lower(), "reinforcement-learning", "rlinvariant", "trl", *self.tags}),

@@ -24,6 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 from rlinvariant import bits
 from rlinvariant.conflicts import Invariance
 from rlinvariant.errors import ParityError
+from rlinvariant.models import lora
 from rlinvariant.rollout import Batch, Completion, Rollout, request_seed
 from rlinvariant.trainer import custom_rollouts
 from rlinvariant.trainer.interface import OnRollout, SamplerLike
@@ -180,11 +181,13 @@ class DrawingTrainer(MeasuredTrainer):
         version, older = self._versions.to_sample_with(step, stale)
         with self._timed("sync"):
             self._require_finite(((f"weight {name}", w) for name, w in self._weights()), *when)
+            whole = self._versions.sampler is None
             if self._versions.sampler == version and self._sampler_is_invariant:  # all of a stock one's cannot be read
                 if not self.sampler.differing_weights(self._weights(older)):
                     return
                 self._versions.edited()
-            self.sampler.sync(self._weights(older))
+                whole = True
+            self.sampler.sync(self._weights(older) if whole else self._moving(older))
             differing = self.sampler.differing_weights(self._weights(older))
         self._versions.sampler, self._record.weights_equal = version, not differing
         if differing and self.invariance == "exact":
@@ -195,7 +198,12 @@ class DrawingTrainer(MeasuredTrainer):
         """Yield names and tensors of the policy's parameters, or of older ones, on the device."""
         if older is not None:
             return ((name, w.to(self.accelerator.device)) for name, w in older.items())
-        return self.accelerator.unwrap_model(self.model).named_parameters()
+        return lora.pairs(self.accelerator.unwrap_model(self.model))
+
+    def _moving(self, older: dict[str, Tensor] | None):
+        """Yield those of `_weights` that training moves: of a model in PEFT, its adapters alone."""
+        adapters = lora.split(self._weights())[1] if older is None else []
+        return adapters or self._weights(older)
 
     def _timed(self, part: str) -> AbstractContextManager[None]:
         """Count a block's seconds, but not those that an evaluation between two steps takes."""

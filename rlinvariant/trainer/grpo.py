@@ -38,7 +38,7 @@ from trl.trainer.grpo_config import GRPOConfig
 from rlinvariant import metrics, stopping
 from rlinvariant.conflicts import SIDES, Invariance
 from rlinvariant.errors import ConfigErrors, ParityError
-from rlinvariant.models import make_invariant, make_trainable, require_exact
+from rlinvariant.models import lora, make_invariant, make_trainable, require_exact
 from rlinvariant.rewards import RewardLimits
 from rlinvariant.trainer.drawing import DrawingTrainer
 from rlinvariant.trainer.grading import checked_rewards, different_names
@@ -153,7 +153,8 @@ class InvariantGRPOTrainer(DrawingTrainer):
             kind = self.accelerator.distributed_type.value
             raise ConfigErrors([f"distributed_type={kind}: expected one process or data parallel; choose configs/cpu.yaml"])
         if self._trainer_is_invariant:
-            self.model.__dict__.pop("forward", None)  # TRL's fused head, with another order of summation
+            inner = self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
+            inner.__dict__.pop("forward", None)  # TRL's fused head, with another order of summation
             if self.ref_model is not None:
                 self.ref_model.__dict__.pop("forward", None)
                 make_invariant(self.ref_model, dtype)
@@ -224,7 +225,7 @@ class InvariantGRPOTrainer(DrawingTrainer):
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, **kwargs
     ):
         """Compute log-probs, for policy, old policy and reference: the one place where TRL does."""
-        old = self._scoring_rollout and model is self.model
+        old = self._scoring_rollout and model is self.model and not lora.is_reference(model)
         if old and self._must_be_equal and not self._scores_ahead:
             # The old log-probs are the sampler's: the loss, which runs on the same weights, will prove it. TRL's extra pass
             # over the rollout, a quarter of a step's arithmetic, is not needed.

@@ -153,7 +153,7 @@ def _usable(trainer: "MicroBatchedTrainer") -> float:
     """
     device = trainer.accelerator.device
     has_states = trainer.optimizer is not None and trainer.optimizer.state
-    parameters = sum(p.numel() for _, p in trainer._trained())
+    parameters = sum(p.numel() for _, p in trainer._trained() if p.requires_grad)
     to_come = parameters * (4 if has_states else STATES) + 3 * CHUNK_BYTES[device.type]
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

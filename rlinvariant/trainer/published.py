@@ -104,6 +104,7 @@ class PublishedTrainer(GRPOTrainer):
             log=[row for row in self.state.log_history if "loss" in row],
             command=facts.pop("command", ""),
             facts=facts,
+            library="peft" if hasattr(self.model, "peft_config") else "transformers",
             **self._card_options,
         ).text()
 

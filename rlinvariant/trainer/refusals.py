@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from rlinvariant.conflicts import SIDES, Invariance, conflicts, microbatch_problems, ppo_conflicts
+from rlinvariant.conflicts import SIDES, Invariance, adapter_conflicts, conflicts, microbatch_problems, ppo_conflicts
+from rlinvariant.models import lora
 from rlinvariant.rewards.limits import RewardLimits
-from rlinvariant.support import device_problems
+from rlinvariant.support import adapter_problems, device_problems
 from rlinvariant.types import JsonRow
 
 if TYPE_CHECKING:
@@ -47,14 +48,16 @@ def settings_problems(
             f"rollout_func: expected None with {given[0]}: TRL would call the tools after it, on the rollout it returned"
         )
     invariant = SIDES[invariance][1]
-    if invariant and model is not None and model.dtype != torch.float32:
+    adapted = options.get("peft_config") is not None or hasattr(model, "peft_config")
+    if invariant and model is not None and not adapted and model.dtype != torch.float32:
         found.append(f"model.dtype={model.dtype}: expected torch.float32 masters; load with dtype=torch.float32")
     if ppo is not None and ppo.kl_coef and model is not None and not model.config._name_or_path:
         missing = "a model with a directory or hub id, from which the reference is loaded; save it and load it from there"
         found.append(f"ppo.kl_coef={ppo.kl_coef}: expected {missing}, or use 0")
-    if options.get("peft_config") is not None or hasattr(model, "peft_config"):
-        if ppo is not None:
-            found.append("peft_config: expected None with PPO: the critic is a copy of a whole model")
-        elif invariant:
-            found.append(f"peft_config: expected None with invariance={invariance}: adapters are not supported yet")
+    if adapted:
+        refused = adapter_conflicts("peft_config", "None", invariance, ppo is not None)
+        configs = [options["peft_config"]] if options.get("peft_config") is not None else [*model.peft_config.values()]
+        found += refused or [*adapter_problems(args, "peft_config"), *lora.problems(configs[0])]
+        if len(configs) > 1:
+            found.append(f"model: expected one adapter, found {len(configs)}; delete the others (model.delete_adapter)")
     return found

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from rlinvariant.errors import ParityError
+from rlinvariant.models import lora
 from rlinvariant.types import JsonObject
 from rlinvariant.verification import certificate
 from rlinvariant.verification.controls import one_ulp
@@ -36,17 +37,23 @@ def prove(
         ParityError: a log-prob differs, or the comparison does not see a planted fault.
     """
     eager = bool(sampler.llm.llm_engine.model_config.enforce_eager)
-    found = certificate.find(certificate.subject(config, dtype, eager))
+    adapted = bool(lora.ranks(model))
+    found = None if adapted else certificate.find(certificate.subject(config, dtype, eager))
     if found is not None:
         path = certificate.path_of(found["subject"], found["form"])
         return certified(found, str(path)), {"path": str(path), **{key: found[key] for key in ("tokens", "form", "date")}}
     began, training = time.monotonic(), model.training
-    pair = pair_of(model.eval(), sampler, config.get_text_config().vocab_size)
     try:
-        relations = [check(pair) for check in (sampler_and_trainer, alone, one_by_one)]
-        fault = one_ulp(pair, getattr(torch, dtype))
+        with lora.counting(model):
+            if adapted:
+                sampler.sync(lora.adapters(model))
+            pair = pair_of(model.eval(), sampler, config.get_text_config().vocab_size)
+            relations = [check(pair) for check in (sampler_and_trainer, alone, one_by_one)]
+            fault = one_ulp(pair, getattr(torch, dtype))
     finally:
         model.train(training)
+        if adapted:
+            sampler.sync(lora.adapters(model))
         sampler.llm.reset_prefix_cache()
     compared, wrong = sum(r.compared for r in relations), sum(r.mismatched for r in relations)
     counts = f"{wrong:,} / {compared:,} log-probs differ, {fault.mismatched:,} / {fault.compared:,} with one ulp in the lm_head"
@@ -60,6 +67,7 @@ def prove(
         raise ParityError(f"before the first step: {counts}: the comparison is blind; invariance=off runs without the proof")
     seconds = time.monotonic() - began
     makes = f"no certificate for this architecture here (rlinvariant verify {name} makes one)"
+    makes = "adapters, with random values for the comparison" if adapted else makes
     record = {"path": None, "compared": compared, "mismatched": wrong, "one_ulp": fault.mismatched, "seconds": seconds}
     return f"{makes}; compared now: {counts}, {seconds:.1f} s", record
 

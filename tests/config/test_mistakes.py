@@ -129,7 +129,7 @@ def test_model_directories_are_looked_into() -> None:
     assert errors("model=empty") == ["model=empty: expected a Hugging Face model directory, found no config.json in it"]
     Path("empty/adapter_config.json").touch()
     assert errors("model=empty") == [
-        "model=empty: expected a whole model, found a PEFT adapter; merge it (merge_and_unload) first"
+        "model=empty: expected a whole model, found a PEFT adapter, which only training takes so far"
     ]
     Path("whole").mkdir()
     Path("whole/config.json").touch()

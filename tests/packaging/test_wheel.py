@@ -33,6 +33,7 @@ EXTRAS = {
     "wandb-workspaces",
     "tensorboard",
     "math-verify",
+    "peft",
     "matplotlib",
     "reasoning-gym",
 }  # imported where they are installed

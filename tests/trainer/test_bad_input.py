@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
 
 from rlinvariant.errors import ConfigErrors, UserError
@@ -42,9 +43,12 @@ def test_all_conflicts_come_at_once(refused):
         assert any(line.startswith(name) and "expected" in line for line in found), f"{name}: {found}"
 
 
-def test_peft_is_refused_in_exact_mode(refused):
-    (line,) = refused(peft_config=object())
-    assert line.startswith("peft_config: expected None with invariance=exact")
+def test_adapters_that_cannot_be_exact_are_refused(refused):
+    assert refused(peft_config=object()) == ["peft_config=object: expected a peft.LoraConfig"]
+    dropout = LoraConfig(lora_dropout=0.1)
+    assert refused(peft_config=dropout) == ["peft_config.lora_dropout=0.1: expected 0: exact adapters have no lora_dropout"]
+    (line,) = refused(peft_config=LoraConfig(), invariance="trainer")
+    assert line.startswith("peft_config: expected None with invariance=trainer: a stock engine takes whole weights")
 
 
 @pytest.mark.parametrize(

@@ -244,6 +244,13 @@ def test_problems_reach_a_user_of_the_trainer(on_gpu, arithmetic_dir, tmp_path):
     assert [line.split("=")[0] for line in error.value.errors] == ["vllm", "logging_steps"]
 
 
+def test_adapters_are_refused_where_they_were_not_proven():
+    cpu, cuda = (SimpleNamespace(device=torch.device(kind)) for kind in ("cpu", "cuda"))
+    assert support.adapter_problems(cpu, "lora.r=8") == []
+    (line,) = support.adapter_problems(cuda, "lora.r=8")
+    assert line == "lora.r=8: exact adapters were proven on CPUs alone so far, not on cuda; train all weights"
+
+
 # ---- on a GPU
 
 

@@ -1,0 +1,164 @@
+"""PEFT's LoRA layers, with the adapter inside the product: their form, and what is refused.
+
+PEFT is applied first, then `make_invariant`: the model stays PEFT's in all that TRL, saving and loading see, and only what a
+layer computes is ours.
+
+The names that sampler and trainer share for an adapter of `model.layers.0.mlp.up_proj` end in `.lora_A.weight` and
+`.lora_B.weight`; B has PEFT's scaling in it.
+
+A: [R, K] of an adapter, B: [N, R], for a weight [N, K]; R is the adapter's rank.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from rlinvariant import ops
+from rlinvariant.errors import UserError, one_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+A, B = "lora_A.weight", "lora_B.weight"
+
+
+class LoraLinear(nn.Module):
+    """Computes PEFT's `lora.Linear` by `ops.lora_linear`; with adapters disabled, the base layer alone."""
+
+    base_layer: nn.Linear
+    lora_A: Any
+    lora_B: Any
+    scaling: Any
+    disable_adapters: bool
+    active_adapters: list[str]
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        base, active = self.base_layer, [name for name in self.active_adapters if name in self.lora_A]
+        if self.disable_adapters or not active:
+            return ops.linear(x, base.weight, base.bias)
+        (name,) = active
+        return ops.lora_linear(x, base.weight, self.lora_A[name].weight, scaled(self, name), base.bias)
+
+
+def scaled(layer: Any, name: str) -> Tensor:
+    """Return B [N, R] of an adapter times its scaling, in B's dtype: what multiplies x A^T."""
+    return layer.lora_B[name].weight * layer.scaling[name]
+
+
+def is_lora(module: nn.Module) -> bool:
+    """Return whether a module is a linear layer of PEFT's with an adapter."""
+    return hasattr(module, "lora_A") and isinstance(getattr(module, "base_layer", None), nn.Linear)
+
+
+def problems(config: Any) -> Iterator[str]:
+    """Yield what of a `peft.LoraConfig` is not supported, each with its fix; names start with `peft_config.`."""
+    if getattr(config, "peft_type", None) != "LORA":  # an enum of strings
+        yield f"peft_config={type(config).__name__}: expected a peft.LoraConfig"
+        return
+    neutral = {
+        "lora_dropout": (0, 0.0),
+        "use_dora": (False,),
+        "modules_to_save": (None, []),
+        "target_parameters": (None, []),
+        "bias": ("none",),
+        "layer_replication": (None,),
+        "rank_pattern": ({},),
+        "alpha_pattern": ({},),
+        "lora_bias": (False,),
+        "trainable_token_indices": (None,),
+        "init_lora_weights": (True, "gaussian"),
+    }
+    for key, allowed in neutral.items():
+        if (value := getattr(config, key, allowed[0])) not in allowed:
+            yield f"peft_config.{key}={value}: expected {allowed[0]}: exact adapters have no {key.removeprefix('use_')}"
+    targets = {config.target_modules} if isinstance(config.target_modules, str) else set(config.target_modules or ())
+    if outside := sorted(targets & {"embed_tokens", "lm_head", "wte", "embeddings"}):
+        yield f"peft_config.target_modules has {outside[0]}: expected projections of the decoder alone"
+
+
+def applied(model: "PreTrainedModel", config: Any, seed: int) -> Any:
+    """Return PEFT's model around a model, with adapters as a `peft.LoraConfig` says; their first values depend on the seed.
+
+    Parameters of the model get no gradients from here on. Adapters are fp32, whatever the model is.
+    """
+    from peft import get_peft_model
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        try:
+            return get_peft_model(model, config)
+        except ValueError as error:  # of projections that the model has not, say
+            raise UserError(f"lora: {one_line(error)}") from error
+
+
+def is_reference(model: nn.Module) -> bool:
+    """Return whether a model computes as TRL's reference now: with its adapters off, or with the copy that TRL named `ref`."""
+    layer: Any = next(filter(is_lora, model.modules()), None)
+    return layer is not None and (layer.disable_adapters or layer.active_adapters == ["ref"])
+
+
+@contextmanager
+def counting(model: nn.Module, seed: int = 0) -> Iterator[None]:
+    """Give every B random values for a while: with zeros, as they begin, who ignores an adapter computes the same."""
+    layers: list[Any] = [module for module in model.modules() if is_lora(module)]
+    weights = [layer.lora_B[layer.active_adapters[0]].weight for layer in layers]
+    before = [weight.detach().clone() for weight in weights]
+    try:
+        with torch.no_grad(), torch.random.fork_rng():
+            torch.manual_seed(seed)
+            for weight in weights:
+                weight.copy_(torch.randn(weight.shape) * 0.02)
+        yield
+    finally:
+        with torch.no_grad():
+            for weight, values in zip(weights, before, strict=True):
+                weight.copy_(values)
+
+
+def ranks(model: nn.Module) -> dict[str, int]:
+    """Return the rank of each adapter by the name of its projection, as `Sampler` takes them; none: no PEFT."""
+    return {name.removesuffix(f".{A}"): len(a) for name, a in adapters(model) if name.endswith(A)}
+
+
+def pairs(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield names and tensors as `Sampler.sync` takes them: all parameters, those of adapters with PEFT's scaling in them."""
+    yield from base(model)
+    yield from adapters(model)
+
+
+def adapters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield names and tensors of the active adapter of every layer, as the sampler takes them.
+
+    A [R, K] as it is, and B [N, R] with its scaling; names are those of the Hugging Face model without PEFT.
+    """
+    for name, module in model.named_modules():
+        if is_lora(module):
+            layer: Any = module
+            with torch.no_grad():
+                (adapter,) = layer.active_adapters
+                yield f"{plain(name)}.{A}", layer.lora_A[adapter].weight
+                yield f"{plain(name)}.{B}", scaled(layer, adapter)
+
+
+def base(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield names and tensors of all parameters that no adapter owns; names are those of the model without PEFT."""
+    for name, weight in model.named_parameters():
+        if ".lora_A." not in name and ".lora_B." not in name:
+            yield plain(name), weight
+
+
+def plain(name: str) -> str:
+    """Return a module's or parameter's name without what PEFT puts around it."""
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+
+
+def split(weights: Iterable[tuple[str, Tensor]]) -> tuple[list[tuple[str, Tensor]], list[tuple[str, Tensor]]]:
+    """Return pairs of names and tensors as two lists: those of the model, and those of adapters."""
+    own: list[tuple[str, Tensor]] = []
+    of_adapters: list[tuple[str, Tensor]] = []
+    for pair in weights:
+        (of_adapters if pair[0].endswith((A, B)) else own).append(pair)
+    return own, of_adapters

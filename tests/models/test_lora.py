@@ -1,0 +1,104 @@
+"""PEFT's layers with the adapter inside the product: PEFT's function, and what is refused."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from rlinvariant.errors import UserError
+from rlinvariant.models import lora, make_invariant, require_exact
+from tests.models.small import SUPPORTED, build, logprobs, sequences, stock_logprobs
+from tests.parity.device import fp32_only_on_cpu
+
+
+def adapted(family: str, **options):
+    """A model in PEFT, whose adapters count: B is zero in a new one."""
+    options = {"r": 8, "lora_alpha": 24, "target_modules": "all-linear", **options}
+    model = lora.applied(build(family), LoraConfig(**options), seed=0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(0, 0.05)
+    return model
+
+
+@fp32_only_on_cpu
+@pytest.mark.parametrize("family", SUPPORTED)
+def test_it_computes_what_peft_does(family):
+    theirs, rows = adapted(family), sequences()
+    ours = make_invariant(copy.deepcopy(theirs), torch.float32)
+    require_exact(ours)
+    right, base = (stock_logprobs(model, rows)[0] for model in (theirs, build(family)))
+    torch.testing.assert_close(logprobs(ours, rows)[0], right, rtol=0, atol=2e-5)
+    assert (right - base).abs().max() > 0.1, "the adapters count"
+    with ours.disable_adapter():
+        torch.testing.assert_close(logprobs(ours, rows)[0], base, rtol=0, atol=2e-5)
+
+
+@fp32_only_on_cpu
+def test_a_scaling_of_its_own_is_peft_s():
+    rows = sequences()
+    for options in ({"use_rslora": True}, {"target_modules": ["q_proj", "v_proj"], "r": 5}, {"init_lora_weights": "gaussian"}):
+        theirs = adapted("qwen3", **options)
+        ours = make_invariant(copy.deepcopy(theirs), torch.float32)
+        torch.testing.assert_close(logprobs(ours, rows)[0], stock_logprobs(theirs, rows)[0], rtol=0, atol=2e-5)
+
+
+def test_adapters_alone_get_gradients():
+    model = make_invariant(adapted("llama"), torch.bfloat16)
+    logprobs(model, sequences())[0].sum().backward()
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == {
+        name for name, p in model.named_parameters() if "lora_" in name
+    }
+    assert all(p.grad.abs().sum() > 0 for name, p in model.named_parameters() if "lora_" in name)
+
+
+def test_first_values_come_from_the_seed_alone():
+    def first(seed: int) -> torch.Tensor:
+        torch.randn(3)
+        return next(w for name, w in lora.applied(build("llama"), LoraConfig(r=4), seed).named_parameters() if "lora_A" in name)
+
+    before = torch.random.get_rng_state()
+    model = lora.applied(build("llama"), LoraConfig(r=4), 1)
+    assert torch.equal(torch.random.get_rng_state(), before) and torch.equal(first(1), first(1))
+    assert not torch.equal(first(1), first(2)) and lora.ranks(model)["model.layers.0.self_attn.q_proj"] == 4
+
+
+def test_names_are_those_of_the_model_without_peft():
+    plain, model = build("qwen3"), adapted("qwen3")
+    assert {name for name, _ in lora.base(model)} == {name for name, _ in plain.named_parameters()}
+    name, b = next((name, w) for name, w in lora.adapters(model) if name.endswith(lora.B))
+    layer = model.get_submodule(f"base_model.model.{name.removesuffix('.' + lora.B)}")
+    assert torch.equal(b, layer.lora_B["default"].weight * 3), "alpha / r is in it"
+    assert dict(lora.pairs(plain)).keys() == dict(plain.named_parameters()).keys(), "without PEFT, all parameters"
+
+
+REFUSED = {
+    "lora_dropout": 0.1,
+    "use_dora": True,
+    "modules_to_save": ["lm_head"],
+    "bias": "all",
+    "init_lora_weights": "pissa",
+    "rank_pattern": {"q_proj": 3},
+    "target_parameters": ["weight"],
+}
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_what_is_not_supported_is_named(key):
+    (line,) = lora.problems(LoraConfig(**{key: REFUSED[key]}))
+    assert line.startswith(f"peft_config.{key}={REFUSED[key]}: expected ")
+    assert list(lora.problems(LoraConfig(r=4, use_rslora=True))) == []
+
+
+def test_projections_that_are_not_there_are_one_line():
+    with pytest.raises(UserError, match="^lora: .*no_proj.* not found in the base model"):
+        lora.applied(build("llama"), LoraConfig(target_modules=["no_proj"]), 0)
+
+
+def test_embeddings_are_refused():
+    model = get_peft_model(build("llama"), LoraConfig(target_modules=["q_proj", "embed_tokens"]))
+    assert list(lora.problems(model.peft_config["default"])) == [
+        "peft_config.target_modules has embed_tokens: expected projections of the decoder alone"
+    ]

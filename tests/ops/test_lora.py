@@ -1,0 +1,102 @@
+"""A product with an adapter inside it: its rows, its one rounding, and its gradients."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlinvariant import ops
+from rlinvariant.bits import assert_bits_equal
+from tests import ladders
+from tests.ladders import cancelling, matrix_dtypes, randn
+
+RANKS = (1, 8, 16, 24)
+
+
+def operands(dtype: torch.dtype, rank: int, rows: int = 300, n: int = 66, k: int = 3072) -> tuple[Tensor, ...]:
+    """x, weight, a, b: sums that cancel in the weight's columns, whose terms are as large as the adapter's part."""
+    x, weight = cancelling(rows, n, k, dtype)
+    a, b = randn(rank, k, seed=1) * k**-0.5, randn(n, rank, seed=2)
+    return x, weight, a, b * weight.float().abs().mean()
+
+
+@matrix_dtypes
+@pytest.mark.parametrize("rank", RANKS)
+def test_rows_keep_their_bits(rank, dtype):
+    x, *weights = operands(dtype, rank)
+    ladders.assert_batch_invariant(lambda x: ops.lora_linear(x, *weights), x)
+    ladders.assert_needle(lambda x: ops.lora_linear(x, *weights), x[:1])
+
+
+@matrix_dtypes
+def test_zeros_beyond_the_rank_change_nothing(dtype):
+    """A sampler may keep room for more than the adapter's rank."""
+    x, weight, a, b = operands(dtype, 8)
+    more = torch.cat([a, torch.zeros_like(a)]), torch.cat([b, torch.zeros_like(b)], 1)
+    assert_bits_equal(ops.lora_linear(x, weight, *more), ops.lora_linear(x, weight, a, b), "twice the rank")
+
+
+def test_another_order_is_found():
+    """In fp32 a sum that is rounded, and then added to, may have been in that order from the start."""
+    x, weight, a, b = (t.bfloat16() for t in operands(torch.bfloat16, 16))
+    right = ops.lora_linear(x, weight, a, b)
+    assert ladders.differs(right, ops.linear(x, weight) + ops.linear(ops.linear(x, a), b)), "rounded, then added"
+    assert ladders.differs(right, ops.linear(x, (weight.float() + b.float() @ a.float()).bfloat16())), "merged"
+    assert ladders.differs(right, ops.lora_linear(x, weight, a.flip(0), b)), "another row for each column"
+
+
+def test_a_small_adapter_is_not_lost():
+    """How much of x A^T B^T, a thousandth of the weight, reaches the output; where it is merged, or added later, half does."""
+    n, k, rank, dtype = 256, 512, 16, torch.bfloat16
+    x, weight = randn(128, k, dtype=dtype), (randn(n, k, seed=1) * 0.02).to(dtype)
+    a, b = (randn(rank, k, seed=2) * k**-0.5).to(dtype), randn(n, rank, seed=3)
+    b = (b * 1e-3 * 0.02 / (b @ a.float()).square().mean().sqrt()).to(dtype)
+    part = ops.linear(x, a).double() @ b.double().t()
+    without = ops.linear(x, weight)
+
+    def share(y: Tensor) -> float:
+        return ((y.double() - without.double()) * part).sum().item() / part.square().sum().item()
+
+    assert share(ops.lora_linear(x, weight, a, b)) == pytest.approx(1, abs=0.05)
+    assert share(without + part.to(dtype)) < 0.7
+    assert share(ops.linear(x, (weight.double() + b.double() @ a.double()).to(dtype))) < 0.7
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+def test_it_is_the_sum_of_both(bias):
+    x, weight, a, b = (t.double() for t in operands(torch.bfloat16, 8, k=200))
+    shift = randn(66, seed=5).double() if bias else None
+    plain = x @ weight.t() + (x @ a.t()) @ b.t() + (0 if shift is None else shift)
+    torch.testing.assert_close(ops.lora_linear_ref(x, weight, a, b, shift), plain)
+
+
+@matrix_dtypes
+def test_gradients_are_those_of_the_reference(dtype):
+    """Within the rounding of dh and of h: of the weight there is none, and it costs nothing."""
+    x, weight, a, b = (
+        randn(3, 7, 200, dtype=dtype),
+        randn(66, 200, dtype=dtype, seed=1),
+        randn(8, 200, seed=2),
+        randn(66, 8, seed=3),
+    )
+    dy = randn(3, 7, 66, dtype=dtype, seed=4)
+
+    def found(op, *given: Tensor) -> tuple[Tensor, ...]:
+        leaves = [t.detach().clone().requires_grad_() for t in (given[0], *given[2:])]
+        y = op(leaves[0], given[1], *leaves[1:])
+        return torch.autograd.grad(y, leaves, dy.to(y.dtype))
+
+    ours = found(ops.lora_linear, x, weight, a, b)
+    expected = found(ops.lora_linear_ref, *(t.double() for t in (x, weight, a.to(dtype), b.to(dtype))))
+    for name, got, right in zip(("dx", "da", "db"), ours, expected, strict=True):
+        assert got.dtype == (dtype if name == "dx" else torch.float32)
+        error = (got.double() - right).norm() / right.norm()
+        assert error < 4 * torch.finfo(dtype).eps, name
+    wrong = found(lambda x, w, a, b: ops.lora_linear_ref(x, w, a, 2 * b), *(t.double() for t in (x, weight, a, b)))
+    assert all((w - r).norm() / r.norm() > 0.1 for w, r in zip(wrong, expected, strict=True))
+
+
+def test_what_does_not_fit_is_an_error():
+    x, weight, a, b = operands(torch.bfloat16, 8, rows=4)
+    for wrong in ((x, weight, a[:, 1:], b), (x, weight, a[:4], b), (x, weight, a, b[1:])):
+        with pytest.raises(ValueError, match=r"expected x \[\*, K\], weight \[N, K\], a \[R, K\] and b \[N, R\], got x"):
+            ops.lora_linear(*wrong)

@@ -1,0 +1,112 @@
+"""An engine with adapters in its layers has the bits of a trainer with them in its own; and what is noticed when it has not."""
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from rlinvariant.models import lora, make_trainable
+from rlinvariant.models.families import FAMILIES
+from rlinvariant.models.random import save_random
+from rlinvariant.sampler.engine import Sampler
+from rlinvariant.verification.relations import alone, one_by_one, sampler_and_trainer
+from rlinvariant.verification.start import pair_of
+from tests.parity.device import DEVICE, cpu_only
+
+pytestmark = cpu_only("adapters are refused on a GPU so far")
+
+ADAPTERS = {  # family, projections, rank: all of a layer that vLLM merges, some of it, and layers that are merged in the model
+    "all": ("qwen3", "all-linear", 8),
+    "queries and values": ("llama", ["q_proj", "v_proj"], 5),
+    "one of gate and up": ("qwen2", ["o_proj", "down_proj", "up_proj"], 20),
+    "merged in the model": ("phi3", "all-linear", 16),
+}
+
+
+QUICK = ("all", "queries and values")
+
+
+@pytest.fixture(scope="module", params=[x if x in QUICK else pytest.param(x, marks=pytest.mark.slow) for x in ADAPTERS])
+def sides(request, tmp_path_factory) -> Iterator[Any]:
+    """A trainer's model and an engine, in sync."""
+    family, targets, rank = ADAPTERS[request.param]
+    path = str(save_random(FAMILIES[family](), tmp_path_factory.mktemp("models") / family))
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).to(DEVICE)
+    model = lora.applied(model, LoraConfig(r=rank, lora_alpha=32, target_modules=targets), seed=0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:  # with zeros, an engine that ignores adapters would pass
+                weight.normal_(0, 0.05)
+    make_trainable(model).eval()
+    sampler = Sampler(path, invariant=True, max_model_len=128, kv_cache_gib=0.1, ranks=lora.ranks(model))
+    sampler.sync(lora.pairs(model))
+    yield SimpleNamespace(model=model, sampler=sampler, pair=pair_of(model, sampler, model.config.vocab_size))
+    sampler.close()
+
+
+@pytest.mark.parametrize("relation", [sampler_and_trainer, alone, one_by_one])
+def test_both_sides_have_the_same_bits(sides, relation):
+    found = relation(sides.pair)
+    assert found.mismatched == 0 and found.compared > 50 and found.holds
+
+
+def test_each_weight_is_compared(sides):
+    weights = list(lora.pairs(sides.model))
+    assert sides.sampler.differing_weights(weights) == []
+    adapters = [name for name, _ in weights if name.endswith((lora.A, lora.B))]
+    for name in adapters[:4]:
+        changed = [(n, one_ulp(w) if n == name else w) for n, w in weights]
+        assert sides.sampler.differing_weights(changed) == [name]
+    left_out = [pair for pair in weights if pair[0] != adapters[0]]
+    assert sides.sampler.differing_weights(left_out) == ["1 adapter weights, which were not given"]
+
+
+def test_adapters_are_synced_alone(sides):
+    """The base stays, and the prefix cache, which was computed with older adapters, is forgotten."""
+    layers = [m for m in sides.model.modules() if lora.is_lora(m)]
+    before = [layer.lora_B["default"].weight.detach().clone() for layer in layers]
+    try:
+        with torch.no_grad():
+            for layer in layers:
+                layer.lora_B["default"].weight.mul_(1.02)
+        stale = sampler_and_trainer(sides.pair)
+        assert stale.mismatched > 0.9 * stale.compared, "control: the engine's adapters are a sync old"
+        sides.sampler.sync(lora.adapters(sides.model))
+        assert sides.sampler.differing_weights(lora.pairs(sides.model)) == []
+        assert sampler_and_trainer(sides.pair).holds
+    finally:
+        with torch.no_grad():
+            for layer, weight in zip(layers, before, strict=True):
+                layer.lora_B["default"].weight.copy_(weight)
+        sides.sampler.sync(lora.adapters(sides.model))
+
+
+@pytest.mark.parametrize("fault", ["no adapters", "merged into the base"])
+def test_another_function_is_found(sides, fault):
+    """Controls: an engine that ignores adapters; and TRL's way, weights into which adapters are merged."""
+    pairs = dict(lora.pairs(sides.model))
+    for name in [name for name in pairs if name.endswith(lora.B)]:
+        a, b = pairs[name.replace(lora.B, lora.A)], pairs[name]
+        if fault == "merged into the base":
+            weight = f"{name.removesuffix(lora.B)}weight"
+            pairs[weight] = pairs[weight].float() + b.float() @ a.float()
+        pairs[name] = torch.zeros_like(b)
+    try:
+        sides.sampler.sync(pairs.items())
+        found = sampler_and_trainer(sides.pair)
+        assert found.mismatched > 0.5 * found.compared
+    finally:
+        sides.sampler.sync(lora.pairs(sides.model))
+
+
+def one_ulp(weight: Tensor) -> Tensor:
+    """The weight with one element moved by a bf16 ulp, as the engine keeps it."""
+    moved = weight.detach().bfloat16().clone()
+    flat = moved.view(torch.int16).flatten()
+    flat[0] += 1
+    return flat.view(torch.bfloat16).view_as(moved)
