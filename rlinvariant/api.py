@@ -248,7 +248,7 @@ def _checked(
         rows = len(train_dataset) if train_dataset is not None else 0
         limits, staleness = RewardLimits.taken(dict(options)), options.get("staleness", 0)
         tokens = options.get("tokens_per_microbatch")
-        config = run_config(run, resume, ready, rows, limits, staleness, tokens, to_wandb)
+        config = run_config(run, resume, ready, rows, limits, staleness, tokens, to_wandb, _adapter(model, options))
         script_run = ScriptRun(config, ready, console)
         problems += script_run.problems()
     if problems:
@@ -259,6 +259,15 @@ def _checked(
     for note in notes:
         console.print(f"note: {note}")
     return ready, script_run
+
+
+def _adapter(model: Any, options: dict[str, Any]) -> Any:
+    """Return PEFT's configuration of the adapters that are trained; None where there are none, or none that can be."""
+    from rlinvariant.models import lora
+
+    own = getattr(model, "peft_config", None) or {}
+    adapter = options.get("peft_config") or own.get("default")
+    return None if adapter is None or any(lora.problems(adapter)) else adapter
 
 
 def _look(

@@ -24,7 +24,7 @@ def publish(config: Config, trainer: "InvariantGRPOTrainer", console: Console) -
         path = trainer.publish()
     dtype = str(trainer.save_dtype).removeprefix("torch.")
     form = f"{dtype}, for transformers and vLLM"
-    if config.lora.r:
+    if hasattr(trainer.model, "peft_config"):
         form = "a LoRA adapter in float32, for peft and vLLM's --enable-lora, which round its products otherwise"
     console.print(f"model: {path}, {form}; README.md there is its card")
     if not trainer.args.push_to_hub:

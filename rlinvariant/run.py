@@ -165,7 +165,7 @@ def build(planned: Plan) -> "InvariantGRPOTrainer":
             on_row=journal.on_row,
             on_evaluation=journal.on_evaluation,
             on_samples=journal.on_samples,
-            on_rollout=journal.on_rollout if adapter is None else None,  # what `replay` reads, which takes whole models
+            on_rollout=journal.on_rollout,
         )
     trainer.on_save, trainer.save_minutes = journal.on_save, config.save_minutes
     return trainer

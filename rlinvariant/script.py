@@ -15,7 +15,7 @@ from transformers.trainer_utils import TrainOutput
 
 from rlinvariant import stopping
 from rlinvariant.arguments import SCRIPT
-from rlinvariant.config import Config, Data, PPOConfig, SamplerConfig, WandbConfig
+from rlinvariant.config import Config, Data, LoraConfig, PPOConfig, SamplerConfig, WandbConfig
 from rlinvariant.config.check import check_run
 from rlinvariant.config.fields import TRAINER_OWN, trainer_config_class
 from rlinvariant.config.tree import leaves
@@ -25,6 +25,7 @@ from rlinvariant.report.console import Console
 from rlinvariant.resumption import dataset_digest, find, require_same_data
 from rlinvariant.rewards import RewardLimits
 from rlinvariant.run import carry_out, directory, train_on
+from rlinvariant.types import Untyped
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -119,6 +120,19 @@ def _both(first: Callable[..., object], second: Callable[..., object] | None) ->
     return call
 
 
+def _lora(adapter: Any) -> LoraConfig:
+    """Describe PEFT's configuration as the command line describes it."""
+    if adapter is None:
+        return LoraConfig()
+    targets = adapter.target_modules
+    return LoraConfig(
+        r=adapter.r,
+        alpha=adapter.lora_alpha,
+        target_modules=[targets] if isinstance(targets, str) else sorted(targets or ()),
+        use_rslora=adapter.use_rslora,
+    )
+
+
 def run_config(
     run: str,
     resume: bool | str,
@@ -128,6 +142,7 @@ def run_config(
     staleness: int,
     tokens_per_microbatch: int | None,
     to_wandb: bool,
+    adapter: Untyped = None,
 ) -> Config:
     """Describe a script's run as the command line describes its own.
 
@@ -138,6 +153,7 @@ def run_config(
         limits: how reward functions are called.
         staleness, tokens_per_microbatch: as for the trainer.
         to_wandb: whether W&B gets the run.
+        adapter: a `peft.LoraConfig`; None: all weights are trained.
     """
     args, fields = plan.args, chz.chz_fields(trainer_config_class())
     options = {**(plan.sampler_options.get("options") or {})}
@@ -145,9 +161,8 @@ def run_config(
     own = {key: options[key] for key in chz.chz_fields(SamplerConfig) if key in options}
     trainer = {name: getattr(args, name) for name in fields if name not in TRAINER_OWN}
     trainer |= {"tokens_per_microbatch": tokens_per_microbatch}
-    default = Config(
-        recipe="", data=Data(), trainer=trainer_config_class()(), ppo=PPOConfig(), sampler=SamplerConfig(), wandb=WandbConfig()
-    )
+    parts = {"ppo": PPOConfig(), "lora": LoraConfig(), "sampler": SamplerConfig(), "wandb": WandbConfig()}
+    default = Config(recipe="", data=Data(), trainer=trainer_config_class()(), **parts)
     config = chz.replace(
         default,
         recipe=script_name(),
@@ -167,6 +182,7 @@ def run_config(
         save_dtype=plan.save_dtype,  # type: ignore[arg-type]  # checked before
         trainer=trainer_config_class()(**trainer),
         ppo=plan.ppo or PPOConfig(),
+        lora=_lora(adapter),
         sampler=SamplerConfig(**sizes, **own),
         wandb=WandbConfig(
             mode="auto" if to_wandb else "disabled", project=os.environ.get("WANDB_PROJECT") or WandbConfig().project

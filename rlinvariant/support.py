@@ -38,9 +38,7 @@ def adapter_problems(args: "GRPOConfig", said: str) -> list[str]:
     """Say, in a line at most, why `args.device` cannot train adapters exactly; `said` is the setting that asks for them."""
     if args.device.type == "cpu":
         return []
-    return [
-        f"{said}: exact adapters were proven on CPUs alone so far, not on {args.device.type}; train all weights"
-    ]
+    return [f"{said}: exact adapters were proven on CPUs alone so far, not on {args.device.type}; train all weights"]
 
 
 def cuda_problems(dtype: torch.dtype) -> Iterator[str]:

@@ -15,7 +15,7 @@ from rlinvariant.errors import UserError, one_line
 from rlinvariant.files import RUNS
 from rlinvariant.masking import masked
 from rlinvariant.rewards import RewardLimits
-from rlinvariant.types import Json, JsonObject, RewardCall
+from rlinvariant.types import Json, JsonObject, RewardCall, Untyped
 
 if TYPE_CHECKING:
     from trl.trainer.grpo_config import GRPOConfig
@@ -69,7 +69,7 @@ class LoraConfig:
     )
     use_rslora: bool = chz.field(default=False, doc="Multiply by alpha / sqrt(r) instead.")
 
-    def peft_config(self) -> Any:
+    def peft_config(self) -> Untyped:
         """Return PEFT's own configuration; None: no adapters."""
         if not self.r:
             return None

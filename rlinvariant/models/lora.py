@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from rlinvariant import ops
 from rlinvariant.errors import UserError, one_line
+from rlinvariant.types import Untyped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,7 +36,7 @@ class LoraLinear(nn.Module):
     disable_adapters: bool
     active_adapters: list[str]
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: Untyped, **kwargs: Untyped) -> Tensor:
         base, active = self.base_layer, [name for name in self.active_adapters if name in self.lora_A]
         if self.disable_adapters or not active:
             return ops.linear(x, base.weight, base.bias)
@@ -43,7 +44,7 @@ class LoraLinear(nn.Module):
         return ops.lora_linear(x, base.weight, self.lora_A[name].weight, scaled(self, name), base.bias)
 
 
-def scaled(layer: Any, name: str) -> Tensor:
+def scaled(layer: Untyped, name: str) -> Tensor:
     """Return B [N, R] of an adapter times its scaling, in B's dtype: what multiplies x A^T."""
     return layer.lora_B[name].weight * layer.scaling[name]
 
@@ -53,7 +54,7 @@ def is_lora(module: nn.Module) -> bool:
     return hasattr(module, "lora_A") and isinstance(getattr(module, "base_layer", None), nn.Linear)
 
 
-def problems(config: Any) -> Iterator[str]:
+def problems(config: Untyped) -> Iterator[str]:
     """Yield what of a `peft.LoraConfig` is not supported, each with its fix; names start with `peft_config.`."""
     if getattr(config, "peft_type", None) != "LORA":  # an enum of strings
         yield f"peft_config={type(config).__name__}: expected a peft.LoraConfig"
@@ -79,7 +80,7 @@ def problems(config: Any) -> Iterator[str]:
         yield f"peft_config.target_modules has {outside[0]}: expected projections of the decoder alone"
 
 
-def applied(model: "PreTrainedModel", config: Any, seed: int) -> Any:
+def applied(model: "PreTrainedModel", config: Untyped, seed: int) -> Untyped:
     """Return PEFT's model around a model, with adapters as a `peft.LoraConfig` says; their first values depend on the seed.
 
     Parameters of the model get no gradients from here on. Adapters are fp32, whatever the model is.

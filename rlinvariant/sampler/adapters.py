@@ -18,6 +18,7 @@ from rlinvariant.models.lora import A, B
 from rlinvariant.ops.linear import pack_weight
 from rlinvariant.ops.lora import RANK_STEP, widened_by
 from rlinvariant.sampler.weights import target
+from rlinvariant.types import Untyped
 
 Pairs = Iterable[tuple[str, Tensor]]
 PARTS: dict[Any, int] = {None: 0, "q": 0, "k": 1, "v": 2}  # vLLM numbers the others itself
@@ -37,7 +38,7 @@ def expecting(ranks: Mapping[str, int]) -> Iterator[None]:
 class Adapters:
     """Holds the adapters of one of vLLM's layers, and multiplies with them."""
 
-    def __init__(self, layer: Any, ranks: Mapping[int, int]) -> None:
+    def __init__(self, layer: Untyped, ranks: Mapping[int, int]) -> None:
         n, k = layer.weight.shape
         step = RANK_STEP[layer.weight.device.type]
         self.ranks, columns = ranks, -(-max(ranks.values()) // step) * step
@@ -108,7 +109,7 @@ def differing(model: nn.Module, weights: Pairs) -> list[str]:
     return bad if seen == held else [*bad, f"{held - seen} adapter weights, which were not given"]
 
 
-def layers(model: nn.Module) -> list[Any]:
+def layers(model: nn.Module) -> list[Untyped]:
     """Return vLLM's layers that have adapters."""
     return [module for module in model.modules() if getattr(module, "adapters", None) is not None]
 

@@ -45,7 +45,7 @@ def _stale_copies(model: Any) -> list[str]:
     ]
 
 
-def target(model: Any, name: str) -> tuple[str, Any]:
+def target(model: Untyped, name: str) -> tuple[str, Untyped]:
     """Return where vLLM keeps a Hugging Face parameter: the name of its own parameter, and which part of it."""
     mapper = getattr(model, "hf_to_vllm_mapper", None)
     for original, (merged, shard) in getattr(mapper, "orig_to_new_stacked", {}).items():
