@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from rlinvariant.rollout import Batch, Completion, request_seed
+from rlinvariant.types import Untyped
 
 if TYPE_CHECKING:
     from rlinvariant.trainer.drawing import DrawingTrainer
@@ -91,7 +92,7 @@ class AttachedSampler:
         self._trainer = trainer
 
     @property
-    def llm(self) -> Any:
+    def llm(self) -> Untyped:
         """Return the engine, of which TRL reads max_model_len."""
         return self._trainer.sampler.llm
 
