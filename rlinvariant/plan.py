@@ -153,7 +153,7 @@ def arguments(
     transformers_logging.disable_progress_bar()
     model: Any = plan.model
     given: dict[str, Any] = {**options}
-    adapter = given.pop("peft_config", None) if SIDES[plan.invariance][1] else None
+    adapter = given.pop("peft_config", None)
     if isinstance(model, str):
         dtype = torch.float32 if adapter is None else getattr(torch, plan.dtype)  # what is frozen needs no fp32
         settings = {"config": copy.deepcopy(plan.config), "generation_config": plan.generation}

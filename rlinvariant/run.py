@@ -149,7 +149,6 @@ def plan(config: Config) -> Plan:
 def build(planned: Plan) -> "InvariantGRPOTrainer":
     """Load the weights, start the engine, and make the trainer, which writes to the journal."""
     config, journal = planned.config, planned.journal
-    adapter = config.lora.peft_config()
     with planned.console.stage("starting the vLLM engine and checking the model"):
         trainer = build_trainer(
             planned.trainer,
@@ -160,7 +159,7 @@ def build(planned: Plan) -> "InvariantGRPOTrainer":
             staleness=config.staleness,
             tokens_per_microbatch=config.trainer.tokens_per_microbatch,
             recompute=config.recompute,
-            **({} if adapter is None else {"peft_config": adapter}),
+            peft_config=config.lora.peft_config(),
             **asdict(config.reward_limits),
             on_row=journal.on_row,
             on_evaluation=journal.on_evaluation,

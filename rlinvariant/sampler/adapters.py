@@ -117,10 +117,11 @@ def layers(model: nn.Module) -> list[Untyped]:
 def _slot(model: nn.Module, name: str) -> Tensor:
     which = A if name.endswith(A) else B
     layer, part = _place(model, name.removesuffix(f".{which}"))
-    return model.get_submodule(layer).adapters.slot(part, which)
+    holder: Any = model.get_submodule(layer)
+    return holder.adapters.slot(part, which)
 
 
 def _place(model: nn.Module, projection: str) -> tuple[str, int]:
     """Return the layer of vLLM's model that computes a projection, and which of its parts that is."""
     name, shard = target(model, f"{projection}.weight")
-    return name.removesuffix(".weight"), PARTS.get(shard, shard)
+    return name.removesuffix(".weight"), PARTS[shard] if shard in PARTS else int(shard)

@@ -60,7 +60,7 @@ class TRLArguments(TypedDict, total=False):
     tools: list[Callable[..., Any]] | None
     rollout_func: Callable[..., dict[str, Any]] | None
     environment_factory: Callable[[], Any] | dict[str, Callable[[], Any]] | None
-    peft_config: object  # peft.PeftConfig, where the trainer is stock
+    peft_config: object  # peft.LoraConfig, where both sides are exact
 
 
 class TrainerArguments(TRLArguments, total=False):

@@ -1,7 +1,7 @@
 """The lines that tell a user what a trainer cannot be given: settings, TRL's own arguments, a model, data."""
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -55,8 +55,9 @@ def settings_problems(
         missing = "a model with a directory or hub id, from which the reference is loaded; save it and load it from there"
         found.append(f"ppo.kl_coef={ppo.kl_coef}: expected {missing}, or use 0")
     if adapted:
+        own: Any = getattr(model, "peft_config", None) or {}
         refused = adapter_conflicts("peft_config", "None", invariance, ppo is not None)
-        configs = [options["peft_config"]] if options.get("peft_config") is not None else [*model.peft_config.values()]
+        configs = [options["peft_config"]] if options.get("peft_config") is not None else [*own.values()]
         found += refused or [*adapter_problems(args, "peft_config"), *lora.problems(configs[0])]
         if len(configs) > 1:
             found.append(f"model: expected one adapter, found {len(configs)}; delete the others (model.delete_adapter)")
