@@ -186,6 +186,7 @@ class Config:
         if self.invariance in ("off", "sampler") and "trainer.bf16" not in self.sources:
             fields["bf16"] = self.dtype == "bfloat16"  # a stock trainer casts by autocast, as TRL does by default
         fields |= {"output_dir": str(self.run_dir / "checkpoints"), "max_steps": self.steps, "seed": self.seed}
+        fields["run_name"] = self.run  # by which a tracker goes on with a resumed run
         group = fields["num_generations"]
         if group == 1:  # PPO's; GRPOConfig asks for two that divide a rollout, so gets one that does
             steps = fields["steps_per_generation"] or fields["gradient_accumulation_steps"]

@@ -45,9 +45,11 @@ def _greedy(trainer: Any) -> Iterator[None]:
     trainer._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
     trainer._pending_metrics, trainer._pending_extra_logs = defaultdict(list), defaultdict(list)
     trainer.temperature, trainer._seeded = 0.0, {}
+    reports, trainer.args.report_to = trainer.args.report_to, []  # TRL's timers would write to a tracker that has no run now
     trainer.model.eval()
     try:
         yield
     finally:
         vars(trainer).update(kept)
+        trainer.args.report_to = reports
         trainer.model.train(was_training)

@@ -147,7 +147,7 @@ def settled(args: Any, invariance: Invariance, run: str | None = None) -> tuple[
         elif args.use_vllm or not name.startswith("vllm_"):
             said.append(f"{name}={shown(getattr(value, 'value', value))} ({why})")
     if run is not None:
-        new.output_dir = str(RUNS / run / "checkpoints")
+        new.output_dir, new.run_name = str(RUNS / run / "checkpoints"), args.run_name or run
         said.append(f"output_dir={new.output_dir} (run={run})")
         if "wandb" in args.report_to:
             new.report_to = [name for name in args.report_to if name != "wandb"]

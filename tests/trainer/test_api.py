@@ -105,10 +105,17 @@ def test_greedy_reward_takes_what_trl_takes(arithmetic_dir, exact_engine, tmp_pa
         return [float(len(text)) for text in completions]
 
     def reward(*functions):
-        trainer = new_trainer(arithmetic_dir, exact_engine, tmp_path, reward_funcs=list(functions)).trainer
+        def watched(completions, **_):
+            told.append([*trainer.args.report_to])
+            return [0.0] * len(completions)
+
+        told = []
+        trainer = new_trainer(arithmetic_dir, exact_engine, tmp_path, reward_funcs=[*functions, watched]).trainer
+        trainer.args.report_to = ["trackio"]  # whose run begins and ends with training: TRL's timers fail without one
         trainer.sync()
         value = greedy_reward(trainer, questions(8)).reward
         assert not trainer._pending_metrics and not trainer._pending_extra_logs
+        assert told == [[]] and trainer.args.report_to == ["trackio"]
         return value
 
     assert reward(asynchronous, seldom) == reward(length) + 4.0 * 7 / 8 > 4.0
