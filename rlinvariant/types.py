@@ -15,5 +15,8 @@ JsonRow: TypeAlias = Mapping[str, Any]
 RewardCall: TypeAlias = Callable[..., Any]
 RewardArguments: TypeAlias = Mapping[str, Any]
 
+# TRL calls a `rollout_func` with prompts, texts or conversations, and the trainer; it returns a dict of lists.
+RolloutCall: TypeAlias = Callable[[list[Any], Any], dict[str, Any]]
+
 # vLLM, `from_pretrained`, argparse's namespaces and W&B's workspaces have no types, or not those of what they make.
 Untyped: TypeAlias = Any

@@ -1,11 +1,12 @@
 """A user's `rollout_func`, called so that what it returns is what TRL expects, or one line says which sequence is not."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rlinvariant.errors import one_line
 from rlinvariant.text import shown
+from rlinvariant.types import RolloutCall
 
 if TYPE_CHECKING:
     from rlinvariant.trainer.drawing import DrawingTrainer
@@ -15,7 +16,7 @@ NEEDED = ("prompt_ids", "completion_ids", "logprobs")
 LISTS = (*NEEDED, "env_mask")
 
 
-def checked(function: Callable[..., Any], vocabulary: int) -> Callable[[list[Any], "DrawingTrainer"], Returned]:
+def checked(function: RolloutCall, vocabulary: int) -> RolloutCall:
     """Wrap a `rollout_func`: an error of one rank ends all alike, before any of them trains.
 
     Args:
