@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from rlinvariant.rollout import RANGES, Truncation
 from rlinvariant.text import shown
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class Rule:
     sides: tuple[str, ...] = INVARIANCE
 
 
-_WHOLE = "the sampler must draw from the whole distribution, which is the one that is trained; remove it"
+_TRAINED = "the sampler must draw from the distribution that is trained, which knows of no penalty; remove it"
 _EXACT = ("exact", "trainer")  # where the trainer runs the invariant ops
 _MASTERS = "False MODE: masters stay float32 and the modules cast; use dtype=bfloat16"
 _REPLACED = "False MODE: it replaces operations that the invariant ops own; remove it"
@@ -46,11 +47,9 @@ RULES = {
         lambda value: value >= 0.01,
         "at least 0.01, to which vLLM raises smaller ones; 1.0 samples from the model itself",
     ),
-    "top_p": Rule(lambda value: value == 1.0, f"1.0: {_WHOLE}"),
-    "top_k": Rule(lambda value: value in (0, -1, None), f"0: {_WHOLE}"),
-    "min_p": Rule(operator.not_, f"None: {_WHOLE}"),
-    "repetition_penalty": Rule(lambda value: value == 1.0, f"1.0: {_WHOLE}"),
-    "generation_kwargs": Rule(operator.not_, f"None: {_WHOLE}"),
+    **{name: Rule(*RANGES[name]) for name in ("top_p", "top_k", "min_p")},
+    "repetition_penalty": Rule(lambda value: value == 1.0, f"1.0: {_TRAINED}"),
+    "generation_kwargs": Rule(operator.not_, "None: what it has is in no part of the policy that is trained; remove it"),
     "trust_remote_code": Rule(operator.not_, "False: no code of a model's repository is run; remove it"),
     "logging_steps": Rule(lambda value: value == 1, "1: every step is counted and written; remove it"),
     "save_only_model": Rule(operator.not_, "False: a run could not go on from such a checkpoint; remove it"),
@@ -140,6 +139,48 @@ def ppo_conflicts(trainer: "GRPOConfig", ppo: Any, prefix: str = "") -> list[str
     leave("load_best_model_at_end", False, why="the critic would stay the last one; remove it")
     leave("fp16", False, why="the critic's gradients are not scaled; remove it")
     return found
+
+
+def truncation_problems(
+    trainer: "GRPOConfig", invariance: Invariance, staleness: int, kl_coef: float = 0.0, prefix: str = "", processes: int = 1
+) -> list[str]:
+    """List the settings that cannot stand beside top-k, top-p or min-p, one line each.
+
+    A stock sampler and trainer do what TRL does: the sampler truncates and the trainer does not.
+
+    Args:
+        trainer: anything that has GRPOConfig's fields.
+        invariance: which sides are exact.
+        staleness: by how many optimizer steps the sampler lags.
+        kl_coef: PPO's weight of the reference; 0 with GRPO.
+        prefix: what the user writes before a field's name of `trainer`.
+        processes: how many train; for a `trainer` whose `steps_per_generation` is not derived yet.
+    """
+    names = [name for name, (allows, _) in RANGES.items() if allows(getattr(trainer, name))]
+    if len(names) < len(RANGES) or not (truncation := Truncation.of(trainer)) or invariance == "off":
+        return []
+    with_ = "with " + ", ".join(f"{prefix}{setting}" for setting in str(truncation).split(", "))
+    if invariance != "exact":
+        why = "of one stock side, the kept tokens are others than the exact side's; use exact or off, or keep all tokens"
+        return [f"invariance={invariance}: expected exact {with_}: {why}"]
+    moved = "after an optimizer step other tokens are kept, and those that were drawn need not be among them"
+    reference = "the reference's share outside of the kept tokens has no meaning yet"
+    parts, rows = trainer.gradient_accumulation_steps, trainer.per_device_train_batch_size * processes
+    batch, steps = trainer.generation_batch_size, trainer.steps_per_generation
+    if steps is None and batch is not None:
+        whole = rows > 0 and rows * parts % batch == 0
+        size = f"{prefix}generation_batch_size={batch}", f"{rows * parts}, a step's completions,"
+    else:
+        whole = not steps or parts % steps == 0
+        size = f"{prefix}steps_per_generation={steps}", f"{prefix}gradient_accumulation_steps={parts}"
+    rules = (
+        (trainer.num_iterations == 1, f"{prefix}num_iterations={trainer.num_iterations}", "1", moved),
+        (whole, *size, moved),
+        (staleness <= 0, f"staleness={staleness}", "0", moved),
+        (trainer.beta == 0, f"{prefix}beta={trainer.beta}", "0.0", reference),
+        (kl_coef == 0, f"ppo.kl_coef={kl_coef}", "0", reference),
+    )
+    return [f"{key}: expected {right} {with_}: {why}; set it, or keep all tokens" for ok, key, right, why in rules if not ok]
 
 
 def environment_conflicts(env: Mapping[str, str], invariance: str, autocast_asked: bool = False) -> list[str]:

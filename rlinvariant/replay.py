@@ -3,6 +3,7 @@
 import argparse
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,9 +97,8 @@ def run(options: argparse.Namespace) -> int:
     tokens = sum(len(c.token_ids) for c in rollout.completions)
     batches = f" in {plural(len(rollout.batches), 'batch', 'batches')}" if len(rollout.batches) > 1 else ""
     drawn = f"{plural(len(rollout.completions), 'completion')}{batches}, {plural(tokens, 'token')}"
-    console.print(
-        f"step {step} of {options.run}: {drawn}, invariance={about['invariance']}, {dtype}, temperature {rollout.temperature:g}"
-    )
+    heat = f"temperature {rollout.temperature:g}" + (f", {rollout.truncation}" if rollout.truncation else "")
+    console.print(f"step {step} of {options.run}: {drawn}, invariance={about['invariance']}, {dtype}, {heat}")
     sampler_exact, trainer_exact = SIDES[about["invariance"]]
     found: list[Relation] = []
     try:
@@ -250,7 +250,7 @@ def verdict(found: Sequence["Relation"], step: int, invariance: str, changed: bo
 def _draw(sampler: Any, rollout: "Rollout", requests: Sequence[tuple[Sequence[int], int, int]]) -> "list[Completion]":
     """Draw completions as the rollout's were drawn."""
     prompts, seeds, most = ([*column] for column in zip(*requests, strict=True))
-    how = {"temperature": rollout.temperature, "stop_token_ids": rollout.stop_token_ids}
+    how = {"temperature": rollout.temperature, "stop_token_ids": rollout.stop_token_ids, **asdict(rollout.truncation)}
     return sampler.generate(prompts, seeds, max_tokens=most, **how)
 
 
@@ -259,7 +259,8 @@ def _pair(rollout: "Rollout", model: Any, sampler: Any) -> "Pair":
     from rlinvariant.sampler.drive import Request
     from rlinvariant.verification.pair import Batch, Pair, Sizes
 
-    requests = [Request(tuple(p), s, rollout.temperature, most) for p, s, most in rollout.requests]
+    how = rollout.truncation
+    requests = [Request(tuple(p), s, rollout.temperature, most, truncation=how) for p, s, most in rollout.requests]
     sizes = Sizes(len(requests), 0, rollout.max_tokens, 0, 0, FORWARD_TOKENS)
     pair = Pair(model, sampler, sizes, 0, model.config.get_text_config().vocab_size)
     pair.batch = Batch(requests, rollout.completions, [])

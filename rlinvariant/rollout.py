@@ -2,9 +2,10 @@
 
 import hashlib
 import operator
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, fields
 from itertools import groupby
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,44 @@ class Completion:
     def __post_init__(self) -> None:
         if len(self.token_ids) != len(self.sampler_logprobs):
             raise ValueError(f"a completion of {len(self.token_ids)} tokens came with {len(self.sampler_logprobs)} log-probs")
+
+
+RANGES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "top_k": (lambda x: x is None or (type(x) is int and x >= -1), "a whole number of tokens, 1 or more; or 0: no limit"),
+    "top_p": (lambda x: isinstance(x, int | float) and 0 < x <= 1, "more than 0 and at most 1; 1.0: no limit"),
+    "min_p": (lambda x: x is None or (isinstance(x, int | float) and 0 <= x < 1), "0 or more and less than 1; 0: no limit"),
+}
+"""Setting of truncated sampling -> whether it can have a value, and which are expected."""
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """Says which tokens a request is drawn from: the likeliest, as `ops.threshold` keeps them; by default all.
+
+    Args:
+        top_k: so many, and their equals; 0: no limit.
+        top_p: so many that they have this share of the probability, and their equals; 1: no limit.
+        min_p: those that have this share of the likeliest token's probability; 0: no limit.
+    """
+
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    @classmethod
+    def of(cls, settings: Any) -> "Truncation":
+        """Take the fields of `trl.GRPOConfig`, in which None, and for top_k -1 too, is no limit."""
+        return cls(max(settings.top_k or 0, 0), settings.top_p, settings.min_p or 0.0)
+
+    def __bool__(self) -> bool:
+        return self != Truncation()
+
+    def __str__(self) -> str:
+        return ", ".join(f"{f.name}={getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) != f.default)
+
+
+ALL_TOKENS = Truncation()
+"""The truncation that drops no token."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +88,7 @@ class Rollout:
         batches: of every rank, in order of ranks; of a step that samples more than once, or in turns, in order of time.
         temperature, max_tokens, stop_token_ids: as for `Sampler.generate`.
         weights_sha256: `bits.digest` of the parameters that it was drawn with.
+        truncation: which tokens it was drawn from.
     """
 
     batches: Sequence[Batch]
@@ -56,6 +96,7 @@ class Rollout:
     max_tokens: int
     stop_token_ids: Sequence[int]
     weights_sha256: str
+    truncation: Truncation = ALL_TOKENS
 
     @property
     def requests(self) -> list[tuple[Sequence[int], int, int]]:

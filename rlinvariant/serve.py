@@ -15,8 +15,9 @@ gets the same tokens, text and log-probs, bit for bit, whatever else is being se
 another address needs a key (VLLM_API_KEY, or --api-key). A request whose Host is not the bound address gets status 400
 (--allowed-hosts names others), and routes that administer the engine get 404.
 
-Options that could change bits are refused. Requests with top_p, top_k, min_p, penalties, logit_bias or structured output get
-status 400: the server draws from the model's whole distribution. VLLM_LOGGING_LEVEL=INFO shows vLLM's own log."""
+Options that could change bits are refused. Requests with penalties, logit_bias or structured output get status 400: the server
+draws from the model's own distribution, of which top_p, top_k and min_p keep the same tokens every time.
+VLLM_LOGGING_LEVEL=INFO shows vLLM's own log."""
 EXAMPLE = """rlinvariant serve Qwen/Qwen3-0.6B --port 8000 --max-num-seqs 64
 VLLM_API_KEY=... rlinvariant serve Qwen/Qwen3-0.6B --host 0.0.0.0"""
 

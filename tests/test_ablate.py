@@ -143,9 +143,9 @@ def test_it_is_not_for_a_launcher(monkeypatch):
 
 def test_what_a_run_would_refuse_is_refused_before_any_starts():
     with pytest.raises(ConfigErrors) as raised:
-        checked(plan("arms=exact,drift,stale-4", "trainer.bf16=true", "trainer.top_p=0.9", "steps=4", "stps=3"))
+        checked(plan("arms=exact,drift,stale-4", "trainer.bf16=true", "trainer.top_p=1.9", "steps=4", "stps=3"))
     lines = raised.value.errors
-    assert [line.split(":")[0] for line in lines] == ["stps=3", "trainer.top_p=0.9", "trainer.bf16=True"]
+    assert [line.split(":")[0] for line in lines] == ["stps=3", "trainer.top_p=1.9", "trainer.bf16=True"]
     assert lines[2].endswith("(arm exact, stale-4)") and "arm" not in lines[0]
     with pytest.raises(
         ConfigErrors, match=r"^steps=4: expected more than the lag of arm stale-4; raise steps, or choose arms="

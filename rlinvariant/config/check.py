@@ -9,7 +9,7 @@ from rlinvariant.arguments import given_by_user
 from rlinvariant.config.recipe import Recipe
 from rlinvariant.config.reward import named_reward_problems
 from rlinvariant.config.tree import Config
-from rlinvariant.conflicts import adapter_conflicts, conflicts, microbatch_problems, ppo_conflicts
+from rlinvariant.conflicts import adapter_conflicts, conflicts, microbatch_problems, ppo_conflicts, truncation_problems
 from rlinvariant.errors import UserError
 from rlinvariant.files import require_writable
 from rlinvariant.hub import hub_problems
@@ -37,6 +37,8 @@ def check(config: Config, env: Mapping[str, str], recipe: Recipe | None = None) 
     if recipe is not None and recipe.check is not None:
         found += recipe.check(config)
     found += conflicts(config.trainer, config.invariance, env, "trainer.")
+    penalty = config.ppo.kl_coef if config.algorithm == "ppo" else 0.0
+    found += truncation_problems(config.trainer, config.invariance, config.staleness, penalty, "trainer.", processes)
     found += _check_lora(config)
     found += _check_ppo(config) if config.algorithm == "ppo" else _check_no_ppo(config)
     tokens = config.trainer.tokens_per_microbatch

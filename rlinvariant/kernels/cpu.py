@@ -38,9 +38,10 @@ _SIGNATURES = {  # one line per function of kernels/*.c
     "attention_backward": (*[_P] * 10, *[_I] * 5, _F, _F, _B),
     "scale_logits": (_P, _P, _I, _F, _F, _B),
     "scale_logits_backward": (_P, _P, _P, _I, _F, _F, _B),
-    "token_logprobs": (*[_P] * 6, _I, _I, _B),
-    "token_logprobs_backward": (*[_P] * 6, _I, _I, _B),
-    "sample": (*[_P] * 7, _I, _I, _B),
+    "token_logprobs": (*[_P] * 7, _I, _I, _B),
+    "token_logprobs_backward": (*[_P] * 7, _I, _I, _B),
+    "sample": (*[_P] * 8, _I, _I, _B),
+    "threshold": (*[_P] * 6, _I, _I, _B),
 }
 
 

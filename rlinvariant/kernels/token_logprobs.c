@@ -5,11 +5,14 @@
 
 typedef struct { double sum, weighted; float max; } row_stats;
 
-/* x = logits / temperature (a true division), its maximum, and over fixed vocabulary blocks, each by lanes and then added
- * in fp64, ascending: sum of e^(x - max) and, for the entropy, of e^(x - max) (x - max). e gets the exponentials. */
-static row_stats softmax_row(float *x, float *e, const void *logits, i64 at, i64 vocab, float temperature, int bf16) {
+/* x = logits / temperature (a true division), -inf where the logit is below theta[row] (NULL: nowhere), its maximum, and over
+ * fixed vocabulary blocks, each by lanes and then added in fp64, ascending: sum of e^(x - max) and, for the entropy, of
+ * e^(x - max) (x - max). e gets the exponentials. */
+static row_stats softmax_row(float *x, float *e, const void *logits, const float *theta, i64 row, i64 vocab, float temperature,
+                             int bf16) {
     row_stats r = {0, 0, -INFINITY};
-    load(x, logits, at, vocab, bf16);
+    load(x, logits, row * vocab, vocab, bf16);
+    for (i64 i = 0; theta && i < vocab; i++) x[i] = x[i] < theta[row] ? -INFINITY : x[i];
     for (i64 i = vocab; i < PAD16(vocab); i++) x[i] = -INFINITY;
     int nan = 0;
     for (i64 i = 0; i < vocab; i++) {
@@ -35,15 +38,15 @@ static row_stats softmax_row(float *x, float *e, const void *logits, i64 at, i64
 
 static inline float logprob_of(const row_stats *r, float x) { return (float)((double)x - (double)r->max - log(r->sum)); }
 
-/* logprobs[i] = log softmax(logits[i] / temperature[i])[ids[i]]; entropy and stats (max, log sum in fp64) may be NULL */
-void token_logprobs(const void *logits, const i64 *ids, const float *temperature, float *logprobs, float *entropy,
-                    double *stats, i64 rows, i64 vocab, int bf16) {
+/* logprobs[i] = log softmax(logits[i] / temperature[i])[ids[i]], over logits[i] >= theta[i]; entropy and stats (max, log sum in fp64) may be NULL */
+void token_logprobs(const void *logits, const i64 *ids, const float *temperature, const float *theta, float *logprobs,
+                    float *entropy, double *stats, i64 rows, i64 vocab, int bf16) {
 #pragma omp parallel if (rows * vocab > 8192)
     {
         float *x = buffer(vocab), *e = buffer(vocab);
 #pragma omp for
         for (i64 i = 0; i < rows; i++) {
-            row_stats r = softmax_row(x, e, logits, i * vocab, vocab, temperature[i], bf16);
+            row_stats r = softmax_row(x, e, logits, theta, i, vocab, temperature[i], bf16);
             if (logprobs) logprobs[i] = logprob_of(&r, x[ids[i]]);
             if (entropy) entropy[i] = (float)(log(r.sum) - r.weighted / r.sum);
             if (stats) stats[2 * i] = (double)r.max, stats[2 * i + 1] = log(r.sum);
@@ -54,14 +57,14 @@ void token_logprobs(const void *logits, const i64 *ids, const float *temperature
 
 /* d loss / d logits for gradients `glp` of the log-prob and `gent` (or NULL) of the entropy:
  * (glp (1[j = id] - p_j) - gent p_j (log p_j + entropy)) / temperature */
-void token_logprobs_backward(const void *logits, const i64 *ids, const float *temperature, const float *glp,
-                             const float *gent, void *dlogits, i64 rows, i64 vocab, int bf16) {
+void token_logprobs_backward(const void *logits, const i64 *ids, const float *temperature, const float *theta,
+                             const float *glp, const float *gent, void *dlogits, i64 rows, i64 vocab, int bf16) {
 #pragma omp parallel if (rows * vocab > 8192)
     {
         float *x = buffer(vocab), *e = buffer(vocab);
 #pragma omp for
         for (i64 i = 0; i < rows; i++) {
-            row_stats r = softmax_row(x, e, logits, i * vocab, vocab, temperature[i], bf16);
+            row_stats r = softmax_row(x, e, logits, theta, i, vocab, temperature[i], bf16);
             float inv = (float)(1.0 / r.sum), logz = (float)log(r.sum), t = temperature[i], a = glp[i];
             float h = (float)(log(r.sum) - r.weighted / r.sum), c = gent ? gent[i] : 0.0f;
             float own = e[ids[i]];
@@ -96,15 +99,15 @@ static double uniform(uint64_t seed, uint64_t position) {
 
 /* One token per row by inverse CDF: the first whose running sum of e^(x - max) (fp64, ascending) passes u * sum.
  * temperature 0 takes the first maximum, and its log-prob at temperature 1. rank[i] counts larger logits. */
-void sample(const void *logits, const float *temperature, const i64 *seeds, const i64 *positions, i64 *tokens,
-            float *logprobs, i64 *rank, i64 rows, i64 vocab, int bf16) {
+void sample(const void *logits, const float *temperature, const float *theta, const i64 *seeds, const i64 *positions,
+            i64 *tokens, float *logprobs, i64 *rank, i64 rows, i64 vocab, int bf16) {
 #pragma omp parallel if (rows * vocab > 8192)
     {
         float *x = buffer(vocab), *e = buffer(vocab);
 #pragma omp for
         for (i64 i = 0; i < rows; i++) {
             int greedy = temperature[i] == 0.0f;
-            row_stats r = softmax_row(x, e, logits, i * vocab, vocab, greedy ? 1.0f : temperature[i], bf16);
+            row_stats r = softmax_row(x, e, logits, theta, i, vocab, greedy ? 1.0f : temperature[i], bf16);
             i64 pick = 0, larger = 0;
             if (greedy) {
                 while (pick < vocab - 1 && !(x[pick] == r.max)) pick++;

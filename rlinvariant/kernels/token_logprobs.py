@@ -17,14 +17,16 @@ BLOCK = 4096  # columns of a block of the vocabulary
 
 
 @triton.jit
-def _load_x(logits_ptr, row, col, vocab, temperature):
-    """Return logits / temperature in fp32, a true division; -inf beyond the vocabulary."""
+def _load_x(logits_ptr, theta_ptr, row, col, vocab, temperature, TRUNCATED: tl.constexpr):
+    """Return logits / temperature in fp32, a true division; -inf beyond the vocabulary and below the row's theta."""
     x = tl.load(logits_ptr + row * vocab + col, mask=col < vocab, other=-float("inf")).to(tl.float32)
+    if TRUNCATED:
+        x = tl.where(x < tl.load(theta_ptr + row), -float("inf"), x)
     return tl.div_rn(x, tl.broadcast_to(temperature, x.shape))
 
 
 @triton.jit
-def _blocks(logits_ptr, t_ptr, max_ptr, sum_ptr, weighted_ptr, vocab, BLOCK: tl.constexpr):
+def _blocks(logits_ptr, t_ptr, theta_ptr, max_ptr, sum_ptr, weighted_ptr, vocab, TRUNCATED: tl.constexpr, BLOCK: tl.constexpr):
     """Store a block's maximum m, and its sums of e^(x - m) and e^(x - m) (x - m) over all but the first maximum.
 
     The maximum's own 1 is added in fp64: in fp32 it would swallow what a token that is all but certain leaves to others.
@@ -32,7 +34,7 @@ def _blocks(logits_ptr, t_ptr, max_ptr, sum_ptr, weighted_ptr, vocab, BLOCK: tl.
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     t = tl.load(t_ptr + row)
     col = tl.arange(0, BLOCK)
-    x = _load_x(logits_ptr, row, block * BLOCK + col, vocab, tl.where(t == 0.0, 1.0, t))
+    x = _load_x(logits_ptr, theta_ptr, row, block * BLOCK + col, vocab, tl.where(t == 0.0, 1.0, t), TRUNCATED)
     m = tl.max(x, 0)
     first = tl.min(tl.where(x == m, col, BLOCK), 0)
     gap = tl.where(x == -float("inf"), -float("inf"), x - m)
@@ -59,6 +61,7 @@ def _logprobs(
     logits_ptr,
     ids_ptr,
     t_ptr,
+    theta_ptr,
     max_ptr,
     sum_ptr,
     weighted_ptr,
@@ -67,6 +70,7 @@ def _logprobs(
     stats_ptr,
     vocab,
     blocks,
+    TRUNCATED: tl.constexpr,
     PICK: tl.constexpr,
     NB: tl.constexpr,
 ):
@@ -87,6 +91,8 @@ def _logprobs(
         scale = tl.where(m == -float("inf"), 0.0, tl.exp(shift))
         entropy = log_sum - tl.sum(scale * w + shift * parts, 0) / total
         x = tl.load(logits_ptr + row * vocab + tl.load(ids_ptr + row)).to(tl.float32)
+        if TRUNCATED:
+            x = tl.where(x < tl.load(theta_ptr + row), -float("inf"), x)
         x = tl.div_rn(x, tl.load(t_ptr + row))
         tl.store(logprob_ptr + row, (x.to(tl.float64) - top.to(tl.float64) - log_sum).to(tl.float32))
         tl.store(entropy_ptr + row, entropy.to(tl.float32))
@@ -97,12 +103,14 @@ def _gradient(
     logits_ptr,
     ids_ptr,
     t_ptr,
+    theta_ptr,
     glp_ptr,
     gent_ptr,
     stats_ptr,
     entropy_ptr,
     out_ptr,
     vocab,
+    TRUNCATED: tl.constexpr,
     ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -110,7 +118,7 @@ def _gradient(
     row, col = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     t, glp, chosen = tl.load(t_ptr + row), tl.load(glp_ptr + row), tl.load(ids_ptr + row)
     top, log_sum = tl.load(stats_ptr + 3 * row), tl.load(stats_ptr + 3 * row + 1)
-    x = _load_x(logits_ptr, row, col, vocab, t)
+    x = _load_x(logits_ptr, theta_ptr, row, col, vocab, t, TRUNCATED)
     lp = x - top.to(tl.float32) - log_sum.to(tl.float32)
     p = tl.exp(lp)
     own = tl.load(logits_ptr + row * vocab + chosen).to(tl.float32)
@@ -140,6 +148,7 @@ def _uniform(seed, position):
 def _draw(
     logits_ptr,
     t_ptr,
+    theta_ptr,
     seeds_ptr,
     positions_ptr,
     max_ptr,
@@ -150,6 +159,7 @@ def _draw(
     x_ptr,
     vocab,
     blocks,
+    TRUNCATED: tl.constexpr,
     NB: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -167,7 +177,7 @@ def _draw(
     before = tl.sum(tl.where(b < block, parts, 0.0), 0)
     top_of_block = tl.max(tl.where(b == block, maxima, -float("inf")), 0)
     col = block * BLOCK + tl.arange(0, BLOCK)
-    x = _load_x(logits_ptr, row, col, vocab, tl.where(t == 0.0, 1.0, t))
+    x = _load_x(logits_ptr, theta_ptr, row, col, vocab, tl.where(t == 0.0, 1.0, t), TRUNCATED)
     e = tl.where(x == -float("inf"), 0.0, tl.exp(x - top_of_block)).to(tl.float64) * tl.exp((top_of_block - top).to(tl.float64))
     inside = before + tl.cumsum(e, 0)
     first = tl.min(tl.where((inside > target) & (e > 0.0), col, vocab), 0)
@@ -185,44 +195,64 @@ def _draw(
 def _likelier(logits_ptr, t_ptr, x_ptr, count_ptr, vocab, BLOCK: tl.constexpr):
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     t = tl.load(t_ptr + row)
-    x = _load_x(logits_ptr, row, block * BLOCK + tl.arange(0, BLOCK), vocab, tl.where(t == 0.0, 1.0, t))
+    x = _load_x(logits_ptr, t_ptr, row, block * BLOCK + tl.arange(0, BLOCK), vocab, tl.where(t == 0.0, 1.0, t), False)
     larger = (x > tl.load(x_ptr + row)).to(tl.int32)
     tl.store(count_ptr + row * tl.num_programs(1) + block, tl.sum(larger, 0))
 
 
-def _reduced(logits: Tensor, temperature: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], int, int]:
+def _reduced(logits: Tensor, temperature: Tensor, theta: Tensor | None) -> tuple[tuple[Tensor, Tensor, Tensor], int, int]:
     """Return the block statistics of every row, the number of blocks, and that number rounded up to a power of two."""
     rows, vocab = logits.shape
     blocks = triton.cdiv(vocab, BLOCK)
     parts = torch.empty(3, rows, blocks, dtype=torch.float32, device=logits.device)
     if rows:
-        _blocks[(rows, blocks)](logits, temperature, parts[0], parts[1], parts[2], vocab, BLOCK=BLOCK, num_warps=8)
+        _blocks[(rows, blocks)](
+            logits,
+            temperature,
+            temperature if theta is None else theta,
+            parts[0],
+            parts[1],
+            parts[2],
+            vocab,
+            TRUNCATED=theta is not None,
+            BLOCK=BLOCK,
+            num_warps=8,
+        )
     return (parts[0], parts[1], parts[2]), blocks, triton.next_power_of_2(blocks)
 
 
-def row_logprobs(logits: Tensor, ids: Tensor | None, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return log-probs and entropies [R] fp32 of logits [R, V], and [R, 2] fp64: the maximum and the log of the sum."""
-    logprobs, entropy, stats_R3 = _row_logprobs(logits, ids, temperature)
+def row_logprobs(
+    logits: Tensor, ids: Tensor | None, temperature: Tensor, theta: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return log-probs and entropies [R] fp32 of logits [R, V], and [R, 2] fp64: the maximum and the log of the sum.
+
+    Logits below theta, [R] fp32, count as -inf; None: all count.
+    """
+    logprobs, entropy, stats_R3 = _row_logprobs(logits, ids, temperature, theta)
     return logprobs, entropy, stats_R3[:, :2].contiguous()
 
 
-def _row_logprobs(logits: Tensor, ids: Tensor | None, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _row_logprobs(
+    logits: Tensor, ids: Tensor | None, temperature: Tensor, theta: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     logits = aligned(logits)
     rows, vocab = logits.shape
     logprobs, entropy = (torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(2))
     stats_R3 = torch.empty(rows, 3, dtype=torch.float64, device=logits.device)
-    parts, blocks, padded = _reduced(logits, temperature)
+    parts, blocks, padded = _reduced(logits, temperature, theta)
     if rows:
         _logprobs[(rows,)](
             logits,
             logits if ids is None else ids,
             temperature,
+            temperature if theta is None else theta,
             *parts,
             logprobs,
             entropy,
             stats_R3,
             vocab,
             blocks,
+            TRUNCATED=theta is not None,
             PICK=ids is not None,
             NB=padded,
             num_warps=1,
@@ -231,11 +261,11 @@ def _row_logprobs(logits: Tensor, ids: Tensor | None, temperature: Tensor) -> tu
 
 
 def row_logprobs_backward(
-    logits: Tensor, ids: Tensor, temperature: Tensor, dlogprobs: Tensor, dentropy: Tensor | None
+    logits: Tensor, ids: Tensor, temperature: Tensor, dlogprobs: Tensor, dentropy: Tensor | None, theta: Tensor | None
 ) -> Tensor:
     """Return the gradient of the logits, in their dtype [R, V]; the statistics are taken anew."""
     logits = aligned(logits)
-    _, entropy, stats_R3 = _row_logprobs(logits, ids, temperature)
+    _, entropy, stats_R3 = _row_logprobs(logits, ids, temperature, theta)
     out = torch.empty_like(logits)
     rows, vocab = logits.shape
     if rows:
@@ -243,12 +273,14 @@ def row_logprobs_backward(
             logits,
             ids,
             temperature,
+            temperature if theta is None else theta,
             dlogprobs,
             dlogprobs if dentropy is None else dentropy,
             stats_R3,
             entropy,
             out,
             vocab,
+            TRUNCATED=theta is not None,
             ENTROPY=dentropy is not None,
             BLOCK=BLOCK,
             num_warps=8,
@@ -256,23 +288,25 @@ def row_logprobs_backward(
     return out
 
 
-def sample(logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute `ops.sample`: logits [R, V], temperature, seeds and positions [R]."""
+def sample(
+    logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor, theta: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute `ops.sample`: logits [R, V], temperature, seeds, positions and theta [R]."""
     logits, temperature = aligned(logits), temperature.float().contiguous()
     rows, vocab = logits.shape
     tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
     logprobs, x = (torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(2))
     stats_R3 = torch.empty(rows, 3, dtype=torch.float64, device=logits.device)
-    parts, blocks, padded = _reduced(logits, temperature)
+    parts, blocks, padded = _reduced(logits, temperature, theta)
     larger_RN = torch.empty(rows, blocks, dtype=torch.int32, device=logits.device)
     if rows:
-        unused = logprobs
-        _logprobs[(rows,)](
-            logits, logits, temperature, *parts, unused, unused, stats_R3, vocab, blocks, PICK=False, NB=padded, num_warps=1
-        )
+        unused, truncated = logprobs, theta is not None
+        at = logits, logits, temperature, temperature if theta is None else theta, *parts, unused, unused, stats_R3
+        _logprobs[(rows,)](*at, vocab, blocks, TRUNCATED=truncated, PICK=False, NB=padded, num_warps=1)
         _draw[(rows,)](
             logits,
             temperature,
+            temperature if theta is None else theta,
             seeds.contiguous(),
             positions.contiguous(),
             *parts[:2],
@@ -282,6 +316,7 @@ def sample(logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor
             x,
             vocab,
             blocks,
+            TRUNCATED=truncated,
             NB=padded,
             BLOCK=BLOCK,
             num_warps=8,

@@ -266,17 +266,19 @@ class CausalLM(nn.Module):
     base_model: nn.Module
     lm_head: nn.Linear
 
-    def forward(self, *args, token_ids=None, predicted_from=None, temperature=1.0, **kwargs):
+    def forward(self, *args, token_ids=None, predicted_from=None, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, **kwargs):
         """Run the stock forward; given `token_ids` [N], return their log-probs and entropies, each [N] fp32, without logits.
 
         `predicted_from` [N] are indices into the packed row (batch of one): the position whose hidden state predicts the
-        token. It is a forward so that DistributedDataParallel and FSDP see it.
+        token. The other arguments are those of `ops.token_logprobs`. It is a forward so that DistributedDataParallel and FSDP
+        see it.
         """
         if token_ids is None:
             return self.stock.forward(self, *args, **kwargs)
         hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
         scaling = logits_scaling(self.config)
-        return ops.token_logprobs(hidden[0, predicted_from], self.lm_head.weight, token_ids, temperature, *scaling)
+        of = hidden[0, predicted_from], self.lm_head.weight, token_ids, temperature, *scaling
+        return ops.token_logprobs(*of, top_k, top_p, min_p)
 
 
 def attention_forward(

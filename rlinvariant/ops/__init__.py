@@ -13,6 +13,7 @@ from rlinvariant.ops.rms_norm import add_rms_norm, add_rms_norm_ref, rms_norm, r
 from rlinvariant.ops.rope import rope, rope_ref
 from rlinvariant.ops.scale_logits import scale_logits, scale_logits_ref
 from rlinvariant.ops.swiglu import swiglu, swiglu_merged, swiglu_merged_ref, swiglu_ref
+from rlinvariant.ops.threshold import threshold, threshold_ref
 from rlinvariant.ops.token_logprobs import (
     log_softmax,
     log_softmax_ref,
@@ -51,6 +52,8 @@ __all__ = [
     "swiglu_merged",
     "swiglu_merged_ref",
     "swiglu_ref",
+    "threshold",
+    "threshold_ref",
     "token_logprobs",
     "token_logprobs_ref",
 ]

@@ -14,6 +14,7 @@ from rlinvariant.kernels import cpu
 from rlinvariant.ops.linear import add_product, linear, linear_ref
 from rlinvariant.ops.register import define, require_dtype, widened
 from rlinvariant.ops.scale_logits import _check_scaling, scale_logits, scale_logits_backward, scale_logits_ref
+from rlinvariant.ops.threshold import rows_threshold, threshold_ref
 
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 29}  # logits held at a time
 
@@ -25,11 +26,16 @@ def token_logprobs(
     temperature: float,
     scale: float | None = None,
     softcap: float | None = None,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Compute the log-probability of given tokens, and the entropy, without holding [tokens, vocabulary].
 
         x = scale_logits(linear(hidden, weight), scale, softcap) / temperature
         logprob = x[id] - logsumexp(x);  entropy = -sum softmax(x) log softmax(x)
+
+    With top_k, top_p or min_p, of the tokens that `threshold` keeps: the others count as -inf, and have no gradient.
 
     Args:
         hidden: [T, D] final hidden states, bf16 or fp32.
@@ -37,9 +43,10 @@ def token_logprobs(
         token_ids: [T] int64, in [0, V).
         temperature: divides the logits, in fp32; positive.
         scale, softcap: as for `scale_logits`.
+        top_k, top_p, min_p: as for `threshold`, the same for all tokens; 0, 1 and 0 keep all.
 
     Returns:
-        (logprobs, entropy), both [T] fp32, both with gradients.
+        (logprobs, entropy), both [T] fp32, both with gradients. A token outside of the kept set has log-prob -inf.
 
     Raises:
         IndexError: a token id lies outside [0, V). On a GPU, which would have to be waited for, the log-prob, the entropy and
@@ -53,10 +60,12 @@ def token_logprobs(
         logits. Gradients are deterministic; dweight depends on the chunks.
     Ref: Milakov and Gimelshein 2018, arXiv:1805.02867 (online softmax; here in two passes).
     """
-    return _token_logprobs(hidden, weight, token_ids, temperature, scale, softcap)
+    return _token_logprobs(hidden, weight, token_ids, temperature, scale, softcap, top_k, top_p, min_p)
 
 
-def sample(logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def sample(
+    logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor, theta: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Draw one token per row by inverse CDF, with its log-probability.
 
         token = first j with sum_{i <= j} exp(x[i] - m) > u sum_i exp(x[i] - m),  x = logits / temperature
@@ -69,6 +78,7 @@ def sample(logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor
         temperature: [R] fp32, >= 0.
         seeds: [R] int64, one per request.
         positions: [R] int64, how many tokens the request has drawn.
+        theta: [R] fp32, of `threshold`: smaller logits count as -inf. None: all count.
 
     Returns:
         (tokens [R] int64, logprobs [R] fp32, ranks [R] int64: how many tokens are likelier).
@@ -77,20 +87,28 @@ def sample(logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor
     Bits: row r of each output depends on row r of the inputs alone.
     Ref: Steele et al. 2014 (SplitMix), for the hash.
     """
-    return _sample(logits, temperature, seeds, positions)
+    return _sample(logits, temperature, seeds, positions, theta)
 
 
-def log_softmax(logits: Tensor, temperature: Tensor) -> Tensor:
-    """Compute log-probabilities of the whole vocabulary, [R, V] fp32, with the bits of `token_logprobs` and `sample`."""
+def log_softmax(logits: Tensor, temperature: Tensor, theta: Tensor | None = None) -> Tensor:
+    """Compute log-probabilities of the whole vocabulary, [R, V] fp32, with the bits of `token_logprobs` and `sample`.
+
+    With `theta`, [R] fp32 of `threshold`, those of smaller logits are -inf.
+    """
     logits_RV, t_R = logits.contiguous(), torch.where(temperature == 0, 1.0, temperature).float().contiguous()
-    _, _, stats_R2 = _row_logprobs(logits_RV, None, t_R)
+    _, _, stats_R2 = _row_logprobs(logits_RV, None, t_R, theta)
     # IEEE arithmetic alone from here, so torch gives the bits that the kernels give for one token
-    return ((logits_RV.float() / t_R[:, None]).double() - stats_R2[:, 0:1] - stats_R2[:, 1:2]).float()
+    return ((_kept(logits_RV.float(), theta) / t_R[:, None]).double() - stats_R2[:, 0:1] - stats_R2[:, 1:2]).float()
 
 
-def log_softmax_ref(logits: Tensor, temperature: Tensor) -> Tensor:
+def log_softmax_ref(logits: Tensor, temperature: Tensor, theta: Tensor | None = None) -> Tensor:
     """Compute `log_softmax` in plain PyTorch: logits of any float dtype; fp64 if they are, else fp32."""
-    return torch.log_softmax(widened(logits) / torch.where(temperature == 0, 1.0, temperature)[:, None], -1)
+    return torch.log_softmax(_kept(widened(logits), theta) / torch.where(temperature == 0, 1.0, temperature)[:, None], -1)
+
+
+def _kept(logits: Tensor, theta: Tensor | None) -> Tensor:
+    """Return logits [R, V] with -inf where they are below theta [R]."""
+    return logits if theta is None else logits.masked_fill(logits < theta[:, None], float("-inf"))
 
 
 def token_logprobs_ref(
@@ -100,16 +118,25 @@ def token_logprobs_ref(
     temperature: float,
     scale: float | None = None,
     softcap: float | None = None,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Compute `token_logprobs` in plain PyTorch, holding the whole [T, V]; differentiable by autograd."""
     logits_TV = scale_logits_ref(linear_ref(hidden, weight), scale, softcap)
-    logprobs_TV = torch.log_softmax(widened(logits_TV) / temperature, -1)
-    return logprobs_TV.gather(-1, token_ids[:, None])[:, 0], -(logprobs_TV.exp() * logprobs_TV).sum(-1)
+    each = (torch.full(token_ids.shape, x, dtype=torch.float32, device=hidden.device) for x in (temperature, top_p, min_p))
+    t_T, p_T, m_T = each
+    theta_T = threshold_ref(logits_TV.detach(), t_T, torch.full_like(token_ids, top_k), p_T, m_T)
+    logprobs_TV = torch.log_softmax(_kept(widened(logits_TV), theta_T) / temperature, -1)
+    weighted_TV = torch.where(logprobs_TV == -torch.inf, 0.0, logprobs_TV.exp() * logprobs_TV)
+    return logprobs_TV.gather(-1, token_ids[:, None])[:, 0], -weighted_TV.sum(-1)
 
 
-def sample_ref(logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def sample_ref(
+    logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor, theta: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Compute `sample` in plain PyTorch, in fp64: another token only where u is within rounding of the edge between two."""
-    x_RV, logprobs_RV = widened(logits).double(), log_softmax_ref(logits.double(), temperature)
+    x_RV, logprobs_RV = widened(logits).double(), log_softmax_ref(logits.double(), temperature, theta)
     cdf_RV, u_R = logprobs_RV.exp().cumsum(-1), _uniform(seeds, positions)
     drawn_R1 = torch.searchsorted(cdf_RV, u_R[:, None] * cdf_RV[:, -1:], right=True).clamp(max=logits.shape[-1] - 1)
     tokens_R1 = torch.where(temperature[:, None] == 0, x_RV.argmax(-1, keepdim=True), drawn_R1)
@@ -126,36 +153,39 @@ def _uniform(seeds: Tensor, positions: Tensor) -> Tensor:
     return (z >> 11 & (1 << 53) - 1).double() * 2.0**-53
 
 
-def _row_logprobs_cpu(logits: Tensor, ids: Tensor | None, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _row_logprobs_cpu(
+    logits: Tensor, ids: Tensor | None, temperature: Tensor, theta: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     logprobs, entropy = (torch.empty(len(logits), dtype=torch.float32) for _ in range(2))
     stats = torch.empty(len(logits), 2, dtype=torch.float64)
     outputs = (None, None, stats) if ids is None else (logprobs, entropy, stats)
-    cpu.call("token_logprobs", logits, ids, temperature, *outputs, *logits.shape, cpu.is_bf16(logits))
+    cpu.call("token_logprobs", logits, ids, temperature, theta, *outputs, *logits.shape, cpu.is_bf16(logits))
     return logprobs, entropy, stats
 
 
 def _row_logprobs_backward_cpu(
-    logits: Tensor, ids: Tensor, temperature: Tensor, dlogprobs: Tensor, dentropy: Tensor | None
+    logits: Tensor, ids: Tensor, temperature: Tensor, dlogprobs: Tensor, dentropy: Tensor | None, theta: Tensor | None
 ) -> Tensor:
     out = torch.empty_like(logits)
-    inputs = (logits, ids, temperature, dlogprobs, dentropy, out)
+    inputs = (logits, ids, temperature, theta, dlogprobs, dentropy, out)
     cpu.call("token_logprobs_backward", *inputs, *logits.shape, cpu.is_bf16(logits))
     return out
 
 
 _row_logprobs = define(
-    "row_logprobs(Tensor logits, Tensor? ids, Tensor temperature) -> (Tensor, Tensor, Tensor)",
+    "row_logprobs(Tensor logits, Tensor? ids, Tensor temperature, Tensor? theta) -> (Tensor, Tensor, Tensor)",
     cpu=_row_logprobs_cpu,
     cuda="token_logprobs.row_logprobs",
-    fake=lambda x, ids, t: (t.new_empty(t.shape), t.new_empty(t.shape), t.new_empty(len(t), 2, dtype=torch.float64)),
-    check=lambda x, ids, t: require_dtype("row_logprobs", x),
+    fake=lambda x, ids, t, theta: (t.new_empty(t.shape), t.new_empty(t.shape), t.new_empty(len(t), 2, dtype=torch.float64)),
+    check=lambda x, ids, t, theta: require_dtype("row_logprobs", x),
 )
 """Takes contiguous logits; gives log-probs, entropies [R] fp32 (undefined without ids), and (maximum, log sum) [R, 2] fp64."""
 _row_logprobs_backward = define(
-    "row_logprobs_backward(Tensor logits, Tensor ids, Tensor temperature, Tensor dlogprobs, Tensor? dentropy) -> Tensor",
+    "row_logprobs_backward(Tensor logits, Tensor ids, Tensor temperature, Tensor dlogprobs, Tensor? dentropy, "
+    "Tensor? theta) -> Tensor",
     cpu=_row_logprobs_backward_cpu,
     cuda="token_logprobs.row_logprobs_backward",
-    fake=lambda x, ids, t, dlogprobs, dentropy: x.new_empty(x.shape),
+    fake=lambda x, ids, t, dlogprobs, dentropy, theta: x.new_empty(x.shape),
 )
 
 
@@ -164,7 +194,7 @@ def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
     return [slice(at, at + rows) for at in range(0, hidden.shape[0], rows)]
 
 
-def _check(hidden: Tensor, weight: Tensor, token_ids: Tensor, temperature: float, scale, softcap) -> None:
+def _check(hidden: Tensor, weight: Tensor, token_ids: Tensor, temperature: float, scale, softcap, *truncation) -> None:
     require_dtype("token_logprobs", hidden)
     _check_scaling(scale, softcap)
     if hidden.dim() != 2 or token_ids.shape != hidden.shape[:1] or token_ids.dtype is not torch.int64 or not temperature > 0:
@@ -183,17 +213,21 @@ def _targets(token_ids: Tensor, vocab: int, temperature: float) -> tuple[Tensor,
     return inside, temperatures.masked_fill(inside != token_ids, float("nan"))
 
 
-def _forward(hidden: Tensor, weight: Tensor, token_ids: Tensor, temperature: float, scale, softcap) -> tuple[Tensor, Tensor]:
+def _forward(
+    hidden: Tensor, weight: Tensor, token_ids: Tensor, temperature: float, scale, softcap, *truncation
+) -> tuple[Tensor, Tensor]:
     w_VD, (ids_T, temperatures_T) = weight.to(hidden.dtype), _targets(token_ids, weight.shape[0], temperature)
     logprobs_T, entropy_T = torch.empty_like(temperatures_T), torch.empty_like(temperatures_T)
     for c in _chunks(hidden, w_VD):
         logits_TV = scale_logits(linear(hidden[c], w_VD), scale, softcap)
-        logprobs_T[c], entropy_T[c], _ = _row_logprobs(logits_TV, ids_T[c], temperatures_T[c])
+        theta_T = rows_threshold(logits_TV, temperatures_T[c], *truncation)
+        logprobs_T[c], entropy_T[c], _ = _row_logprobs(logits_TV, ids_T[c], temperatures_T[c], theta_T)
     return logprobs_T, entropy_T
 
 
 def _save(ctx, inputs, output) -> None:
-    hidden, weight, token_ids, ctx.temperature, *ctx.scaling = inputs
+    hidden, weight, token_ids, ctx.temperature, *rest = inputs
+    ctx.scaling, ctx.truncation = rest[:2], rest[2:]
     ctx.save_for_backward(hidden, weight, token_ids)
 
 
@@ -207,15 +241,16 @@ def _backward(ctx, dlogprobs: Tensor | None, dentropy: Tensor | None):
         logits_TV = linear(hidden[c], w_VD)
         scaled_TV = scale_logits(logits_TV, *ctx.scaling)
         dchunk_T = None if dentropy_T is None else dentropy_T[c]
-        dlogits_TV = _row_logprobs_backward(scaled_TV, ids_T[c], temperatures_T[c], dlogprobs_T[c], dchunk_T)
+        theta_T = rows_threshold(scaled_TV, temperatures_T[c], *ctx.truncation)
+        dlogits_TV = _row_logprobs_backward(scaled_TV, ids_T[c], temperatures_T[c], dlogprobs_T[c], dchunk_T, theta_T)
         if scaled_TV is not logits_TV:
             dlogits_TV = scale_logits_backward(dlogits_TV, logits_TV, *ctx.scaling)
         torch.mm(dlogits_TV, w_VD, out=dhidden_TD[c])
         add_product(dweight_VD, dlogits_TV.t(), hidden[c])
-    return dhidden_TD, dweight_VD.to(weight.dtype), None, None, None, None
+    return dhidden_TD, dweight_VD.to(weight.dtype), *[None] * 7
 
 
-def _sample_check(logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor) -> None:
+def _sample_check(logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor, theta: Tensor | None) -> None:
     require_dtype("sample", logits)
     rows = logits.shape[0]
     per_row = temperature.shape == seeds.shape == positions.shape == (rows,)
@@ -224,9 +259,11 @@ def _sample_check(logits: Tensor, temperature: Tensor, seeds: Tensor, positions:
         raise ValueError(f"sample: expected temperature >= 0, seeds and positions int64, each of [{rows}]")
 
 
-def _sample_cpu(logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _sample_cpu(
+    logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor, theta: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     logits, rows = logits.contiguous(), logits.shape[0]
-    inputs = (logits, temperature.float().contiguous(), seeds.contiguous(), positions.contiguous())
+    inputs = (logits, temperature.float().contiguous(), theta, seeds.contiguous(), positions.contiguous())
     outputs = (
         torch.empty(rows, dtype=torch.int64),
         torch.empty(rows, dtype=torch.float32),
@@ -237,8 +274,8 @@ def _sample_cpu(logits: Tensor, temperature: Tensor, seeds: Tensor, positions: T
 
 
 _token_logprobs = define(
-    "token_logprobs(Tensor hidden, Tensor weight, Tensor token_ids, float temperature, float? scale, float? softcap) -> "
-    "(Tensor, Tensor)",
+    "token_logprobs(Tensor hidden, Tensor weight, Tensor token_ids, float temperature, float? scale, float? softcap, "
+    "int top_k, float top_p, float min_p) -> (Tensor, Tensor)",
     cpu=_forward,
     cuda=_forward,
     fake=lambda h, *_: (h.new_empty(len(h), dtype=torch.float32), h.new_empty(len(h), dtype=torch.float32)),
@@ -247,9 +284,9 @@ _token_logprobs = define(
     backward=_backward,
 )
 _sample = define(
-    "sample(Tensor logits, Tensor temperature, Tensor seeds, Tensor positions) -> (Tensor, Tensor, Tensor)",
+    "sample(Tensor logits, Tensor temperature, Tensor seeds, Tensor positions, Tensor? theta) -> (Tensor, Tensor, Tensor)",
     cpu=_sample_cpu,
     cuda="token_logprobs.sample",
-    fake=lambda x, t, s, p: (s.new_empty(s.shape), x.new_empty(s.shape, dtype=torch.float32), s.new_empty(s.shape)),
+    fake=lambda x, t, s, p, theta: (s.new_empty(s.shape), x.new_empty(s.shape, dtype=torch.float32), s.new_empty(s.shape)),
     check=_sample_check,
 )

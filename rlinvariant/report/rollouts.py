@@ -11,6 +11,7 @@ import io
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import asdict
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from rlinvariant import reading
 from rlinvariant.errors import UserError, one_line
 from rlinvariant.files import write_atomically
 from rlinvariant.report.rundir import SCHEMA, RunDir, quoted
-from rlinvariant.rollout import Batch, Completion, Rollout
+from rlinvariant.rollout import ALL_TOKENS, Batch, Completion, Rollout, Truncation
 from rlinvariant.types import JsonObject, JsonRow
 
 
@@ -44,6 +45,7 @@ def write(run: str | Path, step: int, rollout: Rollout, about: JsonRow) -> Path:
         "max_tokens": rollout.max_tokens,
         "stop_token_ids": list(rollout.stop_token_ids),
         "weights_sha256": rollout.weights_sha256,
+        "truncation": asdict(rollout.truncation),
     }
     text = json.dumps({"schema": SCHEMA, "step": step, "sampling": sampling, "run": dict(about)})
     packed = io.BytesIO()
@@ -114,13 +116,16 @@ def _sampling(found: dict[str, Any]) -> dict[str, Any]:
         "max_tokens": type(found["max_tokens"]) is int,
         "stop_token_ids": all(type(x) is int for x in found["stop_token_ids"]),
     }
+    truncation = found.get("truncation", {})  # a recording of before there was one has none
+    kinds = {name: type(value) for name, value in asdict(ALL_TOKENS).items()}
     right = is_count | {
+        "truncation": {name: type(value) for name, value in truncation.items()} in ({}, kinds),
         "temperature": type(found["temperature"]) in (int, float),
         "weights_sha256": type(found["weights_sha256"]) is str,
     }
     if wrong := [name for name, ok in right.items() if not ok]:
-        raise ValueError(f"{wrong[0]} is {quoted(found[wrong[0]])}")
-    return found
+        raise ValueError(f"{wrong[0]} is {quoted(found.get(wrong[0]))}")
+    return found | {"truncation": Truncation(**truncation)}
 
 
 def _split(flat: np.ndarray, lengths: np.ndarray) -> list[list[Any]]:

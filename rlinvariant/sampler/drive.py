@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from rlinvariant.rollout import Completion
+from rlinvariant.rollout import ALL_TOKENS, Completion, Truncation
 from rlinvariant.sampler.engine import Sampler
 from rlinvariant.types import Untyped
 
@@ -23,6 +23,7 @@ class Request:
         aborts: engine step before which it is aborted, or None.
         ignore_eos: whether it runs to the last of max_tokens, whatever is drawn.
         scored: whether the log-probs of the prompt's own tokens are asked for too, at temperature 1.
+        truncation: which tokens it is drawn from.
     """
 
     prompt: tuple[int, ...]
@@ -33,6 +34,7 @@ class Request:
     aborts: int | None = None
     ignore_eos: bool = False
     scored: bool = False
+    truncation: Truncation = ALL_TOKENS
 
 
 @dataclass
@@ -140,9 +142,8 @@ def drive(
 
 def params(engine: Sampler, request: Request) -> Untyped:
     """Return vLLM's `SamplingParams` of a request."""
-    params = engine.params(
-        request.seed, temperature=request.temperature, max_tokens=request.max_tokens, ignore_eos=request.ignore_eos, logprobs=0
-    )
+    how = {"ignore_eos": request.ignore_eos, "logprobs": 0, **asdict(request.truncation)}
+    params = engine.params(request.seed, temperature=request.temperature, max_tokens=request.max_tokens, **how)
     if request.scored:
         params.prompt_logprobs = 0
     return params

@@ -25,7 +25,7 @@ from rlinvariant import runtime
 from rlinvariant.errors import UserError
 from rlinvariant.model_source import local_model
 from rlinvariant.models.lora import split
-from rlinvariant.rollout import Completion
+from rlinvariant.rollout import RANGES, Completion
 from rlinvariant.sampler import adapters, plugin
 from rlinvariant.sampler import weights as synced
 from rlinvariant.sampler.names import ARCHITECTURE, QUANTIZATION
@@ -38,9 +38,6 @@ if TYPE_CHECKING:
 SHAPELESS_SETTINGS = ("ignore_eos", "logprobs", "detokenize")  # further sampling settings that leave the distribution as it is
 NEUTRAL_SETTINGS = {
     "n": (1,),
-    "top_p": (1.0,),
-    "top_k": (0, -1),
-    "min_p": (0.0,),
     "repetition_penalty": (1.0,),
     "presence_penalty": (0.0,),
     "frequency_penalty": (0.0,),
@@ -241,14 +238,14 @@ class Sampler:
             temperature: 0 draws greedily; an invariant engine takes 0 or at least 0.01.
             max_tokens: most tokens of a completion, 1 or more: one number for all, or one for each prompt.
             stop_token_ids: tokens that end a completion and belong to it, beside the model's own end token.
-            sampling: further fields of `vllm.SamplingParams`.
+            sampling: further fields of `vllm.SamplingParams`; `top_k`, `top_p`, `min_p` mean what they mean to `ops.threshold`.
 
         Returns:
             A `Completion` for each prompt: its tokens and, for each, the log-prob at `temperature` as an fp32 value.
 
         Raises:
             UserError: a prompt is empty or does not fit with its completion, or `sampling` would change the distribution of an
-                invariant engine, whose log-probs are those of the whole softmax.
+                invariant engine in a way that the trainer's model does not know, as a penalty does.
         """
         if empty := [i for i, p in enumerate(prompts) if not p]:
             raise UserError(f"prompt {empty[0]} of this batch has no tokens: is it blank, or has model= no tokenizer?")
@@ -282,13 +279,18 @@ class Sampler:
     ) -> "SamplingParams":
         """Return vLLM's settings of one request; arguments and errors are those of `generate`."""
         shaping = {
-            k: v for k, v in sampling.items() if k not in SHAPELESS_SETTINGS and v not in (None, *NEUTRAL_SETTINGS.get(k, ()))
+            k: v
+            for k, v in sampling.items()
+            if k not in (*SHAPELESS_SETTINGS, *RANGES) and v not in (None, *NEUTRAL_SETTINGS.get(k, ()))
         }
         refused = [f"{k}={v}" for k, v in shaping.items()]
         if self.invariant and 0 < temperature < 0.01:
             refused.append(f"temperature={temperature}, which vLLM would raise to 0.01")
         if self.invariant and refused:
-            raise UserError(f"{', '.join(refused)}: an exact sampler draws from the whole distribution; remove it")
+            raise UserError(f"{', '.join(refused)}: an exact sampler draws from the distribution that is trained; remove it")
+        for name, (allows, expected) in RANGES.items():
+            if (value := sampling.get(name)) is not None and not allows(value):
+                raise UserError(f"{name}={value}: expected {expected}")
         from vllm import SamplingParams
 
         shared: dict[str, Any] = {"temperature": temperature, "max_tokens": max_tokens, "detokenize": False}

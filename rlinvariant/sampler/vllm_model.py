@@ -23,6 +23,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear
 from vllm.model_executor.models.transformers import TransformersForCausalLM
 from vllm.v1.outputs import LogprobsTensors, SamplerOutput
+from vllm.v1.sample.logits_processor import MinPLogitsProcessor
 from vllm.v1.sample.sampler import Sampler
 
 from rlinvariant import ops
@@ -176,6 +177,8 @@ class _SeedKeeper(Sampler):
 class InvariantSampler(_SeedKeeper):
     """Samples by `ops.sample`: temperature, log-prob and noise in one op, in which a row depends on that row alone.
 
+    Top-k, top-p and min-p are one number of a row, by `ops.threshold`: below it no token is drawn.
+
     The noise is a hash of the request's seed and of how many tokens it has drawn: unlike a generator it has no state that a
     preempted request would have to replay.
 
@@ -231,20 +234,32 @@ class InvariantSampler(_SeedKeeper):
         noise = torch.from_numpy(np.stack([np.array(seeds, np.uint64).view(np.int64), positions]))
         if logits.is_cuda:
             noise = noise.pin_memory().to(logits.device, non_blocking=True)
-        tokens, logprobs, ranks = ops.sample(logits, temperature, *noise)
+        theta = self._threshold(logits, temperature, md)
+        tokens, logprobs, ranks = ops.sample(logits, temperature, noise[0], noise[1], theta)
         if self._steps is not None:
             self._steps.append((batch.req_ids[:rows], positions, tokens, logprobs))
         extra = md.max_num_logprobs
         if extra == 0:
             out = LogprobsTensors(tokens.int()[:, None], logprobs[:, None], ranks)
         elif extra is not None:
-            table = ops.log_softmax(logits, temperature)
+            table = ops.log_softmax(logits, temperature, theta)
             every = torch.arange(table.shape[1], device=table.device).expand(table.shape)
             top, ids = _top(table, extra) if extra > 0 else (table, every)
             out = LogprobsTensors(torch.cat([tokens[:, None], ids], 1).int(), torch.cat([logprobs[:, None], top], 1), ranks)
         else:
             out = None
         return SamplerOutput(sampled_token_ids=tokens.int()[:, None], logprobs_tensors=out)
+
+    @staticmethod
+    def _threshold(logits: Tensor, temperature: Tensor, md: Any) -> Tensor | None:
+        """Return the smallest logit that each row may draw, [rows] fp32; None where no request of the batch asks for one."""
+        in_use = (p for p in md.logitsprocs.argmax_invariant if isinstance(p, MinPLogitsProcessor) and p.min_p_count)
+        min_p = next((p.min_p[:, 0] for p in in_use), None)
+        if md.top_k is None and md.top_p is None and min_p is None:
+            return None
+        top_k = torch.zeros_like(temperature, dtype=torch.int64) if md.top_k is None else md.top_k.long()
+        top_p = torch.ones_like(temperature) if md.top_p is None else md.top_p
+        return ops.threshold(logits, temperature, top_k, top_p, torch.zeros_like(temperature) if min_p is None else min_p)
 
     @staticmethod
     def compute_logprobs(logits: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from vllm.v1.sample.logits_processor import LogitsProcessor
 from rlinvariant import runtime
 from rlinvariant.errors import ConfigErrors, UserError, one_line
 from rlinvariant.models import make_invariant, require_exact, two_layers
+from rlinvariant.rollout import RANGES
 from rlinvariant.sampler import plugin, vllm_guard
 from rlinvariant.sampler.engine import refuse
 from rlinvariant.sampler.names import ARCHITECTURE, NOT_ACTIVE, QUANTIZATION
@@ -77,7 +78,7 @@ BITS_UNCHANGED_BY = {  # engine options that change no bit of a completion; any 
     "use_tqdm_on_load",
 }
 UNTOUCHED_FRONT_END = ("headless", "grpc", "grpc_port", "api_server_count", "lora_modules")  # its options that must be default
-SHAPELESS_SETTINGS = {  # fields of SamplingParams that leave the distribution as it is; any other must be neutral
+SHAPELESS_SETTINGS = {  # fields of SamplingParams that leave the distribution as it is; others must be neutral, or in RANGES
     "detokenize",
     "flat_logprobs",
     "ignore_eos",
@@ -186,7 +187,7 @@ def _option_problems(given: dict[str, Any], default: Any) -> list[str]:
 
 
 class Requests(LogitsProcessor):
-    """Refuses, with status 400, a request whose tokens would not be drawn from the model's whole distribution.
+    """Refuses, with status 400, a request whose tokens would not be drawn from the model's distribution, whole or truncated.
 
     Before a request is queued, vLLM asks each logits processor whether it takes the request. `Requests` is there to be asked
     and does nothing else: `Worker` takes it out of the engine.
@@ -198,12 +199,12 @@ class Requests(LogitsProcessor):
         refused = []
         for name in SamplingParams.__struct_fields__:
             value = getattr(sampling_params, name)
-            same = value in (getattr(neutral, name), None, [], {}) or (name == "top_k" and value == -1)
-            if not (same or name in SHAPELESS_SETTINGS or name.startswith("_")):
+            same = value in (getattr(neutral, name), None, [], {})
+            if not (same or name in (*SHAPELESS_SETTINGS, *RANGES) or name.startswith("_")):
                 refused.append(f"{name}={value}")
         if refused:
             raise ValueError(
-                f"{', '.join(refused)}: this server draws from the model's whole distribution, exactly; remove it from the "
+                f"{', '.join(refused)}: this server draws from the model's own distribution, exactly; remove it from the "
                 "request, or use vllm serve"
             )
 

@@ -13,6 +13,7 @@ the model said to that. A rank draws as many turns as its own samples take: with
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from itertools import chain, zip_longest
 from typing import Any
 
@@ -25,7 +26,7 @@ from rlinvariant import bits
 from rlinvariant.conflicts import Invariance
 from rlinvariant.errors import ParityError
 from rlinvariant.models import lora
-from rlinvariant.rollout import Batch, Completion, Rollout, request_seed
+from rlinvariant.rollout import Batch, Completion, Rollout, Truncation, request_seed
 from rlinvariant.trainer import custom_rollouts
 from rlinvariant.trainer.interface import OnRollout, SamplerLike
 from rlinvariant.trainer.measured import MeasuredTrainer
@@ -38,6 +39,7 @@ class DrawingTrainer(MeasuredTrainer):
     sampler: SamplerLike
     invariance: Invariance
     temperature: float
+    truncation: Truncation
     max_completion_length: int
     rollout_func: Any
     vllm_generation: Any
@@ -133,6 +135,7 @@ class DrawingTrainer(MeasuredTrainer):
     def _ask(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], limits: Sequence[int]) -> Batch:
         """Draw requests, and return them with what came back."""
         how: dict[str, Any] = {"temperature": self.temperature, "stop_token_ids": list(self.eos_token_ids)}
+        how |= asdict(self.truncation)
         with self._timed("rollout"):
             return Batch(prompts, seeds, self.sampler.generate(prompts, seeds, max_tokens=limits, **how), limits)
 
@@ -151,7 +154,8 @@ class DrawingTrainer(MeasuredTrainer):
             if not self._drawn:  # a `rollout_func` has drawn by something else
                 return
             stop, weights = list(self.eos_token_ids), bits.digest(self._weights())
-            self._on_rollout(step + 1, Rollout(self._drawn, self.temperature, self.max_completion_length, stop, weights))
+            how = self.temperature, self.max_completion_length, stop, weights, self.truncation
+            self._on_rollout(step + 1, Rollout(self._drawn, *how))
 
     def _seeds(self, count: int, group: int) -> list[int]:
         """Derive a seed for each sample's first turn from (run seed, step, prompt, sample): distinct over a group and ranks.

@@ -40,6 +40,7 @@ from rlinvariant.conflicts import SIDES, Invariance
 from rlinvariant.errors import ConfigErrors, ParityError
 from rlinvariant.models import lora, make_invariant, make_trainable, require_exact
 from rlinvariant.rewards import RewardLimits
+from rlinvariant.rollout import Truncation
 from rlinvariant.trainer.drawing import DrawingTrainer
 from rlinvariant.trainer.grading import checked_rewards, different_names
 from rlinvariant.trainer.interface import (
@@ -125,7 +126,7 @@ class InvariantGRPOTrainer(DrawingTrainer):
         checked: bool = False,
         **kwargs: Unpack[TrainerArguments],
     ) -> None:
-        self.invariance, self.staleness = invariance, staleness
+        self.invariance, self.staleness, self.truncation = invariance, staleness, Truncation.of(args)
         self.tokens_per_microbatch = tokens_per_microbatch
         self.recompute = False if recompute is None and not args.gradient_checkpointing else recompute
         self._sampler_is_invariant, self._trainer_is_invariant = SIDES[invariance]
@@ -257,6 +258,7 @@ class InvariantGRPOTrainer(DrawingTrainer):
             token_ids=batch.token_ids,
             predicted_from=batch.predicted_from,
             temperature=self.temperature,
+            **asdict(self.truncation),
         )
         return batch.unpack(logprobs), batch.unpack(entropies)
 

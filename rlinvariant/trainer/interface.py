@@ -40,6 +40,9 @@ class SamplerLike(Protocol):
         temperature: float,
         max_tokens: int | Sequence[int],
         stop_token_ids: Sequence[int] = (),
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
     ) -> list[Completion]: ...
 
     def sync(self, weights: Iterable[tuple[str, Tensor]]) -> None: ...

@@ -5,7 +5,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rlinvariant.conflicts import SIDES, Invariance, adapter_conflicts, conflicts, microbatch_problems, ppo_conflicts
+from rlinvariant.conflicts import (
+    SIDES,
+    Invariance,
+    adapter_conflicts,
+    conflicts,
+    microbatch_problems,
+    ppo_conflicts,
+    truncation_problems,
+)
 from rlinvariant.models import lora
 from rlinvariant.rewards.limits import RewardLimits
 from rlinvariant.support import adapter_problems, device_problems
@@ -39,6 +47,7 @@ def settings_problems(
     found += ppo_conflicts(args, ppo) if ppo is not None else []
     if (staleness := options.get("staleness", 0)) < 0:
         found.append(f"staleness={staleness}: expected 0 or more optimizer steps")
+    found += truncation_problems(args, invariance, staleness, 0.0 if ppo is None else ppo.kl_coef)
     found += microbatch_problems(options.get("tokens_per_microbatch"), options.get("recompute"), args, invariance)
     found += RewardLimits.taken(dict(options)).problems()
     if args.use_vllm:

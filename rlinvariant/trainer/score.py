@@ -5,13 +5,13 @@ B: sequences of a micro-batch, L: columns of the padded batch, C: columns of com
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from rlinvariant.rollout import Completion
+from rlinvariant.rollout import ALL_TOKENS, Completion, Truncation
 from rlinvariant.trainer.packing import pack
 
 if TYPE_CHECKING:
@@ -45,8 +45,12 @@ def score(
     completions: Sequence[Completion],
     temperature: float,
     layout: Layout,
+    truncation: Truncation = ALL_TOKENS,
 ) -> list[Tensor]:
-    """Compute fp32 log-probs of each completion, on the CPU, by `pack` and the patched model, as the trainer does."""
+    """Compute fp32 log-probs of each completion, on the CPU, by `pack` and the patched model, as the trainer does.
+
+    Of the tokens that `truncation` keeps: as drawn, or none of the log-probs is the sampler's.
+    """
     device = next(model.parameters()).device
     order = list(range(len(prompts)))
     if layout.order == "reversed":
@@ -64,6 +68,7 @@ def score(
                 token_ids=packed.token_ids,
                 predicted_from=packed.predicted_from,
                 temperature=temperature,
+                **asdict(truncation),
             )
         logprobs_BC, keep_BC = packed.unpack(logprobs_S.detach()).cpu(), packed.keep.cpu()
         for row, i in enumerate(rows):

@@ -113,10 +113,10 @@ class Pair:
     def score(self, requests: Sequence[Request], completions: Sequence[Completion], layout: Layout) -> list[np.ndarray]:
         """Return the trainer's log-probs [tokens] of each completion, in the order of the requests."""
         found: dict[int, np.ndarray] = {}
-        for temperature in dict.fromkeys(r.temperature for r in requests):
-            rows = [i for i, r in enumerate(requests) if r.temperature == temperature]
+        for how in dict.fromkeys((r.temperature, r.truncation) for r in requests):
+            rows = [i for i, r in enumerate(requests) if (r.temperature, r.truncation) == how]
             prompts, began = [requests[i].prompt for i in rows], time.perf_counter()
-            scored = score(self.model, prompts, [completions[i] for i in rows], temperature, layout)
+            scored = score(self.model, prompts, [completions[i] for i in rows], how[0], layout, how[1])
             self.seconds += time.perf_counter() - began
             self.scored += sum(len(p) + len(completions[i].token_ids) for i, p in zip(rows, prompts, strict=True))
             found |= {i: x.numpy() for i, x in zip(rows, scored, strict=True)}

@@ -118,7 +118,7 @@ def test_a_file_that_is_not_there_or_not_text_is_one_line() -> None:
 
 
 def test_all_mistakes_of_file_and_command_line_come_in_one_list() -> None:
-    write("stps: 3\ntrainer.top_p: 0.9\n")
+    write("stps: 3\ntrainer.top_p: 1.9\n")
     found = errors("config=run.yaml", "seed=-1")
     assert [line.split("=")[0] for line in found] == ["run.yaml:1: stps", "seed", "trainer.top_p"]
     with pytest.raises(ConfigErrors):

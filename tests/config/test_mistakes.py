@@ -9,7 +9,10 @@ from rlinvariant.config.check import check_run
 from rlinvariant.errors import UserError
 from tests.config.common import errors, good
 
-WHOLE = "the sampler must draw from the whole distribution, which is the one that is trained; remove it"
+TRAINED = "the sampler must draw from the distribution that is trained, which knows of no penalty; remove it"
+KEEP_ALL = "set it, or keep all tokens"
+MOVED = f"after an optimizer step other tokens are kept, and those that were drawn need not be among them; {KEEP_ALL}"
+REFERENCE = f"the reference's share outside of the kept tokens has no meaning yet; {KEEP_ALL}"
 EXACT = "False with invariance=exact"
 MASTERS = f"{EXACT}: masters stay float32 and the modules cast; use dtype=bfloat16"
 NO_DIRECTORY = "no such directory; give a Hugging Face model directory or a hub id ORG/NAME, or smollm2-135m-instruct"
@@ -55,11 +58,17 @@ REPLACED = f"{EXACT}: it replaces operations that the invariant ops own; remove 
             "trainer.temperature=0.0: expected at least 0.01, to which vLLM raises smaller ones; 1.0 samples from the model "
             "itself",
         ),
-        ("trainer.top_p=0.95", f"trainer.top_p=0.95: expected 1.0: {WHOLE}"),
-        ("trainer.top_k=20", f"trainer.top_k=20: expected 0: {WHOLE}"),
-        ("trainer.min_p=0.1", f"trainer.min_p=0.1: expected None: {WHOLE}"),
-        ("trainer.repetition_penalty=1.1", f"trainer.repetition_penalty=1.1: expected 1.0: {WHOLE}"),
-        ("trainer.generation_kwargs={'n': 2}", f"trainer.generation_kwargs={{'n': 2}}: expected None: {WHOLE}"),
+        ("trainer.top_p=0", "trainer.top_p=0.0: expected more than 0 and at most 1; 1.0: no limit"),
+        ("trainer.top_p=1.5", "trainer.top_p=1.5: expected more than 0 and at most 1; 1.0: no limit"),
+        ("trainer.top_k=-2", "trainer.top_k=-2: expected a whole number of tokens, 1 or more; or 0: no limit"),
+        ("trainer.min_p=1.0", "trainer.min_p=1.0: expected 0 or more and less than 1; 0: no limit"),
+        ("trainer.min_p=-0.1", "trainer.min_p=-0.1: expected 0 or more and less than 1; 0: no limit"),
+        ("trainer.repetition_penalty=1.1", f"trainer.repetition_penalty=1.1: expected 1.0: {TRAINED}"),
+        (
+            "trainer.generation_kwargs={'n': 2}",
+            "trainer.generation_kwargs={'n': 2}: expected None: what it has is in no part of the policy that is trained; "
+            "remove it",
+        ),
         ("trainer.bf16=true", f"trainer.bf16=True: expected {MASTERS}"),
         ("trainer.fp16=true", f"trainer.fp16=True: expected {MASTERS}"),
         ("trainer.use_liger_kernel=true", f"trainer.use_liger_kernel=True: expected {REPLACED}"),
@@ -140,16 +149,58 @@ def test_all_conflicts_come_in_one_list() -> None:
     env = {"VLLM_BATCH_INVARIANT": "1", "ACCELERATE_MIXED_PRECISION": "bf16"}
     Path("runs/taken").mkdir(parents=True)
     Path("runs/taken/config.json").touch()
-    found = errors("stps=3", "steps=x", "trainer.top_p=0.9", "trainer.use_vllm=true", "run=taken", env=env)
+    found = errors("stps=3", "steps=x", "trainer.top_p=0.0", "trainer.use_vllm=true", "run=taken", env=env)
     assert [line.split(":")[0] for line in found] == [
         "stps=3",
         "steps=x",
         "trainer.use_vllm=true",
-        "trainer.top_p=0.9",
+        "trainer.top_p=0.0",
         "ACCELERATE_MIXED_PRECISION=bf16",
         "VLLM_BATCH_INVARIANT=1",
         "run=taken",
     ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (("trainer.num_iterations=2",), ["trainer.num_iterations=2: expected 1 WITH: MOVED"]),
+        (
+            ("trainer.steps_per_generation=2",),
+            ["trainer.steps_per_generation=2: expected trainer.gradient_accumulation_steps=1 WITH: MOVED"],
+        ),
+        (
+            ("trainer.generation_batch_size=16",),
+            ["trainer.generation_batch_size=16: expected 8, a step's completions, WITH: MOVED"],
+        ),
+        (("staleness=1",), ["staleness=1: expected 0 WITH: MOVED"]),
+        (("trainer.beta=0.1",), ["trainer.beta=0.1: expected 0.0 WITH: REFERENCE"]),
+        (("algorithm=ppo", "ppo.kl_coef=0.1"), ["ppo.kl_coef=0.1: expected 0 WITH: REFERENCE"]),
+        (
+            ("staleness=1", "trainer.beta=0.1"),
+            ["staleness=1: expected 0 WITH: MOVED", "trainer.beta=0.1: expected 0.0 WITH: REFERENCE"],
+        ),
+    ],
+)
+def test_what_cannot_stand_beside_truncated_sampling(settings: tuple[str, ...], expected: list[str]) -> None:
+    truncation = "trainer.top_k=20", "trainer.top_p=0.95", "trainer.min_p=0.02"
+    words = {"WITH": f"with {', '.join(truncation)}", "MOVED": MOVED, "REFERENCE": REFERENCE}
+    for short, long in words.items():
+        expected = [line.replace(short, long) for line in expected]
+    assert errors(*settings, *truncation) == expected
+    good(*settings)
+
+
+def test_what_can_stand_beside_truncated_sampling() -> None:
+    good("trainer.top_p=0.95", "trainer.steps_per_generation=2", "trainer.gradient_accumulation_steps=4")
+    good("trainer.top_p=0.95", "invariance=off", "trainer.beta=0.1", "trainer.num_iterations=2")  # as TRL does it
+    good("trainer.top_k=-1", "staleness=1")  # as vLLM writes that there is no limit
+
+
+@pytest.mark.parametrize("side", ["sampler", "trainer"])
+def test_one_stock_side_cannot_truncate(side: str) -> None:
+    (line,) = errors(f"invariance={side}", "trainer.top_p=0.9")
+    assert line.startswith(f"invariance={side}: expected exact with trainer.top_p=0.9: of one stock side")
 
 
 def test_environment_conflicts() -> None:

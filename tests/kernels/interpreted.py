@@ -1,6 +1,7 @@
 """Run the GPU kernels on CPU tensors in Triton's interpreter and compare them with the CPU ops. See test_interpreted.py."""
 
 import importlib
+import itertools
 import sys
 
 import numpy
@@ -97,22 +98,26 @@ for vocab in (99, 4096, 9000):
     logits = torch.randn(6, vocab) * 4
     logits[1, 5], logits[2, : vocab // 2], logits[3, 7] = 50.0, -torch.inf, torch.nan
     ids, t = torch.tensor([5, 5, vocab - 1, 0, 1, 2]), torch.tensor([1.0, 0.7, 1.0, 1.0, 2.0, 0.5])
-    expected = cpu["token_logprobs"]._row_logprobs(logits, ids, t)
-    ours = token_logprobs.row_logprobs(logits, ids, t)
+    expected = cpu["token_logprobs"]._row_logprobs(logits, ids, t, None)
+    ours = token_logprobs.row_logprobs(logits, ids, t, None)
     same(f"row_logprobs {vocab}", ours[:2], expected[:2])
     known = torch.tensor([0, 1, 2, 4, 5])  # of the row with a NaN, one of the two statistics must be NaN, no matter which
     same(f"row_logprobs {vocab}, statistics", ours[2][known], expected[2][known])
     assert ours[2][3].isnan().any()
     dlogprobs, dentropy = torch.randn(2, 6)
-    for grads in ((dlogprobs, None), (dlogprobs, dentropy)):
+    theta = logits.nan_to_num(0.0)[torch.arange(6), ids].clamp(max=2.0)  # the scored tokens are kept
+    expected = cpu["token_logprobs"]._row_logprobs(logits, ids, t, theta)
+    same(f"row_logprobs {vocab}, truncated", token_logprobs.row_logprobs(logits, ids, t, theta)[:2], expected[:2])
+    for grads in itertools.product((dlogprobs,), (None, dentropy), (None, theta)):
         expected = cpu["token_logprobs"]._row_logprobs_backward(logits, ids, t, *grads)
         same(f"row_logprobs_backward {vocab}", token_logprobs.row_logprobs_backward(logits, ids, t, *grads), expected)
     rows = torch.tensor([0, 1, 2, 4, 5])
     t = torch.tensor([1.0, 0.7, 1.0, 0.0, 0.5])
-    drawn = logits[rows], t, rows * 987_654_321_987, rows
-    ours, expected = token_logprobs.sample(*drawn), ops.sample(*drawn)
-    assert torch.equal(ours[0], expected[0]) and torch.equal(ours[2], expected[2]), (vocab, ours, expected)
-    same(f"sample {vocab}", ours[1], expected[1])
+    for below in (None, theta[rows]):
+        drawn = logits[rows], t, rows * 987_654_321_987, rows, below
+        ours, expected = token_logprobs.sample(*drawn), ops.sample(*drawn)
+        assert torch.equal(ours[0], expected[0]) and torch.equal(ours[2], expected[2]), (vocab, ours, expected)
+        same(f"sample {vocab}", ours[1], expected[1])
 try:  # control
     same("control", rms_norm.rms_norm(r, w, 1e-6, None), ops.rms_norm(r, w, 1e-1))
 except AssertionError:

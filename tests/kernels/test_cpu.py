@@ -84,8 +84,11 @@ def outputs(library: ctypes.CDLL, dtype: torch.dtype, monkeypatch: pytest.Monkey
     logits, t = ops.linear(hidden, head), torch.full((9,), 0.7)
     keep("log_softmax", ops.log_softmax(logits, t))
     keep("sample", *ops.sample(logits, t, ids, ids))
+    theta = ops.threshold(logits, t, torch.full((9,), 300), torch.full((9,), 0.95), torch.full((9,), 1e-4))
+    keep("truncated", theta, *ops.sample(logits, t, ids, ids, theta), ops.log_softmax(logits, t, theta))
+    keep("truncated token_logprobs", *ops.token_logprobs(hidden, head, ids, 0.7, None, None, 300, 0.95, 1e-4))
     dlogits, g = torch.empty_like(logits), randn(9)
-    cpu.call("token_logprobs_backward", logits, ids, t, g, g, dlogits, *logits.shape, cpu.is_bf16(logits))
+    cpu.call("token_logprobs_backward", logits, ids, t, None, g, g, dlogits, *logits.shape, cpu.is_bf16(logits))
     keep("token_logprobs_backward", dlogits)
     return found
 

@@ -151,7 +151,7 @@ def test_softmax_is_thread_invariant(dtype):
 
     def backward(x: Tensor) -> Tensor:
         dlogits = torch.full_like(x, float("nan"))
-        cpu.call("token_logprobs_backward", x, ids, t, t, t, dlogits, *x.shape, cpu.is_bf16(x))
+        cpu.call("token_logprobs_backward", x, ids, t, None, t, t, dlogits, *x.shape, cpu.is_bf16(x))
         return dlogits
 
     ladders.assert_thread_invariant(backward, logits)
@@ -262,17 +262,18 @@ def test_a_token_outside_the_vocabulary_is_an_index_error(token):
 
 
 @outside
-def test_a_token_outside_the_vocabulary_shows_as_nan_where_looking_would_wait(token):
+@pytest.mark.parametrize("truncation", [(0, 1.0, 0.0), (20, 0.9, 0.01)])
+def test_a_token_outside_the_vocabulary_shows_as_nan_where_looking_would_wait(token, truncation):
     """Both devices have the code that a GPU relies on; the other rows keep their bits."""
     hidden, weight, ids = operands(4, 100, torch.bfloat16)
-    clean = module._forward(hidden, weight, ids, 1.0, None, None)
+    clean = module._forward(hidden, weight, ids, 1.0, None, None, *truncation)
     ids[2] = token
-    broken = module._forward(hidden, weight, ids, 1.0, None, None)
+    broken = module._forward(hidden, weight, ids, 1.0, None, None, *truncation)
     kept = torch.arange(4) != 2
     for x, expected in zip(broken, clean, strict=True):
         assert x[2].isnan()
         assert_bits_equal(x[kept], expected[kept], "rows beside it")
-    context = SimpleNamespace(saved_tensors=(hidden, weight, ids), temperature=1.0, scaling=(None, None))
+    context = SimpleNamespace(saved_tensors=(hidden, weight, ids), temperature=1.0, scaling=(None, None), truncation=truncation)
     dhidden, dweight, *_ = module._backward(context, torch.ones(4), torch.ones(4))
     assert dhidden[2].isnan().all() and dweight.isnan().all() and dhidden[kept].isfinite().all()
 
@@ -316,13 +317,16 @@ def test_other_dtypes_are_refused_by_name(dtype):
 
 def test_token_logprobs_is_opaque():
     hidden, weight, ids = operands(4, 100, torch.bfloat16)
-    ladders.assert_registered(torch.ops.rlinvariant.token_logprobs.default, hidden, weight, ids, 0.7, 0.5, 30.0)
+    ladders.assert_registered(
+        torch.ops.rlinvariant.token_logprobs.default, *(hidden, weight, ids, 0.7), 0.5, 30.0, 20, 0.9, 0.01
+    )
     ladders.assert_opaque(ops.token_logprobs, hidden, weight, ids, 0.7)
 
 
 def test_softmax_is_opaque():
     logits, ids, t, g = randn(4, 100), randint(100, 4), torch.full((4,), 0.7), randn(4)
-    ladders.assert_registered(torch.ops.rlinvariant.row_logprobs.default, logits, ids, t)
-    ladders.assert_registered(torch.ops.rlinvariant.row_logprobs_backward.default, logits, ids, t, g, None)
-    ladders.assert_registered(torch.ops.rlinvariant.row_logprobs_backward.default, logits, ids, t, g, g)
+    for theta in (None, torch.zeros(4)):
+        ladders.assert_registered(torch.ops.rlinvariant.row_logprobs.default, logits, ids, t, theta)
+        ladders.assert_registered(torch.ops.rlinvariant.row_logprobs_backward.default, logits, ids, t, g, None, theta)
+        ladders.assert_registered(torch.ops.rlinvariant.row_logprobs_backward.default, logits, ids, t, g, g, theta)
     ladders.assert_opaque(ops.log_softmax, logits, t)

@@ -132,13 +132,12 @@ def test_a_mask_off_by_one_is_seen(exact_run, monkeypatch):
 
 
 def nucleus(engine: Any) -> Faulty:
-    return trusting(engine, generate=lambda *args, **kwargs: engine.generate(*args, **kwargs, top_p=0.95))
+    return trusting(engine, generate=lambda *args, **kwargs: engine.generate(*args, **{**kwargs, "top_p": 0.95}))
 
 
-def test_top_p_is_refused_or_seen(exact_run, exact_engine):
-    """vLLM renormalises over the tokens it keeps; an engine that ignored top_p in silence would sample something else."""
-    with pytest.raises(UserError, match="top_p|mismatched"):
-        exact_run(nucleus(exact_engine)).trainer.train()
+def test_a_truncated_sampler_beside_a_trainer_of_all_tokens_is_seen(exact_run, exact_engine):
+    """The sampler's log-probs are larger by the logarithm of the kept tokens' share."""
+    assert_stops(exact_run(nucleus(exact_engine)), "mismatched")
 
 
 def test_top_p_of_a_stock_sampler_is_seen(arithmetic_dir, stock_engine, tmp_path):

@@ -270,9 +270,6 @@ def test_stock_vllm_answers_otherwise_under_load(servers):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("top_p", 0.9),
-        ("top_k", 5),
-        ("min_p", 0.1),
         ("presence_penalty", 0.5),
         ("frequency_penalty", 0.5),
         ("repetition_penalty", 1.1),

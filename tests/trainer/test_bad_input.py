@@ -35,7 +35,7 @@ def refused(arithmetic_dir, tmp_path):
 
 
 def test_all_conflicts_come_at_once(refused):
-    settings = {"top_p": 0.9, "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.1, "logging_steps": 2, "bf16": True}
+    settings = {"top_p": 1.9, "top_k": -5, "min_p": 1.1, "repetition_penalty": 1.1, "logging_steps": 2, "bf16": True}
     settings |= {"use_vllm": True, "peft_config": object(), "use_liger_kernel": True, "torch_compile": True}
     settings |= {"neftune_noise_alpha": 5.0, "cast_lm_head_to_fp32": True}
     found = refused(ConfigErrors, **settings)
@@ -138,7 +138,7 @@ def test_a_prompt_without_tokens_is_one_line(exact_engine):
 def test_sampling_that_changes_the_distribution_is_refused(exact_engine):
     penalties = ({"repetition_penalty": 1.1}, {"frequency_penalty": 0.1}, {"presence_penalty": 0.1})
     masks = ({"logit_bias": {1: 2.0}}, {"min_tokens": 2}, {"allowed_token_ids": [1, 2]}, {"bad_words": ["a"]})
-    for setting in ({"top_p": 0.9}, {"top_k": 3}, {"min_p": 0.1}, *penalties, *masks):
+    for setting in ({"top_p": 1.9}, {"top_k": -3}, {"min_p": 1.1}, *penalties, *masks):
         with pytest.raises(UserError, match=next(iter(setting))):
             exact_engine.generate([[1, 2]], [0], temperature=1.0, max_tokens=2, **setting)
 

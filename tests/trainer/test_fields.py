@@ -14,9 +14,9 @@ from rlinvariant.trainer.fields import DEPENDENT, KEPT, REFUSED, SET, script_pro
 
 WRONG = {
     "temperature": 0.001,
-    "top_p": 0.9,
-    "top_k": 5,
-    "min_p": 0.1,
+    "top_p": 1.9,
+    "top_k": -5,
+    "min_p": 1.1,
     "repetition_penalty": 1.1,
     "generation_kwargs": {"top_p": 0.9},
     "trust_remote_code": True,
