@@ -1,7 +1,8 @@
 """One op on one set of inputs, ours against another's: numbers and bits first, then time."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from rlinvariant.bench.measure import Row
 
 REFERENCE_ROWS = 9  # how many first rows are compared with the reference, which is slow
 FIRST_ROWS = (1, 2, 3, 9, 17, 257)  # how many first rows are computed apart from the others; also half of all and one
-
+TEMPERATURE, TOP_K, TOP_P, MIN_P = 0.7, 50, 0.95, 0.01
 
 Op = Callable[..., Tensor | tuple[Tensor, ...]]
 
@@ -80,6 +81,43 @@ def drawn_reference(logits: Tensor, temperature: Tensor, seeds: Tensor, position
     picked = tokens[:, None]
     logprobs = ops.log_softmax_ref(logits, temperature).gather(1, picked)[:, 0]
     return tokens, logprobs, (logits > logits.gather(1, picked)).sum(1)
+
+
+def truncated_cases(hidden: Tensor, weight: Tensor, name: Callable[[str, str], str]) -> Iterator[Case]:
+    """Make a case of `ops.threshold` against vLLM's own function, and one of the head with it against the head without it.
+
+    The second says what truncated sampling costs in the trainer; the sampler's head costs the same, and draws besides.
+
+    Args:
+        hidden: [R, D], bf16.
+        weight: [V, D] of the lm_head.
+        name: makes a case's name of the op's and of the shape's.
+    """
+    rows, vocab, device = len(hidden), len(weight), hidden.device
+    settings = [torch.full((rows,), x, device=device) for x in (TEMPERATURE, TOP_K, TOP_P, MIN_P)]
+    logits, ids = ops.linear(hidden, weight.to(hidden.dtype)), torch.randint(vocab, (rows,), device=device)
+
+    def stock(logits: Tensor, t: Tensor, k: Tensor, p: Tensor, m: Tensor) -> Tensor:
+        from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p_pytorch
+
+        x = logits.float() / t[:, None]
+        probabilities = x.softmax(-1)
+        x = x.masked_fill(probabilities < probabilities.amax(-1, keepdim=True) * m[:, None], -torch.inf)
+        kept = apply_top_k_top_p_pytorch(x, k, p) > -torch.inf
+        return torch.where(kept, logits.float(), torch.inf).amin(-1)
+
+    def scored(op: Op, hidden: Tensor, ids: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return op(hidden, weight, ids, TEMPERATURE, None, None, TOP_K, TOP_P, MIN_P)
+
+    def whole(hidden: Tensor, ids: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return ops.token_logprobs(hidden, weight, ids, TEMPERATURE)
+
+    inputs = (logits, *settings)
+    yield Case(name("threshold (stock: vLLM's)", f"{rows} x {vocab}"), ops.threshold, ops.threshold_ref, stock, inputs, 5)
+    ours, ref = (partial(scored, op) for op in (ops.token_logprobs, ops.token_logprobs_ref))
+    shape = f"{rows} x {hidden.shape[1]} -> {vocab}"
+    both = name("token_logprobs, truncated (stock: ours, of all tokens)", shape)
+    yield Case(both, ours, ref, whole, (hidden, ids, weight), 2, same=False)
 
 
 def as_tuple(x: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlinvariant import ops
-from rlinvariant.bench.cases import Case, drawn_reference, gpu_row
+from rlinvariant.bench.cases import Case, drawn_reference, gpu_row, truncated_cases
 from rlinvariant.bench.measure import Row
 from rlinvariant.models.shapes import SHAPES
 
@@ -23,6 +23,12 @@ def rows(tiny: bool) -> Iterator[Row]:
         for case in _head(model, SHAPES[model].hidden, SHAPES[model].vocab, 40 if tiny else TOKEN_COUNT):
             yield gpu_row("logprob", case, 0.02 if tiny else 1.0, graphs=False)
             torch.cuda.empty_cache()
+        for batch in (1, 4) if tiny else (64, TOKEN_COUNT):
+            hidden, vocab = SHAPES[model].hidden, SHAPES[model].vocab
+            x = torch.randn(batch, hidden, device="cuda", dtype=torch.bfloat16)
+            w = torch.randn(vocab, hidden, device="cuda") / hidden**0.5
+            for case in truncated_cases(x, w, lambda op, of, model=model: f"{op}, {model}, {of}"):
+                yield gpu_row("logprob", case, 0.02 if tiny else 1.0, graphs=False)
     for batch in (1, 4) if tiny else BATCH_SIZES:
         yield gpu_row("logprob", _sample(SHAPES["tiny" if tiny else "qwen3-1.7b"].vocab, batch), 0.02 if tiny else 0.3)
 

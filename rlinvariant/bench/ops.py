@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, apply_rotary_pos_emb
 
 from rlinvariant import ops
-from rlinvariant.bench.cases import Case, call, check, drawn_reference
+from rlinvariant.bench.cases import Case, call, check, drawn_reference, truncated_cases
 from rlinvariant.bench.measure import Row, pair
 
 EPS = 1e-6
@@ -242,3 +242,4 @@ def _head(s: Size, m: int, decode: int) -> Iterator[Case]:
     inputs = (logits, temperature, seeds, positions)
     name = _name(s, "sample", f"{decode} x {s.vocab}")
     yield Case(name, ops.sample, drawn_reference, draw, inputs, 4, same=False)
+    yield from truncated_cases(hidden, w, lambda op, of: _name(s, op, of))
