@@ -106,7 +106,7 @@ def truncated_cases(hidden: Tensor, weight: Tensor, name: Callable[[str, str], s
         kept = apply_top_k_top_p_pytorch(x, k, p) > -torch.inf
         return torch.where(kept, logits.float(), torch.inf).amin(-1)
 
-    def scored(op: Op, hidden: Tensor, ids: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def scored(op: Op, hidden: Tensor, ids: Tensor, weight: Tensor) -> Tensor | tuple[Tensor, ...]:
         return op(hidden, weight, ids, TEMPERATURE, None, None, TOP_K, TOP_P, MIN_P)
 
     def whole(hidden: Tensor, ids: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
