@@ -92,6 +92,18 @@ def log_softmax() -> Case:
     return ops.log_softmax, (bf16(TOKENS, VOCAB), torch.linspace(0, 2, TOKENS))
 
 
+def truncated() -> Case:
+    """The head, of the tokens that `threshold` keeps."""
+    ids, truncation = randint(VOCAB, TOKENS), (0.7, None, None, 200, 0.95, 1e-4)
+    return lambda h, w: ops.token_logprobs(h, w, ids, *truncation), (bf16(TOKENS, HIDDEN), bf16(VOCAB, HIDDEN, seed=1) / 8)
+
+
+def threshold() -> Case:
+    t, k = torch.linspace(0, 2, TOKENS), randint(300, TOKENS)
+    p, m = torch.linspace(0.1, 1, TOKENS), torch.linspace(0.05, 0, TOKENS)
+    return lambda x, t, p, m: ops.threshold(x, t, k, p, m), (bf16(TOKENS, VOCAB), t, p, m)
+
+
 def sample() -> Case:
     seeds, positions = randint(2**62, TOKENS), randint(99, TOKENS, seed=1)
     return lambda x, t: ops.sample(x, t, seeds, positions), (bf16(TOKENS, VOCAB), torch.linspace(0, 2, TOKENS))
@@ -122,7 +134,9 @@ CASES: dict[str, Callable[[], Case]] = {
     "scale_logits": scale_logits,
     "token_logprobs": token_logprobs,
     "token_logprobs, scaled": lambda: token_logprobs(0.3, 30.0),
+    "token_logprobs, truncated": truncated,
+    "threshold": threshold,
     "log_softmax": log_softmax,
     "sample": sample,
 }
-WITHOUT_GRADIENT = {"paged_attention", "log_softmax", "sample"}
+WITHOUT_GRADIENT = {"paged_attention", "log_softmax", "sample", "threshold"}

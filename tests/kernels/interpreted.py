@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from rlinvariant import ops
-from rlinvariant.kernels import linear, qk_norm_rope, rms_norm, rope, scale_logits, swiglu, token_logprobs
+from rlinvariant.kernels import linear, qk_norm_rope, rms_norm, rope, scale_logits, swiglu, threshold, token_logprobs
 
 names = ("rms_norm", "rope", "scale_logits", "swiglu", "token_logprobs")
 cpu = {name: importlib.import_module(f"rlinvariant.ops.{name}") for name in names}
@@ -118,6 +118,21 @@ for vocab in (99, 4096, 9000):
         ours, expected = token_logprobs.sample(*drawn), ops.sample(*drawn)
         assert torch.equal(ours[0], expected[0]) and torch.equal(ours[2], expected[2]), (vocab, ours, expected)
         same(f"sample {vocab}", ours[1], expected[1])
+for dtype, vocab in itertools.product((torch.bfloat16, torch.float32), (17, 5000)):
+    logits = (torch.randn(8, vocab) * 3).to(dtype)
+    logits[1], logits[2, 1 + vocab // 2 :], logits[3], logits[4, ::2] = 0.0, -torch.inf, -logits[3].abs(), -0.0
+    logits[5], logits[6], logits[7, 3] = logits[5].round(), logits[6] * 1e-3, torch.nan
+    for setting in (
+        (1.0, 0, 0.95, 0.0),
+        (0.7, 20, 1.0, 0.0),
+        (1.0, 0, 1.0, 0.02),
+        (0.6, 20, 0.9, 0.02),
+        (1.0, 4500, 0.95, 0.0),
+    ):
+        t, k, p, m = (torch.full((8,), x) for x in setting)
+        expected = ops.threshold(logits, t, k, p, m)
+        ours = threshold.threshold(logits, t, k, p, m)
+        same(f"threshold {vocab}", ours.view(torch.int32), expected.view(torch.int32), 0)  # the same bits
 try:  # control
     same("control", rms_norm.rms_norm(r, w, 1e-6, None), ops.rms_norm(r, w, 1e-1))
 except AssertionError:

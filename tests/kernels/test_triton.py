@@ -14,7 +14,7 @@ from tests.kernels.test_linear import TUNED, small_bias
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("on_gpu")]
 
-MODULES = ("linear", "qk_norm_rope", "rms_norm", "rope", "scale_logits", "swiglu", "token_logprobs")
+MODULES = ("linear", "qk_norm_rope", "rms_norm", "rope", "scale_logits", "swiglu", "threshold", "token_logprobs")
 ATOMIC = re.compile(r"\b(?:atom|red)\.")
 PRODUCT = re.compile(r"\b(?:wgmma\.mma_async|mma)\.sync\.aligned\.\S+")
 CANONICAL = re.compile(r"\.m\d+n\d+k16\..*f32\.bf16\.bf16")  # sixteen bf16 products at a time into fp32
@@ -63,6 +63,7 @@ def test_every_kernel_is_looked_at(kernels):
         "scale_logits._backward",
         "swiglu._forward",
         "swiglu._backward",
+        "threshold._threshold",
         "token_logprobs._blocks",
         "token_logprobs._logprobs",
         "token_logprobs._gradient",
