@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """Draws completions of random prompts with the exact sampler, scores them with the exact trainer. If a log-prob
 differs, says where the two part first: sequence, token, layer, op, by how many ulps, whether the op's inputs and weights were
-equal, and the likely cause. Tries few sequences, many, long prompts, a warm prefix, preemption; the last lines say which. Exit
-code 0: none of these differ, which proves nothing of others; 1: something does; 2: it could not be tried."""
+equal, and the likely cause. Tries few sequences, many, long prompts, a warm prefix, preemption, a second turn; the last lines
+say which. Exit code 0: none of these differ, which proves nothing of others; 1: something does; 2: it could not be tried."""
 EXAMPLE = "rlinvariant bisect Qwen/Qwen3-0.6B --invariance off"
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from rlinvariant import bits
 from rlinvariant.bisect.both_sides import record, score_rows
 from rlinvariant.bisect.record import Block, Place, Recorder, fp32
-from rlinvariant.bisect.trials import Trial, Tried, draw
+from rlinvariant.bisect.trials import Trial, Tried, begun, draw
 from rlinvariant.metrics import mismatches
 
 if TYPE_CHECKING:
@@ -85,7 +85,8 @@ def find_any(
 ) -> tuple[Result, Trial]:
     """Run `find` on each trial in turn until something differs; if nothing does, return the counts of all."""
     compared, tried = 0, []
-    for trial in trials:
+    for asked in trials:
+        trial = begun(engine, asked, engine.max_model_len - asked.max_tokens - 1)
         result = find(engine, model, trial, stock_trainer)
         tried += result.tried
         if result.mismatched:

@@ -1,4 +1,4 @@
-"""The requests that `bisect` draws, the plainest first, and how: from a cold cache, on a warm prefix, with preemption."""
+"""The requests that `bisect` draws, the plainest first, and how: cold, on a warm prefix, with preemption, in turns."""
 
 import random
 from collections.abc import Sequence
@@ -26,8 +26,9 @@ class Trial:
         rows: sequences that the trainer packs together.
         seed: decided the prompts and their seeds.
         way: "cold"; "warm": drawn a second time, on the prefixes that the first left in the cache; "preempted": half-way every
-            request loses its pages, and what they held is computed again.
+            request loses its pages, and what they held is computed again; "turn": on what earlier turns have decoded.
         hint: where to look if this trial differs and those before it do not.
+        opening: of a trial of later turns, its first turns, whose tokens its prompts go on from; else None.
     """
 
     prompts: list[list[int]]
@@ -38,6 +39,7 @@ class Trial:
     seed: int
     way: str = "cold"
     hint: str = ""
+    opening: "Trial | None" = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Tried:
         did = [f"{plural(trace.chunks, 'prefill')} cut"] if trace.chunks else []
         did += [f"drawn again, {plural(trace.cached_tokens, 'token')} from the cache"] if trial.way == "warm" else []
         did += [plural(trace.preemptions, "preemption")] if trial.way == "preempted" else []
+        did += [f"a second turn, {plural(trace.cached_tokens, 'token')} from the cache"] if trial.way == "turn" else []
         return cls(len(trial.prompts), max(map(len, trial.prompts)), ", ".join(did))
 
 
@@ -106,17 +109,35 @@ def all_trials(
     long = trial(min(2 * step // far + 2, crowd), far, 4, cut, shortest=-(-far // 2))
     again = replace(long, way="warm", hint="only on a warm prefix: look at what is read from the cache")
     preempted = replace(found[0], way="preempted", hint="only when preempted: look at what is computed again")
-    return [*found, long, again, preempted]
+    found += [long, again, preempted]
+    if (room := far - tokens) > 1:  # for the first turn's prompt, and for what is said between the two
+        left = "only in a later turn: look at what one turn has left in the cache for the next"
+        found.append(replace(trial(sequences, min(longest, room // 2), 5, left), way="turn"))
+    return found
+
+
+def begun(engine: "Sampler", trial: Trial, far: int) -> Trial:
+    """Return a trial whose prompts are whole: one of later turns draws the first ones, and random tokens are said to each.
+
+    Args:
+        far: most tokens of a prompt.
+    """
+    if trial.way != "turn":
+        return trial
+    rng, vocabulary = random.Random(trial.seed), max(max(p) for p in trial.prompts) + 1
+    drawn = [c.token_ids for c in drive(engine, _requests(trial)).completions if c is not None]
+    prompts = []
+    for prompt, ids in zip(trial.prompts, drawn, strict=True):
+        said = rng.randint(1, far - len(prompt) - len(ids))
+        prompts.append([*prompt, *ids, *(rng.randrange(vocabulary) for _ in range(said))])
+    return replace(trial, prompts=prompts, seeds=[rng.getrandbits(62) for _ in prompts], opening=trial)
 
 
 def draw(engine: "Sampler", trial: Trial) -> tuple[Trace, list[Completion]]:
     """Draw as the trial says; where that is twice, the trace is the second draw's."""
-    requests = [
-        Request(tuple(p), s, trial.temperature, trial.max_tokens, ignore_eos=True)
-        for p, s in zip(trial.prompts, trial.seeds, strict=True)
-    ]
-    if trial.way == "warm":
-        drive(engine, requests)
+    requests = _requests(trial)
+    if trial.way == "warm" or trial.opening is not None:
+        drive(engine, _requests(trial.opening or trial))
     step_tokens = engine.llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens
     prefill_steps = -(-sum(map(len, trial.prompts)) // step_tokens)
     half = prefill_steps + (trial.max_tokens - 1) // 2
@@ -124,5 +145,12 @@ def draw(engine: "Sampler", trial: Trial) -> tuple[Trace, list[Completion]]:
     def preempt(step: int) -> bool:
         return trial.way == "preempted" and step == half
 
-    trace = drive(engine, requests, cold=trial.way != "warm", preempt=preempt)
+    trace = drive(engine, requests, cold=trial.way not in ("warm", "turn"), preempt=preempt)
     return trace, [c for c in trace.completions if c is not None]
+
+
+def _requests(trial: Trial) -> list[Request]:
+    return [
+        Request(tuple(p), s, trial.temperature, trial.max_tokens, ignore_eos=True)
+        for p, s in zip(trial.prompts, trial.seeds, strict=True)
+    ]

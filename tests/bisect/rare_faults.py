@@ -47,6 +47,25 @@ def warm_prefix(pair):
     return shifted_when(pair, lambda m: not cold[0], lambda cold=True, preempt=None, now=cold: now.__setitem__(0, cold))
 
 
+def a_later_turn(pair):
+    """Attend wrongly where prompts are drawn on a warm cache that others have left."""
+    before, wrong = [None], [False]
+
+    @contextlib.contextmanager
+    def listening():
+        drive = trials.drive
+
+        def heard(engine, requests, *, cold=True, **how):
+            prompts = [request.prompt for request in requests]
+            wrong[0], before[0] = not cold and prompts != before[0], prompts
+            return drive(engine, requests, cold=cold, **how)
+
+        with shifted_when(pair, lambda m: wrong[0]), replaced(trials, "drive", heard):
+            yield
+
+    return listening()
+
+
 @contextlib.contextmanager
 def a_key_computed_again(pair):
     """Write one wrong key of each token to the cache after a preemption, until the next batch."""

@@ -26,11 +26,12 @@ def test_the_command(pair, tmp_path, monkeypatch, capsys):
     few = ["--random", "--tokens", "4", "--sequences", "5"]
     assert commands.run("bisect", str(tmp_path), *few, "--chunk", "64", "--seed", "2") == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "nothing to bisect: 0 of 328 tokens differ (temperature 0.7)" in said
+    assert "nothing to bisect: 0 of 348 tokens differ (temperature 0.7)" in said
     in_words = (
         r"5 prompts of up to 48 tokens .*; 1 of up to 1; 3 of up to 48 .*; 64 of up to 1; "
         r"2 of up to 129 \([1-9] prefills? cut\); 2 of up to 129 \(.*drawn again, [1-9]\d+ tokens from the cache\); "
-        r"5 of up to 48 \(.*[1-5] preemptions?\) exit code 0"
+        r"5 of up to 48 \(.*[1-5] preemptions?\); "
+        r"5 of up to \d+ \(.*a second turn, \d+ tokens from the cache\) exit code 0"
     )
     assert re.search(in_words, said), said
     with_fault = Pair("", made[0][1], made[0][0])

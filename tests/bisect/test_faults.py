@@ -31,7 +31,7 @@ from tests.bisect.faults import (
     windowed,
 )
 from tests.bisect.pairs import LONGEST_REQUEST, STEP_TOKENS, VOCABULARY, changed
-from tests.bisect.rare_faults import a_key_computed_again, prefill_that_goes_on, rows_of_the_crowd, warm_prefix
+from tests.bisect.rare_faults import a_key_computed_again, a_later_turn, prefill_that_goes_on, rows_of_the_crowd, warm_prefix
 
 FAULTS = [  # fault, layer, role, side that deviates or None, what the cause must say
     (ulp_in_up, 1, "up projection", None, "a weight of other bits.*gate_up_proj"),
@@ -85,6 +85,7 @@ RARE = [  # fault, trials until it shows, what the first difference is, what the
     (prefill_that_goes_on, 5, "attention", "only with long prompts, which are cut: look at what the rest of one reads"),
     (warm_prefix, 6, "attention", "only on a warm prefix: look at what is read from the cache"),
     (a_key_computed_again, 7, "attention", "only when preempted: look at what is computed again"),
+    (a_later_turn, 8, "attention", "only in a later turn: look at what one turn has left in the cache for the next"),
 ]
 
 

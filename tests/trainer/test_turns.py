@@ -1,5 +1,6 @@
 """Rollouts of several turns, through TRL's loop: every sampled token of every turn has the sampler's bits in the trainer."""
 
+import ast
 import json
 import math
 import os
@@ -11,12 +12,13 @@ import torch
 
 from rlinvariant.config import PPOConfig
 from rlinvariant.rollout import Completion, request_seed
+from rlinvariant.trainer import turns as turns_module
 from rlinvariant.trainer.drawing import DrawingTrainer
 from rlinvariant.trainer.turns import Turns
 from tests import forks
 from tests.parity.device import cpu_only
-from tests.parity.harness import assert_exact, assert_stops, critic_weights
-from tests.trainer.tool_model import tool_trainer
+from tests.parity.harness import assert_exact, assert_same_weights, assert_stops, critic_weights, weights
+from tests.trainer.tool_model import questions, tool_trainer
 
 
 @pytest.fixture
@@ -157,3 +159,52 @@ def test_ranks_take_as_many_turns_as_their_samples(arithmetic_dir, tmp_path):
         assert len(set(seeds)) == len(seeds)
     for row in ranks[0]["rows"]:
         assert row["onpolicy/mismatched_tokens"] == 0 == row["onpolicy/unscored_tokens"] < row["onpolicy/compared_tokens"]
+
+
+ALLOWED = {  # where the mask of all tokens is meant: what a row costs, which rows TRL has masked, which tokens a model reads
+    "turns.py": {"sampled_mask"},
+    "microbatches.py": {"lengths", "_rows_of"},
+    "grpo.py": {"_compare_masked"},
+    "ppo.py": {"_values"},
+}
+
+
+def masks_read(source: str) -> set[str]:
+    """The functions in which a batch's "completion_mask", or all of its masks by name, are read."""
+    tree, found = ast.parse(source), set()
+    for function in ast.walk(tree):
+        if isinstance(function, ast.FunctionDef):
+            texts = [ast.unparse(node) for node in ast.walk(function) if isinstance(node, ast.Subscript)]
+            if any("'completion_mask'" in text or "completion_{what}" in text for text in texts):
+                found.add(function.name)
+    return found
+
+
+def test_nobody_takes_all_tokens_for_the_sampled_ones():
+    """Every use of `completion_mask` alone is one that means a tool's tokens too; all others ask `sampled_mask`."""
+    files = {file.name: masks_read(file.read_text()) for file in Path(turns_module.__file__).parent.glob("*.py")}
+    assert {name: found for name, found in files.items() if found} == ALLOWED
+    assert masks_read("def f(x):\n    return x['completion_mask'].sum()") == {"f"}, "blind"
+
+
+def test_evaluation_calls_tools(new):
+    """TRL's evaluation draws turns with seeds of its own, and its numbers are of sampled tokens."""
+    seen = []
+    run = new(eval_dataset=questions(4), eval_strategy="steps", eval_steps=1, max_steps=1, on_evaluation=seen.append)
+    run.trainer.train()
+    assert_exact(run, 100)
+    (row,) = seen
+    assert row["eval_tools/call_frequency"] > 0 and row["eval_completions/mean_length"] < 80 and math.isfinite(row["eval_loss"])
+
+
+def test_a_run_goes_on_in_the_midst_of_a_rollout_of_turns(new, tmp_path):
+    """The checkpoint holds tokens and masks of the rollout in progress; the weights are those of a run that did not stop."""
+    half = {"steps_per_generation": 2, "gradient_accumulation_steps": 1, "per_device_train_batch_size": 8}
+    settings = half | {"max_steps": 4, "save_strategy": "steps", "save_steps": 1, "save_total_limit": None}
+    straight = new(**settings)
+    straight.trainer.train()
+    assert_exact(straight, 200)
+    again = new(**settings)
+    again.trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert_exact(again, 100)
+    assert_same_weights(weights(straight), weights(again), "resumed")
