@@ -44,7 +44,7 @@ class Data(BaseData):
 def check(config: Config) -> list[str]:
     """List what is wrong with `data.*`, one line each. Reads no row."""
     data, found = config.data, []
-    if not config.reward:
+    if not config.reward and config.environment is None:
         found.append("reward: missing; write reward=FILE.py:FUNCTION, or recipe=NAME, which has one")
     if data.path is None:
         found.append(f"data.path: missing; {EXPECTED}, or recipe=NAME, which has data")

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from rlinvariant.errors import ConfigErrors, ParityError, UserError
     from rlinvariant.models import UnsupportedModel, make_invariant
     from rlinvariant.sampler.engine import Sampler
+    from rlinvariant.tools.plain import plain_tools
     from rlinvariant.trainer import InvariantGRPOTrainer, InvariantPPOTrainer
     from rlinvariant.trainer.fields import GRPOConfig
     from rlinvariant.verification.verify import verify
@@ -28,6 +29,7 @@ __all__ = [
     "UserError",
     "grpo_trainer",
     "make_invariant",
+    "plain_tools",
     "ppo_trainer",
     "verify",
 ]
@@ -39,6 +41,7 @@ _HOMES = {
     "GRPOConfig": "trainer.fields",
     "PPOConfig": "config",
     "Sampler": "sampler.engine",
+    "plain_tools": "tools.plain",
     "verify": "verification.verify",
 }
 

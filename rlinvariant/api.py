@@ -20,12 +20,14 @@ from rlinvariant.report.rundir import RunDir
 from rlinvariant.rewards import RewardLimits, reward_problems
 from rlinvariant.script import ScriptRun, run_config
 from rlinvariant.support import device_problems
+from rlinvariant.tools import ToolLimits
 from rlinvariant.trainer.fields import GRPOConfig, script_problems, settled
 from rlinvariant.trainer.grpo import InvariantGRPOTrainer
 from rlinvariant.trainer.interface import RewardFunction, ScriptOptions
 from rlinvariant.trainer.ppo import InvariantPPOTrainer
-from rlinvariant.trainer.preflight import check_start, load_tokenizer
+from rlinvariant.trainer.preflight import Tooling, check_start, load_tokenizer
 from rlinvariant.trainer.refusals import settings_problems
+from rlinvariant.types import EnvironmentFactory, RolloutCall, ToolCall
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -55,8 +57,8 @@ class GRPOTrainer(InvariantGRPOTrainer):
         save_dtype: of the weights that `save_model` and `push_to_hub` write: "model" as they came, "bfloat16", "float16" or
             "float32". Checkpoints keep the fp32 parameters, from which training goes on.
         options: further arguments of `InvariantGRPOTrainer`: staleness, tokens_per_microbatch, recompute, reward_timeout,
-            reward_cage, reward_errors, on_row, on_evaluation, on_samples, on_rollout. Without `run` and `on_row`, each step
-            prints its line.
+            reward_cage, reward_errors, tool_timeout, tool_cage, tool_errors, on_row, on_evaluation, on_samples, on_rollout.
+            Without `run` and `on_row`, each step prints its line.
 
     The trainer is ready for `train`; `proof` says what was compared, or which certificate was found.
 
@@ -85,9 +87,9 @@ class GRPOTrainer(InvariantGRPOTrainer):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         quantization_config: object = None,
         peft_config: object = None,
-        tools: object = None,
-        rollout_func: object = None,
-        environment_factory: object = None,
+        tools: list[ToolCall] | None = None,
+        rollout_func: RolloutCall | None = None,
+        environment_factory: EnvironmentFactory | dict[str, EnvironmentFactory] | None = None,
         *,
         run: str | None = None,
         resume: bool | str = False,
@@ -247,8 +249,10 @@ def _checked(
     if ready is not None and run is not None:
         rows = len(train_dataset) if train_dataset is not None else 0
         limits, staleness = RewardLimits.taken(dict(options)), options.get("staleness", 0)
+        tool_limits = ToolLimits.taken(dict(options))
         tokens = options.get("tokens_per_microbatch")
-        config = run_config(run, resume, ready, rows, limits, staleness, tokens, to_wandb, _adapter(model, options))
+        adapter = _adapter(model, options)
+        config = run_config(run, resume, ready, rows, limits, tool_limits, staleness, tokens, to_wandb, adapter)
         script_run = ScriptRun(config, ready, console)
         problems += script_run.problems()
     if problems:
@@ -283,5 +287,5 @@ def _look(
     published = Path(ready.args.output_dir or "", "model") if ready.args.push_to_hub else None
     if run is not None:
         published = RunDir(RUNS / run).model
-    parts = (tokenizer, reward_funcs, train_dataset, options.get("eval_dataset"))
+    parts = (tokenizer, reward_funcs, train_dataset, options.get("eval_dataset"), Tooling.of(options))
     return check_start(ready.start(*parts, published=published, tokens_per_microbatch=options.get("tokens_per_microbatch")))

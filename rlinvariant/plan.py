@@ -14,6 +14,7 @@ from rlinvariant.errors import ConfigErrors
 from rlinvariant.launch import main_process_fetches
 from rlinvariant.report.console import Console
 from rlinvariant.rewards import RewardLimits
+from rlinvariant.tools import ToolLimits
 from rlinvariant.types import JsonRow
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from rlinvariant.sampler.engine import Sampler
     from rlinvariant.trainer.grpo import InvariantGRPOTrainer
     from rlinvariant.trainer.interface import RewardFunction, TrainerOptions
-    from rlinvariant.trainer.preflight import Start
+    from rlinvariant.trainer.preflight import Start, Tooling
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class TrainerPlan:
         rewards: object,
         train: Dataset | None,
         evaluation: Dataset | dict[str, Dataset] | None,
+        tooling: Tooling,
         *,
         published: Path | None,
         tokens_per_microbatch: int | None,
@@ -75,6 +77,7 @@ class TrainerPlan:
             prefix=prefix,
             published=published,
             tokens_per_microbatch=tokens_per_microbatch,
+            tooling=tooling,
         )
 
 
@@ -161,7 +164,10 @@ def arguments(
             model = load(AutoModelForCausalLM, model, dtype=dtype, **settings)
     if adapter is not None:
         model = lora.applied(model, adapter, plan.args.seed)
-    Console(plan.args.process_index == 0).print(str(RewardLimits.taken({**options})))
+    console = Console(plan.args.process_index == 0)
+    console.print(str(RewardLimits.taken({**options})))
+    if options.get("tools") or options.get("environment_factory"):
+        console.print(str(ToolLimits.taken({**options})))
     invariant = SIDES[plan.invariance][0]
     positions = getattr(plan.source_config.get_text_config(), "max_position_embeddings", None)  # a stock engine needs none
     engine: Callable[[], Sampler] = lambda: Sampler(  # noqa: E731

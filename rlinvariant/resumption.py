@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from rlinvariant import checkpoints
 from rlinvariant.checkpoints import Checkpoint
 from rlinvariant.config import Config
-from rlinvariant.config.reward import named_reward
 from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.report.rundir import RunDir, read_metrics
 from rlinvariant.types import JsonObject
@@ -17,7 +16,7 @@ from rlinvariant.types import JsonObject
 if TYPE_CHECKING:
     from datasets import Dataset
 
-FREE = ("steps", "save_minutes", "save_dtype", "completions_gib", "reward_timeout", "wandb.")
+FREE = ("steps", "save_minutes", "save_dtype", "completions_gib", "reward_timeout", "tool_timeout", "wandb.")
 """Settings, or their beginnings, that decide no bit of what is trained."""
 FREE_OF_TRAINER = (
     "save_",
@@ -55,9 +54,9 @@ class Resumption:
 
 
 def settings(config: Config) -> JsonObject:
-    """Return every setting's value, as JSON gives it back, and the SHA-256 of the files of rewards that the user names."""
+    """Return every setting's value, as JSON gives it back, and the SHA-256 of the files of what the user names."""
     found = {key: entry["value"] for key, entry in config.resolved().items()}
-    files = {f"file of reward {name}, sha256": named_reward(name).digest[:16] for name in config.reward}
+    files = {f"file of {what} {name}, sha256": found.digest[:16] for what, name, found in config.named()}
     return json.loads(json.dumps(found | files))
 
 

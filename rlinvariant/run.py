@@ -20,6 +20,7 @@ from rlinvariant.report.console import Console
 from rlinvariant.report.rundir import RunDir
 from rlinvariant.resumption import Resumption, dataset_digest, find, require_same_data
 from rlinvariant.stopping import after_a_step
+from rlinvariant.tools.plain import plain_tools
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
     from rlinvariant.trainer.grpo import InvariantGRPOTrainer
     from rlinvariant.trainer.interface import SamplerOptions
+    from rlinvariant.trainer.preflight import Tooling
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Plan:
     args: "GRPOConfig"
     tokenizer: "PreTrainedTokenizerBase"
     rewards: list[Any]
+    tooling: "Tooling"
     train_dataset: "Dataset"
     eval_dataset: "Dataset | None"
     trainer: TrainerPlan
@@ -129,21 +132,24 @@ def plan(config: Config) -> Plan:
     model = local_model(model)
     with console.stage("loading transformers, TRL and vLLM"):
         from rlinvariant.sampler import engine  # noqa: F401
-        from rlinvariant.trainer.preflight import check_start, load_tokenizer
+        from rlinvariant.trainer.preflight import Tooling, check_start, load_tokenizer
     options, ppo = sampler_options(config), config.ppo if config.algorithm == "ppo" else None
     trainer = plan_trainer(model, args, ppo, config.invariance, config.dtype, model, options, config.save_dtype)
+    tooling = Tooling(config.tool_funcs(), config.environment_factory(), config.tool_limits)
     tokenizer = load_tokenizer(model, trainer.config)
+    if tooling and config.tool_format == "plain":
+        tokenizer = plain_tools(tokenizer)
     train_dataset, eval_dataset = recipe.datasets(config, tokenizer)
     rewards = config.reward_funcs()
     published, tokens = RunDir(config.run_dir).model, config.trainer.tokens_per_microbatch
-    parts = (tokenizer, rewards, train_dataset, eval_dataset)
+    parts = (tokenizer, rewards, train_dataset, eval_dataset, tooling)
     start = trainer.start(*parts, published=published, tokens_per_microbatch=tokens, prefix="trainer.")
     for note in check_start(start):
         console.print(f"note: {note}")
     data = dataset_digest(train_dataset)
     resumption = require_same_data(resumption, data, config)
     journal = Journal(config, model, options, console, args.process_index == 0, data, resumption)
-    return Plan(config, args, tokenizer, rewards, train_dataset, eval_dataset, trainer, console, journal, resumption)
+    return Plan(config, args, tokenizer, rewards, tooling, train_dataset, eval_dataset, trainer, console, journal, resumption)
 
 
 def build(planned: Plan) -> "InvariantGRPOTrainer":
@@ -160,7 +166,10 @@ def build(planned: Plan) -> "InvariantGRPOTrainer":
             tokens_per_microbatch=config.trainer.tokens_per_microbatch,
             recompute=config.recompute,
             peft_config=config.lora.peft_config(),
+            tools=list(planned.tooling.tools) or None,
+            environment_factory=planned.tooling.environment,
             **asdict(config.reward_limits),
+            **asdict(config.tool_limits),
             on_row=journal.on_row,
             on_evaluation=journal.on_evaluation,
             on_samples=journal.on_samples,

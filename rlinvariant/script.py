@@ -25,6 +25,7 @@ from rlinvariant.report.console import Console
 from rlinvariant.resumption import dataset_digest, find, require_same_data
 from rlinvariant.rewards import RewardLimits
 from rlinvariant.run import carry_out, directory, train_on
+from rlinvariant.tools import ToolLimits
 from rlinvariant.types import Untyped
 
 if TYPE_CHECKING:
@@ -139,6 +140,7 @@ def run_config(
     plan: TrainerPlan,
     rows: int,
     limits: RewardLimits,
+    tool_limits: ToolLimits,
     staleness: int,
     tokens_per_microbatch: int | None,
     to_wandb: bool,
@@ -151,6 +153,7 @@ def run_config(
         plan: the trainer's.
         rows: of the training data.
         limits: how reward functions are called.
+        tool_limits: how tools are called.
         staleness, tokens_per_microbatch: as for the trainer.
         to_wandb: whether W&B gets the run.
         adapter: a `peft.LoraConfig`; None: all weights are trained.
@@ -173,6 +176,9 @@ def run_config(
         reward_timeout=limits.reward_timeout,
         reward_cage=limits.reward_cage,
         reward_errors=limits.reward_errors,
+        tool_timeout=tool_limits.tool_timeout,
+        tool_cage=tool_limits.tool_cage,
+        tool_errors=tool_limits.tool_errors,
         steps=steps_of(args, rows),
         seed=args.seed,
         run=run,

@@ -18,5 +18,9 @@ RewardArguments: TypeAlias = Mapping[str, Any]
 # TRL calls a `rollout_func` with prompts, texts or conversations, and the trainer; it returns a dict of lists.
 RolloutCall: TypeAlias = Callable[[list[Any], Any], dict[str, Any]]
 
+# TRL calls a tool by keyword, with what the model wrote; an environment is whatever the user's class is.
+ToolCall: TypeAlias = Callable[..., Any]
+EnvironmentFactory: TypeAlias = Callable[[], Any]
+
 # vLLM, `from_pretrained`, argparse's namespaces and W&B's workspaces have no types, or not those of what they make.
 Untyped: TypeAlias = Any

@@ -21,6 +21,7 @@ ROWS = (
     {"ops"},
     {"models", "metrics", "conflicts", "support", "launch"},
     {"rewards", "cache"},
+    {"tools"},
     {"model_source"},
     {"config"},
     {"sampler", "trainer"},

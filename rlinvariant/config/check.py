@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping
 
 from rlinvariant.arguments import given_by_user
+from rlinvariant.config.named import named_problems
 from rlinvariant.config.recipe import Recipe
-from rlinvariant.config.reward import named_reward_problems
 from rlinvariant.config.tree import Config
 from rlinvariant.conflicts import adapter_conflicts, conflicts, microbatch_problems, ppo_conflicts, truncation_problems
 from rlinvariant.errors import UserError
@@ -31,7 +31,7 @@ def check(config: Config, env: Mapping[str, str], recipe: Recipe | None = None) 
     processes, found = _processes(env)
     found += _check_numbers(config)
     found += config.reward_limits.problems()
-    found += named_reward_problems(config.reward)
+    found += named_problems("reward", config.reward) + _check_tools(config, recipe)
     found += _check_model(config, recipe)
     found += _check_batches(config, processes)
     if recipe is not None and recipe.check is not None:
@@ -216,3 +216,19 @@ def _check_model(config: Config, recipe: Recipe | None) -> list[str]:
         return []
     why = f"recipe {recipe.name} has none of its own" if config.recipe else "no recipe gives one"
     return [f"model: missing, {why}; write model=DIRECTORY or model=ORG/NAME"]
+
+
+def _check_tools(config: Config, recipe: Recipe | None) -> list[str]:
+    """Check what the user names as tools and as environment, and how they are called."""
+    found = named_problems("tools", config.tools) + config.tool_limits.problems()
+    found += [] if config.environment is None else named_problems("environment", [config.environment])
+    own = recipe is not None and (recipe.tools is not None or recipe.environment is not None)
+    if not (own or config.tools or config.environment):
+        keys = [key for key in config.sources if key.startswith("tool_") or key == "trainer.max_tool_calling_iterations"]
+        needed = "tools= or environment= beside it, or it does nothing; remove it"
+        found += [f"{key}: expected {needed}" for key in keys]
+    if config.environment is not None and config.reward_cage:
+        found.append(
+            f"reward_cage={config.reward_cage}: expected 0 with an environment, whose state is in the trainer's process"
+        )
+    return found

@@ -19,6 +19,7 @@ from rlinvariant.arguments import suggestion
 from rlinvariant.config.fields import ALIASES
 from rlinvariant.errors import UserError, one_line
 from rlinvariant.text import shown
+from rlinvariant.types import EnvironmentFactory, ToolCall
 
 if TYPE_CHECKING:
     from rlinvariant.config.tree import Config
@@ -43,6 +44,8 @@ class Recipe:
         reward_funcs: config -> reward functions, as TRL calls them.
         prepare_model: config -> directory of a model that the recipe makes itself; None: the user names one.
         check: config -> what is wrong with it, a line each, before anything is loaded.
+        tools: config -> functions that the model may call, as `trl.GRPOTrainer` takes them; None: there are none.
+        environment: config -> what makes an environment, as `trl.GRPOTrainer` takes it; None: there is none.
     """
 
     name: str
@@ -52,6 +55,8 @@ class Recipe:
     reward_funcs: Callable[..., Any]
     prepare_model: "Callable[[Config], str] | None" = None
     check: "Callable[[Config], list[str]] | None" = None
+    tools: "Callable[[Config], list[ToolCall]] | None" = None
+    environment: "Callable[[Config], EnvironmentFactory | None] | None" = None
 
 
 OWN_DATA = "_own"  # the file in recipes/ of what is trained without a recipe: data.path= and reward=
@@ -90,7 +95,7 @@ def _load(place: str, name: str) -> Recipe:
     def part(name: str, default: Any = None) -> Any:
         return next((getattr(module, name) for module in modules if hasattr(module, name)), default)
 
-    where, optional = f"recipe={name}", ("prepare_model", "check")
+    where, optional = f"recipe={name}", ("prepare_model", "check", "tools", "environment")
     if missing := [function for function in ("datasets", "reward_funcs") if not callable(part(function))]:
         raise UserError(f"{where}: does not define {' and '.join(missing)}; see recipes/arithmetic.py")
     if wrong := [function for function in optional if not (part(function) is None or callable(part(function)))]:
@@ -106,6 +111,8 @@ def _load(place: str, name: str) -> Recipe:
         reward_funcs=part("reward_funcs"),
         prepare_model=part("prepare_model"),
         check=part("check"),
+        tools=part("tools"),
+        environment=part("environment"),
     )
 
 

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import chz
 
 from rlinvariant.config.fields import TRAINER_OWN, TrainerConfig
+from rlinvariant.config.named import Named, named
 from rlinvariant.config.recipe import Data, Recipe, load_recipe
-from rlinvariant.config.reward import named_reward
 from rlinvariant.errors import UserError, one_line
 from rlinvariant.files import RUNS
 from rlinvariant.masking import masked
 from rlinvariant.rewards import RewardLimits
-from rlinvariant.types import Json, JsonObject, RewardCall, Untyped
+from rlinvariant.tools.limits import ToolLimits
+from rlinvariant.types import EnvironmentFactory, Json, JsonObject, RewardCall, ToolCall, Untyped
 
 if TYPE_CHECKING:
     from trl.trainer.grpo_config import GRPOConfig
@@ -121,6 +122,24 @@ class Config:
     reward_errors: Literal["stop", "zero", "none"] = chz.field(
         default="stop", doc="Where a reward function fails on a sample: end the run, give 0, or leave the sample out."
     )
+    tools: list[str] = chz.field(
+        default_factory=list,
+        doc="Tools that the model may call, FILE.py:FUNCTION or MODULE:FUNCTION, in place of the recipe's.",
+    )
+    environment: str | None = chz.field(
+        default=None,
+        doc="What makes an environment, FILE.py:CLASS or MODULE:CLASS, in place of the recipe's; its methods are tools.",
+    )
+    tool_format: Literal["template", "plain"] = chz.field(
+        default="template", doc="Form of a call: of the model's own chat template, or plain text, which any model can write."
+    )
+    tool_timeout: float = chz.field(default=60.0, doc="Seconds that a call of a tool or environment may take; 0: no limit.")
+    tool_cage: bool = chz.field(
+        default=False, doc="Whether each tool runs in a process of its own, so that a crash is survived; environments do not."
+    )
+    tool_errors: Literal["tell", "end", "stop"] = chz.field(
+        default="tell", doc="Where a tool fails: tell the model, end that completion, or end the run."
+    )
     steps: int = chz.field(default=100, doc="Optimizer steps.")
     seed: int = chz.field(default=0, doc="Seed of data order and sampling.")
     run: str = chz.field(default="", doc="Name under runs/; empty: recipe and time.")
@@ -159,6 +178,11 @@ class Config:
         return RewardLimits(self.reward_timeout, self.reward_cage, self.reward_errors)
 
     @property
+    def tool_limits(self) -> ToolLimits:
+        """Return what the run allows its tools and environments."""
+        return ToolLimits(self.tool_timeout, self.tool_cage, self.tool_errors)
+
+    @property
     def recompute(self) -> bool | None:
         """Return what was said of recomputing activations, by user or recipe; None: nothing, or the trainer is stock."""
         names = {"trainer.gradient_checkpointing", "trainer.activation_checkpointing"}  # the second since transformers 5.24
@@ -171,7 +195,25 @@ class Config:
 
     def reward_funcs(self) -> list[RewardCall]:
         """Return the reward functions that the user names, or the recipe's."""
-        return [named_reward(name).function for name in self.reward] or list(self.load_recipe().reward_funcs(self))
+        return [named("reward", name).value for name in self.reward] or list(self.load_recipe().reward_funcs(self))
+
+    def tool_funcs(self) -> list[ToolCall]:
+        """Return the tools that the user names, or the recipe's; none where there are none."""
+        made = self.load_recipe().tools
+        return [named("tools", name).value for name in self.tools] or (list(made(self)) if made is not None else [])
+
+    def environment_factory(self) -> EnvironmentFactory | None:
+        """Return what makes an environment, by the user's name for it or the recipe's own; None where there is none."""
+        made = self.load_recipe().environment
+        if self.environment is not None:
+            return named("environment", self.environment).value
+        return None if made is None else made(self)
+
+    def named(self) -> list[tuple[str, str, Named]]:
+        """Return what the user's settings name: what it is, its name, and what was imported."""
+        given = [("reward", name) for name in self.reward] + [("tools", name) for name in self.tools]
+        given += [] if self.environment is None else [("environment", self.environment)]
+        return [(key.removesuffix("s"), name, named(key, name)) for key, name in given]
 
     def grpo_config(self) -> "GRPOConfig":
         """Build TRL's own config. Touches the device and, under a launcher, starts the process group.

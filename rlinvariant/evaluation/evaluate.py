@@ -62,6 +62,10 @@ def evaluate(
     if held_out is None:
         raise UserError(_none_held_out(config))
     rewards = config.reward_funcs()
+    if config.tool_funcs() or config.environment_factory() is not None:
+        where = f"recipe={config.recipe}" if config.recipe else "tools= or environment="
+        fix = "a run's own number, held out before and after, has them: rlinvariant report RUN"
+        raise UserError(f"eval: {where}: has tools, and eval draws completions of one turn so far; {fix}")
     generation = load_generation(model, model_config)
     parts = (args, model, model_config, generation, tokenizer, rewards, None, held_out, config.sampler.max_model_len)
     start = Start(*parts, prefix="trainer.")

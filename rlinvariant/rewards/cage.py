@@ -18,7 +18,7 @@ import cloudpickle
 
 from rlinvariant.errors import UserError
 from rlinvariant.rewards.grades import Graded, raised
-from rlinvariant.rewards.limits import RewardLimits
+from rlinvariant.rewards.limits import Limits
 from rlinvariant.types import RewardArguments, RewardCall
 
 CODE = "import sys; from rlinvariant.rewards.keeper import main; main(int(sys.argv[1]), int(sys.argv[2]))"
@@ -32,13 +32,14 @@ class Cage:
         function: a reward function, plain or async.
         name: its name, for messages.
         limits: how many processes, and how long a call may take.
+        kind: what it is, for messages.
 
     Raises:
         UserError: the function cannot be sent to another process, or cannot be loaded there.
     """
 
-    def __init__(self, function: RewardCall, name: str, limits: RewardLimits) -> None:
-        self._name, self._limits = name, limits
+    def __init__(self, function: RewardCall, name: str, limits: Limits, kind: str = "reward function") -> None:
+        self._name, self._limits, self._kind = name, limits, kind
         self._lock = threading.Lock()
         self._close: Callable[[], object] | None = None
         try:
@@ -48,14 +49,14 @@ class Cage:
         self._start()
 
     def _refusal(self, problem: str) -> UserError:
-        fix = "define it in a file or without what it encloses, or use reward_cage=0"
-        return UserError(f"reward_cage={self._limits.reward_cage}: reward function {self._name}: {problem}; {fix}")
+        fix = f"define it in a file or without what it encloses, or use {self._limits.uncaged}"
+        return UserError(f"{self._limits.caged}: {self._kind} {self._name}: {problem}; {fix}")
 
     def _start(self) -> None:
         self._connection, theirs = multiprocessing.Pipe()
         paths = os.pathsep.join(path for path in sys.path if path)
         self._keeper = subprocess.Popen(
-            [sys.executable, "-c", CODE, str(theirs.fileno()), str(self._limits.reward_cage)],
+            [sys.executable, "-c", CODE, str(theirs.fileno()), str(self._limits.processes)],
             env=os.environ | {"PYTHONPATH": paths},
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
@@ -105,7 +106,7 @@ class Cage:
             problem = f"did not answer within {limit_s:g} s"
         except (EOFError, ConnectionError):
             problem = "was ended from outside"
-        raise UserError(f"reward function {self._name}: the process that keeps its cage {problem}")
+        raise UserError(f"{self._kind} {self._name}: the process that keeps its cage {problem}")
 
 
 def pickled(function: RewardCall) -> bytes:

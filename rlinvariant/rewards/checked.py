@@ -27,7 +27,10 @@ def reward_problems(rewards: object) -> list[str]:
 
 
 def checked_reward(
-    reward: Any, limits: RewardLimits = DEFAULTS, on_failures: Callable[[str, int], object] | None = None
+    reward: Any,
+    limits: RewardLimits = DEFAULTS,
+    on_failures: Callable[[str, int], object] | None = None,
+    called: str | None = None,
 ) -> Any:
     """Wrap a TRL reward function so that it ends in time, and a failure names the function, the step and the sample.
 
@@ -38,6 +41,7 @@ def checked_reward(
         reward: a reward function, a reward model, or its name.
         limits: the time limit, whether the function runs in processes of its own, and what a failure leads to.
         on_failures: called with a kind ("error", "timeout", "crash") and how many failures of it were survived.
+        called: its name; None: the function's own.
 
     Raises:
         ConfigErrors: it is none of these.
@@ -50,7 +54,7 @@ def checked_reward(
     if not inspect.isroutine(reward) and (isinstance(reward, str) or hasattr(reward, "forward")):
         return reward
     function: Callable[..., Any] = reward
-    name = printable(str(getattr(getattr(function, "func", function), "__name__", type(function).__name__)))
+    name = printable(str(called or getattr(getattr(function, "func", function), "__name__", type(function).__name__)))
     is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(reward).__call__)
     cage = Cage(function, name, limits) if limits.reward_cage else None
     dog = watchdog()

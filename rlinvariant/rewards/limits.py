@@ -2,11 +2,26 @@
 
 import math
 from dataclasses import dataclass, fields
-from typing import Literal, Self, TypeAlias
+from typing import Literal, Protocol, Self, TypeAlias
 
 from rlinvariant.types import JsonObject
 
 OnError: TypeAlias = Literal["stop", "zero", "none"]
+
+
+class Limits(Protocol):
+    """Describes what a cage and the watchdog read of the settings of reward functions, or of tools."""
+
+    @property
+    def limit_s(self) -> float | None: ...
+    @property
+    def processes(self) -> int: ...
+    @property
+    def caged(self) -> str: ...
+    @property
+    def uncaged(self) -> str: ...
+    def overdue(self, where: str) -> str: ...
+    def gone(self, where: str) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -32,6 +47,21 @@ class RewardLimits:
     def limit_s(self) -> float | None:
         """Return the limit of a call in seconds, or None."""
         return self.reward_timeout or None
+
+    @property
+    def processes(self) -> int:
+        """Return how many processes each function has; 0: none of its own."""
+        return self.reward_cage
+
+    @property
+    def caged(self) -> str:
+        """Return the setting of the cage, for messages."""
+        return f"reward_cage={self.reward_cage}"
+
+    @property
+    def uncaged(self) -> str:
+        """Return the setting that needs no cage."""
+        return "reward_cage=0"
 
     def problems(self) -> list[str]:
         """List what is wrong with the settings, one line each."""

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rlinvariant.rewards.limits import RewardLimits
+from rlinvariant.rewards.limits import Limits
 from rlinvariant.types import JsonObject
 
 SIGNAL = signal.SIGRTMIN + 5  # one that batch systems, launchers and libraries leave alone
@@ -28,7 +28,7 @@ HEARTBEAT_S = 30.0
 
 
 class OverdueReward(BaseException):
-    """Ends a reward function past its limit, from inside. It is no Exception, so that user code does not swallow it."""
+    """Ends a reward function or a tool past its limit, from inside. It is no Exception, which user code might swallow."""
 
 
 class Watchdog:
@@ -56,8 +56,8 @@ class Watchdog:
                 self._send(self._result)
 
     @contextmanager
-    def watching(self, line: str, limits: RewardLimits, later_s: float = 0.0) -> Iterator[None]:
-        """Watch a call of a reward function.
+    def watching(self, line: str, limits: Limits, later_s: float = 0.0) -> Iterator[None]:
+        """Watch a call of a reward function or a tool.
 
         Args:
             line: names function and step.
@@ -69,12 +69,12 @@ class Watchdog:
         """
         if not self._can_signal:
             self.listen()
-        call, began, limit_s = next(self._ids), time.monotonic(), None if limits.reward_cage else limits.limit_s
+        call, began, limit_s = next(self._ids), time.monotonic(), None if limits.processes else limits.limit_s
         signal_s = None if limit_s is None else limit_s + later_s
         message = {"begin": call, "line": line, "error": limits.overdue(line), "began": began, "limit_s": limits.limit_s}
         message |= {"signal_s": signal_s if self._can_signal else None, "heartbeat_s": HEARTBEAT_S}
         message |= {"kill_s": None if limit_s is None else limit_s + KILL_AFTER_S}
-        message |= {"gone": None if limits.reward_cage else limits.gone(line)}
+        message |= {"gone": None if limits.processes else limits.gone(line)}
         self._running[call] = (math.inf if signal_s is None else began + signal_s, limits.overdue(line))
         try:
             with self._lock:

@@ -28,12 +28,12 @@ from rlinvariant.errors import ParityError
 from rlinvariant.models import lora
 from rlinvariant.rollout import Batch, Completion, Rollout, Truncation, request_seed
 from rlinvariant.trainer import custom_rollouts
+from rlinvariant.trainer.episodes import EpisodesTrainer
 from rlinvariant.trainer.interface import OnRollout, SamplerLike
-from rlinvariant.trainer.measured import MeasuredTrainer
 from rlinvariant.trainer.turns import AttachedSampler, Turns
 
 
-class DrawingTrainer(MeasuredTrainer):
+class DrawingTrainer(EpisodesTrainer):
     """Draws rollouts, of one turn or of many, as the module says."""
 
     sampler: SamplerLike

@@ -29,8 +29,9 @@ def greedy_reward(trainer: InvariantGRPOTrainer, dataset: "Dataset") -> HeldOut:
     rows, rank, ranks = dataset.to_list(), trainer.accelerator.process_index, trainer.accelerator.num_processes
     share = -(-len(rows) // ranks)
     own = [rows[i % len(rows)] for i in range(rank * share, (rank + 1) * share)]  # the last ranks' are filled up
-    prompts: list[Any] = [row["prompt"] for row in own]
     with _greedy(trainer):
+        episodes = trainer._episodes
+        prompts: list[Any] = [row["prompt"] for row in own] if episodes is None else episodes.open(own)
         _, ids, _, completions, *_ = trainer._generate(prompts)
         rewards_NF = call_rewards(trainer, own, prompts, completions, ids)[: len(rows)]
     rewards = [reward for reward in weighted_sums(rewards_NF, trainer.reward_weights) if not math.isnan(reward)]

@@ -21,14 +21,21 @@ if TYPE_CHECKING:
     from rlinvariant.trainer.grpo import InvariantGRPOTrainer
 
 
-def checked_rewards(trainer: "InvariantGRPOTrainer", rewards: Any, limits: RewardLimits) -> list[Any]:
-    """Wrap reward functions for a trainer, which counts the failures that a training step has survived."""
+def checked_rewards(trainer: "InvariantGRPOTrainer", rewards: Any, limits: RewardLimits, name: str | None = None) -> list[Any]:
+    """Wrap reward functions for a trainer, which counts the failures that a training step has survived.
+
+    Args:
+        trainer: the trainer.
+        rewards: reward functions, models or names, one or a list.
+        limits: how they are called.
+        name: what they are called in messages; None: what their functions are called.
+    """
 
     def count(kind: str, failures: int) -> None:
         if trainer.model.training:
             trainer._record.failures[kind] += failures
 
-    return [checked_reward(reward, limits, count) for reward in (rewards if isinstance(rewards, list) else [rewards])]
+    return [checked_reward(reward, limits, count, name) for reward in (rewards if isinstance(rewards, list) else [rewards])]
 
 
 def weighted_sums(rewards_NF: Tensor, weights_F: Tensor) -> list[float]:

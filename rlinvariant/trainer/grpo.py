@@ -42,6 +42,7 @@ from rlinvariant.models import lora, make_invariant, make_trainable, require_exa
 from rlinvariant.rewards import RewardLimits
 from rlinvariant.rollout import Truncation
 from rlinvariant.trainer.drawing import DrawingTrainer
+from rlinvariant.trainer.episodes import Episodes
 from rlinvariant.trainer.grading import checked_rewards, different_names
 from rlinvariant.trainer.interface import (
     OnEvaluation,
@@ -53,7 +54,7 @@ from rlinvariant.trainer.interface import (
     TrainerArguments,
 )
 from rlinvariant.trainer.packing import pack
-from rlinvariant.trainer.preflight import Start, check_start, constructing, load_tokenizer
+from rlinvariant.trainer.preflight import Start, Tooling, check_start, constructing, load_tokenizer
 from rlinvariant.trainer.record import Pair
 from rlinvariant.trainer.refusals import settings_problems
 from rlinvariant.trainer.turns import sampled_mask
@@ -79,6 +80,7 @@ class InvariantGRPOTrainer(DrawingTrainer):
         recompute: whether a backward computes the activations of all layers again, or of none; None: of as many as memory
             needs, and of none where `args.gradient_checkpointing` is off. Changes no bit.
         reward_timeout, reward_cage, reward_errors: how reward functions are called; `rlinvariant.rewards.RewardLimits` says it.
+        tool_timeout, tool_cage, tool_errors: how tools are called; `rlinvariant.tools.ToolLimits` says it.
         on_row: called on the main process with the metrics of every optimizer step, and the first mismatch or None.
         on_samples: called on the main process, before `on_row`, with a row for each completion that the step drew;
             `trainer.samples` says what is in it. A step that uses an earlier rollout again draws none.
@@ -133,21 +135,23 @@ class InvariantGRPOTrainer(DrawingTrainer):
         self._on_row, self.on_evaluation = on_row, on_evaluation
         self._on_samples, self._on_rollout = on_samples, on_rollout
         others: Any = kwargs
-        limits = RewardLimits.taken(others)
+        limits, tooling = RewardLimits.taken(others), Tooling.taken(others)
         if not checked:
             own = {"staleness": staleness, "tokens_per_microbatch": tokens_per_microbatch, "recompute": recompute}
-            options = {**kwargs, **own, **asdict(limits)}
+            options = {**kwargs, **own, **asdict(limits), **tooling.given()}
             if problems := settings_problems(args, invariance, dtype, options, getattr(self, "ppo", None), model):
                 raise ConfigErrors(problems)
             name, ppo = model.config._name_or_path, getattr(self, "ppo", None)
             tokenizer = others["processing_class"] = kwargs.get("processing_class") or load_tokenizer(name, model.config)
             data = (reward_funcs, train_dataset, kwargs.get("eval_dataset"))
             parts = (args, name, model.config, model.generation_config, tokenizer, *data)
-            start = Start(*parts, models=1 if ppo is None else 2, tokens_per_microbatch=tokens_per_microbatch)
+            start = Start(*parts, models=1 if ppo is None else 2, tokens_per_microbatch=tokens_per_microbatch, tooling=tooling)
             for note in check_start(start):
                 warnings.warn(note, stacklevel=2)
         self._prepare_models(model, args, dtype, kwargs.get("processing_class"))
         rewards = checked_rewards(self, reward_funcs, limits)
+        self._episodes = Episodes(self, tooling, kwargs.get("processing_class")) if tooling else None
+        others |= {} if self._episodes is None else self._episodes.arguments()
         with constructing():
             super().__init__(model, rewards, self._trl_args(args), train_dataset, **others)
         if self.accelerator.distributed_type not in PROCESSES:
@@ -164,6 +168,8 @@ class InvariantGRPOTrainer(DrawingTrainer):
         self._versions = PolicyVersions(staleness)
         self._scoring_rollout = False
         self.reward_func_names = different_names(self.reward_func_names)
+        for index, name in list(enumerate(self.reward_func_names))[len(rewards) :]:  # of environments, which keep a state here
+            (self.reward_funcs[index],) = checked_rewards(self, self.reward_funcs[index], replace(limits, reward_cage=0), name)
         self._start_step()
 
     def _prepare_models(self, model: Any, args: GRPOConfig, dtype: torch.dtype, tokenizer: Any) -> None:

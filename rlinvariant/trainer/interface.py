@@ -13,6 +13,8 @@ from rlinvariant.conflicts import Invariance
 from rlinvariant.metrics import FirstMismatch
 from rlinvariant.rewards.limits import OnError
 from rlinvariant.rollout import Completion, Rollout
+from rlinvariant.tools.limits import OnToolError
+from rlinvariant.types import EnvironmentFactory, RolloutCall, ToolCall
 
 Row: TypeAlias = dict[str, float]
 """The metrics of one optimizer step, `step` among them."""
@@ -22,6 +24,7 @@ OnSamples: TypeAlias = Callable[[list[dict[str, Any]]], object]
 OnRollout: TypeAlias = Callable[[int, Rollout], object]
 RewardFunction: TypeAlias = str | PreTrainedModel | Callable[..., Any]
 """A reward as TRL takes it: a model or its name, or a function of completions, plain or async, with one number for each."""
+
 
 
 class SamplerLike(Protocol):
@@ -60,18 +63,21 @@ class TRLArguments(TypedDict, total=False):
     reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase] | None
     callbacks: list[TrainerCallback] | None
     optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None]
-    tools: list[Callable[..., Any]] | None
-    rollout_func: Callable[..., dict[str, Any]] | None
-    environment_factory: Callable[[], Any] | dict[str, Callable[[], Any]] | None
+    tools: list[ToolCall] | None
+    rollout_func: RolloutCall | None
+    environment_factory: EnvironmentFactory | dict[str, EnvironmentFactory] | None
     peft_config: object  # peft.LoraConfig, where both sides are exact
 
 
 class TrainerArguments(TRLArguments, total=False):
-    """Lists TRL's further arguments, and how reward functions are called: the fields of `rlinvariant.rewards.RewardLimits`."""
+    """Lists TRL's further arguments, and how rewards and tools are called: the fields of `RewardLimits` and `ToolLimits`."""
 
     reward_timeout: float
     reward_cage: int
     reward_errors: OnError
+    tool_timeout: float
+    tool_cage: bool
+    tool_errors: OnToolError
 
 
 class TrainerOptions(TrainerArguments, total=False):
@@ -114,6 +120,9 @@ class ScriptOptions(TypedDict, total=False):
     reward_timeout: float
     reward_cage: int
     reward_errors: OnError
+    tool_timeout: float
+    tool_cage: bool
+    tool_errors: OnToolError
     staleness: int
     tokens_per_microbatch: int | None
     recompute: bool | None

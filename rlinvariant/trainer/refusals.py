@@ -50,6 +50,10 @@ def settings_problems(
     found += truncation_problems(args, invariance, staleness, 0.0 if ppo is None else ppo.kl_coef)
     found += microbatch_problems(options.get("tokens_per_microbatch"), options.get("recompute"), args, invariance)
     found += RewardLimits.taken(dict(options)).problems()
+    if options.get("environment_factory") is not None and (cage := options.get("reward_cage", 0)):
+        found.append(
+            f"reward_cage={cage}: expected 0 with environment_factory: an environment's state is in the trainer's process"
+        )
     if args.use_vllm:
         found.append("use_vllm=True: expected False; the sampler is attached by rlinvariant")
     if options.get("rollout_func") and (given := [x for x in ("tools", "environment_factory") if options.get(x)]):

@@ -144,6 +144,8 @@ def new_trainer(path: str, engine: Any, output_dir: Path | str, *, invariance: s
         "tools",
         "environment_factory",
         "rollout_func",
+        "tool_errors",
+        "reward_cage",
         "processing_class",
     )
     owned = {key: changes.pop(key) for key in names if key in changes}

@@ -75,10 +75,10 @@ def test_rewards_are_functions_of_files_and_modules_and_their_files_are_compared
     ("argument", "line"),
     [
         ("reward=mine.py", "reward=mine.py: expected FILE.py:FUNCTION or MODULE:FUNCTION, such as my_rewards.py:right"),
-        ("reward=no.py:right", "reward=no.py:right: no such file; expected FILE.py:FUNCTION, the path of a Python file"),
+        ("reward=no.py:right", "reward=no.py:right: no such file; expected FILE.py:NAME, the path of a Python file"),
         ("reward=mine.py:rigth", "reward=mine.py:rigth: mine.py has no `rigth`; did you mean right?"),
         ("reward=mine.py:none", "reward=mine.py:none: expected a function, found int 3"),
-        ("reward=no_module:f", "reward=no_module:f: no module no_module here or installed; give FILE.py:FUNCTION"),
+        ("reward=no_module:f", "reward=no_module:f: no module no_module here or installed; give FILE.py:NAME"),
         ("reward=broken.py:f", "reward=broken.py:f: cannot be imported: ZeroDivisionError: division by zero ("),
         ("data.path=no.jsonl", "data.path=no.jsonl: no such file; expected a file (.jsonl, .json, .parquet, .csv), a directo"),
         ("data.path=empty.jsonl", "data.path=empty.jsonl: an empty file; give one with rows"),

@@ -11,9 +11,10 @@ from transformers import Trainer
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
-from rlinvariant.trainer import InvariantGRPOTrainer, InvariantPPOTrainer, checkpointed, drawing, finite
+from rlinvariant.trainer import InvariantGRPOTrainer, InvariantPPOTrainer, checkpointed, drawing, episodes, finite
 from rlinvariant.trainer.checkpointed import CheckpointedTrainer
 from rlinvariant.trainer.drawing import DrawingTrainer
+from rlinvariant.trainer.episodes import EpisodesTrainer
 from rlinvariant.trainer.finite import FiniteTrainer
 
 # Leading parameters of each method of GRPOTrainer that is overridden, in TRL's order: ours are called with these.
@@ -21,6 +22,7 @@ OVERRIDDEN = {
     "_generate": ["self", "prompts"],
     "_generate_single_turn": ["self", "prompt_ids", "images", "multimodal_fields", "num_generations"],
     "_tool_call_loop": ["self", "prompts", "prompt_ids", "completion_ids", "completions", "logprobs"],
+    "_get_tool_suffix_ids": ["self", "tool_messages"],
     "_generate_and_score_completions": ["self", "inputs"],
     "_get_per_token_logps_and_entropies": [
         "self",
@@ -80,7 +82,22 @@ READ = {
     "_logs": "self._logs",
     "_pending_metrics": "self._pending_metrics = defaultdict(list)",
     "_pending_extra_logs": "self._pending_extra_logs = defaultdict(list)",
+    "_standalone_tools": "self._standalone_tools = tools",
+    "_environment_pool": "self._environment_pool[name] = [instance]",
+    "environment_factories": "self.environment_factories = {None: environment_factory}",
+    "_multi_environment": "self._multi_environment = isinstance(environment_factory, dict)",
 }
+OF_TOOLS = (  # what `trainer.episodes` relies on: which calls go where, how a reset is called, what ends a sample
+    "sync_tool_dict = self._sync_tool_dicts[idx_with_tool]",
+    "if name in sync_tool_dict:",
+    "async_tool_dict = self._async_tool_dicts[idx_with_tool]",
+    "content = result if isinstance(result, list) else str(result)",
+    "suffix_ids = self._get_tool_suffix_ids(tool_messages)",
+    "len(pct) - len(prompt_ids[i]) > self.max_completion_length",
+    "pool.append(self.environment_factories[name]())",
+    'self._batch_environments = [x.get("environment") if self._multi_environment else None for x in inputs]',
+    "observation = environment.reset(**reset_kwargs)",
+)
 ENTROPY = (
     "self.get_high_entropy_mask(entropies, mask, 1 - self.top_entropy_quantile)",
     "apply_coef = self.entropy_coef if self._last_world_entropy <= self.args.entropy_target else 0.0",
@@ -146,7 +163,8 @@ def test_the_module_says_which_methods_are_overridden(kind):
 
 
 @pytest.mark.parametrize(
-    ("kind", "module"), [(CheckpointedTrainer, checkpointed), (FiniteTrainer, finite), (DrawingTrainer, drawing)]
+    ("kind", "module"),
+    [(CheckpointedTrainer, checkpointed), (FiniteTrainer, finite), (DrawingTrainer, drawing), (EpisodesTrainer, episodes)],
 )
 def test_the_modules_below_say_so_too(kind, module):
     overridden = {n for n, value in vars(kind).items() if hasattr(GRPOTrainer, n) and inspect.isfunction(value)}
@@ -179,6 +197,11 @@ def test_what_a_checkpoint_relies_on():
     assert source(Trainer._run_epoch).count("self._load_rng_state(resume_from_checkpoint)") == 2
     assert "torch.randperm(self.num_samples, generator=self.generator)" in source(RepeatSampler.__iter__)
     assert "self._step % generate_every == 0 or self._buffered_inputs is None" in source(GRPOTrainer._prepare_inputs)
+
+
+@pytest.mark.parametrize("piece", OF_TOOLS)
+def test_tools_are_called_as_the_guard_expects(piece):
+    assert piece in source(GRPOTrainer), f"GRPOTrainer no longer says {piece!r}"
 
 
 @pytest.mark.parametrize("name", READ)

@@ -1,7 +1,7 @@
 """Look once, before weights are loaded and the engine starts, at what can be known, and say it in one list."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,10 @@ from rlinvariant.trainer.preflight.tokens import (
     load_tokenizer,
     token_problems,
 )
+from rlinvariant.trainer.preflight.tools import Tooling, tooling_problems
 from rlinvariant.trainer.published import place_problems
 
-__all__ = ["Start", "check_data", "check_start", "constructing", "end_tokens", "load_generation", "load_tokenizer"]
+__all__ = ["Start", "Tooling", "check_data", "check_start", "constructing", "end_tokens", "load_generation", "load_tokenizer"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Start:
         prefix: what the user writes before the name of a field of `args`.
         published: the directory that gets the trained model; None: the run itself publishes none.
         tokens_per_microbatch: most tokens of a prompt and its completion that a backward takes; None: no such limit.
+        tooling: tools and environments.
     """
 
     args: Any
@@ -60,6 +62,7 @@ class Start:
     prefix: str = ""
     published: Path | None = None
     tokens_per_microbatch: int | None = None
+    tooling: Tooling = field(default_factory=Tooling)
 
     @property
     def vocabulary(self) -> int | None:
@@ -84,6 +87,7 @@ class Start:
             self.args.chat_template_kwargs or {},
             limit,
             self.prefix,
+            self.tooling.schemas() if self.tooling else None,
         )
 
 
@@ -112,8 +116,11 @@ def check_start(start: Start) -> list[str]:
 def check_data(start: Start, problems: Sequence[str] = ()) -> list[str]:
     """Look at rewards, tokenizer and every row once, as `check_start` does; `problems` are what is known already."""
     args, prefix = start.args, start.prefix
-    problems = [*problems, *reward_problems(start.rewards), *weight_problems(args, start.rewards, prefix)]
+    rows = start.train if start.train is not None else start.evaluation
+    wrong = tooling_problems(start.tooling, start.tokenizer, rows, start.rewards)
+    problems = [*problems, *wrong, *reward_problems(start.rewards), *weight_problems(args, start.rewards, prefix)]
     problems += token_problems(start.tokenizer, start.vocabulary, start.name)
+    start = replace(start, tooling=Tooling()) if wrong else start  # then rows are read without them
     of_a_rollout = args.generation_batch_size // (args.num_generations or 1)
     notes: list[str] = []
     held_out = start.evaluation if isinstance(start.evaluation, dict) else {"": start.evaluation}
@@ -125,7 +132,8 @@ def check_data(start: Start, problems: Sequence[str] = ()) -> list[str]:
             problems += wrong
             continue
         columns = ["prompt"] if args.remove_unused_columns else dataset.column_names
-        problems += signature_problems(start.rewards, columns, name)
+        given = columns if start.tooling.environment is None else [*columns, "environments"]
+        problems += signature_problems(start.rewards, given, name)
         needed = [column for column in needed_columns(start.rewards) if column in columns]
         wrong, said = row_problems(dataset, name, start.prompts, needed)
         problems, notes = problems + wrong, notes + said

@@ -1,6 +1,7 @@
 """Construct once, for a matrix of 8 x 8, what a run constructs later: optimizer, scheduler, reports, ...; and try the hub."""
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -61,7 +62,9 @@ def constructing() -> Iterator[None]:
         UserError: as it says.
     """
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "You are using '(rollout_func|environment_factory)'")  # an experiment of TRL's
+            yield
     except (ValueError, ImportError, NotImplementedError) as error:
         raise UserError(f"TRL cannot make the trainer: {one_line(error)}; change that setting") from error
 

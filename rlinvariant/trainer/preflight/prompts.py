@@ -32,6 +32,7 @@ class Prompts:
         template_kwargs: further arguments of the chat template.
         limit: what decides `longest`, in words.
         prefix: what the user writes before the name of a field of TRL's configuration.
+        tools: what the chat template is told of tools, as JSON schemas; None: there are none.
     """
 
     tokenizer: Any
@@ -41,11 +42,16 @@ class Prompts:
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     limit: str = "the model's positions"
     prefix: str = ""
+    tools: Sequence[Any] | None = None
 
     def read(self, prompt: object) -> tuple[str, str]:
         """Return the kind of a prompt, text or messages, and the text that is tokenized. Raises Unreadable."""
         if isinstance(prompt, str):
             _require_text("prompt", prompt)
+            if self.tools:
+                raise Unreadable(
+                    "text", "`prompt` is text, and tools need chat messages; write [{'role': 'user', 'content': ...}]"
+                )
             return "text", prompt
         if not isinstance(prompt, list):
             found = f"{type(prompt).__name__} {shown(prompt, 60)}"
@@ -77,7 +83,7 @@ class Prompts:
     def _template(self, messages: list[dict[str, Any]]) -> str:
         try:
             return self.tokenizer.apply_chat_template(
-                messages, tools=None, add_generation_prompt=True, tokenize=False, **self.template_kwargs
+                messages, tools=self.tools, add_generation_prompt=True, tokenize=False, **self.template_kwargs
             )
         except Exception as error:  # a template is code of others, which may raise anything
             cause, fix = (

@@ -1,0 +1,226 @@
+"""The guard of a call: a tool that fails, hangs or returns no text is text to the model, or the end, as the run says."""
+
+import asyncio
+import inspect
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+from rlinvariant.errors import UserError
+from rlinvariant.rewards.cage import Cage
+from rlinvariant.rewards.grades import Failure
+from rlinvariant.rewards.watchdog import OverdueReward, watchdog
+from rlinvariant.text import say, shown
+from rlinvariant.tools.limits import ToolLimits
+from rlinvariant.tools.results import Garbage, Images, as_text, error_text, require_plain
+from rlinvariant.types import ToolCall
+
+ASYNC_GRACE_S = 0.5  # by which an event loop that is alive ends a coroutine before the watchdog's signal
+FAILED = (Exception, SystemExit)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Says where a call stands: the optimizer step, from 1, the sample of the step over all ranks, and its turn, from 1."""
+
+    step: int
+    sample: int
+    turn: int
+
+    def __str__(self) -> str:
+        return f"step {self.step}, sample {self.sample}, turn {self.turn}"
+
+
+class ToolFailure(Exception):
+    """Carries the line that the model is told; TRL makes a message of it."""
+
+
+class Ended(str):
+    """Is the result of a call after which a sample has no more turns."""
+
+    def __str__(self) -> str:
+        return self  # TRL makes a message of str(result)
+
+
+class ToolBox(dict[str, ToolCall]):
+    """Maps a name to its guarded tool, and any other name to a function that tells the model which there are.
+
+    Args:
+        tools: by name.
+        awaited: names of tools that are coroutines, which TRL looks for elsewhere.
+    """
+
+    def __init__(self, tools: Mapping[str, ToolCall], awaited: Collection[str]) -> None:
+        super().__init__(tools)
+        self._awaited = awaited
+
+    def __contains__(self, name: object) -> bool:
+        return name not in self._awaited
+
+    def __missing__(self, name: str) -> ToolCall:
+        def unknown(**_: object) -> str:
+            raise ToolFailure(f"no tool {shown(name, 60)}; there are: {', '.join([*self, *self._awaited])}")
+
+        return unknown
+
+
+class CagedTool:
+    """Stands before a tool in a cage, which knows reward functions alone: the result is what it logs."""
+
+    def __init__(self, func: ToolCall) -> None:
+        self.func = func
+
+    def __call__(self, completions: Sequence[Mapping[str, Any]], log_extra: Callable[..., None], **_: object) -> list[float]:
+        returned = [self.func(**arguments) for arguments in completions]
+        log_extra("text", [as_text(asyncio.run(x) if inspect.iscoroutine(x) else x) for x in returned])
+        return [0.0] * len(completions)
+
+
+class Calls:
+    """Calls tools and environments as `limits` says.
+
+    Args:
+        limits: the settings.
+        special: the tokenizer's special tokens, as text.
+
+    Attributes:
+        error: what ends the run, where a call has failed so. Kept, not raised: TRL makes text of every exception, and all ranks
+            have to end alike.
+    """
+
+    def __init__(self, limits: ToolLimits, special: Sequence[str] = ()) -> None:
+        self._limits, self._special, self._cages = limits, special, dict[ToolCall, Cage]()
+        self._here = replace(limits, tool_cage=False)  # environments keep a state, in this process
+        self.error: UserError | None = None
+        watchdog().listen()
+
+    def cage(self, tools: Sequence[ToolCall]) -> None:
+        """Start a process for each tool, where they are to have one. Raises UserError where a tool cannot be sent there."""
+        if self._limits.tool_cage:
+            self._cages |= {tool: Cage(CagedTool(tool), tool.__name__, self._limits, "tool") for tool in tools}
+
+    def boxes(
+        self, tools: Sequence[ToolCall], methods: Sequence[ToolCall], place: Callable[[], Place]
+    ) -> tuple[ToolBox, dict[str, ToolCall]]:
+        """Return one sample's guarded tools by name, as TRL's loop looks them up: plain ones, and coroutines.
+
+        Args:
+            tools: functions of no environment.
+            methods: those of the sample's environment.
+            place: says where the sample stands.
+        """
+        plain, awaited = {}, {}
+        for tool in [*tools, *methods]:
+            if inspect.iscoroutinefunction(tool) and tool not in self._cages:
+                awaited[tool.__name__] = self._guarded_async(tool, place)
+            else:
+                plain[tool.__name__] = self._guarded(tool, place)
+        return ToolBox(plain, awaited), awaited
+
+    def _guarded(self, tool: ToolCall, place: Callable[[], Place]) -> ToolCall:
+        name = tool.__name__
+
+        def call(**arguments: Any) -> str:
+            if self.error is not None:
+                return Ended()
+            _require_fitting(tool, name, arguments)
+            where = f"tool {name}, {(at := place())}"
+            if (cage := self._cages.get(tool)) is not None:
+                return self._in_cage(cage, arguments, where, at)
+            try:
+                with watchdog().watching(where, self._here):
+                    return self._read(tool(**arguments))
+            except OverdueReward:
+                return self._failed(where, self._overdue, loud=True)
+            except Images as error:
+                return self._stop(f"{where}: {error}")
+            except FAILED as error:
+                return self._failed(where, error_text(error))
+
+        return call
+
+    def _guarded_async(self, tool: ToolCall, place: Callable[[], Place]) -> ToolCall:
+        name = tool.__name__
+
+        async def call(**arguments: Any) -> str:
+            if self.error is not None:
+                return Ended()
+            _require_fitting(tool, name, arguments)
+            where = f"tool {name}, {place()}"
+            try:
+                with watchdog().watching(where, self._here, ASYNC_GRACE_S):
+                    return self._read(await asyncio.wait_for(tool(**arguments), self._limits.limit_s))
+            except TimeoutError:
+                return self._failed(where, self._overdue, loud=True)
+            except Images as error:
+                return self._stop(f"{where}: {error}")
+            except FAILED as error:
+                return self._failed(where, error_text(error))
+
+        return call
+
+    def _in_cage(self, cage: Cage, arguments: Mapping[str, Any], where: str, place: Place) -> str:
+        state = SimpleNamespace(global_step=str(place))  # of which the cage makes the seed of a tool that draws at random
+        try:
+            graded = cage.grade({"completions": [arguments], "log_extra": True, "trainer_state": state})
+        except UserError as error:
+            return self._stop(f"{where}: {error}")
+        (grade,) = graded.grades
+        if not isinstance(grade, Failure):
+            try:
+                return self._read(graded.extras["text"][0])
+            except Garbage as error:
+                return self._failed(where, str(error))
+        if grade.kind == "timeout":
+            return self._failed(where, self._overdue, loud=True)
+        text = grade.text.removeprefix("raised ")
+        if text.startswith("Images: "):
+            return self._stop(f"{where}: {text.removeprefix('Images: ')}")
+        return self._failed(where, text.removeprefix("Garbage: "), loud=grade.kind == "crash")
+
+    def reset(self, environment: Any, reset: ToolCall, row: Mapping[str, Any], place: Place) -> str | None:
+        """Reset an environment, and return what it says to the model; None, too, where that failed, and `error` says how."""
+        where = f"environment {type(environment).__name__}, {place}, reset"
+        try:
+            with watchdog().watching(where, self._here):
+                returned = reset(**row)
+            return None if returned is None else self._read(returned)
+        except OverdueReward:
+            self._stop(self._here.overdue(where))
+        except FAILED as error:
+            self._stop(f"{where}: {error_text(error)}")
+        return None
+
+    def _read(self, returned: Any) -> str:
+        text = as_text(returned)
+        require_plain(text, self._special)
+        return text
+
+    @property
+    def _overdue(self) -> str:
+        return f"no answer within {self._limits.tool_timeout:g} s"
+
+    def _failed(self, where: str, text: str, loud: bool = False) -> str:
+        """Do what the run says of a failure: tell the model, by raising, or end the sample or the run, by what is returned."""
+        if self._limits.tool_errors == "stop":
+            return self._stop(f"{where}: {text}")
+        if loud:
+            say(f"{where}: {text} (tool_errors={self._limits.tool_errors})", error=True)
+        if self._limits.tool_errors == "end":
+            return Ended(text)
+        raise ToolFailure(text)
+
+    def _stop(self, line: str) -> str:
+        self.error = self.error or UserError(line)
+        return Ended()
+
+
+def _require_fitting(tool: ToolCall, name: str, arguments: Mapping[str, Any]) -> None:
+    """Refuse arguments that a tool does not take: that is the model's mistake, and always told to the model."""
+    try:
+        inspect.signature(tool).bind(**arguments)
+    except TypeError as error:
+        raise ToolFailure(f"{name}: {error}") from None
+    except ValueError:
+        pass  # of a builtin, nothing is known

@@ -1,0 +1,131 @@
+"""Tools and environments in a trainer: exact, begun from seeds, and ended with a line where they fail."""
+
+from typing import Any
+
+import pytest
+from datasets import Dataset
+
+from rlinvariant.errors import ConfigErrors, UserError
+from rlinvariant.trainer.evaluate import greedy_reward
+from tests.parity.harness import assert_exact
+from tests.trainer.tool_model import reversed_text, tool_trainer
+
+
+class Echo:
+    """Turns texts round, up to three times an episode; says the seed at the start."""
+
+    seeds: list[int] = []
+
+    def reset(self, seed: int, **_: object) -> str:
+        Echo.seeds.append(seed)
+        self.left = 3
+        return f" {seed % 1000}"
+
+    def reversed_text(self, text: str) -> str:
+        """Turn a text round.
+
+        Args:
+            text: what to turn round
+        """
+        if not self.left:
+            raise ValueError("over")
+        self.left -= 1
+        return text[::-1]
+
+    def get_reward(self) -> float:
+        return float(self.left)
+
+
+class Fails(Echo):
+    def reset(self, seed: int, **_: object) -> str:
+        if Echo.seeds:  # not at the trial before the first step
+            raise OSError("the world has ended")
+        return super().reset(seed)
+
+
+def fails(text: str) -> str:
+    """Turn a text round.
+
+    Args:
+        text: what to turn round
+    """
+    raise RuntimeError("no")
+
+
+fails.__name__ = "reversed_text"
+
+
+@pytest.fixture
+def new(arithmetic_dir, exact_engine, tmp_path):
+    """A trainer with tools; the rows of what it draws are in `samples`."""
+    Echo.seeds = []
+
+    def start(**changes: Any) -> Any:
+        samples: list[dict[str, Any]] = []
+        run: Any = tool_trainer(arithmetic_dir, exact_engine, tmp_path, on_samples=samples.extend, **changes)
+        run.samples = samples
+        Echo.seeds = []
+        return run
+
+    return start
+
+
+def test_an_environment_is_exact_and_begins_from_seeds(new):
+    run = new(tools=None, environment_factory=Echo)
+    run.trainer.train()
+    assert_exact(run, 200)
+    group, steps = run.trainer.num_generations, run.trainer.state.global_step
+    of_groups = [Echo.seeds[i : i + group] for i in range(0, len(Echo.seeds), group)]
+    assert all(len(set(seeds)) == 1 for seeds in of_groups), "the samples of a group meet one episode"
+    assert len({seeds[0] for seeds in of_groups}) == len(of_groups) >= 2 * steps, "no two groups do"
+    assert any("over" in text for row in run.samples for text in row["tool_results"])
+    assert {name for row in run.samples for name in row["rewards"]} == {"talkative", "Echo"}
+    first = list(Echo.seeds)
+    again = new(tools=None, environment_factory=Echo)
+    again.trainer.train()
+    assert Echo.seeds == first
+    other = new(tools=None, environment_factory=Echo, seed=run.trainer.args.seed + 1)
+    other.trainer.train()
+    assert not set(Echo.seeds) & set(first)
+
+
+def test_held_out_rows_are_played_and_leave_no_trace(new):
+    run = new(tools=None, environment_factory=Echo)
+    rows = Dataset.from_list([{"prompt": [{"role": "user", "content": str(i)}]} for i in range(5)])
+    before = greedy_reward(run.trainer, rows)
+    seeds, Echo.seeds = Echo.seeds, []
+    assert greedy_reward(run.trainer, rows) == before and Echo.seeds == seeds and len(set(seeds)) == 5
+
+
+@pytest.mark.parametrize("errors", ["tell", "end"])
+def test_a_tool_that_fails_is_told_or_ends_the_sample(new, errors):
+    run = new(tools=[fails], tool_errors=errors)
+    run.trainer.train()
+    assert_exact(run, 100)
+    told = [text for row in run.samples for text in row["tool_results"]]
+    assert (errors == "tell") == any("RuntimeError: no" in text for text in told)
+    assert errors == "tell" or not told
+
+
+def test_a_tool_that_fails_stops_the_run(new):
+    run = new(tools=[fails], tool_errors="stop")
+    with pytest.raises(UserError, match=r"tool reversed_text, step 1, sample \d+, turn 1: RuntimeError: no"):
+        run.trainer.train()
+
+
+def test_a_reset_that_fails_stops_the_run(new):
+    run = new(tools=None, environment_factory=Fails)
+    Echo.seeds = [0]
+    with pytest.raises(UserError, match=r"environment Fails, step 1, sample 0, turn 1, reset: OSError: the world has ended"):
+        run.trainer.train()
+
+
+def test_what_cannot_work_is_said_before_the_first_step(new):
+    with pytest.raises(ConfigErrors) as raised:
+        new(tools=[reversed_text, reversed_text], train_dataset=Dataset.from_list([{"prompt": "text"}] * 8))
+    lines = str(raised.value)
+    assert "two tools are called reversed_text" in lines
+    with pytest.raises(ConfigErrors, match="is text, and tools need chat messages"):
+        new(train_dataset=Dataset.from_list([{"prompt": "text"}] * 8))
+    with pytest.raises(ConfigErrors, match="reward_cage=1: expected 0 with environment_factory"):
+        new(tools=None, environment_factory=Echo, reward_cage=1)
