@@ -22,17 +22,18 @@ def words(text: str) -> frozenset[str]:
 # A function's docstring begins with one of these, in the imperative: "Return the rows ..."
 IMPERATIVES = words(
     """
-    Add Allow Announce Answer Append Apply Ask Assert Attend Average Await Bind Buffer Build Cache Call Cast Check Choose Clean
-    Clear Close Collect Commit Compare Compile Complete Compute Connect Convert Copy Count Create Cut Decide Decode Delete
-    Derive Describe Detect Disable Discard Do Draw Drop Enable Encode End Enter Escape Estimate Expect Explain Extend Fail Fetch
-    Fill Find Flatten Flush Forget Format Gather Give Go Grade Guard Hand Handle Hash Have Hide Hold Hook Ignore Import Insert
-    Install Iterate Join Keep Kill Lay Leave Let Limit Link List Load Lock Log Look Make Map Mark Mask Match Measure Mend Merge
-    Mix Move Multiply Name Normalise Note Notice Offer Open Order Pack Pad Parse Pass Patch Pick Pickle Plan Prepare Press
-    Prevent Print Pull Push Put Query Queue Raise Reach Read Rebuild Receive Record Redirect Reduce Refuse Register Reject
-    Release Remove Rename Render Repeat Replace Replay Report Require Reset Resolve Respond Restore Resume Retry Return Reuse
-    Rotate Round Run Sample Save Say Scale Score Search See Seed Select Send Serve Set Shift Show Silence Sleep Sort Split
-    Spread Start State Step Stop Store Strip Sum Summarise Swallow Swap Sync Take Tell Test Time Trace Track Train Translate
-    Trim Try Tune Turn Undo Unpack Update Use Validate Vary Verify Visit Wait Warn Watch Wrap Write Yield
+    Add Allow Announce Answer Append Apply Ask Assert Attend Average Await Bind Buffer Build Cache Call Cast Check Choose
+    Clean Clear Close Collect Commit Compare Compile Complete Compute Connect Convert Copy Count Create Cut Decide Decode
+    Delete Derive Describe Detect Disable Discard Do Draw Drop Enable Encode End Enter Escape Estimate Expect Explain Extend
+    Fail Fetch Fill Find Flatten Flush Forget Format Gather Give Go Grade Guard Guess Hand Handle Hash Have Hide Hold Hook
+    Ignore Import Insert Install Iterate Join Keep Kill Lay Leave Let Limit Link List Load Lock Log Look Make Map Mark Mask
+    Match Measure Mend Merge Mix Move Multiply Name Normalise Note Notice Offer Open Order Pack Pad Parse Pass Patch Pick
+    Pickle Plan Prepare Press Prevent Print Pull Push Put Query Queue Raise Reach Read Rebuild Receive Record Redirect
+    Reduce Refuse Register Reject Release Remove Rename Render Repeat Replace Replay Report Require Reset Resolve Respond
+    Restore Resume Retry Return Reuse Rotate Round Run Sample Save Say Scale Score Search See Seed Select Send Serve Set
+    Shift Show Silence Sleep Sort Split Spread Start State Step Stop Store Strip Sum Summarise Swallow Swap Sync Take Tell
+    Test Time Trace Track Train Translate Trim Try Tune Turn Undo Unpack Update Use Validate Vary Verify Visit Wait Warn
+    Watch Work Wrap Write Yield
     """
 )
 # A class's docstring begins with one of these, and its subject is the class: "Holds a mean over seeds ..."

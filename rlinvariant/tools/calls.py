@@ -14,7 +14,7 @@ from rlinvariant.rewards.watchdog import OverdueReward, watchdog
 from rlinvariant.text import say, shown
 from rlinvariant.tools.limits import ToolLimits
 from rlinvariant.tools.results import Garbage, Images, as_text, error_text, require_plain
-from rlinvariant.types import ToolCall
+from rlinvariant.types import JsonRow, ToolCall
 
 ASYNC_GRACE_S = 0.5  # by which an event loop that is alive ends a coroutine before the watchdog's signal
 FAILED = (Exception, SystemExit)
@@ -33,11 +33,11 @@ class Place:
 
 
 class ToolFailure(Exception):
-    """Carries the line that the model is told; TRL makes a message of it."""
+    """Tells the model a line, of which TRL makes a message."""
 
 
 class Ended(str):
-    """Is the result of a call after which a sample has no more turns."""
+    """Marks the result of a call after which a sample has no more turns."""
 
     def __str__(self) -> str:
         return self  # TRL makes a message of str(result)
@@ -71,7 +71,7 @@ class CagedTool:
     def __init__(self, func: ToolCall) -> None:
         self.func = func
 
-    def __call__(self, completions: Sequence[Mapping[str, Any]], log_extra: Callable[..., None], **_: object) -> list[float]:
+    def __call__(self, completions: Sequence[JsonRow], log_extra: Callable[..., None], **_: object) -> list[float]:
         returned = [self.func(**arguments) for arguments in completions]
         log_extra("text", [as_text(asyncio.run(x) if inspect.iscoroutine(x) else x) for x in returned])
         return [0.0] * len(completions)
@@ -179,7 +179,7 @@ class Calls:
             return self._stop(f"{where}: {text.removeprefix('Images: ')}")
         return self._failed(where, text.removeprefix("Garbage: "), loud=grade.kind == "crash")
 
-    def reset(self, environment: Any, reset: ToolCall, row: Mapping[str, Any], place: Place) -> str | None:
+    def reset(self, environment: object, reset: ToolCall, row: JsonRow, place: Place) -> str | None:
         """Reset an environment, and return what it says to the model; None, too, where that failed, and `error` says how."""
         where = f"environment {type(environment).__name__}, {place}, reset"
         try:

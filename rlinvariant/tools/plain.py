@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 HOW = "To call a tool, write\\ncall NAME\\nARGUMENT: VALUE\\nTools:"
-"""What the model is told, in the words of a Jinja string."""
+"""The words that the model is told, as a string of Jinja."""
 BEFORE = (
     """{%- set plain = namespace(messages=[], told='', calls='', heard='') -%}
 {%- for tool in tools or [] -%}
@@ -61,7 +61,7 @@ BEFORE = (
 {%- set messages = plain.messages -%}
 """
 )
-"""What stands before a model's own chat template: it makes messages of tools, calls and results that any template knows."""
+"""The part that is put before a model's own chat template: it makes messages that any template knows."""
 
 
 def plain_tools(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerBase":

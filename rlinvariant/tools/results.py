@@ -7,6 +7,7 @@ from typing import Any
 
 from rlinvariant.errors import one_line
 from rlinvariant.text import printable, shown
+from rlinvariant.types import Untyped
 
 LONGEST = 1 << 16  # characters: what is longer never fits in a completion, and would take minutes to tokenize
 ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
@@ -20,7 +21,7 @@ class Images(Garbage):
     """Says that a tool returned an image, which no text model can read."""
 
 
-def as_text(returned: Any) -> str:
+def as_text(returned: Untyped) -> str:
     """Return text as it is, and a number, None, a list or a dict of these as JSON.
 
     Raises:

@@ -22,10 +22,12 @@ from rlinvariant.rollout import request_seed
 from rlinvariant.tools import Calls, Ended, Place
 from rlinvariant.trainer.measured import MeasuredTrainer
 from rlinvariant.trainer.preflight.tools import Tooling, methods, with_seed
-from rlinvariant.types import EnvironmentFactory
+from rlinvariant.types import EnvironmentFactory, Json, JsonObject, JsonRow, Untyped
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from transformers import PreTrainedTokenizerBase
 
 EPISODES = 2**30  # in place of a sample's number: apart from every seed of a sample
 
@@ -39,14 +41,14 @@ class Episodes:
         tokenizer: the run's.
     """
 
-    def __init__(self, trainer: Any, tooling: Tooling, tokenizer: Any) -> None:
+    def __init__(self, trainer: Untyped, tooling: Tooling, tokenizer: "PreTrainedTokenizerBase") -> None:
         self._trainer, self._tooling = trainer, tooling
         self._calls = Calls(tooling.limits, tokenizer.all_special_tokens)
         self._calls.cage(tooling.tools)
         self._next, self._seeds = 0, (0, 0, 1)
         self.conversations: Sequence[Sequence[Mapping[str, Any]]] = ()  # of each sample, what follows its prompt
 
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self) -> JsonObject:
         """Return the arguments of TRL's trainer, whose environments are reset under guard."""
         made = {name: functools.partial(self._make, factory) for name, factory in self._tooling.factories.items()}
         factory = made if isinstance(self._tooling.environment, dict) else made.get(None)
@@ -59,7 +61,7 @@ class Episodes:
         return environment
 
     def begin(self, group: int) -> None:
-        """Begin the episodes of a rollout, of which `group` in a row have one seed.
+        """Start the episodes of a rollout, of which `group` in a row have one seed.
 
         In training a seed depends on the run's seed, the step and the group alone, so that the samples of a group, which are
         compared with each other, meet the same episode, and a run that is resumed the same ones; in evaluation not on the step.
@@ -90,8 +92,8 @@ class Episodes:
         """Say how many samples this rank's rollout has."""
         self._count, self.conversations = samples, ()
 
-    def open(self, rows: Sequence[Mapping[str, Any]]) -> list[Any]:
-        """Begin an episode for each row, as TRL does in training, and return the prompts: with what the environments say."""
+    def open(self, rows: Sequence[JsonRow]) -> list[Json]:
+        """Start an episode for each row, as TRL does in training, and return the prompts: with what the environments say."""
         trainer = self._trainer
         self.count(len(rows))
         self.begin(1)

@@ -3,7 +3,7 @@
 import copy
 import inspect
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
@@ -18,10 +18,11 @@ from trl.chat_template_utils import (
 from rlinvariant.errors import one_line
 from rlinvariant.text import shown
 from rlinvariant.tools import Calls, Place, ToolLimits
-from rlinvariant.types import EnvironmentFactory, ToolCall
+from rlinvariant.types import EnvironmentFactory, Json, JsonObject, JsonRow, ToolCall
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
 
 NO_REWARD = "reward functions: none; write one"
 NOT_TOOLS = ("reset", "get_reward")  # methods of an environment that the model does not call
@@ -45,19 +46,19 @@ class Tooling:
     limits: ToolLimits = field(default_factory=ToolLimits)
 
     @classmethod
-    def of(cls, options: Mapping[str, Any]) -> Self:
+    def of(cls, options: JsonRow) -> Self:
         """Return what is among a trainer's further arguments."""
         return cls(options.get("tools") or (), options.get("environment_factory"), ToolLimits.taken(dict(options)))
 
     @classmethod
-    def taken(cls, options: dict[str, Any]) -> Self:
+    def taken(cls, options: JsonObject) -> Self:
         """Take what is among a trainer's further arguments out of these."""
         made = cls.of(options)
         for name in made.given():
             options.pop(name, None)
         return made
 
-    def given(self) -> dict[str, Any]:
+    def given(self) -> JsonObject:
         """Return what it holds as a trainer's further arguments."""
         return {"tools": self.tools, "environment_factory": self.environment, **asdict(self.limits)}
 
@@ -71,7 +72,7 @@ class Tooling:
             return {}
         return {**self.environment} if isinstance(self.environment, dict) else {None: self.environment}
 
-    def schemas(self) -> list[Any] | None:
+    def schemas(self) -> list[Json] | None:
         """Return what a chat template is told of all tools; None where there are none. Called where nothing is wrong."""
         found = [*self.tools]
         for make in self.factories.values():
@@ -85,7 +86,9 @@ def methods(environment: object) -> list[ToolCall]:
     return [getattr(environment, name) for name in names if name not in NOT_TOOLS and not name.startswith("_")]
 
 
-def tooling_problems(tooling: Tooling, tokenizer: Any, rows: "Dataset | None", rewards: object) -> list[str]:
+def tooling_problems(
+    tooling: Tooling, tokenizer: "PreTrainedTokenizerBase", rows: "Dataset | None", rewards: object
+) -> list[str]:
     """List what is wrong with tools, environments and chat template, one line each. Makes one environment of each kind.
 
     Args:
@@ -144,7 +147,7 @@ def _collisions(tools: Sequence[Any], where: str) -> list[str]:
 
 
 def environment_problems(
-    make: EnvironmentFactory, name: str | None, tooling: Tooling, tokenizer: Any, rows: "Dataset | None"
+    make: EnvironmentFactory, name: str | None, tooling: Tooling, tokenizer: "PreTrainedTokenizerBase", rows: "Dataset | None"
 ) -> list[str]:
     """Make an environment, and list what it lacks; reset it with the first row, as a step will."""
     where = "environment" if name is None else f"environment {name}"
@@ -189,14 +192,14 @@ def _trial(environment: Any, row: Mapping[str, Any], tooling: Tooling, tokenizer
     return [f"{str(calls.error).replace(f'{Place(0, 0, 0)}, reset', 'reset() with row 0 of the train dataset')}; mend it"]
 
 
-def with_seed(reset: Callable[..., Any], row: Mapping[str, Any], seed: int) -> dict[str, Any]:
+def with_seed(reset: ToolCall, row: JsonRow, seed: int) -> JsonObject:
     """Return the arguments of a reset: a row's columns, and `seed` where reset takes it and the row has none."""
     parameters = inspect.signature(reset).parameters
     takes = "seed" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     return {"seed": seed, **row} if takes else dict(row)
 
 
-def template_problems(tokenizer: Any) -> list[str]:
+def template_problems(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
     """Say why a tokenizer's chat template cannot render tools, or what a model writes cannot be read as a call."""
     where = f"model={tokenizer.name_or_path}: its chat template"
     try:
