@@ -26,7 +26,6 @@ RewardFunction: TypeAlias = str | PreTrainedModel | Callable[..., Any]
 """A reward as TRL takes it: a model or its name, or a function of completions, plain or async, with one number for each."""
 
 
-
 class SamplerLike(Protocol):
     """Describes what the trainer needs of a sampler; `rlinvariant.sampler.engine.Sampler` has it."""
 
