@@ -150,7 +150,7 @@ class InvariantGRPOTrainer(DrawingTrainer):
                 warnings.warn(note, stacklevel=2)
         self._prepare_models(model, args, dtype, kwargs.get("processing_class"))
         rewards = checked_rewards(self, reward_funcs, limits)
-        self._episodes = Episodes(self, tooling, kwargs.get("processing_class")) if tooling else None
+        self._episodes = Episodes(self, tooling, others["processing_class"]) if tooling else None
         others |= {} if self._episodes is None else self._episodes.arguments()
         with constructing():
             super().__init__(model, rewards, self._trl_args(args), train_dataset, **others)
