@@ -208,3 +208,10 @@ def test_a_run_goes_on_in_the_midst_of_a_rollout_of_turns(new, tmp_path):
     again.trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert_exact(again, 100)
     assert_same_weights(weights(straight), weights(again), "resumed")
+
+
+def test_turns_of_a_truncated_policy_are_exact(new):
+    run = new(top_k=40, top_p=0.95)
+    run.trainer.train()
+    assert_exact(run, 150)
+    assert any(len(row["tool_results"]) > 1 for row in run.samples)
