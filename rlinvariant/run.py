@@ -105,11 +105,12 @@ def plan(config: Config) -> Plan:
     `config.parse` has refused what the command line alone shows; here follow device, model, tokenizer and data.
     """
     runtime.configure()
-    args = config.grpo_config()  # imports TRL, and starts the process group, if there is one
-    import torch
-    from transformers.utils import logging as transformers_logging
+    with runtime.importing():
+        args = config.grpo_config()  # imports TRL, and starts the process group, if there is one
+        import torch
+        from transformers.utils import logging as transformers_logging
 
-    from rlinvariant.support import adapter_problems, device_problems
+        from rlinvariant.support import adapter_problems, device_problems
 
     console, recipe = Console(args.process_index == 0), config.load_recipe()
     problems = device_problems(args, config.invariance, getattr(torch, config.dtype))
@@ -130,7 +131,7 @@ def plan(config: Config) -> Plan:
         assert recipe.prepare_model is not None, "config.check has refused a run without a model"
         model = recipe.prepare_model(config)
     model = local_model(model)
-    with console.stage("loading transformers, TRL and vLLM"):
+    with console.stage("loading transformers, TRL and vLLM"), runtime.importing():
         from rlinvariant.sampler import engine  # noqa: F401
         from rlinvariant.trainer.preflight import Tooling, check_start, load_tokenizer
     options, ppo = sampler_options(config), config.ppo if config.algorithm == "ppo" else None
