@@ -33,7 +33,7 @@ DEFAULTS = words.DEFAULTS | {
 
 @chz.chz
 class Data(BaseData):
-    largest: int = chz.field(default=9, doc="Largest number to be found; the smallest is 1.")
+    largest: int = chz.field(default=7, doc="Largest number to be found; the smallest is 1.")
     guesses: int = chz.field(default=3, doc="Guesses within which it has to be found.")
     train_size: int = chz.field(default=1024, doc="Training rows; all are alike, as the number comes from the seed.")
     eval_size: int = chz.field(default=16, doc="Held-out rows, each a game of its own.")
@@ -97,14 +97,15 @@ class Game:
 
 
 def _prompt(largest: int) -> list[dict[str, Any]]:
-    """Return the rules, and a game in which the first guess was the middle, as an example."""
+    """Return the rules, and a game in which the middle was guessed twice, as an example."""
     middle = (largest + 1) // 2
+    upper = (middle + 1 + largest) // 2
     return [
         {"role": "system", "content": f"Find the number from 1 to {largest}."},
         {"role": "user", "content": "Guess."},
-        called("guess", number=str(largest)),
-        {"role": "tool", "name": "guess", "content": "lower"},
         called("guess", number=str(middle)),
+        {"role": "tool", "name": "guess", "content": "higher"},
+        called("guess", number=str(upper)),
         {"role": "tool", "name": "guess", "content": "right"},
         {"role": "assistant", "content": "Done."},
         {"role": "user", "content": "Guess."},

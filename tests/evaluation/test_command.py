@@ -27,6 +27,7 @@ RECIPE = str(Path(__file__).parents[1] / "trainer/tiny_recipe.py")
         (["{model}", "recipe=arithmetic", "trainer.temperature=2"], "trainer.temperature: eval does not take it"),
         (["{model}", "recipe=arithmetic", "trainer.reward_weights=1,0.5"], "expected 1, one for each reward function"),
         (["{model}", "recipe=arithmetic", "reward=nowhere.py:f"], "reward=nowhere.py:f"),
+        (["{model}", "recipe=calculator"], "eval: recipe=calculator: has tools, and eval draws completions of one turn so far"),
         (["{model}", "recipe=arithmetic", "invariance=trainer"], "expected exact or off"),
         (["{model}", "recipe=arithmetic", "seed=1", "seed=2"], "seed=1 and seed=2"),
         (["{model}", "recipe=arithmetic", "data.digits=x"], "data.digits=x: expected int"),
