@@ -35,6 +35,16 @@ def stale(steps: int, mode: str = "") -> Arm:
     return Arm(f"stale-{steps}-{mode}".rstrip("-"), description, setting("exact", steps, mode))
 
 
+def truncated(side: str, top_p: str, mode: str = "") -> Arm:
+    """Return the arm that draws from the likeliest tokens with `top_p` of the probability; both sides ours, or both stock."""
+    description = (
+        "both sides invariant: the kept tokens are trained" if side == "exact" else "both sides stock: all are trained"
+    )
+    description = f"{description}; top_p={top_p}" + (f"; {CORRECTION_MODES[mode]}" if mode else "")
+    settings = (*setting("exact" if side == "exact" else "off", mode=mode), f"trainer.top_p={top_p}")
+    return Arm(f"{side}-top-p-{top_p}-{mode}".rstrip("-"), description, settings)
+
+
 DEFAULT_ARMS = (
     Arm("exact", "both sides invariant: nothing to correct", setting("exact")),
     Arm("drift", "both sides stock, no correction", setting("off")),
@@ -51,8 +61,14 @@ IMPOSSIBLE_ARMS = {"fp16": "float16 on both sides: not possible, dtype has bfloa
 
 
 def arm_named(name: str) -> Arm | None:
-    """Return the arm of that name, None if there is none; stale-K and stale-K-CORRECTION exist for every K."""
+    """Return the arm of that name, None if there is none.
+
+    stale-K, stale-K-CORRECTION, exact-top-p-P, drift-top-p-P and drift-top-p-P-CORRECTION exist for every K and P.
+    """
     if found := next((arm for arm in (*DEFAULT_ARMS, GRPO_ARM) if arm.name == name), None):
         return found
-    match = re.fullmatch(rf"stale-([1-9]\d*)(?:-({'|'.join(CORRECTION_MODES)}))?", name)
+    modes = "|".join(CORRECTION_MODES)
+    if cut := re.fullmatch(rf"(exact|drift)-top-p-(0\.\d*[1-9])(?:-({modes}))?", name):
+        return truncated(cut[1], cut[2], cut[3] or "") if cut[1] == "drift" or not cut[3] else None
+    match = re.fullmatch(rf"stale-([1-9]\d*)(?:-({modes}))?", name)
     return stale(int(match[1]), match[2] or "") if match else None

@@ -142,7 +142,9 @@ def _arm(name: str, errors: list[str]) -> Arm | None:
     names = [arm.name for arm in DEFAULT_ARMS]
     close = difflib.get_close_matches(name, names, 1)
     hint = f"did you mean {close[0]}? There are" if close else "there are"
-    errors.append(f"arms={name}: unknown arm; {hint} {', '.join(names)}, and stale-K with another K")
+    errors.append(
+        f"arms={name}: unknown arm; {hint} {', '.join(names)}, stale-K with another K, exact-top-p-P and drift-top-p-P"
+    )
     return None
 
 

@@ -5,6 +5,7 @@ N: completions, F: reward functions.
 
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.evaluation.estimate import doubling, estimate, pass_at_k
 from rlinvariant.model_source import local_model
 from rlinvariant.report.console import Console
-from rlinvariant.rollout import Completion, is_cut, request_seed
+from rlinvariant.rollout import Completion, Truncation, is_cut, request_seed
 from rlinvariant.run import sampler_options
 from rlinvariant.sampler.engine import Sampler
 from rlinvariant.sampler.refusals import load_config
@@ -78,14 +79,14 @@ def evaluate(
     with console.stage("starting the vLLM engine"):
         engine = Sampler(model, invariant=config.invariance == "exact", dtype=config.dtype, **sampler_options(config))
     draws, per_problem, notes = [], [{"prompt": row["prompt"], "columns": _columns(row)} for row in rows], []
+    truncation = Truncation.of(config.trainer)
     ways = [("greedy", 1, 0.0)] + ([(f"T={temperature:g}", samples, temperature)] if samples else [])
     for name, count, heat in ways:
         seeds = [request_seed(config.seed, 0, i, j) for i in range(len(rows)) for j in range(count)]
         repeated = [i for i in range(len(rows)) for _ in range(count)]
         with console.stage(f"{name}: {len(rows):,} problems x {count}"):
-            drawn = engine.generate(
-                [prompt_ids[i] for i in repeated], seeds, temperature=heat, max_tokens=longest, stop_token_ids=stop
-            )
+            how = {"temperature": heat, "max_tokens": longest, "stop_token_ids": stop, **asdict(truncation)}
+            drawn = engine.generate([prompt_ids[i] for i in repeated], seeds, **how)
         graded = _graded(judge, [rows[i] for i in repeated], drawn, tokenizer)
         for i, seed, completion, row in zip(repeated, seeds, drawn, graded, strict=True):
             cut = is_cut(completion.token_ids, stop)

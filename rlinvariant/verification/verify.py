@@ -13,7 +13,7 @@ from rlinvariant import runtime
 from rlinvariant.errors import UserError, one_line
 from rlinvariant.model_source import local_model
 from rlinvariant.report.console import Console
-from rlinvariant.verification import certificate, controls, load, relations, speed, table, turns
+from rlinvariant.verification import certificate, controls, load, relations, speed, table, truncation, turns
 from rlinvariant.verification.certificate import Certificate
 from rlinvariant.verification.compositions import compositions
 from rlinvariant.verification.ladder import ladder
@@ -167,9 +167,11 @@ def _checks(parts: _Parts) -> list[Callable[[], Relation]]:
     return [
         *(functools.partial(check, pair) for check in relations.BATCH_RELATIONS),
         lambda: turns.turns(pair),
+        lambda: truncation.truncated(pair),
         lambda: compositions(pair, lambda: pair.tokens < (asked.tokens or 0) or time.monotonic() < limit),
         lambda: controls.one_ulp(pair, getattr(torch, asked.dtype)),
         lambda: turns.another_token(pair),
+        lambda: truncation.all_tokens(pair),
         lambda: controls.stock_attention(pair),
         lambda: controls.stock_trainer(pair, parts.plain_model),
         lambda: relations.weight_sync(pair),

@@ -315,6 +315,57 @@ def test_other_dtypes_are_refused_by_name(dtype):
         ops.token_logprobs(randn(4, 64, dtype=dtype), randn(100, 64), torch.arange(4), 1.0)
 
 
+TRUNCATIONS = [(0, 0.9, 0.0), (7, 1.0, 0.0), (0, 1.0, 0.05), (40, 0.95, 0.01)]
+
+
+@pytest.mark.parametrize("truncation", TRUNCATIONS)
+@matrix_dtypes
+def test_truncated_trainer_matches_sampler(dtype, truncation):
+    """What `sample` draws from the kept tokens has the trainer's log-prob; by all tokens it would have another."""
+    rows, vocab = 300, 5000
+    hidden, weight, _ = operands(rows, vocab, dtype)
+    logits, (k, p, m) = ops.linear(hidden, weight), truncation
+    t, p_R, m_R = (torch.full((rows,), x) for x in (0.7, p, m))
+    theta = ops.threshold(logits, t, torch.full((rows,), k), p_R, m_R)
+    tokens, sampled, _ = ops.sample(logits, t, torch.arange(rows), torch.arange(rows), theta)
+    assert (logits.gather(1, tokens[:, None])[:, 0] >= theta).all()
+    trained, entropy = ops.token_logprobs(hidden, weight, tokens, 0.7, None, None, *truncation)
+    assert_bits_equal(trained, sampled, "log-prob")
+    assert_bits_equal(ops.log_softmax(logits, t, theta).gather(1, tokens[:, None])[:, 0], sampled, "log_softmax")
+    table = ops.log_softmax(logits, t, theta).double()
+    expected = -torch.where(table == -torch.inf, 0.0, table.exp() * table).sum(-1)
+    torch.testing.assert_close(entropy.double(), expected, rtol=1e-5, atol=1e-5)
+    whole, _ = ops.token_logprobs(hidden, weight, tokens, 0.7)  # control: too small by the logarithm of the kept share
+    share = ops.log_softmax(logits, t).double().exp().masked_fill(logits < theta[:, None], 0.0).sum(-1)
+    torch.testing.assert_close((whole - trained).double(), share.log(), rtol=1e-4, atol=1e-5)
+    assert ladders.differs(whole, trained)
+
+
+@pytest.mark.parametrize("truncation", TRUNCATIONS)
+@cpu_only
+def test_truncated_gradients_are_onehot_minus_p_on_the_kept_set(truncation, monkeypatch):
+    """Against autograd in fp64 with the kept set a constant, of log-probs and entropy, in one chunk and in two."""
+    hidden, weight, ids = operands(300, 1000, torch.float32)
+    (k, p, m), (da, db) = truncation, (randn(300, seed=5), randn(300, seed=6))
+    logits = ops.linear(hidden, weight)
+    theta = ops.threshold(logits, *(torch.full((300,), x) for x in (0.7, k, p, m)))
+    ids = torch.where(logits.gather(1, ids[:, None])[:, 0] >= theta, ids, logits.argmax(-1))
+    h, w = (x.double().requires_grad_() for x in (hidden, weight))
+    kept = (h @ w.t() / 0.7).masked_fill(logits < theta[:, None], -torch.inf).log_softmax(-1)
+    entropy = -torch.where(kept == -torch.inf, 0.0, kept.exp() * kept.masked_fill(kept == -torch.inf, 0.0)).sum(-1)
+    loss = (kept.gather(1, ids[:, None])[:, 0] * da).sum() + (entropy * db).sum()
+    expected = torch.autograd.grad(loss, (h, w))
+    for rows in (300, 256):
+        monkeypatch.setitem(module.CHUNK_BYTES, "cpu", rows * 1000 * 4)
+        leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
+        found = ops.token_logprobs(*leaves, ids, 0.7, None, None, *truncation)
+        ours = torch.autograd.grad(found, leaves, (da, db))
+        for a, b in zip(ours, expected, strict=True):
+            torch.testing.assert_close(a.double(), b, rtol=1e-3, atol=1e-4)
+    whole = torch.autograd.grad(ops.token_logprobs(*leaves, ids, 0.7), leaves, (da, db))
+    assert any((a - b).abs().max() > 1e-2 for a, b in zip(whole, expected, strict=True))  # control
+
+
 def test_token_logprobs_is_opaque():
     hidden, weight, ids = operands(4, 100, torch.bfloat16)
     ladders.assert_registered(

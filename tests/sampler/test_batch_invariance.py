@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 from rlinvariant import ops
 from rlinvariant.rollout import Completion
 from rlinvariant.sampler.engine import Sampler
+from rlinvariant.verification.truncation import SETTINGS
 from tests.parity.device import BLOCK, cpu_only
 from tests.parity.harness import (
     Request,
@@ -48,7 +49,7 @@ def requests(max_tokens: int = 24) -> list[Request]:
         prompt = tuple(rng.randrange(VOCABULARY) for _ in range(length))
         if i % 4 == 3 and i > len(LENGTHS):
             prompt = (*made[-1].prompt[: 2 * BLOCK], *prompt[:20])
-        made.append(Request(prompt, 1000 + i, TEMPERATURES[i % 3], max_tokens))
+        made.append(Request(prompt, 1000 + i, TEMPERATURES[i % 3], max_tokens, truncation=SETTINGS[i % 5]))
     return made
 
 
