@@ -37,10 +37,8 @@ def stale(steps: int, mode: str = "") -> Arm:
 
 def truncated(side: str, top_p: str, mode: str = "") -> Arm:
     """Return the arm that draws from the likeliest tokens with `top_p` of the probability; both sides ours, or both stock."""
-    description = (
-        "both sides invariant: the kept tokens are trained" if side == "exact" else "both sides stock: all are trained"
-    )
-    description = f"{description}; top_p={top_p}" + (f"; {CORRECTION_MODES[mode]}" if mode else "")
+    trained = "both sides invariant, the kept tokens trained" if side == "exact" else "both sides stock, all tokens trained"
+    description = f"{trained}; top_p={top_p}" + (f"; {CORRECTION_MODES[mode]}" if mode else "")
     settings = (*setting("exact" if side == "exact" else "off", mode=mode), f"trainer.top_p={top_p}")
     return Arm(f"{side}-top-p-{top_p}-{mode}".rstrip("-"), description, settings)
 
