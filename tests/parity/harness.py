@@ -72,13 +72,12 @@ class Pair:
         return self.drawn[temperature]
 
 
-def generate(engine: Sampler, requests: Sequence[Request]) -> list[Completion]:
+def generate(engine: Sampler, requests: Sequence[Request], **sampling: Any) -> list[Completion]:
     """Through `Sampler.generate`, from a cold prefix cache; all must share temperature and length."""
     (temperature,), (max_tokens,) = {r.temperature for r in requests}, {r.max_tokens for r in requests}
     assert engine.llm.reset_prefix_cache()
-    return engine.generate(
-        [r.prompt for r in requests], [r.seed for r in requests], temperature=temperature, max_tokens=max_tokens
-    )
+    how = {"temperature": temperature, "max_tokens": max_tokens, **sampling}
+    return engine.generate([r.prompt for r in requests], [r.seed for r in requests], **how)
 
 
 def assert_same_completions(a: Sequence[Completion | None], b: Sequence[Completion | None], what: str) -> int:

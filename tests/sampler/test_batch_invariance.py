@@ -6,7 +6,7 @@ stock vLLM, which is not invariant; where it happens to agree on this machine th
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 
 import pytest
@@ -188,10 +188,13 @@ def test_sampler_is_batch_invariant(way, exact, reference):
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 def test_generate_matches_requests_stepped_by_hand(temperature, exact, reference):
-    """`Sampler.generate`, at one temperature for all, gives what those requests gave among others."""
-    ran = [i for i in ALL if TEMPERATURES[i % 3] == temperature]
-    completions = generate(exact("wide"), [requests()[i] for i in ran])
-    assert assert_same_completions(completions, [reference[i] for i in ran], "generate") >= 21 * 20
+    """`Sampler.generate`, with one temperature and truncation for all, gives what those requests gave among others."""
+    compared = 0
+    for truncation in SETTINGS:
+        asked = {i: r for i, r in enumerate(requests()) if (r.temperature, r.truncation) == (temperature, truncation)}
+        completions = generate(exact("wide"), list(asked.values()), **asdict(truncation))
+        compared += assert_same_completions(completions, [reference[i] for i in asked], f"generate, {truncation}")
+    assert compared >= 21 * 20
 
 
 def test_a_completion_depends_on_its_seed(exact):
