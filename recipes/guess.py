@@ -1,8 +1,8 @@
 """A game of several turns: find a number by guessing, told each time whether it is higher or lower.
 
 An environment (`Game`) keeps the number and says `higher`, `lower` or `right`; its method `guess` is the tool. The reward is
-the environment's own: 1 if the number was found within `data.guesses` guesses, else 0. The number is drawn from the seed that
-`reset` is given, one for all samples of a group. Halving what is left finds any of 2^n - 1 numbers in n guesses.
+the environment's own: 1 if the number was found within `data.guesses` guesses, else 0.1 for each guess, so that a model that
+seldom finds it learns to guess at all. The number is drawn from the seed that `reset` is given, one for all samples of a group. Halving what is left finds any of 2^n - 1 numbers in n guesses.
 """
 
 import functools
@@ -92,8 +92,8 @@ class Game:
         return "lower" if number > self._number else "higher"
 
     def get_reward(self) -> float:
-        """Return 1 if the number was found, else 0."""
-        return float(self._found)
+        """Return 1 if the number was found, else 0.1 for each guess."""
+        return 1.0 if self._found else 0.1 * self._used
 
 
 def _prompt(largest: int) -> list[dict[str, Any]]:

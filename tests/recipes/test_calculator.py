@@ -81,7 +81,7 @@ def test_a_game() -> None:
     number = game._number
     assert game.get_reward() == 0 and 1 <= number <= 9
     other = 1 if number > 1 else 2
-    assert game.guess(other) == ("higher" if number > other else "lower")
+    assert game.guess(other) == ("higher" if number > other else "lower") and game.get_reward() == 0.1
     assert game.guess(number) == "right" and game.get_reward() == 1
     with pytest.raises(ValueError, match="over"):
         game.guess(number)
@@ -99,7 +99,7 @@ def test_halving_finds_seven_numbers_in_three(seed: int) -> None:
     game = guess.Game(7, 3)
     game.reset(seed=seed)
     low, high = 1, 7
-    while not game.get_reward():
+    while game.get_reward() < 1:
         said = game.guess(middle := (low + high) // 2)
         low, high = (middle + 1, high) if said == "higher" else (low, middle - 1)
 
