@@ -2,7 +2,8 @@
 
 An environment (`Game`) keeps the number and says `higher`, `lower` or `right`; its method `guess` is the tool. The reward is
 the environment's own: 1 if the number was found within `data.guesses` guesses, else 0.1 for each guess, so that a model that
-seldom finds it learns to guess at all. The number is drawn from the seed that `reset` is given, one for all samples of a group. Halving what is left finds any of 2^n - 1 numbers in n guesses.
+seldom finds it learns to guess at all. The number is drawn from the seed that `reset` is given, one for all samples of a group.
+Halving what is left finds any of 2^n - 1 numbers in n guesses.
 """
 
 import functools
