@@ -7,6 +7,8 @@ from dataclasses import dataclass, fields
 from itertools import groupby
 from typing import Any
 
+from rlinvariant.types import Untyped
+
 
 @dataclass(frozen=True)
 class Completion:
@@ -48,7 +50,7 @@ class Truncation:
     min_p: float = 0.0
 
     @classmethod
-    def of(cls, settings: Any) -> "Truncation":
+    def of(cls, settings: Untyped) -> "Truncation":
         """Take the fields of `trl.GRPOConfig`, in which None, and for top_k -1 too, is no limit."""
         return cls(max(settings.top_k or 0, 0), settings.top_p, settings.min_p or 0.0)
 
