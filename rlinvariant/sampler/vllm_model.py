@@ -234,7 +234,7 @@ class InvariantSampler(_SeedKeeper):
         noise = torch.from_numpy(np.stack([np.array(seeds, np.uint64).view(np.int64), positions]))
         if logits.is_cuda:
             noise = noise.pin_memory().to(logits.device, non_blocking=True)
-        theta = self._threshold(logits, temperature, md)
+        theta = _threshold(logits, temperature, md)
         tokens, logprobs, ranks = ops.sample(logits, temperature, noise[0], noise[1], theta)
         if self._steps is not None:
             self._steps.append((batch.req_ids[:rows], positions, tokens, logprobs))
@@ -251,17 +251,6 @@ class InvariantSampler(_SeedKeeper):
         return SamplerOutput(sampled_token_ids=tokens.int()[:, None], logprobs_tensors=out)
 
     @staticmethod
-    def _threshold(logits: Tensor, temperature: Tensor, md: Any) -> Tensor | None:
-        """Return the smallest logit that each row may draw, [rows] fp32; None where no request of the batch asks for one."""
-        in_use = (p for p in md.logitsprocs.argmax_invariant if isinstance(p, MinPLogitsProcessor) and p.min_p_count)
-        min_p = next((p.min_p[:, 0] for p in in_use), None)
-        if md.top_k is None and md.top_p is None and min_p is None:
-            return None
-        top_k = torch.zeros_like(temperature, dtype=torch.int64) if md.top_k is None else md.top_k.long()
-        top_p = torch.ones_like(temperature) if md.top_p is None else md.top_p
-        return ops.threshold(logits, temperature, top_k, top_p, torch.zeros_like(temperature) if min_p is None else min_p)
-
-    @staticmethod
     def compute_logprobs(logits: Tensor) -> Tensor:
         """Return the log-probs [rows, V] of a prompt's rows at temperature 1."""
         temperature = torch.ones(len(logits), dtype=torch.float32, device=logits.device)
@@ -276,6 +265,17 @@ class InvariantSampler(_SeedKeeper):
         own = logprobs.gather(-1, token_ids[:, None])
         ranks = (logprobs >= own).sum(-1)
         return LogprobsTensors(torch.cat([token_ids[:, None], ids], 1).int(), torch.cat([own, top], 1), ranks)
+
+
+def _threshold(logits: Tensor, temperature: Tensor, md: Any) -> Tensor | None:
+    """Return the smallest logit that each row may draw, [rows] fp32; None where no request of the batch asks for one."""
+    in_use = (p for p in md.logitsprocs.argmax_invariant if isinstance(p, MinPLogitsProcessor) and p.min_p_count)
+    min_p = next((p.min_p[:, 0] for p in in_use), None)
+    if md.top_k is None and md.top_p is None and min_p is None:
+        return None
+    top_k = torch.zeros_like(temperature, dtype=torch.int64) if md.top_k is None else md.top_k.long()
+    top_p = torch.ones_like(temperature) if md.top_p is None else md.top_p
+    return ops.threshold(logits, temperature, top_k, top_p, torch.zeros_like(temperature) if min_p is None else min_p)
 
 
 def _top(logprobs: Tensor, count: int) -> tuple[Tensor, Tensor]:

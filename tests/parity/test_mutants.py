@@ -104,8 +104,8 @@ def test_one_bf16_ulp_in_one_weight_is_named(exact_run, exact_engine):
 def test_a_position_off_by_one_is_seen(exact_run, monkeypatch):
     pack = grpo.pack
 
-    def shifted(*args):
-        packed = pack(*args)
+    def shifted(*args, **kwargs):
+        packed = pack(*args, **kwargs)
         return replace(packed, predicted_from=packed.predicted_from - 1)
 
     monkeypatch.setattr(grpo, "pack", shifted)
