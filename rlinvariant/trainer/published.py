@@ -30,6 +30,7 @@ from rlinvariant.types import Untyped
 
 SETTINGS = "training_args.bin"  # a pickle, of settings that the run has elsewhere, and of tokens
 CARD = "README.md"
+REFERENCE = "ref"  # TRL's copy of an adapter, made anew at each start; where it lies, transformers resumes with it alone
 MARK = "rlinvariant.json"  # in each directory that `publish` has written: no other is replaced
 
 
@@ -68,6 +69,7 @@ class PublishedTrainer(GRPOTrainer):
         super()._save(str(directory), state_dict)
         if not self.args.should_save:
             return
+        shutil.rmtree(directory / REFERENCE, ignore_errors=True)
         (directory / SETTINGS).unlink()
         for name, content in self._tokenizer_as_given.items():
             (directory / name).parent.mkdir(exist_ok=True)
