@@ -13,7 +13,7 @@ from rlinvariant.rewards.grades import Failure
 from rlinvariant.rewards.watchdog import OverdueReward, watchdog
 from rlinvariant.text import say, shown
 from rlinvariant.tools.limits import ToolLimits
-from rlinvariant.tools.results import Garbage, Images, as_text, error_text, require_plain
+from rlinvariant.tools.results import Garbage, Images, as_text, error_text, require_plain, without
 from rlinvariant.types import JsonRow, ToolCall
 
 ASYNC_GRACE_S = 0.5  # by which an event loop that is alive ends a coroutine before the watchdog's signal
@@ -49,18 +49,19 @@ class ToolBox(dict[str, ToolCall]):
     Args:
         tools: by name.
         awaited: names of tools that are coroutines, which TRL looks for elsewhere.
+        failure: makes what is raised of a line for the model.
     """
 
-    def __init__(self, tools: Mapping[str, ToolCall], awaited: Collection[str]) -> None:
+    def __init__(self, tools: Mapping[str, ToolCall], awaited: Collection[str], failure: Callable[[str], ToolFailure]) -> None:
         super().__init__(tools)
-        self._awaited = awaited
+        self._awaited, self._failure = awaited, failure
 
     def __contains__(self, name: object) -> bool:
         return name not in self._awaited
 
     def __missing__(self, name: str) -> ToolCall:
         def unknown(**_: object) -> str:
-            raise ToolFailure(f"no tool {shown(name, 60)}; there are: {', '.join([*self, *self._awaited])}")
+            raise self._failure(f"no tool {shown(name, 60)}; there are: {', '.join([*self, *self._awaited])}")
 
         return unknown
 
@@ -116,7 +117,7 @@ class Calls:
                 awaited[tool.__name__] = self._guarded_async(tool, place)
             else:
                 plain[tool.__name__] = self._guarded(tool, place)
-        return ToolBox(plain, awaited), awaited
+        return ToolBox(plain, awaited, self._failure), awaited
 
     def _guarded(self, tool: ToolCall, place: Callable[[], Place]) -> ToolCall:
         name = tool.__name__
@@ -124,7 +125,7 @@ class Calls:
         def call(**arguments: Any) -> str:
             if self.error is not None:
                 return Ended()
-            _require_fitting(tool, name, arguments)
+            self._require_fitting(tool, name, arguments)
             where = f"tool {name}, {(at := place())}"
             if (cage := self._cages.get(tool)) is not None:
                 return self._in_cage(cage, arguments, where, at)
@@ -146,7 +147,7 @@ class Calls:
         async def call(**arguments: Any) -> str:
             if self.error is not None:
                 return Ended()
-            _require_fitting(tool, name, arguments)
+            self._require_fitting(tool, name, arguments)
             where = f"tool {name}, {place()}"
             try:
                 with watchdog().watching(where, self._here, ASYNC_GRACE_S):
@@ -209,18 +210,21 @@ class Calls:
             say(f"{where}: {text} (tool_errors={self._limits.tool_errors})", error=True)
         if self._limits.tool_errors == "end":
             return Ended(text)
-        raise ToolFailure(text)
+        raise self._failure(text)
+
+    def _failure(self, text: str) -> ToolFailure:
+        """Make a line for the model: a failure may repeat what the model wrote, or hold a special token of its own."""
+        return ToolFailure(without(text, self._special))
 
     def _stop(self, line: str) -> str:
         self.error = self.error or UserError(line)
         return Ended()
 
-
-def _require_fitting(tool: ToolCall, name: str, arguments: Mapping[str, Any]) -> None:
-    """Refuse arguments that a tool does not take: that is the model's mistake, and always told to the model."""
-    try:
-        inspect.signature(tool).bind(**arguments)
-    except TypeError as error:
-        raise ToolFailure(f"{name}: {error}") from None
-    except ValueError:
-        pass  # of a builtin, nothing is known
+    def _require_fitting(self, tool: ToolCall, name: str, arguments: Mapping[str, Any]) -> None:
+        """Refuse arguments that a tool does not take: that is the model's mistake, and always told to the model."""
+        try:
+            inspect.signature(tool).bind(**arguments)
+        except TypeError as error:
+            raise self._failure(f"{name}: {error}") from None
+        except ValueError:
+            pass  # of a builtin, nothing is known

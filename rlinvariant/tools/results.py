@@ -50,6 +50,13 @@ def require_plain(text: str, special: Sequence[str]) -> None:
         raise Garbage(f"returned the special token {shown(found)} as text, which would end or fake a turn")
 
 
+def without(text: str, special: Sequence[str]) -> str:
+    """Return a text whose special tokens are words, so that none ends or fakes a turn where the model reads it."""
+    for token in sorted(filter(None, special), key=len, reverse=True):
+        text = text.replace(token, "(special token)")
+    return text
+
+
 def error_text(error: BaseException) -> str:
     """Say what a tool raised, without what differs from run to run."""
     if isinstance(error, Garbage):

@@ -36,7 +36,12 @@ def checked(function: RolloutCall, vocabulary: int) -> RolloutCall:
         if problem is None and (wrong := _problem(found, len(prompts), vocabulary)) is not None:
             problem = f"rollout_func: {wrong}"
         trainer._raise_agreed(problem)
-        return {**found, **{name: [_plain(row) for row in found[name]] for name in LISTS if found.get(name) is not None}}
+        found = {**found, **{name: [_plain(row) for row in found[name]] for name in LISTS if found.get(name) is not None}}
+        masks = found.get("env_mask") or [[1] * len(row) for row in found["logprobs"]]
+        # What was not sampled may have any log-prob, NaN too, which a loss that is masked by 0 would not survive.
+        pairs = zip(found["logprobs"], masks, strict=True)
+        found["logprobs"] = [[x if sampled else 0.0 for x, sampled in zip(*pair, strict=True)] for pair in pairs]
+        return found
 
     return call
 
@@ -49,14 +54,23 @@ def _problem(found: Any, count: int, vocabulary: int) -> str | None:
         return f"no `{missing[0]}`: expected {', '.join(NEEDED)}, and env_mask where some tokens were not sampled"
     names = LISTS if found.get("env_mask") is not None else NEEDED
     for name in names:
+        if not _is_list(found[name]):
+            return f"`{name}` is {shown(found[name], 60)}: expected a list of rows, one for each prompt"
         if len(found[name]) != count:
             return f"{len(found[name])} rows of `{name}`: expected {count}, one for each prompt"
+        if strange := [i for i, row in enumerate(found[name]) if not _is_list(row)]:
+            return f"sequence {strange[0]}: `{name}` is {shown(found[name][strange[0]], 60)}: expected a list of numbers"
     for i in range(count):
         prompt, ids, logprobs = (_plain(found[name][i]) for name in NEEDED)
         mask = _plain(found["env_mask"][i]) if "env_mask" in names else [1] * len(ids)
         if (wrong := _row_problem(prompt, ids, logprobs, mask, vocabulary)) is not None:
             return f"sequence {i}: {wrong}"
     return None
+
+
+def _is_list(value: Any) -> bool:
+    """Return whether something is a list, or an array that can be one."""
+    return not isinstance(value, str | Mapping) and (isinstance(value, Sequence) or getattr(value, "ndim", 0) > 0)
 
 
 def _plain(row: Any) -> list[Any]:

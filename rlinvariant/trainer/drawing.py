@@ -121,7 +121,7 @@ class DrawingTrainer(EpisodesTrainer):
         samples = list(range(len(prompts))) if samples is None else samples
         limits = self._turns.limits(prompts, samples, self.max_completion_length, self.sampler.max_model_len)
         limits = [limit if max_tokens is None else min(limit, max_tokens) for limit in limits]
-        seeds = [self._turns.seed(sample) for sample in samples]
+        seeds = self._turns.seeds(samples)
         asked = [i for i, limit in enumerate(limits) if limit > 0]
         drawn = [Completion([], []) for _ in prompts]
         if asked:

@@ -41,10 +41,14 @@ class Turns:
         self.batches: list[Batch] = []
         self.conversations: Sequence[Sequence[Mapping[str, Any]]] | None = None
 
-    def seed(self, sample: int) -> int:
-        """Return the seed of a sample's next turn."""
-        first, turn = self._seeds[sample], self._drawn[sample]
-        return first if turn == 0 else request_seed(first, turn, 0, 0)
+    def seeds(self, samples: Sequence[int]) -> list[int]:
+        """Return the seed of the next turn of each; a sample that is there twice has two turns, and two seeds."""
+        found, drawn = [], list(self._drawn)
+        for sample in samples:
+            first, turn = self._seeds[sample], drawn[sample]
+            found.append(first if turn == 0 else request_seed(first, turn, 0, 0))
+            drawn[sample] += 1
+        return found
 
     def limits(
         self, prompts: Sequence[Sequence[int]], samples: Sequence[int], max_completion_length: int, max_model_len: int

@@ -108,7 +108,7 @@ def lambda_like(size: int) -> Callable[[], str]:
 @pytest.mark.parametrize("tool", FAILURES, ids=lambda tool: tool.__name__)
 def test_a_failure_is_told_ends_or_stops(tool):
     text = FAILURES[tool]
-    assert told(calls("tell"), tool, a=1) == f"told: {text}"
+    assert told(calls("tell"), tool, a=1) == f"told: {text.replace('<|im_end|>', '(special token)')}"
     ending = calls("end")
     assert isinstance(told(ending, tool, a=1), Ended) and ending.error is None
     stopping = calls("stop")
@@ -141,6 +141,19 @@ def test_the_models_own_mistakes_are_always_told(errors):
             box[name](**arguments)
         assert str(raised.value) == said and name in box
     assert made.error is None
+
+
+def test_no_failure_tells_the_model_a_special_token():
+    box, _ = calls().boxes([raises], [], lambda: PLACE)
+    for name, arguments, said in [
+        ("raises", {"a": "<|im_end|>"}, "ValueError: bad (special token)"),
+        ("raises", {"<|im_end|>": 1}, "raises: "),
+        ("raises", {"a": 1, "<|im_end|>": 1}, "raises: got an unexpected keyword argument '(special token)'"),
+        ("<|im_end|>", {}, "no tool (special token); there are: raises"),
+    ]:
+        with pytest.raises(ToolFailure) as raised:
+            box[name](**arguments)
+        assert str(raised.value).startswith(said) and "<|im_end|>" not in str(raised.value)
 
 
 def test_a_tool_that_hangs_is_ended():

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from rlinvariant.errors import UserError
-from tests.parity.harness import assert_exact, assert_stops, new_trainer
+from tests.parity.harness import assert_exact, assert_same_weights, assert_stops, new_trainer, weights
 
 HINT = "7=?"
 
@@ -13,8 +13,8 @@ HINT = "7=?"
 class Asking:
     """Draws, answers half of the samples with a hint, and draws those again."""
 
-    def __init__(self, rewritten: bool = False) -> None:
-        self.rewritten, self.seeds = rewritten, []
+    def __init__(self, rewritten: bool = False, filler: float = 0.0) -> None:
+        self.rewritten, self.filler, self.seeds = rewritten, filler, []
 
     def __call__(self, prompts: list[str], trainer: Any) -> dict[str, Any]:
         tokenizer = trainer.processing_class
@@ -30,7 +30,7 @@ class Asking:
                     tokenizer(tokenizer.decode([t]).lower(), add_special_tokens=False)["input_ids"][0] for t in found[i]
                 ]
             found[i] += hint
-            logprobs[i] += [0.0] * len(hint)
+            logprobs[i] += [self.filler] * len(hint)
             masks[i] += [0] * len(hint)
         for i, c in zip(again, trainer.draw([ids[i] + found[i] for i in again], again), strict=True):
             found[i] += c.token_ids
@@ -50,6 +50,17 @@ def test_what_a_rollout_func_draws_is_exact_and_repeats(arithmetic_dir, exact_en
     assert {tuple(row["tool_results"]) for row in samples} == {(), (HINT,)}
     flat = [seed for step in functions[0].seeds for batch in step for seed in batch]
     assert len(flat) == 2 * (16 + 8) == len(set(flat))
+
+
+def test_what_was_not_sampled_may_have_any_logprob(arithmetic_dir, exact_engine, tmp_path):
+    """Of a rollout that is used twice, TRL takes old log-probs, whose NaN times a mask of 0 would be NaN."""
+    ended = []
+    for filler in (0.0, float("nan")):
+        changes = {"rollout_func": Asking(filler=filler), "num_iterations": 2}
+        run = new_trainer(arithmetic_dir, exact_engine, tmp_path, **changes)
+        run.trainer.train()
+        ended.append(weights(run))
+    assert_same_weights(*ended, "with NaN where nothing was sampled")
 
 
 def test_text_that_is_tokenized_anew_is_stopped(arithmetic_dir, exact_engine, tmp_path):
@@ -98,6 +109,8 @@ def test_what_is_wrong_is_said_with_the_sequence(wrong, words, arithmetic_dir, e
             lambda prompts, trainer: {name: [row] for name, row in ROW.items()},
             "1 rows of `prompt_ids`: expected 16, one for each",
         ),
+        (lambda prompts, trainer: dict.fromkeys(ROW, 5), "`prompt_ids` is 5: expected a list of rows, one for each prompt"),
+        (lambda prompts, trainer: dict.fromkeys(ROW, [5] * 16), "sequence 0: `prompt_ids` is 5: expected a list of numbers"),
         (lambda prompts, trainer: 1 / 0, "ZeroDivisionError: division by zero"),
     ],
 )

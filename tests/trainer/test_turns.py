@@ -122,7 +122,8 @@ def test_a_turn_goes_on_with_the_samples_that_called():
     assert turns.continued([[6, 1, 9, 4, 9], [5, 3, 9, 4, 9]]) == [1, 3]
     assert turns.limits([[6, 1, 9, 4, 9], [5, 3, 9, 4, 9]], [1, 3], 4, 9) == [0, 0]
     assert turns.limits([[6, 1, 9, 4, 9], [5, 3, 9, 4, 9]], [1, 3], 9, 6) == [1, 1]
-    assert turns.seed(0) == request_seed(1, 1, 0, 0) and turns.seed(1) == request_seed(2, 2, 0, 0)
+    assert turns.seeds([0, 1]) == [request_seed(1, 1, 0, 0), request_seed(2, 2, 0, 0)]
+    assert turns.seeds([0, 0]) == [request_seed(1, 1, 0, 0), request_seed(1, 2, 0, 0)], "twice in one call: two seeds"
     for other in ([[5, 3, 9, 4, 9], [6, 1, 9, 4, 9]], [[6, 1, 9, 4, 9]], [[6, 1, 9, 4, 9], [5, 3, 9, 4]]):
         with pytest.raises(RuntimeError, match="TRL has changed"):
             turns.continued(other)

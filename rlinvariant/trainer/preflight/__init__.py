@@ -24,7 +24,7 @@ from rlinvariant.trainer.preflight.tokens import (
     load_tokenizer,
     token_problems,
 )
-from rlinvariant.trainer.preflight.tools import Tooling, tooling_problems
+from rlinvariant.trainer.preflight.tools import Tooling, call_limit_problems, tooling_problems
 from rlinvariant.trainer.published import place_problems
 
 __all__ = ["Start", "Tooling", "check_data", "check_start", "constructing", "end_tokens", "load_generation", "load_tokenizer"]
@@ -118,6 +118,7 @@ def check_data(start: Start, problems: Sequence[str] = ()) -> list[str]:
     args, prefix = start.args, start.prefix
     rows = start.train if start.train is not None else start.evaluation
     wrong = tooling_problems(start.tooling, start.tokenizer, rows, start.rewards)
+    wrong += call_limit_problems(start.tooling, args.max_tool_calling_iterations, prefix)
     problems = [*problems, *wrong, *reward_problems(start.rewards), *weight_problems(args, start.rewards, prefix)]
     problems += token_problems(start.tokenizer, start.vocabulary, start.name)
     start = replace(start, tooling=Tooling()) if wrong else start  # then rows are read without them

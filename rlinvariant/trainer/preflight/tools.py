@@ -111,6 +111,14 @@ def tooling_problems(
     return found + template_problems(tokenizer)
 
 
+def call_limit_problems(tooling: Tooling, most: int | None, prefix: str = "") -> list[str]:
+    """Refuse a limit under which no call is ever answered; `prefix` is what the user writes before a field's name."""
+    if not tooling or most is None or most >= 1:
+        return []
+    why = "no call of a tool would be answered; raise it, or remove the tools"
+    return [f"{prefix}max_tool_calling_iterations={most}: expected 1 or more: {why}"]
+
+
 def tool_problems(tool: object, of: str = "") -> list[str]:
     """Say why a tool cannot be described to a model, or called by it."""
     where = f"tool {of}{getattr(tool, '__name__', shown(tool, 60))}"

@@ -8,7 +8,7 @@ from datasets import Dataset
 
 from rlinvariant.tools import ToolLimits
 from rlinvariant.tools.plain import plain_tools
-from rlinvariant.trainer.preflight.tools import Tooling, template_problems, tool_problems, tooling_problems
+from rlinvariant.trainer.preflight.tools import Tooling, call_limit_problems, template_problems, tool_problems, tooling_problems
 from tests.recipes.hub_rows import chat_tokenizer
 
 ROWS = Dataset.from_list([{"prompt": [{"role": "user", "content": "u"}], "answer": "1"}])
@@ -208,3 +208,11 @@ def test_wrong_limits_are_lines():
     tooling = Tooling([good], None, ToolLimits(tool_timeout=-1.0))
     (line,) = tooling_problems(tooling, plain_tools(chat_tokenizer()), ROWS, [len])
     assert line.startswith("tool_timeout=-1.0: expected seconds")
+
+
+def test_a_limit_under_which_no_tool_is_called_is_refused():
+    tooling = Tooling([good])
+    for most in (0, -1):
+        (line,) = call_limit_problems(tooling, most, "trainer.")
+        assert line.startswith(f"trainer.max_tool_calling_iterations={most}: expected 1 or more")
+    assert call_limit_problems(tooling, 1) == call_limit_problems(tooling, None) == call_limit_problems(Tooling(), 0) == []
