@@ -30,6 +30,8 @@ FREE_OF_TRAINER = (
     "trackio",
     "num_completions",
 ) + ("dataloader_", "skip_memory_metrics", "include_", "ddp_timeout", "average_tokens")
+SHAPES = ("lora.r", "lora.target_modules")
+"""Settings by which a checkpoint's adapters have shapes that other settings cannot load."""
 ROWS_HASHED = 1000  # rows of a data set that are read together
 
 
@@ -76,6 +78,10 @@ def find(config: Config) -> Resumption:
     if config.steps < done:
         raise UserError(f"steps={config.steps}: the run has done {done}; expected as many or more")
     changed, notes = _compared(config, before)
+    if shapes := [line for line in changed if line.startswith(SHAPES) and checkpoint is not None]:
+        raise ConfigErrors(
+            [f"{line}, which its adapters are made for; resume with that, or start a new run" for line in shapes]
+        )
     if changed and config.resume != "force":
         raise ConfigErrors([f"{line}; resume with that, or write resume=force" for line in changed])
     lines = [f"skipped, as it is not whole: {damage}" for damage in damages]

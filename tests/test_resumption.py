@@ -108,6 +108,16 @@ def test_the_samplers_settings_decide_where_it_is_stock():
         find(config("invariance=off", "sampler.max_num_seqs=4"))
 
 
+@pytest.mark.parametrize("now", [("lora.r=8",), ("lora.r=4", "lora.target_modules=q_proj"), ("lora.r=0",)])
+def test_adapters_of_other_shapes_cannot_be_forced(now):
+    """There is nothing to load them into: it ended in a traceback."""
+    pytest.importorskip("peft")
+    left(4, settings=settings(config("lora.r=4")))
+    with pytest.raises(ConfigErrors, match="lora.* its adapters are made for; resume with that, or start a new run"):
+        find(config(*now, "resume=force"))
+    assert find(config("lora.r=4", "lora.alpha=4", "resume=force")).step == 4
+
+
 def test_fewer_steps_than_are_done_cannot_be_forced_and_a_constant_rate_needs_no_force_for_more():
     left(4)
     for how in ("true", "force"):

@@ -75,6 +75,8 @@ def problems(config: Untyped) -> Iterator[str]:
     for key, allowed in neutral.items():
         if (value := getattr(config, key, allowed[0])) not in allowed:
             yield f"peft_config.{key}={value}: expected {allowed[0]}: exact adapters have no {key.removeprefix('use_')}"
+    if config.inference_mode:
+        yield "peft_config.inference_mode=True: expected False: nothing would be trained; load it with is_trainable=True"
     targets = {config.target_modules} if isinstance(config.target_modules, str) else set(config.target_modules or ())
     if outside := sorted(targets & {"embed_tokens", "lm_head", "wte", "embeddings"}):
         yield f"peft_config.target_modules has {outside[0]}: expected projections of the decoder alone"
@@ -90,9 +92,14 @@ def applied(model: "PreTrainedModel", config: Untyped, seed: int) -> Untyped:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
-            return get_peft_model(model, config)
+            adapted = get_peft_model(model, config)
         except ValueError as error:  # of projections that the model has not, say
             raise UserError(f"lora: {one_line(error)}") from error
+    names = set() if isinstance(config.target_modules, str) else set(config.target_modules or ())
+    found = [plain(name) for name, module in adapted.named_modules() if is_lora(module)]
+    if absent := sorted(x for x in names if not any(name == x or name.endswith(f".{x}") for name in found)):
+        raise UserError(f"lora: target_modules has {absent[0]}: expected projections of the model, as {found[0]}")
+    return adapted
 
 
 def is_reference(model: nn.Module) -> bool:
@@ -158,8 +165,16 @@ def plain(name: str) -> str:
 
 def split(weights: Iterable[tuple[str, Tensor]]) -> tuple[list[tuple[str, Tensor]], list[tuple[str, Tensor]]]:
     """Return pairs of names and tensors as two lists: those of the model, and those of adapters."""
-    own: list[tuple[str, Tensor]] = []
     of_adapters: list[tuple[str, Tensor]] = []
+    return list(without_adapters(weights, of_adapters)), of_adapters
+
+
+def without_adapters(
+    weights: Iterable[tuple[str, Tensor]], of_adapters: list[tuple[str, Tensor]]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the pairs of the model, one at a time, as a file is read, and append those of adapters to `of_adapters`."""
     for pair in weights:
-        (of_adapters if pair[0].endswith((A, B)) else own).append(pair)
-    return own, of_adapters
+        if pair[0].endswith((A, B)):
+            of_adapters.append(pair)
+        else:
+            yield pair

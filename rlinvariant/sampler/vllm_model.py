@@ -28,7 +28,7 @@ from vllm.v1.sample.sampler import Sampler
 
 from rlinvariant import ops
 from rlinvariant.errors import UserError
-from rlinvariant.models.lora import split
+from rlinvariant.models.lora import without_adapters
 from rlinvariant.models.modules import become, logits_scaling
 from rlinvariant.models.patch import make_invariant
 from rlinvariant.sampler import adapters
@@ -130,8 +130,8 @@ class InvariantForCausalLM(TransformersForCausalLM):
         if not getattr(self, "adapters_attached", False):
             adapters.attach(self)
             self.adapters_attached = True
-        own, of_adapters = split(weights)
-        loaded = super().load_weights(own)
+        of_adapters: list[tuple[str, Tensor]] = []
+        loaded = super().load_weights(without_adapters(weights, of_adapters))
         adapters.load(self, of_adapters)
         if self.compilation_config.mode == CompilationMode.NONE:
             pack_weights(self)

@@ -70,8 +70,17 @@ def settings_problems(
     if adapted:
         own: Any = getattr(model, "peft_config", None) or {}
         refused = adapter_conflicts("peft_config", "None", invariance, ppo is not None)
-        configs = [options["peft_config"]] if options.get("peft_config") is not None else [*own.values()]
+        given = options.get("peft_config")
+        configs = [given] if given is not None else [*own.values()]
         found += refused or [*adapter_problems(args, "peft_config"), *lora.problems(configs[0])]
-        if len(configs) > 1:
-            found.append(f"model: expected one adapter, found {len(configs)}; delete the others (model.delete_adapter)")
+        if given is not None and own:
+            found.append(
+                "peft_config: expected None with a model that has an adapter; or merge that (model.merge_and_unload())"
+            )
+        elif own and not hasattr(model, "get_base_model"):
+            found.append(f"model={type(model).__name__}: expected PEFT's; use get_peft_model in place of add_adapter")
+        if len(own) > 1:
+            found.append(f"model: expected one adapter, found {len(own)}; delete the others (model.delete_adapter)")
+        elif own and "default" not in own:
+            found.append(f"model: expected an adapter named default, which is PEFT's name for one, found {next(iter(own))}")
     return found

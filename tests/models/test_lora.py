@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 
 from rlinvariant.errors import UserError
 from rlinvariant.models import lora, make_invariant, require_exact
@@ -95,6 +95,18 @@ def test_what_is_not_supported_is_named(key):
 def test_projections_that_are_not_there_are_one_line():
     with pytest.raises(UserError, match="^lora: .*no_proj.* not found in the base model"):
         lora.applied(build("llama"), LoraConfig(target_modules=["no_proj"]), 0)
+    with pytest.raises(UserError, match="^lora: target_modules has no_proj: expected projections of the model"):
+        lora.applied(build("llama"), LoraConfig(target_modules=["q_proj", "no_proj", "layers.0.mlp.up_proj"]), 0)
+    lora.applied(build("llama"), LoraConfig(target_modules=["q_proj", "layers.0.mlp.up_proj"]), 0)
+
+
+def test_an_adapter_that_is_loaded_to_be_read_only_is_refused(tmp_path):
+    """PEFT loads adapters without gradients, unless it is told otherwise: there was nothing to train, and a traceback."""
+    adapted("llama").save_pretrained(tmp_path)
+    read_only, trainable = (PeftModel.from_pretrained(build("llama"), str(tmp_path), is_trainable=x) for x in (False, True))
+    (line,) = lora.problems(read_only.peft_config["default"])
+    assert line.startswith("peft_config.inference_mode=True: expected False") and "is_trainable=True" in line
+    assert list(lora.problems(trainable.peft_config["default"])) == []
 
 
 def test_embeddings_are_refused():

@@ -5,13 +5,16 @@ import re
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
+from trl import GRPOConfig
 
 from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.models import UnsupportedModel
 from rlinvariant.sampler.engine import Sampler
-from tests.parity.device import DEVICE
+from rlinvariant.trainer.refusals import settings_problems
+from tests.models.small import build
+from tests.parity.device import CUDA, DEVICE
 from tests.parity.harness import load, new_trainer, variety
 
 
@@ -49,6 +52,23 @@ def test_adapters_that_cannot_be_exact_are_refused(refused):
     assert refused(peft_config=dropout) == ["peft_config.lora_dropout=0.1: expected 0: exact adapters have no lora_dropout"]
     (line,) = refused(peft_config=LoraConfig(), invariance="trainer")
     assert line.startswith("peft_config: expected None with invariance=trainer: a stock engine takes whole weights")
+
+
+def test_a_model_with_adapters_of_another_form_is_refused(tmp_path):
+    args = GRPOConfig(str(tmp_path), use_cpu=not CUDA, bf16=False, logging_steps=1)
+    config = LoraConfig(target_modules=["q_proj"])
+
+    def lines(model, **options) -> list[str]:
+        return [
+            x for x in settings_problems(args, "exact", torch.bfloat16, options, model=model) if x.startswith(("model", "peft"))
+        ]
+
+    added, named, right = build("llama"), *(get_peft_model(build("llama"), config, name) for name in ("mine", "default"))
+    added.add_adapter(config)
+    beside = lines(right, peft_config=config)
+    assert len(beside) == 1 + CUDA and "with a model that has an adapter" in beside[-1]
+    assert lines(added)[-1].startswith("model=LlamaForCausalLM: expected PEFT's; use get_peft_model")
+    assert lines(named)[-1].endswith("found mine") and len(lines(right)) == CUDA
 
 
 @pytest.mark.parametrize(
