@@ -65,6 +65,15 @@ class Adapters:
         packed = [pack_weight(x, [len(x)], bias) for x in self.operands()]
         self.packed = {torch.get_num_threads(): packed}
 
+    def stale(self) -> bool:
+        """Return whether a copy that is multiplied by has other bytes than what it was made from."""
+        rows = self.wide.split(self.sizes)
+        right = [part if i in self.ranks else part[:, : self.k] for i, part in enumerate(rows)]
+        copies = [(copy, right[i]) for i, copy in self.alone.items()]
+        for packed in self.packed.values():
+            copies += [(copy.to_dense(), of) for copy, of in zip(packed, right, strict=True) if copy is not None]
+        return not all(bits.same(copy, of) for copy, of in copies)
+
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return the products of all projections, side by side, for x [*rows, K]."""
         biases = [None] * len(self.sizes) if bias is None else bias.split(self.sizes)
@@ -99,12 +108,17 @@ def load(model: nn.Module, weights: Pairs) -> None:
 
 
 def differing(model: nn.Module, weights: Pairs) -> list[str]:
-    """Name the adapters whose bytes are not those of `weights` cast to the engine's dtype, and those that `weights` lack."""
+    """Name the adapters whose bytes are not those of `weights` cast to the engine's dtype, and those that `weights` lack.
+
+    Layers that multiply by an old copy of what they hold are named, too.
+    """
     bad, seen = [], 0
     for name, weight in weights:
         slot, seen = _slot(model, name), seen + 1
         if slot.shape != weight.shape or not bits.same(slot, weight.detach().to(slot.dtype)):
             bad.append(name)
+    copied = [name for name, layer in model.named_modules() if getattr(layer, "adapters", None) is not None]
+    bad += [f"{name}.weight (copy)" for name in copied if model.get_submodule(name).adapters.stale()]  # pyright: ignore
     held = sum(2 * len(layer.adapters.ranks) for layer in layers(model))
     return bad if seen == held else [*bad, f"{held - seen} adapter weights, which were not given"]
 

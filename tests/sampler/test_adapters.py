@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from rlinvariant.models import lora, make_trainable
 from rlinvariant.models.families import FAMILIES
 from rlinvariant.models.random import save_random
+from rlinvariant.sampler import adapters
 from rlinvariant.sampler.engine import Sampler
 from rlinvariant.verification.relations import alone, one_by_one, sampler_and_trainer
 from rlinvariant.verification.start import pair_of
@@ -64,6 +65,26 @@ def test_each_weight_is_compared(sides):
         assert sides.sampler.differing_weights(changed) == [name]
     left_out = [pair for pair in weights if pair[0] != adapters[0]]
     assert sides.sampler.differing_weights(left_out) == ["1 adapter weights, which were not given"]
+
+
+def test_a_copy_that_is_multiplied_by_is_compared(sides):
+    """The engine multiplies by packed copies, and by copies of projections without adapters; one left behind is named."""
+    engine, weights = sides.sampler.model, list(lora.pairs(sides.model))
+    copied = [
+        m
+        for m in adapters.layers(engine)
+        if m.adapters.alone or any(x is not None for x in sum(m.adapters.packed.values(), []))
+    ]
+    if not copied:
+        pytest.skip("needs a layer that multiplies by a copy")
+    holder = copied[0].adapters
+    part = next(iter(holder.alone), 0)
+    at, own = sum(holder.sizes[:part]), holder.wide.clone()
+    holder.wide[at, 0] += 1
+    found = sides.sampler.differing_weights(weights)
+    holder.wide.copy_(own)
+    assert any(name.endswith(".weight (copy)") for name in found)
+    assert sides.sampler.differing_weights(weights) == []
 
 
 def test_adapters_are_synced_alone(sides):
