@@ -59,9 +59,11 @@ BEFORE = (
   {%- endif -%}
 {%- endfor -%}
 {%- set messages = plain.messages -%}
+{%- set tools = none -%}
 """
 )
-"""The part that is put before a model's own chat template: it makes messages that any template knows."""
+"""The part that is put before a model's own chat template: it makes messages that any template knows, and takes the tools away,
+of which a template that knows tools would tell the model in a form that is not read."""
 
 
 def plain_tools(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerBase":

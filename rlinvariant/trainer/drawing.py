@@ -116,9 +116,10 @@ class DrawingTrainer(EpisodesTrainer):
             A `Completion` for each prompt: its tokens, and for each the sampler's log-prob; no tokens where no room is left.
 
         Raises:
-            UserError: a prompt is empty, or a first one does not fit with its completion.
+            UserError: a prompt is empty, a first one does not fit with its completion, or there is no such sample.
         """
         samples = list(range(len(prompts))) if samples is None else samples
+        self._turns.require(prompts, samples)
         limits = self._turns.limits(prompts, samples, self.max_completion_length, self.sampler.max_model_len)
         limits = [limit if max_tokens is None else min(limit, max_tokens) for limit in limits]
         seeds = self._turns.seeds(samples)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from accelerate.utils import gather_object
 from trl.trainer.utils import shutdown_event_loop_in_daemon
 
-from rlinvariant.errors import UserError
+from rlinvariant.errors import UserError, one_line
 from rlinvariant.rewards.watchdog import OverdueReward, watchdog
 from rlinvariant.rollout import request_seed
 from rlinvariant.tools import Calls, Ended, Place
@@ -55,9 +55,15 @@ class Episodes:
         return {"tools": list(self._tooling.tools) or None, "environment_factory": factory}
 
     def _make(self, factory: EnvironmentFactory) -> Any:
-        environment: Any = factory()
+        try:
+            environment: Any = factory()
+        except Exception as error:  # the user's own code
+            raise UserError(f"environment: cannot be made: {type(error).__name__}: {one_line(error)}; mend it") from error
         reset = environment.reset
-        environment.reset = lambda **row: self._reset(environment, reset, row)
+        if getattr(reset, "func", None) == self._reset:
+            shared = "its factory has returned the same object twice, and two samples would play one episode"
+            raise UserError(f"environment {type(environment).__name__}: {shared}; return a new one at each call")
+        environment.reset = functools.partial(self._reset, environment, reset)
         return environment
 
     def begin(self, group: int) -> None:
@@ -73,7 +79,7 @@ class Episodes:
         self._next = 0
         self._seeds = request_seed(trainer.args.seed, earlier, int(training), EPISODES), step if training else 0, group
 
-    def _reset(self, environment: Any, reset: "Callable[..., Any]", row: Mapping[str, Any]) -> str | None:
+    def _reset(self, environment: Any, reset: "Callable[..., Any]", /, **row: Any) -> str | None:
         """Reset the environment of the next sample."""
         index, self._next = self._next, self._next + 1
         run, step, group = self._seeds

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from rlinvariant.errors import UserError
 from rlinvariant.rollout import Batch, Completion, request_seed
 from rlinvariant.types import Untyped
 
@@ -40,6 +41,13 @@ class Turns:
         self._silent = [False] * len(seeds)  # whether the last turn had no room for a token
         self.batches: list[Batch] = []
         self.conversations: Sequence[Sequence[Mapping[str, Any]]] | None = None
+
+    def require(self, prompts: Sequence[Sequence[int]], samples: Sequence[int]) -> None:
+        """Refuse samples that there are not, or another number of them than of prompts. Raises UserError."""
+        if len(samples) != len(prompts):
+            raise UserError(f"draw: {len(samples)} samples for {len(prompts)} prompts; expected one for each")
+        if strange := [sample for sample in samples if not 0 <= sample < len(self._seeds)]:
+            raise UserError(f"draw: sample {strange[0]}: expected 0 to {len(self._seeds) - 1}, the prompts of `rollout_func`")
 
     def seeds(self, samples: Sequence[int]) -> list[int]:
         """Return the seed of the next turn of each; a sample that is there twice has two turns, and two seeds."""

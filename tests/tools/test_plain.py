@@ -42,6 +42,15 @@ def test_a_template_without_tools_gets_them(tokenizer):
     assert supports_tool_calling(tokenizer) and is_chat_template_prefix_preserving(tokenizer)
 
 
+def test_a_template_with_tools_tells_of_them_in_one_form():
+    other = chat_tokenizer()
+    other.chat_template = "{% if tools %}own form: {{ tools | tojson }}{% endif %}" + other.chat_template
+    asked = [{"role": "user", "content": "u"}]
+    assert "own form" in rendered(other, asked, [look_up])  # the control
+    text = rendered(plain_tools(other), asked, [look_up])
+    assert "call NAME" in text and "own form" not in text
+
+
 def test_without_tools_the_text_is_the_models_own(tokenizer):
     messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
     for part in (messages, messages[1:], messages[:2]):

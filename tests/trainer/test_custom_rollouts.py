@@ -111,6 +111,11 @@ def test_what_is_wrong_is_said_with_the_sequence(wrong, words, arithmetic_dir, e
         ),
         (lambda prompts, trainer: dict.fromkeys(ROW, 5), "`prompt_ids` is 5: expected a list of rows, one for each prompt"),
         (lambda prompts, trainer: dict.fromkeys(ROW, [5] * 16), "sequence 0: `prompt_ids` is 5: expected a list of numbers"),
+        (
+            lambda prompts, trainer: trainer.draw([[5]], [-1]),
+            "draw: sample -1: expected 0 to 15, the prompts of `rollout_func`",
+        ),
+        (lambda prompts, trainer: trainer.draw([[5]], [0, 1]), "draw: 2 samples for 1 prompts; expected one for each"),
         (lambda prompts, trainer: 1 / 0, "ZeroDivisionError: division by zero"),
     ],
 )

@@ -89,6 +89,22 @@ def test_an_environment_is_exact_and_begins_from_seeds(new):
     assert not set(Echo.seeds) & set(first)
 
 
+@pytest.mark.parametrize(
+    ("later", "words"), [("same", "Echo: its factory has returned the same object twice"), ("none", "OSError: no more")]
+)
+def test_environments_that_cannot_be_made_anew_are_a_line(new, later, words):
+    made: list[Echo] = []
+
+    def factory() -> Echo:
+        if len(made) > 5 and later == "none":
+            raise OSError("no more")
+        made.append(made[0] if made and later == "same" else Echo())
+        return made[-1]
+
+    with pytest.raises(UserError, match=words):
+        new(tools=None, environment_factory=factory).trainer.train()
+
+
 def test_held_out_rows_are_played_and_leave_no_trace(new):
     run = new(tools=None, environment_factory=Echo)
     rows = Dataset.from_list([{"prompt": [{"role": "user", "content": str(i)}]} for i in range(5)])
