@@ -33,7 +33,7 @@ onpolicy/mismatched_tokens  onpolicy/compared_tokens  onpolicy/unscored_tokens  
 onpolicy/logprob_absdiff/{mean,p99,max}   onpolicy/ulp/max   onpolicy/kl_k1   onpolicy/kl_k3
 onpolicy/is_ratio/{min,mean,max}  onpolicy/is_ess  onpolicy/is_clipped_frac
 onpolicy/group_unique_frac  onpolicy/weights_equal  onpolicy/weight_version_lag  onpolicy/exact_streak_tokens
-onpolicy/mismatched_tokens_total
+onpolicy/mismatched_tokens_total  onpolicy/masked_tokens
 reward  reward_std  frac_reward_zero_std  reward/{errors,timeouts,crashes}
 completions/{mean_length,min_length,max_length,clipped_ratio}  rollout/empty_frac
 completions/{mean_terminated_length,min_terminated_length,max_terminated_length}

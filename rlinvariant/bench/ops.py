@@ -73,6 +73,10 @@ def _linear(s: Size, m: int, train: bool) -> Iterator[Case]:
     x, w = torch.randn(m, s.hidden), torch.randn(s.mlp, s.hidden) / s.hidden**0.5
     yield Case(_name(s, "linear", shape), ops.linear, ops.linear_ref, F.linear, (x.to(bf16), w.to(bf16)), 1)
     yield Case(_name(s, "linear fp32", shape), ops.linear, ops.linear_ref, F.linear, (x, w), 1)
+    a, b = torch.randn(16, s.hidden) / s.hidden**0.5, torch.randn(s.mlp, 16) / 100
+    peft = lambda x, w, a, b: F.linear(x, w) + F.linear(F.linear(x, a), b)  # noqa: E731
+    adapted = tuple(t.to(bf16) for t in (x, w, a, b))
+    yield Case(_name(s, "lora_linear", shape), ops.lora_linear, ops.lora_linear_ref, peft, adapted, 1)
     if train:  # fp32 masters
         stock = lambda x, w: F.linear(x, w.to(x.dtype))  # noqa: E731
         yield Case(_name(s, "linear", shape, True), ops.linear, ops.linear_ref, stock, (x.to(bf16), w), 1, gradients=(0, 1))

@@ -51,6 +51,7 @@ def test_every_op_is_measured_and_invariant(ops_json):
     names = {row["case"].split(",")[0].split(" ")[0] for row in rows}
     assert names == {
         "linear",
+        "lora_linear",
         "rms_norm",
         "add_rms_norm",
         "rope",
@@ -59,6 +60,7 @@ def test_every_op_is_measured_and_invariant(ops_json):
         "paged_attention",
         "token_logprobs",
         "sample",
+        "threshold",
     }
     assert all(row["bits_equal"]["ours"] is True for row in rows)
     # Negative control: the stock fp32 product is not, so the check can see a difference

@@ -230,8 +230,8 @@ def reciprocal(pair):
     """Multiply the logits of one request by the reciprocal of its temperature."""
     sample = ops.sample
 
-    def faulty(logits, temperature, seeds, positions):
-        tokens, logprobs, ranks = sample(logits, temperature, seeds, positions)
+    def faulty(logits, temperature, seeds, positions, theta=None):
+        tokens, logprobs, ranks = sample(logits, temperature, seeds, positions, theta)
         _, wrong, _ = sample(logits.float() * (1 / temperature)[:, None], torch.ones_like(temperature), seeds, positions)
         return tokens, torch.where(seeds == TRIAL.seeds[7], wrong, logprobs), ranks
 
@@ -241,8 +241,8 @@ def reciprocal(pair):
 def padded_vocabulary(pair):
     sample = ops.sample
 
-    def faulty(logits, temperature, seeds, positions):
-        tokens, _, ranks = sample(logits, temperature, seeds, positions)
+    def faulty(logits, temperature, seeds, positions, theta=None):
+        tokens, _, ranks = sample(logits, temperature, seeds, positions, theta)
         logprobs = ops.log_softmax(F.pad(logits, (0, 128 - VOCABULARY)), temperature).gather(1, tokens[:, None])[:, 0]
         return tokens, logprobs, ranks
 

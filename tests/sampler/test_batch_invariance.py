@@ -224,16 +224,22 @@ def test_a_stop_token_ends_a_completion_and_belongs_to_it(exact, reference):
     stop = whole.token_ids[5]
     at = whole.token_ids.index(stop) + 1
     (cut,) = exact("wide").generate(
-        [request.prompt], [request.seed], temperature=request.temperature, max_tokens=24, stop_token_ids=[stop]
+        [request.prompt],
+        [request.seed],
+        temperature=request.temperature,
+        max_tokens=24,
+        stop_token_ids=[stop],
+        **asdict(request.truncation),
     )
     assert_same_completions([cut], [Completion(whole.token_ids[:at], whole.sampler_logprobs[:at])], "stopped")
 
 
 def test_asking_for_more_log_probs_changes_no_bit(exact, reference):
-    ran = [i for i in ALL if TEMPERATURES[i % 3] == 0.7]
+    ran = [i for i in ALL if TEMPERATURES[i % 3] == 0.7 and requests()[i].truncation == SETTINGS[0]]
     asked = [requests()[i] for i in ran]
+    assert len(asked) > 3
     more = exact("wide").generate(
-        [r.prompt for r in asked], [r.seed for r in asked], temperature=0.7, max_tokens=24, logprobs=3
+        [r.prompt for r in asked], [r.seed for r in asked], temperature=0.7, max_tokens=24, logprobs=3, **asdict(SETTINGS[0])
     )
     assert_same_completions(more, [reference[i] for i in ran], "three more log-probs")
 
