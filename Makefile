@@ -9,7 +9,7 @@ CONSTRAINTS ?= $(if $(CUDA),,constraints/cpu.txt)
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 TORCH := torch==2.13.0+cpu
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 ARGS ?=
 # libgomp threads that spin make everything 10 times slower as soon as cores are shared
 export OMP_WAIT_POLICY ?= passive

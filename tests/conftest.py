@@ -15,8 +15,6 @@ from tests.collector import importing
 from tests.forks import Server
 
 FORKS = pytest.StashKey[Server]()
-LONG = ("few", "interpreted", "run", "serve", "verify", "ablate", "every_recipe")
-"""Names of test files that take long though they have few tests."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -33,11 +31,6 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 def pytest_collection() -> Generator[None, object, object]:
     with importing():
         return (yield)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files that take long: a worker of pytest-xdist that got one last would end alone."""
-    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONG)
 
 
 @pytest.fixture
