@@ -159,7 +159,7 @@ def truncation_problems(
     names = [name for name, (allows, _) in RANGES.items() if allows(getattr(trainer, name))]
     if len(names) < len(RANGES) or not (truncation := Truncation.of(trainer)) or invariance == "off":
         return []
-    with_ = "with " + ", ".join(f"{prefix}{setting}" for setting in str(truncation).split(", "))
+    with_ = "with " + ", ".join(truncation.settings(prefix))
     if invariance != "exact":
         why = "of one stock side, the kept tokens are others than the exact side's; use exact or off, or keep all tokens"
         return [f"invariance={invariance}: expected exact {with_}: {why}"]

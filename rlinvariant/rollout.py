@@ -52,13 +52,17 @@ class Truncation:
     @classmethod
     def of(cls, settings: Untyped) -> "Truncation":
         """Take the fields of `trl.GRPOConfig`, in which None, and for top_k -1 too, is no limit."""
-        return cls(max(settings.top_k or 0, 0), settings.top_p, settings.min_p or 0.0)
+        return cls(max(settings.top_k or 0, 0), 1.0 if settings.top_p is None else settings.top_p, settings.min_p or 0.0)
 
     def __bool__(self) -> bool:
         return self != Truncation()
 
+    def settings(self, prefix: str = "") -> list[str]:
+        """Return what differs from the default, as the user writes it: ["top_k=20", "top_p=0.9"]."""
+        return [f"{prefix}{f.name}={getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) != f.default]
+
     def __str__(self) -> str:
-        return ", ".join(f"{f.name}={getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) != f.default)
+        return ", ".join(self.settings())
 
 
 ALL_TOKENS = Truncation()

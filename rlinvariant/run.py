@@ -19,6 +19,7 @@ from rlinvariant.publish import card_facts, publish
 from rlinvariant.report.console import Console
 from rlinvariant.report.rundir import RunDir
 from rlinvariant.resumption import Resumption, dataset_digest, find, require_same_data
+from rlinvariant.rollout import Truncation
 from rlinvariant.stopping import after_a_step
 from rlinvariant.tools.plain import plain_tools
 
@@ -110,11 +111,13 @@ def plan(config: Config) -> Plan:
         import torch
         from transformers.utils import logging as transformers_logging
 
-        from rlinvariant.support import adapter_problems, device_problems
+        from rlinvariant.support import device_problems, unproven_problems
 
     console, recipe = Console(args.process_index == 0), config.load_recipe()
     problems = device_problems(args, config.invariance, getattr(torch, config.dtype))
-    problems += adapter_problems(args, f"lora.r={config.lora.r}") if config.lora.r else []
+    unproven = [f"lora.r={config.lora.r}"] if config.lora.r else []
+    unproven += Truncation.of(args).settings("trainer.") if config.invariance == "exact" else []
+    problems += unproven_problems(args, *unproven)
     if problems:  # before a recipe makes its model
         raise ConfigErrors(problems)
     trained = config.recipe or config.data.path

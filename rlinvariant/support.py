@@ -34,11 +34,16 @@ def device_problems(args: "GRPOConfig", invariance: str, dtype: torch.dtype) -> 
     return list(cuda_problems(dtype))
 
 
-def adapter_problems(args: "GRPOConfig", said: str) -> list[str]:
-    """Say, in a line at most, why `args.device` cannot train adapters exactly; `said` is the setting that asks for them."""
+def unproven_problems(args: "GRPOConfig", *said: str) -> list[str]:
+    """Refuse what was proven on CPUs alone so far, a line for each of `said`, where `args.device` is no CPU.
+
+    Args:
+        args: TrainingArguments.
+        said: the settings that ask for it, as the user writes them: "lora.r=8", "top_p=0.9".
+    """
     if args.device.type == "cpu":
         return []
-    return [f"{said}: exact adapters were proven on CPUs alone so far, not on {args.device.type}; train all weights"]
+    return [f"{one}: proven on CPUs alone so far, not on {args.device.type}; remove it, or train on a CPU" for one in said]
 
 
 def cuda_problems(dtype: torch.dtype) -> Iterator[str]:

@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from rlinvariant import runtime
 from rlinvariant.errors import UserError
 from rlinvariant.model_source import local_model
 from rlinvariant.models.lora import split
-from rlinvariant.rollout import RANGES, Completion
+from rlinvariant.rollout import RANGES, Completion, Truncation
 from rlinvariant.sampler import adapters, plugin
 from rlinvariant.sampler import weights as synced
 from rlinvariant.sampler.names import ARCHITECTURE, QUANTIZATION
@@ -291,6 +292,9 @@ class Sampler:
         for name, (allows, expected) in RANGES.items():
             if (value := sampling.get(name)) is not None and not allows(value):
                 raise UserError(f"{name}={value}: expected {expected}")
+        truncation = Truncation.of(SimpleNamespace(**{"top_k": 0, "top_p": 1.0, "min_p": 0.0, **sampling}))
+        if self.invariant and torch.cuda.is_available() and truncation:
+            raise UserError(f"{truncation}: proven on CPUs alone so far; remove it")
         from vllm import SamplingParams
 
         shared: dict[str, Any] = {"temperature": temperature, "max_tokens": max_tokens, "detokenize": False}

@@ -195,12 +195,12 @@ class Requests(LogitsProcessor):
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
-        neutral = SamplingParams()
+        neutral, allowed = SamplingParams(), (*SHAPELESS_SETTINGS, *(() if torch.cuda.is_available() else RANGES))
         refused = []
         for name in SamplingParams.__struct_fields__:
             value = getattr(sampling_params, name)
             same = value in (getattr(neutral, name), None, [], {})
-            if not (same or name in (*SHAPELESS_SETTINGS, *RANGES) or name.startswith("_")):
+            if not (same or name in allowed or name.startswith("_")):
                 refused.append(f"{name}={value}")
         if refused:
             raise ValueError(

@@ -16,7 +16,8 @@ from rlinvariant.conflicts import (
 )
 from rlinvariant.models import lora
 from rlinvariant.rewards.limits import RewardLimits
-from rlinvariant.support import adapter_problems, device_problems
+from rlinvariant.rollout import Truncation
+from rlinvariant.support import device_problems, unproven_problems
 from rlinvariant.types import JsonRow
 
 if TYPE_CHECKING:
@@ -47,7 +48,10 @@ def settings_problems(
     found += ppo_conflicts(args, ppo) if ppo is not None else []
     if (staleness := options.get("staleness", 0)) < 0:
         found.append(f"staleness={staleness}: expected 0 or more optimizer steps")
-    found += truncation_problems(args, invariance, staleness, 0.0 if ppo is None else ppo.kl_coef)
+    truncated = truncation_problems(args, invariance, staleness, 0.0 if ppo is None else ppo.kl_coef)
+    if not truncated and invariance == "exact":
+        truncated = unproven_problems(args, *Truncation.of(args).settings())
+    found += truncated
     found += microbatch_problems(options.get("tokens_per_microbatch"), options.get("recompute"), args, invariance)
     found += RewardLimits.taken(dict(options)).problems()
     if options.get("environment_factory") is not None and (cage := options.get("reward_cage", 0)):
@@ -72,7 +76,7 @@ def settings_problems(
         refused = adapter_conflicts("peft_config", "None", invariance, ppo is not None)
         given = options.get("peft_config")
         configs = [given] if given is not None else [*own.values()]
-        found += refused or [*adapter_problems(args, "peft_config"), *lora.problems(configs[0])]
+        found += refused or [*unproven_problems(args, "peft_config"), *lora.problems(configs[0])]
         if given is not None and own:
             found.append(
                 "peft_config: expected None with a model that has an adapter; or merge that (model.merge_and_unload())"

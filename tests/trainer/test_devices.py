@@ -18,6 +18,7 @@ import rlinvariant
 from rlinvariant import ops, support
 from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.models import UnsupportedModel, make_invariant, require_exact, unsupported
+from rlinvariant.rollout import ALL_TOKENS, Truncation
 from rlinvariant.sampler.engine import Sampler
 from tests.parity.device import DEVICE
 from tests.parity.harness import load, questions, variety
@@ -244,11 +245,25 @@ def test_problems_reach_a_user_of_the_trainer(on_gpu, arithmetic_dir, tmp_path):
     assert [line.split("=")[0] for line in error.value.errors] == ["vllm", "logging_steps"]
 
 
-def test_adapters_are_refused_where_they_were_not_proven():
+def test_what_was_proven_on_cpus_alone_is_refused_elsewhere():
     cpu, cuda = (SimpleNamespace(device=torch.device(kind)) for kind in ("cpu", "cuda"))
-    assert support.adapter_problems(cpu, "lora.r=8") == []
-    (line,) = support.adapter_problems(cuda, "lora.r=8")
-    assert line == "lora.r=8: exact adapters were proven on CPUs alone so far, not on cuda; train all weights"
+    truncation = Truncation(top_k=20, min_p=0.1)
+    said = ["lora.r=8", *truncation.settings("trainer.")]
+    assert support.unproven_problems(cpu, *said) == []
+    assert [line.split(":")[0] for line in support.unproven_problems(cuda, *said)] == said
+    assert said == ["lora.r=8", "trainer.top_k=20", "trainer.min_p=0.1"]
+    assert support.unproven_problems(cuda, *ALL_TOKENS.settings()) == []
+
+
+def test_an_exact_engine_of_a_gpu_refuses_truncation(monkeypatch):
+    engine = SimpleNamespace(invariant=True)
+    how = {"temperature": 1.0, "max_tokens": 4, "top_k": 0, "top_p": 0.9}
+    assert Sampler.params(engine, 1, **how).top_p == 0.9
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(UserError, match=r"^top_p=0\.9: proven on CPUs alone so far; remove it$"):
+        Sampler.params(engine, 1, **how)
+    assert Sampler.params(engine, 1, **how | {"top_p": 1.0}).top_p == 1.0
+    assert Sampler.params(SimpleNamespace(invariant=False), 1, **how).top_p == 0.9, "a stock engine does as vLLM does"
 
 
 # ---- on a GPU
