@@ -1,4 +1,4 @@
-"""How far a result may lie from the exact one, derived from the arithmetic: the yardstick of every test of accuracy.
+"""A bound of a result's distance from the exact one, derived from the arithmetic: the yardstick of every test of accuracy.
 
 PyTorch's own error is no yardstick: its kernels sum in another order on each make of CPU and GPU, so that a bound of twice its
 error fails where it happens to do well, and hides a fault where it does badly.

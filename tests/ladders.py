@@ -1,4 +1,4 @@
-"""What the op tests share: devices, batch sizes, neighbours, thread counts, and the checks of a relation between bits.
+"""Tools that the op tests share: devices, batch sizes, neighbours, thread counts, and the checks of a relation between bits.
 
 How accurate an op must be is in tests/bounded.py.
 

@@ -1,4 +1,4 @@
-"""Which directory is a checkpoint to go on from: every byte counts."""
+"""Directories that are checkpoints to go on from, and those that are not: every byte counts."""
 
 import json
 import os

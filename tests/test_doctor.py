@@ -176,7 +176,7 @@ def test_another_gpu(monkeypatch):
 
 
 def test_the_reported_kernel_is_the_one_that_runs(tmp_path):
-    """For every shape of a model, `ops.linear` does what was said."""
+    """`ops.linear` runs the kernel that the report names, for every shape of a model."""
     Qwen2Config(**TINY, num_key_value_heads=1).save_pretrained(tmp_path)
     found = list(model.of_model(str(tmp_path), cuda=False))
     assert {x.verdict for x in found if x.name != "certificate"} == {"ok"}

@@ -1,4 +1,4 @@
-"""What a run leaves when something fails while it is being left."""
+"""The error that a run ends with when something fails while the run is being left."""
 
 import json
 

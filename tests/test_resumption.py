@@ -1,4 +1,4 @@
-"""What a run goes on from, and which settings make another run of it."""
+"""The checkpoint that a run goes on from, and the settings that make another run of it."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""How signals end a run: real processes that take steps as a run does, each step as long as the test wants."""
+"""Signals that end a run, sent to real processes that take steps as a run does, each step as long as the test wants."""
 
 import os
 import signal

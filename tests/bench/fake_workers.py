@@ -5,7 +5,7 @@ from rlinvariant.models import shapes
 
 
 class Fakes:
-    """In place of processes: what each would answer; `dead` ones end when they are first asked."""
+    """Puts fakes in place of processes: `answer` gives what each would answer; `dead` ones end when they are first asked."""
 
     def __init__(self, monkeypatch, module, answer, dead=()):
         self.asked, self.closed = [], []

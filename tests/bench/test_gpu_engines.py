@@ -149,7 +149,7 @@ def test_step_rows_are_seconds_and_exact_only_if_every_step_was(monkeypatch):
 
 
 def test_steps_of_sides_that_do_not_fit_together_follow_each_other(monkeypatch):
-    """And are compared round by round all the same."""
+    """Sides that do not fit on a GPU together run one after the other, and are compared round by round all the same."""
     seconds = {"exact": iter([9.0, 1.0, 2.0, 3.0]), "stock": iter([9.0, 10.0, 20.0, 30.0])}
 
     def answer(side, length):

@@ -99,7 +99,7 @@ def test_a_soak_that_proves_nothing_fails(monkeypatch, tmp_path, answer, dead, s
 
 @pytest.mark.parametrize("dead", [[], ["control"]])
 def test_a_soak_has_its_control_first(monkeypatch, tmp_path, dead):
-    """And alone: on a small GPU two engines fit, a third does not."""
+    """The control runs first, and alone: on a small GPU two engines fit, a third does not."""
     fakes = Fakes(monkeypatch, gpu_parity, _rollouts(), dead)
     monkeypatch.setattr(gpu, "large", lambda: False)
     with pytest.raises(SystemExit, match="control: None") if dead else contextlib.nullcontext():

@@ -1,4 +1,4 @@
-"""What `rlinvariant bisect` records of both sides, and what it says of an engine or a difference that is not a fault."""
+"""The records that `rlinvariant bisect` makes of both sides, and its words for an engine or a difference that is no fault."""
 
 import re
 from dataclasses import replace
@@ -52,7 +52,7 @@ def test_what_does_not_come_back_is_said(pair):
 
 
 def test_working_copies_are_recorded_as_the_modules_are(pair):
-    """On a GPU the trainer calls no q_proj, k_proj, v_proj, gate_proj or up_proj, but one product for each group."""
+    """The trainer on a GPU calls no q_proj, k_proj, v_proj, gate_proj or up_proj, but one product for each group."""
     merged: Any = AutoModelForCausalLM.from_pretrained(pair.path, dtype=torch.float32)
     merged = use_working_copies(make_trainable(merged), torch.bfloat16).eval()
     places = []

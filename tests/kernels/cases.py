@@ -27,7 +27,7 @@ def linear(rows: int) -> Case:
 
 
 def rms_norm(offset: float | None = None) -> Case:
-    """Of the heads in a merged projection, read in place."""
+    """Make a case of the norm of the heads in a merged projection, read in place."""
     heads = bf16(TOKENS, (HEADS + 2 * KV_HEADS) * DIM)
     return lambda x, w: ops.rms_norm(x[:, : HEADS * DIM].unflatten(1, (-1, DIM)), w, 1e-6, offset), (heads, randn(DIM, seed=1))
 

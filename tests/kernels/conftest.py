@@ -6,6 +6,6 @@ import torch
 
 @pytest.fixture
 def on_gpu() -> Iterator[None]:
-    """What a test makes without naming a device is made on the GPU."""
+    """Make on the GPU each tensor for which a test names no device."""
     with torch.device("cuda"):
         yield

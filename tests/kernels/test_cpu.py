@@ -48,7 +48,7 @@ def builds(tmp_path_factory) -> dict[str, ctypes.CDLL]:
 
 
 def outputs(library: ctypes.CDLL, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
-    """What every function of the library gives for sizes with tails, on wide exponents; one name per output."""
+    """Return the outputs of every function of the library for sizes with tails, on wide exponents; one name per output."""
     monkeypatch.setattr(cpu, "library", lambda: library)
     monkeypatch.setattr(importlib.import_module("rlinvariant.ops.linear"), "is_exact", lambda *_: False)
     found: dict[str, Tensor] = {}
@@ -122,7 +122,7 @@ def test_a_build_that_rounds_otherwise_differs(builds, monkeypatch):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_every_element_of_every_output_is_written(dtype, monkeypatch):
-    """With new memory filled with NaN, as PyTorch does in deterministic mode."""
+    """New memory is filled with NaN, as PyTorch does in deterministic mode."""
     plain = outputs(cpu.library(), dtype, monkeypatch)
     torch.use_deterministic_algorithms(True)
     try:

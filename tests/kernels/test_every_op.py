@@ -1,4 +1,4 @@
-"""What holds for every op on a GPU, whatever it computes: tests/kernels/cases.py calls each of them."""
+"""Properties of every op on a GPU, whatever the op computes: tests/kernels/cases.py calls each of them."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("on_gpu")]
 
 
 def outputs(name: str, f: Function, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """What the op gives, and its gradients."""
+    """Return the outputs of the op, and its gradients."""
     y = f(*inputs)
     gradients = () if name in WITHOUT_GRADIENT else ladders.gradients(f, inputs)
     return *(y if isinstance(y, tuple) else (y,)), *gradients
@@ -56,7 +56,7 @@ def test_a_graph_of_stale_inputs_is_found():
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_element_of_every_output_is_written(name):
-    """With new memory filled with NaN, as PyTorch does in deterministic mode."""
+    """New memory is filled with NaN, as PyTorch does in deterministic mode."""
     plain = outputs(name, *CASES[name]())
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:

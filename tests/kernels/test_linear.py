@@ -94,7 +94,7 @@ def test_a_tile_that_reaches_beyond_the_weight_gives_the_same_bits(tile, kernel)
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("shape", [*(shape for shape, _ in WEIGHTS), (4096, 12288)])  # and Qwen3 8B down
 def test_cublaslt_gives_the_bits_of_the_tiles(shape, bias, kernel):
-    """On operands that `check` has not seen, most of them at row counts that it has not tried."""
+    """`check` has seen none of these operands, and has tried few of these row counts."""
     x, w = operands(*shape)
     b = small_bias(shape[0]) if bias else None
     assert kernel.check(*shape, bias, 0), "cuBLASLt is not used for this weight"

@@ -1,4 +1,4 @@
-"""What the Triton compiler made of the kernels: nothing here depends on values, so it is read off the machine code."""
+"""The Triton compiler's work on the kernels: nothing here depends on values, so it is read off the machine code."""
 
 import importlib
 import re
@@ -31,7 +31,7 @@ def functions() -> Iterator[tuple[str, Any]]:
 
 @pytest.fixture(scope="module")
 def kernels() -> list[tuple[str, Any]]:
-    """What is compiled for a call and a gradient of every op, and a call of every tuned tile, with shapes like a model's.
+    """Return the kernels of a call and a gradient of every op, and a call of every tuned tile, with shapes like a model's.
 
     (Rows that no 16 bytes divide, as other tests have them, cost some tiles their registers.)
     """

@@ -51,7 +51,7 @@ def changed(whole: Path, to: Path, change: Change) -> str:
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_weights_that_are_not_the_models_are_refused(fault, whole, tmp_path, capfd):
-    """By training, by verify and, but for the head, by a critic; in one line, and nothing else is printed."""
+    """Training, verify and, but for the head, a critic refuse such weights in one line, and nothing else is printed."""
     change, message = FAULTS[fault]
     path, policy = changed(whole, tmp_path / "model", change), load(AutoModelForCausalLM, whole)
     args = GRPOConfig(output_dir=str(tmp_path), bf16=False, max_completion_length=12, use_cpu=not CUDA, **RUN)

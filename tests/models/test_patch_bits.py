@@ -35,7 +35,7 @@ def test_float32_masters_have_the_bits_of_the_cast_model(family):
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("family", SUPPORTED)
 def test_logprobs_packed_are_logprobs_alone(family, dtype):
-    """In any company and order; beside 60 more sequences."""
+    """A sequence has the same log-probs in any company and order, and beside 60 more sequences."""
     model, rows = make_invariant(build(family), dtype), sequences()
     with torch.no_grad():
         alone = [logprobs(model, [row]) for row in rows]

@@ -70,7 +70,7 @@ def test_a_gpu_takes_every_model_that_is_benchmarked(name):
 
 
 def test_an_embedding_is_compared_where_its_scale_is(monkeypatch):
-    """As vLLM builds a model: parameters on "meta", buffers where they will be used."""
+    """The model is as vLLM builds it: parameters on "meta", buffers where they will be used."""
     embedding: Any = build("gemma3").get_input_embeddings()
     embedding.weight = nn.Parameter(embedding.weight.to("meta"))
     ((_, form, _),) = patch._plan([embedding], {})

@@ -20,7 +20,7 @@ from tests.parity.device import CUDA, DEVICE
 
 @pytest.fixture(autouse=True)
 def one_route(monkeypatch):
-    """On a CPU a product's bits depend on its shape's route, which is why only a GPU's trainer merges: take one for all."""
+    """Take one route for all products: on a CPU bits depend on a shape's route, which is why only a GPU's trainer merges."""
     if not CUDA:
         monkeypatch.setattr(importlib.import_module("rlinvariant.ops.linear"), "is_exact", lambda *_: False)
 
@@ -116,7 +116,7 @@ def test_a_frozen_weight_gets_no_gradient_and_its_neighbours_theirs(pair):
 
 
 def test_a_deep_copy_has_copies_of_its_own(pair):
-    """Of an average of weights, say: it must neither keep the original's nor refresh them."""
+    """A deep copy, say an average of weights, must neither keep the original's working copies nor refresh them."""
     plain, working = pair
     other = copy.deepcopy(working)
     for model in (plain, other):
@@ -142,7 +142,7 @@ def test_a_second_time_changes_nothing(pair):
 
 
 def test_a_model_that_is_let_go_is_gone():
-    """By its reference count alone: no cycle keeps its memory until a collection."""
+    """The model is freed by its reference count alone: no cycle keeps its memory until a collection."""
     model = use_working_copies(make_invariant(build("qwen3")), torch.bfloat16)
     seen = weakref.ref(model.model.layers[0].self_attn.o_proj)
     gc.collect()

@@ -30,7 +30,7 @@ def outputs(notebook, kind: str = "stdout") -> str:
 
 
 def pictures(notebook) -> list[int]:
-    """How many each cell makes."""
+    """Count the pictures that each cell makes."""
     return [sum("image/png" in o.get("data", {}) for o in cell.get("outputs", [])) for cell in notebook.cells]
 
 

@@ -113,7 +113,7 @@ def test_attention_does_not_depend_on_the_number_of_queries(shape, dtype):
 
 @decode_shapes
 def test_decode_does_not_depend_on_the_number_of_sequences(shape, dtype):
-    """From 44 sequences at once vllm #51187 changed; 64 is a common size of a captured batch."""
+    """Bits of vLLM changed from 44 sequences at once (vllm #51187); 64 is a common size of a captured batch."""
     lengths = [1 + (37 * i) % 150 for i in range(65)]
     q, k, v = operands(sum(lengths), shape, dtype)
     cache, out = Cache(k, v, lengths, 16), attend(q, k, v, lengths)
@@ -124,7 +124,7 @@ def test_decode_does_not_depend_on_the_number_of_sequences(shape, dtype):
 
 @decode_shapes
 def test_bounds_and_empty_sequences_change_no_bits(shape, dtype):
-    """As in a CUDA graph: the longest lengths are bounds, and a batch is filled up with sequences of no queries."""
+    """A CUDA graph has such batches: the longest lengths are bounds, and sequences of no queries fill a batch up."""
     lengths = (300, 41)
     q, k, v = operands(sum(lengths), shape, dtype)
     cache, out, scale = Cache(k, v, lengths, 16), attend(q, k, v, lengths), shape[2] ** -0.5

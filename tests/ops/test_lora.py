@@ -36,7 +36,7 @@ def test_zeros_beyond_the_rank_change_nothing(dtype):
 
 
 def test_another_order_is_found():
-    """In fp32 a sum that is rounded, and then added to, may have been in that order from the start."""
+    """The operands are bf16: in fp32 a sum that is rounded, and then added to, may have been in that order from the start."""
     x, weight, a, b = (t.bfloat16() for t in operands(torch.bfloat16, 16))
     right = ops.lora_linear(x, weight, a, b)
     assert ladders.differs(right, ops.linear(x, weight) + ops.linear(ops.linear(x, a), b)), "rounded, then added"
@@ -45,7 +45,7 @@ def test_another_order_is_found():
 
 
 def test_a_small_adapter_is_not_lost():
-    """How much of x A^T B^T, a thousandth of the weight, reaches the output; where it is merged, or added later, half does."""
+    """All of x A^T B^T, a thousandth of the weight, reaches the output; where it is merged, or added later, half does."""
     n, k, rank, dtype = 256, 512, 16, torch.bfloat16
     x, weight = randn(128, k, dtype=dtype), (randn(n, k, seed=1) * 0.02).to(dtype)
     a, b = (randn(rank, k, seed=2) * k**-0.5).to(dtype), randn(n, rank, seed=3)

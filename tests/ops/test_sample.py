@@ -103,7 +103,7 @@ def test_the_noise_is_the_same_53_bits_on_every_device():
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
 @pytest.mark.parametrize("vocab", [17, 4097, 20000])
 def test_cpu_and_gpu_draw_the_same_tokens(vocab, temperature):
-    """From the same fp32 logits, wherever u is not within rounding of the edge between two tokens."""
+    """Equal fp32 logits give equal tokens, wherever u is not within rounding of the edge between two tokens."""
     rows = 300
     logits, seeds, positions = 3 * randn(rows, vocab), torch.arange(rows) * 104729, torch.arange(rows) % 7
     tokens, logprobs, ranks = draw(logits, seeds, positions, temperature)

@@ -142,7 +142,7 @@ def test_extreme_gates_give_the_limits(dtype, f, reference):
 
 @both
 def test_rounding_is_that_of_transformers(f, reference):
-    """In bf16, rounded after the activation: a fused product that rounds once differs in many elements."""
+    """The activation is rounded to bf16 before the product: a fused one that rounds once differs in many elements."""
     gate, up = operands(64, 128, torch.bfloat16)
     rounded = reference(gate.double(), torch.ones_like(gate).double()).bfloat16() * up
     assert (f(gate, up) != rounded).float().mean() < 1e-3
@@ -167,7 +167,7 @@ def test_strides_change_no_bits(dtype):
 
 
 def test_a_second_derivative_is_an_error():
-    """Of every op alike: the derivative is not itself an operator, and must not be taken for a constant."""
+    """The derivative of swiglu, as of every op, is not itself an operator, and must not be taken for a constant."""
     gate, up = (x.requires_grad_() for x in operands(2, 8, torch.float32))
     (first,) = torch.autograd.grad(ops.swiglu(gate, up).square().sum(), gate, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):

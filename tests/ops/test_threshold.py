@@ -60,7 +60,7 @@ def test_threshold_equals_the_reference_bit_for_bit(vocab, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_threshold_is_batch_invariant(dtype):
-    """With a setting of each row's own, as in an engine."""
+    """Each row has a setting of its own, as in an engine."""
     count, vocab = 257, 2000
     logits = 3 * randn(count, vocab, dtype=dtype)
     t, k = torch.linspace(0, 2, count), randint(60, count)
@@ -140,7 +140,7 @@ def vllms(logits: Tensor, temperature: float, top_k: int, top_p: float, min_p: f
 @cpu_only
 @pytest.mark.parametrize("setting", SETTINGS[:8])
 def test_the_kept_set_is_vllms_but_for_groups_of_equals(setting):
-    """What we keep beyond vLLM equals a token that it keeps, unless top_p is within its fp32 sums' rounding of an edge."""
+    """A token that we keep and vLLM cuts equals one that it keeps, unless vLLM's fp32 sums may round top_p across an edge."""
     logits = 3 * randn(256, 5000, dtype=torch.bfloat16)
     _, edge = kept_exactly(logits, *setting)
     clear = edge > 1e-5

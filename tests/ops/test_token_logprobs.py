@@ -116,7 +116,7 @@ def test_trainer_matches_sampler_for_certain_tokens(vocab, temperature, dtype):
 @widest
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 def test_sampler_formula_control(temperature, dtype):
-    """Of the same logits, vLLM's log-probs (log_softmax) and TRL's (logit - logsumexp) differ, and both from ours."""
+    """Equal logits give other log-probs in vLLM (log_softmax) than in TRL (logit - logsumexp), and both differ from ours."""
     hidden, weight, ids = operands(300, 4097, dtype)
     logits = ops.linear(hidden, weight).float()
     x = logits / torch.tensor(temperature)
@@ -280,7 +280,7 @@ def test_a_token_outside_the_vocabulary_shows_as_nan_where_looking_would_wait(to
 
 @cpu_only
 def test_no_call_waits_for_a_gpu():
-    """On tensors of a GPU that hold no values: to read one would raise."""
+    """The tensors are of a GPU and hold no values: to read one would raise."""
     with FakeTensorMode():
         hidden, weight, ids = (torch.empty(s, device="cuda") for s in ((4, 64), (100, 64), (4,)))
         module._check(hidden, weight, ids.long(), 0.7, None, None)
@@ -321,7 +321,7 @@ TRUNCATIONS = [(0, 0.9, 0.0), (7, 1.0, 0.0), (0, 1.0, 0.05), (40, 0.95, 0.01)]
 @pytest.mark.parametrize("truncation", TRUNCATIONS)
 @matrix_dtypes
 def test_truncated_trainer_matches_sampler(dtype, truncation):
-    """What `sample` draws from the kept tokens has the trainer's log-prob; by all tokens it would have another."""
+    """A token that `sample` draws from the kept ones has the trainer's log-prob; by all tokens it would have another."""
     rows, vocab = 300, 5000
     hidden, weight, _ = operands(rows, vocab, dtype)
     logits, (k, p, m) = ops.linear(hidden, weight), truncation

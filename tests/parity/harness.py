@@ -41,7 +41,7 @@ def load(path: str, dtype: torch.dtype = torch.float32) -> Any:
 def start_engine(
     path: str, *, invariant: bool = True, dtype: str = "bfloat16", kv_bytes: int = 64 << 20, longest: int = 192, **options: Any
 ) -> Sampler:
-    """Without compilation, which takes a minute, unless asked for by `enforce_eager=False`."""
+    """Start an engine without compilation, which takes a minute, unless `enforce_eager=False` asks for it."""
     options = {"max_num_seqs": 64, "max_num_batched_tokens": 2048, "block_size": BLOCK, "enforce_eager": True} | options
     gib = kv_bytes / 2**30
     engine = Sampler(path, invariant=invariant, dtype=dtype, max_model_len=longest, kv_cache_gib=gib, options=options)

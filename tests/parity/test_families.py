@@ -57,7 +57,7 @@ class Family(Pair):
 
 
 def load(path: str) -> Any:
-    """In fp32, with transformers' eager attention: its others leave caps of scores out."""
+    """Load a model in fp32 with transformers' eager attention, as its other kinds of attention leave caps of scores out."""
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").to(DEVICE).eval()
 
 

@@ -27,7 +27,7 @@ class Faulty:
 
 
 def trusting(engine: Any, **methods: Any) -> Faulty:
-    """Without the check of weights, so that the log-probs must show the fault."""
+    """Return a faulty engine without the check of weights, so that the log-probs must show the fault."""
     return Faulty(engine, differing_weights=lambda weights: [], **methods)
 
 

@@ -56,7 +56,7 @@ def dapo_math(count: int) -> list[dict[str, Any]]:
 
 
 def original_dapo_math(count: int) -> list[dict[str, Any]]:
-    """As BytedTsinghua-SIA/DAPO-Math-17k has them, each many times."""
+    """Return the rows as BytedTsinghua-SIA/DAPO-Math-17k has them, each many times."""
     rows = [
         {"prompt": row["source_prompt"], **{k: row[k] for k in ("data_source", "ability", "reward_model", "extra_info")}}
         for row in dapo_math(count)
@@ -68,7 +68,7 @@ ROWS = {"gsm8k": gsm8k, "math": math, "dapo_math": dapo_math}
 
 
 def write(rows: list[dict[str, Any]], path: Path | str) -> str:
-    """As JSON lines or parquet, by the name's ending."""
+    """Write the rows as JSON lines or parquet, by the ending of `path`, and return the path."""
     if str(path).endswith(".parquet"):
         from datasets import Dataset
 

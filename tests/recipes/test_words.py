@@ -109,7 +109,7 @@ def test_smollm2_is_trained_exactly(finished: Path) -> None:
 @pytest.mark.slow
 @needs_the_model
 def test_its_own_template_ends_a_completion(finished: Path) -> None:
-    """Without the template's end token every completion would run to the limit."""
+    """Every completion would run to the limit without the template's end token."""
     assert all(row["completions/clipped_ratio"] < 1 for row in rows(finished, "exact"))
 
 

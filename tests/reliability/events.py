@@ -1,4 +1,4 @@
-"""What a process does to the files below a directory, told before it happens: places where a run can be killed."""
+"""Events that a process causes in files below a directory, each told before it happens: places where a run can be killed."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""What a reader finds in a page: its text, a figure, the curves of a panel."""
+"""Parts of a page as a reader finds them: its text, a figure, the curves of a panel."""
 
 import re
 from html.parser import HTMLParser
@@ -11,7 +11,7 @@ HOSTILE = (
 
 
 def text_of(page: str) -> str:
-    """What a reader sees, without tags."""
+    """Return the text of the page that a reader sees, without tags."""
     found = []
 
     class Reader(HTMLParser):

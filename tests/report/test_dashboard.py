@@ -68,7 +68,7 @@ def history(run: Path) -> list[dict]:
 
 
 def test_views_have_every_panel_of_the_page(tmp_path):
-    """Those of PPO and of the correction too, as some run has them."""
+    """The panels of PPO and of the correction are there too, as some run has them."""
     corrected = ["invariance=off", f"{CORRECTION}=true"]
     arms = {"exact": ["invariance=exact"], "drift-token": corrected, "ppo": ["invariance=exact", f"{ALGORITHM}=ppo"]}
     path = write_ablation(tmp_path / "ablation-a", arms=arms)
@@ -262,7 +262,7 @@ def test_what_is_missing_is_said_with_the_way_to_get_it(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("wanted", [False, True])
 def test_wandb_advertises_nothing(tmp_path, wanted):
-    """Where a client library of its list is imported, as vLLM does, it would; control: neither is silenced."""
+    """The library would advertise Weave where a client of its list is imported, as vLLM does; control: no switch is on."""
     run = write_run(tmp_path / "run", 0, steps=1)
     code = (
         "import json, sys, types; from pathlib import Path; from rlinvariant.report import wandb_log\n"

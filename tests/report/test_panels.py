@@ -9,7 +9,7 @@ from tests.parity.harness import train
 
 
 def test_every_panel_reads_keys_that_training_emits(arithmetic_dir, exact_engine, tmp_path):
-    """Those of all arms are ours; TRL's own are in the rows of a run that corrects, the critic's of PPO, and in no other."""
+    """Keys of all arms are ours; TRL's own are in the rows of a run that corrects, the critic's in PPO's, and in no others."""
     kinds = {"all": {}, "corrected": {"vllm_importance_sampling_correction": True}, "ppo": {"ppo": PPOConfig()}}
     rows = {
         kind: train(arithmetic_dir, exact_engine, tmp_path / kind, max_steps=1, **changes).rows[0]

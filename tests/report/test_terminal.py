@@ -1,4 +1,4 @@
-"""What a reader sees on a terminal while a spinner turns and libraries print, on a real pseudo-terminal."""
+"""A terminal as a reader sees it while a spinner turns and libraries print: a real pseudo-terminal."""
 
 import fcntl
 import os

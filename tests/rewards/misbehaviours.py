@@ -147,7 +147,7 @@ SAYS = {
 
 @dataclass
 class Found:
-    """What a process that called a misbehaving function did: `seconds` from the call to its end; None: it was killed then."""
+    """Tells what a process did that called a misbehaving function: `seconds` from call to end; None: it hung and was killed."""
 
     name: str
     cage: int

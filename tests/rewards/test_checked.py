@@ -232,7 +232,7 @@ def end(process: psutil.Process) -> None:
 
 
 def test_a_keeper_that_was_ended_between_two_calls_is_started_again() -> None:
-    """In the middle of a call nobody knows what the function has done: that is one line, and nobody waits."""
+    """A keeper that ends in the middle of a call is told in one line, as nobody knows what the function did; nobody waits."""
 
     def ends_its_keeper(completions: list[str], answer: list[str], **_: Any) -> list[float]:
         if answer[0] == "end":

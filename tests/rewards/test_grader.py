@@ -75,7 +75,7 @@ def test_an_answer_that_would_run_for_ever_costs_its_own_reward_alone() -> None:
 
 
 def test_a_grader_that_was_ended_between_two_questions_costs_no_reward() -> None:
-    """As the kernel ends one where memory is short."""
+    """The kernel ends a grader so where memory is short."""
     right = [r"\boxed{4/2}"] * 20
     assert math_answer(right, ["2"] * 20) == [1] * 20
     for grader in (ended := processes_of("grader")):

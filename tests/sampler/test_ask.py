@@ -40,7 +40,7 @@ def test_the_engine_process_finds_the_plugin_by_its_entry_point(tmp_path):
 
 @pytest.mark.slow
 def test_a_hidden_entry_point_is_named(tmp_path):
-    """What the parent registers does not reach the child, which says itself what it lacks."""
+    """The child does not have what the parent registers, and says itself what it lacks."""
     done = asked(tmp_path, "-m", "rlinvariant.sampler.ask", VLLM_PLUGINS="another")
     assert done.returncode != 0 and "exact:" not in done.stdout
     assert f"UserError: {NOT_ACTIVE}" in done.stderr, done.stderr[-3000:]

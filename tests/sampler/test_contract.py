@@ -1,4 +1,4 @@
-"""What the sampler relies on inside vLLM: an upgrade that moves it fails here, by name.
+"""The parts of vLLM that the sampler relies on: an upgrade that moves one fails here, by name.
 
 Two releases are in use, 0.32 on a CPU and 0.26 on a GPU: what they have in common, and what each has of its own.
 """

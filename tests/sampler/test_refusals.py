@@ -1,4 +1,4 @@
-"""What an engine refuses before it starts, and what an interrupted one leaves behind."""
+"""Refusals of an engine before it starts, and the state that an interrupted one leaves behind."""
 
 from typing import Any
 from unittest import mock

@@ -1,4 +1,4 @@
-"""Over HTTP a request's bytes are its own: `rlinvariant serve`, started as a user starts it, among concurrent, ragged, streamed
+"""A request's bytes over HTTP are its own: `rlinvariant serve`, started as a user starts it, among concurrent, ragged, streamed
 and cancelled requests, against the same request alone. The control is stock `vllm serve` under the same traffic.
 """
 

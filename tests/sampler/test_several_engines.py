@@ -19,7 +19,7 @@ def draw(engine: Sampler) -> list[list[int]]:
 
 @pytest.fixture
 def destroyed(monkeypatch):
-    """How often vLLM would have destroyed the process groups, in place of doing so."""
+    """Count how often vLLM would have destroyed the process groups, and keep it from doing so."""
     calls: list[int] = []
     monkeypatch.setattr(vllm.v1.engine.core, "cleanup_dist_env_and_memory", lambda: calls.append(1), raising=False)
     return calls

@@ -1,4 +1,4 @@
-"""What tests of PPO start from."""
+"""Fixtures that tests of PPO start from."""
 
 from typing import Any
 

@@ -115,7 +115,7 @@ def test_over_turns_the_next_token_is_the_next_turns():
 
 
 def clipped_error(v: float, old: float, target: float, clip: float) -> float:
-    """By cases, without min, max or clamp."""
+    """Compute the clipped error by cases, without min, max or clamp."""
     if v > old + clip:
         held = old + clip
     elif v < old - clip:

@@ -1,4 +1,4 @@
-"""What a TRL script may hand to InvariantGRPOTrainer by mistake: all of it in one message, before an engine starts."""
+"""Mistakes that a TRL script may hand to InvariantGRPOTrainer: all of them in one message, before an engine starts."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""What our trainers override, call and read in TRL: an upgrade that moves it fails here, by name."""
+"""The parts of TRL that our trainers override, call and read: an upgrade that moves one fails here, by name."""
 
 import ast
 import inspect
@@ -174,7 +174,7 @@ def test_the_modules_below_say_so_too(kind, module):
 
 
 def test_what_stops_at_nan_relies_on():
-    """In transformers: the gradients are looked at before they are clipped, and nothing but a callback is before the step."""
+    """The gradients are looked at before transformers clips them, and only a callback is between that look and the step."""
     loop = source(Trainer._run_epoch)
     calls = ("self.training_step(", "self._clip_grad_norm(", "self._get_grad_norm(", "self.optimizer.step()")
     places = [loop.index(call) for call in calls]
@@ -182,7 +182,7 @@ def test_what_stops_at_nan_relies_on():
 
 
 def test_what_a_checkpoint_relies_on():
-    """In transformers and TRL: the order of saving, when generators are restored, and that one sampler draws all epochs."""
+    """Transformers and TRL keep the order of saving and the time of restoring generators, and one sampler draws all epochs."""
     saving = source(Trainer._save_checkpoint)
     order = (
         "self.save_model(",

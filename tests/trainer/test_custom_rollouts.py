@@ -53,7 +53,7 @@ def test_what_a_rollout_func_draws_is_exact_and_repeats(arithmetic_dir, exact_en
 
 
 def test_what_was_not_sampled_may_have_any_logprob(arithmetic_dir, exact_engine, tmp_path):
-    """Of a rollout that is used twice, TRL takes old log-probs, whose NaN times a mask of 0 would be NaN."""
+    """TRL takes the old log-probs of a rollout that is used twice, and a NaN among them times a mask of 0 would be NaN."""
     ended = []
     for filler in (0.0, float("nan")):
         changes = {"rollout_func": Asking(filler=filler), "num_iterations": 2}

@@ -1,4 +1,4 @@
-"""What a GPU cannot run exactly is refused in one line each, before weights are loaded.
+"""All that a GPU cannot run exactly is refused, in one line each, before weights are loaded.
 
 Most need no GPU: the machine is one that says that it has an H200. The marked ones ask the real one.
 """
@@ -27,7 +27,7 @@ BF16, FP32 = torch.bfloat16, torch.float32
 
 
 class Machine:
-    """What `support` asks of a machine: one H200 with the [cuda] install, unless changed."""
+    """Stands for the machine that `support` asks: one H200 with the [cuda] install, unless changed."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, packages: Path) -> None:
         self.capability, self.name, self.missing = (9, 0), "NVIDIA H200", ()
@@ -236,7 +236,7 @@ def test_float32_is_refused_by_the_sampler_itself(arithmetic_dir, nothing_loads)
 
 
 def test_problems_reach_a_user_of_the_trainer(on_gpu, arithmetic_dir, tmp_path):
-    """Those who build InvariantGRPOTrainer themselves hear of the device too, and of everything else at once."""
+    """A user who builds InvariantGRPOTrainer in a script hears of the device too, and of everything else at once."""
     on_gpu.versions["vllm"] = "0.32.0"
     args = GRPOConfig(str(tmp_path), bf16=False, logging_steps=2, report_to="none", use_cpu=DEVICE == "cpu")
     model = AutoModelForCausalLM.from_pretrained(arithmetic_dir, dtype=FP32)

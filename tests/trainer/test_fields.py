@@ -76,7 +76,7 @@ def lines(args) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
-    """What TRL and `settled` write into it goes with the test."""
+    """Undo after each test what TRL and `settled` write into the environment."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
 
 

@@ -47,7 +47,7 @@ def trained(directory: str, output: Any, resume: str | None = None, model: Any =
 
 
 def test_adapters_train_exactly_and_resume_bit_for_bit(arithmetic_dir, tmp_path):
-    """With a reference, which TRL keeps as an adapter of its own: where that was saved too, a resumed run began from it."""
+    """TRL keeps a reference as an adapter of its own: where that was saved too, a resumed run began from it."""
     trainer, rows = trained(arithmetic_dir, tmp_path, beta=0.1)
     assert [row["onpolicy/mismatched_tokens"] for row in rows] == [0, 0]
     assert all(row["onpolicy/coverage"] == 1 and row["onpolicy/compared_tokens"] >= 64 for row in rows)
@@ -77,7 +77,7 @@ def test_adapters_train_exactly_and_resume_bit_for_bit(arithmetic_dir, tmp_path)
 
 @pytest.mark.slow
 def test_the_reference_is_the_model_without_its_adapter(arithmetic_dir, tmp_path):
-    """At the first step the two are one function, and the penalty is 0; then they part."""
+    """Policy and reference are one function at the first step, where the penalty is 0; then they part."""
     _, rows = trained(arithmetic_dir, tmp_path, beta=0.1, save_strategy="no", max_steps=3)
     assert [row["onpolicy/mismatched_tokens"] for row in rows] == [0, 0, 0]
     assert rows[0]["kl"] == 0 < rows[2]["kl"], "where the sampler's log-probs stood for the reference's, it stayed 0"

@@ -45,7 +45,7 @@ def run(new):
 
 
 def moved(run: Run, arithmetic_dir: str) -> tuple[bool, bool]:
-    """Whether any weight of (policy, critic's backbone) is another than in the checkpoint."""
+    """Return whether any weight of (policy, critic's backbone) is another than in the checkpoint."""
     first = dict(AutoModelForCausalLM.from_pretrained(arithmetic_dir, dtype=torch.float32).named_parameters())
     backbone = {f"model.{name}": p for name, p in run.trainer.critic.backbone.named_parameters()}
     return tuple(any((p.cpu() != first[name]).any() for name, p in found.items()) for found in (weights(run), backbone))  # type: ignore[return-value]

@@ -1,4 +1,4 @@
-"""What a trainer saves for others: dtype, configuration and tokenizer as the model came, a card that says what was done."""
+"""A model that is saved for others has dtype, configuration and tokenizer as it came, and a card that says what was done."""
 
 import json
 import re

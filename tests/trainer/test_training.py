@@ -287,7 +287,7 @@ def test_training_twice_syncs_again(arithmetic_dir, exact_engine, tmp_path):
 
 @pytest.mark.parametrize("generations", [{}, {"gradient_accumulation_steps": 1, "steps_per_generation": 2}])
 def test_a_step_whose_completions_are_all_masked_is_compared(generations, arithmetic_dir, exact_engine, tmp_path):
-    """At two tokens nearly all are cut: parts of a step have no token to train on."""
+    """Nearly all completions are cut at two tokens: parts of a step have no token to train on."""
     masked = {"mask_truncated_completions": True, "max_completion_length": 2, "per_device_train_batch_size": 4, **generations}
     run = train(arithmetic_dir, exact_engine, tmp_path, **masked, tokens_per_microbatch=16)
     assert_exact(run, 12)

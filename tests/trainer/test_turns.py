@@ -109,7 +109,7 @@ def test_a_turn_has_a_seed_of_its_own(new):
 
 
 def test_a_turn_goes_on_with_the_samples_that_called():
-    """Of four samples one has ended, one had its tool's answer taken back, and one had no room left to say more."""
+    """One of four samples has ended, one had its tool's answer taken back, and one had no room left to say more."""
     turns, asked, said = Turns([1, 2, 3, 4]), {"role": "assistant"}, {"role": "tool"}
     prompts, first = [[5], [6], [7], [5]], [Completion([i], [-1.0]) for i in range(4)]
     turns.add(prompts, range(4), first)

@@ -18,7 +18,7 @@ NAME = "model.layers.0.mlp.up_proj.weight"
 
 
 def by_step_number(self: Any, stale: bool = False) -> None:
-    """How a sampler's weights were known before: the control, which has to miss each change."""
+    """Sync by the number of the step, as was done before: the control, which has to miss each change."""
     version, older = self._versions.to_sample_with(self.state.global_step, stale)
     if self._versions.sampler != version:
         self.sampler.sync(self._weights(older))
@@ -27,7 +27,7 @@ def by_step_number(self: Any, stale: bool = False) -> None:
 
 @pytest.fixture(params=["by bits", "by step number"])
 def rule(request, monkeypatch) -> str:
-    """How `sync` knows the weights; the control's runs are exact in nothing."""
+    """Let `sync` know the weights by their bits or by the step's number; the control's runs are exact in nothing."""
     if request.param == "by step number":
         monkeypatch.setattr(InvariantGRPOTrainer, "sync", by_step_number)
     return request.param
@@ -35,7 +35,7 @@ def rule(request, monkeypatch) -> str:
 
 @pytest.fixture
 def watched(exact_engine, monkeypatch) -> Callable[[Run], list[bool]]:
-    """From now on, write down at each draw whether the engine's weights are others than the run's."""
+    """Write down at each draw, from now on, whether the engine's weights are others than the run's."""
 
     def watch(run: Run) -> list[bool]:
         found: list[bool] = []

@@ -159,7 +159,7 @@ def test_a_completion_that_is_cut_or_lost_is_not_shown():
 
 @pytest.mark.parametrize("fault", [True, False])
 def test_a_planted_fault_is_seen_and_no_fault_is_not(exact_engine, arithmetic_dir, monkeypatch, fault):
-    """If anything else moved, a control would be seen without its fault."""
+    """A control would be seen without its fault if anything else moved."""
     pair = start.pair_of(load.trained(arithmetic_dir, "bfloat16"), exact_engine, 99)
     exact_engine.sync(pair.model.named_parameters())
     assert relations.sampler_and_trainer(pair).holds
