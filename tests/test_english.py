@@ -12,7 +12,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = [path for top in ("rlinvariant", "recipes") for path in sorted((ROOT / top).rglob("*.py"))]
-MORE = [path for top in ("tests", "examples", "notebooks") for path in sorted((ROOT / top).rglob("*.py"))]
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+MORE = [*TESTS, *(path for top in ("examples", "notebooks") for path in sorted((ROOT / top).rglob("*.py")))]
 
 
 def words(text: str) -> frozenset[str]:
@@ -72,6 +73,14 @@ def fragments(source: str) -> Iterator[str]:
             yield f"{name}: {sentence}"
 
 
+def pieces(source: str) -> Iterator[str]:
+    """Yield each docstring of a module, class or function that begins as a piece of a sentence."""
+    for node in ast.walk(ast.parse(source)):
+        text = ast.get_docstring(node) if isinstance(node, Documented) else None
+        if text and text.split()[0].rstrip(",;:.") in FRAGMENTS:
+            yield f"{'module' if isinstance(node, ast.Module) else node.name}: {text.splitlines()[0]}"
+
+
 def fragments_of_constants(source: str) -> Iterator[str]:
     """Yield each docstring of a constant that begins as a piece of a sentence; a title is allowed, as for a module."""
     for node in ast.walk(ast.parse(source)):
@@ -125,6 +134,20 @@ def test_a_planted_fragment_of_a_class_is_found(docstring):
 @pytest.mark.parametrize("docstring", ["What is found of rows.", "Of rows.", "From rows to columns.", "Rows"])
 def test_a_planted_fragment_of_a_module_is_found(docstring):
     assert len(list(fragments(f'"""{docstring}"""'))) == 1
+
+
+def test_docstrings_of_tests_are_no_pieces():
+    found = [f"{path.relative_to(ROOT)} {line}" for path in TESTS for line in pieces(path.read_text())]
+    assert len(TESTS) > 100 and not found, f"{len(found)} docstrings:\n" + "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    "piece", ["What the rows are.", "With rows, as ever.", "On a GPU: rows.", "Whether rows fit.", "As, say, rows."]
+)
+@pytest.mark.parametrize("code", ["{}", "class C:\n    {}", "def f():\n    {}", "class C:\n    async def f(self):\n        {}"])
+def test_a_planted_piece_of_a_test_is_found(code, piece):
+    assert len(list(pieces(code.format(f'"""{piece}"""')))) == 1
+    assert not list(pieces(code.format(f'"""The rows: {piece}"""')))
 
 
 def test_sentences_pass():
