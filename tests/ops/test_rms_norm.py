@@ -209,7 +209,7 @@ def test_the_bound_finds_a_fault(fault, dtype, offset):
 
 
 def test_rounding_is_that_of_transformers():
-    """The norm rounds to bf16 before the weight multiplies it: one that rounds once differs, by an ulp, in some elements."""
+    """The normalised row is rounded to bf16 before the weight: a norm that rounds once differs, by an ulp, in some elements."""
     x, w = randn(200, 128, dtype=torch.bfloat16), randn(128, dtype=torch.bfloat16, seed=1)
     once = (stock(x.float(), torch.ones(128)) * w.float()).bfloat16()
     assert (norm(x, w) != stock(x, w)).float().mean() < 1e-3  # fp32 means differ in the last bit, bf16 results hardly ever

@@ -262,7 +262,7 @@ def test_what_is_missing_is_said_with_the_way_to_get_it(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("wanted", [False, True])
 def test_wandb_advertises_nothing(tmp_path, wanted):
-    """The library would advertise Weave where a client of its list is imported, as vLLM does; control: no switch is on."""
+    """W&B would advertise Weave where a client library of its list is imported, as vLLM does; control: no switch is on."""
     run = write_run(tmp_path / "run", 0, steps=1)
     code = (
         "import json, sys, types; from pathlib import Path; from rlinvariant.report import wandb_log\n"
