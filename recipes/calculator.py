@@ -7,7 +7,6 @@ template of SmolLM2-135M-Instruct has none; with `tool_format=template` a model 
 
 import ast
 import operator
-import random
 import re
 from collections.abc import Callable
 from fractions import Fraction
@@ -17,7 +16,7 @@ import chz
 
 from rlinvariant.config import Config
 from rlinvariant.recipes import _tiny, words
-from rlinvariant.recipes.words import OPERATORS, WORDINGS, Problem, last_number
+from rlinvariant.recipes.words import WORDINGS, Problem, answer, draw, last_number, same
 
 __all__ = ["DEFAULTS", "Data", "check", "datasets", "reward_funcs", "tools"]
 DEFAULTS = words.DEFAULTS | {
@@ -44,22 +43,12 @@ def task(config: Config) -> _tiny.Task:
     smallest, largest, operators = config.data.smallest, config.data.largest, config.data.operators
     span = max(1, largest - smallest)
 
-    def draw(generator: random.Random) -> Problem:
-        sign = generator.choice(operators)
-        a, b = generator.randint(smallest, largest), generator.randint(smallest, largest)
-        wording = generator.randrange(len(WORDINGS[sign]))
-        return (sign, max(a, b), min(a, b), wording) if sign == "-" else (sign, a, b, wording)
-
-    def same(problem: Problem) -> Problem:
-        sign, a, b, _ = problem
-        return sign, max(a, b), min(a, b), (a + b) % len(WORDINGS[sign])
-
     return _tiny.Task(
         name="calculator",
         ranges={"smallest": (2, 10**6), "largest": (smallest + 4, 10**6 + 4)},
         patterns={"operators": (r"(?!.*(.).*\1)[-+*]+", "some of + - *, each once")},
         problems=lambda: len(operators) * span * (span + 1) / 2,
-        draw=draw,
+        draw=lambda generator: draw(generator, operators, smallest, largest),
         row=lambda problem: {"prompt": [*EXAMPLES, {"role": "user", "content": question(problem)}], "answer": answer(problem)},
         solution=answer,
         read=lambda row: None,  # rows of a file are kept as they are
@@ -84,7 +73,7 @@ def calculator(expression: str) -> str:
     Args:
         expression: what to work out, such as 3 * (4 + 5)
     """
-    text = expression.strip()
+    text = str(expression).strip()  # a model may write a number in place of text
     # Nothing but these characters is parsed: no names, no calls, no powers; the length bounds depth and digits.
     if not re.fullmatch(r"(?:[0-9.()\s]|[+\-/]|\*(?!\*)){1,80}", text):
         raise ValueError("expected numbers, + - * / and parentheses")
@@ -121,12 +110,6 @@ def question(problem: Problem) -> str:
     """Ask for a problem's result."""
     sign, a, b, wording = problem
     return WORDINGS[sign][wording].format(a=a, b=b)
-
-
-def answer(problem: Problem) -> str:
-    """Return a problem's result."""
-    sign, a, b, _ = problem
-    return str(OPERATORS[sign](a, b))
 
 
 def called(name: str, **arguments: str) -> dict[str, Any]:

@@ -66,23 +66,12 @@ def task(config: Config) -> _tiny.Task:
     """Describe problems of `data.operators` on numbers of 2 to `data.largest`."""
     largest, operators = config.data.largest, config.data.operators
 
-    def draw(generator: random.Random) -> Problem:
-        operator = generator.choice(operators)
-        a, b = generator.randint(2, largest), generator.randint(2, largest)
-        wording = generator.randrange(len(WORDINGS[operator]))
-        return (operator, max(a, b), min(a, b), wording) if operator == "-" else (operator, a, b, wording)
-
-    def same(problem: Problem) -> Problem:
-        """Return the one of all problems that have an answer in common for which the numbers choose the wording."""
-        operator, a, b, _ = problem
-        return operator, max(a, b), min(a, b), (a + b) % len(WORDINGS[operator])
-
     return _tiny.Task(
         name="words",
         ranges={"largest": (5, 99)},
         patterns={"operators": (r"(?!.*(.).*\1)[-+*]+", "some of + - *, each once")},
         problems=lambda: len(operators) * (largest - 1) * largest / 2,
-        draw=draw,
+        draw=lambda generator: draw(generator, operators, 2, largest),
         row=lambda problem: {"prompt": [*EXAMPLE, {"role": "user", "content": question(problem)}], "answer": answer(problem)},
         solution=answer,
         read=lambda row: read(row, largest),
@@ -95,6 +84,20 @@ check, datasets, _ = _tiny.functions(task)
 
 def reward_funcs(config: Config) -> list[Callable[..., list[float]]]:
     return [last_number]
+
+
+def draw(generator: random.Random, operators: str, smallest: int, largest: int) -> Problem:
+    """Draw a problem; of a difference the larger number comes first."""
+    operator = generator.choice(operators)
+    a, b = generator.randint(smallest, largest), generator.randint(smallest, largest)
+    wording = generator.randrange(len(WORDINGS[operator]))
+    return (operator, max(a, b), min(a, b), wording) if operator == "-" else (operator, a, b, wording)
+
+
+def same(problem: Problem) -> Problem:
+    """Return the one of all problems that have an answer in common for which the numbers choose the wording."""
+    operator, a, b, _ = problem
+    return operator, max(a, b), min(a, b), (a + b) % len(WORDINGS[operator])
 
 
 def last_number(completions: list[list[dict[str, str]]], answer: list[str], **_: object) -> list[float]:

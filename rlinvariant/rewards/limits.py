@@ -2,30 +2,73 @@
 
 import math
 from dataclasses import dataclass, fields
-from typing import Literal, Protocol, Self, TypeAlias
+from typing import ClassVar, Literal, Self, TypeAlias
 
 from rlinvariant.types import JsonObject
 
 OnError: TypeAlias = Literal["stop", "zero", "none"]
 
 
-class Limits(Protocol):
-    """Describes what a cage and the watchdog read of the settings of reward functions, or of tools."""
+@dataclass(frozen=True)
+class Limits:
+    """Says what a cage and the watchdog read of the settings of reward functions, or of tools.
+
+    `KIND` begins the names of the settings; `CAGE` and `NO_CAGE` are values of the one for the cage, as a user writes them.
+    """
+
+    KIND: ClassVar[str]
+    CAGE: ClassVar[str]
+    NO_CAGE: ClassVar[str]
+
+    @classmethod
+    def taken(cls, options: JsonObject) -> Self:
+        """Take the settings that are among a trainer's further arguments out of these."""
+        return cls(**{field.name: options.pop(field.name) for field in fields(cls) if field.name in options})
 
     @property
-    def limit_s(self) -> float | None: ...
+    def timeout(self) -> float:
+        """Return the seconds that one call may take; 0: no limit."""
+        return getattr(self, f"{self.KIND}_timeout")
+
     @property
-    def processes(self) -> int: ...
+    def limit_s(self) -> float | None:
+        """Return the limit of a call in seconds, or None."""
+        return self.timeout or None
+
     @property
-    def caged(self) -> str: ...
+    def processes(self) -> int:
+        """Return how many processes each function has; 0: none of its own."""
+        return int(getattr(self, f"{self.KIND}_cage"))
+
     @property
-    def uncaged(self) -> str: ...
-    def overdue(self, where: str) -> str: ...
-    def gone(self, where: str) -> str: ...
+    def caged(self) -> str:
+        """Return the setting of the cage, for messages."""
+        return f"{self.KIND}_cage={getattr(self, f'{self.KIND}_cage')}"
+
+    @property
+    def uncaged(self) -> str:
+        """Return the setting that needs no cage."""
+        return f"{self.KIND}_cage={self.NO_CAGE}"
+
+    def problems(self) -> list[str]:
+        """List what is wrong with the settings, one line each."""
+        if 0 <= self.timeout < math.inf:
+            return []
+        return [f"{self.KIND}_timeout={self.timeout}: expected seconds, more than 0; 0: no limit"]
+
+    def overdue(self, where: str) -> str:
+        """Return the line about a call that has passed the limit."""
+        fix = f"raise {self.KIND}_timeout= (0: no limit), or let {self.KIND}_cage={self.CAGE} end it"
+        return f"{where}: no answer within {self.timeout:g} s; {fix}"
+
+    def gone(self, where: str) -> str:
+        """Return the line about a call in which the trainer itself has ended."""
+        why = "the trainer ended while this ran: it exited, crashed or was killed"
+        return f"{where}: {why}; {self.KIND}_cage={self.CAGE} survives that"
 
 
 @dataclass(frozen=True)
-class RewardLimits:
+class RewardLimits(Limits):
     """Holds the settings of reward functions, under the names that configuration and trainers have for them.
 
     Args:
@@ -38,36 +81,11 @@ class RewardLimits:
     reward_cage: int = 0
     reward_errors: OnError = "stop"
 
-    @classmethod
-    def taken(cls, options: JsonObject) -> Self:
-        """Take the settings that are among a trainer's further arguments out of these."""
-        return cls(**{field.name: options.pop(field.name) for field in fields(cls) if field.name in options})
-
-    @property
-    def limit_s(self) -> float | None:
-        """Return the limit of a call in seconds, or None."""
-        return self.reward_timeout or None
-
-    @property
-    def processes(self) -> int:
-        """Return how many processes each function has; 0: none of its own."""
-        return self.reward_cage
-
-    @property
-    def caged(self) -> str:
-        """Return the setting of the cage, for messages."""
-        return f"reward_cage={self.reward_cage}"
-
-    @property
-    def uncaged(self) -> str:
-        """Return the setting that needs no cage."""
-        return "reward_cage=0"
+    KIND, CAGE, NO_CAGE = "reward", "1", "0"
 
     def problems(self) -> list[str]:
         """List what is wrong with the settings, one line each."""
-        found = []
-        if not 0 <= self.reward_timeout < math.inf:
-            found.append(f"reward_timeout={self.reward_timeout}: expected seconds, more than 0; 0: no limit")
+        found = super().problems()
         if not 0 <= self.reward_cage <= 256:
             found.append(f"reward_cage={self.reward_cage}: expected 0 to 256 processes")
         if self.reward_errors not in ("stop", "zero", "none"):
@@ -80,12 +98,3 @@ class RewardLimits:
         effect = {"stop": "ends the run", "zero": "is a reward of 0", "none": "leaves the sample out"}[self.reward_errors]
         processes = f"reward_cage={self.reward_cage}, processes: {cage}"
         return f"reward functions: {limit} (reward_timeout); {processes}; a failure {effect} (reward_errors)"
-
-    def overdue(self, where: str) -> str:
-        """Return the line about a call that has passed the limit."""
-        fix = "raise reward_timeout= (0: no limit), or let reward_cage=1 end it"
-        return f"{where}: no answer within {self.reward_timeout:g} s; {fix}"
-
-    def gone(self, where: str) -> str:
-        """Return the line about a call in which the trainer itself has ended."""
-        return f"{where}: the trainer ended while this ran: it exited, crashed or was killed; reward_cage=1 survives that"

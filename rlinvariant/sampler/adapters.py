@@ -117,15 +117,16 @@ def differing(model: nn.Module, weights: Pairs) -> list[str]:
         slot, seen = _slot(model, name), seen + 1
         if slot.shape != weight.shape or not bits.same(slot, weight.detach().to(slot.dtype)):
             bad.append(name)
-    copied = [name for name, layer in model.named_modules() if getattr(layer, "adapters", None) is not None]
-    bad += [f"{name}.weight (copy)" for name in copied if model.get_submodule(name).adapters.stale()]  # pyright: ignore
-    held = sum(2 * len(layer.adapters.ranks) for layer in layers(model))
+    own = layers(model)
+    bad += [f"{name}.weight (copy)" for name, held in own.items() if held.stale()]
+    held = sum(2 * len(adapters.ranks) for adapters in own.values())
     return bad if seen == held else [*bad, f"{held - seen} adapter weights, which were not given"]
 
 
-def layers(model: nn.Module) -> list[Untyped]:
-    """Return vLLM's layers that have adapters."""
-    return [module for module in model.modules() if getattr(module, "adapters", None) is not None]
+def layers(model: nn.Module) -> dict[str, Adapters]:
+    """Return the adapters of vLLM's layers, by the layers' names."""
+    found: dict[str, Any] = {name: getattr(layer, "adapters", None) for name, layer in model.named_modules()}
+    return {name: adapters for name, adapters in found.items() if adapters is not None}
 
 
 def _slot(model: nn.Module, name: str) -> Tensor:

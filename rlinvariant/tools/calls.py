@@ -134,10 +134,8 @@ class Calls:
                     return self._read(tool(**arguments))
             except OverdueReward:
                 return self._failed(where, self._overdue, loud=True)
-            except Images as error:
-                return self._stop(f"{where}: {error}")
             except FAILED as error:
-                return self._failed(where, error_text(error))
+                return self._raised(where, error)
 
         return call
 
@@ -154,10 +152,8 @@ class Calls:
                     return self._read(await asyncio.wait_for(tool(**arguments), self._limits.limit_s))
             except TimeoutError:
                 return self._failed(where, self._overdue, loud=True)
-            except Images as error:
-                return self._stop(f"{where}: {error}")
             except FAILED as error:
-                return self._failed(where, error_text(error))
+                return self._raised(where, error)
 
         return call
 
@@ -211,6 +207,10 @@ class Calls:
         if self._limits.tool_errors == "end":
             return Ended(text)
         raise self._failure(text)
+
+    def _raised(self, where: str, error: BaseException) -> str:
+        """Do what the run says of a call that raised; an image ends the run, as no text model can read it."""
+        return self._stop(f"{where}: {error}") if isinstance(error, Images) else self._failed(where, error_text(error))
 
     def _failure(self, text: str) -> ToolFailure:
         """Make a line for the model: a failure may repeat what the model wrote, or hold a special token of its own."""

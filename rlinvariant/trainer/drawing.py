@@ -30,7 +30,7 @@ from rlinvariant.rollout import Batch, Completion, Rollout, Truncation, request_
 from rlinvariant.trainer import custom_rollouts
 from rlinvariant.trainer.episodes import EpisodesTrainer
 from rlinvariant.trainer.interface import OnRollout, SamplerLike
-from rlinvariant.trainer.turns import AttachedSampler, Turns
+from rlinvariant.trainer.turns import AttachedSampler, Turns, rollouts_before
 
 
 class DrawingTrainer(EpisodesTrainer):
@@ -164,8 +164,7 @@ class DrawingTrainer(EpisodesTrainer):
         A step that samples more than once, and evaluation, draw from runs of their own.
         """
         step, training = self.state.global_step, bool(self.model.training)
-        last, earlier = self._seeded.get(training, (-1, 0))
-        earlier = earlier + 1 if last == step else 0
+        earlier = rollouts_before(self._seeded, training, step)
         self._seeded[training] = (step, earlier)
         run = request_seed(self.args.seed, earlier, int(training), 0)
         first = self.accelerator.process_index * count
@@ -209,7 +208,7 @@ class DrawingTrainer(EpisodesTrainer):
 
     def _moving(self, older: dict[str, Tensor] | None):
         """Yield those of `_weights` that training moves: of a model in PEFT, its adapters alone."""
-        adapters = lora.split(self._weights())[1] if older is None else []
+        adapters = [] if older is not None else [*lora.adapters(self.accelerator.unwrap_model(self.model))]
         return adapters or self._weights(older)
 
     def _timed(self, part: str) -> AbstractContextManager[None]:

@@ -22,6 +22,7 @@ from rlinvariant.rollout import request_seed
 from rlinvariant.tools import Calls, Ended, Place
 from rlinvariant.trainer.measured import MeasuredTrainer
 from rlinvariant.trainer.preflight.tools import Tooling, methods, with_seed
+from rlinvariant.trainer.turns import rollouts_before
 from rlinvariant.types import EnvironmentFactory, Json, JsonObject, JsonRow, Untyped
 
 if TYPE_CHECKING:
@@ -74,8 +75,7 @@ class Episodes:
         """
         trainer = self._trainer
         training, step = bool(trainer.model.training), trainer.state.global_step
-        last, earlier = trainer._seeded.get(training, (-1, 0))
-        earlier = earlier + 1 if last == step else 0  # a step that samples more than once has other episodes each time
+        earlier = rollouts_before(trainer._seeded, training, step)  # a step that samples again has other episodes then
         self._next = 0
         self._seeds = request_seed(trainer.args.seed, earlier, int(training), EPISODES), step if training else 0, group
 

@@ -22,6 +22,17 @@ def sampled_mask(batch: Mapping[str, Tensor]) -> Tensor:
     return (mask * batch["tool_mask"] if "tool_mask" in batch else mask).bool()
 
 
+def rollouts_before(seeded: Mapping[bool, tuple[int, int]], training: bool, step: int) -> int:
+    """Return how many rollouts a step has had before this one, in training or in evaluation.
+
+    Args:
+        seeded: training or not -> the last step that had one, and how many it had had before that.
+        training, step: of this one.
+    """
+    last, earlier = seeded.get(training, (-1, 0))
+    return earlier + 1 if last == step else 0
+
+
 class Turns:
     """Keeps what one call of TRL's `_generate` has drawn so far.
 

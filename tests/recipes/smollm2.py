@@ -17,17 +17,16 @@ MODEL = words.DEFAULTS["model"]
 needs_the_model = pytest.mark.skipif(
     bool(model_problems("model", MODEL)), reason=f"needs {MODEL}: {'; '.join(model_problems('model', MODEL))}"
 )
-SMALL = (
+SHORT = (
     "steps=2",
     "wandb.mode=disabled",
     "data.eval_size=4",
     "trainer.per_device_train_batch_size=8",
     "trainer.num_generations=4",
-    "trainer.max_completion_length=16",
-    "trainer.warmup_steps=0",
     "trainer.save_strategy=no",
     "sampler.kv_cache_gib=0.1",
 )
+SMALL = (*SHORT, "trainer.max_completion_length=16", "trainer.warmup_steps=0")
 
 
 def rlinvariant(directory: Path, *argv: str) -> str:

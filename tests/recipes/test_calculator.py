@@ -12,7 +12,7 @@ from rlinvariant.recipes.calculator import calculator as work_out
 from rlinvariant.report.rundir import read_metrics
 from rlinvariant.trainer.preflight.tools import Tooling, tooling_problems
 from tests.config.common import with_defaults
-from tests.recipes.test_words import needs_the_model, rlinvariant
+from tests.recipes.smollm2 import SHORT, needs_the_model, rlinvariant
 
 
 def config(*argv: str, recipe: str = "calculator") -> Config:
@@ -104,22 +104,11 @@ def test_halving_finds_seven_numbers_in_three(seed: int) -> None:
         low, high = (middle + 1, high) if said == "higher" else (low, middle - 1)
 
 
-SMALL = (
-    "steps=2",
-    "wandb.mode=disabled",
-    "data.eval_size=4",
-    "trainer.per_device_train_batch_size=8",
-    "trainer.num_generations=4",
-    "trainer.save_strategy=no",
-    "sampler.kv_cache_gib=0.1",
-)
-
-
 @pytest.mark.slow
 @needs_the_model
 @pytest.mark.parametrize("recipe", ["calculator", "guess"])
 def test_smollm2_calls_tools_and_is_trained_exactly(recipe: str, tmp_path: Path) -> None:
-    rlinvariant(tmp_path, "train", f"recipe={recipe}", "run=exact", *SMALL)
+    rlinvariant(tmp_path, "train", f"recipe={recipe}", "run=exact", *SHORT)
     rows = [row for row in read_metrics(tmp_path / "runs/exact") if "onpolicy/mismatched_tokens" in row]
     assert len(rows) == 2
     for row in rows:

@@ -70,14 +70,11 @@ def test_each_weight_is_compared(sides):
 def test_a_copy_that_is_multiplied_by_is_compared(sides):
     """The engine multiplies by packed copies, and by copies of projections without adapters; one left behind is named."""
     engine, weights = sides.sampler.model, list(lora.pairs(sides.model))
-    copied = [
-        m
-        for m in adapters.layers(engine)
-        if m.adapters.alone or any(x is not None for x in sum(m.adapters.packed.values(), []))
-    ]
+    every = adapters.layers(engine).values()
+    copied = [held for held in every if held.alone or any(x is not None for x in sum(held.packed.values(), []))]
     if not copied:
         pytest.skip("needs a layer that multiplies by a copy")
-    holder = copied[0].adapters
+    holder = copied[0]
     part = next(iter(holder.alone), 0)
     at, own = sum(holder.sizes[:part]), holder.wide.clone()
     holder.wide[at, 0] += 1
