@@ -1,6 +1,7 @@
 """The ways in which a command can end: the errors that a user meets, and the table of exit codes."""
 
 import signal
+import traceback
 from collections.abc import Sequence
 
 from rlinvariant.text import printable
@@ -93,3 +94,11 @@ def outcome(error: BaseException) -> str:
 def one_line(error: object, limit: int = 300) -> str:
     """Return an error's message as one printable line of at most `limit` characters; its type's name where it has none."""
     return printable(" ".join(str(error).split()))[:limit] or type(error).__name__
+
+
+def located(error: BaseException) -> str:
+    """Say in one line what the user's own code raised, and where: type, message, file and line."""
+    at = traceback.extract_tb(error.__traceback__)[-1]
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}, line {error.lineno}: {one_line(error.msg)}"
+    return f"{type(error).__name__}: {one_line(error)} ({at.filename}, line {at.lineno})"

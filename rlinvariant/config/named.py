@@ -6,7 +6,6 @@ import importlib
 import inspect
 import os
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 from rlinvariant.arguments import suggestion
 from rlinvariant.config.recipe import import_file, is_path, resolved
-from rlinvariant.errors import UserError, one_line
+from rlinvariant.errors import UserError, located
 from rlinvariant.text import shown
 
 EXAMPLES = {"reward": "my_rewards.py:right", "tools": "my_tools.py:search", "environment": "my_game.py:Game"}
@@ -83,17 +82,9 @@ def _imported(place: str, where: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if not is_path(place) and error.name and (place == error.name or place.startswith(f"{error.name}.")):
             raise UserError(f"{where}: no module {shown(place)} here or installed; give FILE.py:NAME") from error
-        raise UserError(f"{where}: cannot be imported: {_said(error)}; install it, or mend the file") from error
+        raise UserError(f"{where}: cannot be imported: {located(error)}; install it, or mend the file") from error
     except (Exception, SystemExit) as error:  # the file is the user's own code
-        raise UserError(f"{where}: cannot be imported: {_said(error)}; mend the file") from error
-
-
-def _said(error: BaseException) -> str:
-    """Say what an import raised, and where."""
-    at = traceback.extract_tb(error.__traceback__)[-1]
-    if isinstance(error, SyntaxError):
-        return f"{error.filename}, line {error.lineno}: {one_line(error.msg)}"
-    return f"{type(error).__name__}: {one_line(error)} ({at.filename}, line {at.lineno})"
+        raise UserError(f"{where}: cannot be imported: {located(error)}; mend the file") from error
 
 
 def _digest(value: Any, module: ModuleType) -> str:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rlinvariant.errors import one_line
+from rlinvariant.errors import UserError, located
 from rlinvariant.text import shown
 from rlinvariant.types import RolloutCall
 
@@ -31,8 +31,10 @@ def checked(function: RolloutCall, vocabulary: int) -> RolloutCall:
         found, problem = dict[str, Any](), None
         try:
             found = function(prompts, trainer)
+        except UserError as error:  # of `draw`
+            problem = f"rollout_func: {error}"
         except Exception as error:  # the user's code may raise anything
-            problem = f"rollout_func: {type(error).__name__}: {one_line(error)}"
+            problem = f"rollout_func: {located(error)}"
         if problem is None and (wrong := _problem(found, len(prompts), vocabulary)) is not None:
             problem = f"rollout_func: {wrong}"
         trainer._raise_agreed(problem)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from accelerate.utils import gather_object
 from trl.trainer.utils import shutdown_event_loop_in_daemon
 
-from rlinvariant.errors import UserError, one_line
+from rlinvariant.errors import UserError, located
 from rlinvariant.rewards.watchdog import OverdueReward, watchdog
 from rlinvariant.rollout import request_seed
 from rlinvariant.tools import Calls, Ended, Place
@@ -59,7 +59,7 @@ class Episodes:
         try:
             environment: Any = factory()
         except Exception as error:  # the user's own code
-            raise UserError(f"environment: cannot be made: {type(error).__name__}: {one_line(error)}; mend it") from error
+            raise UserError(f"environment: cannot be made: {located(error)}; mend it") from error
         reset = environment.reset
         if getattr(reset, "func", None) == self._reset:
             shared = "its factory has returned the same object twice, and two samples would play one episode"

@@ -116,7 +116,7 @@ def test_what_is_wrong_is_said_with_the_sequence(wrong, words, arithmetic_dir, e
             "draw: sample -1: expected 0 to 15, the prompts of `rollout_func`",
         ),
         (lambda prompts, trainer: trainer.draw([[5]], [0, 1]), "draw: 2 samples for 1 prompts; expected one for each"),
-        (lambda prompts, trainer: 1 / 0, "ZeroDivisionError: division by zero"),
+        (lambda prompts, trainer: 1 / 0, r"ZeroDivisionError: division by zero \(.*test_custom_rollouts\.py, line \d+\)"),
     ],
 )
 def test_what_is_wrong_with_all_of_it_is_said(function, words, arithmetic_dir, exact_engine, tmp_path):

@@ -15,7 +15,7 @@ from trl.chat_template_utils import (
     supports_tool_calling,
 )
 
-from rlinvariant.errors import one_line
+from rlinvariant.errors import located, one_line
 from rlinvariant.text import shown
 from rlinvariant.tools import Calls, Place, ToolLimits
 from rlinvariant.types import EnvironmentFactory, Json, JsonObject, JsonRow, ToolCall
@@ -164,7 +164,7 @@ def environment_problems(
     try:
         environment = make()
     except Exception as error:  # the user's own code
-        return [f"{where}: cannot be made: {type(error).__name__}: {one_line(error)}; it takes no arguments"]
+        return [f"{where}: cannot be made: {located(error)}; it takes no arguments"]
     where = f"environment {type(environment).__name__}"
     if not inspect.isfunction(getattr(type(environment), "reset", None)):
         return [f"{where}: no method `reset`, which begins an episode and returns what the model is told, or None"]
