@@ -7,7 +7,7 @@ import torch
 
 from rlinvariant.errors import ParityError
 from rlinvariant.models import lora
-from rlinvariant.types import JsonObject
+from rlinvariant.types import JsonObject, Untyped
 from rlinvariant.verification import certificate
 from rlinvariant.verification.controls import one_ulp
 from rlinvariant.verification.pair import Pair, Sizes
@@ -21,13 +21,11 @@ if TYPE_CHECKING:
 START_SIZES = Sizes(requests=12, prompt=40, tokens=12, longest=40, in_step=256, in_forward=4096)
 
 
-def prove(
-    model: "PreTrainedModel", sampler: "Sampler", config: "PreTrainedConfig", name: str, dtype: str
-) -> tuple[str, JsonObject]:
+def prove(model: Untyped, sampler: "Sampler", config: "PreTrainedConfig", name: str, dtype: str) -> tuple[str, JsonObject]:
     """Return a line for the user, and a record for the run, of why sampler and trainer are the same function.
 
     Args:
-        model: the trainer's model. Its weights and mode are left as they were.
+        model: the trainer's model, of transformers or PEFT. Its weights and mode are left as they were.
         sampler: the trainer's engine, with the same weights; its prefix cache is emptied.
         config: transformers' configuration of the model, as loaded.
         name: the model's name for messages.
@@ -49,26 +47,32 @@ def prove(
                 sampler.sync(lora.adapters(model))
             pair = pair_of(model.eval(), sampler, config.get_text_config().vocab_size)
             relations = [check(pair) for check in (sampler_and_trainer, alone, one_by_one)]
-            fault = one_ulp(pair, getattr(torch, dtype))
+            faults = {"with one ulp in the lm_head": one_ulp(pair, getattr(torch, dtype))}
+            if adapted:  # who ignored adapters on both sides would pass everything else
+                with model.disable_adapter():
+                    faults["without the trainer's adapters"] = sampler_and_trainer(pair)
     finally:
         model.train(training)
         if adapted:
             sampler.sync(lora.adapters(model))
         sampler.llm.reset_prefix_cache()
     compared, wrong = sum(r.compared for r in relations), sum(r.mismatched for r in relations)
-    counts = f"{wrong:,} / {compared:,} log-probs differ, {fault.mismatched:,} / {fault.compared:,} with one ulp in the lm_head"
+    counts = f"{wrong:,} / {compared:,} log-probs differ, " + ", ".join(
+        f"{fault.mismatched:,} / {fault.compared:,} {what}" for what, fault in faults.items()
+    )
     if broken := next((r for r in relations if not r.holds), None):
         why = broken.first or broken.lost or "nothing was compared"
         raise ParityError(
             f"before the first step: {counts}; first in {broken.name}: {why}. rlinvariant bisect {name} says where; "
             "invariance=off runs without the proof"
         )
-    if not fault.mismatched:
+    if not all(fault.mismatched for fault in faults.values()):
         raise ParityError(f"before the first step: {counts}: the comparison is blind; invariance=off runs without the proof")
     seconds = time.monotonic() - began
     makes = f"no certificate for this architecture here (rlinvariant verify {name} makes one)"
     makes = "adapters, with random values for the comparison" if adapted else makes
-    record = {"path": None, "compared": compared, "mismatched": wrong, "one_ulp": fault.mismatched, "seconds": seconds}
+    record = {"path": None, "compared": compared, "mismatched": wrong, "seconds": seconds}
+    record |= {"one_ulp": faults["with one ulp in the lm_head"].mismatched}
     return f"{makes}; compared now: {counts}, {seconds:.1f} s", record
 
 

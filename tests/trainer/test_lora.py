@@ -1,6 +1,7 @@
 """LoRA through TRL: adapters train exactly, are saved as PEFT's, resume bit for bit, and leave the base as it was."""
 
 import json
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from trl import GRPOConfig
 
 import rlinvariant
 from rlinvariant import bits
+from rlinvariant.errors import ParityError
+from rlinvariant.models import lora
 from tests.parity.device import CUDA, cpu_only
 from tests.parity.harness import questions, variety
 
@@ -73,6 +76,13 @@ def test_adapters_train_exactly_and_resume_bit_for_bit(arithmetic_dir, tmp_path)
         assert bits.same(weight, right), f"{name} after a resume"
     names = {path.name for path in again.publish().iterdir()}
     assert "adapter_model.safetensors" in names and "ref" not in names
+
+
+def test_the_start_sees_whether_adapters_count(arithmetic_dir, tmp_path, monkeypatch):
+    """Control: with B = 0, as adapters begin, nothing differs without them, and a start that compared so would be blind."""
+    monkeypatch.setattr(lora, "counting", lambda model: nullcontext())
+    with pytest.raises(ParityError, match=r"0 / \d+ without the trainer's adapters: the comparison is blind"):
+        trained(arithmetic_dir, tmp_path)
 
 
 @pytest.mark.slow
