@@ -117,3 +117,9 @@ def test_ci_calls_targets_that_there_are(path):
         for word in re.findall(r"[a-z-]+", part)
     }
     assert names and names <= there, names - there
+
+
+def test_the_type_checker_leaves_out_the_files_of_triton_and_no_other():
+    """The checker finds errors in every `triton.jit`: a kernel file that is missing in the list fails `make check`."""
+    kernels = {p.relative_to(ROOT).as_posix() for p in ROOT.glob("rlinvariant/**/*.py") if "@triton.jit" in p.read_text()}
+    assert kernels and kernels == set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pyright"]["ignore"])
