@@ -218,5 +218,5 @@ def prove(plan: TrainerPlan, trainer: InvariantGRPOTrainer) -> None:
     trainer.sync()
     policy = trainer.accelerator.unwrap_model(trainer.model)
     sampler = cast("Sampler", trainer.sampler)  # as `arguments` made it
-    line, trainer.proof = prove(policy, sampler, plan.source_config, plan.source, plan.dtype)
+    line, trainer.proof = prove(*(policy, sampler, plan.source_config, plan.source, plan.dtype), trainer.truncation)
     Console(plan.args.process_index == 0).print(line)

@@ -139,7 +139,7 @@ def plan(config: Config) -> Plan:
         from rlinvariant.trainer.preflight import Tooling, check_start, load_tokenizer
     options, ppo = sampler_options(config), config.ppo if config.algorithm == "ppo" else None
     trainer = plan_trainer(model, args, ppo, config.invariance, config.dtype, model, options, config.save_dtype)
-    tooling = Tooling(config.tool_funcs(), config.environment_factory(), config.tool_limits)
+    tooling = Tooling.asked(config)
     tokenizer = load_tokenizer(model, trainer.config)
     if tooling and config.tool_format == "plain":
         tokenizer = plain_tools(tokenizer)

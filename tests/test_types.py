@@ -33,7 +33,6 @@ ALLOWED = {  # file: function -> why no type says it
     "trainer/fields.py: settled": NULLABLE,
     "trainer/grading.py: call_rewards": TRL,
     "trainer/grading.py: checked_rewards": REWARD,
-    "trainer/judge.py: Judge.grade": TRL,
     "trainer/published.py: PublishedTrainer.__init__": TRL,
     "trainer/published.py: PublishedTrainer.push_to_hub": TRL,
     "trainer/published.py: PublishedTrainer.upload": TRL,

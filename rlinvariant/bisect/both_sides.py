@@ -46,7 +46,7 @@ def score_rows(model: "PreTrainedModel", trial: Trial, drawn: Sequence[Completio
     """Return the trainer's log-probs of one micro-batch: `trial.rows` sequences from `at` on."""
     part = slice(at, at + trial.rows)
     given = model, trial.prompts[part], drawn[part], trial.temperature
-    return [row.tolist() for row in (stock_score(*given) if stock else score(*given, Layout(trial.rows)))]
+    return [row.tolist() for row in (stock_score(*given) if stock else score(*given, Layout(trial.rows), trial.truncation))]
 
 
 def attention_layers(engine: "Sampler") -> list[Untyped]:

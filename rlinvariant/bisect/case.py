@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,8 +10,10 @@ from torch import Tensor
 
 from rlinvariant import ops
 from rlinvariant.bisect import variants
-from rlinvariant.bisect.record import GATE_UP_ROLES, LOGPROB_PLACE, QKV_ROLES, ROTATED_ROLES, Call, Place
+from rlinvariant.bisect.record import GATE_UP_ROLES, LOGPROB_PLACE, QKV_ROLES, ROTATED_ROLES, THRESHOLD_PLACE, Call, Place
 from rlinvariant.bisect.search import First, Side, side_at
+from rlinvariant.bisect.trials import Trial
+from rlinvariant.ops.threshold import rows_threshold
 from rlinvariant.types import JsonObject
 from rlinvariant.verification.ladder import ROW_COUNTS
 
@@ -42,6 +45,7 @@ ROLE_OPS = {  # role -> the op that must give it
     "residual and norm": "add_rms_norm",
     "attention": "attention",
     "swiglu": "swiglu",
+    "threshold": "threshold",
 }
 
 
@@ -51,13 +55,13 @@ class Case:
     Args:
         first: the difference; something recorded must differ.
         tokens: those of the whole sequence.
-        temperature: of the draw.
+        trial: how it was drawn.
         engine: the sampler.
     """
 
-    def __init__(self, first: First, tokens: list[int], temperature: float, engine: "Sampler") -> None:
+    def __init__(self, first: First, tokens: list[int], trial: Trial, engine: "Sampler") -> None:
         assert first.place is not None and first.sampler is not None and first.trainer is not None
-        self.first, self.tokens, self.temperature, self.engine = first, tokens, temperature, engine
+        self.first, self.tokens, self.trial, self.engine = first, tokens, trial, engine
         self.sides: dict[str, Side] = {"sampler": first.sampler, "trainer": first.trainer}
         self.model = first.trainer.recorder.model
         self.device = next(self.model.parameters()).device
@@ -132,7 +136,7 @@ class Case:
         call = self.call(side)
         if self.role == "attention":  # it reads all earlier positions too, and those were equal
             return self._before(side, q=ROTATED_ROLES[0], k=ROTATED_ROLES[1], v="v projection")
-        if self.first.place == LOGPROB_PLACE:
+        if self.first.place in (LOGPROB_PLACE, THRESHOLD_PLACE):
             scaled = self._before(side, logits="scaled logits", layer=None)
             return scaled or self._before(side, logits="lm_head", layer=None)
         if self.role in ROTATED_ROLES:
@@ -190,6 +194,8 @@ class Case:
             return lambda n: ops.linear(**rows(n), weight=weight, bias=w[1])
         if op == "scale_logits" and x:
             return lambda n: ops.scale_logits(rows(n).get("logits", next(iter(rows(n).values()))), **settings)
+        if op == "threshold" and x and settings:
+            return lambda n: variants.theta(rows(n)["logits"], **settings)
         if op == "rms_norm" and x and weight is not None:
             return lambda n: ops.rms_norm(**rows(n), weight=weight, **settings)
         if op == "add_rms_norm" and len(x) == 2 and weight is not None:
@@ -211,8 +217,13 @@ class Case:
         if self.role == "rope table" and (table := self.angles()):
             return lambda n: table[self.first.position].expand(n, -1)
         if self.first.place == LOGPROB_PLACE and x:
-            token, t = self.tokens[self.first.position + 1], torch.full((1,), self.temperature, device=self.device)
-            return lambda n: ops.log_softmax(rows(n)["logits"], t.expand(n))[:, token : token + 1]
+            token, settings = self.tokens[self.first.position + 1], asdict(self.trial.truncation)
+
+            def log_prob(n: int) -> Tensor:
+                logits, t = rows(n)["logits"], torch.full((n,), self.trial.temperature, device=self.device)
+                return ops.log_softmax(logits, t, rows_threshold(logits, t, **settings))[:, token : token + 1]
+
+            return log_prob
         return None
 
     def heads(self, side: str) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -258,12 +269,14 @@ class Case:
             yield from variants.rope_table(table, position, self.rotary().inv_freq, torch.bfloat16)
         elif op == "attention" and (qkv := self.heads(side)) is not None:
             yield from variants.attention(*qkv, position, settings.get("scale", self.dim**-0.5))
+        elif op == "threshold" and x and settings:
+            yield from variants.threshold(x["logits"], **settings)
         elif op == "swiglu" and len(x) == 2:
             yield from variants.swiglu(x["gate"], x["up"])
         elif self.first.place == LOGPROB_PLACE and x:
             near = {d: self.row(side, "lm_head", position + d, layer=None) for d in (-1, 1)}
             others = {d: row for d, row in near.items() if row is not None}
-            yield from variants.log_prob(x["logits"], self.tokens[position + 1], self.temperature, others)
+            yield from variants.log_prob(x["logits"], self.tokens[position + 1], self.trial, others)
 
     def by_rows(self, side: str) -> dict[int, Tensor]:
         """Run again what the side runs here, on n equal rows, and return {n: the first row's value}."""

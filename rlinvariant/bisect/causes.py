@@ -15,8 +15,9 @@ from torch import Tensor
 from rlinvariant import bits
 from rlinvariant.bisect import variants
 from rlinvariant.bisect.case import Case, other_side
-from rlinvariant.bisect.record import LOGPROB_PLACE
+from rlinvariant.bisect.record import LOGPROB_PLACE, THRESHOLD_PLACE
 from rlinvariant.bisect.search import First, equal, side_at
+from rlinvariant.bisect.trials import Trial
 from rlinvariant.verification.ladder import ROW_COUNTS
 
 if TYPE_CHECKING:
@@ -42,18 +43,18 @@ class Explanation:
     reproduced: str | None = None
 
 
-def explain(first: First, tokens: list[int], temperature: float, engine: "Sampler", stock: tuple[str, ...] = ()) -> Explanation:
+def explain(first: First, tokens: list[int], trial: Trial, engine: "Sampler", stock: tuple[str, ...] = ()) -> Explanation:
     """Find the cause of a first difference.
 
     Args:
         first: the difference; something recorded must differ.
         tokens: those of the whole sequence.
-        temperature: of the draw.
+        trial: how it was drawn.
         engine: the sampler.
         stock: names of the sides that run stock kernels.
     """
     with torch.inference_mode():
-        evidence = _Evidence(Case(first, tokens, temperature, engine), stock)
+        evidence = _Evidence(Case(first, tokens, trial, engine), stock)
         rules = (_of_the_values, _of_what_was_given, _of_a_deviating_side, _of_what_is_left)
         return next(found for rule in rules if (found := rule(evidence)) is not None)
 
@@ -192,7 +193,7 @@ def _inputs(case: Case) -> str:
         return "equal" if case.role in ("embedding", "rope table") else "not recorded"
     for name in a.keys() & b.keys():
         x, y = a[name], b[name]
-        if case.first.place == LOGPROB_PLACE:  # a padded vocabulary is longer
+        if case.first.place in (LOGPROB_PLACE, THRESHOLD_PLACE):  # a padded vocabulary is longer
             x, y = x[: min(len(x), len(y))], y[: min(len(x), len(y))]
         if x.dtype != y.dtype or x.shape != y.shape:
             return f"differ: {name} in {variants.name(x.dtype)} {tuple(x.shape)} and {variants.name(y.dtype)} {tuple(y.shape)}"

@@ -2,6 +2,7 @@
 
 import argparse
 import tempfile
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from rlinvariant import runtime
@@ -10,6 +11,7 @@ from rlinvariant.conflicts import INVARIANCE, SIDES
 from rlinvariant.errors import NOT_EXACT, OK, ConfigErrors, UserError
 from rlinvariant.model_source import local_model, source_problems
 from rlinvariant.report.console import Console
+from rlinvariant.rollout import RANGES, Truncation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -41,6 +43,14 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     step = "most tokens in one step of the engine; more where there are more sequences"
     p.add_argument("--chunk", type=at_least(64), metavar="N", default=256, help=step)
     p.add_argument("--temperature", type=temperature, metavar="T", default=0.7, help="temperature of the draws")
+    for name, what in (
+        ("top-k", "so many"),
+        ("top-p", "with this share of the probability"),
+        ("min-p", "with P times the most"),
+    ):
+        kind = _setting(name.replace("-", "_"), int if name == "top-k" else float)
+        letter = "K" if name == "top-k" else "P"
+        p.add_argument(f"--{name}", type=kind, metavar=letter, help=f"draw from the likeliest tokens alone: {what}")
     p.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="dtype of activations")
     sides = "which sides run our ops: both (exact), neither (off), or one"
     p.add_argument("--invariance", choices=INVARIANCE, default="exact", help=sides)
@@ -52,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         UserError: a model that cannot be loaded or cannot run exactly, or sizes that do not fit it.
     """
-    if problems := source_problems("model", options.model):
+    if problems := source_problems("model", options.model) + _truncation_problems(options):
         raise ConfigErrors(problems)
     console = Console()
     runtime.quiet()
@@ -64,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
 
         vocabulary, (step, longest) = model.config.get_text_config().vocab_size, room(options, model.config)
         first = vocabulary, options.sequences, options.prompt, options.tokens, options.temperature
-        trials = all_trials(*first, options.seed, options.micro_batch, step, longest)
+        trials = all_trials(*first, options.seed, options.micro_batch, step, longest, Truncation.of(options))
         stock = _stock_sides(options)
         with console.stage(f"completions of {options.tokens} tokens: drawing and scoring"):
             result, trial = search.find_any(engine, model, trials, stock_trainer="trainer" in stock)
@@ -72,6 +82,36 @@ def run(options: argparse.Namespace) -> int:
         for line in said:
             console.print(line)
     return NOT_EXACT if result.mismatched else OK
+
+
+def _setting(name: str, kind: type[int] | type[float]) -> Callable[[str], float]:
+    """Return an argparse `type` that reads a setting of truncated sampling: top_k, top_p or min_p."""
+    allows, expected = RANGES[name]
+
+    def read(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = -2  # which none allows
+        if not allows(value):
+            raise argparse.ArgumentTypeError(f"{text}: expected {expected}")
+        return value
+
+    return read
+
+
+def _truncation_problems(options: argparse.Namespace) -> list[str]:
+    """Refuse truncated sampling where the two sides would keep other tokens, or where its kernel was not proven yet."""
+    import torch
+
+    if not (truncation := Truncation.of(options)):
+        return []
+    given = ", ".join(f"--{name.replace('_', '-')}" for name in (one.partition("=")[0] for one in truncation.settings()))
+    if options.invariance not in ("exact", "off"):
+        return [f"{given}: expected --invariance exact or off: the stock side keeps other tokens"]
+    if options.invariance == "exact" and torch.cuda.is_available():
+        return [f"{given}: proven on CPUs alone so far; remove it, or hide the GPU (CUDA_VISIBLE_DEVICES=)"]
+    return []
 
 
 def load_sides(options: argparse.Namespace, directory: str) -> tuple["PreTrainedModel", "Sampler"]:

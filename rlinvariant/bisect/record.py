@@ -25,6 +25,7 @@ Place = tuple[int | None, str]
 """A layer, None outside any, and a role."""
 
 LOGPROB_PLACE: Place = (None, "log-prob")
+THRESHOLD_PLACE: Place = (None, "threshold")
 QKV_ROLES = ("q projection", "k projection", "v projection")
 GATE_UP_ROLES = ("gate projection", "up projection")
 ROTATED_ROLES = ("q norm and rotation", "k norm and rotation")
@@ -138,6 +139,8 @@ class Recorder:
             head = sys.modules["rlinvariant.ops.token_logprobs"]  # the package's attribute of that name is the function
             _replace(stack, head, "linear", self._head)
             _replace(stack, head, "scale_logits", self._scaled)
+            _replace(stack, head, "rows_threshold", self._rows_threshold)
+            _replace(stack, ops, "threshold", self._threshold)
             for layer, attention in enumerate(attentions):
                 _replace(stack, attention, "forward", partial(self._attention, layer))
             yield self
@@ -282,9 +285,35 @@ class Recorder:
             self._logits("scaled logits", "scale_logits", logits, output, {}, {"scale": scale, "softcap": softcap})
         return output
 
+    def _threshold(self, original: Callable[..., Any], logits: Tensor, *settings: Tensor) -> Tensor:
+        """Run the op in the sampler, whose rows are of requests, and keep the sequence's row."""
+        theta = original(logits, *settings)
+        value = _pick(theta[:, None], self._heads)
+        if value is not None:
+            row = self._heads[0][0]
+            self._keep_threshold(value, self._heads, [x[row].item() for x in settings])
+        return theta
+
+    def _rows_threshold(self, original: Callable[..., Any], logits: Tensor, t: Tensor, *settings: float) -> Tensor | None:
+        """Run the op in the trainer, for a chunk of all scored tokens, and keep the sequence's rows."""
+        theta = original(logits, t, *settings)
+        which = self._in_chunk(len(logits))
+        if theta is not None and (value := _pick(theta[:, None], which)) is not None:
+            self._keep_threshold(value, which, [t[0].item(), *settings])
+        return theta
+
+    def _keep_threshold(self, value: Tensor, which: Which, settings: Sequence[float]) -> None:
+        single = [x if isinstance(x, int) else fp32(x).item() for x in settings]  # as the op has them
+        named = dict(zip(("temperature", "top_k", "top_p", "min_p"), single, strict=True))
+        self._keep(THRESHOLD_PLACE, value, None, Call("threshold", {}, {}, named), None, which)
+
+    def _in_chunk(self, rows: int) -> Which:
+        """Return which rows of a chunk of scored tokens belong to the sequence."""
+        at = [(r - self._chunk, p) for r, p in zip(*self._heads[:2], strict=True) if 0 <= r - self._chunk < rows]
+        return [r for r, _ in at], [p for _, p in at], rows
+
     def _logits(self, role: str, op: str, x: Tensor, output: Tensor, weights: dict[str, Any], settings: dict[str, Any]) -> None:
-        at = [(r - self._chunk, p) for r, p in zip(*self._heads[:2], strict=True) if 0 <= r - self._chunk < len(x)]
-        which = [r for r, _ in at], [p for _, p in at], len(x)
+        which = self._in_chunk(len(x))
         taken, value = _pick(x, which), _pick(output, which)
         if taken is not None and value is not None:
             call = Call(op, {"logits" if op == "scale_logits" else "x": taken}, weights, settings)

@@ -29,7 +29,7 @@ def lines(result: Result, trial: Trial, engine: "Sampler", stock: tuple[str, ...
     """
     if not result.mismatched:
         return [
-            f"nothing to bisect: 0 of {result.compared:,} tokens differ (temperature {trial.temperature})",
+            f"nothing to bisect: 0 of {result.compared:,} tokens differ ({trial.policy})",
             f"equal      {in_words(result.tried)}",
             "exit code  0: none of these differ, which says nothing of other prompts",
         ]
@@ -42,7 +42,7 @@ def lines(result: Result, trial: Trial, engine: "Sampler", stock: tuple[str, ...
 
 def _found(result: Result, trial: Trial, engine: Any, stock: tuple[str, ...]) -> list[str]:
     """Return all lines but those on what was tried."""
-    drawn = f"{plural(len(trial.prompts), 'sequence')} at temperature {trial.temperature}, seed {trial.seed}"
+    drawn = f"{plural(len(trial.prompts), 'sequence')} at {trial.policy}, seed {trial.seed}"
     found = [f"{result.mismatched:,} of {result.compared:,} tokens differ ({drawn})"]
     if (first := result.first) is None:
         vanished = "not reproducible: drawn and scored again, the first difference did not come back"
@@ -56,7 +56,7 @@ def _found(result: Result, trial: Trial, engine: Any, stock: tuple[str, ...]) ->
         return [*found, "first      nothing else that was recorded differs"]
     found += _values(first, first.sampler, first.trainer)
     tokens = [*trial.prompts[first.sequence], *first.token_ids]
-    why = causes.explain(first, tokens, trial.temperature, engine, stock)
+    why = causes.explain(first, tokens, trial, engine, stock)
     found += [f"inputs     {why.inputs}", f"weights    {why.weights}"]
     if why.deviates:
         anew = "computed anew from the same inputs and weights, the other side's bits come out"

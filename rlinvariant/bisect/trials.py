@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from rlinvariant.rollout import Completion
+from rlinvariant.rollout import ALL_TOKENS, Completion, Truncation
 from rlinvariant.sampler.drive import Request, Trace, drive
 from rlinvariant.text import plural
 from rlinvariant.verification.compositions import CROWD_SIZES
@@ -29,6 +29,7 @@ class Trial:
             request loses its pages, and what they held is computed again; "turn": on what earlier turns have decoded.
         hint: where to look if this trial differs and those before it do not.
         opening: of a trial of later turns, its first turns, whose tokens its prompts go on from; else None.
+        truncation: which tokens all are drawn from.
     """
 
     prompts: list[list[int]]
@@ -40,6 +41,12 @@ class Trial:
     way: str = "cold"
     hint: str = ""
     opening: "Trial | None" = None
+    truncation: Truncation = ALL_TOKENS
+
+    @property
+    def policy(self) -> str:
+        """Return in words what all draws are from."""
+        return ", ".join([f"temperature {self.temperature}", *self.truncation.settings()])
 
 
 @dataclass(frozen=True)
@@ -84,14 +91,23 @@ def draw_trial(
 
 
 def all_trials(
-    vocabulary: int, sequences: int, longest: int, tokens: int, temperature: float, seed: int, rows: int, step: int, far: int
+    vocabulary: int,
+    sequences: int,
+    longest: int,
+    tokens: int,
+    temperature: float,
+    seed: int,
+    rows: int,
+    step: int,
+    far: int,
+    truncation: Truncation = ALL_TOKENS,
 ) -> list[Trial]:
     """Return all that is tried: a fault that a few sequences do not show may need many, or another way to draw.
 
     Args:
         vocabulary: token ids of prompts are below it.
         sequences: number of prompts in the first trial; `longest` is the longest, in tokens.
-        tokens, temperature, rows: as `max_tokens`, `temperature` and `rows` of each trial.
+        tokens, temperature, rows, truncation: as `max_tokens`, `temperature`, `rows` and `truncation` of each trial.
         seed: decides all prompts and seeds.
         step: most tokens in one step of the engine.
         far: length in tokens of a prompt that is to be cut; where it is shorter than a step, several prompts share one.
@@ -99,7 +115,7 @@ def all_trials(
 
     def trial(count: int, longest: int, number: int, hint: str, shortest: int = 1) -> Trial:
         drawn = draw_trial(vocabulary, count, longest, tokens, temperature, seed + number, rows, shortest)
-        return replace(drawn, hint=hint)
+        return replace(drawn, hint=hint, truncation=truncation)
 
     by_rows = "only with so many rows: look at what depends on their number"  # few rows may take another kernel than many
     counts, crowd = list(dict.fromkeys((sequences, 1, 3))), CROWD_SIZES[1]
@@ -151,6 +167,6 @@ def draw(engine: "Sampler", trial: Trial) -> tuple[Trace, list[Completion]]:
 
 def _requests(trial: Trial) -> list[Request]:
     return [
-        Request(tuple(p), s, trial.temperature, trial.max_tokens, ignore_eos=True)
+        Request(tuple(p), s, trial.temperature, trial.max_tokens, ignore_eos=True, truncation=trial.truncation)
         for p, s in zip(trial.prompts, trial.seeds, strict=True)
     ]

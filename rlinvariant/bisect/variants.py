@@ -8,12 +8,15 @@ Shapes: K input and N output columns, D features, P positions, H and H_kv heads,
 
 import functools
 from collections.abc import Iterator
+from dataclasses import astuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from rlinvariant import bits, ops
+from rlinvariant.bisect.trials import Trial
+from rlinvariant.ops.threshold import rows_threshold
 from rlinvariant.types import Json
 
 Variants = Iterator[tuple[str, Tensor]]
@@ -178,13 +181,35 @@ def swiglu(gate: Tensor, up: Tensor) -> Variants:
     yield "GELU in place of SiLU", F.gelu(gate, approximate="tanh") * up
 
 
-def log_prob(logits: Tensor, token: int, temperature: float, others: dict[int, Tensor]) -> Variants:
+def theta(logits: Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> Tensor:
+    """Return `ops.threshold` of logits [R, V], the same settings for all rows, [R, 1]; -inf where they keep all."""
+    t = torch.full((len(logits),), temperature, device=logits.device)
+    found = rows_threshold(logits.contiguous(), t, int(top_k), top_p, min_p)
+    return (torch.full_like(t, -torch.inf) if found is None else found)[:, None]
+
+
+def threshold(logits: Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> Variants:
+    """Vary `ops.threshold`: logits [V] give theta [1]."""
+    kept = logits.float().sort(descending=True).values
+    for what, settings in (("top_p", (top_k, 1.0, min_p)), ("top_k", (0, top_p, min_p)), ("min_p", (top_k, top_p, 0.0))):
+        yield f"{what} is left out", theta(logits[None], temperature, *settings)[0]
+    yield "the temperature is left out", theta(logits[None], 1.0, top_k, top_p, min_p)[0]
+    for count in range(1, len(kept) + 1):
+        yield f"another kernel: what it keeps are the {count} likeliest tokens", kept[count - 1 : count]
+
+
+def log_prob(logits: Tensor, token: int, trial: Trial, others: dict[int, Tensor]) -> Variants:
     """Vary `ops.log_softmax`: logits [V] give the log-prob [1]; `others` from offsets to logits of neighbouring positions."""
+    temperature, truncation = trial.temperature, astuple(trial.truncation)
     one, t = torch.ones(1, device=logits.device), torch.full((1,), temperature, device=logits.device)
 
     def ours(x: Tensor, at: Tensor = one) -> Tensor:
-        return ops.log_softmax(x[None].contiguous(), at)[0, token : token + 1]
+        x = x[None].contiguous()
+        return ops.log_softmax(x, at, rows_threshold(x, at, *truncation))[0, token : token + 1]
 
+    if trial.truncation:
+        whole = ops.log_softmax(logits[None].contiguous(), t)[0, token : token + 1]
+        yield f"{trial.truncation} is left out: the softmax is over all tokens", whole
     yield "the temperature is multiplied by as a reciprocal, not divided by", ours(logits.float() * (1 / t))
     if temperature != 1:
         yield "the temperature is left out", ours(logits)
@@ -200,7 +225,7 @@ def log_prob(logits: Tensor, token: int, temperature: float, others: dict[int, T
     yield "torch's own log_softmax: a stock kernel", scaled.log_softmax(-1)[token : token + 1]
     yield "torch's logsumexp", (scaled - scaled.logsumexp(-1))[token : token + 1]
     kept = scaled.double().softmax(-1).sort(descending=True).values.cumsum(-1)
-    whole = ours(logits, t).double()
+    whole = ops.log_softmax(logits[None].contiguous(), t)[0, token : token + 1].double()
     for count in range(int((scaled > scaled[token]).sum()) + 1, len(kept)):
         yield f"renormalised over the {count} likeliest tokens (top_k or top_p)", (whole - kept[count - 1].log()).float()
 

@@ -227,7 +227,8 @@ def _check_tools(config: Config, recipe: Recipe | None) -> list[str]:
         keys = [key for key in config.sources if key.startswith("tool_") or key == "trainer.max_tool_calling_iterations"]
         needed = "tools= or environment= beside it, or it does nothing; remove it"
         found += [f"{key}: expected {needed}" for key in keys]
-    if config.environment is not None and config.reward_cage:
+    environment = config.environment or (recipe is not None and recipe.environment is not None)
+    if environment and config.reward_cage:
         found.append(
             f"reward_cage={config.reward_cage}: expected 0 with an environment, whose state is in the trainer's process"
         )

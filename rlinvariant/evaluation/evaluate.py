@@ -1,12 +1,8 @@
-"""Draw, grade and count: the work of `rlinvariant eval`, when its settings are known to be right.
-
-N: completions, F: reward functions.
-"""
+"""Draw, grade and count: the work of `rlinvariant eval`, when its settings are known to be right."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -15,18 +11,16 @@ from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.evaluation.estimate import doubling, estimate, pass_at_k
 from rlinvariant.model_source import local_model
 from rlinvariant.report.console import Console
-from rlinvariant.rollout import Completion, Truncation, is_cut, request_seed
+from rlinvariant.rollout import Truncation
 from rlinvariant.run import sampler_options
 from rlinvariant.sampler.engine import Sampler
 from rlinvariant.sampler.refusals import load_config
-from rlinvariant.support import device_problems
+from rlinvariant.support import device_problems, unproven_problems
 from rlinvariant.text import plural, shown
-from rlinvariant.trainer.judge import Judge
-from rlinvariant.trainer.preflight import Start, check_data, end_tokens, load_generation, load_tokenizer
+from rlinvariant.tools.plain import plain_tools
+from rlinvariant.trainer.player import Player
+from rlinvariant.trainer.preflight import Start, Tooling, check_data, load_generation, load_tokenizer
 from rlinvariant.types import JsonObject
-
-if TYPE_CHECKING:
-    pass
 
 MIXED = "no pass@k: rewards are not all 0 or 1; --pass R says from which reward on a completion passes"
 
@@ -54,43 +48,36 @@ def evaluate(
 
     assert config.model is not None, "the subject of an evaluation is its model"
     args = config.grpo_config()
-    if problems := device_problems(args, config.invariance, getattr(torch, config.dtype)):
+    truncation = Truncation.of(config.trainer)
+    problems = device_problems(args, config.invariance, getattr(torch, config.dtype))
+    if config.invariance == "exact":
+        problems += unproven_problems(args, *truncation.settings("trainer."))
+    if problems:
         raise ConfigErrors(problems)
     model = local_model(config.model)
     model_config, recipe = load_config(model), config.load_recipe()
-    tokenizer = load_tokenizer(model, model_config)
+    tokenizer, tooling = load_tokenizer(model, model_config), Tooling.asked(config)
+    if tooling and config.tool_format == "plain":
+        tokenizer = plain_tools(tokenizer)
     held_out = recipe.datasets(config, tokenizer)[1]
     if held_out is None:
         raise UserError(_none_held_out(config))
     rewards = config.reward_funcs()
-    if config.tool_funcs() or config.environment_factory() is not None:
-        where = f"recipe={config.recipe}" if config.recipe else "tools= or environment="
-        fix = "a run's own number, held out before and after, has them: rlinvariant report RUN"
-        raise UserError(f"eval: {where}: has tools, and eval draws completions of one turn so far; {fix}")
     generation = load_generation(model, model_config)
     parts = (args, model, model_config, generation, tokenizer, rewards, None, held_out, config.sampler.max_model_len)
-    start = Start(*parts, prefix="trainer.")
-    check_data(start)
-    judge, rows = Judge(args, rewards, config.reward_limits), held_out.to_list()
-    prompts = start.prompts
-    kinds, texts = zip(*(prompts.read(row["prompt"]) for row in rows), strict=True)  # of one kind, as `check_data` has seen
-    prompt_ids = [list(ids) for ids in prompts.tokenize(texts, kinds[0] == "messages")]
-    stop, longest = end_tokens(generation, tokenizer), config.trainer.max_completion_length or 0
+    check_data(Start(*parts, prefix="trainer.", tooling=tooling))
+    rows = held_out.to_list()
+    how = {"invariant": config.invariance == "exact", "dtype": config.dtype, **sampler_options(config)}
     with console.stage("starting the vLLM engine"):
-        engine = Sampler(model, invariant=config.invariance == "exact", dtype=config.dtype, **sampler_options(config))
+        engine = lambda: Sampler(model, **how)  # noqa: E731
+        player = Player(args, tokenizer, generation, rewards, config.reward_limits, tooling, held_out, engine)
     draws, per_problem, notes = [], [{"prompt": row["prompt"], "columns": _columns(row)} for row in rows], []
-    truncation = Truncation.of(config.trainer)
     ways = [("greedy", 1, 0.0)] + ([(f"T={temperature:g}", samples, temperature)] if samples else [])
     for name, count, heat in ways:
-        seeds = [request_seed(config.seed, 0, i, j) for i in range(len(rows)) for j in range(count)]
         repeated = [i for i in range(len(rows)) for _ in range(count)]
         with console.stage(f"{name}: {len(rows):,} problems x {count}"):
-            how = {"temperature": heat, "max_tokens": longest, "stop_token_ids": stop, **asdict(truncation)}
-            drawn = engine.generate([prompt_ids[i] for i in repeated], seeds, **how)
-        graded = _graded(judge, [rows[i] for i in repeated], drawn, tokenizer)
-        for i, seed, completion, row in zip(repeated, seeds, drawn, graded, strict=True):
-            cut = is_cut(completion.token_ids, stop)
-            seen = {"seed": seed if heat else None, "length": len(completion.token_ids), "cut": cut, **row}
+            played = player.play([rows[i] for i in repeated], heat, count, truncation)
+        for i, seen in zip(repeated, played, strict=True):
             per_problem[i].setdefault(name, []).append(seen)
         found, said = estimates([problem[name] for problem in per_problem], ks if heat else [1], least, bool(heat))
         seen = [one for problem in per_problem for one in problem[name]]
@@ -105,7 +92,7 @@ def evaluate(
             "cut": sum(cuts) / len(seen),
         }
         draws.append({"name": name, "temperature": heat, "samples": count, "estimates": found, **sizes})
-    engine.close()
+    player.sampler.close()
     settings = {key: entry["value"] for key, entry in config.resolved().items()}
     about = {"problems": len(rows), "invariance": config.invariance, "seed": config.seed, "settings": settings}
     return {**about, "draws": draws, "notes": notes, "results": per_problem}
@@ -117,20 +104,6 @@ def _none_held_out(config: Config) -> str:
         return f"recipe={config.recipe}: has no held-out rows to evaluate on; its datasets() returns None for them"
     path = shown(str(getattr(config.data, "path", None)))
     return f"data.path={path}: no held-out rows to evaluate on; write data.eval_size=N, data.eval_path= or data.eval_split="
-
-
-def _graded(judge: Judge, rows: list[dict[str, Any]], drawn: Sequence[Completion], tokenizer: Any) -> list[dict[str, Any]]:
-    """Return text, rewards by name and their weighted sum, None where no reward applies, for each completion."""
-    ids, prompts = [completion.token_ids for completion in drawn], [row["prompt"] for row in rows]
-    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-    said = [[{"role": "assistant", "content": t}] for t in texts] if isinstance(prompts[0], list) else texts
-    rewards_NF, sums_N = judge.grade(rows, prompts, said, ids)
-    names = judge.reward_func_names
-    by_name = [[{"name": n, "reward": _or_none(r)} for n, r in zip(names, row, strict=True)] for row in rewards_NF.tolist()]
-    return [
-        {"completion": text, "reward": _or_none(total), "rewards": parts}
-        for text, total, parts in zip(texts, sums_N, by_name, strict=True)
-    ]
 
 
 def estimates(

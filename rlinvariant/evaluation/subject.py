@@ -13,10 +13,19 @@ from rlinvariant.files import RUNS
 from rlinvariant.report.rundir import RunDir
 from rlinvariant.text import shown
 
-KEYS = ("recipe", "reward", "dtype", "seed", "invariance", "reward_timeout", "reward_cage", "reward_errors")
-OF_TOOLS = ("tools", "environment", "tool_format", "tool_timeout", "tool_cage", "tool_errors")
-"""Keys that a run's evaluation keeps, and `evaluate` then refuses: never is a run with tools evaluated without them."""
-KEYS_OF_TRAINER = ("max_completion_length", "reward_weights", "chat_template_kwargs")
+KEYS = ("recipe", "reward", "dtype", "seed", "invariance", "reward_timeout", "reward_cage", "reward_errors") + (
+    "tools",
+    "environment",
+    "tool_format",
+    "tool_timeout",
+    "tool_cage",
+    "tool_errors",
+)
+KEYS_OF_TRAINER = ("max_completion_length", "max_tool_calling_iterations", "reward_weights", "chat_template_kwargs") + (
+    "top_k",
+    "top_p",
+    "min_p",
+)
 OF_THE_RUN = "trainer.temperature"  # taken from the run; on the command line it is --temperature
 TAKEN = f"{', '.join(KEYS)}, data.*, sampler.*, trainer.{', trainer.'.join(KEYS_OF_TRAINER)}"
 
@@ -94,4 +103,4 @@ def _is_taken(key: str) -> bool:
 
 def _is_kept(key: str) -> bool:
     """Say whether a run's own setting holds for its evaluation, too."""
-    return _is_taken(key) or key == OF_THE_RUN or key in OF_TOOLS
+    return _is_taken(key) or key == OF_THE_RUN

@@ -22,14 +22,17 @@ FAILED = (Exception, SystemExit)
 
 @dataclass(frozen=True)
 class Place:
-    """Says where a call stands: the optimizer step, from 1, the sample of the step over all ranks, and its turn, from 1."""
+    """Says where a call stands: the optimizer step, from 1, the sample of the step over all ranks, and its turn, from 1.
 
-    step: int
+    A step of None is an evaluation.
+    """
+
+    step: int | None
     sample: int
     turn: int
 
     def __str__(self) -> str:
-        return f"step {self.step}, sample {self.sample}, turn {self.turn}"
+        return f"{'evaluation' if self.step is None else f'step {self.step}'}, sample {self.sample}, turn {self.turn}"
 
 
 class ToolFailure(Exception):

@@ -19,8 +19,11 @@ if TYPE_CHECKING:
 
 HOW = "To call a tool, write\\ncall NAME\\nARGUMENT: VALUE\\nTools:"
 """The words that the model is told, as a string of Jinja."""
+MARK = "{%- set plain = namespace("
+"""With which a template begins that has the plain form."""
 BEFORE = (
-    """{%- set plain = namespace(messages=[], told='', calls='', heard='') -%}
+    MARK
+    + """messages=[], told='', calls='', heard='') -%}
 {%- for tool in tools or [] -%}
   {%- set function = tool.function if tool.function is defined else tool -%}
   {%- set names = (function.parameters.properties or {}) | join(', ') -%}
@@ -69,7 +72,8 @@ of which a template that knows tools would tell the model in a form that is not 
 def plain_tools(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerBase":
     """Return a copy of a tokenizer whose chat template and parser know tool calls in the plain form.
 
-    The copy is saved with the trained model, so that whoever loads that model has the same form.
+    The copy is saved with the trained model, so that whoever loads that model has the same form. A tokenizer that has the form
+    already stays as it is.
 
     Raises:
         UserError: the tokenizer has no chat template, or one that has no beginning of an answer or fails.
@@ -78,6 +82,8 @@ def plain_tools(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerBas
     own = tokenizer.chat_template
     if not isinstance(own, str):
         raise UserError(f"{where}: tool_format=plain needs one chat template; choose an instruction-tuned model")
+    if own.startswith(MARK) and getattr(tokenizer, "response_template", None) is not None:
+        return copy.deepcopy(tokenizer)
     asked = [{"role": "user", "content": "?"}]
     try:
         until = str(tokenizer.apply_chat_template(asked, tokenize=False))

@@ -92,17 +92,21 @@ class Episodes:
         first = self._trainer.accelerator.process_index * self._count
         spoken = self.conversations[index] if index < len(self.conversations) else ()
         turn = sum(message["role"] == "assistant" for message in spoken)
-        return Place(self._trainer.state.global_step + 1, first + index, max(1, turn))
+        step = self._trainer.state.global_step + 1 if self._trainer.model.training else None
+        return Place(step, first + index, max(1, turn))
 
     def count(self, samples: int) -> None:
         """Say how many samples this rank's rollout has."""
         self._count, self.conversations = samples, ()
 
-    def open(self, rows: Sequence[JsonRow]) -> list[Json]:
-        """Start an episode for each row, as TRL does in training, and return the prompts: with what the environments say."""
+    def open(self, rows: Sequence[JsonRow], group: int = 1) -> list[Json]:
+        """Start an episode for each row, as TRL does in training, and return the prompts: with what the environments say.
+
+        Of the rows, `group` in a row play the same episode.
+        """
         trainer = self._trainer
         self.count(len(rows))
-        self.begin(1)
+        self.begin(group)
         if trainer.environment_factories is None:
             return [row["prompt"] for row in rows]
         several = trainer._multi_environment

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from rlinvariant.held_out import HeldOut
 from rlinvariant.metrics import mean
-from rlinvariant.trainer.grading import call_rewards, weighted_sums
+from rlinvariant.trainer.grading import weighted_sums
 from rlinvariant.trainer.grpo import InvariantGRPOTrainer
+from rlinvariant.trainer.player import play
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -30,10 +31,7 @@ def greedy_reward(trainer: InvariantGRPOTrainer, dataset: "Dataset") -> HeldOut:
     share = -(-len(rows) // ranks)
     own = [rows[i % len(rows)] for i in range(rank * share, (rank + 1) * share)]  # the last ranks' are filled up
     with _greedy(trainer):
-        episodes = trainer._episodes
-        prompts: list[Any] = [row["prompt"] for row in own] if episodes is None else episodes.open(own)
-        _, ids, _, completions, *_ = trainer._generate(prompts)
-        rewards_NF = call_rewards(trainer, own, prompts, completions, ids)[: len(rows)]
+        rewards_NF = play(trainer, own).rewards_NF[: len(rows)]
     rewards = [reward for reward in weighted_sums(rewards_NF, trainer.reward_weights) if not math.isnan(reward)]
     return HeldOut(mean(rewards), bool(rewards) and all(reward in (0, 1) for reward in rewards))
 

@@ -5,6 +5,7 @@ N: completions, F: reward functions.
 
 import atexit
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,6 +37,19 @@ def checked_rewards(trainer: "InvariantGRPOTrainer", rewards: Any, limits: Rewar
             trainer._record.failures[kind] += failures
 
     return [checked_reward(reward, limits, count, name) for reward in (rewards if isinstance(rewards, list) else [rewards])]
+
+
+def settle_rewards(trainer: GRPOTrainer, count: int, limits: RewardLimits) -> None:
+    """Give the reward functions of a new trainer names of their own, and wrap those that TRL has made of environments.
+
+    Args:
+        trainer: whose first `count` functions are wrapped already.
+        limits: how they are called; those of environments, which keep a state in this process, in no cage.
+    """
+    own: Any = trainer
+    own.reward_func_names = different_names(own.reward_func_names)
+    for index, name in list(enumerate(own.reward_func_names))[count:]:
+        (own.reward_funcs[index],) = checked_rewards(own, own.reward_funcs[index], replace(limits, reward_cage=0), name)
 
 
 def weighted_sums(rewards_NF: Tensor, weights_F: Tensor) -> list[float]:

@@ -43,7 +43,7 @@ from rlinvariant.rewards import RewardLimits
 from rlinvariant.rollout import Truncation
 from rlinvariant.trainer.drawing import DrawingTrainer
 from rlinvariant.trainer.episodes import Episodes
-from rlinvariant.trainer.grading import checked_rewards, different_names
+from rlinvariant.trainer.grading import checked_rewards, settle_rewards
 from rlinvariant.trainer.interface import (
     OnEvaluation,
     OnRollout,
@@ -167,9 +167,7 @@ class InvariantGRPOTrainer(DrawingTrainer):
         self._attach(sampler())
         self._versions = PolicyVersions(staleness)
         self._scoring_rollout = False
-        self.reward_func_names = different_names(self.reward_func_names)
-        for index, name in list(enumerate(self.reward_func_names))[len(rewards) :]:  # of environments, which keep a state here
-            (self.reward_funcs[index],) = checked_rewards(self, self.reward_funcs[index], replace(limits, reward_cage=0), name)
+        settle_rewards(self, len(rewards), limits)
         self._start_step()
 
     def _prepare_models(self, model: Any, args: GRPOConfig, dtype: torch.dtype, tokenizer: Any) -> None:

@@ -38,6 +38,8 @@ from rlinvariant.trainer.turns import sampled_mask
 from rlinvariant.types import JsonObject
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from rlinvariant.trainer.collecting import CollectingTrainer
 
 Sample = dict[str, Any]
@@ -88,7 +90,7 @@ class Samples:
                     "prompt_token_ids": prompt,
                     "token_ids": np.asarray(ids, np.int32),
                     "tool_mask": mask,
-                    "tool_results": None if mask is None else _spans(trainer._tokenizer, ids, mask),
+                    "tool_results": None if mask is None else spans(trainer._tokenizer, ids, mask.tolist()),
                     "sampler_logprobs": given if mask is None else given[mask == 1],
                     "trainer_logprobs": None,
                     "mismatched_tokens": None,
@@ -150,9 +152,9 @@ class Samples:
                 row["trainer_logprobs"] = trainer[own].copy()
 
 
-def _spans(tokenizer: Any, ids: Sequence[int], mask: np.ndarray) -> list[str]:
-    """Return the text of each run of tokens that were not sampled."""
-    return [tokenizer.decode(list(run)) for sampled, run in runs(ids, mask.tolist()) if not sampled]
+def spans(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int], mask: Sequence[int]) -> list[str]:
+    """Return the text of each run of tokens that were not sampled: where `mask` is 0."""
+    return [str(tokenizer.decode(list(run))) for sampled, run in runs(ids, mask) if not sampled]
 
 
 def _whole(tokenizer: Any, row: Sample) -> str:

@@ -7,8 +7,10 @@ import torch
 
 from rlinvariant.errors import ParityError
 from rlinvariant.models import lora
+from rlinvariant.rollout import ALL_TOKENS, Truncation
 from rlinvariant.types import JsonObject, Untyped
 from rlinvariant.verification import certificate
+from rlinvariant.verification import truncation as truncated
 from rlinvariant.verification.controls import one_ulp
 from rlinvariant.verification.pair import Pair, Sizes
 from rlinvariant.verification.relations import alone, one_by_one, sampler_and_trainer
@@ -21,7 +23,14 @@ if TYPE_CHECKING:
 START_SIZES = Sizes(requests=12, prompt=40, tokens=12, longest=40, in_step=256, in_forward=4096)
 
 
-def prove(model: Untyped, sampler: "Sampler", config: "PreTrainedConfig", name: str, dtype: str) -> tuple[str, JsonObject]:
+def prove(
+    model: Untyped,
+    sampler: "Sampler",
+    config: "PreTrainedConfig",
+    name: str,
+    dtype: str,
+    truncation: Truncation = ALL_TOKENS,
+) -> tuple[str, JsonObject]:
     """Return a line for the user, and a record for the run, of why sampler and trainer are the same function.
 
     Args:
@@ -30,6 +39,7 @@ def prove(model: Untyped, sampler: "Sampler", config: "PreTrainedConfig", name: 
         config: transformers' configuration of the model, as loaded.
         name: the model's name for messages.
         dtype: of activations, "bfloat16" or "float32".
+        truncation: which tokens the run draws from.
 
     Raises:
         ParityError: a log-prob differs, or the comparison does not see a planted fault.
@@ -37,7 +47,7 @@ def prove(model: Untyped, sampler: "Sampler", config: "PreTrainedConfig", name: 
     eager = bool(sampler.llm.llm_engine.model_config.enforce_eager)
     adapted = bool(lora.ranks(model))
     found = None if adapted else certificate.find(certificate.subject(config, dtype, eager))
-    if found is not None:
+    if found is not None and (not truncation or any(r["name"] == truncated.NAME for r in found["relations"])):
         path = certificate.path_of(found["subject"], found["form"])
         return certified(found, str(path)), {"path": str(path), **{key: found[key] for key in ("tokens", "form", "date")}}
     began, training = time.monotonic(), model.training
@@ -48,6 +58,9 @@ def prove(model: Untyped, sampler: "Sampler", config: "PreTrainedConfig", name: 
             pair = pair_of(model.eval(), sampler, config.get_text_config().vocab_size)
             relations = [check(pair) for check in (sampler_and_trainer, alone, one_by_one)]
             faults = {"with one ulp in the lm_head": one_ulp(pair, getattr(torch, dtype))}
+            if truncation:
+                relations.append(truncated.truncated(pair, truncation))
+                faults[f"where the trainer keeps all tokens ({truncation} and others)"] = truncated.all_tokens(pair, truncation)
             if adapted:  # who ignored adapters on both sides would pass everything else
                 with model.disable_adapter():
                     faults["without the trainer's adapters"] = sampler_and_trainer(pair)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from rlinvariant import ops
+from rlinvariant.bisect import both_sides
 from rlinvariant.bisect.variants import own_attention
 from rlinvariant.sampler import vllm_linear
 from rlinvariant.trainer import score as scoring
@@ -236,6 +237,28 @@ def reciprocal(pair):
         return tokens, torch.where(seeds == TRIAL.seeds[7], wrong, logprobs), ranks
 
     return replaced(ops, "sample", faulty)
+
+
+def all_tokens_in_the_trainer(pair):
+    score = both_sides.score
+    return replaced(both_sides, "score", lambda *given: score(*given[:-1]))
+
+
+def other_top_p(pair):
+    score = both_sides.score
+    return replaced(both_sides, "score", lambda *given: score(*given[:-1], replace(given[-1], top_p=0.72)))
+
+
+def cut_in_a_group(pair):
+    """Let the sampler's threshold keep one token more than it should, as another kernel may."""
+    threshold = ops.threshold
+
+    def lower(logits, *settings):
+        theta = threshold(logits, *settings)
+        below = logits.float().masked_fill(logits.float() >= theta[:, None], -torch.inf).amax(-1)
+        return torch.where(below > -torch.inf, below, theta)
+
+    return replaced(ops, "threshold", lower)
 
 
 def padded_vocabulary(pair):

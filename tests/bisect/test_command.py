@@ -54,6 +54,10 @@ def test_the_command(pair, tmp_path, monkeypatch, capsys):
         (["a", "--temperature", "0"], "--temperature: 0: expected a number of at least 0.01"),
         (["a", "--dtype", "fp8"], "fp8"),
         (["a", "--seed", "x"], "--seed: x: expected a whole number"),
+        (["a", "--top-p", "1.5"], "--top-p: 1.5: expected more than 0 and at most 1"),
+        (["a", "--top-p", "nan"], "--top-p: nan: expected more than 0"),
+        (["a", "--top-k", "-2"], "--top-k: -2: expected a whole number of tokens"),
+        (["a", "--min-p", "1"], "--min-p: 1: expected 0 or more and less than 1"),
     ],
 )
 def test_bad_arguments_are_one_line(argv, problem):
@@ -69,6 +73,7 @@ def test_bad_arguments_are_one_line(argv, problem):
         (DistilBertConfig(attention_dropout=0.0), ["--random"], "is not a transformers causal language model"),
         (CONFIG, [], "cannot be loaded: .*random needs the configuration alone"),
         (CONFIG, ["--random", "--prompt", "250"], "expected at most 255 together"),
+        (CONFIG, ["--top-k", "5", "--invariance", "trainer"], "--top-k: expected --invariance exact or off"),
     ],
 )
 def test_a_model_that_cannot_be_had_is_one_line(config, arguments, problem, tmp_path):

@@ -5,15 +5,19 @@ import re
 import pytest
 
 from rlinvariant.bisect import trials
+from rlinvariant.rollout import Truncation
 from tests.bisect.faults import (
     a_key_in_the_cache,
     all_stale,
+    all_tokens_in_the_trainer,
     asked_for_a_window,
+    cut_in_a_group,
     head_ulp,
     no_q_norm,
     norm_order,
     one_layer_stale,
     other_eps,
+    other_top_p,
     padded_vocabulary,
     positions_shifted,
     predicted_one_early,
@@ -71,6 +75,27 @@ def test_a_planted_fault_is_located_and_named(pair, fault, layer, role, deviates
     text = "\n".join(said)
     assert re.search(rf"^cause .*{cause}", text, re.MULTILINE), text
     assert (f"deviates   the {deviates}" in text) if deviates else ("deviates" not in text), text
+
+
+TRUNCATED = [  # fault, role, what the cause must say
+    (all_tokens_in_the_trainer, "log-prob", "top_p=0.8 is left out: the softmax is over all tokens"),
+    (other_top_p, "threshold", "top_p=0.8.* in the sampler, 0.72.* in the trainer"),
+    (cut_in_a_group, "threshold", r"another kernel: what it keeps are the \d+ likeliest tokens"),
+]
+
+
+@pytest.mark.parametrize(("fault", "role", "cause"), TRUNCATED, ids=[f[0].__name__ for f in TRUNCATED])
+def test_a_fault_of_truncation_is_located_and_named(pair, fault, role, cause):
+    with fault(pair):
+        result, said = pair.find(truncation=Truncation(top_p=0.8))
+    text = "\n".join(said)
+    assert result.first is not None and result.first.place == (None, role), text
+    assert re.search(rf"^cause .*{cause}", text, re.MULTILINE), text
+
+
+def test_truncated_draws_without_a_fault_are_equal(pair):
+    result, said = pair.find(truncation=Truncation(top_k=30, top_p=0.8))
+    assert said[0] == "nothing to bisect: 0 of 144 tokens differ (temperature 0.7, top_k=30, top_p=0.8)"
 
 
 def test_without_a_fault_there_is_nothing_to_bisect(pair):

@@ -12,21 +12,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import httpx
+import numpy as np
 import psutil
 import pytest
-import torch
 
 from rlinvariant.demo.model import build_small
-from rlinvariant.errors import ConfigErrors, UserError
-from rlinvariant.sampler import vllm_serve
-from tests.parity.device import CUDA
+from rlinvariant.metrics import mismatches
+from rlinvariant.rollout import ALL_TOKENS, Completion, Truncation
+from rlinvariant.trainer.score import Layout, score
+from rlinvariant.verification import load
 
 BIN = Path(sys.executable).parent
 VOCABULARY = 8192
@@ -37,6 +36,7 @@ REQUESTS: dict[str, dict[str, Any]] = {  # each asked for alone, and then among 
     "seeded": {"temperature": 0.7, "seed": 7, "logprobs": 0},
     "seeded, two of them": {"temperature": 0.7, "seed": -7, "n": 2, "logprobs": 5},
     "prompt scored": {"temperature": 0, "echo": True, "logprobs": 2},
+    "truncated": {"temperature": 1, "seed": 9, "logprobs": 3, "top_p": 0.8, "top_k": 200, "min_p": 0.001},
 }
 ROUNDS = 4
 STOCK = """
@@ -113,6 +113,12 @@ def servers(model, tmp_path_factory) -> Iterator[dict[str, Server]]:
     yield started
     for server in started.values():
         server.stop()
+
+
+@pytest.fixture(scope="module")
+def trained(model) -> Any:
+    """Return what a trainer makes of the served model."""
+    return load.trained(model, "bfloat16")
 
 
 # ---- requests
@@ -266,6 +272,27 @@ def test_the_same_request_gets_the_same_bytes_under_any_load(servers):
     assert first["text"] != second["text"]
 
 
+@pytest.mark.parametrize(
+    "truncation", [Truncation(top_p=0.8), Truncation(top_k=20), Truncation(min_p=0.1), Truncation(100, 0.9, 0.01)], ids=str
+)
+def test_truncated_answers_have_the_trainers_numbers(servers, model, trained, truncation):
+    """Control: those of a trainer that keeps all tokens are others."""
+    servers["ours"].wait()
+    prompts = [PROMPT[:n] for n in (1, 9, 130)]
+
+    async def ask() -> list[dict[str, Any]]:
+        async with httpx.AsyncClient(base_url=servers["ours"].url, timeout=None) as client:
+            shared = body(temperature=0.7, logprobs=0, return_token_ids=True, **asdict(truncation))
+            asked = [client.post("/v1/completions", json={**shared, "prompt": p, "seed": i}) for i, p in enumerate(prompts)]
+            return [answer.json()["choices"][0] for answer in await asyncio.gather(*asked)]
+
+    drawn = [Completion(c["token_ids"], c["logprobs"]["token_logprobs"]) for c in asyncio.run(ask())]
+    for kept, differ in ((truncation, 0), (ALL_TOKENS, 3 * 16)):
+        scored = score(trained, prompts, drawn, 0.7, Layout(2), kept)
+        pairs = zip(drawn, scored, strict=True)
+        assert sum(int(mismatches(np.float32(c.sampler_logprobs), s.numpy()).sum()) for c, s in pairs) == differ
+
+
 def test_stock_vllm_answers_otherwise_under_load(servers):
     """Control: the comparison above sees what it looks for."""
     alone, among, _ = under_load(servers["stock"], ["greedy", "prompt scored"])
@@ -290,92 +317,3 @@ def test_a_request_that_could_not_be_exact_is_refused_by_name(name, value, serve
     response = httpx.post(f"{servers['ours'].url}/v1/completions", json=body(**{"temperature": 1, name: value}), timeout=None)
     assert response.status_code == 400
     assert f"{name}=" in response.json()["error"]["message"]
-
-
-def test_options_that_could_not_be_exact_are_refused_in_one_list(model):
-    options = {
-        "--tensor-parallel-size": "2",
-        "--quantization": "fp8",
-        "--enable-lora": None,
-        "--kv-cache-dtype": "fp8",
-        "--speculative-config": '{"method": "ngram", "num_speculative_tokens": 2}',
-        "--logprobs-mode": "raw_logits",
-        "--dtype": "float16",
-        "--model-impl": "vllm",
-        "--api-server-count": "2",
-        "--generation-config": "auto2",
-        "--logits-processors": "a:B",
-        "--worker-cls": "a.B",
-        "--enable-prompt-embeds": None,
-        "--uds": "/tmp/nowhere",
-        "--host": "127.0.0.2",
-        "--port": "8001",
-    }
-    argv = [text for pair in options.items() for text in pair if text]
-    with pytest.raises(ConfigErrors) as refused:
-        vllm_serve.serve([model, *argv])
-    assert {line.split()[0].rstrip(":") for line in refused.value.errors} == set(options) - {"--uds"}
-
-
-def test_a_model_that_could_not_be_exact_is_refused(model, tmp_path):
-    config = json.loads((Path(model) / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_act": "gelu"}))
-    with pytest.raises(UserError, match="hidden_act=gelu; supported: silu, swish, gelu_pytorch_tanh; use vllm serve"):
-        vllm_serve.serve([str(tmp_path)])
-    with pytest.raises(UserError, match="MODEL: missing"):
-        vllm_serve.serve([])
-    with pytest.raises(UserError, match="--max-model-len 99999: expected at most"):
-        vllm_serve.serve([model, "--max-model-len", "99999"])
-
-
-def test_the_trainers_checks_are_made_of_the_configuration(model):
-    """A model whose layers do something that no op owns does not start, though its configuration looks harmless."""
-    from transformers import AutoConfig, Qwen3ForCausalLM
-
-    config = AutoConfig.from_pretrained(model)
-    device = torch.device("cuda" if CUDA else "cpu")
-    assert vllm_serve.audit_config(config, torch.bfloat16, device) == "Qwen3ForCausalLM"
-    forward = Qwen3ForCausalLM.forward
-
-    def doubled(self: Any, *args: Any, **kwargs: Any) -> Any:
-        out = forward(self, *args, **kwargs)
-        out.logits = torch.softmax(out.logits, -1)
-        return out
-
-    with mock.patch.object(Qwen3ForCausalLM, "forward", doubled), pytest.raises(UserError):
-        vllm_serve.audit_config(config, torch.bfloat16, device)
-
-
-@pytest.mark.parametrize("proved", [True, False])
-def test_the_server_is_ready_only_when_the_engine_has_said_so(proved, capsys):
-    """A real uvicorn around a real application; the engine's answer is given here."""
-    import uvicorn
-    from starlette.applications import Starlette
-
-    async def collective_rpc(method: str) -> list[str]:
-        assert method == "prove"
-        if not proved:
-            raise UserError("it samples by StockSampler")
-        return ["it is"]
-
-    app = Starlette()
-    app.state.engine_client = SimpleNamespace(collective_rpc=collective_rpc)
-    app.add_middleware(vllm_serve.Proof)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical"))
-
-    async def stop_when_started() -> None:
-        while not server.started:
-            await asyncio.sleep(0.01)
-        server.should_exit = True
-
-    async def start() -> None:
-        stopping = asyncio.create_task(stop_when_started())
-        try:
-            await server.serve()
-        except SystemExit as exit:  # by uvicorn, where start-up failed
-            assert exit.code != 0
-        stopping.cancel()
-
-    asyncio.run(start())
-    assert server.started is proved
-    assert ("exact: it is" in capsys.readouterr().out) is proved

@@ -8,32 +8,7 @@ from datasets import Dataset
 from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.trainer.evaluate import greedy_reward
 from tests.parity.harness import assert_exact
-from tests.trainer.tool_model import reversed_text, tool_trainer
-
-
-class Echo:
-    """Turns texts round, up to three times an episode; says the seed at the start."""
-
-    seeds: list[int] = []
-
-    def reset(self, seed: int, **_: object) -> str:
-        Echo.seeds.append(seed)
-        self.left = 3
-        return f" {seed % 1000}"
-
-    def reversed_text(self, text: str) -> str:
-        """Turn a text round.
-
-        Args:
-            text: what to turn round
-        """
-        if not self.left:
-            raise ValueError("over")
-        self.left -= 1
-        return text[::-1]
-
-    def get_reward(self) -> float:
-        return float(self.left)
+from tests.trainer.tool_model import Echo, reversed_text, tool_trainer
 
 
 class Fails(Echo):

@@ -46,6 +46,31 @@ def reversed_text(text: str) -> str:
     return text[::-1] * 2
 
 
+class Echo:
+    """Turns texts round, up to three times an episode; says the seed at the start."""
+
+    seeds: list[int] = []
+
+    def reset(self, seed: int, **_: object) -> str:
+        Echo.seeds.append(seed)
+        self.left = 3
+        return f" {seed % 1000}"
+
+    def reversed_text(self, text: str) -> str:
+        """Turn a text round.
+
+        Args:
+            text: what to turn round
+        """
+        if not self.left:
+            raise ValueError("over")
+        self.left -= 1
+        return text[::-1]
+
+    def get_reward(self) -> float:
+        return float(self.left)
+
+
 def questions(count: int = 16) -> Dataset:
     """Prompts of one message, of several lengths."""
     rng = random.Random(3)
@@ -59,11 +84,20 @@ def talkative(completions: list[Any], **_: Any) -> list[float]:
     return [len(said) + sum(len(m["content"]) for m in said) / 50 for said in completions]
 
 
-def tool_trainer(path: str, engine: Any, output_dir: Path | str, **changes: Any) -> Run:
-    """A trainer with the tool; settings as for `new_trainer`."""
+def tool_tokenizer(path: str) -> Any:
     tokenizer = AutoTokenizer.from_pretrained(path)
     tokenizer.chat_template, tokenizer.response_template = TEMPLATE, PARSED
+    return tokenizer
+
+
+def end_tokens(tokenizer: Any) -> list[int]:
+    return [tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(list(ENDS[5:]))]
+
+
+def tool_trainer(path: str, engine: Any, output_dir: Path | str, **changes: Any) -> Run:
+    """A trainer with the tool; settings as for `new_trainer`."""
+    tokenizer = tool_tokenizer(path)
     model: Any = AutoModelForCausalLM.from_pretrained(path)
-    model.generation_config.eos_token_id = [tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(list(ENDS[5:]))]
+    model.generation_config.eos_token_id = end_tokens(tokenizer)
     settings = {"tools": [reversed_text], "max_completion_length": 80, "reward_funcs": talkative, "train_dataset": questions()}
     return new_trainer(path, engine, output_dir, model=model, processing_class=tokenizer, **(settings | changes))

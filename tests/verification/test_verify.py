@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rlinvariant import ops
-from rlinvariant.errors import ParityError, UserError
+from rlinvariant.errors import UserError
 from rlinvariant.models import make_trainable, unsupported
 from rlinvariant.models.families import FAMILIES
 from rlinvariant.report.console import Console
@@ -26,6 +26,7 @@ from rlinvariant.verification.pair import FULL_SIZES, SHORT_SIZES, Pair, Sizes
 from rlinvariant.verification.relation import Relation
 from tests import commands, forks
 from tests.parity.harness import off_by_an_ulp
+from tests.verification.certificates import a_certificate
 
 UNKNOWN = {"qwen2-window", "qwen3-window"}.__contains__  # to stock vLLM: windows in some of the layers
 SUPPORTED = [name for name, config in FAMILIES.items() if not list(unsupported(config(), load.device()))]
@@ -173,13 +174,6 @@ def test_a_planted_fault_is_seen_and_no_fault_is_not(exact_engine, arithmetic_di
 # ---- the certificate
 
 
-def a_certificate(**changes: Any) -> dict[str, Any]:
-    about = certificate.subject(FAMILIES["llama"](), "bfloat16")
-    model = {"name": "tiny-llama", "random_weights": True}
-    whole = {"exact": True, "form": "full", "subject": about, "tokens": 5, "date": "2026-01-01T00:00:00Z", "model": model}
-    return whole | changes
-
-
 def test_a_certificate_is_found_for_its_own_subject_alone(cache, monkeypatch):
     path = certificate.write(a_certificate())
     about = certificate.subject(FAMILIES["llama"](), "bfloat16")
@@ -246,46 +240,6 @@ def test_out_of_memory_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="out of memory .*20 GiB.*smaller model") as error:
         commands.run("verify", str(tmp_path / "model"), "--random", "--short")
     assert "\n" not in str(error.value)
-
-
-# ---- training
-
-
-def test_training_looks_for_a_certificate_or_makes_sure(exact_engine, arithmetic_dir, monkeypatch):
-    from transformers import AutoConfig
-
-    model, config = load.trained(arithmetic_dir, "bfloat16"), AutoConfig.from_pretrained(arithmetic_dir)
-    exact_engine.sync(model.named_parameters())
-    before = {name: p.clone() for name, p in model.named_parameters()}
-    line, record = start.prove(model, exact_engine, config, arithmetic_dir, "bfloat16")
-    assert "no certificate" in line and f"rlinvariant verify {arithmetic_dir}" in line and ": 0 / " in line
-    assert record["compared"] > 200 and record["mismatched"] == 0 < record["one_ulp"]
-    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
-    certificate.write(a_certificate(subject=certificate.subject(config, "bfloat16"), tokens=61_440))
-    line, record = start.prove(model, exact_engine, config, arithmetic_dir, "bfloat16")
-    assert "this architecture is exact on this machine, as verified with random weights" in line
-    assert "0 / 61,440 tokens differed, full form, 2026-01-01" in line and record["path"] in line
-    own = a_certificate(subject=certificate.subject(config, "bfloat16"), model={"name": "m", "random_weights": False})
-    certificate.write(own)
-    assert "as verified with the weights of m:" in start.prove(model, exact_engine, config, arithmetic_dir, "bfloat16")[0]
-
-
-def test_training_does_not_start_where_the_short_form_fails(exact_engine, arithmetic_dir, monkeypatch):
-    from transformers import AutoConfig
-
-    model, config = load.trained(arithmetic_dir, "bfloat16"), AutoConfig.from_pretrained(arithmetic_dir)
-    exact_engine.sync(model.named_parameters())
-    with monkeypatch.context() as blind:
-        blind.setattr(start, "one_ulp", lambda *_: Relation("planted", compared=10))
-        with pytest.raises(ParityError, match="the comparison is blind"):
-            start.prove(model, exact_engine, config, arithmetic_dir, "bfloat16")
-    with monkeypatch.context() as cut:
-        cut.setattr(start, "alone", lambda *_: Relation("alone", compared=10, shown=False, lost="1 of 12 requests"))
-        with pytest.raises(ParityError, match="first in alone: 1 of 12 requests"):
-            start.prove(model, exact_engine, config, arithmetic_dir, "bfloat16")
-    monkeypatch.setattr(vllm_linear._Head, "apply", off_by_an_ulp(40))
-    with pytest.raises(ParityError, match="before the first step: .* log-probs differ.*0x.*rlinvariant bisect"):
-        start.prove(model, exact_engine, config, arithmetic_dir, "bfloat16")
 
 
 # ---- the command

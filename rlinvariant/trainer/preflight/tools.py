@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
+    from rlinvariant.config import Config
+
 NO_REWARD = "reward functions: none; write one"
 NOT_TOOLS = ("reset", "get_reward")  # methods of an environment that the model does not call
 PLAIN = (
@@ -44,6 +46,11 @@ class Tooling:
     tools: Sequence[ToolCall] = ()
     environment: EnvironmentFactory | dict[str, EnvironmentFactory] | None = None
     limits: ToolLimits = field(default_factory=ToolLimits)
+
+    @classmethod
+    def asked(cls, config: "Config") -> Self:
+        """Return what a configuration names."""
+        return cls(config.tool_funcs(), config.environment_factory(), config.tool_limits)
 
     @classmethod
     def of(cls, options: JsonRow) -> Self:
