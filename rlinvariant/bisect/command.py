@@ -43,14 +43,10 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     step = "most tokens in one step of the engine; more where there are more sequences"
     p.add_argument("--chunk", type=at_least(64), metavar="N", default=256, help=step)
     p.add_argument("--temperature", type=temperature, metavar="T", default=0.7, help="temperature of the draws")
-    for name, what in (
-        ("top-k", "so many"),
-        ("top-p", "with this share of the probability"),
-        ("min-p", "with P times the most"),
-    ):
-        kind = _setting(name.replace("-", "_"), int if name == "top-k" else float)
-        letter = "K" if name == "top-k" else "P"
-        p.add_argument(f"--{name}", type=kind, metavar=letter, help=f"draw from the likeliest tokens alone: {what}")
+    kept = "draw from the likeliest tokens alone"
+    p.add_argument("--top-k", type=_setting("top_k", int), metavar="K", help=f"{kept}: so many")
+    p.add_argument("--top-p", type=_setting("top_p", float), metavar="P", help=f"{kept}: with this share of the probability")
+    p.add_argument("--min-p", type=_setting("min_p", float), metavar="P", help=f"{kept}: with this share of the largest one's")
     p.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="dtype of activations")
     sides = "which sides run our ops: both (exact), neither (off), or one"
     p.add_argument("--invariance", choices=INVARIANCE, default="exact", help=sides)

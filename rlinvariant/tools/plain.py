@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 HOW = "To call a tool, write\\ncall NAME\\nARGUMENT: VALUE\\nTools:"
 """The words that the model is told, as a string of Jinja."""
 MARK = "{%- set plain = namespace("
-"""With which a template begins that has the plain form."""
+"""The beginning of every template that has the plain form."""
 BEFORE = (
     MARK
     + """messages=[], told='', calls='', heard='') -%}

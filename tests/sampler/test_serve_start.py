@@ -1,4 +1,4 @@
-"""What `rlinvariant serve` refuses before it starts, what it checks, and when it says that it is ready."""
+"""`rlinvariant serve` refuses what could not be exact before it starts, and is ready when the engine has proved itself."""
 
 import asyncio
 import json

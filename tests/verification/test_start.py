@@ -1,4 +1,4 @@
-"""Why a run may begin: a certificate of the same machine and architecture, or a comparison of a few hundred tokens."""
+"""A run begins on a certificate of the same machine and architecture, or on a comparison of a few hundred tokens."""
 
 import re
 from pathlib import Path
