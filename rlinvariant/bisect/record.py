@@ -304,7 +304,7 @@ class Recorder:
 
     def _keep_threshold(self, value: Tensor, which: Which, settings: Sequence[float]) -> None:
         single = [x if isinstance(x, int) else fp32(x).item() for x in settings]  # as the op has them
-        named = dict(zip(("temperature", "top_k", "top_p", "min_p"), single, strict=True))
+        named: dict[str, Any] = dict(zip(("temperature", "top_k", "top_p", "min_p"), single, strict=True))
         self._keep(THRESHOLD_PLACE, value, None, Call("threshold", {}, {}, named), None, which)
 
     def _in_chunk(self, rows: int) -> Which:

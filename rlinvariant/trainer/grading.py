@@ -19,10 +19,10 @@ from rlinvariant.rewards import RewardLimits, checked_reward
 from rlinvariant.rewards.watchdog import OverdueReward, watchdog
 
 if TYPE_CHECKING:
-    from rlinvariant.trainer.grpo import InvariantGRPOTrainer
+    from rlinvariant.trainer.collecting import CollectingTrainer
 
 
-def checked_rewards(trainer: "InvariantGRPOTrainer", rewards: Any, limits: RewardLimits, name: str | None = None) -> list[Any]:
+def checked_rewards(trainer: "CollectingTrainer", rewards: Any, limits: RewardLimits, name: str | None = None) -> list[Any]:
     """Wrap reward functions for a trainer, which counts the failures that a training step has survived.
 
     Args:

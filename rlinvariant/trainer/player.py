@@ -141,7 +141,13 @@ class Player(DrawingTrainer):
 
 
 def _stand_in(generation: GenerationConfig) -> LlamaForCausalLM:
-    sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    sizes: dict[str, Any] = {
+        "vocab_size": 8,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+    }
     model = LlamaForCausalLM(LlamaConfig(**sizes))
     model.generation_config = generation
     return model
