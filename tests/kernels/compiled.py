@@ -1,0 +1,103 @@
+"""Compile the attention of kernels/chunked_*.py for a chip that is not here, and read off what its machine code is made of.
+
+`python -m tests.kernels.compiled sm_90` prints a JSON row for every kernel that the table can ask for.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from rlinvariant.kernels import chunked_attention, chunked_backward, chunked_calls, chunked_decode
+
+PRODUCT = re.compile(r"\b(?:wgmma\.mma_async\.sync\.aligned|mma\.sync\.aligned|tcgen05\.mma)\S+")
+ATOMIC = re.compile(r"\b(?:atom|red)\.\S+")
+FLOATS = ("inner", "factor", "scale")
+FP32 = ("lse_ptr", "delta_ptr", "sums_ptr", "state_ptr", "sink_ptr")
+INTEGERS = ("cu_ptr", "keys_ptr", "table_ptr", "plan_ptr")
+GROUP = 4
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Holds what was found in the code of one kernel: `stack` is bytes of memory that registers spill to."""
+
+    name: str
+    products: list[str]
+    atomics: int
+    shared: int
+    stack: int
+
+
+def compiled(name: str, kernel: Any, chip: int, warps: int, stages: int, **fixed: Any) -> Machine:
+    """Compile a kernel whose constants are `fixed`; tensors are aligned, as are their strides."""
+    types = {n: "constexpr" if n in fixed else _type(n) for n in kernel.arg_names}
+    types |= {n: fixed.pop(n) for n in ("k_rows", "v_rows") if str(fixed.get(n)).startswith("tensordesc")}
+    constants = {(kernel.arg_names.index(n),): value for n, value in fixed.items()}
+    aligned = {n for n in types if types[n].startswith("*") or n.endswith(("_row", "_head", "_stride"))}
+    attributes = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if n in aligned}
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
+    made = triton.compile(ASTSource(kernel, types, constants, attributes), target=GPUTarget("cuda", chip, 32), options=options)
+    ptx = made.asm["ptx"]
+    return Machine(name, PRODUCT.findall(ptx), len(ATOMIC.findall(ptx)), made.metadata.shared, _stack(made.asm["cubin"]))
+
+
+def _type(name: str) -> str:
+    if name in FLOATS:
+        return "fp32"
+    pointer = "*fp32" if name in FP32 else "*i32" if name in INTEGERS else "*bf16"
+    return pointer if name.endswith("_ptr") else "i32"
+
+
+def _stack(cubin: bytes) -> int:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(cubin)
+        said = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return max(int(n) for n in re.findall(r"STACK:(\d+)", said))
+
+
+def everything(chip: str) -> Iterator[Machine]:
+    """Yield each kernel of each row of a chip's table: plain, and with all that a kernel can do."""
+    number = int(chip.removeprefix("sm_"))
+    for d, row in chunked_calls.table(chip).items():
+        order, decode, backward = row["order"], row["decode"], row["backward"]
+        shared = {"G": GROUP, "D": d, "D_": d}
+        form = shared | {"N": order.block, "CHUNK": order.chunk}
+        plain, rich = {"WINDOW": False, "CAP": False, "SINKS": False}, {"WINDOW": True, "CAP": True, "SINKS": True}
+        none, unpaged = {"k_rows": None, "v_rows": None}, {"keys_ptr": None, "table_ptr": None, "PAGE": 0, "SKIP": 0}
+        tiles = [(tile, {**plain, "sink_ptr": None}) for tile in row["tiles"].values()]
+        for tile, flags in [*tiles, *((tile, rich) for tile in row["rich"].values())]:
+            how = chunked_attention._tiles, number, tile.warps, tile.stages
+            name = f"tile of {tile.rows} rows, heads of {d}, {'all' if flags['CAP'] else 'plain'}"
+            yield compiled(name, *how, M=tile.rows, **form, **flags, **unpaged, **_descriptors(tile, order, d))
+            paged = {"lse_ptr": None, "PAGE": 16, "SKIP": 16}
+            yield compiled(f"{name}, paged", *how, M=tile.rows, **form, **flags, **paged, **none)
+        how = number, decode.warps, decode.stages
+        yield compiled(f"decode, heads of {d}", chunked_decode._parts, *how, M=16, PAGE=16, **form, **rich)
+        fixed = {"M": 16, "SINKS": True, "AT_ONCE": chunked_calls.AT_ONCE}
+        yield compiled(f"fold, heads of {d}", chunked_decode._fold_parts, number, 1, 3, **shared, **fixed)
+        form = shared | {"M": backward.rows, "N": backward.block, "WINDOW": True, "CAP": True}
+        for kernel in (chunked_backward._of_queries, chunked_backward._of_keys):
+            yield compiled(f"{kernel.__name__}, heads of {d}", kernel, number, backward.warps, backward.stages, **form)
+    fixed = {"ROWS": 16, "G": GROUP, "B": 256, "N": 64, "CHUNK": 512, "WINDOW": True}
+    yield compiled("plan", chunked_decode._plan, number, 1, 3, slots=1024, **fixed)
+
+
+def _descriptors(tile: Any, order: Any, d: int) -> dict[str, Any]:
+    one = f"tensordesc<bf16[{order.block},1,{d}]>" if tile.descriptors else None
+    return {"k_rows": one, "v_rows": one}
+
+
+if __name__ == "__main__":
+    for row in everything(sys.argv[1]):
+        print(json.dumps(asdict(row)), flush=True)
