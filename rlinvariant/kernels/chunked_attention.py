@@ -44,7 +44,7 @@ def _tanh(x):
 
 @triton.jit
 def fold(m, z, acc, m2, z2, acc2):
-    """Fold the state of a later chunk into that of those before it: m and z [M], acc [M, D_]."""
+    """Add the state of a later chunk to that of those before it: m and z [M], acc [M, D_]."""
     top = tl.maximum(m, m2)
     base = tl.where(top == -float("inf"), 0.0, top)
     a, b = tl.exp2(m - base), tl.exp2(m2 - base)
@@ -116,7 +116,7 @@ def _walk(
     CAP: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Walk over the blocks from `first` up to `last`. Where a chunk begins, the one before is folded into all before that.
+    """Take the blocks from `first` up to `last`. Where a chunk begins, the one before is folded into all before that.
 
     state: of the chunk so far (m, z, acc), and of the chunks before it. Without MASKED every row sees every key.
     """
@@ -165,7 +165,7 @@ def attend(
     WINDOW: tl.constexpr,
     CAP: tl.constexpr,
 ):
-    """Walk over the keys first <= j < last with rows at the positions from `lowest` to `highest`, masking where it is needed.
+    """Take the keys first <= j < last with rows at the positions from `lowest` to `highest`, masking where it is needed.
 
     Returns the state of the last chunk begun, z as [M], and that of all before it.
     """

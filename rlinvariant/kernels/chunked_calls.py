@@ -9,14 +9,19 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from rlinvariant.kernels.chunked_attention import LOG2E, _tiles
-from rlinvariant.kernels.chunked_decode import _fold_parts, _parts, _plan
+from rlinvariant.kernels import chunked_attention, chunked_decode
+from rlinvariant.kernels.chunked_attention import LOG2E
 
+_tiles: Any = chunked_attention._tiles  # Any: to a type checker these are functions, and nothing that is launched
+_plan: Any = chunked_decode._plan
+_parts: Any = chunked_decode._parts
+_fold_parts: Any = chunked_decode._fold_parts
 TABLE = Path(__file__).with_name("attention_tiles.json")
 SLOTS = 1024  # chunks whose states a decode may hold: 66 KB each with 8 heads of 128
 AT_ONCE = 8  # chunks that a fold reads ahead

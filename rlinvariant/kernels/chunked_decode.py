@@ -148,7 +148,7 @@ def _fold_parts(
     SINKS: tl.constexpr,
     AT_ONCE: tl.constexpr,
 ):
-    """Fold one row's chunks in ascending order, reading AT_ONCE of them ahead."""
+    """Add up one row's chunks in ascending order, reading AT_ONCE of them ahead."""
     row, kv_head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     slot, chunks = tl.load(plan_ptr + 1 + 2 * b), tl.load(plan_ptr + 2 + 2 * b)
     origin = tl.load(cu_ptr + b)
