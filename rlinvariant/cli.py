@@ -44,6 +44,7 @@ COMMANDS = (
     Command("doctor", "rlinvariant.doctor.command", "is this machine able, and what is in the way"),
     Command("replay", "rlinvariant.replay", "draw and score a recorded step again, bit for bit"),
     Command("ablate", "rlinvariant.ablate.command", "compare exact, drift, corrections, staleness over seeds"),
+    Command("merge", "rlinvariant.merge", "an adapter merged into its base, and how much that loses"),
     Command("demo", "rlinvariant.demo.command", "one prompt 1,000 times in changing traffic, ops off and on"),
     Command("serve", "rlinvariant.serve", "vLLM's server with the ops on: load changes no byte"),
     Command("report", "rlinvariant.report.command", "write report.html of a run or an ablation, print its tables"),

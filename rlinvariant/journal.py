@@ -111,6 +111,8 @@ class Journal:
         from rlinvariant.report import rollouts
 
         initial = os.path.abspath(self.model) if os.path.isdir(self.model) else self.model
+        if self.directory.first_adapter.is_dir():
+            initial = self.directory.first_adapter.name
         about = {
             "weights": initial if step == 1 else f"checkpoint-{step - 1}",
             "invariance": self.config.invariance,
@@ -147,7 +149,8 @@ class Journal:
         if not self.main:
             _wait_for_all()
             return
-        self._subject = certificate.subject(trainer.accelerator.unwrap_model(trainer.model).config, self.config.dtype)
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        self._subject = certificate.subject(model.config, self.config.dtype)
         resolved = self.config.resolved()
         self.directory.path.mkdir(parents=True, exist_ok=True)
         wandb_id = wandb_log.id_of(self.directory.path)
@@ -155,6 +158,8 @@ class Journal:
         mode, self._log_to_wandb, self._finish_wandb = started
         try:
             self._go_on(resolved)
+            if hasattr(model, "peft_config") and not self._resumption.step:  # what step 1 begins with, for `replay`
+                model.save_pretrained(self.directory.first_adapter, selected_adapters=["default"])
             self._environment = {"vllm_environment": runtime.VLLM, "proof": trainer.proof, "wandb": mode}
             self._environment["wandb_id"] = wandb_id
             self._micro_batches = lambda: trainer.said_of_parts

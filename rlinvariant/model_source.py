@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlinvariant import reading
 from rlinvariant.cache import made_once
 from rlinvariant.errors import UserError
 from rlinvariant.files import ANOTHER_CACHE, cache_dir
@@ -64,6 +65,8 @@ class Wheel:
         return next((path for folder in folders or () if (path := Path(folder) / self.file).is_file()), None)
 
 
+ADAPTER = "adapter_config.json"
+"""File of PEFT's that makes a directory an adapter's."""
 CONVERSION = "2"
 """Version of what `local_model` writes of a wheel's file; another one is written anew, beside the one before."""
 WHEELS = {
@@ -81,17 +84,41 @@ WHEELS = {
 """Name that `model=` takes -> its wheel."""
 
 
-def model_problems(key: str, model: str) -> list[str]:
+def adapter_base(model: str) -> str | None:
+    """Return the name of the model that a directory's PEFT adapter is for; None where `model` is no adapter's directory.
+
+    Raises:
+        UserError: its adapter_config.json is damaged, or names no model.
+    """
+    path = Path(model) / ADAPTER
+    if not os.path.isfile(path):
+        return None
+    base = reading.read(path, "take another copy of it").get("base_model_name_or_path")
+    if not isinstance(base, str) or not base or base.startswith("-"):
+        raise UserError(
+            f"{path}: base_model_name_or_path={shown(base)}: expected the model that the adapter is for; write it there"
+        )
+    return base
+
+
+def model_problems(key: str, model: str, adapters: bool = False) -> list[str]:
     """Say in at most one line why a model cannot be read, without asking the hub.
 
     Args:
         key: what the user wrote the model after; the line starts with `key=model`.
         model: a whole model's directory, a name of `WHEELS`, or something that looks like a hub id.
+        adapters: whether the directory of a PEFT adapter is taken, too, if the model that it is for can be read.
     """
     path, given = Path(model), f"{key}={shown(model)}"
     if os.path.isdir(path):  # unlike Path's own, it takes a name that no file can have for one that is not there
-        if (path / "adapter_config.json").exists():
-            return [f"{given}: expected a whole model, found a PEFT adapter, which only training takes so far"]
+        try:
+            base = adapter_base(model)
+        except UserError as error:
+            return [str(error)]
+        if base is not None:
+            fix = f"merge it: rlinvariant merge {shown(model)}"
+            whole = [f"{given}: expected a whole model, found a PEFT adapter for {shown(base)}; {fix}"]
+            return model_problems(f"{given}: base_model_name_or_path", base) if adapters else whole
         if not (path / "config.json").exists():
             return [f"{given}: expected a Hugging Face model directory, found no config.json in it"]
         return []
@@ -103,11 +130,19 @@ def model_problems(key: str, model: str) -> list[str]:
     return [f"{given}: no such directory; {fix}, or {' or '.join(WHEELS)}"]
 
 
-def source_problems(key: str, model: str) -> list[str]:
+def source_problems(key: str, model: str, adapters: bool = False) -> list[str]:
     """Say in at most one line why a model cannot be read, as `model_problems` does; a hub id is asked of the hub."""
-    problems = model_problems(key, model)
-    known = problems or os.path.isdir(model) or model in WHEELS or not asks_the_hub()
-    return problems if known else hub_problems(key, model)
+    if problems := model_problems(key, model, adapters):
+        return problems
+    if (base := adapter_base(model)) is not None:
+        return source_problems(f"{key}={shown(model)}: base_model_name_or_path", base)
+    return [] if os.path.isdir(model) or model in WHEELS or not asks_the_hub() else hub_problems(key, model)
+
+
+def base_and_adapter(model: str) -> tuple[str, str | None]:
+    """Return what transformers and vLLM load, as `local_model` does, and the adapter's directory, if `model` is one."""
+    base = adapter_base(model)
+    return local_model(model if base is None else base), None if base is None else model
 
 
 def local_model(model: str) -> str:

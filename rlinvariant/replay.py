@@ -11,7 +11,7 @@ from rlinvariant import runtime
 from rlinvariant.arguments import at_least, written
 from rlinvariant.conflicts import SIDES
 from rlinvariant.errors import INTERRUPTED, NOT_EXACT, OK, ConfigErrors, UserError
-from rlinvariant.model_source import source_problems
+from rlinvariant.model_source import base_and_adapter, source_problems
 from rlinvariant.report.console import Console
 from rlinvariant.report.rundir import RunDir
 from rlinvariant.text import plural
@@ -82,7 +82,7 @@ def run(options: argparse.Namespace) -> int:
     """
     began, step, console = time.monotonic(), options.step, Console()
     rollout, about, weights = recorded(options.run, step, options.weights)
-    if problems := source_problems("weights", weights):
+    if problems := source_problems("weights", weights, adapters=True):
         raise ConfigErrors(problems)
     runtime.configure()
     runtime.quiet()
@@ -142,8 +142,7 @@ def recorded(run: Path, step: int | None, weights: str | None = None) -> tuple["
     from rlinvariant.report import rollouts
 
     if not (steps := rollouts.steps(run)):
-        why = "the run stopped before its first step, trains adapters (lora.r), or is of an older version"
-        raise UserError(f"{run}: no rollout is recorded: {why}")
+        raise UserError(f"{run}: no rollout is recorded: the run stopped before its first step, or is of an older version")
     if step is None:
         raise UserError(f"replay: --step: missing; recorded: {rollouts.listed(steps)}")
     rollout, about = rollouts.read(run, step)
@@ -156,9 +155,10 @@ def recorded(run: Path, step: int | None, weights: str | None = None) -> tuple["
         return rollout, about, weights
     weights = str(about["weights"])
     at = directory.checkpoints / weights if weights.startswith("checkpoint-") else Path(weights)
+    at = directory.first_adapter if weights == directory.first_adapter.name else at
     if at.is_dir():
         return rollout, about, str(at)
-    if at.is_absolute() or at.parent == directory.checkpoints:
+    if at.is_absolute() or at.parent in (directory.checkpoints, directory.rollouts):
         others = [k for k in steps if k != step and (k == 1 or (directory.checkpoints / f"checkpoint-{k - 1}").is_dir())]
         fix = f"replay another step: {rollouts.listed(others)}, or name a copy of them with --weights DIR"
         raise UserError(f"step {step} of {run}: its weights are gone: no directory {at}; {fix}")
@@ -172,13 +172,16 @@ def load_model(weights: str, rollout: "Rollout", about: JsonRow, step: int) -> "
         UserError: the weights are not those of the recorded hash.
     """
     from rlinvariant import bits
-    from rlinvariant.verification import load
+    from rlinvariant.models import lora
+    from rlinvariant.verification import adapters, load
 
+    base, directory = base_and_adapter(weights)
     if about["invariance"] != "off":
-        load.configuration(weights, about["dtype"])
+        load.configuration(base, about["dtype"])
     exact = SIDES[about["invariance"]][1]
-    model = load.trained(weights, about["dtype"]) if exact else load.masters(weights)
-    if (digest := bits.digest(model.named_parameters())) != rollout.weights_sha256:
+    adapt = adapters.adapt(directory, None, 0)
+    model = load.trained(base, about["dtype"], adapt) if exact else load.masters(base)
+    if (digest := bits.digest(lora.pairs(model))) != rollout.weights_sha256:
         raise UserError(
             f"step {step}: {weights} has other weights (sha256 {digest[:16]}...) than the step began with "
             f"({rollout.weights_sha256[:16]}...), and nothing can be compared; --weights DIR names a copy of those"
@@ -200,11 +203,12 @@ def relations(
     """
     import torch
 
+    from rlinvariant.models import lora
     from rlinvariant.trainer.score import stock_score
     from rlinvariant.verification.controls import one_ulp
     from rlinvariant.verification.relation import Relation
 
-    sampler.sync(model.named_parameters())
+    sampler.sync(lora.pairs(model))
     completions = rollout.completions
     again = [c for b in rollout.batches for c in _draw(sampler, rollout, rollout.requests_of(b))]
     yield Relation("sampler, drawn again = recorded").of(again, completions)

@@ -8,7 +8,7 @@ import argparse
 
 from rlinvariant.arguments import CommandParser
 from rlinvariant.errors import ConfigErrors
-from rlinvariant.model_source import local_model, source_problems
+from rlinvariant.model_source import source_problems
 
 DESCRIPTION = """vLLM's OpenAI-compatible server with the invariant ops on: the same request (temperature 0, or any with a seed)
 gets the same tokens, text and log-probs, bit for bit, whatever else is being served. It listens on 127.0.0.1; --host with
@@ -24,7 +24,7 @@ VLLM_API_KEY=... rlinvariant serve Qwen/Qwen3-0.6B --host 0.0.0.0"""
 
 def add_arguments(parser: CommandParser) -> None:
     """Describe the arguments. All of them go to vLLM's own parser, in the order in which they were written."""
-    parser.add_argument("model", metavar="MODEL", help="a Hugging Face directory or hub id")
+    parser.add_argument("model", metavar="MODEL", help="a Hugging Face directory or hub id, or a PEFT adapter's directory")
     parser.add_argument("options", nargs="*", default=[], metavar="OPTION", help="options of `vllm serve`")
     parser.add_argument("--help=all", action="store_true", help="list vLLM's options")
     parser.passes_on = "arguments"
@@ -35,9 +35,9 @@ def run(options: argparse.Namespace) -> None:
     from rlinvariant.report.console import Console
 
     model = next(iter(options.arguments), "-")
-    if not model.startswith("-") and (problems := source_problems("MODEL", model)):
+    if not model.startswith("-") and (problems := source_problems("MODEL", model, adapters=True)):
         raise ConfigErrors(problems)
     Console().print("starting vLLM: half a minute on a CPU, a minute or more on a GPU ...")
     from rlinvariant.sampler import vllm_serve
 
-    vllm_serve.serve([*map(local_model, options.arguments[:1]), *options.arguments[1:]])
+    vllm_serve.serve(options.arguments)

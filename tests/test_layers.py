@@ -32,7 +32,7 @@ ROWS = (
     {"script"},
     {"api"},
     {"recipes"},
-    {"bench", "serve", "bisect", "replay"},
+    {"bench", "serve", "bisect", "replay", "merge"},
     {"demo", "ablate", "doctor"},
     {"__init__"},
     {"cli"},

@@ -13,6 +13,7 @@ from rlinvariant.bisect import variants
 from rlinvariant.bisect.record import GATE_UP_ROLES, LOGPROB_PLACE, QKV_ROLES, ROTATED_ROLES, THRESHOLD_PLACE, Call, Place
 from rlinvariant.bisect.search import First, Side, side_at
 from rlinvariant.bisect.trials import Trial
+from rlinvariant.models.lora import plain
 from rlinvariant.ops.threshold import rows_threshold
 from rlinvariant.types import JsonObject
 from rlinvariant.verification.ladder import ROW_COUNTS
@@ -36,6 +37,7 @@ WEIGHT_MODULES = {  # role -> the trainer's module that holds its weight
     "final norm": "norm",
     "lm_head": "lm_head",
 }
+ADAPTED = ("weight", "bias", "a", "b")  # what is given to a product with an adapter inside it
 LINEAR_ROLES = (*QKV_ROLES, "o projection", *GATE_UP_ROLES, "down projection", "lm_head")
 ROLE_OPS = {  # role -> the op that must give it
     **dict.fromkeys(LINEAR_ROLES, "linear"),
@@ -71,6 +73,8 @@ class Case:
         self.op = ROLE_OPS.get(self.role) or next(
             (call.op for call in calls if call.op in ("linear", "rms_norm", "scale_logits")), None
         )
+        if any(call.op == "lora_linear" for call in calls):
+            self.op = "lora_linear"
         if self.op == "add_rms_norm" and not any(call.op == self.op for call in calls):
             self.op = None  # such a layer adds and normalises in steps of its own
         config: Any = self.model.config
@@ -115,7 +119,7 @@ class Case:
         suffix = f"layers.{self.layer}.{known}" if known and self.layer is not None else known
         named = [(name, m) for name, m in self.model.named_modules() if hasattr(m, "weight")]
         found = [n for n, m in named if m is own] + [n for n, _ in named if known and (n == suffix or n.endswith(f".{suffix}"))]
-        return next(iter(found), "")
+        return plain(next(iter(found), ""))
 
     def before(self) -> str:
         """Return the role that the trainer executed before this one."""
@@ -192,6 +196,9 @@ class Case:
 
         if op == "linear" and x and weight is not None:
             return lambda n: ops.linear(**rows(n), weight=weight, bias=w[1])
+        if op == "lora_linear" and x and len(w) == len(ADAPTED):
+            given: dict[str, Any] = dict(zip(ADAPTED, w, strict=True))
+            return lambda n: ops.lora_linear(**rows(n), **given)
         if op == "scale_logits" and x:
             return lambda n: ops.scale_logits(rows(n).get("logits", next(iter(rows(n).values()))), **settings)
         if op == "threshold" and x and settings:
@@ -256,6 +263,9 @@ class Case:
         op, weight, eps = self.op, w[0] if w else None, settings.get("eps") or 1e-6
         if op == "linear" and x and weight is not None:
             yield from variants.linear(x["x"], weight, w[1], self.sides[side].block.together)
+        elif op == "lora_linear" and x:
+            given: Any = w if len(w) == len(ADAPTED) else self.weights(other_side(side))  # it may ignore the other's
+            yield from variants.lora_linear(x["x"], *given, self.sides[side].block.together)
         elif op == "rms_norm" and x and weight is not None:
             yield from variants.rms_norm(x["x"], weight, eps)
         elif op == "add_rms_norm" and len(x) == 2 and weight is not None:

@@ -18,6 +18,7 @@ from rlinvariant.bisect.case import Case, other_side
 from rlinvariant.bisect.record import LOGPROB_PLACE, THRESHOLD_PLACE
 from rlinvariant.bisect.search import First, equal, side_at
 from rlinvariant.bisect.trials import Trial
+from rlinvariant.models import lora
 from rlinvariant.verification.ladder import ROW_COUNTS
 
 if TYPE_CHECKING:
@@ -228,7 +229,7 @@ def _weights(case: Case) -> str:
     name = case.parameter()
     if not a or not b:
         return "not read on one side" if (a or b) else "none"
-    for what, x, y in zip(("weight", "bias"), a, b, strict=False):
+    for what, x, y in zip(("weight", "bias", "lora_A", "lora_B"), a, b, strict=False):
         if x is None or y is None:
             if x is not y:
                 return f"differ: {name}.{what} is missing in the {'sampler' if x is None else 'trainer'}"
@@ -243,7 +244,7 @@ def _weights(case: Case) -> str:
 
 def _weight_cause(case: Case) -> str:
     """Say why weights differ: a sync that missed them, or an op that was given others."""
-    own = dict(case.sides["trainer"].recorder.model.named_parameters())
+    own = dict(lora.pairs(case.sides["trainer"].recorder.model))
     try:
         others = case.engine.differing_weights(own.items())
     except (RuntimeError, AttributeError, ValueError):

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 
 from rlinvariant import runtime
 from rlinvariant.arguments import at_least, temperature
-from rlinvariant.conflicts import INVARIANCE, SIDES
+from rlinvariant.conflicts import INVARIANCE, SIDES, adapter_conflicts
 from rlinvariant.errors import NOT_EXACT, OK, ConfigErrors, UserError
-from rlinvariant.model_source import local_model, source_problems
+from rlinvariant.model_source import adapter_base, base_and_adapter, source_problems
 from rlinvariant.report.console import Console
 from rlinvariant.rollout import RANGES, Truncation
+from rlinvariant.verification.options import add_lora, clash, lora_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -27,8 +28,9 @@ EXAMPLE = "rlinvariant bisect Qwen/Qwen3-0.6B --invariance off"
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
     """Add the options of `bisect`."""
-    p.add_argument("model", metavar="MODEL", help="a Hugging Face directory or hub id")
+    p.add_argument("model", metavar="MODEL", help="a Hugging Face directory or hub id, or a PEFT adapter's directory")
     p.add_argument("--random", action="store_true", help="random weights: of MODEL only the configuration is read")
+    add_lora(p)
     p.add_argument("--seed", type=at_least(0), metavar="N", default=0, help="decides prompts, draws and random weights")
     p.add_argument("--sequences", type=at_least(1), metavar="N", default=16, help="completions drawn first, in one batch")
     p.add_argument(
@@ -58,7 +60,11 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         UserError: a model that cannot be loaded or cannot run exactly, or sizes that do not fit it.
     """
-    if problems := source_problems("model", options.model) + _truncation_problems(options):
+    options.lora = lora_config(options.lora)
+    problems = source_problems("model", options.model, adapters=True) or clash(options.model, options.lora)
+    if options.lora is not None or (not problems and adapter_base(options.model) is not None):
+        problems += adapter_conflicts("adapters", "none", options.invariance, ppo=False)
+    if problems := problems + _truncation_problems(options):
         raise ConfigErrors(problems)
     console = Console()
     runtime.quiet()
@@ -112,19 +118,25 @@ def _truncation_problems(options: argparse.Namespace) -> list[str]:
 
 def load_sides(options: argparse.Namespace, directory: str) -> tuple["PreTrainedModel", "Sampler"]:
     """Load the trainer's model and start the sampler, as `verify` does; random weights go into `directory`."""
-    from rlinvariant.verification import load
+    from rlinvariant.models import lora
+    from rlinvariant.verification import adapters, load
     from rlinvariant.verification.compositions import CROWD_SIZES
     from rlinvariant.verification.pair import Sizes
 
-    source = local_model(options.model)
+    source, adapter = base_and_adapter(options.model)
     config = load.configuration(source, options.dtype)
     step, longest = room(options, config)
     sizes = Sizes(options.sequences, 0, options.tokens, longest, step, longest * options.micro_batch)
     stock = _stock_sides(options)
     path = load.random_weights(config, directory, options.seed) if options.random else source
-    model = (load.stock if "trainer" in stock else load.trained)(path, options.dtype)
+    adapt = adapters.adapt(adapter, options.lora, options.seed)
+    model = load.stock(path, options.dtype) if "trainer" in stock else load.trained(path, options.dtype, adapt)
     more = load.options(sizes, eager=True) | {"max_num_seqs": max(options.sequences, CROWD_SIZES[1])}
-    return model, load.engine(path, "sampler" not in stock, options.dtype, more, sizes)
+    ranks = lora.ranks(model)
+    engine = load.engine(path, "sampler" not in stock, options.dtype, more, sizes, ranks)
+    if ranks:
+        engine.sync(lora.adapters(model))
+    return model, engine
 
 
 def room(options: argparse.Namespace, config: "PreTrainedConfig") -> tuple[int, int]:

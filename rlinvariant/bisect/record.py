@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from rlinvariant import ops
+from rlinvariant.models.lora import is_lora
+from rlinvariant.ops.lora import padded
 from rlinvariant.types import Untyped
 
 Place = tuple[int | None, str]
@@ -53,9 +55,10 @@ INPUT_ROLES = {  # last part of a module's name -> role of its input, and the op
     "down_proj": ("swiglu", "swiglu"),
 }
 HEAD_OPS = ("qk_norm_rope", "rope", "attention", "paged_attention")  # they take [T, H, D], the others [*rows, D]
-ROW_OPS = ("linear", "rms_norm", "add_rms_norm", "swiglu", "swiglu_merged", "scale_logits", "sample")
+PRODUCTS = ("linear", "lora_linear", "wide_linear")
+ROW_OPS = (*PRODUCTS, "rms_norm", "add_rms_norm", "swiglu", "swiglu_merged", "scale_logits", "sample")
 OP_SIGNATURES = {op: inspect.signature(getattr(ops, op)) for op in (*ROW_OPS, *HEAD_OPS)}
-WEIGHT_ARGUMENTS = ("weight", "bias", "q_weight", "k_weight")
+WEIGHT_ARGUMENTS = ("weight", "bias", "q_weight", "k_weight", "a", "b")
 SETTING_ARGUMENTS = ("eps", "offset", "scale", "window", "softcap", "activation")
 
 
@@ -162,7 +165,7 @@ class Recorder:
         frame = self._stack.pop()
         while frame.module is not module:  # a module that raised left its frame
             frame = self._stack.pop()
-        leaf = next(module.children(), None) is None
+        leaf = next(module.children(), None) is None or is_lora(module)
         if output is None or not (leaf or _is_layer(name)) or _last(name) == "attn":
             return
         which = self._heads if _last(name) in ("logits_processor", "lm_head") else self._rows
@@ -204,8 +207,8 @@ class Recorder:
         at = 0
         for i, (role, size) in enumerate(zip(roles, sizes, strict=True)):
             call = calls[i] if len(calls) == len(roles) else calls[0] if len(calls) == 1 else None
-            if call is not None and call.op == "linear" and len(roles) > 1 and len(calls) == 1:
-                part = {name: None if w is None else w[at : at + size] for name, w in call.weights.items()}
+            if call is not None and call.op in ("linear", "lora_linear") and len(roles) > 1 and len(calls) == 1:
+                part = {n: w if w is None or n == "a" else w[at : at + size] for n, w in call.weights.items()}
                 call = Call(call.op, call.inputs, part)
             names = tuple(c.op for c in calls) if call is None else (call.op,)
             self._keep((layer, role), value[:, at : at + size], inputs, call, module, which, names)
@@ -240,9 +243,9 @@ class Recorder:
             if name not in (*WEIGHT_ARGUMENTS, "packed") and isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 1
         }
         call = Call(
-            op.removesuffix("_merged").removeprefix("paged_"),
+            "lora_linear" if op == "wide_linear" else op.removesuffix("_merged").removeprefix("paged_"),
             {name: x for name, x in rows.items() if x is not None},
-            {name: given[name] for name in WEIGHT_ARGUMENTS if name in given},
+            _with_adapter(op, given) or {name: given[name] for name in WEIGHT_ARGUMENTS if name in given},
             {name: given[name] for name in SETTING_ARGUMENTS if name in given},
         )
         self._last[call.op] = call
@@ -318,6 +321,17 @@ class Recorder:
         if taken is not None and value is not None:
             call = Call(op, {"logits" if op == "scale_logits" else "x": taken}, weights, settings)
             self._keep((None, role), value, taken, call, None, which)
+
+
+def _with_adapter(op: str, given: dict[str, Any]) -> dict[str, Tensor | None]:
+    """Return the weights of a product with an adapter inside it, alike for both ways to call one; of another op none."""
+    if op == "wide_linear":
+        k = given["x"].shape[-1]
+        return {"weight": given["weight"][:, :k], "bias": given["bias"], "a": given["a"], "b": given["weight"][:, k:]}
+    if op == "lora_linear":
+        a, b = padded(given["a"].detach(), given["b"].detach())
+        return {"weight": given["weight"], "bias": given["bias"], "a": a, "b": b}
+    return {}
 
 
 def _replace(stack: ExitStack, owner: Any, name: str, wrapper: Callable[..., Any]) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rlinvariant import bits, ops
 from rlinvariant.bisect.trials import Trial
+from rlinvariant.ops.lora import widened_by
 from rlinvariant.ops.threshold import rows_threshold
 from rlinvariant.types import Json
 
@@ -44,6 +45,18 @@ def linear(x: Tensor, w: Tensor, b: Tensor | None, together: int) -> Variants:
         yield f"split-K: the sum over K is taken in {parts} fp32 parts", _biased(whole, bias).to(dtype)[0]
     for rows in dict.fromkeys((together, 1)):
         yield f"torch's own linear on {rows} rows: a stock kernel", F.linear(x.expand(rows, k).contiguous(), cast, bias)[0]
+
+
+def lora_linear(x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, together: int) -> Variants:
+    """Vary `ops.lora_linear`: x [K], w [N, K], bias [N] or None, a [R, K] and b [N, R], `together` rows in the call."""
+    dtype, wide = x.dtype, widened_by(x[None], a.to(x.dtype))[0]
+    without = ops.linear(x[None], w, bias)[0]
+    yield "the adapter is left out", without
+    merged = (w.float() + b.float() @ a.float()).to(dtype)
+    yield "the adapter is merged into the weight, which is rounded", ops.linear(x[None], merged, bias)[0]
+    apart = without + ops.linear(wide[None, len(x) :].contiguous(), b)[0]
+    yield "the adapter's product is added to one that is rounded already, as PEFT does", apart
+    yield from linear(wide, torch.cat([w.to(dtype), b.to(dtype)], -1), bias, together)
 
 
 def _biased(y: Tensor, bias: Tensor | None) -> Tensor:

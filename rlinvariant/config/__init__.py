@@ -4,7 +4,7 @@
 environment, but imports no framework, loads no model, opens no device, and writes nothing but a cache of TRL's fields.
 """
 
-from rlinvariant.config.check import check, unreachable
+from rlinvariant.config.check import check, check_lora, unreachable
 from rlinvariant.config.fields import ALIASES, OWNED, TRAINER_CHOICES, TRAINER_DEFAULTS, TRAINER_OWN
 from rlinvariant.config.parse import Draft, draft, parse
 from rlinvariant.config.recipe import Data, Recipe, load_recipe, recipe_names
@@ -26,6 +26,7 @@ __all__ = [
     "SamplerConfig",
     "WandbConfig",
     "check",
+    "check_lora",
     "draft",
     "load_recipe",
     "parse",

@@ -21,25 +21,26 @@ from rlinvariant.text import shown
 LONGEST_RUN = 200  # bytes: a name of a file has at most 255
 
 
-def check(config: Config, env: Mapping[str, str], recipe: Recipe | None = None) -> list[str]:
+def check(config: Config, env: Mapping[str, str], recipe: Recipe | None = None, adapters: bool = False) -> list[str]:
     """List what cannot run, one line each: key, value, what is expected, the fix. Looks at no device and changes nothing.
 
     Args:
         env: environment variables, read for the launcher's processes and for what contradicts `invariance`.
         recipe: the recipe, for what it needs and checks itself.
+        adapters: whether `model` may be a PEFT adapter's directory.
     """
     processes, found = _processes(env)
     found += _check_numbers(config)
     found += config.reward_limits.problems()
     found += named_problems("reward", config.reward) + _check_tools(config, recipe)
-    found += _check_model(config, recipe)
+    found += _check_model(config, recipe, adapters)
     found += _check_batches(config, processes)
     if recipe is not None and recipe.check is not None:
         found += recipe.check(config)
     found += conflicts(config.trainer, config.invariance, env, "trainer.")
     penalty = config.ppo.kl_coef if config.algorithm == "ppo" else 0.0
     found += truncation_problems(config.trainer, config.invariance, config.staleness, penalty, "trainer.", processes)
-    found += _check_lora(config)
+    found += check_lora(config)
     found += _check_ppo(config) if config.algorithm == "ppo" else _check_no_ppo(config)
     tokens = config.trainer.tokens_per_microbatch
     found += microbatch_problems(tokens, None, config.trainer, config.invariance, "trainer.")
@@ -91,12 +92,14 @@ def _processes(env: Mapping[str, str]) -> tuple[int, list[str]]:
     return (1 if found else max(1, int(env.get("WORLD_SIZE", "1")))), found
 
 
-def unreachable(config: Config) -> list[str]:
-    """List the models and rows that a checked configuration names and that the hub would have to give, but cannot."""
+def unreachable(config: Config, adapters: bool = False) -> list[str]:
+    """List the models and rows that a checked configuration names and that the hub would have to give, but cannot.
+
+    `adapters` is that of `check`.
+    """
     critic = config.ppo.critic if config.algorithm == "ppo" else None
-    found = [
-        line for key, name in (("model", config.model), ("ppo.critic", critic)) if name for line in source_problems(key, name)
-    ]
+    models = (("model", config.model, adapters), ("ppo.critic", critic, False))
+    found = [line for key, name, taken in models if name for line in source_problems(key, name, taken)]
     rows = (
         []
         if config.recipe or not asks_the_hub()
@@ -152,7 +155,7 @@ def _check_no_ppo(config: Config) -> list[str]:
     ]
 
 
-def _check_lora(config: Config) -> list[str]:
+def check_lora(config: Config) -> list[str]:
     """Refuse adapters where they cannot be exact or cannot be made, and settings of adapters where there are none."""
     lora = config.lora
     if not lora.r:
@@ -208,10 +211,10 @@ def _check_batches(config: Config, processes: int) -> list[str]:
     return []
 
 
-def _check_model(config: Config, recipe: Recipe | None) -> list[str]:
+def _check_model(config: Config, recipe: Recipe | None, adapters: bool) -> list[str]:
     """Require that the model named is there and whole; a hub id is looked up later."""
     if config.model is not None:
-        return model_problems("model", config.model)
+        return model_problems("model", config.model, adapters)
     if recipe is None or recipe.prepare_model:
         return []
     why = f"recipe {recipe.name} has none of its own" if config.recipe else "no recipe gives one"

@@ -70,6 +70,12 @@ class LoraConfig:
     )
     use_rslora: bool = chz.field(default=False, doc="Multiply by alpha / sqrt(r) instead.")
 
+    def settings(self) -> str:
+        """Return the settings that are no defaults, as they are written behind `--lora`."""
+        given, default = chz.asdict(self), chz.asdict(LoraConfig())
+        texts = {key: ",".join(value) if isinstance(value, list) else value for key, value in given.items()}
+        return " ".join(f"{key}={texts[key]}" for key in given if given[key] != default[key])
+
     def peft_config(self) -> Untyped:
         """Return PEFT's own configuration; None: no adapters."""
         if not self.r:

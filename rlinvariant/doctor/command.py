@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
     """
     if "=" in (options.model or ""):
         raise UserError(f"doctor: {options.model}: expected a directory or hub id, without a key")
-    if options.model is not None and (problems := model_problems("MODEL", options.model)):
+    if options.model is not None and (problems := model_problems("MODEL", options.model, adapters=True)):
         raise UserError(f"doctor: {problems[0]}")
     findings: list[Finding] = []
     found = examine(options.model, options.engine)

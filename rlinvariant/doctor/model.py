@@ -9,7 +9,7 @@ from rlinvariant import runtime
 from rlinvariant.doctor.finding import Finding
 from rlinvariant.doctor.kernels import kernels_cpu, kernels_cuda
 from rlinvariant.errors import UserError, one_line
-from rlinvariant.model_source import WHEELS, local_model, model_problems, source_problems
+from rlinvariant.model_source import WHEELS, base_and_adapter, model_problems, source_problems
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -24,15 +24,16 @@ def of_model(model: str, cuda: bool) -> Iterator[Finding]:
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
-    from rlinvariant.models import unsupported
+    from rlinvariant.models import adapter_files, lora, unsupported
 
     logging.set_verbosity_error()
     runtime.quiet()
-    if problems := source_problems("MODEL", model):
+    if problems := source_problems("MODEL", model, adapters=True):
         yield Finding("model", "problem", problems[0], False)
         return
     try:
-        config = AutoConfig.from_pretrained(local_model(model), trust_remote_code=False)
+        base, adapter = base_and_adapter(model)
+        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
         with torch.device("meta"):  # shapes without memory
             net = AutoModelForCausalLM.from_config(config)
     except Exception as error:  # whatever transformers raises on a configuration that it cannot use
@@ -55,14 +56,23 @@ def of_model(model: str, cuda: bool) -> Iterator[Finding]:
     linears = [m for m in net.modules() if isinstance(m, nn.Linear)]
     weights = dict.fromkeys((m.out_features, m.in_features, m.bias is not None) for m in linears)
     yield from kernels_cuda() if cuda else kernels_cpu(weights, ("bfloat16",))
-    yield certified(model, config)
+    ranks = {}
+    if adapter is not None:
+        try:
+            ranks = adapter_files.read(adapter).ranks
+        except UserError as error:
+            yield from (Finding("adapters", "problem", line, False) for line in str(error).splitlines())
+            return
+        proven = "; proven on CPUs alone so far: train, eval, serve and replay refuse them on a GPU" if cuda else ""
+        yield Finding("adapters", "problem" if cuda else "ok", f"{lora.in_words(ranks)}{proven}")
+    yield certified(model, config, ranks)
 
 
-def certified(model: str, config: "PreTrainedConfig") -> Finding:
-    """Say whether `verify` has been here with this architecture."""
+def certified(model: str, config: "PreTrainedConfig", ranks: Mapping[str, int] | None = None) -> Finding:
+    """Say whether `verify` has been here with this architecture, and with adapters of these ranks if there are any."""
     from rlinvariant.verification import certificate
 
-    found = certificate.find(certificate.subject(config, "bfloat16"))
+    found = certificate.find(certificate.subject(config, "bfloat16", ranks=ranks))
     if found is None:
         return Finding("certificate", "note", f"none yet for this architecture here, in bfloat16: rlinvariant verify {model}")
     return Finding("certificate", "ok", f"{found['date'][:10]}, {_counted(found)}")
@@ -94,7 +104,8 @@ def known_models(cuda: bool) -> Iterator[Finding]:
 def _counted(found: Mapping[str, Any]) -> str:
     """Say what a certificate counted, and with which weights."""
     weights = "random weights" if found["model"]["random_weights"] else f"weights of {found['model']['name']}"
-    return f"0 / {found['tokens']:,} tokens differed, {found['form']} form, {weights}"
+    adapters = f", {found['model']['adapters']}" if found["model"].get("adapters") else ""
+    return f"0 / {found['tokens']:,} tokens differed, {found['form']} form, {weights}{adapters}"
 
 
 def _audit(config: Any, device: str) -> list[str]:

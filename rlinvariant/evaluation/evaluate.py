@@ -1,6 +1,7 @@
 """Draw, grade and count: the work of `rlinvariant eval`, when its settings are known to be right."""
 
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 from rlinvariant.config import Config
 from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.evaluation.estimate import doubling, estimate, pass_at_k
-from rlinvariant.model_source import local_model
+from rlinvariant.model_source import base_and_adapter
 from rlinvariant.report.console import Console
 from rlinvariant.rollout import Truncation
 from rlinvariant.run import sampler_options
@@ -54,9 +55,13 @@ def evaluate(
         problems += unproven_problems(args, *truncation.settings("trainer."))
     if problems:
         raise ConfigErrors(problems)
-    model = local_model(config.model)
+    model, adapter = base_and_adapter(config.model)
+    if problems := [] if adapter is None else unproven_problems(args, f"model={adapter}"):
+        raise ConfigErrors(problems)
     model_config, recipe = load_config(model), config.load_recipe()
-    tokenizer, tooling = load_tokenizer(model, model_config), Tooling.asked(config)
+    beside = adapter is not None and os.path.isfile(os.path.join(adapter, "tokenizer_config.json"))
+    tokenizer = load_tokenizer(adapter if adapter is not None and beside else model, model_config)
+    tooling = Tooling.asked(config)
     if tooling and config.tool_format == "plain":
         tokenizer = plain_tools(tokenizer)
     held_out = recipe.datasets(config, tokenizer)[1]
@@ -69,7 +74,7 @@ def evaluate(
     rows = held_out.to_list()
     how = {"invariant": config.invariance == "exact", "dtype": config.dtype, **sampler_options(config)}
     with console.stage("starting the vLLM engine"):
-        engine = lambda: Sampler(model, **how)  # noqa: E731
+        engine = lambda: Sampler(adapter or model, **how)  # noqa: E731
         player = Player(args, tokenizer, generation, rewards, config.reward_limits, tooling, held_out, engine)
     draws, per_problem, notes = [], [{"prompt": row["prompt"], "columns": _columns(row)} for row in rows], []
     ways = [("greedy", 1, 0.0)] + ([(f"T={temperature:g}", samples, temperature)] if samples else [])

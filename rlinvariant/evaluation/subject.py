@@ -8,8 +8,10 @@ from pathlib import Path
 from rlinvariant import checkpoints, resume
 from rlinvariant.config import Config, check, draft, unreachable
 from rlinvariant.config.recipe import listed_recipes
+from rlinvariant.conflicts import adapter_conflicts
 from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.files import RUNS
+from rlinvariant.model_source import ADAPTER, adapter_base
 from rlinvariant.report.rundir import RunDir
 from rlinvariant.text import shown
 
@@ -66,7 +68,9 @@ def find(given: str, settings: Sequence[str]) -> Subject:
     errors += read.errors
     if read.config.invariance not in ("exact", "off"):
         errors.append(f"invariance={read.config.invariance}: expected exact or off: eval has a sampler alone")
-    errors = errors or check(read.config, os.environ, read.recipe) or unreachable(read.config)
+    errors = errors or check(read.config, os.environ, read.recipe, adapters=True) or unreachable(read.config, adapters=True)
+    if not errors and adapter_base(weights) is not None:
+        errors += adapter_conflicts(f"model={weights}", "a whole model", read.config.invariance, ppo=False)
     if errors:
         raise ConfigErrors(list(dict.fromkeys(errors)))
     return Subject(read.config, run)
@@ -83,7 +87,7 @@ def _located(given: str) -> tuple[Path | None, str]:
     if run is None or path != run:
         return run, str(path)
     directory = RunDir(run)
-    if (directory.model / "config.json").is_file():
+    if any((directory.model / name).is_file() for name in ("config.json", ADAPTER)):
         return run, str(directory.model)
     checkpoint, damages = checkpoints.newest(directory.checkpoints)
     if checkpoint is None:

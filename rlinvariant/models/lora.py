@@ -9,7 +9,8 @@ The names that sampler and trainer share for an adapter of `model.layers.0.mlp.u
 A: [R, K] of an adapter, B: [N, R], for a weight [N, K]; R is the adapter's rank.
 """
 
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -95,6 +96,9 @@ def applied(model: "PreTrainedModel", config: Untyped, seed: int) -> Untyped:
             adapted = get_peft_model(model, config)
         except ValueError as error:  # of projections that the model has not, say
             raise UserError(f"lora: {one_line(error)}") from error
+    own = adapted.peft_config["default"]
+    if own.base_model_name_or_path and os.path.isdir(own.base_model_name_or_path):  # whoever reads the files is elsewhere
+        own.base_model_name_or_path = os.path.abspath(own.base_model_name_or_path)
     names = set() if isinstance(config.target_modules, str) else set(config.target_modules or ())
     found = [plain(name) for name, module in adapted.named_modules() if is_lora(module)]
     if absent := sorted(x for x in names if not any(name == x or name.endswith(f".{x}") for name in found)):
@@ -111,19 +115,28 @@ def is_reference(model: nn.Module) -> bool:
 @contextmanager
 def counting(model: nn.Module, seed: int = 0) -> Iterator[None]:
     """Give every B random values for a while: with zeros, as they begin, who ignores an adapter computes the same."""
-    layers: list[Any] = [module for module in model.modules() if is_lora(module)]
-    weights = [layer.lora_B[layer.active_adapters[0]].weight for layer in layers]
+    weights = _of_b(model)
     before = [weight.detach().clone() for weight in weights]
     try:
-        with torch.no_grad(), torch.random.fork_rng():
-            torch.manual_seed(seed)
-            for weight in weights:
-                weight.copy_(torch.randn(weight.shape) * 0.02)
+        randomise(model, seed)
         yield
     finally:
         with torch.no_grad():
             for weight, values in zip(weights, before, strict=True):
                 weight.copy_(values)
+
+
+def randomise(model: nn.Module, seed: int) -> None:
+    """Give every B values that depend on the seed alone; A's first values are random already."""
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for weight in _of_b(model):
+            weight.copy_(torch.randn(weight.shape) * 0.02)
+
+
+def _of_b(model: nn.Module) -> list[Tensor]:
+    layers: list[Any] = [module for module in model.modules() if is_lora(module)]
+    return [layer.lora_B[layer.active_adapters[0]].weight for layer in layers]
 
 
 def ranks(model: nn.Module) -> dict[str, int]:
@@ -151,6 +164,16 @@ def adapters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield f"{plain(name)}.{B}", scaled(layer, adapter)
 
 
+def moving(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield those of `pairs` that training moves: of a model in PEFT its adapters alone."""
+    yield from adapters(model) if ranks(model) else base(model)
+
+
+def without_peft(model: Untyped) -> Untyped:
+    """Return the Hugging Face model, out of PEFT's if it is in one."""
+    return model.get_base_model() if hasattr(model, "peft_config") else model
+
+
 def base(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield names and tensors of all parameters that no adapter owns; names are those of the model without PEFT."""
     for name, weight in model.named_parameters():
@@ -161,6 +184,44 @@ def base(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def plain(name: str) -> str:
     """Return a module's or parameter's name without what PEFT puts around it."""
     return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+
+
+def without(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Yield pairs of adapters with zeros in every B: of a sampler that has none."""
+    for name, weight in weights:
+        yield name, torch.zeros_like(weight) if name.endswith(B) else weight
+
+
+def merged(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield names and tensors of the model's parameters with W + B A in place of W, in W's dtype, rounded once: TRL's way.
+
+    W + B A is summed in float32. These are the weights of `rlinvariant merge`, and another function than the adapters'.
+    """
+    own = _with_adapters(model)
+    for name, weight in base(model):
+        if name in own:
+            a, b = own[name]
+            weight = (weight.detach().float() + b @ a).to(weight.dtype)
+        yield name, weight
+
+
+def deltas(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield B A [N, K], in float32, by the name of the weight that it is added to."""
+    for name, (a, b) in _with_adapters(model).items():
+        yield name, b @ a
+
+
+def _with_adapters(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return A and B, in float32, by the name of the weight that they belong to."""
+    found = [(name, weight.detach().float()) for name, weight in adapters(model)]
+    return {f"{name.removesuffix(A)}weight": (a, b) for (name, a), (_, b) in zip(found[::2], found[1::2], strict=True)}
+
+
+def in_words(ranks: Mapping[str, int]) -> str:
+    """Say which adapters there are: `LoRA adapters, r 16, on 4 projections: q_proj, v_proj`."""
+    kinds = dict.fromkeys(name.rpartition(".")[2] for name in ranks)
+    rank = "-".join(map(str, sorted({min(ranks.values()), max(ranks.values())})))
+    return f"LoRA adapters, r {rank}, on {len(ranks)} projections: {', '.join(kinds)}"
 
 
 def split(weights: Iterable[tuple[str, Tensor]]) -> tuple[list[tuple[str, Tensor]], list[tuple[str, Tensor]]]:

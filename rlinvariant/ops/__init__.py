@@ -8,6 +8,7 @@ from rlinvariant.ops.attention import attention, attention_ref, paged_attention,
 from rlinvariant.ops.embedding import embedding, embedding_ref
 from rlinvariant.ops.linear import linear, linear_ref
 from rlinvariant.ops.lora import lora_linear, lora_linear_ref
+from rlinvariant.ops.lora import wide_linear as wide_linear  # the sampler's form of it, which `bisect` watches
 from rlinvariant.ops.qk_norm_rope import qk_norm_rope, qk_norm_rope_ref
 from rlinvariant.ops.rms_norm import add_rms_norm, add_rms_norm_ref, rms_norm, rms_norm_ref
 from rlinvariant.ops.rope import rope, rope_ref

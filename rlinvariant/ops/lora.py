@@ -7,6 +7,8 @@ is R more columns of the sum, and nothing is lost. It is also why no kernel is n
 R: rows of A, as many as the adapter's rank, K: columns of the weight, N: its rows, T: rows of x.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -59,9 +61,35 @@ def padded(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return F.pad(a, (0, 0, 0, missing)).contiguous(), F.pad(b, (0, missing)).contiguous()
 
 
+@contextmanager
+def unpadded() -> Iterator[None]:
+    """Leave out the padding for a while, for a control."""
+    steps = dict(RANK_STEP)
+    RANK_STEP.update(dict.fromkeys(steps, 1))
+    try:
+        yield
+    finally:
+        RANK_STEP.update(steps)
+
+
 def widened_by(x: Tensor, a: Tensor) -> Tensor:
     """Return [x | x A^T], [*rows, K + R], for a as `padded` gave it."""
     return torch.cat([x, linear(x, a)], -1)
+
+
+def wide_linear(x: Tensor, weight: Tensor, a: Tensor, bias: Tensor | None = None, packed: Tensor | None = None) -> Tensor:
+    """Compute `lora_linear` by a weight that has b beside it in memory, as a sampler keeps it; it has no gradients.
+
+    Args:
+        x: [*rows, K], bf16 or fp32.
+        weight: [N, K + R] in x.dtype: the weight, and b as `padded` gave it.
+        a: [R, K] in x.dtype, as `padded` gave it.
+        bias: [N] or None.
+        packed: what `linear.pack_weight` made of `weight`, or None.
+
+    Order, Bits, Ref: those of `lora_linear`.
+    """
+    return linear(widened_by(x, a), weight, bias, packed)
 
 
 class _LoraLinear(torch.autograd.Function):

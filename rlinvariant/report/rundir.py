@@ -40,6 +40,7 @@ class RunDir:
         self.result = self.path / "result.json"
         self.checkpoints = self.path / "checkpoints"
         self.rollouts = self.path / "rollouts"
+        self.first_adapter = self.rollouts / "adapter"
         self.completions = self.path / "completions"
         self.completions_dropped = self.path / "completions-dropped.json"
         self.model = self.path / "model"

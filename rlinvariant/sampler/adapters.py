@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rlinvariant import bits, ops
 from rlinvariant.models.lora import A, B
 from rlinvariant.ops.linear import pack_weight
-from rlinvariant.ops.lora import RANK_STEP, widened_by
+from rlinvariant.ops.lora import RANK_STEP
 from rlinvariant.sampler.weights import target
 from rlinvariant.types import Untyped
 
@@ -80,8 +80,9 @@ class Adapters:
         packed = self.packed.get(torch.get_num_threads()) or [None] * len(self.sizes)
         parts = []
         for part, weight in enumerate(self.operands()):
-            wide = widened_by(x, self.a[part]) if part in self.ranks else x
-            parts.append(ops.linear(wide, weight, biases[part], packed[part]))
+            how = biases[part], packed[part]
+            adapted = part in self.ranks
+            parts.append(ops.wide_linear(x, weight, self.a[part], *how) if adapted else ops.linear(x, weight, *how))
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
     def slot(self, part: int, which: str) -> Tensor:

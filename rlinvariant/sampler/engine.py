@@ -24,7 +24,8 @@ from torch import Tensor
 
 from rlinvariant import runtime
 from rlinvariant.errors import UserError
-from rlinvariant.model_source import local_model
+from rlinvariant.model_source import base_and_adapter
+from rlinvariant.models import adapter_files
 from rlinvariant.models.lora import split
 from rlinvariant.rollout import RANGES, Completion, Truncation
 from rlinvariant.sampler import adapters, plugin
@@ -127,17 +128,18 @@ class Sampler:
     one starts; `close` does so now.
 
     Args:
-        model: directory or hub id of a Hugging Face checkpoint.
+        model: directory or hub id of a Hugging Face checkpoint; or directory of a PEFT adapter, of an invariant engine.
         invariant: whether the engine computes through `rlinvariant.ops`; else it is a stock engine.
         dtype: of activations and of the engine's weights, "bfloat16" or "float32".
         max_model_len: longest prompt plus completion, in tokens; None: the model's number of positions.
         kv_cache_gib: memory for keys and values, in GiB; None: 1 on a CPU, an eighth of a GPU's.
         options: further keyword arguments of `vllm.LLM`.
         positions: what `refuse` returned for the same arguments, where it has run already; None: it runs here.
-        ranks: LoRA adapters that `sync` will bring: the rank of each, by the name of the projection. Of an invariant engine.
+        ranks: LoRA adapters that `sync` will bring: the rank of each, by the name of the projection. Of an invariant engine;
+            None: those of `model`, if it is an adapter's directory.
 
     Raises:
-        UserError: the plugin is not active in the engine, or an option is one that is set here.
+        UserError: the plugin is not active in the engine, or an option is one that is set here; an adapter that cannot be read.
         ConfigErrors: what `refuse` finds.
     """
 
@@ -158,7 +160,11 @@ class Sampler:
     ) -> None:
         runtime.quiet()
         runtime.configure()
-        self.invariant, model = invariant, local_model(str(model))
+        self.invariant, (model, directory) = invariant, base_and_adapter(str(model))
+        adapter = None if directory is None else adapter_files.read(directory)
+        if adapter is not None and not invariant:
+            raise UserError(f"{directory}: a stock engine takes whole weights; {adapter_files.MERGE} {directory}")
+        ranks = ranks if adapter is None else adapter.ranks
         gc.unfreeze()
         gc.collect()  # an earlier engine, of a notebook's cell that runs again, holds gigabytes until it is collected
         with _undisturbed():
@@ -183,6 +189,8 @@ class Sampler:
                 core._finalizer.detach()
             self._end = weakref.finalize(core, _release, core.engine_core)
             self._install()
+            if adapter is not None:
+                self.sync(adapter.weights)
             if not torch.cuda.is_available():
                 # The kernel gives a page when it is first written to, and requests reach further pages for hundreds of steps:
                 # now, a machine that has too little memory says so at the start, and what grows later is a leak.

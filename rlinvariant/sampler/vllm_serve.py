@@ -17,9 +17,10 @@ from vllm.v1.sample.logits_processor import LogitsProcessor
 
 from rlinvariant import runtime
 from rlinvariant.errors import ConfigErrors, UserError, one_line
-from rlinvariant.models import make_invariant, require_exact, two_layers
+from rlinvariant.model_source import base_and_adapter
+from rlinvariant.models import adapter_files, lora, make_invariant, require_exact, two_layers
 from rlinvariant.rollout import RANGES
-from rlinvariant.sampler import plugin, vllm_guard
+from rlinvariant.sampler import adapters, plugin, vllm_guard
 from rlinvariant.sampler.engine import refuse
 from rlinvariant.sampler.names import ARCHITECTURE, NOT_ACTIVE, QUANTIZATION
 from rlinvariant.text import say
@@ -31,6 +32,7 @@ if current_platform.is_cuda():
 else:
     from vllm.v1.worker.cpu_worker import CPUWorker as _Worker
 
+ADAPTER_KEY = "rlinvariant_adapter"  # of vLLM's additional_config: the directory of a PEFT adapter
 REMOVE = "remove it, or use vllm serve"
 SET_HERE: dict[str, Any] = {  # engine options that are set here; vLLM reads each for
     "quantization": QUANTIZATION,  # who owns the linear layers and the lm_head
@@ -147,6 +149,8 @@ def prepare(args: Untyped, default: Untyped) -> None:
     args.model = args.model_tag or (args.model if args.model != default.model else None)
     if not args.model:
         raise UserError("MODEL: missing; write rlinvariant serve MODEL, a Hugging Face directory or hub id")
+    named, (args.model, adapter) = args.model, base_and_adapter(args.model)
+    args.model_tag = args.model
     given = {k: v for k, v in vars(args).items() if v != getattr(default, k)}
     args.host = args.host or "127.0.0.1"
     args.allowed_origins = given.get("allowed_origins", [])  # vLLM 0.26 lets every page ask
@@ -154,8 +158,16 @@ def prepare(args: Untyped, default: Untyped) -> None:
     args.dtype = "bfloat16" if args.dtype == "auto" else args.dtype
     if args.dtype not in ("bfloat16", "float32"):
         problems.append(f"--dtype {args.dtype}: expected bfloat16 or float32; {REMOVE}")
+    if adapter is not None and torch.cuda.is_available():
+        problems.append(f"MODEL={adapter}: adapters are proven on CPUs alone so far; {adapter_files.MERGE} {adapter}")
     if problems:
         raise ConfigErrors(problems)
+    if adapter is not None:
+        adapter_files.read(adapter)  # what is wrong with it is said here, and not in the engine's process
+        args.additional_config = {ADAPTER_KEY: os.path.abspath(adapter)}
+        args.served_model_name = args.served_model_name or [named]
+        if args.tokenizer is None and os.path.isfile(os.path.join(adapter, "tokenizer_config.json")):
+            args.tokenizer = adapter
     longest = args.max_model_len if isinstance(args.max_model_len, int) and args.max_model_len > 0 else None
     positions = refuse({}, args.model, args.dtype, otherwise="use vllm serve")
     if longest is not None and longest > positions:
@@ -232,7 +244,14 @@ class Worker(_Worker):
     def load_model(self, *args: Untyped, **kwargs: Untyped) -> None:
         config = self.model_config.hf_config
         self._audited = audit_config(config, self.model_config.dtype, self.device)
-        super().load_model(*args, **kwargs)
+        directory = self.vllm_config.additional_config.get(ADAPTER_KEY)
+        adapter = None if directory is None else adapter_files.read(directory)
+        with adapters.expecting({} if adapter is None else adapter.ranks):
+            super().load_model(*args, **kwargs)
+        if adapter is not None:
+            with torch.no_grad():
+                self.model_runner.get_model().load_weights(iter(adapter.weights))
+            self._audited += f" with {lora.in_words(adapter.ranks)}"
 
     def compile_or_warm_up_model(self) -> Untyped:
         from rlinvariant.sampler.vllm_model import install

@@ -145,8 +145,6 @@ class DrawingTrainer(EpisodesTrainer):
         step = self.state.global_step
         if self._on_rollout is None or not self._versions.on_disk(step):
             return
-        if hasattr(self.model, "peft_config"):  # `replay`, which reads what is handed on, loads whole models
-            return
         with self._timed("save"):
             ranks = gather_object([batches])
             if not self.accelerator.is_main_process:

@@ -7,6 +7,7 @@ subject: training changes them at every step, and compares every token that it d
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -70,7 +71,7 @@ class Certificate(TypedDict):
         form: "full" or "short".
         date: UTC, as 2026-01-31T12:00:00Z.
         seconds: how long it took.
-        model: name, class, parameters, random_weights, weights_sha256, config.
+        model: name, class, adapters in words or None, parameters, random_weights, weights_sha256, config.
         subject: everything that decides the bits; see `subject`.
         environment, kernels, engine, sizes: the machine, the kernels used, the engine's options, how much was drawn.
         seed: of prompts, draws, batches and random weights.
@@ -98,19 +99,23 @@ class Certificate(TypedDict):
     speed: dict[str, Any]
 
 
-def subject(config: "PreTrainedConfig", dtype: str, eager: bool | None = None) -> JsonObject:
+def subject(
+    config: "PreTrainedConfig", dtype: str, eager: bool | None = None, ranks: Mapping[str, int] | None = None
+) -> JsonObject:
     """Return what decides the bits: architecture, dtype, device, CPU threads, versions, environment, and our own sources.
 
     Args:
         config: transformers' configuration of the model.
         dtype: of activations, "bfloat16" or "float32".
         eager: whether the engine runs without CUDA graphs and compilation; None for the default on this machine.
+        ranks: of LoRA adapters, by the names of their projections; None or none: there are none.
     """
     computes = {k: v for k, v in config.to_dict().items() if k not in DESCRIPTIVE_KEYS}
     return {
         "architecture": sha256(json.dumps(computes, sort_keys=True, default=str)),
         "dtype": dtype,
         "eager": not torch.cuda.is_available() if eager is None else eager,
+        **({"adapters": sha256(json.dumps(ranks, sort_keys=True))} if ranks else {}),
         **machine_subject(),
     }
 

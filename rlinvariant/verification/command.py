@@ -9,24 +9,27 @@ from rlinvariant.arguments import at_least
 from rlinvariant.errors import INTERRUPTED, NOT_EXACT, OK
 from rlinvariant.files import require_writable
 from rlinvariant.report.console import Console
-from rlinvariant.verification.options import Options
+from rlinvariant.verification.options import Options, add_lora, lora_config
 
 DESCRIPTION = """Is exact mode exact here, on this model? Draws with a real vLLM engine, scores with the trainer's model, and
 counts the log-probs that are not the same 32 bits: prefill, decode, chunks, cached prefixes, preemption, random batch
 compositions, micro-batches, weight sync; beside controls that must differ. Exit code 0: exact, and a certificate is written,
 which training looks for; 1: not exact, or not shown; 2: cannot run."""
-EXAMPLE = "rlinvariant verify Qwen/Qwen3-0.6B --short"
+EXAMPLE = """rlinvariant verify Qwen/Qwen3-0.6B --short
+rlinvariant verify Qwen/Qwen3-0.6B --lora r=16
+rlinvariant verify runs/words_lora/model"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `verify`."""
-    parser.add_argument("model", metavar="MODEL", help="a Hugging Face directory or hub id; no tokenizer is needed")
+    parser.add_argument("model", metavar="MODEL", help="a Hugging Face directory or hub id, or a PEFT adapter's directory")
     many = "compare at least so many sampled tokens with the trainer's; without it, about two minutes' worth"
     parser.add_argument("--tokens", type=at_least(1), metavar="N", help=many)
     short = "every relation with few tokens: under a minute for a tiny model, minutes for 100 million parameters on a CPU"
     parser.add_argument("--short", action="store_true", help=short)
     parser.add_argument("--random", action="store_true", help="random weights: of MODEL only the configuration is read")
-    parser.add_argument("--seed", type=at_least(0), metavar="N", default=0, help="decides prompts, batches and random weights")
+    add_lora(parser)
+    parser.add_argument("--seed", type=at_least(0), metavar="N", default=0, help="decides prompts, batches, random weights")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="dtype of activations")
     parser.add_argument("--eager", action="store_true", help="on a GPU: no CUDA graphs and compilation, to start sooner")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the certificate there too")
@@ -38,6 +41,7 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         UserError: what keeps it from running, in one line.
     """
+    options.lora = lora_config(options.lora)
     asked = Options(**{f.name: getattr(options, f.name) for f in dataclasses.fields(Options)})
     asked.require_sense()
     if options.out:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rlinvariant import ops
 from rlinvariant.bits import words
+from rlinvariant.models import lora
 from rlinvariant.sampler.drive import drive
 from rlinvariant.trainer.score import stock_score
 from rlinvariant.verification.pair import Pair
@@ -55,7 +56,8 @@ def _scored_again(pair: Pair, relation: Relation) -> None:
 
 def stale_weights(pair: Pair) -> Relation:
     """Score what was drawn before `relations.weight_sync` with the weights from after it: some differ by one bf16 ulp."""
-    relation = Relation("planted: the sampler's weights one sync old")
+    moved = "adapters" if lora.ranks(pair.model) else "weights"
+    relation = Relation(f"planted: the sampler's {moved} one sync old")
     _scored_again(pair, relation)
     return relation
 

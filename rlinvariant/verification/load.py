@@ -1,7 +1,7 @@
 """Load the parts that are verified, each as a run has it: the trainer's model, the engines, and the stock model."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,18 +11,21 @@ from transformers.utils import logging
 from rlinvariant import runtime
 from rlinvariant.conflicts import environment_conflicts
 from rlinvariant.errors import ConfigErrors, UserError, one_line
-from rlinvariant.models import UnsupportedModel, make_trainable, require_exact
+from rlinvariant.models import UnsupportedModel, lora, make_trainable, require_exact
 from rlinvariant.models.load import load
 from rlinvariant.models.random import save_random
 from rlinvariant.ops.linear import routes
 from rlinvariant.sampler.engine import Sampler, refuse
-from rlinvariant.types import JsonObject
+from rlinvariant.types import JsonObject, Untyped
+from rlinvariant.verification.adapters import Adapt
 from rlinvariant.verification.certificate import weights_sha256
 from rlinvariant.verification.compositions import ENGINE_REQUESTS
 from rlinvariant.verification.pair import Sizes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+    from rlinvariant.config import LoraConfig
 
 PAGE_TOKENS = {"cuda": 16, "cpu": 32}  # a page of the engine's cache: the least that vLLM takes, so that requests have many
 WITHOUT_PROOF = "invariance=off trains it without the proof"
@@ -52,9 +55,12 @@ def random_weights(config: "PreTrainedConfig", directory: str, seed: int) -> str
     return save_random(config, directory, seed)
 
 
-def trained(directory: str, dtype: str) -> "PreTrainedModel":
-    """Load what `InvariantGRPOTrainer` trains: fp32 masters on the device, patched and audited."""
-    model = masters(directory)
+def trained(directory: str, dtype: str, adapt: Adapt | None = None) -> Untyped:
+    """Load what `InvariantGRPOTrainer` trains: fp32 masters on the device, patched and audited.
+
+    With `adapt`, PEFT's model around one with parameters of `dtype`, which are frozen.
+    """
+    model = masters(directory) if adapt is None else adapt(stock(directory, dtype)).eval()
     try:
         require_exact(make_trainable(model, getattr(torch, dtype)))
     except UnsupportedModel as error:
@@ -64,9 +70,13 @@ def trained(directory: str, dtype: str) -> "PreTrainedModel":
 
 def masters(directory: str) -> "PreTrainedModel":
     """Load transformers' own model with fp32 parameters on the device."""
+    return _loaded(directory, torch.float32)
+
+
+def _loaded(directory: str, dtype: torch.dtype) -> "PreTrainedModel":
     logging.disable_progress_bar()
     try:
-        return load(AutoModelForCausalLM, directory, dtype=torch.float32, device_map=device()).eval()
+        return load(AutoModelForCausalLM, directory, dtype=dtype, device_map=device()).eval()
     except UserError as error:
         fix = "; --random needs the configuration alone" if isinstance(error.__cause__, OSError) else ""
         raise UserError(f"{error}{fix}") from error
@@ -74,7 +84,7 @@ def masters(directory: str) -> "PreTrainedModel":
 
 def stock(directory: str, dtype: str) -> "PreTrainedModel":
     """Load transformers' own model with parameters of `dtype` on the device."""
-    return load(AutoModelForCausalLM, directory, dtype=getattr(torch, dtype), device_map=device()).eval()
+    return _loaded(directory, getattr(torch, dtype))
 
 
 def options(sizes: Sizes, eager: bool) -> JsonObject:
@@ -84,14 +94,16 @@ def options(sizes: Sizes, eager: bool) -> JsonObject:
     return {**steps, "block_size": PAGE_TOKENS[device()], **more}
 
 
-def engine(directory: str, invariant: bool, dtype: str, options: JsonObject, sizes: Sizes) -> Sampler:
-    """Start an engine with room in its cache for these sizes, and keep it alive in `live_engines`."""
+def engine(
+    directory: str, invariant: bool, dtype: str, options: JsonObject, sizes: Sizes, ranks: Mapping[str, int] | None = None
+) -> Sampler:
+    """Start an engine with room in its cache for these sizes, and for adapters, and keep it alive in `live_engines`."""
     config = AutoConfig.from_pretrained(directory, trust_remote_code=False).get_text_config()
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * head * getattr(torch, dtype).itemsize
     cache_gib = (SPARE_CACHE_TOKENS + sizes.positions) * token_bytes / 2**30
     room = {"max_model_len": sizes.positions, "kv_cache_gib": cache_gib}
-    live_engines.append(Sampler(directory, invariant=invariant, dtype=dtype, **room, options=options))
+    live_engines.append(Sampler(directory, invariant=invariant, dtype=dtype, **room, options=options, ranks=ranks))
     return live_engines[-1]
 
 
@@ -106,11 +118,14 @@ def or_reason(make: Callable[[], Any]) -> Any:
         return f"not run: {one_line(error, 160)}"
 
 
-def description(model: str, random: bool, directory: str, trained: "PreTrainedModel") -> dict[str, object]:
+def description(model: str, random: bool, directory: str, trained: Untyped, asked: "LoraConfig | None") -> dict[str, object]:
     """Return what a certificate says of its model."""
+    ranks = lora.ranks(trained)
     return {
         "name": model,
-        "class": type(trained).__name__,
+        "class": type(trained.get_base_model() if ranks else trained).__name__,
+        "adapters": lora.in_words(ranks) if ranks else None,
+        "lora": None if asked is None else asked.settings(),
         "parameters": sum(p.numel() for p in trained.parameters()),
         "random_weights": random,
         "weights_sha256": weights_sha256(directory),

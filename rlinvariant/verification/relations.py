@@ -9,6 +9,7 @@ import random
 import torch
 from torch import Tensor
 
+from rlinvariant.models import lora
 from rlinvariant.rollout import request_seed
 from rlinvariant.sampler.drive import Request
 from rlinvariant.trainer.packing import pack
@@ -123,7 +124,8 @@ def _gradients(pair: Pair) -> dict[str, Tensor]:
     ids, mask, length = padded(prompts, drawn, Layout(4))
     device = next(pair.model.parameters()).device
     packed = pack(ids.to(device), mask.to(device), length)
-    first = dict(pair.model.base_model.layers[0].named_parameters())
+    layer = lora.without_peft(pair.model).base_model.layers[0]
+    first = {name: p for name, p in layer.named_parameters() if p.requires_grad}  # of a model in PEFT, its adapters
     needed = {p: p.requires_grad for p in pair.model.parameters()}
     try:
         for p in needed:  # all gradients of a large model would not fit beside an engine
@@ -150,17 +152,18 @@ def _layout(pair: Pair, name: str, layout: Layout) -> Relation:
 def weight_sync(pair: Pair) -> Relation:
     """Move every weight, as an optimizer step does, sync the engine, and draw while old prefixes could still be in the cache.
 
-    Both sides keep the new weights: later checks run with other weights than `pair.batch` was drawn with.
+    Of a model in PEFT, adapters alone move, and are synced. Both sides keep the new weights: later checks run with other
+    weights than `pair.batch` was drawn with.
     """
     relation, requests = Relation("weight sync: sampler = trainer"), basic_requests(pair, salt=1)
     pair.draw(requests)
     generator = torch.Generator("cpu").manual_seed(pair.seed)
     with torch.no_grad():
-        for p in pair.model.parameters():
+        for p in filter(lambda p: p.requires_grad, pair.model.parameters()):
             noise = torch.rand(p.shape[-1:], generator=generator).to(p.device, p.dtype)
             p.mul_(1 + RELATIVE_WEIGHT_CHANGE * (noise - 0.5))
-    pair.sampler.sync(pair.model.named_parameters())
-    differing = pair.sampler.differing_weights(pair.model.named_parameters())
+    pair.sampler.sync(lora.moving(pair.model))
+    differing = pair.sampler.differing_weights(lora.pairs(pair.model))
     pair.against_trainer(relation, requests, pair.draw(requests, cold=False))
     relation.how = f"{len(differing)} parameters differ after the sync"
     relation.shown &= not differing

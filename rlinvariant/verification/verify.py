@@ -10,10 +10,12 @@ from typing import Any, Literal
 import torch
 
 from rlinvariant import runtime
+from rlinvariant.config import LoraConfig
 from rlinvariant.errors import UserError, one_line
-from rlinvariant.model_source import local_model
+from rlinvariant.model_source import base_and_adapter
+from rlinvariant.models import lora as adapted
 from rlinvariant.report.console import Console
-from rlinvariant.verification import certificate, controls, load, relations, speed, table, truncation, turns
+from rlinvariant.verification import adapters, certificate, controls, load, relations, speed, table, truncation, turns
 from rlinvariant.verification.certificate import Certificate
 from rlinvariant.verification.compositions import compositions
 from rlinvariant.verification.ladder import ladder
@@ -21,6 +23,7 @@ from rlinvariant.verification.options import Options
 from rlinvariant.verification.pair import FULL_SIZES, SHORT_SIZES, Pair
 from rlinvariant.verification.relation import Relation
 
+ADAPTER_CONTROLS = (adapters.without, adapters.merged, adapters.without_padding)
 COMPOSITION_SECONDS = 110  # spent on random compositions where `tokens` does not say how many
 
 
@@ -33,6 +36,7 @@ def verify(
     seed: int = 0,
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
     eager: bool = False,
+    lora: LoraConfig | None = None,
     console: Console | None = None,
 ) -> Certificate:
     """Find out whether exact mode is exact here, on this model, and return the certificate, exact or not.
@@ -41,19 +45,20 @@ def verify(
     certificate is returned and not kept: the command `rlinvariant verify` also writes it to where exact training looks.
 
     Args:
-        model: directory or hub id of a checkpoint; with `random`, of a configuration.
+        model: directory or hub id of a checkpoint, or directory of a PEFT adapter; with `random`, of a configuration.
         tokens: least number of sampled tokens to compare with the trainer's; None: as many as fit into about two minutes.
         short: run every relation with few tokens, and do not measure speed. Not together with `tokens`.
         random: use random weights.
         seed: decides prompts, draws, batches and random weights.
         dtype: of activations.
         eager: on a GPU, run the engine without CUDA graphs and compilation, to start sooner.
+        lora: put LoRA adapters of this shape, with random values, around the model.
         console: prints the table as it grows; None: nothing is printed.
 
     Raises:
         UserError: the model cannot be loaded, cannot run exactly, or does not fit the memory; or an option makes no sense.
     """
-    return verify_with(Options(model, tokens, short, random, seed, dtype, eager), console or Console(main_process=False))
+    return verify_with(Options(model, tokens, short, random, seed, dtype, eager, lora), console or Console(main_process=False))
 
 
 def verify_with(asked: Options, console: Console) -> Certificate:
@@ -94,30 +99,41 @@ class _Parts:
 
     def __init__(self, asked: Options, scratch: str, console: Console) -> None:
         self.asked = asked
-        source = local_model(asked.model)
+        source, directory = base_and_adapter(asked.model)
         self.config = load.configuration(source, asked.dtype)
         text_config = self.config.get_text_config()
         self.sizes = (SHORT_SIZES if asked.short else FULL_SIZES).within(text_config.max_position_embeddings)
         with console.stage("loading the model, as the trainer does"):
             self.directory = load.random_weights(self.config, scratch, asked.seed) if asked.random else source
-            self.trained = load.trained(self.directory, asked.dtype)
+            self.adapt = adapters.adapt(directory, asked.lora, asked.seed)
+            self.trained = load.trained(self.directory, asked.dtype, self.adapt)
+        self.ranks = adapted.ranks(self.trained)
         for line in table.head(asked.model, self.trained, asked.random, asked.dtype, asked.seed):
             console.print(line)
         self.engine_options = load.options(self.sizes, asked.eager)
         with console.stage("starting the vLLM engine"):
-            self.sampler = load.engine(self.directory, True, asked.dtype, self.engine_options, self.sizes)
+            self.sampler = load.engine(self.directory, True, asked.dtype, self.engine_options, self.sizes, self.ranks)
+            self.sampler.sync(adapted.adapters(self.trained))
         self.pair = Pair(self.trained, self.sampler, self.sizes, asked.seed, text_config.vocab_size)
 
     @functools.cached_property
     def plain_model(self) -> Any:
-        """Return transformers' own model, or in words why there is none."""
-        return load.or_reason(lambda: load.stock(self.directory, self.asked.dtype))
+        """Return transformers' own model, or PEFT's around it, or in words why there is none."""
+        adapt = self.adapt or (lambda model: model)
+        return load.or_reason(lambda: adapt(load.stock(self.directory, self.asked.dtype)).eval())
 
     @functools.cached_property
     def plain_engine(self) -> Any:
-        """Return vLLM's own engine, or in words why there is none."""
+        """Return vLLM's own engine, with adapters merged into its weights, or in words why there is none."""
         options = self.engine_options | ({"enforce_eager": True} if self.asked.short else {})
-        return load.or_reason(lambda: load.engine(self.directory, False, self.asked.dtype, options, self.sizes))
+
+        def make() -> Any:
+            engine = load.engine(self.directory, False, self.asked.dtype, options, self.sizes)
+            if self.ranks:
+                engine.sync(adapted.merged(self.trained))
+            return engine
+
+        return load.or_reason(make)
 
 
 def _verify(asked: Options, scratch: str, console: Console) -> Certificate:
@@ -145,8 +161,8 @@ def _verify(asked: Options, scratch: str, console: Console) -> Certificate:
         "form": "short" if asked.short else "full",
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "seconds": round(time.monotonic() - began, 1),
-        "model": load.description(asked.model, asked.random, parts.directory, parts.trained),
-        "subject": certificate.subject(parts.config, asked.dtype, eager),
+        "model": load.description(asked.model, asked.random, parts.directory, parts.trained, asked.lora),
+        "subject": certificate.subject(parts.config, asked.dtype, eager, parts.ranks),
         "environment": certificate.environment(),
         "kernels": load.kernels(),
         "engine": parts.engine_options,
@@ -175,6 +191,7 @@ def _checks(parts: _Parts) -> list[Callable[[], Relation]]:
         *([] if on_gpu else [lambda: truncation.all_tokens(pair)]),
         lambda: controls.stock_attention(pair),
         lambda: controls.stock_trainer(pair, parts.plain_model),
+        *([functools.partial(check, pair) for check in ADAPTER_CONTROLS] if parts.ranks else []),
         lambda: relations.weight_sync(pair),
         lambda: controls.stale_weights(pair),
         lambda: controls.stock_both(pair, parts.plain_model, parts.plain_engine),

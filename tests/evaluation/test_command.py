@@ -116,7 +116,7 @@ def test_a_scripts_run_is_evaluated_with_settings_that_are_given(arithmetic_dir,
 
 def test_a_name_of_a_wheel_is_made_a_directory_first(arithmetic_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(evaluation, "local_model", lambda name: arithmetic_dir if name == "smollm2-135m-instruct" else name)
+    monkeypatch.setattr(evaluation, "base_and_adapter", lambda name: (arithmetic_dir, None))
     rewards = ["reward=rewards.py:needs"]
     Path("rewards.py").write_text(REWARDS)
     with pytest.raises(ConfigErrors, match="nothing_has_it"):  # beyond the model's loading

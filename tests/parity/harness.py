@@ -39,12 +39,20 @@ def load(path: str, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def start_engine(
-    path: str, *, invariant: bool = True, dtype: str = "bfloat16", kv_bytes: int = 64 << 20, longest: int = 192, **options: Any
+    path: str,
+    *,
+    invariant: bool = True,
+    dtype: str = "bfloat16",
+    kv_bytes: int = 64 << 20,
+    longest: int = 192,
+    ranks: Any = None,
+    **options: Any,
 ) -> Sampler:
     """Start an engine without compilation, which takes a minute, unless `enforce_eager=False` asks for it."""
     options = {"max_num_seqs": 64, "max_num_batched_tokens": 2048, "block_size": BLOCK, "enforce_eager": True} | options
     gib = kv_bytes / 2**30
-    engine = Sampler(path, invariant=invariant, dtype=dtype, max_model_len=longest, kv_cache_gib=gib, options=options)
+    room = {"max_model_len": longest, "kv_cache_gib": gib}
+    engine = Sampler(path, invariant=invariant, dtype=dtype, **room, options=options, ranks=ranks)
     engine._end.atexit = False  # the process ends as it is: taking an engine apart takes seconds
     return engine
 

@@ -13,9 +13,12 @@ from transformers import AutoModelForCausalLM
 from rlinvariant.models import lora, make_trainable
 from rlinvariant.models.families import FAMILIES
 from rlinvariant.models.random import save_random
+from rlinvariant.ops.lora import RANK_STEP
 from rlinvariant.sampler import adapters
 from rlinvariant.sampler.engine import Sampler
-from rlinvariant.verification.relations import alone, one_by_one, sampler_and_trainer
+from rlinvariant.verification.adapters import merged, without, without_padding
+from rlinvariant.verification.controls import stale_weights
+from rlinvariant.verification.relations import alone, checkpointed, one_by_one, sampler_and_trainer, weight_sync
 from rlinvariant.verification.start import pair_of
 from tests.parity.device import DEVICE, cpu_only
 
@@ -50,7 +53,7 @@ def sides(request, tmp_path_factory) -> Iterator[Any]:
     sampler.close()
 
 
-@pytest.mark.parametrize("relation", [sampler_and_trainer, alone, one_by_one])
+@pytest.mark.parametrize("relation", [sampler_and_trainer, alone, one_by_one, checkpointed])
 def test_both_sides_have_the_same_bits(sides, relation):
     found = relation(sides.pair)
     assert found.mismatched == 0 and found.compared > 50 and found.holds
@@ -104,21 +107,59 @@ def test_adapters_are_synced_alone(sides):
         sides.sampler.sync(lora.adapters(sides.model))
 
 
-@pytest.mark.parametrize("fault", ["no adapters", "merged into the base"])
-def test_another_function_is_found(sides, fault):
-    """Controls: an engine that ignores adapters; and TRL's way, weights into which adapters are merged."""
-    pairs = dict(lora.pairs(sides.model))
-    for name in [name for name in pairs if name.endswith(lora.B)]:
-        a, b = pairs[name.replace(lora.B, lora.A)], pairs[name]
-        if fault == "merged into the base":
-            weight = f"{name.removesuffix(lora.B)}weight"
-            pairs[weight] = pairs[weight].float() + b.float() @ a.float()
-        pairs[name] = torch.zeros_like(b)
+@pytest.mark.parametrize("control", [without, merged], ids=["no adapters", "merged into the base"])
+def test_another_function_is_found(sides, control):
+    """Controls of `verify`: an engine that ignores adapters; and TRL's way, weights into which adapters are merged."""
+    sampler_and_trainer(sides.pair)
+    found = control(sides.pair)
+    assert found.mismatched > 0.5 * found.compared > 0
+    assert ("nats away" in found.how) is (control is merged)
+    assert sides.sampler.differing_weights(lora.pairs(sides.model)) == [], "and the engine is as it was"
+
+
+def test_the_controls_see_nothing_where_adapters_are_zero(sides):
+    """Controls of the controls: with B = 0, an engine without adapters, or with merged ones, is the same function."""
+    layers = [m for m in sides.model.modules() if lora.is_lora(m)]
+    before = [layer.lora_B["default"].weight.detach().clone() for layer in layers]
     try:
-        sides.sampler.sync(pairs.items())
-        found = sampler_and_trainer(sides.pair)
-        assert found.mismatched > 0.5 * found.compared
+        with torch.no_grad():
+            for layer in layers:
+                layer.lora_B["default"].weight.zero_()
+        sides.sampler.sync(lora.adapters(sides.model))
+        sampler_and_trainer(sides.pair)
+        assert [control(sides.pair).mismatched for control in (without, merged)] == [0, 0]
     finally:
+        with torch.no_grad():
+            for layer, weight in zip(layers, before, strict=True):
+                layer.lora_B["default"].weight.copy_(weight)
+        sides.sampler.sync(lora.adapters(sides.model))
+
+
+def test_the_rank_is_padded_where_that_is_called_for(sides):
+    """The control says what it saw: on the CPUs that were tried, zeros beyond the rank change no bit."""
+    sampler_and_trainer(sides.pair)
+    found = without_padding(sides.pair)
+    ranks = set(lora.ranks(sides.model).values())
+    padded = any(rank % RANK_STEP["cpu"] for rank in ranks)
+    assert found.name.startswith("stock") and found.shown is padded is (found.compared > 0)
+    assert padded or found.how.startswith("not run: every rank is a multiple of 16")
+    assert RANK_STEP == {"cpu": 16, "cuda": 64}, "and padding is on again"
+
+
+def test_adapters_alone_are_moved_and_synced(sides):
+    """`verify`'s sync: sampler and trainer stay equal, and what was drawn before is seen to be a sync old."""
+    before = {name: p.detach().clone() for name, p in sides.model.named_parameters()}
+    sampler_and_trainer(sides.pair)
+    try:
+        synced, stale = weight_sync(sides.pair), stale_weights(sides.pair)
+        assert synced.holds and synced.compared > 50
+        assert stale.mismatched > 0 and stale.name == "planted: the sampler's adapters one sync old"
+        moved = {name for name, p in sides.model.named_parameters() if not torch.equal(p, before[name])}
+        assert moved == {name for name in before if "lora_" in name}
+    finally:
+        with torch.no_grad():
+            for name, p in sides.model.named_parameters():
+                p.copy_(before[name])
         sides.sampler.sync(lora.pairs(sides.model))
 
 

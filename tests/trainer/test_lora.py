@@ -2,6 +2,7 @@
 
 import json
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,16 +12,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig
 
 import rlinvariant
-from rlinvariant import bits
-from rlinvariant.errors import ParityError
+from rlinvariant import bits, replay
+from rlinvariant.errors import ParityError, UserError
 from rlinvariant.models import lora
+from rlinvariant.rollout import Rollout
+from tests import commands
 from tests.parity.device import CUDA, cpu_only
 from tests.parity.harness import questions, variety
 
 pytestmark = cpu_only("adapters are refused on a GPU so far")
 
 
-def trained(directory: str, output: Any, resume: str | None = None, model: Any = None, **changes: Any):
+def trained(directory: str, output: Any, resume: str | None = None, model: Any = None, on_rollout: Any = None, **changes: Any):
     settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "learning_rate": 1e-2, "beta": 0.0, **changes}
     args = GRPOConfig(
         str(output),
@@ -44,6 +47,7 @@ def trained(directory: str, output: Any, resume: str | None = None, model: Any =
         **({} if model is not None else {"peft_config": LoraConfig(r=4, lora_alpha=16, target_modules="all-linear")}),
         sampler_options={"max_model_len": 64, "kv_cache_gib": 0.02, "options": {"enforce_eager": True}},
         on_row=lambda row, mismatch: rows.append(row),
+        on_rollout=on_rollout,
     )
     trainer.train(resume_from_checkpoint=resume)
     return trainer, rows
@@ -51,7 +55,8 @@ def trained(directory: str, output: Any, resume: str | None = None, model: Any =
 
 def test_adapters_train_exactly_and_resume_bit_for_bit(arithmetic_dir, tmp_path):
     """TRL keeps a reference as an adapter of its own: where that was saved too, a resumed run began from it."""
-    trainer, rows = trained(arithmetic_dir, tmp_path, beta=0.1)
+    drawn: dict[int, Rollout] = {}
+    trainer, rows = trained(arithmetic_dir, tmp_path, beta=0.1, on_rollout=drawn.__setitem__)
     assert [row["onpolicy/mismatched_tokens"] for row in rows] == [0, 0]
     assert all(row["onpolicy/coverage"] == 1 and row["onpolicy/compared_tokens"] >= 64 for row in rows)
     assert rows[0]["grad_norm"] > 0 and trainer.proof["mismatched"] == 0
@@ -70,12 +75,43 @@ def test_adapters_train_exactly_and_resume_bit_for_bit(arithmetic_dir, tmp_path)
         if "lora_" in name and ".default." in name:
             assert bits.same(theirs[name].to(weight), weight), f"{name}, as peft loads it"
 
+    replayed(tmp_path / "checkpoint-1", drawn[2], trainer.sampler)
+
     again, more = trained(arithmetic_dir, tmp_path / "again", resume=str(tmp_path / "checkpoint-1"), beta=0.1)
     assert len(more) == 1 and more[0]["onpolicy/mismatched_tokens"] == 0
     for (name, weight), (_, right) in zip(again.model.named_parameters(), trainer.model.named_parameters(), strict=True):
         assert bits.same(weight, right), f"{name} after a resume"
     names = {path.name for path in again.publish().iterdir()}
     assert "adapter_model.safetensors" in names and "ref" not in names
+
+
+def replayed(checkpoint: Path, rollout: Rollout, sampler: Any) -> None:
+    """Replay a step from the adapters that it began with; others are refused by their hash."""
+    about = {"invariance": "exact", "dtype": "bfloat16"}
+    model = replay.load_model(str(checkpoint), rollout, about, 2)
+    *found, ulp = replay.relations(rollout, model, sampler, "bfloat16", True)
+    assert [relation.mismatched for relation in found] == [0, 0, 0] and found[0].compared > 50 and ulp.mismatched > 0
+    with pytest.raises(UserError, match="has other weights"):
+        replay.load_model(str(checkpoint.with_name("checkpoint-2")), rollout, about, 2)
+
+
+@pytest.mark.slow
+def test_the_commands_take_a_run_of_adapters(arithmetic_dir, tmp_path, capsys, monkeypatch):
+    """Step 1 is replayed from the adapters that the run has kept of its start, step 2 from a checkpoint."""
+    monkeypatch.chdir(tmp_path)
+    sizes = ["trainer.per_device_train_batch_size=8", "trainer.num_generations=4", "trainer.max_completion_length=12"]
+    saving = ["trainer.save_strategy=steps", "trainer.save_steps=1"]
+    recipe = [
+        f"recipe={Path(__file__).parent / 'tiny_recipe.py'}",
+        f"model={arithmetic_dir}",
+        "run=adapters",
+        "lora.r=4",
+        "wandb.mode=disabled",
+    ]
+    assert commands.run("train", *recipe, "steps=2", *sizes, *saving) in (0, None)
+    for step in (1, 2):
+        assert commands.run("replay", "runs/adapters", "--step", str(step)) == 0
+        assert f"exact: step {step} was replayed bit for bit" in capsys.readouterr().out
 
 
 def test_the_start_sees_whether_adapters_count(arithmetic_dir, tmp_path, monkeypatch):

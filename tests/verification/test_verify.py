@@ -14,9 +14,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rlinvariant import ops
+from rlinvariant.config import LoraConfig
 from rlinvariant.errors import UserError
-from rlinvariant.models import make_trainable, unsupported
+from rlinvariant.models import lora, make_trainable, unsupported
 from rlinvariant.models.families import FAMILIES
+from rlinvariant.models.random import save_random
 from rlinvariant.report.console import Console
 from rlinvariant.rollout import Completion
 from rlinvariant.sampler import vllm_linear
@@ -25,6 +27,7 @@ from rlinvariant.verification import certificate, compositions, controls, ladder
 from rlinvariant.verification.pair import FULL_SIZES, SHORT_SIZES, Pair, Sizes
 from rlinvariant.verification.relation import Relation
 from tests import commands, forks
+from tests.parity.device import cpu_only
 from tests.parity.harness import off_by_an_ulp
 from tests.verification.certificates import a_certificate
 
@@ -44,9 +47,9 @@ def cache(tmp_path, monkeypatch) -> Path:
 def verified(tmp_path):
     """Verify a random model of a family, print the table, and return the certificate."""
 
-    def run(family: str) -> certificate.Certificate:
+    def run(family: str, **options: Any) -> certificate.Certificate:
         FAMILIES[family]().save_pretrained(tmp_path / family)
-        return verify.verify(str(tmp_path / family), random=True, short=True, console=Console())
+        return verify.verify(str(tmp_path / family), random=True, short=True, console=Console(), **options)
 
     return run
 
@@ -75,6 +78,31 @@ def test_every_supported_family_is_exact(verified, family):
     # the stock engine has decorated the class of a family that vLLM has no model of; others of that class still work here
     model = AutoModelForCausalLM.from_config(FAMILIES[family]())
     assert model(input_ids=torch.arange(5)[None]).logits.shape[1] == 5
+
+
+@cpu_only("adapters are refused on a GPU so far")
+@pytest.mark.slow
+def test_adapters_are_certified(verified, tmp_path):
+    """Random ones by their shape, and a directory's own: of that, one with B = 0 proves nothing."""
+    found = verified("llama", lora=LoraConfig(r=8))
+    assert found["exact"] and found["mismatched"] == 0 and found["tokens"] > 900
+    about = certificate.subject(FAMILIES["llama"](), "bfloat16", ranks={"model.layers.0.self_attn.q_proj": 8})
+    assert found["subject"]["adapters"] and found["model"]["adapters"].startswith("LoRA adapters, r 8, on 14 projections")
+    assert about["adapters"] != found["subject"]["adapters"] and "adapters" not in certificate.subject(
+        FAMILIES["llama"](), "bfloat16"
+    )
+    planted = {c["name"]: c["mismatched"] for c in found["controls"] if c["name"].startswith("planted")}
+    assert len(planted) == 6 and all(planted.values())
+    assert sum("adapters" in name for name in planted) == 3
+    assert "nats away on average" in str(found["controls"]) and "rank not padded" in str(found["controls"])
+
+    base = str(save_random(FAMILIES["llama"](), tmp_path / "base"))
+    model = lora.applied(AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=4).peft_config(), 0)
+    model.save_pretrained(tmp_path / "new")
+    found = verify.verify(str(tmp_path / "new"), short=True)
+    assert not found["exact"] and found["mismatched"] == 0, "who ignores adapters computes the same"
+    blind = {c["name"] for c in found["controls"] if c["blind"]}
+    assert "planted: the sampler without its adapters" in blind
 
 
 def test_a_fault_in_the_sampler_is_no_certificate(verified, monkeypatch, capsys):
@@ -272,6 +300,9 @@ def test_the_command_from_outside(how, tmp_path):
         (["m", "--tokens", "0"], "0: expected a whole number of at least 1"),
         (["m", "--tokens", "9", "--short"], "--tokens 9 with --short"),
         (["m", "--dtype", "float16"], "float16"),
+        (["m", "--lora", "r=0"], r"--lora r=0: expected a rank"),
+        (["m", "--lora", "r=x"], r"--lora r=x: expected int"),
+        (["m", "--lora", "rank=8"], r"--lora rank=8: unknown key"),
     ],
 )
 def test_a_wrong_command_line_is_one_line(argv, message, tmp_path, monkeypatch):
