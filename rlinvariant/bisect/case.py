@@ -265,7 +265,7 @@ class Case:
             yield from variants.linear(x["x"], weight, w[1], self.sides[side].block.together)
         elif op == "lora_linear" and x:
             given: Any = w if len(w) == len(ADAPTED) else self.weights(other_side(side))  # it may ignore the other's
-            yield from variants.lora_linear(x["x"], *given, self.sides[side].block.together)
+            yield from variants.lora_linear(x["x"], self.sides[side].block.together, *given)
         elif op == "rms_norm" and x and weight is not None:
             yield from variants.rms_norm(x["x"], weight, eps)
         elif op == "add_rms_norm" and len(x) == 2 and weight is not None:

@@ -47,7 +47,7 @@ def linear(x: Tensor, w: Tensor, b: Tensor | None, together: int) -> Variants:
         yield f"torch's own linear on {rows} rows: a stock kernel", F.linear(x.expand(rows, k).contiguous(), cast, bias)[0]
 
 
-def lora_linear(x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, together: int) -> Variants:
+def lora_linear(x: Tensor, together: int, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Variants:
     """Vary `ops.lora_linear`: x [K], w [N, K], bias [N] or None, a [R, K] and b [N, R], `together` rows in the call."""
     dtype, wide = x.dtype, widened_by(x[None], a.to(x.dtype))[0]
     without = ops.linear(x[None], w, bias)[0]
