@@ -154,6 +154,23 @@ OPTIM = Section(
         Metric("num_tokens", "tokens of prompts and completions that the run has drawn", "tokens"),
     ),
 )
+PROMPTS = Section(
+    "turns and prompts",
+    "Of what the step drew. What comes from the prefix cache depends, as clocks do, on which requests meet in an engine, and "
+    "changes no bit.",
+    "every",
+    (
+        Metric("rollout/turns", "turns that were drawn / completions; NaN in a step that draws none", "turns"),
+        Metric("perf/prefill_tokens", "tokens of prompts that the sampler computed", "tokens"),
+        Metric("perf/cached_tokens", "tokens of prompts that the sampler took from its prefix cache", "tokens"),
+        Metric(
+            "perf/later_prefill_tokens",
+            "of `perf/prefill_tokens`, those of turns after a sample's first: what was said since, and what fills no page",
+            "tokens",
+        ),
+        Metric("perf/later_cached_tokens", "of `perf/cached_tokens`, those of turns after a sample's first", "tokens"),
+    ),
+)
 TIME = Section(
     "time",
     "Each is that of the slowest rank.",
@@ -161,6 +178,7 @@ TIME = Section(
     (
         Metric("step_time", "the whole step by the clock, checkpoint and log included", "seconds"),
         Metric("time/rollout", "sampling", "seconds"),
+        Metric("time/tools", "tools and environments, and what chat template and tokenizer make of their results", "seconds"),
         Metric("time/score", "log-probs in a pass of their own, which exactness makes needless, and rewards", "seconds"),
         Metric("time/train", "forward, backward, optimizer", "seconds"),
         Metric("time/sync", "weights from the trainer to the sampler", "seconds"),
@@ -241,7 +259,7 @@ EVALUATION = Section(
         Metric("eval_runtime", "the evaluation by the clock", "seconds"),
     ),
 )
-SECTIONS = (ONPOLICY, REWARD, COMPLETIONS, POLICY, OPTIM, TIME, PPO, SOME, EVALUATION)
+SECTIONS = (ONPOLICY, REWARD, COMPLETIONS, PROMPTS, POLICY, OPTIM, TIME, PPO, SOME, EVALUATION)
 
 
 def keys(*sections: Section) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 import hashlib
 import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from itertools import groupby
 from typing import Any
 
@@ -17,10 +17,13 @@ class Completion:
     Args:
         token_ids: the sampled tokens, the end token included when it was sampled.
         sampler_logprobs: one fp32 value per token, held in Python floats (which hold every fp32 exactly).
+        cached_tokens: how many of its prompt's tokens came from the prefix cache: the engine's work, which two equal ones may
+            differ in.
     """
 
     token_ids: list[int]
     sampler_logprobs: list[float]
+    cached_tokens: int = field(default=0, compare=False)
 
     def __post_init__(self) -> None:
         if len(self.token_ids) != len(self.sampler_logprobs):

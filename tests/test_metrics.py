@@ -35,11 +35,12 @@ onpolicy/is_ratio/{min,mean,max}  onpolicy/is_ess  onpolicy/is_clipped_frac
 onpolicy/group_unique_frac  onpolicy/weights_equal  onpolicy/weight_version_lag  onpolicy/exact_streak_tokens
 onpolicy/mismatched_tokens_total  onpolicy/masked_tokens
 reward  reward_std  frac_reward_zero_std  reward/{errors,timeouts,crashes}
-completions/{mean_length,min_length,max_length,clipped_ratio}  rollout/empty_frac
+completions/{mean_length,min_length,max_length,clipped_ratio}  rollout/{empty_frac,turns}
 completions/{mean_terminated_length,min_terminated_length,max_terminated_length}
 entropy  clip_ratio/region_mean  policy/approx_kl
 loss  grad_norm  learning_rate  num_tokens
-step_time  time/{rollout,score,train,sync,save}  perf/{sampler_tok_s,trainer_tok_s}
+step_time  time/{rollout,tools,score,train,sync,save}  perf/{sampler_tok_s,trainer_tok_s}
+perf/{prefill_tokens,cached_tokens,later_prefill_tokens,later_cached_tokens}
 """
 COUNTS = ("mismatched_tokens", "compared_tokens", "unscored_tokens")
 

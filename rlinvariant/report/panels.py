@@ -221,6 +221,15 @@ PANELS = (
         scale="from zero",
         notice="Exact arms skip the pass over old log-probs, and pack.",
     ),
+    Panel(
+        section=SPEED,
+        title="Cached prompt tokens for each computed one",
+        keys=("perf/cached_tokens", "perf/prefill_tokens"),
+        unit="ratio",
+        scale="from zero",
+        notice="A group shares its prompt, and a turn costs its new tokens alone.",
+    ),
+    Panel(SPEED, "Tools", ("time/tools",), "seconds", "from zero", "Tools and environments; 0 without them."),
     Panel(SPEED, "Whole step", ("step_time",), "seconds", "from zero", "Rollout, scoring, training, weight sync."),
 )
 

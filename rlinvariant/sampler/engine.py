@@ -117,7 +117,8 @@ def reported(outputs: Sequence[Untyped]) -> list[Completion]:
     for output in outputs:
         ids = list(output.outputs[0].token_ids)
         table: Any = output.outputs[0].logprobs
-        completions.append(Completion(ids, [row[i].logprob for i, row in zip(ids, table, strict=True)]))
+        logprobs = [row[i].logprob for i, row in zip(ids, table, strict=True)]
+        completions.append(Completion(ids, logprobs, output.num_cached_tokens or 0))
     return completions
 
 
@@ -320,7 +321,7 @@ class Sampler:
             tokens, logprobs = drawn.get(output.request_id, ([], []))
             if tokens[: len(ids)] != ids:
                 raise RuntimeError(f"request {output.request_id}: vLLM's tokens are not those that were drawn for it")
-            completions.append(Completion(ids, logprobs[: len(ids)]))
+            completions.append(Completion(ids, logprobs[: len(ids)], output.num_cached_tokens or 0))
         return completions
 
     def sync(self, weights: Iterable[tuple[str, Tensor]]) -> None:

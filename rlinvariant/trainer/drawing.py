@@ -12,7 +12,6 @@ the model said to that. A rank draws as many turns as its own samples take: with
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from itertools import chain, zip_longest
 from typing import Any
@@ -124,12 +123,14 @@ class DrawingTrainer(EpisodesTrainer):
         limits = [limit if max_tokens is None else min(limit, max_tokens) for limit in limits]
         seeds = self._turns.seeds(samples)
         asked = [i for i, limit in enumerate(limits) if limit > 0]
+        later = self._turns.later(samples)
         drawn = [Completion([], []) for _ in prompts]
         if asked:
             batch = self._ask([prompts[i] for i in asked], [seeds[i] for i in asked], [limits[i] for i in asked])
             self._turns.batches.append(batch)
             for i, completion in zip(asked, batch.completions, strict=True):
                 drawn[i] = completion
+                self._now.count_prompt(len(prompts[i]), completion.cached_tokens, later[i])
         self._turns.add(prompts, samples, drawn)
         return drawn
 
@@ -208,10 +209,6 @@ class DrawingTrainer(EpisodesTrainer):
         """Yield those of `_weights` that training moves: of a model in PEFT, its adapters alone."""
         adapters = [] if older is not None else [*lora.adapters(self.accelerator.unwrap_model(self.model))]
         return adapters or self._weights(older)
-
-    def _timed(self, part: str) -> AbstractContextManager[None]:
-        """Count a block's seconds, but not those that an evaluation between two steps takes."""
-        return self._record.timed(part) if self.model.training else nullcontext()
 
     # ---- over a resume
 

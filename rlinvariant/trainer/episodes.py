@@ -85,7 +85,8 @@ class Episodes:
         run, step, group = self._seeds
         place = self.place(index)
         seed = request_seed(run, step, place.sample // group, EPISODES)
-        return self._calls.reset(environment, reset, with_seed(reset, row, seed), place)
+        with self._trainer._timed("tools"):
+            return self._calls.reset(environment, reset, with_seed(reset, row, seed), place)
 
     def place(self, index: int) -> Place:
         """Return where a sample of this rank stands."""
@@ -170,7 +171,8 @@ class EpisodesTrainer(MeasuredTrainer):
         self._episodes.conversations = completions
         own = result = None
         try:
-            result = super()._tool_call_loop(prompts, prompt_ids, completion_ids, completions, *args, **kwargs)
+            with self._timed("tools"):  # without what `rollout` counts inside
+                result = super()._tool_call_loop(prompts, prompt_ids, completion_ids, completions, *args, **kwargs)
         except OverdueReward as overdue:  # a coroutine that holds TRL's event loop: no tool can be called on it again
             own = UserError(str(overdue))
             watchdog().abandon()

@@ -15,6 +15,7 @@ N: completions of all ranks, F: reward functions.
 
 import math
 import time
+from contextlib import AbstractContextManager, nullcontext
 from itertools import chain, zip_longest
 from typing import Any
 
@@ -67,6 +68,10 @@ class MeasuredTrainer(CollectingTrainer):
     def _now(self) -> StepRecord:
         """Return what is being recorded: the step, or an evaluation."""
         return self._record if self.model.training else self._evaluation
+
+    def _timed(self, part: str) -> AbstractContextManager[None]:
+        """Count a block's seconds, but not those that an evaluation between two steps takes."""
+        return self._record.timed(part) if self.model.training else nullcontext()
 
     # ---- what is kept
 

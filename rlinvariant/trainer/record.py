@@ -17,7 +17,7 @@ from rlinvariant.trainer.samples import Samples
 from rlinvariant.trainer.turns import sampled_mask
 from rlinvariant.types import Untyped
 
-PARTS = ("rollout", "score", "train", "sync", "save")
+PARTS = ("rollout", "tools", "score", "train", "sync", "save")
 """The parts of a step whose seconds are counted, each on its own: none is part of another."""
 
 FAILURES = {"error": "errors", "timeout": "timeouts", "crash": "crashes"}
@@ -94,6 +94,8 @@ class StepRecord:
         corrected: of each rollout, the differences and the weights of TRL's correction, where it is on; two arrays, fp32.
         seconds: wall time of each of PARTS.
         failures: how many failures of reward functions were survived, by kind.
+        prompts: how many `requests` were drawn, and of their prompts how many tokens were computed and how many came from the
+            cache, `prefill` and `cached`; the same of turns after a sample's first, `later_prefill` and `later_cached`.
         masked: how many of the compared tokens are trained on by nobody: the limit cut their completions.
         first_mismatch: where the first two compared log-probs that differ stand, on the rank that saw them.
         weights_equal: whether the sampler's parameters had the bits that they should have, after the last sync.
@@ -108,6 +110,7 @@ class StepRecord:
     corrected: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
     failures: Counter[str] = field(default_factory=Counter)
+    prompts: Counter[str] = field(default_factory=Counter)
     masked: int = 0
     first_mismatch: metrics.FirstMismatch | None = None
     weights_equal: bool = True
@@ -127,6 +130,7 @@ class StepRecord:
             seconds={part: max(rank.seconds[part] for rank in ranks) for part in PARTS},
             masked=sum(rank.masked for rank in ranks),
             failures=sum((rank.failures for rank in ranks), Counter()),
+            prompts=sum((rank.prompts for rank in ranks), Counter()),
             first_mismatch=next((rank.first_mismatch for rank in ranks if rank.first_mismatch is not None), None),
             weights_equal=all(rank.weights_equal for rank in ranks),
             stop=max(rank.stop for rank in ranks),
@@ -146,6 +150,12 @@ class StepRecord:
         finally:
             inside = sum(self.seconds.values()) - before
             self.seconds[part] += time.perf_counter() - began - inside
+
+    def count_prompt(self, tokens: int, cached: int, later: bool) -> None:
+        """Count a request whose prompt has so many tokens, some of them from the cache; `later`: of no first turn."""
+        self.prompts += Counter(requests=1, prefill=tokens - cached, cached=cached)
+        if later:
+            self.prompts += Counter(later_prefill=tokens - cached, later_cached=cached)
 
     @property
     def sampled(self) -> int:
@@ -196,6 +206,8 @@ class StepRecord:
             "onpolicy/weights_equal": int(self.weights_equal),
             **{f"reward/{name}": self.failures[kind] for kind, name in FAILURES.items()},
             "policy/approx_kl": self.approx_kl(clip_max),
+            "rollout/turns": self.prompts["requests"] / len(drawn) if drawn else float("nan"),
+            **{f"perf/{kind}_tokens": self.prompts[kind] for kind in ("prefill", "cached", "later_prefill", "later_cached")},
             **{f"time/{part}": self.seconds[part] for part in PARTS},
             "perf/sampler_tok_s": _per_second(self.sampled, self.seconds["rollout"]),
             "perf/trainer_tok_s": _per_second(trained, self.seconds["train"]),

@@ -69,6 +69,10 @@ class Turns:
             drawn[sample] += 1
         return found
 
+    def later(self, samples: Sequence[int]) -> list[bool]:
+        """Return whether the next turn of each is not its first."""
+        return [self._drawn[sample] > 0 for sample in samples]
+
     def limits(
         self, prompts: Sequence[Sequence[int]], samples: Sequence[int], max_completion_length: int, max_model_len: int
     ) -> list[int]:

@@ -47,6 +47,32 @@ def test_every_sampled_token_of_every_turn_is_compared_and_equal(new):
         assert all("T:" in text and text.endswith("A:") for text in row["tool_results"])
         assert row["mismatched_tokens"] == 0
     assert {row["tools/call_frequency"] > 0.5 for row in run.rows} == {True}
+    for row in run.rows:
+        drawn = [turns for turns, sample in zip(turns, run.samples, strict=True) if sample["step"] == row["step"]]
+        assert row["rollout/turns"] >= 1 + sum(drawn) / len(drawn) > 1 and row["time/tools"] > 0
+
+
+def test_a_turn_computes_its_new_tokens_alone(new, exact_engine):
+    """Pages are as long as BLOCK: what a page does not fill is computed again. Control: an engine whose cache is emptied."""
+    run = new(max_steps=1)
+    run.trainer.train()
+    (row,) = run.rows
+    assert row["perf/later_cached_tokens"] > 0 and row["perf/cached_tokens"] >= row["perf/later_cached_tokens"]
+    batches = run.trainer._turns.batches
+    prompts, later = [len(p) for b in batches for p in b.prompts], [len(p) for b in batches[1:] for p in b.prompts]
+    assert row["perf/prefill_tokens"] + row["perf/cached_tokens"] == sum(prompts)
+    assert row["perf/later_prefill_tokens"] + row["perf/later_cached_tokens"] == sum(later)
+    assert row["rollout/turns"] == len(prompts) / len(run.samples)
+    again, ask = new(max_steps=1), DrawingTrainer._ask
+
+    def cold(self, *given):
+        exact_engine.llm.reset_prefix_cache()
+        return ask(self, *given)
+
+    with mock.patch.object(DrawingTrainer, "_ask", cold):
+        again.trainer.train()
+    assert again.rows[0]["perf/later_cached_tokens"] < row["perf/later_cached_tokens"]
+    assert again.rows[0]["reward"] == row["reward"], "the same tokens"
 
 
 def test_an_earlier_token_of_another_id_is_found(new):
