@@ -1,5 +1,6 @@
 """One run, from a configuration to a trained model and its proof. Read this file to see how the parts fit together."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -218,6 +219,9 @@ def evaluate(journal: Journal, trainer: "InvariantGRPOTrainer", dataset: "Datase
         value = greedy_reward(trainer, dataset)
     journal.on_held_out(when, value, trainer.state.global_step)
     journal.console.print(f"held-out reward {when}: {value.reward:.3f}")
+    if math.isnan(value.reward):
+        none = f"no reward function gave any of {len(dataset):,} completions a number"
+        journal.console.print(f"note: held-out reward {when}: every reward is None: {none}; return some, or change the rows")
 
 
 def sampler_options(config: Config) -> "SamplerOptions":

@@ -12,7 +12,7 @@ from rlinvariant.rewards.cage import Cage
 from rlinvariant.rewards.grades import Failure
 from rlinvariant.rewards.watchdog import OverdueReward, watchdog
 from rlinvariant.text import say, shown
-from rlinvariant.tools.limits import ToolLimits
+from rlinvariant.tools.limits import EnvironmentLimits, ToolLimits
 from rlinvariant.tools.results import Garbage, Images, as_text, error_text, require_plain, without
 from rlinvariant.types import JsonRow, ToolCall
 
@@ -95,7 +95,8 @@ class Calls:
 
     def __init__(self, limits: ToolLimits, special: Sequence[str] = ()) -> None:
         self._limits, self._special, self._cages = limits, special, dict[ToolCall, Cage]()
-        self._here = replace(limits, tool_cage=False)  # environments keep a state, in this process
+        self._here = replace(limits, tool_cage=False)
+        self._of_environments = EnvironmentLimits(limits.tool_timeout, False, limits.tool_errors)
         self.error: UserError | None = None
         watchdog().listen()
 
@@ -115,14 +116,15 @@ class Calls:
             place: says where the sample stands.
         """
         plain, awaited = {}, {}
-        for tool in [*tools, *methods]:
+        limits = [(tool, self._here) for tool in tools] + [(method, self._of_environments) for method in methods]
+        for tool, own in limits:
             if inspect.iscoroutinefunction(tool) and tool not in self._cages:
-                awaited[tool.__name__] = self._guarded_async(tool, place)
+                awaited[tool.__name__] = self._guarded_async(tool, place, own)
             else:
-                plain[tool.__name__] = self._guarded(tool, place)
+                plain[tool.__name__] = self._guarded(tool, place, own)
         return ToolBox(plain, awaited, self._failure), awaited
 
-    def _guarded(self, tool: ToolCall, place: Callable[[], Place]) -> ToolCall:
+    def _guarded(self, tool: ToolCall, place: Callable[[], Place], limits: ToolLimits) -> ToolCall:
         name = tool.__name__
 
         def call(**arguments: Any) -> str:
@@ -133,7 +135,7 @@ class Calls:
             if (cage := self._cages.get(tool)) is not None:
                 return self._in_cage(cage, arguments, where, at)
             try:
-                with watchdog().watching(where, self._here):
+                with watchdog().watching(where, limits):
                     return self._read(tool(**arguments))
             except OverdueReward:
                 return self._failed(where, self._overdue, loud=True)
@@ -142,7 +144,7 @@ class Calls:
 
         return call
 
-    def _guarded_async(self, tool: ToolCall, place: Callable[[], Place]) -> ToolCall:
+    def _guarded_async(self, tool: ToolCall, place: Callable[[], Place], limits: ToolLimits) -> ToolCall:
         name = tool.__name__
 
         async def call(**arguments: Any) -> str:
@@ -151,7 +153,7 @@ class Calls:
             self._require_fitting(tool, name, arguments)
             where = f"tool {name}, {place()}"
             try:
-                with watchdog().watching(where, self._here, ASYNC_GRACE_S):
+                with watchdog().watching(where, limits, ASYNC_GRACE_S):
                     return self._read(await asyncio.wait_for(tool(**arguments), self._limits.limit_s))
             except TimeoutError:
                 return self._failed(where, self._overdue, loud=True)
@@ -183,11 +185,11 @@ class Calls:
         """Reset an environment, and return what it says to the model; None, too, where that failed, and `error` says how."""
         where = f"environment {type(environment).__name__}, {place}, reset"
         try:
-            with watchdog().watching(where, self._here):
+            with watchdog().watching(where, self._of_environments):
                 returned = reset(**row)
             return None if returned is None else self._read(returned)
         except OverdueReward:
-            self._stop(self._here.overdue(where))
+            self._stop(self._of_environments.overdue(where))
         except FAILED as error:
             self._stop(f"{where}: {error_text(error)}")
         return None

@@ -35,5 +35,20 @@ class ToolLimits(Limits):
     def __str__(self) -> str:
         limit = f"at most {self.tool_timeout:g} s a call" if self.tool_timeout else "no time limit"
         effect = {"tell": "is told to the model", "end": "ends that sample", "stop": "ends the run"}[self.tool_errors]
-        where = "a process of its own for each" if self.tool_cage else "the trainer's process"
+        here = "the trainer's process"
+        where = f"a process of its own for each tool, {here} for environments" if self.tool_cage else here
         return f"tools: {limit} (tool_timeout); {where} (tool_cage); a failure {effect} (tool_errors)"
+
+
+@dataclass(frozen=True)
+class EnvironmentLimits(ToolLimits):
+    """Holds the same for environments, which no cage can end: their state is in the trainer's process."""
+
+    def overdue(self, where: str) -> str:
+        """Return the line about a call that has passed the limit."""
+        return f"{where}: no answer within {self.timeout:g} s; raise {self.KIND}_timeout= (0: no limit), or mend it"
+
+    def gone(self, where: str) -> str:
+        """Return the line about a call in which the trainer itself has ended."""
+        why = "the trainer ended while this ran, in its process: it exited, crashed or was killed"
+        return f"{where}: {why}; mend it, or let the environment keep that part in a process of its own"

@@ -16,12 +16,13 @@ NEEDED = ("prompt_ids", "completion_ids", "logprobs")
 LISTS = (*NEEDED, "env_mask")
 
 
-def checked(function: RolloutCall, vocabulary: int) -> RolloutCall:
+def checked(function: RolloutCall, vocabulary: int, positions: int | None) -> RolloutCall:
     """Wrap a `rollout_func`: an error of one rank ends all alike, before any of them trains.
 
     Args:
         function: takes prompts and the trainer, and returns a dict, as TRL says.
         vocabulary: rows of the model's embedding.
+        positions: how many tokens the model's prompt and completion may have together; None: not known.
 
     Raises:
         UserError: from the function that is returned, on every rank, if the user's fails on one or returns something else.
@@ -35,8 +36,10 @@ def checked(function: RolloutCall, vocabulary: int) -> RolloutCall:
             problem = f"rollout_func: {error}"
         except Exception as error:  # the user's code may raise anything
             problem = f"rollout_func: {located(error)}"
-        if problem is None and (wrong := _problem(found, len(prompts), vocabulary)) is not None:
-            problem = f"rollout_func: {wrong}"
+        if problem is None:
+            wrong = _problem(found, len(prompts), vocabulary)
+            wrong = wrong or _length_problem(found, trainer.max_completion_length, positions)
+            problem = wrong and f"rollout_func: {wrong}"
         trainer._raise_agreed(problem)
         found = {**found, **{name: [_plain(row) for row in found[name]] for name in LISTS if found.get(name) is not None}}
         masks = found.get("env_mask") or [[1] * len(row) for row in found["logprobs"]]
@@ -67,6 +70,19 @@ def _problem(found: Any, count: int, vocabulary: int) -> str | None:
         mask = _plain(found["env_mask"][i]) if "env_mask" in names else [1] * len(ids)
         if (wrong := _row_problem(prompt, ids, logprobs, mask, vocabulary)) is not None:
             return f"sequence {i}: {wrong}"
+    return None
+
+
+def _length_problem(found: Returned, longest: int, positions: int | None) -> str | None:
+    """Say which sequence has more tokens than a completion may have, or the model's positions; None: none."""
+    for i, (prompt, ids) in enumerate(zip(found["prompt_ids"], found["completion_ids"], strict=True)):
+        if len(ids) > longest:
+            fix = "cut it, with its log-probs and env_mask, or raise it"
+            limit = f"expected at most max_completion_length={longest}"
+            return f"sequence {i}: {len(ids)} tokens in `completion_ids`: {limit}; {fix}"
+        if positions is not None and len(prompt) + len(ids) > positions:
+            have = f"{len(prompt)} tokens in `prompt_ids` and {len(ids)} in `completion_ids`"
+            return f"sequence {i}: {have}: expected at most {positions} together, the model's positions"
     return None
 
 

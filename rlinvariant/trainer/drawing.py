@@ -58,7 +58,9 @@ class DrawingTrainer(EpisodesTrainer):
         self.use_vllm = True  # TRL's name for "the rollout carries log-probs": turns on its correction, if asked for
         self.vllm_mode, self.vllm_generation = "colocate", AttachedSampler(self)
         if self.rollout_func is not None:
-            self.rollout_func = custom_rollouts.checked(self.rollout_func, self.model.config.get_text_config().vocab_size)
+            config = self.model.config.get_text_config()
+            positions = getattr(config, "max_position_embeddings", None)
+            self.rollout_func = custom_rollouts.checked(self.rollout_func, config.vocab_size, positions)
 
     def train(self, *args, **kwargs):
         """Train as `MeasuredTrainer` does; the first rollout syncs the weights, whatever the sampler held."""
@@ -130,7 +132,8 @@ class DrawingTrainer(EpisodesTrainer):
             self._turns.batches.append(batch)
             for i, completion in zip(asked, batch.completions, strict=True):
                 drawn[i] = completion
-                self._now.count_prompt(len(prompts[i]), completion.cached_tokens, later[i])
+                if self.model.training:
+                    self._record.count_prompt(len(prompts[i]), completion.cached_tokens, later[i])
         self._turns.add(prompts, samples, drawn)
         return drawn
 

@@ -152,6 +152,7 @@ def new_trainer(path: str, engine: Any, output_dir: Path | str, *, invariance: s
         "environment_factory",
         "rollout_func",
         "tool_errors",
+        "tool_timeout",
         "reward_cage",
         "processing_class",
     )

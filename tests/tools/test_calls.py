@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from rlinvariant.errors import UserError
+from rlinvariant.rewards.watchdog import Watchdog
 from rlinvariant.tools import Calls, Ended, Place, ToolLimits
 from rlinvariant.tools.calls import ToolFailure
 
@@ -194,6 +195,33 @@ def test_a_tool_that_draws_at_random_draws_the_same_in_a_cage():
 class Stubborn:
     def reset(self, **_: object) -> str:
         raise RuntimeError("no")
+
+
+class Sleeps(Stubborn):
+    def reset(self, **_: object) -> str:
+        time.sleep(60)
+        return ""
+
+    def hangs(self, a: int) -> str:
+        time.sleep(60)
+        return ""
+
+
+def test_nobody_is_told_that_a_cage_survives_an_environment(monkeypatch):
+    """Control: of a tool it is true."""
+    said: list[str] = []
+    send = Watchdog._send
+    monkeypatch.setattr(Watchdog, "_send", lambda dog, message: (said.append(str(message)), send(dog, message))[1])
+    made, environment = calls("stop", timeout=0.2), Sleeps()
+    made.reset(environment, environment.reset, {}, PLACE)
+    box, _ = made.boxes([], [environment.hangs], lambda: PLACE)
+    assert str(made.error).endswith("reset: no answer within 0.2 s; raise tool_timeout= (0: no limit), or mend it")
+    made.error = None
+    box["hangs"](a=1)
+    assert made.error is not None and said and not any("tool_cage" in line for line in said)
+    told(calls("tell"), add, a=1, b=2)
+    assert "tool_cage=true survives that" in said[-2]
+    assert "the trainer's process for environments (tool_cage)" in str(ToolLimits(tool_cage=True))
 
 
 class Silent:

@@ -87,6 +87,14 @@ ROW = {"prompt_ids": [5, 6], "completion_ids": [7, 8, 9], "logprobs": [-1.0, -2.
         ({"prompt_ids": []}, "sequence 3: no token in `prompt_ids`"),
         ({"completion_ids": [7, 8, 1000]}, "sequence 3: 1000 in `completion_ids`: expected token ids, integers from 0 to 99"),
         ({"completion_ids": [7, 8, "x"]}, "sequence 3: x in `completion_ids`"),
+        (
+            {"completion_ids": [7] * 13, "logprobs": [-1.0] * 13, "env_mask": [1] * 13},
+            "sequence 3: 13 tokens in `completion_ids`: expected at most max_completion_length=12; cut it, with its log-probs",
+        ),
+        (
+            {"prompt_ids": [5] * 254},
+            "sequence 3: 254 tokens in `prompt_ids` and 3 in `completion_ids`: expected at most 256 together",
+        ),
     ],
 )
 def test_what_is_wrong_is_said_with_the_sequence(wrong, words, arithmetic_dir, exact_engine, tmp_path):

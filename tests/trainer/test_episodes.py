@@ -1,5 +1,6 @@
 """Tools and environments in a trainer: exact, begun from seeds, and ended with a line where they fail."""
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ from datasets import Dataset
 from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.trainer.evaluate import greedy_reward
 from tests.parity.harness import assert_exact
-from tests.trainer.tool_model import Echo, reversed_text, tool_trainer
+from tests.trainer.tool_model import Echo, questions, reversed_text, tool_trainer
 
 
 class Fails(Echo):
@@ -109,6 +110,62 @@ def test_a_reset_that_fails_stops_the_run(new):
     Echo.seeds = [0]
     with pytest.raises(UserError, match=r"environment Fails, step 1, sample 0, turn 1, reset: OSError: the world has ended"):
         run.trainer.train()
+
+
+async def later(text: str) -> str:
+    """Turn a text round.
+
+    Args:
+        text: what to turn round
+    """
+    await asyncio.sleep(0)
+    if len(text) > 1:
+        raise ValueError("too long")
+    return text[::-1]
+
+
+async def sleeps_for_ever(text: str) -> str:
+    """Turn a text round.
+
+    Args:
+        text: what to turn round
+    """
+    await asyncio.sleep(600)
+    return text
+
+
+later.__name__ = sleeps_for_ever.__name__ = "reversed_text"
+
+
+def test_a_tool_may_be_a_coroutine(new):
+    run = new(tools=[later])
+    run.trainer.train()
+    assert_exact(run, 200)
+    told = [text for row in run.samples for text in row["tool_results"]]
+    assert {"ValueError: too long" in text for text in told} == {True, False}
+    stopped = new(tools=[sleeps_for_ever], tool_errors="stop", tool_timeout=0.2)
+    with pytest.raises(UserError, match=r"tool reversed_text, step 1, sample \d+, turn 1: no answer within 0.2 s"):
+        stopped.trainer.train()
+
+
+class Loud(Echo):
+    def reset(self, seed: int, **_: object) -> str:
+        return super().reset(seed) + "!"
+
+
+def test_environments_of_several_classes_are_exact_together(new):
+    rows = [{**row, "environment": ("plain", "loud")[i % 2]} for i, row in enumerate(questions().to_list())]
+    several = {"plain": Echo, "loud": Loud}
+    run = new(tools=None, environment_factory=several, train_dataset=Dataset.from_list(rows))
+    run.trainer.train()
+    assert_exact(run, 200)
+    assert {"!" in row["prompt"] for row in run.samples} == {True, False}, "each is begun by its own"
+    for row in run.samples:
+        own = "Loud" if "!" in row["prompt"] else "Echo"
+        assert [name for name, given in row["rewards"].items() if given is not None] == ["talkative", own]
+    wrong = Dataset.from_list([row | {"environment": "quiet"} for row in rows])
+    with pytest.raises(ConfigErrors, match="train dataset, row 0: environment=quiet: expected one of plain, loud"):
+        new(tools=None, environment_factory=several, train_dataset=wrong)
 
 
 def test_what_cannot_work_is_said_before_the_first_step(new):

@@ -4,6 +4,7 @@ import ast
 import json
 import math
 import os
+import re
 from pathlib import Path
 from unittest import mock
 
@@ -174,7 +175,10 @@ def test_masked_completions_of_turns_are_compared(new):
 
 @cpu_only("two processes of one run take a GPU each; here they are joined by gloo")
 def test_ranks_take_as_many_turns_as_their_samples(arithmetic_dir, tmp_path):
-    """One rank may call tools once, the other as often as it likes: no rank waits in a turn, no two requests share a seed."""
+    """One rank may call tools once, the other as often as it likes: no rank waits in a turn, no two requests share a seed.
+
+    A tool that fails on one of them ends both, or neither, as the run says.
+    """
     script = Path(__file__).parent / "turns_on_ranks.py"
     env = {**os.environ, "PYTHONPATH": str(script.parents[2])}
     for done in forks.run_ranks(2, [str(script), str(tmp_path), arithmetic_dir], cwd=tmp_path, env=env):
@@ -184,7 +188,12 @@ def test_ranks_take_as_many_turns_as_their_samples(arithmetic_dir, tmp_path):
         assert len(one) == 2 < len(other), "blind: as many turns"
         seeds = [seed for batch in (*one, *other) for seed in batch]
         assert len(set(seeds)) == len(seeds)
-    for row in ranks[0]["rows"]:
+    for how, words in (("raises", "ValueError: of one rank"), ("hangs", "no answer within 0.5 s")):
+        own, other = ranks[1][f"stop, {how}"], ranks[0][f"stop, {how}"]
+        assert (
+            re.fullmatch(rf"tool reversed_text, step 1, sample (\d|1[0-5]), turn 1: {words}", own) and other == f"rank 1: {own}"
+        )
+    for row in ranks[0]["rows"] + ranks[0]["tell, raises"]:
         assert row["onpolicy/mismatched_tokens"] == 0 == row["onpolicy/unscored_tokens"] < row["onpolicy/compared_tokens"]
 
 

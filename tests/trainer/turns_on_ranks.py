@@ -1,4 +1,4 @@
-"""A trainer with a tool, whose ranks take other numbers of turns; DIRECTORY/RANK.json has what each saw.
+"""Trainers with a tool: ranks take other numbers of turns, and on one the tool fails; DIRECTORY/RANK.json has what each saw.
 
 accelerate launch --config_file configs/cpu2.yaml turns_on_ranks.py DIRECTORY MODEL
 """
@@ -6,18 +6,38 @@ accelerate launch --config_file configs/cpu2.yaml turns_on_ranks.py DIRECTORY MO
 import json
 import os
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+
+
+def failing(how: str, fails: bool) -> Callable[[str], str]:
+    def reversed_text(text: str) -> str:
+        """Turn a text round.
+
+        Args:
+            text: what to turn round
+        """
+        if fails and how == "hangs":
+            time.sleep(600)
+        if fails:
+            raise ValueError("of one rank")
+        return text[::-1]
+
+    return reversed_text
 
 
 def main(directory: str, model: str) -> int:
     from accelerate import PartialState
 
+    from rlinvariant.errors import UserError
     from tests.parity.harness import start_engine
     from tests.trainer.tool_model import tool_trainer
 
     PartialState(cpu=True)  # joins the ranks, before an engine makes a world of one
     rank, turns = os.environ["RANK"], []
-    run = tool_trainer(model, start_engine(model), Path(directory) / "out", per_device_train_batch_size=8)
+    engine = start_engine(model)
+    run = tool_trainer(model, engine, Path(directory) / "out", per_device_train_batch_size=8)
     trainer = run.trainer
     trainer.max_tool_calling_iterations = 1 if rank == "0" else 9
     generate = trainer._generate
@@ -29,7 +49,16 @@ def main(directory: str, model: str) -> int:
 
     trainer._generate = recording
     trainer.train()
-    Path(directory, f"{rank}.json").write_text(json.dumps({"turns": turns, "rows": run.rows}))
+    seen = {"turns": turns, "rows": run.rows}
+    for errors, how in (("tell", "raises"), ("stop", "raises"), ("stop", "hangs")):
+        settings = {"tools": [failing(how, rank == "1")], "tool_errors": errors, "tool_timeout": 0.5, "max_steps": 1}
+        run = tool_trainer(model, engine, Path(directory) / "out", per_device_train_batch_size=8, **settings)
+        try:
+            run.trainer.train()
+            seen[f"{errors}, {how}"] = run.rows
+        except UserError as error:
+            seen[f"{errors}, {how}"] = str(error)
+    Path(directory, f"{rank}.json").write_text(json.dumps(seen))
     return 0
 
 

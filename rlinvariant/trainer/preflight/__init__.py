@@ -24,7 +24,7 @@ from rlinvariant.trainer.preflight.tokens import (
     load_tokenizer,
     token_problems,
 )
-from rlinvariant.trainer.preflight.tools import Tooling, call_limit_problems, tooling_problems
+from rlinvariant.trainer.preflight.tools import Tooling, call_limit_problems, routing_problems, tooling_problems
 from rlinvariant.trainer.published import place_problems
 
 __all__ = ["Start", "Tooling", "check_data", "check_start", "constructing", "end_tokens", "load_generation", "load_tokenizer"]
@@ -132,6 +132,7 @@ def check_data(start: Start, problems: Sequence[str] = ()) -> list[str]:
         if wrong := dataset_problems(dataset, name, least, prefix):
             problems += wrong
             continue
+        problems += routing_problems(start.tooling, dataset, name)
         columns = ["prompt"] if args.remove_unused_columns else dataset.column_names
         given = columns if start.tooling.environment is None else [*columns, "environments"]
         problems += signature_problems(start.rewards, given, name)

@@ -110,6 +110,9 @@ def tooling_problems(
     if not isinstance(tooling.tools, Sequence):
         return [*found, f"tools: expected a list of functions, got {type(tooling.tools).__name__}"]
     found += [line for tool in tooling.tools for line in tool_problems(tool)] + _collisions(tooling.tools, "tools")
+    if tooling.limits.tool_cage and not tooling.tools:
+        why = "an environment, whose state is in the trainer's process, has no cage"
+        found.append(f"tool_cage=True: expected False without tools: {why}")
     for name, make in tooling.factories.items():
         found += environment_problems(make, name, tooling, tokenizer, rows)
     makes = () if found else [make() for make in tooling.factories.values()]
@@ -185,13 +188,34 @@ def environment_problems(
     found += _collisions([*tooling.tools, *own], f"{where} and tools")
     if found or rows is None or not len(rows):
         return found
-    row = dict(rows[0])
-    if name is not None and row.pop("environment", name) != name:
+    names: list[Any] = [name] if name is None or "environment" not in rows.column_names else list(rows["environment"])
+    if name not in names:
         return []
-    return _trial(environment, row, tooling, tokenizer)
+    number = names.index(name)
+    row = {key: value for key, value in rows[number].items() if name is None or key != "environment"}
+    return _trial(environment, row, number, tooling, tokenizer)
 
 
-def _trial(environment: Any, row: Mapping[str, Any], tooling: Tooling, tokenizer: Any) -> list[str]:
+def routing_problems(tooling: Tooling, rows: "Dataset", name: str) -> list[str]:
+    """Say which row names no environment, where there are several by name.
+
+    Args:
+        tooling: what the user gave.
+        rows: a data set.
+        name: "train" or "eval".
+    """
+    if not isinstance(tooling.environment, dict):
+        return []
+    names = list(tooling.environment)
+    which = f"expected one of {', '.join(map(str, names))}, the names in environment_factory"
+    if "environment" not in rows.column_names:
+        return [f"{name} dataset: no column `environment`, which says of each row what is played; {which}"]
+    strange = [(i, value) for i, value in enumerate(rows["environment"]) if value not in names]
+    more = f" ({len(strange) - 1:,} more such rows)" if len(strange) > 1 else ""
+    return [f"{name} dataset, row {i}: environment={shown(value, 60)}: {which}{more}" for i, value in strange[:1]]
+
+
+def _trial(environment: Any, row: Mapping[str, Any], number: int, tooling: Tooling, tokenizer: Any) -> list[str]:
     """Reset an environment with a row, and return the line that says why that fails."""
     where = f"environment {type(environment).__name__}"
     row = with_seed(environment.reset, row, 0)
@@ -204,7 +228,8 @@ def _trial(environment: Any, row: Mapping[str, Any], tooling: Tooling, tokenizer
     calls.reset(environment, environment.reset, row, Place(0, 0, 0))
     if calls.error is None:
         return []
-    return [f"{str(calls.error).replace(f'{Place(0, 0, 0)}, reset', 'reset() with row 0 of the train dataset')}; mend it"]
+    place, row_of = f"{Place(0, 0, 0)}, reset", f"reset() with row {number} of the train dataset"
+    return [f"{str(calls.error).replace(place, row_of)}; mend it"]
 
 
 def with_seed(reset: ToolCall, row: JsonRow, seed: int) -> JsonObject:

@@ -8,7 +8,14 @@ from datasets import Dataset
 
 from rlinvariant.tools import ToolLimits
 from rlinvariant.tools.plain import plain_tools
-from rlinvariant.trainer.preflight.tools import Tooling, call_limit_problems, template_problems, tool_problems, tooling_problems
+from rlinvariant.trainer.preflight.tools import (
+    Tooling,
+    call_limit_problems,
+    routing_problems,
+    template_problems,
+    tool_problems,
+    tooling_problems,
+)
 from tests.recipes.hub_rows import chat_tokenizer
 
 ROWS = Dataset.from_list([{"prompt": [{"role": "user", "content": "u"}], "answer": "1"}])
@@ -170,6 +177,26 @@ def test_a_tool_that_cannot_be_described(tool, said):
 def test_an_environment_that_could_not_be_played(make, said):
     (line,) = problems((), make)
     assert line.startswith(said) and "\n" not in line
+
+
+def test_a_row_of_several_environments_names_one():
+    several = Tooling((), {"a": Game, "b": Raises})
+    rows = Dataset.from_list([{**ROWS[0], "environment": name} for name in ("a", "b", "c", None)])
+    (line,) = routing_problems(several, rows, "train")
+    said = "environment=c: expected one of a, b, the names in environment_factory (1 more such rows)"
+    assert line == f"train dataset, row 2: {said}"
+    (line,) = routing_problems(several, ROWS, "eval")
+    assert line.startswith("eval dataset: no column `environment`")
+    assert routing_problems(several, rows.select([0, 1]), "train") == routing_problems(Tooling((), Game), ROWS, "train") == []
+    (line,) = tooling_problems(several, plain_tools(chat_tokenizer()), rows, [len])
+    assert line.startswith("environment Raises, reset() with row 1 of the train dataset"), "each with a row of its own"
+
+
+def test_a_cage_for_environments_alone_is_refused():
+    caged = ToolLimits(tool_cage=True)
+    (line,) = tooling_problems(Tooling((), Game, caged), plain_tools(chat_tokenizer()), ROWS, [len])
+    assert line.startswith("tool_cage=True: expected False without tools: an environment, whose state is")
+    assert tooling_problems(Tooling([good], Game, caged), plain_tools(chat_tokenizer()), ROWS, [len]) == []
 
 
 def test_names_that_collide():
