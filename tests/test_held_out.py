@@ -6,7 +6,6 @@ from typing import Any
 from rlinvariant import held_out, run
 from rlinvariant.held_out import HeldOut
 from rlinvariant.report.console import Console
-from rlinvariant.run import evaluate
 from rlinvariant.trainer import evaluate
 from tests.parity.harness import new_trainer, questions
 
@@ -45,8 +44,8 @@ def test_held_out_rows_to_which_no_reward_applies_are_said(arithmetic_dir, exact
     """It is the first that a run knows of its rewards; the control has one."""
     for given, count in ((None, 1), (0.5, 0)):
         rewards = [lambda completions, given=given, **_: [given] * len(completions)]
-        run = new_trainer(arithmetic_dir, exact_engine, tmp_path, reward_funcs=rewards)
+        made = new_trainer(arithmetic_dir, exact_engine, tmp_path, reward_funcs=rewards)
         journal: Any = SimpleNamespace(held_out={}, console=Console(), on_held_out=lambda *_: None)
-        evaluate(journal, run.trainer, questions(3), "before")
+        run.evaluate(journal, made.trainer, questions(3), "before")
         said = "note: held-out reward before: every reward is None: no reward function gave any of 3 completions a number"
         assert capsys.readouterr().out.count(said) == count
