@@ -1,52 +1,112 @@
-"""Attention on Hopper: FlashAttention-3 as vLLM ships it, with one split, on both sides; FlashAttention-2's backward.
+"""Which attention a GPU runs, and the comparison that each has to pass before it is used.
 
-FlashAttention-3 walks the keys of a query in blocks whose width depends on the head size, so packed and paged calls give the
-same bits as long as nothing makes it take another block: its splits are pinned to 1, and at head size 64, where a short
-longest query selects another tile, the longest query is declared to be at least 128 (it only selects; no row is added).
+* *FlashAttention-3* with one split (flash_attention.py), on the chips and for the heads that `attention_tiles.json` names; not
+  with windows and caps, which it cannot do exactly.
+* *The attention of our own* (chunked_attention.py) for everything else: any head up to 256, windows, caps, other GPUs.
 
-A sliding window is refused: with one, FlashAttention-3 gives a row other bits depending on where its tile of queries begins, so
-decode is not prefill. Measured on an H100 with vLLM 0.26, heads of 64, 128 and 256: of the last 1, 3, 16 or 128 queries of a
-sequence of 1,500, every one differs from the whole forward with a window of 400, and some with 127 and 17; without a window
-none does. How many differ changes with the window, so that no check at the start could vouch for the others.
+A layer's form decides, its head size, window and cap, and the chip: both sides know these, and no call changes them. What the
+table does not name as proven on this chip is refused, unless RLINVARIANT_UNPROVEN_GPU=1 says that it may be tried.
+RLINVARIANT_PORTABLE=sm_80, for developers, does here what another chip would do, and so proves its kernels on this one.
 """
 
 import functools
-from typing import Any
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from rlinvariant import bits
 from rlinvariant.errors import UserError
+from rlinvariant.kernels import flash_attention as flash
+from rlinvariant.kernels.routes import ATTENTION_ROUTES
 
-HEAD_SIZES = (64, 128, 256)  # at 96, paged and packed calls take different tiles
-FLOOR = {64: 128}  # head size -> least max_seqlen_q
-SOFTCAP = False  # whether scores can be bounded here: PyTorch's FlashAttention-2 backward cannot
-WINDOW = False  # whether a query can attend to its last keys alone: decode would not have the bits of prefill
+TABLE = Path(__file__).with_name("attention_tiles.json")
+UNPROVEN = "RLINVARIANT_UNPROVEN_GPU"  # "1": what is unproven on this GPU may be tried
+PORTABLE = "RLINVARIANT_PORTABLE"  # a chip, whose kernels are run here
+LARGEST_HEAD = 256
+OURS = "the attention of our own, which could, is unproven on this GPU; unproven_gpu=true tries it"
 
 
 @functools.cache
-def _fa3():
-    """Return vLLM's build of FlashAttention-3 (kernels alone: importing this starts no engine)."""
-    try:
-        import vllm.vllm_flash_attn.flash_attn_interface as interface
-    except ImportError as error:
-        raise UserError(f"FlashAttention-3 not found ({error}): install vllm, whose wheel holds it") from error
-    if not interface.is_fa_version_supported(3):
-        raise UserError(f"FlashAttention-3 does not run here: {interface.fa_version_unsupported_reason(3)}")
-    return interface
+def table() -> dict:
+    """Return what attention_tiles.json says: "proven" chips, "flash_attention_3" heads by chip, and "chips"."""
+    return json.loads(TABLE.read_text())
 
 
-def longest_query(max_seqlen_q: int, head_size: int) -> int:
-    """Return what to tell FlashAttention-3 about the longest query, so that its tile does not depend on it."""
-    return max(max_seqlen_q, FLOOR.get(head_size, 1))
+def chip() -> str:
+    """Return the name of this GPU in the table; where there is none, that of the GPU for which models are judged."""
+    if not torch.cuda.is_available():
+        return os.environ.get(PORTABLE, "sm_90")
+    major, minor = torch.cuda.get_device_capability()
+    return os.environ.get(PORTABLE) or f"sm_{major}{minor}"
 
 
-def _refuse(window: int | None, softcap: float | None) -> None:
-    if window is not None and not WINDOW:
-        raise UserError(f"window={window}: decode with a window does not have the bits of prefill on a GPU; use invariance=off")
-    if softcap is not None and not SOFTCAP:
-        raise UserError(f"softcap={softcap}: attention scores cannot be bounded on a GPU (no backward); use invariance=off")
+def unproven_allowed() -> bool:
+    """Return whether what is unproven on this GPU may be tried."""
+    return os.environ.get(UNPROVEN) == "1" or PORTABLE in os.environ
+
+
+def own(head_size: int, window: int | None, softcap: float | None) -> bool:
+    """Return whether layers of this form take the attention of our own."""
+    taken = () if PORTABLE in os.environ else table()["flash_attention_3"].get(chip(), ())
+    return window is not None or softcap is not None or head_size not in taken
+
+
+def refusals(head_size: int, window: int | None, softcap: float | None) -> Iterator[str]:
+    """Yield each reason why a layer of this form does not run on this GPU, as the configuration's keys say it."""
+    if head_size > LARGEST_HEAD or head_size % 8:
+        yield f"head_dim={head_size}: expected a multiple of 8, at most {LARGEST_HEAD}, on a GPU"
+    elif not unproven_allowed() and chip() not in table()["proven"]:
+        if own(head_size, None, None):
+            yield f"head_dim={head_size} is not one of {', '.join(map(str, flash.HEAD_SIZES))}, FlashAttention-3's; {OURS}"
+        if window is not None:
+            yield f"sliding_window={window}: FlashAttention-3's decode would not have the bits of its prefill; {OURS}"
+        if softcap is not None:
+            yield f"attn_logit_softcapping={softcap}: FlashAttention-2's backward has no capped scores; {OURS}"
+
+
+@dataclass(frozen=True)
+class _Calls:
+    """Holds the calls of one attention for one form: packed, paged, and the plan of a step; others with the bits of packed."""
+
+    packed: Callable[[Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
+    paged: Callable[..., None]
+    schedule: Callable[..., Tensor]
+    others: dict[str, Callable[..., tuple[Tensor, Tensor]]]
+    name: str
+
+
+@functools.cache
+def _calls(head_size: int, scale: float, window: int | None, softcap: float | None) -> _Calls:
+    if not own(head_size, window, softcap):
+
+        def fa3_paged(q, cache, table, cu, lens, most_q, most_k, plan, out) -> None:
+            flash.paged(q, cache, table, cu, lens, scale, most_q, most_k, plan, out)
+
+        def fa3_packed(q, k, v, cu, longest) -> tuple[Tensor, Tensor]:
+            return flash.packed(q, k, v, cu, longest, scale)
+
+        return _Calls(fa3_packed, fa3_paged, flash.schedule, {}, "FlashAttention-3, one split")
+    from rlinvariant.kernels import chunked_calls as ours
+
+    form, row = ours.Form(scale, window, softcap), ours.row(head_size)
+
+    def paged(q, cache, table, cu, lens, most_q, most_k, plan, out) -> None:
+        ours.paged(q, cache, table, cu, lens, most_q, most_k, form, out, made=plan)
+
+    def packed(q, k, v, cu, longest, tile=None) -> tuple[Tensor, Tensor]:
+        return ours.packed(q, k, v, cu, longest, form, tile=tile)
+
+    def schedule(cu, lens, most_q, most_k, heads, kv_heads, head_size, page) -> Tensor:
+        return ours.plan(cu, lens, heads // kv_heads, row["order"], window)
+
+    others = {f"with {tile}, the rows": functools.partial(packed, tile=tile) for tile in ours.tiles(row)}
+    name = f"our own, {row['order'].block} keys a block, {row['order'].chunk} a chunk"
+    return _Calls(packed, paged, schedule, others, name)
 
 
 def schedule(
@@ -58,22 +118,21 @@ def schedule(
     kv_heads: int,
     head_size: int,
     page_size: int,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
-    """Return FlashAttention-3's plan of work for a batch, [*] int32: it is made once per step instead of once per layer."""
-    return _fa3().get_scheduler_metadata(
-        batch_size=len(kv_lens),
-        max_seqlen_q=longest_query(max_seqlen_q, head_size),
-        max_seqlen_k=max_seqlen_k,
-        num_heads_q=heads,
-        num_heads_kv=kv_heads,
-        headdim=head_size,
-        cache_seqlens=kv_lens,
-        qkv_dtype=torch.bfloat16,
-        cu_seqlens_q=cu_seqlens_q,
-        page_size=page_size,
-        causal=True,
-        num_splits=1,
-    )
+    """Return the plan of work for a batch, [*] int32: it is made once per step instead of once per layer of one form."""
+    lengths = cu_seqlens_q, kv_lens, max_seqlen_q, max_seqlen_k
+    return _calls(head_size, 1.0, window, softcap).schedule(*lengths, heads, kv_heads, head_size, page_size)
+
+
+def schedule_size(sequences: int, head_size: int, window: int | None = None, softcap: float | None = None) -> int:
+    """Return how many numbers the plan of so many sequences has at most."""
+    if not own(head_size, window, softcap):
+        return flash.schedule_size(sequences)
+    from rlinvariant.kernels.chunked_calls import plan_size
+
+    return plan_size(sequences)
 
 
 def attention(
@@ -87,30 +146,12 @@ def attention(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """Attend as `ops.attention` does, for q [T, H, D], k and v [T, H_kv, D]; return out like q, and log-sum-exp [T, H] fp32."""
-    _refuse(window, softcap)
+    _refuse(q.shape[2], window, softcap)
     if not len(q):
         return torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
-    check(q.shape[1], k.shape[1], q.shape[2], q.device.index)
+    check(q.shape[1], k.shape[1], q.shape[2], q.device.index, window=window, softcap=softcap)
     cu = cu_seqlens.to(torch.int32).contiguous()
-    out, lse = _packed(q, k, v, cu, max_seqlen, scale)
-    return out, lse.t().contiguous()
-
-
-def _packed(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, scale: float) -> tuple[Tensor, Tensor]:
-    return _fa3().flash_attn_varlen_func(
-        q,
-        k,
-        v,
-        longest_query(longest, q.shape[2]),
-        cu,
-        longest,
-        cu_seqlens_k=cu,
-        softmax_scale=scale,
-        causal=True,
-        num_splits=1,
-        fa_version=3,
-        return_softmax_lse=True,
-    )
+    return _calls(q.shape[2], scale, window, softcap).packed(q, k, v, cu, max_seqlen)
 
 
 def paged_attention(
@@ -128,31 +169,12 @@ def paged_attention(
     out: Tensor,
 ) -> None:
     """Attend as `ops.paged_attention` does, from q [T, H, D] to kv_cache [pages, H_kv, page, 2 D], into `out` like q."""
-    _refuse(window, softcap)
+    _refuse(q.shape[2], window, softcap)
     if not len(q):
         return
-    check(q.shape[1], kv_cache.shape[1], q.shape[2], q.device.index, kv_cache.shape[2])
-    _paged(q, kv_cache, block_table, cu_seqlens_q, kv_lens, scale, max_seqlen_q, max_seqlen_k, plan, out)
-
-
-def _paged(q, kv_cache, block_table, cu_seqlens_q, kv_lens, scale, max_seqlen_q, max_seqlen_k, plan, out) -> None:
-    keys, values = kv_cache.transpose(1, 2).split(q.shape[2], -1)
-    _fa3().flash_attn_varlen_func(
-        q,
-        keys,
-        values,
-        longest_query(max_seqlen_q, q.shape[2]),
-        cu_seqlens_q,
-        max_seqlen_k,
-        seqused_k=kv_lens,
-        softmax_scale=scale,
-        causal=True,
-        block_table=block_table,
-        scheduler_metadata=plan,
-        num_splits=1,
-        fa_version=3,
-        out=out,
-    )
+    check(q.shape[1], kv_cache.shape[1], q.shape[2], q.device.index, kv_cache.shape[2], window, softcap)
+    calls = _calls(q.shape[2], scale, window, softcap)
+    calls.paged(q, kv_cache, block_table, cu_seqlens_q, kv_lens, max_seqlen_q, max_seqlen_k, plan, out)
 
 
 def attention_backward(
@@ -168,51 +190,44 @@ def attention_backward(
     window: int | None,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run FlashAttention-2's backward in its deterministic form, on FlashAttention-3's output and log-sum-exp.
+    """Return dq, dk, dv, each like what it belongs to: by FlashAttention-2, and by our own where scores are capped.
 
-    dout, q, out: [T, H, D]; k, v: [T, H_kv, D]; lse: [T, H] fp32. Returns dq, dk, dv, each like what it belongs to.
+    dout, q, out: [T, H, D]; k, v: [T, H_kv, D]; lse: [T, H] fp32.
     """
-    _refuse(window, softcap)
+    _refuse(q.shape[2], window, softcap)
     if not len(q):
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     cu = cu_seqlens.to(torch.int32).contiguous()
-    state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of dropout, which there is none of
-    before, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    deterministic: Any = torch.utils.deterministic
-    fill, deterministic.fill_uninitialized_memory = deterministic.fill_uninitialized_memory, False
-    torch.use_deterministic_algorithms(True)
-    try:
-        return torch.ops.aten._flash_attention_backward(
-            dout.contiguous(),
-            q.contiguous(),
-            k.contiguous(),
-            v.contiguous(),
-            out,
-            lse.t().contiguous(),
-            cu,
-            cu,
-            max_seqlen,
-            max_seqlen,
-            0.0,
-            True,
-            state,
-            state,
-            scale=scale,
-        )
-    finally:
-        torch.use_deterministic_algorithms(before, warn_only=warn)
-        deterministic.fill_uninitialized_memory = fill
+    if softcap is None:
+        return flash.backward(dout, q, k, v, cu, out, lse, scale, max_seqlen, window)
+    from rlinvariant.kernels.chunked_backward import backward
+    from rlinvariant.kernels.chunked_calls import Form
+
+    return backward(dout, q, k, v, cu, out, lse, max_seqlen, Form(scale, window, softcap))
 
 
 @functools.cache
-def check(heads: int, kv_heads: int, head_size: int, device: int, page: int = 16) -> None:
+def _refuse(head_size: int, window: int | None, softcap: float | None) -> None:
+    if found := list(refusals(head_size, window, softcap)):
+        raise UserError(f"{'; '.join(found)}; use invariance=off")
+
+
+@functools.cache
+def check(
+    heads: int,
+    kv_heads: int,
+    head_size: int,
+    device: int,
+    page: int = 16,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> None:
     """Compare packed, decode, chunked and shared calls for these heads before they are first used; milliseconds.
 
     Raises:
         UserError: the head size is not supported, or the calls differ.
     """
-    if head_size not in HEAD_SIZES:
-        raise UserError(f"head_dim={head_size}: expected one of {', '.join(map(str, HEAD_SIZES))} on a GPU; use invariance=off")
+    _refuse(head_size, window, softcap)
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(f"attention: heads of {head_size} were first met inside a CUDA graph; call it once before")
     lengths = (300, 1, 17, 1500, 129)
@@ -225,27 +240,31 @@ def check(heads: int, kv_heads: int, head_size: int, device: int, page: int = 16
         table = torch.zeros(len(lengths), max(pages), dtype=torch.int32)
         cache = torch.zeros(sum(pages) + 1, page, kv_heads, 2 * head_size, dtype=torch.bfloat16)
         free = torch.randperm(sum(pages)) + 1
-    scale, at = head_size**-0.5, 0
+    at, calls = 0, _calls(head_size, head_size**-0.5, window, softcap)
     for b, (n, count) in enumerate(zip(lengths, pages, strict=True)):
         table[b, :count] = free[at : at + count]
         rows = torch.cat([k[cu[b] : cu[b + 1]], v[cu[b] : cu[b + 1]]], -1)
         padded = torch.nn.functional.pad(rows, (0, 0, 0, 0, 0, count * page - n))
         cache[free[at : at + count]] = padded.view(count, page, kv_heads, 2 * head_size)
         at += count
-    cache = cache.transpose(1, 2)
-    expected, _ = _packed(q, k, v, cu, most, scale)
-    alone, _ = _packed(q[:300], k[:300], v[:300], cu[:2], 300, scale)
-    _require_equal(alone, expected[:300], "the rows of a sequence alone", heads, kv_heads, head_size)
+    cache, shape = cache.transpose(1, 2), (heads, kv_heads, head_size)
+    expected, _ = calls.packed(q, k, v, cu, most)
+    alone, _ = calls.packed(q[:300], k[:300], v[:300], cu[:2], 300)
+    _require_equal(alone, expected[:300], "the rows of a sequence alone", *shape)
+    for what, other in calls.others.items():
+        _require_equal(other(q, k, v, cu, most)[0], expected, what, *shape)
     for last in (1, 3, 16, 128, most):  # so many of the last queries of every sequence
         counts = [min(last, n) for n in lengths]
         index = torch.cat([torch.arange(int(e) - c, int(e)) for e, c in zip(cu[1:].tolist(), counts, strict=True)]).to(q.device)
         starts = torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()], dtype=torch.int32, device=q.device)
         lens = cu.diff()
-        plan = schedule(starts, lens, max(counts), most, heads, kv_heads, head_size, page)
+        plan = calls.schedule(starts, lens, max(counts), most, *shape, page)
         for p in (None, plan):
             out = torch.full_like(q[index], float("nan"))
-            _paged(q[index], cache, table, starts, lens, scale, max(counts), most, p, out)
-            _require_equal(out, expected[index], f"the last {last} queries of a sequence", heads, kv_heads, head_size)
+            calls.paged(q[index], cache, table, starts, lens, max(counts), most, p, out)
+            _require_equal(out, expected[index], f"the last {last} queries of a sequence", *shape)
+    more = [f"window {window}"] * bool(window) + [f"cap {softcap}"] * bool(softcap)
+    ATTENTION_ROUTES[", ".join([f"{heads}/{kv_heads} heads of {head_size}", *more])] = calls.name
 
 
 def _require_equal(found: Tensor, expected: Tensor, what: str, heads: int, kv_heads: int, head_size: int) -> None:

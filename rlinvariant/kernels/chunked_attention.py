@@ -73,11 +73,16 @@ def before_all(sink_ptr, head, M: tl.constexpr, D_: tl.constexpr, SINKS: tl.cons
 
 
 @triton.jit
-def _load(start, keys, at, D: tl.constexpr, D_: tl.constexpr, N: tl.constexpr, PAGE: tl.constexpr, MASKED: tl.constexpr):
-    """Return keys [D_, N] and values [N, D_] from `start` on, zeros in place of what is not there: 0 x NaN would be NaN."""
+def _load(
+    start, oldest, keys, at, D: tl.constexpr, D_: tl.constexpr, N: tl.constexpr, PAGE: tl.constexpr, MASKED: tl.constexpr
+):
+    """Return keys [D_, N] and values [N, D_] from `start` on, zeros in place of what may not be there: 0 x NaN would be NaN.
+
+    There are keys from `oldest` on, with which the first row's window begins: pages before it may have been given away.
+    """
     k_ptr, v_ptr, k_row, v_row, table_ptr, page_stride, k_rows, v_rows, origin, kv_head = at
     key, d = start + tl.arange(0, N), tl.arange(0, D_)
-    have = key < keys
+    have = (key >= oldest) & (key < keys)
     if k_rows is not None and not MASKED:  # tensor descriptors
         k = k_rows.load([origin + start, kv_head, 0]).reshape(N, D_).T
         v = v_rows.load([origin + start, kv_head, 0]).reshape(N, D_)
@@ -121,13 +126,13 @@ def _walk(
     state: of the chunk so far (m, z, acc), and of the chunks before it. Without MASKED every row sees every key.
     """
     m, z, acc, m_all, z_all, acc_all = state
-    q, position, keys, inner, factor, window = ask
+    q, position, oldest, keys, inner, factor, window = ask
     ones = tl.full((N, 16), 1.0, q.dtype)
     for start in range(first, last, N):
         if start % CHUNK == 0:
             m_all, z_all, acc_all = fold(m_all, z_all, acc_all, m, tl.max(z, 1), acc)
             m, z, acc = _empty(M, D_)
-        k, v = _load(start, keys, at, D, D_, N, PAGE, MASKED)
+        k, v = _load(start, oldest, keys, at, D, D_, N, PAGE, MASKED)
         s = tl.dot(q, k)
         if CAP:
             s = _tanh(s * inner)
@@ -172,7 +177,7 @@ def attend(
     m, z, acc = _empty(M, D_)
     m_all, z_all, acc_all = before
     state = m, z, acc, m_all, z_all, acc_all
-    window = ask[5]
+    window = ask[6]
     begin = first
     if WINDOW:  # from here on all rows see all keys ...
         begin = tl.minimum(last, tl.maximum(first, (highest - window + N) // N * N))
@@ -257,11 +262,12 @@ def _tiles(
     position = keys - queries + query
     lowest = keys - queries + tile * M // G
     highest = tl.minimum(keys - 1, keys - queries + (tile * M + M - 1) // G)
-    first = tl.maximum(0, lowest - window + 1) // N * N if WINDOW else 0
+    oldest = tl.maximum(0, lowest - window + 1) if WINDOW else 0
+    first = oldest // N * N
     k_ptr += begin * k_row + kv_head * k_head
     v_ptr += begin * v_row + kv_head * v_head
     at = k_ptr, v_ptr, k_row, v_row, table_ptr, page_stride, k_rows, v_rows, origin, kv_head
-    ask = q, position, keys, inner, factor, window
+    ask = q, position, oldest, keys, inner, factor, window
     before = before_all(sink_ptr, head, M, D_, SINKS)
     m, z, acc, m_all, z_all, acc_all = attend(
         first, highest + 1, lowest, highest, ask, at, before, D, D_, M, N, CHUNK, PAGE, WINDOW, CAP

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rlinvariant.kernels.chunked_attention import LOG2E, _tanh, load_rows
-from rlinvariant.kernels.chunked_calls import Backward, Form, padded, settings
+from rlinvariant.kernels.chunked_calls import Backward, Form, padded, row
 
 
 @triton.jit
@@ -175,7 +175,7 @@ def backward(
     dout, q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (dout, q, k, v))
     (_, heads, d), kv_heads, d_ = q.shape, k.shape[1], padded(q.shape[2])
     group, sequences = heads // kv_heads, len(cu) - 1
-    tile = tile or settings(q)["backward"]
+    tile = tile or row(d)["backward"]
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     delta = (dout.float() * out.float()).sum(-1)
     (inner, factor, window), strides = form.numbers(), [n for x in (q, k, v, dout) for n in x.stride()[:2]]

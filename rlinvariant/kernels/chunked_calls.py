@@ -5,24 +5,21 @@ what decides none: for up to so many rows of a sequence a tile of so many. `pyth
 """
 
 import functools
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from rlinvariant.kernels import chunked_attention, chunked_decode
+from rlinvariant.kernels import attention, chunked_attention, chunked_decode
+from rlinvariant.kernels.attention import chip
 from rlinvariant.kernels.chunked_attention import LOG2E
 
 _tiles: Any = chunked_attention._tiles  # Any: to a type checker these are functions, and nothing that is launched
 _plan: Any = chunked_decode._plan
 _parts: Any = chunked_decode._parts
 _fold_parts: Any = chunked_decode._fold_parts
-TABLE = Path(__file__).with_name("attention_tiles.json")
 SLOTS = 1024  # chunks whose states a decode may hold: 66 KB each with 8 heads of 128
 AT_ONCE = 8  # chunks that a fold reads ahead
 PLAN_ITEM = 3
@@ -100,7 +97,7 @@ def table(chip: str) -> dict[int, dict]:
 
     Each has "order", "decode", "backward", and {rows up to: Tile} as "tiles" and, for scores with a window or a cap, "rich".
     """
-    chips = json.loads(TABLE.read_text())["chips"]
+    chips = attention.table()["chips"]
     found = chips[chip]
     return {
         int(width): {
@@ -116,16 +113,9 @@ def table(chip: str) -> dict[int, dict]:
     }
 
 
-@functools.cache
-def chip(device: int) -> str:
-    """Return the name of a GPU's architecture in the table."""
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"
-
-
-def settings(q: Tensor) -> dict:
-    """Return the table's row for queries [T, H, D]."""
-    return table(chip(q.device.index))[max(64, padded(q.shape[2]))]
+def row(head_size: int) -> dict:
+    """Return the row of this chip for a head size."""
+    return table(chip())[max(64, padded(head_size))]
 
 
 def tile_for(row: dict, form: Form, rows: int) -> Tile:
@@ -134,11 +124,9 @@ def tile_for(row: dict, form: Form, rows: int) -> Tile:
     return next((tile for most, tile in tiles.items() if rows <= most), list(tiles.values())[-1])
 
 
-def tiles(chip: str) -> Iterator[tuple[int, Tile]]:
-    """Yield every (padded head size, tile) of a chip."""
-    for width, row in table(chip).items():
-        for tile in {*row["tiles"].values(), *row["rich"].values()}:
-            yield width, tile
+def tiles(row: dict) -> set[Tile]:
+    """Return every tile of a row."""
+    return {*row["tiles"].values(), *row["rich"].values()}
 
 
 def packed(
@@ -159,8 +147,8 @@ def packed(
     q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
     (t, heads, d), kv_heads, d_ = q.shape, k.shape[1], padded(q.shape[2])
     group = heads // kv_heads
-    row = settings(q) if tile is None or order is None else {}
-    tile, order = tile or tile_for(row, form, longest * group), order or row["order"]
+    if tile is None or order is None:
+        tile, order = tile or tile_for(row(d), form, longest * group), order or row(d)["order"]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(t, heads, dtype=torch.float32, device=q.device)
     rows = (_descriptor(k, order.block, d_), _descriptor(v, order.block, d_)) if tile.descriptors else (None, None)
@@ -243,8 +231,7 @@ def paged(
     q = q if q.stride(2) == 1 else q.contiguous()
     (_, heads, d), (_, kv_heads, page, _), d_ = q.shape, kv_cache.shape, padded(q.shape[2])
     group, sequences, k, v = heads // kv_heads, len(lens), kv_cache, kv_cache[..., d:]
-    row = settings(q) if tile is None or order is None or decode is None else {}
-    order, decode = order or row["order"], decode or row["decode"]
+    order, decode = order or row(d)["order"], decode or row(d)["decode"]
     few = decode_rows(group)
     inner, factor, window = form.numbers()
     strides = q.stride(0), q.stride(1), k.stride(2), k.stride(1), v.stride(2), v.stride(1), out.stride(0), out.stride(1)
@@ -252,7 +239,7 @@ def paged(
     fixed = {"G": group, "D": d, "D_": d_, "N": order.block, "CHUNK": order.chunk, "PAGE": page, **form.flags()}
     fixed |= {"SINKS": sinks is not None, "enable_fp_fusion": False}
     if longest_q * group > few:
-        tile = tile or tile_for(row, form, longest_q * group)
+        tile = tile or tile_for(row(d), form, longest_q * group)
         _tiles[(triton.cdiv(longest_q * group, tile.rows), kv_heads, sequences)](
             *(q, k, v, None, None, out, None, sinks, cu, lens, block_table, inner, factor, window, *strides, heads),
             **{"SKIP": few, "M": tile.rows, "num_warps": tile.warps, "num_stages": tile.stages, **fixed},

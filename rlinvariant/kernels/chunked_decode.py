@@ -110,13 +110,12 @@ def _parts(
         queries = tl.load(cu_ptr + b + 1) - origin
         q, query, head, live = load_rows(q_ptr, q_row, q_head, 0, kv_head, queries, origin, D, D_, M, G)
         lowest = keys - queries
-        first, last = chunk * CHUNK, keys
-        if WINDOW:
-            first = tl.maximum(first, tl.maximum(0, lowest - window + 1) // N * N)
+        oldest = tl.maximum(0, lowest - window + 1) if WINDOW else 0
+        first, last = tl.maximum(chunk * CHUNK, oldest // N * N), keys
         if slot >= 0:
             last = tl.minimum(keys, (chunk + 1) * CHUNK)
         at = k_ptr, v_ptr, k_row, v_row, table_ptr + b.to(tl.int64) * table_row, page_stride, None, None, 0, kv_head
-        ask = q, lowest + query, keys, inner, factor, window
+        ask = q, lowest + query, oldest, keys, inner, factor, window
         before = before_all(sink_ptr, tl.where(live, head, 0), M, D_, SINKS)
         m, z, acc, m_all, z_all, acc_all = attend(
             first, last, lowest, keys - 1, ask, at, before, D, D_, M, N, CHUNK, PAGE, WINDOW, CAP

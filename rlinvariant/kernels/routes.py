@@ -1,3 +1,4 @@
-"""Record which route `linear` took for each weight shape."""
+"""Record which route `linear` took for each weight shape, and which attention each form of a layer."""
 
 ROUTES: dict[str, str] = {}
+ATTENTION_ROUTES: dict[str, str] = {}

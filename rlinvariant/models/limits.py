@@ -5,12 +5,7 @@ from typing import Any
 
 from rlinvariant.kernels import attention
 
-HEAD_SIZES = {
-    "cpu": (32, 64, 80, 96, 112, 128, 160, 192, 224, 256),  # those of vLLM's CPU key-value cache
-    "cuda": attention.HEAD_SIZES,  # those where FlashAttention-3 gives a paged and a packed call the same bits
-}
-WINDOW = {"cpu": True, "cuda": attention.WINDOW}  # whether layers may slide
-SOFTCAP = {"cpu": True, "cuda": attention.SOFTCAP}  # whether scores may be capped
+HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)  # those of vLLM's key-value cache on a CPU
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # angles depend on the position alone, not on the sequence length
 ACTIVATIONS = ("silu", "swish", "gelu_pytorch_tanh")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
@@ -25,8 +20,11 @@ def unsupported(config, device: str = "cpu") -> Iterator[str]:
         yield f"model_type={config.model_type} has no attention heads; only transformers are supported"
         return
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if head not in HEAD_SIZES[device]:
-        yield f"head_dim={head} is not one of {', '.join(map(str, HEAD_SIZES[device]))}"
+    if device == "cuda":
+        window = getattr(config, "sliding_window", None) if _slides(config) else None
+        yield from attention.refusals(head, window, getattr(config, "attn_logit_softcapping", None) or None)
+    elif head not in HEAD_SIZES:
+        yield f"head_dim={head} is not one of {', '.join(map(str, HEAD_SIZES))}"
     rope = getattr(config, "rope_parameters", None) or {}
     for each in (rope, *(value for value in rope.values() if isinstance(value, dict))):  # those of each type of layer
         if each.get("rope_type", "default") not in ROPE_TYPES:
@@ -42,11 +40,6 @@ def unsupported(config, device: str = "cpu") -> Iterator[str]:
         yield f"use_bidirectional_attention={config.use_bidirectional_attention}; only causal attention is supported"
     if name := next((name for name in EXPERTS if vars(config).get(name)), None):
         yield f"{name}={vars(config)[name]}: no op has the products of a mixture of experts"
-    if not WINDOW[device] and _slides(config):
-        window = getattr(config, "sliding_window", None)
-        yield f"sliding_window={window}: decode with a window does not have the bits of prefill on a GPU"
-    if not SOFTCAP[device] and getattr(config, "attn_logit_softcapping", None):
-        yield f"attn_logit_softcapping={config.attn_logit_softcapping}: capped scores have no backward on a GPU"
     if getattr(config, "quantization_config", None):
         yield "the checkpoint is quantised"
 

@@ -33,16 +33,16 @@ def attention(
         cu_seqlens: [sequences + 1] int32; sequence b is rows cu_seqlens[b] to cu_seqlens[b + 1].
         scale: multiplies the scores.
         max_seqlen: length of the longest sequence, read off cu_seqlens if not given (which waits for a GPU).
-        window: how many keys a query attends to, its own included; all if None. On a CPU only, as softcap.
-        softcap: bound of the scores; none if None. UserError for either on a GPU (kernels/attention.py has the reasons).
+        window: how many keys a query attends to, its own included; all if None.
+        softcap: bound of the scores; none if None. UserError for either on a GPU where it is unproven (kernels/attention.py).
 
     Returns:
         [T, H, D] in q.dtype.
 
     Order: everything in fp32. CPU: scores over D ascending, fused, one accumulator; exp of (score - row maximum); its sum over
         key positions by `lanes`, values by `chain4` (kernels/cpu.h); one division; one rounding. With a window, lanes and
-        chains are those of absolute key positions. CUDA: FlashAttention-3 with one split, its tile fixed by D
-        (kernels/attention.py).
+        chains are those of absolute key positions. CUDA: FlashAttention-3 with one split, its tile fixed by D, or blocks and
+        chunks of keys at absolute positions, chunks folded in ascending order (kernels/attention.py chooses, by form).
     Bits: row i depends on its query and on keys and values 0..i (the last `window` of them) of its own sequence. Packing,
         padding, chunking, paging and the other sequences change nothing: `paged_attention` gives the same bits, and a window
         that covers the whole sequence those of none. Gradients are deterministic.
@@ -81,7 +81,7 @@ def paged_attention(
         window, softcap: as in `attention`. Pages wholly before the window of a sequence's first query here are not read,
             whatever the table says of them.
         max_seqlen_q, max_seqlen_k: bounds of the lengths; read off the tensors if not given, which a CUDA graph cannot.
-        schedule: FlashAttention-3's plan of work for this batch, if the caller has made one for several layers (CUDA).
+        schedule: the plan of work for this batch, if the caller has made one for several layers of this form (CUDA).
         out: like q; where to write.
 
     Returns:

@@ -45,22 +45,30 @@ class _AttentionMetadata:
     max_seqlen_q: int
     max_seqlen_k: int
     schedule: Tensor | None
+    form: tuple[int | None, float | None] | None  # window and cap of the layers that the schedule is for
     causal: bool = True
 
 
 class _AttentionBuilder(AttentionMetadataBuilder):
-    _cudagraph_support = AttentionCGSupport.ALWAYS  # FlashAttention-3 reads every length on the device
+    _cudagraph_support = AttentionCGSupport.ALWAYS  # every length is read on the device
 
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._schedule: Tensor | None = None
+        self._form: tuple[int | None, float | None] | None = None
         if current_platform.is_cuda():
+            from rlinvariant.kernels.attention import schedule_size
+
             model, parallel = vllm_config.model_config, vllm_config.parallel_config
             self._heads = model.get_num_attention_heads(parallel), model.get_num_kv_heads(parallel), model.get_head_size()
             graphs = vllm_config.compilation_config.max_cudagraph_capture_size or 0
             sequences = max(vllm_config.scheduler_config.max_num_seqs, graphs)
-            # A CUDA graph reads the plan where it was when captured: 4 numbers a sequence, rounded up, and a counter
-            self._schedule = torch.zeros(1 + (sequences + 3) // 4 * 16, dtype=torch.int32, device=device)
+            layers = vllm_config.compilation_config.static_forward_context
+            forms = {(layers[name].impl.window, layers[name].impl.softcap) for name in layer_names}
+            self._form = min(forms, key=str)  # layers of another form make their own plan
+            # A CUDA graph reads the plan where it was when captured
+            size = schedule_size(sequences, self._heads[2], *self._form)
+            self._schedule = torch.zeros(size, dtype=torch.int32, device=device)
 
     def build(self, common_prefix_len: int, common_attn_metadata, fast_build: bool = False) -> _AttentionMetadata:
         m = common_attn_metadata
@@ -75,16 +83,17 @@ class _AttentionBuilder(AttentionMetadataBuilder):
             m.max_query_len,
             m.max_seq_len,
             self._plan(m),
+            self._form,
         )
 
     def _plan(self, m: Any) -> Tensor | None:
-        """Return FlashAttention-3's schedule of this step, made once for all layers; None on a CPU."""
-        if self._schedule is None:
+        """Return the plan of this step, made once for all layers of one form; None on a CPU."""
+        if self._schedule is None or self._form is None:
             return None
         from rlinvariant.kernels.attention import schedule
 
         lengths = m.query_start_loc, m.seq_lens, m.max_query_len, m.max_seq_len
-        plan = schedule(*lengths, *self._heads, self.kv_cache_spec.block_size)
+        plan = schedule(*lengths, *self._heads, self.kv_cache_spec.block_size, *self._form)
         self._schedule[: len(plan)] = plan
         self._schedule[len(plan) :] = 0
         return self._schedule[: len(plan)]
@@ -145,5 +154,6 @@ class _AttentionImpl(AttentionImpl):
         lengths = {"max_seqlen_q": m.max_seqlen_q, "max_seqlen_k": m.max_seqlen_k}
         shape_of_scores = {"window": self.window, "softcap": self.softcap}
         cache = kv_cache, m.block_table, m.cu_seqlens_q, m.kv_lens
-        ops.paged_attention(q, *cache, self.scale, **lengths, **shape_of_scores, schedule=m.schedule, out=out)
+        schedule = m.schedule if m.form == (self.window, self.softcap) else None
+        ops.paged_attention(q, *cache, self.scale, **lengths, **shape_of_scores, schedule=schedule, out=out)
         return output

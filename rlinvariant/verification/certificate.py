@@ -45,6 +45,7 @@ KERNEL_VARIABLES = (  # environment variables that choose kernels inside the lib
     "CUBLASLT_WORKSPACE_SIZE",
     "CUBLAS_WORKSPACE_CONFIG",
     "NVIDIA_TF32_OVERRIDE",
+    "RLINVARIANT_PORTABLE",
 )
 FORMS = ("full", "short")  # forms of a certificate, the fullest first
 DESCRIPTIVE_KEYS = (  # keys of a model's configuration that change no result

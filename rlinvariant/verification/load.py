@@ -11,6 +11,7 @@ from transformers.utils import logging
 from rlinvariant import runtime
 from rlinvariant.conflicts import environment_conflicts
 from rlinvariant.errors import ConfigErrors, UserError, one_line
+from rlinvariant.kernels.routes import ATTENTION_ROUTES
 from rlinvariant.models import UnsupportedModel, lora, make_trainable, require_exact
 from rlinvariant.models.load import load
 from rlinvariant.models.random import save_random
@@ -135,4 +136,4 @@ def description(model: str, random: bool, directory: str, trained: Untyped, aske
 
 def kernels() -> dict[str, object]:
     """Return which kernel took which weight, as the self-checks of this process decided."""
-    return {"linear": routes(), "attention": "FlashAttention-3, one split" if device() == "cuda" else "kernels/attention.c"}
+    return {"linear": routes(), "attention": dict(ATTENTION_ROUTES) if device() == "cuda" else "kernels/attention.c"}

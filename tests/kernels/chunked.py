@@ -72,6 +72,9 @@ class Case:
         """Return the output for the last queries of each sequence, and what it should be."""
         cache = Cache(self.k, self.v, LENGTHS, page)
         counts = [min(last, n) for n in LENGTHS]
+        if window := self.form.window:  # pages before the window have been given to others
+            for b, (n, count) in enumerate(zip(LENGTHS, counts, strict=True)):
+                cache.table[b, : max(0, n - count - window + 1) // page] = cache.table[b, -1]
         at = torch.cat([torch.arange(end - n, end) for end, n in zip(self.cu[1:].tolist(), counts, strict=True)])
         out = torch.full_like(self.q[at], float("nan"))
         calls.paged(
@@ -170,8 +173,7 @@ def faults(shape: tuple[int, int, int]) -> None:
     case, windowed = Case(shape, None, None, False), Case(shape, 20, None, False)
     found("another block", lambda: case.paged(1, 4, order=chunked_calls.Order(32, 32)))
     found("another chunk", lambda: case.paged(1, 4, order=chunked_calls.Order(16, 64)))
-    aligned = "first = tl.maximum(0, lowest - window + 1) // N * N if WINDOW else 0"
-    for calls in planted(chunked_attention, aligned, aligned.replace(" // N * N", "")):
+    for calls in planted(chunked_attention, "first = oldest // N * N", "first = oldest"):
         found("blocks that begin with the window", lambda calls=calls: (windowed.packed(16, calls=calls)[0], windowed.out))
     forward = "place = (slot + start + j).to(tl.int64) * tl.num_programs(1) + kv_head"
     backward = "place = (slot + tl.maximum(chunks - 1 - start - j, 0)).to(tl.int64) * tl.num_programs(1) + kv_head"

@@ -24,21 +24,26 @@ def kernel() -> ModuleType:
 
 
 @pytest.fixture
-def splits(kernel, monkeypatch) -> None:
+def flash() -> ModuleType:
+    return importlib.import_module("rlinvariant.kernels.flash_attention")
+
+
+@pytest.fixture
+def splits(flash, monkeypatch) -> None:
     """Planted: FlashAttention-3 chooses its splits itself, as in stock vLLM."""
-    stock = kernel._fa3()
+    stock = flash._fa3()
 
     def varlen(*args, **options):
         return stock.flash_attn_varlen_func(*args, **options | {"num_splits": 0, "scheduler_metadata": None})
 
     planted = SimpleNamespace(flash_attn_varlen_func=varlen, get_scheduler_metadata=stock.get_scheduler_metadata)
-    monkeypatch.setattr(kernel, "_fa3", lambda: planted)
+    monkeypatch.setattr(flash, "_fa3", lambda: planted)
 
 
 @pytest.fixture
-def no_floor(kernel, monkeypatch) -> None:
+def no_floor(flash, monkeypatch) -> None:
     """Planted: FlashAttention-3 is told the length of the longest query as it is."""
-    monkeypatch.setattr(kernel, "FLOOR", {})
+    monkeypatch.setattr(flash, "FLOOR", {})
 
 
 def assert_decode_matches_prefill(shape: tuple[int, int, int], lengths: tuple[int, ...], queries: tuple[int, ...]) -> None:
@@ -139,8 +144,8 @@ def test_the_backward_leaves_the_deterministic_mode_alone(kernel):
     assert modes() == before
 
 
-def test_a_missing_flash_attention_is_named(kernel, monkeypatch):
-    kernel._fa3.cache_clear()
+def test_a_missing_flash_attention_is_named(flash, monkeypatch):
+    flash._fa3.cache_clear()
     monkeypatch.setitem(sys.modules, "vllm.vllm_flash_attn.flash_attn_interface", None)
     with pytest.raises(UserError, match="FlashAttention-3 not found.*install vllm"):
-        kernel._fa3()
+        flash._fa3()

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, MambaConfig
 
 from rlinvariant.bits import compare
+from rlinvariant.kernels.attention import OURS
 from rlinvariant.models import UnsupportedModel, make_invariant, make_trainable, require_exact, unsupported
 from rlinvariant.models.families import FAMILIES, REFUSED, VOCABULARY
 from rlinvariant.models.random import save_random
@@ -187,8 +188,8 @@ def test_verify_says_how_a_model_that_the_audit_refuses_is_trained(tmp_path):
 
 
 def test_a_gpu_refuses_windows_and_capped_scores():
-    window = "sliding_window=40: decode with a window does not have the bits of prefill on a GPU"
-    cap = "attn_logit_softcapping=2.0: capped scores have no backward on a GPU"
+    window = f"sliding_window=40: FlashAttention-3's decode would not have the bits of its prefill; {OURS}"
+    cap = f"attn_logit_softcapping=2.0: FlashAttention-2's backward has no capped scores; {OURS}"
     refused = {name: reasons for name, config in FAMILIES.items() if (reasons := list(unsupported(config(), "cuda")))}
     windowed = ("qwen2-window", "qwen3-window", "mistral-window", "phi3-window", "gemma3")
     assert refused == dict.fromkeys(windowed, [window]) | {"gemma2": [window, cap]}

@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, LlamaConfig
 from trl import GRPOConfig
 
 import rlinvariant
 from rlinvariant import ops, support
 from rlinvariant.errors import ConfigErrors, UserError
+from rlinvariant.kernels import attention
 from rlinvariant.models import UnsupportedModel, make_invariant, require_exact, unsupported
 from rlinvariant.rollout import ALL_TOKENS, Truncation
 from rlinvariant.sampler.engine import Sampler
@@ -132,10 +133,33 @@ SIZES = {"vocab_size": 99, "hidden_size": 192, "num_attention_heads": 2, "num_hi
 
 @pytest.mark.parametrize("head", [32, 96, 64, 128, 256])
 def test_head_sizes_of_a_gpu(head):
-    """32 and 96 run on a CPU; on a GPU packed and paged calls of 96 take different tiles, and there is no kernel for 32."""
+    """32 and 96 run on a CPU; on a GPU the attention that takes them is unproven."""
     config, refused = LlamaConfig(**SIZES, head_dim=head), head in (32, 96)
     assert list(unsupported(config, "cpu")) == []
-    assert list(unsupported(config, "cuda")) == [f"head_dim={head} is not one of 64, 128, 256"] * refused
+    found = [reason.split(", Flash")[0] for reason in unsupported(config, "cuda")]
+    assert found == [f"head_dim={head} is not one of 64, 128, 256"] * refused
+
+
+def test_what_is_unproven_can_be_tried(monkeypatch):
+    """Gemma's windows and caps, and heads of 96: refused by name until it is said that they may be tried."""
+    config = Gemma2Config(**SIZES, head_dim=96, num_key_value_heads=1)
+    assert [reason.split("=")[0] for reason in unsupported(config, "cuda")] == [
+        "head_dim",
+        "sliding_window",
+        "attn_logit_softcapping",
+    ]
+    monkeypatch.setenv(attention.UNPROVEN, "1")
+    assert list(unsupported(config, "cuda")) == []
+    config = Gemma2Config(**SIZES, head_dim=512, num_key_value_heads=1)
+    assert list(unsupported(config, "cuda")) == ["head_dim=512: expected a multiple of 8, at most 256, on a GPU"]
+
+
+def test_which_attention_a_form_takes(monkeypatch):
+    """FlashAttention-3 where it is exact, on the chip that has it; another chip, asked for by name, has none."""
+    assert not attention.own(128, None, None)
+    assert attention.own(96, None, None) and attention.own(128, 1024, None) and attention.own(128, None, 50.0)
+    monkeypatch.setenv(attention.PORTABLE, "sm_80")
+    assert attention.own(128, None, None) and attention.chip() == "sm_80" and attention.unproven_allowed()
 
 
 # ---- through the one call that users make
