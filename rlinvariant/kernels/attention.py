@@ -1,4 +1,4 @@
-"""Which attention a GPU runs, and the comparison that each has to pass before it is used.
+"""The choice which attention a GPU runs, and the comparison that each has to pass before it is used.
 
 * *FlashAttention-3* with one split (flash_attention.py), on the chips and for the heads that `attention_tiles.json` names; not
   with windows and caps, which it cannot do exactly.
