@@ -149,15 +149,11 @@ def _reported(command: Callable[[], int | None]) -> int:
             say(end.code, error=True)
         return end.code if isinstance(end.code, int) else errors.OK if end.code is None else errors.MISUSED
     except UserError as error:
-        # Every rank finds the same configuration errors; other errors are one rank's own.
-        if main_process or not isinstance(error, ConfigErrors):
-            for line in str(error).split("\n"):
-                say(f"error: {line}", error=True)
-        elif "TORCHELASTIC_RUN_ID" in os.environ:
-            time.sleep(10)  # torchrun ends all ranks with the first: this one waits to be ended after rank 0 has said why
+        # Every rank finds the same configuration errors; other errors are one rank's own, unless all have agreed on one.
+        _say_once(error, main_process or not (error.agreed or isinstance(error, ConfigErrors)))
         return error.exit_code
     except ParityError as error:
-        say(f"error: {error}", error=True)
+        _say_once(error, main_process or not error.agreed)
         return errors.NOT_EXACT
     except PeerFailed as error:
         if main_process:
@@ -167,6 +163,15 @@ def _reported(command: Callable[[], int | None]) -> int:
         if main_process:
             say(str(stop) or errors.outcome(stop), error=True)
         return errors.stop_code(stop)
+
+
+def _say_once(error: Exception, here: bool) -> None:
+    """Print an error's lines, or wait while the main process of the run prints them."""
+    if here:
+        for line in str(error).split("\n"):
+            say(f"error: {line}", error=True)
+    elif "TORCHELASTIC_RUN_ID" in os.environ:
+        time.sleep(10)  # torchrun ends all ranks with the first: this one waits to be ended after rank 0 has said why
 
 
 def end(arguments: Sequence[str] | None = None, script: str = "") -> NoReturn:

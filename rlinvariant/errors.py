@@ -23,9 +23,17 @@ EXIT_CODES = {
 
 
 class UserError(Exception):
-    """Tells the user of something that the user can mend; printed without a traceback. Exit code `MISUSED`."""
+    """Tells the user of something that the user can mend; printed without a traceback. Exit code `MISUSED`.
+
+    Args:
+        agreed: whether all processes of the run raise it together, so that the main one alone says it.
+    """
 
     exit_code = MISUSED
+
+    def __init__(self, message: str = "", *, agreed: bool = False) -> None:
+        super().__init__(message)
+        self.agreed = agreed
 
 
 class ConfigErrors(UserError):
@@ -46,7 +54,15 @@ class DiskError(UserError):
 
 
 class ParityError(Exception):
-    """Tells that sampler and trainer gave different bits where the contract says the same. Exit code `NOT_EXACT`."""
+    """Tells that sampler and trainer gave different bits where the contract says the same. Exit code `NOT_EXACT`.
+
+    Args:
+        agreed: whether all processes of the run raise it together, so that the main one alone says it.
+    """
+
+    def __init__(self, message: str = "", *, agreed: bool = False) -> None:
+        super().__init__(message)
+        self.agreed = agreed
 
 
 class Stopped(KeyboardInterrupt):

@@ -199,7 +199,7 @@ class Journal:
         except BaseException as error:
             with stopping.ending():
                 self._finish(error)
-            if isinstance(error, Stopped) and error.after_step:
+            if peers.on_all(error):
                 _wait_for_all()  # torchrun ends all processes with the first
             raise
         with stopping.ending():

@@ -117,6 +117,7 @@ def on_main_process(work: Callable[[], T]) -> T:
         try:
             answer = [work()]
         except UserError as error:
+            error.agreed = True
             answer = [error]
     (result,) = broadcast_object_list(answer)
     if isinstance(result, UserError):

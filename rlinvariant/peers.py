@@ -19,6 +19,11 @@ KINDS = ("DistBackendError", "DistNetworkError", "DistStoreError")  # of torch.d
 TEXTS = re.compile(r"gloo.*(closed|reset|refused|timed out)|connection was likely closed", re.I | re.S)  # RuntimeError
 
 
+def on_all(error: BaseException) -> bool:
+    """Say whether all processes end by an error at the same point, so that the main one alone says it."""
+    return isinstance(error, Stopped) and error.after_step or bool(getattr(error, "agreed", False))
+
+
 def is_loss(error: BaseException) -> bool:
     """Say whether an error is what a process sees when another one of its group is gone."""
     return type(error).__name__ in KINDS or (isinstance(error, RuntimeError) and bool(TEXTS.search(str(error))))
@@ -44,7 +49,7 @@ def first_failure(result: Path, rank: int) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if isinstance(error, Stopped) and error.after_step:  # as all have
+        if on_all(error):
             raise
         first = _said(result) or (lost(error) if is_loss(error) else error)
         if rank and not isinstance(first, KeyboardInterrupt):

@@ -105,7 +105,7 @@ class FiniteTrainer(MicroBatchedTrainer):
         else:
             return
         when, then = when or f"step {self.state.global_step + 1}", then or "stopped before the optimizer step"
-        raise UserError(f"{when}: {problem}; {then}; {self._last_checkpoint()}")
+        raise UserError(f"{when}: {problem}; {then}; {self._last_checkpoint()}", agreed=True)
 
     def _weights_and_states(self) -> Iterator[tuple[str, Tensor]]:
         for name, p in self._trained():

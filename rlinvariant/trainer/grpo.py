@@ -10,7 +10,7 @@ Seven call TRL's, and do something before or after it:
     _generate_and_score_completions        compares a rollout at once, if part of it is trained on after a step
     _compute_loss                          compares the log-probs that the loss has just computed
     _calculate_rewards                     is timed
-    training_step                          is timed, and keeps the weights for a sampler that lags behind
+    training_step                          is timed, stops all ranks at a mismatch, and keeps weights for a sampler that lags
     _save_checkpoint                       is timed, and notes which weights the disk holds
     log                                    says our numbers in place of TRL's averages, hands the row on, starts the next record
 
@@ -198,6 +198,8 @@ class InvariantGRPOTrainer(DrawingTrainer):
         if self.model.training and self._scores_ahead and "old_per_token_logps" in output:
             self._compare(output["old_per_token_logps"], output)
             output["compared"] = torch.ones_like(output["sample"], dtype=torch.bool)
+        if self.model.training and (self.mask_truncated_completions or self._scores_ahead):
+            self._stop_if_different()
         return output
 
     def _compare_masked(self, output: dict[str, Any]) -> None:
@@ -277,21 +279,32 @@ class InvariantGRPOTrainer(DrawingTrainer):
         return loss
 
     def _compare(self, trainer_logprobs: Tensor, inputs: dict[str, Any]) -> None:
-        """Keep both log-probs of every sampled token; stop at the first that differs where they must be equal."""
+        """Keep both log-probs of every sampled token, and where the first stands that differs."""
         record, mask = self._record, sampled_mask(inputs)
         record.compared.append(pair := Pair.of(trainer_logprobs, inputs))
         record.samples.compare(inputs, *pair)
         if record.first_mismatch is None:
             found = metrics.first_mismatch(inputs["sampling_per_token_logps"], trainer_logprobs, mask)
             record.first_mismatch = found and replace(found, sequence=record.samples.number(inputs, found.sequence))
-        if record.first_mismatch is not None and self._must_be_equal:
-            step, numbers = self.state.global_step + 1, record.onpolicy(self._clip_max)
-            self._hand_on_samples(record)  # of this rank
-            if self._on_row is not None and self.accelerator.is_main_process:
-                self._on_row({"step": step, **numbers}, record.first_mismatch)
-            count = f"{numbers['onpolicy/mismatched_tokens']:,} / {numbers['onpolicy/compared_tokens']:,} tokens"
-            stopped = f"Stopped before the optimizer step; {self._last_checkpoint()}"
-            raise ParityError(f"step {step}: mismatched {count}; {record.first_mismatch}. {stopped}")
+
+    def _stop_if_different(self) -> None:
+        """Raise ParityError on all ranks, with one count, if any has log-probs that differ where they must be equal.
+
+        Every rank must call this, as each does before its optimizer step: no rank is left to wait for one that has stopped.
+        """
+        if not self._must_be_equal:
+            return
+        found = torch.tensor(float(self._record.first_mismatch is not None), device=self.accelerator.device)
+        if not self.accelerator.reduce(found, "sum").item():
+            return
+        record = self.record_type.merge(gather_object([self._record]))
+        step, numbers = self.state.global_step + 1, record.onpolicy(self._clip_max)
+        self._hand_on_samples(record)
+        if self._on_row is not None and self.accelerator.is_main_process:
+            self._on_row({"step": step, **numbers}, record.first_mismatch)
+        count = f"{numbers['onpolicy/mismatched_tokens']:,} / {numbers['onpolicy/compared_tokens']:,} tokens"
+        stopped = f"Stopped before the optimizer step; {self._last_checkpoint()}"
+        raise ParityError(f"step {step}: mismatched {count}; {record.first_mismatch}. {stopped}", agreed=True)
 
     def _start_step(self) -> None:
         equal = self._record.weights_equal if hasattr(self, "_record") else True  # until the next sync
@@ -305,6 +318,8 @@ class InvariantGRPOTrainer(DrawingTrainer):
     def training_step(self, *args, **kwargs):
         with self._record.timed("train"):
             result = super().training_step(*args, **kwargs)
+            if self.accelerator.sync_gradients:
+                self._stop_if_different()
             self._keep_weights()
         return result
 
@@ -331,6 +346,6 @@ class InvariantGRPOTrainer(DrawingTrainer):
         if self._on_row is not None and self.accelerator.is_main_process:
             self._on_row({"step": step, **row}, record.first_mismatch)
         if (unscored := row["onpolicy/unscored_tokens"]) and self.invariance == "exact":
-            raise ParityError(f"step {step}: {unscored:,} sampled tokens were trained on without being compared")
+            raise ParityError(f"step {step}: {unscored:,} sampled tokens were trained on without being compared", agreed=True)
         stopping.obey(record.stop, self.control)
         self._start_step()

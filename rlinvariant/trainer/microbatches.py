@@ -111,8 +111,8 @@ class MicroBatchedTrainer(WholeEntropyTrainer):
         """Return what TRL is given for the user's settings, in a copy of them."""
         args = copy.copy(args)
         if self._trainer_is_invariant:
-            if args.ddp_find_unused_parameters is None:  # as transformers would have set it
-                args.ddp_find_unused_parameters = not args.gradient_checkpointing
+            for name in ("ddp_find_unused_parameters", "ddp_broadcast_buffers"):  # each pass uses all; tables never change
+                setattr(args, name, getattr(args, name) or False)
             for name in {"gradient_checkpointing", "activation_checkpointing"} & vars(args).keys():  # since transformers 5.24
                 setattr(args, name, False)  # decided for each layer, when memory is known
             rows, steps = args.per_device_train_batch_size, args.gradient_accumulation_steps

@@ -29,7 +29,8 @@ DEFAULTS = arithmetic.DEFAULTS | {
 @chz.chz
 class Data(arithmetic.Data):
     fault: str = chz.field(
-        default="", doc="no prompt, reward raises, ctrl-C, rank 1 raises, rank 1 is killed, rank 1 is stopped at the end."
+        default="",
+        doc="no prompt, reward raises, ctrl-C, rank 1 raises, rank 1 is killed, rank 1 is stopped at the end, rank 1 differs.",
     )
     uneven: bool = chz.field(default=False, doc="Two long prompts, and then two short ones, and so on; in this order.")
     api_key: str = chz.field(default="", doc="A secret, which nothing here uses.")
@@ -45,6 +46,8 @@ def datasets(config: Config, tokenizer: Any) -> Any:
     prompts = list(train["prompt"])
     if config.data.fault == "rank 1 is stopped at the end" and os.environ.get("RANK") == "1":
         stop_after_training()
+    if config.data.fault == "rank 1 differs" and os.environ.get("RANK") == "1":
+        differ_in_step_2()
     if config.data.fault == "no prompt":
         prompts[3] = ""
     if config.data.uneven:
@@ -95,6 +98,22 @@ def stop_after_training() -> None:
         return result
 
     CheckpointedTrainer.train = then_stop
+
+
+def differ_in_step_2() -> None:
+    """Let the trainer's log-probs of this process be one ulp off in the second step."""
+    import torch
+
+    from rlinvariant.trainer import InvariantGRPOTrainer
+
+    compare = InvariantGRPOTrainer._compare
+
+    def off(self, logprobs, inputs):
+        if self.state.global_step == 1:
+            logprobs = torch.nextafter(logprobs, torch.zeros_like(logprobs) - 1e9)
+        compare(self, logprobs, inputs)
+
+    InvariantGRPOTrainer._compare = off
 
 
 def record_requests() -> None:

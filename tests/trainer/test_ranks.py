@@ -1,0 +1,30 @@
+"""Runs of two processes, joined by gloo: they stop together, and draw what one process draws."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+from rlinvariant.report.rundir import read_metrics
+from tests import forks
+from tests.parity.device import cpu_only
+
+ROOT = Path(__file__).parents[2]
+pytestmark = cpu_only("two processes of one run take a GPU each; here they are joined by gloo")
+TINY = (str(ROOT / "train.py"), f"recipe={ROOT / 'tests/trainer/tiny_recipe.py'}", "wandb.mode=disabled", "data.eval_size=2")
+
+
+def test_a_mismatch_on_one_process_stops_both_with_one_line_and_one_count(arithmetic_dir, tmp_path):
+    """Rank 1 alone has other log-probs, in the second step. The first step is the control: there both go on."""
+    command = [*TINY, f"model={arithmetic_dir}", "run=a", "data.fault=rank 1 differs", "trainer.per_device_train_batch_size=8"]
+    first, second = forks.run_ranks(2, command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=120)
+    assert (first.returncode, second.returncode) == (1, 1), first.stderr[-2000:] + second.stderr[-2000:]
+    run = tmp_path / "runs/a"
+    result = json.loads((run / "result.json").read_text())
+    assert result["outcome"] == "not exact" and f"error: {result['error']}" in first.stderr
+    assert (first.stderr + second.stderr).count("mismatched") == 1 and "Traceback" not in first.stderr + second.stderr
+    wrong, of = (int(x.replace(",", "")) for x in re.findall(r"mismatched ([\d,]+) / ([\d,]+) tokens", result["error"])[0])
+    one, two = read_metrics(run)
+    assert one["onpolicy/mismatched_tokens"] == 0 and two["onpolicy/mismatched_tokens"] == wrong
+    assert wrong == two["onpolicy/compared_tokens"] / 2 or 0 < wrong < of, "rank 1's tokens, out of those of both"
+    assert two["onpolicy/coverage"] == 1 and "Stopped before the optimizer step" in result["error"]
