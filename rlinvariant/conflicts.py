@@ -199,7 +199,65 @@ def environment_conflicts(env: Mapping[str, str], invariance: str, autocast_aske
     if env.get("VLLM_BATCH_INVARIANT", "0") != "0":
         value = shown(env["VLLM_BATCH_INVARIANT"])
         found.append(f"VLLM_BATCH_INVARIANT={value}: expected unset; invariance= decides; run `unset VLLM_BATCH_INVARIANT`")
+    return found + launcher_problems(env)
+
+
+SHARDS = {
+    "FSDP_VERSION": ("2", "fsdp_version: 2"),
+    "FSDP_AUTO_WRAP_POLICY": (
+        "NO_WRAP",
+        "fsdp_auto_wrap_policy: NO_WRAP: each decoder layer becomes a unit without accelerate's",
+    ),
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": ("false", "fsdp_cpu_ram_efficient_loading: false: each process reads its own rows"),
+    "FSDP_ACTIVATION_CHECKPOINTING": (
+        "false",
+        "fsdp_activation_checkpointing: false: it renames weights; layers recompute as memory needs",
+    ),
+    "FSDP_OFFLOAD_PARAMS": ("false", "fsdp_offload_params: false: offloading has not been tried"),
+    "FSDP_RESHARD_AFTER_FORWARD": ("true", "fsdp_reshard_after_forward: true: each unit is freed after its forward"),
+    "FSDP_STATE_DICT_TYPE": ("FULL_STATE_DICT", "fsdp_state_dict_type: FULL_STATE_DICT: a checkpoint is a model's directory"),
+    "FSDP_IGNORED_MODULES": ("None", "no fsdp_ignored_modules: every weight is in a unit"),
+}
+"""Variable by which accelerate hands on a setting of shards -> the one value that is taken, and how its file says it."""
+OTHERS = {"DEEPSPEED": "DEEPSPEED", "MEGATRON_LM": "MEGATRON_LM", "PARALLELISM_CONFIG": "FSDP with parallelism_config"}
+
+
+def launcher_problems(env: Mapping[str, str]) -> list[str]:
+    """List what an accelerate file asks for, by the variables that it becomes, that is not supported, one line each."""
+    on = lambda name: env.get(f"ACCELERATE_USE_{name}", "false").lower() == "true"  # noqa: E731
+    fix = "choose configs/8gpu_fsdp2.yaml, or one without shards"
+    found = [
+        f"distributed_type={said}: expected one process, data parallel or FSDP 2; {fix}"
+        for name, said in OTHERS.items()
+        if on(name)
+    ]
+    if on("FSDP"):
+        for name, (expected, said) in SHARDS.items():
+            if (value := env.get(name, expected)).lower() != expected.lower():
+                found.append(f"{name}={shown(value)}: expected {said}; set it so in the accelerate file, or {fix}")
     return found
+
+
+def sharding_problems(trainer: "GRPOConfig", invariance: str, lora: str | None, prefix: str = "") -> list[str]:
+    """List the settings that cannot stand beside weights in shards, one line each.
+
+    Args:
+        trainer: anything that has GRPOConfig's fields.
+        invariance: which sides are exact.
+        lora: the setting that asks for adapters, as the user writes it; None: none does.
+        prefix: what the user writes before a field's name of `trainer`.
+    """
+    way = "with weights in shards (distributed_type: FSDP)"
+    masked, synced = f"{prefix}mask_truncated_completions", f"{prefix}sync_ref_model"
+    rules = (
+        (invariance == "exact", f"invariance={invariance}", "exact", "a stock side has not been tried"),
+        (lora is None, str(lora), "none", "adapters have not been tried; their base is small enough for each process"),
+        (not trainer.mask_truncated_completions, f"{masked}=True", "False", "processes mask other numbers of rows"),
+        (not trainer.sync_ref_model, f"{synced}=True", "False", "the reference stays as it was loaded"),
+    )
+    return [
+        f"{key}: expected {right} {way}: {why}; set it, or use a file without shards" for ok, key, right, why in rules if not ok
+    ]
 
 
 def microbatch_problems(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlinvariant import checkpoints, held_out, keys, peers, runtime, stopping
 from rlinvariant.config import Config
-from rlinvariant.errors import Stopped, one_line, outcome
+from rlinvariant.errors import one_line, outcome
 from rlinvariant.held_out import HeldOut
 from rlinvariant.launch import MACHINE, rank
 from rlinvariant.report import completions, wandb_log

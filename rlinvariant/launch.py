@@ -68,6 +68,11 @@ def is_launched(env: Mapping[str, str] = os.environ) -> bool:
     return "ACCELERATE_MIXED_PRECISION" in env or "LOCAL_RANK" in env
 
 
+def is_sharded(env: Mapping[str, str] = os.environ) -> bool:
+    """Return whether accelerate's file says distributed_type: FSDP: each process keeps a shard of every weight."""
+    return env.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
 def end_with_launcher() -> bool:
     """Have SIGTERM sent to this process when the one that launched it ends, and return whether one has launched it.
 
@@ -166,7 +171,7 @@ def launch(argv: Sequence[str], machine: str | None = None) -> int:
 
     Args:
         argv: what follows `rlinvariant train`, without machine=.
-        machine: "cpu", "cpu2", "1gpu" or the path of an accelerate file; by default 1gpu where torch finds a GPU, else cpu.
+        machine: one of `machines` or the path of an accelerate file; by default 1gpu where torch finds a GPU, else cpu.
 
     Returns:
         The exit code of the first process that failed; 0 if all ended well.

@@ -171,7 +171,7 @@ def load_model(weights: str, rollout: "Rollout", about: JsonRow, step: int) -> "
     Raises:
         UserError: the weights are not those of the recorded hash.
     """
-    from rlinvariant import bits
+    from rlinvariant import bits, checksums
     from rlinvariant.models import lora
     from rlinvariant.verification import adapters, load
 
@@ -181,7 +181,9 @@ def load_model(weights: str, rollout: "Rollout", about: JsonRow, step: int) -> "
     exact = SIDES[about["invariance"]][1]
     adapt = adapters.adapt(directory, None, 0)
     model = load.trained(base, about["dtype"], adapt) if exact else load.masters(base)
-    if (digest := bits.digest(lora.pairs(model))) != rollout.weights_sha256:
+    named = [*lora.pairs(model)]
+    of_shards = checksums.digest((name, checksums.whole(x)) for name, x in named)  # as a run with weights in shards records
+    if rollout.weights_sha256 not in (digest := bits.digest(named), of_shards):
         raise UserError(
             f"step {step}: {weights} has other weights (sha256 {digest[:16]}...) than the step began with "
             f"({rollout.weights_sha256[:16]}...), and nothing can be compared; --weights DIR names a copy of those"

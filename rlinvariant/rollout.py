@@ -96,7 +96,7 @@ class Rollout:
     Args:
         batches: of every rank, in order of ranks; of a step that samples more than once, or in turns, in order of time.
         temperature, max_tokens, stop_token_ids: as for `Sampler.generate`.
-        weights_sha256: `bits.digest` of the parameters that it was drawn with.
+        weights_sha256: `bits.digest` of the parameters that it was drawn with; of weights in shards, `checksums.digest`.
         truncation: which tokens it was drawn from.
     """
 

@@ -12,7 +12,7 @@ from rlinvariant.config import Config
 from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.files import disk_errors
 from rlinvariant.journal import Journal, nothing_left
-from rlinvariant.launch import largest, on_main_process, rank
+from rlinvariant.launch import is_sharded, largest, on_main_process, rank
 from rlinvariant.lock import locked
 from rlinvariant.model_source import local_model
 from rlinvariant.plan import TrainerPlan, build_trainer, plan_trainer
@@ -118,6 +118,7 @@ def plan(config: Config) -> Plan:
     problems = device_problems(args, config.invariance, getattr(torch, config.dtype))
     unproven = [f"lora.r={config.lora.r}"] if config.lora.r else []
     unproven += Truncation.of(args).settings("trainer.") if config.invariance == "exact" else []
+    unproven += ["distributed_type=FSDP"] if is_sharded() else []
     problems += unproven_problems(args, *unproven)
     if problems:  # before a recipe makes its model
         raise ConfigErrors(problems)

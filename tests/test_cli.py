@@ -21,6 +21,8 @@ from rlinvariant.sampler.engine import refuse
 from tests import commands
 from tests.commands import interruptible
 
+MACHINES = "1gpu, 2gpu, 2gpu_fsdp2, 8gpu, 8gpu_fsdp2, cpu, cpu2, cpu2_fsdp2"
+
 
 @pytest.mark.parametrize("name", [c.name for c in cli.COMMANDS if hasattr(import_module(c.module), "add_arguments")])
 @pytest.mark.parametrize("option", ["--help", "-h"])
@@ -66,12 +68,12 @@ def test_a_wrong_command_is_one_line_on_stderr(arguments, line, capsys):
 @pytest.mark.parametrize(
     ("arguments", "lines"),
     [
-        (["machine=cpu3"], ["machine=cpu3: expected 1gpu, cpu, cpu2, or the path of an accelerate file (.yaml); or remove it"]),
+        (["machine=cpu3"], [f"machine=cpu3: expected {MACHINES}, or the path of an accelerate file (.yaml); or remove it"]),
         (["machine=cpu", "machine=cpu2"], ["machine=cpu and machine=cpu2: both set the same value; keep one"]),
         (
             ["machine=gpu", "stps=3"],
             [
-                "machine=gpu: expected 1gpu, cpu, cpu2, or the path of an accelerate file (.yaml); or remove it",
+                f"machine=gpu: expected {MACHINES}, or the path of an accelerate file (.yaml); or remove it",
                 "stps=3: unknown key; did you mean steps?",
             ],
         ),

@@ -16,7 +16,7 @@ ROWS = (
     {"keys", "text"},
     {"deadline", "errors", "forks"},
     {"arguments", "files", "held_out", "hub", "install", "machine", "masking", "reading", "stopping"},
-    {"bits", "rollout", "runtime", "checkpoints", "lock", "peers"},
+    {"bits", "checksums", "rollout", "runtime", "checkpoints", "lock", "peers"},
     {"kernels"},
     {"ops"},
     {"models", "metrics", "conflicts", "support", "launch"},

@@ -9,12 +9,19 @@ from rlinvariant.arguments import given_by_user
 from rlinvariant.config.named import named_problems
 from rlinvariant.config.recipe import Recipe
 from rlinvariant.config.tree import Config
-from rlinvariant.conflicts import adapter_conflicts, conflicts, microbatch_problems, ppo_conflicts, truncation_problems
+from rlinvariant.conflicts import (
+    adapter_conflicts,
+    conflicts,
+    microbatch_problems,
+    ppo_conflicts,
+    sharding_problems,
+    truncation_problems,
+)
 from rlinvariant.errors import UserError
 from rlinvariant.files import require_writable
 from rlinvariant.hub import hub_problems
 from rlinvariant.install import install_hint
-from rlinvariant.launch import asks_the_hub, rank
+from rlinvariant.launch import asks_the_hub, is_sharded, rank
 from rlinvariant.model_source import model_problems, source_problems
 from rlinvariant.text import shown
 
@@ -41,6 +48,9 @@ def check(config: Config, env: Mapping[str, str], recipe: Recipe | None = None, 
     penalty = config.ppo.kl_coef if config.algorithm == "ppo" else 0.0
     found += truncation_problems(config.trainer, config.invariance, config.staleness, penalty, "trainer.", processes)
     found += check_lora(config)
+    if is_sharded(env):
+        adapters = f"lora.r={config.lora.r}" if config.lora.r else None
+        found += sharding_problems(config.trainer, config.invariance, adapters, "trainer.")
     found += _check_ppo(config) if config.algorithm == "ppo" else _check_no_ppo(config)
     tokens = config.trainer.tokens_per_microbatch
     found += microbatch_problems(tokens, None, config.trainer, config.invariance, "trainer.")

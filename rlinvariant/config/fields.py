@@ -50,7 +50,7 @@ OWNED = {
     "local_rank": "accelerate sets it",
     "enable_jit_checkpoint": "SIGTERM saves the step in progress without it",
     "hub_token": "it would be written into every checkpoint; set HF_TOKEN in the environment, or run `hf auth login`",
-    **dict.fromkeys(("deepspeed", "fsdp", "fsdp_config"), "one process or data parallel: each has the whole model"),
+    **dict.fromkeys(("deepspeed", "fsdp", "fsdp_config"), "use machine=8gpu_fsdp2, or an accelerate file like it"),
 }
 """Fields of GRPOConfig that this project sets itself, and that are not in the tree -> the reason, for the error message."""
 ALIASES = {"trainer.max_steps": "steps", "trainer.seed": "seed"}

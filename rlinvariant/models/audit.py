@@ -16,6 +16,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlinvariant.models.modules import UnsupportedModel
+from rlinvariant.models.patch import make_invariant
+from rlinvariant.types import Untyped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -179,3 +181,29 @@ def require_exact(model: "PreTrainedModel", run: Callable[[], object] | None = N
             f"{name} computes outside rlinvariant.ops: {listed}; its bits would depend on the batch, "
             "and no rule in models/patch.py has it"
         )
+
+
+def audit_config(config: Untyped, dtype: torch.dtype, device: torch.device) -> str:
+    """Run the trainer's checks on the first two layers of a model of this configuration, with random weights.
+
+    Args:
+        config: transformers' configuration of the model.
+        dtype: of activations and weights.
+        device: where the layers run.
+
+    Returns:
+        The name of the model's class.
+
+    Raises:
+        UnsupportedModel, UserError: what is not exact in it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng(), torch.device(device):
+        model = AutoModelForCausalLM.from_config(two_layers(config.get_text_config()), dtype=dtype)
+    name = type(model).__name__
+    require_exact(make_invariant(model, dtype))
+    del model
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return name

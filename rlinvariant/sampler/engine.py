@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from rlinvariant import runtime
+from rlinvariant.checksums import Checksum
 from rlinvariant.errors import UserError
 from rlinvariant.model_source import base_and_adapter
 from rlinvariant.models import adapter_files
@@ -334,12 +335,12 @@ class Sampler:
         Raises:
             RuntimeError: a request is still running.
         """
-        pairs = [(name, w.detach()) for name, w in weights]
+        pairs = ((name, w.detach()) for name, w in weights)  # one after the other, as shards are gathered
         with _undisturbed(), torch.no_grad():
             if self.invariant:
-                self.model.load_weights(iter(pairs))
+                self.model.load_weights(pairs)
             else:
-                self._runner.reload_weights(weights_iterator=iter(pairs))
+                self._runner.reload_weights(weights_iterator=pairs)
                 # A stock CPU engine multiplies by packed copies, and does not pack a tied head anew
                 head: Any = getattr(self.model, "lm_head", None)
                 if hasattr(head, "cpu_linear"):
@@ -358,6 +359,24 @@ class Sampler:
         """
         own, of_adapters = split(weights)
         return synced.differing(self.model, own, self.invariant) + adapters.differing(self.model, of_adapters)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return what weights are rounded to."""
+        return self.llm.llm_engine.model_config.dtype
+
+    def differing_checksums(self, weights: Mapping[str, Checksum]) -> list[str]:
+        """Do what `differing_weights` does for weights that are elsewhere, or in shards: by sums over all their words.
+
+        Args:
+            weights: the checksum of each, cast to `dtype`, by its Hugging Face name.
+
+        Raises:
+            RuntimeError: the engine is a stock one, whose packed matrices cannot be read whole.
+        """
+        if not self.invariant:
+            raise RuntimeError("a stock engine's packed weights have no checksum")
+        return synced.differing_checksums(self.model, weights)
 
 
 def _external(request: str) -> str:

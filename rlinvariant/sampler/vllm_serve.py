@@ -18,7 +18,7 @@ from vllm.v1.sample.logits_processor import LogitsProcessor
 from rlinvariant import runtime
 from rlinvariant.errors import ConfigErrors, UserError, one_line
 from rlinvariant.model_source import base_and_adapter
-from rlinvariant.models import adapter_files, lora, make_invariant, require_exact, two_layers
+from rlinvariant.models import adapter_files, audit_config, lora
 from rlinvariant.rollout import RANGES
 from rlinvariant.sampler import adapters, plugin, vllm_guard
 from rlinvariant.sampler.engine import refuse
@@ -272,32 +272,6 @@ class Worker(_Worker):
             f"engine process {os.getpid()}: {self._audited} in {dtype}; {attentions} attention layers, {products} products and "
             "the sampler are rlinvariant.ops; the trainer's audit found nothing outside them"
         )
-
-
-def audit_config(config: Untyped, dtype: torch.dtype, device: torch.device) -> str:
-    """Run the trainer's checks on the first two layers of a model of this configuration, with random weights.
-
-    Args:
-        config: transformers' configuration of the model.
-        dtype: of activations and weights.
-        device: where the layers run.
-
-    Returns:
-        The name of the model's class.
-
-    Raises:
-        UnsupportedModel, UserError: what is not exact in it.
-    """
-    from transformers import AutoModelForCausalLM
-
-    with torch.random.fork_rng(), torch.device(device):
-        model = AutoModelForCausalLM.from_config(two_layers(config.get_text_config()), dtype=dtype)
-    name = type(model).__name__
-    require_exact(make_invariant(model, dtype))
-    del model
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    return name
 
 
 class Proof:

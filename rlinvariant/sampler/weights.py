@@ -1,15 +1,18 @@
 """Find the parameters of a vLLM model whose bytes are not the trainer's."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlinvariant import bits
+from rlinvariant import bits, checksums
+from rlinvariant.checksums import Checksum
 from rlinvariant.types import Untyped
 
 MERGE_ORDER: list[Any] = [None, "q", "k", "v", *range(16)]  # how vLLM stacks the parts of a merged projection
+
+PADDED = ("embed_tokens.weight", "lm_head.weight")  # vLLM pads the vocabulary
 
 
 def differing(model: Untyped, weights: Iterable[tuple[str, Tensor]], invariant: bool) -> list[str]:
@@ -31,6 +34,24 @@ def differing(model: Untyped, weights: Iterable[tuple[str, Tensor]], invariant: 
     if packed_apart and embedding is not None and not _same(*_columns(head, embedding)):
         bad.append("lm_head.weight")
     return bad
+
+
+def differing_checksums(model: Untyped, weights: Mapping[str, Checksum]) -> list[str]:
+    """Name the parameters of an exact engine whose words do not have the sums that they should have."""
+    parts: dict[str, dict[Any, Checksum]] = {}
+    for name, checksum in weights.items():
+        place, shard = target(model, name)
+        parts.setdefault(place, {})[shard] = checksum
+    own = dict(model.named_parameters())
+    bad = [name for name in parts if name not in own and not ("lm_head.weight" not in own and name == "lm_head.weight")]
+    for name, have in own.items():
+        expected = [parts[name][shard] for shard in sorted(parts[name], key=MERGE_ORDER.index)] if name in parts else []
+        rows = [part.shape[0] for part in expected]
+        if name.endswith(PADDED):
+            have = have[: sum(rows)]
+        if sum(rows) != len(have) or [checksums.whole(part) for part in have.split(rows)] != expected:
+            bad.append(name)
+    return bad + _stale_copies(model)
 
 
 def _stale_copies(model: Any) -> list[str]:
@@ -64,8 +85,8 @@ def _readable(model: Any, name: str, have: Tensor, expected: Tensor) -> tuple[Te
     """Return the parameter as vLLM computes with it, and what it should be, in one dtype."""
     if have.numel() == 0 and expected.numel():
         return _columns(model.get_submodule(name.rpartition(".")[0]), expected)
-    if name.endswith(("embed_tokens.weight", "lm_head.weight")):
-        have = have[: len(expected)]  # vLLM pads the vocabulary
+    if name.endswith(PADDED):
+        have = have[: len(expected)]
     return have, expected.to(have.dtype)
 
 

@@ -4,7 +4,8 @@ A checkpoint has what TRL and transformers save for others to load (model.safete
 trainer_state.json), `manifest.json`, by which `rlinvariant.checkpoints` knows every byte, and what a run needs to go on:
 
     training/state.safetensors     optimizer, scheduler, gradient scaler, and what else all ranks share
-    training/rank-R.safetensors    of rank R: random number generators, the rollout in progress, counters
+    training/rank-R.safetensors    of rank R: random number generators, the rollout in progress, counters; where ranks have
+                                   shards of the weights, its optimizer's state too
 
 Methods of TRL's trainer, and of transformers' below it, that are overridden:
 
@@ -38,6 +39,7 @@ from rlinvariant.checkpoints import FREE_SPACE, Checkpoint
 from rlinvariant.errors import UserError
 from rlinvariant.files import disk_errors
 from rlinvariant.launch import on_main_process
+from rlinvariant.models import shards
 from rlinvariant.trainer import state_file
 from rlinvariant.trainer.published import PublishedTrainer
 
@@ -106,6 +108,9 @@ class CheckpointedTrainer(PublishedTrainer):
             )
         if (kind := checkpoint.about["trainer"]) != self._kind:
             raise UserError(f"{where}: written by a run of {kind}, this one is of {self._kind}; start a new run")
+        if (cut := bool(checkpoint.about.get("sharded"))) != self.sharded:  # earlier versions had no shards
+            each = {True: "had a shard of every weight", False: "had every weight whole"}
+            raise UserError(f"{where}: written by processes that each {each[cut]}; start it with that machine file")
 
     # ---- saving
 
@@ -130,6 +135,7 @@ class CheckpointedTrainer(PublishedTrainer):
             about = {
                 "processes": self.accelerator.num_processes,
                 "trainer": self._kind,
+                "sharded": self.sharded,
                 **(self.on_save() if self.on_save else {}),
             }
             self._start_finishing(partial / f"checkpoint-{step}", directory / f"checkpoint-{step}", step, about)
@@ -193,13 +199,15 @@ class CheckpointedTrainer(PublishedTrainer):
         if self.state.best_global_step == self.state.global_step or best.is_dir():
             self.state.best_model_checkpoint = str(best)
         rank = RANK_STATE.format(self.accelerator.process_index)
-        state_file.write(Path(output_dir) / rank, {"generators": _generators(), "progress": self._progress()})
+        own = {"generators": _generators(), "progress": self._progress()}
+        own |= {"optimizer": shards.optimizer_state(self.optimizer)} if self.sharded else {}
+        state_file.write(Path(output_dir) / rank, own)
 
     def _shared_state(self) -> dict[str, Any]:
         """Return what a run needs to go on, beside the weights, and has the same on all ranks."""
         scaler = getattr(self.accelerator, "scaler", None)
         return {
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": None if self.sharded else self.optimizer.state_dict(),
             "scheduler": self.lr_scheduler.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
         }
@@ -226,8 +234,11 @@ class CheckpointedTrainer(PublishedTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)  # finds none of its files; TRL reads its entropy controller's state
         if checkpoint is None:
             return
-        self._restore_shared_state(state_file.read(Path(checkpoint) / SHARED_STATE))
+        state = state_file.read(Path(checkpoint) / SHARED_STATE)
         own = state_file.read(Path(checkpoint) / RANK_STATE.format(self.accelerator.process_index))
+        if self.sharded:
+            state["optimizer"] = shards.as_shards(own["optimizer"], self.optimizer)
+        self._restore_shared_state(state)
         self._generators = own["generators"]
         self._restore_progress(own["progress"])
 

@@ -10,8 +10,9 @@ from transformers import AutoModel, AutoTokenizer
 
 from rlinvariant import ops
 from rlinvariant.errors import UserError
-from rlinvariant.models import make_trainable, require_exact
+from rlinvariant.models import audit_config, make_invariant, make_trainable, require_exact, shards
 from rlinvariant.models.load import load
+from rlinvariant.trainer.memory import decoder_layers
 from rlinvariant.trainer.packing import pack
 
 if TYPE_CHECKING:
@@ -28,18 +29,27 @@ class Critic(nn.Module):
         backbone: a decoder without lm_head, fp32 parameters, on its device; patched in place.
         dtype: what activations, and so values, are computed in where invariant.
         invariant: run through `ops`, packed; else the stock forward, padded, under autocast, as TRL runs the policy.
+        shards_on: the device where each process keeps a shard of every weight of the backbone, which is on the host; None:
+            each has it whole.
 
     Bits: where invariant, a value depends on the tokens before it alone: not on micro-batch, order of rows or padding.
     """
 
-    def __init__(self, backbone: "PreTrainedModel", dtype: torch.dtype, invariant: bool) -> None:
+    def __init__(
+        self, backbone: "PreTrainedModel", dtype: torch.dtype, invariant: bool, shards_on: torch.device | None = None
+    ) -> None:
         super().__init__()
         self.invariant = invariant
-        self.backbone = make_trainable(backbone, dtype) if invariant else backbone
+        if shards_on is not None:
+            audit_config(backbone.config, dtype, shards_on)
+            shards.shard(make_invariant(backbone, dtype), decoder_layers(backbone))
+        elif invariant:
+            make_trainable(backbone, dtype)
+        self.backbone = backbone
         weight = next(backbone.parameters())
         self.head = nn.Linear(backbone.config.hidden_size, 1, bias=False, device=weight.device, dtype=weight.dtype)
         nn.init.zeros_(self.head.weight)
-        if invariant:
+        if invariant and shards_on is None:
             self._require_exact()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, length: int) -> Tensor:
@@ -57,9 +67,9 @@ class Critic(nn.Module):
         values = ops.linear(hidden[0, batch.predicted_from], self.head.weight)
         return batch.unpack(values[:, 0].float())
 
-    def save(self, directory: Path) -> None:
-        """Write a Hugging Face model directory, and the head beside it."""
-        self.backbone.save_pretrained(directory)
+    def save(self, directory: Path, state: dict[str, Tensor] | None = None) -> None:
+        """Write a Hugging Face model directory, and the head beside it; `state` are the backbone's weights, gathered."""
+        self.backbone.save_pretrained(directory, state_dict=state)
         save_file({"weight": self.head.weight.detach().cpu().contiguous()}, directory / VALUE_HEAD_FILE)
 
     def load(self, directory: Path) -> None:
@@ -71,8 +81,11 @@ class Critic(nn.Module):
         if not (directory / VALUE_HEAD_FILE).is_file():
             why = "the checkpoint has no critic, it is not one of PPO; start a new run"
             raise UserError(f"{directory}: no {VALUE_HEAD_FILE}: {why}")
-        saved = load(AutoModel, directory, "critic", dtype=torch.float32)
-        self.backbone.load_state_dict(saved.state_dict())
+        if shards.is_sharded(self.backbone):
+            shards.load(self.backbone, directory)
+        else:
+            saved = load(AutoModel, directory, "critic", dtype=torch.float32)
+            self.backbone.load_state_dict(saved.state_dict())
         self.load_head(directory)
 
     def load_head(self, directory: Path) -> None:

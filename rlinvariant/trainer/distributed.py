@@ -1,0 +1,107 @@
+"""The layer of the trainer for several processes: how DDP is set, and what differs where each has shards of the weights.
+
+accelerate finds the model in shards (`models.shards`), and leaves it so: its own wrapping leaves out what it has no class for,
+and its mixed precision would cast what attention and norms compute with. The norm of the gradients is the one that DDP
+computes, bit for bit, and weights are saved as one process saves them: whole, as safetensors, each once.
+
+Methods of TRL's trainer, and of transformers' below it, that are overridden:
+
+    create_accelerator_and_postprocess   lets accelerate see shards on a CPU, too
+    _build_accelerator_args              lets DDP reduce gradients where they lie
+    _clip_grad_norm, _get_grad_norm      compute the norm of gradients in shards
+    save_model                           gathers the weights first: all ranks call it, and the main one saves
+    _load_from_checkpoint, _load_best_model
+                                         read a rank's own rows
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from accelerate.state import PartialState
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, FullyShardedDataParallelPlugin
+from torch import Tensor, nn
+from trl.trainer.grpo_trainer import GRPOTrainer
+
+from rlinvariant.launch import is_sharded
+from rlinvariant.models import shards
+
+
+class DistributedTrainer(GRPOTrainer):
+    """Trains by several processes as the module says; everything else is TRL's."""
+
+    model: Any
+    args: Any
+    state: Any
+    accelerator: Any
+
+    @property
+    def sharded(self) -> bool:
+        """Return whether each process keeps a shard of every weight."""
+        return is_sharded()
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        state = self.accelerator.state
+        if self.sharded and state.distributed_type == DistributedType.MULTI_CPU:  # accelerate does so on devices of its list
+            state.fsdp_plugin, state.distributed_type = FullyShardedDataParallelPlugin(), DistributedType.FSDP
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            self.is_fsdp_enabled = True
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        arguments = super()._build_accelerator_args(**kwargs)
+        for handler in arguments["kwargs_handlers"]:
+            if isinstance(handler, DistributedDataParallelKwargs):
+                handler.gradient_as_bucket_view = True  # else gradients are there twice
+        return arguments
+
+    # ---- the norm
+
+    def _clip_grad_norm(self, model: Any) -> Tensor | None:
+        return self._clipped(model, self.args.max_grad_norm) if self.sharded else super()._clip_grad_norm(model)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        if grad_norm is None and self.sharded:
+            return self._clipped(model, math.inf)
+        return super()._get_grad_norm(model, grad_norm)
+
+    def _clipped(self, model: nn.Module, most: float) -> Tensor:
+        """Clip a model's gradients, and return their norm before, the same on all ranks. Every rank must call this."""
+        if not self.sharded:
+            return nn.utils.clip_grad_norm_(model.parameters(), most)
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        norm = shards.total_norm(gradients)
+        shards.scale_gradients(gradients, norm, most)
+        return norm
+
+    # ---- weights on the disk
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save as TRL does. Every rank must call this."""
+        if not self.sharded:
+            return super().save_model(output_dir, _internal_call)
+        state = self.gathered()
+        if self.args.should_save:
+            self._save(output_dir or self.args.output_dir, state)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def gathered(self) -> dict[str, Tensor] | None:
+        """Return the whole weights, on the host, to the rank that saves; None where each rank has them whole, and to others.
+
+        Every rank must call this.
+        """
+        if not self.sharded:
+            return None
+        found = shards.state(self.model, keep=self.args.should_save)
+        return found if self.args.should_save else None
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not self.sharded:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        shards.load(self.model, Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        if not self.sharded:
+            return super()._load_best_model()
+        self._load_from_checkpoint(self.state.best_model_checkpoint)

@@ -11,7 +11,7 @@ A sample is one of the prompts that `_generate` is given, and what follows it: w
 the model said to that. A rank draws as many turns as its own samples take: within a turn no rank waits for another.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import chain, zip_longest
 from typing import Any
@@ -21,10 +21,10 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from rlinvariant import bits
+from rlinvariant import bits, checksums
 from rlinvariant.conflicts import Invariance
 from rlinvariant.errors import ParityError
-from rlinvariant.models import lora
+from rlinvariant.models import lora, shards
 from rlinvariant.rollout import Batch, Completion, Rollout, Truncation, request_seed
 from rlinvariant.trainer import custom_rollouts
 from rlinvariant.trainer.episodes import EpisodesTrainer
@@ -150,15 +150,20 @@ class DrawingTrainer(EpisodesTrainer):
         if self._on_rollout is None or not self._versions.on_disk(step):
             return
         with self._timed("save"):
-            ranks = gather_object([batches])
+            ranks, weights = gather_object([batches]), self._digest()
             if not self.accelerator.is_main_process:
                 return
             self._drawn += [b for b in chain.from_iterable(zip_longest(*ranks)) if b is not None]  # turn after turn
             if not self._drawn:  # a `rollout_func` has drawn by something else
                 return
-            stop, weights = list(self.eos_token_ids), bits.digest(self._weights())
-            how = self.temperature, self.max_completion_length, stop, weights, self.truncation
+            how = self.temperature, self.max_completion_length, list(self.eos_token_ids), weights, self.truncation
             self._on_rollout(step + 1, Rollout(self._drawn, *how))
+
+    def _digest(self) -> str:
+        """Return what tells the weights apart from others, on the main rank: a hash of them, or of the checksums of shards."""
+        if self.sharded:
+            return checksums.digest(shards.checksums(self._held(), torch.float32).items())
+        return bits.digest(self._weights()) if self.accelerator.is_main_process else ""
 
     def _seeds(self, count: int, group: int) -> list[int]:
         """Derive a seed for each sample's first turn from (run seed, step, prompt, sample): distinct over a group and ranks.
@@ -188,25 +193,43 @@ class DrawingTrainer(EpisodesTrainer):
         when = () if self.model.training else (f"after step {step}", "stopped before they were sampled from")
         version, older = self._versions.to_sample_with(step, stale)
         with self._timed("sync"):
-            self._require_finite(((f"weight {name}", w) for name, w in self._weights()), *when)
+            self._require_finite(((f"weight {name}", w) for name, w in self._held()), *when)
             whole = self._versions.sampler is None
             if self._versions.sampler == version and self._sampler_is_invariant:  # all of a stock one's cannot be read
-                if not self.sampler.differing_weights(self._weights(older)):
+                if not self._differing(older):
                     return
                 self._versions.edited()
                 whole = True
             self.sampler.sync(self._weights(older) if whole else self._moving(older))
-            differing = self.sampler.differing_weights(self._weights(older))
+            differing = self._differing(older)
         self._versions.sampler, self._record.weights_equal = version, not differing
         if differing and self.invariance == "exact":
             differ = f"{len(differing)} of the sampler's parameters differ from the trainer's, first {differing[0]}"
-            raise ParityError(f"step {step + 1}: after the weight sync, {differ}")
+            raise ParityError(f"step {step + 1}: after the weight sync, {differ}", agreed=True)
 
-    def _weights(self, older: dict[str, Tensor] | None = None):
-        """Yield names and tensors of the policy's parameters, or of older ones, on the device."""
-        if older is not None:
-            return ((name, w.to(self.accelerator.device)) for name, w in older.items())
-        return lora.pairs(self.accelerator.unwrap_model(self.model))
+    def _differing(self, older: dict[str, Tensor] | None) -> list[str]:
+        """Name the sampler's parameters that differ from the weights, on the first rank where some do; the same on all ranks.
+
+        Weights in shards are compared by checksums, which need no gather.
+        """
+        if self.sharded:
+            found = self.sampler.differing_checksums(shards.checksums(self._held(older), self.sampler.dtype))
+        else:
+            found = self.sampler.differing_weights(self._weights(older))
+        if self.accelerator.num_processes > 1:
+            found = next(filter(None, gather_object([found])), [])
+        return found
+
+    def _held(self, older: dict[str, Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Yield names and tensors of the policy's parameters, or of older ones, as this rank has them: whole, or in shards."""
+        now = lora.pairs(self.accelerator.unwrap_model(self.model))
+        if older is None:
+            return now
+        return ((name, shards.like(older[name].to(self.accelerator.device), w)) for name, w in now)
+
+    def _weights(self, older: dict[str, Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Yield names and whole tensors of what `_held` yields, on the device: all ranks gather them, one after the other."""
+        return ((name, shards.whole(w)) for name, w in self._held(older))
 
     def _moving(self, older: dict[str, Tensor] | None):
         """Yield those of `_weights` that training moves: of a model in PEFT, its adapters alone."""

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from rlinvariant.errors import UserError
+from rlinvariant.models.shards import local
 from rlinvariant.trainer.grading import call_rewards
 from rlinvariant.trainer.microbatches import MicroBatchedTrainer
 from rlinvariant.trainer.turns import sampled_mask
@@ -38,15 +39,16 @@ Named = Iterable[tuple[str, Tensor]]
 
 def not_finite(tensors: Named) -> str | None:
     """Name the first tensor that has a NaN or an infinity, and count them; None if there is none."""
-    for name, x in tensors:
-        if bad := int((~x.detach().isfinite()).sum()):
+    for name, tensor in tensors:
+        x = local(tensor.detach())
+        if bad := int((~x.isfinite()).sum()):
             return f"{name}: {bad:,} of {x.numel():,} numbers are not finite"
     return None
 
 
 def norm(tensors: Named) -> Tensor:
     """Return the 2-norm of all numbers of some tensors, []: finite only if all numbers are."""
-    return get_total_norm([x.detach() for _, x in tensors if x.is_floating_point()])
+    return get_total_norm([local(x.detach()) for _, x in tensors if x.is_floating_point()])
 
 
 class FiniteTrainer(MicroBatchedTrainer):
@@ -130,7 +132,12 @@ class FiniteTrainer(MicroBatchedTrainer):
         if getattr(self.accelerator, "scaler", None) is not None:
             gradients = []  # which are scaled until they overflow, and not followed then
         squares_are_finite = self._require_finite([*self._weights_and_states(), *gradients])
-        if not squares_are_finite and not math.isfinite(norm(gradients).item()):  # the same on all ranks, which share gradients
+        if squares_are_finite:
+            return
+        total = norm(gradients)  # the same on all ranks, where each has all gradients
+        if self.sharded:
+            total = self.accelerator.reduce(total.to(self.accelerator.device), "sum")
+        if not math.isfinite(total.item()):
             self._raise_agreed("the gradient's norm is not finite, though each number of it is")
 
     # ---- where they are made

@@ -32,15 +32,18 @@ from accelerate.utils import DistributedType, gather_object
 from datasets import Dataset
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel, PrinterCallback
+from transformers import AutoModelForCausalLM, PreTrainedModel, PrinterCallback
 from trl.trainer.grpo_config import GRPOConfig
 
 from rlinvariant import metrics, stopping
 from rlinvariant.conflicts import SIDES, Invariance
 from rlinvariant.errors import ConfigErrors, ParityError
-from rlinvariant.models import lora, make_invariant, make_trainable, require_exact
+from rlinvariant.launch import main_process_fetches
+from rlinvariant.models import audit_config, lora, make_invariant, make_trainable, require_exact, shards
+from rlinvariant.models.load import load
 from rlinvariant.rewards import RewardLimits
 from rlinvariant.rollout import Truncation
+from rlinvariant.text import say
 from rlinvariant.trainer.drawing import DrawingTrainer
 from rlinvariant.trainer.episodes import Episodes
 from rlinvariant.trainer.grading import checked_rewards, settle_rewards
@@ -53,6 +56,7 @@ from rlinvariant.trainer.interface import (
     SamplerLike,
     TrainerArguments,
 )
+from rlinvariant.trainer.memory import decoder_layers
 from rlinvariant.trainer.packing import pack
 from rlinvariant.trainer.preflight import Start, Tooling, check_start, constructing, load_tokenizer
 from rlinvariant.trainer.record import Pair
@@ -61,6 +65,7 @@ from rlinvariant.trainer.turns import sampled_mask
 from rlinvariant.trainer.versions import PolicyVersions
 
 PROCESSES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+SHARDED = (DistributedType.FSDP,)
 
 
 class InvariantGRPOTrainer(DrawingTrainer):
@@ -152,15 +157,20 @@ class InvariantGRPOTrainer(DrawingTrainer):
         rewards = checked_rewards(self, reward_funcs, limits)
         self._episodes = Episodes(self, tooling, others["processing_class"]) if tooling else None
         others |= {} if self._episodes is None else self._episodes.arguments()
+        own_args, beta = self._trl_args(args), 0.0
+        if self.sharded:  # TRL would load the whole reference on each device, and cut it as one unit
+            beta, own_args.beta = own_args.beta, 0.0
         with constructing():
-            super().__init__(model, rewards, self._trl_args(args), train_dataset, **others)
-        if self.accelerator.distributed_type not in PROCESSES:
+            super().__init__(model, rewards, own_args, train_dataset, **others)
+        if self.accelerator.distributed_type not in (SHARDED if self.sharded else PROCESSES):
             kind = self.accelerator.distributed_type.value
-            raise ConfigErrors([f"distributed_type={kind}: expected one process or data parallel; choose configs/cpu.yaml"])
+            raise ConfigErrors([f"distributed_type={kind}: expected that of a file in configs/, as cpu.yaml; choose one"])
+        if beta:
+            self._load_sharded_reference(beta, dtype)
         if self._trainer_is_invariant:
             inner = self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
             inner.__dict__.pop("forward", None)  # TRL's fused head, with another order of summation
-            if self.ref_model is not None:
+            if self.ref_model is not None and not self.sharded:
                 self.ref_model.__dict__.pop("forward", None)
                 make_invariant(self.ref_model, dtype)
         self.remove_callback(PrinterCallback)  # prints every number of every step; our console and files have them
@@ -172,10 +182,29 @@ class InvariantGRPOTrainer(DrawingTrainer):
 
     def _prepare_models(self, model: Any, args: GRPOConfig, dtype: torch.dtype, tokenizer: Any) -> None:
         """Patch the policy and check it on the device, whose kernels are what is checked; TRL has not started yet."""
-        if self._trainer_is_invariant:
+        if self.sharded:
+            audit_config(model.config, dtype, args.device)
+            units = self._shard(model, dtype)
+            if args.process_index == 0:
+                of = f"each of the {units - 1} decoder layers, and the rest"
+                say(f"weights in shards over {args.world_size} processes: {units} units, {of}")
+        elif self._trainer_is_invariant:
             require_exact(make_trainable(model.to(args.device), dtype))
         elif self._sampler_is_invariant:
             require_exact(make_invariant(copy.deepcopy(model).to(args.device), dtype))  # what the sampler will run
+
+    @staticmethod
+    def _shard(model: Any, dtype: torch.dtype) -> int:
+        """Patch a model on the host, and cut it layer by layer, so that it is never whole on a device; return the units."""
+        return shards.shard(make_invariant(model, dtype), decoder_layers(model))
+
+    def _load_sharded_reference(self, beta: float, dtype: torch.dtype) -> None:
+        """Load the reference that TRL would have loaded, patched and in shards."""
+        name = self.model.config._name_or_path
+        with main_process_fetches(name):
+            model = load(AutoModelForCausalLM, name, dtype=torch.float32)
+        self._shard(model.eval().requires_grad_(False), dtype)
+        self.ref_model, self.beta, self.args.beta = model, beta, beta
 
     def train(self, *args, **kwargs):
         """Train as `DrawingTrainer` does; what was recorded before is forgotten."""
@@ -324,7 +353,7 @@ class InvariantGRPOTrainer(DrawingTrainer):
         return result
 
     def _keep_weights(self) -> None:
-        self._versions.keep(self.state.global_step, self._weights())
+        self._versions.keep(self.state.global_step, self._held())
 
     def _save_checkpoint(self, model, trial):
         with self._timed("save"):

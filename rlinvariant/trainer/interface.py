@@ -1,6 +1,6 @@
 """The types of what a trainer is given: a sampler, TRL's own arguments, and functions that are called as it trains."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Required, TypeAlias, TypedDict
 
@@ -9,6 +9,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
+from rlinvariant.checksums import Checksum
 from rlinvariant.conflicts import Invariance
 from rlinvariant.metrics import FirstMismatch
 from rlinvariant.rewards.limits import OnError
@@ -50,6 +51,11 @@ class SamplerLike(Protocol):
     def sync(self, weights: Iterable[tuple[str, Tensor]]) -> None: ...
 
     def differing_weights(self, weights: Iterable[tuple[str, Tensor]]) -> list[str]: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def differing_checksums(self, weights: Mapping[str, Checksum]) -> list[str]: ...
 
     def close(self) -> None: ...
 

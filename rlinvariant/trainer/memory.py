@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from rlinvariant.models.shards import local
 from rlinvariant.ops.token_logprobs import CHUNK_BYTES
 from rlinvariant.trainer.packing import pack
 from rlinvariant.types import JsonRow, Untyped
@@ -153,7 +154,7 @@ def _usable(trainer: "MicroBatchedTrainer") -> float:
     """
     device = trainer.accelerator.device
     has_states = trainer.optimizer is not None and trainer.optimizer.state
-    parameters = sum(p.numel() for _, p in trainer._trained() if p.requires_grad)
+    parameters = sum(local(p).numel() for _, p in trainer._trained() if p.requires_grad)
     to_come = parameters * (4 if has_states else STATES) + 3 * CHUNK_BYTES[device.type]
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

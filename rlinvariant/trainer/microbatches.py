@@ -171,7 +171,7 @@ class MicroBatchedTrainer(WholeEntropyTrainer):
         if torch.is_grad_enabled():
             return [*compute(slice(None))]
         while True:
-            parts = self._parts(lengths_B)
+            parts = self._parts(lengths_B, together=self.sharded)  # whose ranks meet in every forward
             try:
                 found = [compute(rows) for rows in parts]
                 break

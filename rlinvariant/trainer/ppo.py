@@ -17,6 +17,7 @@ Eight of TRL's methods are overridden here, and each calls the one below it:
 
 import copy
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -33,6 +34,7 @@ from rlinvariant.config import PPOConfig
 from rlinvariant.errors import UserError
 from rlinvariant.launch import main_process_fetches
 from rlinvariant.model_source import local_model
+from rlinvariant.models import shards
 from rlinvariant.trainer import advantages
 from rlinvariant.trainer.critic import Critic, load_critic
 from rlinvariant.trainer.grpo import InvariantGRPOTrainer
@@ -63,6 +65,7 @@ class InvariantPPOTrainer(InvariantGRPOTrainer):
 
     ppo: PPOConfig
     _kind = "PPO"
+    _critic_gathered: dict[str, Tensor] | None = None  # the weights of a critic in shards, while they are saved
     record_type = PPORecord
     _record: PPORecord
     accelerator: Any
@@ -94,15 +97,19 @@ class InvariantPPOTrainer(InvariantGRPOTrainer):
         return args
 
     def _prepare_models(self, model: Any, args: GRPOConfig, dtype: torch.dtype, tokenizer: Any) -> None:
-        super()._prepare_models(model, args, dtype, tokenizer)
         path = self.ppo.critic and local_model(self.ppo.critic)
+        own = copy.deepcopy(model.base_model) if path is None and self.sharded else None  # before the policy is cut
+        super()._prepare_models(model, args, dtype, tokenizer)
         backbone: Any  # transformers' types do not know its `to`
         if path is None:
-            backbone = copy.deepcopy(model.base_model)
+            backbone = copy.deepcopy(model.base_model) if own is None else own
         else:
             with main_process_fetches(path):
                 backbone = load_critic(path, model, tokenizer)
-        self.critic = Critic(backbone.to(args.device), dtype, self._trainer_is_invariant)
+        if self.sharded:
+            self.critic = Critic(backbone, dtype, True, args.device)
+        else:
+            self.critic = Critic(backbone.to(args.device), dtype, self._trainer_is_invariant)
         if path is not None:
             self.critic.load_head(Path(path))
 
@@ -223,6 +230,8 @@ class InvariantPPOTrainer(InvariantGRPOTrainer):
         losses, clipped = advantages.value_loss(values, inputs["old_values"], inputs["returns"], self.ppo.value_clip)
         total = (losses * mask).sum()
         self._require_finite([("values", values), ("value_loss", total)])
+        if self.sharded:  # as the policy's, its gradients are averaged after the last part
+            shards.average_gradients(self.critic.backbone, self.accelerator.sync_gradients)
         # as TRL's loss_type=dapo: a mean over the tokens of the optimizer step, of all ranks
         share = self.current_gradient_accumulation_steps / self.args.steps_per_generation
         tokens = inputs["num_items_in_batch"].clamp(min=1.0) * share / self.accelerator.num_processes
@@ -250,13 +259,13 @@ class InvariantPPOTrainer(InvariantGRPOTrainer):
             self.critic.zero_grad()
             return
         for p in self.critic.parameters():
-            if p.grad is not None:
+            if p.grad is not None and not shards.is_shard(p):  # whose gradients FSDP has averaged
                 p.grad = self.accelerator.reduce(p.grad, "mean")
         critic = [(f"gradient of {name}", p.grad) for name, p in self._critic_parameters() if p.grad is not None]
         if not self._require_finite(critic):  # before clipping, which would spread one NaN over all
             self._raise_agreed("the norm of the critic's gradient is not finite, though each number of it is")
         most = self.args.max_grad_norm
-        norm = nn.utils.clip_grad_norm_(self.critic.parameters(), most if most and most > 0 else float("inf"))
+        norm = self._clipped(self.critic, most if most and most > 0 else float("inf"))
         self._record.value_grad_norm = norm.item()
         if self.state.global_step < self.ppo.value_warmup_steps:
             self.model.zero_grad()
@@ -280,20 +289,37 @@ class InvariantPPOTrainer(InvariantGRPOTrainer):
         """Add the critic's parameters to TRL's optimizer as two groups: a learning rate of their own, the same schedule."""
         new = self.optimizer is None
         optimizer = super().create_optimizer(model)
-        if new:
-            lr = self.args.learning_rate if self.ppo.critic_learning_rate is None else self.ppo.critic_learning_rate
-            decayed = self.get_decay_parameter_names(self.critic)
-            for decays in (True, False):
-                group = [p for name, p in self.critic.named_parameters() if (name in decayed) == decays]
+        if new and not self.sharded:
+            self._add_critic(optimizer)
+        return optimizer
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        """Make TRL's scheduler; of weights in shards the critic comes first: accelerate has looked for the policy's alone."""
+        if self.sharded and len(self.optimizer.param_groups) == 2:
+            self._add_critic(self.optimizer.optimizer)
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def _add_critic(self, optimizer: Any) -> None:
+        lr = self.args.learning_rate if self.ppo.critic_learning_rate is None else self.ppo.critic_learning_rate
+        decayed = self.get_decay_parameter_names(self.critic)
+        for cut, decays in product((True, False), (True, False)):  # one call of the optimizer's takes shards or none
+            own = [(name, p) for name, p in self.critic.named_parameters() if shards.is_shard(p) == cut]
+            group = [p for name, p in own if (name in decayed) == decays]
+            if group or not (cut or self.sharded):
                 optimizer.add_param_group(
                     {"params": group, "lr": lr, "weight_decay": self.args.weight_decay if decays else 0.0}
                 )
-        return optimizer
+
+    def gathered(self):
+        if self.sharded:
+            found = shards.state(self.critic.backbone, keep=self.args.should_save)
+            self._critic_gathered = found if self.args.should_save else None
+        return super().gathered()
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
         directory = Path(output_dir or self.args.output_dir) / "critic"
-        self.critic.save(directory)
+        self.critic.save(directory, self._critic_gathered)
         self.processing_class.save_pretrained(directory)
 
     def _progress(self) -> dict[str, Any]:

@@ -21,11 +21,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress
-from trl.trainer.grpo_trainer import GRPOTrainer
 
 from rlinvariant.errors import UserError
 from rlinvariant.files import sync_directory, write_atomically
 from rlinvariant.trainer.card import Card
+from rlinvariant.trainer.distributed import DistributedTrainer
 from rlinvariant.types import Untyped
 
 SETTINGS = "training_args.bin"  # a pickle, of settings that the run has elsewhere, and of tokens
@@ -34,13 +34,9 @@ REFERENCE = "ref"  # TRL's copy of an adapter, made anew at each start; where it
 MARK = "rlinvariant.json"  # in each directory that `publish` has written: no other is replaced
 
 
-class PublishedTrainer(GRPOTrainer):
-    """Saves and publishes as the module says; everything else is TRL's."""
+class PublishedTrainer(DistributedTrainer):
+    """Saves and publishes as the module says; everything else is `DistributedTrainer`'s and TRL's."""
 
-    model: Any
-    args: Any
-    state: Any
-    accelerator: Any
     processing_class: Any
     save_dtype: torch.dtype | None = None  # of published weights; None: the parameters' own, float32
     model_directory: Path | None = None  # what `publish` writes; None: `model` in args.output_dir
@@ -64,8 +60,8 @@ class PublishedTrainer(GRPOTrainer):
         """Write model, tokenizer and card; `resumable` keeps the parameters as they are trained, as a run goes on from them."""
         model, dtype = self.accelerator.unwrap_model(self.model), None if resumable else self.save_dtype
         plain = isinstance(model, PreTrainedModel)  # an adapter of PEFT's has no configuration of a model's
-        if plain and dtype is not None and state_dict is None:
-            state_dict = cast(model.state_dict(), dtype)
+        if plain and dtype is not None:
+            state_dict = cast(model.state_dict() if state_dict is None else state_dict, dtype)
         super()._save(str(directory), state_dict)
         if not self.args.should_save:
             return
@@ -130,7 +126,8 @@ class PublishedTrainer(GRPOTrainer):
         Raises:
             UserError: what is there was not written by this, or is the base model.
         """
-        path = self._publish() if self.args.should_save else self._published_to
+        state = self.gathered()
+        path = self._publish(state) if self.args.should_save else self._published_to
         self.accelerator.wait_for_everyone()
         return path
 
@@ -138,7 +135,8 @@ class PublishedTrainer(GRPOTrainer):
     def _published_to(self) -> Path:
         return self.model_directory or Path(self.args.output_dir, "model")
 
-    def _publish(self) -> Path:
+    def _publish(self, state: dict[str, Tensor] | None) -> Path:
+        """Write what `publish` does; `state` is what `gathered` has returned."""
         if self.is_world_process_zero():
             self._finish_current_push()  # it reads the files that are written now
         path = self._published_to
@@ -147,7 +145,7 @@ class PublishedTrainer(GRPOTrainer):
         for left in (partial, replaced):  # by a process that was killed
             shutil.rmtree(left, ignore_errors=True)
         try:
-            self._write(partial)
+            self._write(partial, state)
             write_atomically(partial / MARK, json.dumps({"published_by": "rlinvariant", "step": self.state.global_step}) + "\n")
             for file in partial.iterdir():
                 file.chmod(0o666 & ~_umask())  # safetensors makes a file for its owner alone
@@ -214,11 +212,12 @@ class PublishedTrainer(GRPOTrainer):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Write and upload the model, while training goes on, at each checkpoint, as hub_strategy=every_save says."""
+        state = None if self.args.hub_strategy == HubStrategy.END else self.gathered()
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
         if not self.args.hub_always_push and self.push_in_progress is not None and not self.push_in_progress.is_done():
             return
-        self._publish()
+        self._publish(state)
         job = self.upload(f"Training in progress, step {self.state.global_step}", blocking=False)
         self.push_in_progress = PushInProgress([job])  # type: ignore[arg-type]  # typed as one future, used as a list
 

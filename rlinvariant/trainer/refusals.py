@@ -12,8 +12,10 @@ from rlinvariant.conflicts import (
     conflicts,
     microbatch_problems,
     ppo_conflicts,
+    sharding_problems,
     truncation_problems,
 )
+from rlinvariant.launch import is_sharded
 from rlinvariant.models import lora
 from rlinvariant.rewards.limits import RewardLimits
 from rlinvariant.rollout import Truncation
@@ -52,6 +54,9 @@ def settings_problems(
     if not truncated and invariance == "exact":
         truncated = unproven_problems(args, *Truncation.of(args).settings())
     found += truncated
+    if is_sharded():
+        found += unproven_problems(args, "distributed_type=FSDP")
+        found += sharding_problems(args, invariance, "peft_config" if options.get("peft_config") is not None else None)
     found += microbatch_problems(options.get("tokens_per_microbatch"), options.get("recompute"), args, invariance)
     found += RewardLimits.taken(dict(options)).problems()
     if options.get("environment_factory") is not None and (cage := options.get("reward_cage", 0)):

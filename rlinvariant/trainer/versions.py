@@ -10,13 +10,14 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
+from rlinvariant.models.shards import local
 from rlinvariant.types import JsonObject
 
 Weights = Iterable[tuple[str, Tensor]]
 
 
 class PolicyVersions:
-    """Counts versions of the policy, and keeps copies of older weights where the sampler is to lag behind.
+    """Counts versions of the policy, and keeps copies of older weights, or of this process's shards, for a sampler that lags.
 
     Args:
         staleness: how many optimizer steps the sampler's weights lag behind in training; as many fp32 copies of the
@@ -56,7 +57,7 @@ class PolicyVersions:
     def keep(self, step: int, weights: Weights) -> None:
         """Copy the weights before the optimizer step that follows `step`, once, if the sampler will need them later."""
         if self.staleness and not (self._older and self._older[-1][0] == step):
-            self._older.append((step, {name: w.detach().to("cpu", copy=True) for name, w in weights}))
+            self._older.append((step, {name: local(w.detach()).to("cpu", copy=True) for name, w in weights}))
 
     def edited(self) -> None:
         """Note that the weights have changed without an optimizer step: no checkpoint has them, until the next is saved."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rlinvariant import ops
 from rlinvariant.bits import words
-from rlinvariant.models import lora
+from rlinvariant.models import lora, shards
 from rlinvariant.sampler.drive import drive
 from rlinvariant.trainer.score import stock_score
 from rlinvariant.verification.pair import Pair
@@ -32,15 +32,14 @@ def one_ulp(pair: Pair, dtype: torch.dtype) -> Relation:
     The log-probs are compared with the same model's from before, so that nothing but the fault can be seen.
     """
     relation = Relation("planted: one ulp in one row of the lm_head")
-    head, row = pair.model.get_output_embeddings().weight, pair.batch.completions[0].token_ids[0]
-    before = head.detach()[row].clone()
+    number = pair.batch.completions[0].token_ids[0]
+    row = shards.row(pair.model.get_output_embeddings().weight, number)  # of no length where another process has it
+    before = row.clone()
     try:
-        with torch.no_grad():
-            head[row] = _one_ulp_larger(before.to(dtype)).to(head.dtype)
+        row.copy_(_one_ulp_larger(before.to(dtype)))
         _scored_again(pair, relation)
     finally:
-        with torch.no_grad():
-            head[row] = before
+        row.copy_(before)
     return relation
 
 

@@ -55,7 +55,8 @@ def test_the_packaged_machine_files_are_accelerates():
     from accelerate.commands.config.config_args import load_config_from_file
 
     processes = {name: load_config_from_file(str(launch.machine_file(name))).num_processes for name in launch.machines()}
-    assert processes == {"1gpu": 1, "cpu": 1, "cpu2": 2}
+    several = {f"{count}gpu{kind}": count for count in (2, 8) for kind in ("", "_fsdp2")}
+    assert processes == {"1gpu": 1, "cpu": 1, "cpu2": 2, "cpu2_fsdp2": 2} | several
     for name in launch.machines():
         assert yaml.safe_load(launch.machine_file(name).read_text())["mixed_precision"] == "no"
 
@@ -68,8 +69,8 @@ def test_a_wrong_machine_is_refused_before_anything_is_loaded(monkeypatch):
     )
     environment = {name: value for name, value in os.environ.items() if name not in LAUNCHED} | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    line = "machine=gpu: expected 1gpu, cpu, cpu2, or the path of an accelerate file (.yaml); or remove it"
-    assert done.stdout.splitlines() == [line, "[]"], done.stderr
+    first, modules = done.stdout.splitlines()
+    assert first.startswith("machine=gpu: expected 1gpu, 2gpu, ") and modules == "[]", done.stderr
 
 
 @pytest.mark.parametrize("content", ["", "- a list", "{", "num_processes: 1\n", "distributed_type: 'NO'\nspeed: 11\n"])

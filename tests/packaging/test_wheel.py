@@ -118,7 +118,8 @@ def test_nothing_in_the_working_directory_is_found_first(built, tmp_path):
         done = _python("-c", SHOW, cwd=hostile, path=root)
         *files, last = done.stdout.splitlines()
         assert all(Path(file).is_relative_to(root) for file in files) and len(files) == 3, done.stderr
-        assert last == "True ['1gpu', 'cpu', 'cpu2']"
+        names = ["1gpu", "2gpu", "2gpu_fsdp2", "8gpu", "8gpu_fsdp2", "cpu", "cpu2", "cpu2_fsdp2"]
+        assert last == f"True {names}"
         done = _python("-m", "rlinvariant", "train", "recipe=hostile", cwd=hostile, path=root)
         assert done.returncode == 2 and done.stderr.startswith("error: recipe=hostile: unknown recipe"), done.stderr
 

@@ -9,6 +9,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, Qwen2Config
 
+from rlinvariant import checksums
+from rlinvariant.models import shards
 from rlinvariant.ops.linear import is_packable, pack_weight
 from rlinvariant.sampler.drive import params
 from rlinvariant.sampler.vllm_linear import multiplied, products
@@ -88,6 +90,23 @@ def test_one_bf16_ulp_is_named(engine, weights):
         changed = weight.bfloat16()
         changed.view(-1)[0:1].view(torch.int16).add_(1)
         assert is_named(name, engine.differing_weights((weights | {name: changed.float()}).items())), name
+
+
+def test_checksums_name_what_bytes_do(path, weights):
+    """A trainer with shards of the weights compares no bytes: sums over the words of each, whatever vLLM has merged."""
+    engine = ENGINES(path, True)
+    sums = shards.checksums(weights.items(), engine.dtype)
+    assert len(engine.differing_checksums(sums)) > 10, "control: nothing was synced yet"
+    engine.sync(weights.items())
+    assert engine.differing_checksums(sums) == []
+    for name, weight in weights.items():
+        changed = weight.to(engine.dtype)
+        changed.view(-1)[-1:].view({2: torch.int16, 4: torch.int32}[changed.element_size()]).add_(1)
+        found = engine.differing_checksums(sums | {name: checksums.whole(changed)})
+        assert is_named(name, found) and len(found) == 1, f"{name}: {found}"
+        rest = {other: checksum for other, checksum in sums.items() if other != name}
+        assert is_named(name, engine.differing_checksums(rest)), name
+    assert engine.differing_checksums(sums | {"model.adapter.weight": checksums.whole(torch.ones(3))}) != []
 
 
 @pytest.mark.skipif(CUDA, reason="a GPU's products read the weight itself")

@@ -1,0 +1,71 @@
+"""Sums over the words of a tensor that do not depend on how it is cut into rows, nor in which order they are added.
+
+    sum over i of mix(word_i, i) mod 2**64,  by two mixes;  i counts the words of the whole tensor, in row-major order
+
+Processes that hold different rows of a weight each sum their own, and the sums of all add up to the whole's, as integers do in
+any order. So two sides can compare weights that neither has gathered: shards of a trainer, parts of a merged weight of vLLM's.
+Equal tensors have equal sums. Different ones have equal sums by chance alone, of about 2**-128.
+"""
+
+import hashlib
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+CHUNK = 1 << 20  # words that are mixed at once: their temporaries stay small
+WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
+M1, M2, M3, M4 = -7046029254386353131, -4658895280553007687, -7723592293110705685, -4417276706812531889  # odd, mod 2**64
+
+
+class Checksum(NamedTuple):
+    """Holds the sums of a whole tensor: of its dtype and shape, and two numbers mod 2**64 as signed integers."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    sums: tuple[int, int]
+
+
+def partial(rows: Tensor, first: int = 0) -> Tensor:
+    """Return the two sums, int64 [2], over some consecutive rows of a tensor.
+
+    Args:
+        rows: [R, ...], of any dtype, on any device.
+        first: the number of the first of them in the whole tensor.
+
+    Bits: sums of disjoint parts add up, mod 2**64, to those of the whole. A word is as many bytes as divide a row, at most 8:
+    the whole tensor's shape and dtype decide it, and not the cut.
+    """
+    row = rows.shape[1:].numel() * rows.element_size()
+    size = next(size for size in WORDS if row % size == 0)
+    words = rows.detach().contiguous().view(-1).view(torch.uint8).view(WORDS[size])
+    total = torch.zeros(2, dtype=torch.int64, device=rows.device)
+    for at in range(0, len(words), CHUNK):
+        chunk = words[at : at + CHUNK].to(torch.int64)
+        index = torch.arange(len(chunk), device=rows.device) + (first * (row // size) + at)
+        mixed = _folded(_folded(index * M1) ^ (chunk * M2 + M1)) * M3
+        total += torch.stack([_folded(mixed).sum(), _folded((mixed ^ chunk) * M4).sum()])
+    return total
+
+
+def whole(x: Tensor) -> Checksum:
+    """Return the checksum of a tensor that is all here."""
+    return of(x.dtype, x.shape, partial(x if x.dim() else x[None]))
+
+
+def of(dtype: torch.dtype, shape: Iterable[int], sums: Tensor) -> Checksum:
+    """Return the checksum of a tensor whose parts' sums were added up to `sums`, int64 [2]."""
+    one, other = sums.tolist()
+    return Checksum(dtype, tuple(shape), (one, other))
+
+
+def digest(checksums: Iterable[tuple[str, Checksum]]) -> str:
+    """Return the sha256, as hex, of named checksums: of names, dtypes, shapes and sums, in order of names."""
+    lines = (f"{name} {x.dtype} {list(x.shape)} {list(x.sums)}\n" for name, x in sorted(checksums))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _folded(x: Tensor) -> Tensor:
+    """Let high bits decide low ones, and keep it a bijection: x xor (x shifted right by 32, without the sign)."""
+    return x ^ ((x >> 32) & 0xFFFFFFFF)

@@ -1,0 +1,124 @@
+"""Weights in shards: the norm of gradients, the rows of a checkpoint, and one process's part of an optimizer's state."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor, Shard, init_device_mesh
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from rlinvariant import bits
+from rlinvariant.errors import UserError
+from rlinvariant.models import make_invariant, shards
+from rlinvariant.trainer.memory import decoder_layers
+from tests.parity.device import cpu_only
+
+pytestmark = cpu_only("one process of gloo")
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 64,
+}
+
+
+@pytest.fixture(scope="module")
+def group():
+    """A group of this process alone."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def model(tied: bool = True):
+    torch.manual_seed(0)
+    plain = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES, tie_word_embeddings=tied), dtype=torch.float32)
+    return make_invariant(plain, torch.bfloat16)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_layer_is_a_unit_and_every_weight_in_shards(group, tied):
+    cut = model(tied)
+    assert shards.shard(cut, decoder_layers(cut)) == 4
+    assert all(isinstance(p, DTensor) for p in cut.parameters()) and shards.is_sharded(cut)
+    missed = model(tied)
+    with pytest.raises(RuntimeError, match="1 units of 0 layers"):  # as a model whose layers nobody finds
+        shards.shard(missed, [])
+
+
+def test_the_norm_has_the_bits_of_torch_s_for_whole_gradients():
+    generator, apart = torch.Generator().manual_seed(0), 0
+    for _ in range(20):
+        gradients = [torch.randn(shape, generator=generator) for shape in [(97, 64), (64,)] * 5]
+        expected = torch.nn.utils.get_total_norm(gradients)
+        assert bits.compare(shards.total_norm(gradients), expected) is None
+        halves = [torch.nn.utils.get_total_norm([x.chunk(2)[i] for x in gradients]) for i in (0, 1)]
+        apart += bits.compare(torch.linalg.vector_norm(torch.stack(halves)), expected) is not None
+    assert apart > 5, "control: a sum over shards"
+    parameters = [torch.nn.Parameter(torch.zeros_like(x)) for x in gradients]
+    for p, gradient in zip(parameters, gradients, strict=True):
+        p.grad = gradient.clone()
+    torch.nn.utils.clip_grads_with_norm_(parameters, 0.5, expected)
+    shards.scale_gradients(gradients, expected, 0.5)
+    assert all(bits.compare(p.grad, x) is None for p, x in zip(parameters, gradients, strict=True))
+
+
+def test_rows_are_found_where_they_are():
+    x = torch.arange(12.0).view(4, 3)
+    assert shards.row(x, 2).tolist() == [[6, 7, 8]] and shards.first_row(x) == 0 and shards.row(x, 9).shape == (0, 3)
+    shards.row(x, 1).zero_()
+    assert x[1].tolist() == [0, 0, 0], "a view"
+
+
+def test_a_checkpoint_is_read_into_shards_and_another_model_s_is_refused(group, tmp_path):
+    cut, saved = model(), dict(model().named_parameters())
+    shards.shard(cut, decoder_layers(cut))
+    weights = {name: p.detach() + 1 for name, p in saved.items()}
+    save_file(weights, tmp_path / "model.safetensors")
+    shards.load(cut, tmp_path)
+    read = shards.state(cut, keep=True)
+    assert read.keys() == weights.keys() and all(bits.compare(read[name], w) is None for name, w in weights.items())
+    assert shards.state(cut, keep=False) == {}
+    name = next(iter(weights))
+    for others, why in (
+        ({k: v for k, v in weights.items() if k != name}, f"1 weights are missing and 0 unknown, {name} first"),
+        (weights | {"other": torch.ones(1)}, "0 weights are missing and 1 unknown, other first"),
+        (weights | {name: torch.ones(3, 3)}, rf"{name} has shape \[3, 3\], expected \[97, 64\]"),
+    ):
+        save_file(others, tmp_path / "model.safetensors")
+        with pytest.raises(UserError, match=why):
+            shards.load(cut, tmp_path)
+
+
+@pytest.mark.parametrize("optim", [torch.optim.AdamW, torch.optim.SGD])
+def test_an_optimizer_s_state_is_saved_as_rows_and_comes_back_as_shards(group, optim):
+    def stepped(state=None):
+        cut = model()
+        shards.shard(cut, decoder_layers(cut))
+        optimizer = optim(cut.parameters(), lr=0.1)
+        for p in cut.parameters():
+            p.grad = torch.zeros_like(p) + 0.5
+        if state is None:
+            optimizer.step()
+        else:
+            optimizer.load_state_dict(shards.as_shards(state, optimizer))
+        return optimizer
+
+    first = shards.optimizer_state(stepped())
+    assert not any(isinstance(x, DTensor) for of_one in first["state"].values() for x in of_one.values())
+    again = shards.optimizer_state(stepped(first))
+    for at, of_one in first["state"].items():
+        for key, x in of_one.items():
+            assert not isinstance(x, torch.Tensor) or bits.compare(x, again["state"][at][key]) is None
+
+
+def test_a_state_of_another_shape_is_refused(group):
+    mesh = init_device_mesh("cpu", (1,))
+    weight = torch.nn.Parameter(DTensor.from_local(torch.ones(4, 3), mesh, [Shard(0)]))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    optimizer.state[weight] = {"rows": DTensor.from_local(torch.ones(4), mesh, [Shard(0)])}
+    with pytest.raises(UserError, match=r"^trainer.optim: has rows, a state of another shape"):
+        shards.optimizer_state(optimizer)
