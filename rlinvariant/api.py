@@ -56,8 +56,9 @@ class GRPOTrainer(InvariantGRPOTrainer):
         sampler_options: max_model_len (tokens), kv_cache_gib (GiB), and options: keyword arguments of `vllm.LLM`.
         save_dtype: of the weights that `save_model` and `push_to_hub` write: "model" as they came, "bfloat16", "float16" or
             "float32". Checkpoints keep the fp32 parameters, from which training goes on.
-        options: further arguments of `InvariantGRPOTrainer`: staleness, tokens_per_microbatch, recompute, reward_timeout,
-            reward_cage, reward_errors, tool_timeout, tool_cage, tool_errors, on_row, on_evaluation, on_samples, on_rollout.
+        options: further arguments of `InvariantGRPOTrainer`: staleness, gradients, tokens_per_microbatch, recompute,
+            reward_timeout, reward_cage, reward_errors, tool_timeout, tool_cage, tool_errors, on_row, on_evaluation, on_samples,
+            on_rollout.
             Without `run` and `on_row`, each step prints its line.
 
     The trainer is ready for `train`; `proof` says what was compared, or which certificate was found.
@@ -250,9 +251,9 @@ def _checked(
         rows = len(train_dataset) if train_dataset is not None else 0
         limits, staleness = RewardLimits.taken(dict(options)), options.get("staleness", 0)
         tool_limits = ToolLimits.taken(dict(options))
-        tokens = options.get("tokens_per_microbatch")
+        tokens, gradients = options.get("tokens_per_microbatch"), options.get("gradients", "stock")
         adapter = _adapter(model, options)
-        config = run_config(run, resume, ready, rows, limits, tool_limits, staleness, tokens, to_wandb, adapter)
+        config = run_config(run, resume, ready, rows, limits, tool_limits, staleness, gradients, tokens, to_wandb, adapter)
         script_run = ScriptRun(config, ready, console)
         problems += script_run.problems()
     if problems:

@@ -21,6 +21,8 @@ SIDES: dict[Invariance, tuple[bool, bool]] = {
 }
 """invariance -> which of (sampler, trainer) runs the invariant ops."""
 INVARIANCE = tuple(SIDES)
+Gradients = Literal["stock", "ordered"]
+"""How processes average gradients: as the library adds them, or in a fixed order of the ranks."""
 
 
 @dataclass(frozen=True)
@@ -235,6 +237,8 @@ def launcher_problems(env: Mapping[str, str]) -> list[str]:
         for name, (expected, said) in SHARDS.items():
             if (value := env.get(name, expected)).lower() != expected.lower():
                 found.append(f"{name}={shown(value)}: expected {said}; set it so in the accelerate file, or {fix}")
+        if env.get("ACCELERATE_USE_CPU", "false").lower() == "true" and env.get("WORLD_SIZE", "1") == "1":
+            found.append("num_processes=1: expected 2 or more with weights in shards on a CPU; choose configs/cpu2_fsdp2.yaml")
     return found
 
 

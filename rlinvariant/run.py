@@ -169,6 +169,7 @@ def build(planned: Plan) -> "InvariantGRPOTrainer":
             eval_dataset=planned.eval_dataset,
             processing_class=planned.tokenizer,
             staleness=config.staleness,
+            gradients=config.gradients,
             tokens_per_microbatch=config.trainer.tokens_per_microbatch,
             recompute=config.recompute,
             peft_config=config.lora.peft_config(),

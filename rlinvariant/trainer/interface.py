@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from rlinvariant.checksums import Checksum
-from rlinvariant.conflicts import Invariance
+from rlinvariant.conflicts import Gradients, Invariance
 from rlinvariant.metrics import FirstMismatch
 from rlinvariant.rewards.limits import OnError
 from rlinvariant.rollout import Completion, Rollout
@@ -89,6 +89,7 @@ class TrainerOptions(TrainerArguments, total=False):
     """Lists the further arguments of a trainer, and those of `InvariantGRPOTrainer` that say what it hands on, and when."""
 
     staleness: int
+    gradients: Gradients
     tokens_per_microbatch: int | None
     recompute: bool | None
     on_row: OnRow | None
@@ -129,6 +130,7 @@ class ScriptOptions(TypedDict, total=False):
     tool_cage: bool
     tool_errors: OnToolError
     staleness: int
+    gradients: Gradients
     tokens_per_microbatch: int | None
     recompute: bool | None
     on_row: OnRow | None

@@ -205,6 +205,10 @@ class InvariantPPOTrainer(InvariantGRPOTrainer):
         yield from super()._models()
         yield self.critic.backbone
 
+    def _models_of_ranks(self) -> Iterator[nn.Module]:
+        yield from super()._models_of_ranks()
+        yield self.critic.backbone
+
     # ---- the losses
 
     def _compute_loss(self, model, inputs):
@@ -260,7 +264,7 @@ class InvariantPPOTrainer(InvariantGRPOTrainer):
             return
         for p in self.critic.parameters():
             if p.grad is not None and not shards.is_shard(p):  # whose gradients FSDP has averaged
-                p.grad = self.accelerator.reduce(p.grad, "mean")
+                p.grad = self._mean(p.grad)
         critic = [(f"gradient of {name}", p.grad) for name, p in self._critic_parameters() if p.grad is not None]
         if not self._require_finite(critic):  # before clipping, which would spread one NaN over all
             self._raise_agreed("the norm of the critic's gradient is not finite, though each number of it is")

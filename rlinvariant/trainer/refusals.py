@@ -1,12 +1,13 @@
 """The lines that tell a user what a trainer cannot be given: settings, TRL's own arguments, a model, data."""
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
 from rlinvariant.conflicts import (
     SIDES,
+    Gradients,
     Invariance,
     adapter_conflicts,
     conflicts,
@@ -50,6 +51,8 @@ def settings_problems(
     found += ppo_conflicts(args, ppo) if ppo is not None else []
     if (staleness := options.get("staleness", 0)) < 0:
         found.append(f"staleness={staleness}: expected 0 or more optimizer steps")
+    if (gradients := options.get("gradients", "stock")) not in get_args(Gradients):
+        found.append(f"gradients={gradients}: expected {' or '.join(get_args(Gradients))}")
     truncated = truncation_problems(args, invariance, staleness, 0.0 if ppo is None else ppo.kl_coef)
     if not truncated and invariance == "exact":
         truncated = unproven_problems(args, *Truncation.of(args).settings())
