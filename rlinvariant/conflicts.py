@@ -22,7 +22,7 @@ SIDES: dict[Invariance, tuple[bool, bool]] = {
 """invariance -> which of (sampler, trainer) runs the invariant ops."""
 INVARIANCE = tuple(SIDES)
 Gradients = Literal["stock", "ordered"]
-"""How processes average gradients: as the library adds them, or in a fixed order of the ranks."""
+"""The ways in which processes average gradients: as the library adds them, or in a fixed order of the ranks."""
 
 
 @dataclass(frozen=True)

@@ -166,6 +166,21 @@ def test_a_resumed_run_in_shards_is_the_run_and_no_other_layout_goes_on_with_it(
         assert done[0].returncode == 2 and "written by 2 processes, this run has 3" in done[0].stderr, done[0].stderr[-2000:]
 
 
+@runs
+@pytest.mark.slow
+def test_ordered_gradients_train_one_model_on_three_processes(arithmetic_dir, tmp_path):
+    """PPO, so that a critic is there, too. Two numbers have one sum; of three, the library's is another one."""
+    kinds = {"whole": ("ordered", False), "shards": ("ordered", True), "stock": ("stock", False)}
+    for name, (order, sharded) in kinds.items():
+        settings = (f"run={name}", f"gradients={order}", "steps=2", "algorithm=ppo")
+        finished(two(tmp_path, arithmetic_dir, *settings, sharded=sharded, ranks=3))
+    for file in ("model.safetensors", "critic/model.safetensors", "critic/value_head.safetensors"):
+        at = f"checkpoints/checkpoint-2/{file}"
+        whole = assert_same(tmp_path / "runs/whole" / at, tmp_path / "runs/shards" / at)
+        stock = load_file(tmp_path / "runs/stock" / at)
+        assert any(bits.compare(x, stock[name]) is not None for name, x in whole.items()), f"control: {file}"
+
+
 def first_rollout(run: Path) -> list[tuple[list[int], int, list[int], list[int]]]:
     """Return prompt, seed, tokens and the words of the log-probs of each completion of step 1."""
     rollout, _ = rollouts.read(run, 1)
