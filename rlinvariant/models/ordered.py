@@ -60,7 +60,7 @@ class OrderedReduceScatter(ReduceScatter):
             raise RuntimeError(f"gradients=ordered: FSDP asks for {op}, expected a mean or a sum")
 
 
-def _reduced(group: Any, bucket: Any) -> torch.futures.Future[Tensor]:
+def _reduced(group, bucket):  # DDP takes its own annotations or none
     done: Any = torch.futures.Future()
     buffer = bucket.buffer()
     buffer.copy_(average(buffer, group))
