@@ -45,7 +45,7 @@ def average(x: Tensor, group: Any = None) -> Tensor:
 
 
 class OrderedReduceScatter(ReduceScatter):
-    """Reduces the gradients of a unit of FSDP's."""
+    """Takes the place of the reduce-scatter by which FSDP averages the gradients of a unit."""
 
     def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(*size, dtype=dtype, device=device)

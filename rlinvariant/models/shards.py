@@ -187,7 +187,7 @@ def total_norm(gradients: Iterable[Tensor]) -> Tensor:
 
 
 def scale_gradients(gradients: Iterable[Tensor], norm: Tensor, most: float) -> None:
-    """Clip gradients, in place, to a norm of `most`, as `torch.nn.utils.clip_grads_with_norm_` does; `norm` is theirs."""
+    """Scale gradients, in place, to a norm of `most`, as torch's `clip_grads_with_norm_` does; `norm` is theirs."""
     own = [local(gradient) for gradient in gradients]
     every: Any = torch._foreach_mul_  # pyright: ignore[reportPrivateImportUsage]
     every(own, torch.clamp(most / (norm + 1e-6), max=1.0))

@@ -88,7 +88,7 @@ class DistributedTrainer(GRPOTrainer):
         return super()._get_grad_norm(model, grad_norm)
 
     def _clipped(self, model: nn.Module, most: float) -> Tensor:
-        """Clip a model's gradients, and return their norm before, the same on all ranks. Every rank must call this."""
+        """Limit a model's gradients to a norm, and return the one before, the same on all ranks. Every rank must call this."""
         if not self.sharded:
             return nn.utils.clip_grad_norm_(model.parameters(), most)
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
