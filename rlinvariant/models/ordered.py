@@ -40,7 +40,8 @@ def average(x: Tensor, group: Any = None) -> Tensor:
     ranks, flat = dist.get_world_size(group), x.detach().reshape(-1)
     whole = nn.functional.pad(flat, (0, -len(flat) % ranks))
     own = reduce_scatter(whole, group).div_(ranks)
-    dist.all_gather_into_tensor(whole, own, group=group)
+    gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name until torch 2.12
+    gather(whole, own, group=group)
     return whole[: len(flat)].view(x.shape)
 
 

@@ -16,6 +16,7 @@ Methods of TRL's trainer, and of transformers' below it, that are overridden:
 """
 
 import math
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,9 @@ class DistributedTrainer(GRPOTrainer):
         return arguments
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        prepared = super()._prepare_for_training(*args, **kwargs)
+        with warnings.catch_warnings():  # torch 2.13's new name of it, which accelerate has not
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            prepared = super()._prepare_for_training(*args, **kwargs)
         if self.gradients == "ordered":
             for model in self._models_of_ranks():
                 ordered.use(model)
