@@ -90,14 +90,17 @@ def plan_trainer(
     source: str,
     sampler_options: JsonRow,
     save_dtype: str = "model",
+    rank: int = 0,
 ) -> TrainerPlan:
     """Load what says how the models are made, each once, and refuse what cannot run exactly; the settings were checked before.
+
+    `rank` is that of the LoRA adapters that are trained, 0 for none.
 
     Raises:
         ConfigErrors: every option of the engine and every property of a model that would change the bits, one line each.
         UserError: a configuration cannot be loaded, or is not a causal language model's.
     """
-    from rlinvariant.models import unsupported
+    from rlinvariant.models import lora, unsupported
     from rlinvariant.sampler.refusals import engine_problems, load_config
     from rlinvariant.trainer.preflight import load_generation
 
@@ -115,6 +118,7 @@ def plan_trainer(
         problems += engine_problems(given, source, source_config, limit, "use invariance=off", args.device.type)
     if trainer_is_invariant and not (sampler_is_invariant and source_config is config):
         problems += [f"model={name}: {reason}; use invariance=off" for reason in unsupported(config, args.device.type)]
+    problems += lora.rank_problems("lora.r", rank, config)
     if problems:
         raise ConfigErrors(problems)
     parts = (name if loaded is None else loaded, config, source, source_config, generation)

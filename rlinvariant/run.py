@@ -140,7 +140,8 @@ def plan(config: Config) -> Plan:
         from rlinvariant.sampler import engine  # noqa: F401
         from rlinvariant.trainer.preflight import Tooling, check_start, load_tokenizer
     options, ppo = sampler_options(config), config.ppo if config.algorithm == "ppo" else None
-    trainer = plan_trainer(model, args, ppo, config.invariance, config.dtype, model, options, config.save_dtype)
+    how = (config.invariance, config.dtype, model, options, config.save_dtype, config.lora.r)
+    trainer = plan_trainer(model, args, ppo, *how)
     tooling = Tooling.asked(config)
     tokenizer = load_tokenizer(model, trainer.config)
     if tooling and config.tool_format == "plain":

@@ -178,9 +178,22 @@ def check_lora(config: Config) -> list[str]:
         (lora.alpha is None or lora.alpha >= 1, "lora.alpha", "at least 1, or None for 2 r"),
         (bool(lora.target_modules), "lora.target_modules", "names of projections, or all-linear"),
     )
+    strange = [x for x in lora.target_modules if not re.fullmatch(r"[\w.-]+", x)]
+    if strange and (len(lora.target_modules) > 1 or not is_regular_expression(strange[0])):
+        said = f"lora.target_modules={shown(','.join(lora.target_modules))}"
+        found.append(f"{said}: expected names of projections, all-linear, or one regular expression without commas")
     if importlib.util.find_spec("peft") is None:
         found.append(f"lora.r={lora.r}: needs the package peft; {install_hint('lora')}")
     return found + adapter_conflicts(f"lora.r={lora.r}", "0", config.invariance, config.algorithm == "ppo")
+
+
+def is_regular_expression(text: str) -> bool:
+    """Say whether a text can be matched with."""
+    try:
+        re.compile(text)
+    except re.error:
+        return False
+    return True
 
 
 def _check_batches(config: Config, processes: int) -> list[str]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -66,7 +67,8 @@ class LoraConfig:
     r: int = chz.field(default=0, doc="Rank of the adapters; 0: none, all weights are trained.")
     alpha: int | None = chz.field(default=None, doc="An adapter's product is multiplied by alpha / r; None: 2 r.")
     target_modules: list[str] = chz.field(
-        default_factory=lambda: ["all-linear"], doc="Projections with an adapter, q_proj,v_proj; all-linear: all but lm_head."
+        default_factory=lambda: ["all-linear"],
+        doc="Projections with an adapter: names, q_proj,v_proj; all-linear, all but lm_head; or a regular expression.",
     )
     use_rslora: bool = chz.field(default=False, doc="Multiply by alpha / sqrt(r) instead.")
 
@@ -82,7 +84,9 @@ class LoraConfig:
             return None
         from peft import LoraConfig as PeftLoraConfig
 
-        targets = self.target_modules if self.target_modules != ["all-linear"] else "all-linear"
+        names = self.target_modules
+        whole = names == ["all-linear"] or (len(names) == 1 and not re.fullmatch(r"[\w.]+", names[0]))
+        targets = names[0] if whole else names  # as PEFT tells them apart: a string is matched with whole names
         alpha = 2 * self.r if self.alpha is None else self.alpha
         return PeftLoraConfig(
             r=self.r, lora_alpha=alpha, target_modules=targets, use_rslora=self.use_rslora, task_type="CAUSAL_LM"

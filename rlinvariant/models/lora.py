@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from rlinvariant import ops
-from rlinvariant.errors import UserError, one_line
+from rlinvariant.errors import ConfigErrors, UserError, one_line
 from rlinvariant.types import Untyped
 
 if TYPE_CHECKING:
@@ -83,6 +83,20 @@ def problems(config: Untyped) -> Iterator[str]:
         yield f"peft_config.target_modules has {outside[0]}: expected projections of the decoder alone"
 
 
+def rank_problems(said: str, rank: int, config: Untyped) -> list[str]:
+    """Refuse a rank beyond the width of the model that `config` describes, in a line that starts with `said`."""
+    width = config.get_text_config().hidden_size
+    if rank <= width:
+        return []
+    return [f"{said}={rank}: expected at most {width}, the model's width: A would have more numbers than the weight; lower it"]
+
+
+def outside(model: nn.Module) -> list[str]:
+    """Name what has an adapter that is no projection of the decoder: embeddings, the lm_head."""
+    adapted = {plain(name): m for name, m in model.named_modules() if hasattr(m, "lora_A")}
+    return [name for name, module in adapted.items() if not is_lora(module) or name.rpartition(".")[2] == "lm_head"]
+
+
 def applied(model: "PreTrainedModel", config: Untyped, seed: int) -> Untyped:
     """Return PEFT's model around a model, with adapters as a `peft.LoraConfig` says; their first values depend on the seed.
 
@@ -90,6 +104,8 @@ def applied(model: "PreTrainedModel", config: Untyped, seed: int) -> Untyped:
     """
     from peft import get_peft_model
 
+    if found := rank_problems("lora.r", config.r, model.config):
+        raise ConfigErrors(found)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
@@ -99,6 +115,8 @@ def applied(model: "PreTrainedModel", config: Untyped, seed: int) -> Untyped:
     own = adapted.peft_config["default"]
     if own.base_model_name_or_path and os.path.isdir(own.base_model_name_or_path):  # whoever reads the files is elsewhere
         own.base_model_name_or_path = os.path.abspath(own.base_model_name_or_path)
+    if found := outside(adapted):
+        raise UserError(f"lora: target_modules takes {found[0]}: expected projections of the decoder alone")
     names = set() if isinstance(config.target_modules, str) else set(config.target_modules or ())
     found = [plain(name) for name, module in adapted.named_modules() if is_lora(module)]
     if absent := sorted(x for x in names if not any(name == x or name.endswith(f".{x}") for name in found)):

@@ -52,6 +52,8 @@ REPLACED = f"{EXACT}: it replaces operations that the invariant ops own; remove 
             "trainer.save_strategy=never: expected one of no, steps, epoch, best; default 'steps'",
         ),
         ("steps=0", "steps=0: expected at least 1"),
+        ("lora.r=-1", "lora.r=-1: expected a rank, at least 1, or 0 for no adapters"),
+        ("lora.alpha=4", "lora.alpha=4: expected lora.r=RANK too, or it does nothing; remove it"),
         ("seed=-1", "seed=-1: expected 0 to 4294967295"),
         (
             "trainer.temperature=0",
@@ -138,7 +140,11 @@ def test_model_directories_are_looked_into() -> None:
     assert errors("model=empty") == ["model=empty: expected a Hugging Face model directory, found no config.json in it"]
     Path("empty/adapter_config.json").touch()
     assert errors("model=empty") == [
-        "model=empty: expected a whole model, found a PEFT adapter, which only training takes so far"
+        "empty/adapter_config.json: cannot be read as JSON (Expecting value: line 1 column 1 (char 0)); take another copy of it"
+    ]
+    Path("empty/adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+    assert errors("model=empty") == [
+        "model=empty: expected a whole model, found a PEFT adapter for org/base; merge it: rlinvariant merge empty"
     ]
     Path("whole").mkdir()
     Path("whole/config.json").touch()

@@ -6,7 +6,8 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from rlinvariant.errors import UserError
+from rlinvariant import config
+from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.models import lora, make_invariant, require_exact
 from tests.models.small import SUPPORTED, build, logprobs, sequences, stock_logprobs
 from tests.parity.device import fp32_only_on_cpu
@@ -114,3 +115,33 @@ def test_embeddings_are_refused():
     assert list(lora.problems(model.peft_config["default"])) == [
         "peft_config.target_modules has embed_tokens: expected projections of the decoder alone"
     ]
+
+
+def test_a_regular_expression_names_projections():
+    """PEFT matches a string with whole names, and a list with their ends."""
+    regex, names = (config.LoraConfig(r=4, target_modules=[x]) for x in (r".*layers\.1\..*_proj", "q_proj"))
+    found = lora.ranks(lora.applied(build("llama"), regex.peft_config(), 0))
+    assert len(found) == 7 and all(".layers.1." in name for name in found)
+    assert {name.rpartition(".")[2] for name in lora.ranks(lora.applied(build("llama"), names.peft_config(), 0))} == {"q_proj"}
+    for wide in (r".*(q_proj|lm_head)", r".*(q_proj|embed_tokens)"):
+        with pytest.raises(UserError, match="^lora: target_modules takes .*: expected projections of the decoder alone"):
+            lora.applied(build("llama"), config.LoraConfig(r=4, target_modules=[wide]).peft_config(), 0)
+    with pytest.raises(
+        ConfigErrors, match=r"lora\.target_modules=\(: expected names of projections, all-linear, or one regular"
+    ):
+        config.parse(["recipe=arithmetic", "lora.r=4", "lora.target_modules=.*("])
+
+
+def test_a_rank_beyond_the_models_width_is_refused():
+    width = build("llama").config.hidden_size
+    with pytest.raises(UserError, match=f"lora.r={width + 1}: expected at most {width}, the model's width"):
+        lora.applied(build("llama"), LoraConfig(r=width + 1, target_modules=["q_proj"]), 0)
+    assert lora.rank_problems("lora.r", width, build("llama").config) == []
+
+
+@pytest.mark.parametrize("setting", ["algorithm=ppo", "invariance=sampler", "invariance=trainer"])
+def test_what_adapters_cannot_be_trained_with_is_one_line(setting):
+    with pytest.raises(ConfigErrors) as raised:
+        config.parse(["recipe=arithmetic", "lora.r=4", setting])
+    (line,) = [x for x in raised.value.errors if x.startswith("lora.r=4: expected 0 with ")]
+    assert ("PPO: the critic" in line) is (setting == "algorithm=ppo")

@@ -7,7 +7,7 @@ from torch import Tensor
 from rlinvariant import ops
 from rlinvariant.bits import assert_bits_equal
 from tests import ladders
-from tests.ladders import cancelling, matrix_dtypes, randn
+from tests.ladders import cancelling, cpu_only, matrix_dtypes, randn
 
 RANKS = (1, 8, 16, 24)
 
@@ -19,10 +19,28 @@ def operands(dtype: torch.dtype, rank: int, rows: int = 300, n: int = 66, k: int
     return x, weight, a, b * weight.float().abs().mean()
 
 
+def cancelling_adapter(dtype: torch.dtype, rank: int, rows: int = 300, n: int = 66, k: int = 3072) -> tuple[Tensor, ...]:
+    """x, weight, a, b: sums that cancel in the weight's columns, in every row of a, and in half of the columns of b.
+
+    In that half a has each row twice, and b the two columns with opposite signs, a thousand times as large as the others.
+    """
+    x, both = cancelling(rows, n + rank, k, dtype)
+    a, b = both[n:].clone(), randn(n, rank, dtype=dtype, seed=2)
+    pairs = rank // 4
+    a[pairs : 2 * pairs] = a[:pairs]
+    b[:, :pairs] *= 2.0**10
+    b[:, pairs : 2 * pairs] = -b[:, :pairs]
+    return x, both[:n].contiguous(), a, b
+
+
+MADE = {"ordinary": operands, "cancelling": cancelling_adapter}
+
+
 @matrix_dtypes
+@pytest.mark.parametrize("made", MADE)
 @pytest.mark.parametrize("rank", RANKS)
-def test_rows_keep_their_bits(rank, dtype):
-    x, *weights = operands(dtype, rank)
+def test_rows_keep_their_bits(rank, made, dtype):
+    x, *weights = MADE[made](dtype, rank)
     ladders.assert_batch_invariant(lambda x: ops.lora_linear(x, *weights), x)
     ladders.assert_needle(lambda x: ops.lora_linear(x, *weights), x[:1])
 
@@ -42,6 +60,33 @@ def test_another_order_is_found():
     assert ladders.differs(right, ops.linear(x, weight) + ops.linear(ops.linear(x, a), b)), "rounded, then added"
     assert ladders.differs(right, ops.linear(x, (weight.float() + b.float() @ a.float()).bfloat16())), "merged"
     assert ladders.differs(right, ops.lora_linear(x, weight, a.flip(0), b)), "another row for each column"
+
+
+@cpu_only
+def test_orders_that_ordinary_operands_hide():
+    """Faults of order, each behind ordinary operands (a control that must be blind, or nearly) and behind cancelling ones."""
+
+    def apart(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """Sum the adapter's columns by themselves, in fp32, and round once."""
+        return (x.float() @ w.float().t() + ops.linear(x, a).float() @ b.float().t()).to(x.dtype)
+
+    def first(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """Sum the adapter's columns before the weight's."""
+        return ops.linear(torch.cat([ops.linear(x, a), x], -1), torch.cat([b, w], -1))
+
+    def backwards(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """Sum x A^T in the other direction."""
+        h = ops.linear(x.flip(-1).contiguous(), a.flip(-1).contiguous())
+        return ops.linear(torch.cat([x, h], -1), torch.cat([w, b], -1))
+
+    for fault in (apart, first, backwards):
+        seen = {}
+        for name, make in MADE.items():
+            given = tuple(t.bfloat16() for t in make(torch.bfloat16, 16))
+            given = given if name == "cancelling" else (randn(300, 3072).bfloat16(), *given[1:])
+            right = ops.lora_linear(*given)
+            seen[name] = (fault(*given) != right).float().mean().item()
+        assert seen["cancelling"] > 0.5 > 3 * seen["ordinary"], (fault.__name__, seen)
 
 
 def test_a_small_adapter_is_not_lost():
