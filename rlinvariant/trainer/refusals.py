@@ -91,7 +91,7 @@ def settings_problems(
             )
         elif own and not hasattr(model, "get_base_model"):
             found.append(f"model={type(model).__name__}: expected PEFT's; use get_peft_model in place of add_adapter")
-        if own and (others := lora.outside(model)):
+        if own and model is not None and (others := lora.outside(model)):
             found.append(f"model: has an adapter of {others[0]}: expected projections of the decoder alone")
         if len(own) > 1:
             found.append(f"model: expected one adapter, found {len(own)}; delete the others (model.delete_adapter)")
