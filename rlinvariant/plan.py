@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, cast
 
 from rlinvariant.conflicts import SIDES, Invariance
-from rlinvariant.errors import ConfigErrors
-from rlinvariant.launch import main_process_fetches
+from rlinvariant.errors import ConfigErrors, UserError
+from rlinvariant.launch import main_process_fetches, on_main_process
 from rlinvariant.report.console import Console
 from rlinvariant.rewards import RewardLimits
 from rlinvariant.tools import ToolLimits
@@ -156,8 +158,11 @@ def arguments(
     from rlinvariant.models import lora
     from rlinvariant.models.load import load
     from rlinvariant.sampler.engine import Sampler
+    from rlinvariant.support import unproven_gpu
 
     transformers_logging.disable_progress_bar()
+    if plan.invariance == "exact" and (gpu := unproven_gpu()) is not None:
+        on_main_process(lambda: prove_first(plan, gpu))
     model: Any = plan.model
     given: dict[str, Any] = {**options}
     adapter = given.pop("peft_config", None)
@@ -185,6 +190,28 @@ def arguments(
     parts = {"model": model, "reward_funcs": reward_funcs, "args": plan.args, "train_dataset": train_dataset}
     sides = {"sampler": engine, "invariance": plan.invariance, "dtype": getattr(torch, plan.dtype), "checked": True}
     return parts | sides | ({} if plan.ppo is None else {"ppo": plan.ppo}) | given
+
+
+def prove_first(plan: TrainerPlan, gpu: str) -> None:
+    """Look for a certificate of this model on a GPU of a kind that is not proven; without one, verify, which writes one.
+
+    It is another process, and ends before this one loads weights: every tile of every kernel that the model needs is compared
+    when the kernel is first used, then sampler with trainer.
+
+    Raises:
+        UserError: `verify` found a difference, or could not run.
+    """
+    from rlinvariant.verification import certificate
+
+    eager = bool((plan.sampler_options.get("options") or {}).get("enforce_eager", False))
+    if certificate.find(certificate.subject(plan.source_config, plan.dtype, eager or None)) is not None:
+        return
+    command = [sys.executable, "-m", "rlinvariant", "verify", plan.source, "--short", "--dtype", plan.dtype]
+    Console().print(f"{gpu} is unproven: {' '.join(['rlinvariant', *command[3:]])}")
+    code = subprocess.run([*command, *["--eager"] * eager], check=False).returncode
+    if code:
+        raise UserError(f"unproven_gpu=true: verify ended with {code} on {gpu}, see above; use invariance=off")
+    Console().print(f"proven for this model on this machine: please send in what lies in {certificate.directory()}")
 
 
 @contextmanager

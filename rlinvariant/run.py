@@ -112,9 +112,10 @@ def plan(config: Config) -> Plan:
         import torch
         from transformers.utils import logging as transformers_logging
 
-        from rlinvariant.support import device_problems, unproven_problems
+        from rlinvariant.support import allow_unproven, device_problems, unproven_problems
 
     console, recipe = Console(args.process_index == 0), config.load_recipe()
+    allow_unproven(config.unproven_gpu)
     problems = device_problems(args, config.invariance, getattr(torch, config.dtype))
     unproven = [f"lora.r={config.lora.r}"] if config.lora.r else []
     unproven += Truncation.of(args).settings("trainer.") if config.invariance == "exact" else []

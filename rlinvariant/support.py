@@ -1,6 +1,7 @@
 """Find out, before weights are loaded, what exact mode lacks on this machine."""
 
 import importlib.util
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -8,12 +9,21 @@ from typing import TYPE_CHECKING
 import torch
 
 from rlinvariant.install import install_hint, installed_version
+from rlinvariant.kernels import attention
 
 if TYPE_CHECKING:
     from trl.trainer.grpo_config import GRPOConfig
 
-CAPABILITY = (9, 0)  # H100, H200: where the order of summation of every kernel used has been measured
-RELEASES = {"vllm": ("0.26",), "torch": ("2.11",)}  # on which exact mode has run on a GPU
+CAPABILITY = {  # compute capability -> GPUs that have it, and whether exact mode has been proven on one of them
+    (9, 0): ("H100, H200", True),
+    (8, 0): ("A100", False),
+    (8, 6): ("RTX 3090, A40", False),
+    (8, 9): ("RTX 4090, L40S", False),
+    (10, 0): ("B200", False),
+    (12, 0): ("RTX 5090", False),
+}
+RELEASES = {"vllm": ("0.26",), "torch": ("2.11",)}  # on which exact mode has been proven on a GPU
+TRY = "unproven_gpu=true (of other commands than train: RLINVARIANT_UNPROVEN_GPU=1) compares all at the start"
 FA3 = "vllm_flash_attn/_vllm_fa3_C*.so"  # in vLLM's CUDA wheel
 
 
@@ -48,21 +58,39 @@ def unproven_problems(args: "GRPOConfig", *said: str) -> list[str]:
 
 def cuda_problems(dtype: torch.dtype) -> Iterator[str]:
     """Yield one line for each reason why this machine's GPU cannot run exactly."""
-    name = torch.cuda.get_device_name()
-    if (found := torch.cuda.get_device_capability()) != CAPABILITY:
+    major, minor = torch.cuda.get_device_capability()
+    _, proven = CAPABILITY.get((major, minor), ("", False))
+    if not proven and not ((major, minor) in CAPABILITY and attention.unproven_allowed()):
+        try_it = f"{TRY}, use " if (major, minor) in CAPABILITY else "use "
         yield (
-            f"device={name} (sm_{found[0]}{found[1]}): exact mode runs on sm_90 (H100, H200), where its kernels were measured; "
-            "use invariance=off, or a CPU (CUDA_VISIBLE_DEVICES= with the [cpu] install)"
+            f"device={torch.cuda.get_device_name()} (sm_{major}{minor}): exact mode runs on sm_90 (H100, H200), where its "
+            f"kernels were measured; {try_it}invariance=off, or a CPU (CUDA_VISIBLE_DEVICES= with the [cpu] install)"
         )
     if dtype != torch.bfloat16:
-        yield f"dtype={str(dtype)[6:]}: expected bfloat16 on a GPU: FlashAttention-3 has no float32; remove it"
+        yield f"dtype={str(dtype)[6:]}: expected bfloat16 on a GPU: its kernels have no float32; remove it"
     for package in ("triton", "vllm"):
         if importlib.util.find_spec(package) is None:
             yield f"package {package}: missing; {install_hint('cuda')}"
     vllm = importlib.util.find_spec("vllm")
-    if vllm is not None and not any(found for at in vllm.submodule_search_locations or () for found in Path(at).glob(FA3)):
+    places = [] if vllm is None else [Path(at) for at in vllm.submodule_search_locations or ()]
+    needed = vllm is not None and f"sm_{major}{minor}" in attention.table()["flash_attention_3"]
+    if needed and not any(found for at in places for found in at.glob(FA3)):
         yield f"FlashAttention-3: no {FA3} in the installed vllm, whose CUDA wheel holds it; {install_hint('cuda')}"
     for package, releases in RELEASES.items():
         version = installed_version(package) or "unknown"
         if (package != "vllm" or vllm is not None) and ".".join(version.split(".")[:2]) not in releases:
             yield f"{package}=={version}: expected {' or '.join(releases)} on a GPU; {install_hint('cuda')}"
+
+
+def allow_unproven(said: bool) -> None:
+    """Let this process, and those that it starts, try what is unproven on this GPU: `unproven_gpu=true` of a configuration."""
+    if said:
+        os.environ[attention.UNPROVEN] = "1"
+
+
+def unproven_gpu() -> str | None:
+    """Return the name of this machine's GPU if exact mode has not been proven on its kind; None on one that is, or on a CPU."""
+    if not torch.cuda.is_available() or CAPABILITY.get(torch.cuda.get_device_capability(), ("", False))[1]:
+        return None
+    major, minor = torch.cuda.get_device_capability()
+    return f"{torch.cuda.get_device_name()} (sm_{major}{minor})"

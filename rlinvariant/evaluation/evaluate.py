@@ -16,7 +16,7 @@ from rlinvariant.rollout import Truncation
 from rlinvariant.run import sampler_options
 from rlinvariant.sampler.engine import Sampler
 from rlinvariant.sampler.refusals import load_config
-from rlinvariant.support import device_problems, unproven_problems
+from rlinvariant.support import allow_unproven, device_problems, unproven_problems
 from rlinvariant.text import plural, shown
 from rlinvariant.tools.plain import plain_tools
 from rlinvariant.trainer.player import Player
@@ -50,6 +50,7 @@ def evaluate(
     assert config.model is not None, "the subject of an evaluation is its model"
     args = config.grpo_config()
     truncation = Truncation.of(config.trainer)
+    allow_unproven(config.unproven_gpu)
     problems = device_problems(args, config.invariance, getattr(torch, config.dtype))
     if config.invariance == "exact":
         problems += unproven_problems(args, *truncation.settings("trainer."))

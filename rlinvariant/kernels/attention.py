@@ -37,12 +37,17 @@ def table() -> dict:
     return json.loads(TABLE.read_text())
 
 
+@functools.cache
+def _capability() -> str | None:
+    if not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability()
+    return f"sm_{major}{minor}"
+
+
 def chip() -> str:
     """Return the name of this GPU in the table; where there is none, that of the GPU for which models are judged."""
-    if not torch.cuda.is_available():
-        return os.environ.get(PORTABLE, "sm_90")
-    major, minor = torch.cuda.get_device_capability()
-    return os.environ.get(PORTABLE) or f"sm_{major}{minor}"
+    return os.environ.get(PORTABLE) or _capability() or "sm_90"
 
 
 def unproven_allowed() -> bool:

@@ -4,6 +4,8 @@ Two releases are in use, 0.32 on a CPU and 0.26 on a GPU: what they have in comm
 """
 
 import contextlib
+import functools
+import importlib
 import inspect
 import io
 import sys
@@ -11,20 +13,17 @@ from typing import Any
 
 import pytest
 import vllm
-from vllm import LLM, ModelRegistry, SamplingParams
+from vllm import ModelRegistry, SamplingParams
 from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
-from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config
-from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
 from vllm.model_executor.models.transformers import TransformersForCausalLM
-from vllm.v1.attention.backend import AttentionImpl, AttentionMetadataBuilder
-from vllm.v1.sample.logits_processor import LogitsProcessor
-from vllm.v1.sample.sampler import Sampler
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from rlinvariant import runtime
 from rlinvariant.sampler import engine, plugin, vllm_model, vllm_serve
+from rlinvariant.sampler.hooks import GPU_HOOKS, HOOKS, NAMES
 from tests.parity.device import BLOCK, CUDA
 
 VERSION = "0.26." if CUDA else "0.32."
@@ -39,45 +38,18 @@ def parameters(function) -> list[str]:
     return list(inspect.signature(inspect.unwrap(function)).parameters)
 
 
-# what we override or call -> its leading parameters
+def resolved(hook: str) -> Any:
+    module, name = hook.split(":")
+    return functools.reduce(getattr, name.split("."), importlib.import_module(module))
+
+
+IN_USE = HOOKS | (GPU_HOOKS if CUDA else {})
+# what more we override or call -> its leading parameters
 SIGNATURES = {
-    Sampler.forward: ["self", "logits", "sampling_metadata", "predict_bonus_token", "logprobs_mode_override"],
-    Sampler.compute_logprobs: ["logits"],
-    Sampler.gather_logprobs: ["logprobs", "num_logprobs", "token_ids"],
-    Sampler.apply_logits_processors: ["self", "logits", "sampling_metadata", "predict_bonus_token"],
-    UnquantizedLinearMethod.create_weights: ["self", "layer", "input_size_per_partition", "output_partition_sizes"],
-    UnquantizedLinearMethod.apply: ["self", "layer", "x", "bias"],
-    UnquantizedLinearMethod.process_weights_after_loading: ["self", "layer"],
-    UnquantizedEmbeddingMethod.apply: ["self", "layer", "x", "bias"],
-    UnquantizedEmbeddingMethod.process_weights_after_loading: ["self", "layer"],
-    QuantizationConfig.get_quant_method: ["self", "layer", "prefix"],
-    AttentionMetadataBuilder.__init__: ["self", "kv_cache_spec", "layer_names", "vllm_config", "device"],
-    AttentionMetadataBuilder.build: ["self", "common_prefix_len", "common_attn_metadata", "fast_build"],
-    AttentionImpl.__init__: [
-        "self",
-        "num_heads",
-        "head_size",
-        "scale",
-        "num_kv_heads",
-        "alibi_slopes",
-        "sliding_window",
-        "kv_cache_dtype",
-        "logits_soft_cap",
-        "attn_type",
-    ],
-    AttentionImpl.forward: ["self", "layer", "query", "key", "value", "kv_cache", "attn_metadata", "output"],
     Backend.get_impl_cls().do_kv_cache_update: ["self", "layer", "key", "value", "kv_cache", "slot_mapping"],
-    TransformersForCausalLM.recursive_replace: ["self"],
-    TransformersForCausalLM._decorate_for_torch_compile: ["self", "kwargs"] if CUDA else ["self"],
-    TransformersForCausalLM._patch_config: ["self"],
-    TransformersForCausalLM.load_weights: ["self", "weights"],
+    UnquantizedEmbeddingMethod.process_weights_after_loading: ["self", "layer"],
     Backend.get_impl_cls: [],
     Backend.get_builder_cls: [],
-    GPUModelRunner.reload_weights: ["self", "weights_iterator"],
-    LLM.reset_prefix_cache: ["self"],
-    LLM.generate: ["self", "prompts", "sampling_params"],
-    register_quantization_config: ["quantization"],
-    LogitsProcessor.validate_params: ["sampling_params"],
     vllm_serve._Worker.load_model: ["self"],
     vllm_serve._Worker.compile_or_warm_up_model: ["self"],
 }
@@ -89,6 +61,16 @@ ATTENTION_HOOKS = {
 
 def test_vllm_is_the_version_that_was_read():
     assert vllm.__version__.startswith(VERSION), f"vLLM {vllm.__version__}: read sampler/vllm_model.py beside it again"
+
+
+@pytest.mark.parametrize("hook", IN_USE)
+def test_hooks_are_as_listed(hook):
+    assert tuple(parameters(resolved(hook))[: len(IN_USE[hook])]) == IN_USE[hook], f"vLLM's {hook} has changed"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_are_there(name):
+    assert resolved(name) is not None
 
 
 @pytest.mark.parametrize("function", SIGNATURES, ids=lambda f: f.__qualname__)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Gemma2Config, LlamaConfig
 from trl import GRPOConfig
 
 import rlinvariant
@@ -19,6 +19,7 @@ from rlinvariant import ops, support
 from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.kernels import attention
 from rlinvariant.models import UnsupportedModel, make_invariant, require_exact, unsupported
+from rlinvariant.plan import prove_first
 from rlinvariant.rollout import ALL_TOKENS, Truncation
 from rlinvariant.sampler.engine import Sampler
 from tests.parity.device import DEVICE
@@ -63,6 +64,23 @@ def test_another_gpu_is_refused(name, capability, machine):
     (line,) = machine.problems()
     assert line.startswith(f"device={name} (sm_{capability[0]}{capability[1]}): exact mode runs on sm_90")
     assert "use invariance=off" in line and "\n" not in line
+    assert "unproven_gpu=true" in line
+
+
+def test_a_gpu_of_a_kind_that_is_known_may_be_tried(machine, monkeypatch):
+    """It needs no FlashAttention-3; one for which nothing was compiled is refused all the same."""
+    monkeypatch.setenv(attention.UNPROVEN, "1")
+    machine.name, machine.capability = "NVIDIA A100", (8, 0)
+    machine.fa3.unlink()
+    assert machine.problems() == []
+    machine.capability = (7, 5)
+    (line,) = machine.problems()
+    assert "sm_75" in line and "unproven_gpu" not in line
+
+
+def test_every_gpu_that_may_be_tried_has_tiles():
+    assert {f"sm_{major}{minor}" for major, minor in support.CAPABILITY} == attention.table()["chips"].keys()
+    assert [capability for capability, (_, proven) in support.CAPABILITY.items() if proven] == [(9, 0)]
 
 
 def test_float32_is_refused_on_a_gpu_alone(machine, monkeypatch):
@@ -288,6 +306,36 @@ def test_an_exact_engine_of_a_gpu_refuses_truncation(monkeypatch):
         Sampler.params(engine, 1, **how)
     assert Sampler.params(engine, 1, **how | {"top_p": 1.0}).top_p == 1.0
     assert Sampler.params(SimpleNamespace(invariant=False), 1, **how).top_p == 0.9, "a stock engine does as vLLM does"
+
+
+@pytest.mark.slow
+def test_an_unproven_gpu_is_proven_before_weights_are_loaded(arithmetic_dir, tmp_path, monkeypatch, capfd):
+    """A CPU says that it is one: `verify --short` runs once, and its certificate is found from then on."""
+    monkeypatch.setenv("RLINVARIANT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("rlinvariant.support.unproven_gpu", lambda: "NVIDIA A100 (sm_80)")
+    args = GRPOConfig(str(tmp_path / "run"), max_completion_length=12, report_to="none", use_cpu=DEVICE == "cpu")
+    tokenizer, proofs = AutoTokenizer.from_pretrained(arithmetic_dir), []
+    for _ in range(2):
+        trainer = rlinvariant.grpo_trainer(arithmetic_dir, variety, args, questions(), processing_class=tokenizer)
+        proofs.append(trainer.proof["path"])
+    said = capfd.readouterr().out
+    assert said.count("NVIDIA A100 (sm_80) is unproven: rlinvariant verify") == 1
+    assert said.count("proven for this model on this machine") == 1
+    assert proofs[0] is not None and proofs[0] == proofs[1]
+
+
+@pytest.mark.slow
+def test_a_gpu_that_does_not_prove_itself_is_refused(arithmetic_dir, tmp_path, monkeypatch):
+    """Control: `verify` cannot say exact of a checkpoint whose weights are gone."""
+    monkeypatch.setenv("RLINVARIANT_CACHE", str(tmp_path / "cache"))
+    broken = tmp_path / "model"
+    shutil.copytree(arithmetic_dir, broken)
+    for weights in broken.glob("*.safetensors"):
+        weights.unlink()
+    config = AutoConfig.from_pretrained(broken)
+    asked: Any = SimpleNamespace(source=str(broken), source_config=config, dtype="bfloat16", sampler_options={})
+    with pytest.raises(UserError, match=r"^unproven_gpu=true: verify ended with 2 on NVIDIA A100, see above"):
+        prove_first(asked, "NVIDIA A100")
 
 
 # ---- on a GPU
