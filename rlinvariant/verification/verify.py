@@ -184,11 +184,11 @@ def _checks(parts: _Parts) -> list[Callable[[], Relation]]:
     return [
         *(functools.partial(check, pair) for check in relations.BATCH_RELATIONS),
         lambda: turns.turns(pair),
-        *([] if on_gpu else [lambda: truncation.truncated(pair)]),
+        *([] if on_gpu else [lambda: truncation.truncated(pair), lambda: truncation.rows_alone(pair)]),
         lambda: compositions(pair, lambda: pair.tokens < (asked.tokens or 0) or time.monotonic() < limit),
         lambda: controls.one_ulp(pair, getattr(torch, asked.dtype)),
         lambda: turns.another_token(pair),
-        *([] if on_gpu else [lambda: truncation.all_tokens(pair)]),
+        *([] if on_gpu else [lambda: truncation.all_tokens(pair), lambda: truncation.vllms_rows(pair)]),
         lambda: controls.stock_attention(pair),
         lambda: controls.stock_trainer(pair, parts.plain_model),
         *([functools.partial(check, pair) for check in ADAPTER_CONTROLS] if parts.ranks else []),

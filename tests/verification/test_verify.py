@@ -73,6 +73,7 @@ def test_every_supported_family_is_exact(verified, family):
     # whether torch's linear varies depends on the processor
     assert {*blind} <= {
         "stock: torch's linear, a row = among others",
+        "stock: vLLM's top-k and top-p, a row = among 7 or 8",  # one kernel on a CPU
         *(["stock: vLLM, transformers (invariance=off)"] * UNKNOWN(family)),
     }
     # the stock engine has decorated the class of a family that vLLM has no model of; others of that class still work here
