@@ -1,11 +1,12 @@
-"""The threshold of truncated sampling on a GPU: one program a row, which reads it three times and then a short list.
+"""The threshold of truncated sampling on a GPU, in four kernels, of which two read a row, by many programs.
 
-1. The largest logit, and the largest of every LANES-th: the k-th of those is a logit that top-k surely reaches, since k tokens
-   are at least as large.
-2. The integer masses, as in kernels/threshold.c, and their sum over what min-p keeps.
-3. A list of the logits that can be the threshold: not those that are, all V of them together, within what top-p drops.
+1. `_tops`: the largest of every 64 logits.
+2. `_cuts`: the largest of all, and a cut below which no threshold can lie: the k-th of those of `_tops`, since k tokens are at
+   least as large; or, for top-p, a logit so small that V of them would be within what top-p drops.
+3. `_lists`: the logits from the cut up; and, where top-p or min-p asks for them, the integer masses, as in kernels/threshold.c.
+4. `_chosen`: on a row's list, the largest key with enough at or above it, bit by bit.
 
-On the list, the largest key with enough at or above it is found bit by bit. All sums are of integers, in any order.
+All sums are of integers, in any order, and nothing is added atomically: each block of a row has a place of its own.
 """
 
 import torch
@@ -15,7 +16,9 @@ from torch import Tensor
 
 from rlinvariant.kernels.rows import aligned
 
-LANES = 4096  # columns that a program takes at a time
+BLOCK = 4096  # columns of a block of a row
+TOP_OF = 64  # columns of which the largest is kept
+LANES = 1024  # logits of a list that are looked at together
 ROWS = 256  # rows whose lists are held at once, 4 bytes a logit
 
 
@@ -34,6 +37,12 @@ def _masses(x, top, scale):
     p = p * f + 1.0
     power = (z.to(tl.int32, bitcast=True) - 1262485337) << 23  # 2^(n + 40)
     return (p * power.to(tl.float32, bitcast=True)).to(tl.int64)
+
+
+@triton.jit
+def _least(min_p):
+    """Return the least mass that min-p keeps."""
+    return tl.ceil(min_p.to(tl.float64) * 1099511627776.0).to(tl.int64)
 
 
 @triton.jit
@@ -89,63 +98,161 @@ def _kth(keys, k, low, high):
 
 
 @triton.jit
-def _threshold(
-    logits_ptr, t_ptr, k_ptr, p_ptr, m_ptr, list_ptr, theta_ptr, vocab, first, SHIFT: tl.constexpr, LANES: tl.constexpr
+def _settings(t_ptr, k_ptr, p_ptr, top, row, vocab):
+    """Return which of top-k and top-p a row asks for, whether it is one that can be cut, and 1 / temperature in octaves."""
+    t, k, p = tl.load(t_ptr + row), tl.load(k_ptr + row), tl.load(p_ptr + row)
+    right = (t == t) & (t != 0.0) & (top - top == 0.0)
+    return right & (k > 0) & (k < vocab), right & (p < 1.0), right, tl.div_rn(t * 0.0 + 1.44269504, t)
+
+
+@triton.jit
+def _tops(logits_ptr, tops_ptr, vocab, first, BLOCK: tl.constexpr, TOP_OF: tl.constexpr):
+    """Store the largest of every TOP_OF columns of a block; +inf if one is NaN."""
+    place, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    x, _ = _load(logits_ptr + (first + place) * vocab, block * BLOCK, vocab, BLOCK)
+    tops = tl.max(tl.reshape(tl.where(x == x, x, float("inf")), (BLOCK // TOP_OF, TOP_OF)), 1)
+    at = (place * tl.num_programs(1) + block) * (BLOCK // TOP_OF)
+    tl.store(tops_ptr + at + tl.arange(0, BLOCK // TOP_OF), tops)
+
+
+@triton.jit
+def _cuts(
+    tops_ptr, t_ptr, k_ptr, p_ptr, m_ptr, top_ptr, cut_ptr, vocab, first, count, SHIFT: tl.constexpr, COUNT: tl.constexpr
 ):
-    place, row = tl.program_id(0).to(tl.int64), first + tl.program_id(0).to(tl.int64)
-    x_ptr, list_ptr = logits_ptr + row * vocab, list_ptr + place * vocab
-    t, k, p, m = tl.load(t_ptr + row), tl.load(k_ptr + row), tl.load(p_ptr + row), tl.load(m_ptr + row)
-    by_k, by_p, by_min = (k > 0) & (k < vocab), p < 1.0, m > 0.0
-    tops = tl.full((LANES,), -float("inf"), tl.float32)
-    nan = tl.zeros((LANES,), tl.int32)
-    for start in range(0, vocab, LANES):
-        x, _ = _load(x_ptr, start, vocab, LANES)
-        nan = nan | (x != x).to(tl.int32)
-        tops = tl.where(x > tops, x, tops)
+    """Store a row's largest logit, and the key from which up `_lists` lists."""
+    place = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, COUNT)
+    tops = tl.load(tops_ptr + place * count + at, mask=at < count, other=-float("inf"))
     top = tl.max(tops, 0)
-    right = (tl.max(nan, 0) == 0) & (t == t) & (t != 0.0) & (top - top == 0.0)
+    by_k, by_p, _, scale = _settings(t_ptr, k_ptr, p_ptr, top, first + place, vocab)
+    highest, lowest = _keys(top, SHIFT), _keys(top * 0.0 - float("inf"), SHIFT)
+    k, p = tl.load(k_ptr + first + place), tl.load(p_ptr + first + place)
+    cut = highest
+    if by_k:
+        cut = lowest
+        if k <= count:
+            cut = _kth(_keys(tops, SHIFT), k, lowest, highest)
+    elif by_p:  # the total is not known yet: of the largest of every TOP_OF that min-p keeps, it is no more
+        mass = _masses(tops, top, scale)
+        total = tl.sum(tl.where((at < count) & (mass >= _least(tl.load(m_ptr + first + place))), mass, 0), 0)
+        spare = (total.to(tl.float64) * (1.0 - p.to(tl.float64)) / vocab).to(tl.float32)
+        gap = tl.where(spare > 1.0, tl.log2(tl.maximum(spare, 1.0)) - 40.25, -float("inf"))
+        cut = _keys(top + gap / scale, SHIFT)
+    tl.store(top_ptr + place, top)
+    tl.store(cut_ptr + place, cut)
+
+
+@triton.jit
+def _lists(
+    logits_ptr,
+    t_ptr,
+    k_ptr,
+    p_ptr,
+    m_ptr,
+    top_ptr,
+    cut_ptr,
+    list_ptr,
+    count_ptr,
+    sum_ptr,
+    lowest_ptr,
+    vocab,
+    first,
+    SHIFT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Store a block's logits from the cut up and their number; where it is asked for, its mass and the least key of min-p."""
+    place, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row, at = first + place, place * tl.num_programs(1) + block
+    top, cut, m = tl.load(top_ptr + place), tl.load(cut_ptr + place), tl.load(m_ptr + row)
+    by_k, by_p, right, scale = _settings(t_ptr, k_ptr, p_ptr, top, row, vocab)
+    if right & (by_k | by_p | (m > 0.0)):
+        x, inside = _load(logits_ptr + row * vocab, block * BLOCK, vocab, BLOCK)
+        keys = _keys(x, SHIFT)
+        if (m > 0.0) | (by_p & (by_k == 0)):
+            mass = tl.where(inside, _masses(x, top, scale), 0)
+            tl.store(sum_ptr + at, tl.sum(mass, 0))
+            tl.store(lowest_ptr + at, tl.min(tl.where(inside & (mass >= _least(m)), keys, 2147483647 >> SHIFT), 0))
+        listed = (inside & (keys >= cut)).to(tl.int32)
+        count = tl.sum(listed, 0)
+        if count > 0:
+            tl.store(list_ptr + place * vocab + block * BLOCK + tl.cumsum(listed, 0) - 1, x, mask=listed > 0)
+        tl.store(count_ptr + at, count)
+
+
+@triton.jit
+def _joined(list_ptr, all_ptr, counts, LOG_NB: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr):
+    """Write the blocks' logits one after the other, and return how many there are; counts [NB] of the blocks."""
+    ends, count = tl.cumsum(counts, 0), tl.sum(counts, 0)
+    begins = ends - counts
+    for start in range(0, count, LANES):
+        j = start + tl.arange(0, LANES)
+        block = j * 0  # how many blocks end at or before j
+        for i in tl.static_range(LOG_NB):
+            more = block + (1 << (LOG_NB - 1 - i))
+            block = tl.where(tl.gather(ends, more - 1, 0) <= j, more, block)
+        x = tl.load(list_ptr + block.to(tl.int64) * BLOCK + (j - tl.gather(begins, block, 0)), mask=j < count, other=0.0)
+        tl.store(all_ptr + j, x, mask=j < count)
+    tl.debug_barrier()
+    return count
+
+
+@triton.jit
+def _chosen(
+    logits_ptr,
+    t_ptr,
+    k_ptr,
+    p_ptr,
+    m_ptr,
+    top_ptr,
+    cut_ptr,
+    list_ptr,
+    all_ptr,
+    count_ptr,
+    sum_ptr,
+    lowest_ptr,
+    theta_ptr,
+    vocab,
+    first,
+    blocks,
+    SHIFT: tl.constexpr,
+    LOG_NB: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    place = tl.program_id(0).to(tl.int64)
+    row = first + place
+    top, cut, m = tl.load(top_ptr + place), tl.load(cut_ptr + place), tl.load(m_ptr + row)
+    by_k, by_p, right, scale = _settings(t_ptr, k_ptr, p_ptr, top, row, vocab)
+    k, p = tl.load(k_ptr + row), tl.load(p_ptr + row)
     theta = top * 0.0 - float("inf")
-    if right & (by_k | by_p | by_min):
-        scale = tl.div_rn(t * 0.0 + 1.44269504, t)
-        least = tl.ceil(m.to(tl.float64) * 1099511627776.0).to(tl.int64)
-        sums = tl.zeros((LANES,), tl.int64)
-        lowest = tl.full((LANES,), 2147483647 >> SHIFT, tl.int32)
-        for start in range(0, vocab, LANES):
-            x, inside = _load(x_ptr, start, vocab, LANES)
-            mass = _masses(x, top, scale)
-            sums += tl.where(inside, mass, 0)
-            lowest = tl.minimum(lowest, tl.where(inside & (mass >= least), _keys(x, SHIFT), 2147483647 >> SHIFT))
-        low = tl.where(by_min, tl.min(lowest, 0), tl.min(_keys(lowest * 0.0 - float("inf"), SHIFT), 0))
-        if by_min:
-            for start in range(0, vocab, LANES):  # what is left by min-p; a mass is its key's, up to the last bit
-                x, inside = _load(x_ptr, start, vocab, LANES)
-                sums -= tl.where(inside & (_keys(x, SHIFT) < low), _masses(x, top, scale), 0)
-        total = tl.sum(sums, 0)
-        cut = low
-        if by_k & (k <= LANES):
-            cut = tl.maximum(cut, _kth(_keys(tops, SHIFT), k, low, _keys(top, SHIFT)))
-        if by_p & (by_k == 0):
-            spare = (total.to(tl.float64) * (1.0 - p.to(tl.float64)) / vocab).to(tl.float32)
-            gap = tl.where(spare > 1.0, tl.log2(tl.maximum(spare, 1.0)) - 40.25, -float("inf"))
-            cut = tl.maximum(cut, _keys(top + gap / scale, SHIFT))
-        count = tl.zeros((), tl.int32)
-        for start in range(0, vocab, LANES):
-            x, inside = _load(x_ptr, start, vocab, LANES)
-            listed = (inside & (_keys(x, SHIFT) >= cut)).to(tl.int32)
-            tl.store(list_ptr + count + tl.cumsum(listed, 0) - 1, x, mask=listed > 0)
-            count += tl.sum(listed, 0)
-        tl.debug_barrier()
+    theta = tl.where(theta == theta, theta, -float("inf"))  # of a row with an infinity
+    if right & (by_k | by_p | (m > 0.0)):
+        b = tl.arange(0, 1 << LOG_NB)
+        low = _keys(top * 0.0 - float("inf"), SHIFT)
+        if m > 0.0:
+            low = tl.min(tl.load(lowest_ptr + place * blocks + b, mask=b < blocks, other=2147483647 >> SHIFT), 0)
+        list_ptr, all_ptr = list_ptr + place * vocab, all_ptr + place * vocab
+        counts = tl.load(count_ptr + place * blocks + b, mask=b < blocks, other=0)
+        count = _joined(list_ptr, all_ptr, counts, LOG_NB, BLOCK, LANES)
         if by_k:
-            low = tl.maximum(low, _largest(list_ptr, count, k, tl.maximum(low, cut), top, scale, False, SHIFT, LANES))
+            low = tl.maximum(low, _largest(all_ptr, count, k, tl.maximum(low, cut), top, scale, False, SHIFT, LANES))
         if by_p:
             if by_k:
                 sums = tl.zeros((LANES,), tl.int64)
                 for start in range(0, count, LANES):
-                    x, inside = _load(list_ptr, start, count, LANES)
+                    x, inside = _load(all_ptr, start, count, LANES)
                     sums += tl.where(inside & (_keys(x, SHIFT) >= low), _masses(x, top, scale), 0)
                 total = tl.sum(sums, 0)
+            else:
+                total = tl.sum(tl.load(sum_ptr + place * blocks + b, mask=b < blocks, other=0), 0)
+                if m > 0.0:  # of what min-p keeps; a mass is its key's, up to the last bit
+                    sums = tl.zeros((LANES,), tl.int64)
+                    for start in range(0, vocab, LANES):
+                        x, inside = _load(logits_ptr + row * vocab, start, vocab, LANES)
+                        sums += tl.where(inside & (_keys(x, SHIFT) < low), _masses(x, top, scale), 0)
+                    total -= tl.sum(sums, 0)
             need = tl.maximum(tl.ceil(p.to(tl.float64) * total.to(tl.float64)).to(tl.int64), 1)
-            low = tl.maximum(low, _largest(list_ptr, count, need, tl.maximum(low, cut), top, scale, True, SHIFT, LANES))
+            low = tl.maximum(low, _largest(all_ptr, count, need, tl.maximum(low, cut), top, scale, True, SHIFT, LANES))
         theta = _logit(low, SHIFT)
     tl.store(theta_ptr + row, theta)
 
@@ -153,13 +260,28 @@ def _threshold(
 def threshold(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
     """Compute `ops.threshold`: logits [R, V], the others [R]."""
     logits = aligned(logits)
-    settings = [x.contiguous() for x in (temperature, top_k, top_p, min_p)]
-    rows, vocab = logits.shape
-    theta = torch.empty(rows, dtype=torch.float32, device=logits.device)
-    lists = torch.empty(min(rows, ROWS), vocab, dtype=torch.float32, device=logits.device)
+    t, k, p, m = (x.contiguous() for x in (temperature, top_k, top_p, min_p))
+    (rows, vocab), device = logits.shape, logits.device
+    blocks, held = triton.cdiv(vocab, BLOCK), min(rows, ROWS)
+    tops = blocks * (BLOCK // TOP_OF)
+
+    def of_rows(columns: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(held, columns, dtype=dtype, device=device)
+
+    theta = torch.empty(rows, dtype=torch.float32, device=device)
+    largest, top, cut = of_rows(tops, torch.float32), of_rows(1, torch.float32), of_rows(1, torch.int32)
+    lists, whole = of_rows(vocab, torch.float32), of_rows(vocab, torch.float32)
+    counts, sums, lowest = (of_rows(blocks, dtype) for dtype in (torch.int32, torch.int64, torch.int32))
     shift = 16 if logits.dtype is torch.bfloat16 else 0
+    shared = {"SHIFT": shift, "enable_fp_fusion": False}
     for first in range(0, rows, ROWS):
-        grid = (min(ROWS, rows - first),)
-        at = logits, *settings, lists, theta, vocab, first
-        _threshold[grid](*at, SHIFT=shift, LANES=LANES, num_warps=16, enable_fp_fusion=False)
+        some = min(ROWS, rows - first)
+        _tops[(some, blocks)](logits, largest, vocab, first, BLOCK=BLOCK, TOP_OF=TOP_OF, num_warps=8)
+        padded = triton.next_power_of_2(tops)
+        _cuts[(some,)](largest, t, k, p, m, top, cut, vocab, first, tops, COUNT=padded, num_warps=8, **shared)
+        listed = logits, t, k, p, m, top, cut, lists, counts, sums, lowest, vocab, first
+        _lists[(some, blocks)](*listed, BLOCK=BLOCK, num_warps=8, **shared)
+        joined = logits, t, k, p, m, top, cut, lists, whole, counts, sums, lowest, theta, vocab, first, blocks
+        sizes = {"LOG_NB": (blocks - 1).bit_length(), "BLOCK": BLOCK, "LANES": LANES}
+        _chosen[(some,)](*joined, **sizes, num_warps=4, **shared)
     return theta

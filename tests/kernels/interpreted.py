@@ -128,6 +128,7 @@ for dtype, vocab in itertools.product((torch.bfloat16, torch.float32), (17, 5000
         (1.0, 0, 1.0, 0.02),
         (0.6, 20, 0.9, 0.02),
         (1.0, 4500, 0.95, 0.0),
+        (1.0, 0, 0.5, 0.1),
     ):
         t, k, p, m = (torch.full((8,), x) for x in setting)
         expected = ops.threshold(logits, t, k, p, m)
