@@ -199,6 +199,15 @@ def test_an_error_of_one_process_ends_the_other_and_is_the_result(fault, code, o
         assert (run.run.path / "report.html").exists() and run.result["heldout_reward_before"] is not None
 
 
+def test_log_probs_that_differ_on_one_process_end_both_with_one_line(start):
+    run = start([*TRAIN, "machine=cpu2"], "data.fault=rank 1 differs")
+    code, _, err = run.ends()
+    assert code == 1 and "Traceback" not in err, err
+    assert run.result["outcome"] == "not exact" and run.result["error"].startswith("step 2: mismatched ")
+    assert err.count("mismatched") == 1 and f"error: {run.result['error']}" in err
+    assert [row["step"] for row in run.rows()] == [1, 2] and (run.run.path / "report.html").exists()
+
+
 def test_a_signal_to_one_of_two_processes_after_its_last_step_ends_both(start):
     """The other would wait for it in the evaluation that follows."""
     run = start([*TRAIN, "machine=cpu2"], "data.fault=rank 1 is stopped at the end", "trainer.save_steps=2", steps=2)
