@@ -221,6 +221,7 @@ SHARDS = {
     "FSDP_IGNORED_MODULES": ("None", "no fsdp_ignored_modules: every weight is in a unit"),
 }
 """Variable by which accelerate hands on a setting of shards -> the one value that is taken, and how its file says it."""
+OPTIMS = ("adamw_torch_fused", "adamw_torch", "sgd")  # which have been tried with weights in shards
 OTHERS = {"DEEPSPEED": "DEEPSPEED", "MEGATRON_LM": "MEGATRON_LM", "PARALLELISM_CONFIG": "FSDP with parallelism_config"}
 
 
@@ -253,11 +254,13 @@ def sharding_problems(trainer: "GRPOConfig", invariance: str, lora: str | None, 
     """
     way = "with weights in shards (distributed_type: FSDP)"
     masked, synced = f"{prefix}mask_truncated_completions", f"{prefix}sync_ref_model"
+    optim = getattr(trainer.optim, "value", trainer.optim)
     rules = (
         (invariance == "exact", f"invariance={invariance}", "exact", "a stock side has not been tried"),
         (lora is None, str(lora), "none", "adapters have not been tried; their base is small enough for each process"),
         (not trainer.mask_truncated_completions, f"{masked}=True", "False", "processes mask other numbers of rows"),
         (not trainer.sync_ref_model, f"{synced}=True", "False", "the reference stays as it was loaded"),
+        (optim in OPTIMS, f"{prefix}optim={optim}", " or ".join(OPTIMS), "a state is saved in its weight's rows"),
     )
     return [
         f"{key}: expected {right} {way}: {why}; set it, or use a file without shards" for ok, key, right, why in rules if not ok

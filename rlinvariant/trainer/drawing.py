@@ -228,8 +228,13 @@ class DrawingTrainer(EpisodesTrainer):
         return ((name, shards.like(older[name].to(self.accelerator.device), w)) for name, w in now)
 
     def _weights(self, older: dict[str, Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
-        """Yield names and whole tensors of what `_held` yields, on the device: all ranks gather them, one after the other."""
-        return ((name, shards.whole(w)) for name, w in self._held(older))
+        """Yield names and whole tensors of what `_held` yields, on the device: all ranks gather shards, one after the other.
+
+        Shards are rounded to the sampler's dtype before, as it would do after: half as much is sent.
+        """
+        if not self.sharded:
+            return self._held(older)
+        return ((name, shards.whole(w.detach().to(self.sampler.dtype))) for name, w in self._held(older))
 
     def _moving(self, older: dict[str, Tensor] | None):
         """Yield those of `_weights` that training moves: of a model in PEFT, its adapters alone."""

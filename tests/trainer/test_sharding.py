@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers.training_args import OptimizerNames
 
 from rlinvariant import bits
 from rlinvariant.conflicts import SHARDS, launcher_problems, sharding_problems
@@ -39,7 +40,7 @@ EVALUATED = ("trainer.eval_strategy=steps", "trainer.eval_steps=1", "trainer.per
 BEST = ("trainer.load_best_model_at_end=true", "trainer.metric_for_best_model=eval_reward")
 KINDS = {
     "grpo": (),
-    "beta": ("trainer.beta=0.05",),
+    "beta": ("trainer.beta=0.05", "trainer.optim=adamw_torch", "trainer.gradient_checkpointing=true"),
     "stale": ("staleness=1", *EVALUATED, *BEST),
     "ppo": ("algorithm=ppo", "ppo.kl_coef=0.05"),
 }
@@ -71,11 +72,12 @@ def test_what_accelerate_would_do_otherwise_is_refused_by_name():
 
 
 def test_settings_that_cannot_stand_beside_shards_are_refused_by_name():
-    good = SimpleNamespace(mask_truncated_completions=False, sync_ref_model=False)
-    bad = SimpleNamespace(mask_truncated_completions=True, sync_ref_model=True)
+    good = SimpleNamespace(mask_truncated_completions=False, sync_ref_model=False, optim=OptimizerNames.ADAMW_TORCH)
+    bad = SimpleNamespace(mask_truncated_completions=True, sync_ref_model=True, optim="adafactor")
     assert sharding_problems(good, "exact", None) == []
     found = [line.split(":")[0] for line in sharding_problems(bad, "off", "lora.r=8", "trainer.")]
-    assert found == ["invariance=off", "lora.r=8", "trainer.mask_truncated_completions=True", "trainer.sync_ref_model=True"]
+    masked, synced = "trainer.mask_truncated_completions=True", "trainer.sync_ref_model=True"
+    assert found == ["invariance=off", "lora.r=8", masked, synced, "trainer.optim=adafactor"]
 
 
 def two(directory: Path, model: str, *settings: str, sharded: bool, ranks: int = 2, **env: str):
