@@ -158,11 +158,11 @@ def arguments(
     from rlinvariant.models import lora
     from rlinvariant.models.load import load
     from rlinvariant.sampler.engine import Sampler
-    from rlinvariant.support import unproven_gpu
+    from rlinvariant.support import unproven_here
 
     transformers_logging.disable_progress_bar()
-    if plan.invariance == "exact" and (gpu := unproven_gpu()) is not None:
-        on_main_process(lambda: prove_first(plan, gpu))
+    if plan.invariance == "exact" and (unproven := unproven_here()) is not None:
+        on_main_process(lambda: prove_first(plan, unproven))
     model: Any = plan.model
     given: dict[str, Any] = {**options}
     adapter = given.pop("peft_config", None)
@@ -192,8 +192,8 @@ def arguments(
     return parts | sides | ({} if plan.ppo is None else {"ppo": plan.ppo}) | given
 
 
-def prove_first(plan: TrainerPlan, gpu: str) -> None:
-    """Look for a certificate of this model on a GPU of a kind that is not proven; without one, verify, which writes one.
+def prove_first(plan: TrainerPlan, unproven: str) -> None:
+    """Look for a certificate of this model on a GPU or release that is not proven; without one, verify, which writes one.
 
     It is another process, and ends before this one loads weights: every tile of every kernel that the model needs is compared
     when the kernel is first used, then sampler with trainer.
@@ -207,10 +207,10 @@ def prove_first(plan: TrainerPlan, gpu: str) -> None:
     if certificate.find(certificate.subject(plan.source_config, plan.dtype, eager or None)) is not None:
         return
     command = [sys.executable, "-m", "rlinvariant", "verify", plan.source, "--short", "--dtype", plan.dtype]
-    Console().print(f"{gpu} is unproven: {' '.join(['rlinvariant', *command[3:]])}")
+    Console().print(f"{unproven} is unproven: {' '.join(['rlinvariant', *command[3:]])}")
     code = subprocess.run([*command, *["--eager"] * eager], check=False).returncode
     if code:
-        raise UserError(f"unproven_gpu=true: verify ended with {code} on {gpu}, see above; use invariance=off")
+        raise UserError(f"unproven_gpu=true: verify ended with {code} on {unproven}, see above; use invariance=off")
     Console().print(f"proven for this model on this machine: please send in what lies in {certificate.directory()}")
 
 

@@ -23,6 +23,7 @@ CAPABILITY = {  # compute capability -> GPUs that have it, and whether exact mod
     (12, 0): ("RTX 5090", False),
 }
 RELEASES = {"vllm": ("0.26",), "torch": ("2.11",)}  # on which exact mode has been proven on a GPU
+READ = {"vllm": (0, 33), "torch": (2, 99)}  # the newest that may be tried: of vLLM, the newest that `make contract` has read
 TRY = "unproven_gpu=true (of other commands than train: RLINVARIANT_UNPROVEN_GPU=1) compares all at the start"
 FA3 = "vllm_flash_attn/_vllm_fa3_C*.so"  # in vLLM's CUDA wheel
 
@@ -77,9 +78,19 @@ def cuda_problems(dtype: torch.dtype) -> Iterator[str]:
     if needed and not any(found for at in places for found in at.glob(FA3)):
         yield f"FlashAttention-3: no {FA3} in the installed vllm, whose CUDA wheel holds it; {install_hint('cuda')}"
     for package, releases in RELEASES.items():
+        if package == "vllm" and vllm is None:
+            continue
         version = installed_version(package) or "unknown"
-        if (package != "vllm" or vllm is not None) and ".".join(version.split(".")[:2]) not in releases:
-            yield f"{package}=={version}: expected {' or '.join(releases)} on a GPU; {install_hint('cuda')}"
+        may_be_tried = _release(releases[-1]) < _release(version) <= READ[package]
+        if _release(version) not in map(_release, releases) and not (may_be_tried and attention.unproven_allowed()):
+            fix = f"{install_hint('cuda')}{f'; or {TRY}' if may_be_tried else ''}"
+            yield f"{package}=={version}: expected {' or '.join(releases)} on a GPU; {fix}"
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """Return the first two numbers of a version; none of what is no version."""
+    parts = version.split(".")[:2]
+    return tuple(map(int, parts)) if all(part.isdigit() for part in parts) else ()
 
 
 def allow_unproven(said: bool) -> None:
@@ -88,9 +99,13 @@ def allow_unproven(said: bool) -> None:
         os.environ[attention.UNPROVEN] = "1"
 
 
-def unproven_gpu() -> str | None:
-    """Return the name of this machine's GPU if exact mode has not been proven on its kind; None on one that is, or on a CPU."""
-    if not torch.cuda.is_available() or CAPABILITY.get(torch.cuda.get_device_capability(), ("", False))[1]:
+def unproven_here() -> str | None:
+    """Return what exact mode has not been proven on, this kind of GPU or a release; None where it has been, and on a CPU."""
+    if not torch.cuda.is_available():
         return None
     major, minor = torch.cuda.get_device_capability()
-    return f"{torch.cuda.get_device_name()} (sm_{major}{minor})"
+    found = [] if CAPABILITY.get((major, minor), ("", False))[1] else [f"{torch.cuda.get_device_name()} (sm_{major}{minor})"]
+    for package, releases in RELEASES.items():
+        if _release(version := installed_version(package) or "unknown") not in map(_release, releases):
+            found.append(f"{package} {version}")
+    return ", ".join(found) or None

@@ -1,7 +1,7 @@
 """The calls of the attention in chunked_attention.py: which tile for how many rows, and what a decode needs beside it.
 
 `attention_tiles.json` has for each chip and head size what decides bits, the keys of a block and of a chunk, and apart from it
-what decides none: for up to so many rows of a sequence a tile of so many. `python -m rlinvariant.bench attention` times it.
+what decides none: for up to so many rows of a sequence a tile of so many.
 """
 
 import functools

@@ -105,6 +105,20 @@ def test_another_release_is_refused(package, version, expected, machine):
     machine.versions[package] = version
     (line,) = machine.problems()
     assert line.startswith(f"{package}=={version}: expected {expected} on a GPU")
+    assert ("unproven_gpu=true" in line) == (version in ("0.32.0", "2.12.0"))
+
+
+def test_a_newer_release_whose_hooks_were_read_may_be_tried(machine, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert support.unproven_here() is None
+    machine.versions |= {"vllm": "0.33.0", "torch": "2.12.1"}
+    assert [line.split("=")[0] for line in machine.problems()] == ["vllm", "torch"]
+    monkeypatch.setenv(attention.UNPROVEN, "1")
+    assert machine.problems() == [] and support.unproven_here() == "vllm 0.33.0, torch 2.12.1"
+    machine.capability = (8, 9)
+    assert support.unproven_here() == "NVIDIA H200 (sm_89), vllm 0.33.0, torch 2.12.1"
+    machine.versions |= {"vllm": "0.99.0"}
+    assert [line.split("=")[0] for line in machine.problems()] == ["vllm"]
 
 
 def test_a_vllm_without_flash_attention_3_is_refused(machine):
@@ -312,7 +326,7 @@ def test_an_exact_engine_of_a_gpu_refuses_truncation(monkeypatch):
 def test_an_unproven_gpu_is_proven_before_weights_are_loaded(arithmetic_dir, tmp_path, monkeypatch, capfd):
     """A CPU says that it is one: `verify --short` runs once, and its certificate is found from then on."""
     monkeypatch.setenv("RLINVARIANT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("rlinvariant.support.unproven_gpu", lambda: "NVIDIA A100 (sm_80)")
+    monkeypatch.setattr("rlinvariant.support.unproven_here", lambda: "NVIDIA A100 (sm_80)")
     args = GRPOConfig(str(tmp_path / "run"), max_completion_length=12, report_to="none", use_cpu=DEVICE == "cpu")
     tokenizer, proofs = AutoTokenizer.from_pretrained(arithmetic_dir), []
     for _ in range(2):
