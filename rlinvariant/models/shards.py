@@ -3,8 +3,6 @@
 A decoder layer is a unit: its weights are gathered, as float32, when it is called, forward and backward, and freed after it;
 its gradients are averaged when its backward is done. What lies outside of the layers (embedding, last norm, lm_head) is one
 more unit. Every number is computed as without shards: what a layer sees is its whole weights, and they have the same bits.
-
-W: processes.
 """
 
 import json

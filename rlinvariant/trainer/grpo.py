@@ -14,10 +14,11 @@ Seven call TRL's, and do something before or after it:
     _save_checkpoint                       is timed, and notes which weights the disk holds
     log                                    says our numbers in place of TRL's averages, hands the row on, starts the next record
 
-Rewards, advantages, losses, tools and optimisation stay TRL's. `drawing.DrawingTrainer` draws from the attached engine,
-`checkpointed.CheckpointedTrainer` saves and resumes, `finite.FiniteTrainer` stops at NaN and infinity,
-`collecting.CollectingTrainer` keeps the completions, `measured.MeasuredTrainer` the numbers. What a step has seen is in
-`record.StepRecord`, which weights are where in `versions.PolicyVersions`.
+Rewards, advantages, losses, tools and optimisation stay TRL's. `distributed.DistributedTrainer` knows of several processes and
+of weights in shards, `drawing.DrawingTrainer` draws from the attached engine, `checkpointed.CheckpointedTrainer` saves and
+resumes, `finite.FiniteTrainer` stops at NaN and infinity, `collecting.CollectingTrainer` keeps the completions,
+`measured.MeasuredTrainer` the numbers. What a step has seen is in `record.StepRecord`, which weights are where in
+`versions.PolicyVersions`.
 """
 
 import copy
