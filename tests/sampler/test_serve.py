@@ -1,4 +1,4 @@
-"""A request's bytes over HTTP are its own: `rlinvariant serve`, started as a user starts it, among concurrent, ragged, streamed
+"""A request's bytes over HTTP are its own: `rlinvariant serve` among concurrent, ragged, streamed
 and cancelled requests, against the same request alone. The control is stock `vllm serve` under the same traffic.
 """
 
@@ -9,7 +9,6 @@ import random
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -26,8 +25,9 @@ from rlinvariant.metrics import mismatches
 from rlinvariant.rollout import ALL_TOKENS, Completion, Truncation
 from rlinvariant.trainer.score import Layout, score
 from rlinvariant.verification import load
+from tests import forks
+from tests.parity.device import CUDA
 
-BIN = Path(sys.executable).parent
 VOCABULARY = 8192
 RNG = random.Random(3)
 PROMPT = [RNG.randrange(VOCABULARY) for _ in range(400)]  # long: a CPU's stock attention splits it by what else there is to do
@@ -40,9 +40,15 @@ REQUESTS: dict[str, dict[str, Any]] = {  # each asked for alone, and then among 
 }
 ROUNDS = 4
 STOCK = """
+import multiprocessing
+import torch
 from vllm.entrypoints.cli.serve import ServeSubcommand
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.engine import utils
+from vllm.v1.executor import multiproc_executor
 if __name__ == "__main__":
+    if not torch.cuda.is_available():  # each of its processes would import everything anew
+        utils.get_mp_context = multiproc_executor.get_mp_context = lambda: multiprocessing.get_context("fork")
     command, parser = ServeSubcommand(), FlexibleArgumentParser()
     command.subparser_init(parser.add_subparsers(dest="subparser"))
     args = parser.parse_args()
@@ -56,7 +62,9 @@ if __name__ == "__main__":
 
 @dataclass
 class Server:
-    command: list[str]
+    """`python ARGUMENTS`, forked on a CPU; ours starts its engine's process itself, and anew, as everywhere."""
+
+    arguments: list[str]
     log: Path
     env: dict[str, str] = field(default_factory=dict)
 
@@ -65,10 +73,9 @@ class Server:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                [*self.command, "--port", str(port)], stdout=log, stderr=log, env=os.environ | self.env, start_new_session=True
-            )
+        with self.log.open("w") as log, open(os.devnull) as null:
+            arguments = [*self.arguments, "--port", str(port)]
+            self.process = forks.start(arguments, self.log.parent, os.environ | self.env, null, log, log)
 
     def wait(self, seconds: float = 240) -> str:
         """Wait until the server is healthy; return what it printed."""
@@ -79,14 +86,14 @@ class Server:
                     return self.log.read_text()
             except httpx.TransportError:
                 time.sleep(0.2)
-        raise AssertionError(f"{self.command} did not start:\n{self.log.read_text()[-4000:]}")
+        raise AssertionError(f"{self.arguments} did not start:\n{self.log.read_text()[-4000:]}")
 
     def stop(self) -> None:
         self.process.send_signal(signal.SIGTERM)
         try:
             self.process.wait(20)
         except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -106,9 +113,10 @@ def servers(model, tmp_path_factory) -> Iterator[dict[str, Server]]:
     # Without compilation, which vLLM would use for the rank of a token; and without binding both servers to one core
     env = {"TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "ERROR"}
     env |= {"VLLM_USE_V2_MODEL_RUNNER": "0"}
+    (logs / "stock.py").write_text(STOCK)
     started = {
-        "ours": Server([str(BIN / "rlinvariant"), "serve", model, *options], logs / "ours"),
-        "stock": Server([sys.executable, "-c", STOCK, "serve", model, *options, *stock], logs / "stock", env),
+        "ours": Server(["-m", "rlinvariant", "serve", model, *options], logs / "ours"),
+        "stock": Server([str(logs / "stock.py"), "serve", model, *options, *stock], logs / "stock", env),
     }
     yield started
     for server in started.values():
