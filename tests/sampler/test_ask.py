@@ -10,6 +10,7 @@ import vllm
 
 from rlinvariant.sampler.ask import IN_ITS_OWN_PROCESS
 from rlinvariant.sampler.names import NOT_ACTIVE
+from tests import forks
 
 FORKING = """
 import multiprocessing, sys
@@ -48,6 +49,7 @@ def test_a_hidden_entry_point_is_named(tmp_path):
 
 def test_a_forked_engine_proves_nothing(tmp_path):
     """A forked child has its parent's registration; with the entry point hidden, it could have it from nowhere else."""
-    done = asked(tmp_path, "-c", FORKING, VLLM_PLUGINS="another")
+    (tmp_path / "forking.py").write_text(FORKING)
+    done = forks.run(["forking.py", str(tmp_path)], cwd=tmp_path, env=os.environ | {"VLLM_PLUGINS": "another"})
     assert done.returncode != 0 and "exact:" not in done.stdout
     assert "the engine's process was forked" in done.stderr, done.stderr[-3000:]
