@@ -1,11 +1,14 @@
 """Parts of the recipe reasoning_gym: tasks as the user names them, problems drawn, answers scored."""
 
+import contextlib
 import difflib
 import functools
 import math
 import os
 import pickle
 import random
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -18,7 +21,7 @@ from rlinvariant.errors import UserError, one_line
 from rlinvariant.text import printable, shown
 
 OWN_FIELDS = ("seed", "size")  # of every task's config; the recipe sets them
-CODE = "from rlinvariant.recipes._gym import draw_all; draw_all()"
+CODE = "import sys; from rlinvariant.recipes._gym import fork_for_each; fork_for_each(int(sys.argv[1]))"
 PROTOCOL = 5  # of pickle: the bytes of a row must not change with Python's version
 
 
@@ -148,47 +151,85 @@ class Problem:
     entry: bytes
 
 
-def draw(tasks: Tasks, size: int, seed: int) -> Generator[Problem]:
-    """Yield the problems of a data set, in order.
+class Drawer:
+    """Draws problems, while its `with` lasts, in a process of its own, whose hashes have a fixed seed.
 
-    They are drawn in a process of its own, whose hashes have a fixed seed: some tasks go through sets of words, whose order
-    is another in every process, and every process of a run, and one that resumes it, must have the same rows.
-
-    Raises:
-        UserError: the task fails on a problem.
+    Some tasks go through sets of words, whose order is another in every process, and every process of a run, and one that
+    resumes it, must have the same rows. That process imports reasoning-gym and then does nothing but fork: each drawing
+    is a fork's, so that none has a trace of those before it.
     """
-    paths = os.pathsep.join(path for path in sys.path if path)
-    environment = os.environ | {"PYTHONPATH": paths, "PYTHONHASHSEED": "0"}
-    pipe = subprocess.PIPE
-    with tempfile.TemporaryFile() as errors:
-        with subprocess.Popen([sys.executable, "-c", CODE], stdin=pipe, stdout=pipe, stderr=errors, env=environment) as process:
-            assert process.stdin is not None and process.stdout is not None, "both are pipes"
+
+    def __enter__(self) -> "Drawer":
+        paths = os.pathsep.join(path for path in sys.path if path)
+        environment = os.environ | {"PYTHONPATH": paths, "PYTHONHASHSEED": "0"}
+        self._errors = tempfile.TemporaryFile()
+        self._asks, answers = socket.socketpair()
+        with answers:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", CODE, str(answers.fileno())],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,  # what tasks print
+                stderr=self._errors,
+                env=environment,
+                pass_fds=[answers.fileno()],
+                start_new_session=True,  # ended with its forks
+            )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._asks.close()
+        self._errors.close()
+
+    def draw(self, tasks: Tasks, size: int, seed: int) -> Generator[Problem]:
+        """Yield the problems of a data set, in order.
+
+        Raises:
+            UserError: the task fails on a problem.
+        """
+        before = os.fstat(self._errors.fileno()).st_size
+        ours, theirs = socket.socketpair()
+        with ours, ours.makefile("rwb") as pipe:
             try:
-                pickle.dump((tasks, size, seed), process.stdin)
-                process.stdin.close()
+                with theirs:
+                    socket.send_fds(self._asks, [b"draw"], [theirs.fileno()])
+                pickle.dump((tasks, size, seed), pipe)
+                pipe.flush()
                 for _ in range(size):
-                    yield pickle.load(process.stdout)
+                    yield pickle.load(pipe)
                 return
-            except (EOFError, BrokenPipeError, pickle.UnpicklingError):  # the last: it ended within a problem
-                process.wait()
-            finally:
-                process.kill()
-        errors.seek(0)
-        lines = errors.read().decode(errors="replace").strip().splitlines() or ["it ended without a word"]
-    names = ",".join(tasks.weights)
-    raise UserError(f"data.task={names}: reasoning-gym fails: {printable(lines[-1])[:300]}; change data.config or data.task")
+            except (EOFError, OSError, pickle.UnpicklingError):  # the last: it ended within a problem
+                pass
+        said = os.pread(self._errors.fileno(), 1 << 20, before).decode(errors="replace").strip()
+        last, names = (said.splitlines() or ["it ended without a word"])[-1], ",".join(tasks.weights)
+        raise UserError(f"data.task={names}: reasoning-gym fails: {printable(last)[:300]}; change data.config or data.task")
 
 
-def draw_all() -> None:
-    """Write the problems that `draw` asks for to its pipe, until it has enough."""
-    out = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what tasks print is not for the pipe
-    tasks, size, seed = pickle.load(sys.stdin.buffer)
-    random.seed(seed)
-    dataset = tasks.dataset(size, seed)
-    for index in range(size):
-        entry = dataset[index]
-        answer = None if entry["answer"] is None else str(entry["answer"])
-        task, kept = entry["metadata"]["source_dataset"], pickle.dumps(entry, PROTOCOL)
-        pickle.dump(Problem(task, entry["question"], answer, kept), out, PROTOCOL)
-        out.flush()
+def fork_for_each(descriptor: int) -> None:
+    """Be the process of a Drawer: fork for each socket that comes over the one at `descriptor`, until that is closed."""
+    import reasoning_gym  # noqa: F401  # before the forks, which have it then
+
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # whoever has ended is gone
+    with socket.socket(fileno=descriptor) as asked:
+        while (received := socket.recv_fds(asked, 16, 1))[0]:
+            if os.fork() == 0:
+                return _draw_all(received[1][0])
+            os.close(received[1][0])
+
+
+def _draw_all(descriptor: int) -> None:
+    """Write the problems that are asked for at a socket to it, until there are enough or nobody reads them."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a task may start processes
+    with socket.socket(fileno=descriptor) as client, contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        pipe = client.makefile("rwb")
+        tasks, size, seed = pickle.load(pipe)
+        random.seed(seed)
+        dataset = tasks.dataset(size, seed)
+        for index in range(size):
+            entry = dataset[index]
+            answer = None if entry["answer"] is None else str(entry["answer"])
+            task, kept = entry["metadata"]["source_dataset"], pickle.dumps(entry, PROTOCOL)
+            pickle.dump(Problem(task, entry["question"], answer, kept), pipe, PROTOCOL)
+            pipe.flush()

@@ -20,7 +20,7 @@ from rlinvariant.config import Data as BaseData
 from rlinvariant.errors import UserError
 from rlinvariant.install import install_hint
 from rlinvariant.launch import rank
-from rlinvariant.recipes._gym import Problem, Tasks, draw, read_tasks
+from rlinvariant.recipes._gym import Drawer, Problem, Tasks, read_tasks
 from rlinvariant.text import say, shown
 
 if TYPE_CHECKING:
@@ -88,13 +88,14 @@ def datasets(config: Config, tokenizer: Any) -> "tuple[Dataset, Dataset]":
     from datasets import Dataset
 
     data, tasks = config.data, _tasks(config)
-    examples = _examples(tasks, data.examples, data.seed + EXAMPLE_SEED)
-    beginnings = {task: _beginning(config, problems) for task, problems in examples.items()}
-    fits = _fits(config, tokenizer, beginnings)
-    questions = {problem.question for problems in examples.values() for problem in problems}
-    held_out, _ = _take(tasks, "eval_size", data.eval_size, data.seed + HELD_OUT_SEED, fits, questions, unique=True)
-    questions |= {problem.question for problem in held_out}
-    train, left_out = _take(tasks, "train_size", data.train_size, data.seed, fits, questions)
+    with Drawer() as drawer:
+        examples = _examples(drawer, tasks, data.examples, data.seed + EXAMPLE_SEED)
+        beginnings = {task: _beginning(config, problems) for task, problems in examples.items()}
+        take = functools.partial(_take, drawer, tasks, _fits(config, tokenizer, beginnings))
+        questions = {problem.question for problems in examples.values() for problem in problems}
+        held_out, _ = take("eval_size", data.eval_size, data.seed + HELD_OUT_SEED, questions, unique=True)
+        questions |= {problem.question for problem in held_out}
+        train, left_out = take("train_size", data.train_size, data.seed, questions)
     if rank() == 0:
         for line in filter(None, (left_out, _long_answers(config, tokenizer, train))):
             say(f"data.task={data.task}: {line}")
@@ -102,14 +103,14 @@ def datasets(config: Config, tokenizer: Any) -> "tuple[Dataset, Dataset]":
     return Dataset.from_list(rows[0]), Dataset.from_list(rows[1])
 
 
-def _examples(tasks: Tasks, count: int, seed: int) -> dict[str, list[Problem]]:
+def _examples(drawer: Drawer, tasks: Tasks, count: int, seed: int) -> dict[str, list[Problem]]:
     """Draw `count` problems of each task, whose questions differ, to be shown with their answers."""
     found: dict[str, list[Problem]] = {task: [] for task in tasks.weights}
     if not count:
         return found
     alike = Tasks(dict.fromkeys(tasks.weights, 1.0), tasks.configs)  # a task of a small weight would be long in coming
     size = DRAWS_PER_EXAMPLE * count * len(found)
-    draws = draw(alike, size, seed)
+    draws = drawer.draw(alike, size, seed)
     while min(map(len, found.values())) < count and (problem := next(draws, None)) is not None:
         of_task = found[problem.task]
         if problem.answer is None:
@@ -125,17 +126,18 @@ def _examples(tasks: Tasks, count: int, seed: int) -> dict[str, list[Problem]]:
 
 
 def _take(
+    drawer: Drawer,
     tasks: Tasks,
+    fits: Callable[[Problem], bool],
     key: str,
     count: int,
     seed: int,
-    fits: Callable[[Problem], bool],
     without: Collection[str] = (),
     unique: bool = False,
 ) -> tuple[list[Problem], str]:
     """Draw `count` problems that fit and whose question is not among `without`, and say how many were left out for what."""
     taken, seen, long, held = list[Problem](), set[str](), 0, 0
-    draws = draw(tasks, DRAWS_PER_ROW * count, seed)
+    draws = drawer.draw(tasks, DRAWS_PER_ROW * count, seed)
     while len(taken) < count and (problem := next(draws, None)) is not None:
         if problem.question in without or (unique and problem.question in seen):
             held += 1

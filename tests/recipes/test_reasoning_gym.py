@@ -5,9 +5,10 @@ import json
 import os
 import pickle
 import re
+import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 from rlinvariant.config import Config, parse
 from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.recipes import reasoning_gym as recipe
-from rlinvariant.recipes._gym import Problem, Tasks, draw, read_tasks, task_names
+from rlinvariant.recipes._gym import Drawer, Problem, Tasks, read_tasks, task_names
 from rlinvariant.trainer.preflight.prompts import Prompts
 from rlinvariant.trainer.preflight.rows import row_problems
 from tests.recipes.hub_rows import chat_tokenizer
@@ -29,6 +30,12 @@ ORACLES = {"propositional_logic": "example_answer", "rubiks_cube": "example_corr
 WITHOUT_ANSWER = (*ORACLES, "boxnet", "rush_hour")
 WITHOUT_ORACLE = ("boxnet", "rush_hour")
 FLOOR = 0.2  # most that any task gives for an answer that is not even tried
+
+
+@pytest.fixture(scope="module")
+def drawer() -> Iterator[Drawer]:
+    with Drawer() as shared:
+        yield shared
 
 
 def config(*argv: str) -> Config:
@@ -58,10 +65,10 @@ def require_sound(problem: Problem, tasks: Tasks) -> None:
     assert 0 <= nothing <= FLOOR, (problem.task, nothing)
 
 
-def test_tasks_of_each_kind_score_their_own_answers_in_a_mixture() -> None:
+def test_tasks_of_each_kind_score_their_own_answers_in_a_mixture(drawer: Drawer) -> None:
     tasks, problems = read_tasks(",".join(SAMPLED), {}, None)
     assert problems == []
-    drawn = list(draw(tasks, 48, 7))
+    drawn = list(drawer.draw(tasks, 48, 7))
     assert {problem.task for problem in drawn} == set(SAMPLED)
     for problem in drawn:
         require_sound(problem, tasks)
@@ -100,7 +107,7 @@ FAILING_LEVELS = {("jugs", True)}
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", task_names())
-def test_every_curriculum_draws_at_its_first_and_last_level(task: str) -> None:
+def test_every_curriculum_draws_at_its_first_and_last_level(task: str, drawer: Drawer) -> None:
     from reasoning_gym.factory import CURRICULA
 
     if task not in CURRICULA:
@@ -115,9 +122,9 @@ def test_every_curriculum_draws_at_its_first_and_last_level(task: str) -> None:
             assert len(problems) == 1 and f"{task} refuses it" in problems[0], problems
         elif (task, level > 0) in FAILING_LEVELS:
             with pytest.raises(UserError, match=f"data.task={task}: reasoning-gym fails: .*; change data.config or data.task"):
-                list(draw(tasks, 1, 7))
+                list(drawer.draw(tasks, 1, 7))
         else:
-            assert problems == [] and len(list(draw(tasks, 1, 7))) == 1
+            assert problems == [] and len(list(drawer.draw(tasks, 1, 7))) == 1
 
 
 def test_rows_are_held_out_by_question() -> None:
@@ -139,12 +146,12 @@ def shown_problems(row: Any) -> list[tuple[str, str]]:
     return [(turns[i]["content"], turns[i + 1]["content"]) for i in range(0, len(turns), 2)]
 
 
-def test_a_prompt_shows_answered_problems_of_its_own_task_that_are_in_no_row() -> None:
+def test_a_prompt_shows_answered_problems_of_its_own_task_that_are_in_no_row(drawer: Drawer) -> None:
     made = config("data.task=gcd,lcm:0.2", "data.examples=3", "data.eval_size=8")
     train, held_out = recipe.datasets(made, chat_tokenizer())
     rows = [*train, *held_out]
     tasks, _ = read_tasks("gcd,lcm", {}, 0)
-    entries = {problem.question: problem for problem in draw(tasks, 96, recipe.EXAMPLE_SEED)}
+    entries = {problem.question: problem for problem in drawer.draw(tasks, 96, recipe.EXAMPLE_SEED)}
     words = {"gcd": "Greatest Common Divisor", "lcm": "Least Common Multiple"}
     assert {row["task"] for row in rows} == set(words)
     shown = set[str]()
@@ -214,7 +221,8 @@ def test_a_small_task_says_how_many_it_can_hold_out() -> None:
 def test_rows_do_not_depend_on_the_hashes_of_a_process() -> None:
     """The control: the task itself, in two processes with other hashes, draws other problems."""
     ours = (
-        "from rlinvariant.recipes._gym import *; print([p.entry for p in draw(read_tasks('ransom_note', {}, None)[0], 4, 7)])"
+        "from rlinvariant.recipes._gym import *\n"
+        "with Drawer() as drawer: print([p.entry for p in drawer.draw(read_tasks('ransom_note', {}, None)[0], 4, 7)])"
     )
     stock = "from reasoning_gym import *; d = create_dataset('ransom_note', size=4, seed=7); print([d[i] for i in range(4)])"
 
@@ -226,9 +234,24 @@ def test_rows_do_not_depend_on_the_hashes_of_a_process() -> None:
     assert printed(stock, "1") != printed(stock, "2"), "blind"
 
 
-def test_the_last_answer_tags_count() -> None:
+def test_what_is_drawn_before_or_left_unread_leaves_no_trace(drawer: Drawer) -> None:
     tasks, _ = read_tasks("chain_sum", {}, None)
-    (problem,) = draw(tasks, 1, 7)
+    first = next(drawer.draw(tasks, 10**6, 7))  # of so many, one
+    assert next(drawer.draw(tasks, 1, 8)) != first == next(drawer.draw(tasks, 1, 7))
+
+
+def test_a_task_that_ends_its_process_is_one_line() -> None:
+    with Drawer() as mortal:
+        problems = mortal.draw(read_tasks("chain_sum", {}, None)[0], 10**6, 7)
+        next(problems)
+        os.killpg(mortal._process.pid, signal.SIGKILL)
+        with pytest.raises(UserError, match="^data.task=chain_sum: reasoning-gym fails: it ended without a word; change"):
+            list(problems)
+
+
+def test_the_last_answer_tags_count(drawer: Drawer) -> None:
+    tasks, _ = read_tasks("chain_sum", {}, None)
+    (problem,) = drawer.draw(tasks, 1, 7)
     right = problem.answer
     texts = [
         f"<answer>{right}</answer>",

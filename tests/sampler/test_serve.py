@@ -26,7 +26,6 @@ from rlinvariant.rollout import ALL_TOKENS, Completion, Truncation
 from rlinvariant.trainer.score import Layout, score
 from rlinvariant.verification import load
 from tests import forks
-from tests.parity.device import CUDA
 
 VOCABULARY = 8192
 RNG = random.Random(3)
