@@ -221,11 +221,14 @@ def fork_for_each(descriptor: int) -> None:
 
 def _draw_all(descriptor: int) -> None:
     """Write the problems that are asked for at a socket to it, until there are enough or nobody reads them."""
+    import numpy as np
+
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a task may start processes
     with socket.socket(fileno=descriptor) as client, contextlib.suppress(BrokenPipeError, ConnectionResetError):
         pipe = client.makefile("rwb")
         tasks, size, seed = pickle.load(pipe)
         random.seed(seed)
+        np.random.seed(seed % 2**32)  # the programs of codeio draw from it
         dataset = tasks.dataset(size, seed)
         for index in range(size):
             entry = dataset[index]
