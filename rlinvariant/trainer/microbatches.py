@@ -23,55 +23,22 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rlinvariant.errors import UserError, one_line
 from rlinvariant.text import say
+from rlinvariant.trainer.division import Rows, lengths, merged, pack_rows, rows_of
 from rlinvariant.trainer.entropy import WholeEntropyTrainer
 from rlinvariant.trainer.memory import Fit, settle
 from rlinvariant.trainer.turns import sampled_mask
-from rlinvariant.types import JsonObject, JsonRow
+from rlinvariant.types import JsonObject
 
 TOKEN_MEANS = ("bnpo", "dapo", "cispo", "vespo")  # TRL's losses that are means over tokens; the others are means over rows
 SUMMED = ("dapo", "cispo", "vespo")  # of these, those whose parts are normalised by the tokens of the whole step
 ENTROPY_STATE = ("_entropy_window_stats", "entropy_coef", "_last_world_entropy")  # what TRL's passes move of its controller
-
-
-def pack_rows(lengths: Sequence[int], most: int, least_parts: int = 1) -> list[list[int]]:
-    """Sort rows into parts of about as many tokens: the longest first, each into the part with the fewest.
-
-    Args:
-        lengths: tokens of each row.
-        most: tokens of a part; if a row is longer, its tokens.
-        least_parts: how many parts there are at least, and no more than rows.
-
-    Returns:
-        The rows of each part, ascending: the fewest parts of at most `most` tokens that this way of dividing finds.
-    """
-    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
-    most = max(most, *lengths)
-    for count in range(min(len(lengths), max(least_parts, math.ceil(sum(lengths) / most))), len(lengths) + 1):
-        parts, sizes = [[] for _ in range(count)], [0] * count
-        for row in order:
-            at = sizes.index(min(sizes))
-            parts[at].append(row)
-            sizes[at] += lengths[row]
-        if all(size <= most for size in sizes):
-            return [sorted(part) for part in parts]
-    raise AssertionError("a part for each row is one that fits")
-
-
-def merged(micro_batch: int, steps: int, steps_per_generation: int) -> tuple[int, int, int]:
-    """Return TRL's rows of a micro-batch, micro-batches of a step and of a rollout, with as few micro-batches as possible."""
-    factor = math.gcd(steps, steps_per_generation)
-    return micro_batch * factor, steps // factor, steps_per_generation // factor
-
-
-Rows: TypeAlias = Tensor | slice
-"""The numbers of some rows of a batch, int64, or all of them."""
 
 
 @dataclass
@@ -94,12 +61,14 @@ class MicroBatchedTrainer(WholeEntropyTrainer):
     _begins: bool = True  # whether the next batch begins an optimizer step
     _last_pass: int = -1  # the step that was trained on, and not taken yet if it is that of the trainer's state
     _marked: tuple[Any, ...]  # TRL's adaptive entropy, before the first pass of the step
+    _marked_loss: Tensor  # the sum that is logged, before it
     _loss_before: Any = 0.0  # of all parts of a batch but the last
     _entropy_window_stats: Any
     _trainer_is_invariant: bool
     _record: Any
     _metrics: Any
     _buffered_inputs: Any
+    _tr_loss: Tensor
     _step: int
     accelerator: Any
     optimizer: Any
@@ -220,10 +189,11 @@ class MicroBatchedTrainer(WholeEntropyTrainer):
         parts = self._divide(inputs)
         if not self._window:
             self._marked = tuple(getattr(self, name, None) for name in ENTROPY_STATE)
+            self._marked_loss = self._tr_loss.clone()
         self._window.append(done := Pass(inputs, _ends(self._noted())))
         steps, weights = self.current_gradient_accumulation_steps, self._weights_of(inputs, parts)
         whole = inputs | (self._entropy_terms(inputs) if len(parts) > 1 else {})
-        *earlier, last = [_rows_of(whole, rows, weight) for rows, weight in zip(parts, weights, strict=True)]
+        *earlier, last = [rows_of(whole, rows, weight) for rows, weight in zip(parts, weights, strict=True)]
         inputs.pop("values", None)  # PPO's, of a rollout that is one part: their graph is used once
         self._loss_before = 0.0
         try:
@@ -334,6 +304,7 @@ class MicroBatchedTrainer(WholeEntropyTrainer):
                 del done.batch["compared"]
         for name, value in zip(ENTROPY_STATE, self._marked, strict=True):
             setattr(self, name, value)
+        self._tr_loss.copy_(self._marked_loss)
 
     def _take_window(self, model: Any, num_items_in_batch: Any) -> tuple[Any, torch.OutOfMemoryError | None]:
         """Take the micro-batches of this step once more; return the last one's loss, or why there is none."""
@@ -346,6 +317,8 @@ class MicroBatchedTrainer(WholeEntropyTrainer):
                     if at < len(window) - 1:
                         stack.enter_context(self._unsynced(model))
                     loss = super().training_step(model, done.batch, num_items_in_batch)
+                if at < len(window) - 1:  # the last one's is added by whoever called for it
+                    self._tr_loss += loss + self._loss_before
         except torch.OutOfMemoryError as error:
             missing = window[len(self._window) :]
             self._window += [Pass(done.batch, _ends(self._noted())) for done in missing]
@@ -378,21 +351,3 @@ class MicroBatchedTrainer(WholeEntropyTrainer):
 
 def _ends(lists: Mapping[str, Sequence[Any]]) -> dict[str, int]:
     return {name: len(values) for name, values in lists.items()}
-
-
-def lengths(batch: JsonRow) -> Tensor:
-    """Return the tokens of each row of a batch, [B] int64: of its prompt and its completion."""
-    return batch["prompt_mask"].sum(1) + batch["completion_mask"].sum(1)
-
-
-def _rows_of(batch: Any, rows: Tensor, weight: float) -> dict[str, Any]:
-    """Return a part of a batch: some rows of every tensor and list that has one entry for each row, and its share."""
-    count, part = len(batch["completion_mask"]), dict[str, Any]()
-    for key, value in batch.items():
-        if isinstance(value, Tensor) and value.ndim and len(value) == count:
-            part[key] = value[rows]
-        elif isinstance(value, list) and len(value) == count:
-            part[key] = [value[row] for row in rows.tolist()]
-        else:
-            part[key] = value
-    return part | {"num_items_in_batch": batch["num_items_in_batch"] * weight, "weight": weight}

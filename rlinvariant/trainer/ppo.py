@@ -37,9 +37,10 @@ from rlinvariant.model_source import local_model
 from rlinvariant.models import shards
 from rlinvariant.trainer import advantages
 from rlinvariant.trainer.critic import Critic, load_critic
+from rlinvariant.trainer.division import lengths
 from rlinvariant.trainer.grpo import InvariantGRPOTrainer
 from rlinvariant.trainer.interface import InvariantOptions, RewardFunction, Row
-from rlinvariant.trainer.microbatches import Rows, lengths
+from rlinvariant.trainer.microbatches import Rows
 from rlinvariant.trainer.record import PPORecord
 from rlinvariant.trainer.turns import sampled_mask
 

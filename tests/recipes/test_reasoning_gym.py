@@ -240,6 +240,11 @@ def test_what_is_drawn_before_or_left_unread_leaves_no_trace(drawer: Drawer) -> 
     assert next(drawer.draw(tasks, 1, 8)) != first == next(drawer.draw(tasks, 1, 7))
 
 
+def test_programs_that_draw_from_numpy_have_the_same_answers_every_time(drawer: Drawer) -> None:
+    tasks, _ = read_tasks("chain_sum:2,acre,codeio", {}, None)  # without the seed, the 13th had another answer each time
+    assert list(drawer.draw(tasks, 13, 11)) == list(drawer.draw(tasks, 13, 11))
+
+
 def test_a_task_that_ends_its_process_is_one_line() -> None:
     with Drawer() as mortal:
         problems = mortal.draw(read_tasks("chain_sum", {}, None)[0], 10**6, 7)

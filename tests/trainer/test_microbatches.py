@@ -13,8 +13,9 @@ from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.models import make_invariant
 from rlinvariant.trainer import InvariantGRPOTrainer, memory
 from rlinvariant.trainer.critic import Critic
+from rlinvariant.trainer.division import merged, pack_rows
 from rlinvariant.trainer.memory import Fit
-from rlinvariant.trainer.microbatches import SUMMED, merged, pack_rows
+from rlinvariant.trainer.microbatches import SUMMED
 from tests.models.small import SUPPORTED, build
 from tests.parity.harness import assert_exact, assert_same_weights, new_trainer, train, weights
 from tests.trainer.gradients import Gradients, distance
