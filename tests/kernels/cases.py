@@ -26,6 +26,17 @@ def linear(rows: int) -> Case:
     return ops.linear, (bf16(rows, HIDDEN), bf16(MLP, HIDDEN, seed=1), bf16(MLP, seed=2))
 
 
+def lora_linear() -> Case:
+    """A rank of 24, which is padded; the weight, which has no gradient, is no operand of the case."""
+    weight, a, b = bf16(MLP, HIDDEN, seed=1), randn(24, HIDDEN, seed=2), randn(MLP, 24, seed=3)
+    return lambda x, a, b: ops.lora_linear(x, weight, a, b), (bf16(TOKENS, HIDDEN), a, b)
+
+
+def wide_linear() -> Case:
+    """The same as a sampler keeps it."""
+    return ops.wide_linear, (bf16(TOKENS, HIDDEN), bf16(MLP, HIDDEN + 64, seed=1), bf16(64, HIDDEN, seed=2))
+
+
 def rms_norm(offset: float | None = None) -> Case:
     """Make a case of the norm of the heads in a merged projection, read in place."""
     heads = bf16(TOKENS, (HEADS + 2 * KV_HEADS) * DIM)
@@ -119,6 +130,8 @@ CASES: dict[str, Callable[[], Case]] = {
     "linear, 1 row": lambda: linear(1),
     "linear, 40 rows": lambda: linear(40),
     "linear, 400 rows": lambda: linear(400),
+    "lora_linear": lora_linear,
+    "wide_linear": wide_linear,
     "rms_norm": rms_norm,
     "rms_norm, offset": lambda: rms_norm(1.0),
     "add_rms_norm": add_rms_norm,
@@ -139,4 +152,4 @@ CASES: dict[str, Callable[[], Case]] = {
     "log_softmax": log_softmax,
     "sample": sample,
 }
-WITHOUT_GRADIENT = {"paged_attention", "log_softmax", "sample", "threshold"}
+WITHOUT_GRADIENT = {"wide_linear", "paged_attention", "log_softmax", "sample", "threshold"}
