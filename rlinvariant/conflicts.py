@@ -286,17 +286,25 @@ def microbatch_problems(
     return []
 
 
-def adapter_conflicts(said: str, none: str, invariance: str, ppo: bool) -> list[str]:
-    """Say why LoRA adapters cannot be trained with the other settings, in a line at most.
+def adapter_conflicts(
+    said: str, none: str, invariance: str, ppo: bool = False, allowed: tuple[str, ...] = ("exact",)
+) -> list[str]:
+    """Say why LoRA adapters cannot be had with the other settings, in a line at most.
 
     Args:
         said: the setting that asks for adapters, as it is written.
         none: its value that asks for none.
         invariance: as for `InvariantGRPOTrainer`.
         ppo: whether a critic is trained.
+        allowed: which values of `invariance` are taken: with "off" a trainer merges adapters into what it syncs.
     """
     if ppo:
         return [f"{said}: expected {none} with PPO: the critic is a copy of a whole model"]
-    if invariance != "exact":
-        return [f"{said}: expected {none} with invariance={invariance}: a stock engine takes whole weights; train with exact"]
+    if invariance not in allowed:
+        fix = f"use {' or '.join(allowed)}"
+        return [f"{said}: expected {none} with invariance={invariance}: a stock engine takes whole weights; {fix}"]
     return []
+
+
+TRAINABLE = ("exact", "off")
+"""Values of `invariance` with which adapters are trained; off: TRL's way, merged into what a stock engine gets."""

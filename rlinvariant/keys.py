@@ -226,6 +226,11 @@ SOME = Section(
         Metric("clip_ratio/high_max", "the largest such fraction of a sequence", "fraction", "0 in a first pass"),
         Metric("cispo_clip_ratio", "`loss_type=cispo`: tokens whose ratio was held / tokens", "fraction", "0 in a first pass"),
         Metric("vespo/phi_seq_mean", "`loss_type=vespo`: mean weight of a sequence", "weight"),
+        Metric(
+            "lora/merged_share",
+            "adapters with `invariance=off`: sum of (W' - W) B A / sum of (B A)², W' = W + B A, rounded for the sampler",
+            "fraction",
+        ),
         Metric("policy_loss", "with an entropy bonus: the loss without it", "loss"),
         Metric("entropy_coef", "with an entropy bonus: its coefficient", "1"),
         Metric(

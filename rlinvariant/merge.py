@@ -76,23 +76,16 @@ def located(given: str) -> Path:
 
 
 def merge(model: "Untyped") -> float:
-    """Put W + B A in the place of each W of a model of PEFT's, in W's dtype, and return how much of B A that has kept.
-
-    left = sum (W' - W) B A / sum (B A)^2, over all weights: 1 if nothing is lost, 0 if all is
-    """
+    """Put W + B A in the place of each W of a model of PEFT's, and return how much of B A that has kept."""
     import torch
 
     from rlinvariant.models import lora
 
-    kept = whole = 0.0
-    parameters = dict(lora.base(model))
+    left, parameters = lora.share_merged(model), dict(lora.base(model))
     with torch.no_grad():
-        for name, delta in lora.deltas(model):
-            weight, before = parameters[name], parameters[name].to(torch.float32, copy=True)
-            weight.copy_(before + delta)
-            kept += ((weight.float() - before).double() * delta.double()).sum().item()
-            whole += delta.double().square().sum().item()
-    return kept / whole if whole else 1.0
+        for name, weight in lora.merged(model):
+            parameters[name].copy_(weight)
+    return left
 
 
 def card(base: str, adapter: str, said: str) -> str:

@@ -184,7 +184,7 @@ def arguments(
         invariant=invariant,
         dtype=plan.dtype,
         positions=positions,
-        ranks=lora.ranks(model),
+        ranks=lora.ranks(model) if invariant else None,
         **plan.sampler_options,
     )
     parts = {"model": model, "reward_funcs": reward_funcs, "args": plan.args, "train_dataset": train_dataset}

@@ -153,6 +153,12 @@ def test_what_a_run_would_refuse_is_refused_before_any_starts():
         checked(plan("arms=exact,stale-4", "steps=4"))
 
 
+def test_the_arm_of_merged_adapters_needs_adapters():
+    with pytest.raises(ConfigErrors, match="^arms=lora_merged: recipe=arithmetic trains no adapters; add lora.r=16"):
+        checked(plan("arms=lora_merged"))
+    assert checked(plan("arms=exact,lora_merged", "lora.r=4"))["lora_merged"].invariance == "off"
+
+
 def test_processes_of_a_launch_count_in_batch_sizes():
     Path("two.yaml").write_text("num_processes: 2\n")
     small = ("arms=exact", "trainer.per_device_train_batch_size=4", "trainer.num_generations=8")

@@ -54,6 +54,12 @@ DEFAULT_ARMS = (
 )
 GRPO_ARM = Arm("grpo", "both sides invariant; GRPO in place of PPO", (*setting("exact"), "algorithm=grpo"))
 """A PPO recipe's counterpart: a group's mean in place of a critic."""
+MERGED_ARM = Arm(
+    "lora_merged",
+    "adapters as elsewhere: merged into a stock sampler's weights at each sync, apart in a stock trainer",
+    setting("off"),
+)
+"""A recipe with adapters as TRL trains them; `lora/merged_share` is how much of them the sampler has."""
 IMPOSSIBLE_ARMS = {"fp16": "float16 on both sides: not possible, dtype has bfloat16 and float32 only"}
 """Arms that users know from elsewhere -> why they cannot run here."""
 
@@ -63,7 +69,7 @@ def arm_named(name: str) -> Arm | None:
 
     stale-K, stale-K-CORRECTION, exact-top-p-P, drift-top-p-P and drift-top-p-P-CORRECTION exist for every K and P.
     """
-    if found := next((arm for arm in (*DEFAULT_ARMS, GRPO_ARM) if arm.name == name), None):
+    if found := next((arm for arm in (*DEFAULT_ARMS, GRPO_ARM, MERGED_ARM) if arm.name == name), None):
         return found
     modes = "|".join(CORRECTION_MODES)
     if cut := re.fullmatch(rf"(exact|drift)-top-p-(0\.\d*[1-9])(?:-({modes}))?", name):

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from rlinvariant.ablate.arms import GRPO_ARM
+from rlinvariant.ablate.arms import GRPO_ARM, MERGED_ARM
 from rlinvariant.ablate.plan import Plan
 from rlinvariant.config import Config, parse, unreachable
 from rlinvariant.errors import ConfigErrors, UserError
@@ -27,6 +27,8 @@ def checked(plan: Plan) -> dict[str, Config]:
             lines = []
             if config.staleness >= config.steps:
                 lines = [f"steps={config.steps}: expected more than the lag of arm {arm.name}; raise steps, or choose arms="]
+            if arm == MERGED_ARM and not config.lora.r:
+                lines = [f"arms={arm.name}: recipe={plan.recipe} trains no adapters; add lora.r=16, or use recipe=words_lora"]
             if arm == GRPO_ARM and config.load_recipe().defaults.get("algorithm") != "ppo":
                 lines = [f"arms={arm.name}: recipe={plan.recipe} is a GRPO recipe, for which this is arm exact; leave it out"]
         except ConfigErrors as error:

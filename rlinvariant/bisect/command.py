@@ -63,7 +63,7 @@ def run(options: argparse.Namespace) -> int:
     options.lora = lora_config(options.lora)
     problems = source_problems("model", options.model, adapters=True) or clash(options.model, options.lora)
     if options.lora is not None or (not problems and adapter_base(options.model) is not None):
-        problems += adapter_conflicts("adapters", "none", options.invariance, ppo=False)
+        problems += adapter_conflicts("adapters", "none", options.invariance)
     if problems := problems + _truncation_problems(options):
         raise ConfigErrors(problems)
     console = Console()

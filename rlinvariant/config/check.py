@@ -10,6 +10,7 @@ from rlinvariant.config.named import named_problems
 from rlinvariant.config.recipe import Recipe
 from rlinvariant.config.tree import Config
 from rlinvariant.conflicts import (
+    TRAINABLE,
     adapter_conflicts,
     conflicts,
     microbatch_problems,
@@ -184,7 +185,7 @@ def check_lora(config: Config) -> list[str]:
         found.append(f"{said}: expected names of projections, all-linear, or one regular expression without commas")
     if importlib.util.find_spec("peft") is None:
         found.append(f"lora.r={lora.r}: needs the package peft; {install_hint('lora')}")
-    return found + adapter_conflicts(f"lora.r={lora.r}", "0", config.invariance, config.algorithm == "ppo")
+    return found + adapter_conflicts(f"lora.r={lora.r}", "0", config.invariance, config.algorithm == "ppo", TRAINABLE)
 
 
 def is_regular_expression(text: str) -> bool:

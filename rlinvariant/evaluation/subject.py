@@ -70,7 +70,7 @@ def find(given: str, settings: Sequence[str]) -> Subject:
         errors.append(f"invariance={read.config.invariance}: expected exact or off: eval has a sampler alone")
     errors = errors or check(read.config, os.environ, read.recipe, adapters=True) or unreachable(read.config, adapters=True)
     if not errors and adapter_base(weights) is not None:
-        errors += adapter_conflicts(f"model={weights}", "a whole model", read.config.invariance, ppo=False)
+        errors += adapter_conflicts(f"model={weights}", "a whole model", read.config.invariance)
     if errors:
         raise ConfigErrors(list(dict.fromkeys(errors)))
     return Subject(read.config, run)

@@ -223,6 +223,20 @@ def merged(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield name, weight
 
 
+def share_merged(model: nn.Module) -> float:
+    """Return how much of the adapters is left in `merged` weights: 1 if nothing is lost, 0 if all is; 1 without any.
+
+    share = sum (W' - W) B A / sum (B A)^2, over all weights, W' = W + B A as it is rounded to W's dtype
+    """
+    parameters, kept, whole = dict(base(model)), 0.0, 0.0
+    for name, delta in deltas(model):
+        before = parameters[name].detach().float()
+        added = (before + delta).to(parameters[name].dtype).float() - before
+        kept += (added * delta).sum(dtype=torch.float64).item()
+        whole += delta.square().sum(dtype=torch.float64).item()
+    return kept / whole if whole else 1.0
+
+
 def deltas(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield B A [N, K], in float32, by the name of the weight that it is added to."""
     for name, (a, b) in _with_adapters(model).items():

@@ -149,6 +149,8 @@ class DrawingTrainer(EpisodesTrainer):
         step = self.state.global_step
         if self._on_rollout is None or not self._versions.on_disk(step):
             return
+        if hasattr(self.model, "peft_config") and not self._sampler_is_invariant:  # `replay` loads no merged weights
+            return
         with self._timed("save"):
             ranks, weights = gather_object([batches]), self._digest()
             if not self.accelerator.is_main_process:
@@ -203,6 +205,8 @@ class DrawingTrainer(EpisodesTrainer):
             self.sampler.sync(self._weights(older) if whole else self._moving(older))
             differing = self._differing(older)
         self._versions.sampler, self._record.weights_equal = version, not differing
+        if not self._sampler_is_invariant and hasattr(self.model, "peft_config"):
+            self._record.merged_share = lora.share_merged(self.accelerator.unwrap_model(self.model))
         if differing and self.invariance == "exact":
             differ = f"{len(differing)} of the sampler's parameters differ from the trainer's, first {differing[0]}"
             raise ParityError(f"step {step + 1}: after the weight sync, {differ}", agreed=True)
@@ -222,7 +226,8 @@ class DrawingTrainer(EpisodesTrainer):
 
     def _held(self, older: dict[str, Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
         """Yield names and tensors of the policy's parameters, or of older ones, as this rank has them: whole, or in shards."""
-        now = lora.pairs(self.accelerator.unwrap_model(self.model))
+        model = self.accelerator.unwrap_model(self.model)
+        now = lora.pairs(model) if self._sampler_is_invariant else lora.merged(model)
         if older is None:
             return now
         return ((name, shards.like(older[name].to(self.accelerator.device), w)) for name, w in now)
@@ -238,7 +243,8 @@ class DrawingTrainer(EpisodesTrainer):
 
     def _moving(self, older: dict[str, Tensor] | None):
         """Yield those of `_weights` that training moves: of a model in PEFT, its adapters alone."""
-        adapters = [] if older is not None else [*lora.adapters(self.accelerator.unwrap_model(self.model))]
+        whole = older is not None or not self._sampler_is_invariant
+        adapters = [] if whole else [*lora.adapters(self.accelerator.unwrap_model(self.model))]
         return adapters or self._weights(older)
 
     # ---- over a resume

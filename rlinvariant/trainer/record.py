@@ -99,6 +99,7 @@ class StepRecord:
         masked: how many of the compared tokens are trained on by nobody: the limit cut their completions.
         first_mismatch: where the first two compared log-probs that differ stand, on the rank that saw them.
         weights_equal: whether the sampler's parameters had the bits that they should have, after the last sync.
+        merged_share: how much of its adapters a stock sampler's weights have, see `lora.share_merged`; None: none were merged.
         stop: the signal that asks the run to end after this step, 0 if none does.
         began: `time.perf_counter()` when the step began, on this rank.
     """
@@ -114,6 +115,7 @@ class StepRecord:
     masked: int = 0
     first_mismatch: metrics.FirstMismatch | None = None
     weights_equal: bool = True
+    merged_share: float | None = None
     stop: int = 0
     began: float = field(default_factory=time.perf_counter)
     of_passes: ClassVar[tuple[str, ...]] = ("compared", "moved", "trained")
@@ -133,6 +135,7 @@ class StepRecord:
             prompts=sum((rank.prompts for rank in ranks), Counter()),
             first_mismatch=next((rank.first_mismatch for rank in ranks if rank.first_mismatch is not None), None),
             weights_equal=all(rank.weights_equal for rank in ranks),
+            merged_share=ranks[0].merged_share,
             stop=max(rank.stop for rank in ranks),
             began=ranks[0].began,
         )
@@ -212,6 +215,7 @@ class StepRecord:
             "perf/sampler_tok_s": _per_second(self.sampled, self.seconds["rollout"]),
             "perf/trainer_tok_s": _per_second(trained, self.seconds["train"]),
             "step_time": step_s,
+            **({} if self.merged_share is None else {"lora/merged_share": self.merged_share}),
         }
 
 

@@ -7,6 +7,7 @@ import torch
 
 from rlinvariant.conflicts import (
     SIDES,
+    TRAINABLE,
     Gradients,
     Invariance,
     adapter_conflicts,
@@ -81,7 +82,7 @@ def settings_problems(
         found.append(f"ppo.kl_coef={ppo.kl_coef}: expected {missing}, or use 0")
     if adapted:
         own: Any = getattr(model, "peft_config", None) or {}
-        refused = adapter_conflicts("peft_config", "None", invariance, ppo is not None)
+        refused = adapter_conflicts("peft_config", "None", invariance, ppo is not None, TRAINABLE)
         given = options.get("peft_config")
         configs = [given] if given is not None else [*own.values()]
         found += refused or [*unproven_problems(args, "peft_config"), *lora.problems(configs[0])]

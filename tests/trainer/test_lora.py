@@ -23,7 +23,15 @@ from tests.parity.harness import questions, variety
 pytestmark = cpu_only("adapters are refused on a GPU so far")
 
 
-def trained(directory: str, output: Any, resume: str | None = None, model: Any = None, on_rollout: Any = None, **changes: Any):
+def trained(
+    directory: str,
+    output: Any,
+    resume: str | None = None,
+    model: Any = None,
+    on_rollout: Any = None,
+    invariance: Any = "exact",
+    **changes: Any,
+):
     settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "learning_rate": 1e-2, "beta": 0.0, **changes}
     args = GRPOConfig(
         str(output),
@@ -48,6 +56,7 @@ def trained(directory: str, output: Any, resume: str | None = None, model: Any =
         sampler_options={"max_model_len": 64, "kv_cache_gib": 0.02, "options": {"enforce_eager": True}},
         on_row=lambda row, mismatch: rows.append(row),
         on_rollout=on_rollout,
+        invariance=invariance,
     )
     trainer.train(resume_from_checkpoint=resume)
     return trainer, rows
@@ -93,6 +102,22 @@ def replayed(checkpoint: Path, rollout: Rollout, sampler: Any) -> None:
     assert [relation.mismatched for relation in found] == [0, 0, 0] and found[0].compared > 50 and ulp.mismatched > 0
     with pytest.raises(UserError, match="has other weights"):
         replay.load_model(str(checkpoint.with_name("checkpoint-2")), rollout, about, 2)
+
+
+@pytest.mark.slow
+def test_merged_adapters_reach_a_stock_sampler_in_part(arithmetic_dir, tmp_path):
+    """TRL's way, the arm `lora_merged`: the sampler has what is left of adapters after rounding, and no token agrees."""
+    handed: dict[int, Rollout] = {}
+    how = {"max_steps": 3, "learning_rate": 1e-5, "on_rollout": handed.__setitem__, "save_strategy": "no"}
+    trainer, rows = trained(arithmetic_dir, tmp_path, invariance="off", **how)
+    assert rows[0]["lora/merged_share"] == 1, "B is zero"
+    assert all(0 < row["lora/merged_share"] < 0.6 for row in rows[1:]), [row["lora/merged_share"] for row in rows]
+    assert all(row["onpolicy/mismatched_tokens"] > 0.5 * row["onpolicy/compared_tokens"] > 0 for row in rows)
+    assert all(row["onpolicy/weights_equal"] == 1 for row in rows), "the sampler has the merged weights"
+    assert not handed, "nothing is recorded that replay could not load"
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    trainer.sampler.sync(lora.base(model))
+    assert trainer.sampler.differing_weights(lora.merged(model)), "control: weights without adapters differ from the merged"
 
 
 @pytest.mark.slow
