@@ -208,7 +208,7 @@ class Drawer:
 
 
 def fork_for_each(descriptor: int) -> None:
-    """Be the process of a Drawer: fork for each socket that comes over the one at `descriptor`, until that is closed."""
+    """Run the process of a Drawer: fork for each socket that comes over the one at `descriptor`, until that is closed."""
     import reasoning_gym  # noqa: F401  # before the forks, which have it then
 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # whoever has ended is gone

@@ -1,4 +1,4 @@
-"""How a batch is divided: which rows go into which part, and a part of a batch."""
+"""The division of a batch: which rows go into which part, and a part of a batch."""
 
 import math
 from collections.abc import Sequence
