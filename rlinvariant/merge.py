@@ -62,6 +62,8 @@ def run(options: argparse.Namespace) -> None:
     except OSError as error:
         raise unwritable(options.out, error.strerror, "merge: --out", "name another directory", error.errno) from error
     console.print(f"model: {options.out}, {dtype}; {lora.in_words(ranks)}, merged: {said}")
+    if not any(options.out.glob("tokenizer*")):
+        console.print(f"note: no tokenizer was found beside the adapter or in a directory of the base; {base} has one")
     console.print(f"not bit-equal to what was trained: rlinvariant verify {adapter} says how far apart log-probs are")
 
 
