@@ -63,14 +63,14 @@ def test_decode_at_8k_matches_prefill(shape):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_splits_fail_the_ladder(shape, splits, kernel, monkeypatch):
     """Control."""
-    monkeypatch.setattr(kernel, "check", lambda *_: None)
+    monkeypatch.setattr(kernel, "check", lambda *_, **__: None)
     with pytest.raises(AssertionError):
         assert_decode_matches_prefill(shape, (8192,), (1,))
 
 
 def test_head_size_64_without_the_floor_fails_the_ladder(no_floor, kernel, monkeypatch):
     """Control: a short longest query takes another tile."""
-    monkeypatch.setattr(kernel, "check", lambda *_: None)
+    monkeypatch.setattr(kernel, "check", lambda *_, **__: None)
     with pytest.raises(AssertionError):
         assert_decode_matches_prefill((32, 8, 64), (1025, 300), (1, 9, 10, 16, 17))
 

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import sys
+from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
 from types import ModuleType
@@ -23,15 +24,19 @@ pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("on_gpu", "unproven_is_al
 
 SHAPES = ((32, 8, 64), (16, 8, 128), (4, 4, 96), (3, 1, 80), (8, 4, 256))  # heads, kv_heads, head_dim
 FORMS = ((None, None), (17, None), (400, 50.0), (2148, None), (None, 2.0))  # window, cap
+FEW = FORMS[0], FORMS[2]  # every form of every shape is a kernel of its own, and takes seconds to compile
+CASES = [(shape, *form) for shape in SHAPES for form in (FORMS if shape[2] == 128 else FEW)]
 LENGTHS = (1, 64, 300, 511, 513, 1025, 1613)
 
 
 @pytest.fixture
-def unproven_is_allowed(monkeypatch) -> None:
+def unproven_is_allowed(monkeypatch) -> Iterator[None]:
     from rlinvariant.kernels import attention
 
     monkeypatch.setenv(attention.UNPROVEN, "1")
     attention._refuse.cache_clear()
+    yield
+    attention._refuse.cache_clear()  # what was let through here is refused elsewhere
 
 
 @pytest.fixture
@@ -44,12 +49,11 @@ def packed(calls: ModuleType, shape: tuple[int, int, int], form: Any, tile: Any 
     return calls.packed(q, k, v, offsets(LENGTHS), max(LENGTHS), form, sinks, tile)[0]
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("window", "softcap"), FORMS)
+@pytest.mark.parametrize(("shape", "window", "softcap"), CASES)
 def test_every_tile_and_every_way_to_decode_gives_the_bits_of_a_packed_call(shape, window, softcap, calls):
     q, k, v = operands(sum(LENGTHS), shape)
     form, cu, d = calls.Form(shape[2] ** -0.5, window, softcap), offsets(LENGTHS), shape[2]
-    for sinks in (None, randn(shape[0], seed=7)):
+    for sinks in (None, randn(shape[0], seed=7)) if d == 64 else (None,):
         whole = packed(calls, shape, form, sinks=sinks)
         for tile in calls.tiles(calls.row(d)):
             assert_bits_equal(packed(calls, shape, form, tile, sinks), whole, str(tile))
@@ -112,7 +116,7 @@ def test_the_op_is_accurate_and_its_gradients_repeat(window, softcap):
 def test_sinks_of_a_dense_gpt_oss_shape_take_part(calls):
     """Heads of 64 in groups of 8, a window of 128, a sink a head: against the formula, and without sinks as a control."""
     q, k, v = operands(300, (64, 8, 64))
-    form, cu, sinks = calls.Form(0.125, 128), offsets((300,)), randn(64, seed=3)
+    form, cu, sinks = calls.Form(0.125, 128), offsets((300,)), randn(64, seed=3) + 4  # as a log-sum-exp is
     out, lse = calls.packed(q, k, v, cu, 300, form, sinks)
     plain, without = calls.packed(q, k, v, cu, 300, form)
     expected = plain.double() * (without.double() - torch.logaddexp(without.double(), sinks.double())).exp()[..., None]

@@ -220,13 +220,15 @@ def test_other_windows_and_caps_are_refused(form):
 
 
 @gpu_only
-@pytest.mark.parametrize(("form", "named"), [({"window": 4096}, "window=4096"), ({"softcap": 50.0}, "softcap=50.0")])
+@pytest.mark.parametrize(
+    ("form", "named"), [({"window": 4096}, "sliding_window=4096"), ({"softcap": 50.0}, "attn_logit_softcapping=50.0")]
+)
 def test_a_gpu_refuses_windows_and_bounded_scores(form, named):
-    """Whatever the window, also one that covers everything: the kernel has another tile for it."""
+    """Whatever the window, also one that covers everything, until the attention that takes them is proven there."""
     q, k, v = operands(4, (2, 1, 64))
-    with pytest.raises(UserError, match=f"^{named}: .* on a GPU"):
+    with pytest.raises(UserError, match=f"^{named}: .* on this GPU"):
         attend(q, k, v, **form)
-    with pytest.raises(UserError, match=f"^{named}: .* on a GPU"):
+    with pytest.raises(UserError, match=f"^{named}: .* on this GPU"):
         Cache(k, v, (4,), 16).attend(q, [(0, 0, 4)], **form)
 
 
