@@ -156,12 +156,13 @@ def arguments(
     from transformers.utils import logging as transformers_logging
 
     from rlinvariant.models import lora
+    from rlinvariant.models.limits import attention_form
     from rlinvariant.models.load import load
     from rlinvariant.sampler.engine import Sampler
     from rlinvariant.support import unproven_here
 
     transformers_logging.disable_progress_bar()
-    if plan.invariance == "exact" and (unproven := unproven_here()) is not None:
+    if plan.invariance == "exact" and (unproven := unproven_here(*attention_form(plan.source_config))) is not None:
         on_main_process(lambda: prove_first(plan, unproven))
     model: Any = plan.model
     given: dict[str, Any] = {**options}
@@ -193,7 +194,7 @@ def arguments(
 
 
 def prove_first(plan: TrainerPlan, unproven: str) -> None:
-    """Look for a certificate of this model on a GPU or release that is not proven; without one, verify, which writes one.
+    """Look for a certificate of what is not proven, a GPU, a release or a model's attention; without one, verify writes one.
 
     It is another process, and ends before this one loads weights: every tile of every kernel that the model needs is compared
     when the kernel is first used, then sampler with trainer.

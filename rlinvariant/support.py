@@ -99,8 +99,11 @@ def allow_unproven(said: bool) -> None:
         os.environ[attention.UNPROVEN] = "1"
 
 
-def unproven_here() -> str | None:
-    """Return what exact mode has not been proven on, this kind of GPU or a release; None where it has been, and on a CPU."""
+def unproven_here(head_size: int, window: int | None, softcap: float | None) -> str | None:
+    """Return what exact mode has not been proven on; None where there is nothing, and on a CPU.
+
+    It is this kind of GPU, a release, or on this GPU the attention of a model with such heads, a window, capped scores.
+    """
     if not torch.cuda.is_available():
         return None
     major, minor = torch.cuda.get_device_capability()
@@ -108,4 +111,6 @@ def unproven_here() -> str | None:
     for package, releases in RELEASES.items():
         if _release(version := installed_version(package) or "unknown") not in map(_release, releases):
             found.append(f"{package} {version}")
+    if not found and (forms := attention.unproven(head_size, window, softcap)):
+        found.append(f"{torch.cuda.get_device_name()} with {' and '.join(forms)}")
     return ", ".join(found) or None

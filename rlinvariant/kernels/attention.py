@@ -61,17 +61,28 @@ def own(head_size: int, window: int | None, softcap: float | None) -> bool:
     return window is not None or softcap is not None or head_size not in taken
 
 
+def unproven(head_size: int, window: int | None, softcap: float | None) -> dict[str, str]:
+    """Return why layers of this form take the attention of our own where that is unproven, by a configuration's key=value."""
+    found: dict[str, str] = {}
+    if chip() in table()["proven"]:
+        return found
+    if own(head_size, None, None):
+        known, sizes = head_size in flash.HEAD_SIZES, ", ".join(map(str, flash.HEAD_SIZES))
+        why = f": {chip()} has no FlashAttention-3" if known else f" is not one of {sizes}, FlashAttention-3's"
+        found[f"head_dim={head_size}"] = why
+    if window is not None:
+        found[f"sliding_window={window}"] = ": FlashAttention-3's decode would not have the bits of its prefill"
+    if softcap is not None:
+        found[f"attn_logit_softcapping={softcap}"] = ": FlashAttention-2's backward has no capped scores"
+    return found
+
+
 def refusals(head_size: int, window: int | None, softcap: float | None) -> Iterator[str]:
     """Yield each reason why a layer of this form does not run on this GPU, as the configuration's keys say it."""
     if head_size > LARGEST_HEAD or head_size % 8:
         yield f"head_dim={head_size}: expected a multiple of 8, at most {LARGEST_HEAD}, on a GPU"
-    elif not unproven_allowed() and chip() not in table()["proven"]:
-        if own(head_size, None, None):
-            yield f"head_dim={head_size} is not one of {', '.join(map(str, flash.HEAD_SIZES))}, FlashAttention-3's; {OURS}"
-        if window is not None:
-            yield f"sliding_window={window}: FlashAttention-3's decode would not have the bits of its prefill; {OURS}"
-        if softcap is not None:
-            yield f"attn_logit_softcapping={softcap}: FlashAttention-2's backward has no capped scores; {OURS}"
+    elif not unproven_allowed():
+        yield from (f"{what}{why}; {OURS}" for what, why in unproven(head_size, window, softcap).items())
 
 
 @dataclass(frozen=True)
@@ -227,7 +238,9 @@ def check(
     window: int | None = None,
     softcap: float | None = None,
 ) -> None:
-    """Compare packed, decode, chunked and shared calls for these heads before they are first used; milliseconds.
+    """Compare packed, decode, chunked and shared calls for these heads before they are first used.
+
+    It takes milliseconds, and with our own the seconds in which Triton compiles each tile, once a machine.
 
     Raises:
         UserError: the head size is not supported, or the calls differ.

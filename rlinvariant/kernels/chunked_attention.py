@@ -207,7 +207,7 @@ def store_rows(out_ptr, out_row, out_head, token, head, live, z, acc, D: tl.cons
     tl.store(at, _quotient(z, acc).to(out_ptr.dtype.element_ty), mask=live[:, None] & (d < D)[None, :])
 
 
-@triton.jit(do_not_specialize=["window"])
+@triton.jit(do_not_specialize=["window", "table_row", "heads"])
 def _tiles(
     q_ptr,
     k_ptr,

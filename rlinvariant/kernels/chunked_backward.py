@@ -37,7 +37,7 @@ def _load_keys(ptr, row, origin, key, queries, D: tl.constexpr, D_: tl.constexpr
     return tl.load(at, mask=(key < queries)[:, None] & (d < D)[None, :], other=0.0)
 
 
-@triton.jit(do_not_specialize=["window"])
+@triton.jit(do_not_specialize=["window", "heads"])
 def _of_queries(
     q_ptr,
     k_ptr,
@@ -97,7 +97,7 @@ def _of_queries(
     tl.store(at, (dq * scale).to(dq_ptr.dtype.element_ty), mask=live[:, None] & (d < D)[None, :])
 
 
-@triton.jit(do_not_specialize=["window"])
+@triton.jit(do_not_specialize=["window", "heads"])
 def _of_keys(
     q_ptr,
     k_ptr,

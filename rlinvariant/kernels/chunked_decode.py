@@ -59,7 +59,7 @@ def _plan(
         tl.store(item_ptr + j * ITEM + 2, tl.where(slot < 0, -1, slot + j))
 
 
-@triton.jit(do_not_specialize=["window", "sequences"])
+@triton.jit(do_not_specialize=["window", "sequences", "table_row"])
 def _parts(
     q_ptr,
     k_ptr,

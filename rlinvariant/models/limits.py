@@ -19,10 +19,9 @@ def unsupported(config, device: str = "cpu") -> Iterator[str]:
     if not getattr(config, "num_attention_heads", None):
         yield f"model_type={config.model_type} has no attention heads; only transformers are supported"
         return
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head, *_ = form = attention_form(config)
     if device == "cuda":
-        window = getattr(config, "sliding_window", None) if _slides(config) else None
-        yield from attention.refusals(head, window, getattr(config, "attn_logit_softcapping", None) or None)
+        yield from attention.refusals(*form)
     elif head not in HEAD_SIZES:
         yield f"head_dim={head} is not one of {', '.join(map(str, HEAD_SIZES))}"
     rope = getattr(config, "rope_parameters", None) or {}
@@ -42,6 +41,13 @@ def unsupported(config, device: str = "cpu") -> Iterator[str]:
         yield f"{name}={vars(config)[name]}: no op has the products of a mixture of experts"
     if getattr(config, "quantization_config", None):
         yield "the checkpoint is quantised"
+
+
+def attention_form(config: Any) -> tuple[int, int | None, float | None]:
+    """Return the head size of a model, the window of those layers that have one, and the cap of its scores."""
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    window = getattr(config, "sliding_window", None) if _slides(config) else None
+    return head, window, getattr(config, "attn_logit_softcapping", None) or None
 
 
 def _slides(config: Any) -> bool:

@@ -108,15 +108,18 @@ def test_another_release_is_refused(package, version, expected, machine):
     assert ("unproven_gpu=true" in line) == (version in ("0.32.0", "2.12.0"))
 
 
+PLAIN = 128, None, None  # head size, window, cap
+
+
 def test_a_newer_release_whose_hooks_were_read_may_be_tried(machine, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert support.unproven_here() is None
+    assert support.unproven_here(*PLAIN) is None
     machine.versions |= {"vllm": "0.33.0", "torch": "2.12.1"}
     assert [line.split("=")[0] for line in machine.problems()] == ["vllm", "torch"]
     monkeypatch.setenv(attention.UNPROVEN, "1")
-    assert machine.problems() == [] and support.unproven_here() == "vllm 0.33.0, torch 2.12.1"
+    assert machine.problems() == [] and support.unproven_here(*PLAIN) == "vllm 0.33.0, torch 2.12.1"
     machine.capability = (8, 9)
-    assert support.unproven_here() == "NVIDIA H200 (sm_89), vllm 0.33.0, torch 2.12.1"
+    assert support.unproven_here(*PLAIN) == "NVIDIA H200 (sm_89), vllm 0.33.0, torch 2.12.1"
     machine.versions |= {"vllm": "0.99.0"}
     assert [line.split("=")[0] for line in machine.problems()] == ["vllm"]
 
@@ -184,6 +187,24 @@ def test_what_is_unproven_can_be_tried(monkeypatch):
     assert list(unsupported(config, "cuda")) == []
     config = Gemma2Config(**SIZES, head_dim=512, num_key_value_heads=1)
     assert list(unsupported(config, "cuda")) == ["head_dim=512: expected a multiple of 8, at most 256, on a GPU"]
+
+
+@pytest.mark.parametrize(
+    ("form", "said"),
+    [
+        (PLAIN, None),
+        ((96, None, None), "head_dim=96"),
+        ((256, 40, 2.0), "sliding_window=40 and attn_logit_softcapping=2.0"),
+    ],
+)
+def test_a_model_that_is_tried_on_a_proven_gpu_is_proven_first(form, said, machine, monkeypatch):
+    monkeypatch.setenv(attention.UNPROVEN, "1")
+    assert support.unproven_here(*form) is None, "on a CPU"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(attention, "_capability", lambda: "sm_90")
+    assert support.unproven_here(*form) == (said and f"NVIDIA H200 with {said}")
+    monkeypatch.setattr(attention, "_capability", lambda: "sm_80")
+    assert list(attention.unproven(*PLAIN).items()) == [("head_dim=128", ": sm_80 has no FlashAttention-3")]
 
 
 def test_which_attention_a_form_takes(monkeypatch):
@@ -326,7 +347,7 @@ def test_an_exact_engine_of_a_gpu_refuses_truncation(monkeypatch):
 def test_an_unproven_gpu_is_proven_before_weights_are_loaded(arithmetic_dir, tmp_path, monkeypatch, capfd):
     """A CPU says that it is one: `verify --short` runs once, and its certificate is found from then on."""
     monkeypatch.setenv("RLINVARIANT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("rlinvariant.support.unproven_here", lambda: "NVIDIA A100 (sm_80)")
+    monkeypatch.setattr("rlinvariant.support.unproven_here", lambda *_: "NVIDIA A100 (sm_80)")
     args = GRPOConfig(str(tmp_path / "run"), max_completion_length=12, report_to="none", use_cpu=DEVICE == "cpu")
     tokenizer, proofs = AutoTokenizer.from_pretrained(arithmetic_dir), []
     for _ in range(2):
