@@ -60,6 +60,25 @@ class Checkpoint:
     about: Mapping[str, Any] = field(default_factory=dict)
     forced: bool = False
 
+    def require_layout(self, processes: int, sharded: bool) -> None:
+        """Refuse a run of other processes than those that wrote this, each of which has a file of its own in it.
+
+        Args:
+            processes: how many there are now; all of them call this.
+            sharded: whether each has a shard of every weight.
+
+        Raises:
+            UserError: they were others.
+        """
+        if (written := self.about["processes"]) != processes:
+            why = f"written by {written} processes, this run has {processes}; resume with num_processes: {written}"
+            raise UserError(f"{self.path}: {why}", agreed=True)
+        if (cut := bool(self.about.get("sharded"))) != sharded:  # earlier versions had no shards
+            each = {True: "a shard of every weight", False: "every weight whole"}
+            fix = {True: "in shards, as 2gpu_fsdp2 (distributed_type: FSDP)", False: "without shards, as 2gpu"}
+            why = f"written by processes that each had {each[cut]}; resume with a machine file {fix[cut]}"
+            raise UserError(f"{self.path}: {why}", agreed=True)
+
 
 def found(directory: Path) -> list[tuple[int, Path]]:
     """Return (step, path) of each directory that is named like a checkpoint, the newest first."""

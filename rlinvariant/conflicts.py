@@ -236,7 +236,8 @@ def launcher_problems(env: Mapping[str, str]) -> list[str]:
     ]
     if on("FSDP"):
         for name, (expected, said) in SHARDS.items():
-            if (value := env.get(name, expected)).lower() != expected.lower():
+            unset = "1" if name == "FSDP_VERSION" else expected  # to accelerate
+            if (value := env.get(name, unset)).lower() != expected.lower():
                 found.append(f"{name}={shown(value)}: expected {said}; set it so in the accelerate file, or {fix}")
         if env.get("ACCELERATE_USE_CPU", "false").lower() == "true" and env.get("WORLD_SIZE", "1") == "1":
             found.append("num_processes=1: expected 2 or more with weights in shards on a CPU; choose configs/cpu2_fsdp2.yaml")

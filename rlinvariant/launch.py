@@ -47,20 +47,49 @@ def machine_file(machine: str) -> Path:
 def size(machine: str | None) -> tuple[int, int]:
     """Return how many processes a machine has in all, and on how many hosts, by its file alone.
 
-    What else is wrong with the file, accelerate finds.
+    Raises:
+        UserError: there is no such machine.
+    """
+    content = _content(machine)
+    try:
+        return max(1, int(content["num_processes"])), max(1, int(content.get("num_machines", 1)))
+    except (ValueError, KeyError, TypeError):
+        return 1, 1
+
+
+def variables(machine: str | None) -> dict[str, str]:
+    """Return what a machine's file says of processes and shards, as the variables that its processes will see.
 
     Raises:
         UserError: there is no such machine.
     """
+    processes, hosts = size(machine)
+    found = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes // hosts)}
+    return found | shard_variables(_content(machine))
+
+
+def _content(machine: str | None) -> Mapping[str, Any]:
+    """Return what a machine's file says; nothing where it is no mapping: accelerate finds what is wrong with it."""
     if machine is None:
-        return 1, 1
+        return {}
     import yaml
 
     try:
-        content = yaml.safe_load(Path(machine_file(machine)).read_text())
-        return max(1, int(content["num_processes"])), max(1, int(content.get("num_machines", 1)))
-    except (OSError, yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError):
-        return 1, 1
+        content = yaml.safe_load(machine_file(machine).read_text())
+    except (OSError, yaml.YAMLError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def shard_variables(content: Mapping[str, Any]) -> dict[str, str]:
+    """Return the variables that accelerate makes of what its file says of shards; none where it asks for none."""
+    if content.get("distributed_type") != "FSDP":
+        return {}
+    said = content.get("fsdp_config")
+    given = said if isinstance(said, dict) else {}
+    own = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}  # its defaults
+    own["ACCELERATE_USE_CPU"] = str(bool(content.get("use_cpu"))).lower()
+    return own | {f"FSDP_{str(name).removeprefix('fsdp_').upper()}": str(value) for name, value in given.items()}
 
 
 def is_launched(env: Mapping[str, str] = os.environ) -> bool:

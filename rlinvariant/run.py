@@ -128,6 +128,8 @@ def plan(config: Config) -> Plan:
     resumption = on_main_process(lambda: find(config))
     for line in resumption.lines:
         console.print(line)
+    if resumption.checkpoint is not None:
+        resumption.checkpoint.require_layout(args.world_size, is_sharded())
     if config.staleness:
         lag = f"staleness={config.staleness}: the sampler's weights lag by as many steps"
         console.print(f"{lag}; log-probs of two versions are counted, not required to be equal")

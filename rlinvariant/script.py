@@ -21,7 +21,7 @@ from rlinvariant.config.fields import TRAINER_OWN, trainer_config_class
 from rlinvariant.config.tree import leaves
 from rlinvariant.conflicts import Gradients
 from rlinvariant.journal import Journal
-from rlinvariant.launch import is_launched, on_main_process, rank
+from rlinvariant.launch import is_launched, is_sharded, on_main_process, rank
 from rlinvariant.report.console import Console
 from rlinvariant.resumption import dataset_digest, find, require_same_data
 from rlinvariant.rewards import RewardLimits
@@ -79,6 +79,8 @@ class ScriptRun:
             UserError: the run that is there is another one, or damaged.
         """
         resumption = on_main_process(lambda: find(self.config))
+        if resumption.checkpoint is not None:
+            resumption.checkpoint.require_layout(self.plan.args.world_size, is_sharded())
         data = "" if train_dataset is None else dataset_digest(train_dataset)
         self.resumption = require_same_data(resumption, data, self.config)
         for line in self.resumption.lines:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rlinvariant import stopping
 from rlinvariant.arguments import CommandParser, twice
 from rlinvariant.errors import ConfigErrors, UserError
-from rlinvariant.launch import end_with_launcher, is_launched, launch, machines, rank, size
+from rlinvariant.launch import end_with_launcher, is_launched, launch, machines, rank, variables
 from rlinvariant.text import say
 
 DESCRIPTION = """Train a policy by a recipe, with GRPO or PPO: vLLM samples, TRL and accelerate train, and every sampled token's
@@ -66,13 +66,12 @@ def check(settings: Sequence[str], machine: str | None) -> None:
     """Refuse mistakes before any process starts. Raises ConfigErrors with all of them."""
     from rlinvariant.config import parse, unreachable
 
-    errors, (all_processes, hosts) = [], (1, 1)
+    errors, launched = [], variables(None)
     try:
-        all_processes, hosts = size(machine)
+        launched = variables(machine)
     except UserError as error:
         errors.append(str(error))
     try:
-        launched = {"WORLD_SIZE": str(all_processes), "LOCAL_WORLD_SIZE": str(all_processes // hosts)}
         config = parse(settings, os.environ | launched)
         errors += [] if errors else unreachable(config)
     except ConfigErrors as error:

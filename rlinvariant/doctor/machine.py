@@ -10,6 +10,7 @@ from rlinvariant.conflicts import environment_conflicts, launcher_problems
 from rlinvariant.doctor.finding import Finding
 from rlinvariant.errors import UserError, one_line
 from rlinvariant.files import cache_dir
+from rlinvariant.launch import shard_variables
 from rlinvariant.machine import environment
 
 TF32_VARIABLES = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE")
@@ -101,11 +102,6 @@ def variables(env: Mapping[str, str], cuda: bool) -> Iterator[Finding]:
         yield Finding("environment", "ok", "no variable is in the way")
 
 
-def _fsdp(config: Mapping[str, object]) -> Mapping[str, object]:
-    found = config.get("fsdp_config")
-    return found if isinstance(found, dict) else {}
-
-
 def accelerate_config(env: Mapping[str, str], cuda: bool) -> Iterator[Finding]:
     """Look at the configuration that `accelerate launch` takes without --config_file."""
     cache = Path(env.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
@@ -130,10 +126,7 @@ def accelerate_config(env: Mapping[str, str], cuda: bool) -> Iterator[Finding]:
         problems.append((f"mixed_precision: {precision}: expected 'no': it would switch autocast on", True))
     if (kind := str(config.get("distributed_type", "NO"))) not in ("NO", "False", "MULTI_CPU", "MULTI_GPU", "FSDP"):
         problems.append((f"distributed_type: {kind}: expected NO, MULTI_CPU, MULTI_GPU or FSDP", False))
-    if kind == "FSDP":  # by the variables that accelerate makes of it
-        given = {f"FSDP_{name.removeprefix('fsdp_').upper()}": str(value) for name, value in _fsdp(config).items()}
-        own = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}  # its defaults
-        problems += [(line, False) for line in launcher_problems(own | given)]
+    problems += [(line, False) for line in launcher_problems(shard_variables(config))]
     if config.get("use_cpu") and cuda:
         problems.append(("use_cpu: true: expected false where there is a GPU, which vLLM would take", True))
     for text, off in problems:

@@ -101,16 +101,10 @@ class CheckpointedTrainer(PublishedTrainer):
 
     def _require_same_kind(self, checkpoint: Checkpoint) -> None:
         """Refuse a checkpoint that this trainer could only half take over."""
-        where, ranks = checkpoint.path, self.accelerator.num_processes
-        if (written := checkpoint.about["processes"]) != ranks:
-            raise UserError(
-                f"{where}: written by {written} processes, this run has {ranks}; start as many, as the machine file says"
-            )
+        checkpoint.require_layout(self.accelerator.num_processes, self.sharded)
         if (kind := checkpoint.about["trainer"]) != self._kind:
-            raise UserError(f"{where}: written by a run of {kind}, this one is of {self._kind}; start a new run")
-        if (cut := bool(checkpoint.about.get("sharded"))) != self.sharded:  # earlier versions had no shards
-            each = {True: "had a shard of every weight", False: "had every weight whole"}
-            raise UserError(f"{where}: written by processes that each {each[cut]}; start it with that machine file")
+            why = f"written by a run of {kind}, this one is of {self._kind}; start a new run"
+            raise UserError(f"{checkpoint.path}: {why}", agreed=True)
 
     # ---- saving
 

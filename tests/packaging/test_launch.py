@@ -124,6 +124,29 @@ def test_a_mistake_is_found_before_any_process_starts(tmp_path):
     assert (code, said, err) == (2, [], "error: stpes=3: unknown key; did you mean steps?\n")
 
 
+@pytest.mark.parametrize(
+    ("said", "instead", "error"),
+    [  # accelerate would start one process on a CPU, which would know nothing of shards
+        ("num_processes: 2", "num_processes: 1", "num_processes=1: expected 2 or more with weights in shards on a CPU; "),
+        ("fsdp_version: 2", "fsdp_version: 1", "FSDP_VERSION=1: expected fsdp_version: 2; "),
+        ("\n  fsdp_version: 2", "", "FSDP_VERSION=1: expected fsdp_version: 2; "),
+        ("", "", "lora.r=8: expected none with weights in shards "),
+    ],
+)
+def test_what_cannot_stand_beside_shards_is_found_before_any_process_starts(said, instead, error, tmp_path):
+    file = tmp_path / "machine.yaml"
+    file.write_text(launch.machine_file("cpu2_fsdp2").read_text().replace(said, instead, 1))
+    setting = [] if said else ["lora.r=8"]
+    code, launched, err = finish(start(tmp_path, "os._exit(3)", f"machine={file}", *setting))
+    assert (code, launched) == (2, []) and err.startswith(f"error: {error}") and err.count("\n") == 1, err
+
+
+def test_a_machine_without_a_mistake_starts_its_shards(tmp_path):
+    """The control of the refusals."""
+    code, launched, err = finish(start(tmp_path, "os._exit(3)", "machine=cpu2_fsdp2"))
+    assert code == 3 and sorted(line["rank"] for line in launched) == ["0", "1"], err
+
+
 @pytest.mark.parametrize("machine", ["cpu", "cpu2"])
 def test_a_mistake_that_the_processes_find_is_printed_once(machine, tmp_path):
     code, said, err = finish(start(tmp_path, "check = lambda config: ['data.size=1: too small']", f"machine={machine}"))

@@ -144,8 +144,12 @@ def test_a_checkpoint_of_another_algorithm_or_size_is_refused(new, tmp_path):
     with pytest.raises(UserError, match="written by a run of GRPO, this one is of PPO"):
         new("ppo", ppo=PPOConfig()).trainer.train(resume_from_checkpoint=str(path))
     several = Checkpoint(path, 1, {"processes": 4, "trainer": "GRPO"})
-    with pytest.raises(UserError, match="written by 4 processes, this run has 1"):
+    with pytest.raises(UserError, match="written by 4 processes, this run has 1; resume with num_processes: 4") as error:
         new("other").trainer.train(resume_from_checkpoint=several)
+    assert error.value.agreed, "all processes find it: one says it"
+    cut = Checkpoint(path, 1, {"processes": 1, "trainer": "GRPO", "sharded": True})
+    with pytest.raises(UserError, match="each had a shard of every weight; resume with a machine file in shards"):
+        new("other").trainer.train(resume_from_checkpoint=cut)
 
 
 def test_forced_settings_hold_after_a_resume(new, tmp_path):

@@ -66,6 +66,8 @@ def test_what_accelerate_would_do_otherwise_is_refused_by_name():
         assert line.startswith(f"{name}={value}: expected ") and "configs/8gpu_fsdp2.yaml" in line
     (line,) = launcher_problems(FSDP | {"ACCELERATE_USE_CPU": "true", "WORLD_SIZE": "1"})
     assert line.startswith("num_processes=1: expected 2 or more")
+    (line,) = launcher_problems({"ACCELERATE_USE_FSDP": "true"})  # accelerate's own default is 1
+    assert line.startswith("FSDP_VERSION=1: expected fsdp_version: 2")
     for name in ("DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
         (line,) = launcher_problems({f"ACCELERATE_USE_{name}": "true"})
         assert line.startswith("distributed_type=")
@@ -167,11 +169,13 @@ def test_a_resumed_run_in_shards_is_the_run_and_no_other_layout_goes_on_with_it(
     assert all(bits.compare(a, b) is None for a, b in zip(moments(cut, 4), moments(again, 4), strict=True))
     shutil.rmtree(again / "checkpoints/checkpoint-4")
     for name, sharded, why in (
-        ("shards", False, "written by processes that each had a shard of every weight; start it with that machine file"),
-        ("whole", True, "written by processes that each had every weight whole; start it with that machine file"),
+        ("shards", False, "each had a shard of every weight; resume with a machine file in shards, as 2gpu_fsdp2"),
+        ("whole", True, "each had every weight whole; resume with a machine file without shards, as 2gpu"),
     ):
         done = two(tmp_path, arithmetic_dir, f"run={name}", "steps=4", "resume=true", *settings, sharded=sharded)
         assert [rank.returncode for rank in done] == [2, 2] and why in done[0].stderr, done[0].stderr[-2000:]
+        assert done[0].stderr.count("\n") == 1 and done[1].stderr == "", "said once"
+        assert "loading transformers" not in done[0].stdout, "before weights are loaded"
     if not settings:
         done = two(tmp_path, arithmetic_dir, "run=shards", "steps=4", "resume=true", sharded=True, ranks=3)
         assert done[0].returncode == 2 and "written by 2 processes, this run has 3" in done[0].stderr, done[0].stderr[-2000:]
