@@ -62,8 +62,8 @@ class OrderedReduceScatter(ReduceScatter):
 
 
 def _reduced(group, bucket):  # DDP takes its own annotations or none
-    done: Any = torch.futures.Future()
     buffer = bucket.buffer()
+    done: Any = torch.futures.Future(devices=[buffer.device] if buffer.is_cuda else None)  # whose streams a waiter waits for
     buffer.copy_(average(buffer, group))
     done.set_result(buffer)
     return done

@@ -35,6 +35,7 @@ from rlinvariant.trainer.microbatches import MicroBatchedTrainer
 from rlinvariant.trainer.turns import sampled_mask
 
 Named = Iterable[tuple[str, Tensor]]
+NORM = "the gradient's norm is not finite, though each number of it is"
 
 
 def not_finite(tensors: Named) -> str | None:
@@ -134,11 +135,14 @@ class FiniteTrainer(MicroBatchedTrainer):
         squares_are_finite = self._require_finite([*self._weights_and_states(), *gradients])
         if squares_are_finite:
             return
-        total = norm(gradients)  # the same on all ranks, where each has all gradients
-        if self.sharded:
-            total = self.accelerator.reduce(total.to(self.accelerator.device), "sum")
-        if not math.isfinite(total.item()):
-            self._raise_agreed("the gradient's norm is not finite, though each number of it is")
+        if not self.sharded and not math.isfinite(norm(gradients).item()):  # the same on all ranks; of shards, see `_clipped`
+            self._raise_agreed(NORM)
+
+    def _clipped(self, model, most):
+        norm = super()._clipped(model, most)
+        if not math.isfinite(norm.item()):  # of whole gradients: the ranks' shares may all be finite
+            self._raise_agreed(NORM)
+        return norm
 
     # ---- where they are made
 

@@ -277,14 +277,17 @@ class MicroBatchedTrainer(WholeEntropyTrainer):
         """Let parts have half as many tokens, or activations be recomputed; `longest` are the tokens of the longest row.
 
         Raises:
-            UserError: nothing is left to try: memory is too small for one row, or other ranks wait in the same step.
+            UserError: nothing is left to try: memory is too small for one row, or other ranks wait in the same step; or weights
+                are in shards, whose unit in progress cannot start again.
         """
         several, too_small = self.accelerator.num_processes > 1, f"out of memory with {self.fit}"
         recomputes = torch.is_grad_enabled() and self.recompute is None  # without gradients nothing is kept
-        fit = None if several else self.fit.halved(longest, self.accelerator.device.type, recomputes)
+        fit = None if several or self.sharded else self.fit.halved(longest, self.accelerator.device.type, recomputes)
         if fit is None:
             fix = "lower tokens_per_microbatch or sampler.kv_cache_gib, or use a smaller model"
-            why = "other processes are in the same step" if several else f"the longest row has {longest:,} tokens"
+            why = f"the longest row has {longest:,} tokens"
+            if several or self.sharded:
+                why = "other processes are in the same step" if several else "a layer in shards cannot start again"
             raise self._ended(f"{too_small}; {why}; {fix}", problem)
         say(f"step {self.state.global_step + 1}: {too_small}; {what} starts again with {fit}")
         self._fit = fit

@@ -12,7 +12,8 @@ Eight of TRL's methods are overridden here, and each calls the one below it:
     _compute_loss                          trains the critic, and leaves TRL's own penalty out
     training_step                          prepares the optimizer step, or skips what is left of a rollout
     create_optimizer                       adds the critic's parameters
-    _save, _load_from_checkpoint           add the critic
+    save_model, _save, _load_from_checkpoint
+                                           add the critic
 """
 
 import copy
@@ -315,11 +316,14 @@ class InvariantPPOTrainer(InvariantGRPOTrainer):
                     {"params": group, "lr": lr, "weight_decay": self.args.weight_decay if decays else 0.0}
                 )
 
-    def gathered(self):
+    def save_model(self, output_dir=None, _internal_call=False):
         if self.sharded:
             found = shards.state(self.critic.backbone, keep=self.args.should_save)
             self._critic_gathered = found if self.args.should_save else None
-        return super().gathered()
+        try:
+            super().save_model(output_dir, _internal_call)
+        finally:
+            self._critic_gathered = None
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from rlinvariant.errors import UserError
+from rlinvariant.trainer.distributed import DistributedTrainer
 from rlinvariant.trainer.finite import norm, not_finite
 from tests.parity.harness import new_trainer
 from tests.trainer.plants import INF, NAN, plants, poisoned, stopped, tried, unchecked
@@ -54,6 +55,22 @@ def test_before_the_first_checkpoint_the_message_says_so(arithmetic_dir, exact_e
         UserError, match=r"^after step 0: weight .*; stopped before they were sampled from; there is no checkpoint$"
     ):
         run.trainer.sync()
+
+
+def test_a_norm_that_overflows_stops_the_run_when_gradients_are_clipped(arithmetic_dir, exact_engine, tmp_path):
+    """It would make every gradient 0, in silence. In shards only the norm of whole gradients shows it."""
+    trainer = new_trainer(arithmetic_dir, exact_engine, tmp_path).trainer
+    for p in trainer.model.parameters():
+        p.grad = torch.full_like(p, 1e18)
+    assert not DistributedTrainer._clipped(trainer, trainer.model, 1.0).isfinite()
+    assert not any(p.grad.any() for p in trainer.model.parameters()), "control: what would be stepped with"
+    for p in trainer.model.parameters():
+        p.grad = torch.full_like(p, 1e18)
+    with pytest.raises(UserError, match="^step 1: the gradient's norm is not finite, though each number of it is; stopped"):
+        trainer._clipped(trainer.model, 1.0)
+    for p in trainer.model.parameters():
+        p.grad = torch.full_like(p, 1.0)
+    assert trainer._clipped(trainer.model, 1.0) > 1, "control: a norm that is finite"
 
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF])

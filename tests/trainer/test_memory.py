@@ -223,6 +223,16 @@ def test_more_is_recomputed_and_then_less_is_held_as_memory_shrinks(divided, mon
     assert all(fit.tokens & (fit.tokens - 1) == 0 for fit in found), "a run on a card with a little more memory is another run"
 
 
+def test_whole_gradients_are_counted_where_weights_are_in_shards(divided, monkeypatch):
+    """A step of several parts keeps them whole until the last, on every rank."""
+    run, _ = divided(None)
+    trainer, parameters = run.trainer, sum(p.numel() for p in run.trainer.model.parameters())
+    monkeypatch.setattr(memory, "_all_memory", lambda: 1.1 * (3 * memory.CHUNK_BYTES["cpu"] + 24 * parameters))
+    whole = memory._usable(trainer)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert trainer.sharded and whole - memory._usable(trainer) == pytest.approx(4 * parameters)
+
+
 def test_what_a_forward_keeps_is_what_is_counted(divided):
     """Twice the layers keep twice as much; recomputed ones keep their input alone, which is not asked for here."""
     run, _ = divided(None)

@@ -37,6 +37,9 @@ def test_training_looks_for_a_certificate_or_makes_sure(exact_engine, arithmetic
     line, record = start.prove(model, exact_engine, config, arithmetic_dir, "bfloat16")
     assert "this architecture is exact on this machine, as verified with random weights" in line
     assert "0 / 61,440 tokens differed, full form, 2026-01-01" in line and record["path"] in line
+    with monkeypatch.context() as apart:
+        apart.setattr(start, "largest", lambda missing: 1)  # another process has no certificate: all compare, as they meet
+        assert start.prove(model, exact_engine, config, arithmetic_dir, "bfloat16")[1]["path"] is None
     own = a_certificate(subject=certificate.subject(config, "bfloat16"), model={"name": "m", "random_weights": False})
     certificate.write(own)
     assert "as verified with the weights of m:" in start.prove(model, exact_engine, config, arithmetic_dir, "bfloat16")[0]
