@@ -69,7 +69,10 @@ class Case:
     def paged(
         self, last: int, page: int, slots: int = 64, order: chunked_calls.Order = ORDER, calls: ModuleType = chunked_calls
     ) -> tuple[Tensor, Tensor]:
-        """Return the output for the last queries of each sequence, and what it should be."""
+        """Return the output for the last queries of each sequence, and what it should be.
+
+        Two sequences without queries follow, as where a CUDA graph is larger than its batch: one of no keys, one of stale keys.
+        """
         cache = Cache(self.k, self.v, LENGTHS, page)
         counts = [min(last, n) for n in LENGTHS]
         if window := self.form.window:  # pages before the window have been given to others
@@ -77,8 +80,10 @@ class Case:
                 cache.table[b, : max(0, n - count - window + 1) // page] = cache.table[b, -1]
         at = torch.cat([torch.arange(end - n, end) for end, n in zip(self.cu[1:].tolist(), counts, strict=True)])
         out = torch.full_like(self.q[at], float("nan"))
+        table = torch.cat([cache.table, torch.zeros(2, cache.table.shape[1], dtype=torch.int32)])
+        lens = torch.cat([self.cu.diff(), torch.tensor([0, max(LENGTHS)], dtype=torch.int32)])
         calls.paged(
-            *(self.q[at], cache.pages, cache.table, offsets(counts), self.cu.diff(), last, max(LENGTHS), self.form, out),
+            *(self.q[at], cache.pages, table, offsets([*counts, 0, 0]), lens, last, max(LENGTHS), self.form, out),
             *(self.sinks, None, tile(32), order, DECODE, slots),
         )
         return out, self.out[at]

@@ -124,25 +124,38 @@ def test_sinks_of_a_dense_gpt_oss_shape_take_part(calls):
     torch.testing.assert_close(lse.double(), torch.logaddexp(without.double(), sinks.double()), rtol=1e-3, atol=1e-3)
 
 
-def test_a_cuda_graph_decodes_other_lengths_than_it_was_captured_with(calls):
+@pytest.mark.parametrize("window", [None, 400])
+@pytest.mark.parametrize("outside", [True, False])
+def test_a_cuda_graph_decodes_other_lengths_than_it_was_captured_with(outside, window, calls):
+    """The plan is made outside, as for a step of vLLM, or inside; the batch has a sequence less than the graph."""
     lengths = (1025, 40, 513)
     q, k, v = operands(sum(lengths), (16, 8, 128))
-    form, cache = calls.Form(128**-0.5), Cache(k, v, lengths, 16)
+    form, cache = calls.Form(128**-0.5, window), Cache(k, v, lengths, 16)
     whole = calls.packed(q, k, v, offsets(lengths), max(lengths), form)[0]
-    lens, cu = torch.tensor([40, 40, 40], dtype=torch.int32), offsets((1, 1, 1))
-    rows, out = q[:3].clone(), torch.empty(3, 16, 128, dtype=q.dtype)
-    given = (rows, cache.pages, cache.table, cu, lens, 1, 4096, form, out)
+    table = torch.cat([cache.table, cache.table[:1]])
+    lens, cu = torch.tensor([40] * 4, dtype=torch.int32), offsets((1, 1, 1, 1))
+    rows, out = q[:4].clone(), torch.empty(4, 16, 128, dtype=q.dtype)
+
+    def plan() -> Tensor:
+        return calls.plan(cu, lens, 2, calls.row(128)["order"], window)
+
+    made = plan() if outside else None
+    given = (rows, cache.pages, table, cu, lens, 1, 4096, form, out, None, made)
     calls.paged(*given)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         calls.paged(*given)
     at = torch.tensor(lengths).cumsum(0) - 1
-    rows.copy_(q[at])
-    lens.copy_(torch.tensor(lengths))
+    rows[:3] = q[at]
+    lens.copy_(torch.tensor([*lengths, 0]))
+    cu.copy_(offsets((1, 1, 1, 0)))
+    if made is not None:
+        made.copy_(plan())
     out.fill_(float("nan"))
     graph.replay()
-    assert_bits_equal(out, whole[at], "replayed")
+    assert_bits_equal(out[:3], whole[at], "replayed")
+    assert out[3].isnan().all()
 
 
 @pytest.mark.parametrize("form", FORMS[1:])
