@@ -3,8 +3,7 @@
 
 /* mass[i] = floor(2^40 e^((x[i] - top) / temperature)) by multiplications and additions alone, each rounded: Triton and
  * PyTorch give the same integers. 2^g = 2^n p(f), n the nearest integer to g, p a minimax polynomial of degree 6. */
-static void masses(i64 *mass, const float *x, i64 n, float top, float temperature) {
-    float scale = 1.44269504f / temperature;
+static void masses(i64 *mass, const float *x, i64 n, float top, float scale) {
     for (i64 i = 0; i < n; i++) {
         float g = (x[i] - top) * scale;
         g = g > -44.0f ? g : -44.0f;
@@ -50,16 +49,16 @@ static uint32_t largest(const uint32_t *key, const i64 *mass, i64 n, i64 need, u
 static float row_threshold(const float *x, uint32_t *key, i64 *mass, i64 n, float temperature, i64 top_k, float top_p,
                            float min_p, int bf16) {
     int by_k = top_k > 0 && top_k < n, by_p = top_p < 1.0f, by_min = min_p > 0.0f;
-    float top = -INFINITY;
-    int nan = temperature != temperature;
+    float top = -INFINITY, scale = 1.44269504f / temperature; /* not finite at 0, and next to it */
+    int nan = 0;
     for (i64 i = 0; i < n; i++) {
         nan |= x[i] != x[i];
         top = x[i] > top ? x[i] : top;
     }
-    if (nan || temperature == 0.0f || top - top != 0.0f || !(by_k || by_p || by_min)) return -INFINITY;
+    if (nan || scale - scale != 0.0f || top - top != 0.0f || !(by_k || by_p || by_min)) return -INFINITY;
     uint32_t from = 0;
     for (i64 i = 0; i < n; i++) key[i] = key_of(x[i]);
-    if (by_p || by_min) masses(mass, x, n, top, temperature);
+    if (by_p || by_min) masses(mass, x, n, top, scale);
     if (by_min) {
         i64 least = (i64)ceil((double)min_p * 0x1p40);
         from = key_of(top);

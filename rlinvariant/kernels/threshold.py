@@ -19,7 +19,7 @@ from rlinvariant.kernels.rows import aligned
 BLOCK = 4096  # columns of a block of a row
 TOP_OF = 64  # columns of which the largest is kept
 LANES = 1024  # logits of a list that are looked at together
-ROWS = 256  # rows whose lists are held at once, 4 bytes a logit
+ROWS = 256  # rows whose lists are held at once: two copies of their logits
 
 
 @triton.jit
@@ -100,9 +100,15 @@ def _kth(keys, k, low, high):
 @triton.jit
 def _settings(t_ptr, k_ptr, p_ptr, top, row, vocab):
     """Return which of top-k and top-p a row asks for, whether it is one that can be cut, and 1 / temperature in octaves."""
-    t, k, p = tl.load(t_ptr + row), tl.load(k_ptr + row), tl.load(p_ptr + row)
-    right = (t == t) & (t != 0.0) & (top - top == 0.0)
-    return right & (k > 0) & (k < vocab), right & (p < 1.0), right, tl.div_rn(t * 0.0 + 1.44269504, t)
+    k, p, scale = tl.load(k_ptr + row), tl.load(p_ptr + row), tl.div_rn(tl.full((), 1.44269504, tl.float32), tl.load(t_ptr + row))
+    right = (scale - scale == 0.0) & (top - top == 0.0)
+    return right & (k > 0) & (k < vocab), right & (p < 1.0), right, scale
+
+
+@triton.jit
+def _lowest(SHIFT: tl.constexpr):
+    """Return the key of -inf."""
+    return _keys(tl.full((), -float("inf"), tl.float32), SHIFT)
 
 
 @triton.jit
@@ -125,7 +131,7 @@ def _cuts(
     tops = tl.load(tops_ptr + place * count + at, mask=at < count, other=-float("inf"))
     top = tl.max(tops, 0)
     by_k, by_p, _, scale = _settings(t_ptr, k_ptr, p_ptr, top, first + place, vocab)
-    highest, lowest = _keys(top, SHIFT), _keys(top * 0.0 - float("inf"), SHIFT)
+    highest, lowest = _keys(top, SHIFT), _lowest(SHIFT)
     k, p = tl.load(k_ptr + first + place), tl.load(p_ptr + first + place)
     cut = highest
     if by_k:
@@ -224,11 +230,10 @@ def _chosen(
     top, cut, m = tl.load(top_ptr + place), tl.load(cut_ptr + place), tl.load(m_ptr + row)
     by_k, by_p, right, scale = _settings(t_ptr, k_ptr, p_ptr, top, row, vocab)
     k, p = tl.load(k_ptr + row), tl.load(p_ptr + row)
-    theta = top * 0.0 - float("inf")
-    theta = tl.where(theta == theta, theta, -float("inf"))  # of a row with an infinity
+    theta = tl.full((), -float("inf"), tl.float32)
     if right & (by_k | by_p | (m > 0.0)):
         b = tl.arange(0, 1 << LOG_NB)
-        low = _keys(top * 0.0 - float("inf"), SHIFT)
+        low = _lowest(SHIFT)
         if m > 0.0:
             low = tl.min(tl.load(lowest_ptr + place * blocks + b, mask=b < blocks, other=2147483647 >> SHIFT), 0)
         list_ptr, all_ptr = list_ptr + place * vocab, all_ptr + place * vocab
@@ -270,7 +275,7 @@ def threshold(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor,
 
     theta = torch.empty(rows, dtype=torch.float32, device=device)
     largest, top, cut = of_rows(tops, torch.float32), of_rows(1, torch.float32), of_rows(1, torch.int32)
-    lists, whole = of_rows(vocab, torch.float32), of_rows(vocab, torch.float32)
+    lists, whole = of_rows(vocab, logits.dtype), of_rows(vocab, logits.dtype)
     counts, sums, lowest = (of_rows(blocks, dtype) for dtype in (torch.int32, torch.int64, torch.int32))
     shift = 16 if logits.dtype is torch.bfloat16 else 0
     shared = {"SHIFT": shift, "enable_fp_fusion": False}

@@ -33,7 +33,7 @@ def threshold(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor,
 
     Args:
         logits: [R, V], bf16 or fp32, V below 2^23; of any value: a row with NaN or +inf keeps all its tokens.
-        temperature: [R] fp32, >= 0; at 0, the greedy row, all tokens are kept.
+        temperature: [R] fp32, >= 0; at 0, the greedy row, all tokens are kept, and below 4.3e-39, whose reciprocal overflows.
         top_k: [R] int64; 0 or less, or V or more: no limit.
         top_p: [R] fp32, in (0, 1]; 1: no limit, also for tokens without mass.
         min_p: [R] fp32, in [0, 1]; 0: no limit.
@@ -79,7 +79,7 @@ def threshold_ref(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Ten
     first_R = (left_RV.cumsum(-1) >= need_R[:, None]).int().argmax(-1)
     last_R = x_RV.gather(1, first_R[:, None])[:, 0]
     theta_R = torch.maximum(theta_R, torch.where(top_p < 1, last_R, -torch.inf))
-    return torch.where(temperature == 0, -torch.inf, theta_R)
+    return torch.where((_LOG2E / temperature).isfinite(), theta_R, -torch.inf)
 
 
 def masses_ref(logits: Tensor, temperature: Tensor) -> Tensor:

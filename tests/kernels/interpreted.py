@@ -118,23 +118,28 @@ for vocab in (99, 4096, 9000):
         ours, expected = token_logprobs.sample(*drawn), ops.sample(*drawn)
         assert torch.equal(ours[0], expected[0]) and torch.equal(ours[2], expected[2]), (vocab, ours, expected)
         same(f"sample {vocab}", ours[1], expected[1])
-for dtype, vocab in itertools.product((torch.bfloat16, torch.float32), (17, 5000)):
-    logits = (torch.randn(8, vocab) * 3).to(dtype)
-    logits[1], logits[2, 1 + vocab // 2 :], logits[3], logits[4, ::2] = 0.0, -torch.inf, -logits[3].abs(), -0.0
-    logits[5], logits[6], logits[7, 3] = logits[5].round(), logits[6] * 1e-3, torch.nan
-    settings = (
+settings = torch.tensor(
+    (
         (1.0, 0, 0.95, 0.0),
         (0.7, 20, 1.0, 0.0),
         (1.0, 0, 1.0, 0.02),
         (0.6, 20, 0.9, 0.02),
-        (1.0, 4500, 0.95, 0.0),
+        (1.0, 2500, 0.95, 0.0),
         (1.0, 0, 0.5, 0.1),
+        (1e-40, 5, 0.5, 0.1),
     )
-    for setting in settings[:: 1 if dtype is torch.bfloat16 else 3]:  # a search of 32 bits takes the interpreter long
-        t, k, p, m = (torch.full((8,), x) for x in setting)
-        expected = ops.threshold(logits, t, k, p, m)
-        ours = threshold.threshold(logits, t, k, p, m)
-        same(f"threshold {vocab}", ours.view(torch.int32), expected.view(torch.int32), 0)  # the same bits
+)
+threshold.BLOCK, threshold.LANES, threshold.ROWS = 1024, 2048, 20  # so that few rows have several blocks, and several launches
+for dtype, vocab, every in ((torch.bfloat16, 17, 1), (torch.bfloat16, 3000, 1), (torch.float32, 3000, 5)):
+    x = (torch.randn(12, vocab) * 3).to(dtype)  # kinds of rows; a search of 32 bits takes the interpreter long
+    x[1], x[2, 1 + vocab // 2 :], x[3], x[4, ::2], x[5] = 0.0, -torch.inf, -x[3].abs(), -0.0, x[5].round()
+    x[6], x[7, -1], x[8, 3], x[9], x[10, -1], x[11] = x[6] * 1e-3, torch.nan, torch.inf, -torch.inf, 90.0, x[11] * 1e30
+    rows = torch.arange(0, 48, every)  # each kind with four settings
+    logits, (t, k, p, m) = x[rows % 12], settings[(rows // 12 * 2 + rows) % 7].T.contiguous()
+    expected = ops.threshold(logits, t, k.long(), p, m)
+    ours = threshold.threshold(logits, t, k.long(), p, m)
+    same(f"threshold {vocab}", ours.view(torch.int32), expected.view(torch.int32), 0)  # the same bits
+    assert expected.isfinite().any() and expected.isneginf().any()
 try:  # control
     same("control", rms_norm.rms_norm(r, w, 1e-6, None), ops.rms_norm(r, w, 1e-1))
 except AssertionError:

@@ -186,10 +186,13 @@ def test_filters_are_applied_in_vllms_order():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_rows_that_are_broken_or_greedy_keep_all(dtype):
-    logits = randn(6, 100, dtype=dtype)
+    logits = randn(8, 100, dtype=dtype)
     logits[0, 3], logits[1, 3], logits[2] = torch.nan, torch.inf, -torch.inf
-    theta = ops.threshold(logits, torch.tensor([1.0, 1.0, 1.0, 0.0, torch.nan, 1.0]), *rows(6, 1.0, 3, 0.5, 0.1)[1:])
-    assert torch.equal(theta == -torch.inf, torch.tensor([True] * 5 + [False]))
+    temperatures = torch.tensor([1.0, 1.0, 1.0, 0.0, torch.nan, 1e-40, 1e-36, 1.0])
+    for setting in ((3, 0.5, 0.1), (0, 0.5, 0.0), (0, 1.0, 0.1)):
+        theta = ops.threshold(logits, temperatures, *rows(8, 1.0, *setting)[1:])
+        assert torch.equal(theta == -torch.inf, torch.tensor([True] * 6 + [False] * 2))
+        assert (logits[6] >= theta[6]).sum() == 1  # the likeliest has it all
 
 
 def test_masked_tokens_are_dropped_by_any_limit_that_needs_fewer():
