@@ -161,7 +161,11 @@ PROMPTS = Section(
     "every",
     (
         Metric("rollout/turns", "turns that were drawn / completions; NaN in a step that draws none", "turns"),
-        Metric("perf/prefill_tokens", "tokens of prompts that the sampler computed", "tokens"),
+        Metric(
+            "perf/prefill_tokens",
+            "tokens of prompts that the sampler computed; what is computed again after a preemption is not counted",
+            "tokens",
+        ),
         Metric("perf/cached_tokens", "tokens of prompts that the sampler took from its prefix cache", "tokens"),
         Metric(
             "perf/later_prefill_tokens",

@@ -57,6 +57,16 @@ def unproven_problems(args: "GRPOConfig", *said: str) -> list[str]:
     return [f"{one}: proven on CPUs alone so far, not on {args.device.type}; remove it, or train on a CPU" for one in said]
 
 
+def truncates() -> bool:
+    """Say whether exact mode takes truncated sampling here: a GPU, on which its kernels have not run yet, only to try them."""
+    return not torch.cuda.is_available() or attention.unproven_allowed()
+
+
+def truncation_unproven(args: "GRPOConfig", *said: str) -> list[str]:
+    """Refuse settings of truncated sampling as `unproven_problems` does, unless they may be tried here."""
+    return [] if truncates() else [f"{line}; {TRY}" for line in unproven_problems(args, *said)]
+
+
 def cuda_problems(dtype: torch.dtype) -> Iterator[str]:
     """Yield one line for each reason why this machine's GPU cannot run exactly."""
     major, minor = torch.cuda.get_device_capability()

@@ -104,15 +104,15 @@ def _setting(name: str, kind: type[int] | type[float]) -> Callable[[str], float]
 
 def _truncation_problems(options: argparse.Namespace) -> list[str]:
     """Refuse truncated sampling where the two sides would keep other tokens, or where its kernel was not proven yet."""
-    import torch
-
     if not (truncation := Truncation.of(options)):
         return []
+    from rlinvariant.support import TRY, truncates
+
     given = ", ".join(f"--{name.replace('_', '-')}" for name in (one.partition("=")[0] for one in truncation.settings()))
     if options.invariance not in ("exact", "off"):
         return [f"{given}: expected --invariance exact or off: the stock side keeps other tokens"]
-    if options.invariance == "exact" and torch.cuda.is_available():
-        return [f"{given}: proven on CPUs alone so far; remove it, or hide the GPU (CUDA_VISIBLE_DEVICES=)"]
+    if options.invariance == "exact" and not truncates():
+        return [f"{given}: proven on CPUs alone so far; remove it, or hide the GPU (CUDA_VISIBLE_DEVICES=); {TRY}"]
     return []
 
 

@@ -100,7 +100,11 @@ def _kth(keys, k, low, high):
 @triton.jit
 def _settings(t_ptr, k_ptr, p_ptr, top, row, vocab):
     """Return which of top-k and top-p a row asks for, whether it is one that can be cut, and 1 / temperature in octaves."""
-    k, p, scale = tl.load(k_ptr + row), tl.load(p_ptr + row), tl.div_rn(tl.full((), 1.44269504, tl.float32), tl.load(t_ptr + row))
+    k, p, scale = (
+        tl.load(k_ptr + row),
+        tl.load(p_ptr + row),
+        tl.div_rn(tl.full((), 1.44269504, tl.float32), tl.load(t_ptr + row)),
+    )
     right = (scale - scale == 0.0) & (top - top == 0.0)
     return right & (k > 0) & (k < vocab), right & (p < 1.0), right, scale
 

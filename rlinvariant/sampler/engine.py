@@ -33,6 +33,7 @@ from rlinvariant.sampler import adapters, plugin
 from rlinvariant.sampler import weights as synced
 from rlinvariant.sampler.names import ARCHITECTURE, QUANTIZATION
 from rlinvariant.sampler.refusals import refuse
+from rlinvariant.support import TRY, truncates
 from rlinvariant.types import JsonObject, Untyped
 
 if TYPE_CHECKING:
@@ -303,8 +304,8 @@ class Sampler:
             if (value := sampling.get(name)) is not None and not allows(value):
                 raise UserError(f"{name}={value}: expected {expected}")
         truncation = Truncation.of(SimpleNamespace(**{"top_k": 0, "top_p": 1.0, "min_p": 0.0, **sampling}))
-        if self.invariant and torch.cuda.is_available() and truncation:
-            raise UserError(f"{truncation}: proven on CPUs alone so far; remove it")
+        if self.invariant and truncation and not truncates():
+            raise UserError(f"{truncation}: proven on CPUs alone so far; remove it; {TRY}")
         from vllm import SamplingParams
 
         shared: dict[str, Any] = {"temperature": temperature, "max_tokens": max_tokens, "detokenize": False}

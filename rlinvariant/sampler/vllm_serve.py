@@ -23,6 +23,7 @@ from rlinvariant.rollout import RANGES
 from rlinvariant.sampler import adapters, plugin, vllm_guard
 from rlinvariant.sampler.engine import refuse
 from rlinvariant.sampler.names import ARCHITECTURE, NOT_ACTIVE, QUANTIZATION
+from rlinvariant.support import truncates
 from rlinvariant.text import say
 from rlinvariant.types import Untyped
 
@@ -207,7 +208,7 @@ class Requests(LogitsProcessor):
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
-        neutral, allowed = SamplingParams(), (*SHAPELESS_SETTINGS, *(() if torch.cuda.is_available() else RANGES))
+        neutral, allowed = SamplingParams(), (*SHAPELESS_SETTINGS, *(RANGES if truncates() else ()))
         refused = []
         for name in SamplingParams.__struct_fields__:
             value = getattr(sampling_params, name)

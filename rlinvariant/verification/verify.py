@@ -15,6 +15,7 @@ from rlinvariant.errors import UserError, one_line
 from rlinvariant.model_source import base_and_adapter
 from rlinvariant.models import lora as adapted
 from rlinvariant.report.console import Console
+from rlinvariant.support import truncates
 from rlinvariant.verification import adapters, certificate, controls, load, relations, speed, table, truncation, turns
 from rlinvariant.verification.certificate import Certificate
 from rlinvariant.verification.compositions import compositions
@@ -179,16 +180,16 @@ def _verify(asked: Options, scratch: str, console: Console) -> Certificate:
 def _checks(parts: _Parts) -> list[Callable[[], Relation]]:
     """Return what is compared, in order: `weight_sync` moves the weights, and the controls around it rely on that."""
     asked, pair = parts.asked, parts.pair
-    on_gpu = load.device() == "cuda"  # where truncated sampling was not proven yet, and is refused
+    also = truncates()
     limit = time.monotonic() + (0 if asked.short or asked.tokens else COMPOSITION_SECONDS)
     return [
         *(functools.partial(check, pair) for check in relations.BATCH_RELATIONS),
         lambda: turns.turns(pair),
-        *([] if on_gpu else [lambda: truncation.truncated(pair), lambda: truncation.rows_alone(pair)]),
+        *([lambda: truncation.truncated(pair), lambda: truncation.rows_alone(pair)] if also else []),
         lambda: compositions(pair, lambda: pair.tokens < (asked.tokens or 0) or time.monotonic() < limit),
         lambda: controls.one_ulp(pair, getattr(torch, asked.dtype)),
         lambda: turns.another_token(pair),
-        *([] if on_gpu else [lambda: truncation.all_tokens(pair), lambda: truncation.vllms_rows(pair)]),
+        *([lambda: truncation.all_tokens(pair), lambda: truncation.vllms_rows(pair)] if also else []),
         lambda: controls.stock_attention(pair),
         lambda: controls.stock_trainer(pair, parts.plain_model),
         *([functools.partial(check, pair) for check in ADAPTER_CONTROLS] if parts.ranks else []),
