@@ -48,38 +48,43 @@ class Adapters:
         layer.weight.data = self.wide[:, :k]
         self.sizes, self.k = list(layer.parts), k
         self.packed: dict[int, list[Tensor | None]] = {}
-        self.alone: dict[int, Tensor] = {}  # copies of projections without an adapter, whose rows lie apart here
+        # Copies of projections without an adapter, whose rows lie apart in `wide`
+        self.alone = {i: rows.contiguous() for i, rows in enumerate(self._held()) if i not in ranks}
 
-    def operands(self) -> list[Tensor]:
-        """Return what each projection multiplies by: [n, K + R] with an adapter, [n, K] without, both contiguous."""
-        found = []
-        for part, rows in enumerate(self.wide.split(self.sizes)):
-            if part not in self.ranks and part not in self.alone:
-                self.alone[part] = rows[:, : self.k].contiguous()
-            found.append(self.alone.get(part, rows))
-        return found
+    def refresh(self) -> None:
+        """Copy anew what is multiplied by in a copy. In place: compiled code and CUDA graphs read where the copies lie."""
+        held = self._held()
+        for part, copy in self.alone.items():
+            copy.copy_(held[part])
 
     def pack(self, bias: bool) -> None:
         """Pack anew what each projection multiplies by, for the number of threads set now."""
-        self.alone = {}
-        packed = [pack_weight(x, [len(x)], bias) for x in self.operands()]
-        self.packed = {torch.get_num_threads(): packed}
+        self.packed = {torch.get_num_threads(): [pack_weight(x, [len(x)], bias) for x in self._operands()]}
 
     def stale(self) -> bool:
         """Return whether a copy that is multiplied by has other bytes than what it was made from."""
-        rows = self.wide.split(self.sizes)
-        right = [part if i in self.ranks else part[:, : self.k] for i, part in enumerate(rows)]
-        copies = [(copy, right[i]) for i, copy in self.alone.items()]
+        held = self._held()
+        copies = [(copy, held[i]) for i, copy in self.alone.items()]
         for packed in self.packed.values():
-            copies += [(copy.to_dense(), of) for copy, of in zip(packed, right, strict=True) if copy is not None]
+            copies += [(copy.to_dense(), of) for copy, of in zip(packed, held, strict=True) if copy is not None]
         return not all(bits.same(copy, of) for copy, of in copies)
+
+    def _held(self) -> list[Tensor]:
+        """Return views of each projection's weight: [n, K + R] with an adapter, [n, K] without."""
+        rows = self.wide.split(self.sizes)
+        return [part if i in self.ranks else part[:, : self.k] for i, part in enumerate(rows)]
+
+    def _operands(self) -> list[Tensor]:
+        """Return what each projection multiplies by: what `_held` does, all contiguous."""
+        return [self.alone.get(i, part) for i, part in enumerate(self.wide.split(self.sizes))]
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return the products of all projections, side by side, for x [*rows, K]."""
         biases = [None] * len(self.sizes) if bias is None else bias.split(self.sizes)
-        packed = self.packed.get(torch.get_num_threads()) or [None] * len(self.sizes)
+        none = [None] * len(self.sizes)
+        packed = self.packed.get(torch.get_num_threads(), none) if self.packed else none  # the compiler knows no threads
         parts = []
-        for part, weight in enumerate(self.operands()):
+        for part, weight in enumerate(self._operands()):
             how = biases[part], packed[part]
             adapted = part in self.ranks
             parts.append(ops.wide_linear(x, weight, self.a[part], *how) if adapted else ops.linear(x, weight, *how))
@@ -103,9 +108,11 @@ def attach(model: nn.Module) -> None:
 
 
 def load(model: nn.Module, weights: Pairs) -> None:
-    """Copy adapters into their slots, rounded to the engine's dtype."""
+    """Copy adapters into their slots, rounded to the engine's dtype; and renew the copies, of a base that may have changed."""
     for name, weight in weights:
         _slot(model, name).copy_(weight)
+    for held in layers(model).values():
+        held.refresh()
 
 
 def differing(model: nn.Module, weights: Pairs) -> list[str]:

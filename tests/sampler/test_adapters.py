@@ -10,6 +10,8 @@ from peft import LoraConfig
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from rlinvariant import bits, ops
+from rlinvariant.bits import assert_bits_equal
 from rlinvariant.models import lora, make_trainable
 from rlinvariant.models.families import FAMILIES
 from rlinvariant.models.random import save_random
@@ -20,6 +22,7 @@ from rlinvariant.verification.adapters import merged, without, without_padding
 from rlinvariant.verification.controls import stale_weights
 from rlinvariant.verification.relations import alone, checkpointed, one_by_one, sampler_and_trainer, weight_sync
 from rlinvariant.verification.start import pair_of
+from tests.ladders import randn
 from tests.parity.device import DEVICE, cpu_only
 
 pytestmark = cpu_only("adapters are refused on a GPU so far")
@@ -85,6 +88,31 @@ def test_a_copy_that_is_multiplied_by_is_compared(sides):
     holder.wide.copy_(own)
     assert any(name.endswith(".weight (copy)") for name in found)
     assert sides.sampler.differing_weights(weights) == []
+
+
+def test_compiled_code_follows_a_sync():
+    """On a GPU vLLM compiles the layers, whole and without guards: code that makes a copy, or asks for threads, is no use there.
+
+    Control: without the refresh, the projection that has no adapter keeps its old weight, and that is named.
+    """
+    layer = SimpleNamespace(weight=torch.nn.Parameter(randn(48, 32, dtype=torch.bfloat16)), parts=[16, 16, 16])
+    held, x = adapters.Adapters(layer, {0: 4, 2: 4}), randn(5, 32, dtype=torch.bfloat16, seed=1)
+    compiled = torch.compile(lambda x: held(x, None), fullgraph=True, backend="eager")
+    before = compiled(x)
+    with torch.no_grad():
+        layer.weight.copy_(randn(48, 32, seed=2))
+        for part in (0, 2):
+            held.slot(part, lora.A).copy_(randn(4, 32, seed=3))
+            held.slot(part, lora.B).copy_(randn(16, 4, seed=4))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        after = compiled(x)
+        assert held.stale() and bits.same(after[:, 16:32], before[:, 16:32])
+        held.refresh()
+        assert not held.stale()
+        first, middle, last = layer.weight.split(16)
+        adapted = [ops.lora_linear(x, w, held.slot(i, lora.A), held.slot(i, lora.B)) for i, w in ((0, first), (2, last))]
+        right = torch.cat([adapted[0], ops.linear(x, middle), adapted[1]], -1)
+        assert_bits_equal(compiled(x), right, "compiled, after a sync")
 
 
 def test_adapters_are_synced_alone(sides):
