@@ -63,7 +63,7 @@ def of_model(model: str, cuda: bool) -> Iterator[Finding]:
         except UserError as error:
             yield from (Finding("adapters", "problem", line, False) for line in str(error).splitlines())
             return
-        proven = "; proven on CPUs alone so far: train, eval, serve and replay refuse them on a GPU" if cuda else ""
+        proven = "; proven on CPUs alone so far: train, eval and serve refuse them on a GPU" if cuda else ""
         yield Finding("adapters", "problem" if cuda else "ok", f"{lora.in_words(ranks)}{proven}")
     yield certified(model, config, ranks)
 

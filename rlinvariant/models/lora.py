@@ -12,6 +12,7 @@ A: [R, K] of an adapter, B: [N, R], for a weight [N, K]; R is the adapter's rank
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +26,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 A, B = "lora_A.weight", "lora_B.weight"
+TAKEN = frozenset(
+    """task_type peft_type auto_mapping peft_version base_model_name_or_path inference_mode r lora_alpha use_rslora
+    target_modules exclude_modules layers_to_transform layers_pattern init_lora_weights""".split()
+)
+"""Fields of `peft.LoraConfig` that may have any value; of all others, and those of later releases, the default is expected."""
 
 
 class LoraLinear(nn.Module):
@@ -60,22 +66,13 @@ def problems(config: Untyped) -> Iterator[str]:
     if getattr(config, "peft_type", None) != "LORA":  # an enum of strings
         yield f"peft_config={type(config).__name__}: expected a peft.LoraConfig"
         return
-    neutral = {
-        "lora_dropout": (0, 0.0),
-        "use_dora": (False,),
-        "modules_to_save": (None, []),
-        "target_parameters": (None, []),
-        "bias": ("none",),
-        "layer_replication": (None,),
-        "rank_pattern": ({},),
-        "alpha_pattern": ({},),
-        "lora_bias": (False,),
-        "trainable_token_indices": (None,),
-        "init_lora_weights": (True, "gaussian"),
-    }
-    for key, allowed in neutral.items():
-        if (value := getattr(config, key, allowed[0])) not in allowed:
-            yield f"peft_config.{key}={value}: expected {allowed[0]}: exact adapters have no {key.removeprefix('use_')}"
+    found = {field.name: (getattr(config, field.name), field) for field in fields(config) if field.name not in TAKEN}
+    for key, (value, field) in found.items():
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        if value != default and (value or default):  # None, [] and {} are one
+            yield f"peft_config.{key}={value}: expected {default}: exact adapters have no {key.removeprefix('use_')}"
+    if config.init_lora_weights not in (True, "gaussian"):
+        yield f"peft_config.init_lora_weights={config.init_lora_weights}: expected True or gaussian"
     if config.inference_mode:
         yield "peft_config.inference_mode=True: expected False: nothing would be trained; load it with is_trainable=True"
     targets = {config.target_modules} if isinstance(config.target_modules, str) else set(config.target_modules or ())

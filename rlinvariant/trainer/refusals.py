@@ -94,6 +94,8 @@ def settings_problems(
             found.append(f"model={type(model).__name__}: expected PEFT's; use get_peft_model in place of add_adapter")
         if own and model is not None and (others := lora.outside(model)):
             found.append(f"model: has an adapter of {others[0]}: expected projections of the decoder alone")
+        if own and model is not None and (moved := [name for name, weight in lora.base(model) if weight.requires_grad]):
+            found.append(f"model: {moved[0]}.requires_grad=True: expected a frozen base, of which nothing is synced; freeze it")
         if len(own) > 1:
             found.append(f"model: expected one adapter, found {len(own)}; delete the others (model.delete_adapter)")
         elif own and "default" not in own:

@@ -83,6 +83,9 @@ REFUSED = {
     "init_lora_weights": "pissa",
     "rank_pattern": {"q_proj": 3},
     "target_parameters": ["weight"],
+    "alora_invocation_tokens": [5, 6],
+    "fan_in_fan_out": True,
+    "revision": "v2",
 }
 
 

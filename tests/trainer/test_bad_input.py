@@ -49,7 +49,7 @@ def test_all_conflicts_come_at_once(refused):
 def test_adapters_that_cannot_be_exact_are_refused(refused):
     assert refused(peft_config=object()) == ["peft_config=object: expected a peft.LoraConfig"]
     dropout = LoraConfig(lora_dropout=0.1)
-    assert refused(peft_config=dropout) == ["peft_config.lora_dropout=0.1: expected 0: exact adapters have no lora_dropout"]
+    assert refused(peft_config=dropout) == ["peft_config.lora_dropout=0.1: expected 0.0: exact adapters have no lora_dropout"]
     (line,) = refused(peft_config=LoraConfig(), invariance="trainer")
     assert line.startswith("peft_config: expected None with invariance=trainer: a stock engine takes whole weights")
 
@@ -69,6 +69,8 @@ def test_a_model_with_adapters_of_another_form_is_refused(tmp_path):
     assert len(beside) == 1 + CUDA and "with a model that has an adapter" in beside[-1]
     assert lines(added)[-1].startswith("model=LlamaForCausalLM: expected PEFT's; use get_peft_model")
     assert lines(named)[-1].endswith("found mine") and len(lines(right)) == CUDA
+    right.get_base_model().model.norm.weight.requires_grad_(True)
+    assert lines(right)[-1].startswith("model: model.norm.weight.requires_grad=True: expected a frozen base")
 
 
 @pytest.mark.parametrize(
