@@ -91,7 +91,7 @@ def test_a_copy_that_is_multiplied_by_is_compared(sides):
 
 
 def test_compiled_code_follows_a_sync():
-    """On a GPU vLLM compiles the layers, whole and without guards: code that makes a copy, or asks for threads, is no use there.
+    """On a GPU vLLM compiles the layers whole, without guards: what they run may neither make a copy nor ask for threads.
 
     Control: without the refresh, the projection that has no adapter keeps its old weight, and that is named.
     """
