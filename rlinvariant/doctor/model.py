@@ -59,10 +59,12 @@ def of_model(model: str, cuda: bool) -> Iterator[Finding]:
     ranks = {}
     if adapter is not None:
         try:
-            ranks = adapter_files.read(adapter).ranks
+            found = adapter_files.read(adapter)
+            found.require_fit(net)
         except UserError as error:
             yield from (Finding("adapters", "problem", line, False) for line in str(error).splitlines())
             return
+        ranks = found.ranks
         proven = "; proven on CPUs alone so far: train, eval and serve refuse them on a GPU" if cuda else ""
         yield Finding("adapters", "problem" if cuda else "ok", f"{lora.in_words(ranks)}{proven}")
     yield certified(model, config, ranks)

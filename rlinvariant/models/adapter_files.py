@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlinvariant.errors import ConfigErrors, UserError, one_line
 from rlinvariant.install import install_hint
@@ -29,6 +30,7 @@ MERGE = "merge it: rlinvariant merge"
 class Adapter:
     """Holds what a directory has: PEFT's configuration, and `weights` as `lora.adapters` gives them, float32 on the CPU."""
 
+    directory: str
     config: Untyped
     weights: list[tuple[str, Tensor]]
 
@@ -36,6 +38,24 @@ class Adapter:
     def ranks(self) -> dict[str, int]:
         """Return the rank of each adapter by the name of its projection, as `Sampler` takes them."""
         return {name.removesuffix(f".{A}"): len(a) for name, a in self.weights if name.endswith(A)}
+
+    def require_fit(self, model: nn.Module) -> None:
+        """Compare shapes with those of a Hugging Face model's projections. Raises UserError for the first that does not fit."""
+        shapes = {name: m.weight.shape for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+        for name, weight in self.weights:
+            projection, r = name.removesuffix(f".{A}").removesuffix(f".{B}"), self.config.r
+            n, k = shapes.get(projection, (0, 0))
+            if (expected := [r, k] if name.endswith(A) else [n, r]) != [*weight.shape]:
+                why = f"expected {expected}" if n else f"{type(model).__name__} has no such projection"
+                fix = "name their own in adapter_config.json, base_model_name_or_path"
+                raise UserError(f"{self.directory}: {name} is {[*weight.shape]}: {why}: are they another model's? {fix}")
+
+    def require_fit_to(self, base: str) -> None:
+        """Do what `require_fit` does for the model of a directory or hub id, which is made here without memory."""
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            self.require_fit(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base, trust_remote_code=False)))
 
 
 def read(directory: str | Path) -> Adapter:
@@ -62,7 +82,7 @@ def read(directory: str | Path) -> Adapter:
         if weight.dim() != 2 or rank != config.r:
             raise UserError(f"{path}: {name} is {[*weight.shape]}: expected r={config.r}, as adapter_config.json says")
         weights.append((plain(name), weight.float() * (scaling if name.endswith(B) else 1)))
-    return Adapter(config, weights)
+    return Adapter(str(directory), config, weights)
 
 
 def configuration(directory: str | Path) -> Untyped:
@@ -88,6 +108,7 @@ def loaded(model: "PreTrainedModel", directory: str | Path) -> Untyped:
         UserError: as `read`; and where the adapters are another model's.
     """
     found = read(directory)
+    found.require_fit(model)
     from peft import PeftModel
 
     try:

@@ -26,9 +26,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 A, B = "lora_A.weight", "lora_B.weight"
-TAKEN = frozenset(
-    """task_type peft_type auto_mapping peft_version base_model_name_or_path inference_mode r lora_alpha use_rslora
-    target_modules exclude_modules layers_to_transform layers_pattern init_lora_weights""".split()
+TAKEN = (
+    *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "inference_mode"),
+    *("r", "lora_alpha", "use_rslora", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    "init_lora_weights",
 )
 """Fields of `peft.LoraConfig` that may have any value; of all others, and those of later releases, the default is expected."""
 

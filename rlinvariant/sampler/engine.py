@@ -181,6 +181,8 @@ class Sampler:
             if invariant:
                 if positions is None:
                     positions = refuse(options or {}, str(model), dtype, max_model_len)
+                if adapter is not None:
+                    adapter.require_fit_to(str(model))
                 arguments["max_model_len"] = max_model_len or positions  # vLLM's own default may be beyond the rotary table
                 plugin.load()
                 plugin.register_class()

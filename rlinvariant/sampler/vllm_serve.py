@@ -163,14 +163,16 @@ def prepare(args: Untyped, default: Untyped) -> None:
         problems.append(f"MODEL={adapter}: adapters are proven on CPUs alone so far; {adapter_files.MERGE} {adapter}")
     if problems:
         raise ConfigErrors(problems)
+    found = None if adapter is None else adapter_files.read(adapter)  # faults are said here, not in the engine's process
     if adapter is not None:
-        adapter_files.read(adapter)  # what is wrong with it is said here, and not in the engine's process
         args.additional_config = {ADAPTER_KEY: os.path.abspath(adapter)}
         args.served_model_name = args.served_model_name or [named]
         if args.tokenizer is None and os.path.isfile(os.path.join(adapter, "tokenizer_config.json")):
             args.tokenizer = adapter
     longest = args.max_model_len if isinstance(args.max_model_len, int) and args.max_model_len > 0 else None
     positions = refuse({}, args.model, args.dtype, otherwise="use vllm serve")
+    if found is not None:
+        found.require_fit_to(args.model)
     if longest is not None and longest > positions:
         raise ConfigErrors([f"--max-model-len {longest}: expected at most {positions}, the model's positions; lower it"])
     args.max_model_len = args.max_model_len or positions  # vLLM's own default may be beyond the rotary table

@@ -48,6 +48,11 @@ def of_weights(rename):
     return change
 
 
+def drop_a_layer(directory: Path) -> None:
+    file = directory / adapter_files.WEIGHTS
+    save_file({name: weight for name, weight in load_file(file).items() if "layers.1" not in name}, file)
+
+
 DAMAGES = {
     "no weights": (lambda d: (d / adapter_files.WEIGHTS).unlink(), r"adapter_model\.safetensors: missing"),
     "cut": (lambda d: (d / adapter_files.WEIGHTS).write_bytes(b"\0" * 40), r"safetensors: cannot be read"),
@@ -55,7 +60,11 @@ DAMAGES = {
     "dropout": (configured(lora_dropout=0.1), r"lora_dropout=0\.1: expected 0"),
     "another rank": (configured(r=4), r"lora_A\.weight is \[8, \d+\]: expected r=4|lora_B"),
     "a lone A": (of_weights(lambda n: n.replace("lora_B", "lora_C")), "expected pairs ending in lora_A.weight"),
-    "another model's": (of_weights(lambda n: n.replace("layers.1", "layers.7")), r"are they another model's\?"),
+    "another model's": (
+        of_weights(lambda n: n.replace("layers.1", "layers.7")),
+        r"no such projection: are they another model's\?",
+    ),
+    "too few": (drop_a_layer, r"missing from the file: are they another model's\?"),
 }
 
 
@@ -67,6 +76,19 @@ def test_what_cannot_be_read_is_one_line(saved, tmp_path, damage):
     with pytest.raises(UserError, match=line) as raised:
         adapter_files.loaded(build("llama"), tmp_path / "adapter")
     assert "\n" not in str(raised.value)
+
+
+def test_adapters_of_another_width_are_one_line(saved, tmp_path):
+    """PEFT's own error was a page, doctor saw nothing, and an engine failed after it had loaded the base."""
+    found, wider = adapter_files.read(saved), build("llama").config
+    found.require_fit(build("llama"))
+    wider.save_pretrained(tmp_path)
+    found.require_fit_to(str(tmp_path))
+    wider.intermediate_size += 8
+    wider.save_pretrained(tmp_path)
+    line = r"adapter0: model\.layers\.0\.mlp\.down_proj\.lora_A\.weight is \[8, \d+\]: expected \[8, \d+\]: are they another"
+    with pytest.raises(UserError, match=line):
+        found.require_fit_to(str(tmp_path))
 
 
 def test_the_base_is_the_one_that_peft_names(tmp_path):

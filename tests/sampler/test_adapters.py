@@ -91,9 +91,9 @@ def test_a_copy_that_is_multiplied_by_is_compared(sides):
 
 
 def test_compiled_code_follows_a_sync():
-    """On a GPU vLLM compiles the layers whole, without guards: what they run may neither make a copy nor ask for threads.
+    """vLLM compiles the layers on a GPU, whole and without guards: they may neither make a copy nor ask for threads there.
 
-    Control: without the refresh, the projection that has no adapter keeps its old weight, and that is named.
+    Control: before the refresh, the projection that has no adapter is multiplied by its old weight, and `stale` says so.
     """
     layer = SimpleNamespace(weight=torch.nn.Parameter(randn(48, 32, dtype=torch.bfloat16)), parts=[16, 16, 16])
     held, x = adapters.Adapters(layer, {0: 4, 2: 4}), randn(5, 32, dtype=torch.bfloat16, seed=1)
