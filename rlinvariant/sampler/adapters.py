@@ -76,7 +76,7 @@ class Adapters:
 
     def _operands(self) -> list[Tensor]:
         """Return what each projection multiplies by: what `_held` does, all contiguous."""
-        return [self.alone[i] if i in self.alone else part for i, part in enumerate(self.wide.split(self.sizes))]
+        return [part if i in self.ranks else self.alone[i] for i, part in enumerate(self.wide.split(self.sizes))]
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return the products of all projections, side by side, for x [*rows, K]."""
