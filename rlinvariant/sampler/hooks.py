@@ -94,9 +94,22 @@ EITHER: tuple[tuple[str, ...], ...] = (
     ),
 )
 """Hooks of which a release has one: vllm_model.py has a method for each."""
+FIELDS: dict[str, tuple[str, ...]] = {
+    "vllm.v1.attention.backend:CommonAttentionMetadata": (
+        "query_start_loc",
+        "seq_lens",
+        "num_actual_tokens",
+        "max_query_len",
+        "max_seq_len",
+        "block_table_tensor",
+        "slot_mapping",
+        "causal",
+    ),
+    "vllm.config.compilation:CompilationConfig": ("static_forward_context", "max_cudagraph_capture_size", "mode"),
+}
+"""Fields that are read off what vLLM hands over, by their class."""
 NAMES: tuple[str, ...] = (
     "vllm.v1.attention.backend:AttentionCGSupport",
-    "vllm.v1.attention.backend:CommonAttentionMetadata",
     "vllm.v1.outputs:LogprobsTensors",
     "vllm.v1.outputs:SamplerOutput",
     "vllm.v1.sample.logits_processor:MinPLogitsProcessor",

@@ -23,7 +23,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from rlinvariant import runtime
 from rlinvariant.sampler import engine, plugin, vllm_model, vllm_serve
-from rlinvariant.sampler.hooks import GPU_HOOKS, HOOKS, NAMES
+from rlinvariant.sampler.hooks import FIELDS, GPU_HOOKS, HOOKS, NAMES
 from tests.parity.device import BLOCK, CUDA
 
 VERSION = "0.26." if CUDA else "0.32."
@@ -71,6 +71,11 @@ def test_hooks_are_as_listed(hook):
 @pytest.mark.parametrize("name", NAMES)
 def test_names_are_there(name):
     assert resolved(name) is not None
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_fields_are_there(name):
+    assert set(FIELDS[name]) <= set(vars(resolved(name))["__annotations__"])
 
 
 @pytest.mark.parametrize("function", SIGNATURES, ids=lambda f: f.__qualname__)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from rlinvariant.sampler.hooks import EITHER, GPU_HOOKS, HOOKS, NAMES
+from rlinvariant.sampler.hooks import EITHER, FIELDS, GPU_HOOKS, HOOKS, NAMES
 from rlinvariant.support import RELEASES
 
 pytestmark = pytest.mark.contract
@@ -69,6 +69,12 @@ class Wheel:
             return found[1] if found and isinstance(found[1], Function) else None
         return self._method(*found, method)
 
+    def fields(self, path: str) -> set[str]:
+        """Return the annotated names of a class, "module:Class"."""
+        found = self.find(*path.split(":"))
+        body = found[1].body if found and isinstance(found[1], ast.ClassDef) else []
+        return {n.target.id for n in body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
+
     def _method(self, module: str, owner: ast.AST, name: str) -> Function | None:
         if not isinstance(owner, ast.ClassDef):
             return None
@@ -117,8 +123,14 @@ def test_every_name_is_there(wheel):
     assert not [name for name in NAMES if wheel.find(*name.split(":")) is None], wheel.name
 
 
+def test_every_field_is_there(wheel):
+    assert not {path: missing for path, names in FIELDS.items() if (missing := {*names} - wheel.fields(path))}, wheel.name
+
+
 def test_a_hook_that_is_not_there_is_found(wheel):
     """Control."""
+    assert wheel.fields("vllm.v1.attention.backend:CommonAttentionMetadatas") == set()
+    assert "seq_lens_of_old" not in wheel.fields("vllm.v1.attention.backend:CommonAttentionMetadata")
     assert wheel.function("vllm.v1.sample.sampler:Sampler.backward") is None
     assert wheel.function("vllm.v1.sample.samplers:Sampler.forward") is None
     assert wheel.find("vllm.v1.outputs", "NoSuchName") is None
