@@ -70,6 +70,25 @@ def test_no_two_of_many_small_changes_collide():
     assert [len(kept) for kept in seen] == [3000, 3000]
 
 
+def cancelling(mix, words: torch.Tensor, flipped: int) -> list[int]:
+    """Return, for each sum, how many changes of one word, the same in all, another place's change takes back."""
+    index = torch.arange(len(words))
+    moved = [after - before for before, after in zip(mix(index, words), mix(index, words ^ flipped), strict=True)]
+    return [int(torch.isin(change, -change).sum()) for change in moved]
+
+
+@pytest.mark.parametrize("flipped", [-(2**63), 2**62, 2**31, -(2**63) + 2**31], ids=hex)
+def test_no_two_signs_that_change_cancel(flipped):
+    """A word of 8 bytes ends with a sign: zeros that become -0.0, numbers that become their negatives."""
+
+    def weak(index, words):
+        return (checksums._folded(checksums._folded(checksums._folded(index * checksums.M1) ^ words) * checksums.M3),)
+
+    for words in (torch.zeros(60_000, dtype=torch.int64), random((60_000, 2), torch.float32).view(torch.int64)[:, 0]):
+        assert cancelling(checksums._mixed, words, flipped) == [0, 0]
+        assert cancelling(weak, words, -(2**63))[0] > 0, "control: a product fewer"
+
+
 def test_a_digest_tells_names_shapes_and_dtypes_apart():
     x = random((4, 6), torch.float32)
     found = [
