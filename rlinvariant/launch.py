@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from rlinvariant import deadline
 from rlinvariant.errors import OK, Stopped, UserError, one_line
 from rlinvariant.text import shown
+from rlinvariant.types import JsonRow
 
 LAUNCHER = "RLINVARIANT_LAUNCHER"
 """The environment's name of the process that this one ends with; its own number if it ends with none."""
@@ -81,7 +82,7 @@ def _content(machine: str | None) -> Mapping[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def shard_variables(content: Mapping[str, Any]) -> dict[str, str]:
+def shard_variables(content: JsonRow) -> dict[str, str]:
     """Return the variables that accelerate makes of what its file says of shards; none where it asks for none."""
     if content.get("distributed_type") != "FSDP":
         return {}

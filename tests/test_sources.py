@@ -38,6 +38,7 @@ EXCEPTIONS = {
     ("rlinvariant/stopping.py", "os.write"): "in a signal handler, where printing may be going on; a signal's name",
     ("rlinvariant/config/trl_fields.py", "print"): "for developers; a path and a version",
     ("rlinvariant/bench", "print"): "for developers; numbers of ours",
+    ("rlinvariant/models/adapter_files.py", "from_pretrained that may ask whether to run code"): "PEFT's: JSON and safetensors",
     ("rlinvariant/bench", "from_pretrained that may ask whether to run code"): "for developers; models that it makes itself",
 }
 """(file or directory, what) -> why it may."""

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from rlinvariant.kernels import attention
+from rlinvariant.types import Untyped
 
 HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)  # those of vLLM's key-value cache on a CPU
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # angles depend on the position alone, not on the sequence length
@@ -43,7 +44,7 @@ def unsupported(config, device: str = "cpu") -> Iterator[str]:
         yield "the checkpoint is quantised"
 
 
-def attention_form(config: Any) -> tuple[int, int | None, float | None]:
+def attention_form(config: Untyped) -> tuple[int, int | None, float | None]:
     """Return the head size of a model, the window of those layers that have one, and the cap of its scores."""
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     window = getattr(config, "sliding_window", None) if _slides(config) else None

@@ -9,6 +9,7 @@ other ones. With this tree a gradient's bits depend on the ranks' gradients alon
 W: processes, C: numbers that each of them reduces.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ def tree_sum(parts: list[Tensor]) -> Tensor:
     return parts[0]
 
 
-def reduce_scatter(whole: Tensor, group: Any = None) -> Tensor:
+def reduce_scatter(whole: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """Return this rank's part [C] of the sum over ranks of `whole` [W C]."""
     ranks = dist.get_world_size(group)
     found = torch.empty_like(whole)
@@ -35,7 +36,7 @@ def reduce_scatter(whole: Tensor, group: Any = None) -> Tensor:
     return tree_sum(list(found.view(ranks, -1).unbind(0)))
 
 
-def average(x: Tensor, group: Any = None) -> Tensor:
+def average(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """Return the mean over ranks of a tensor of one shape on all, on all of them."""
     ranks, flat = dist.get_world_size(group), x.detach().reshape(-1)
     whole = nn.functional.pad(flat, (0, -len(flat) % ranks))
@@ -48,11 +49,16 @@ def average(x: Tensor, group: Any = None) -> Tensor:
 class OrderedReduceScatter(ReduceScatter):
     """Takes the place of the reduce-scatter by which FSDP averages the gradients of a unit."""
 
-    def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(*size, dtype=dtype, device=device)
 
     def __call__(
-        self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: dist.ProcessGroup,
+        op: dist.ReduceOp.RedOpType,
+        async_op: bool = False,
     ) -> dist.Work | None:
         output_tensor.copy_(reduce_scatter(input_tensor, group))
         if op == dist.ReduceOp.AVG:

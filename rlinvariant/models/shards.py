@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from rlinvariant.checksums import Checksum, of, partial
 from rlinvariant.errors import UserError
+from rlinvariant.types import JsonObject
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -149,7 +150,7 @@ def _files(directory: Path) -> dict[str, Path]:
         return dict.fromkeys(file.keys(), directory / WEIGHTS)
 
 
-def optimizer_state(optimizer: Any) -> dict[str, Any]:
+def optimizer_state(optimizer: torch.optim.Optimizer) -> JsonObject:
     """Return an optimizer's state with this process's own rows in it."""
     state, found = optimizer.state_dict(), {}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -161,7 +162,7 @@ def optimizer_state(optimizer: Any) -> dict[str, Any]:
     return state | {"state": found}
 
 
-def as_shards(state: dict[str, Any], optimizer: Any) -> dict[str, Any]:
+def as_shards(state: JsonObject, optimizer: torch.optim.Optimizer) -> JsonObject:
     """Return what `optimizer_state` has returned with shards in the place of rows, laid out as the optimizer's parameters."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     found = {}

@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from rlinvariant.types import JsonRow
+from rlinvariant.types import JsonObject, JsonRow
 
 Rows: TypeAlias = Tensor | slice
 """The numbers of some rows of a batch, int64, or all of them."""
@@ -47,7 +47,7 @@ def lengths(batch: JsonRow) -> Tensor:
     return batch["prompt_mask"].sum(1) + batch["completion_mask"].sum(1)
 
 
-def rows_of(batch: Any, rows: Tensor, weight: float) -> dict[str, Any]:
+def rows_of(batch: JsonRow, rows: Tensor, weight: float) -> JsonObject:
     """Return a part of a batch: some rows of every tensor and list that has one entry for each row, and its share."""
     count, part = len(batch["completion_mask"]), dict[str, Any]()
     for key, value in batch.items():

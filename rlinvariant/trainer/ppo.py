@@ -4,7 +4,7 @@ TRL's clipped policy loss takes an advantage for each token as it stands; the ol
 mode are the trainer's own. What is added is the critic, beside the policy and never inside it: weight sync, checkpoints of the
 policy and TRL see a plain causal LM.
 
-Eight of TRL's methods are overridden here, and each calls the one below it:
+Ten of TRL's methods are overridden here, and each calls the one below it:
 
     _generate_single_turn                  refuses a completion without tokens
     _calculate_rewards                     keeps the rewards of this rank's completions
@@ -12,8 +12,9 @@ Eight of TRL's methods are overridden here, and each calls the one below it:
     _compute_loss                          trains the critic, and leaves TRL's own penalty out
     training_step                          prepares the optimizer step, or skips what is left of a rollout
     create_optimizer                       adds the critic's parameters
-    save_model, _save, _load_from_checkpoint
-                                           add the critic
+    create_scheduler                       adds them where weights are in shards
+    save_model                             gathers the critic there
+    _save, _load_from_checkpoint           add the critic
 """
 
 import copy

@@ -1,4 +1,4 @@
-"""What has run exactly on CPUs alone is refused on a GPU, unless it may be tried there."""
+"""A GPU refuses what has run exactly on CPUs alone, unless it may be tried there."""
 
 from types import SimpleNamespace
 
