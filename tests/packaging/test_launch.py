@@ -143,8 +143,12 @@ def test_what_cannot_stand_beside_shards_is_found_before_any_process_starts(said
 
 def test_a_machine_without_a_mistake_starts_its_shards(tmp_path):
     """The control of the refusals."""
-    code, launched, err = finish(start(tmp_path, "os._exit(3)", "machine=cpu2_fsdp2"))
-    assert code == 3 and sorted(line["rank"] for line in launched) == ["0", "1"], err
+    process = start(tmp_path, "signal.pause()", "machine=cpu2_fsdp2")  # the first to end would end the other before it says so
+    assert process.stdout is not None
+    said = [json.loads(process.stdout.readline()) for _ in range(2)]
+    os.killpg(process.pid, signal.SIGINT)
+    process.communicate()
+    assert sorted(line["rank"] for line in said) == ["0", "1"]
 
 
 @pytest.mark.parametrize("machine", ["cpu", "cpu2"])
