@@ -1,5 +1,6 @@
 """`rlinvariant train` starts a run as `accelerate launch train.py` does: which file, how often, what comes back."""
 
+import ast
 import os
 import signal
 import subprocess
@@ -145,7 +146,7 @@ def test_a_machine_without_a_mistake_starts_its_shards(tmp_path):
     """The control of the refusals."""
     process = start(tmp_path, "signal.pause()", "machine=cpu2_fsdp2")  # the first to end would end the other before it says so
     assert process.stdout is not None
-    said = [json.loads(process.stdout.readline()) for _ in range(2)]
+    said = [ast.literal_eval(process.stdout.readline()) for _ in range(2)]
     os.killpg(process.pid, signal.SIGINT)
     process.communicate()
     assert sorted(line["rank"] for line in said) == ["0", "1"]
