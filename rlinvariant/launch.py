@@ -194,6 +194,21 @@ def largest(number: int) -> int:
     return max(gather_object([number]))
 
 
+def raise_on_all(own: UserError | None) -> None:
+    """Raise this rank's error or, if it has none, the first of the others'; return if there is none. Every rank must call this.
+
+    Raises:
+        UserError: a rank has one.
+    """
+    from accelerate.utils import gather_object
+
+    errors = gather_object([None if own is None else str(own)])
+    if own is not None:
+        raise own
+    if found := [(rank, error) for rank, error in enumerate(errors) if error is not None]:
+        raise UserError(f"rank {found[0][0]}: {found[0][1]}")
+
+
 def launch(argv: Sequence[str], machine: str | None = None) -> int:
     """Run `rlinvariant train` in the processes that a machine file describes.
 

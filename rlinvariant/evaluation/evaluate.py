@@ -21,6 +21,7 @@ from rlinvariant.text import plural, shown
 from rlinvariant.tools.plain import plain_tools
 from rlinvariant.trainer.player import Player
 from rlinvariant.trainer.preflight import Start, Tooling, check_data, load_generation, load_tokenizer
+from rlinvariant.trainer.samples import or_none
 from rlinvariant.types import JsonObject
 
 MIXED = "no pass@k: rewards are not all 0 or 1; --pass R says from which reward on a completion passes"
@@ -136,12 +137,7 @@ def estimates(
 
 def _as_json(values: Sequence[float]) -> dict[str, float | None]:
     mean, error = estimate(values) if values else (math.nan, math.nan)
-    return {"mean": _or_none(mean), "error": _or_none(error), "problems": len(values)}
-
-
-def _or_none(value: float) -> float | None:
-    """Return None for NaN, which JSON does not have."""
-    return None if math.isnan(value) else value
+    return {"mean": or_none(mean), "error": or_none(error), "problems": len(values)}
 
 
 def _columns(row: dict[str, Any]) -> dict[str, str]:

@@ -37,6 +37,34 @@ def _load_keys(ptr, row, origin, key, queries, D: tl.constexpr, D_: tl.constexpr
     return tl.load(at, mask=(key < queries)[:, None] & (d < D)[None, :], other=0.0)
 
 
+@triton.jit
+def _load_tile(
+    q_ptr,
+    q_row,
+    q_head,
+    dout_ptr,
+    dout_row,
+    dout_head,
+    lse_ptr,
+    delta_ptr,
+    heads,
+    tile,
+    kv_head,
+    queries,
+    origin,
+    D: tl.constexpr,
+    D_: tl.constexpr,
+    M: tl.constexpr,
+    G: tl.constexpr,
+):
+    """Return what `load_rows` does, and of its rows dout [M, D_], the log-sum-exp in octaves and dout out, both [M]."""
+    q, query, head, live = load_rows(q_ptr, q_row, q_head, tile, kv_head, queries, origin, D, D_, M, G)
+    dout, _, _, _ = load_rows(dout_ptr, dout_row, dout_head, tile, kv_head, queries, origin, D, D_, M, G)
+    at = (origin + query) * heads + head
+    base = tl.load(lse_ptr + at, mask=live, other=0.0) * LOG2E
+    return q, query, head, live, dout, base, tl.load(delta_ptr + at, mask=live, other=0.0)
+
+
 @triton.jit(do_not_specialize=["window", "heads"])
 def _of_queries(
     q_ptr,
@@ -76,10 +104,8 @@ def _of_queries(
     tile = tl.cdiv(queries * G, M) - 1 - tl.program_id(0)
     if tile < 0:
         return
-    q, query, head, live = load_rows(q_ptr, q_row, q_head, tile, kv_head, queries, origin, D, D_, M, G)
-    dout, _, _, _ = load_rows(dout_ptr, dout_row, dout_head, tile, kv_head, queries, origin, D, D_, M, G)
-    base = tl.load(lse_ptr + (origin + query) * heads + head, mask=live, other=0.0) * LOG2E
-    delta = tl.load(delta_ptr + (origin + query) * heads + head, mask=live, other=0.0)
+    rows = q_ptr, q_row, q_head, dout_ptr, dout_row, dout_head, lse_ptr, delta_ptr, heads
+    q, query, head, live, dout, base, delta = _load_tile(*rows, tile, kv_head, queries, origin, D, D_, M, G)
     first = tl.maximum(0, tile * M // G - window + 1) // N * N if WINDOW else 0
     last = tl.minimum(queries, (tile * M + M - 1) // G + 1)
     dq = tl.zeros((M, D_), tl.float32)
@@ -142,10 +168,8 @@ def _of_keys(
     last = tl.minimum(queries, start + N - 1 + window) if WINDOW else queries
     dk, dv = tl.zeros((N, D_), tl.float32), tl.zeros((N, D_), tl.float32)
     for tile in range(start * G // M, tl.cdiv(last * G, M)):
-        q, query, head, live = load_rows(q_ptr, q_row, q_head, tile, kv_head, queries, origin, D, D_, M, G)
-        dout, _, _, _ = load_rows(dout_ptr, dout_row, dout_head, tile, kv_head, queries, origin, D, D_, M, G)
-        base = tl.load(lse_ptr + (origin + query) * heads + head, mask=live, other=0.0) * LOG2E
-        delta = tl.load(delta_ptr + (origin + query) * heads + head, mask=live, other=0.0)
+        rows = q_ptr, q_row, q_head, dout_ptr, dout_row, dout_head, lse_ptr, delta_ptr, heads
+        q, query, head, live, dout, base, delta = _load_tile(*rows, tile, kv_head, queries, origin, D, D_, M, G)
         seen = (key[:, None] <= query[None, :]) & live[None, :]
         if WINDOW:
             seen = seen & (key[:, None] > query[None, :] - window)

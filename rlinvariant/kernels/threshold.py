@@ -67,18 +67,24 @@ def _load(x_ptr, start, count, LANES: tl.constexpr):
 
 
 @triton.jit
+def _from(x_ptr, count, key, top, scale, BY_MASS: tl.constexpr, SHIFT: tl.constexpr, LANES: tl.constexpr):
+    """Return the number of the logits whose keys are `key` or more, or the sum of their masses, int64."""
+    total = tl.zeros((LANES,), tl.int64)
+    for start in range(0, count, LANES):
+        x, inside = _load(x_ptr, start, count, LANES)
+        weight = _masses(x, top, scale) if BY_MASS else inside.to(tl.int64)
+        total += tl.where(inside & (_keys(x, SHIFT) >= key), weight, 0)
+    return tl.sum(total, 0)
+
+
+@triton.jit
 def _largest(x_ptr, count, need, low, top, scale, BY_MASS: tl.constexpr, SHIFT: tl.constexpr, LANES: tl.constexpr):
     """Return the largest key from which up the list's tokens, or their masses, are `need` or more; `low` if there is none."""
     low = low.to(tl.int64)
     high = _keys(top, SHIFT).to(tl.int64) + 1
     while high - low > 1:
         middle = (low + high) >> 1
-        total = tl.zeros((LANES,), tl.int64)
-        for start in range(0, count, LANES):
-            x, inside = _load(x_ptr, start, count, LANES)
-            weight = _masses(x, top, scale) if BY_MASS else inside.to(tl.int64)
-            total += tl.where(inside & (_keys(x, SHIFT) >= middle), weight, 0)
-        enough = tl.sum(total, 0) >= need
+        enough = _from(x_ptr, count, middle, top, scale, BY_MASS, SHIFT, LANES) >= need
         low = tl.where(enough, middle, low)
         high = tl.where(enough, high, middle)
     return low.to(tl.int32)
@@ -247,19 +253,11 @@ def _chosen(
             low = tl.maximum(low, _largest(all_ptr, count, k, tl.maximum(low, cut), top, scale, False, SHIFT, LANES))
         if by_p:
             if by_k:
-                sums = tl.zeros((LANES,), tl.int64)
-                for start in range(0, count, LANES):
-                    x, inside = _load(all_ptr, start, count, LANES)
-                    sums += tl.where(inside & (_keys(x, SHIFT) >= low), _masses(x, top, scale), 0)
-                total = tl.sum(sums, 0)
+                total = _from(all_ptr, count, low, top, scale, True, SHIFT, LANES)
+            elif m > 0.0:  # of what min-p keeps, of which the list has a part alone
+                total = _from(logits_ptr + row * vocab, vocab, low, top, scale, True, SHIFT, LANES)
             else:
                 total = tl.sum(tl.load(sum_ptr + place * blocks + b, mask=b < blocks, other=0), 0)
-                if m > 0.0:  # of what min-p keeps; a mass is its key's, up to the last bit
-                    sums = tl.zeros((LANES,), tl.int64)
-                    for start in range(0, vocab, LANES):
-                        x, inside = _load(logits_ptr + row * vocab, start, vocab, LANES)
-                        sums += tl.where(inside & (_keys(x, SHIFT) < low), _masses(x, top, scale), 0)
-                    total -= tl.sum(sums, 0)
             need = tl.maximum(tl.ceil(p.to(tl.float64) * total.to(tl.float64)).to(tl.int64), 1)
             low = tl.maximum(low, _largest(all_ptr, count, need, tl.maximum(low, cut), top, scale, True, SHIFT, LANES))
         theta = _logit(low, SHIFT)

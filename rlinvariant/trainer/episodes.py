@@ -13,10 +13,10 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from accelerate.utils import gather_object
 from trl.trainer.utils import shutdown_event_loop_in_daemon
 
 from rlinvariant.errors import UserError, located
+from rlinvariant.launch import raise_on_all
 from rlinvariant.rewards.watchdog import OverdueReward, watchdog
 from rlinvariant.rollout import request_seed
 from rlinvariant.tools import Calls, Ended, Place
@@ -141,11 +141,7 @@ class Episodes:
         """
         own = own or self._calls.error
         self._calls.error = None
-        errors = gather_object([None if own is None else str(own)])
-        if own is not None:
-            raise own
-        if found := [(rank, error) for rank, error in enumerate(errors) if error is not None]:
-            raise UserError(f"rank {found[0][0]}: {found[0][1]}")
+        raise_on_all(own)
 
 
 class EpisodesTrainer(MeasuredTrainer):

@@ -9,12 +9,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import gather, gather_object
+from accelerate.utils import gather
 from torch import Tensor
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import shutdown_event_loop_in_daemon
 
 from rlinvariant.errors import UserError
+from rlinvariant.launch import raise_on_all
 from rlinvariant.rewards import RewardLimits, checked_reward
 from rlinvariant.rewards.watchdog import OverdueReward, watchdog
 
@@ -98,9 +99,5 @@ def call_rewards(trainer: GRPOTrainer, inputs: Any, prompts: Any, *completions: 
         atexit.unregister(shutdown_event_loop_in_daemon)  # it would wait for the loop
     if own is not None:  # TRL gathers once, after the last function: that is where the other ranks wait
         rewards_NF = gather(torch.zeros(len(prompts), len(trainer.reward_funcs), device=trainer.accelerator.device))
-    errors = gather_object([None if own is None else str(own)])
-    if own is not None:
-        raise own
-    if found := [(rank, error) for rank, error in enumerate(errors) if error is not None]:
-        raise UserError(f"rank {found[0][0]}: {found[0][1]}")
+    raise_on_all(own)
     return rewards_NF

@@ -332,8 +332,11 @@ class InvariantGRPOTrainer(DrawingTrainer):
         """
         if not self._must_be_equal:
             return
-        found = torch.tensor(float(self._record.first_mismatch is not None), device=self.accelerator.device)
-        if not self.accelerator.reduce(found, "sum").item():
+        different = self._record.first_mismatch is not None
+        if self.accelerator.num_processes > 1:
+            found = torch.tensor(float(different), device=self.accelerator.device)
+            different = bool(self.accelerator.reduce(found, "sum").item())
+        if not different:
             return
         record = self.record_type.merge(gather_object([self._record]))
         step, numbers = self.state.global_step + 1, record.onpolicy(self._clip_max)

@@ -3,7 +3,6 @@
 N: completions, F: reward functions.
 """
 
-import math
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from rlinvariant.trainer.episodes import Episodes
 from rlinvariant.trainer.grading import call_rewards, checked_rewards, settle_rewards, weighted_sums
 from rlinvariant.trainer.interface import SamplerLike
 from rlinvariant.trainer.preflight import Tooling, constructing
-from rlinvariant.trainer.samples import spans
+from rlinvariant.trainer.samples import or_none, spans
 from rlinvariant.types import JsonObject, JsonRow
 
 if TYPE_CHECKING:
@@ -129,7 +128,7 @@ class Player(DrawingTrainer):
             seen |= {"completion": self._tokenizer.decode(ids, skip_special_tokens=mask is None)}
             seen |= {} if mask is None else {"tool_results": spans(self._tokenizer, ids, mask)}
             names = zip(self.reward_func_names, each, strict=True)
-            seen |= {"reward": _or_none(totals[i]), "rewards": [{"name": n, "reward": _or_none(r)} for n, r in names]}
+            seen |= {"reward": or_none(totals[i]), "rewards": [{"name": n, "reward": or_none(r)} for n, r in names]}
             found.append(seen)
         return found
 
@@ -151,8 +150,3 @@ def _stand_in(generation: GenerationConfig) -> LlamaForCausalLM:
     model = LlamaForCausalLM(LlamaConfig(**sizes))
     model.generation_config = generation
     return model
-
-
-def _or_none(value: float) -> float | None:
-    """Return None for NaN, which JSON does not have."""
-    return None if math.isnan(value) else value

@@ -111,7 +111,7 @@ class Samples:
         rows = self.rows[-len(prompts) :]
         for i, (row, given) in enumerate(zip(rows, own_BF.tolist(), strict=True)):
             names = zip(trainer.reward_func_names, given, strict=True)
-            own = {name: None if math.isnan(value) else value for name, value in names}
+            own = {name: or_none(value) for name, value in names}
             prompt = prompts[i]
             if not isinstance(prompt, str):
                 if row["prompt_id"] not in texts:
@@ -121,7 +121,7 @@ class Samples:
                 "prompt": prompt,
                 "completion": _text(completions[i]) if row["tool_results"] is None else _whole(trainer._tokenizer, row),
                 "rewards": own,
-                "reward": None if math.isnan(sums[i]) else sums[i],
+                "reward": or_none(sums[i]),
                 "extra": {name: values[i] for name, values in logged.items() if len(values) == len(rows)},
             }
 
@@ -150,6 +150,11 @@ class Samples:
             row["mismatched_tokens"] = int(differs[own].sum())
             if row["mismatched_tokens"]:
                 row["trainer_logprobs"] = trainer[own].copy()
+
+
+def or_none(value: float) -> float | None:
+    """Return None for NaN, which JSON does not have."""
+    return None if math.isnan(value) else value
 
 
 def spans(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int], mask: Sequence[int]) -> list[str]:
