@@ -112,16 +112,15 @@ def plan(config: Config) -> Plan:
         import torch
         from transformers.utils import logging as transformers_logging
 
-        from rlinvariant.support import allow_unproven, device_problems, truncation_unproven, unproven_problems
+        from rlinvariant.support import allow_unproven, device_problems, unproven_problems
 
     console, recipe = Console(args.process_index == 0), config.load_recipe()
     allow_unproven(config.unproven_gpu)
     problems = device_problems(args, config.invariance, getattr(torch, config.dtype))
     unproven = [f"lora.r={config.lora.r}"] if config.lora.r else []
     unproven += ["distributed_type=FSDP"] if is_sharded() else []
+    unproven += Truncation.of(args).settings("trainer.") if config.invariance == "exact" else []
     problems += unproven_problems(args, *unproven)
-    if config.invariance == "exact":
-        problems += truncation_unproven(args, *Truncation.of(args).settings("trainer."))
     if problems:  # before a recipe makes its model
         raise ConfigErrors(problems)
     trained = config.recipe or config.data.path

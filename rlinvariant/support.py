@@ -46,25 +46,20 @@ def device_problems(args: "GRPOConfig", invariance: str, dtype: torch.dtype) -> 
 
 
 def unproven_problems(args: "GRPOConfig", *said: str) -> list[str]:
-    """Refuse what was proven on CPUs alone so far, a line for each of `said`, where `args.device` is no CPU.
+    """Refuse what was proven on CPUs alone so far, a line for each of `said`, where `args.device` is no CPU and may not try it.
 
     Args:
         args: TrainingArguments.
         said: the settings that ask for it, as the user writes them: "lora.r=8", "top_p=0.9".
     """
-    if args.device.type == "cpu":
+    if args.device.type == "cpu" or attention.unproven_allowed():
         return []
-    return [f"{one}: proven on CPUs alone so far, not on {args.device.type}; remove it, or train on a CPU" for one in said]
+    return [f"{one}: proven on CPUs alone so far, not on {args.device.type}; remove it; {TRY}" for one in said]
 
 
-def truncates() -> bool:
-    """Say whether exact mode takes truncated sampling here: a GPU, on which its kernels have not run yet, only to try them."""
+def may_use_unproven() -> bool:
+    """Say whether what was proven on CPUs alone may run here: truncated sampling, adapters. A GPU may only try it."""
     return not torch.cuda.is_available() or attention.unproven_allowed()
-
-
-def truncation_unproven(args: "GRPOConfig", *said: str) -> list[str]:
-    """Refuse settings of truncated sampling as `unproven_problems` does, unless they may be tried here."""
-    return [] if truncates() else [f"{line}; {TRY}" for line in unproven_problems(args, *said)]
 
 
 def cuda_problems(dtype: torch.dtype) -> Iterator[str]:

@@ -16,7 +16,7 @@ from rlinvariant.rollout import Truncation
 from rlinvariant.run import sampler_options
 from rlinvariant.sampler.engine import Sampler
 from rlinvariant.sampler.refusals import load_config
-from rlinvariant.support import allow_unproven, device_problems, truncation_unproven, unproven_problems
+from rlinvariant.support import allow_unproven, device_problems, unproven_problems
 from rlinvariant.text import plural, shown
 from rlinvariant.tools.plain import plain_tools
 from rlinvariant.trainer.player import Player
@@ -54,7 +54,7 @@ def evaluate(
     allow_unproven(config.unproven_gpu)
     problems = device_problems(args, config.invariance, getattr(torch, config.dtype))
     if config.invariance == "exact":
-        problems += truncation_unproven(args, *truncation.settings("trainer."))
+        problems += unproven_problems(args, *truncation.settings("trainer."))
     if problems:
         raise ConfigErrors(problems)
     model, adapter = base_and_adapter(config.model)

@@ -33,7 +33,7 @@ from rlinvariant.sampler import adapters, plugin
 from rlinvariant.sampler import weights as synced
 from rlinvariant.sampler.names import ARCHITECTURE, QUANTIZATION
 from rlinvariant.sampler.refusals import refuse
-from rlinvariant.support import TRY, truncates
+from rlinvariant.support import TRY, may_use_unproven
 from rlinvariant.types import JsonObject, Untyped
 
 if TYPE_CHECKING:
@@ -306,7 +306,7 @@ class Sampler:
             if (value := sampling.get(name)) is not None and not allows(value):
                 raise UserError(f"{name}={value}: expected {expected}")
         truncation = Truncation.of(SimpleNamespace(**{"top_k": 0, "top_p": 1.0, "min_p": 0.0, **sampling}))
-        if self.invariant and truncation and not truncates():
+        if self.invariant and truncation and not may_use_unproven():
             raise UserError(f"{truncation}: proven on CPUs alone so far; remove it; {TRY}")
         from vllm import SamplingParams
 

@@ -23,7 +23,7 @@ from rlinvariant.rollout import RANGES
 from rlinvariant.sampler import adapters, plugin, vllm_guard
 from rlinvariant.sampler.engine import refuse
 from rlinvariant.sampler.names import ARCHITECTURE, NOT_ACTIVE, QUANTIZATION
-from rlinvariant.support import truncates
+from rlinvariant.support import TRY, may_use_unproven
 from rlinvariant.text import say
 from rlinvariant.types import Untyped
 
@@ -159,8 +159,8 @@ def prepare(args: Untyped, default: Untyped) -> None:
     args.dtype = "bfloat16" if args.dtype == "auto" else args.dtype
     if args.dtype not in ("bfloat16", "float32"):
         problems.append(f"--dtype {args.dtype}: expected bfloat16 or float32; {REMOVE}")
-    if adapter is not None and torch.cuda.is_available():
-        problems.append(f"MODEL={adapter}: adapters are proven on CPUs alone so far; {adapter_files.MERGE} {adapter}")
+    if adapter is not None and not may_use_unproven():
+        problems.append(f"MODEL={adapter}: adapters are proven on CPUs alone so far; {TRY}; {adapter_files.MERGE} {adapter}")
     if problems:
         raise ConfigErrors(problems)
     found = None if adapter is None else adapter_files.read(adapter)  # faults are said here, not in the engine's process
@@ -210,7 +210,7 @@ class Requests(LogitsProcessor):
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
-        neutral, allowed = SamplingParams(), (*SHAPELESS_SETTINGS, *(RANGES if truncates() else ()))
+        neutral, allowed = SamplingParams(), (*SHAPELESS_SETTINGS, *(RANGES if may_use_unproven() else ()))
         refused = []
         for name in SamplingParams.__struct_fields__:
             value = getattr(sampling_params, name)

@@ -21,7 +21,7 @@ from rlinvariant.launch import is_sharded
 from rlinvariant.models import lora
 from rlinvariant.rewards.limits import RewardLimits
 from rlinvariant.rollout import Truncation
-from rlinvariant.support import device_problems, truncation_unproven, unproven_problems
+from rlinvariant.support import device_problems, unproven_problems
 from rlinvariant.types import JsonRow
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def settings_problems(
         found.append(f"gradients={gradients}: expected {' or '.join(get_args(Gradients))}")
     truncated = truncation_problems(args, invariance, staleness, 0.0 if ppo is None else ppo.kl_coef)
     if not truncated and invariance == "exact":
-        truncated = truncation_unproven(args, *Truncation.of(args).settings())
+        truncated = unproven_problems(args, *Truncation.of(args).settings())
     found += truncated
     if is_sharded():
         found += unproven_problems(args, "distributed_type=FSDP")

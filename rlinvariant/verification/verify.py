@@ -15,7 +15,7 @@ from rlinvariant.errors import UserError, one_line
 from rlinvariant.model_source import base_and_adapter
 from rlinvariant.models import lora as adapted
 from rlinvariant.report.console import Console
-from rlinvariant.support import truncates
+from rlinvariant.support import may_use_unproven
 from rlinvariant.verification import adapters, certificate, controls, load, relations, speed, table, truncation, turns
 from rlinvariant.verification.certificate import Certificate
 from rlinvariant.verification.compositions import compositions
@@ -180,7 +180,7 @@ def _verify(asked: Options, scratch: str, console: Console) -> Certificate:
 def _checks(parts: _Parts) -> list[Callable[[], Relation]]:
     """Return what is compared, in order: `weight_sync` moves the weights, and the controls around it rely on that."""
     asked, pair = parts.asked, parts.pair
-    also = truncates()
+    also = may_use_unproven()
     limit = time.monotonic() + (0 if asked.short or asked.tokens else COMPOSITION_SECONDS)
     return [
         *(functools.partial(check, pair) for check in relations.BATCH_RELATIONS),

@@ -32,12 +32,12 @@ def test_truncation_may_be_tried_on_a_gpu(monkeypatch):
     cuda, said = SimpleNamespace(device=torch.device("cuda")), Truncation(top_k=20).settings("trainer.")
     asked = SimpleNamespace(top_k=20, top_p=1.0, min_p=0.0, invariance="exact")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for lines in (support.truncation_unproven(cuda, *said), bisect_command._truncation_problems(asked)):
+    for lines in (support.unproven_problems(cuda, *said), bisect_command._truncation_problems(asked)):
         assert len(lines) == 1 and "proven on CPUs alone" in lines[0] and support.TRY in lines[0]
     with pytest.raises(ValueError, match="top_k=20"):
         Requests.validate_params(SamplingParams(top_k=20))
     monkeypatch.setenv(attention.UNPROVEN, "1")
-    assert support.truncation_unproven(cuda, *said) == [] == bisect_command._truncation_problems(asked)
+    assert support.unproven_problems(cuda, *said) == [] == bisect_command._truncation_problems(asked)
     Requests.validate_params(SamplingParams(top_k=20))
 
 
