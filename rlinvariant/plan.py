@@ -156,13 +156,14 @@ def arguments(
     from transformers.utils import logging as transformers_logging
 
     from rlinvariant.models import lora
-    from rlinvariant.models.limits import attention_form
+    from rlinvariant.models.limits import attention_form, mixture_of
     from rlinvariant.models.load import load
     from rlinvariant.sampler.engine import Sampler
     from rlinvariant.support import unproven_here
 
     transformers_logging.disable_progress_bar()
-    if plan.invariance == "exact" and (unproven := unproven_here(*attention_form(plan.source_config))) is not None:
+    form = *attention_form(plan.source_config), mixture_of(plan.source_config)
+    if plan.invariance == "exact" and (unproven := unproven_here(*form)) is not None:
         on_main_process(lambda: prove_first(plan, unproven))
     model: Any = plan.model
     given: dict[str, Any] = {**options}

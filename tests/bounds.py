@@ -275,3 +275,28 @@ def attention(
 def _spans(lengths) -> Iterator[slice]:
     ends = torch.tensor([0, *lengths], device="cpu").cumsum(0).tolist()
     return (slice(a, b) for a, b in pairwise(ends))
+
+
+def moe_route(a: Arithmetic, logits: Bounded, ids: Tensor, renormalise: bool) -> Bounds:
+    """Sums over experts, and over slots; weights are fp32 whatever the logits are."""
+    e = (logits - exact(logits.value.amax(-1, keepdim=True))).exp()
+    w = (e / e.sum(-1, logits.value.shape[-1])).moved(lambda t: t.gather(-1, ids))
+    return (w / w.sum(-1, ids.shape[-1]) if renormalise else w,)
+
+
+def moe_experts(
+    a: Arithmetic, ids: Tensor, x: Bounded, w: Bounded, up: Bounded, down: Bounded, activation: str = "silu"
+) -> Bounds:
+    """Every row through every expert, of which its slots pick theirs."""
+    of_experts = []
+    for expert in range(len(up.value)):
+        (both,) = linear(a, x, up.moved(lambda t, e=expert: t[e]))
+        (inside,) = swiglu(a, *(both.moved(lambda t, i=i: t.chunk(2, -1)[i]) for i in (0, 1)), activation)
+        of_experts.append(linear(a, inside, down.moved(lambda t, e=expert: t[e]))[0])
+    y = Bounded(torch.stack([t.value for t in of_experts]), torch.stack([t.error for t in of_experts]))  # [E, R, D]
+    rows, total = torch.arange(len(ids)), None
+    for slot in range(ids.shape[1]):
+        part = y.moved(lambda t, s=slot: t[ids[:, s], rows]) * w.moved(lambda t, s=slot: t[:, s, None])
+        total = part if total is None else total + part
+    assert total is not None
+    return (total.to(a.dtype),)

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import Qwen3MoeConfig
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, apply_rotary_pos_emb
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from rlinvariant import ops
 from rlinvariant.bench.cases import Case, call, check, drawn_reference, truncated_cases
@@ -60,6 +62,7 @@ def _cases(s: Size) -> Iterator[Case]:
     for m in sorted({1, 16, decode, tokens}):
         yield from _linear(s, m, train=m == tokens)
         yield from _elementwise(s, m, train=m == tokens)
+        yield from _mixture(s, m, train=m == tokens)
     yield from _attention(s)
     yield from _head(s, min(tokens, 1024 if s.vocab > 10000 else tokens), decode)
 
@@ -129,6 +132,37 @@ def _elementwise(s: Size, m: int, train: bool) -> Iterator[Case]:
         stock = lambda gate, up: F.silu(gate) * up  # noqa: E731
         shape = f"{m} x {s.mlp}"
         yield Case(_name(s, "swiglu", shape, both), ops.swiglu, ops.swiglu_ref, stock, (gate, up), 2, gradients=two)
+
+
+def _mixture(s: Size, m: int, train: bool) -> Iterator[Case]:
+    """Return a router of 16 experts, and those, of which 4 together are as wide as the MLP, against transformers' own."""
+    experts, slots, inside, bf16 = 16, 4, s.mlp // 4, torch.bfloat16
+    config: Any = Qwen3MoeConfig(
+        hidden_size=s.hidden, num_experts=experts, num_experts_per_tok=slots, moe_intermediate_size=inside
+    )
+    config._experts_implementation = "eager"
+    logits, theirs = torch.randn(m, experts), Qwen3MoeExperts(config)
+    weights, ids = ops.moe_route(logits, slots, True)
+    x, up, down = (
+        torch.randn(*shape) / shape[-1] ** 0.5
+        for shape in ((m, s.hidden), (experts, 2 * inside, s.hidden), (experts, s.hidden, inside))
+    )
+
+    def routed(logits: Tensor) -> tuple[Tensor, Tensor]:
+        w, ids = torch.softmax(logits.float(), -1).topk(slots)
+        return w / w.sum(-1, keepdim=True), ids
+
+    def stock(x: Tensor, ids: Tensor, w: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        theirs._parameters |= {"gate_up_proj": up.to(x.dtype), "down_proj": down.to(x.dtype)}  # type: ignore[dict-item]
+        return theirs(x, ids, w)
+
+    ours, ref = (partial(f, slots=slots, renormalise=True) for f in (ops.moe_route, ops.moe_route_ref))
+    yield Case(_name(s, "moe_route", f"{m} x {experts}"), ours, ref, routed, (logits,), 1)
+    shape = f"{m} x {s.hidden} -> {slots} of {experts} x {inside}"
+    for both in (False, True) if train else (False,):
+        held = (up, down) if both else (up.to(bf16), down.to(bf16))
+        name, by = _name(s, "moe_experts", shape, both), (0, 2, 3, 4) if both else ()
+        yield Case(name, ops.moe_experts, ops.moe_experts_ref, stock, (x.to(bf16), ids, weights, *held), 3, gradients=by)
 
 
 def _attention(s: Size) -> Iterator[Case]:

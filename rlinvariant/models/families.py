@@ -83,13 +83,20 @@ FAMILIES: dict[str, Callable[[], Any]] = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
         },
     ),
+    # 3,072 columns inside an expert: an expert of one row must not have a product of its own
+    "qwen3-moe": lambda: _headed(
+        "Qwen3Moe", num_experts=8, num_experts_per_tok=3, moe_intermediate_size=3072, norm_topk_prob=True
+    ),
+    "olmoe": lambda: _config("Olmoe", num_experts=16, num_experts_per_tok=4, norm_topk_prob=False),
+    "mixtral": lambda: _headed("Mixtral", num_local_experts=8, num_experts_per_tok=2, sliding_window=None),
 }
 
 REFUSED: dict[str, Callable[[], Any]] = {
-    "qwen3-moe": lambda: _headed(
-        "Qwen3Moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, norm_topk_prob=True
-    ),
-    "mixtral": lambda: _headed("Mixtral", num_local_experts=4, sliding_window=None),
+    "gpt-oss": lambda: _headed("GptOss", num_local_experts=4, num_experts_per_tok=2),
+    "deepseek": lambda: _config("DeepseekV3", n_routed_experts=8, num_experts_per_tok=2, n_group=2, topk_group=1),
+    "glm-moe": lambda: _headed("Glm4Moe", n_routed_experts=8, num_experts_per_tok=2),
+    "qwen2-moe": lambda: _config("Qwen2Moe", num_experts=4, num_experts_per_tok=2, shared_expert_intermediate_size=64),
+    "mixtral, jitter": lambda: _headed("Mixtral", num_local_experts=4, sliding_window=None, router_jitter_noise=0.1),
     "gpt2": lambda: _plain("GPT2", n_embd=128, n_layer=2, n_head=2, n_positions=256, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0),
     "cohere": lambda: _config("Cohere"),
     "qwen3, dynamic rope": lambda: _headed("Qwen3", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),

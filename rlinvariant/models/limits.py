@@ -10,6 +10,24 @@ HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)  # those of vLLM's k
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # angles depend on the position alone, not on the sequence length
 ACTIVATIONS = ("silu", "swish", "gelu_pytorch_tanh")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+ROUTERS: dict[
+    str, str
+] = {  # setting of a mixture that no op computes -> what it is, where it is neither absent, 0, None nor False
+    "n_group": "experts in groups",
+    "topk_group": "experts in groups",
+    "scoring_func": "a router with another function than the softmax over all experts",
+    "routed_scaling_factor": "weights of experts times a factor",
+    "n_shared_experts": "experts that every token goes to",
+    "num_shared_experts": "experts that every token goes to",
+    "shared_expert_intermediate_size": "an expert that every token goes to, behind a gate (a sigmoid)",
+    "router_jitter_noise": "noise in the router's input",
+    "input_jitter_noise": "noise in the router's input",
+    "expert_capacity": "a capacity, which lets a token's experts depend on other tokens",
+    "capacity_factor": "a capacity, which lets a token's experts depend on other tokens",
+    "swiglu_limit": "experts with bounds and biases",
+}
+"""Settings of mixtures for which there is no op yet: as DeepSeek, GLM, Qwen2-MoE, GPT-OSS and PhiMoE have them."""
+PLAIN_ROUTER = {"scoring_func": "softmax", "routed_scaling_factor": 1.0}
 
 
 def unsupported(config, device: str = "cpu") -> Iterator[str]:
@@ -38,10 +56,30 @@ def unsupported(config, device: str = "cpu") -> Iterator[str]:
         yield f"attention_dropout={config.attention_dropout}; set it to 0"
     if getattr(config, "use_bidirectional_attention", False):
         yield f"use_bidirectional_attention={config.use_bidirectional_attention}; only causal attention is supported"
-    if name := next((name for name in EXPERTS if vars(config).get(name)), None):
-        yield f"{name}={vars(config)[name]}: no op has the products of a mixture of experts"
+    if mixture := mixture_of(config):
+        yield from _mixture(config)
+        if device == "cuda" and not attention.unproven_allowed():
+            yield f"{mixture}: mixtures of experts are unproven on this GPU; unproven_gpu=true tries them"
+    if getattr(config, "clip_qkv", None):
+        yield f"clip_qkv={config.clip_qkv}: no op bounds queries, keys and values; only null is supported"
     if getattr(config, "quantization_config", None):
         yield "the checkpoint is quantised"
+
+
+def mixture_of(config: Untyped) -> str | None:
+    """Return the setting that makes a model a mixture of experts, as `num_experts=8`; None if it is none."""
+    return next((f"{name}={value}" for name in EXPERTS if (value := getattr(config, name, None))), None)
+
+
+def _mixture(config: Any) -> Iterator[str]:
+    """Yield the settings of a mixture of experts for which there is no op."""
+    if config.model_type == "gpt_oss":
+        yield "model_type=gpt_oss: no op has its experts (biases, bounds), sinks and softmax over the chosen experts alone"
+        return
+    for name, what in ROUTERS.items():
+        value = getattr(config, name, None)
+        if value and value != PLAIN_ROUTER.get(name):
+            yield f"{name}={value}: no op has {what}"
 
 
 def attention_form(config: Untyped) -> tuple[int, int | None, float | None]:

@@ -10,6 +10,8 @@ class, to a subclass with another forward. No global is patched, so an unpatched
 | `nn.Embedding`, with an `embed_scale` or without | gather, cast, scale |
 | `*RMSNorm` with a weight and an epsilon | `ops.rms_norm` |
 | MLP with gate_proj, up_proj, down_proj, or the first two in one | `ops.swiglu` between the projections |
+| router of a mixture: `top_k`, `num_experts`, and one matrix | `ops.linear`, `ops.moe_route` |
+| experts: gate_up_proj and down_proj with three dimensions | `ops.moe_experts` |
 | decoder layer that is Llama's | `ops.add_rms_norm` after attention |
 | `*RotaryEmbedding` | cos and sin from a table made once, on the CPU, in float64 |
 | attention with q_proj, k_proj, v_proj, or the three in one | `ops.qk_norm_rope` between the projections and `ops.attention` |
@@ -30,11 +32,13 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from rlinvariant import ops
 from rlinvariant.kernels import cpu
+from rlinvariant.models import experts
 from rlinvariant.models import modules as forms
+from rlinvariant.models.compared import difference, random_copy
 from rlinvariant.models.limits import unsupported
 from rlinvariant.models.lora import LoraLinear, is_lora
 from rlinvariant.models.modules import ATTENTION, UnsupportedModel, become, epsilon
@@ -47,6 +51,8 @@ VARIANTS: dict[type, tuple[dict[str, Any], ...]] = {
     forms.MergedMLP: GATES,
     forms.Attention: ({"rotated": True}, {"rotated": False}),
     forms.MergedAttention: ({"rotated": True}, {"rotated": False}),
+    experts.Router: experts.ROUTERS,
+    experts.Experts: GATES,
 }
 
 
@@ -121,6 +127,8 @@ def _form(module: nn.Module) -> type | None:
         return forms.RMSNorm
     if cls.__name__.endswith("RotaryEmbedding") and hasattr(module, "rope_type"):
         return forms.Rotary
+    if (of_mixture := experts.form_of(module)) is not None:
+        return of_mixture
     if {"gate_proj", "up_proj", "down_proj"} <= children.keys():
         return forms.MLP
     if {"gate_up_proj", "down_proj"} <= children.keys():
@@ -223,23 +231,6 @@ def _unknown(module: nn.Module) -> list[str]:
     return sorted({type(m).__name__ for m in parts if _form(m) is None})
 
 
-def _difference(got: Tensor, expected: Tensor) -> float:
-    return ((got - expected).abs().max() / expected.abs().max()).item()
-
-
-def _copy(module: Any) -> Any:
-    """Return a copy on the CPU, in fp32, with the buffers that the module has, and with random weights.
-
-    A matrix keeps the spread of what it multiplies: an activation then gets inputs of about 1, where one differs from another.
-    """
-    original = copy.deepcopy(module).to_empty(device="cpu").to(torch.float32)
-    for buffer, own in zip(original.buffers(), module.buffers(), strict=True):
-        buffer.copy_(own)
-    for p in original.parameters():
-        p.normal_(0.5, 0.5) if p.dim() == 1 else p.normal_(0.0, p.shape[-1] ** -0.5)
-    return original
-
-
 def _swap(module: Any, form: type, attributes: dict[str, Any], known: dict[Any, Any]) -> None:
     for child, of_child, its in list(_plan(list(module.modules())[1:], known)):
         become(child, of_child, **its)
@@ -248,29 +239,29 @@ def _swap(module: Any, form: type, attributes: dict[str, Any], known: dict[Any, 
 
 def _norm(module: Any, form: type, attributes: dict[str, Any], known: dict[Any, Any]) -> float:
     """Compare norms in fp32, and in bf16, where another order of rounding and weight changes a quarter of the elements."""
-    original = _copy(module)
+    original = random_copy(module)
     ours, (width,) = copy.deepcopy(original), original.weight.shape
     become(ours, form, **attributes)
     x = torch.randn(5 + 4096 // width, width, dtype=torch.float32)
-    error = _difference(ours(x), original(x))
+    error = difference(ours(x), original(x))
     differ = (ours.bfloat16()(x.bfloat16()) != original.bfloat16()(x.bfloat16())).float().mean().item()
     return error if differ < 0.02 else max(error, differ)
 
 
 def _module(module: Any, form: type, attributes: dict[str, Any], known: dict[Any, Any]) -> float:
     """Compare an MLP or a layer. A layer gets a stand-in for its attention, since only its residual stream is rewritten."""
-    original = _copy(module)
+    original = random_copy(module)
     if form is forms.DecoderLayer:
         original.self_attn = _StandIn()
-    x = torch.randn(5, next(original.parameters()).shape[-1], dtype=torch.float32)
+    x = torch.randn(1, 5, next(original.parameters()).shape[-1], dtype=torch.float32)  # a mixture wants three dimensions
     expected = original(x)
     _swap(original, form, attributes, known)
-    return _difference(original(x), expected)
+    return difference(original(x), expected)
 
 
 def _attention(module: Any, form: type, attributes: dict[str, Any], known: dict[Any, Any]) -> float:
     """Compare the class's own forward, with transformers' attention, with ours, on one sequence."""
-    original = _copy(module)
+    original = random_copy(module)
     original.config = copy.deepcopy(module.config)
     t, half = 5, _rotary_width(module) // 2
     width = next(m for m in original.modules() if isinstance(m, nn.Linear)).in_features
@@ -282,7 +273,7 @@ def _attention(module: Any, form: type, attributes: dict[str, Any], known: dict[
     expected = original(x, position_embeddings=(cos.repeat(1, 1, 2), sin.repeat(1, 1, 2)), attention_mask=mask)[0]
     original.config._attn_implementation = ATTENTION
     _swap(original, form, attributes, known)
-    return _difference(original(x, position_embeddings=(cos, sin), attention_mask=None)[0], expected)
+    return difference(original(x, position_embeddings=(cos, sin), attention_mask=None)[0], expected)
 
 
 def _rotation(module: Any, form: type, attributes: dict[str, Any], known: dict[Any, Any]) -> float:
@@ -292,7 +283,7 @@ def _rotation(module: Any, form: type, attributes: dict[str, Any], known: dict[A
     cos, sin = torch.randn(2, 1, 5, half, dtype=torch.float32)
     theirs = inspect.unwrap(type(module).forward).__globals__["apply_rotary_pos_emb"]
     expected = theirs(q, k, cos.repeat(1, 1, 2), sin.repeat(1, 1, 2))
-    return _difference(torch.cat(forms.apply_rotary(q, k, cos, sin), 1), torch.cat(expected, 1))
+    return difference(torch.cat(forms.apply_rotary(q, k, cos, sin), 1), torch.cat(expected, 1))
 
 
 def _tables(module: Any, form: type, attributes: dict[str, Any], known: dict[Any, Any]) -> float:
@@ -304,7 +295,7 @@ def _tables(module: Any, form: type, attributes: dict[str, Any], known: dict[Any
     become(ours, form)
     ours.build_tables()
     got = [torch.stack(ours(x, positions, *kind)).repeat(1, 1, 1, 2) for kind in kinds]
-    return max(_difference(a, b) for a, b in zip(got, expected, strict=True))
+    return max(difference(a, b) for a, b in zip(got, expected, strict=True))
 
 
 def _logits(module: Any, form: type, attributes: dict[str, Any], known: dict[Any, Any]) -> float:
@@ -312,7 +303,7 @@ def _logits(module: Any, form: type, attributes: dict[str, Any], known: dict[Any
     lm, x = copy.copy(module), torch.randn(1, 5, 64, dtype=torch.float32) * 20
     lm._modules = module._modules | {module.base_model_prefix: _Decoder(x), "lm_head": nn.Identity()}
     expected = lm(input_ids=torch.zeros(1, 5, dtype=torch.int64)).logits
-    return _difference(ops.scale_logits(x, *forms.logits_scaling(module.config)), expected)
+    return difference(ops.scale_logits(x, *forms.logits_scaling(module.config)), expected)
 
 
 def _embedding(module: Any, form: type, attributes: dict[str, Any], known: dict[Any, Any]) -> float:
@@ -322,7 +313,7 @@ def _embedding(module: Any, form: type, attributes: dict[str, Any], known: dict[
     original._buffers = {name: None if buffer is None else buffer.cpu() for name, buffer in module._buffers.items()}
     expected = original(ids)
     become(original, form, compute_dtype=torch.float32, scale=scale_of(module))
-    return _difference(original(ids), expected)
+    return difference(original(ids), expected)
 
 
 def scale_of(embedding: nn.Module) -> float | None:
@@ -335,8 +326,8 @@ class _Decoder(nn.Module):
         super().__init__()
         self.output = output
 
-    def forward(self, *args, **kwargs) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=self.output)  # type: ignore[arg-type]
+    def forward(self, *args, **kwargs) -> MoeModelOutputWithPast:
+        return MoeModelOutputWithPast(last_hidden_state=self.output)  # type: ignore[arg-type]
 
 
 class _StandIn(nn.Module):
@@ -356,4 +347,6 @@ _CHECKS: dict[type, Callable[[Any, type, dict[str, Any], dict[Any, Any]], float]
     forms.Rotary: _tables,
     forms.Embedding: _embedding,
     forms.CausalLM: _logits,
+    experts.Router: experts.compare_router,
+    experts.Experts: experts.compare_experts,
 }

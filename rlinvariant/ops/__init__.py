@@ -9,6 +9,8 @@ from rlinvariant.ops.embedding import embedding, embedding_ref
 from rlinvariant.ops.linear import linear, linear_ref
 from rlinvariant.ops.lora import lora_linear, lora_linear_ref
 from rlinvariant.ops.lora import wide_linear as wide_linear  # the sampler's form of it, which `bisect` watches
+from rlinvariant.ops.moe_experts import moe_experts, moe_experts_ref
+from rlinvariant.ops.moe_route import moe_route, moe_route_ref
 from rlinvariant.ops.qk_norm_rope import qk_norm_rope, qk_norm_rope_ref
 from rlinvariant.ops.rms_norm import add_rms_norm, add_rms_norm_ref, rms_norm, rms_norm_ref
 from rlinvariant.ops.rope import rope, rope_ref
@@ -37,6 +39,10 @@ __all__ = [
     "lora_linear_ref",
     "log_softmax",
     "log_softmax_ref",
+    "moe_experts",
+    "moe_experts_ref",
+    "moe_route",
+    "moe_route_ref",
     "paged_attention",
     "paged_attention_ref",
     "qk_norm_rope",

@@ -99,7 +99,7 @@ _swiglu = define(
     save=_save,
     backward=lambda ctx, dy: (*_swiglu_backward(dy, *ctx.saved_tensors, ctx.activation), None),
 )
-_swiglu_merged_backward = define(
+swiglu_merged_backward = define(
     "swiglu_merged_backward(Tensor dy, Tensor gate_up, str activation) -> Tensor",
     cpu=lambda dy, gate_up, activation: torch.cat(_cpu_backward(dy, *gate_up.chunk(2, -1), activation=activation), -1),
     cuda="swiglu.swiglu_merged_backward",
@@ -112,5 +112,5 @@ _swiglu_merged = define(
     fake=lambda gate_up, activation: gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2),
     check=lambda gate_up, activation: _check(*gate_up.chunk(2, -1), activation=activation),
     save=_save,
-    backward=lambda ctx, dy: (_swiglu_merged_backward(dy, *ctx.saved_tensors, ctx.activation), None),
+    backward=lambda ctx, dy: (swiglu_merged_backward(dy, *ctx.saved_tensors, ctx.activation), None),
 )

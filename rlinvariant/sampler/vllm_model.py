@@ -32,6 +32,7 @@ from rlinvariant.models.lora import without_adapters
 from rlinvariant.models.modules import become, logits_scaling
 from rlinvariant.models.patch import make_invariant
 from rlinvariant.sampler import adapters
+from rlinvariant.sampler.expert_loader import ExpertLoader
 from rlinvariant.sampler.names import NOT_ACTIVE
 from rlinvariant.sampler.vllm_attention import InvariantAttentionBackend
 from rlinvariant.sampler.vllm_linear import is_ours, pack_weights, products
@@ -131,7 +132,9 @@ class InvariantForCausalLM(TransformersForCausalLM):
             adapters.attach(self)
             self.adapters_attached = True
         of_adapters: list[tuple[str, Tensor]] = []
-        loaded = super().load_weights(without_adapters(weights, of_adapters))
+        of_experts = ExpertLoader(self)
+        loaded = super().load_weights(of_experts.others(without_adapters(weights, of_adapters)))
+        loaded |= of_experts.loaded()
         adapters.load(self, of_adapters)
         if self.compilation_config.mode == CompilationMode.NONE:
             pack_weights(self)

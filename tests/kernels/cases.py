@@ -11,7 +11,7 @@ from tests.ladders import Function, randint, randn
 Case = tuple[Function, tuple[Tensor, ...]]
 """A function of floating-point tensors, and those tensors."""
 
-TOKENS, HEADS, KV_HEADS, DIM, HIDDEN, MLP, VOCAB, PAGE = 40, 4, 2, 64, 256, 768, 5008, 16
+TOKENS, HEADS, KV_HEADS, DIM, HIDDEN, MLP, VOCAB, PAGE, EXPERTS = 40, 4, 2, 64, 256, 768, 5008, 16, 10
 
 
 def bf16(*shape: int, seed: int = 0) -> Tensor:
@@ -73,6 +73,16 @@ def swiglu(activation: str = "silu") -> Case:
 
 def swiglu_merged() -> Case:
     return ops.swiglu_merged, (bf16(TOKENS, 2 * MLP),)
+
+
+def moe_route(renormalise: bool) -> Case:
+    return lambda x: ops.moe_route(x, 3, renormalise), (bf16(TOKENS, EXPERTS),)
+
+
+def moe_experts() -> Case:
+    weights, ids = ops.moe_route(bf16(TOKENS, EXPERTS), 3, True)
+    operands = bf16(TOKENS, HIDDEN), weights, bf16(EXPERTS, 2 * DIM, HIDDEN, seed=2) / 16, bf16(EXPERTS, HIDDEN, DIM, seed=3)
+    return lambda x, w, up, down: ops.moe_experts(x, ids, w, up, down), operands
 
 
 def attention() -> Case:
@@ -142,6 +152,9 @@ CASES: dict[str, Callable[[], Case]] = {
     "swiglu": swiglu,
     "swiglu, gelu_tanh": lambda: swiglu("gelu_tanh"),
     "swiglu_merged": swiglu_merged,
+    "moe_route": lambda: moe_route(True),
+    "moe_route, weights as they are": lambda: moe_route(False),
+    "moe_experts": moe_experts,
     "attention": attention,
     "paged_attention": paged_attention,
     "scale_logits": scale_logits,

@@ -23,9 +23,10 @@ from tests.parity.device import DEVICE, cpu_only
         ("Gemma2", dict(**GROUPED, use_bidirectional_attention=True), "use_bidirectional_attention=True"),
         ("llama", dict(layer_types=["full_attention", "chunked_attention"]), "layer_types has chunked_attention"),
         ("Ernie4_5", dict(num_attention_heads=2, num_key_value_heads=1), "Ernie4_5Attention"),  # interleaved rotary columns
-        ("Qwen3Moe", dict(**GROUPED, num_experts=4), "Qwen3Moe.* num_local_experts=4"),
-        ("Mixtral", dict(num_attention_heads=2, num_key_value_heads=1), "Mixtral.* num_local_experts=8"),
-        ("GptOss", dict(**GROUPED, num_local_experts=2), "num_local_experts=2"),
+        ("Mixtral", dict(num_attention_heads=2, num_key_value_heads=1, router_jitter_noise=0.1), "router_jitter_noise=0.1"),
+        ("GptOss", dict(**GROUPED, num_local_experts=2), "model_type=gpt_oss"),
+        ("Phimoe", dict(num_attention_heads=2, num_key_value_heads=1), "jitter"),
+        ("Olmoe", dict(num_attention_heads=2, num_key_value_heads=1, clip_qkv=3.0), "clip_qkv=3.0"),
     ],
 )
 def test_what_no_op_owns_is_refused_before_anything_changes(model, overrides, reason):

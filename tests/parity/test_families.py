@@ -23,8 +23,11 @@ TOKENS = 16
 # tests/verification draws from every family; here are those whose windows leave pages behind, in some layers or in all
 WINDOWED = ("qwen2-window", "mistral-window", "gemma3")
 NAMED = {  # what a refusal says
-    "qwen3-moe": "Qwen3MoeForCausalLM cannot run exactly: num_local_experts=4",
-    "mixtral": "MixtralForCausalLM cannot run exactly: num_local_experts=4",
+    "gpt-oss": "GptOssForCausalLM cannot run exactly: model_type=gpt_oss: no op has its experts",
+    "deepseek": "n_group=2: no op has experts in groups; .*routed_scaling_factor=2.5",
+    "glm-moe": "Glm4MoeForCausalLM cannot run exactly: n_group=1: .*n_shared_experts=1: no op has experts that every token",
+    "qwen2-moe": "shared_expert_intermediate_size=64: no op has an expert that every token goes to, behind a gate",
+    "mixtral, jitter": "router_jitter_noise=0.1: no op has noise",
     "gpt2": "GPT2LMHeadModel cannot run exactly: no rule in models/patch.py has its Conv1D, LayerNorm$",
     # interleaved rotary columns
     "cohere": "CohereForCausalLM cannot run exactly: CohereAttention looks like Attention but differs",
@@ -41,6 +44,7 @@ OWN: dict[str, dict[str, Any]] = {
     "smollm3": {"rotated": True},
     "gemma2": {"softcap": None},
     "gemma3": {"offset": 0.0},
+    "olmoe": {"renormalise": True},
 }
 
 
@@ -192,4 +196,7 @@ def test_a_gpu_refuses_windows_and_capped_scores():
     cap = f"attn_logit_softcapping=2.0: FlashAttention-2's backward has no capped scores; {OURS}"
     refused = {name: reasons for name, config in FAMILIES.items() if (reasons := list(unsupported(config(), "cuda")))}
     windowed = ("qwen2-window", "qwen3-window", "mistral-window", "phi3-window", "gemma3")
-    assert refused == dict.fromkeys(windowed, [window]) | {"gemma2": [window, cap]}
+    unproven = "mixtures of experts are unproven on this GPU; unproven_gpu=true tries them"
+    mixtures = {"qwen3-moe": "num_experts=8", "olmoe": "num_experts=16", "mixtral": "num_experts=8"}
+    expected = dict.fromkeys(windowed, [window]) | {"gemma2": [window, cap]}
+    assert refused == expected | {name: [f"{said}: {unproven}"] for name, said in mixtures.items()}
