@@ -11,6 +11,7 @@ Runs of earlier versions have samples.jsonl, a few completions of a few steps; `
 """
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -82,7 +83,11 @@ def read(path: Path) -> list[JsonObject]:
             raise ValueError("no completions")
         return rows
     except (pyarrow.ArrowException, OSError, ValueError, KeyError, TypeError, MemoryError) as error:
-        raise UserError(f"{path}: damaged ({one_line(error, 120)}); remove it, the other steps can be read") from error
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path}: damaged ({one_line(error, 120)}); remove it, the other steps can be read")
 
 
 class Completions:
@@ -107,6 +112,25 @@ class Completions:
     def read(self, step: int) -> list[JsonObject]:
         """Return the rows of one of `steps`. Raises UserError if its file is damaged."""
         return read(self._files[step]) if step in self._files else self._old[step]
+
+    def rewards(self, most: int) -> dict[int, list[float]]:
+        """Return what the completions of at most `most` steps, spread over the run, were given; UserError as `read`."""
+        count = min(most, len(self.steps))
+        chosen = [self.steps[i * (len(self.steps) - 1) // max(1, count - 1)] for i in range(count)]
+        found = {step: self._rewards_of(step) for step in chosen}
+        return {step: rewards for step, rewards in found.items() if rewards}
+
+    def _rewards_of(self, step: int) -> list[float]:
+        if step not in self._files:
+            return [row["reward"] for row in self._old[step] if isinstance(row.get("reward"), int | float)]
+        import pyarrow
+        import pyarrow.parquet
+
+        try:
+            column = pyarrow.parquet.read_table(self._files[step], columns=["reward"], use_threads=False)["reward"]
+            return [reward for reward in column.to_pylist() if reward is not None and math.isfinite(reward)]
+        except (pyarrow.ArrowException, OSError, ValueError, KeyError, TypeError, MemoryError) as error:
+            raise _damaged(self._files[step], error) from error
 
     def __iter__(self) -> Iterator[tuple[int, list[dict[str, Any]]]]:
         return ((step, self.read(step)) for step in self.steps)

@@ -8,6 +8,7 @@ and the rest is said.
 import hashlib
 import importlib.util
 import json
+import math
 import shlex
 import shutil
 import unicodedata
@@ -22,7 +23,7 @@ from rlinvariant.files import require_writable, write_atomically
 from rlinvariant.install import install_hint
 from rlinvariant.report import tables, wandb_log
 from rlinvariant.report.completions import Completions
-from rlinvariant.report.panels import Panel
+from rlinvariant.report.panels import ON_POLICY, Panel
 from rlinvariant.report.rundir import quoted
 from rlinvariant.report.study import Run, Study, load
 from rlinvariant.text import plural
@@ -31,6 +32,7 @@ from rlinvariant.types import Untyped
 FIX = "`wandb login --relogin`, or unset WANDB_API_KEY to stay offline"
 INSTALL = install_hint("dashboard")
 TABLES = 100  # of completions that a replay logs at most, each of another step
+HEADLINE, HEADLINE_KEY = "Mismatched tokens", "onpolicy/mismatched_tokens_total"
 MAKE_ROOM = "make room for it there"
 
 
@@ -81,8 +83,8 @@ def workspace(study: Study, entity: str, project: str) -> Untyped:
     """Return a wandb_workspaces Workspace: line plots in the sections of the panels, runs of one arm drawn together."""
     import wandb_workspaces.workspaces as ws
 
-    sections = [ws.Section(name=name, panels=_plots(panels), is_open=True) for name, panels in _sections(study)]
-    by: list[Any] = [ws.Metric("JobType")] if study.is_ablation else []
+    sections = [ws.Section(name=name, panels=_plots(study, panels), is_open=True) for name, panels in _sections(study)]
+    by: list[Any] = [ws.Metric("JobType")] if study.kind == "ablation" else []
     runs = ws.RunsetSettings(filters=_filter(study), groupby=by)
     return ws.Workspace(entity=entity, project=project, name=_name(study), sections=sections, runset_settings=runs)
 
@@ -91,7 +93,7 @@ def report(study: Study, entity: str, project: str) -> Untyped:
     """Return a wandb_workspaces Report: the outcome in words, the tables as text, and the same panels."""
     import wandb_workspaces.reports.v2.interface as wr
 
-    by = ["JobType"] if study.is_ablation else []
+    by = ["JobType"] if study.kind == "ablation" else []
     runs = wr.Runset(entity=entity, project=project, name=_name(study), filters=_filter(study), groupby=by)
     blocks: list[Any] = [wr.UnorderedList([f"{who}: {what}" for who, what in tables.sentences(study)])]
     if study.notes:
@@ -100,7 +102,7 @@ def report(study: Study, entity: str, project: str) -> Untyped:
         if table is not None:
             blocks += [wr.P(table.caption), wr.CodeBlock("\n".join(table.lines()), language="markdown")]
     for name, panels in _sections(study):
-        blocks += [wr.H2(name), wr.PanelGrid(panels=_plots(panels), runsets=[runs])]
+        blocks += [wr.H2(name), wr.PanelGrid(panels=_plots(study, panels), runsets=[runs])]
     blocks += [wr.H2("Reproduce"), wr.CodeBlock(study.command, language="markdown")]
     said = tables.contract((study.reference or study.arms[0]).rows)
     return wr.Report(entity=entity, project=project, title=_name(study)[:128], description=said, blocks=blocks)
@@ -159,7 +161,7 @@ def _to_wandb(study: Study, run: Run, online: bool) -> str:
     names = ("project", "entity", "group", "tags")
     settings = SimpleNamespace(mode="online" if online else "offline", **{n: run.setting(f"wandb.{n}") for n in names})
     settings.project, settings.tags = settings.project or "rlinvariant", settings.tags or []
-    settings.group = settings.group or (study.path.name if study.is_ablation else None)
+    settings.group = settings.group or (study.path.name if study.kind == "ablation" else None)
     live = wandb_log.live_ids(run.path)
     recorded = wandb_log.recorded_id(run.path) or hashlib.sha256(str(run.path.resolve()).encode()).hexdigest()[:12]
     name = live[-1] if live else recorded
@@ -207,24 +209,44 @@ def _sections(study: Study) -> list[tuple[str, list[Panel]]]:
     return [(name, list(panels)) for name, panels in groupby(shown, key=lambda panel: panel.section)]
 
 
-def _plots(panels: Sequence[Panel]) -> list[Any]:
-    """Return W&B's plots. W&B has no axis that shows an exact 0 beside small numbers: a KL has its log axis, without 0."""
+def _plots(study: Study, panels: Sequence[Panel]) -> list[Any]:
+    """Return W&B's plots of a section; before those of the contract, the run's mismatched tokens as one number.
+
+    W&B has no axis that shows an exact 0 beside small numbers, and draws nothing of 0 on a logarithmic one: an axis is
+    logarithmic where the page's is, and every number of every run is above 0.
+    """
     import wandb_workspaces.reports.v2.interface as wr
 
-    return [
-        wr.LinePlot(
-            title=f"{panel.title}, {panel.unit}",
-            x="Step",
-            y=list(panel.keys),
-            custom_expressions=[" / ".join(f"${{{key}}}" for key in panel.keys)] if len(panel.keys) > 1 else None,
-            log_y=True if panel.scale.startswith("log") else None,
-            groupby_aggfunc="mean",
-            groupby_rangefunc="stderr",
-            point_visualization_method="bucketing-gorilla",  # keeps spikes
-            layout=wr.Layout(x=12 * (i % 2), y=8 * (i // 2), w=12, h=8),
+    places = ((12 * (i % 2), 8 * (i // 2)) for i in range(len(panels) + 1))
+    plots: list[Any] = []
+    if panels[0].section == ON_POLICY:
+        x, y = next(places)
+        layout = wr.Layout(x=x, y=y, w=12, h=8)
+        plots.append(
+            wr.ScalarChart(title=HEADLINE, metric=wr.SummaryMetric(HEADLINE_KEY), groupby_aggfunc="max", layout=layout)
         )
-        for i, panel in enumerate(panels)
-    ]
+    for panel, (x, y) in zip(panels, places, strict=False):
+        quotient = panel.kind == "curve" and len(panel.keys) > 1
+        plots.append(
+            wr.LinePlot(
+                title=f"{panel.title}, {panel.unit}",
+                x="Step",
+                y=list(panel.keys),
+                custom_expressions=[" / ".join(f"${{{key}}}" for key in panel.keys)] if quotient else None,
+                log_y=True if panel.scale.startswith("log") and _is_positive(study, panel) else None,
+                plot_type="stacked-area" if panel.kind == "stack" else None,
+                groupby_aggfunc="mean",
+                groupby_rangefunc="stderr",
+                point_visualization_method="bucketing-gorilla",  # keeps spikes
+                layout=wr.Layout(x=x, y=y, w=12, h=8),
+            )
+        )
+    return plots
+
+
+def _is_positive(study: Study, panel: Panel) -> bool:
+    values = [x for _, run in study.runs for x in panel.values(run.rows_of(panel)).tolist() if not math.isnan(x)]
+    return bool(values) and min(values) > 0
 
 
 def _name(study: Study) -> str:
@@ -235,7 +257,7 @@ def _name(study: Study) -> str:
 
 def _filter(study: Study) -> str:
     """Return what selects the runs: an ablation's carry its directory's name as group, a single run its own name."""
-    if study.is_ablation:
+    if study.kind == "ablation":
         run = next(run for _, run in study.runs)
         return f"Metric('Group') = {_quoted(run.setting('wandb.group') or study.path.name)}"
     return f"Metric('Name') = {_quoted(study.arms[0].runs[0].setting('run'))}"

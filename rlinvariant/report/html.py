@@ -3,20 +3,18 @@
 import base64
 import hashlib
 import json
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from rlinvariant.files import require_writable, write_atomically
-from rlinvariant.report import html_samples, stats, svg, tables
-from rlinvariant.report.panels import Panel
-from rlinvariant.report.study import Run, Study, load, measured
+from rlinvariant.report import html_charts, html_samples, tables
+from rlinvariant.report.panels import REWARD
+from rlinvariant.report.study import Run, Study, load
 from rlinvariant.text import escaped, plural
 
 HERE = Path(__file__).parent
-SHORT_RUN_STEPS = 200  # up to so many, every single step can be seen
+STYLES = ("vendor/uplot/uPlot.min.css", "page.css")
+SCRIPTS = ("vendor/uplot/LICENSE", "vendor/uplot/uPlot.iife.min.js", "charts.js", "samples.js")
 FILE = "report.html"
 
 
@@ -35,33 +33,62 @@ def write(path: str | Path) -> tuple[Path, Study]:
 
 def page(study: Study) -> str:
     """Return the whole page. Everything that comes from a run is escaped, and no script but the page's own may run."""
-    css, script = (HERE / "page.css").read_text(), "".join((HERE / name).read_text() for name in ("page.js", "samples.js"))
+    body = [
+        f"<header><h1>{_text(_title(study))}</h1>",
+        f'<p class="meta">{_text(str(study.path))}</p></header>',
+        _outcome(study),
+        _notes(study.notes),
+        *(_section(title, inside) for title, inside in _parts(study).items() if inside),
+    ]
+    return document(_title(study), "\n".join(part for part in body if part))
+
+
+def document(title: str, body: str, live: bool = False) -> str:
+    """Return a page of ours: style and scripts inside, and a policy by which nothing else is loaded or run.
+
+    Args:
+        live: whether the page may ask the server that it comes from for what is new.
+    """
+    css = "".join((HERE / name).read_text() for name in STYLES)
+    script = "\n".join((HERE / name).read_text() for name in SCRIPTS)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
-    title = _title(study)
+    policy = (
+        f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+        + "; connect-src 'self'" * live
+    )
     head = [
         '<!doctype html><html lang="en"><head><meta charset="utf-8">',
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
         '<meta name="viewport" content="width=device-width,initial-scale=1">',
         f"<title>{_text(title)}</title><style>{css}</style></head><body>",
     ]
-    body = [
-        f"<header><h1>{_text(title)}</h1>",
-        f'<p class="meta">{_text(str(study.path))}</p></header>',
-        _outcome(study),
-        _notes(study.notes),
-        _summary(study),
-        *_curves(study),
-        html_samples.section(study),
-        _reproduce(study),
-        _method(study),
-        f"<script>{script}</script></body></html>",
-    ]
-    return "\n".join([*head, *(part for part in body if part)]) + "\n"
+    return "\n".join([*head, body, f"<script>{script}</script></body></html>"]) + "\n"
+
+
+def _parts(study: Study) -> dict[str, str]:
+    """Return the sections of the page, by title, in the order in which they are read."""
+    has_rows = any(run.rows for _, run in study.runs)
+    charts = html_charts.sections(study) if has_rows else {}
+    lead = html_charts.legend(study) + html_charts.clocks(study) if has_rows else ""
+    first = lead + charts.pop(REWARD, "")
+    return {
+        "Reward": first,
+        "Exactness": html_charts.contract(study) if has_rows else "",
+        "Completions": html_samples.section(study),
+        **charts,
+        "Numbers": _summary(study) + (html_charts.absent(study) if has_rows else ""),
+        "Reproduce": _reproduce(study),
+        "Method": _method(study),
+    }
+
+
+def _section(title: str, inside: str) -> str:
+    name = title.lower().replace(" ", "-")
+    return f'<section id="{name}"><h2>{_text(title)}</h2>{inside}</section>'
 
 
 def _title(study: Study) -> str:
-    if not study.is_ablation:
+    if study.is_single:
         return f"{study.recipe}: {study.arms[0].name}, {plural(study.steps, 'step')}"
     seeds = len({run.seed for _, run in study.runs})
     sizes = (len(study.arms), "arm"), (seeds, "seed"), (study.steps, "step")
@@ -85,7 +112,7 @@ def _notes(notes: Sequence[str]) -> str:
 
 def _summary(study: Study) -> str:
     found = [tables.summary(study), tables.differences(study)]
-    return "<h2>Numbers</h2>" + "".join(_table(table) for table in found if table is not None)
+    return "".join(_table(table) for table in found if table is not None)
 
 
 def _table(table: tables.Table) -> str:
@@ -103,101 +130,10 @@ def _said(cell: tables.Cell) -> str:
     return f'<span class="said{" differs" * cell.differs}">{_text(cell.said)}</span>' if cell.said else ""
 
 
-def _curves(study: Study) -> Iterator[str]:
-    """Yield a section for each group of panels; a panel that no run has a finite number for is left out, and named."""
-    if not any(run.rows for _, run in study.runs):
-        return
-    sections: dict[str, list[str]] = {}
-    absent = []
-    for panel in study.panels:
-        if lines := _lines(study, panel):
-            drawn = svg.chart(panel.title, panel.unit, lines, panel.scale)
-            sections.setdefault(panel.section, []).append(_figure(panel.title, panel.unit, panel.notice, drawn))
-        elif any(panel.shown_for(run.config) for _, run in study.runs):
-            absent.append(panel.title)
-    if study.is_ablation:
-        for measure in (m for m in measured(study) if m in (stats.REWARD, stats.HELD_OUT, stats.ACCURACY)):
-            notice = "" if measure is stats.REWARD else f" After training, greedy.{_before(study, measure)}"
-            if drawn := _seeds(study, measure, notice):
-                sections.setdefault("Learning", []).append(drawn)
-    legend = _legend(study)
-    for section, figures in sections.items():
-        yield f'<h2>{_text(section)}</h2>{legend}<div class="panels">{"".join(figures)}</div>'
-        legend = ""
-    if absent:
-        yield f'<p class="small">Not drawn, as no run has a number for it: {_text(", ".join(absent))}.</p>'
-
-
-def _before(study: Study, measure: stats.Measure) -> str:
-    """Say where held-out rewards were before training; "" where no run says it."""
-    before = [v for _, run in study.runs if (v := run.result.get("heldout_reward_before")) is not None]
-    ends = [tables.number(value, measure.style) for value in (min(before), max(before))] if before else []
-    return f" Before it: {' to '.join(ends)}." if ends else ""
-
-
-def _figure(title: str, unit: str, notice: str, drawn: str) -> str:
-    caption = f'<b>{_text(title)}</b> <span class="unit">{_text(unit)}</span><span class="notice">{_text(notice)}</span>'
-    return f"<figure><figcaption>{caption}</figcaption>{drawn}</figure>"
-
-
-def _lines(study: Study, panel: Panel) -> list[svg.Line]:
-    """Return a line for each arm that has at least one finite value."""
-    lines = []
-    for index, arm in enumerate(study.arms):
-        runs = [rows for run in arm.runs if panel.shown_for(run.config) and (rows := run.rows_of(panel))]
-        if not runs:
-            continue
-        steps = np.array(sorted({row["step"] for rows in runs for row in rows}))
-        values, present = np.full((len(runs), len(steps)), math.nan), np.zeros((len(runs), len(steps)), bool)
-        running, window = values.copy(), _window(study) if panel.of == "steps" else 1
-        for i, rows in enumerate(runs):
-            at = np.searchsorted(steps, [row["step"] for row in rows])
-            values[i, at], present[i, at] = panel.values(rows), True
-            running[i, at] = stats.running_mean(values[i, at], window)
-        mean, low, high = stats.curve(running, present)
-        if np.isfinite(mean).any():
-            raw = mean if window == 1 else stats.curve(values, present)[0]
-            lines.append(svg.Line(arm.name, index, steps, mean, low, high, raw))
-    return lines
-
-
-def _window(study: Study) -> int:
-    """Return over how many steps the curves of a long run are averaged, an odd number; 1 for a short one."""
-    longest = max(len(run.rows) for _, run in study.runs)
-    return 1 if longest <= SHORT_RUN_STEPS else longest // 50 | 1
-
-
-def _seeds(study: Study, measure: stats.Measure, notice: str) -> str:
-    """Return one number of every run, a row for each arm: an interval hides which seed collapsed. "" where no run has one."""
-    rows = []
-    for index, arm in enumerate(study.arms):
-        seeds = [value for run in arm.runs if math.isfinite(value := measure.of(run.rows, run.result))]
-        if seeds:
-            rows.append((arm.name, index, stats.estimate(seeds), seeds))
-    if not rows:
-        return ""
-    title, _, unit = measure.title.partition(", ")
-    notice = f"Dots: seeds; upright: their mean; line: 95 % interval.{notice}"
-    return _figure(title, unit, notice, svg.dots(title, rows, measure.style == "percent"))
-
-
-def _legend(study: Study) -> str:
-    lines = [
-        f"<li>{svg.swatch(i)}<div><b>{_text(arm.name)}</b> <span>{_text(arm.description)}</span></div></li>"
-        for i, arm in enumerate(study.arms)
-    ]
-    seeds, window = max((len(arm.runs) for arm in study.arms), default=0), _window(study)
-    curves = f"running means over {window} steps" if window > 1 else "each step"
-    said = f"Lines: {curves}, mean over seeds; shading: its 95 % interval." if seeds > 1 else f"Lines: {curves}; no intervals."
-    if window > 1:
-        said += " Thin lines: single steps, of each pixel column the least and the greatest."
-    return (f'<ul class="legend">{"".join(lines)}</ul>' if study.is_ablation else "") + f'<p class="small">{said}</p>'
-
-
 def _reproduce(study: Study) -> str:
     run = next((run for _, run in study.runs), None)
-    parts = ["<h2>Reproduce</h2>", f"<pre>{_text(study.command)}</pre>"]
-    if study.is_ablation:
+    parts = [f"<pre>{_text(study.command)}</pre>"]
+    if not study.is_single:
         arms = "".join(
             f'<tr><th scope="row">{_text(arm.name)}</th><td class="text"><code>{_text(" ".join(arm.overrides))}</code></td>'
             f'<td class="word">{_text(", ".join(f"{run.seed}" for run in arm.runs) or "none yet")}</td>'
@@ -243,11 +179,11 @@ def _method(study: Study) -> str:
         "Two log-probs are equal when their 32 bits are; KL k3 is the mean of expm1(r) − r over the sampled tokens, "
         "r = trainer's − sampler's log-prob, in float64.",
     ]
-    if study.is_ablation:
+    if not study.is_single:
         said.append(
             "Intervals: mean ± t s / √n over n seeds, t the 97.5 % quantile of Student's t with n − 1 degrees of freedom. "
             "Differences are taken between runs of the same seed. No difference seen: the 95 % interval of the differences "
             "holds 0, which is not a proof that there is none. Of twenty comparisons of equal arms, about one will look "
             "different."
         )
-    return "<h2>Method</h2>" + "".join(f'<p class="small">{_text(line)}</p>' for line in said)
+    return "".join(f'<p class="small">{_text(line)}</p>' for line in said)

@@ -31,7 +31,7 @@ def section(study: Study) -> str:
             kept = Completions(path)
             if not kept.steps:
                 continue
-            static += _few(kept, name if study.is_ablation else "")
+            static += _few(kept, "" if study.is_single else name)
             runs.append({"name": name} | _chosen(kept, path, BYTES // len(first)))
         except (UserError, OSError) as error:
             static.append(f'<p class="small">{escaped(str(error))}</p>')
@@ -40,7 +40,7 @@ def section(study: Study) -> str:
     data = json.dumps(runs, separators=(",", ":")).replace("<", "\\u003c")
     app = f'<div id="said"></div><script type="application/json" id="said-data">{data}</script>' if runs else ""
     few = '<p class="small">Best, worst and median of the first and the last step, of different prompts:</p>'
-    return f"<h2>Completions</h2>{app}{few}{''.join(static)}"
+    return f"{app}{few}{''.join(static)}"
 
 
 def _few(kept: Completions, where: str) -> Iterator[str]:

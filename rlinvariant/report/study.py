@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from rlinvariant import reading
 from rlinvariant.arguments import SCRIPT, given_by_user
 from rlinvariant.errors import UserError
 from rlinvariant.files import RUNS
-from rlinvariant.report.panels import KEYS, LEARNING, PANELS, Panel, of_evaluations
+from rlinvariant.report.panels import KEYS, PANELS, REWARD, Panel, of_evaluations, of_rewards
 from rlinvariant.report.rundir import SCHEMA, RunDir, gaps, quoted, read_rows
 from rlinvariant.report.stats import ACCURACY, HELD_OUT, LAST, MEASURES, Estimate, Measure, Row, Verdict, estimate, verdict
 from rlinvariant.text import shown
@@ -94,8 +94,12 @@ class Study:
     steps: int
     command: str
     arms: list[Arm]
-    is_ablation: bool
+    kind: Literal["run", "ablation", "comparison"]
     notes: list[str] = field(default_factory=list)  # what is missing or odd, for the reader
+
+    @property
+    def is_single(self) -> bool:
+        return self.kind == "run"
 
     @property
     def runs(self) -> Iterator[tuple[Arm, Run]]:
@@ -103,9 +107,10 @@ class Study:
 
     @property
     def panels(self) -> list[Panel]:
-        """Return what is drawn of these runs: PANELS, and behind those of learning the rewards of evaluations."""
-        found = of_evaluations(row for _, run in self.runs for row in run.evaluations)
-        at = 1 + max(i for i, panel in enumerate(PANELS) if panel.section == LEARNING)
+        """Return what is drawn of these runs: PANELS, and behind those of the reward each function's, and evaluations'."""
+        found = of_rewards(row for _, run in self.runs for row in run.rows)
+        found += of_evaluations(row for _, run in self.runs for row in run.evaluations)
+        at = 1 + max(i for i, panel in enumerate(PANELS) if panel.section == REWARD)
         return [*PANELS[:at], *found, *PANELS[at:]]
 
     @cached_property
@@ -141,7 +146,7 @@ def _single(path: Path) -> Study:
     name = str(run.setting("run") or path.name)
     arm = Arm(name, f"invariance={run.setting('invariance')}", [], [run])
     recipe, steps = str(run.setting("recipe") or run.setting("data.path")), int(run.setting("steps") or 0)
-    study = Study(path, recipe, steps, command(run.config), [arm], is_ablation=False)
+    study = Study(path, recipe, steps, command(run.config), [arm], kind="run")
     study.notes += _notes(study)
     return study
 
@@ -156,7 +161,7 @@ def _ablation(path: Path) -> Study:
     try:
         recipe, steps, seeds = spec["recipe"], int(spec["steps"]), [int(seed) for seed in spec["seeds"]]
         arms = [Arm(str(arm["name"]), str(arm["description"]), list(map(str, arm["overrides"])), []) for arm in spec["arms"]]
-        study = Study(path, recipe, steps, str(spec["command"]), arms, is_ablation=True)
+        study = Study(path, recipe, steps, str(spec["command"]), arms, kind="ablation")
         if not arms:
             raise ValueError("no arm")
     except (KeyError, TypeError, ValueError, OverflowError) as error:
@@ -237,7 +242,7 @@ def _check_numbers(file: Path, rows: Sequence[Row]) -> None:
 def _notes(study: Study) -> list[str]:
     """List what a reader must know before believing a curve: runs cut short, one seed only, values that are no numbers."""
     notes = []
-    place = {id(run): f"{arm.name}/seed-{run.seed}" if study.is_ablation else "this run" for arm, run in study.runs}
+    place = {id(run): f"{arm.name}/seed-{run.seed}" if not study.is_single else "this run" for arm, run in study.runs}
     for _, run in study.runs:
         notes += [f"{place[id(run)]}: {lost}." for lost in _lost(run)]
         if not run.rows:
@@ -249,7 +254,7 @@ def _notes(study: Study) -> list[str]:
                 f"its rows end at step {run.rows[-1]['step']}{of}, and there is no held-out reward after training."
             )
     seeds = {run.seed for _, run in study.runs}
-    if study.is_ablation and len(seeds) == 1:
+    if not study.is_single and len(seeds) == 1:
         notes.append("One seed: no interval, so no verdict. Add seeds to get both.")
     if len(study.arms) > 1 and study.reference is None:
         notes.append(f"No arm is named {EXACT}: nothing to compare the others with, so no verdicts.")

@@ -1,16 +1,14 @@
 """Curves with intervals, and dots with intervals, as inline SVG. Colours are CSS variables of the page."""
 
-import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from rlinvariant.report.panels import Scale
 from rlinvariant.report.stats import Estimate
-from rlinvariant.text import escaped, percent, printable
+from rlinvariant.text import escaped, percent
 
 WIDTH, HEIGHT = 520, 240
 LEFT, TOP, BOTTOM = 66, 10, 34
@@ -61,7 +59,7 @@ def swatch(index: int) -> str:
 
 
 def chart(title: str, unit: str, lines: Sequence[Line], scale: Scale) -> str:
-    """Draw an SVG of `lines`, labelled at their ends when there are several, and beside it the numbers that hovering shows."""
+    """Draw an SVG of `lines`, labelled at their ends when there are several."""
     labels = len(lines) > 1
     right = 14 + (min(160, 12 + 6.2 * max(len(line.label) for line in lines)) if labels else 0)
     x0, x1 = LEFT, WIDTH - right
@@ -74,7 +72,7 @@ def chart(title: str, unit: str, lines: Sequence[Line], scale: Scale) -> str:
 
     parts = [
         f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escaped(title)}, '
-        f'{escaped(unit)}, against the step" data-x="{x0} {x1:.0f} {first:g} {last:g}">'
+        f'{escaped(unit)}, against the step">'
     ]
     for value, text in axis.ticks:
         y = float(axis.place(np.array([value]))[0])
@@ -85,12 +83,7 @@ def chart(title: str, unit: str, lines: Sequence[Line], scale: Scale) -> str:
     if axis.has_zero_band:
         parts.append(f'<rect class="zero" x="{x0}" y="{floor - ZERO}" width="{x1 - x0:.1f}" height="{ZERO}"/>')
         parts.append(f'<text class="tick" x="{x0 - 7}" y="{floor - ZERO / 2 + 4}">exactly 0</text>')
-    for step in _whole_ticks(first, last):
-        x = float(across(np.array([step]))[0])
-        parts.append(
-            f'<path class="axis" d="M{x:.1f} {floor}v4"/><text class="step" x="{x:.1f}" y="{floor + 16}">{step:,}</text>'
-        )
-    parts.append(f'<path class="axis" d="M{x0} {floor}H{x1:.1f}"/><text class="name" x="{x1:.1f}" y="{HEIGHT - 5}">step</text>')
+    parts += _step_axis(first, last, x0, x1)
     drawn = [(line, across(line.steps), [axis.place(x) for x in (line.mean, line.low, line.high)]) for line in thin]
     for line, x, (_, low, high) in drawn:
         if path := _band(x, low, high, axis, line):
@@ -102,8 +95,41 @@ def chart(title: str, unit: str, lines: Sequence[Line], scale: Scale) -> str:
         parts.append(f'<path {style(line.style)} data-label="{escaped(line.label)}" d="{_curve(x, y)}"/>')
     if labels:
         parts += _end_labels(drawn, x1, floor)
-    parts.append(f'<path class="cursor" d="M0 {TOP}V{floor}"/></svg>')
-    return "".join(parts) + _numbers(thin)
+    return "".join([*parts, "</svg>"])
+
+
+def stack(title: str, unit: str, steps: np.ndarray, layers: Mapping[str, np.ndarray]) -> str:
+    """Draw layers [steps] on top of each other as an SVG, the first at the bottom, each named at its right end."""
+    x0, x1, floor = LEFT, WIDTH - 14 - min(160, 12 + 6.2 * max(len(name) for name in layers)), HEIGHT - BOTTOM
+    first, last = float(steps.min()), float(steps.max())
+    at = extremes(steps, np.sum(list(layers.values()), axis=0), int(x1 - x0))
+    x = x0 + (steps[at] - first) / max(last - first, 1) * (x1 - x0)
+    tops = np.cumsum([values[at] for values in layers.values()], axis=0)
+    _, high, ticks = _linear(0.0, float(tops[-1].max()) or 1.0)
+    y = floor - tops / high * (floor - TOP)
+    parts = [f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escaped(title)}, {escaped(unit)}">']
+    for value in ticks:
+        place = floor - value / high * (floor - TOP)
+        parts.append(f'<path class="grid" d="M{x0} {place:.1f}H{x1:.1f}"/>')
+        parts.append(f'<text class="tick" x="{x0 - 7}" y="{place + 4:.1f}">{_decimal(value, ticks)}</text>')
+    below = np.full(len(at), float(floor))
+    for i, (name, top) in enumerate(zip(layers, y, strict=True)):
+        outline = f"M{_points(x, top)} {_points(x[::-1], below[::-1])}Z"
+        parts.append(f'<path class="layer c{i % COLOURS}" data-label="{escaped(name)}" d="{outline}"/>')
+        below = top
+    ends = [(float(top[-1]), i, name) for i, (name, top) in enumerate(zip(layers, y, strict=True))][::-1]
+    for place, (_, i, name) in zip(_apart([end for end, _, _ in ends], TOP, floor), ends, strict=True):
+        label = escaped(_short(name))
+        parts.append(f'<text class="label c{i % COLOURS}" x="{x1 + 11:.1f}" y="{place + 4:.1f}">{label}</text>')
+    return "".join([*parts, *_step_axis(first, last, x0, x1), "</svg>"])
+
+
+def _step_axis(first: float, last: float, x0: float, x1: float) -> Iterator[str]:
+    floor = HEIGHT - BOTTOM
+    for step in _whole_ticks(first, last):
+        x = x0 + (step - first) / max(last - first, 1) * (x1 - x0)
+        yield f'<path class="axis" d="M{x:.1f} {floor}v4"/><text class="step" x="{x:.1f}" y="{floor + 16}">{step:,}</text>'
+    yield f'<path class="axis" d="M{x0} {floor}H{x1:.1f}"/><text class="name" x="{x1:.1f}" y="{HEIGHT - 5}">step</text>'
 
 
 def dots(title: str, rows: Sequence[tuple[str, int, Estimate, Sequence[float]]], in_percent: bool = True) -> str:
@@ -143,18 +169,26 @@ def _span(steps: Sequence[np.ndarray]) -> tuple[float, float]:
     return float(every.min()), float(every.max())
 
 
-def _thinned(line: Line, first: float, last: float, columns: int) -> Line:
-    """Keep at most three points a pixel column: its least and its greatest `raw`, and a gap, so that none of them is lost."""
-    if len(line.steps) <= 2 * columns:
-        return line
-    column = np.minimum(((line.steps - first) / (last - first) * columns).astype(int), columns - 1)
+def extremes(steps: np.ndarray, values: np.ndarray, columns: int) -> np.ndarray:
+    """Return the indices [n] of at most three points in each of `columns` stretches: the least, the greatest, and a gap.
+
+    So none of them is lost. Of up to two steps a column, all.
+    """
+    if len(steps) <= 2 * columns:
+        return np.arange(len(steps))
+    column = np.minimum(((steps - steps[0]) / (steps[-1] - steps[0]) * columns).astype(int), columns - 1)
     starts = np.flatnonzero(np.diff(column, prepend=-1))
     ends = np.append(starts[1:], len(column)) - 1
-    known = np.isfinite(line.raw)
-    least = np.lexsort((np.where(known, line.raw, math.inf), column))[starts]
-    most = np.lexsort((np.where(known, line.raw, -math.inf), column))[ends]
+    known = np.isfinite(values)
+    least = np.lexsort((np.where(known, values, math.inf), column))[starts]
+    most = np.lexsort((np.where(known, values, -math.inf), column))[ends]
     _, gaps = np.unique(column[~known], return_index=True)
-    at = np.unique(np.concatenate([least, most, np.flatnonzero(~known)[gaps]]))
+    return np.unique(np.concatenate([least, most, np.flatnonzero(~known)[gaps]]))
+
+
+def _thinned(line: Line, first: float, last: float, columns: int) -> Line:
+    """Keep at most three points a pixel column."""
+    at = extremes(line.steps, line.raw, max(1, round(columns * (line.steps[-1] - line.steps[0]) / max(last - first, 1))))
     arrays = (line.steps, line.mean, line.low, line.high, line.raw)
     steps, mean, low, high, raw = (x[at] for x in arrays)
     return Line(line.label, line.style, steps, mean, low, high, mean if line.raw is line.mean else raw)
@@ -289,21 +323,3 @@ def _apart(wanted: Sequence[float], top: float, floor: float) -> list[float]:
 
 def _short(label: str) -> str:
     return label if len(label) <= 24 else label[:23] + "…"
-
-
-def _numbers(lines: Sequence[Line]) -> str:
-    """Return what hovering shows: each line's label, and of every point [step, value, low, high, running mean], cut short."""
-
-    def point(step: float, *values: float) -> list[float | int | None]:
-        numbers = [float(f"{value:.4g}") if math.isfinite(value) else None for value in values]
-        while len(numbers) > 1 and numbers[-1] is None:
-            numbers.pop()
-        return [int(step), *numbers]
-
-    found: list[dict[str, Any]] = []
-    for line in lines:
-        running = line.mean if line.raw is not line.mean else np.full(len(line.mean), math.nan)
-        columns = (v.tolist() for v in (line.steps, line.raw, line.low, line.high, running))
-        found.append({"label": printable(line.label), "points": [point(*values) for values in zip(*columns, strict=True)]})
-    text = json.dumps(found, separators=(",", ":")).replace("<", "\\u003c")
-    return f'<script type="application/json">{text}</script>'

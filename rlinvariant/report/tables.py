@@ -5,13 +5,14 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
+from statistics import mean
 from typing import Literal
 
 from rlinvariant import held_out
 from rlinvariant.report.console import Console, coverage, integer, total
 from rlinvariant.report.panels import of_evaluations
-from rlinvariant.report.stats import ACCURACY, HELD_OUT, REWARD, Estimate, Measure, Row, Verdict
-from rlinvariant.report.study import Arm, Study, measured
+from rlinvariant.report.stats import ACCURACY, HELD_OUT, LAST, REWARD, Estimate, Measure, Row, Verdict
+from rlinvariant.report.study import Arm, Run, Study, measured
 from rlinvariant.text import plural
 
 HEAD_WIDTH, SAID_WIDTH = 14, 24  # characters, of a title and of what stands below a number
@@ -79,39 +80,60 @@ def contract(rows: Sequence[Row]) -> str:
     return f"mismatched {integer(mismatched)} / {integer(compared)} tokens, coverage {coverage(rows)}"
 
 
+def counted(rows: Sequence[Row]) -> str:
+    """Say `0 / 484,965 tokens`, and coverage where it is not 1."""
+    mismatched, compared = (integer(total(rows, f"onpolicy/{name}_tokens")) for name in ("mismatched", "compared"))
+    covered = coverage(rows)
+    return f"{mismatched} / {compared} tokens" + ("" if covered == "1" else f", coverage {covered}")
+
+
+def is_exact(rows: Sequence[Row]) -> bool:
+    """Tell whether no token of these rows differs, and every sampled one was compared."""
+    return total(rows, "onpolicy/mismatched_tokens") == 0 and coverage(rows) == "1"
+
+
 def sentences(study: Study) -> list[tuple[str, str]]:
     """Say the outcome, as pairs of a subject and what holds of it."""
-    if not study.is_ablation:
-        (arm,) = study.arms
-        said = [("On policy", contract(arm.rows))]
-        if (known := held_out.said(arm.runs[0].result)) is not None:
-            said.append((f"Held-out {known[0]}", f"{known[1]} before, {known[2]} after, greedy"))
-        for panel in of_evaluations(arm.runs[0].evaluations):
-            rows = arm.runs[0].rows_of(panel)
-            if panel.keys[0] != "heldout/reward":
-                points = [f"{number(row[panel.keys[0]], 3)} at step {row['step']}" for row in (rows[0], rows[-1])]
-                said.append((panel.title, f"{', '.join(dict.fromkeys(points))}; {plural(len(rows), 'evaluation')}"))
-        return said
+    said = _learned(study.arms[0].runs[0]) if study.is_single else []
+    if study.is_single:
+        return [*said, ("On policy", contract(study.arms[0].rows))]
     reference = study.reference
     first = reference or study.arms[0]
     others = [arm for arm in study.arms if arm is not first and arm.rows]
-    said = [(first.name, contract(first.rows))]
-    if len(others) <= 3:
-        said += [(arm.name, contract(arm.rows)) for arm in others]
-    else:
-        counts = {arm.name: total(arm.rows, "onpolicy/mismatched_tokens") for arm in others}
-        groups = {
-            "mismatched tokens in": [name for name, count in counts.items() if count],
-            "none in": [name for name, count in counts.items() if count == 0],
-            "not counted in": [name for name, count in counts.items() if count is None],
-        }
-        said.append(("Other arms", "; ".join(f"{what} {', '.join(names)}" for what, names in groups.items() if names)))
     if reference is not None and others:
         said += [
             (f"{measure.title.split(',')[0]} against {reference.name}", _compared(others, reference, measure))
             for measure in (REWARD, HELD_OUT, ACCURACY)
             if measure in measured(study)
         ]
+    said.append((first.name, contract(first.rows)))
+    if len(others) <= 3:
+        return said + [(arm.name, contract(arm.rows)) for arm in others]
+    counts = {arm.name: total(arm.rows, "onpolicy/mismatched_tokens") for arm in others}
+    groups = {
+        "mismatched tokens in": [name for name, count in counts.items() if count],
+        "none in": [name for name, count in counts.items() if count == 0],
+        "not counted in": [name for name, count in counts.items() if count is None],
+    }
+    return [*said, ("Other arms", "; ".join(f"{what} {', '.join(names)}" for what, names in groups.items() if names))]
+
+
+def _learned(run: Run) -> list[tuple[str, str]]:
+    """Say what a run has learned: its reward, and what its evaluations found."""
+    said = []
+    rewards = [row["reward"] for row in run.rows if row.get("reward") is not None]
+    if rewards and all(map(math.isfinite, rewards)):
+        ends = [rewards[:LAST], rewards[-LAST:]] if len(rewards) > LAST else [rewards]
+        means = [number(mean(values), 3) for values in ends]
+        of = f"the first {LAST} steps, {means[1]} of the last {LAST}" if len(means) > 1 else plural(len(rewards), "step")
+        said.append(("Reward", f"mean {means[0]} of {of}"))
+    if (known := held_out.said(run.result)) is not None:
+        said.append((f"Held-out {known[0]}", f"{known[1]} before, {known[2]} after, greedy"))
+    for panel in of_evaluations(run.evaluations):
+        rows = run.rows_of(panel)
+        if panel.keys[0] != "heldout/reward":
+            points = [f"{number(row[panel.keys[0]], 3)} at step {row['step']}" for row in (rows[0], rows[-1])]
+            said.append((panel.title, f"{', '.join(dict.fromkeys(points))}; {plural(len(rows), 'evaluation')}"))
     return said
 
 
@@ -156,7 +178,7 @@ def summary(study: Study) -> Table:
     caption = "Counts and extremes over all steps and seeds; other columns: mean over seeds ± half of the 95 % interval."
     if any(arm.estimate(m).is_wide for arm in study.arms for m in measures):
         caption += " Where that half is more than the mean: the values of the seeds."
-    if not study.is_ablation:
+    if study.is_single:
         caption = "Counts and extremes over all steps; other columns of this one run: no interval."
     return Table(caption, [*head, *(m.title for m in measures)], rows)
 

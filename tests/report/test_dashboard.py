@@ -31,14 +31,14 @@ def no_login(monkeypatch, tmp_path):
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path))
 
 
-def plots(view: dict) -> list[dict]:
-    """The configurations of all line plots in a view."""
+def plots(view: dict, kind: str = "Run History Line Plot") -> list[dict]:
+    """The configurations of all line plots in a view, or of another kind of panel."""
     if isinstance(view, list):
-        return [plot for item in view for plot in plots(item)]
+        return [plot for item in view for plot in plots(item, kind)]
     if not isinstance(view, dict):
         return []
-    mine = [view["config"]] if view.get("viewType") == "Run History Line Plot" else []
-    return mine + [plot for item in view.values() for plot in plots(item)]
+    mine = [view["config"]] if view.get("viewType") == kind else []
+    return mine + [plot for item in view.values() for plot in plots(item, kind)]
 
 
 def history(run: Path) -> list[dict]:
@@ -79,12 +79,15 @@ def test_views_have_every_panel_of_the_page(tmp_path):
         view = json.loads(file.read_text())
         found = plots(view)
         assert [tuple(plot["metrics"]) for plot in found] == [panel.keys for panel in PANELS]
-        assert [bool(plot.get("yLogScale")) for plot in found] == [panel.scale.startswith("log") for panel in PANELS]
+        logarithmic = {plot["metrics"][0] for plot in found if plot.get("yLogScale")}
+        assert {"grad_norm", "onpolicy/is_ratio/max"} <= logarithmic
+        assert not {"onpolicy/kl_k3", "onpolicy/logprob_absdiff/max"} & logarithmic, "a log axis shows no 0 of an exact arm"
         for plot, panel in zip(found, PANELS, strict=True):
             assert plot["chartTitle"].startswith(panel.title)
             assert plot.get("expressions", [None])[0] == (
-                None if len(panel.keys) == 1 else " / ".join("${" + key + "}" for key in panel.keys)
+                " / ".join("${" + key + "}" for key in panel.keys) if len(panel.keys) == 2 else None
             )
+        assert [plot["chartTitle"] for plot in plots(view, "Scalar Chart")] == ["Mismatched tokens"]
         text = file.read_text()
         assert '"ablation-a"' in text and '"jobType"' in text
     assert "mismatched 0 / 3,840 tokens, coverage 1" in text
