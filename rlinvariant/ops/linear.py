@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlinvariant import bits
+from rlinvariant.errors import UserError
 from rlinvariant.kernels import cpu
 from rlinvariant.kernels.routes import ROUTES as _routes
 from rlinvariant.ops.register import define
@@ -82,37 +83,103 @@ def _keeps_rows(product: Callable[[Tensor], Tensor], x_RK: Tensor, full_RN: Tens
     return True
 
 
+def linear_columns(x: Tensor, weight: Tensor, bias: Tensor | None, whole: int) -> Tensor:
+    """Return those columns of `linear`, on a CPU, that belong to some rows of a weight; this process has no others. No gradient.
+
+    On CUDA it is `linear`: there no column depends on how many there are.
+
+    Args:
+        x: [*rows, K], bf16 or fp32.
+        weight: [N, K] in x.dtype, one of the equal parts that a weight of `whole` rows was cut into; zeros fill the last.
+        bias: [N] of the same part, or None.
+        whole: rows of the whole weight.
+
+    Raises:
+        UserError: the vendor's GEMM of this CPU adds such a part's products in another order than the whole weight's.
+
+    Bits: those of `linear` by the whole weight.
+    """
+    _check(x, weight, bias)
+    k, b_N = weight.shape[1], None if bias is None else bias.contiguous()
+    vendor = is_exact(whole, k, x.dtype, b_N is not None, torch.get_num_threads())
+    if vendor and not is_cuttable(len(weight), whole, k, x.dtype, b_N is not None, torch.get_num_threads()):
+        raise UserError(
+            f"sampler.tensor_parallel_size: this CPU's product by {len(weight)} of {whole} rows of a weight, {k} columns, has "
+            "other bits than the product by all of them; expected 1: remove it"
+        )
+    y_RN = (_vendor if vendor else _written)(x.reshape(-1, k).contiguous(), _aligned(weight), b_N)
+    return y_RN.view(*x.shape[:-1], len(weight))
+
+
 @functools.cache
-def is_packable(parts: tuple[int, ...], k: int, dtype: torch.dtype, bias: bool, threads: int) -> bool:
+def is_cuttable(n: int, whole: int, k: int, dtype: torch.dtype, bias: bool, threads: int) -> bool:
+    """Return whether the vendor GEMM gives each part [n, k] of a weight [whole, k] the bits of the whole, in all its calls."""
+    x_RK, w_NK = bits.cancelling(CALL_ROWS, whole, k, dtype)
+    bias_N = torch.zeros(whole, dtype=dtype) if bias else None
+    parts, biases = _cut(w_NK, n), [None] * (-(-whole // n)) if bias_N is None else _cut(bias_N, n)
+
+    def product(x: Tensor) -> Tensor:
+        return torch.cat([F.linear(x, w, b) for w, b in zip(parts, biases, strict=True)], -1)[:, :whole]
+
+    return _keeps_rows(product, x_RK, F.linear(x_RK, w_NK, bias_N))
+
+
+def _cut(rows: Tensor, n: int) -> list[Tensor]:
+    """Cut rows [whole, ...] into parts of n; zeros fill the last."""
+    return [_aligned(part) for part in F.pad(rows, (0, 0) * (rows.dim() - 1) + (0, -len(rows) % n)).split(n)]
+
+
+@functools.cache
+def is_packable(
+    parts: tuple[int, ...], k: int, dtype: torch.dtype, bias: bool, threads: int, wholes: tuple[int, ...] = ()
+) -> bool:
     """Return whether one call by a packed weight has the bits of a `linear` by each of its parts, [n, k] for n in `parts`.
 
     The vendor's GEMM reads a weight in a layout of its own, which it otherwise makes at every call. That layout, and the number
     of columns in a call, decide which of its kernels runs: so all that `is_exact` asks of a part is asked of the packed whole
     again, against the products of the parts. The answer holds for one number of threads.
+
+    Where the parts are themselves cut out of weights with `wholes` rows, each place in them is tried, against their products.
     """
-    if not torch.backends.mkldnn.is_available() or not all(is_exact(n, k, dtype, bias, threads) for n in set(parts)):
+    wholes = wholes or parts
+    if not torch.backends.mkldnn.is_available() or not all(is_exact(n, k, dtype, bias, threads) for n in set(wholes)):
         return False
-    x_RK, w_NK = bits.cancelling(CALL_ROWS, sum(parts), k, dtype)
+    x_RK, w_NK = bits.cancelling(CALL_ROWS, sum(wholes), k, dtype)
     bias_N = w_NK[:, 0].contiguous() if bias else None
-    biases = [None] * len(parts) if bias_N is None else bias_N.split(parts)
-    full_RN = torch.cat([F.linear(x_RK, _aligned(w), b) for w, b in zip(w_NK.split(parts), biases, strict=True)], -1)
-    packed = torch.ops.mkldnn._reorder_linear_weight(w_NK)
-    return _keeps_rows(lambda x: _by_packed(x, packed, bias_N), x_RK, full_RN)
+    biases = [None] * len(wholes) if bias_N is None else bias_N.split(wholes)
+    full = [F.linear(x_RK, _aligned(w), b) for w, b in zip(w_NK.split(wholes), biases, strict=True)]
+    cut_w = [_cut(w, n) for w, n in zip(w_NK.split(wholes), parts, strict=True)]
+    cut_b = [None if b is None else _cut(b, n) for b, n in zip(biases, parts, strict=True)]
+    cut_y = [y.split(n, -1) for y, n in zip(full, parts, strict=True)]
+    for place in range(max(map(len, cut_w))):
+        at = [min(place, len(w) - 1) for w in cut_w]  # heads of keys may be fewer than the processes
+        rows = torch.cat([w[i] for w, i in zip(cut_w, at, strict=True)])
+        own_b = None if bias_N is None else torch.cat([b[i] for b, i in zip(cut_b, at, strict=True) if b is not None])
+        packed, own_y = torch.ops.mkldnn._reorder_linear_weight(rows), [y[i] for y, i in zip(cut_y, at, strict=True)]
+        kept = own_y[0].shape[1] if len(parts) == 1 else len(rows)  # of a last part, which zeros fill
+        if not _keeps_rows(
+            lambda x, packed=packed, b=own_b, n=kept: _by_packed(x, packed, b)[:, :n].contiguous(), x_RK, torch.cat(own_y, -1)
+        ):
+            return False
+    return True
 
 
-def pack_weight(weight: Tensor, parts: Sequence[int], bias: bool) -> Tensor | None:
+def pack_weight(weight: Tensor, parts: Sequence[int], bias: bool, wholes: Sequence[int] = ()) -> Tensor | None:
     """Return a copy of a weight for `linear(packed=)`; None on a GPU, and where `is_packable` is not true.
 
     Args:
         weight: [N, K], bf16 or fp32. The copy does not follow it when it changes.
         parts: rows of each weight that was merged into this one, in order; together N.
         bias: whether the products have a bias.
+        wholes: rows of the weights that the parts were cut out of; none: the parts are whole.
 
     Returns:
         An opaque tensor of as many bytes as the weight, whose `to_dense()` is the weight, bit for bit.
     """
     n, k = weight.shape
-    if weight.is_cuda or not is_packable(tuple(parts), k, weight.dtype, bias, torch.get_num_threads()):
+    if weight.is_cuda or not is_packable(
+        tuple(parts), k, weight.dtype, bias, torch.get_num_threads(), () if tuple(wholes) == tuple(parts) else tuple(wholes)
+    ):
         return None
     _routes[f"{n}x{k} {str(weight.dtype)[6:]}"] = "vendor GEMM, packed, checked equal to its parts here,"
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())

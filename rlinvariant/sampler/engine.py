@@ -178,6 +178,8 @@ class Sampler:
             if clash := sorted(fixed & (options or {}).keys()):
                 raise UserError(f"sampler options {', '.join(clash)}: rlinvariant sets them itself; remove them")
             arguments |= options or {}
+            if arguments.get("tensor_parallel_size", 1) > 1 and not torch.cuda.is_available():
+                arguments["worker_cls"] = "rlinvariant.sampler.vllm_columns.Worker"
             if invariant:
                 if positions is None:
                     positions = refuse(options or {}, str(model), dtype, max_model_len)

@@ -31,7 +31,6 @@ UNTOUCHED_OPTIONS = {  # keep vllm.LLM's default: an exact sampler runs whole, o
     "pipeline_parallel_size": 1,
     "prefill_context_parallel_size": 1,
     "speculative_config": None,
-    "tensor_parallel_size": 1,
 }
 
 

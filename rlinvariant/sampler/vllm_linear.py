@@ -13,8 +13,9 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 
 from rlinvariant import ops
-from rlinvariant.ops.linear import pack_weight
+from rlinvariant.ops.linear import linear_columns, pack_weight
 from rlinvariant.sampler.names import QUANTIZATION
+from rlinvariant.sampler.vllm_columns import cuts
 from rlinvariant.types import JsonObject, Untyped
 
 
@@ -49,6 +50,7 @@ class _Linear(UnquantizedLinearMethod):
     def create_weights(self, layer: Any, input_size_per_partition: int, output_partition_sizes: list[int], *args, **kwargs):
         super().create_weights(layer, input_size_per_partition, output_partition_sizes, *args, **kwargs)
         layer.parts, layer.packed, layer.adapters = output_partition_sizes, {}, None
+        layer.cuts = cuts(layer, output_partition_sizes)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Leave the weight as it is: vLLM would repack and free it, and weight sync could not reach it."""
@@ -56,29 +58,34 @@ class _Linear(UnquantizedLinearMethod):
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Multiply; on a CPU by the packed copy, or else once for each projection that vLLM merged: with the trainer's bits.
 
-        On CUDA an output column does not depend on how many columns there are.
+        On CUDA an output column does not depend on how many columns there are. An engine over several processes has some of
+        the columns here: those have the bits that they have in a product by the whole weight.
         """
         if layer.adapters is not None:
             return layer.adapters(x, bias)
         packed = _packed(layer)
-        if packed is not None or len(layer.parts) == 1 or x.is_cuda:
+        if packed is not None or x.is_cuda:
             return ops.linear(x, layer.weight, bias, packed)
         weights = layer.weight.split(layer.parts)
         biases = [None] * len(weights) if bias is None else bias.split(layer.parts)
-        return torch.cat([ops.linear(x, w, b) for w, b in zip(weights, biases, strict=True)], -1)
+        parts = [_columns(x, w, b, cut.whole) for w, b, cut in zip(weights, biases, layer.cuts, strict=True)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
 class _Head(UnquantizedEmbeddingMethod):
     def create_weights(self, layer: Any, *args, **kwargs) -> None:
         super().create_weights(layer, *args, **kwargs)
-        layer.packed = {}
+        layer.packed, layer.cuts = {}, cuts(layer, [])
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Leave the weight as it is, for the reason given in `_Linear`."""
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Return logits over the model's own vocabulary: vLLM pads the weight to a multiple of 64 rows."""
-        return ops.linear(x, layer.weight[: layer.org_vocab_size], bias, _packed(layer))
+        """Return logits over the model's own vocabulary, or of this process's share of the padded one, which vLLM gathers.
+
+        vLLM pads the weight to a multiple of 64 rows, with zeros.
+        """
+        return _columns(x, multiplied(layer), bias, layer.org_vocab_size, _packed(layer))
 
 
 def products(model: nn.Module) -> dict[str, Untyped]:
@@ -92,8 +99,8 @@ def is_ours(layer: Untyped) -> bool:
 
 
 def multiplied(layer: Untyped) -> Tensor:
-    """Return the rows [N, K] of a layer's weight that it multiplies by: an lm_head's own are padded with others."""
-    return layer.weight[: getattr(layer, "org_vocab_size", None)]
+    """Return the rows [N, K] of a layer's weight that it multiplies by: not those that pad the vocabulary of one process."""
+    return layer.weight if layer.tp_size > 1 else layer.weight[: getattr(layer, "org_vocab_size", None)]
 
 
 def pack_weights(model: nn.Module) -> None:
@@ -103,8 +110,16 @@ def pack_weights(model: nn.Module) -> None:
             layer.adapters.pack(layer.bias is not None)
             continue
         weight = multiplied(layer)
-        packed = pack_weight(weight, getattr(layer, "parts", [len(weight)]), layer.bias is not None)
+        wholes = [cut.whole for cut in layer.cuts]
+        packed = pack_weight(weight, getattr(layer, "parts", [len(weight)]), layer.bias is not None, wholes)
         layer.packed = {} if packed is None else {torch.get_num_threads(): packed}
+
+
+def _columns(x: Tensor, weight: Tensor, bias: Tensor | None, whole: int, packed: Tensor | None = None) -> Tensor:
+    """Return the product by a weight, or by what this process has of one with `whole` rows."""
+    if packed is not None or x.is_cuda or len(weight) == whole:
+        return ops.linear(x, weight, bias, packed)
+    return linear_columns(x, weight, bias, whole)
 
 
 def _packed(layer: Any) -> Tensor | None:

@@ -1,6 +1,6 @@
 """The parts that run inside vLLM in place of its own layers; written for vLLM 0.26 (CUDA) and 0.32 (CPU).
 
-This file, vllm_attention.py, vllm_linear.py and vllm_serve.py hold all that depends on vLLM's internals, for the day they move.
+This file, vllm_attention.py, vllm_columns.py, vllm_linear.py and vllm_serve.py hold all that depends on vLLM's internals, for the day they move.
 
 vLLM's transformers backend builds the Hugging Face model; `make_invariant` patches it exactly as it patches the trainer's;
 vLLM then puts its linear layers, cache and attention into it, and these classes make them call `rlinvariant.ops`.
@@ -31,7 +31,7 @@ from rlinvariant.errors import UserError
 from rlinvariant.models.lora import without_adapters
 from rlinvariant.models.modules import become, logits_scaling
 from rlinvariant.models.patch import make_invariant
-from rlinvariant.sampler import adapters
+from rlinvariant.sampler import adapters, vllm_columns
 from rlinvariant.sampler.expert_loader import ExpertLoader
 from rlinvariant.sampler.names import NOT_ACTIVE
 from rlinvariant.sampler.vllm_attention import InvariantAttentionBackend
@@ -53,6 +53,10 @@ class _GateAndUpInOne(nn.Module):
 class InvariantForCausalLM(TransformersForCausalLM):
     """Runs the transformers backend with the model patched before vLLM replaces its layers."""
 
+    def __init__(self, *, vllm_config: Untyped, prefix: str = "") -> None:  # vLLM looks at these names
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        vllm_columns.gather_embeddings(self)
+
     def recursive_replace(self) -> None:
         AutoModel._model_mapping._extra_content.pop(type(self.config), None)  # see _decorate_for_torch_compile
         make_invariant(self.model, self.model_config.dtype)
@@ -63,6 +67,7 @@ class InvariantForCausalLM(TransformersForCausalLM):
                 self._merge_gate_and_up(f"model.{name}", module)
             elif hasattr(module, "embed_scale") and hasattr(module, "compute_dtype"):
                 module.embed_scale.fill_(module.scale)  # vLLM 0.26 takes the layer away and scales by this
+        vllm_columns.spread(self.model, self.quant_config)
         super().recursive_replace()
 
     def _merge_gate_and_up(self, name: str, mlp: Any) -> None:

@@ -25,11 +25,11 @@ def differing(model: Untyped, weights: Iterable[tuple[str, Tensor]], invariant: 
     tied = "lm_head.weight" not in own
     bad = [name for name in parts if name not in own and not (tied and name == "lm_head.weight")]
     for name, have in own.items():
-        if name not in parts or not _same(*_readable(model, name, have.detach(), _whole(parts[name]))):
+        if name not in parts or not _same(*_readable(model, name, have.detach(), _here(model, name, parts[name]))):
             bad.append(name)
     bad += _stale_copies(model) if invariant else []
     head = getattr(model, "lm_head", None)
-    embedding = next((_whole(x) for n, x in parts.items() if n.endswith("embed_tokens.weight")), None)
+    embedding = next((_here(model, n, x) for n, x in parts.items() if n.endswith("embed_tokens.weight")), None)
     packed_apart = tied and hasattr(head, "cpu_linear") and not invariant
     if packed_apart and embedding is not None and not _same(*_columns(head, embedding)):
         bad.append("lm_head.weight")
@@ -37,21 +37,53 @@ def differing(model: Untyped, weights: Iterable[tuple[str, Tensor]], invariant: 
 
 
 def differing_checksums(model: Untyped, weights: Mapping[str, Checksum]) -> list[str]:
-    """Name the parameters of an exact engine whose words do not have the sums that they should have."""
+    """Name the parameters of an exact engine whose words do not have the sums that they should have.
+
+    An engine may be spread over several processes: each sums its own rows, and all must call this. Rows that several have,
+    must be the same in all.
+    """
+    from rlinvariant.sampler.vllm_columns import of_all
+
     parts: dict[str, dict[Any, Checksum]] = {}
     for name, checksum in weights.items():
         place, shard = target(model, name)
         parts.setdefault(place, {})[shard] = checksum
     own = dict(model.named_parameters())
     bad = [name for name in parts if name not in own and not ("lm_head.weight" not in own and name == "lm_head.weight")]
+    sums: dict[str, list[_Rows]] = {}
     for name, have in own.items():
-        expected = [parts[name][shard] for shard in sorted(parts[name], key=MERGE_ORDER.index)] if name in parts else []
-        rows = [part.shape[0] for part in expected]
-        if name.endswith(PADDED):
-            have = have[: sum(rows)]
-        if not rows or sum(rows) != len(have) or [checksums.whole(part) for part in have.split(rows)] != expected:
+        cuts = _cuts(model, name, [part.shape[0] for part in _in_order(parts.get(name, {}))])
+        rows = [rows for _, _, rows in cuts]
+        have = have[: sum(rows)] if name.endswith(PADDED) else have
+        if sum(rows) == len(have):
+            parts_here = zip(have.split(rows), cuts, strict=True)
+            sums[name] = [(first, n, checksums.partial(part, first)) for part, (_, first, n) in parts_here]
+    everywhere = of_all(sums)
+    for name, have in own.items():
+        held = zip(*(each.get(name, []) for each in everywhere), strict=False)
+        found = [_joined(rows, have) for rows in held]
+        if name not in parts or found != _in_order(parts[name]):
             bad.append(name)
     return bad + _stale_copies(model)
+
+
+_Rows = tuple[int, int, Tensor]
+"""Number of the first of some rows of a weight, how many they are, and their sums."""
+
+
+def _joined(held: Iterable[_Rows], like: Tensor) -> Checksum | None:
+    """Return the checksum of a weight whose rows several processes have; None if rows are missing, or differ where both have them."""
+    apart: dict[int, _Rows] = {}
+    for first, rows, sums in held:
+        _, rows_before, sums_before = apart.setdefault(first, (first, rows, sums))
+        if rows_before != rows or not torch.equal(sums_before, sums):
+            return None
+    end, total = 0, torch.zeros(2, dtype=torch.int64)
+    for first, rows, sums in sorted(apart.values(), key=lambda row: row[:2]):
+        if first != end:
+            return None
+        end, total = first + rows, total + sums.cpu()
+    return checksums.of(like.dtype, (end, *like.shape[1:]), total)
 
 
 def _stale_copies(model: Any) -> list[str]:
@@ -75,10 +107,27 @@ def target(model: Untyped, name: str) -> tuple[str, Untyped]:
     return name, None
 
 
-def _whole(pieces: dict[Any, Tensor]) -> Tensor:
-    if len(pieces) == 1:
-        return next(iter(pieces.values()))
-    return torch.cat([pieces[shard] for shard in sorted(pieces, key=MERGE_ORDER.index)])
+def _in_order(pieces: dict[Any, Any]) -> list[Any]:
+    """Return the parts of a merged weight in vLLM's order."""
+    return [pieces[shard] for shard in sorted(pieces, key=MERGE_ORDER.index)]
+
+
+def _cuts(model: Any, name: str, wholes: list[int]) -> list[tuple[int, int, int]]:
+    """Return which rows of each part of a merged weight are in this process: rows of the whole, the first, how many.
+
+    Layers of an exact engine say it (`vllm_columns.Cut`); any other parameter is whole. Where the weights have not as many rows
+    as they should, nothing is cut.
+    """
+    cuts = getattr(model.get_submodule(name.rpartition(".")[0]), "cuts", [])
+    return cuts if [cut.whole for cut in cuts] == wholes else [(rows, 0, rows) for rows in wholes]
+
+
+def _here(model: Any, name: str, pieces: dict[Any, Tensor]) -> Tensor:
+    """Return those rows that this process has of the parts of a merged weight, side by side."""
+    parts = _in_order(pieces)
+    held = zip(parts, _cuts(model, name, [len(part) for part in parts]), strict=True)
+    rows = [part[first : first + count] for part, (_, first, count) in held]
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
 def _readable(model: Any, name: str, have: Tensor, expected: Tensor) -> tuple[Tensor, Tensor]:
