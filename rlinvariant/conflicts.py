@@ -268,6 +268,34 @@ def sharding_problems(trainer: "GRPOConfig", invariance: str, lora: str | None, 
     ]
 
 
+def divisor(processes: int) -> str:
+    """Say which numbers of processes a sampler may be spread over, where a host has so many."""
+    return (
+        f"a divisor of the {processes} process{'es' if processes > 1 else ''} of a host; start more by machine=, or choose one"
+    )
+
+
+def spread_problems(processes: int, invariance: Invariance, adapted: bool) -> list[str]:
+    """List what cannot stand beside a sampler that is spread over so many processes, a line at most for each.
+
+    Args:
+        processes: vLLM's tensor_parallel_size.
+        invariance: which sides are exact.
+        adapted: whether LoRA adapters are trained.
+    """
+    said = f"sampler.tensor_parallel_size={processes}"
+    if processes == 1:
+        return []
+    found = (
+        [f"{said}: expected 1 with LoRA adapters, which are not cut by columns so far; remove one of them"] if adapted else []
+    )
+    if not SIDES[invariance][0]:
+        found.append(
+            f"{said}: expected 1 with invariance={invariance}: a stock sampler adds over processes; use invariance=exact"
+        )
+    return found
+
+
 def microbatch_problems(
     tokens: int | None, recompute: bool | None, args: "GRPOConfig", invariance: Invariance, prefix: str = ""
 ) -> list[str]:

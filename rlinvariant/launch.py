@@ -233,10 +233,26 @@ def launch(argv: Sequence[str], machine: str | None = None) -> int:
     import torch  # not before: a wrong machine= is answered at once
 
     os.environ[MACHINE] = machine or ("1gpu" if torch.cuda.is_available() else "cpu")
-    return _launch(file or machine_file(os.environ[MACHINE]), argv)
+    return _launch(file or machine_file(os.environ[MACHINE]), ["train", *argv])
 
 
-def _launch(file: Path, argv: Sequence[str]) -> int:
+def launch_command(argv: Sequence[str], processes: int) -> int:
+    """Run another command of `rlinvariant` in several processes of this host, each with a GPU where there are GPUs.
+
+    Args:
+        argv: the command and its arguments.
+        processes: how many.
+
+    Returns:
+        The exit code of the first process that failed; 0 if all ended well.
+    """
+    import torch
+
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    return _launch(machine_file("2gpu" if torch.cuda.is_available() else "cpu2"), argv, processes)
+
+
+def _launch(file: Path, argv: Sequence[str], processes: int | None = None) -> int:
     from accelerate.commands.config.config_args import load_config_from_file
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_simple_launcher_cmd_env
@@ -247,10 +263,11 @@ def _launch(file: Path, argv: Sequence[str]) -> int:
         raise UserError(
             f"machine={file}: accelerate cannot use it: {one_line(error)}; mend the file, or remove machine="
         ) from error
-    all_processes, hosts = size(str(file))
+    all_processes, hosts = size(str(file)) if processes is None else (processes, 1)
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, _cores() // max(1, all_processes // hosts)))
     settings_of_launch = ["--config_file", str(file), "--num_cpu_threads_per_process", threads]
-    options = launch_command_parser().parse_args([*settings_of_launch, str(WORKER), "train", *argv])
+    settings_of_launch += [] if processes is None else ["--num_processes", str(processes)]
+    options = launch_command_parser().parse_args([*settings_of_launch, str(WORKER), *argv])
     if all_processes > 1 or settings.distributed_type not in ("NO", False):
         if hosts == 1:  # torchrun's store takes a port that is free: no other start can take it in between
             options.standalone, options.main_process_port = True, 0

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, cast
 
-from rlinvariant.conflicts import SIDES, Invariance
+from rlinvariant.conflicts import SIDES, Invariance, spread_problems
 from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.launch import main_process_fetches, on_main_process
 from rlinvariant.report.console import Console
@@ -121,10 +121,16 @@ def plan_trainer(
     if trainer_is_invariant and not (sampler_is_invariant and source_config is config):
         problems += [f"model={name}: {reason}; use invariance=off" for reason in unsupported(config, args.device.type)]
     problems += lora.rank_problems("lora.r", rank, config)
+    problems += spread_problems(_spread(sampler_options), invariance, rank > 0)
     if problems:
         raise ConfigErrors(problems)
     parts = (name if loaded is None else loaded, config, source, source_config, generation)
     return TrainerPlan(*parts, args, ppo, invariance, dtype, sampler_options, save_dtype)
+
+
+def _spread(sampler_options: JsonRow) -> int:
+    """Return over how many processes a sampler is spread."""
+    return (sampler_options.get("options") or {}).get("tensor_parallel_size", 1)
 
 
 def build_trainer(
@@ -159,6 +165,7 @@ def arguments(
     from rlinvariant.models.limits import attention_form, mixture_of
     from rlinvariant.models.load import load
     from rlinvariant.sampler.engine import Sampler
+    from rlinvariant.sampler.group import GroupSampler
     from rlinvariant.support import unproven_here
 
     transformers_logging.disable_progress_bar()
@@ -181,7 +188,8 @@ def arguments(
         console.print(str(ToolLimits.taken({**options})))
     invariant = SIDES[plan.invariance][0]
     positions = getattr(plan.source_config.get_text_config(), "max_position_embeddings", None)  # a stock engine needs none
-    engine: Callable[[], Sampler] = lambda: Sampler(  # noqa: E731
+    kind = GroupSampler if _spread(plan.sampler_options) > 1 else Sampler
+    engine: Callable[[], Sampler] = lambda: kind(  # noqa: E731
         plan.source,
         invariant=invariant,
         dtype=plan.dtype,

@@ -241,4 +241,6 @@ def sampler_options(config: Config) -> "SamplerOptions":
         options["enforce_eager"] = settings.enforce_eager
     if settings.max_num_batched_tokens is not None:
         options["max_num_batched_tokens"] = settings.max_num_batched_tokens
+    if settings.tensor_parallel_size > 1:
+        options["tensor_parallel_size"] = settings.tensor_parallel_size
     return {"max_model_len": settings.max_model_len, "kv_cache_gib": settings.kv_cache_gib, "options": options}

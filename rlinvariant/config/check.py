@@ -13,9 +13,11 @@ from rlinvariant.conflicts import (
     TRAINABLE,
     adapter_conflicts,
     conflicts,
+    divisor,
     microbatch_problems,
     ppo_conflicts,
     sharding_problems,
+    spread_problems,
     truncation_problems,
 )
 from rlinvariant.errors import UserError
@@ -55,7 +57,7 @@ def check(config: Config, env: Mapping[str, str], recipe: Recipe | None = None, 
     found += _check_ppo(config) if config.algorithm == "ppo" else _check_no_ppo(config)
     tokens = config.trainer.tokens_per_microbatch
     found += microbatch_problems(tokens, None, config.trainer, config.invariance, "trainer.")
-    return found + _check_sampler(config)
+    return found + _check_sampler(config, env)
 
 
 def check_run(config: Config, env: Mapping[str, str]) -> list[str]:
@@ -132,18 +134,22 @@ def _check_numbers(config: Config) -> list[str]:
     )
 
 
-def _check_sampler(config: Config) -> list[str]:
+def _check_sampler(config: Config, env: Mapping[str, str]) -> list[str]:
     """Check the sampler's sizes, how they go with the trainer's, and that W&B is asked for in one place."""
     trainer, sampler = config.trainer, config.sampler
     length, longest = trainer.max_completion_length, sampler.max_model_len
     room = f"more than trainer.max_completion_length={length}, to leave room for the prompt"
+    started, spread = env.get("LOCAL_WORLD_SIZE", env.get("WORLD_SIZE", "1")), sampler.tensor_parallel_size
+    processes = max(1, int(started)) if re.fullmatch("[0-9]{1,9}", started) else 1
+    others = spread_problems(spread, config.invariance, config.lora.r > 0)
     reports = trainer.report_to if isinstance(trainer.report_to, list) else [trainer.report_to]
-    return _required(
+    return others + _required(
         config,
         (length is not None and length >= 1, "trainer.max_completion_length", "at least 1"),
         (longest is None or length is None or longest > length, "sampler.max_model_len", room),
         (sampler.max_num_seqs >= 1, "sampler.max_num_seqs", "at least 1"),
         (sampler.kv_cache_gib is None or sampler.kv_cache_gib > 0, "sampler.kv_cache_gib", "more than 0"),
+        (spread >= 1 and processes % spread == 0, "sampler.tensor_parallel_size", divisor(processes)),
         (not {"wandb", "all"} & set(reports), "trainer.report_to", "no wandb or all: W&B is set by wandb.mode="),
     )
 

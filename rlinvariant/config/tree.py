@@ -39,6 +39,10 @@ class SamplerConfig:
     enforce_eager: bool | None = chz.field(
         default=None, doc="No compilation, no CUDA graphs; None: true on a CPU, where a start would take a minute longer."
     )
+    tensor_parallel_size: int = chz.field(
+        default=1,
+        doc="Processes over which an engine is spread, each with some columns of every product; the bits are those of 1.",
+    )
 
 
 @chz.chz

@@ -82,6 +82,25 @@ def _mixture(config: Any) -> Iterator[str]:
             yield f"{name}={value}: no op has {what}"
 
 
+def uncuttable(config: Untyped, processes: int) -> Iterator[str]:
+    """Yield each reason, in words, why a model's weights cannot be cut by columns for so many processes of a sampler."""
+    if mixture := mixture_of(config):
+        yield f"{mixture}: a mixture's experts are not cut so far"
+        return
+    plan = getattr(config, "base_model_tp_plan", None) or {}
+    merged = [name for name, way in plan.items() if way in ("colwise_gather_output", "rowwise_split_input")]
+    if merged or not plan:
+        what = f"{merged[0].split('.')[-1]} is not one of whole heads" if merged else "transformers has no plan for it"
+        yield f"model_type={config.model_type}: {what}, as the processes must have them"
+    heads, keys = config.num_attention_heads, getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    sizes = {"num_attention_heads": heads, "hidden_size": config.hidden_size, "intermediate_size": config.intermediate_size}
+    for name, size in sizes.items():
+        if size % processes:
+            yield f"{name}={size} is no multiple of {processes}"
+    if keys % processes and processes % keys:
+        yield f"num_key_value_heads={keys} is neither a multiple nor a divisor of {processes}"
+
+
 def attention_form(config: Untyped) -> tuple[int, int | None, float | None]:
     """Return the head size of a model, the window of those layers that have one, and the cap of its scores."""
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

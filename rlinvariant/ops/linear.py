@@ -84,9 +84,9 @@ def _keeps_rows(product: Callable[[Tensor], Tensor], x_RK: Tensor, full_RN: Tens
 
 
 def linear_columns(x: Tensor, weight: Tensor, bias: Tensor | None, whole: int) -> Tensor:
-    """Return those columns of `linear`, on a CPU, that belong to some rows of a weight; this process has no others. No gradient.
+    """Return, on a CPU, those columns of `linear` that belong to some rows of a weight, of which this process has no others.
 
-    On CUDA it is `linear`: there no column depends on how many there are.
+    There is no gradient. On CUDA it is `linear`: there no column depends on how many there are.
 
     Args:
         x: [*rows, K], bf16 or fp32.

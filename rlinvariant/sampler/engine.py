@@ -9,22 +9,19 @@ assert not sampler.differing_weights(model.named_parameters())
 
 import gc
 import os
-import random
-import sys
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from rlinvariant import runtime
 from rlinvariant.checksums import Checksum
-from rlinvariant.errors import UserError
+from rlinvariant.conflicts import spread_problems
+from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.model_source import base_and_adapter
 from rlinvariant.models import adapter_files
 from rlinvariant.models.lora import split
@@ -33,6 +30,7 @@ from rlinvariant.sampler import adapters, plugin
 from rlinvariant.sampler import weights as synced
 from rlinvariant.sampler.names import ARCHITECTURE, QUANTIZATION
 from rlinvariant.sampler.refusals import refuse
+from rlinvariant.sampler.undisturbed import stdout_with_descriptor, undisturbed
 from rlinvariant.support import TRY, may_use_unproven
 from rlinvariant.types import JsonObject, Untyped
 
@@ -47,32 +45,6 @@ NEUTRAL_SETTINGS = {
     "frequency_penalty": (0.0,),
 }
 """Setting -> the values by which it leaves the distribution as it is; None does so for all."""
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Keep the trainer's random state and thread control: vLLM reseeds torch and disables `torch.set_num_threads`."""
-    threads, set_threads, dtype = torch.get_num_threads(), torch.set_num_threads, torch.get_default_dtype()
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
-            torch.set_num_threads = set_threads
-            torch.set_default_dtype(dtype)
-            if torch.get_num_threads() != threads:
-                torch.set_num_threads(threads)
-
-
-def _stdout_with_descriptor() -> AbstractContextManager[Any]:
-    """Redirect stdout where it has no file descriptor, as in a notebook: vLLM silences NCCL through it, and would raise."""
-    try:
-        sys.stdout.fileno()
-    except (AttributeError, OSError):  # io.UnsupportedOperation is one
-        return redirect_stdout(sys.__stdout__)
-    return nullcontext()
 
 
 def _arguments(dtype: str, max_model_len: int | None, kv_cache_gib: float | None) -> dict[str, Any]:
@@ -168,9 +140,12 @@ class Sampler:
         if adapter is not None and not invariant:
             raise UserError(f"{directory}: a stock engine takes whole weights; {adapter_files.MERGE} {directory}")
         ranks = ranks if adapter is None else adapter.ranks
+        processes = (options or {}).get("tensor_parallel_size", 1)
+        if ranks and (found := spread_problems(processes, "exact", adapted=True)):
+            raise ConfigErrors(found)
         gc.unfreeze()
         gc.collect()  # an earlier engine, of a notebook's cell that runs again, holds gigabytes until it is collected
-        with _undisturbed():
+        with undisturbed():
             from vllm import LLM
 
             arguments = _arguments(dtype, max_model_len, kv_cache_gib)
@@ -178,7 +153,7 @@ class Sampler:
             if clash := sorted(fixed & (options or {}).keys()):
                 raise UserError(f"sampler options {', '.join(clash)}: rlinvariant sets them itself; remove them")
             arguments |= options or {}
-            if arguments.get("tensor_parallel_size", 1) > 1 and not torch.cuda.is_available():
+            if processes > 1 and not torch.cuda.is_available():
                 arguments["worker_cls"] = "rlinvariant.sampler.vllm_columns.Worker"
             if invariant:
                 if positions is None:
@@ -189,11 +164,15 @@ class Sampler:
                 plugin.load()
                 plugin.register_class()
                 arguments |= {"quantization": QUANTIZATION, "hf_overrides": {"architectures": [ARCHITECTURE]}}
-            with _stdout_with_descriptor(), adapters.expecting(ranks or {}):
+            with stdout_with_descriptor(), adapters.expecting(ranks or {}):
                 self.llm = LLM(str(model), **arguments)
             core: Any = self.llm.llm_engine.engine_core
             if hasattr(core, "_finalizer"):  # vLLM 0.26 has none
                 core._finalizer.detach()
+            if processes > 1:
+                from rlinvariant.sampler.vllm_columns import drop_queue
+
+                drop_queue()
             self._end = weakref.finalize(core, _release, core.engine_core)
             self._install()
             if adapter is not None:
@@ -280,7 +259,7 @@ class Sampler:
         if self.invariant:
             self._runner.sampler.keep_drawn()
         try:
-            with _undisturbed():
+            with undisturbed():
                 outputs = self.llm.generate(inputs, params, use_tqdm=False)
         except BaseException:  # an interrupted batch must not linger: the next one would wait for it forever
             engine: Any = self.llm.llm_engine
@@ -289,6 +268,9 @@ class Sampler:
         if self.invariant:
             return self._drawn(outputs, self._runner.sampler.take_drawn())
         return reported(outputs)
+
+    def finish(self) -> None:
+        """Say that this process asks for no more of a rollout; of use in `GroupSampler`, whose processes draw together."""
 
     def params(
         self, seed: int, *, temperature: float, max_tokens: int, stop_token_ids: Sequence[int] = (), **sampling: Untyped
@@ -341,7 +323,7 @@ class Sampler:
             RuntimeError: a request is still running.
         """
         pairs = ((name, w.detach()) for name, w in weights)  # one after the other, as shards are gathered
-        with _undisturbed(), torch.no_grad():
+        with undisturbed(), torch.no_grad():
             if self.invariant:
                 self.model.load_weights(pairs)
             else:

@@ -25,6 +25,17 @@ HOOKS: dict[str, tuple[str, ...]] = {
     ),
     "vllm.model_executor.layers.linear:UnquantizedLinearMethod.apply": ("self", "layer", "x", "bias"),
     "vllm.model_executor.layers.linear:UnquantizedLinearMethod.process_weights_after_loading": ("self", "layer"),
+    "vllm.model_executor.layers.linear:ColumnParallelLinear.__init__": (
+        "self",
+        "input_size",
+        "output_size",
+        "bias",
+        "gather_output",
+    ),
+    "vllm.model_executor.layers.linear:ColumnParallelLinear.forward": ("self", "input_"),
+    "vllm.distributed:tensor_model_parallel_all_gather": ("input_", "dim"),
+    "vllm.distributed.parallel_state:get_tp_group": (),
+    "vllm.model_executor.layers.vocab_parallel_embedding:VocabParallelEmbedding.forward": ("self", "input_"),
     "vllm.model_executor.layers.vocab_parallel_embedding:UnquantizedEmbeddingMethod.apply": ("self", "layer", "x", "bias"),
     "vllm.model_executor.layers.quantization.base_config:QuantizationConfig.get_quant_method": ("self", "layer", "prefix"),
     "vllm.model_executor.layers.quantization:register_quantization_config": ("quantization",),
@@ -105,6 +116,10 @@ FIELDS: dict[str, tuple[str, ...]] = {
         "slot_mapping",
         "causal",
     ),
+    "vllm.model_executor.layers.vocab_parallel_embedding:VocabParallelEmbeddingShardIndices": (
+        "org_vocab_start_index",
+        "num_org_elements",
+    ),
     "vllm.config.compilation:CompilationConfig": ("static_forward_context", "max_cudagraph_capture_size", "mode"),
 }
 """Fields that are read off what vLLM hands over, by their class."""
@@ -116,6 +131,7 @@ NAMES: tuple[str, ...] = (
     "vllm.model_executor.models.transformers:TransformersForCausalLM",
     "vllm.model_executor.layers.linear:MergedColumnParallelLinear",
     "vllm.model_executor.layers.linear:LinearBase",
+    "vllm.model_executor.layers.linear:QKVParallelLinear",
     "vllm.model_executor.layers.vocab_parallel_embedding:VocabParallelEmbedding",
     "vllm.model_executor.layers.vocab_parallel_embedding:ParallelLMHead",
     "vllm.model_executor.layers.quantization:QUANTIZATION_METHODS",

@@ -6,10 +6,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from rlinvariant import runtime
+from rlinvariant.conflicts import divisor
 from rlinvariant.errors import ConfigErrors, UserError, one_line
+from rlinvariant.launch import is_launched
 from rlinvariant.model_source import source_problems
 from rlinvariant.models import unsupported
-from rlinvariant.support import cuda_problems
+from rlinvariant.models.limits import uncuttable
+from rlinvariant.support import TRY, cuda_problems, may_use_unproven
 from rlinvariant.types import JsonObject, JsonRow
 
 if TYPE_CHECKING:
@@ -96,9 +99,30 @@ def engine_problems(
     fix = f"remove it, or {otherwise}"
     found = [f"sampler option {k}={v}: expected {UNTOUCHED_OPTIONS[k]}; {fix}" for k, v in touched.items()]
     found += [f"model={model}: {reason}; {otherwise}" for reason in unsupported(config, device)]
+    found += process_problems(options.get("tensor_parallel_size", 1), model, config, device)
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)  # a model without it is refused above
     if max_model_len is not None and positions is not None and max_model_len > positions:
         found.append(f"sampler.max_model_len={max_model_len}: expected at most {positions}, the model's positions")
+    return found
+
+
+def process_problems(count: int, model: str, config: "PreTrainedConfig", device: str) -> list[str]:
+    """List why an engine cannot be spread over so many processes by columns, one line each.
+
+    Args:
+        count: vLLM's tensor_parallel_size.
+        model, config: as for `refuse`.
+        device: "cpu" or "cuda".
+    """
+    if count == 1:
+        return []
+    said = f"sampler.tensor_parallel_size={count}"
+    found = [f"{said}: model={model}: {reason}; choose another number" for reason in uncuttable(config, count)]
+    started = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if is_launched() else 1
+    if count < 1 or started % count:
+        found.append(f"{said}: expected {divisor(started)}")
+    if device != "cpu" and not may_use_unproven():
+        found.append(f"{said}: proven on CPUs alone so far, not on {device}; remove it; {TRY}")
     return found
 
 

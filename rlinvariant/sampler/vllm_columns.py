@@ -49,6 +49,16 @@ def processes() -> int:
     return get_tp_group().world_size
 
 
+def rank() -> int:
+    """Return this process's number among those of its engine."""
+    return get_tp_group().rank_in_group
+
+
+def drop_queue() -> None:
+    """Give back the shared memory through which vLLM's own executor talks to its workers: here nobody starts any."""
+    get_tp_group().mq_broadcaster = None
+
+
 def of_all(item: Any) -> list[Any]:
     """Return what each process of the engine gives. Every one of them must call this."""
     group, found = get_tp_group(), [item] * processes()
@@ -110,6 +120,7 @@ class GatheredEmbedding(VocabParallelEmbedding):
     vLLM adds the processes' rows, zeros all but one: -0 + 0 is 0, another word.
     """
 
+    weight: Tensor
     first: int  # of this process's rows
     scale: float | None
 
@@ -149,7 +160,8 @@ def gather_embeddings(model: nn.Module) -> None:
         return
     for module in model.modules():
         if isinstance(module, VocabParallelEmbedding) and not isinstance(module, ParallelLMHead):
-            cls: Any = type(module)
+            embedding: Any = module
+            cls, own = type(module), module.num_embeddings_per_partition
             scale = getattr(module, "scale", getattr(module, "embed_scale", None))  # ours, in vLLM 0.32; vLLM's, in 0.26
-            module.__class__ = type(cls.__name__, (GatheredEmbedding, cls), {"__module__": cls.__module__})
-            module.first, module.scale = get_tp_group().rank_in_group * module.num_embeddings_per_partition, scale
+            embedding.__class__ = type(cls.__name__, (GatheredEmbedding, cls), {"__module__": cls.__module__})
+            embedding.first, embedding.scale = rank() * own, scale

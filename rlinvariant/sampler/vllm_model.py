@@ -1,6 +1,7 @@
 """The parts that run inside vLLM in place of its own layers; written for vLLM 0.26 (CUDA) and 0.32 (CPU).
 
-This file, vllm_attention.py, vllm_columns.py, vllm_linear.py and vllm_serve.py hold all that depends on vLLM's internals, for the day they move.
+This file, vllm_attention.py, vllm_columns.py, vllm_linear.py and vllm_serve.py hold all that depends on vLLM's internals, for
+the day they move.
 
 vLLM's transformers backend builds the Hugging Face model; `make_invariant` patches it exactly as it patches the trainer's;
 vLLM then puts its linear layers, cache and attention into it, and these classes make them call `rlinvariant.ops`.

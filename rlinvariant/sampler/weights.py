@@ -72,7 +72,10 @@ _Rows = tuple[int, int, Tensor]
 
 
 def _joined(held: Iterable[_Rows], like: Tensor) -> Checksum | None:
-    """Return the checksum of a weight whose rows several processes have; None if rows are missing, or differ where both have them."""
+    """Return the checksum of a weight whose rows several processes have.
+
+    None if rows are missing, or are not the same in all that have them.
+    """
     apart: dict[int, _Rows] = {}
     for first, rows, sums in held:
         _, rows_before, sums_before = apart.setdefault(first, (first, rows, sums))

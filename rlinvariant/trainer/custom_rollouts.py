@@ -36,6 +36,7 @@ def checked(function: RolloutCall, vocabulary: int, positions: int | None) -> Ro
             problem = f"rollout_func: {error}"
         except Exception as error:  # the user's code may raise anything
             problem = f"rollout_func: {located(error)}"
+        trainer.sampler.finish()
         if problem is None:
             wrong = _problem(found, len(prompts), vocabulary)
             wrong = wrong or _length_problem(found, trainer.max_completion_length, positions)

@@ -91,6 +91,9 @@ class DrawingTrainer(EpisodesTrainer):
         self._turns.conversations = completions
         return super()._tool_call_loop(prompts, prompt_ids, completion_ids, completions, *args, **kwargs)
 
+    def _end_turns(self) -> None:
+        self.sampler.finish()
+
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs):
         """Return token ids and log-probs of a turn; TRL adds to the lists."""
         drawn = self.draw(prompt_ids, self._turns.continued(prompt_ids))

@@ -173,8 +173,13 @@ class EpisodesTrainer(MeasuredTrainer):
             own = UserError(str(overdue))
             watchdog().abandon()
             atexit.unregister(shutdown_event_loop_in_daemon)  # it would wait for the loop
+        self._end_turns()
         self._episodes.end_alike(own)
         return result
+
+    def _end_turns(self) -> None:
+        """Let those ranks draw on that have more turns; here, as the ranks wait for each other next."""
+        raise NotImplementedError
 
     def _get_tool_suffix_ids(self, tool_messages):
         if any(isinstance(message["content"], Ended) for message in tool_messages):

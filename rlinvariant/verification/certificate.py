@@ -101,7 +101,11 @@ class Certificate(TypedDict):
 
 
 def subject(
-    config: "PreTrainedConfig", dtype: str, eager: bool | None = None, ranks: Mapping[str, int] | None = None
+    config: "PreTrainedConfig",
+    dtype: str,
+    eager: bool | None = None,
+    ranks: Mapping[str, int] | None = None,
+    processes: int = 1,
 ) -> JsonObject:
     """Return what decides the bits: architecture, dtype, device, CPU threads, versions, environment, and our own sources.
 
@@ -110,6 +114,7 @@ def subject(
         dtype: of activations, "bfloat16" or "float32".
         eager: whether the engine runs without CUDA graphs and compilation; None for the default on this machine.
         ranks: of LoRA adapters, by the names of their projections; None or none: there are none.
+        processes: those that the engine is spread over.
     """
     computes = {k: v for k, v in config.to_dict().items() if k not in DESCRIPTIVE_KEYS}
     return {
@@ -117,6 +122,7 @@ def subject(
         "dtype": dtype,
         "eager": not torch.cuda.is_available() if eager is None else eager,
         **({"adapters": sha256(json.dumps(ranks, sort_keys=True))} if ranks else {}),
+        **({"tensor_parallel_size": processes} if processes > 1 else {}),
         **machine_subject(),
     }
 

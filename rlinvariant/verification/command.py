@@ -8,6 +8,7 @@ from rlinvariant import runtime
 from rlinvariant.arguments import at_least
 from rlinvariant.errors import INTERRUPTED, NOT_EXACT, OK
 from rlinvariant.files import require_writable
+from rlinvariant.launch import is_launched, launch_command, rank
 from rlinvariant.report.console import Console
 from rlinvariant.verification.options import Options, add_lora, lora_config
 
@@ -17,6 +18,7 @@ compositions, micro-batches, weight sync; beside controls that must differ. Exit
 which training looks for; 1: not exact, or not shown; 2: cannot run."""
 EXAMPLE = """rlinvariant verify Qwen/Qwen3-0.6B --short
 rlinvariant verify Qwen/Qwen3-0.6B --lora r=16
+rlinvariant verify Qwen/Qwen3-8B --tensor-parallel-size 2
 rlinvariant verify runs/words_lora/model"""
 
 
@@ -32,6 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=at_least(0), metavar="N", default=0, help="decides prompts, batches, random weights")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="dtype of activations")
     parser.add_argument("--eager", action="store_true", help="on a GPU: no CUDA graphs and compilation, to start sooner")
+    spread = "spread the sampler over N processes, by columns; each has its own trainer, whole. On GPUs each takes one"
+    parser.add_argument("--tensor-parallel-size", type=at_least(1), metavar="N", default=1, help=spread)
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the certificate there too")
 
 
@@ -46,7 +50,10 @@ def run(options: argparse.Namespace) -> int:
     asked.require_sense()
     if options.out:
         require_writable(options.out, "verify: --out", "name another file")
-    console = Console()
+    if asked.tensor_parallel_size > 1 and not is_launched():
+        out = ["--out", str(options.out)] if options.out else []
+        return launch_command(["verify", *asked.arguments(), *out], asked.tensor_parallel_size)
+    console = Console(rank() == 0)
     runtime.configure()
     runtime.quiet()
     with console.stage("loading transformers and vLLM"):
@@ -61,6 +68,8 @@ def run(options: argparse.Namespace) -> int:
     load.live_engines.clear()
     for line in table.verdict(found):
         console.print(line, style="" if found["exact"] else "bold red")
+    if rank() != 0:
+        return OK if found["exact"] else NOT_EXACT
     path = certificate.write(found, options.out)
     console.print(f"certificate  {path}" + (f", {options.out}" if options.out else ""))
     return OK if found["exact"] else NOT_EXACT

@@ -54,8 +54,8 @@ def compositions(pair: Pair, go_on: Callable[[], bool]) -> Relation:
     relation = Relation("random batch compositions = trainer")
     number = aborted = decoding = 0
     loads, lengths = [], []
-    budget = int(min(48_000, max(pair.sizes.longest, 10 * pair.scored / pair.seconds)))
-    while number < len(COMPOSITION_KINDS) or go_on():
+    budget = pair.agreed(int(min(48_000, max(pair.sizes.longest, 10 * pair.scored / pair.seconds))))
+    while number < len(COMPOSITION_KINDS) or pair.agreed(go_on()):
         requests = composition(pair, number, budget)
         trace = pair.draw(requests, cold=number % 4 != 3)
         pair.against_trainer(relation, requests, trace)

@@ -87,6 +87,14 @@ def stock_both(pair: Pair, model: "PreTrainedModel", engine: "Sampler") -> Relat
     return _scored_by_stock(pair, engine if isinstance(engine, str) else model, relation, draw)
 
 
+def cut_by_rows(pair: Pair, engine: "Sampler") -> Relation:
+    """Draw with our ops in an engine whose o_proj and down_proj are cut as vLLM cuts them, and score what it drew."""
+    relation, requests = Relation("planted: sums added over processes"), pair.batch.requests
+    drawn = [c for c in drive(engine, requests).completions if c is not None]
+    relation.add([c.sampler_logprobs for c in drawn], pair.score(requests, drawn, pair.packed()))
+    return relation
+
+
 def _scored_by_stock(pair: Pair, model: Any, relation: Relation, draw: Callable[[], Any]) -> Relation:
     """Compare what `draw` gives with the scores of a stock model; a `model` that is a str says why it was not run."""
     if isinstance(model, str):

@@ -39,14 +39,17 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def configuration(model: str, dtype: str) -> "PreTrainedConfig":
-    """Return transformers' configuration of a model that can run exactly here. Raises UserError for any other model."""
+def configuration(model: str, dtype: str, processes: int = 1) -> "PreTrainedConfig":
+    """Return transformers' configuration of a model that can run exactly here. Raises UserError for any other model.
+
+    `processes` are those that the engine is spread over.
+    """
     runtime.configure()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     if found := environment_conflicts(os.environ, "exact"):
         raise ConfigErrors(found)
-    refuse({}, model, dtype, otherwise=WITHOUT_PROOF)
+    refuse({"tensor_parallel_size": processes}, model, dtype, otherwise=WITHOUT_PROOF)
     return AutoConfig.from_pretrained(model, trust_remote_code=False)
 
 
@@ -88,9 +91,10 @@ def stock(directory: str, dtype: str) -> "PreTrainedModel":
     return _loaded(directory, getattr(torch, dtype))
 
 
-def options(sizes: Sizes, eager: bool) -> JsonObject:
+def options(sizes: Sizes, eager: bool, processes: int = 1) -> JsonObject:
     """Return the engine's options: small steps, so that prompts are cut, and small pages of its cache."""
-    more = {"enforce_eager": True} if eager else {}
+    more: JsonObject = {"enforce_eager": True} if eager else {}
+    more |= {"tensor_parallel_size": processes} if processes > 1 else {}
     steps = {"max_num_seqs": ENGINE_REQUESTS, "max_num_batched_tokens": sizes.in_step}
     return {**steps, "block_size": PAGE_TOKENS[device()], **more}
 

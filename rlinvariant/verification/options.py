@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rlinvariant.config import LoraConfig, check_lora, draft
+from rlinvariant.conflicts import spread_problems
 from rlinvariant.errors import ConfigErrors
 from rlinvariant.model_source import adapter_base, source_problems
 
@@ -21,10 +22,20 @@ class Options:
     dtype: str = "bfloat16"
     eager: bool = False
     lora: LoraConfig | None = None
+    tensor_parallel_size: int = 1
+
+    def arguments(self) -> list[str]:
+        """Return the command line of `verify` that asks for this; adapters are refused with several processes."""
+        said = [self.model, "--seed", str(self.seed), "--dtype", self.dtype]
+        said += ["--tokens", str(self.tokens)] if self.tokens else []
+        said += [f"--{name}" for name in ("short", "random", "eager") if getattr(self, name)]
+        return [*said, "--tensor-parallel-size", str(self.tensor_parallel_size)]
 
     def require_sense(self) -> None:
         """Raise ConfigErrors for a model that cannot be there, and for options that contradict each other."""
         errors = source_problems("model", self.model, adapters=True) or clash(self.model, self.lora)
+        adapted = self.lora is not None or adapter_base(self.model) is not None
+        errors += spread_problems(self.tensor_parallel_size, "exact", adapted)
         if self.short and self.tokens:
             errors.append(f"verify: --tokens {self.tokens} with --short: expected one of them; remove one")
         if self.dtype not in ("bfloat16", "float32"):

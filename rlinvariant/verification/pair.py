@@ -83,6 +83,7 @@ class Pair:
         seed: decides prompts, draws and batches.
         vocabulary: token ids of prompts are below it.
         advance: called after each comparison of sampler and trainer.
+        agreed: given what a clock has decided, returns what all processes of the engine go by.
         tokens: log-probs compared so far, sampler against trainer; `mismatched` of them differ.
         scored: tokens that the trainer's model has scored, prompts included; `seconds` is the time that it took.
         batch: the batch that `relations.sampler_and_trainer` drew.
@@ -95,6 +96,7 @@ class Pair:
     seed: int
     vocabulary: int
     advance: Callable[[], None] = lambda: None
+    agreed: Callable[[Any], Any] = lambda value: value
     tokens: int = 0
     mismatched: int = 0
     scored: int = 0

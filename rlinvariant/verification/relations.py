@@ -29,6 +29,16 @@ def sampler_and_trainer(pair: Pair) -> Relation:
     return relation
 
 
+def on_all_processes(pair: Pair) -> Relation:
+    """Compare what each process of the engine has drawn, with what this one has."""
+    from rlinvariant.sampler.vllm_columns import of_all
+
+    relation = Relation("every process of the sampler = every other")
+    for drawn in of_all(pair.batch.completions):
+        relation.of(drawn, pair.batch.completions)
+    return relation
+
+
 def alone(pair: Pair) -> Relation:
     """Draw some requests of the batch again, each with no other request in the engine."""
     relation, batch = Relation("alone = in a batch"), pair.batch

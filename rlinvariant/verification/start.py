@@ -48,7 +48,8 @@ def prove(
     eager = bool(sampler.llm.llm_engine.model_config.enforce_eager)
     ranks = lora.ranks(model)
     adapted = bool(ranks)
-    found = certificate.find(certificate.subject(config, dtype, eager, ranks))
+    processes = sampler.llm.llm_engine.vllm_config.parallel_config.tensor_parallel_size
+    found = certificate.find(certificate.subject(config, dtype, eager, ranks, processes))
     if truncation and found is not None and not any(r["name"] == truncated.NAME for r in found["relations"]):
         found = None
     if not largest(int(found is None)) and found is not None:  # one host may have none, and all compare together

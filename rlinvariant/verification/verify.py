@@ -12,6 +12,7 @@ import torch
 from rlinvariant import runtime
 from rlinvariant.config import LoraConfig
 from rlinvariant.errors import UserError, one_line
+from rlinvariant.launch import is_launched, largest, on_main_process
 from rlinvariant.model_source import base_and_adapter
 from rlinvariant.models import lora as adapted
 from rlinvariant.report.console import Console
@@ -63,10 +64,14 @@ def verify(
 
 
 def verify_with(asked: Options, console: Console) -> Certificate:
-    """Do what `verify` does, with its arguments in one object."""
+    """Do what `verify` does, with its arguments in one object. Every process of the engine calls this."""
     asked.require_sense()
     runtime.configure()
     runtime.quiet()
+    if is_launched():
+        from accelerate import PartialState
+
+        PartialState(cpu=not torch.cuda.is_available())  # joins the processes, and gives each its GPU
     with tempfile.TemporaryDirectory(prefix="rlinvariant-verify-") as scratch:
         try:
             return _verify(asked, scratch, console)
@@ -101,21 +106,33 @@ class _Parts:
     def __init__(self, asked: Options, scratch: str, console: Console) -> None:
         self.asked = asked
         source, directory = base_and_adapter(asked.model)
-        self.config = load.configuration(source, asked.dtype)
+        self.processes = asked.tensor_parallel_size
+        self.config = load.configuration(source, asked.dtype, self.processes)
         text_config = self.config.get_text_config()
         self.sizes = (SHORT_SIZES if asked.short else FULL_SIZES).within(text_config.max_position_embeddings)
         with console.stage("loading the model, as the trainer does"):
-            self.directory = load.random_weights(self.config, scratch, asked.seed) if asked.random else source
+            make = lambda: load.random_weights(self.config, scratch, asked.seed)  # noqa: E731
+            self.directory = source if not asked.random else make() if self.processes == 1 else on_main_process(make)
             self.adapt = adapters.adapt(directory, asked.lora, asked.seed)
             self.trained = load.trained(self.directory, asked.dtype, self.adapt)
         self.ranks = adapted.ranks(self.trained)
         for line in table.head(asked.model, self.trained, asked.random, asked.dtype, asked.seed):
             console.print(line)
-        self.engine_options = load.options(self.sizes, asked.eager)
+        self.engine_options = load.options(self.sizes, asked.eager, self.processes)
         with console.stage("starting the vLLM engine"):
             self.sampler = load.engine(self.directory, True, asked.dtype, self.engine_options, self.sizes, self.ranks)
             self.sampler.sync(adapted.adapters(self.trained))
         self.pair = Pair(self.trained, self.sampler, self.sizes, asked.seed, text_config.vocab_size)
+        if self.processes > 1:
+            self.pair.agreed = lambda value: on_main_process(lambda: value)
+
+    def by_rows(self) -> Relation:
+        """Try an engine that is cut as vLLM cuts it, with our ops: a control."""
+        from rlinvariant.sampler.vllm_columns import vllms_plan
+
+        with vllms_plan():
+            engine = load.engine(self.directory, True, self.asked.dtype, self.engine_options, self.sizes)
+        return controls.cut_by_rows(self.pair, engine)
 
     @functools.cached_property
     def plain_model(self) -> Any:
@@ -158,12 +175,12 @@ def _verify(asked: Options, scratch: str, console: Console) -> Certificate:
         console.print(line)
     eager = bool(parts.sampler.llm.llm_engine.model_config.enforce_eager)
     return {
-        "exact": is_exact(found.relations, found.controls),
+        "exact": _on_all(is_exact(found.relations, found.controls), parts.processes),
         "form": "short" if asked.short else "full",
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "seconds": round(time.monotonic() - began, 1),
         "model": load.description(asked.model, asked.random, parts.directory, parts.trained, asked.lora),
-        "subject": certificate.subject(parts.config, asked.dtype, eager, parts.ranks),
+        "subject": certificate.subject(parts.config, asked.dtype, eager, parts.ranks, parts.processes),
         "environment": certificate.environment(),
         "kernels": load.kernels(),
         "engine": parts.engine_options,
@@ -177,6 +194,11 @@ def _verify(asked: Options, scratch: str, console: Console) -> Certificate:
     }
 
 
+def _on_all(exact: bool, processes: int) -> bool:
+    """Return whether it is exact on all processes."""
+    return exact if processes == 1 else not largest(int(not exact))
+
+
 def _checks(parts: _Parts) -> list[Callable[[], Relation]]:
     """Return what is compared, in order: `weight_sync` moves the weights, and the controls around it rely on that."""
     asked, pair = parts.asked, parts.pair
@@ -184,12 +206,14 @@ def _checks(parts: _Parts) -> list[Callable[[], Relation]]:
     limit = time.monotonic() + (0 if asked.short or asked.tokens else COMPOSITION_SECONDS)
     return [
         *(functools.partial(check, pair) for check in relations.BATCH_RELATIONS),
+        *([lambda: relations.on_all_processes(pair)] if parts.processes > 1 else []),
         lambda: turns.turns(pair),
         *([lambda: truncation.truncated(pair), lambda: truncation.rows_alone(pair)] if also else []),
         lambda: compositions(pair, lambda: pair.tokens < (asked.tokens or 0) or time.monotonic() < limit),
         lambda: controls.one_ulp(pair, getattr(torch, asked.dtype)),
         lambda: turns.another_token(pair),
         *([lambda: truncation.all_tokens(pair), lambda: truncation.vllms_rows(pair)] if also else []),
+        *([parts.by_rows] if parts.processes > 1 else []),
         lambda: controls.stock_attention(pair),
         lambda: controls.stock_trainer(pair, parts.plain_model),
         *([functools.partial(check, pair) for check in ADAPTER_CONTROLS] if parts.ranks else []),
