@@ -98,6 +98,14 @@ def is_launched(env: Mapping[str, str] = os.environ) -> bool:
     return "ACCELERATE_MIXED_PRECISION" in env or "LOCAL_RANK" in env
 
 
+def join() -> None:
+    """Join the processes of a launch, each with a GPU of its own where there are GPUs."""
+    import torch
+    from accelerate import PartialState
+
+    PartialState(cpu=not torch.cuda.is_available())
+
+
 def is_sharded(env: Mapping[str, str] = os.environ) -> bool:
     """Return whether accelerate's file says distributed_type: FSDP: each process keeps a shard of every weight."""
     return env.get("ACCELERATE_USE_FSDP", "false").lower() == "true"

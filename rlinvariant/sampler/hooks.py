@@ -118,7 +118,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     ),
     "vllm.model_executor.layers.vocab_parallel_embedding:VocabParallelEmbeddingShardIndices": (
         "org_vocab_start_index",
-        "num_org_elements",
+        "org_vocab_end_index",
     ),
     "vllm.config.compilation:CompilationConfig": ("static_forward_context", "max_cudagraph_capture_size", "mode"),
 }

@@ -98,8 +98,8 @@ class Cut(NamedTuple):
 def cuts(layer: Untyped, parts: list[int]) -> list[Cut]:
     """Return the cut of each of the weights that a layer of vLLM's has merged, of which this process has `parts` rows."""
     if isinstance(layer, VocabParallelEmbedding):
-        own = layer.shard_indices
-        return [Cut(layer.org_vocab_size, own.org_vocab_start_index, own.num_org_elements)]
+        first, end = layer.shard_indices.org_vocab_start_index, layer.shard_indices.org_vocab_end_index
+        return [Cut(layer.org_vocab_size, first, end - first)]
     apart = [(layer.tp_size, layer.tp_rank) if isinstance(layer, ColumnParallelLinear) else (1, 0)] * len(parts)
     if isinstance(layer, QKVParallelLinear):  # fewer heads of keys than processes: several processes have the same
         same = layer.num_kv_head_replicas
@@ -108,14 +108,14 @@ def cuts(layer: Untyped, parts: list[int]) -> list[Cut]:
 
 
 class GatheredLinear(ColumnParallelLinear):
-    """Multiplies an input of which each process has some columns, gathered and not summed, and gathers the product."""
+    """Takes an input of which each process has some columns; gathers it, multiplies it, and gathers the product."""
 
     def forward(self, x: Tensor) -> Any:
         return super().forward(tensor_model_parallel_all_gather(x))
 
 
 class GatheredEmbedding(VocabParallelEmbedding):
-    """Looks tokens up in the rows that each process has, gathers all, and takes those of the process that has the token.
+    """Finds a token's row in the process that has it: all look, and gather what each has found.
 
     vLLM adds the processes' rows, zeros all but one: -0 + 0 is 0, another word.
     """

@@ -100,7 +100,7 @@ def is_ours(layer: Untyped) -> bool:
 
 def multiplied(layer: Untyped) -> Tensor:
     """Return the rows [N, K] of a layer's weight that it multiplies by: not those that pad the vocabulary of one process."""
-    return layer.weight if layer.tp_size > 1 else layer.weight[: getattr(layer, "org_vocab_size", None)]
+    return layer.weight if getattr(layer, "tp_size", 1) > 1 else layer.weight[: getattr(layer, "org_vocab_size", None)]
 
 
 def pack_weights(model: nn.Module) -> None:

@@ -12,7 +12,7 @@ import torch
 from rlinvariant import runtime
 from rlinvariant.config import LoraConfig
 from rlinvariant.errors import UserError, one_line
-from rlinvariant.launch import is_launched, largest, on_main_process
+from rlinvariant.launch import join, largest, on_main_process
 from rlinvariant.model_source import base_and_adapter
 from rlinvariant.models import lora as adapted
 from rlinvariant.report.console import Console
@@ -68,10 +68,8 @@ def verify_with(asked: Options, console: Console) -> Certificate:
     asked.require_sense()
     runtime.configure()
     runtime.quiet()
-    if is_launched():
-        from accelerate import PartialState
-
-        PartialState(cpu=not torch.cuda.is_available())  # joins the processes, and gives each its GPU
+    if asked.tensor_parallel_size > 1:
+        join()
     with tempfile.TemporaryDirectory(prefix="rlinvariant-verify-") as scratch:
         try:
             return _verify(asked, scratch, console)

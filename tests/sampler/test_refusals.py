@@ -11,7 +11,8 @@ from rlinvariant.sampler.engine import Sampler, refuse
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("tensor_parallel_size", 2), ("enable_lora", True), ("kv_cache_dtype", "fp8"), ("model_impl", "vllm")]
+    ("option", "value"),
+    [("pipeline_parallel_size", 2), ("enable_lora", True), ("kv_cache_dtype", "fp8"), ("model_impl", "vllm")],
 )
 def test_an_engine_that_could_not_be_exact_is_refused(option, value, arithmetic_dir):
     with pytest.raises(UserError, match=f"sampler option {option}={value}: expected"):

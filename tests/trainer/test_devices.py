@@ -284,7 +284,7 @@ def test_vllms_own_switch_is_refused_before_weights_are_loaded(refused, monkeypa
     assert refused().startswith("VLLM_BATCH_INVARIANT=1: expected unset")
 
 
-ENGINE_OPTIONS = [("tensor_parallel_size", 2), ("enable_lora", True)]
+ENGINE_OPTIONS = [("pipeline_parallel_size", 2), ("enable_lora", True)]
 
 
 @pytest.mark.parametrize(("option", "value"), ENGINE_OPTIONS)
