@@ -92,11 +92,10 @@ def uncuttable(config: Untyped, processes: int) -> Iterator[str]:
     if merged or not plan:
         what = f"{merged[0].split('.')[-1]} is not one of whole heads" if merged else "transformers has no plan for it"
         yield f"model_type={config.model_type}: {what}, as the processes must have them"
-    heads, keys = config.num_attention_heads, getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    sizes = {"num_attention_heads": heads, "hidden_size": config.hidden_size, "intermediate_size": config.intermediate_size}
-    for name, size in sizes.items():
-        if size % processes:
+    for name in ("num_attention_heads", "hidden_size", "intermediate_size"):
+        if (size := getattr(config, name, 0)) % processes:
             yield f"{name}={size} is no multiple of {processes}"
+    keys = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     if keys % processes and processes % keys:
         yield f"num_key_value_heads={keys} is neither a multiple nor a divisor of {processes}"
 

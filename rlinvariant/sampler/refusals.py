@@ -98,8 +98,9 @@ def engine_problems(
     touched = {k: v for k, v in options.items() if k in UNTOUCHED_OPTIONS and v != UNTOUCHED_OPTIONS[k]}
     fix = f"remove it, or {otherwise}"
     found = [f"sampler option {k}={v}: expected {UNTOUCHED_OPTIONS[k]}; {fix}" for k, v in touched.items()]
-    found += [f"model={model}: {reason}; {otherwise}" for reason in unsupported(config, device)]
-    found += process_problems(options.get("tensor_parallel_size", 1), model, config, device)
+    reasons = list(unsupported(config, device))
+    found += [f"model={model}: {reason}; {otherwise}" for reason in reasons]
+    found += [] if reasons else process_problems(options.get("tensor_parallel_size", 1), model, config, device)
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)  # a model without it is refused above
     if max_model_len is not None and positions is not None and max_model_len > positions:
         found.append(f"sampler.max_model_len={max_model_len}: expected at most {positions}, the model's positions")
@@ -117,9 +118,11 @@ def process_problems(count: int, model: str, config: "PreTrainedConfig", device:
     if count == 1:
         return []
     said = f"sampler.tensor_parallel_size={count}"
-    found = [f"{said}: model={model}: {reason}; choose another number" for reason in uncuttable(config, count)]
     started = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if is_launched() else 1
-    if count < 1 or started % count:
+    if count < 1:
+        return [f"{said}: expected {divisor(started)}"]
+    found = [f"{said}: model={model}: {reason}; choose another number, or 1" for reason in uncuttable(config, count)]
+    if started % count:
         found.append(f"{said}: expected {divisor(started)}")
     if device != "cpu" and not may_use_unproven():
         found.append(f"{said}: proven on CPUs alone so far, not on {device}; remove it; {TRY}")
