@@ -47,11 +47,20 @@ COMMANDS = (
     Command("merge", "rlinvariant.merge", "an adapter merged into its base, and how much that loses"),
     Command("demo", "rlinvariant.demo.command", "one prompt 1,000 times in changing traffic, ops off and on"),
     Command("serve", "rlinvariant.serve", "vLLM's server with the ops on: load changes no byte"),
-    Command("report", "rlinvariant.report.command", "write report.html of a run or an ablation, print its tables"),
+    Command("ls", "rlinvariant.report.ls_command", "the runs that are there: steps, reward, mismatched, when"),
+    Command("report", "rlinvariant.report.command", "page and tables of a run or an ablation, or of several"),
+    Command("watch", "rlinvariant.report.watch_command", "the same page live while they train, on this machine alone"),
     Command("samples", "rlinvariant.report.samples_command", "search and sort what a run has said"),
     Command("dashboard", "rlinvariant.report.dashboard_command", "the same in W&B and TensorBoard; as JSON without a login"),
 )
-LOOKING_COMMANDS = ("doctor", "report", "samples", "dashboard")  # which run, and say more, where packages break each other
+LOOKING_COMMANDS = (
+    "doctor",
+    "ls",
+    "report",
+    "watch",
+    "samples",
+    "dashboard",
+)  # which run, and say more, where packages break each other
 EXAMPLES_OF = ("train", "eval", "verify", "report")  # whose examples `rlinvariant --help` shows
 
 

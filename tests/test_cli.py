@@ -56,7 +56,7 @@ def test_the_version(option, capsys):
         (["dashbord", "push"], "dashbord: unknown command; did you mean dashboard?; see rlinvariant --help"),
         (["frobnicate"], "frobnicate: unknown command; see rlinvariant --help"),
         (["--frobnicate"], "rlinvariant: unrecognized arguments: --frobnicate; see rlinvariant --help"),
-        (["report"], "report: the following arguments are required: RUN_OR_ABLATION; see rlinvariant report --help"),
+        (["report"], "report: the following arguments are required: RUN; see rlinvariant report --help"),
         (["serve"], "serve: the following arguments are required: MODEL; see rlinvariant serve --help"),
     ],
 )

@@ -3,7 +3,7 @@
 // as report/stats.py does: running means of each seed, then mean and 95 % interval over seeds.
 const charts = (() => {
   const share = document.getElementById("clocks");
-  if (!share) return {refresh() {}};
+  if (!share) return {refresh() {}, replace() {}};
   let common = JSON.parse(share.textContent), zoom = null;
   const view = {x: "step", window: common.window, hidden: new Set()}, all = new Map();
   const units = {step: "step", tokens: "tokens", seconds: "time"};
@@ -337,6 +337,15 @@ const charts = (() => {
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
   return {
     runningMean, curve,
+    replace(figure, next) {  // of a live page: the same chart, further on
+      const chart = all.get(figure);
+      figure.querySelector("svg").replaceWith(next.querySelector("svg"));
+      figure.querySelector("script").textContent = next.querySelector("script").textContent;
+      if (!chart) return;
+      chart.data = JSON.parse(figure.querySelector("script").textContent);
+      common = JSON.parse(document.getElementById("clocks").textContent);
+      if (chart.plot) draw(chart);
+    },
     refresh() {  // after figures of a live page were replaced
       common = JSON.parse(document.getElementById("clocks").textContent);
       for (const [figure, chart] of all) if (!figure.isConnected) { chart.plot?.destroy(); all.delete(figure); }

@@ -14,7 +14,7 @@ from rlinvariant.text import escaped, plural
 
 HERE = Path(__file__).parent
 STYLES = ("vendor/uplot/uPlot.min.css", "page.css")
-SCRIPTS = ("vendor/uplot/LICENSE", "vendor/uplot/uPlot.iife.min.js", "charts.js", "samples.js")
+SCRIPTS = ("vendor/uplot/LICENSE", "vendor/uplot/uPlot.iife.min.js", "charts.js", "samples.js", "live.js")
 FILE = "report.html"
 
 
@@ -22,50 +22,66 @@ def write(path: str | Path) -> tuple[Path, Study]:
     """Write PATH/report.html of the run or ablation at PATH, in place of an earlier one; return the file and what it shows.
 
     Raises:
-        UserError: as `study.load`; the page cannot be written, which is tried before it is made.
+        UserError: as `study.load` and `write_study`.
     """
     study = load(path)
-    file = study.path / FILE
-    require_writable(file, "report", "make room for it there")
+    return write_study(study), study
+
+
+def write_study(study: Study, file: Path | None = None) -> Path:
+    """Write the page of a study to a file, by default where such a page belongs, and return the file.
+
+    Raises:
+        UserError: it cannot be written, which is tried before it is made.
+    """
+    if file is None:
+        file = study.path.with_name(f"{study.path.name}.html") if study.kind == "comparison" else study.path / FILE
+    require_writable(file, "report", "make room for it there, or name another file with --out")
+    file.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(file, page(study))
-    return file, study
+    return file
 
 
-def page(study: Study) -> str:
-    """Return the whole page. Everything that comes from a run is escaped, and no script but the page's own may run."""
+def page(study: Study, version: str = "") -> str:
+    """Return the whole page. Everything that comes from a run is escaped, and no script but the page's own may run.
+
+    Args:
+        version: of a page that a server keeps up to date, what its numbers are of; "": a page that is a file.
+    """
+    status = '<span id="live-status" role="status">live</span>' if version else ""
     body = [
         f"<header><h1>{_text(_title(study))}</h1>",
-        f'<p class="meta">{_text(str(study.path))}</p></header>',
-        _outcome(study),
-        _notes(study.notes),
-        *(_section(title, inside) for title, inside in _parts(study).items() if inside),
+        f'<p class="meta">{_text(str(study.path))} {status}</p></header>',
+        f'<div id="outcome">{_outcome(study)}{_notes(study.notes)}</div>',
+        *(_section(title, inside) for title, inside in _parts(study, bool(version)).items() if inside),
     ]
-    return document(_title(study), "\n".join(part for part in body if part))
+    return document(_title(study), "\n".join(body), version)
 
 
-def document(title: str, body: str, live: bool = False) -> str:
+def document(title: str, body: str, version: str = "") -> str:
     """Return a page of ours: style and scripts inside, and a policy by which nothing else is loaded or run.
 
     Args:
-        live: whether the page may ask the server that it comes from for what is new.
+        version: as for `page`; with one, the page asks the server that it comes from for what is new.
     """
     css = "".join((HERE / name).read_text() for name in STYLES)
     script = "\n".join((HERE / name).read_text() for name in SCRIPTS)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = (
         f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
-        + "; connect-src 'self'" * live
+        + ("; connect-src 'self'" if version else "")
     )
     head = [
         '<!doctype html><html lang="en"><head><meta charset="utf-8">',
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
         '<meta name="viewport" content="width=device-width,initial-scale=1">',
-        f"<title>{_text(title)}</title><style>{css}</style></head><body>",
+        f"<title>{_text(title)}</title><style>{css}</style></head>",
+        f'<body data-version="{_text(version)}">',
     ]
     return "\n".join([*head, body, f"<script>{script}</script></body></html>"]) + "\n"
 
 
-def _parts(study: Study) -> dict[str, str]:
+def _parts(study: Study, live: bool) -> dict[str, str]:
     """Return the sections of the page, by title, in the order in which they are read."""
     has_rows = any(run.rows for _, run in study.runs)
     charts = html_charts.sections(study) if has_rows else {}
@@ -74,7 +90,7 @@ def _parts(study: Study) -> dict[str, str]:
     return {
         "Reward": first,
         "Exactness": html_charts.contract(study) if has_rows else "",
-        "Completions": html_samples.section(study),
+        "Completions": html_samples.section(study, live),
         **charts,
         "Numbers": _summary(study) + (html_charts.absent(study) if has_rows else ""),
         "Reproduce": _reproduce(study),

@@ -1,35 +1,48 @@
 """The page's part about completions: some of what a run has said, to search, sort and compare; a few without scripts."""
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from rlinvariant.errors import UserError
+from rlinvariant.errors import UserError, one_line
+from rlinvariant.report import search
 from rlinvariant.report.completions import Completions, telling
 from rlinvariant.report.rundir import RunDir
-from rlinvariant.report.search import mean_logprob
 from rlinvariant.report.study import Study
 from rlinvariant.text import escaped, plural, printable
 
 CHARACTERS = 2000  # shown of a prompt or a completion
-BYTES = 800_000  # of the completions on a page, all runs together
-STEPS, ROWS = 40, 64  # at most, of a run, and of a step
+BYTES = 4_000_000  # of the completions on a page, all runs together
+STEPS, ROWS = 100, 128  # at most, of a run, and of a step
 TOKENS = 1000  # of a completion whose tokens are coloured
 
 Sample = Mapping[str, Any]
 
 
-def section(study: Study) -> str:
-    """Return the part for a run, or for the first seed of each arm of an ablation; "" where nothing was kept."""
+def shown_runs(study: Study) -> list[tuple[str, Path]]:
+    """Return name and directory of the runs whose completions are shown: the first seed of each arm."""
+    return [(f"{arm.name}, seed {run.seed}", run.path) for arm in study.arms for run in arm.runs[:1]]
+
+
+def section(study: Study, live: bool = False) -> str:
+    """Return the part for a run, or for the first seed of each arm of an ablation; "" where nothing was kept.
+
+    Args:
+        live: whether a server answers for the completions (`answer`), so that the page has their steps alone.
+    """
     static: list[str] = []
     runs: list[dict[str, Any]] = []
-    first = [(f"{arm.name}, seed {run.seed}", run.path) for arm in study.arms for run in arm.runs[:1]]
+    first = shown_runs(study)
     for name, path in first:
         try:
             kept = Completions(path)
             if not kept.steps:
+                continue
+            if live:
+                runs.append({"name": name, "said": "All that there are.", "steps": [{"step": step} for step in kept.steps]})
                 continue
             static += _few(kept, "" if study.is_single else name)
             runs.append({"name": name} | _chosen(kept, path, BYTES // len(first)))
@@ -39,8 +52,34 @@ def section(study: Study) -> str:
         return ""
     data = json.dumps(runs, separators=(",", ":")).replace("<", "\\u003c")
     app = f'<div id="said"></div><script type="application/json" id="said-data">{data}</script>' if runs else ""
-    few = '<p class="small">Best, worst and median of the first and the last step, of different prompts:</p>'
+    few = '<p class="small">Best, worst and median of the first and the last step, of different prompts:</p>' if static else ""
     return f"{app}{few}{''.join(static)}"
+
+
+def answer(study: Study, asked: Mapping[str, str]) -> dict[str, Any]:
+    """Return what a live page asks for: {"rows": ..., "count": how many there are, "notes": ...}.
+
+    Args:
+        asked: `run`, an index of `shown_runs`; `step`, or all; `search`; `sort`, a key of `search.KEYS`; `lowest`; `most`.
+
+    Raises:
+        UserError: there is no such run, step, or key; nothing is there to be read.
+    """
+    try:
+        name, path = shown_runs(study)[int(asked.get("run", 0))]
+        steps = (int(asked["step"]), int(asked["step"])) if "step" in asked else None
+        most, lowest, sort = int(asked.get("most", 60)), asked.get("lowest") == "1", asked.get("sort", "")
+        if sort and sort not in search.KEYS:
+            raise ValueError(sort)
+    except (IndexError, ValueError) as error:
+        raise UserError(f"no such completions: {one_line(error, 80)}") from error
+    wanted = search.pattern(asked["search"]) if asked.get("search") else None
+    found = search.find(path, Completions(path), search.Query(steps, "", wanted, sort, lowest, most))
+    pieces, rows = _Pieces(path), []
+    for row in found.rows:
+        prompts: dict[str, int] = {}
+        rows.append(_row(row, prompts, pieces) | {"step": row["step"], "prompt": _shown(next(iter(prompts)))})
+    return {"rows": rows, "count": found.count, "notes": found.notes}
 
 
 def _few(kept: Completions, where: str) -> Iterator[str]:
@@ -116,7 +155,7 @@ def _row(row: Sample, prompts: dict[str, int], pieces: "_Pieces") -> dict[str, A
     """
     prompt, text = _plain(row.get("prompt")), _plain(row.get("completion"))
     small = {"i": row["sample_id"], "p": prompts.setdefault(prompt, len(prompts)), "c": _shown(text)}
-    numbers = {"r": row.get("reward"), "a": row.get("advantage"), "l": row.get("length"), "m": mean_logprob(row)}
+    numbers = {"r": row.get("reward"), "a": row.get("advantage"), "l": row.get("length"), "m": search.mean_logprob(row)}
     small |= {key: round(x, 4) for key, x in numbers.items() if isinstance(x, int | float) and abs(x) < 1e100}
     small |= {"t": 1} if row.get("truncated") else {}
     small |= {"d": row["mismatched_tokens"]} if row.get("mismatched_tokens") else {}
@@ -127,6 +166,9 @@ def _row(row: Sample, prompts: dict[str, int], pieces: "_Pieces") -> dict[str, A
         small["n"] = list(accumulate(_units(printable(piece, keep="\n")) for piece in found))
         given = iter(row["sampler_logprobs"])
         by_token = [next(given) if sampled else None for sampled in row.get("tool_mask") or [1] * len(found)]
+        if row.get("trainer_logprobs") and not row.get("tool_mask"):
+            pairs = zip(row["trainer_logprobs"], row["sampler_logprobs"], strict=False)
+            small["x"] = [float(f"{d:.2g}") if math.isfinite(d := a - b) else 99.0 for a, b in pairs]
         small["q"] = [None if x is None else max(-99, round(10 * x)) if x == x else 0 for x in by_token]
     return small
 

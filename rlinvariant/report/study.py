@@ -115,7 +115,9 @@ class Study:
 
     @cached_property
     def reference(self) -> Arm | None:
-        """Return the exact arm, if there are others to compare with it."""
+        """Return the arm that the others are compared with, if there are any: the exact one, of a comparison the first."""
+        if self.kind == "comparison":
+            return self.arms[0] if len(self.arms) > 1 else None
         return next((arm for arm in self.arms if arm.name == EXACT), None) if len(self.arms) > 1 else None
 
 
@@ -140,14 +142,14 @@ def load(path: str | Path) -> Study:
 
 
 def _single(path: Path) -> Study:
-    run = _run(path, None)
+    run = load_run(path)
     if (schema := run.environment.get("schema", SCHEMA)) != SCHEMA:
         raise UserError(f"{path}: schema {quoted(schema)}, expected {SCHEMA}; report it with the version that wrote it")
     name = str(run.setting("run") or path.name)
     arm = Arm(name, f"invariance={run.setting('invariance')}", [], [run])
     recipe, steps = str(run.setting("recipe") or run.setting("data.path")), int(run.setting("steps") or 0)
     study = Study(path, recipe, steps, command(run.config), [arm], kind="run")
-    study.notes += _notes(study)
+    study.notes += notes(study)
     return study
 
 
@@ -171,13 +173,13 @@ def _ablation(path: Path) -> Study:
         for seed in seeds:
             directory = path / arm.name / f"seed-{seed}"
             if RunDir(directory).config.is_file():
-                arm.runs.append(_run(directory, seed))
+                arm.runs.append(load_run(directory, seed))
             else:
                 missing.append(f"{arm.name}/seed-{seed}")
     _refuse_mixed(study)
     if missing:
         study.notes.append(f"Not started yet, and in no number here: {', '.join(missing)}.")
-    study.notes += _notes(study)
+    study.notes += notes(study)
     return study
 
 
@@ -201,7 +203,8 @@ def _refuse_mixed(study: Study) -> None:
         raise UserError(f"{study.path}: expected runs of schema {SCHEMA}, but {', '.join(odd)}; move them elsewhere")
 
 
-def _run(path: Path, seed: int | None) -> Run:
+def load_run(path: Path, seed: int | None = None) -> Run:
+    """Read a run as far as it came; `seed` in place of its own. Raises UserError where a file is not what it should be."""
     files = RunDir(path)
     config = files.read_config()
     for key in ("seed", "steps"):
@@ -239,28 +242,28 @@ def _check_numbers(file: Path, rows: Sequence[Row]) -> None:
             raise UserError(f"{file}: step {row['step']}: {key} is {quoted(value)}, expected {expected}; restore it")
 
 
-def _notes(study: Study) -> list[str]:
+def notes(study: Study) -> list[str]:
     """List what a reader must know before believing a curve: runs cut short, one seed only, values that are no numbers."""
-    notes = []
+    found = []
     place = {id(run): f"{arm.name}/seed-{run.seed}" if not study.is_single else "this run" for arm, run in study.runs}
     for _, run in study.runs:
-        notes += [f"{place[id(run)]}: {lost}." for lost in _lost(run)]
+        found += [f"{place[id(run)]}: {lost}." for lost in _lost(run)]
         if not run.rows:
-            notes.append(f"{place[id(run)]} has no step: it ended before the first one{run.why}.")
+            found.append(f"{place[id(run)]} has no step: it ended before the first one{run.why}.")
         elif not run.finished:
             of = f" of {run.setting('steps')}" if run.setting("steps") else ""
-            notes.append(
+            found.append(
                 f"{place[id(run)]} has not ended by itself{run.why or ' (interrupted, or still running)'}: "
                 f"its rows end at step {run.rows[-1]['step']}{of}, and there is no held-out reward after training."
             )
     seeds = {run.seed for _, run in study.runs}
     if not study.is_single and len(seeds) == 1:
-        notes.append("One seed: no interval, so no verdict. Add seeds to get both.")
+        found.append("One seed: no interval, so no verdict. Add seeds to get both.")
     if len(study.arms) > 1 and study.reference is None:
-        notes.append(f"No arm is named {EXACT}: nothing to compare the others with, so no verdicts.")
+        found.append(f"No arm is named {EXACT}: nothing to compare the others with, so no verdicts.")
     short = [place[id(run)] for _, run in study.runs if 0 < len(run.rows) < LAST]
     if short:
-        notes.append(f"Fewer than {LAST} steps in {', '.join(short)}: the reward there is the mean over all of them.")
+        found.append(f"Fewer than {LAST} steps in {', '.join(short)}: the reward there is the mean over all of them.")
     machines = [run.environment for _, run in study.runs if run.environment]
     for what, of in (
         ("sets of package versions", [known.get("packages") for known in machines]),
@@ -268,15 +271,15 @@ def _notes(study: Study) -> list[str]:
         ("CPU models", [(known.get("cpu") or {}).get("model") for known in machines]),
     ):
         if len(different := {json.dumps(value, sort_keys=True) for value in of}) > 1:
-            notes.append(f"The runs were made with {len(different)} different {what}; of these, the first run's is below.")
+            found.append(f"The runs were made with {len(different)} different {what}; of these, the first run's is below.")
     for panel in PANELS:
         for run in (run for _, run in study.runs if panel.shown_for(run.config)):
             known = [row for row in run.rows if all(row.get(key) is not None for key in panel.keys)]
             bad = [row["step"] for row, ok in zip(known, np.isfinite(panel.values(known)), strict=True) if not ok]
             if bad:
                 where = f"step {bad[0]}" if len(bad) == 1 else f"{len(bad)} steps, first {bad[0]}"
-                notes.append(f"{panel.title}: not a finite number in {place[id(run)]} at {where}; the curve has a gap there.")
-    return notes
+                found.append(f"{panel.title}: not a finite number in {place[id(run)]} at {where}; the curve has a gap there.")
+    return found
 
 
 def _lost(run: Run) -> list[str]:

@@ -150,7 +150,9 @@ def _compared(others: Sequence[Arm], reference: Arm, measure: Measure) -> str:
         groups = {"no difference seen": ["any other arm"]}
     where = {text: f"{text} in {', '.join(names)}" for text, names in groups.items()}
     if set(groups) == {"one seed: no interval"}:
-        return "one seed: no interval, no verdict"
+        arms = [arm for arm in (reference, *others) if len(arm.runs) == 1]
+        means = ", ".join(f"{arm.name} {number(arm.estimate(measure).mean, measure.style)}" for arm in arms)
+        return "one seed: no interval, no verdict" + (f" ({means})" if len(arms) == len(others) + 1 else "")
     some = f"{min(seeds)} to {max(seeds)} seeds" if len(seeds) > 1 else plural(seeds.pop(), "seed")
     return f"{'; '.join(where.values())} (differences over the same {some})"
 

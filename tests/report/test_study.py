@@ -162,8 +162,8 @@ def test_the_commands_of_the_command_line(ablation, tmp_path, capsys):
         (["report", str(tmp_path)], "holds no ablation.json and no config.json"),
         (["report", str(tmp_path / "none")], "none: no such directory, here or in "),
         (["report", "runs/nope"], "error: runs/nope: no such directory, here or in "),
-        (["report"], "report: the following arguments are required: RUN_OR_ABLATION; see rlinvariant report --help"),
-        (["report", "a", "b"], "report: unrecognized arguments: b; see rlinvariant report --help"),
+        (["report"], "report: the following arguments are required: RUN; see rlinvariant report --help"),
+        (["report", str(ablation), "b"], "b: no such directory, here or in "),
         (["dashboard", "draw"], "dashboard: argument action: invalid choice: 'draw' (choose from "),
         (["dashboard", "push", "a", "b"], "dashboard: unrecognized arguments: b; see rlinvariant dashboard --help"),
     ]:
