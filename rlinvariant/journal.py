@@ -117,7 +117,7 @@ class Journal:
             "weights": initial if step == 1 else f"checkpoint-{step - 1}",
             "invariance": self.config.invariance,
             "dtype": self.config.dtype,
-            "sampler": self.sampler_options,
+            "sampler": _in_one_process(self.sampler_options),
             "subject": self._subject,
         }
         rollouts.write(self.directory.path, step, rollout, about)
@@ -314,3 +314,9 @@ def _gpu_memory() -> str:
     total = torch.cuda.get_device_properties().total_memory / 2**30
     peak = torch.cuda.max_memory_reserved() / 2**30
     return f"GPU memory  {peak:.1f} GiB at PyTorch's peak, trainer and sampler together, of {total:.1f}"
+
+
+def _in_one_process(sampler_options: JsonRow) -> JsonObject:
+    """Return what a sampler is started with in one process: over how many it is spread changes no bit."""
+    options = {k: v for k, v in (sampler_options.get("options") or {}).items() if k != "tensor_parallel_size"}
+    return {**sampler_options, "options": options}

@@ -105,7 +105,6 @@ def run(options: argparse.Namespace) -> int:
         with console.stage("loading the weights"):
             model = load_model(weights, rollout, about, step)
         console.print(f"weights {weights}, sha256 {rollout.weights_sha256[:16]}... as recorded")
-        about["sampler"].get("options", {}).pop("tensor_parallel_size", None)  # of one process: the bits are the same
         with console.stage("starting the vLLM engine"):
             sampler = Sampler(weights, invariant=sampler_exact, dtype=dtype, **about["sampler"])
         if changed := certificate.differences(then, certificate.subject(model.config, dtype)):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from rlinvariant.config.check import check_run
+from rlinvariant.conflicts import spread_problems
 from rlinvariant.errors import UserError
 from tests.config.common import errors, good
 
@@ -261,6 +262,22 @@ def test_processes_count_in_batch_sizes() -> None:
     argv = ("trainer.num_generations=16", "trainer.per_device_train_batch_size=8")
     assert "divisor of the 8 samples" in errors(*argv)[0]
     good(*argv, env={"WORLD_SIZE": "2"})
+
+
+def test_what_cannot_be_spread_is_one_line() -> None:
+    spread = "sampler.tensor_parallel_size=2"
+    divisor = "a divisor of the 1 process of a host; start more by machine=, or choose one"
+    assert errors(spread) == [f"{spread}: expected {divisor}"]
+    four = {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}
+    assert good(spread, env=four).sampler.tensor_parallel_size == 2
+    assert errors("sampler.tensor_parallel_size=3", env=four)[0].startswith(
+        "sampler.tensor_parallel_size=3: expected a divisor of the 4 processes of a host"
+    )
+    assert errors(spread, env=four | {"LOCAL_WORLD_SIZE": "1"}), "two hosts do not share an engine"
+    assert [line.split(":")[1] for line in errors(spread, "lora.r=4", env=four)] == [
+        " expected 1 with LoRA adapters, which are not cut by columns so far; remove one of them"
+    ]
+    assert spread_problems(2, "off", False) and not spread_problems(2, "sampler", False) and not spread_problems(1, "off", True)
 
 
 def test_what_trl_refuses_later_is_one_line() -> None:

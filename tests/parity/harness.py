@@ -46,13 +46,14 @@ def start_engine(
     kv_bytes: int = 64 << 20,
     longest: int = 192,
     ranks: Any = None,
+    kind: type[Sampler] = Sampler,
     **options: Any,
 ) -> Sampler:
     """Start an engine without compilation, which takes a minute, unless `enforce_eager=False` asks for it."""
     options = {"max_num_seqs": 64, "max_num_batched_tokens": 2048, "block_size": BLOCK, "enforce_eager": True} | options
     gib = kv_bytes / 2**30
     room = {"max_model_len": longest, "kv_cache_gib": gib}
-    engine = Sampler(path, invariant=invariant, dtype=dtype, **room, options=options, ranks=ranks)
+    engine = kind(path, invariant=invariant, dtype=dtype, **room, options=options, ranks=ranks)
     engine._end.atexit = False  # the process ends as it is: taking an engine apart takes seconds
     return engine
 

@@ -1,6 +1,6 @@
 """Trainers with a tool: ranks take other numbers of turns, and on one the tool fails; DIRECTORY/RANK.json has what each saw.
 
-accelerate launch --config_file configs/cpu2.yaml turns_on_ranks.py DIRECTORY MODEL
+accelerate launch --config_file configs/cpu2.yaml turns_on_ranks.py DIRECTORY MODEL [shared]    the ranks share a sampler
 """
 
 import json
@@ -27,16 +27,18 @@ def failing(how: str, fails: bool) -> Callable[[str], str]:
     return reversed_text
 
 
-def main(directory: str, model: str) -> int:
+def main(directory: str, model: str, sampler: str = "each") -> int:
     from accelerate import PartialState
 
     from rlinvariant.errors import UserError
+    from rlinvariant.sampler.group import GroupSampler
     from tests.parity.harness import start_engine
     from tests.trainer.tool_model import tool_trainer
 
     PartialState(cpu=True)  # joins the ranks, before an engine makes a world of one
     rank, turns = os.environ["RANK"], []
-    engine = start_engine(model)
+    spread = {"kind": GroupSampler, "tensor_parallel_size": 2} if sampler == "shared" else {}
+    engine = start_engine(model, **spread)
     run = tool_trainer(model, engine, Path(directory) / "out", per_device_train_batch_size=8)
     trainer = run.trainer
     trainer.max_tool_calling_iterations = 1 if rank == "0" else 9
@@ -63,4 +65,4 @@ def main(directory: str, model: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], sys.argv[2]))
+    sys.exit(main(*sys.argv[1:]))
