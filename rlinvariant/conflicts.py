@@ -1,7 +1,8 @@
 """Settings under which sampler and trainer could not be one function, listed for our configuration and for TRL scripts."""
 
 import operator
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -294,6 +295,44 @@ def spread_problems(processes: int, invariance: Invariance, adapted: bool) -> li
             f"{said}: expected 1 with invariance={invariance}: a stock sampler adds over processes; use invariance=exact"
         )
     return found
+
+
+ADDRESS = re.compile(r"https?://(\[[0-9a-fA-F:.]+\]|[^/@:\s\[\]]+)(:\d{1,5})?/?")
+OF_SERVERS = ("servers", "trainer_token_file", "max_model_len")
+"""Settings of the sampler that hold with servers; all others are the servers' own."""
+
+
+def server_problems(
+    servers: Sequence[str], token_file: str | None, invariance: Invariance, lora: str | None, others: Sequence[str]
+) -> list[str]:
+    """List what is wrong with the servers that a trainer is to draw from, one line each.
+
+    Args:
+        servers: their addresses; none: the trainer has an engine of its own.
+        token_file: which holds the token that they want.
+        invariance: which sides are exact.
+        lora: the setting that asks for adapters, as the user writes it; None: none does.
+        others: settings of the engine that were given, as the user writes them.
+    """
+    if not servers:
+        said = f"sampler.trainer_token_file={shown(token_file)}"
+        return [] if token_file is None else [f"{said}: expected sampler.servers too, or it does nothing; remove it"]
+    said = f"sampler.servers={shown(','.join(servers))}"
+    found = [
+        f"sampler.servers={shown(one)}: expected http://HOST:PORT or https://HOST:PORT, without user, path or query"
+        for one in servers
+        if not ADDRESS.fullmatch(one)
+    ]
+    if len({one.rstrip("/") for one in servers}) < len(servers):
+        found.append(f"{said}: the same address twice; name each server once")
+    if token_file is None:
+        found.append(f"{said}: expected sampler.trainer_token_file=FILE too, the one that the servers were started with")
+    if invariance != "exact":
+        found.append(f"invariance={invariance}: expected exact with sampler.servers, which run the invariant ops; remove one")
+    if lora is not None:
+        found.append(f"{lora}: expected none with sampler.servers: adapters over HTTP have not been tried; remove one")
+    own = "the server decides it, by the options of its start; remove it"
+    return found + [f"{other}: expected none with sampler.servers: {own}" for other in others]
 
 
 def microbatch_problems(

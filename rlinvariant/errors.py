@@ -43,8 +43,12 @@ class ConfigErrors(UserError):
         super().__init__("\n".join(errors))
         self.errors = list(errors)
 
-    def __reduce__(self) -> tuple[type, tuple[list[str]]]:
-        return type(self), (self.errors,)  # for the other ranks
+    def __reduce__(self) -> tuple[type, tuple[list[str]], dict[str, object]]:
+        return type(self), (self.errors,), vars(self)  # for the other ranks
+
+
+class ServersLost(UserError):
+    """Tells the user that no server is left to draw from; a trainer saves what it has before it ends."""
 
 
 class DiskError(UserError):

@@ -195,6 +195,13 @@ def main_process_fetches(name: str) -> Iterator[None]:
             state.wait_for_everyone()
 
 
+def wait_for_all() -> None:
+    """Wait until every process of a run is here."""
+    from accelerate import PartialState
+
+    PartialState().wait_for_everyone()
+
+
 def largest(number: int) -> int:
     """Return the largest of the numbers that the processes of a run have. Every rank must call this."""
     from accelerate.utils import gather_object

@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, cast
 
-from rlinvariant.conflicts import SIDES, Invariance, spread_problems
+from rlinvariant.conflicts import OF_SERVERS, SIDES, Invariance, server_problems, spread_problems
 from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.launch import main_process_fetches, on_main_process
 from rlinvariant.report.console import Console
@@ -26,9 +26,11 @@ if TYPE_CHECKING:
 
     from rlinvariant.config import PPOConfig
     from rlinvariant.sampler.engine import Sampler
+    from rlinvariant.sampler.served import ServedSampler
     from rlinvariant.trainer.grpo import InvariantGRPOTrainer
     from rlinvariant.trainer.interface import RewardFunction, TrainerOptions
     from rlinvariant.trainer.preflight import Start, Tooling
+    from rlinvariant.verification.servers import Servers
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class TrainerPlan:
         source_config: the configuration of `source`; the same object where the two are one model.
         generation: the generation settings of `model`.
         args, ppo, invariance, dtype, sampler_options, save_dtype: as for `rlinvariant.grpo_trainer`.
+        servers: those that draw; None: an engine in this process does.
     """
 
     model: str | PreTrainedModel
@@ -55,6 +58,7 @@ class TrainerPlan:
     dtype: str
     sampler_options: Mapping[str, Any]
     save_dtype: str = "model"
+    servers: Servers | None = None
 
     def start(
         self,
@@ -105,6 +109,7 @@ def plan_trainer(
     from rlinvariant.models import lora, unsupported
     from rlinvariant.sampler.refusals import engine_problems, load_config
     from rlinvariant.trainer.preflight import load_generation
+    from rlinvariant.verification import servers
 
     sampler_is_invariant, trainer_is_invariant = SIDES[invariance]
     loaded = None if isinstance(model, (str, Path)) else model
@@ -122,10 +127,19 @@ def plan_trainer(
         problems += [f"model={name}: {reason}; use invariance=off" for reason in unsupported(config, args.device.type)]
     problems += lora.rank_problems("lora.r", rank, config)
     problems += spread_problems(_spread(sampler_options), invariance, rank > 0)
+    urls, token_file = sampler_options.get("servers") or (), sampler_options.get("trainer_token_file")
+    adapters = f"LoRA adapters of rank {rank}" if rank else None
+    given = [] if not urls else [f"{key}={value}" for key, value in sampler_options.items() if key not in OF_SERVERS]
+    problems += server_problems(urls, token_file, invariance, adapters, given)
     if problems:
         raise ConfigErrors(problems)
+    served: Servers | None = None
+    if urls and token_file is not None:
+        limit = sampler_options.get("max_model_len")
+        served = servers.found(urls, token_file, source_config, source, dtype, limit)
+        sampler_options = {"max_model_len": served.max_model_len}
     parts = (name if loaded is None else loaded, config, source, source_config, generation)
-    return TrainerPlan(*parts, args, ppo, invariance, dtype, sampler_options, save_dtype)
+    return TrainerPlan(*parts, args, ppo, invariance, dtype, sampler_options, save_dtype, served)
 
 
 def _spread(sampler_options: JsonRow) -> int:
@@ -164,8 +178,6 @@ def arguments(
     from rlinvariant.models import lora
     from rlinvariant.models.limits import attention_form, mixture_of
     from rlinvariant.models.load import load
-    from rlinvariant.sampler.engine import Sampler
-    from rlinvariant.sampler.group import GroupSampler
     from rlinvariant.support import unproven_here
 
     transformers_logging.disable_progress_bar()
@@ -186,20 +198,35 @@ def arguments(
     console.print(str(RewardLimits.taken({**options})))
     if options.get("tools") or options.get("environment_factory"):
         console.print(str(ToolLimits.taken({**options})))
+    parts = {"model": model, "reward_funcs": reward_funcs, "args": plan.args, "train_dataset": train_dataset}
+    sides = {
+        "sampler": lambda: _sampler(plan, model),
+        "invariance": plan.invariance,
+        "dtype": getattr(torch, plan.dtype),
+        "checked": True,
+    }
+    return parts | sides | ({} if plan.ppo is None else {"ppo": plan.ppo}) | given
+
+
+def _sampler(plan: TrainerPlan, model: PreTrainedModel) -> Sampler | ServedSampler:
+    """Start the engine, or join the servers, that will draw for a model."""
+    from rlinvariant.models import lora
+    from rlinvariant.sampler.engine import Sampler
+    from rlinvariant.sampler.group import GroupSampler
+    from rlinvariant.sampler.served import ServedSampler
+    from rlinvariant.trainer.preflight.tokens import load_generation, model_ends
+
+    if plan.servers is not None:
+        same = plan.source_config is plan.config
+        generation: Any = plan.generation if same else load_generation(plan.source, plan.source_config)
+        own = {"dtype": plan.dtype, "max_model_len": plan.servers.max_model_len, "eager": plan.servers.eager}
+        return ServedSampler(plan.servers.servers, ends=model_ends(generation), **own)
     invariant = SIDES[plan.invariance][0]
     positions = getattr(plan.source_config.get_text_config(), "max_position_embeddings", None)  # a stock engine needs none
+    ranks = lora.ranks(model) if invariant else None
+    own = {"invariant": invariant, "dtype": plan.dtype, "positions": positions, "ranks": ranks}
     kind = GroupSampler if _spread(plan.sampler_options) > 1 else Sampler
-    engine: Callable[[], Sampler] = lambda: kind(  # noqa: E731
-        plan.source,
-        invariant=invariant,
-        dtype=plan.dtype,
-        positions=positions,
-        ranks=lora.ranks(model) if invariant else None,
-        **plan.sampler_options,
-    )
-    parts = {"model": model, "reward_funcs": reward_funcs, "args": plan.args, "train_dataset": train_dataset}
-    sides = {"sampler": engine, "invariance": plan.invariance, "dtype": getattr(torch, plan.dtype), "checked": True}
-    return parts | sides | ({} if plan.ppo is None else {"ppo": plan.ppo}) | given
+    return kind(plan.source, **own, **plan.sampler_options)
 
 
 def prove_first(plan: TrainerPlan, unproven: str) -> None:
@@ -258,6 +285,6 @@ def prove(plan: TrainerPlan, trainer: InvariantGRPOTrainer) -> None:
 
     trainer.sync()
     policy = trainer.accelerator.unwrap_model(trainer.model)
-    sampler = cast("Sampler", trainer.sampler)  # as `arguments` made it
+    sampler = cast("Sampler | ServedSampler", trainer.sampler)  # as `_sampler` made it
     line, trainer.proof = prove(*(policy, sampler, plan.source_config, plan.source, plan.dtype), trainer.truncation)
     Console(plan.args.process_index == 0).print(line)

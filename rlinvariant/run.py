@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rlinvariant import runtime
 from rlinvariant.checkpoints import FREE_SPACE, Checkpoint
 from rlinvariant.config import Config
+from rlinvariant.conflicts import OF_SERVERS
 from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.files import disk_errors
 from rlinvariant.journal import Journal, nothing_left
@@ -143,7 +144,7 @@ def plan(config: Config) -> Plan:
         from rlinvariant.sampler import engine  # noqa: F401
         from rlinvariant.trainer.preflight import Tooling, check_start, load_tokenizer
     options, ppo = sampler_options(config), config.ppo if config.algorithm == "ppo" else None
-    how = (config.invariance, config.dtype, model, options, config.save_dtype, config.lora.r)
+    how = (config.invariance, config.dtype, model, served(config) or options, config.save_dtype, config.lora.r)
     trainer = plan_trainer(model, args, ppo, *how)
     tooling = Tooling.asked(config)
     tokenizer = load_tokenizer(model, trainer.config)
@@ -244,3 +245,9 @@ def sampler_options(config: Config) -> "SamplerOptions":
     if settings.tensor_parallel_size > 1:
         options["tensor_parallel_size"] = settings.tensor_parallel_size
     return {"max_model_len": settings.max_model_len, "kv_cache_gib": settings.kv_cache_gib, "options": options}
+
+
+def served(config: Config) -> "SamplerOptions":
+    """Return what a configuration says of servers, in place of an engine; nothing where it names none."""
+    settings = config.sampler
+    return {name: getattr(settings, name) for name in OF_SERVERS} if settings.servers else {}

@@ -17,8 +17,12 @@ another address needs a key (VLLM_API_KEY, or --api-key). A request whose Host i
 
 Options that could change bits are refused. Requests with penalties, logit_bias or structured output get status 400: the server
 draws from the model's own distribution, of which top_p, top_k and min_p keep the same tokens every time.
-VLLM_LOGGING_LEVEL=INFO shows vLLM's own log."""
+VLLM_LOGGING_LEVEL=INFO shows vLLM's own log.
+
+With --trainer-token-file FILE it serves a trainer (train ... sampler.servers=http://HOST:PORT) that shows the token in FILE,
+and nobody else: the trainer sends weights and draws rollouts."""
 EXAMPLE = """rlinvariant serve Qwen/Qwen3-0.6B --port 8000 --max-num-seqs 64
+rlinvariant serve Qwen/Qwen3-0.6B --port 8000 --trainer-token-file trainer.token
 VLLM_API_KEY=... rlinvariant serve Qwen/Qwen3-0.6B --host 0.0.0.0"""
 
 
@@ -39,5 +43,6 @@ def run(options: argparse.Namespace) -> None:
         raise ConfigErrors(problems)
     Console().print("starting vLLM: half a minute on a CPU, a minute or more on a GPU ...")
     from rlinvariant.sampler import vllm_serve
+    from rlinvariant.verification.certificate import subject
 
-    vllm_serve.serve(options.arguments)
+    vllm_serve.serve(options.arguments, subject)

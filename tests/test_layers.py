@@ -15,7 +15,7 @@ ROWS = (
     {"types"},
     {"keys", "text"},
     {"deadline", "errors", "forks"},
-    {"arguments", "files", "held_out", "hub", "install", "machine", "masking", "reading", "stopping"},
+    {"arguments", "files", "held_out", "hub", "install", "machine", "masking", "reading", "stopping", "trainer_token"},
     {"bits", "checksums", "rollout", "runtime", "checkpoints", "lock", "peers"},
     {"kernels"},
     {"ops"},

@@ -5,17 +5,20 @@ import os
 import re
 from collections.abc import Mapping
 
+from rlinvariant import trainer_token
 from rlinvariant.arguments import given_by_user
 from rlinvariant.config.named import named_problems
 from rlinvariant.config.recipe import Recipe
 from rlinvariant.config.tree import Config
 from rlinvariant.conflicts import (
+    OF_SERVERS,
     TRAINABLE,
     adapter_conflicts,
     conflicts,
     divisor,
     microbatch_problems,
     ppo_conflicts,
+    server_problems,
     sharding_problems,
     spread_problems,
     truncation_problems,
@@ -57,7 +60,7 @@ def check(config: Config, env: Mapping[str, str], recipe: Recipe | None = None, 
     found += _check_ppo(config) if config.algorithm == "ppo" else _check_no_ppo(config)
     tokens = config.trainer.tokens_per_microbatch
     found += microbatch_problems(tokens, None, config.trainer, config.invariance, "trainer.")
-    return found + _check_sampler(config, env)
+    return found + _check_sampler(config, env) + _check_servers(config)
 
 
 def check_run(config: Config, env: Mapping[str, str]) -> list[str]:
@@ -152,6 +155,22 @@ def _check_sampler(config: Config, env: Mapping[str, str]) -> list[str]:
         (spread >= 1 and processes % spread == 0, "sampler.tensor_parallel_size", divisor(processes)),
         (not {"wandb", "all"} & set(reports), "trainer.report_to", "no wandb or all: W&B is set by wandb.mode="),
     )
+
+
+def _check_servers(config: Config) -> list[str]:
+    """Check where the sampler's servers are, and that no other setting speaks of an engine that the trainer does not have."""
+    sampler = config.sampler
+    given = [key.partition(".") for key, source in config.sources.items() if given_by_user(source)]
+    names = [name for section, _, name in given if section == "sampler" and name not in OF_SERVERS]
+    others = [f"sampler.{name}={shown(getattr(sampler, name))}" for name in names]
+    lora = f"lora.r={config.lora.r}" if config.lora.r else None
+    found = server_problems(sampler.servers, sampler.trainer_token_file, config.invariance, lora, others)
+    if sampler.servers and sampler.trainer_token_file is not None:
+        try:
+            trainer_token.read(sampler.trainer_token_file, "sampler.trainer_token_file=")
+        except UserError as error:
+            found.append(str(error))
+    return found
 
 
 def _check_ppo(config: Config) -> list[str]:

@@ -43,6 +43,11 @@ class SamplerConfig:
         default=1,
         doc="Processes over which an engine is spread, each with some columns of every product; the bits are those of 1.",
     )
+    servers: list[str] = chz.field(
+        default_factory=list,
+        doc="Addresses of `rlinvariant serve`s to draw from, http://HOST:PORT,...; none: an engine in the trainer's process.",
+    )
+    trainer_token_file: str | None = chz.field(default=None, doc="File with the token that these servers were started with.")
 
 
 @chz.chz

@@ -12,7 +12,6 @@ import os
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,26 +24,17 @@ from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.model_source import base_and_adapter
 from rlinvariant.models import adapter_files
 from rlinvariant.models.lora import split
-from rlinvariant.rollout import RANGES, Completion, Truncation
+from rlinvariant.rollout import Completion
 from rlinvariant.sampler import adapters, plugin
 from rlinvariant.sampler import weights as synced
 from rlinvariant.sampler.names import ARCHITECTURE, QUANTIZATION
 from rlinvariant.sampler.refusals import refuse
+from rlinvariant.sampler.settings import require_room, sampling_params
 from rlinvariant.sampler.undisturbed import stdout_with_descriptor, undisturbed
-from rlinvariant.support import TRY, may_use_unproven
 from rlinvariant.types import JsonObject, Untyped
 
 if TYPE_CHECKING:
     from vllm import LLM, SamplingParams
-
-SHAPELESS_SETTINGS = ("ignore_eos", "logprobs", "detokenize")  # further sampling settings that leave the distribution as it is
-NEUTRAL_SETTINGS = {
-    "n": (1,),
-    "repetition_penalty": (1.0,),
-    "presence_penalty": (0.0,),
-    "frequency_penalty": (0.0,),
-}
-"""Setting -> the values by which it leaves the distribution as it is; None does so for all."""
 
 
 def _arguments(dtype: str, max_model_len: int | None, kv_cache_gib: float | None) -> dict[str, Any]:
@@ -242,15 +232,7 @@ class Sampler:
             UserError: a prompt is empty or does not fit with its completion, or `sampling` would change the distribution of an
                 invariant engine in a way that the trainer's model does not know, as a penalty does.
         """
-        if empty := [i for i, p in enumerate(prompts) if not p]:
-            raise UserError(f"prompt {empty[0]} of this batch has no tokens: is it blank, or has model= no tokenizer?")
-        most = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else max_tokens
-        _, prompt, tokens = max(((len(p) + n, len(p), n) for p, n in zip(prompts, most, strict=True)), default=(0, 0, 0))
-        if prompt + tokens > (limit := self.max_model_len):
-            raise UserError(
-                f"a prompt of {prompt} tokens and a completion of {tokens} do not fit sampler.max_model_len={limit}; "
-                "raise it, or lower trainer.max_completion_length"
-            )
+        most = require_room(prompts, max_tokens, self.max_model_len)
         params = [
             self.params(s, temperature=temperature, max_tokens=n, stop_token_ids=stop_token_ids, **sampling)
             for s, n in zip(seeds, most, strict=True)
@@ -276,33 +258,13 @@ class Sampler:
         self, seed: int, *, temperature: float, max_tokens: int, stop_token_ids: Sequence[int] = (), **sampling: Untyped
     ) -> "SamplingParams":
         """Return vLLM's settings of one request; arguments and errors are those of `generate`."""
-        shaping = {
-            k: v
-            for k, v in sampling.items()
-            if k not in (*SHAPELESS_SETTINGS, *RANGES) and v not in (None, *NEUTRAL_SETTINGS.get(k, ()))
-        }
-        refused = [f"{k}={v}" for k, v in shaping.items()]
-        if self.invariant and 0 < temperature < 0.01:
-            refused.append(f"temperature={temperature}, which vLLM would raise to 0.01")
-        if self.invariant and refused:
-            raise UserError(f"{', '.join(refused)}: an exact sampler draws from the distribution that is trained; remove it")
-        for name, (allows, expected) in RANGES.items():
-            if (value := sampling.get(name)) is not None and not allows(value):
-                raise UserError(f"{name}={value}: expected {expected}")
-        truncation = Truncation.of(SimpleNamespace(**{"top_k": 0, "top_p": 1.0, "min_p": 0.0, **sampling}))
-        if self.invariant and truncation and not may_use_unproven():
-            raise UserError(f"{truncation}: proven on CPUs alone so far; remove it; {TRY}")
-        from vllm import SamplingParams
-
-        shared: dict[str, Any] = {"temperature": temperature, "max_tokens": max_tokens, "detokenize": False}
-        shared |= {} if self.invariant else {"logprobs": 0}
-        shared |= {"stop_token_ids": list(stop_token_ids), **sampling}
-        return SamplingParams(seed=None if temperature == 0 else seed, **shared)
+        shared = {"temperature": temperature, "max_tokens": max_tokens, "stop_token_ids": stop_token_ids}
+        return sampling_params(seed, invariant=self.invariant, **shared, **sampling)
 
     @staticmethod
     def _drawn(outputs: Sequence[Any], drawn: dict[str, tuple[list[int], list[float]]]) -> list[Completion]:
         """Join the log-probs that our sampler kept with vLLM's tokens, which must be the ones that were drawn."""
-        drawn = {_external(request): row for request, row in drawn.items()}
+        drawn = {external(request): row for request, row in drawn.items()}
         completions = []
         for output in outputs:
             ids = list(output.outputs[0].token_ids)
@@ -332,6 +294,10 @@ class Sampler:
                 head: Any = getattr(self.model, "lm_head", None)
                 if hasattr(head, "cpu_linear"):
                     head.quant_method.process_weights_after_loading(head)
+        self.forget_prefixes()
+
+    def forget_prefixes(self) -> None:
+        """Forget what is cached of prompts. Raises RuntimeError while a request is running."""
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not reset its prefix cache: a request is still running")
 
@@ -366,6 +332,6 @@ class Sampler:
         return synced.differing_checksums(self.model, weights)
 
 
-def _external(request: str) -> str:
+def external(request: str) -> str:
     """Return a request's id as `LLM.generate` reports it: inside, vLLM adds a dash and eight characters to it."""
     return request[:-9] if len(request) > 9 and request[-9] == "-" else request

@@ -4,8 +4,6 @@ vLLM's own key covers some prefixes of paths and leaves the rest open, and vLLM 
 stands before all of that: it answers to the bound host, serves the paths below and no other, and asks for the key.
 """
 
-import hashlib
-import hmac
 import ipaddress
 import os
 import re
@@ -14,6 +12,7 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
+from rlinvariant.trainer_token import Token
 from rlinvariant.types import JsonRow, Untyped
 
 WITHOUT_KEY = {"/health", "/ping"}
@@ -32,6 +31,8 @@ WITH_KEY = {
     "/version",
 }
 """Paths that need the key, where there is one. Any other path, of this vLLM or of a newer one, gets status 404."""
+WITH_TOKEN = {f"/rlinvariant/{name}" for name in ("prove", "join", "sync", "checksum", "generate")}
+"""Paths that need the trainer's token; where there is one, they take the place of those with the key."""
 REFUSED_ENVIRONMENT = {
     "VLLM_USE_RUST_FRONTEND": "that front end checks no request",
     "VLLM_SERVER_DEV_MODE": "its routes change the engine and its weights",
@@ -60,7 +61,9 @@ def problems(args: Untyped, given: JsonRow) -> list[str]:
         found += [f"--{k} {given[k]}: expected none beside --uds; keep one of them" for k in ("host", "port") if k in given]
     if args.api_key is not None and not all(args.api_key):
         found.append(f"--api-key: empty; expected a key: {KEY}")
-    if not (args.uds or is_loopback(args.host) or any(keys(args))):
+    if args.trainer_token is not None and args.api_key is not None:
+        found.append("--api-key: expected none beside --trainer-token-file: only trainers are served then; remove one of them")
+    if not (args.uds or is_loopback(args.host) or any(keys(args)) or args.trainer_token is not None):
         found.append(f"--host {args.host}: expected a key where other machines can reach the server; {KEY}, or remove --host")
     if "*" in args.allowed_origins and (args.allow_credentials or not keys(args)):
         found.append('--allowed-origins ["*"]: expected a list: any page that you open could ask this server; name the origins')
@@ -120,13 +123,20 @@ def refused(scope: Untyped, args: Untyped) -> tuple[int, str] | None:
     if len(hosts) != 1 or not _is_bound(hosts[0], args):
         return 400, "Host: expected the address that this server is bound to; see --allowed-hosts"
     path = scope["path"].removeprefix(scope.get("root_path") or "")
-    if scope["type"] == "websocket" or path not in WITHOUT_KEY | WITH_KEY:
-        return 404, f"{path}: not served here; served: {', '.join(sorted(WITHOUT_KEY | WITH_KEY))}"
-    if path in WITHOUT_KEY or scope["method"] == "OPTIONS" or not (wanted := keys(args)):
+    token: Token | None = args.trainer_token
+    served = WITHOUT_KEY | (WITH_KEY if token is None else WITH_TOKEN)
+    if scope["type"] == "websocket" or path not in served:
+        return 404, f"{path}: not served here; served: {', '.join(sorted(served))}"
+    if path in WITHOUT_KEY:
         return None
-    kind, _, key = next((value for name, value in headers if name == b"authorization"), "").partition(" ")
-    same = [hmac.compare_digest(_digest(key), _digest(one)) for one in wanted]  # each is compared: no time tells which
-    return None if kind.lower() == "bearer" and any(same) else (401, "Unauthorized: expected Authorization: Bearer KEY")
+    shown = next((value for name, value in headers if name == b"authorization"), "")
+    if token is not None:
+        expected = "the token of --trainer-token-file: Authorization: Bearer TOKEN"
+        return None if token.is_shown_by(shown) else (401, f"Unauthorized: expected {expected}")
+    if scope["method"] == "OPTIONS" or not (wanted := keys(args)):
+        return None
+    right = [Token(one).is_shown_by(shown) for one in wanted]  # each is compared: no time tells which
+    return None if any(right) else (401, "Unauthorized: expected Authorization: Bearer KEY")
 
 
 def _is_bound(host: str, args: Any) -> bool:
@@ -140,7 +150,3 @@ def _is_bound(host: str, args: Any) -> bool:
         names |= {"localhost", socket.gethostname().lower()}
         return name in names or _address(name) is not None
     return name in names
-
-
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()

@@ -203,17 +203,23 @@ class InvariantSampler(_SeedKeeper):
         self._steps = []
 
     def take_drawn(self) -> dict[str, tuple[list[int], list[float]]]:
-        """Return tokens and log-probs of every request since `keep_drawn`, by vLLM's internal request id.
+        """Return tokens and log-probs of every request since `keep_drawn`, by vLLM's internal request id; keep no more."""
+        found: dict[str, tuple[list[int], list[float]]] = {}
+        self.add_drawn(found)
+        self._steps = None
+        return found
+
+    def add_drawn(self, found: dict[str, tuple[list[int], list[float]]]) -> None:
+        """Add to `found`, as of earlier calls, what was drawn since `keep_drawn` or the last call.
 
         A position may have been drawn twice, the same each time: in a prefill that was cut, or before a preemption. The last
         counts. A request that vLLM has found to be finished one step late has a token too many.
         """
-        steps, self._steps = self._steps, None
+        steps, self._steps = self._steps, []
         if not steps:
-            return {}
+            return
         tokens = torch.cat([step[2] for step in steps]).tolist()
         logprobs = torch.cat([step[3] for step in steps]).tolist()
-        found: dict[str, tuple[list[int], list[float]]] = {}
         at = 0
         for requests, positions, _, _ in steps:
             for request, position in zip(requests, positions.tolist(), strict=True):
@@ -223,7 +229,6 @@ class InvariantSampler(_SeedKeeper):
                 its_tokens[position:] = [tokens[at]]
                 its_logprobs[position:] = [logprobs[at]]
                 at += 1
-        return found
 
     def forward(
         self, logits: Tensor, sampling_metadata, predict_bonus_token=False, logprobs_mode_override=None

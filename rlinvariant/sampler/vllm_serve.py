@@ -7,25 +7,33 @@ Who may ask at all is in vllm_guard.py.
 """
 
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+import numpy as np
+import safetensors.torch
 import torch
 from vllm import SamplingParams
 from vllm.platforms import current_platform
 from vllm.v1.sample.logits_processor import LogitsProcessor
 
-from rlinvariant import runtime
+from rlinvariant import runtime, trainer_token
 from rlinvariant.errors import ConfigErrors, UserError, one_line
 from rlinvariant.model_source import base_and_adapter
 from rlinvariant.models import adapter_files, audit_config, lora
 from rlinvariant.rollout import RANGES
-from rlinvariant.sampler import adapters, plugin, vllm_guard
-from rlinvariant.sampler.engine import refuse
+from rlinvariant.sampler import adapters, plugin, vllm_guard, wire
+from rlinvariant.sampler.engine import external
 from rlinvariant.sampler.names import ARCHITECTURE, NOT_ACTIVE, QUANTIZATION
+from rlinvariant.sampler.refusals import load_config, refuse
+from rlinvariant.sampler.vllm_trainers import Trainers
+from rlinvariant.sampler.weights import differing_checksums
 from rlinvariant.support import TRY, may_use_unproven
 from rlinvariant.text import say
-from rlinvariant.types import Untyped
+from rlinvariant.types import JsonObject, Untyped
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 _Worker: Any
 if current_platform.is_cuda():
@@ -104,8 +112,16 @@ SHAPELESS_SETTINGS = {  # fields of SamplingParams that leave the distribution a
 }
 
 
-def serve(argv: Sequence[str]) -> None:
+Subject: TypeAlias = Callable[["PreTrainedConfig", str, bool], JsonObject]
+"""Returns what decides a server's bits, as a certificate has it: of a configuration, a dtype, and whether it runs eagerly."""
+
+
+def serve(argv: Sequence[str], subject: Subject | None = None) -> None:
     """Run `vllm serve` with these arguments and the ops on, until it is stopped.
+
+    Args:
+        argv: the command line's.
+        subject: says to trainers what decides the server's bits.
 
     Raises:
         ConfigErrors: what could not be exact, one line each, before any weights are loaded.
@@ -113,7 +129,7 @@ def serve(argv: Sequence[str]) -> None:
     """
     runtime.configure()
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # as vLLM's own command does
-    command, args = prepared(argv)
+    command, args = prepared(argv, subject)
     plugin.load()
     plugin.register_class()
     command.validate(args)
@@ -123,7 +139,7 @@ def serve(argv: Sequence[str]) -> None:
         raise UserError(f"vLLM: {one_line(error, 200)} (the cause is in the log above)") from error
 
 
-def prepared(argv: Sequence[str]) -> tuple[Untyped, Untyped]:
+def prepared(argv: Sequence[str], subject: Subject | None = None) -> tuple[Untyped, Untyped]:
     """Return vLLM's command, and its namespace of these arguments with what an exact server needs. Raises as `serve`."""
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -131,18 +147,20 @@ def prepared(argv: Sequence[str]) -> tuple[Untyped, Untyped]:
     command, parser = ServeSubcommand(), FlexibleArgumentParser(prog="rlinvariant")
     own = command.subparser_init(parser.add_subparsers(required=True, dest="subparser"))
     own.add_argument("--allowed-hosts", nargs="+", default=[], help="names by which clients call this server, as Host says")
+    own.add_argument("--trainer-token-file", help="serve trainers that show the token in this file, and nobody else")
     args: Any = parser.parse_args(["serve", *argv])
     default: Any = parser.parse_args(["serve"])
-    prepare(args, default)
+    prepare(args, default, subject)
     return command, args
 
 
-def prepare(args: Untyped, default: Untyped) -> None:
+def prepare(args: Untyped, default: Untyped, subject: Subject | None = None) -> None:
     """Set in `args`, parsed from a command line, what an exact server needs.
 
     Args:
         args: vLLM's namespace of the user's command line; changed in place.
         default: vLLM's namespace of an empty command line.
+        subject: as for `serve`.
 
     Raises:
         ConfigErrors, UserError: see `serve`.
@@ -155,12 +173,16 @@ def prepare(args: Untyped, default: Untyped) -> None:
     given = {k: v for k, v in vars(args).items() if v != getattr(default, k)}
     args.host = args.host or "127.0.0.1"
     args.allowed_origins = given.get("allowed_origins", [])  # vLLM 0.26 lets every page ask
+    file = args.trainer_token_file
+    args.trainer_token = None if file is None else trainer_token.read(file, "--trainer-token-file ")
     problems = _option_problems(given, default) + vllm_guard.problems(args, given)
     args.dtype = "bfloat16" if args.dtype == "auto" else args.dtype
     if args.dtype not in ("bfloat16", "float32"):
         problems.append(f"--dtype {args.dtype}: expected bfloat16 or float32; {REMOVE}")
     if adapter is not None and not may_use_unproven():
         problems.append(f"MODEL={adapter}: adapters are proven on CPUs alone so far; {TRY}; {adapter_files.MERGE} {adapter}")
+    if adapter is not None and file is not None:
+        problems.append(f"MODEL={adapter}: expected a whole model for trainers, who bring all weights; name its base")
     if problems:
         raise ConfigErrors(problems)
     found = None if adapter is None else adapter_files.read(adapter)  # faults are said here, not in the engine's process
@@ -178,11 +200,15 @@ def prepare(args: Untyped, default: Untyped) -> None:
     args.max_model_len = args.max_model_len or positions  # vLLM's own default may be beyond the rotary table
     for name, value in SET_HERE.items():
         setattr(args, name, value)
-    args.middleware = [*args.middleware, f"{__name__}.Proof", f"{vllm_guard.__name__}.Guard"]  # the last is the outermost
+    added = [Proof, *([] if file is None else [Trainers]), vllm_guard.Guard]
+    args.middleware = [*args.middleware, *(f"{x.__module__}.{x.__name__}" for x in added)]  # the last is the outermost
     if not torch.cuda.is_available():  # see sampler/engine.py
         args.enforce_eager, args.async_scheduling = True, False
         if {"kv_cache_memory_bytes", "gpu_memory_utilization"}.isdisjoint(given):
             args.kv_cache_memory_bytes = 2**30
+    if subject is not None and file is not None:
+        about = subject(load_config(args.model), args.dtype, bool(args.enforce_eager))
+        args.trainer_facts = {"model": named, "subject": about}
 
 
 def _option_problems(given: dict[str, Any], default: Any) -> list[str]:
@@ -262,6 +288,36 @@ class Worker(_Worker):
         times = super().compile_or_warm_up_model()
         install(self.model_runner)
         return times
+
+    # ---- what a trainer asks for; arguments and results are plain values
+
+    def keep_drawn(self) -> None:
+        """Keep, from now on, what is drawn."""
+        self._drawn: dict[str, tuple[list[int], list[float]]] = {}
+        self.model_runner.sampler.keep_drawn()
+
+    def take_drawn(self, requests: Sequence[str], others: bool) -> dict[str, tuple[bytes, bytes]]:
+        """Return tokens, int32, and log-probs, float32, of requests that have ended, by their names.
+
+        Args:
+            requests: their names, as the front end knows them.
+            others: whether more requests are running, of which something is kept; else the rest, of cancelled ones, is dropped.
+        """
+        self.model_runner.sampler.add_drawn(self._drawn)
+        inner = {external(name): name for name in self._drawn}
+        taken = [(name, *self._drawn.pop(inner[name])) for name in requests]
+        if not others:
+            self._drawn.clear()
+        return {name: (np.array(t, "<i4").tobytes(), np.array(x, "<f4").tobytes()) for name, t, x in taken}
+
+    def take_weights(self, part: bytes) -> None:
+        """Load some weights, which came as safetensors by their Hugging Face names."""
+        with torch.no_grad():
+            self.model_runner.get_model().load_weights(iter(safetensors.torch.load(part).items()))
+
+    def differing(self, expected: JsonObject) -> list[str]:
+        """Name the parameters whose words do not have the sums of a trainer's weights, by `wire.checksums_to_json`."""
+        return differing_checksums(self.model_runner.get_model(), wire.checksums_of(expected))
 
     def prove(self) -> str:
         """Return what this engine runs, in words. Raises UserError where it is not all ours."""

@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rlinvariant import bits, checksums
 from rlinvariant.conflicts import Invariance
-from rlinvariant.errors import ParityError
+from rlinvariant.errors import ParityError, ServersLost
 from rlinvariant.models import lora, shards
 from rlinvariant.rollout import Batch, Completion, Rollout, Truncation, request_seed
 from rlinvariant.trainer import custom_rollouts
@@ -72,6 +72,24 @@ class DrawingTrainer(EpisodesTrainer):
 
     def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
         """Draw all turns of a rollout; TRL has repeated each prompt `num_generations` times over all ranks."""
+        try:
+            return self._rollout(prompts)
+        except ServersLost as lost:
+            self._save_unsaved(lost.agreed or self.accelerator.num_processes == 1)
+            raise
+
+    def _save_unsaved(self, together: bool) -> None:
+        """Save the steps that are done, if none of their work is on the disk, before the run ends for want of servers.
+
+        Args:
+            together: whether all ranks are here; one that is alone cannot save.
+        """
+        step, between = self.state.global_step, self._step % self.args.gradient_accumulation_steps == 0
+        if self.model.training and together and between and step not in (0, self._versions.disk):
+            self._save_checkpoint(self.model, None)
+            self._wait_for_disk()
+
+    def _rollout(self, prompts: list[Any]) -> tuple[Any, ...]:
         training = bool(self.model.training)
         group = self.num_generations if training else self.num_generations_eval
         self.sync(stale=training)

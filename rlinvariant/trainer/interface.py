@@ -115,6 +115,8 @@ class SamplerOptions(TypedDict, total=False):
     max_model_len: int | None
     kv_cache_gib: float | None
     options: dict[str, Any]  # keyword arguments of vllm.LLM
+    servers: list[str]  # addresses of `rlinvariant serve`s, in place of an engine in the trainer's process
+    trainer_token_file: str | None  # which holds the token that they were started with
 
 
 class ScriptOptions(TypedDict, total=False):

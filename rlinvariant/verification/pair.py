@@ -12,6 +12,7 @@ from rlinvariant.errors import UserError
 from rlinvariant.rollout import Completion, request_seed
 from rlinvariant.sampler.drive import Request, Trace, drive
 from rlinvariant.sampler.engine import Sampler
+from rlinvariant.sampler.served import ServedSampler
 from rlinvariant.trainer.score import Layout, score
 from rlinvariant.verification.relation import Relation
 
@@ -78,7 +79,7 @@ class Pair:
 
     Args:
         model: the trainer's model.
-        sampler: the engine.
+        sampler: the engine, or servers.
         sizes: how much to draw.
         seed: decides prompts, draws and batches.
         vocabulary: token ids of prompts are below it.
@@ -91,7 +92,7 @@ class Pair:
     """
 
     model: Any
-    sampler: Sampler
+    sampler: Sampler | ServedSampler
     sizes: Sizes
     seed: int
     vocabulary: int
@@ -109,7 +110,9 @@ class Pair:
         return tuple(rng.randrange(self.vocabulary) for _ in range(length))
 
     def draw(self, requests: Sequence[Request], **how: Any) -> Trace:
-        """Run the requests through the engine; `how` as in `sampler.drive.drive`."""
+        """Run the requests through the engine; `how` as in `sampler.drive.drive`. Servers take no `how`, and all draw all."""
+        if isinstance(self.sampler, ServedSampler):
+            return Trace([*self.sampler.drawn_by_each(requests)])
         return drive(self.sampler, requests, **how)
 
     def score(self, requests: Sequence[Request], completions: Sequence[Completion], layout: Layout) -> list[np.ndarray]:

@@ -9,6 +9,7 @@ from rlinvariant.errors import ParityError
 from rlinvariant.launch import largest
 from rlinvariant.models import lora
 from rlinvariant.rollout import ALL_TOKENS, Truncation
+from rlinvariant.sampler.served import ServedSampler
 from rlinvariant.types import JsonObject, Untyped
 from rlinvariant.verification import certificate
 from rlinvariant.verification import truncation as truncated
@@ -26,7 +27,7 @@ START_SIZES = Sizes(requests=12, prompt=40, tokens=12, longest=40, in_step=256, 
 
 def prove(
     model: Untyped,
-    sampler: "Sampler",
+    sampler: "Sampler | ServedSampler",
     config: "PreTrainedConfig",
     name: str,
     dtype: str,
@@ -36,7 +37,8 @@ def prove(
 
     Args:
         model: the trainer's model, of transformers or PEFT. Its weights and mode are left as they were.
-        sampler: the trainer's engine, with the same weights; its prefix cache is emptied.
+        sampler: the trainer's engine, with the same weights; its prefix cache is emptied. Or its servers, of which no
+            certificate speaks: they are compared at each start.
         config: transformers' configuration of the model, as loaded.
         name: the model's name for messages.
         dtype: of activations, "bfloat16" or "float32".
@@ -46,10 +48,12 @@ def prove(
         ParityError: a log-prob differs, or the comparison does not see a planted fault.
     """
     eager = bool(sampler.llm.llm_engine.model_config.enforce_eager)
-    ranks = lora.ranks(model)
+    ranks, served = lora.ranks(model), isinstance(sampler, ServedSampler)
     adapted = bool(ranks)
-    processes = sampler.llm.llm_engine.vllm_config.parallel_config.tensor_parallel_size
-    found = certificate.find(certificate.subject(config, dtype, eager, ranks, processes))
+    found = None
+    if not served:
+        processes = sampler.llm.llm_engine.vllm_config.parallel_config.tensor_parallel_size
+        found = certificate.find(certificate.subject(config, dtype, eager, ranks, processes))
     if truncation and found is not None and not any(r["name"] == truncated.NAME for r in found["relations"]):
         found = None
     if not largest(int(found is None)) and found is not None:  # one host may have none, and all compare together
@@ -73,7 +77,7 @@ def prove(
         model.train(training)
         if adapted:
             sampler.sync(lora.adapters(model))
-        sampler.llm.reset_prefix_cache()
+        sampler.forget_prefixes()
     compared, wrong = sum(r.compared for r in relations), sum(r.mismatched for r in relations)
     counts = f"{wrong:,} / {compared:,} log-probs differ, " + ", ".join(
         f"{fault.mismatched:,} / {fault.compared:,} {what}" for what, fault in faults.items()
@@ -88,6 +92,7 @@ def prove(
         raise ParityError(f"before the first step: {counts}: the comparison is blind; invariance=off runs without the proof")
     seconds = time.monotonic() - began
     makes = f"no certificate for this architecture here (rlinvariant verify {name} makes one)"
+    makes = "each server, at each start" if served else makes
     makes = "adapters, with random values for the comparison" if adapted else makes
     record = {"path": None, "compared": compared, "mismatched": wrong, "seconds": seconds}
     record |= {"one_ulp": faults["with one ulp in the lm_head"].mismatched}
@@ -103,9 +108,9 @@ def certified(found: JsonObject, path: str) -> str:
     return f"certificate: this architecture is exact on this machine, as verified with {weights}: {counts} ({path})"
 
 
-def pair_of(model: "PreTrainedModel", sampler: "Sampler", vocabulary: int) -> Pair:
+def pair_of(model: "PreTrainedModel", sampler: "Sampler | ServedSampler", vocabulary: int) -> Pair:
     """Return a pair that draws few and short requests, which an engine of any length takes."""
-    limit = sampler.llm.llm_engine.model_config.max_model_len
+    limit = sampler.max_model_len
     tokens = max(1, min(START_SIZES.tokens, limit // 4))
     prompt = max(2, min(START_SIZES.prompt, limit - 2 * tokens - 1))
     sizes = Sizes(START_SIZES.requests, prompt, tokens, prompt, START_SIZES.in_step, START_SIZES.in_forward)

@@ -306,3 +306,50 @@ def test_a_run_directory_that_may_not_be_looked_into_is_one_line(tmp_path: Path)
         os.seteuid(0) if root else None
         tmp_path.chmod(0o700)
     assert line.startswith("run=x: runs/x cannot be written (") and "Permission denied" in line
+
+
+TOKEN = "0123456789abcdef" * 4
+ONE = "sampler.servers=http://127.0.0.1:8000"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([ONE], f"{ONE}: expected sampler.trainer_token_file=FILE too, the one that the servers were started with"),
+        (
+            ["sampler.trainer_token_file=t"],
+            "sampler.trainer_token_file=t: expected sampler.servers too, or it does nothing; remove it",
+        ),
+        (
+            [f"{ONE},http://127.0.0.1:8000/", "sampler.trainer_token_file=t"],
+            f"{ONE},http://127.0.0.1:8000/: the same address twice; name each server once",
+        ),
+        *(
+            (
+                [f"sampler.servers={url}", "sampler.trainer_token_file=t"],
+                f"sampler.servers={url}: expected http://HOST:PORT or https://HOST:PORT, without user, path or query",
+            )
+            for url in ("127.0.0.1:8000", "ftp://a:1", "http://me:pw@a:1", "http://a:1/v1", "http://a:1?x", "http://")
+        ),
+        (
+            [ONE, "sampler.trainer_token_file=t", "invariance=off", "trainer.bf16=false"],
+            "invariance=off: expected exact with sampler.servers, which run the invariant ops; remove one",
+        ),
+        (
+            [ONE, "sampler.trainer_token_file=t", "lora.r=4"],
+            "lora.r=4: expected none with sampler.servers: adapters over HTTP have not been tried; remove one",
+        ),
+        (
+            [ONE, "sampler.trainer_token_file=t", "sampler.kv_cache_gib=2"],
+            "sampler.kv_cache_gib=2.0: expected none with sampler.servers: the server decides it, by the options of its start; "
+            "remove it",
+        ),
+    ],
+)
+def test_servers_that_cannot_be_drawn_from_are_refused(arguments, message, in_tmp):
+    (in_tmp / "t").touch(0o600)
+    (in_tmp / "t").write_text(TOKEN)
+    assert good(ONE, "sampler.trainer_token_file=t", "sampler.max_model_len=2048").sampler.servers == ["http://127.0.0.1:8000"]
+    assert message in errors(*arguments)
+    (in_tmp / "t").chmod(0o644)
+    assert any("mode 644" in line for line in errors(ONE, "sampler.trainer_token_file=t"))

@@ -11,6 +11,7 @@ from rlinvariant.errors import ConfigErrors
 from rlinvariant.sampler import vllm_guard, vllm_serve
 
 KEY = "correct-horse-battery"
+TOKEN = "0123456789abcdef" * 4
 CLOSED = {
     "/docs",
     "/docs/oauth2-redirect",
@@ -79,6 +80,19 @@ def ask(app: Any, path: str, method: str = "GET", host: str = "127.0.0.1:8000", 
             return (await client.request(method, path, headers={"host": host, **headers}, json={})).status_code
 
     return asyncio.run(status())
+
+
+@pytest.fixture(scope="module")
+def token_file(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("token") / "trainer.token"
+    path.touch(0o600)
+    path.write_text(TOKEN + "\n")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def trainers_app(arithmetic_dir, token_file):
+    return app_of(arithmetic_dir, "--trainer-token-file", token_file)
 
 
 @pytest.fixture(scope="module")
@@ -162,9 +176,31 @@ def test_vllm_alone_has_these_doors_open(arithmetic_dir, monkeypatch):
     assert ask(stock, "/invocations", "POST") not in (401, 404)
 
 
+@pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS", "DELETE"])
+def test_with_a_trainers_token_nobody_else_is_served(method, trainers_app, open_app):
+    """The control: the same routes of vLLM are open, on loopback, where no token is given, and ours are not there."""
+    wrong = (None, f"Bearer {TOKEN}x", f"Bearer {TOKEN[:-1]}", "Bearer ", f"Basic {TOKEN}", TOKEN, f"Bearer {KEY}")
+    for path in vllm_guard.WITH_TOKEN:
+        shown = [ask(trainers_app, path, method, **({} if w is None else {"authorization": w})) for w in wrong]
+        assert shown == [401] * len(wrong), path
+        assert ask(trainers_app, path, method, authorization=f"Bearer {TOKEN}") not in (401, 404)
+        assert ask(trainers_app, path, method, host="evil.example", authorization=f"Bearer {TOKEN}") == 400
+        assert ask(open_app, path, method, authorization=f"Bearer {TOKEN}") == 404
+    for path in {*paths(trainers_app.routes), *ADMIN} - vllm_guard.WITHOUT_KEY:
+        assert ask(trainers_app, path, method, authorization=f"Bearer {TOKEN}") == 404, path
+        assert path not in vllm_guard.WITH_KEY or ask(open_app, path, method) != 404
+
+
+def test_a_token_in_a_log_is_stars(arithmetic_dir, token_file):
+    _, args = vllm_serve.prepared([arithmetic_dir, "--trainer-token-file", token_file])
+    assert TOKEN not in str(args) and "trainer_token=***" in str(args)
+
+
 @pytest.mark.parametrize(
     ("options", "environment", "named"),
     [
+        (["--trainer-token-file", "TOKEN", "--api-key", KEY], {}, "--api-key"),
+        (["--trainer-token-file", "TOKEN", "--allowed-origins", '["*"]'], {}, "--allowed-origins"),
         (["--host", "0.0.0.0"], {}, "--host 0.0.0.0"),
         (["--host", "::"], {}, "--host ::"),
         (["--host", "gpu.example"], {}, "--host gpu.example"),
@@ -182,11 +218,13 @@ def test_vllm_alone_has_these_doors_open(arithmetic_dir, monkeypatch):
         ([], {"VLLM_USE_RUST_FRONTEND": "1"}, "VLLM_USE_RUST_FRONTEND=1"),
     ],
 )
-def test_an_option_that_opens_a_door_is_refused_in_one_line(options, environment, named, arithmetic_dir, monkeypatch):
+def test_an_option_that_opens_a_door_is_refused_in_one_line(
+    options, environment, named, arithmetic_dir, token_file, monkeypatch
+):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigErrors) as caught:
-        vllm_serve.prepared([arithmetic_dir, *options])
+        vllm_serve.prepared([arithmetic_dir, *(token_file if x == "TOKEN" else x for x in options)])
     assert any(line.startswith(named) and "\n" not in line for line in caught.value.errors), caught.value.errors
     assert KEY not in str(caught.value)
 
@@ -201,12 +239,13 @@ def test_an_option_that_opens_a_door_is_refused_in_one_line(options, environment
         (["--uds", "/x"], {}),
         (["--host", "0.0.0.0"], {"VLLM_API_KEY": KEY}),
         (["--host", "0.0.0.0", "--api-key", KEY], {}),
+        (["--host", "0.0.0.0", "--trainer-token-file", "TOKEN"], {}),
     ],
 )
-def test_loopback_needs_no_key_and_other_addresses_have_one(options, environment, arithmetic_dir, monkeypatch):
+def test_loopback_needs_no_key_and_other_addresses_have_one(options, environment, arithmetic_dir, token_file, monkeypatch):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    _, args = vllm_serve.prepared([arithmetic_dir, *options])
+    _, args = vllm_serve.prepared([arithmetic_dir, *(token_file if x == "TOKEN" else x for x in options)])
     assert args.host == (options[1] if "--host" in options else "127.0.0.1") and args.allowed_origins == []
 
 

@@ -4,12 +4,7 @@ and cancelled requests, against the same request alone. The control is stock `vl
 
 import asyncio
 import json
-import os
 import random
-import signal
-import socket
-import subprocess
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,7 +20,7 @@ from rlinvariant.metrics import mismatches
 from rlinvariant.rollout import ALL_TOKENS, Completion, Truncation
 from rlinvariant.trainer.score import Layout, score
 from rlinvariant.verification import load
-from tests import forks
+from tests.sampler.servers import Server
 
 VOCABULARY = 8192
 RNG = random.Random(3)
@@ -57,42 +52,6 @@ if __name__ == "__main__":
 
 
 # ---- servers
-
-
-@dataclass
-class Server:
-    """`python ARGUMENTS`, forked on a CPU; ours starts its engine's process itself, and anew, as everywhere."""
-
-    arguments: list[str]
-    log: Path
-    env: dict[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
-        with self.log.open("w") as log, open(os.devnull) as null:
-            arguments = [*self.arguments, "--port", str(port)]
-            self.process = forks.start(arguments, self.log.parent, os.environ | self.env, null, log, log)
-
-    def wait(self, seconds: float = 240) -> str:
-        """Wait until the server is healthy; return what it printed."""
-        end = time.monotonic() + seconds
-        while time.monotonic() < end and self.process.poll() is None:
-            try:
-                if httpx.get(f"{self.url}/health").status_code == 200:
-                    return self.log.read_text()
-            except httpx.TransportError:
-                time.sleep(0.2)
-        raise AssertionError(f"{self.arguments} did not start:\n{self.log.read_text()[-4000:]}")
-
-    def stop(self) -> None:
-        self.process.send_signal(signal.SIGTERM)
-        try:
-            self.process.wait(20)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
 
 
 @pytest.fixture(scope="module")

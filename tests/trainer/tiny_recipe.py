@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,12 @@ def datasets(config: Config, tokenizer: Any) -> Any:
     return train.remove_columns("prompt").add_column("prompt", prompts), evaluation
 
 
-def variety(completions: list[str], **_: Any) -> list[float]:
-    """Varies in an untrained model."""
+def variety(completions: list[str], trainer_state: Any, **_: Any) -> list[float]:
+    """Varies in an untrained model. Kills what $KILLS says, STEP:PROCESS,...: a server that the run draws from."""
+    for step, process in (pair.split(":") for pair in filter(None, os.environ.get("KILLS", "").split(","))):
+        if trainer_state.global_step + 1 == int(step):
+            with suppress(ProcessLookupError):
+                os.killpg(int(process), signal.SIGKILL)
     return [len(set(text)) / 10 for text in completions]
 
 
@@ -72,7 +77,7 @@ def reward_funcs(config: Config) -> list[Any]:
         """Stops like ctrl-C, at the second step."""
         if trainer_state.global_step == 1:
             raise KeyboardInterrupt
-        return variety(completions)
+        return variety(completions, trainer_state)
 
     def ends_rank_1(completions: list[str], trainer_state: Any, **_: Any) -> list[float]:
         """Fails in the second step, on the second process alone, while the first waits for it."""
@@ -80,7 +85,7 @@ def reward_funcs(config: Config) -> list[Any]:
             if config.data.fault == "rank 1 is killed":
                 os.kill(os.getpid(), signal.SIGKILL)
             raise ValueError("bad row")
-        return variety(completions)
+        return variety(completions, trainer_state)
 
     faults = {"reward raises": raises, "ctrl-C": stops, "rank 1 raises": ends_rank_1, "rank 1 is killed": ends_rank_1}
     return [faults.get(config.data.fault, variety)]

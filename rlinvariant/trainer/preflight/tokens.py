@@ -76,9 +76,14 @@ def load_generation(name: str, config: "PreTrainedConfig") -> "GenerationConfig"
 
 def end_tokens(generation: "GenerationConfig", tokenizer: Any) -> list[int]:
     """Return the tokens that end a completion, as TRL finds them: the tokenizer's, and those of the generation settings."""
-    found, own = generation.eos_token_id, tokenizer.eos_token_id
-    ends = [] if found is None else [found] if isinstance(found, int) else list(found)
+    ends, own = model_ends(generation), tokenizer.eos_token_id
     return ends if own in ends else [own, *ends]
+
+
+def model_ends(generation: "GenerationConfig") -> list[int]:
+    """Return the end tokens of a model's generation settings alone, which an engine takes from the model's directory."""
+    found = generation.eos_token_id
+    return [] if found is None else [found] if isinstance(found, int) else list(found)
 
 
 def generation_problems(name: str, generation: "GenerationConfig") -> list[str]:

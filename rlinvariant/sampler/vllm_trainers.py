@@ -1,0 +1,254 @@
+"""The routes by which a trainer draws from `rlinvariant serve`: prove, join, sync, checksum, generate.
+
+`vllm_guard.Guard`, outside of `Trainers`, lets nobody in without the token. A trainer joins, sends weights in parts, and has
+their checksums compared with its own: when all are equal the server holds a *version*, the digest of those checksums, and draws
+requests that name it. Whatever changes the weights takes the version away first, and waits for requests that still run: no
+completion is drawn by two versions, and each answer says which it was.
+"""
+
+import asyncio
+import json
+import secrets
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from vllm.sampling_params import RequestOutputKind
+
+from rlinvariant.checksums import digest
+from rlinvariant.errors import UserError, one_line
+from rlinvariant.rollout import Completion
+from rlinvariant.sampler import wire
+from rlinvariant.sampler.settings import sampling_params
+from rlinvariant.sampler.vllm_guard import WITH_TOKEN
+from rlinvariant.text import say, shown
+from rlinvariant.types import JsonObject, Untyped
+
+REFUSED, CONFLICT, FAILED = 400, 409, 500
+RESET_TRIES, RESET_PAUSE_S = 200, 0.05  # the engine frees the last request's pages a moment after its answer
+
+
+class Refused(Exception):
+    """Tells a trainer, with a status, why its request is not answered."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class Trainers:
+    """Answers, as ASGI middleware, the paths of `vllm_guard.WITH_TOKEN`; all others are the application's."""
+
+    def __init__(self, app: Untyped) -> None:
+        self.app = app
+        self.session = self.version = self.trainer = None  # of the trainer that has joined last; what it has synced
+        self.running = 0  # requests of `generate`
+        self.idle = asyncio.Condition()
+        self.writing = asyncio.Lock()
+        self.calls = 0
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        path = scope["path"].removeprefix(scope.get("root_path") or "") if scope["type"] == "http" else ""
+        if path not in WITH_TOKEN:
+            return await self.app(scope, receive, send)
+        if scope["method"] != "POST":
+            refusal = {"error": f"{scope['method']}: expected POST"}
+            return await JSONResponse(refusal, 405, {"Allow": "POST"})(scope, receive, send)
+        self.engine, self.facts = scope["app"].state.engine_client, scope["app"].state.args.trainer_facts
+        request = Request(scope, receive)
+        work: Callable[[Request], Awaitable[Callable[[], Awaitable[JsonObject]]]] = getattr(self, path.rpartition("/")[2])
+        try:
+            answer = await work(request)
+        except Refused as refused:
+            return await JSONResponse({"error": str(refused)}, refused.status)(scope, receive, send)
+        except (UserError, ValueError, TypeError, KeyError, SafetensorError) as error:
+            return await JSONResponse({"error": f"{path}: {one_line(error)}"}, REFUSED)(scope, receive, send)
+        await _answered(answer(), receive, send)
+
+    async def _rpc(self, method: str, *args: Any) -> Any:
+        """Call a method of `vllm_serve.Worker` in the engine's process."""
+        (result,) = await self.engine.collective_rpc(method, args=args)
+        return result
+
+    def _require_session(self, session: Any) -> None:
+        if self.session is None or session != self.session:
+            now = "no trainer has" if self.session is None else f"{self.trainer} has since"
+            raise Refused(CONFLICT, f"{now} joined this server; one trainer has it at a time")
+
+    # ---- the routes: each reads and checks its request, and returns what makes the answer
+
+    async def prove(self, request: Request) -> Callable[[], Awaitable[JsonObject]]:
+        async def answer() -> JsonObject:
+            proof, config = await self._rpc("prove"), self.engine.model_config
+            own = {"max_model_len": config.max_model_len, "dtype": str(config.dtype).removeprefix("torch.")}
+            return {"protocol": wire.PROTOCOL, "proof": proof, "trainer": self.trainer, **own, **self.facts}
+
+        return answer
+
+    async def join(self, request: Request) -> Callable[[], Awaitable[JsonObject]]:
+        trainer = shown((await request.json())["trainer"])
+
+        async def answer() -> JsonObject:
+            async with self.writing:
+                before, self.trainer = self.trainer, trainer
+                self.session, self.version = secrets.token_hex(16), None
+                await self._rpc("keep_drawn")
+            say(f"joined by {trainer}" + (f", in place of {before}" if before else ""))
+            return {"session": self.session, "before": before}
+
+        return answer
+
+    async def sync(self, request: Request) -> Callable[[], Awaitable[JsonObject]]:
+        session = request.headers.get("rlinvariant-session")
+        self._require_session(session)
+        part = await request.body()
+        names = _names(part)
+
+        async def answer() -> JsonObject:
+            async with self.writing:
+                self._require_session(session)
+                self.version = None  # nothing is admitted from here on
+                await self._until_idle()
+                await self._rpc("take_weights", part)
+            return {"taken": names}
+
+        return answer
+
+    async def checksum(self, request: Request) -> Callable[[], Awaitable[JsonObject]]:
+        body = await request.json()
+        self._require_session(body["session"])
+        weights = wire.checksums_of(body["weights"])
+        version = digest(weights.items())
+
+        async def answer() -> JsonObject:
+            async with self.writing:
+                self._require_session(body["session"])
+                differing = await self._rpc("differing", wire.checksums_to_json(weights.items()))
+                if differing:
+                    self.version = None
+                elif self.version != version:
+                    await self._until_idle()
+                    await self._forget_prefixes()
+                    self.version = version
+            return {"differing": differing, "version": self.version}
+
+        return answer
+
+    async def generate(self, request: Request) -> Callable[[], Awaitable[JsonObject]]:
+        body = await request.json()
+        self._require_session(body["session"])
+        if self.version is None or body["version"] != self.version:
+            held = "none" if self.version is None else self.version[:12]
+            raise Refused(CONFLICT, f"weights {shown(body['version'])[:12]} were asked for, and the server holds {held}")
+        prompts, params = body["prompts"], _params(body)
+        self.running += 1  # before anything is awaited: a sync waits for this request from now on
+
+        async def answer() -> JsonObject:
+            try:
+                drawn = await self._draw(prompts, params)
+            finally:
+                self.running -= 1
+                async with self.idle:
+                    self.idle.notify_all()
+            return {"version": self.version, **wire.completions_to_json(drawn)}
+
+        return answer
+
+    # ---- the engine
+
+    async def _draw(self, prompts: Sequence[Sequence[int]], params: Sequence[Any]) -> list[Completion]:
+        """Draw requests, all at once, and join vLLM's tokens with the log-probs that our sampler has kept of each."""
+        self.calls += 1
+        ids = [f"trainer:{self.calls}:{i}" for i in range(len(prompts))]
+        asked = [self._one(*each) for each in zip(prompts, params, ids, strict=True)]
+        tasks = [asyncio.ensure_future(one) for one in asked]
+        try:
+            outputs = await asyncio.gather(*tasks)
+        except BaseException:  # of one, or the trainer is gone: vLLM aborts what is cancelled
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            raise
+        drawn = await self._rpc("take_drawn", ids, self.running > 1)
+        completions = []
+        for name, output in zip(ids, outputs, strict=True):
+            tokens, logprobs = (np.frombuffer(x, kind).tolist() for x, kind in zip(drawn[name], ("<i4", "<f4"), strict=True))
+            own = list(output.outputs[0].token_ids)
+            if tokens[: len(own)] != own:
+                raise RuntimeError(f"request {name}: vLLM's tokens are not those that were drawn for it")
+            completions.append(Completion(own, logprobs[: len(own)], output.num_cached_tokens or 0))
+        return completions
+
+    async def _one(self, prompt: Sequence[int], params: Any, name: str) -> Any:
+        outputs = [output async for output in self.engine.generate({"prompt_token_ids": prompt}, params, name)]
+        return outputs[-1]
+
+    async def _until_idle(self) -> None:
+        async with self.idle:
+            await self.idle.wait_for(lambda: self.running == 0)
+
+    async def _forget_prefixes(self) -> None:
+        for _ in range(RESET_TRIES):
+            if await self.engine.reset_prefix_cache() is not False:
+                return
+            await asyncio.sleep(RESET_PAUSE_S)
+        raise RuntimeError("vLLM did not reset its prefix cache: a request is still running")
+
+
+async def _answered(work: Awaitable[JsonObject], receive: Any, send: Any) -> None:
+    """Send the head of an answer at once, so that a trainer can go on to ask other servers, and then the rest.
+
+    A trainer that goes away meanwhile takes its request with it.
+    """
+    head = [(b"content-type", b"application/json")]
+    task = asyncio.ensure_future(work)
+    await asyncio.sleep(0)  # the work has begun before it can be cancelled: what it does at its end is done
+    await send({"type": "http.response.start", "status": 200, "headers": head})
+    gone = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            task.cancel()
+        try:
+            content = await task
+        except asyncio.CancelledError:
+            return
+        except Refused as refused:
+            content = {"error": str(refused), "status": refused.status}
+        except (UserError, ValueError) as error:
+            content = {"error": one_line(error), "status": REFUSED}
+        except Exception as error:
+            say(f"error: {one_line(error)}", error=True)
+            content = {"error": f"{type(error).__name__}: {one_line(error)}", "status": FAILED}
+        await send({"type": "http.response.body", "body": json.dumps(content).encode()})
+    finally:
+        gone.cancel()
+
+
+async def _disconnected(receive: Any) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _params(body: JsonObject) -> list[Any]:
+    """Return vLLM's settings of each request; what is not of a trainer's is refused by name."""
+    prompts, how = body["prompts"], body["sampling"]
+    if unknown := sorted(how.keys() - set(wire.TAKEN)):
+        raise Refused(REFUSED, f"{', '.join(unknown)}: expected none but {', '.join(wire.TAKEN)}")
+    if not all(prompt and all(type(token) is int for token in prompt) for prompt in prompts):
+        raise Refused(REFUSED, "prompts: expected token ids, one or more in each")
+    # A trainer names all tokens that end a completion: no others of the server's tokenizer
+    shared = {"invariant": True, "ignore_eos": True, "output_kind": RequestOutputKind.FINAL_ONLY, **how}
+    rows = zip(prompts, body["seeds"], body["max_tokens"], strict=True)
+    return [sampling_params(seed, max_tokens=most, **shared) for _, seed, most in rows]
+
+
+def _names(part: bytes) -> list[str]:
+    """Return the names of the weights in a part, by the header of its safetensors. Raises ValueError where it has none."""
+    size = int.from_bytes(part[:8], "little")
+    if not 2 <= size <= len(part) - 8:
+        raise ValueError(f"{len(part):,} bytes are no safetensors")
+    return sorted(name for name in json.loads(part[8 : 8 + size]) if name != "__metadata__")
