@@ -109,6 +109,7 @@ def plan_trainer(
     from rlinvariant.models import lora, unsupported
     from rlinvariant.sampler.refusals import engine_problems, load_config
     from rlinvariant.trainer.preflight import load_generation
+    from rlinvariant.support import unproven_problems
     from rlinvariant.verification import servers
 
     sampler_is_invariant, trainer_is_invariant = SIDES[invariance]
@@ -131,6 +132,7 @@ def plan_trainer(
     adapters = f"LoRA adapters of rank {rank}" if rank else None
     given = [] if not urls else [f"{key}={value}" for key, value in sampler_options.items() if key not in OF_SERVERS]
     problems += server_problems(urls, token_file, invariance, adapters, given)
+    problems += unproven_problems(args, *[f"sampler.servers={','.join(urls)}"] if urls else [])
     if problems:
         raise ConfigErrors(problems)
     served: Servers | None = None

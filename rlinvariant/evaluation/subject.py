@@ -28,7 +28,8 @@ KEYS_OF_TRAINER = ("max_completion_length", "max_tool_calling_iterations", "rewa
     "top_p",
     "min_p",
 )
-OF_A_RUN_ALONE = "sampler.tensor_parallel_size"  # an evaluation has one process; the bits are the same
+# An evaluation has one process, and an engine in it; the bits are the same
+OF_A_RUN_ALONE = ("sampler.tensor_parallel_size", "sampler.servers", "sampler.trainer_token_file")
 OF_THE_RUN = "trainer.temperature"  # taken from the run; on the command line it is --temperature
 TAKEN = f"{', '.join(KEYS)}, data.*, sampler.*, trainer.{', trainer.'.join(KEYS_OF_TRAINER)}"
 
@@ -103,7 +104,7 @@ def _keys(settings: Sequence[str]) -> list[str]:
 
 def _is_taken(key: str) -> bool:
     section, _, name = key.rpartition(".")
-    if key == OF_A_RUN_ALONE:
+    if key in OF_A_RUN_ALONE:
         return False
     return key in KEYS or section in ("data", "sampler") or (section == "trainer" and name in KEYS_OF_TRAINER)
 

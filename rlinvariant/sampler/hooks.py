@@ -80,6 +80,9 @@ HOOKS: dict[str, tuple[str, ...]] = {
     "vllm.model_executor.models.transformers.base:Base.load_weights": ("self", "weights"),
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner.reload_weights": ("self", "weights_iterator"),
     "vllm.v1.sample.logits_processor.interface:LogitsProcessor.validate_params": ("sampling_params",),
+    "vllm.v1.engine.async_llm:AsyncLLM.generate": ("self", "prompt", "sampling_params", "request_id"),
+    "vllm.v1.engine.async_llm:AsyncLLM.collective_rpc": ("self", "method", "timeout", "args"),
+    "vllm.v1.engine.async_llm:AsyncLLM.reset_prefix_cache": ("self",),
 }
 """Path of a hook, "module:name" -> its leading parameters, in every release in use."""
 GPU_HOOKS: dict[str, tuple[str, ...]] = {
@@ -145,5 +148,6 @@ NAMES: tuple[str, ...] = (
     "vllm.compilation.wrapper:TorchCompileWithNoGuardsWrapper",
     "vllm.compilation.decorators:support_torch_compile",
     "vllm.platforms:current_platform",
+    "vllm.sampling_params:RequestOutputKind",
 )
 """Names that are imported, or expected in what is handed over."""

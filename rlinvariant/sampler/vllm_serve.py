@@ -181,6 +181,8 @@ def prepare(args: Untyped, default: Untyped, subject: Subject | None = None) -> 
         problems.append(f"--dtype {args.dtype}: expected bfloat16 or float32; {REMOVE}")
     if adapter is not None and not may_use_unproven():
         problems.append(f"MODEL={adapter}: adapters are proven on CPUs alone so far; {TRY}; {adapter_files.MERGE} {adapter}")
+    if file is not None and not may_use_unproven():
+        problems.append(f"--trainer-token-file {file}: proven on CPUs alone so far; remove it; {TRY}")
     if adapter is not None and file is not None:
         problems.append(f"MODEL={adapter}: expected a whole model for trainers, who bring all weights; name its base")
     if problems:
