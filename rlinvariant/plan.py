@@ -108,8 +108,8 @@ def plan_trainer(
     """
     from rlinvariant.models import lora, unsupported
     from rlinvariant.sampler.refusals import engine_problems, load_config
-    from rlinvariant.trainer.preflight import load_generation
     from rlinvariant.support import unproven_problems
+    from rlinvariant.trainer.preflight import load_generation
     from rlinvariant.verification import servers
 
     sampler_is_invariant, trainer_is_invariant = SIDES[invariance]
