@@ -249,5 +249,5 @@ def sampler_options(config: Config) -> "SamplerOptions":
 
 def served(config: Config) -> "SamplerOptions":
     """Return what a configuration says of servers, in place of an engine; nothing where it names none."""
-    settings = config.sampler
-    return {name: getattr(settings, name) for name in OF_SERVERS} if settings.servers else {}
+    found: Any = {name: getattr(config.sampler, name) for name in OF_SERVERS}
+    return found if config.sampler.servers else {}
