@@ -67,6 +67,7 @@ class Task:
         columns: names that `row` gives; a file of `data.path` must have them.
         stop_at: share of right samples at which the supervised stage stops, as in `warmstart.supervised`.
         max_steps: most steps of that stage.
+        build: makes the untrained model and its tokenizer; None: `build_model`.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Task:
     columns: tuple[str, ...] = ("prompt", "answer")
     stop_at: float = 0.3
     max_steps: int = 800
+    build: Callable[[], tuple[Any, Any]] | None = None
 
     def check(self, config: Config) -> list[str]:
         """List what is wrong with `data.*`, one line each. Reads the first line of `data.path`."""
@@ -137,7 +139,7 @@ class Task:
         key = {name: getattr(config.data, name) for name in (*self.ranges, *self.patterns, "eval_size")}
         return warm_start(
             self.name,
-            build_model,
+            self.build or build_model,
             example,
             key=key | {"task": Path(inspect.getfile(self.solution)).read_text()},
             stop_at=self.stop_at,

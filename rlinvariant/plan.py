@@ -111,6 +111,7 @@ def plan_trainer(
     from rlinvariant.support import unproven_problems
     from rlinvariant.trainer.preflight import load_generation
     from rlinvariant.verification import servers
+    from rlinvariant.trainer.refusals import auxiliary_problems
 
     sampler_is_invariant, trainer_is_invariant = SIDES[invariance]
     loaded = None if isinstance(model, (str, Path)) else model
@@ -133,6 +134,7 @@ def plan_trainer(
     given = [] if not urls else [f"{key}={value}" for key, value in sampler_options.items() if key not in OF_SERVERS]
     problems += server_problems(urls, token_file, invariance, adapters, given)
     problems += unproven_problems(args, *[f"sampler.servers={','.join(urls)}"] if urls else [])
+    problems += auxiliary_problems(args, config, invariance) if loaded is None else []  # else `settings_problems` has looked
     if problems:
         raise ConfigErrors(problems)
     served: Servers | None = None

@@ -22,13 +22,35 @@ from rlinvariant.models import lora
 from rlinvariant.rewards.limits import RewardLimits
 from rlinvariant.rollout import Truncation
 from rlinvariant.support import device_problems, unproven_problems
-from rlinvariant.types import JsonRow
+from rlinvariant.types import JsonRow, Untyped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from trl.trainer.grpo_config import GRPOConfig
 
     from rlinvariant.config import PPOConfig
+
+
+def auxiliary_problems(args: "GRPOConfig", config: Untyped, invariance: Invariance) -> list[str]:
+    """Refuse the auxiliary loss that TRL adds for a mixture of experts, where the trainer is exact.
+
+    Args:
+        args: TRL's configuration, whose coefficient None means the model's own.
+        config: transformers' configuration of the model.
+    """
+    config = config.get_text_config()
+    if not SIDES[invariance][1] or not hasattr(config, "output_router_logits"):
+        return []
+    own = args.router_aux_loss_coef is None
+    coefficient = getattr(config, "router_aux_loss_coef", 0.0) if own else args.router_aux_loss_coef
+    found = []
+    if coefficient:
+        whose = ", the model's own" if own else ""
+        fix = "set router_aux_loss_coef=0 (trainer.router_aux_loss_coef=0 on the command line)"
+        found.append(f"router_aux_loss_coef={coefficient}{whose}: expected 0: no op has the auxiliary loss of a router; {fix}")
+    if config.output_router_logits:
+        found.append("output_router_logits=True: expected False: nothing reads them in exact mode; set it so in config.json")
+    return found
 
 
 def settings_problems(
@@ -74,6 +96,7 @@ def settings_problems(
             f"rollout_func: expected None with {given[0]}: TRL would call the tools after it, on the rollout it returned"
         )
     invariant = SIDES[invariance][1]
+    found += [] if model is None else auxiliary_problems(args, model.config, invariance)
     adapted = options.get("peft_config") is not None or hasattr(model, "peft_config")
     if invariant and model is not None and not adapted and model.dtype != torch.float32:
         found.append(f"model.dtype={model.dtype}: expected torch.float32 masters; load with dtype=torch.float32")
