@@ -9,7 +9,7 @@ R: rows (tokens), S: slots of a row, E: experts, D: width of a row, I: width ins
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -24,6 +24,10 @@ OF_ONE_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.weight")
 PLACES = {"gate_proj": (0, 0), "w1": (0, 0), "up_proj": (0, 1), "w3": (0, 1), "down_proj": (1, 0), "w2": (1, 0)}
 """A matrix's name in a checkpoint (Mixtral's is w1, ...) -> which parameter has it, and which part along its rows."""
 PARAMETERS = "gate_up_proj", "down_proj"
+MATRICES = [
+    {(PARAMETERS[p], part): name for name, (p, part) in PLACES.items() if (name[0] == "w") == old} for old in (False, True)
+]
+"""The names of matrices, by parameter and part: those of most checkpoints, and Mixtral's."""
 
 
 class Router(nn.Module):
@@ -122,6 +126,21 @@ def place(name: str) -> tuple[str, str, int, int] | None:
 def places(parameter: Tensor, name: str) -> set[tuple[int, int]]:
     """Return every (expert, part) of a parameter that is all experts' in one, [E, ...]; its name ends as in `PARAMETERS`."""
     return {(expert, part) for expert in range(len(parameter)) for part in range(2 if name.endswith(PARAMETERS[0]) else 1)}
+
+
+def in_checkpoint(weights: Iterable[tuple[str, Tensor]], model_type: str) -> Iterator[tuple[str, Tensor]]:
+    """Yield names and tensors as a checkpoint has them: each expert's matrices, in place of those of all experts in one."""
+    mixtral = model_type == "mixtral"
+    for name, weight in weights:
+        path, _, parameter = name.rpartition(".")
+        if mixtral:
+            path = path.replace(".mlp", ".block_sparse_moe")
+        if parameter not in PARAMETERS or weight.dim() != 3:
+            yield f"{path}.{parameter}", weight
+            continue
+        for expert, part in sorted(places(weight, name)):
+            matrix = MATRICES[mixtral][parameter, part]
+            yield f"{path}.{expert}.{matrix}.weight", rows_of(weight, expert, part, parameter)
 
 
 def rows_of(parameter: Tensor, expert: int, part: int, name: str) -> Tensor:

@@ -23,9 +23,10 @@ from rlinvariant.conflicts import spread_problems
 from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.model_source import base_and_adapter
 from rlinvariant.models import adapter_files
+from rlinvariant.models.experts import in_checkpoint
 from rlinvariant.models.lora import split
 from rlinvariant.rollout import Completion
-from rlinvariant.sampler import adapters, plugin
+from rlinvariant.sampler import adapters, packed, plugin
 from rlinvariant.sampler import weights as synced
 from rlinvariant.sampler.names import ARCHITECTURE, QUANTIZATION
 from rlinvariant.sampler.refusals import refuse
@@ -289,11 +290,9 @@ class Sampler:
             if self.invariant:
                 self.model.load_weights(pairs)
             else:
-                self._runner.reload_weights(weights_iterator=pairs)
-                # A stock CPU engine multiplies by packed copies, and does not pack a tied head anew
-                head: Any = getattr(self.model, "lm_head", None)
-                if hasattr(head, "cpu_linear"):
-                    head.quant_method.process_weights_after_loading(head)
+                kind = self.llm.llm_engine.model_config.hf_text_config.model_type
+                self._runner.reload_weights(weights_iterator=in_checkpoint(pairs, kind))
+                packed.pack_anew(self.model)
         self.forget_prefixes()
 
     def forget_prefixes(self) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from rlinvariant import bits, checksums
 from rlinvariant.checksums import Checksum
+from rlinvariant.sampler import packed
 from rlinvariant.types import Untyped
 
 MERGE_ORDER: list[Any] = [None, "q", "k", "v", *range(16)]  # how vLLM stacks the parts of a merged projection
@@ -107,7 +108,7 @@ def target(model: Untyped, name: str) -> tuple[str, Untyped]:
     for original, (merged, shard) in getattr(mapper, "orig_to_new_stacked", {}).items():
         if f"{original}." in name:
             return name.replace(original, merged), shard
-    return name, None
+    return packed.place(model, name), None
 
 
 def _in_order(pieces: dict[Any, Any]) -> list[Any]:
@@ -135,6 +136,8 @@ def _here(model: Any, name: str, pieces: dict[Any, Tensor]) -> Tensor:
 
 def _readable(model: Any, name: str, have: Tensor, expected: Tensor) -> tuple[Tensor, Tensor]:
     """Return the parameter as vLLM computes with it, and what it should be, in one dtype."""
+    if have.dim() >= 3:
+        return have, packed.as_packed(model.get_submodule(name.rpartition(".")[0]), have, expected)
     if have.numel() == 0 and expected.numel():
         return _columns(model.get_submodule(name.rpartition(".")[0]), expected)
     if name.endswith(PADDED):
