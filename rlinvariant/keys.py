@@ -235,6 +235,14 @@ SOME = Section(
             "adapters with `invariance=off`: sum of (W' - W) B A / sum of (B A)², W' = W + B A, rounded for the sampler",
             "fraction",
         ),
+        Metric(
+            "onpolicy/router_flips",
+            "a mixture, on engines that are not compiled: compared tokens whose predicting position went to other experts in "
+            "the sampler than in the trainer, in any layer",
+            "tokens",
+            "0",
+        ),
+        Metric("onpolicy/router_flips/I", "the same in the I-th layer with experts, from 0", "tokens", "0"),
         Metric("policy_loss", "with an entropy bonus: the loss without it", "loss"),
         Metric("entropy_coef", "with an entropy bonus: its coefficient", "1"),
         Metric(

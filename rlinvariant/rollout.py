@@ -5,9 +5,12 @@ import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlinvariant.types import Untyped
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass(frozen=True)
@@ -19,11 +22,14 @@ class Completion:
         sampler_logprobs: one fp32 value per token, held in Python floats (which hold every fp32 exactly).
         cached_tokens: how many of its prompt's tokens came from the prefix cache: the engine's work, which two equal ones may
             differ in.
+        experts: of a mixture, a number for each token and layer with experts, [tokens, layers] int64: the same where the
+            position that predicts it went to the same experts; None where the engine does not say. `models.routing` makes them.
     """
 
     token_ids: list[int]
     sampler_logprobs: list[float]
     cached_tokens: int = field(default=0, compare=False)
+    experts: "np.ndarray | None" = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if len(self.token_ids) != len(self.sampler_logprobs):

@@ -197,6 +197,11 @@ class Sampler:
         """Return the module that vLLM runs, without the wrapper that captures CUDA graphs."""
         return self._runner.get_model()
 
+    @property
+    def routes(self) -> Untyped:
+        """Return what notes the experts of each token; None where the model is no mixture, or is compiled."""
+        return self._runner.sampler.routes
+
     def _install(self) -> None:
         from rlinvariant.sampler.vllm_model import StockSampler, install, spare_others
 
@@ -241,6 +246,8 @@ class Sampler:
         inputs: list[Any] = [{"prompt_token_ids": list(p)} for p in prompts]
         if self.invariant:
             self._runner.sampler.keep_drawn()
+        if self.routes is not None:
+            self.routes.start()
         try:
             with undisturbed():
                 outputs = self.llm.generate(inputs, params, use_tqdm=False)
@@ -248,9 +255,8 @@ class Sampler:
             engine: Any = self.llm.llm_engine
             engine.abort_request(list(engine.output_processor.request_states), internal=True)
             raise
-        if self.invariant:
-            return self._drawn(outputs, self._runner.sampler.take_drawn())
-        return reported(outputs)
+        drawn = self._drawn(outputs, self._runner.sampler.take_drawn()) if self.invariant else reported(outputs)
+        return drawn if self.routes is None else self.routes.given(drawn, [output.request_id for output in outputs])
 
     def finish(self) -> None:
         """Say that this process asks for no more of a rollout; of use in `GroupSampler`, whose processes draw together."""

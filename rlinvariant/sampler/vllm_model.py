@@ -35,6 +35,7 @@ from rlinvariant.models.patch import make_invariant
 from rlinvariant.sampler import adapters, vllm_columns
 from rlinvariant.sampler.expert_loader import ExpertLoader
 from rlinvariant.sampler.names import NOT_ACTIVE
+from rlinvariant.sampler.routes import Routes, routes
 from rlinvariant.sampler.vllm_attention import InvariantAttentionBackend
 from rlinvariant.sampler.vllm_linear import is_ours, pack_weights, products
 from rlinvariant.types import Untyped
@@ -168,6 +169,7 @@ class _SeedKeeper(Sampler):
     def __init__(self, runner: Any) -> None:
         super().__init__(logprobs_mode="processed_logprobs")
         self.runner, self._kept = runner, {}
+        self.routes: Routes | None = routes(runner)
 
     def give_back(self) -> None:
         batch = self.runner.input_batch
@@ -238,6 +240,8 @@ class InvariantSampler(_SeedKeeper):
         self.give_back()
         seeds = [batch.generators[i].initial_seed() if i in batch.generators else secrets.randbits(63) for i in range(rows)]
         self.take_away(rows)
+        if self.routes is not None:
+            self.routes.note(rows)
         positions = batch.num_tokens_no_spec[:rows].astype(np.int64) - batch.num_prompt_tokens[:rows]
         logits = self.apply_logits_processors(logits, md, predict_bonus_token)
         if md.temperature is None:
@@ -348,6 +352,8 @@ class StockSampler(_SeedKeeper):
     def forward(self, logits: Tensor, *args, **kwargs) -> SamplerOutput:
         self.give_back()
         self.take_away(len(logits))
+        if self.routes is not None:
+            self.routes.note(len(logits))
         return super().forward(logits, *args, **kwargs)
 
     @staticmethod

@@ -15,7 +15,8 @@ Seven call TRL's, and do something before or after it:
     log                                    says our numbers in place of TRL's averages, hands the row on, starts the next record
 
 Rewards, advantages, losses, tools and optimisation stay TRL's. `distributed.DistributedTrainer` knows of several processes and
-of weights in shards, `drawing.DrawingTrainer` draws from the attached engine, `checkpointed.CheckpointedTrainer` saves and
+of weights in shards, `drawing.DrawingTrainer` draws from the attached engine, `routed.RoutedTrainer` compares the
+experts of a mixture, `checkpointed.CheckpointedTrainer` saves and
 resumes, `finite.FiniteTrainer` stops at NaN and infinity, `collecting.CollectingTrainer` keeps the completions,
 `measured.MeasuredTrainer` the numbers. What a step has seen is in `record.StepRecord`, which weights are where in
 `versions.PolicyVersions`.
@@ -45,7 +46,6 @@ from rlinvariant.models.load import load
 from rlinvariant.rewards import RewardLimits
 from rlinvariant.rollout import Truncation
 from rlinvariant.text import say
-from rlinvariant.trainer.drawing import DrawingTrainer
 from rlinvariant.trainer.episodes import Episodes
 from rlinvariant.trainer.grading import checked_rewards, settle_rewards
 from rlinvariant.trainer.interface import (
@@ -58,10 +58,10 @@ from rlinvariant.trainer.interface import (
     TrainerArguments,
 )
 from rlinvariant.trainer.memory import decoder_layers
-from rlinvariant.trainer.packing import pack
 from rlinvariant.trainer.preflight import Start, Tooling, check_start, constructing, load_tokenizer
 from rlinvariant.trainer.record import Pair
 from rlinvariant.trainer.refusals import settings_problems
+from rlinvariant.trainer.routed import RoutedTrainer
 from rlinvariant.trainer.turns import sampled_mask
 from rlinvariant.trainer.versions import PolicyVersions
 
@@ -69,7 +69,7 @@ PROCESSES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULT
 SHARDED = (DistributedType.FSDP,)
 
 
-class InvariantGRPOTrainer(DrawingTrainer):
+class InvariantGRPOTrainer(RoutedTrainer):
     """Trains as `trl.GRPOTrainer` does, samples from an attached engine, and proves, at every step, what it trains on.
 
     Args:
@@ -216,7 +216,7 @@ class InvariantGRPOTrainer(DrawingTrainer):
         self.ref_model, self.beta, self.args.beta = model, beta, beta
 
     def train(self, *args, **kwargs):
-        """Train as `DrawingTrainer` does; what was recorded before is forgotten."""
+        """Train as `RoutedTrainer` does; what was recorded before is forgotten."""
         self._start_step()
         return super().train(*args, **kwargs)
 
@@ -293,19 +293,6 @@ class InvariantGRPOTrainer(DrawingTrainer):
             self._trainer_entropies = entropies  # `entropy.WholeEntropyTrainer` takes them off their graph
         return result
 
-    def _packed_logprobs(self, model, input_ids: Tensor, attention_mask: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-        """Return log-probs and entropies [B, C], fp32, of the `wanted` [B, C] of the last columns of a padded batch [B, L]."""
-        batch = pack(input_ids, attention_mask, wanted.shape[1], wanted=wanted)
-        logprobs, entropies = model(
-            **batch.inputs,
-            attention_mask=None,
-            token_ids=batch.token_ids,
-            predicted_from=batch.predicted_from,
-            temperature=self.temperature,
-            **asdict(self.truncation),
-        )
-        return batch.unpack(logprobs), batch.unpack(entropies)
-
     def _compute_loss(self, model, inputs):
         self._tool_mask = inputs.get("tool_mask")
         loss = super()._compute_loss(model, inputs)
@@ -321,6 +308,7 @@ class InvariantGRPOTrainer(DrawingTrainer):
         record, mask = self._record, sampled_mask(inputs)
         record.compared.append(pair := Pair.of(trainer_logprobs, inputs))
         record.samples.compare(inputs, *pair)
+        self._count_flips(inputs, mask)
         if record.first_mismatch is None:
             found = metrics.first_mismatch(inputs["sampling_per_token_logps"], trainer_logprobs, mask)
             record.first_mismatch = found and replace(found, sequence=record.samples.number(inputs, found.sequence))

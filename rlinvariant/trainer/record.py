@@ -100,6 +100,8 @@ class StepRecord:
         first_mismatch: where the first two compared log-probs that differ stand, on the rank that saw them.
         weights_equal: whether the sampler's parameters had the bits that they should have, after the last sync.
         merged_share: how much of its adapters a stock sampler's weights have, see `lora.share_merged`; None: none were merged.
+        router_flips: of each micro-batch of a mixture, the compared tokens that sampler and trainer send to other experts, in
+            each layer with experts and, last, in any; none where the sampler does not say.
         stop: the signal that asks the run to end after this step, 0 if none does.
         began: `time.perf_counter()` when the step began, on this rank.
     """
@@ -116,6 +118,7 @@ class StepRecord:
     first_mismatch: metrics.FirstMismatch | None = None
     weights_equal: bool = True
     merged_share: float | None = None
+    router_flips: list[list[int]] = field(default_factory=list)
     stop: int = 0
     began: float = field(default_factory=time.perf_counter)
     of_passes: ClassVar[tuple[str, ...]] = ("compared", "moved", "trained")
@@ -136,6 +139,7 @@ class StepRecord:
             first_mismatch=next((rank.first_mismatch for rank in ranks if rank.first_mismatch is not None), None),
             weights_equal=all(rank.weights_equal for rank in ranks),
             merged_share=ranks[0].merged_share,
+            router_flips=[flips for rank in ranks for flips in rank.router_flips],
             stop=max(rank.stop for rank in ranks),
             began=ranks[0].began,
         )
@@ -216,7 +220,15 @@ class StepRecord:
             "perf/trainer_tok_s": _per_second(trained, self.seconds["train"]),
             "step_time": step_s,
             **({} if self.merged_share is None else {"lora/merged_share": self.merged_share}),
+            **self._flips(),
         }
+
+    def _flips(self) -> dict[str, int]:
+        """Return how many compared tokens went to other experts, in any layer and in each; nothing where none was looked at."""
+        if not self.router_flips:
+            return {}
+        *layers, anywhere = (sum(column) for column in zip(*self.router_flips, strict=True))
+        return {"onpolicy/router_flips": anywhere, **{f"onpolicy/router_flips/{i}": n for i, n in enumerate(layers)}}
 
 
 @dataclass

@@ -6,6 +6,7 @@ N: samples of a rollout on this rank, B: rows of a batch, C: columns of completi
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from torch import Tensor
 
 from rlinvariant.errors import UserError
@@ -50,6 +51,7 @@ class Turns:
         self._first: list[int | None] = [None] * len(seeds)  # tokens of each sample's first prompt
         self._said: list[list[int]] = [[] for _ in seeds]  # tokens of each sample up to the end of its last turn
         self._silent = [False] * len(seeds)  # whether the last turn had no room for a token
+        self._experts: list[list[np.ndarray | None]] = [[] for _ in seeds]  # of each sample's turns
         self.batches: list[Batch] = []
         self.conversations: Sequence[Sequence[Mapping[str, Any]]] | None = None
 
@@ -92,8 +94,15 @@ class Turns:
             if self._first[sample] is None:
                 self._first[sample] = len(prompt)
             self._drawn[sample] += 1
+            self._experts[sample] += [completion.experts] if completion.token_ids else []
             self._said[sample] = [*prompt, *completion.token_ids]
             self._silent[sample] = not completion.token_ids
+
+    def experts(self) -> list[np.ndarray] | None:
+        """Return the experts of each sample's tokens, of all its turns, [tokens, layers]; None where the engine did not say."""
+        if any(x is None for turns in self._experts for x in turns) or not all(self._experts):
+            return None
+        return [np.concatenate([x for x in turns if x is not None]) for turns in self._experts]
 
     def continued(self, prompts: Sequence[Sequence[int]]) -> list[int]:
         """Return the samples that TRL's loop goes on with: those whose last message is a tool's, unless they had no more room.

@@ -1,0 +1,88 @@
+"""The layer of the trainer that counts, of a mixture of experts, the tokens that sampler and trainer send to other experts.
+
+It is what makes stock mixtures drift: another expert is another function. An exact run has none.
+
+Methods of TRL's trainer that are overridden:
+
+    _generate                                keeps the experts that the engine has sent each token to
+    _generate_and_score_completions          puts them beside the log-probs
+    _get_per_token_logps_and_entropies       keeps those of the trainer's own forward, where it is stock
+
+B: rows of a batch, C: columns of completions, S: sampled tokens of them, L: layers with experts.
+"""
+
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlinvariant.models.routing import Routing, slots_of
+from rlinvariant.trainer.drawing import DrawingTrainer
+from rlinvariant.trainer.interface import SamplerLike
+from rlinvariant.trainer.packing import pack
+
+
+class RoutedTrainer(DrawingTrainer):
+    """Compares the experts of a mixture on both sides, where the sampler says which it has chosen."""
+
+    _routing: Routing | None = None
+    _sampler_experts: list[np.ndarray] | None = None  # of each sample of the last rollout, [S, L]
+    _trainer_experts: Tensor | None = None  # [B, C, L] of the last forward, zero where nothing was scored
+
+    def _attach(self, sampler: SamplerLike) -> None:
+        super()._attach(sampler)
+        if getattr(sampler, "routes", None) is not None and not self.sharded:
+            self._routing = Routing(self.model, slots_of(self.model.config) or 0)
+
+    def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
+        output = super()._generate(prompts)
+        self._sampler_experts = self._turns.experts()
+        return output
+
+    def _generate_and_score_completions(self, inputs):
+        output = super()._generate_and_score_completions(inputs)
+        if self._routing is not None and self._sampler_experts is not None and self.model.training:
+            lengths = output["completion_mask"].shape
+            experts_BCL = torch.zeros(*lengths, self._routing.layers, dtype=torch.int64)
+            for row, experts_SL in enumerate(self._sampler_experts):
+                sampled = range(len(experts_SL)) if self._sampled is None else np.flatnonzero(self._sampled[row])
+                experts_BCL[row, list(sampled)] = torch.from_numpy(experts_SL)
+            output["experts"] = experts_BCL.to(output["completion_mask"].device)
+        return output
+
+    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
+        if self._routing is not None:
+            self._routing.begin()
+        result = super()._get_per_token_logps_and_entropies(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
+        if self._routing is not None:
+            experts = self._routing.take().view(*input_ids.shape, -1)
+            self._trainer_experts = experts[:, -logits_to_keep - 1 : -1]
+        return result
+
+    def _packed_logprobs(self, model, input_ids: Tensor, attention_mask: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        """Return log-probs and entropies [B, C], fp32, of the `wanted` [B, C] of the last columns of a padded batch [B, L]."""
+        batch = pack(input_ids, attention_mask, wanted.shape[1], wanted=wanted)
+        if self._routing is not None:
+            self._routing.begin()
+        logprobs, entropies = model(
+            **batch.inputs,
+            attention_mask=None,
+            token_ids=batch.token_ids,
+            predicted_from=batch.predicted_from,
+            temperature=self.temperature,
+            **asdict(self.truncation),
+        )
+        if self._routing is not None:
+            experts_SL = self._routing.take()[batch.predicted_from]
+            self._trainer_experts = torch.stack([batch.unpack(x) for x in experts_SL.T], -1)
+        return batch.unpack(logprobs), batch.unpack(entropies)
+
+    def _count_flips(self, inputs: dict[str, Any], mask: Tensor) -> None:
+        """Add to the step's record how many of the sampled tokens went to other experts, in each layer and in any."""
+        theirs, ours = inputs.get("experts"), self._trainer_experts
+        if theirs is None or ours is None or ours.shape != theirs.shape:
+            return
+        other_SL = (ours != theirs)[mask]
+        self._record.router_flips.append([*other_SL.sum(0).tolist(), int(other_SL.any(-1).sum())])
