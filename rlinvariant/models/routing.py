@@ -1,4 +1,4 @@
-"""Which experts each token of a forward goes to: what is watched in sampler and trainer, to count where they disagree.
+"""The experts that each token of a forward goes to, watched in sampler and trainer, to count where the two disagree.
 
 Works on any mixture: patched, transformers' own, and vLLM's own, of which the logits of the router are seen.
 

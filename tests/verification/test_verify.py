@@ -93,6 +93,7 @@ def test_adapters_are_certified(verified, tmp_path):
         FAMILIES["llama"](), "bfloat16"
     )
     planted = {c["name"]: c["mismatched"] for c in found["controls"] if c["name"].startswith("planted")}
+    planted = {name: count for name, count in planted.items() if not name.startswith("planted: op ")}
     assert len(planted) == 6 and all(planted.values())
     assert sum("adapters" in name for name in planted) == 3
     assert "nats away on average" in str(found["controls"]) and "rank not padded" in str(found["controls"])
@@ -145,13 +146,13 @@ def test_the_ladder_sees_a_row_that_depends_on_others():
     rows = ladder.FORWARD_LENGTHS[0]
     x, w = torch.randn(rows, 8), torch.randn(8, 8)
     for call, differs in (
-        (lambda x, w: (x * 2,), False),
-        (lambda x, w: (x.cumsum(0),), True),
-        (lambda x, w: (x + len(x),), True),
-        (lambda x, w: (x + 0 * x.sum(),), True),  # NaN of another row
+        (lambda a: (a["x"] * 2,), False),
+        (lambda a: (a["x"].cumsum(0),), True),
+        (lambda a: (a["x"] + len(a["x"]),), True),
+        (lambda a: (a["x"] + 0 * a["x"].sum(),), True),  # NaN of another row
     ):
         relation = Relation("op")
-        ladder._rows(relation, call, (x, w), (rows,))
+        ladder._rows(relation, call, {"x": x, "w": w}, (rows,))
         assert bool(relation.mismatched) is differs and relation.compared > 10_000
 
 
@@ -347,7 +348,7 @@ def test_no_dimension_is_taken_for_the_rows(size):
     for name, value in size.items():
         setattr(config, name, value)
     model = make_trainable(AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval(), torch.bfloat16)
-    *found, _ = ladder.ladder(model, torch.Generator().manual_seed(0))
+    found = [r for r in ladder.ladder(model, torch.Generator().manual_seed(0)) if r.name.startswith("op ")]
     assert len(found) >= 6 and all(r.holds for r in found)
 
 
