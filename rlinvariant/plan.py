@@ -110,8 +110,8 @@ def plan_trainer(
     from rlinvariant.sampler.refusals import engine_problems, load_config
     from rlinvariant.support import unproven_problems
     from rlinvariant.trainer.preflight import load_generation
-    from rlinvariant.verification import servers
     from rlinvariant.trainer.refusals import auxiliary_problems
+    from rlinvariant.verification import servers
 
     sampler_is_invariant, trainer_is_invariant = SIDES[invariance]
     loaded = None if isinstance(model, (str, Path)) else model
