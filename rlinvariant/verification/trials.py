@@ -150,7 +150,7 @@ def _heads_near_ties(a: Arguments) -> Arguments:
 def _tied_logits(a: Arguments) -> Arguments:
     """Return logits of which every other row has ties."""
     x = a["logits"].clone()
-    x[::2] = logits_with_ties(*x.shape, x.dtype).to(x.device)[::2]
+    x[::2] = logits_with_ties(len(x), x.shape[1], x.dtype).to(x.device)[::2]
     return a | {"logits": x}
 
 
