@@ -24,6 +24,7 @@ BENCHMARKS = {
     "parity": ("parity", "gpu_parity", "tokens whose log-prob differs: sampler against itself and the trainer, with controls"),
     "families": ("certify", "certify", "verify every model family with random weights: the matrix of what is supported"),
     "report_speed": ("report_speed", None, "the page of 12 runs x 1,000 steps; what writing the metrics adds to a step"),
+    "served": ("served", "served", "a rollout and a sync by a server on loopback, against an engine in the trainer's process"),
     "saving": ("saving", "saving", "a checkpoint, hashed and flushed, against TRL's own: how long training waits"),
     "tune": (None, "tune", "find the tiles of the small matrix products: writes kernels/linear_tiles.json"),
     "report": ("report", "report", "print the results as Markdown"),

@@ -41,8 +41,14 @@ class Server:
 
     def __init__(self, url: str, token: Token) -> None:
         self.url, self.session = url.rstrip("/"), ""
-        # No proxy of the environment gets the token
-        transport = httpx.HTTPTransport(verify=ssl.create_default_context(), socket_options=KEEPALIVE, trust_env=False)
+        # No proxy of the environment gets the token. Each request has a connection of its own: a server closes one that is
+        # idle, perhaps while the next request is on its way, which would look like a server that is gone
+        transport = httpx.HTTPTransport(
+            verify=ssl.create_default_context(),
+            socket_options=KEEPALIVE,
+            trust_env=False,
+            limits=httpx.Limits(max_keepalive_connections=0),
+        )
         timeout = httpx.Timeout(None, connect=CONNECT_S)
         self._client = httpx.Client(
             base_url=self.url, headers=token.header, timeout=timeout, transport=transport, trust_env=False

@@ -208,6 +208,8 @@ def prepare(args: Untyped, default: Untyped, subject: Subject | None = None) -> 
         args.enforce_eager, args.async_scheduling = True, False
         if {"kv_cache_memory_bytes", "gpu_memory_utilization"}.isdisjoint(given):
             args.kv_cache_memory_bytes = 2**30
+    if file is not None:
+        args.disable_log_stats = True  # they are counted for each token of each request, and nobody could ask for them
     if subject is not None and file is not None:
         about = subject(load_config(args.model), args.dtype, bool(args.enforce_eager))
         args.trainer_facts = {"model": named, "subject": about}

@@ -13,7 +13,6 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from vllm.sampling_params import RequestOutputKind
@@ -28,6 +27,8 @@ from rlinvariant.text import say, shown
 from rlinvariant.types import JsonObject, Untyped
 
 REFUSED, CONFLICT, FAILED = 400, 409, 500
+NO_REQUEST = (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError)
+"""The errors by which Python tells that a body is not what it should be."""
 RESET_TRIES, RESET_PAUSE_S = 200, 0.05  # the engine frees the last request's pages a moment after its answer
 
 
@@ -64,7 +65,7 @@ class Trainers:
             answer = await work(request)
         except Refused as refused:
             return await JSONResponse({"error": str(refused)}, refused.status)(scope, receive, send)
-        except (UserError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        except (UserError, *NO_REQUEST) as error:
             return await JSONResponse({"error": f"{path}: {one_line(error)}"}, REFUSED)(scope, receive, send)
         await _answered(answer(), receive, send)
 
@@ -143,7 +144,7 @@ class Trainers:
         if self.version is None or body["version"] != self.version:
             held = "none" if self.version is None else self.version[:12]
             raise Refused(CONFLICT, f"weights {shown(body['version'])[:12]} were asked for, and the server holds {held}")
-        prompts, params = body["prompts"], _params(body)
+        prompts, params = body["prompts"], _params(body, self.engine.model_config.get_vocab_size())
         self.running += 1  # before anything is awaited: a sync waits for this request from now on
 
         async def answer() -> JsonObject:
@@ -233,13 +234,15 @@ async def _disconnected(receive: Any) -> None:
         pass
 
 
-def _params(body: JsonObject) -> list[Any]:
+def _params(body: JsonObject, vocabulary: int) -> list[Any]:
     """Return vLLM's settings of each request; what is not of a trainer's is refused by name."""
     prompts, how = body["prompts"], body["sampling"]
     if unknown := sorted(how.keys() - set(wire.TAKEN)):
         raise Refused(REFUSED, f"{', '.join(unknown)}: expected none but {', '.join(wire.TAKEN)}")
-    if not all(prompt and all(type(token) is int for token in prompt) for prompt in prompts):
-        raise Refused(REFUSED, "prompts: expected token ids, one or more in each")
+    if not all(prompt and all(type(token) is int and 0 <= token < vocabulary for token in prompt) for prompt in prompts):
+        raise Refused(REFUSED, f"prompts: expected token ids below {vocabulary}, one or more in each")
+    if not all(type(seed) is int and 0 <= seed < 2**63 for seed in body["seeds"]):  # another would end the engine
+        raise Refused(REFUSED, "seeds: expected whole numbers in [0, 2**63)")
     # A trainer names all tokens that end a completion: no others of the server's tokenizer
     shared = {"invariant": True, "ignore_eos": True, "output_kind": RequestOutputKind.FINAL_ONLY, **how}
     rows = zip(prompts, body["seeds"], body["max_tokens"], strict=True)

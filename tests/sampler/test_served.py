@@ -115,6 +115,10 @@ def test_what_a_server_does_not_take_is_refused_by_name(servers, arithmetic_weig
             sampler.generate([[1]], [1], **{"temperature": 1.0, "max_tokens": 1, **wrong})
     with pytest.raises(UserError, match="do not fit sampler.max_model_len=192"):
         sampler.generate([[1] * 190], [1], temperature=1.0, max_tokens=3)
+    for wrong in ({"prompts": [[99_999]]}, {"prompts": [[-1]]}, {"prompts": [["a"]]}, {"seeds": [2**63]}, {"seeds": [-1]}):
+        body = {"session": sampler._alive[0].session, "version": sampler._version, "prompts": [[1]], "seeds": [1]}
+        with pytest.raises(UserError, match=f"{next(iter(wrong))}: expected"):
+            sampler._alive[0].asked("generate", body | {"max_tokens": [1], "sampling": {"temperature": 1.0}, **wrong})
     assert sampler.generate([[1]], [1], temperature=1.0, max_tokens=1), "and it still draws"
 
 
@@ -185,12 +189,25 @@ def test_a_trainer_that_goes_away_takes_its_requests_along(servers, arithmetic_w
     assert synced(sampler, arithmetic_weights).generate(**asked) == expected, "a sync waits for requests that still run"
 
 
-@pytest.mark.parametrize("content", [b"", b"\xff" * 9, b"[]", b"{}", b'{"session": 1}', json.dumps({"a": [0]}).encode() * 9000])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\xff" * 9,
+        b"[]",
+        b"{}",
+        b'{"session": 1}',
+        b"[" * 100_000,
+        b'{"session": "S", "version": "V", "weights": [1], "prompts": 1}',
+    ],
+)
 def test_what_is_no_request_is_refused_and_changes_nothing(content, servers, arithmetic_weights):
     sampler = synced(joined(servers[0]), arithmetic_weights)
     for path in sorted(WITH_TOKEN - {"/rlinvariant/prove", "/rlinvariant/join"}):
         headers = {"authorization": f"Bearer {TOKEN}", "rlinvariant-session": sampler._alive[0].session}
-        answer = httpx.post(servers[0].url + path, headers=headers, content=content)
+        own = content.replace(b'"S"', json.dumps(sampler._alive[0].session).encode())
+        own = own.replace(b'"V"', json.dumps(sampler._version).encode())
+        answer = httpx.post(servers[0].url + path, headers=headers, content=own)
         assert answer.status_code in (400, 409) and answer.json()["error"], (path, answer.status_code)
     assert sampler.generate([[1]], [1], temperature=1.0, max_tokens=1)
 
