@@ -1,0 +1,31 @@
+"""A reward that varies in an untrained model; says what memory was used, and plants a fault on rank 1 where it is asked to."""
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def variety(completions: list[str], trainer_state: Any = None, **_: Any) -> list[float]:
+    """Grade by how many words differ."""
+    step, rank = getattr(trainer_state, "global_step", 0), os.environ.get("RANK", "0")
+    if torch.cuda.is_available():
+        print(f"peak {step} {rank} {torch.cuda.max_memory_allocated() / 2**30:.1f}", flush=True)
+    if os.environ.get("GPU2_FAULT") and rank == "1" and step == 1:
+        _differ()
+    return [len(set(text.split())) / 64 for text in completions]
+
+
+def _differ() -> None:
+    """Let this process's log-probs be one ulp off from now on, and say when it began."""
+    from rlinvariant.trainer import InvariantGRPOTrainer
+
+    compare = InvariantGRPOTrainer._compare
+
+    def off(self: Any, logprobs: torch.Tensor, inputs: Any) -> None:
+        Path(os.environ["GPU2_FAULT"]).write_text(str(time.time()))
+        compare(self, torch.nextafter(logprobs, torch.zeros_like(logprobs) - 1e9), inputs)
+
+    InvariantGRPOTrainer._compare = off  # type: ignore[method-assign]
