@@ -29,6 +29,8 @@ from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelL
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.platforms import current_platform
 
+from rlinvariant import bits, ops
+from rlinvariant.errors import UserError
 from rlinvariant.types import Untyped
 
 _vllms_plan: ContextVar[bool] = ContextVar("whether vLLM cuts o_proj and down_proj as it does by itself", default=False)
@@ -132,6 +134,38 @@ class GatheredEmbedding(VocabParallelEmbedding):
         at = torch.arange(every.shape[1], device=ids.device)
         x = every[owner.flatten(), at].view(rows_TD.shape)
         return x if self.scale is None else x * self.scale
+
+
+def require_heads_apart(model: Untyped, count: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Compare the attention of the heads that each of some processes has with that of all heads in one call.
+
+    Args:
+        model: the patched model.
+        count: how many processes.
+        dtype: of activations.
+        device: where its attention is computed.
+
+    Raises:
+        UserError: a bit differs.
+    """
+    heads, keys = model.config.num_attention_heads, model.config.num_key_value_heads
+    forms = {(m.head_dim, m.scaling, m.window, m.softcap) for m in model.modules() if hasattr(m, "softcap")}
+    lengths = (300, 1, 17, 129)
+    cu = torch.tensor([0, *lengths], dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32)
+    random = torch.Generator(device).manual_seed(0)
+    for size, scale, *form in forms:
+        more = scale, max(lengths), *form
+        shape = lambda n, size=size: torch.randn(sum(lengths), n, size, generator=random, device=device).to(dtype)  # noqa: E731
+        q, k, v = shape(heads), shape(keys), shape(keys)
+        whole, own, shared = ops.attention(q, k, v, cu, *more), heads // count, max(1, keys // count)
+        for at in range(count):
+            mine, theirs = slice(own * at, own * (at + 1)), slice(keys * at // count, keys * at // count + shared)
+            part = ops.attention(*(x.contiguous() for x in (q[:, mine], k[:, theirs], v[:, theirs])), cu, *more)
+            if not bits.same(part, whole[:, mine].contiguous()):
+                raise UserError(
+                    f"sampler.tensor_parallel_size={count}: attention of {own} heads of {size} ({shared} for keys) has other "
+                    f"bits here than in a call for {heads} ({keys}); expected 1: remove it"
+                )
 
 
 def spread(model: nn.Module, quant_config: Any) -> None:

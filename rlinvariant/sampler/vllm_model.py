@@ -69,6 +69,8 @@ class InvariantForCausalLM(TransformersForCausalLM):
                 self._merge_gate_and_up(f"model.{name}", module)
             elif hasattr(module, "embed_scale") and hasattr(module, "compute_dtype"):
                 module.embed_scale.fill_(module.scale)  # vLLM 0.26 takes the layer away and scales by this
+        if (count := vllm_columns.processes()) > 1:
+            vllm_columns.require_heads_apart(self.model, count, self.model_config.dtype, self.device_config.device)
         vllm_columns.spread(self.model, self.quant_config)
         super().recursive_replace()
 

@@ -4,7 +4,7 @@ export clipped plain="${clipped/0.05/0}"
 step model 150 bash -c 'model $medium && check rows'
 step clipped 240 bash -c 'train whole $ddp $medium $clipped trainer.save_steps=2 & a=$!
   train cut $shards $medium $clipped trainer.save_steps=2 & b=$!
-  train again $shards $medium $clipped trainer.save_strategy=no recompute=true & c=$!
+  train again $shards $medium $clipped trainer.save_strategy=no trainer.gradient_checkpointing=true & c=$!
   wait $a && wait $b && wait $c && check exact whole 2 && check exact cut 2 && check weights whole cut && check weights cut again'
 step plain 200 bash -c 'rm -rf $WORK/runs/whole/checkpoints $WORK/runs/again; train whole2 $ddp $medium $plain trainer.save_strategy=no & a=$!
   train cut2 $shards $medium $plain trainer.save_strategy=no & b=$!

@@ -1,4 +1,4 @@
-"""A reward that varies in an untrained model; says what memory was used, and plants a fault on rank 1 where it is asked to."""
+"""A reward that varies in an untrained model; it says what memory was used, and plants a fault where it is asked to."""
 
 import os
 import time
@@ -15,6 +15,8 @@ def variety(completions: list[str], trainer_state: Any = None, **_: Any) -> list
         print(f"peak {step} {rank} {torch.cuda.max_memory_allocated() / 2**30:.1f}", flush=True)
     if os.environ.get("GPU2_FAULT") and rank == "1" and step == 1:
         _differ()
+    if os.environ.get("GPU2_FLIP") and step == 0:
+        _flip()
     return [len(set(text.split())) / 64 for text in completions]
 
 
@@ -29,3 +31,17 @@ def _differ() -> None:
         compare(self, torch.nextafter(logprobs, torch.zeros_like(logprobs) - 1e9), inputs)
 
     InvariantGRPOTrainer._compare = off  # type: ignore[method-assign]
+
+
+def _flip() -> None:
+    """Flip one bit of the last word of all that is sent to servers from now on."""
+    from rlinvariant.sampler import served
+
+    save = served.save
+
+    def flipped(part: Any) -> bytes:
+        sent = bytearray(save(part))
+        sent[-1] ^= 1
+        return bytes(sent)
+
+    served.save = flipped
