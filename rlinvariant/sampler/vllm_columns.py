@@ -136,14 +136,14 @@ class GatheredEmbedding(VocabParallelEmbedding):
         return x if self.scale is None else x * self.scale
 
 
-def require_heads_apart(model: Untyped, count: int, dtype: torch.dtype, device: torch.device) -> None:
+def require_heads_apart(model: Untyped, count: int, dtype: torch.dtype, device: Untyped) -> None:
     """Compare the attention of the heads that each of some processes has with that of all heads in one call.
 
     Args:
         model: the patched model.
         count: how many processes.
         dtype: of activations.
-        device: where its attention is computed.
+        device: where its attention is computed, as torch takes it.
 
     Raises:
         UserError: a bit differs.
@@ -153,14 +153,14 @@ def require_heads_apart(model: Untyped, count: int, dtype: torch.dtype, device: 
     lengths = (300, 1, 17, 129)
     cu = torch.tensor([0, *lengths], dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32)
     random = torch.Generator(device).manual_seed(0)
-    for size, scale, *form in forms:
-        more = scale, max(lengths), *form
+    for size, scale, window, softcap in forms:
+        more = scale, max(lengths), window, softcap
         shape = lambda n, size=size: torch.randn(sum(lengths), n, size, generator=random, device=device).to(dtype)  # noqa: E731
         q, k, v = shape(heads), shape(keys), shape(keys)
         whole, own, shared = ops.attention(q, k, v, cu, *more), heads // count, max(1, keys // count)
         for at in range(count):
             mine, theirs = slice(own * at, own * (at + 1)), slice(keys * at // count, keys * at // count + shared)
-            part = ops.attention(*(x.contiguous() for x in (q[:, mine], k[:, theirs], v[:, theirs])), cu, *more)
+            part = ops.attention(q[:, mine].contiguous(), k[:, theirs].contiguous(), v[:, theirs].contiguous(), cu, *more)
             if not bits.same(part, whole[:, mine].contiguous()):
                 raise UserError(
                     f"sampler.tensor_parallel_size={count}: attention of {own} heads of {size} ({shared} for keys) has other "
