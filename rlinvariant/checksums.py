@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 20  # words that are mixed at once: their temporaries stay small
+CHUNKS = {"cpu": 1 << 15, "cuda": 1 << 20}  # words that are mixed at once: a CPU's temporaries stay in its cache
 WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 M1, M2, M3 = -7046029254386353131, -4658895280553007687, -7723592293110705685  # odd, mod 2**64
 M4, M5 = -4417276706812531889, -3335678366873096957
@@ -42,8 +42,9 @@ def partial(rows: Tensor, first: int = 0) -> Tensor:
     size = next(size for size in WORDS if row % size == 0)
     words = rows.detach().contiguous().view(-1).view(torch.uint8).view(WORDS[size])
     total = torch.zeros(2, dtype=torch.int64, device=rows.device)
-    for at in range(0, len(words), CHUNK):
-        chunk = words[at : at + CHUNK].to(torch.int64)
+    size_of_chunk = CHUNKS[rows.device.type]
+    for at in range(0, len(words), size_of_chunk):
+        chunk = words[at : at + size_of_chunk].to(torch.int64)
         index = torch.arange(len(chunk), device=rows.device) + (first * (row // size) + at)
         total += torch.stack([x.sum() for x in _mixed(index, chunk)])
     return total

@@ -29,6 +29,14 @@ def test_the_sum_is_the_same_however_rows_are_cut(shape, dtype):
             assert checksums.of(x.dtype, x.shape, moved) != expected, "control: parts in the wrong place"
 
 
+@pytest.mark.parametrize("words", [1, 7, 1 << 20])
+def test_the_sum_does_not_say_how_many_words_were_mixed_at_once(words, monkeypatch):
+    tensors = [random(shape, torch.bfloat16) for shape in (*SHAPES[:-1], (3, 2001))]
+    expected = [checksums.whole(x) for x in tensors]
+    monkeypatch.setitem(checksums.CHUNKS, "cpu", words)
+    assert [checksums.whole(x) for x in tensors] == expected
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_every_bit_of_every_value_counts(shape, dtype):

@@ -210,8 +210,7 @@ def prepare(args: Untyped, default: Untyped, subject: Subject | None = None) -> 
             args.kv_cache_memory_bytes = 2**30
     if file is not None:
         args.disable_log_stats = True  # they are counted for each token of each request, and nobody could ask for them
-    if subject is not None and file is not None:
-        about = subject(load_config(args.model), args.dtype, bool(args.enforce_eager))
+        about = None if subject is None else subject(load_config(args.model), args.dtype, bool(args.enforce_eager))
         args.trainer_facts = {"model": named, "subject": about}
 
 

@@ -96,6 +96,7 @@ class Trainers:
             async with self.writing:
                 before, self.trainer = self.trainer, trainer
                 self.session, self.version = secrets.token_hex(16), None
+                await self._until_idle()  # what the one before has asked for comes to its end, or ends with it
                 await self._rpc("keep_drawn")
             say(f"joined by {trainer}" + (f", in place of {before}" if before else ""))
             return {"session": self.session, "before": before}

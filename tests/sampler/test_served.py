@@ -187,6 +187,11 @@ def test_a_trainer_that_goes_away_takes_its_requests_along(servers, arithmetic_w
         own.ask("generate", body | {"session": own.session, "version": sampler._version}).close()
     assert sampler.generate(**asked) == expected
     assert synced(sampler, arithmetic_weights).generate(**asked) == expected, "a sync waits for requests that still run"
+    for _ in range(3):
+        own.ask("generate", body | {"session": own.session, "version": sampler._version}).close()
+        sampler = synced(joined(servers[0]), arithmetic_weights)
+        (own,) = sampler._alive
+        assert sampler.generate(**asked) == expected, "a trainer that joins at once meets nothing of it"
 
 
 @pytest.mark.parametrize(
