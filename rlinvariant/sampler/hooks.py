@@ -33,7 +33,7 @@ HOOKS: dict[str, tuple[str, ...]] = {
         "gather_output",
     ),
     "vllm.model_executor.layers.linear:ColumnParallelLinear.forward": ("self", "input_"),
-    "vllm.distributed:tensor_model_parallel_all_gather": ("input_", "dim"),
+    "vllm.distributed.communication_op:tensor_model_parallel_all_gather": ("input_", "dim"),
     "vllm.distributed.parallel_state:get_tp_group": (),
     "vllm.model_executor.layers.vocab_parallel_embedding:VocabParallelEmbedding.forward": ("self", "input_"),
     "vllm.model_executor.layers.vocab_parallel_embedding:UnquantizedEmbeddingMethod.apply": ("self", "layer", "x", "bias"),
