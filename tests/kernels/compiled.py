@@ -17,13 +17,22 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from rlinvariant.kernels import chunked_attention, chunked_backward, chunked_calls, chunked_decode
+from rlinvariant.kernels import (
+    chunked_attention,
+    chunked_backward,
+    chunked_calls,
+    chunked_decode,
+    linear,
+    moe_experts,
+    moe_route,
+)
 
 PRODUCT = re.compile(r"\b(?:wgmma\.mma_async\.sync\.aligned|mma\.sync\.aligned|tcgen05\.mma)\S+")
 ATOMIC = re.compile(r"\b(?:atom|red)\.\S+")
 FLOATS = ("inner", "factor", "scale")
-FP32 = ("lse_ptr", "delta_ptr", "sums_ptr", "state_ptr", "sink_ptr")
+FP32 = ("weights_ptr", "lse_ptr", "delta_ptr", "sums_ptr", "state_ptr", "sink_ptr")
 INTEGERS = ("cu_ptr", "keys_ptr", "table_ptr", "plan_ptr")
+WIDE = ("ids_ptr", "order_ptr", "starts_ptr", "tiles_ptr")
 GROUP = 4
 
 
@@ -54,7 +63,7 @@ def compiled(name: str, kernel: Any, chip: int, warps: int, stages: int, **fixed
 def _type(name: str) -> str:
     if name in FLOATS:
         return "fp32"
-    pointer = "*fp32" if name in FP32 else "*i32" if name in INTEGERS else "*bf16"
+    pointer = "*fp32" if name in FP32 else "*i32" if name in INTEGERS else "*i64" if name in WIDE else "*bf16"
     return pointer if name.endswith("_ptr") else "i32"
 
 
@@ -98,6 +107,21 @@ def _descriptors(tile: Any, order: Any, d: int) -> dict[str, Any]:
     return {"k_rows": one, "v_rows": one}
 
 
+def mixtures(chip: str) -> Iterator[Machine]:
+    """Yield the kernels of a mixture of 128 experts, 8 for each token."""
+    number = int(chip.removeprefix("sm_"))
+    for n, m, k, warps, stages in linear.SAFE_TILES.values():
+        for from_rows in (True, False):
+            for whole in (True, False):
+                form = {"FROM_ROWS": from_rows, "WHOLE": whole, "N": n, "M": m, "K": k}
+                yield compiled(f"grouped, {m} rows, {form}", moe_experts._grouped, number, warps, stages, **form)
+        yield compiled(f"plan of tiles of {m}", moe_experts._tiles, number, 4, 3, M=m, E=128, B=moe_experts.TABLE_BLOCK)
+    yield compiled("fold of slots", moe_experts._combine, number, 4, 3, BLOCK=moe_experts.BLOCK)
+    for renormalise in (True, False):
+        form = {"RENORMALISE": renormalise, "E": 128, "S": 8}
+        yield compiled("plan of a row", moe_route._route, number, 1, 3, **form)
+
+
 if __name__ == "__main__":
-    for row in everything(sys.argv[1]):
+    for row in (mixtures if sys.argv[2:] == ["mixtures"] else everything)(sys.argv[1]):
         print(json.dumps(asdict(row)), flush=True)

@@ -10,7 +10,19 @@ import triton
 import triton.language as tl
 
 from rlinvariant import ops
-from rlinvariant.kernels import linear, qk_norm_rope, rms_norm, rope, scale_logits, swiglu, threshold, token_logprobs
+from rlinvariant.kernels import (
+    linear,
+    moe_experts,
+    moe_route,
+    qk_norm_rope,
+    rms_norm,
+    rope,
+    scale_logits,
+    swiglu,
+    threshold,
+    token_logprobs,
+)
+from rlinvariant.verification.mixtures import logits_with_ties
 
 names = ("rms_norm", "rope", "scale_logits", "swiglu", "token_logprobs")
 cpu = {name: importlib.import_module(f"rlinvariant.ops.{name}") for name in names}
@@ -118,6 +130,26 @@ for vocab in (99, 4096, 9000):
         ours, expected = token_logprobs.sample(*drawn), ops.sample(*drawn)
         assert torch.equal(ours[0], expected[0]) and torch.equal(ours[2], expected[2]), (vocab, ours, expected)
         same(f"sample {vocab}", ours[1], expected[1])
+for experts, slots in ((8, 3), (5, 1), (7, 7)):
+    x = logits_with_ties(12, experts, torch.bfloat16)
+    x[5, 2], x[6, :2] = torch.nan, -torch.inf
+    for renormalise in (True, False):
+        ours, expected = moe_route.moe_route(x, slots, renormalise), ops.moe_route(x, slots, renormalise)
+        assert torch.equal(ours[1], expected[1]), (ours, expected)
+        same(f"moe_route {experts}", ours[0], expected[0])
+for rows, slots, experts, few in ((5, 3, 7, 16), (40, 2, 4, 0), (1, 2, 4, 16), (90, 1, 3, 0)):
+    moe_experts.FEW = few  # 0: tiles of 64 rows
+    shares, chosen = ops.moe_route(torch.randn(rows, experts), slots, True)
+    chosen = torch.ones_like(chosen) if rows == 90 else chosen  # all rows on one expert
+    operands = (
+        torch.randn(rows, 96),
+        chosen,
+        shares,
+        torch.randn(experts, 160, 96) / 8,
+        torch.randn(experts, 96, 80) / 8,
+        "silu",
+    )
+    same(f"moe_experts {rows}", moe_experts.moe_experts(*operands), ops.moe_experts(*operands), 1e-4)
 settings = torch.tensor(
     (
         (1.0, 0, 0.95, 0.0),

@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -62,6 +63,17 @@ def test_code_for_a_chip_multiplies_sixteen_deep_and_neither_spills_nor_adds_ato
     """Compiled with the Triton that is installed, without a GPU."""
     kernels = [json.loads(line) for line in run("tests.kernels.compiled", chip).splitlines()]
     assert len(kernels) > 20
+    assert_exact_code(kernels, chip)
+
+
+@pytest.mark.slow
+def test_code_of_a_mixture_multiplies_sixteen_deep_and_neither_spills_nor_adds_atomically():
+    kernels = [json.loads(line) for line in run("tests.kernels.compiled", "sm_90", "mixtures").splitlines()]
+    assert len(kernels) == 13
+    assert_exact_code(kernels, "sm_90")
+
+
+def assert_exact_code(kernels: list[dict[str, Any]], chip: str) -> None:
     for kernel in kernels:
         name, products = kernel["name"], kernel["products"]
         assert bool(products) == (not name.startswith(("fold", "plan"))), name

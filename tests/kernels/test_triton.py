@@ -14,7 +14,18 @@ from tests.kernels.test_linear import TUNED, small_bias
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("on_gpu")]
 
-MODULES = ("linear", "qk_norm_rope", "rms_norm", "rope", "scale_logits", "swiglu", "threshold", "token_logprobs")
+MODULES = (
+    "linear",
+    "moe_experts",
+    "moe_route",
+    "qk_norm_rope",
+    "rms_norm",
+    "rope",
+    "scale_logits",
+    "swiglu",
+    "threshold",
+    "token_logprobs",
+)
 ATOMIC = re.compile(r"\b(?:atom|red)\.")
 PRODUCT = re.compile(r"\b(?:wgmma\.mma_async|mma)\.sync\.aligned\.\S+")
 CANONICAL = re.compile(r"\.m\d+n\d+k16\..*f32\.bf16\.bf16")  # sixteen bf16 products at a time into fp32
@@ -55,6 +66,10 @@ def kernels() -> list[tuple[str, Any]]:
 def test_every_kernel_is_looked_at(kernels):
     expected = {
         "linear._tile_kernel",
+        "moe_experts._combine",
+        "moe_experts._grouped",
+        "moe_experts._tiles",
+        "moe_route._route",
         "qk_norm_rope._kernel",
         "rms_norm._forward",
         "rms_norm._backward",

@@ -1,0 +1,194 @@
+"""The experts of a mixture on Hopper: both products grouped by expert, over a table of tiles that is made on the device.
+
+Slots are sorted by expert, stably. A tile is up to M of the slots of one expert; how many tiles there are is known on the
+device alone, so the grid has room for the most that there can be, and a program without a tile ends. Nothing waits for the GPU.
+
+A tile's product is that of kernels/linear.py: one fp32 accumulator over K, ascending, sixteen products at a time. So a row has
+the bits that `linear` gives it, whatever the tile and whoever shares it. `check` compares the two before a weight shape is
+used. It has run in Triton's interpreter and has been compiled for sm_90; on a GPU it has not run yet.
+
+R: rows (tokens), S: slots of a row, X: R times S; E: experts, N: columns of a product, K: columns that it sums over.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rlinvariant import bits
+from rlinvariant.errors import UserError
+from rlinvariant.kernels.linear import FALLBACK_TILE, SAFE_TILES, Tile, tiled
+from rlinvariant.kernels.routes import ROUTES
+from rlinvariant.kernels.swiglu import swiglu_merged
+
+FEW = 16  # up to so many slots of an expert, on average, tiles have 16 rows, beyond 64
+TABLE_BLOCK = 32  # tiles that a program of `_tiles` describes
+BLOCK = 1024  # columns that a program of `_combine` adds
+
+
+@triton.jit
+def _tiles(starts_ptr, tiles_ptr, experts, room, M: tl.constexpr, E: tl.constexpr, B: tl.constexpr):
+    """Store for each tile its expert, -1 if there is no such tile, its first slot in sorted order, and its expert's end."""
+    e, t = tl.arange(0, E), tl.program_id(0) * B + tl.arange(0, B)
+    first = tl.load(starts_ptr + e, mask=e < experts, other=0)
+    end = tl.load(starts_ptr + e + 1, mask=e < experts, other=0)
+    need = (end - first + M - 1) // M
+    ends = tl.cumsum(need, 0)
+    expert = tl.sum((ends[None, :] <= t[:, None]).to(tl.int64), 1)  # those whose tiles all come before
+    own = e[None, :] == expert[:, None]
+    at = tl.sum(tl.where(own, (first - (ends - need) * M)[None, :], 0), 1) + t * M
+    out = tiles_ptr + t * 3
+    tl.store(out, tl.where(t < tl.sum(need, 0), expert, -1), mask=t < room)
+    tl.store(out + 1, at, mask=t < room)
+    tl.store(out + 2, tl.sum(tl.where(own, end[None, :], 0), 1), mask=t < room)
+
+
+@triton.jit
+def _grouped(
+    x_ptr,
+    w_ptr,
+    y_ptr,
+    order_ptr,
+    tiles_ptr,
+    n,
+    k,
+    slots,
+    x_row,
+    expert_stride,
+    w_row,
+    FROM_ROWS: tl.constexpr,
+    WHOLE: tl.constexpr,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    K: tl.constexpr,
+):
+    """Compute a tile of y^T = w x^T for one expert: from rows of tokens to sorted slots, or from those to slots in place."""
+    table = tiles_ptr + tl.program_id(0) * 3
+    expert, end = tl.load(table), tl.load(table + 2)
+    if expert >= 0:
+        col = tl.program_id(1) * N + tl.arange(0, N)
+        place = tl.load(table + 1) + tl.arange(0, M)
+        read = tl.minimum(place, end - 1)  # places past the end repeat the last one
+        slot = tl.load(order_ptr + read)
+        row = slot // slots if FROM_ROWS else read
+        depth = tl.arange(0, K)
+        w_at = w_ptr + expert * expert_stride + col.to(tl.int64)[:, None] * w_row + depth[None, :]
+        x_at = x_ptr + row[None, :] * x_row + depth[:, None]
+        acc = tl.zeros((N, M), tl.float32)
+        for start in range(0, k, K):
+            if WHOLE:
+                w = tl.load(w_at, mask=col[:, None] < n, other=0.0)
+                x = tl.load(x_at)
+            else:
+                w = tl.load(w_at, mask=(col[:, None] < n) & (start + depth[None, :] < k), other=0.0)
+                x = tl.load(x_at, mask=start + depth[:, None] < k, other=0.0)
+            acc = tl.dot(w, x, acc)
+            w_at += K
+            x_at += K
+        out = place if FROM_ROWS else slot
+        live = (place < end)[None, :] & (col < n)[:, None]
+        tl.store(y_ptr + out[None, :] * n + col[:, None], acc.to(y_ptr.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def _combine(y_ptr, weights_ptr, out_ptr, slots, d, per_row, BLOCK: tl.constexpr):
+    """Add a row's slots, ascending; each product and each sum is rounded to fp32."""
+    row, col = (tl.program_id(0) // per_row).to(tl.int64), tl.program_id(0) % per_row * BLOCK + tl.arange(0, BLOCK)
+    at = y_ptr + row * slots * d + col
+    total = tl.load(at, mask=col < d, other=0.0).to(tl.float32) * tl.load(weights_ptr + row * slots)
+    for j in range(1, slots):
+        part = tl.load(at + j * d, mask=col < d, other=0.0).to(tl.float32)
+        total += part * tl.load(weights_ptr + row * slots + j)
+    tl.store(out_ptr + row * d + col, total.to(out_ptr.dtype.element_ty), mask=col < d)
+
+
+class _Plan:
+    """Holds who goes where: slots sorted by expert, and the table of tiles, all on the device."""
+
+    def __init__(self, ids: Tensor, experts: int, tile: Tile) -> None:
+        self.count, self.slots, self.tile, m = ids.numel(), ids.shape[1], tile, tile[1]
+        numbers, self.order = ids.flatten().sort(stable=True)
+        starts = torch.searchsorted(numbers, torch.arange(experts + 1, device=ids.device))
+        self.room = self.count // m + min(experts, self.count)  # each expert has one tile at most that is not full
+        self.table = torch.empty(self.room, 3, dtype=torch.int64, device=ids.device)
+        grid = (triton.cdiv(self.room, TABLE_BLOCK),)
+        _tiles[grid](starts, self.table, experts, self.room, M=m, E=triton.next_power_of_2(experts), B=TABLE_BLOCK, num_warps=4)
+
+    def product(self, x: Tensor, weight: Tensor, from_rows: bool) -> Tensor:
+        """Multiply x [R, K] or [X, K] by each slot's expert of weight [E, N, K]: the result is [X, N]."""
+        (_, n, k), (bn, bm, bk, warps, stages) = weight.shape, self.tile
+        y = torch.empty(self.count, n, dtype=x.dtype, device=x.device)
+        _grouped[(self.room, triton.cdiv(n, bn))](
+            x,
+            weight,
+            y,
+            self.order,
+            self.table,
+            n,
+            k,
+            self.slots,
+            x.stride(0),
+            weight.stride(0),
+            weight.stride(1),
+            FROM_ROWS=from_rows,
+            WHOLE=k % bk == 0,
+            N=bn,
+            M=bm,
+            K=bk,
+            num_warps=warps,
+            num_stages=stages,
+        )
+        return y
+
+
+def tile_for(count: int, experts: int) -> Tile:
+    """Return the tile for so many slots over so many experts; it decides speed, and no bit."""
+    return SAFE_TILES[16 if count <= FEW * experts else 256]
+
+
+@functools.cache
+def check(n: int, k: int, device: int) -> None:
+    """Compare grouped products with a weight [E, n, k] with those of `linear`, once a process.
+
+    Experts have 1, 0, 17, 64 and 100 rows, with operands whose exact product is zero; both tiles and both directions are tried.
+
+    Raises:
+        UserError: they differ, so a mixture is not exact on this GPU.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(f"moe_experts: weights [E, {n}, {k}] were first met inside a CUDA graph; call it once before")
+    counts = (1, 0, 17, 64, 100)
+    x, w = bits.cancelling(sum(counts), n * len(counts), k, torch.bfloat16, f"cuda:{device}")
+    w = w.view(len(counts), n, k)
+    of = torch.cat([torch.full((count,), e) for e, count in enumerate(counts)])
+    ids = of[torch.randperm(len(of), generator=torch.Generator().manual_seed(0))][:, None].to(x.device)
+    expected = torch.stack([tiled(x[i : i + 1], w[e], None, FALLBACK_TILE)[0] for i, e in enumerate(ids[:, 0].tolist())])
+    for tile in SAFE_TILES.values():
+        plan = _Plan(ids, len(counts), tile)
+        for found in (plan.product(x, w, True), plan.product(x[plan.order], w, False)[plan.order]):
+            if not bits.same(found, expected[plan.order]):
+                raise UserError(
+                    f"moe_experts: on {torch.cuda.get_device_name(device)} a grouped product with weights [E, {n}, {k}] has "
+                    f"other bits than `linear` (tile {tile}); exact mode is not possible here; use invariance=off"
+                )
+
+
+def moe_experts(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, activation: str) -> Tensor:
+    """Compute `ops.moe_experts`: x [R, D] bf16, ids and weights [R, S], gate_up [E, 2 I, D], down [E, D, I]."""
+    x, ids, weights = x.contiguous(), ids.contiguous(), weights.float().contiguous()
+    up, down = (w.to(x.dtype).contiguous() for w in (gate_up, down))
+    (rows, d), slots, experts = x.shape, ids.shape[1], len(up)
+    out = torch.empty(rows, d, dtype=x.dtype, device=x.device)
+    if not ids.numel():
+        return out
+    for weight in (up, down):
+        if x.is_cuda:
+            check(*weight.shape[1:], x.device.index)
+        ROUTES[f"{experts} experts {weight.shape[1]}x{weight.shape[2]} bfloat16"] = "Triton, grouped, checked equal to linear"
+    plan = _Plan(ids, experts, tile_for(ids.numel(), experts))
+    y = plan.product(swiglu_merged(plan.product(x, up, True), activation), down, False)
+    per_row = triton.cdiv(d, BLOCK)
+    _combine[(rows * per_row,)](y, weights, out, slots, d, per_row, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=False)
+    return out
