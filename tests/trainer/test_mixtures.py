@@ -1,0 +1,223 @@
+"""Mixtures of experts through TRL: exact, with the same experts on both sides; stock kernels choose others now and then."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from trl import GRPOConfig
+
+import rlinvariant
+from rlinvariant import bits
+from rlinvariant.errors import ConfigErrors, UserError
+from rlinvariant.models import experts
+from rlinvariant.models.random import save_random
+from rlinvariant.models.routing import Routing
+from rlinvariant.recipes import arithmetic_moe
+from rlinvariant.sampler.engine import Sampler
+from rlinvariant.sampler.expert_loader import ExpertLoader
+from tests.parity.device import CUDA, cpu_only
+from tests.parity.harness import questions, variety
+
+pytestmark = cpu_only("mixtures are refused on a GPU so far")
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory) -> str:
+    """The untrained model of `arithmetic_moe`, with random weights, and its tokenizer."""
+    path = tmp_path_factory.mktemp("mixture")
+    model, tokenizer = arithmetic_moe.build_model()
+    save_random(model.config, path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+def trained(directory: str, output: Path, invariance: Any, steps: int = 2, **changes: Any) -> tuple[Any, list[dict[str, Any]]]:
+    args = GRPOConfig(
+        str(output),
+        max_steps=steps,
+        save_strategy="no",
+        learning_rate=1e-3,
+        per_device_train_batch_size=16,
+        num_generations=4,
+        max_completion_length=12,
+        logging_steps=1,
+        bf16=False,
+        use_cpu=not CUDA,
+        report_to="none",
+        disable_tqdm=True,
+        **changes,
+    )
+    rows: list[dict[str, Any]] = []
+    trainer = rlinvariant.grpo_trainer(
+        directory,
+        variety,
+        args,
+        questions(),
+        processing_class=AutoTokenizer.from_pretrained(directory),
+        sampler_options={"max_model_len": 64, "kv_cache_gib": 0.02, "options": {"enforce_eager": True}},
+        on_row=lambda row, mismatch: rows.append(row),
+        invariance=invariance,
+    )
+    trainer.train()
+    return trainer, rows
+
+
+def test_a_mixture_trains_exactly_and_both_sides_choose_the_same_experts(directory, tmp_path):
+    trainer, rows = trained(directory, tmp_path, "exact")
+    assert [row["onpolicy/mismatched_tokens"] for row in rows] == [0, 0]
+    assert all(row["onpolicy/coverage"] == 1 and row["onpolicy/weights_equal"] == 1 for row in rows)
+    flips = [{key: n for key, n in row.items() if key.startswith("onpolicy/router_flips")} for row in rows]
+    assert flips == [{"onpolicy/router_flips": 0, "onpolicy/router_flips/0": 0, "onpolicy/router_flips/1": 0}] * 2
+    before = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    for (name, old), (_, new) in zip(before.named_parameters(), trainer.model.named_parameters(), strict=True):
+        assert not bits.same(old, new), f"{name} is trained"
+
+    saved = tmp_path / "saved"  # transformers reads what was trained, one matrix for each expert
+    trainer.save_model(str(saved))
+    with safe_open(saved / "model.safetensors", framework="pt") as file:
+        assert sum(".experts." in name for name in file.keys()) == 2 * 8 * 3  # noqa: SIM118
+    again = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32)
+    assert trainer.sampler.differing_weights(again.named_parameters())  # the last step was not drawn from
+    trainer.sampler.sync(again.named_parameters())
+    assert trainer.sampler.differing_weights(trainer.model.named_parameters()) == []
+    with torch.no_grad():
+        again.model.layers[1].mlp.experts.down_proj[7, 3, 5] += 0.5
+    (wrong,) = trainer.sampler.differing_weights(again.named_parameters())
+    assert wrong == "model.layers.1.mlp.experts.down_proj", "control: one weight of one expert"
+
+
+@pytest.mark.slow
+def test_stock_sides_choose_other_experts_now_and_then(directory, tmp_path):
+    """Control of the count; and the stock engine gets every weight, which its own reload of experts does not give it."""
+    trainer, rows = trained(directory, tmp_path, "off", steps=6)
+    assert all(row["onpolicy/weights_equal"] == 1 for row in rows)
+    assert sum(row["onpolicy/router_flips"] for row in rows) > 0
+    for row in rows:
+        layers = [row["onpolicy/router_flips/0"], row["onpolicy/router_flips/1"]]
+        assert max(layers) <= row["onpolicy/router_flips"] <= sum(layers)
+    assert max(row["onpolicy/kl_k3"] for row in rows) < 0.1, "the same model on both sides"
+    with torch.no_grad():
+        trainer.model.model.layers[0].mlp.experts.gate_up_proj[2] *= 2
+    (wrong,) = trainer.sampler.differing_weights(trainer.model.named_parameters())
+    assert "w13_weight" in wrong
+
+
+@pytest.mark.parametrize(
+    ("own", "given", "said"),
+    [
+        (0.001, None, "router_aux_loss_coef=0.001, the model's own: expected 0: no op has the auxiliary loss"),
+        (0.0, 0.01, "router_aux_loss_coef=0.01: expected 0"),
+        (0.001, 0.0, None),
+    ],
+)
+def test_an_auxiliary_loss_is_refused_in_one_line(directory, tmp_path, own, given, said):
+    from rlinvariant.trainer.refusals import auxiliary_problems
+
+    config = AutoConfig.from_pretrained(directory)
+    config.router_aux_loss_coef = own
+    args = GRPOConfig(str(tmp_path), router_aux_loss_coef=given, use_cpu=True, report_to="none")
+    found = auxiliary_problems(args, config, "exact")
+    assert [line[: len(said or "")] for line in found] == ([] if said is None else [said])
+    assert auxiliary_problems(args, config, "off") == []
+    config.output_router_logits = True
+    assert any(
+        line.startswith("output_router_logits=True: expected False") for line in auxiliary_problems(args, config, "exact")
+    )
+
+
+def test_an_auxiliary_loss_is_refused_before_weights_are_loaded(directory, tmp_path):
+    with pytest.raises(ConfigErrors, match="router_aux_loss_coef=0.5: expected 0"):
+        trained(directory, tmp_path, "exact", router_aux_loss_coef=0.5)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+def test_names_of_a_checkpoint_lead_to_places_and_back(family):
+    path = "model.layers.3.mlp.experts"
+    both = [(f"{path}.gate_up_proj", torch.randn(3, 8, 5)), (f"{path}.down_proj", torch.randn(3, 5, 4))]
+    found = dict(experts.in_checkpoint(both, family))
+    assert len(found) == 9 and all(weight.dim() == 2 for weight in found.values())
+    for name, weight in found.items():
+        where = experts.place(name)
+        assert where is not None and where[0] == path
+        whole = dict(both)[f"{path}.{where[1]}"]
+        assert bits.same(experts.rows_of(whole, where[2], where[3], where[1]), weight)
+    theirs = "block_sparse_moe.experts.0.w1" if family == "mixtral" else "mlp.experts.0.gate_proj"
+    assert bits.same(found[f"model.layers.3.{theirs}.weight"], both[0][1][0, :4])
+    assert experts.place("model.layers.0.mlp.gate.weight") is experts.place("model.layers.0.mlp.gate_proj.weight") is None
+
+
+class Holder(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = torch.nn.Module()
+        self.model.experts = torch.nn.Module()
+        self.model.experts.gate_up_proj = torch.nn.Parameter(torch.zeros(2, 8, 5))
+        self.model.experts.down_proj = torch.nn.Parameter(torch.zeros(2, 5, 4))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda w: w.pop("model.experts.1.up_proj.weight"), "expert 1 is missing from the checkpoint, first of 1 parts"),
+        (lambda w: w.update({"model.experts.2.up_proj.weight": torch.zeros(4, 5)}), "not in the model"),
+        (lambda w: w.update({"model.experts.1.up_proj.weight": torch.zeros(4, 6)}), r"shape \[4, 6\], expected \[4, 5\]"),
+    ],
+)
+def test_a_checkpoint_without_an_expert_is_refused(change, said):
+    whole = [("model.experts.gate_up_proj", torch.randn(2, 8, 5)), ("model.experts.down_proj", torch.randn(2, 5, 4))]
+    weights, model = dict(experts.in_checkpoint(whole, "qwen3_moe")), Holder()
+
+    def load(weights: dict[str, torch.Tensor]) -> set[str]:
+        loader = ExpertLoader(model)
+        assert list(loader.others([*weights.items(), ("other", torch.zeros(1))])) == [("other", torch.zeros(1))]
+        return loader.loaded()
+
+    assert load(weights) == {name for name, _ in whole}
+    assert all(bits.same(model.get_parameter(name), weight) for name, weight in whole)
+    change(weights)
+    with pytest.raises(UserError, match=said):
+        load(weights)
+
+
+def test_routing_gives_one_number_to_a_set_whatever_its_order(directory):
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    routing = Routing(model, 2)
+    routing._table = torch.tensor([1, 10, 100, 1000, 0, 0, 0, 0])
+    routing.begin()
+    logits = torch.zeros(2, 8)
+    for layer in range(routing.layers):
+        routing._note(layer, (logits, torch.ones(2, 2), torch.tensor([[0, 2], [2, 0]])))
+    routing._note(0, (torch.eye(8)[:1] * 2 + torch.eye(8)[3:4], None))  # vLLM's own: logits alone
+    routing._note(1, (torch.eye(8)[:1] * 2 + torch.eye(8)[1:2], None))
+    assert routing.take().tolist() == [[101, 101], [101, 101], [1001, 11]]
+    routing._note(0, (logits, None))
+    assert not any(routing._seen), "nothing is kept that nobody takes"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["mixtral", "olmoe"])
+def test_stock_engines_of_other_families_take_their_weights(tmp_path, family):
+    from rlinvariant.models.families import FAMILIES
+
+    path = save_random(FAMILIES[family](), tmp_path / family)
+    engine = Sampler(path, invariant=False, max_model_len=64, kv_cache_gib=0.02)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    drawn = engine.generate([[5, 6, 7]], [1], temperature=0, max_tokens=6)
+    assert engine.differing_weights(model.named_parameters()) == []
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.1)
+    assert engine.differing_weights(model.named_parameters())
+    engine.sync(model.named_parameters())
+    assert engine.differing_weights(model.named_parameters()) == []
+    again = Sampler(model_saved(model, tmp_path / "moved"), invariant=False, max_model_len=64, kv_cache_gib=0.02)
+    how = {"temperature": 0, "max_tokens": 6}
+    assert engine.generate([[5, 6, 7]], [1], **how) == again.generate([[5, 6, 7]], [1], **how) and len(drawn[0].token_ids) > 0
+
+
+def model_saved(model: Any, path: Path) -> Path:
+    model.save_pretrained(path)
+    return path
