@@ -34,18 +34,18 @@ def _cpu_kernel(layer: Untyped) -> Untyped:
 
 
 def place(model: nn.Module, name: str) -> str:
-    """Return the name that vLLM's own experts have for a parameter of transformers' experts; any other name as it is."""
-    found = OF_EXPERTS.fullmatch(name)
-    own = {n for n, p in model.named_parameters() if p.dim() >= 3} if found else set()
-    if found is None or name in own:
+    """Return the name that vLLM's own model has for a parameter of transformers' mixture; any other name as it is."""
+    try:
+        model.get_parameter(name)
         return name
+    except AttributeError:
+        own = {own_name for own_name, _ in model.named_parameters()}
+    renamed = name.replace(".mlp.", ".block_sparse_moe.")  # Mixtral's
+    if (found := OF_EXPERTS.fullmatch(name)) is None:
+        return renamed if renamed in own else name
     weight = "w13_weight" if found[2] == "gate_up_proj" else "w2_weight"
-    names = (
-        f"{base}.experts.{inside}{weight}"
-        for base in (found[1], found[1].replace(".mlp", ".block_sparse_moe"))
-        for inside in ("", "routed_experts.")
-    )
-    return next((n for n in names if n in own), name)
+    paths = (f"{path.rpartition('.')[0]}.{inside}{weight}" for path in (name, renamed) for inside in ("", "routed_experts."))
+    return next((path for path in paths if path in own), name)
 
 
 def as_packed(layer: Untyped, have: Tensor, expected: Tensor) -> Tensor:

@@ -27,8 +27,9 @@ def cancelling_experts(
       third column of the result reads these alone.
     * The second product cancels in another third of the columns of the result: there the other columns inside come in pairs,
       alike but for the sign of what multiplies them.
-    * A row's slots cancel: its experts are one function, the last of them times minus a power of two, and the weights make the
-      products sum to zero. Each product by a weight is rounded, so that another order of slots shows.
+    * Every other row's slots cancel, if it has three or more: its experts are one function, the last of them times minus a
+      power of two, and the weights make the products sum to zero. Each product by a weight is rounded, so that another order of
+      slots shows. Two would cancel whatever they are.
 
     Half of the rows go to the first group of experts, the others anywhere but to the last, and one row to that: of many rows
     some expert has one, and of few rows most have none.
@@ -93,8 +94,9 @@ def _slots(rows: int, slots: int, group_E: Tensor, last_E: Tensor, largest: int,
         chosen = members[torch.randperm(len(members), generator=rng)[: slots - 1]]
         # on a grid on which their sum is exact, of 24 bits
         shares = torch.randint(2**19, 2**20, (slots - 1,), generator=rng).float() / 2**20
+        cancels = slots > 2 and row % 2 == 0
         last = ((group_E == group) & last_E).nonzero()[0]
         at = torch.randperm(slots, generator=rng)
         ids[row, at] = torch.cat([chosen, last])
-        weights[row, at] = torch.cat([shares, shares.sum()[None] / largest if slots > 1 else torch.rand(1, generator=rng)])
+        weights[row, at] = torch.cat([shares, shares.sum()[None] / largest if cancels else torch.rand(1, generator=rng)])
     return ids, weights

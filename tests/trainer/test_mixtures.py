@@ -99,6 +99,8 @@ def test_stock_sides_choose_other_experts_now_and_then(directory, tmp_path):
         layers = [row["onpolicy/router_flips/0"], row["onpolicy/router_flips/1"]]
         assert max(layers) <= row["onpolicy/router_flips"] <= sum(layers)
     assert max(row["onpolicy/kl_k3"] for row in rows) < 0.1, "the same model on both sides"
+    trainer.sampler.sync(trainer.model.named_parameters())
+    assert trainer.sampler.differing_weights(trainer.model.named_parameters()) == []
     with torch.no_grad():
         trainer.model.model.layers[0].mlp.experts.gate_up_proj[2] *= 2
     (wrong,) = trainer.sampler.differing_weights(trainer.model.named_parameters())
