@@ -173,18 +173,15 @@ def prepare(args: Untyped, default: Untyped, subject: Subject | None = None) -> 
     given = {k: v for k, v in vars(args).items() if v != getattr(default, k)}
     args.host = args.host or "127.0.0.1"
     args.allowed_origins = given.get("allowed_origins", [])  # vLLM 0.26 lets every page ask
-    file = args.trainer_token_file
-    args.trainer_token = None if file is None else trainer_token.read(file, "--trainer-token-file ")
-    problems = _option_problems(given, default) + vllm_guard.problems(args, given)
+    args.trainer_token = None
+    if (file := args.trainer_token_file) is not None:
+        args.trainer_token = trainer_token.read(file, "--trainer-token-file ")
+    problems = _option_problems(given, default) + vllm_guard.problems(args, given) + _trainer_problems(file, adapter)
     args.dtype = "bfloat16" if args.dtype == "auto" else args.dtype
     if args.dtype not in ("bfloat16", "float32"):
         problems.append(f"--dtype {args.dtype}: expected bfloat16 or float32; {REMOVE}")
     if adapter is not None and not may_use_unproven():
         problems.append(f"MODEL={adapter}: adapters are proven on CPUs alone so far; {TRY}; {adapter_files.MERGE} {adapter}")
-    if file is not None and not may_use_unproven():
-        problems.append(f"--trainer-token-file {file}: proven on CPUs alone so far; remove it; {TRY}")
-    if adapter is not None and file is not None:
-        problems.append(f"MODEL={adapter}: expected a whole model for trainers, who bring all weights; name its base")
     if problems:
         raise ConfigErrors(problems)
     found = None if adapter is None else adapter_files.read(adapter)  # faults are said here, not in the engine's process
@@ -212,6 +209,16 @@ def prepare(args: Untyped, default: Untyped, subject: Subject | None = None) -> 
         args.disable_log_stats = True  # they are counted for each token of each request, and nobody could ask for them
         about = None if subject is None else subject(load_config(args.model), args.dtype, bool(args.enforce_eager))
         args.trainer_facts = {"model": named, "subject": about}
+
+
+def _trainer_problems(file: str | None, adapter: str | None) -> list[str]:
+    """Return a line for each reason why a server of this model cannot be a trainer's; none where it is to be none."""
+    found = []
+    if file is not None and not may_use_unproven():
+        found.append(f"--trainer-token-file {file}: proven on CPUs alone so far; remove it; {TRY}")
+    if file is not None and adapter is not None:
+        found.append(f"MODEL={adapter}: expected a whole model for trainers, who bring all weights; name its base")
+    return found
 
 
 def _option_problems(given: dict[str, Any], default: Any) -> list[str]:

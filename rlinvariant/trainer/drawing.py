@@ -90,6 +90,7 @@ class DrawingTrainer(EpisodesTrainer):
             self._wait_for_disk()
 
     def _rollout(self, prompts: list[Any]) -> tuple[Any, ...]:
+        """Give the sampler the weights, and draw by TRL's own loop."""
         training = bool(self.model.training)
         group = self.num_generations if training else self.num_generations_eval
         self.sync(stale=training)
