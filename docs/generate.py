@@ -1,4 +1,4 @@
-"""Write the pages of docs/reference that the code itself knows: commands, configuration, metrics, Python API, ops.
+"""Write the pages that the code itself knows: docs/reference (commands, configuration, metrics, Python API, ops), docs/explain.
 
     python docs/generate.py
 
@@ -13,13 +13,16 @@ from pathlib import Path
 from typing import Any
 
 REFERENCE = Path(__file__).resolve().parent / "reference"
+EXPLANATION = REFERENCE.with_name("explain") / "index.html"
 BY = "<!-- Written by docs/generate.py: edit the code, then run it. -->\n\n"
 
 
 def pages() -> dict[Path, str]:
     """Return every generated page: path to text."""
+    from rlinvariant.report import html_explain
+
     made = {"cli": commands(), "config": configuration(), "metrics": metrics(), "api": api(), "ops": ops()}
-    return {REFERENCE / f"{name}.md": text for name, text in made.items()}
+    return {REFERENCE / f"{name}.md": text for name, text in made.items()} | {EXPLANATION: html_explain.page()}
 
 
 def table(head: str, rows: list[tuple[str, ...]]) -> str:

@@ -154,7 +154,8 @@ class Journal:
         resolved = self.config.resolved()
         self.directory.path.mkdir(parents=True, exist_ok=True)
         wandb_id = wandb_log.id_of(self.directory.path)
-        started = wandb_log.start(self.config.wandb, self.directory.path, resolved, wandb_id)
+        files = [self.directory.path / "report.html", *(certificate.path_of(self._subject, form) for form in certificate.FORMS)]
+        started = wandb_log.start(self.config.wandb, self.directory.path, resolved, wandb_id, files)
         mode, self._log_to_wandb, self._finish_wandb = started
         try:
             self._go_on(resolved)

@@ -31,7 +31,8 @@ def test_what_is_counted():
     found = measured([alone, alone, other, completion("abc", -1.0, -2.0, -3.0000000001)], alone, SPELL)
     assert (found["unique"], found["first_token"], found["as_alone"]) == (2, 3, 3)
     assert (found["unique_logprobs"], found["first_logprob"], found["logprobs_as_alone"]) == (3, 2, 2)
-    assert found["branches"] == [["c", 3], ["d", 1]] and found["samples"] == [["abc", 3], ["abd", 1]]
+    assert found["branches"] == [["c", 3], ["d", 1]] and found["of"] == [0, 0, 1, 0]
+    assert found["texts"] == [["a", "b", "c"], ["a", "b", "d"]]
     assert found["unique_by_token"] == [1, 1, 2] and found["unique_logprobs_by_token"] == [1, 2, 3]
     same = measured([alone] * 3, alone, SPELL)
     assert (same["unique"], same["first_token"], same["first_logprob"], same["branches"]) == (1, None, None, [])
@@ -130,3 +131,13 @@ def test_a_models_words_cannot_harm_the_page():
     shown = page(result | {"arms": {"stock": arm, "ours": arm}})
     assert not any(words in shown for words in ("<script", "prompt=<b>", "\x1b", "<i>"))
     assert "prompt=&lt;b&gt;" in shown and "&lt;script&gt;" in shown
+
+
+def test_the_page_marks_the_first_token_that_differs_and_what_follows_it():
+    alone = completion("abcd", -1.0, -2.0, -3.0, -1.0)
+    arm = measured([alone, alone, completion("abed", -1.0, -2.0, -3.0, -1.0)], alone, SPELL)
+    arm |= {"tokens_per_s": 1.0, "seconds": 1.0, "others": 1, "cancelled": 0, "fewest": 1, "most": 2}
+    options = {"completions": 3, "tokens": 4, "dtype": "bfloat16", "prompt": ""}
+    result = {"model": "m", "random_weights": False, "options": options, "prompt_token_ids": [1], "device": "cpu"}
+    shown = page(result | {"arms": {"stock": arm, "ours": arm}})
+    assert ">abcd</span>" in shown and '>ab<mark>e</mark><span class="later">d</span></span>' in shown

@@ -29,6 +29,10 @@ EXAMPLE = "rlinvariant demo small completions=200"
 DEFAULT_GPU_MODEL = "qwen3-0.6b"
 OTHER_PROMPT_TOKENS = 128  # longest prompt of another request
 RANDOM_PROMPT_TOKENS = 400
+QUESTION = "Explain how a computer adds two numbers."
+PROMPT_HELP = (
+    f"text, asked as the model's chat template says; empty: a question, of random weights {RANDOM_PROMPT_TOKENS} tokens"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +42,7 @@ class Options:
     completions: int = dataclasses.field(default=1000, metadata={"doc": "how often the prompt is completed"})
     tokens: int = dataclasses.field(default=64, metadata={"doc": "length of each completion"})
     concurrency: int = dataclasses.field(default=32, metadata={"doc": "most requests in the engine at once; it wanders from 1"})
-    prompt: str = dataclasses.field(default="", metadata={"doc": f"text; empty: {RANDOM_PROMPT_TOKENS} random tokens"})
+    prompt: str = dataclasses.field(default="", metadata={"doc": PROMPT_HELP})
     dtype: str = dataclasses.field(default="bfloat16", metadata={"doc": "bfloat16 or float32"})
     seed: int = dataclasses.field(default=0, metadata={"doc": "decides the traffic and a random prompt"})
     run: str = dataclasses.field(default="", metadata={"doc": "name under runs/; empty: demo and the time"})
@@ -85,7 +89,8 @@ def run(options: argparse.Namespace) -> None:
     console.print(f"{name}: {count} of a prompt of {len(prompt)}, on stock vLLM and with the invariant ops")
     result = {
         "model": name,
-        "random_weights": path != name,
+        "random_weights": model.is_random(name),
+        "prompt": asked.prompt or ("" if model.is_random(name) else QUESTION),
         "options": dataclasses.asdict(asked),
         "prompt_token_ids": prompt,
         "device": torch.cuda.get_device_name() if cuda else "cpu",
@@ -183,13 +188,21 @@ def tokenized(name: str, path: str, asked: Options) -> tuple["PreTrainedTokenize
         raise UserError(f"MODEL {path}: no tokenizer: {one_line(error, 400)}") from error
     rng = random.Random(asked.seed)
     prompt = [rng.randrange(len(tokenizer)) for _ in range(RANDOM_PROMPT_TOKENS)]
-    if asked.prompt:
-        prompt = list(tokenizer(asked.prompt)["input_ids"])
+    if asked.prompt or not model.is_random(name):
+        prompt = asked_tokens(tokenizer, asked.prompt or QUESTION)
     longest = max(len(prompt), OTHER_PROMPT_TOKENS) + asked.tokens
     if longest > positions:
         has = f"{name} has {positions} positions"
         raise UserError(f"tokens={asked.tokens}: with the prompt {longest} tokens, and {has}; lower it")
     return tokenizer, prompt, longest
+
+
+def asked_tokens(tokenizer: Any, text: str) -> list[int]:
+    """Return the token ids of a question: in the chat template, where there is one."""
+    if not tokenizer.chat_template:
+        return list(tokenizer(text)["input_ids"])
+    turns = [{"role": "user", "content": text}]
+    return list(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"])
 
 
 def write(directory: Path, result: JsonObject) -> None:

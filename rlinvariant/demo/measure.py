@@ -10,6 +10,8 @@ from rlinvariant.types import JsonObject
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+TEXTS = 100  # different completions whose tokens are kept
+
 
 def measured(completions: Sequence[Completion], alone: Completion, tokenizer: "PreTrainedTokenizerBase") -> JsonObject:
     """Count what differs among one engine's completions; log-probs are compared by their bits.
@@ -19,12 +21,14 @@ def measured(completions: Sequence[Completion], alone: Completion, tokenizer: "P
         alone: the completion that was drawn with no other request in the engine.
         tokenizer: decodes tokens.
 
-    Positions count from 1; a first difference of None means that there is none.
+    Positions count from 1; a first difference of None means that there is none. `of` has the number of each completion's text,
+    the most frequent first, and `texts` the tokens of the first TEXTS of them.
     """
     tokens = [tuple(c.token_ids) for c in completions]
     words = [tuple(x.hex() for x in c.sampler_logprobs) for c in completions]
     counts = Counter(tokens)
     at = first_difference(tokens)
+    numbers = {row: i for i, (row, _) in enumerate(counts.most_common())}
     branches = Counter(t[at - 1] for t in tokens).most_common(8) if at else []
     return {
         "completions": len(completions),
@@ -37,7 +41,8 @@ def measured(completions: Sequence[Completion], alone: Completion, tokenizer: "P
         "branches": [[tokenizer.decode([token]), count] for token, count in branches],
         "unique_by_token": growth(tokens),
         "unique_logprobs_by_token": growth(words),
-        "samples": [[tokenizer.decode(list(row)), count] for row, count in counts.most_common(5)],
+        "of": [numbers[row] for row in tokens],
+        "texts": [[tokenizer.decode([token]) for token in row] for row in list(numbers)[:TEXTS]],
     }
 
 

@@ -22,11 +22,18 @@ def problems(name: str) -> list[str]:
     return [f"{line}; shapes are {', '.join(names)}{suggestion(name, names)}" for line in found]
 
 
+def is_random(name: str) -> bool:
+    """Tell whether a model is a shape, filled with random weights."""
+    from rlinvariant.models.shapes import SHAPES
+
+    return name == SMALL_MODEL or name in SHAPES
+
+
 def make_model(name: str) -> str:
     """Return the directory or hub id of a model; a shape is filled with random weights, once."""
-    from rlinvariant.models.shapes import SHAPES, build
+    from rlinvariant.models.shapes import build
 
-    if name != SMALL_MODEL and name not in SHAPES:
+    if not is_random(name):
         return local_model(name)
     return made_once(CACHE / f"demo-{name}", build_small if name == SMALL_MODEL else lambda directory: build(name, directory))
 

@@ -1,12 +1,16 @@
 """The page of a demo."""
 
 import shlex
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from rlinvariant.demo.measure import summary
 from rlinvariant.report import html
 from rlinvariant.text import escaped
 from rlinvariant.types import JsonObject
+
+NEWLINE = "\n"
 
 
 def page(result: JsonObject) -> str:
@@ -27,10 +31,10 @@ def page(result: JsonObject) -> str:
         f"<tr><th>{label}</th>" + "".join(f"<td>{_number(arm[key])}</td>" for arm in arms.values()) + "</tr>"
         for label, key in rows
     )
-    samples = "".join(
-        f'<tr><th>{name}</th><td>{count:,}</td><td class="text">{_text(text)}</td></tr>'
+    said = "".join(
+        f'<tr><th>{name}</th><td>{count:,}</td><td class="text">{_marked(arm["texts"][number], arm["texts"][0])}</td></tr>'
         for name, arm in arms.items()
-        for text, count in arm["samples"]
+        for number, count in Counter(arm["of"]).most_common(5)
     )
     sentences = "".join(f"<li>{_text(line.strip())}</li>" for line in summary(result))
     weights = ", random weights" if result["random_weights"] else ""
@@ -46,10 +50,19 @@ def page(result: JsonObject) -> str:
 <figure style="max-width:720px"><figcaption><b>Different completions so far</b>
 <span class="unit">of {options["completions"]:,}, against their length in tokens</span></figcaption>{chart(arms)}</figure>
 <div class="wide"><table><thead><tr><th></th><th>stock vLLM</th><th>ours</th></tr></thead><tbody>{table}</tbody></table></div>
-<h2>What was said</h2><p class="small">The five most frequent completions of each engine, whole.</p>
-<div class="wide"><table><thead><tr><th></th><th>times</th><th class="text">completion</th></tr></thead><tbody>{samples}</tbody>
+<h2>What was said</h2><p class="small">The five most frequent completions of each engine, whole. Marked: the first token
+that the most frequent one has not, and what follows it.</p>
+<div class="wide"><table><thead><tr><th></th><th>times</th><th class="text">completion</th></tr></thead><tbody>{said}</tbody>
 </table></div><h2>Reproduce</h2><pre>{_text(command)}</pre></body></html>
 """
+
+
+def _marked(tokens: Sequence[str], usual: Sequence[str]) -> str:
+    """Return a text in which the first token that differs from the usual text is marked, and what follows it."""
+    first = next((i for i, (a, b) in enumerate(zip(tokens, usual, strict=True)) if a != b), len(tokens))
+    same, differs, later = "".join(tokens[:first]), "".join(tokens[first : first + 1]), "".join(tokens[first + 1 :])
+    marked = f'<mark>{escaped(differs, keep=NEWLINE)}</mark><span class="later">{escaped(later, keep=NEWLINE)}</span>'
+    return f'<span class="said-whole">{escaped(same, keep=NEWLINE)}{marked if differs else ""}</span>'
 
 
 def chart(arms: dict[str, JsonObject]) -> str:

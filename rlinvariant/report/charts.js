@@ -71,7 +71,7 @@ const charts = (() => {
   const prepare = (chart) => {  // the lines to draw, each with its own x, and one x of all
     const {data} = chart, window = data.smooth ? view.window : 1;
     let lines = data.lines.filter((line) => data.stack || !view.hidden.has(line.label)).map((line) => {
-      const arm = clock(line.label);
+      const arm = clock(data.arm ?? line.label);
       const x = view.x === "step" ? line.steps : line.steps.map((step) => between(arm.step, arm[view.x], step));
       const seeds = window > 1 ? line.seeds.map((seed) => runningMean(seed, window)) : line.seeds;
       return {...line, x, ...curve(seeds), raw: window > 1 && !data.stack ? curve(line.seeds).mean : null};
@@ -143,8 +143,10 @@ const charts = (() => {
         bands.push({series: [high, low], fill: stroke + "2b"});
       }
       if (line.raw) put(line, line.raw, {stroke: stroke + "66", width: 0.7});
-      const few = line.x.length <= 40 && line.x.length < 3 || line.mean.filter(isNumber).length < 3;
-      put(line, line.mean, {stroke, width: 1.7, dash: dashes(line), points: {show: few, size: 5, fill: stroke}});
+      const few = line.mean.filter(isNumber).length <= 12, at = columns.length;
+      const alone = () => columns[at].flatMap((y, i) => isNumber(y) && !isNumber(columns[at][i - 1]) && !isNumber(columns[at][i + 1]) ? [i] : []);
+      const points = {show: few, size: 5, fill: stroke, filter: few ? undefined : alone};  // a step between gaps has no line
+      put(line, line.mean, {stroke, width: 1.7, dash: dashes(line), points});
     }
     if (data.stack) chart.lines.slice(1).forEach((_, i) => bands.push({series: [i + 1, i + 2], fill: colour("--c" + chart.lines[i].style % 8) + "b0"}));
     const font = "12px ui-sans-serif, system-ui, Arial, sans-serif", soft = colour("--soft"), faint = colour("--faint");
@@ -181,7 +183,7 @@ const charts = (() => {
     const found = chart.lines.filter((line) => line.x.length).map((line) => ({line, i: nearest(line.x, wanted)}));
     if (!found.length) return;
     const at = found.map(({line, i}) => line.x[i]).reduce((a, b) => Math.abs(b - wanted) < Math.abs(a - wanted) ? b : a);
-    const first = found.find(({line, i}) => line.x[i] === at), step = first.line.steps[first.i], arm = clock(first.line.label);
+    const first = found.find(({line, i}) => line.x[i] === at), step = first.line.steps[first.i], arm = clock(chart.data.arm ?? first.line.label);
     const head = ["step " + step.toLocaleString("en-US")];
     if (common.arms.length < 2 || view.x !== "step") head.push(large(between(arm.step, arm.tokens, step)) + " tokens", duration(between(arm.step, arm.seconds, step)));
     const rows = found.map(({line, i}) => {
@@ -250,7 +252,7 @@ const charts = (() => {
     const quoted = (text) => /[",\n]|^[=+@-]/.test(text) ? '"' + (/^[=+@-]/.test(text) ? "'" : "") + text.replaceAll('"', '""') + '"' : text;
     const lines = [["line", "step", "tokens", "seconds", "mean", "low", "high", "seeds"].join(",")];
     for (const line of chart.data.lines) {
-      const arm = clock(line.label), {mean, low, high} = curve(line.seeds);
+      const arm = clock(chart.data.arm ?? line.label), {mean, low, high} = curve(line.seeds);
       line.steps.forEach((step, i) => lines.push([
         quoted(line.label), step, Math.round(between(arm.step, arm.tokens, step)), between(arm.step, arm.seconds, step).toFixed(2),
         mean[i] ?? "", low[i] ?? "", high[i] ?? "", line.seeds.map((seed) => seed[i] ?? "").join(" ")].join(",")));
@@ -321,7 +323,7 @@ const charts = (() => {
     smooth.addEventListener("input", () => { view.window = 2 * +smooth.value + 1; tell(); redraw(); });
     button(bar, "whole run", "reset the zoom (double click)", () => zoomTo(null)).className = "unzoom";
     bar.querySelector(".unzoom").hidden = !zoom;
-    make("span", bar, "Drag across a chart to zoom all; double click resets.", "small");
+    make("span", bar, "Drag across a chart to zoom all; double click resets." + (common.t.length > 2 ? " Lines: mean over seeds; shading: its 95 % interval." : ""), "small");
     document.querySelectorAll(".legend li").forEach((item, i) => {
       const label = common.arms[i]?.label, box = document.createElement("input");
       if (label === undefined || item.querySelector("input")) return;

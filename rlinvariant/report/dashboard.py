@@ -170,7 +170,7 @@ def _to_wandb(study: Study, run: Run, online: bool) -> str:
     if (directory / "wandb").is_dir():
         shutil.rmtree(directory / "wandb")
     try:
-        _, log, finish = wandb_log.start(settings, directory, run.config, run_id=name)
+        _, log, finish = wandb_log.start(settings, directory, run.config, name, [run.path / "report.html"])
     except UserError as error:
         raise UserError(f"{run.path}: {error}") from error
     assert log is not None

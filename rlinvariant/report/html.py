@@ -3,18 +3,18 @@
 import base64
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from rlinvariant.files import require_writable, write_atomically
-from rlinvariant.report import html_charts, html_samples, tables
+from rlinvariant.report import html_charts, html_explain, html_samples, tables
 from rlinvariant.report.panels import REWARD
 from rlinvariant.report.study import Run, Study, load
 from rlinvariant.text import escaped, plural
 
 HERE = Path(__file__).parent
-STYLES = ("vendor/uplot/uPlot.min.css", "page.css")
-SCRIPTS = ("vendor/uplot/LICENSE", "vendor/uplot/uPlot.iife.min.js", "charts.js", "samples.js", "live.js")
+STYLES = ("vendor/uplot/uPlot.min.css", "page.css", "explain/explain.css")
+SCRIPTS = ("vendor/uplot/LICENSE", "vendor/uplot/uPlot.iife.min.js", "charts.js", "samples.js", "live.js", "explain/explain.js")
 FILE = "report.html"
 
 
@@ -48,24 +48,28 @@ def page(study: Study, version: str = "") -> str:
     Args:
         version: of a page that a server keeps up to date, what its numbers are of; "": a page that is a file.
     """
+    parts = {title: inside for title, inside in _parts(study, bool(version)).items() if inside}
     status = '<span id="live-status" role="status">live</span>' if version else ""
     body = [
         f"<header><h1>{_text(_title(study))}</h1>",
-        f'<p class="meta">{_text(str(study.path))} {status}</p></header>',
+        f'<p class="meta">{_text(str(study.path))} {status}</p>{_menu(parts)}</header>',
         f'<div id="outcome">{_outcome(study)}{_notes(study.notes)}</div>',
-        *(_section(title, inside) for title, inside in _parts(study, bool(version)).items() if inside),
+        *(_section(title, inside) for title, inside in parts.items()),
+        f'<details id="why"><summary>{html_explain.TITLE}: an explanation to play with</summary>',
+        f"{html_explain.fragment()}</details>",
     ]
     return document(_title(study), "\n".join(body), version)
 
 
-def document(title: str, body: str, version: str = "") -> str:
+def document(title: str, body: str, version: str = "", scripts: Sequence[str] = SCRIPTS, styles: Sequence[str] = STYLES) -> str:
     """Return a page of ours: style and scripts inside, and a policy by which nothing else is loaded or run.
 
     Args:
         version: as for `page`; with one, the page asks the server that it comes from for what is new.
+        scripts, styles: files beside this one.
     """
-    css = "".join((HERE / name).read_text() for name in STYLES)
-    script = "\n".join((HERE / name).read_text() for name in SCRIPTS)
+    css = "".join((HERE / name).read_text() for name in styles)
+    script = "\n".join((HERE / name).read_text() for name in scripts)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = (
         f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
@@ -98,9 +102,17 @@ def _parts(study: Study, live: bool) -> dict[str, str]:
     }
 
 
+def _menu(titles: Iterable[str]) -> str:
+    links = [f'<a href="#{_name(title)}">{_text(title)}</a>' for title in titles]
+    return f'<nav aria-label="parts of the page">{"".join(links)}<a href="#why">{html_explain.TITLE}</a></nav>'
+
+
+def _name(title: str) -> str:
+    return title.lower().replace(" ", "-")
+
+
 def _section(title: str, inside: str) -> str:
-    name = title.lower().replace(" ", "-")
-    return f'<section id="{name}"><h2>{_text(title)}</h2>{inside}</section>'
+    return f'<section id="{_name(title)}"><h2>{_text(title)}</h2>{inside}</section>'
 
 
 def _title(study: Study) -> str:

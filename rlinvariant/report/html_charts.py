@@ -12,7 +12,7 @@ from rlinvariant.errors import UserError
 from rlinvariant.report import stats, svg, tables
 from rlinvariant.report.completions import Completions
 from rlinvariant.report.panels import ON_POLICY, REWARD, Panel, column
-from rlinvariant.report.study import Study, measured
+from rlinvariant.report.study import Arm, Run, Study, measured
 from rlinvariant.text import escaped, plural, printable
 
 SHORT_RUN_STEPS = 200  # up to so many, every single step can be seen
@@ -82,12 +82,10 @@ def clocks(study: Study) -> str:
 
 def sections(study: Study) -> dict[str, str]:
     """Return the charts of each section as HTML, {title: figures}; a panel that no run has a number for is left out."""
-    panels = study.panels
-    most = max(1000, NUMBERS // max(1, len(panels) * sum(len(arm.runs) for arm in study.arms)))
     found: dict[str, list[str]] = {}
-    for panel in panels:
-        drawn = _stacks(study, panel, most) if panel.kind == "stack" else _curves(study, panel, most)
-        if drawn and panel.section != ON_POLICY:
+    for panel in (panel for panel in study.panels if panel.section != ON_POLICY):
+        drawn = list(_stacks(study, panel)) if panel.kind == "stack" else _curves(study, panel)
+        if drawn:
             found.setdefault(panel.section, []).extend(drawn)
     if REWARD in found:
         found[REWARD][3:3] = _distributions(study)
@@ -97,11 +95,10 @@ def sections(study: Study) -> dict[str, str]:
 
 def contract(study: Study) -> str:
     """Return the strip about exactness: a line, the panels that are not at their ideal, and those that are, folded."""
-    most = max(1000, NUMBERS // max(1, len(study.panels) * sum(len(arm.runs) for arm in study.arms)))
     good: dict[str, list[str]] = {}
     bad: dict[str, list[str]] = {}
     for panel in study.panels:
-        if panel.section == ON_POLICY and (drawn := _curves(study, panel, most)):
+        if panel.section == ON_POLICY and (drawn := _curves(study, panel)):
             (good if is_ideal(study, panel) else bad)[panel.title] = drawn
     if not (good or bad):
         return ""
@@ -116,6 +113,8 @@ def contract(study: Study) -> str:
         parts.append(f'<div class="panels">{"".join(f for drawn in bad.values() for f in drawn)}</div>')
     if good:
         title = f"{plural(len(good), 'number')} at {'its' if len(good) == 1 else 'their'} ideal at every step"
+        shown = [panel for panel in study.panels if panel.title in good]
+        title += " that has them" if any(np.isnan(x).any() for panel in shown for x in _values(study, panel)) else ""
         names = ", ".join(good)
         inside = "".join(f for drawn in good.values() for f in drawn)
         summary = f'<summary>{title} <span class="unit">{escaped(names)}</span></summary>'
@@ -125,9 +124,13 @@ def contract(study: Study) -> str:
 
 def is_ideal(study: Study, panel: Panel) -> bool:
     """Tell whether every number that any run has in a panel is the panel's ideal one."""
-    values = np.concatenate([panel.values(run.rows_of(panel)) for _, run in study.runs if panel.shown_for(run.config)] or [[]])
+    values = np.concatenate(_values(study, panel))
     values = values[~np.isnan(values)]
     return panel.ideal is not None and bool(len(values)) and bool((values == panel.ideal).all())
+
+
+def _values(study: Study, panel: Panel) -> list[np.ndarray]:
+    return [np.empty(0), *(panel.values(run.rows_of(panel)) for _, run in study.runs if panel.shown_for(run.config))]
 
 
 def absent(study: Study) -> str:
@@ -162,11 +165,16 @@ def legend(study: Study) -> str:
     return f'{listed}<div id="controls"></div><p class="small static">{said}</p>'
 
 
+def _most(study: Study) -> int:
+    """Return how many steps a curve may have, so that a page holds about NUMBERS numbers."""
+    return max(1000, NUMBERS // max(1, len(study.panels) * sum(len(arm.runs) for arm in study.arms)))
+
+
 def _wanted(study: Study, panel: Panel) -> bool:
     return any(panel.shown_for(run.config) for _, run in study.runs)
 
 
-def _curves(study: Study, panel: Panel, most: int) -> list[str]:
+def _curves(study: Study, panel: Panel) -> list[str]:
     """Return the figure of a panel, or nothing where no run has a finite number."""
     curves = [curve for i in range(len(study.arms)) if (curve := _curve(study, panel, i)) is not None]
     if not curves:
@@ -174,7 +182,7 @@ def _curves(study: Study, panel: Panel, most: int) -> list[str]:
     drawn = svg.chart(
         panel.title, panel.unit, [c.line(window(study) if panel.of == "steps" else 1) for c in curves], panel.scale
     )
-    data = {"scale": panel.scale, "smooth": panel.of == "steps", "lines": [curve.packed(most) for curve in curves]}
+    data = {"scale": panel.scale, "smooth": panel.of == "steps", "lines": [curve.packed(_most(study)) for curve in curves]}
     return [figure(panel.title, panel.unit, panel.notice, drawn, data)]
 
 
@@ -193,49 +201,53 @@ def _curve(study: Study, panel: Panel, index: int) -> Curve | None:
     return curve if np.isfinite(stats.curve(values, present)[0]).any() else None
 
 
-def _stacks(study: Study, panel: Panel, most: int) -> list[str]:
-    """Return a stack for each of the first arms: of its first seed, the parts that are anywhere more than 0."""
-    found = []
+def _stacks(study: Study, panel: Panel) -> Iterator[str]:
+    """Yield a stack for each of the first arms: of its first seed, the parts that are anywhere more than 0."""
     for arm in study.arms[:STACKS]:
         run = next((run for run in arm.runs if run.rows and panel.shown_for(run.config)), None)
-        if run is None:
-            continue
-        rows = run.rows_of(panel)
-        layers = {key.rpartition("/")[2]: np.nan_to_num(column(rows, key)) for key in panel.keys}
-        layers = {name: values for name, values in layers.items() if values.any()}
-        where = f": {arm.name}" + (f", seed {run.seed}" if len(arm.runs) > 1 else "") if len(study.arms) > 1 else ""
-        found += _stack(panel.title + where, panel.unit, panel.notice, np.array([r["step"] for r in rows]), layers, most)
-    return found
+        if run is not None:
+            rows = run.rows_of(panel)
+            layers = {key.rpartition("/")[2]: np.nan_to_num(column(rows, key)) for key in panel.keys}
+            layers = {name: values for name, values in layers.items() if values.any()}
+            steps = np.array([row["step"] for row in rows])
+            yield from _stack(study, arm, run, (panel.title, panel.unit, panel.notice), steps, layers)
 
 
-def _stack(title: str, unit: str, notice: str, steps: np.ndarray, layers: dict[str, np.ndarray], most: int) -> list[str]:
-    if not layers:
-        return []
-    at = svg.extremes(steps, np.sum(list(layers.values()), axis=0), most // 3)
-    steps, layers = steps[at], {name: values[at] for name, values in layers.items()}
-    lines = [
-        {"label": printable(name), "style": i, "steps": steps.tolist(), "seeds": [[_short(v) for v in values.tolist()]]}
-        for i, (name, values) in enumerate(layers.items())
-    ]
-    drawn = svg.stack(title, unit, steps, layers)
-    return [figure(title, unit, notice, drawn, {"scale": "from zero", "smooth": True, "stack": True, "lines": lines})]
-
-
-def _distributions(study: Study) -> list[str]:
-    """Return, of each of the first arms, what share of a step's completions had which reward, of steps spread over the run."""
-    found = []
+def _distributions(study: Study) -> Iterator[str]:
+    """Yield, of each of the first arms, what share of a step's completions had which reward, of steps spread over the run."""
+    said = (
+        "Distribution of rewards",
+        "fraction of completions",
+        "Which rewards were given: a mean of 0.5 can be all or nothing.",
+    )
     for arm in study.arms[:STACKS]:
         for run in arm.runs[:1]:
             try:
                 drawn = Completions(run.path).rewards(DRAWN_STEPS)
             except (UserError, OSError):  # said where the completions are shown
                 continue
-            where = f": {arm.name}" + (f", seed {run.seed}" if len(arm.runs) > 1 else "") if len(study.arms) > 1 else ""
-            notice = "Share of the completions that had which reward: a mean of 0.5 can be all or nothing."
-            found += _stack(
-                f"Distribution of rewards{where}", "fraction of completions", notice, *_layers(drawn), DRAWN_STEPS * 3
-            )
-    return found
+            yield from _stack(study, arm, run, said, *_layers(drawn))
+
+
+def _stack(
+    study: Study, arm: Arm, run: Run, said: tuple[str, str, str], steps: np.ndarray, layers: dict[str, np.ndarray]
+) -> Iterator[str]:
+    """Yield the figure of layers [steps] of one run, the first at the bottom, unless there are none."""
+    if not layers:
+        return
+    title, unit, notice = said
+    if len(study.arms) > 1:
+        title += f": {arm.name}" + (f", seed {run.seed}" if len(arm.runs) > 1 else "")
+    if len(study.arms) > STACKS:
+        notice += f" Drawn of the first {STACKS} arms."
+    at = svg.extremes(steps, np.sum(list(layers.values()), axis=0), _most(study) // 3)
+    steps, layers = steps[at], {name: values[at] for name, values in layers.items()}
+    lines = [
+        {"label": printable(name), "style": i, "steps": steps.tolist(), "seeds": [[_short(v) for v in values.tolist()]]}
+        for i, (name, values) in enumerate(layers.items())
+    ]
+    data = {"scale": "from zero", "smooth": True, "stack": True, "arm": printable(arm.name), "lines": lines}
+    yield figure(title, unit, notice, svg.stack(title, unit, steps, layers), data)
 
 
 def _layers(drawn: dict[int, list[float]]) -> tuple[np.ndarray, dict[str, np.ndarray]]:

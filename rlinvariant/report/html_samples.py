@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -183,19 +184,23 @@ def _units(text: str) -> int:
     return len(text.encode("utf-16-le")) // 2
 
 
+@lru_cache(maxsize=4)
+def _tokenizer(file: Path, written_ns: int) -> Any:
+    """Return the tokenizer of a file as it was written then, or None if it is none; a live page asks often."""
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception:  # the library's only kind of error: a page without colours
+        return None
+
+
 class _Pieces:
     """Cuts a completion's text at its tokens, by the tokenizer of the run's newest checkpoint, if it has one."""
 
     def __init__(self, run: Path) -> None:
-        self._tokenizer: Any = None
         found = sorted(RunDir(run).checkpoints.glob("checkpoint-*/tokenizer.json"), key=lambda file: file.stat().st_mtime)
-        if found:
-            from tokenizers import Tokenizer
-
-            try:
-                self._tokenizer = Tokenizer.from_file(str(found[-1]))
-            except Exception:  # the library's only kind of error: a page without colours
-                return
+        self._tokenizer: Any = _tokenizer(found[-1], found[-1].stat().st_mtime_ns) if found else None
 
     def of(self, row: Sample, text: str) -> list[str]:
         """Return a text for each token, "" for one that has none; [] where they do not make up the completion."""

@@ -5,7 +5,7 @@
   const status = document.getElementById("live-status");
   let version = document.body.dataset.version, asking = false;
   const titled = (within) => new Map([...within.querySelectorAll("figure")].map((of) => [of.querySelector("b").textContent, of]));
-  const layout = (section) => [...section.querySelectorAll("figure b, details")].map((of) => of.closest("details") ? "folded " : "open ").join();
+  const layout = (section) => [...section.querySelectorAll("figure b")].map((of) => (of.closest("details") ? "folded " : "open ") + of.textContent).join();
   const same = (a, b) => a && b && a.querySelector("script")?.textContent === b.querySelector("script")?.textContent;
 
   const take = (fresh) => {

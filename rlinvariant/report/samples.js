@@ -4,7 +4,7 @@
 const samples = (() => {
   const said = document.getElementById("said");
   if (!said) return {refresh() {}};
-  let runs = JSON.parse(document.getElementById("said-data").textContent), limit, turn = 0;
+  let runs = JSON.parse(document.getElementById("said-data").textContent), limit, turn = 0, wait;
   const shownAtOnce = 60;
   const make = (tag, parent, text, name) => {
     const element = parent.appendChild(document.createElement(tag));
@@ -98,7 +98,8 @@ const samples = (() => {
   const table = (rows) => {
     const made = make("table", make("div", list, undefined, "wide"), undefined, "said-table"), head = make("tr", make("thead", made));
     const differ = rows.some((row) => row.d), body = make("tbody", made);
-    for (const name of ["step", "#", "reward", "advantage", "length", "log-prob", ...(differ ? ["differ"] : []), "prompt", "completion"]) {
+    const numbers = ["step", "#", "reward", "advantage", "length", "log-prob", ...(differ ? ["differ"] : [])];
+    for (const name of [...numbers, "prompt", "completion"]) {
       const cell = make("th", head, name in keys && name !== "prompt" ? undefined : name, name === "prompt" || name === "completion" ? "text" : "");
       cell.scope = "col";
       if (cell.textContent) continue;
@@ -114,7 +115,7 @@ const samples = (() => {
     for (const row of rows) {
       const line = make("tr", body);
       const cells = [row.step, row.i, number(row.r), number(row.a), tokens(row), number(row.m), ...(differ ? [row.d ?? 0] : [])];
-      cells.forEach((value) => make("td", line, value));
+      cells.forEach((value, i) => { make("td", line, value).dataset.name = numbers[i]; });
       make("pre", make("td", line, undefined, "text"), row.prompt).dir = "auto";
       text(row, make("td", line, undefined, "text"));
     }
@@ -158,7 +159,8 @@ const samples = (() => {
     colour.lastChild.disabled = !differs;
   };
   which.addEventListener("input", () => { newest(); fresh(); });
-  [slider, every, search, view, sort, order, colour].forEach((control) => control.addEventListener("input", fresh));
+  [slider, every, view, sort, order, colour].forEach((control) => control.addEventListener("input", fresh));
+  search.addEventListener("input", () => { clearTimeout(wait); wait = setTimeout(fresh, runs[0].steps[0].rows ? 0 : 250); });
   more.addEventListener("click", () => { limit += shownAtOnce; draw(); });
   named();
   newest();

@@ -105,7 +105,7 @@ class Study:
     def runs(self) -> Iterator[tuple[Arm, Run]]:
         return ((arm, run) for arm in self.arms for run in arm.runs)
 
-    @property
+    @cached_property
     def panels(self) -> list[Panel]:
         """Return what is drawn of these runs: PANELS, and behind those of the reward each function's, and evaluations'."""
         found = of_rewards(row for _, run in self.runs for row in run.rows)

@@ -20,7 +20,7 @@ Log = Callable[[Mapping[str, Any], int], None]
 
 
 def start(
-    settings: Any, run_dir: Path, config: JsonRow, run_id: str | None = None
+    settings: Any, run_dir: Path, config: JsonRow, run_id: str | None = None, files: Sequence[Path] = ()
 ) -> tuple[str, Log | None, Callable[[], None]]:
     """Open a W&B run for `settings` (`wandb.*` of the configuration).
 
@@ -29,6 +29,7 @@ def start(
     Args:
         run_id: online, of a run at W&B, to which steps that it does not have are added, or of a new one; offline, to be sent
             under.
+        files: that `finish` adds as an artifact, as far as they are there: report and certificates.
 
     Returns:
         (mode, log(row, step) or None, finish()). Mode "auto" becomes online with a login, offline without, and disabled
@@ -70,7 +71,16 @@ def start(
         raise UserError(
             f"wandb.project={shown(settings.project, 40)}: W&B: {one_line(error, 120)}; wandb.mode=disabled"
         ) from error
-    return mode, lambda row, step: run.log({key: x for key, x in row.items() if key != "kind"}, step=step), run.finish
+
+    def finish() -> None:
+        if there := [file for file in files if file.is_file()]:
+            artifact = wandb.Artifact(f"report-{run.id}", type="report")
+            for file in there:
+                artifact.add_file(str(file))
+            run.log_artifact(artifact)
+        run.finish()
+
+    return mode, lambda row, step: run.log({key: x for key, x in row.items() if key != "kind"}, step=step), finish
 
 
 def table(rows: Sequence[JsonRow]) -> Untyped:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from rlinvariant.errors import UserError
-from rlinvariant.report import dashboard, wandb_log
+from rlinvariant.report import dashboard, html, wandb_log
 from rlinvariant.report.panels import ALGORITHM, CORRECTION, PANELS
 from rlinvariant.report.rundir import RunDir, read_metrics
 from tests.report.runs import write_ablation, write_run
@@ -42,7 +42,13 @@ def plots(view: dict, kind: str = "Run History Line Plot") -> list[dict]:
 
 
 def history(run: Path) -> list[dict]:
-    """The rows in a W&B run's own file: protocol buffers in LevelDB's log format, which wandb has no reader of in Python.
+    """The rows in a W&B run's own file."""
+    rows = [found.history.item for found in records(run) if found.WhichOneof("record_type") == "history"]
+    return [{item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items} for items in rows]
+
+
+def records(run: Path) -> list[Any]:
+    """All that is in a W&B run's own file: protocol buffers in LevelDB's log format, which wandb has no reader of in Python.
 
     Blocks of 32 KiB hold chunks, each with 7 bytes ahead: checksum, length, kind (1 whole, 2 first, 3 middle, 4 last part).
     """
@@ -61,9 +67,7 @@ def history(run: Path) -> list[dict]:
         at += 7 + length
         if kind in (1, 4):
             found, record = wandb_internal_pb2.Record.FromString(record), b""  # pyright: ignore[reportAttributeAccessIssue]
-            if found.WhichOneof("record_type") == "history":
-                items = found.history.item
-                rows.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})
+            rows.append(found)
     return rows
 
 
@@ -227,6 +231,20 @@ def test_a_resumed_run_has_the_id_that_it_had(tmp_path, monkeypatch):
     assert wandb_log.id_of(run.path) == "recorded", "`wandb clean` removes W&B's files"
     monkeypatch.setenv("WANDB_RUN_ID", "mine")  # as W&B's sweeps set it
     assert wandb_log.id_of(run.path) == "mine"
+
+
+def test_the_report_is_an_artifact_of_the_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "staged"))
+    run = write_run(tmp_path / "run", 0, steps=2).path
+    for expected in ([], ["report.html"]):  # the first time there is none
+        dashboard.sync(run)
+        (made,) = (run / "dashboard" / "wandb").glob("offline-run-*")
+        kinds = [found for found in records(made) if found.WhichOneof("record_type") == "request"]
+        artifacts = [x.request.log_artifact.artifact for x in kinds if x.request.WhichOneof("request_type") == "log_artifact"]
+        artifacts += [x.artifact for x in records(made) if x.WhichOneof("record_type") == "artifact"]
+        paths = [entry.path for artifact in artifacts for entry in artifact.manifest.contents]
+        assert [path for path in paths if not path.endswith("table.json")] == expected
+        html.write(run)
 
 
 def test_symbols_in_a_name_do_not_stop_the_views(tmp_path):

@@ -15,7 +15,7 @@ from tests.report.runs import row, write_ablation, write_run
 
 def test_the_outcome_is_said_first_in_exact_integers(ablation):
     text = text_of((ablation / "report.html").read_text())
-    outcome = text[: text.index("Numbers")]
+    outcome = text[: text.index("Of all completions of a step")]
     assert "exact: mismatched 0 / 3,840 tokens, coverage 1" in outcome
     assert re.search(r"drift: mismatched 3,\d\d\d / 3,840 tokens", outcome)
     assert "Reward against exact: no difference seen in drift (differences over the same 3 seeds)" in outcome
