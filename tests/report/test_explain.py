@@ -45,7 +45,7 @@ def words32(values: np.ndarray) -> list[str]:
 
 
 def test_its_numbers_are_those_of_numpy_and_torch(opened):
-    """What fp32 and bf16 hold, the sum of two, and the order of three: each word, of thousands of numbers, and the odd ones."""
+    """Each word of fp32 and bf16 is theirs: a number, a sum of two, of three in both orders; thousands, and the odd ones."""
     random = np.random.default_rng(0)
     drawn = random.standard_normal(3000) * 10.0 ** random.integers(-12, 12, 3000)
     near_ties = np.float32(random.standard_normal(1000)).view(np.uint32) & 0xFFFF0000 | 0x8000  # half way between two of bf16
