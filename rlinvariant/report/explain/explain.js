@@ -169,15 +169,15 @@ const explain = (() => {
       told.textContent = sizes[k] === 1 ? "yours alone" : `yours and ${sizes[k] - 1} other${sizes[k] > 2 ? "s" : ""}`;
       slider.setAttribute("aria-valuetext", told.textContent);
       out.replaceChildren();
-      const cell = (arm, i) => {
-        const [text, value] = [crowd[arm].tokens[k][i], crowd[arm].words[k][i]];
-        const differs = value !== crowd[arm].words[0][i] || text !== crowd[arm].tokens[0][i];
-        return {text: (text !== crowd[arm].tokens[0][i] ? text.trim() + " " : "") + "0x" + value, name: differs ? "word differ" : "word same"};
+      const cells = (arm, i) => {  // the token, and the word of its log-prob
+        const text = crowd[arm].tokens[k][i], value = crowd[arm].words[k][i], alone = crowd[arm];
+        const name = value !== alone.words[0][i] || text !== alone.tokens[0][i] ? "word differ" : "word same";
+        return [{text, name: "word"}, {text: "0x" + value, name}, String(fromBits(parseInt(value, 16)).toPrecision(5)).replace("-", "−")];
       };
-      const lines = crowd.stock.tokens[0].map((text, i) => [{text, name: "word"}, cell("stock", i), cell("ours", i), String(fromBits(parseInt(crowd.ours.words[k][i], 16)).toPrecision(6)).replace("-", "−")]);
-      table(out, ["token", "stock", "ours", "log-prob, nats"], lines).className = "recorded";
+      const lines = crowd.stock.tokens[0].map((_, i) => [...cells("stock", i), ...cells("ours", i)]);
+      table(out, ["stock", "word", "nats", "ours", "word", "nats"], lines).className = "recorded";
       const count = (arm) => crowd[arm].words[k].filter((value, i) => value !== crowd[arm].words[0][i]).length;
-      make("p", out, `Of ${lines.length} tokens, ${count("stock")} differ from when you were alone on stock kernels, ${count("ours")} on ours.`).setAttribute("role", "status");
+      make("p", out, `Of ${lines.length} tokens, ${count("stock")} differ from when you were alone on stock kernels, ${count("ours")} on ours. The two kernels round differently and may write two texts; the question is whether each of them says again what it has said.`).setAttribute("role", "status");
     };
     slider.addEventListener("input", draw);
     draw();
