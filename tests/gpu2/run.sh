@@ -27,16 +27,16 @@ else
 fi
 if [ -n "${TINY:-}" ]; then
   export CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 RLINVARIANT_CACHE=$WORK/cache
-  small=tiny medium=tiny large=tiny ddp=cpu2 shards=cpu2_fsdp2 one=cpu limit=300
+  small=tiny medium=tiny large=tiny ddp=cpu2 shards=cpu2_fsdp2 one=cpu slower=4
   sizes="trainer.max_completion_length=8 trainer.per_device_train_batch_size=8 sampler.kv_cache_gib=0.1"
 else
-  small=qwen3-0.6b medium=qwen3-1.7b large=qwen3-8b ddp=2gpu shards=2gpu_fsdp2 one=1gpu limit=540
+  small=qwen3-0.6b medium=qwen3-1.7b large=qwen3-8b ddp=2gpu shards=2gpu_fsdp2 one=1gpu slower=1
   sizes="trainer.max_completion_length=64 trainer.per_device_train_batch_size=32 sampler.kv_cache_gib=2"
 fi
 began=$SECONDS failed=0
 
 step() { # NAME SECONDS COMMAND...: run a step, and say in a line how it ended
-  local name=$1 most=$2 at=$SECONDS code; shift 2
+  local name=$1 most=$(($2 * slower)) at=$SECONDS code; shift 2
   timeout -k 10 "$most" "$@" >"$OUT/$part-$name.log" 2>&1; code=$?
   if [ $code = 0 ]; then word=ok; else word="FAILED (exit code $code)"; failed=$((failed + 1)); fi
   echo "== $part $name: $word, $((SECONDS - at)) s"
