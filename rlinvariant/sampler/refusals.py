@@ -107,18 +107,20 @@ def engine_problems(
     return found
 
 
-def process_problems(count: int, model: str, config: "PreTrainedConfig", device: str) -> list[str]:
+def process_problems(count: int, model: str, config: "PreTrainedConfig", device: str, started: int | None = None) -> list[str]:
     """List why an engine cannot be spread over so many processes by columns, one line each.
 
     Args:
         count: vLLM's tensor_parallel_size.
         model, config: as for `refuse`.
         device: "cpu" or "cuda".
+        started: how many processes this host has; None: as many as were launched.
     """
     if count == 1:
         return []
     said = f"sampler.tensor_parallel_size={count}"
-    started = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if is_launched() else 1
+    if started is None:
+        started = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if is_launched() else 1
     if count < 1:
         return [f"{said}: expected {divisor(started)}"]
     found = [f"{said}: model={model}: {reason}; choose another number, or 1" for reason in uncuttable(config, count)]

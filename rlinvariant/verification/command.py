@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rlinvariant import runtime
 from rlinvariant.arguments import at_least
-from rlinvariant.errors import INTERRUPTED, NOT_EXACT, OK
+from rlinvariant.errors import INTERRUPTED, NOT_EXACT, OK, ConfigErrors
 from rlinvariant.files import require_writable
 from rlinvariant.launch import is_launched, launch_command, rank
 from rlinvariant.report.console import Console
@@ -51,8 +51,7 @@ def run(options: argparse.Namespace) -> int:
     if options.out:
         require_writable(options.out, "verify: --out", "name another file")
     if asked.tensor_parallel_size > 1 and not is_launched():
-        out = ["--out", str(options.out)] if options.out else []
-        return launch_command(["verify", *asked.arguments(), *out], asked.tensor_parallel_size)
+        return _spread(asked, options.out)
     console = Console(rank() == 0)
     runtime.configure()
     runtime.quiet()
@@ -73,3 +72,17 @@ def run(options: argparse.Namespace) -> int:
     path = certificate.write(found, options.out)
     console.print(f"certificate  {path}" + (f", {options.out}" if options.out else ""))
     return OK if found["exact"] else NOT_EXACT
+
+
+def _spread(asked: Options, out: Path | None) -> int:
+    """Verify in several processes, unless the model or the machine speaks against it."""
+    with Console().stage("loading transformers and vLLM"):
+        import torch
+
+        from rlinvariant.sampler.refusals import load_config, process_problems
+
+    count, device = asked.tensor_parallel_size, "cuda" if torch.cuda.is_available() else "cpu"
+    config = load_config(asked.model)
+    if problems := process_problems(count, asked.model, config, device, torch.cuda.device_count() or count):
+        raise ConfigErrors(problems)
+    return launch_command(["verify", *asked.arguments(), *(["--out", str(out)] if out else [])], count)
