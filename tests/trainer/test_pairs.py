@@ -1,0 +1,82 @@
+"""Capabilities two by two: a few steps of each pair that no other test has, on a CPU, every token the same 32 bits."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft import LoraConfig
+from transformers import AutoTokenizer
+from trl import GRPOConfig
+
+import rlinvariant
+from rlinvariant.config import PPOConfig
+from rlinvariant.models.families import FAMILIES
+from rlinvariant.models.random import save_random
+from rlinvariant.recipes._tiny import build_tokenizer
+from tests.parity.device import cpu_only
+from tests.parity.harness import questions, variety
+
+pytestmark = [pytest.mark.slow, cpu_only("proven on CPUs alone so far")]
+
+WINDOW = 6  # of keys: less than any prompt and its completion
+LORA = {"peft_config": LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])}
+TOP_P = {"top_p": 0.8}
+PAIRS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # a family, with which other numbers; settings
+    "mixture, LoRA": ("qwen3-moe", {}, LORA),
+    "mixture, top-p": ("olmoe", {}, TOP_P),
+    "mixture, PPO": ("qwen3-moe", {}, {"ppo": PPOConfig()}),
+    "mixture, window": ("mixtral", {"sliding_window": WINDOW}, {}),
+    "window, LoRA": ("mistral-window", {"sliding_window": WINDOW}, LORA),
+    "window, top-p": ("mistral-window", {"sliding_window": WINDOW}, TOP_P),
+    "window, PPO": ("mistral-window", {"sliding_window": WINDOW}, {"ppo": PPOConfig()}),
+    "LoRA, top-p": ("qwen3", {}, LORA | TOP_P),
+}
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_a_pair_trains_exactly(pair: str, tmp_path: Path) -> None:
+    family, numbers, settings = PAIRS[pair]
+    config = FAMILIES[family]()
+    for name, value in {"intermediate_size": 128, "moe_intermediate_size": 64, "router_aux_loss_coef": 0.0, **numbers}.items():
+        if hasattr(config, name):
+            setattr(config, name, value)
+    build_tokenizer().save_pretrained(save_random(config, tmp_path / "model"))
+    trainer, rows = trained(str(tmp_path / "model"), tmp_path / "out", **settings)
+    assert [row["onpolicy/mismatched_tokens"] for row in rows] == [0, 0], rows
+    assert all(row["onpolicy/coverage"] == 1 and row["onpolicy/compared_tokens"] > 60 for row in rows)
+    assert all(row["grad_norm"] > 0 for row in rows)
+    if "mixture" in pair:
+        assert all(row["onpolicy/router_flips"] == 0 for row in rows)
+    if "window" in pair:
+        assert trainer.model.config.sliding_window == WINDOW
+
+
+def trained(directory: str, output: Path, ppo: PPOConfig | None = None, peft_config: Any = None, **changes: Any) -> Any:
+    args = GRPOConfig(
+        str(output),
+        max_steps=2,
+        save_strategy="no",
+        learning_rate=1e-3,
+        per_device_train_batch_size=8,
+        num_generations=4,
+        max_completion_length=12,
+        logging_steps=1,
+        bf16=False,
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        **changes,
+    )
+    rows: list[dict[str, Any]] = []
+    shared: dict[str, Any] = {
+        "processing_class": AutoTokenizer.from_pretrained(directory),
+        "sampler_options": {"max_model_len": 64, "kv_cache_gib": 0.02, "options": {"enforce_eager": True}},
+        "on_row": lambda row, mismatch: rows.append(row),
+    }
+    if ppo is not None:
+        trainer = rlinvariant.ppo_trainer(directory, variety, args, questions(), ppo=ppo, **shared)
+    else:
+        more = {} if peft_config is None else {"peft_config": peft_config}
+        trainer = rlinvariant.grpo_trainer(directory, variety, args, questions(), **shared, **more)
+    trainer.train()
+    return trainer, rows
