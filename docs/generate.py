@@ -19,9 +19,11 @@ BY = "<!-- Written by docs/generate.py: edit the code, then run it. -->\n\n"
 
 def pages() -> dict[Path, str]:
     """Return every generated page: path to text."""
+    from rlinvariant.bench import pairs
     from rlinvariant.report import html_explain
 
     made = {"cli": commands(), "config": configuration(), "metrics": metrics(), "api": api(), "ops": ops()}
+    made["pairs"] = BY + pairs.page()
     return {REFERENCE / f"{name}.md": text for name, text in made.items()} | {EXPLANATION: html_explain.page()}
 
 

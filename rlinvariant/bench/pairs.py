@@ -1,0 +1,96 @@
+"""The page of pairs: for every two capabilities, the test that runs both, the line that refuses them, or that nobody has tried.
+
+Refusals are asked of the code that refuses; that each test is there, tests/bench/test_pairs.py asserts. docs/generate.py
+writes the page.
+"""
+
+import functools
+import tempfile
+from itertools import combinations
+from typing import Any
+
+SAID = {  # a capability -> the setting that asks for it
+    "LoRA": "lora.r=8",
+    "turns": "tools=",
+    "top-p": "trainer.top_p=0.9",
+    "PPO": "algorithm=ppo",
+    "windows": "a model with `sliding_window`",
+    "shards": "machine=cpu2_fsdp2",
+    "shared sampler": "sampler.tensor_parallel_size=2",
+    "servers": "sampler.servers=http://HOST:8000",
+    "mixtures": "a model with experts",
+}
+PAIRS = "tests/trainer/test_pairs.py::test_a_pair_trains_exactly"
+FAMILY = "tests/verification/test_verify.py::test_every_supported_family_is_exact"
+TESTED = {  # a pair -> the test in which both are exact, on a CPU
+    ("LoRA", "turns"): "tests/verification/test_verify.py::test_adapters_are_certified",
+    ("LoRA", "top-p"): PAIRS,
+    ("LoRA", "windows"): PAIRS,
+    ("LoRA", "mixtures"): PAIRS,
+    ("turns", "top-p"): "tests/trainer/test_turns.py::test_turns_of_a_truncated_policy_are_exact",
+    ("turns", "PPO"): "tests/trainer/test_turns.py::test_ppo_over_turns",
+    ("turns", "windows"): FAMILY,
+    ("turns", "shared sampler"): (
+        "tests/trainer/test_spread.py::test_ranks_with_a_shared_sampler_take_as_many_turns_as_their_samples"
+    ),
+    ("turns", "mixtures"): FAMILY,
+    ("top-p", "PPO"): "tests/trainer/test_truncation.py::test_ppo_truncates_exactly",
+    ("top-p", "windows"): PAIRS,
+    ("top-p", "servers"): "tests/sampler/test_served.py::test_servers_draw_what_an_engine_draws",
+    ("top-p", "mixtures"): PAIRS,
+    ("PPO", "windows"): PAIRS,
+    ("PPO", "shards"): "tests/trainer/test_sharding.py::test_shards_train_the_weights_of_whole_models_bit_for_bit",
+    ("PPO", "mixtures"): PAIRS,
+    ("windows", "mixtures"): PAIRS,
+    ("shards", "shared sampler"): "tests/trainer/test_spread.py::test_a_shared_sampler_draws_and_trains_the_same_bytes",
+    ("shards", "servers"): "tests/trainer/test_served_runs.py::test_two_processes_draw_from_servers_what_one_draws_itself",
+}
+
+
+@functools.cache
+def refused() -> dict[tuple[str, str], str]:
+    """Return the line with which each pair that cannot be had is refused."""
+    from trl.trainer.grpo_config import GRPOConfig
+
+    from rlinvariant.conflicts import adapter_conflicts, server_problems, sharding_problems, spread_problems
+    from rlinvariant.models.families import FAMILIES
+    from rlinvariant.models.limits import uncuttable
+
+    lora, urls = SAID["LoRA"], [SAID["servers"].partition("=")[2]]
+    with tempfile.TemporaryDirectory() as directory:
+        trainer: Any = GRPOConfig(directory, use_cpu=True, bf16=False, report_to="none")
+    lines = {
+        ("LoRA", "PPO"): adapter_conflicts(lora, "0", "exact", ppo=True),
+        ("LoRA", "shards"): sharding_problems(trainer, "exact", lora),
+        ("LoRA", "shared sampler"): spread_problems(2, "exact", adapted=True),
+        ("LoRA", "servers"): server_problems(urls, "FILE", "exact", lora, []),
+        ("shared sampler", "servers"): server_problems(urls, "FILE", "exact", None, [SAID["shared sampler"]]),
+        ("shared sampler", "mixtures"): [
+            f"{SAID['shared sampler']}: {line}" for line in uncuttable(FAMILIES["qwen3-moe"](), 2)
+        ],
+    }
+    found = {}
+    for pair, (line,) in lines.items():
+        found[pair] = line
+    return found
+
+
+def page() -> str:
+    """Return the page: one row for each pair."""
+    rows = ["| | and | |", "|---|---|---|"]
+    for pair in combinations(SAID, 2):
+        if pair in TESTED:
+            status = f"exact on a CPU: `{TESTED[pair]}`"
+        elif pair in refused():
+            status = f"refused: `{refused()[pair]}`"
+        else:
+            status = "not tried together"
+        rows.append(f"| {pair[0]} | {pair[1]} | {status} |")
+    asks = "\n".join(f"* **{name}**: `{said}`" if "`" not in said else f"* **{name}**: {said}" for name, said in SAID.items())
+    lead = (
+        "What can be had together, two by two. *Exact* means that a test trains, draws or verifies with both, and every "
+        "compared log-prob is the same 32 bits; *refused* means one line before weights are loaded; *not tried together* is "
+        "neither refused nor tested: the comparison at every step still stops a run in which a token differs. On a GPU what "
+        "[limits](../limits.md) says of each alone holds for both."
+    )
+    return f"# Pairs\n\n{lead}\n\n{asks}\n\n" + "\n".join(rows) + "\n"
