@@ -93,6 +93,9 @@ class Sampler:
     A process may have several, one after the other or at once. One that nothing refers to gives its memory back when the next
     one starts; `close` does so now.
 
+    With `options={"tensor_parallel_size": N}` the processes of a launch share an engine, N by N, each with some columns of each
+    product. Those of one engine make the same calls, with the same arguments, and get the same; `GroupSampler` is for others.
+
     Args:
         model: directory or hub id of a Hugging Face checkpoint; or directory of a PEFT adapter, of an invariant engine.
         invariant: whether the engine computes through `rlinvariant.ops`; else it is a stock engine.
@@ -154,6 +157,8 @@ class Sampler:
                 arguments["max_model_len"] = max_model_len or positions  # vLLM's own default may be beyond the rotary table
                 plugin.load()
                 plugin.register_class()
+                if processes > 1:
+                    arguments["disable_custom_all_reduce"] = True  # nothing is added over processes
                 arguments |= {"quantization": QUANTIZATION, "hf_overrides": {"architectures": [ARCHITECTURE]}}
             with stdout_with_descriptor(), adapters.expecting(ranks or {}):
                 self.llm = LLM(str(model), **arguments)
