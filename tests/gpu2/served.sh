@@ -1,12 +1,12 @@
 # A server on the second GPU, a trainer on the first: ten steps; a wrong token; a word flipped on its way; a server that is killed
 set -u
-on() { if [ -n "${TINY:-}" ]; then shift; "$@"; else CUDA_VISIBLE_DEVICES=$1 "${@:2}"; fi; }
+gpu() { [ -n "${TINY:-}" ] || export CUDA_VISIBLE_DEVICES=$1; } # of this shell and what it starts
 cd "$WORK"
 url=http://127.0.0.1:8471
 (umask 077; $PY -c 'import secrets; print(secrets.token_hex(32))' >right.token; $PY -c 'import secrets; print(secrets.token_hex(32))' >wrong.token)
 serve() {
-  on 1 $PY -m rlinvariant serve "$WORK/$small" --port 8471 --trainer-token-file right.token --max-model-len 512 \
-    --kv-cache-memory-bytes 1073741824 >"$OUT/5-server.txt" 2>&1 &
+  (gpu 1; exec $PY -m rlinvariant serve "$WORK/$small" --port 8471 --trainer-token-file right.token --max-model-len 512 \
+    --kv-cache-memory-bytes 1073741824 >"$OUT/5-server.txt" 2>&1) &
   server=$!
   for _ in $(seq 240); do
     $PY -c "import urllib.request as u; u.urlopen('$url/health', timeout=2)" 2>/dev/null && return 0
@@ -17,7 +17,7 @@ serve() {
 }
 served() { # RUN TOKEN SETTINGS...
   local run=$1 token=$2; shift 2
-  on 0 train "$run" "$one" "$small" sampler.servers=$url sampler.trainer_token_file="$WORK/$token.token" trainer.save_strategy=no "$@"
+  (gpu 0; train "$run" "$one" "$small" sampler.servers=$url sampler.trainer_token_file="$WORK/$token.token" trainer.save_strategy=no "$@")
 }
 trap 'code=$?; kill $server 2>/dev/null; wait $server 2>/dev/null; exit $code' EXIT
 set -e
