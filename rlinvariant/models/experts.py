@@ -128,22 +128,25 @@ def places(parameter: Tensor, name: str) -> set[tuple[int, int]]:
     return {(expert, part) for expert in range(len(parameter)) for part in range(2 if name.endswith(PARAMETERS[0]) else 1)}
 
 
+def stored(name: str, weight: Tensor, model_type: str) -> dict[tuple[int, int] | None, str]:
+    """Return the names that a checkpoint has for a parameter: one, by None; of all experts in one, for each (expert, part)."""
+    mixtral, (path, _, parameter) = model_type == "mixtral", name.rpartition(".")
+    if mixtral:
+        path = path.replace(".mlp", ".block_sparse_moe")
+    if parameter not in PARAMETERS or weight.dim() != 3:
+        return {None: f"{path}.{parameter}"}
+    matrices = MATRICES[mixtral]
+    return {at: f"{path}.{at[0]}.{matrices[parameter, at[1]]}.weight" for at in sorted(places(weight, name))}
+
+
 def in_checkpoint(weights: Iterable[tuple[str, Tensor]], model_type: str) -> Iterator[tuple[str, Tensor]]:
     """Yield names and tensors as a checkpoint has them: each expert's matrices, in place of those of all experts in one."""
-    mixtral = model_type == "mixtral"
     for name, weight in weights:
-        path, _, parameter = name.rpartition(".")
-        if mixtral:
-            path = path.replace(".mlp", ".block_sparse_moe")
-        if parameter not in PARAMETERS or weight.dim() != 3:
-            yield f"{path}.{parameter}", weight
-            continue
-        for expert, part in sorted(places(weight, name)):
-            matrix = MATRICES[mixtral][parameter, part]
-            yield f"{path}.{expert}.{matrix}.weight", rows_of(weight, expert, part, parameter)
+        for at, own in stored(name, weight, model_type).items():
+            yield own, weight if at is None else rows_of(weight, *at, name)
 
 
 def rows_of(parameter: Tensor, expert: int, part: int, name: str) -> Tensor:
     """Return the rows of one expert's matrix, which share the memory of `gate_up_proj` [E, 2 I, D] or `down_proj` [E, D, I]."""
     whole = parameter.data[expert]
-    return whole.chunk(2)[part] if name == PARAMETERS[0] else whole
+    return whole.chunk(2)[part] if name.endswith(PARAMETERS[0]) else whole

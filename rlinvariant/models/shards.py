@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from rlinvariant.checksums import Checksum, of, partial
 from rlinvariant.errors import UserError
+from rlinvariant.models import experts
 from rlinvariant.types import JsonObject
 
 if TYPE_CHECKING:
@@ -123,22 +124,33 @@ def load(model: "PreTrainedModel", directory: Path) -> None:
     Raises:
         UserError: a weight is missing, unknown, or of another shape.
     """
-    own = dict(model.named_parameters())
-    files = _files(directory)
+    own, files = dict(model.named_parameters()), _files(directory)
+    stored = {name: experts.stored(name, p, model.config.model_type) for name, p in own.items()}
+    needed = {name for names in stored.values() for name in names.values()}
     tied = {name for name, p in model.named_parameters(remove_duplicate=False)} - own.keys()
-    missing, unknown = own.keys() - files.keys(), files.keys() - own.keys() - tied
+    missing, unknown = needed - files.keys(), files.keys() - needed - tied
     if missing or unknown:
         why = f"{len(missing)} weights are missing and {len(unknown)} unknown, {min(missing or unknown)} first"
         raise UserError(f"{directory}: of another model: {why}")
     with torch.no_grad():
         for name, p in own.items():
-            with safe_open(files[name], framework="pt") as file:
-                saved = file.get_slice(name)
-                if saved.get_shape() != list(p.shape):
-                    raise UserError(f"{directory}: {name} has shape {saved.get_shape()}, expected {list(p.shape)}")
-                rows, first = local(p.detach()), first_row(p)
-                if len(rows):
-                    rows.copy_(saved[first : first + len(rows)])
+            rows, first = local(p.detach()), first_row(p)
+            for at, saved in stored[name].items():
+                if at is None:
+                    _read(files[saved], saved, rows, p.shape, slice(first, first + len(rows)))
+                elif first <= at[0] < first + len(rows):
+                    matrix = experts.rows_of(rows, at[0] - first, at[1], name)
+                    _read(files[saved], saved, matrix, matrix.shape, slice(None))
+
+
+def _read(path: Path, name: str, into: Tensor, shape: torch.Size, rows: slice) -> None:
+    """Copy rows of a weight of a file into a tensor. Raises UserError if the whole weight has another shape."""
+    with safe_open(path, framework="pt") as file:
+        saved = file.get_slice(name)
+        if saved.get_shape() != list(shape):
+            raise UserError(f"{path.parent}: {name} has shape {saved.get_shape()}, expected {list(shape)}")
+        if len(into):
+            into.copy_(saved[rows])
 
 
 def _files(directory: Path) -> dict[str, Path]:

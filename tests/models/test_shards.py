@@ -2,13 +2,15 @@
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, Shard, init_device_mesh
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from rlinvariant import bits
 from rlinvariant.errors import UserError
 from rlinvariant.models import make_invariant, shards
+from rlinvariant.models.families import FAMILIES
+from rlinvariant.models.random import save_random
 from rlinvariant.trainer.memory import decoder_layers
 from tests.parity.device import cpu_only
 
@@ -101,6 +103,24 @@ def test_a_checkpoint_is_read_into_shards_and_another_model_s_is_refused(group, 
         save_file(others, tmp_path / "model.safetensors")
         with pytest.raises(UserError, match=why):
             shards.load(cut, tmp_path)
+
+
+@pytest.mark.parametrize("family", ["qwen3-moe", "mixtral"])
+def test_the_experts_of_a_checkpoint_are_read_into_shards(group, tmp_path, family):
+    """The file has a matrix for each expert, and Mixtral's others names."""
+    config = FAMILIES[family]()
+    config.moe_intermediate_size = config.intermediate_size = 32
+    plain = AutoModelForCausalLM.from_pretrained(save_random(config, tmp_path), dtype=torch.float32)
+    cut = make_invariant(AutoModelForCausalLM.from_config(config, dtype=torch.float32), torch.bfloat16)
+    shards.shard(cut, decoder_layers(cut))
+    shards.load(cut, tmp_path)
+    read = shards.state(cut, keep=True)
+    assert all(bits.same(read[name], weight) for name, weight in plain.named_parameters())
+    weights = load_file(tmp_path / "model.safetensors")
+    name = next(name for name in weights if ".experts.7." in name)
+    save_file({k: v for k, v in weights.items() if k != name}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=f"1 weights are missing and 0 unknown, {name} first"):
+        shards.load(cut, tmp_path)
 
 
 @pytest.mark.parametrize("optim", [torch.optim.AdamW, torch.optim.SGD])
