@@ -21,6 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rlinvariant import ops
 from rlinvariant.errors import UserError
+from rlinvariant.models.graphs import hidden_states
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -275,7 +276,7 @@ class CausalLM(nn.Module):
         """
         if token_ids is None:
             return self.stock.forward(self, *args, **kwargs)
-        hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
+        hidden = hidden_states(self.base_model, *args, **kwargs)
         scaling = logits_scaling(self.config)
         of = hidden[0, predicted_from], self.lm_head.weight, token_ids, temperature, *scaling
         return ops.token_logprobs(*of, top_k, top_p, min_p)

@@ -11,6 +11,7 @@ from transformers import AutoModel, AutoTokenizer
 from rlinvariant import ops
 from rlinvariant.errors import UserError
 from rlinvariant.models import audit_config, make_invariant, make_trainable, require_exact, shards
+from rlinvariant.models.graphs import hidden_states, runs_as_graphs
 from rlinvariant.models.load import load
 from rlinvariant.trainer.memory import decoder_layers
 from rlinvariant.trainer.packing import pack
@@ -62,8 +63,8 @@ class Critic(nn.Module):
             hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
             values = self.head(hidden[:, -length - 1 : -1])[..., 0].float()
             return values.masked_fill(attention_mask[:, -length:] == 0, 0.0)
-        batch = pack(input_ids, attention_mask, length)
-        hidden = self.backbone(**batch.inputs, attention_mask=None, use_cache=False).last_hidden_state
+        batch = pack(input_ids, attention_mask, length, few_shapes=runs_as_graphs(self.backbone))
+        hidden = hidden_states(self.backbone, **batch.inputs, attention_mask=None)
         values = ops.linear(hidden[0, batch.predicted_from], self.head.weight)
         return batch.unpack(values[:, 0].float())
 

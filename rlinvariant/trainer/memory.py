@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from rlinvariant.models import lora
+from rlinvariant.models.graphs import use_graphs
+from rlinvariant.models.limits import mixture_of
 from rlinvariant.models.shards import local
 from rlinvariant.ops.token_logprobs import CHUNK_BYTES
 from rlinvariant.trainer.packing import pack
@@ -26,6 +29,9 @@ USABLE = {
 BACKWARD = 2.5  # layers whose activations and their gradients are there at once in a backward
 STATES = 12  # bytes of a parameter's fp32 gradient and of Adam's two moments
 PROBE = 64  # tokens
+# Parameters of a layer times tokens. A host starts a layer's kernels in 4.5 ms, forward and backward, and an H200 does 6 times
+# as many operations in that time: SmolLM2-135M waits with any number of tokens, Qwen3-0.6B with fewer than 20,000.
+HOST_BOUND = 3e11
 LEAST_TOKENS = 256.0  # of a part; a longer row is a part of its own
 
 
@@ -37,16 +43,19 @@ class Fit:
         tokens: the most of a part.
         recomputed: of how many decoder layers, the first ones, the backward computes the activations again.
         layers: how many there are.
+        graphs: whether decoders run as CUDA graphs, on rows padded to few shapes.
     """
 
     tokens: int
     recomputed: int
     layers: int
+    graphs: bool = False
 
     def __str__(self) -> str:
         how = {0: "no activations recomputed", self.layers: "activations of all layers recomputed"}
         part = f"activations of {self.recomputed} of {self.layers} layers recomputed"
-        return f"micro-batches of at most {self.tokens:,} tokens, {how.get(self.recomputed, part)}"
+        graphs = ", forward and backward as CUDA graphs" if self.graphs else ""
+        return f"micro-batches of at most {self.tokens:,} tokens, {how.get(self.recomputed, part)}{graphs}"
 
     def apply(self, model: Untyped, kwargs: JsonRow | None = None) -> None:
         """Let the first layers of a model recompute, and the others not: TRL's generation switches all on.
@@ -59,9 +68,10 @@ class Fit:
         own = decoder_layers(model)
         for at, layer in enumerate(own):
             layer.gradient_checkpointing = at * self.layers < self.recomputed * len(own)
+        use_graphs(decoder_of(model), self.graphs)
 
     def halved(self, longest: int, device: str, recomputes: bool) -> "Fit | None":
-        """Return what is tried next where memory was too small; None: there is nothing left to try.
+        """Return what is tried next where memory was too small, without graphs; None: there is nothing left to try.
 
         Args:
             longest: tokens of the longest row, which no part can be shorter than.
@@ -69,10 +79,10 @@ class Fit:
             recomputes: whether activations may be recomputed, and that would help.
         """
         if self.tokens > (enough := max(longest, ENOUGH_TOKENS[device])):
-            return replace(self, tokens=max(enough, self.tokens // 2))
+            return replace(self, tokens=max(enough, self.tokens // 2), graphs=False)
         if recomputes and self.recomputed < self.layers:
-            return replace(self, recomputed=self.layers)
-        return replace(self, tokens=max(longest, self.tokens // 2)) if self.tokens > longest else None
+            return replace(self, recomputed=self.layers, graphs=False)
+        return replace(self, tokens=max(longest, self.tokens // 2), graphs=False) if self.tokens > longest else None
 
 
 def decoder_layers(model: nn.Module) -> list[Untyped]:
@@ -80,6 +90,12 @@ def decoder_layers(model: nn.Module) -> list[Untyped]:
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def decoder_of(model: nn.Module) -> nn.Module:
+    """Return what a policy, with adapters or without, or a critic computes hidden states with."""
+    backbone = getattr(model, "backbone", None)
+    return lora.without_peft(model).base_model if backbone is None else backbone
 
 
 def settle(trainer: "MicroBatchedTrainer") -> Fit:
@@ -110,8 +126,18 @@ def settle(trainer: "MicroBatchedTrainer") -> Fit:
     choices = {True: [layers], False: [0], None: [round(layers * share / 4) for share in range(5)]}[recompute]
     wanted = asked or ENOUGH_TOKENS[device.type]
     recomputed = next((count for count in choices if fits(count) >= wanted), choices[-1])
-    fitting = 2 ** int(math.log2(max(LEAST_TOKENS, fits(recomputed))))
-    return Fit(asked or min(MOST_TOKENS[device.type], fitting), recomputed, layers)
+    tokens = asked or min(MOST_TOKENS[device.type], 2 ** int(math.log2(max(LEAST_TOKENS, fits(recomputed)))))
+    alone = device.type == "cuda" and trainer.accelerator.num_processes == 1 and not trainer.sharded
+    dense = mixture_of(policy.config) is None  # of a mixture, hooks look at where tokens go
+    graphs = alone and dense and not recomputed and all(_waits_for_host(model, tokens) for model in models)
+    return Fit(tokens, recomputed, layers, graphs)
+
+
+def _waits_for_host(model: nn.Module, tokens: int) -> bool:
+    """Return whether a forward and backward of so many tokens has less work than a host needs time to start its kernels."""
+    layers = decoder_layers(model)
+    parameters = sum(p.numel() for layer in layers for p in layer.parameters())
+    return parameters * tokens < HOST_BOUND * len(layers)
 
 
 def _bytes_of_a_token(model: Any) -> float:

@@ -291,6 +291,8 @@ class MicroBatchedTrainer(WholeEntropyTrainer):
             raise self._ended(f"{too_small}; {why}; {fix}", problem)
         say(f"step {self.state.global_step + 1}: {too_small}; {what} starts again with {fit}")
         self._fit = fit
+        for model in self._models():
+            fit.apply(model, self.args.gradient_checkpointing_kwargs)  # which frees the graphs
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

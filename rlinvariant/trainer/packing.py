@@ -12,6 +12,8 @@ from torch import Tensor
 
 from rlinvariant.kernels.rows import GEMM_ROW_STEP
 
+PADDED_LONGEST = 128  # the least that few shapes have as the longest sequence
+
 
 @dataclass(frozen=True)
 class Packed:
@@ -29,12 +31,19 @@ class Packed:
         return values.new_zeros(self.keep.shape).masked_scatter(self.keep, values)
 
 
+def rounded(count: int, multiple: int, few: bool) -> int:
+    """Return the next multiple; if `few`, of a sixteenth of the power of two below, where that is more."""
+    step = max(multiple, (1 << (count.bit_length() - 1)) // 16) if few else multiple
+    return -(-count // step) * step
+
+
 def pack(
     input_ids: Tensor,
     attention_mask: Tensor,
     completion_length: int,
     multiple: int | None = None,
     wanted: Tensor | None = None,
+    few_shapes: bool = False,
 ) -> Packed:
     """Drop the padding of a batch and find the completion tokens.
 
@@ -46,6 +55,8 @@ def pack(
         completion_length: C, how many of the last columns belong to completions.
         multiple: of what N is to be, by default what suits the device; the rest is a sequence that nothing is scored of.
         wanted: [B, C] bool, which of the completions' real tokens to score; None: all.
+        few_shapes: round up the number of tokens, by at most a sixteenth or to a multiple, of sequences, and the length of the
+            longest, so that batches of about the same size have the same shapes (models/graphs.py).
     """
     multiple = multiple or (GEMM_ROW_STEP if input_ids.is_cuda else 1)
     mask_BL = attention_mask.bool()
@@ -56,12 +67,16 @@ def pack(
     keep_BC = keep_BC if wanted is None else keep_BC & wanted
     scored_S = row_of_BL[:, -completion_length:][keep_BC]
     ids_N, positions_N = input_ids[mask_BL], (attention_mask.cumsum(1) - 1)[mask_BL]
-    if missing := -len(ids_N) % multiple:
+    longest = int(lengths_B.max())
+    if missing := rounded(len(ids_N), multiple, few_shapes) - len(ids_N):
         ids_N = F.pad(ids_N, (0, missing))
         positions_N = F.pad(positions_N, (0, missing))
-        lengths_B = F.pad(lengths_B, (0, 1), value=missing)
+        rest = [longest] * (missing // longest) + [missing % longest]  # no longer than real ones, or they would cost more
+        lengths_B = torch.cat([lengths_B, lengths_B.new_tensor(rest)])
+    if few_shapes:
+        lengths_B = F.pad(lengths_B, (0, rounded(len(lengths_B), 16, True) - len(lengths_B)))  # of no token
+        longest = max(PADDED_LONGEST, 1 << (longest - 1).bit_length())
     cu = F.pad(lengths_B.cumsum(0), (1, 0)).to(torch.int32)
-    longest = int(lengths_B.max())
     inputs: dict[str, Tensor | int] = {
         "input_ids": ids_N[None],
         "position_ids": positions_N[None],

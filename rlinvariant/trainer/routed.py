@@ -18,9 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlinvariant.models.graphs import runs_as_graphs
 from rlinvariant.models.routing import Routing, slots_of
 from rlinvariant.trainer.drawing import DrawingTrainer
 from rlinvariant.trainer.interface import SamplerLike
+from rlinvariant.trainer.memory import decoder_of
 from rlinvariant.trainer.packing import pack
 
 
@@ -63,7 +65,8 @@ class RoutedTrainer(DrawingTrainer):
 
     def _packed_logprobs(self, model, input_ids: Tensor, attention_mask: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
         """Return log-probs and entropies [B, C], fp32, of the `wanted` [B, C] of the last columns of a padded batch [B, L]."""
-        batch = pack(input_ids, attention_mask, wanted.shape[1], wanted=wanted)
+        by_graphs = runs_as_graphs(decoder_of(self.accelerator.unwrap_model(model)))
+        batch = pack(input_ids, attention_mask, wanted.shape[1], wanted=wanted, few_shapes=by_graphs)
         if self._routing is not None:
             self._routing.begin()
         logprobs, entropies = model(

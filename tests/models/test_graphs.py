@@ -1,0 +1,116 @@
+"""A decoder's CUDA graphs: log-probs and gradients have the bits of passes without; whatever would break that is seen."""
+
+import copy
+
+import pytest
+import torch
+
+from rlinvariant.bits import assert_bits_equal, compare
+from rlinvariant.models import make_trainable
+from rlinvariant.models.graphs import MOST_SHAPES, DecoderGraphs, runs_as_graphs, use_graphs
+from rlinvariant.trainer.packing import Packed, pack
+from tests.models.small import build
+from tests.parity.device import CUDA, DEVICE
+
+gpu = pytest.mark.gpu
+needs_gpu = pytest.mark.skipif(not CUDA, reason="CUDA graphs")  # selected by -m gpu, on a GPU
+
+
+def batch(seed: int, rows: int = 6, longest: int = 40) -> Packed:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(97, (rows, longest), generator=generator)
+    lengths = torch.randint(5, longest + 1, (rows,), generator=generator)
+    mask = (torch.arange(longest) < lengths[:, None]).long()
+    return pack(ids.to(DEVICE), mask.to(DEVICE), longest - 2, few_shapes=True)
+
+
+def passes(model, seeds=(0, 1, 2)) -> list[torch.Tensor]:
+    """Log-probs of several micro-batches, whose gradients add up."""
+    found = []
+    for seed in seeds:
+        packed = batch(seed)
+        logprobs, _ = model(
+            **packed.inputs,
+            attention_mask=None,
+            token_ids=packed.token_ids,
+            predicted_from=packed.predicted_from,
+            temperature=0.7,
+        )
+        (logprobs * torch.linspace(-1, 1, len(logprobs), device=DEVICE)).sum().backward()
+        found.append(logprobs.detach())
+    return found
+
+
+def trained(model, steps: int = 3) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+    """All log-probs of some optimizer steps, and the weights and gradients after them."""
+    optimizer, found = torch.optim.AdamW(model.parameters(), 1e-3), []
+    for step in range(steps):
+        found += passes(model, range(3 * step, 3 * step + 3))
+        last = {f"{name}.grad": p.grad.clone() for name, p in model.named_parameters()}
+        optimizer.step()
+        optimizer.zero_grad()
+    return found, last | {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("family", ["qwen3 tied", "llama tied", "qwen2"])
+def test_graphs_change_no_bit_of_log_probs_gradients_or_weights(family):
+    """Of a tied embedding, whose gradient has a part that no graph computes, too. Control: other weights are other bits."""
+    eager = make_trainable(build(family)).train()
+    graphs = copy.deepcopy(eager)
+    use_graphs(graphs.base_model, True)
+    one, two = trained(eager), trained(graphs)
+    assert graphs.base_model.graphs.passes == 9 and len(graphs.base_model.graphs._graphs) >= 1
+    for a, b in zip(one[0], two[0], strict=True):
+        assert_bits_equal(a, b, "log-probs")
+    assert one[1].keys() == two[1].keys()
+    for name in one[1]:
+        assert_bits_equal(one[1][name], two[1][name], name)
+    assert compare(passes(eager, (0,))[0], one[0][0]) is not None, "the weights have moved"
+
+
+@gpu
+@needs_gpu
+def test_moved_weights_are_recorded_again_and_a_lost_forward_is_refused():
+    model = make_trainable(build("qwen3")).train()
+    use_graphs(model.base_model, True)
+    first = passes(model, (0,))[0]
+    (graph,) = model.base_model.graphs._graphs.values()
+    for p in model.parameters():
+        p.data = p.data.clone()
+    assert_bits_equal(passes(model, (0,))[0], first, "log-probs")
+    assert [*model.base_model.graphs._graphs.values()] != [graph]
+    packed = batch(0)
+    ids = packed.inputs["input_ids"], packed.inputs["position_ids"], packed.inputs["cu_seq_lens_q"]
+    hidden = model.base_model.graphs(*ids, packed.inputs["max_length_q"])
+    model.base_model.graphs(*ids, packed.inputs["max_length_q"])
+    with pytest.raises(RuntimeError, match="ran forward again before this backward"):
+        hidden.sum().backward()
+
+
+@gpu
+@needs_gpu
+def test_few_graphs_are_kept_and_all_are_freed():
+    model = make_trainable(build("qwen3")).train()
+    use_graphs(model.base_model, True)
+    for rows in range(4, 6 * MOST_SHAPES, 4):
+        packed = batch(0, rows)
+        of = {"token_ids": packed.token_ids, "predicted_from": packed.predicted_from}
+        model(**packed.inputs, attention_mask=None, **of)[0].sum().backward()
+    assert len(model.base_model.graphs._graphs) == MOST_SHAPES
+    held = torch.cuda.memory_allocated()
+    use_graphs(model.base_model, False)
+    assert model.base_model.graphs is None and torch.cuda.memory_allocated() < held
+
+
+def test_only_passes_with_gradients_run_as_graphs_and_a_copy_has_none():
+    decoder = torch.nn.Linear(2, 2)
+    assert not runs_as_graphs(decoder)
+    use_graphs(decoder, True)
+    assert runs_as_graphs(decoder) and isinstance(decoder.graphs, DecoderGraphs)
+    with torch.no_grad():
+        assert not runs_as_graphs(decoder)
+    assert not runs_as_graphs(copy.deepcopy(decoder)) and decoder.state_dict().keys() == {"weight", "bias"}
+    use_graphs(decoder, False)
+    assert not runs_as_graphs(decoder)
