@@ -33,6 +33,7 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+ONES = tl.constexpr(8)  # columns of the product that adds weights up: the fewest of a matrix instruction
 
 
 @triton.jit
@@ -58,8 +59,8 @@ def _quotient(z, acc):
 
 @triton.jit
 def _empty(M: tl.constexpr, D_: tl.constexpr):
-    """Return the state of no keys: m [M], z [M, 16], whose columns are equal, acc [M, D_]."""
-    return tl.full((M,), -float("inf"), tl.float32), tl.zeros((M, 16), tl.float32), tl.zeros((M, D_), tl.float32)
+    """Return the state of no keys: m [M], z [M, ONES], whose columns are equal, acc [M, D_]."""
+    return tl.full((M,), -float("inf"), tl.float32), tl.zeros((M, ONES), tl.float32), tl.zeros((M, D_), tl.float32)
 
 
 @triton.jit
@@ -127,7 +128,7 @@ def _walk(
     """
     m, z, acc, m_all, z_all, acc_all = state
     q, position, oldest, keys, inner, factor, window = ask
-    ones = tl.full((N, 16), 1.0, q.dtype)
+    ones = tl.full((N, ONES), 1.0, q.dtype)
     for start in range(first, last, N):
         if start % CHUNK == 0:
             m_all, z_all, acc_all = fold(m_all, z_all, acc_all, m, tl.max(z, 1), acc)
