@@ -180,13 +180,12 @@ def arguments(
     from transformers.utils import logging as transformers_logging
 
     from rlinvariant.models import lora
-    from rlinvariant.models.limits import attention_form, mixture_of
+    from rlinvariant.models.limits import mixture_of
     from rlinvariant.models.load import load
     from rlinvariant.support import unproven_here
 
     transformers_logging.disable_progress_bar()
-    form = *attention_form(plan.source_config), mixture_of(plan.source_config)
-    if plan.invariance == "exact" and (unproven := unproven_here(*form)) is not None:
+    if plan.invariance == "exact" and (unproven := unproven_here(mixture_of(plan.source_config))) is not None:
         on_main_process(lambda: prove_first(plan, unproven))
     model: Any = plan.model
     given: dict[str, Any] = {**options}
@@ -234,7 +233,7 @@ def _sampler(plan: TrainerPlan, model: PreTrainedModel) -> Sampler | ServedSampl
 
 
 def prove_first(plan: TrainerPlan, unproven: str) -> None:
-    """Look for a certificate of what is not proven, a GPU, a release or a model's attention; without one, verify writes one.
+    """Look for a certificate of what is not proven, a GPU, a release or a kind of model; without one, verify writes one.
 
     It is another process, and ends before this one loads weights: every tile of every kernel that the model needs is compared
     when the kernel is first used, then sampler with trainer.

@@ -21,7 +21,6 @@ from rlinvariant.publish import card_facts, publish
 from rlinvariant.report.console import Console
 from rlinvariant.report.rundir import RunDir
 from rlinvariant.resumption import Resumption, dataset_digest, find, require_same_data
-from rlinvariant.rollout import Truncation
 from rlinvariant.stopping import after_a_step
 from rlinvariant.tools.plain import plain_tools
 
@@ -118,10 +117,7 @@ def plan(config: Config) -> Plan:
     console, recipe = Console(args.process_index == 0), config.load_recipe()
     allow_unproven(config.unproven_gpu)
     problems = device_problems(args, config.invariance, getattr(torch, config.dtype))
-    unproven = [f"lora.r={config.lora.r}"] if config.lora.r else []
-    unproven += ["distributed_type=FSDP"] if is_sharded() else []
-    unproven += Truncation.of(args).settings("trainer.") if config.invariance == "exact" else []
-    problems += unproven_problems(args, *unproven)
+    problems += unproven_problems(args, "distributed_type=FSDP") if is_sharded() else []
     if problems:  # before a recipe makes its model
         raise ConfigErrors(problems)
     trained = config.recipe or config.data.path

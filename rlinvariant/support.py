@@ -58,7 +58,7 @@ def unproven_problems(args: "GRPOConfig", *said: str) -> list[str]:
 
 
 def may_use_unproven() -> bool:
-    """Say whether what was proven on CPUs alone may run here: truncated sampling, adapters. A GPU may only try it."""
+    """Say whether what was proven on CPUs alone may run here. A GPU may only try it."""
     return not torch.cuda.is_available() or attention.unproven_allowed()
 
 
@@ -104,11 +104,10 @@ def allow_unproven(said: bool) -> None:
         os.environ[attention.UNPROVEN] = "1"
 
 
-def unproven_here(head_size: int, window: int | None, softcap: float | None, mixture: str | None = None) -> str | None:
+def unproven_here(mixture: str | None = None) -> str | None:
     """Return what exact mode has not been proven on; None where there is nothing, and on a CPU.
 
-    It is this kind of GPU, a release, or on this GPU the attention of a model with such heads, a window, capped scores, or the
-    model's being a mixture of experts, which a setting as `num_experts=8` says.
+    It is this kind of GPU, a release, or the model's being a mixture of experts, which a setting as `num_experts=8` says.
     """
     if not torch.cuda.is_available():
         return None
@@ -117,8 +116,6 @@ def unproven_here(head_size: int, window: int | None, softcap: float | None, mix
     for package, releases in RELEASES.items():
         if _release(version := installed_version(package) or "unknown") not in map(_release, releases):
             found.append(f"{package} {version}")
-    if not found and (forms := attention.unproven(head_size, window, softcap)):
-        found.append(f"{torch.cuda.get_device_name()} with {' and '.join(forms)}")
     if mixture:
         found.append(f"a mixture of experts ({mixture})")
     return ", ".join(found) or None

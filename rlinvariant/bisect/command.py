@@ -103,16 +103,12 @@ def _setting(name: str, kind: type[int] | type[float]) -> Callable[[str], float]
 
 
 def _truncation_problems(options: argparse.Namespace) -> list[str]:
-    """Refuse truncated sampling where the two sides would keep other tokens, or where its kernel was not proven yet."""
+    """Refuse truncated sampling where the two sides would keep other tokens."""
     if not (truncation := Truncation.of(options)):
         return []
-    from rlinvariant.support import TRY, may_use_unproven
-
     given = ", ".join(f"--{name.replace('_', '-')}" for name in (one.partition("=")[0] for one in truncation.settings()))
     if options.invariance not in ("exact", "off"):
         return [f"{given}: expected --invariance exact or off: the stock side keeps other tokens"]
-    if options.invariance == "exact" and not may_use_unproven():
-        return [f"{given}: proven on CPUs alone so far; remove it, or hide the GPU (CUDA_VISIBLE_DEVICES=); {TRY}"]
     return []
 
 

@@ -16,7 +16,7 @@ from rlinvariant.rollout import Truncation
 from rlinvariant.run import sampler_options
 from rlinvariant.sampler.engine import Sampler
 from rlinvariant.sampler.refusals import load_config
-from rlinvariant.support import allow_unproven, device_problems, unproven_problems
+from rlinvariant.support import allow_unproven, device_problems
 from rlinvariant.text import plural, shown
 from rlinvariant.tools.plain import plain_tools
 from rlinvariant.trainer.player import Player
@@ -53,13 +53,9 @@ def evaluate(
     truncation = Truncation.of(config.trainer)
     allow_unproven(config.unproven_gpu)
     problems = device_problems(args, config.invariance, getattr(torch, config.dtype))
-    if config.invariance == "exact":
-        problems += unproven_problems(args, *truncation.settings("trainer."))
     if problems:
         raise ConfigErrors(problems)
     model, adapter = base_and_adapter(config.model)
-    if problems := [] if adapter is None else unproven_problems(args, f"model={adapter}"):
-        raise ConfigErrors(problems)
     model_config, recipe = load_config(model), config.load_recipe()
     beside = adapter is not None and os.path.isfile(os.path.join(adapter, "tokenizer_config.json"))
     tokenizer = load_tokenizer(adapter if adapter is not None and beside else model, model_config)

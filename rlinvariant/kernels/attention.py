@@ -4,8 +4,7 @@
   with windows and caps, which it cannot do exactly.
 * *The attention of our own* (chunked_attention.py) for everything else: any head up to 256, windows, caps, other GPUs.
 
-A layer's form decides, its head size, window and cap, and the chip: both sides know these, and no call changes them. What the
-table does not name as proven on this chip is refused, unless RLINVARIANT_UNPROVEN_GPU=1 says that it may be tried.
+A layer's form decides, its head size, window and cap, and the chip: both sides know these, and no call changes them.
 RLINVARIANT_PORTABLE=sm_80, for developers, does here what another chip would do, and so proves its kernels on this one.
 """
 
@@ -28,12 +27,11 @@ TABLE = Path(__file__).with_name("attention_tiles.json")
 UNPROVEN = "RLINVARIANT_UNPROVEN_GPU"  # "1": what is unproven on this GPU may be tried
 PORTABLE = "RLINVARIANT_PORTABLE"  # a chip, whose kernels are run here
 LARGEST_HEAD = 256
-OURS = "the attention of our own, which could, is unproven on this GPU; unproven_gpu=true tries it"
 
 
 @functools.cache
 def table() -> dict:
-    """Return what attention_tiles.json says: "proven" chips, "flash_attention_3" heads by chip, and "chips"."""
+    """Return what attention_tiles.json says: "flash_attention_3", heads by chip, and "chips"."""
     return json.loads(TABLE.read_text())
 
 
@@ -61,28 +59,10 @@ def own(head_size: int, window: int | None, softcap: float | None) -> bool:
     return window is not None or softcap is not None or head_size not in taken
 
 
-def unproven(head_size: int, window: int | None, softcap: float | None) -> dict[str, str]:
-    """Return why layers of this form take the attention of our own where that is unproven, by a configuration's key=value."""
-    found: dict[str, str] = {}
-    if chip() in table()["proven"]:
-        return found
-    if own(head_size, None, None):
-        known, sizes = head_size in flash.HEAD_SIZES, ", ".join(map(str, flash.HEAD_SIZES))
-        why = f": {chip()} has no FlashAttention-3" if known else f" is not one of {sizes}, FlashAttention-3's"
-        found[f"head_dim={head_size}"] = why
-    if window is not None:
-        found[f"sliding_window={window}"] = ": FlashAttention-3's decode would not have the bits of its prefill"
-    if softcap is not None:
-        found[f"attn_logit_softcapping={softcap}"] = ": FlashAttention-2's backward has no capped scores"
-    return found
-
-
-def refusals(head_size: int, window: int | None, softcap: float | None) -> Iterator[str]:
-    """Yield each reason why a layer of this form does not run on this GPU, as the configuration's keys say it."""
+def refusals(head_size: int) -> Iterator[str]:
+    """Yield why layers with such heads do not run on a GPU, as the configuration's key says it."""
     if head_size > LARGEST_HEAD or head_size % 8:
         yield f"head_dim={head_size}: expected a multiple of 8, at most {LARGEST_HEAD}, on a GPU"
-    elif not unproven_allowed():
-        yield from (f"{what}{why}; {OURS}" for what, why in unproven(head_size, window, softcap).items())
 
 
 @dataclass(frozen=True)
@@ -162,7 +142,7 @@ def attention(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """Attend as `ops.attention` does, for q [T, H, D], k and v [T, H_kv, D]; return out like q, and log-sum-exp [T, H] fp32."""
-    _refuse(q.shape[2], window, softcap)
+    _refuse(q.shape[2])
     if not len(q):
         return torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
     check(q.shape[1], k.shape[1], q.shape[2], q.device.index, window=window, softcap=softcap)
@@ -185,7 +165,7 @@ def paged_attention(
     out: Tensor,
 ) -> None:
     """Attend as `ops.paged_attention` does, from q [T, H, D] to kv_cache [pages, H_kv, page, 2 D], into `out` like q."""
-    _refuse(q.shape[2], window, softcap)
+    _refuse(q.shape[2])
     if not len(q):
         return
     check(q.shape[1], kv_cache.shape[1], q.shape[2], q.device.index, kv_cache.shape[2], window, softcap)
@@ -210,7 +190,7 @@ def attention_backward(
 
     dout, q, out: [T, H, D]; k, v: [T, H_kv, D]; lse: [T, H] fp32.
     """
-    _refuse(q.shape[2], window, softcap)
+    _refuse(q.shape[2])
     if not len(q):
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     cu = cu_seqlens.to(torch.int32).contiguous()
@@ -223,9 +203,9 @@ def attention_backward(
 
 
 @functools.cache
-def _refuse(head_size: int, window: int | None, softcap: float | None) -> None:
-    if found := list(refusals(head_size, window, softcap)):
-        raise UserError(f"{'; '.join(found)}; use invariance=off")
+def _refuse(head_size: int) -> None:
+    for reason in refusals(head_size):
+        raise UserError(f"{reason}; use invariance=off")
 
 
 @functools.cache
@@ -245,7 +225,7 @@ def check(
     Raises:
         UserError: the head size is not supported, or the calls differ.
     """
-    _refuse(head_size, window, softcap)
+    _refuse(head_size)
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(f"attention: heads of {head_size} were first met inside a CUDA graph; call it once before")
     lengths = (300, 1, 17, 1500, 129)

@@ -105,13 +105,12 @@ class _Graph:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UPS):
-                hidden = forward()
-                torch.autograd.grad(hidden, trained, torch.zeros_like(hidden), allow_unused=True)
-            del hidden
+                torch.autograd.grad(forward().sum(), trained, allow_unused=True)
         torch.cuda.current_stream().wait_stream(stream)
         # Of this thread alone: a reward's or a logger's thread may ask the driver for something meanwhile.
         recording: Any = {"pool": pool, "capture_error_mode": "thread_local"}
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        hidden = torch.empty(0)
         with torch.cuda.graph(self.forward, **recording):
             hidden = forward()
         self.dhidden = torch.empty_like(hidden)

@@ -38,9 +38,9 @@ def unsupported(config, device: str = "cpu") -> Iterator[str]:
     if not getattr(config, "num_attention_heads", None):
         yield f"model_type={config.model_type} has no attention heads; only transformers are supported"
         return
-    head, *_ = form = attention_form(config)
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if device == "cuda":
-        yield from attention.refusals(*form)
+        yield from attention.refusals(head)
     elif head not in HEAD_SIZES:
         yield f"head_dim={head} is not one of {', '.join(map(str, HEAD_SIZES))}"
     rope = getattr(config, "rope_parameters", None) or {}
@@ -98,17 +98,3 @@ def uncuttable(config: Untyped, processes: int) -> Iterator[str]:
     keys = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     if keys % processes and processes % keys:
         yield f"num_key_value_heads={keys} is neither a multiple nor a divisor of {processes}"
-
-
-def attention_form(config: Untyped) -> tuple[int, int | None, float | None]:
-    """Return the head size of a model, the window of those layers that have one, and the cap of its scores."""
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    window = getattr(config, "sliding_window", None) if _slides(config) else None
-    return head, window, getattr(config, "attn_logit_softcapping", None) or None
-
-
-def _slides(config: Any) -> bool:
-    """Return whether some layer has a window: `layer_types` says which layers do, and without `layer_types` all of them do."""
-    if types := getattr(config, "layer_types", None):
-        return "sliding_attention" in types
-    return bool(getattr(config, "sliding_window", None)) and getattr(config, "use_sliding_window", True)

@@ -1,12 +1,10 @@
 """Settings of sampling that a request may have: those that leave the distribution as it is, and those that are proven."""
 
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from rlinvariant.errors import UserError
-from rlinvariant.rollout import RANGES, Truncation
-from rlinvariant.support import TRY, may_use_unproven
+from rlinvariant.rollout import RANGES
 from rlinvariant.types import Untyped
 
 if TYPE_CHECKING:
@@ -53,9 +51,6 @@ def sampling_params(
     for name, (allows, expected) in RANGES.items():
         if (value := sampling.get(name)) is not None and not allows(value):
             raise UserError(f"{name}={value}: expected {expected}")
-    truncation = Truncation.of(SimpleNamespace(**{"top_k": 0, "top_p": 1.0, "min_p": 0.0, **sampling}))
-    if invariant and truncation and not may_use_unproven():
-        raise UserError(f"{truncation}: proven on CPUs alone so far; remove it; {TRY}")
     from vllm import SamplingParams
 
     shared: dict[str, Any] = {"temperature": temperature, "max_tokens": max_tokens, "detokenize": False}

@@ -180,8 +180,6 @@ def prepare(args: Untyped, default: Untyped, subject: Subject | None = None) -> 
     args.dtype = "bfloat16" if args.dtype == "auto" else args.dtype
     if args.dtype not in ("bfloat16", "float32"):
         problems.append(f"--dtype {args.dtype}: expected bfloat16 or float32; {REMOVE}")
-    if adapter is not None and not may_use_unproven():
-        problems.append(f"MODEL={adapter}: adapters are proven on CPUs alone so far; {TRY}; {adapter_files.MERGE} {adapter}")
     if problems:
         raise ConfigErrors(problems)
     found = None if adapter is None else adapter_files.read(adapter)  # faults are said here, not in the engine's process
@@ -246,7 +244,7 @@ class Requests(LogitsProcessor):
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
-        neutral, allowed = SamplingParams(), (*SHAPELESS_SETTINGS, *(RANGES if may_use_unproven() else ()))
+        neutral, allowed = SamplingParams(), (*SHAPELESS_SETTINGS, *RANGES)
         refused = []
         for name in SamplingParams.__struct_fields__:
             value = getattr(sampling_params, name)

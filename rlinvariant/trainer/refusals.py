@@ -20,7 +20,6 @@ from rlinvariant.conflicts import (
 from rlinvariant.launch import is_sharded
 from rlinvariant.models import lora
 from rlinvariant.rewards.limits import RewardLimits
-from rlinvariant.rollout import Truncation
 from rlinvariant.support import device_problems, unproven_problems
 from rlinvariant.types import JsonRow, Untyped
 
@@ -77,8 +76,6 @@ def settings_problems(
     if (gradients := options.get("gradients", "stock")) not in get_args(Gradients):
         found.append(f"gradients={gradients}: expected {' or '.join(get_args(Gradients))}")
     truncated = truncation_problems(args, invariance, staleness, 0.0 if ppo is None else ppo.kl_coef)
-    if not truncated and invariance == "exact":
-        truncated = unproven_problems(args, *Truncation.of(args).settings())
     found += truncated
     if is_sharded():
         found += unproven_problems(args, "distributed_type=FSDP")
@@ -108,7 +105,7 @@ def settings_problems(
         refused = adapter_conflicts("peft_config", "None", invariance, ppo is not None, TRAINABLE)
         given = options.get("peft_config")
         configs = [given] if given is not None else [*own.values()]
-        found += refused or [*unproven_problems(args, "peft_config"), *lora.problems(configs[0])]
+        found += refused or [*lora.problems(configs[0])]
         if given is not None and own:
             found.append(
                 "peft_config: expected None with a model that has an adapter; or merge that (model.merge_and_unload())"

@@ -16,7 +16,6 @@ from rlinvariant.launch import join, largest, on_main_process
 from rlinvariant.model_source import base_and_adapter
 from rlinvariant.models import lora as adapted
 from rlinvariant.report.console import Console
-from rlinvariant.support import may_use_unproven
 from rlinvariant.verification import adapters, certificate, controls, load, relations, speed, table, truncation, turns
 from rlinvariant.verification.certificate import Certificate
 from rlinvariant.verification.compositions import compositions
@@ -200,17 +199,18 @@ def _on_all(exact: bool, processes: int) -> bool:
 def _checks(parts: _Parts) -> list[Callable[[], Relation]]:
     """Return what is compared, in order: `weight_sync` moves the weights, and the controls around it rely on that."""
     asked, pair = parts.asked, parts.pair
-    also = may_use_unproven()
     limit = time.monotonic() + (0 if asked.short or asked.tokens else COMPOSITION_SECONDS)
     return [
         *(functools.partial(check, pair) for check in relations.BATCH_RELATIONS),
         *([lambda: relations.on_all_processes(pair)] if parts.processes > 1 else []),
         lambda: turns.turns(pair),
-        *([lambda: truncation.truncated(pair), lambda: truncation.rows_alone(pair)] if also else []),
+        lambda: truncation.truncated(pair),
+        lambda: truncation.rows_alone(pair),
         lambda: compositions(pair, lambda: pair.tokens < (asked.tokens or 0) or time.monotonic() < limit),
         lambda: controls.one_ulp(pair, getattr(torch, asked.dtype)),
         lambda: turns.another_token(pair),
-        *([lambda: truncation.all_tokens(pair), lambda: truncation.vllms_rows(pair)] if also else []),
+        lambda: truncation.all_tokens(pair),
+        lambda: truncation.vllms_rows(pair),
         *([parts.by_rows] if parts.processes > 1 else []),
         lambda: controls.stock_attention(pair),
         lambda: controls.stock_trainer(pair, parts.plain_model),

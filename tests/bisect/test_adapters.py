@@ -13,10 +13,8 @@ from rlinvariant import ops
 from rlinvariant.models import lora, make_trainable
 from rlinvariant.models.random import save_random
 from tests.bisect.pairs import CONFIG, LONGEST_REQUEST, STEP_TOKENS, TRIAL, Pair, replaced
-from tests.parity.device import cpu_only
 from tests.parity.harness import start_engine
 
-pytestmark = cpu_only("adapters are refused on a GPU so far")
 DOWN = "model.layers.1.mlp.down_proj"
 
 

@@ -3,7 +3,6 @@
 import importlib
 import importlib.util
 import sys
-from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
 from types import ModuleType
@@ -20,23 +19,13 @@ from tests import ladders
 from tests.ladders import randn
 from tests.ops.sequences import Cache, offsets, operands
 
-pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("on_gpu", "unproven_is_allowed")]
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("on_gpu")]
 
 SHAPES = ((32, 8, 64), (16, 8, 128), (4, 4, 96), (3, 1, 80), (8, 4, 256))  # heads, kv_heads, head_dim
 FORMS = ((None, None), (17, None), (400, 50.0), (2148, None), (None, 2.0))  # window, cap
 FEW = FORMS[0], FORMS[2]  # every form of every shape is a kernel of its own, and takes seconds to compile
 CASES = [(shape, *form) for shape in SHAPES for form in (FORMS if shape[2] == 128 else FEW)]
 LENGTHS = (1, 64, 300, 511, 513, 1025, 1613)
-
-
-@pytest.fixture
-def unproven_is_allowed(monkeypatch) -> Iterator[None]:
-    from rlinvariant.kernels import attention
-
-    monkeypatch.setenv(attention.UNPROVEN, "1")
-    attention._refuse.cache_clear()
-    yield
-    attention._refuse.cache_clear()  # what was let through here is refused elsewhere
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from rlinvariant.models import UnsupportedModel, make_invariant, modules, patch, unsupported
 from rlinvariant.models.shapes import SHAPES, config
-from tests.models.small import GROUPED, build, configuration
-from tests.parity.device import DEVICE, cpu_only
+from tests.models.small import GROUPED, build
+from tests.parity.device import DEVICE
 
 
 @pytest.mark.parametrize(
@@ -43,31 +43,6 @@ def test_a_model_of_more_than_text_is_refused():
     assert reason.startswith("model_type=gemma3 has a text model inside")
 
 
-@pytest.mark.parametrize(
-    ("family", "overrides", "window"),
-    [
-        ("gemma3", {"sliding_window": 5}, 5),  # in one of its layers
-        ("Mistral", {"sliding_window": 8}, 8),  # in every layer: it has no layer_types
-        ("Mistral", {"sliding_window": None}, None),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, 8),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}, None),  # of its two layers none
-        ("qwen2", {"use_sliding_window": False, "sliding_window": 8}, None),
-        ("Qwen2Moe", {"use_sliding_window": False, "sliding_window": 8}, None),
-        ("qwen3", {"layer_types": ["full_attention", "full_attention"]}, None),
-        *((name, {}, None) for name in ("llama", "qwen2", "qwen3", "olmo2")),
-    ],
-)
-def test_a_gpu_refuses_windows_that_a_layer_has(family, overrides, window):
-    model = configuration(family, **GROUPED | overrides)
-    found = [reason for reason in unsupported(model, "cuda") if "window" in reason]
-    start = (
-        f"sliding_window={window}: FlashAttention-3's decode would not have the bits of its prefill; the attention of our own"
-    )
-    assert [reason[: len(start)] for reason in found] == [start] * (window is not None)
-    assert all(reason.endswith("is unproven on this GPU; unproven_gpu=true tries it") for reason in found)
-    assert not any("window" in reason for reason in unsupported(model, "cpu"))
-
-
 @pytest.mark.parametrize("name", SHAPES)
 def test_a_gpu_takes_every_model_that_is_benchmarked(name):
     assert list(unsupported(config(name), "cuda")) == []
@@ -89,7 +64,6 @@ def test_every_reason_is_given():
         make_invariant(build("llama", head_dim=16, hidden_act="gelu", attention_dropout=0.5))
 
 
-@cpu_only("a GPU refuses windows")
 def test_the_window_that_an_attention_hands_on_is_found_for_each_layer():
     """Mistral has no layer_types: its window is seen where its own forward hands it to the interface."""
     model = make_invariant(build("Mistral", num_attention_heads=2, num_key_value_heads=1, sliding_window=8))

@@ -1,6 +1,6 @@
 """Attention with a sliding window, and with bounded scores: the relations of test_attention.py, around the window's edges.
 
-On a CPU: a GPU refuses both (kernels/attention.py).
+On a CPU; of a GPU: tests/kernels/test_chunked_gpu.py.
 """
 
 import random

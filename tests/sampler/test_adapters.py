@@ -23,9 +23,7 @@ from rlinvariant.verification.controls import stale_weights
 from rlinvariant.verification.relations import alone, checkpointed, one_by_one, sampler_and_trainer, weight_sync
 from rlinvariant.verification.start import pair_of
 from tests.ladders import randn
-from tests.parity.device import DEVICE, cpu_only
-
-pytestmark = cpu_only("adapters are refused on a GPU so far")
+from tests.parity.device import DEVICE
 
 ADAPTERS = {  # family, projections, rank: all of a layer that vLLM merges, some of it, and layers that are merged in the model
     "all": ("qwen3", "all-linear", 8),

@@ -18,12 +18,11 @@ from rlinvariant.models import lora
 from rlinvariant.rollout import Completion
 from rlinvariant.trainer.score import Layout, score
 from rlinvariant.verification import adapters, load
-from tests.parity.device import cpu_only
 from tests.sampler.test_serve import PROMPT, Server, body
 
 PROMPTS = [PROMPT[:n] for n in (1, 9, 130)]
 TOKENS = len(PROMPTS) * 16
-pytestmark = [pytest.mark.slow, cpu_only("adapters are refused on a GPU so far")]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -18,10 +18,8 @@ from rlinvariant.errors import ParityError, UserError
 from rlinvariant.models import lora
 from rlinvariant.rollout import Rollout
 from tests import forks
-from tests.parity.device import CUDA, cpu_only
+from tests.parity.device import CUDA
 from tests.parity.harness import questions, variety
-
-pytestmark = cpu_only("adapters are refused on a GPU so far")
 
 
 def trained(

@@ -27,7 +27,6 @@ from rlinvariant.verification import certificate, compositions, controls, ladder
 from rlinvariant.verification.pair import FULL_SIZES, SHORT_SIZES, Pair, Sizes
 from rlinvariant.verification.relation import Relation
 from tests import commands, forks
-from tests.parity.device import cpu_only
 from tests.parity.harness import off_by_an_ulp
 from tests.verification.certificates import a_certificate
 
@@ -81,7 +80,6 @@ def test_every_supported_family_is_exact(verified, family):
     assert model(input_ids=torch.arange(5)[None]).logits.shape[1] == 5
 
 
-@cpu_only("adapters are refused on a GPU so far")
 @pytest.mark.slow
 def test_adapters_are_certified(verified, tmp_path):
     """Random ones by their shape, and a directory's own: of that, one with B = 0 proves nothing."""
