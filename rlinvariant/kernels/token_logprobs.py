@@ -106,27 +106,26 @@ def _gradient(
     theta_ptr,
     glp_ptr,
     gent_ptr,
-    stats_ptr,
+    logprob_ptr,
     entropy_ptr,
-    out_ptr,
+    stats_ptr,
     vocab,
     TRUNCATED: tl.constexpr,
     ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Compute (glp (1[j = id] - p_j) - gent p_j (log p_j + entropy)) / temperature."""
+    """Write (glp (1[j = id] - p_j) - gent p_j (log p_j + entropy)) / temperature over the logits, each in its own place."""
     row, col = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     t, glp, chosen = tl.load(t_ptr + row), tl.load(glp_ptr + row), tl.load(ids_ptr + row)
-    top, log_sum = tl.load(stats_ptr + 3 * row), tl.load(stats_ptr + 3 * row + 1)
+    top, log_sum = tl.load(stats_ptr + 2 * row), tl.load(stats_ptr + 2 * row + 1)
     x = _load_x(logits_ptr, theta_ptr, row, col, vocab, t, TRUNCATED)
     lp = x - top.to(tl.float32) - log_sum.to(tl.float32)
     p = tl.exp(lp)
-    own = tl.load(logits_ptr + row * vocab + chosen).to(tl.float32)
-    own = tl.exp(tl.div_rn(own, t).to(tl.float64) - top - log_sum)
+    own = tl.exp(tl.load(logprob_ptr + row).to(tl.float64))  # the logit may have been written over
     g = tl.where(col == chosen, glp * (1.0 - own).to(tl.float32), -glp * p)  # 1 - p in fp64: p may be all but 1
     if ENTROPY:
         g -= tl.where(p == 0.0, 0.0, tl.load(gent_ptr + row) * p * (lp + tl.load(entropy_ptr + row)))
-    tl.store(out_ptr + row * vocab + col, (g / t).to(out_ptr.dtype.element_ty), mask=col < vocab)
+    tl.store(logits_ptr + row * vocab + col, (g / t).to(logits_ptr.dtype.element_ty), mask=col < vocab)
 
 
 @triton.jit
@@ -261,12 +260,17 @@ def _row_logprobs(
 
 
 def row_logprobs_backward(
-    logits: Tensor, ids: Tensor, temperature: Tensor, dlogprobs: Tensor, dentropy: Tensor | None, theta: Tensor | None
-) -> Tensor:
-    """Return the gradient of the logits, in their dtype [R, V]; the statistics are taken anew."""
-    logits = aligned(logits)
-    _, entropy, stats_R3 = _row_logprobs(logits, ids, temperature, theta)
-    out = torch.empty_like(logits)
+    logits: Tensor,
+    ids: Tensor,
+    temperature: Tensor,
+    dlogprobs: Tensor,
+    dentropy: Tensor | None,
+    theta: Tensor | None,
+    logprobs: Tensor,
+    entropy: Tensor,
+    stats: Tensor,
+) -> None:
+    """Write the gradient of the logits [R, V] over them; the last three are what `row_logprobs` has returned for them."""
     rows, vocab = logits.shape
     if rows:
         _gradient[(rows, triton.cdiv(vocab, BLOCK))](
@@ -276,16 +280,15 @@ def row_logprobs_backward(
             temperature if theta is None else theta,
             dlogprobs,
             dlogprobs if dentropy is None else dentropy,
-            stats_R3,
+            logprobs,
             entropy,
-            out,
+            stats,
             vocab,
             TRUNCATED=theta is not None,
             ENTROPY=dentropy is not None,
             BLOCK=BLOCK,
             num_warps=8,
         )
-    return out
 
 
 def sample(

@@ -94,28 +94,32 @@ class _Graph:
         self.addresses = _addresses(decoder)
         self.inputs = [x.clone() for x in inputs]
 
-        def forward() -> Tensor:
+        def forward() -> tuple[Tensor, list[Tensor]]:
+            # Each recording has leaves of its own, in the memory of the weights: autograd would let the gradient of a weight
+            # that was used before wait for the stream of that use, which is none that is recorded.
+            leaves = {name: p.detach().requires_grad_(p.requires_grad) for name, p in decoder.named_parameters()}
             ids, positions, cu = self.inputs
-            lengths = {"cu_seq_lens_q": cu, "cu_seq_lens_k": cu, "max_length_q": longest, "max_length_k": longest}
-            return decoder(
-                input_ids=ids, position_ids=positions, **lengths, attention_mask=None, use_cache=False
-            ).last_hidden_state
+            batch = {"input_ids": ids, "position_ids": positions, "cu_seq_lens_q": cu, "cu_seq_lens_k": cu}
+            batch |= {"max_length_q": longest, "max_length_k": longest, "attention_mask": None, "use_cache": False}
+            hidden = torch.func.functional_call(decoder, leaves, kwargs=batch).last_hidden_state
+            return hidden, [leaf for leaf in leaves.values() if leaf.requires_grad]
 
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UPS):
-                torch.autograd.grad(forward().sum(), trained, allow_unused=True)
+                hidden, leaves = forward()
+                torch.autograd.grad(hidden.sum(), leaves, allow_unused=True)
         torch.cuda.current_stream().wait_stream(stream)
         # Of this thread alone: a reward's or a logger's thread may ask the driver for something meanwhile.
         recording: Any = {"pool": pool, "capture_error_mode": "thread_local"}
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        hidden = torch.empty(0)
+        hidden, leaves = torch.empty(0), []
         with torch.cuda.graph(self.forward, **recording):
-            hidden = forward()
+            hidden, leaves = forward()
         self.dhidden = torch.empty_like(hidden)
         with torch.cuda.graph(self.backward, **recording):
-            found = torch.autograd.grad(hidden, trained, self.dhidden, allow_unused=True)
+            found = torch.autograd.grad(hidden, leaves, self.dhidden, allow_unused=True)
             self.used = [g is not None for g in found]
             every: Any = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
             every([x for x, used in zip(gradients, self.used, strict=True) if used], [g for g in found if g is not None])

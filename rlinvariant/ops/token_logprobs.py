@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from rlinvariant.kernels import cpu
-from rlinvariant.ops.linear import add_product, linear, linear_ref
+from rlinvariant.ops.linear import add_product, linear, linear_ref, product
 from rlinvariant.ops.register import define, require_dtype, widened
 from rlinvariant.ops.scale_logits import _check_scaling, scale_logits, scale_logits_backward, scale_logits_ref
-from rlinvariant.ops.threshold import rows_threshold, threshold_ref
+from rlinvariant.ops.threshold import keeps_all, rows_threshold, threshold_ref
 
-CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 29}  # logits held at a time
+CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}  # logits held at a time
 
 
 def token_logprobs(
@@ -55,12 +55,12 @@ def token_logprobs(
 
     Order: logits in hidden.dtype as by `linear`; exponentials summed inside blocks of 4,096 columns, by `lanes` (CPU) or in
         one fixed tree, relative to the block's maximum (CUDA); block sums in fp64. The backward recomputes the logits of a
-        chunk of tokens at a time and adds dweight chunk by chunk.
+        chunk of tokens at a time, writes their gradients over them, and adds dweight chunk by chunk.
     Bits: logprobs[t] depends on hidden[t], weight and token_ids[t] alone, and equals what `sample` returns for that row of
         logits. Gradients are deterministic; dweight depends on the chunks.
     Ref: Milakov and Gimelshein 2018, arXiv:1805.02867 (online softmax; here in two passes).
     """
-    return _token_logprobs(hidden, weight, token_ids, temperature, scale, softcap, top_k, top_p, min_p)
+    return _token_logprobs(hidden, weight, token_ids, temperature, scale, softcap, top_k, top_p, min_p)[:2]
 
 
 def sample(
@@ -164,12 +164,16 @@ def _row_logprobs_cpu(
 
 
 def _row_logprobs_backward_cpu(
-    logits: Tensor, ids: Tensor, temperature: Tensor, dlogprobs: Tensor, dentropy: Tensor | None, theta: Tensor | None
-) -> Tensor:
-    out = torch.empty_like(logits)
-    inputs = (logits, ids, temperature, theta, dlogprobs, dentropy, out)
+    logits: Tensor,
+    ids: Tensor,
+    temperature: Tensor,
+    dlogprobs: Tensor,
+    dentropy: Tensor | None,
+    theta: Tensor | None,
+    *_: Tensor,
+) -> None:
+    inputs = (logits, ids, temperature, theta, dlogprobs, dentropy, logits)
     cpu.call("token_logprobs_backward", *inputs, *logits.shape, cpu.is_bf16(logits))
-    return out
 
 
 _row_logprobs = define(
@@ -181,17 +185,20 @@ _row_logprobs = define(
 )
 """Takes contiguous logits; gives log-probs, entropies [R] fp32 (undefined without ids), and (maximum, log sum) [R, 2] fp64."""
 _row_logprobs_backward = define(
-    "row_logprobs_backward(Tensor logits, Tensor ids, Tensor temperature, Tensor dlogprobs, Tensor? dentropy, "
-    "Tensor? theta) -> Tensor",
+    "row_logprobs_backward(Tensor(a!) logits, Tensor ids, Tensor temperature, Tensor dlogprobs, Tensor? dentropy, "
+    "Tensor? theta, Tensor logprobs, Tensor entropy, Tensor stats) -> ()",
     cpu=_row_logprobs_backward_cpu,
     cuda="token_logprobs.row_logprobs_backward",
-    fake=lambda x, ids, t, dlogprobs, dentropy, theta: x.new_empty(x.shape),
+    fake=lambda *_: None,
 )
+"""Writes the gradient of contiguous logits over them; the last three arguments are what `_row_logprobs` gave for them."""
 
 
 def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
-    rows = max(256, CHUNK_BYTES[hidden.device.type] // (weight.shape[0] * hidden.element_size()) // 256 * 256)
-    return [slice(at, at + rows) for at in range(0, hidden.shape[0], rows)]
+    tokens, rows = len(hidden), max(256, CHUNK_BYTES[hidden.device.type] // (len(weight) * hidden.element_size()) // 256 * 256)
+    if hidden.is_cuda:  # of equal sizes: each costs a pass over dweight, and a GEMM of few rows the time of many
+        rows = max(256, -(-tokens // -(-tokens // rows) // 256) * 256) if tokens else rows
+    return [slice(at, at + rows) for at in range(0, tokens, rows)]
 
 
 def _check(hidden: Tensor, weight: Tensor, token_ids: Tensor, temperature: float, scale, softcap, *truncation) -> None:
@@ -213,41 +220,55 @@ def _targets(token_ids: Tensor, vocab: int, temperature: float) -> tuple[Tensor,
     return inside, temperatures.masked_fill(inside != token_ids, float("nan"))
 
 
+def _empty(hidden: Tensor, *truncation) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return room for what `_forward` returns: log-probs, entropies, statistics [T, 2], and thetas, [0] where all are kept."""
+    tokens = len(hidden)
+    sizes = tokens, tokens, 0 if keeps_all(*truncation) else tokens
+    logprobs_T, entropy_T, theta_T = (hidden.new_empty(n, dtype=torch.float32) for n in sizes)
+    return logprobs_T, entropy_T, hidden.new_empty(tokens, 2, dtype=torch.float64), theta_T
+
+
 def _forward(
     hidden: Tensor, weight: Tensor, token_ids: Tensor, temperature: float, scale, softcap, *truncation
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     w_VD, (ids_T, temperatures_T) = weight.to(hidden.dtype), _targets(token_ids, weight.shape[0], temperature)
-    logprobs_T, entropy_T = torch.empty_like(temperatures_T), torch.empty_like(temperatures_T)
+    logprobs_T, entropy_T, stats_T2, thetas_T = _empty(hidden, *truncation)
     for c in _chunks(hidden, w_VD):
         logits_TV = scale_logits(linear(hidden[c], w_VD), scale, softcap)
-        theta_T = rows_threshold(logits_TV, temperatures_T[c], *truncation)
-        logprobs_T[c], entropy_T[c], _ = _row_logprobs(logits_TV, ids_T[c], temperatures_T[c], theta_T)
-    return logprobs_T, entropy_T
+        if (theta_T := rows_threshold(logits_TV, temperatures_T[c], *truncation)) is not None:
+            thetas_T[c] = theta_T
+        logprobs_T[c], entropy_T[c], stats_T2[c] = _row_logprobs(logits_TV, ids_T[c], temperatures_T[c], theta_T)
+    return logprobs_T, entropy_T, stats_T2, thetas_T
 
 
 def _save(ctx, inputs, output) -> None:
     hidden, weight, token_ids, ctx.temperature, *rest = inputs
-    ctx.scaling, ctx.truncation = rest[:2], rest[2:]
-    ctx.save_for_backward(hidden, weight, token_ids)
+    ctx.scaling = rest[:2]
+    ctx.save_for_backward(hidden, weight, token_ids, *output)
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.set_materialize_grads(False)  # an entropy that nobody asks the gradient of costs none
 
 
-def _backward(ctx, dlogprobs: Tensor | None, dentropy: Tensor | None):
-    hidden, weight, token_ids = ctx.saved_tensors
+def _backward(ctx, dlogprobs: Tensor | None, dentropy: Tensor | None, *_: None):
+    hidden, weight, token_ids, *found_T, thetas_T = ctx.saved_tensors
     w_VD, (ids_T, temperatures_T) = weight.to(hidden.dtype), _targets(token_ids, weight.shape[0], ctx.temperature)
     dlogprobs_T = torch.zeros_like(temperatures_T) if dlogprobs is None else dlogprobs.contiguous()
     dentropy_T = None if dentropy is None else dentropy.contiguous()
-    dhidden_TD, dweight_VD = torch.empty_like(hidden), torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+    dhidden_TD, dweight_VD = torch.empty_like(hidden), None
     for c in _chunks(hidden, w_VD):
         logits_TV = linear(hidden[c], w_VD)
-        scaled_TV = scale_logits(logits_TV, *ctx.scaling)
-        dchunk_T = None if dentropy_T is None else dentropy_T[c]
-        theta_T = rows_threshold(scaled_TV, temperatures_T[c], *ctx.truncation)
-        dlogits_TV = _row_logprobs_backward(scaled_TV, ids_T[c], temperatures_T[c], dlogprobs_T[c], dchunk_T, theta_T)
-        if scaled_TV is not logits_TV:
+        dlogits_TV = scale_logits(logits_TV, *ctx.scaling)
+        dchunk_T, theta_T = None if dentropy_T is None else dentropy_T[c], thetas_T[c] if len(thetas_T) else None
+        given_T = ids_T[c], temperatures_T[c], dlogprobs_T[c], dchunk_T, theta_T, *(x[c] for x in found_T)
+        _row_logprobs_backward(dlogits_TV, *given_T)
+        if dlogits_TV is not logits_TV:
             dlogits_TV = scale_logits_backward(dlogits_TV, logits_TV, *ctx.scaling)
         torch.mm(dlogits_TV, w_VD, out=dhidden_TD[c])
-        add_product(dweight_VD, dlogits_TV.t(), hidden[c])
-    return dhidden_TD, dweight_VD.to(weight.dtype), *[None] * 7
+        if dweight_VD is None:
+            dweight_VD = product(dlogits_TV.t(), hidden[c], torch.float32)
+        else:
+            add_product(dweight_VD, dlogits_TV.t(), hidden[c])
+    return dhidden_TD, torch.zeros_like(weight) if dweight_VD is None else dweight_VD.to(weight.dtype), *[None] * 7
 
 
 def _sample_check(logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor, theta: Tensor | None) -> None:
@@ -275,10 +296,10 @@ def _sample_cpu(
 
 _token_logprobs = define(
     "token_logprobs(Tensor hidden, Tensor weight, Tensor token_ids, float temperature, float? scale, float? softcap, "
-    "int top_k, float top_p, float min_p) -> (Tensor, Tensor)",
+    "int top_k, float top_p, float min_p) -> (Tensor, Tensor, Tensor, Tensor)",
     cpu=_forward,
     cuda=_forward,
-    fake=lambda h, *_: (h.new_empty(len(h), dtype=torch.float32), h.new_empty(len(h), dtype=torch.float32)),
+    fake=lambda hidden, weight, ids, t, scale, softcap, *truncation: _empty(hidden, *truncation),
     check=_check,
     save=_save,
     backward=_backward,

@@ -121,8 +121,15 @@ for vocab in (99, 4096, 9000):
     expected = cpu["token_logprobs"]._row_logprobs(logits, ids, t, theta)
     same(f"row_logprobs {vocab}, truncated", token_logprobs.row_logprobs(logits, ids, t, theta)[:2], expected[:2])
     for grads in itertools.product((dlogprobs,), (None, dentropy), (None, theta)):
-        expected = cpu["token_logprobs"]._row_logprobs_backward(logits, ids, t, *grads)
-        same(f"row_logprobs_backward {vocab}", token_logprobs.row_logprobs_backward(logits, ids, t, *grads), expected)
+        gradients = []
+        for module, forward, backward in (
+            (token_logprobs, "row_logprobs", "row_logprobs_backward"),
+            (cpu["token_logprobs"], "_row_logprobs", "_row_logprobs_backward"),
+        ):
+            gradients.append(logits.clone())
+            found = getattr(module, forward)(logits, ids, t, grads[2])
+            getattr(module, backward)(gradients[-1], ids, t, *grads, *found)
+        same(f"row_logprobs_backward {vocab}", *gradients)
     rows = torch.tensor([0, 1, 2, 4, 5])
     t = torch.tensor([1.0, 0.7, 1.0, 0.0, 0.5])
     for below in (None, theta[rows]):
