@@ -126,7 +126,7 @@ def test_gradients_through_a_layer_repeat():
 
 def test_every_op_is_called():
     """Each op of the package is one of the cases."""
-    named = {name for name in ops.__all__ if not name.endswith("_ref")} | {"wide_linear"}  # the last is the sampler's form of one
+    named = {name for name in ops.__all__ if not name.endswith("_ref")} | {"wide_linear"}  # that is lora_linear's other form
     assert {name.split(",")[0] for name in CASES} == named
 
 
