@@ -12,6 +12,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from rlinvariant import bits
 from rlinvariant.bits import assert_bits_equal, compare
@@ -124,13 +126,33 @@ def assert_thread_invariant(f: Function, *inputs: Tensor) -> None:
 def gradients(f: Function, inputs: tuple[Tensor, ...], seed: int = 99) -> tuple[Tensor, ...]:
     """Gradients of a random projection of f's outputs, with respect to every input."""
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
-    outputs = _tuple(f(*leaves))
+    outputs = [y for y in _tuple(f(*leaves)) if y.requires_grad]  # ids have none
     return torch.autograd.grad(outputs, leaves, [randn(*y.shape, seed=seed + i).to(y) for i, y in enumerate(outputs)])
 
 
 def assert_registered(operator: torch._ops.OpOverload, *inputs: object) -> None:
-    """Schema, shape function and autograd key agree with what the operator does."""
+    """Schema, shape function and autograd key agree with what the operator does, and the number of rows may be left open."""
     torch.library.opcheck(operator, inputs, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
+    if fixed := fixed_rows(operator, *inputs):
+        raise AssertionError(
+            f"{operator}: a compiler that leaves the number of rows open, as vLLM's does, finds it fixed: {fixed}"
+        )
+
+
+def fixed_rows(f: Callable[..., object], *inputs: object) -> dict:
+    """Return which open sizes the shapes of f's outputs fix, where every size like that of the first input's rows is open."""
+    environment = ShapeEnv()
+    with FakeTensorMode(shape_env=environment) as mode:
+        rows = next(x.shape[0] for x in inputs if isinstance(x, Tensor))
+
+        def fake(x: object) -> object:
+            if not isinstance(x, Tensor):
+                return x
+            sizes = [DimDynamic.DYNAMIC if size == rows else DimDynamic.STATIC for size in x.shape]
+            return mode.from_tensor(x, symbolic_context=StatelessSymbolicContext(sizes))
+
+        f(*map(fake, inputs))
+    return environment.replacements
 
 
 def assert_opaque(f: Function, *inputs: object, backend: str = "eager") -> None:

@@ -63,7 +63,7 @@ def _cpu(logits: Tensor, slots: int, renormalise: bool) -> tuple[Tensor, Tensor]
 
 
 def _fake(logits: Tensor, slots: int, renormalise: bool) -> tuple[Tensor, Tensor]:
-    shape = len(logits), slots
+    shape = logits.shape[0], slots  # len() would make a number of a size that a compiler leaves open
     return logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int64)
 
 

@@ -180,7 +180,7 @@ _row_logprobs = define(
     "row_logprobs(Tensor logits, Tensor? ids, Tensor temperature, Tensor? theta) -> (Tensor, Tensor, Tensor)",
     cpu=_row_logprobs_cpu,
     cuda="token_logprobs.row_logprobs",
-    fake=lambda x, ids, t, theta: (t.new_empty(t.shape), t.new_empty(t.shape), t.new_empty(len(t), 2, dtype=torch.float64)),
+    fake=lambda x, ids, t, theta: (t.new_empty(t.shape), t.new_empty(t.shape), t.new_empty(t.shape[0], 2, dtype=torch.float64)),
     check=lambda x, ids, t, theta: require_dtype("row_logprobs", x),
 )
 """Takes contiguous logits; gives log-probs, entropies [R] fp32 (undefined without ids), and (maximum, log sum) [R, 2] fp64."""
@@ -222,7 +222,7 @@ def _targets(token_ids: Tensor, vocab: int, temperature: float) -> tuple[Tensor,
 
 def _empty(hidden: Tensor, *truncation) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return room for what `_forward` returns: log-probs, entropies, statistics [T, 2], and thetas, [0] where all are kept."""
-    tokens = len(hidden)
+    tokens = hidden.shape[0]  # len() would make a number of a size that a compiler leaves open
     sizes = tokens, tokens, 0 if keeps_all(*truncation) else tokens
     logprobs_T, entropy_T, theta_T = (hidden.new_empty(n, dtype=torch.float32) for n in sizes)
     return logprobs_T, entropy_T, hidden.new_empty(tokens, 2, dtype=torch.float64), theta_T
