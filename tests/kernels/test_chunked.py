@@ -19,7 +19,9 @@ ROOT = Path(__file__).parents[2]
 TABLE = json.loads((ROOT / "rlinvariant/kernels/attention_tiles.json").read_text())["chips"]
 SHARED_KIB = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}  # that a program may have
 # Of some paged kernels for chips of mma.sync alone, a word or a few that a loop reads once go to memory
-FEW_BYTES = dict.fromkeys(SHARED_KIB, 16) | {"sm_90": 0}
+# Of sm_90: with 128 keys a block and heads of 128, part of the chunks before is kept there, and an H200 decodes 1.3 times as fast
+# as with 64 keys, which spill nothing.
+FEW_BYTES = dict.fromkeys(SHARED_KIB, 16) | {"sm_90": 136}
 SIXTEEN_DEEP = re.compile(r"(?:mma|wgmma).*\.m\d+n\d+k16\.|tcgen05\.mma.*kind::f16")  # of the last: 16 of bf16 by definition
 
 
@@ -59,7 +61,7 @@ def test_every_chip_has_a_row_for_every_head_size():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("chip", TABLE)
-def test_code_for_a_chip_multiplies_sixteen_deep_and_neither_spills_nor_adds_atomically(chip):
+def test_code_for_a_chip_multiplies_sixteen_deep_hardly_spills_and_adds_nothing_atomically(chip):
     """Compiled with the Triton that is installed, without a GPU."""
     kernels = [json.loads(line) for line in run("tests.kernels.compiled", chip).splitlines()]
     assert len(kernels) > 20
@@ -67,7 +69,7 @@ def test_code_for_a_chip_multiplies_sixteen_deep_and_neither_spills_nor_adds_ato
 
 
 @pytest.mark.slow
-def test_code_of_a_mixture_multiplies_sixteen_deep_and_neither_spills_nor_adds_atomically():
+def test_code_of_a_mixture_multiplies_sixteen_deep_hardly_spills_and_adds_nothing_atomically():
     kernels = [json.loads(line) for line in run("tests.kernels.compiled", "sm_90", "mixtures").splitlines()]
     assert len(kernels) == 13
     assert_exact_code(kernels, "sm_90")
