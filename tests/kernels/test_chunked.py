@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 TABLE = json.loads((ROOT / "rlinvariant/kernels/attention_tiles.json").read_text())["chips"]
 SHARED_KIB = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}  # that a program may have
 # Of some paged kernels for chips of mma.sync alone, a word or a few that a loop reads once go to memory
-# Of sm_90: with 128 keys a block and heads of 128, part of the chunks before is kept there, and an H200 decodes 1.3 times as fast
+# Of sm_90: with 128 keys a block and heads of 128, part of the chunks before goes there, and an H200 decodes 1.3 times as fast
 # as with 64 keys, which spill nothing.
 FEW_BYTES = dict.fromkeys(SHARED_KIB, 16) | {"sm_90": 136}
 SIXTEEN_DEEP = re.compile(r"(?:mma|wgmma).*\.m\d+n\d+k16\.|tcgen05\.mma.*kind::f16")  # of the last: 16 of bf16 by definition
