@@ -20,7 +20,7 @@ import psutil
 from rlinvariant.bench.measure import Answer, Link, Others, Row, Worker, quietest
 
 SIDES = ("served", "engine")
-COMPLETIONS, PROMPT, SEQUENCES, LONGEST, TARGET = 512, 24, 128, 256, 1.02
+COMPLETIONS, PROMPT, SEQUENCES, IN_STEP, LONGEST, TARGET = 512, 24, 128, 4096, 256, 1.02
 TOKENS = {"tiny": 32, "smollm2-135m": 16}  # shapes, with random weights -> tokens of a completion
 
 
@@ -116,7 +116,7 @@ def _since(began: tuple[float, float]) -> tuple[float, float]:
 def _engine(directory: str) -> Any:
     from rlinvariant.sampler.engine import Sampler
 
-    options = {"max_num_seqs": SEQUENCES, "enforce_eager": True}
+    options = {"max_num_seqs": SEQUENCES, "max_num_batched_tokens": IN_STEP, "enforce_eager": True}
     return Sampler(directory, invariant=True, max_model_len=LONGEST, kv_cache_gib=0.5, options=options)
 
 
@@ -139,6 +139,7 @@ def _served(directory: str) -> Any:
     url = f"http://127.0.0.1:{port}"
     options = ["--port", str(port), "--trainer-token-file", str(token), "--max-model-len", str(LONGEST)]
     options += ["--max-num-seqs", str(SEQUENCES), "--kv-cache-memory-bytes", str(2**29), "--disable-uvicorn-access-log"]
+    options += ["--max-num-batched-tokens", str(IN_STEP)]  # by itself vLLM chooses fewer for a server
     subprocess.Popen([sys.executable, "-m", "rlinvariant", "serve", directory, *options], stdin=subprocess.DEVNULL)
     while True:
         try:
