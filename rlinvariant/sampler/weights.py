@@ -40,8 +40,8 @@ def differing(model: Untyped, weights: Iterable[tuple[str, Tensor]], invariant: 
 def differing_checksums(model: Untyped, weights: Mapping[str, Checksum]) -> list[str]:
     """Name the parameters of an exact engine whose words do not have the sums that they should have.
 
-    An engine may be spread over several processes: each sums its own rows, and all must call this. Rows that several have,
-    must be the same in all.
+    An engine may be spread over several processes: each sums its own rows, and all must call this. Rows that several have must
+    be the same in all.
     """
     from rlinvariant.sampler.vllm_columns import of_all
 
@@ -58,7 +58,7 @@ def differing_checksums(model: Untyped, weights: Mapping[str, Checksum]) -> list
         have = have[: sum(rows)] if name.endswith(PADDED) else have
         if sum(rows) == len(have):
             parts_here = zip(have.split(rows), cuts, strict=True)
-            sums[name] = [(first, n, checksums.partial(part, first)) for part, (_, first, n) in parts_here]
+            sums[name] = [(first, n, checksums.partial(part, first).cpu()) for part, (_, first, n) in parts_here]
     everywhere = of_all(sums)
     for name, have in own.items():
         held = zip(*(each.get(name, []) for each in everywhere), strict=False)
@@ -69,7 +69,7 @@ def differing_checksums(model: Untyped, weights: Mapping[str, Checksum]) -> list
 
 
 _Rows = tuple[int, int, Tensor]
-"""Number of the first of some rows of a weight, how many they are, and their sums."""
+"""Number of the first of some rows of a weight, how many they are, and their sums, on the host."""
 
 
 def _joined(held: Iterable[_Rows], like: Tensor) -> Checksum | None:
@@ -86,7 +86,7 @@ def _joined(held: Iterable[_Rows], like: Tensor) -> Checksum | None:
     for first, rows, sums in sorted(apart.values(), key=lambda row: row[:2]):
         if first != end:
             return None
-        end, total = first + rows, total + sums.cpu()
+        end, total = first + rows, total + sums
     return checksums.of(like.dtype, (end, *like.shape[1:]), total)
 
 
