@@ -116,7 +116,7 @@ def truncated_cases(hidden: Tensor, weight: Tensor, name: Callable[[str, str], s
     yield Case(name("threshold (stock: vLLM's)", f"{rows} x {vocab}"), ops.threshold, ops.threshold_ref, stock, inputs, 5)
     ours, ref = (partial(scored, op) for op in (ops.token_logprobs, ops.token_logprobs_ref))
     shape = f"{rows} x {hidden.shape[1]} -> {vocab}"
-    both = name("token_logprobs, truncated (stock: ours, of all tokens)", shape)
+    both = name("token_logprobs with top-p (stock: ours without)", shape)
     yield Case(both, ours, ref, whole, (hidden, ids, weight), 2, same=False)
 
 
