@@ -43,6 +43,7 @@ TESTED = {  # a pair -> the test in which both are exact, on a CPU
     ("PPO", "mixtures"): PAIRS,
     ("windows", "mixtures"): PAIRS,
     ("shards", "shared sampler"): "tests/trainer/test_spread.py::test_a_shared_sampler_draws_and_trains_the_same_bytes",
+    ("shards", "mixtures"): "tests/trainer/test_pairs.py::test_a_mixture_in_shards_trains_exactly",
     ("shards", "servers"): "tests/trainer/test_served_runs.py::test_two_processes_draw_from_servers_what_one_draws_itself",
 }
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from rlinvariant.types import Untyped
 
+OF_MIXTURES = (".mlp.gate.weight", ".experts.gate_up_proj", ".experts.down_proj")  # what a trainer has of a mixture
 OF_EXPERTS = re.compile(r"(.*)\.experts\.(gate_up_proj|down_proj)")
 
 
@@ -35,6 +36,8 @@ def _cpu_kernel(layer: Untyped) -> Untyped:
 
 def place(model: nn.Module, name: str) -> str:
     """Return the name that vLLM's own model has for a parameter of transformers' mixture; any other name as it is."""
+    if not name.endswith(OF_MIXTURES):
+        return name
     try:
         model.get_parameter(name)
         return name

@@ -1,5 +1,9 @@
 """Capabilities two by two: a few steps of each pair that no other test has, on a CPU, every token the same 32 bits."""
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,7 @@ from tests.parity.harness import questions, variety
 
 pytestmark = [pytest.mark.slow, cpu_only("proven on CPUs alone so far")]
 
+ROOT = Path(__file__).parents[2]
 WINDOW = 6  # of keys: less than any prompt and its completion
 LORA = {"peft_config": LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])}
 TOP_P = {"top_p": 0.8}
@@ -49,6 +54,28 @@ def test_a_pair_trains_exactly(pair: str, tmp_path: Path) -> None:
         assert all(row["onpolicy/router_flips"] == 0 for row in rows)
     if "window" in pair:
         assert trainer.model.config.sliding_window == WINDOW
+
+
+def test_a_mixture_in_shards_trains_exactly(tmp_path: Path) -> None:
+    """Two processes, each with half of every expert's rows."""
+    config = FAMILIES["qwen3-moe"]()
+    config.moe_intermediate_size, config.router_aux_loss_coef = 64, 0.0
+    build_tokenizer().save_pretrained(save_random(config, tmp_path / "model"))
+    sizes = ("per_device_train_batch_size=8", "num_generations=4", "max_completion_length=12", "router_aux_loss_coef=0")
+    settings = ("recipe=arithmetic", "model=model", "steps=2", "run=shards", "data.eval_size=4", "data.train_size=64")
+    command = [sys.executable, "-m", "rlinvariant", "train", *settings, "machine=cpu2_fsdp2", "wandb.mode=disabled"]
+    done = subprocess.run(
+        [*command, *(f"trainer.{size}" for size in sizes)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "passive"},
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    rows = [json.loads(line) for line in (tmp_path / "runs/shards/metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if "onpolicy/compared_tokens" in row]
+    assert len(steps) == 2 and all(row["onpolicy/compared_tokens"] > 100 for row in steps)
+    assert all(row["onpolicy/mismatched_tokens"] == 0 == row["onpolicy/unscored_tokens"] for row in steps)
 
 
 def trained(directory: str, output: Path, ppo: PPOConfig | None = None, peft_config: Any = None, **changes: Any) -> Any:
