@@ -18,9 +18,8 @@ BATCHES, PROMPT, ROUNDS = (1, 16, 256), 64, 3
 
 
 def rate(engine: Sampler, batch: int, new: int, vocabulary: int) -> float:
-    """Return how many tokens are drawn in a second, prompts of other tokens each time."""
-    salt = time.monotonic_ns() % 1000 if not launch.is_launched() else 0
-    prompts = [[3 + (i * 7 + j * 13 + salt) % (vocabulary - 3) for j in range(PROMPT)] for i in range(batch)]
+    """Return how many tokens are drawn in a second, from a cold cache."""
+    prompts = [[3 + (i * 7 + j * 13) % (vocabulary - 3) for j in range(PROMPT)] for i in range(batch)]
     engine.llm.reset_prefix_cache()
     began = time.perf_counter()
     engine.generate(prompts, list(range(batch)), temperature=1.0, max_tokens=new, ignore_eos=True)
