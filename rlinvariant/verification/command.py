@@ -76,7 +76,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _spread(asked: Options, out: Path | None) -> int:
     """Verify in several processes, unless the model or the machine speaks against it."""
-    with Console().stage("loading transformers and vLLM"):
+    with Console().stage("reading the configuration"):
         import torch
 
         from rlinvariant.sampler.refusals import load_config, process_problems
