@@ -19,7 +19,7 @@ served() { # RUN TOKEN SETTINGS...
   local run=$1 token=$2; shift 2
   (gpu 0; train "$run" "$one" "$small" sampler.servers=$url sampler.trainer_token_file="$WORK/$token.token" trainer.save_strategy=no "$@")
 }
-trap 'code=$?; kill $server 2>/dev/null; wait $server 2>/dev/null; exit $code' EXIT
+trap 'code=$?; set +e; kill $server 2>/dev/null; wait $server 2>/dev/null; exit $code' EXIT
 set -e
 serve
 sizes="${sizes/sampler.kv_cache_gib=*/}"
@@ -33,7 +33,7 @@ code=0; GPU2_FLIP=1 served flipped right steps=4 >flipped.log 2>&1 || code=$?
 grep '^error:' flipped.log
 echo "row flipped word: exit code $code"
 [ $code = 1 ] && grep -q "of the sampler's parameters differ from the trainer's" flipped.log
-(served killed right steps=400; echo "code $?") >killed.log 2>&1 &
+(code=0; served killed right steps=400 || code=$?; echo "code $code") >killed.log 2>&1 &
 trainer=$!
 for _ in $(seq 200); do grep -q ' 3/400' killed.log && break; sleep 1; done
 kill -9 $server
