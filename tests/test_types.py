@@ -27,6 +27,7 @@ ALLOWED = {  # file: function -> why no type says it
     "rewards/grades.py: grades": "whatever a user's function has returned: that is what it finds out",
     "sampler/vllm_guard.py: Guard.__call__": ASGI,
     "sampler/vllm_serve.py: Proof.__call__": ASGI,
+    "sampler/vllm_trainers.py: Trainers.__call__": ASGI,
     "script.py: ScriptRun.carry_out": TRL,
     "script.py: ScriptRun.start": "hooks of four kinds, among a trainer's arguments",
     "script.py: steps_of": NULLABLE,

@@ -16,7 +16,7 @@ from rlinvariant.errors import ConfigErrors, ParityError, UserError, one_line
 from rlinvariant.files import RUNS, require_writable, write_atomically
 from rlinvariant.report.console import Console
 from rlinvariant.text import plural
-from rlinvariant.types import JsonObject
+from rlinvariant.types import JsonObject, Untyped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -197,7 +197,7 @@ def tokenized(name: str, path: str, asked: Options) -> tuple["PreTrainedTokenize
     return tokenizer, prompt, longest
 
 
-def asked_tokens(tokenizer: Any, text: str) -> list[int]:
+def asked_tokens(tokenizer: Untyped, text: str) -> list[int]:
     """Return the token ids of a question: in the chat template, where there is one."""
     if not tokenizer.chat_template:
         return list(tokenizer(text)["input_ids"])

@@ -10,7 +10,6 @@ R: rows (tokens), S: slots of a row, E: experts, D: width of a row, I: width ins
 import copy
 import re
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +68,7 @@ def form_of(module: nn.Module) -> type | None:
     return Experts if own == dict.fromkeys(PARAMETERS, 3) else None
 
 
-def compare_router(module: Untyped, form: type, attributes: dict[str, Any], known: dict[Any, Any]) -> float:
+def compare_router(module: Untyped, form: type, attributes: dict[str, Untyped], known: dict[Untyped, Untyped]) -> float:
     """Compare the weights of all experts, 0 where one is not chosen, and the dtype that they have in a model in bf16.
 
     Values do not tell the dtype: two logits that bf16 makes equal choose another expert.
@@ -91,7 +90,7 @@ def _dtype(router: nn.Module, x_RD: Tensor) -> torch.dtype:
     return copy.deepcopy(router).bfloat16()(x_RD.bfloat16())[1].dtype
 
 
-def compare_experts(module: Untyped, form: type, attributes: dict[str, Any], known: dict[Any, Any]) -> float:
+def compare_experts(module: Untyped, form: type, attributes: dict[str, Untyped], known: dict[Untyped, Untyped]) -> float:
     """Compare the class's own forward, a loop over experts, on rows that go to two experts each, or to one if there is one."""
     original = random_copy(module)
     original.config = copy.deepcopy(module.config)

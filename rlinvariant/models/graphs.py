@@ -15,12 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from rlinvariant.types import Untyped
+
 MOST_SHAPES = 8  # graphs that are kept; each holds its inputs and its output, and all share the memory of activations
 WARM_UPS = 2  # passes before a recording: kernels are compiled and libraries make their workspaces in the first
 INPUTS = ("input_ids", "position_ids", "cu_seq_lens_q")
 
 
-def hidden_states(decoder: nn.Module, *args: Any, **inputs: Any) -> Tensor:
+def hidden_states(decoder: nn.Module, *args: Untyped, **inputs: Untyped) -> Tensor:
     """Return a decoder's hidden states [1, N, H]: by its graphs, if it has any and a backward is to follow.
 
     Args:

@@ -14,6 +14,7 @@ from rlinvariant.report.completions import Completions
 from rlinvariant.report.panels import ON_POLICY, REWARD, Panel, column
 from rlinvariant.report.study import Arm, Run, Study, measured
 from rlinvariant.text import escaped, plural, printable
+from rlinvariant.types import JsonObject
 
 SHORT_RUN_STEPS = 200  # up to so many, every single step can be seen
 NUMBERS = 1_000_000  # on a page, of all charts; in longer runs each stretch keeps its least and its greatest
@@ -46,7 +47,7 @@ class Curve:
         raw = mean if window == 1 else stats.curve(self.values, self.present)[0]
         return svg.Line(self.label, self.style, self.steps, mean, low, high, raw)
 
-    def packed(self, most: int) -> dict[str, Any]:
+    def packed(self, most: int) -> JsonObject:
         """Return the numbers for the page's script, of at most about `most` steps; a missing row is null, no number "-"."""
         at = svg.extremes(self.steps, stats.curve(self.values, self.present)[0], most // 3)
         rows = zip(self.values[:, at].tolist(), self.present[:, at].tolist(), strict=True)
@@ -144,7 +145,7 @@ def absent(study: Study) -> str:
     return "".join(f'<p class="small">{escaped(line)}</p>' for line in said)
 
 
-def figure(title: str, unit: str, notice: str, drawn: str, data: dict[str, Any] | None = None) -> str:
+def figure(title: str, unit: str, notice: str, drawn: str, data: JsonObject | None = None) -> str:
     """Return a figure: its caption, the SVG, and, if a script is to draw it, the numbers."""
     caption = f'<b>{escaped(title)}</b> <span class="unit">{escaped(unit)}</span><span class="notice">{escaped(notice)}</span>'
     return f"<figure><figcaption>{caption}</figcaption>{drawn}{_script(data) if data else ''}</figure>"

@@ -14,6 +14,7 @@ from rlinvariant.report.completions import Completions, telling
 from rlinvariant.report.rundir import RunDir
 from rlinvariant.report.study import Study
 from rlinvariant.text import escaped, plural, printable
+from rlinvariant.types import JsonObject
 
 CHARACTERS = 2000  # shown of a prompt or a completion
 BYTES = 4_000_000  # of the completions on a page, all runs together
@@ -57,7 +58,7 @@ def section(study: Study, live: bool = False) -> str:
     return f"{app}{few}{''.join(static)}"
 
 
-def answer(study: Study, asked: Mapping[str, str]) -> dict[str, Any]:
+def answer(study: Study, asked: Mapping[str, str]) -> JsonObject:
     """Return what a live page asks for: {"rows": ..., "count": how many there are, "notes": ...}.
 
     Args:

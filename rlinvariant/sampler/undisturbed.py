@@ -4,7 +4,6 @@ import random
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +26,7 @@ def undisturbed() -> Iterator[None]:
                 torch.set_num_threads(threads)
 
 
-def stdout_with_descriptor() -> AbstractContextManager[Any]:
+def stdout_with_descriptor() -> AbstractContextManager[object]:
     """Redirect stdout where it has no file descriptor, as in a notebook: vLLM silences NCCL through it, and would raise."""
     try:
         sys.stdout.fileno()

@@ -31,7 +31,7 @@ from vllm.platforms import current_platform
 
 from rlinvariant import bits, ops
 from rlinvariant.errors import UserError
-from rlinvariant.types import Untyped
+from rlinvariant.types import Json, Untyped
 
 _vllms_plan: ContextVar[bool] = ContextVar("whether vLLM cuts o_proj and down_proj as it does by itself", default=False)
 
@@ -61,7 +61,7 @@ def drop_queue() -> None:
     get_tp_group().mq_broadcaster = None
 
 
-def of_all(item: Any) -> list[Any]:
+def of_all(item: Json) -> list[Json]:
     """Return what each process of the engine gives. Every one of them must call this."""
     group, found = get_tp_group(), [item] * processes()
     if len(found) > 1:
@@ -112,7 +112,7 @@ def cuts(layer: Untyped, parts: list[int]) -> list[Cut]:
 class GatheredLinear(ColumnParallelLinear):
     """Takes an input of which each process has some columns; gathers it, multiplies it, and gathers the product."""
 
-    def forward(self, x: Tensor) -> Any:
+    def forward(self, x: Tensor) -> Untyped:
         return super().forward(tensor_model_parallel_all_gather(x))
 
 
@@ -168,7 +168,7 @@ def require_heads_apart(model: Untyped, count: int, dtype: torch.dtype, device: 
                 )
 
 
-def spread(model: nn.Module, quant_config: Any) -> None:
+def spread(model: nn.Module, quant_config: Untyped) -> None:
     """Put `GatheredLinear` in the place of o_proj and down_proj, before vLLM replaces the other layers of a patched model."""
     if processes() == 1 or _vllms_plan.get():
         return

@@ -5,7 +5,6 @@ Tokens go as int32, log-probs as the four bytes of their float32, both little-en
 
 import base64
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from rlinvariant.checksums import Checksum
 from rlinvariant.rollout import Completion
-from rlinvariant.types import JsonObject, JsonRow
+from rlinvariant.types import Json, JsonObject, JsonRow
 
 PROTOCOL = 1
 """The version of these requests; a server and a trainer of different versions do not talk to each other."""
@@ -27,7 +26,7 @@ def pack(values: Sequence[float], dtype: str) -> str:
     return base64.b64encode(np.array(values, dtype).tobytes()).decode("ascii")
 
 
-def unpack(text: str, dtype: str) -> list[Any]:
+def unpack(text: str, dtype: str) -> list[Json]:
     """Return the numbers of `pack`. Raises ValueError where the text is not of whole numbers."""
     return np.frombuffer(base64.b64decode(text, validate=True), dtype).tolist()
 

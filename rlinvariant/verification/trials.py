@@ -54,42 +54,42 @@ def _flipped(a: Arguments, **dims: tuple[int, ...]) -> Arguments:
     return a | {name: a[name].flip(d) for name, d in dims.items()}
 
 
-def _ulp(call: Call, a: Arguments) -> tuple[Any, ...]:
+def _ulp(call: Call, a: Arguments) -> tuple[torch.Tensor | None, ...]:
     return tuple(words(x).add(1).view(x.dtype) for x in call(a))
 
 
-def _linear_backwards(call: Call, a: Arguments) -> tuple[Any, ...]:
+def _linear_backwards(call: Call, a: Arguments) -> tuple[torch.Tensor | None, ...]:
     return call(_flipped(a, x=(-1,), weight=(-1,)))
 
 
-def _norm_backwards(call: Call, a: Arguments) -> tuple[Any, ...]:
+def _norm_backwards(call: Call, a: Arguments) -> tuple[torch.Tensor | None, ...]:
     of_rows = {name: (-1,) for name in ("x", "residual", "weight") if name in a}
     return tuple(y.flip(-1) for y in call(_flipped(a, **of_rows)))
 
 
-def _norms_backwards(call: Call, a: Arguments) -> tuple[Any, ...]:
+def _norms_backwards(call: Call, a: Arguments) -> tuple[torch.Tensor | None, ...]:
     """Sum each head's squares backwards. The two halves that are rotated change places: so does the sign of the angle."""
     weights = {name: (-1,) for name in ("q", "k", "q_weight", "k_weight", "cos", "sin")}
     turned = _flipped(a, **weights)
     return tuple(y.flip(-1) for y in call(turned | {"sin": -turned["sin"]}))
 
 
-def _attention_backwards(call: Call, a: Arguments) -> tuple[Any, ...]:
+def _attention_backwards(call: Call, a: Arguments) -> tuple[torch.Tensor | None, ...]:
     return call(_flipped(a, q=(-1,), k=(-1,)))
 
 
-def _head_backwards(call: Call, a: Arguments) -> tuple[Any, ...]:
+def _head_backwards(call: Call, a: Arguments) -> tuple[torch.Tensor | None, ...]:
     ids = len(a["weight"]) - 1 - a["token_ids"]
     return call(_flipped(a, hidden=(-1,), weight=(0, 1)) | {"token_ids": ids})
 
 
-def _route_backwards(call: Call, a: Arguments) -> tuple[Any, ...]:
+def _route_backwards(call: Call, a: Arguments) -> tuple[torch.Tensor | None, ...]:
     """Choose the last of equal logits, and sum over experts backwards."""
     weights, ids = call(_flipped(a, logits=(-1,)))
     return weights, a["logits"].shape[-1] - 1 - ids
 
 
-def _experts_backwards(call: Call, a: Arguments) -> tuple[Any, ...]:
+def _experts_backwards(call: Call, a: Arguments) -> tuple[torch.Tensor | None, ...]:
     """Sum both products of an expert, and the slots, backwards."""
     inside = a["gate_up"].unflatten(1, (2, -1)).flip(2, 3).flatten(1, 2)
     return call(_flipped(a, x=(-1,), ids=(-1,), weights=(-1,), down=(-1,)) | {"gate_up": inside})
@@ -174,6 +174,6 @@ TRIALS = {
 """An op's name -> how it is tried; all others by `PLAIN`."""
 
 
-def by_definition(name: str, a: Arguments) -> tuple[Any, ...]:
+def by_definition(name: str, a: Arguments) -> tuple[torch.Tensor | None, ...]:
     """Return what an op's results must be, where no rounding has a part in it; None for results of which that is not so."""
     return (None, ops.moe_route_ref(*a.values())[1]) if name == "moe_route" else ()

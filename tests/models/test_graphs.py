@@ -56,7 +56,7 @@ def trained(model, steps: int = 3) -> tuple[list[torch.Tensor], dict[str, torch.
 @needs_gpu
 @pytest.mark.parametrize("family", ["qwen3 tied", "llama tied", "qwen2"])
 def test_graphs_change_no_bit_of_log_probs_gradients_or_weights(family):
-    """Of a tied embedding, whose gradient has a part that no graph computes, too. Control: other weights are other bits."""
+    """A tied embedding's gradient has a part that no graph computes. Control: other weights are other bits."""
     eager = make_trainable(build(family)).train()
     graphs = copy.deepcopy(eager)
     use_graphs(graphs.base_model, True)
