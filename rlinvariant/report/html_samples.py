@@ -24,30 +24,31 @@ TOKENS = 1000  # of a completion whose tokens are coloured
 Sample = Mapping[str, Any]
 
 
-def shown_runs(study: Study) -> list[tuple[str, Path]]:
-    """Return name and directory of the runs whose completions are shown: the first seed of each arm."""
-    return [(f"{arm.name}, seed {run.seed}", run.path) for arm in study.arms for run in arm.runs[:1]]
+def shown_runs(study: Study, live: bool) -> list[tuple[str, Path]]:
+    """Return name and directory of the runs whose completions are shown: the first seed of each arm, and of a live page all."""
+    return [(f"{arm.name}, seed {run.seed}", run.path) for arm in study.arms for run in (arm.runs if live else arm.runs[:1])]
 
 
 def section(study: Study, live: bool = False) -> str:
-    """Return the part for a run, or for the first seed of each arm of an ablation; "" where nothing was kept.
+    """Return the part for the runs of `shown_runs`; "" where nothing was kept.
 
     Args:
         live: whether a server answers for the completions (`answer`), so that the page has their steps alone.
     """
     static: list[str] = []
     runs: list[dict[str, Any]] = []
-    first = shown_runs(study)
-    for name, path in first:
+    those = shown_runs(study, live)
+    for index, (name, path) in enumerate(those):
         try:
             kept = Completions(path)
             if not kept.steps:
                 continue
             if live:
-                runs.append({"name": name, "said": "All that there are.", "steps": [{"step": step} for step in kept.steps]})
+                steps = [{"step": step} for step in kept.steps]
+                runs.append({"name": name, "index": index, "said": "All that there are.", "steps": steps})
                 continue
             static += _few(kept, "" if study.is_single else name)
-            runs.append({"name": name} | _chosen(kept, path, BYTES // len(first)))
+            runs.append({"name": name} | _chosen(kept, path, BYTES // len(those)))
         except (UserError, OSError) as error:
             static.append(f'<p class="small">{escaped(str(error))}</p>')
     if not (static or runs):
@@ -68,7 +69,7 @@ def answer(study: Study, asked: Mapping[str, str]) -> JsonObject:
         UserError: there is no such run, step, or key; nothing is there to be read.
     """
     try:
-        name, path = shown_runs(study)[int(asked.get("run", 0))]
+        _, path = shown_runs(study, live=True)[int(asked.get("run", 0))]
         steps = (int(asked["step"]), int(asked["step"])) if "step" in asked else None
         most, lowest, sort = int(asked.get("most", 60)), asked.get("lowest") == "1", asked.get("sort", "")
         if sort and sort not in search.KEYS:
@@ -171,8 +172,12 @@ def _row(row: Sample, prompts: dict[str, int], pieces: "_Pieces") -> dict[str, A
         if row.get("trainer_logprobs") and not row.get("tool_mask"):
             pairs = zip(row["trainer_logprobs"], row["sampler_logprobs"], strict=False)
             small["x"] = [float(f"{d:.2g}") if math.isfinite(d := a - b) else 99.0 for a, b in pairs]
-        small["q"] = [None if x is None else max(-99, round(10 * x)) if x == x else 0 for x in by_token]
+        small["q"] = [None if x is None else _tenths(x) for x in by_token]
     return small
+
+
+def _tenths(logprob: float) -> int:
+    return 0 if math.isnan(logprob) else round(min(0.0, max(-99.0, 10 * logprob)))
 
 
 def _shown(text: str) -> str:

@@ -42,13 +42,18 @@
     if (said && document.getElementById("said")?.firstChild) samples.refresh(JSON.parse(said.textContent));
     charts.refresh();
   };
+  const got = async (where) => {
+    const answer = await fetch(where);
+    if (!answer.ok) throw new Error(await answer.text());  // another server has the port now, with another key
+    return answer.text();
+  };
   const ask = async () => {
     if (asking || document.hidden) return;
     asking = true;
     try {
-      const now = await (await fetch("version")).text();
+      const now = await got("version");
       if (now !== version) {
-        const fresh = new DOMParser().parseFromString(await (await fetch("./")).text(), "text/html");
+        const fresh = new DOMParser().parseFromString(await got("./"), "text/html");
         if (!document.querySelector("section") || !document.getElementById("said") && fresh.getElementById("said")) location.reload();
         else take(fresh);
         version = now;

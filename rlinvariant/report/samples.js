@@ -45,7 +45,7 @@ const samples = (() => {
     return {rows: rows.slice(0, limit), count: rows.length, notes: []};
   };
   const fromServer = async (run, key) => {
-    const asked = {run: which.selectedIndex, search: search.value, most: limit, lowest: order.selectedIndex};
+    const asked = {run: run.index, search: search.value, most: limit, lowest: order.selectedIndex};
     if (!every.checked) asked.step = run.steps[slider.value].step;
     if (key !== "i") asked.sort = sort.value.replace("-", "");
     const answer = await fetch("completions?" + new URLSearchParams(asked));
@@ -150,7 +150,7 @@ const samples = (() => {
   const fresh = () => { limit = shownAtOnce; return draw(); };
   const newest = () => { slider.max = slider.value = runs[which.selectedIndex].steps.length - 1; };
   const named = () => {
-    const chosen = Math.max(0, which.selectedIndex);
+    const chosen = Math.max(0, runs.findIndex((run) => run.name === which.value));  // of a live page: others may have come before
     which.replaceChildren();
     runs.forEach((run) => make("option", which, run.name));
     which.selectedIndex = chosen;

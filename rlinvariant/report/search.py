@@ -89,7 +89,7 @@ def find(run: Path, kept: Completions, query: Query) -> Found:
     first, last = query.steps or (0, 2**63)
     wanted = [step for step in kept.steps if first <= step <= last]
     if not wanted:
-        have = f"there are of steps {kept.steps[0]} to {kept.steps[-1]}"
+        have = f"there are of steps {kept.steps[0]} to {kept.steps[-1]}" if kept.steps else "none were kept"
         raise UserError(f"{run}: no completions of step {first}{f' to {last}' if last != first else ''}; {have}")
     found = Found([])
 
@@ -126,7 +126,7 @@ def find(run: Path, kept: Completions, query: Query) -> Found:
 
 def pattern(text: str) -> re.Pattern[str]:
     """Read what is searched for: /regex/, of Python's kind, or a text in any case. Raises UserError for a wrong regex."""
-    if len(text) < 2 or not text.startswith("/") or not text.endswith("/"):
+    if len(text) < 3 or not text.startswith("/") or not text.endswith("/"):  # // is the beginning of a comment
         return re.compile(re.escape(text), re.IGNORECASE)
     try:
         return re.compile(text[1:-1])

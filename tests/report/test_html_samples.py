@@ -5,10 +5,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models
 
 from rlinvariant.report import completions, html, html_samples
+from rlinvariant.report.study import load
 from tests.report.browser import Browser
 from tests.report.pages import HOSTILE, text_of
 from tests.report.runs import write_ablation, write_run
@@ -113,6 +115,12 @@ def test_a_token_after_an_emoji_is_coloured_whole(tmp_path, chromium):
     more = {"completion": "".join(pieces), "token_ids": [0, 1, 2, 3, 4], "sampler_logprobs": [-0.1 * i for i in range(5)]}
     completions.write(path, [row | more for row in said(1)])
     assert [text for text, _, _ in probed(chromium, path)["tokens"]] == ["🙂🙈", "sa", "\\u200d", "é", "mple"]
+
+
+def test_a_log_prob_that_is_no_number_is_coloured_as_the_least(run):
+    infinite = np.full(2, -np.inf, np.float32)
+    completions.write(run, said(4, groups=1, size=1, completion="sample", token_ids=[0, 1], sampler_logprobs=infinite))
+    assert data_of(html_samples.section(load(run)))[0]["steps"][-1]["rows"][0]["q"] == [-99, -99]
 
 
 def test_without_a_tokenizer_or_with_another_there_are_no_colours(run):

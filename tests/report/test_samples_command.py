@@ -79,6 +79,7 @@ def test_texts_and_expressions_are_found_in_prompts_and_completions(asked):
     assert count("--search", "OF STEP 2") == 12
     assert asked("--search", "/OF STEP 2/")[0] == 2, "an expression minds the case"
     assert count("--search", "/^2\\+1=$/") == 4 and count("--search", "/sample [12] .*3\\n/") == 2
+    assert count("--search", "//") == 0, "the beginning of a comment is a text"
     late = asked("--search", "second")[1]
     assert "second line" in late[1]
 

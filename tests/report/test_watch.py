@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from rlinvariant.errors import UserError
-from rlinvariant.report import comparison, completions, watch
+from rlinvariant.report import comparison, completions, html_samples, watch
 from rlinvariant.report.rundir import _append_lines
 from tests.report.pages import HOSTILE
 from tests.report.runs import row, write_run
@@ -19,9 +19,9 @@ from tests.report.said import said
 
 
 @contextmanager
-def served(path: Path) -> Iterator[str]:
-    """Serve a directory's live page and give its address."""
-    server, address = watch.server(watch.Page(lambda: comparison.load([path]), [path]), 0)
+def served(*paths: Path) -> Iterator[str]:
+    """Serve the live page of directories and give its address."""
+    server, address = watch.server(watch.Page(lambda: comparison.load(paths), paths), 0)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:
@@ -30,6 +30,10 @@ def served(path: Path) -> Iterator[str]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+until = """(test) => new Promise((done, fail) => { const look = () => test() ? done(true) : setTimeout(look, 50); look();
+setTimeout(() => fail(new Error("not seen: " + test)), 60000); })"""
 
 
 def ask(address: str, path: str = "", host: str | None = None) -> tuple[int, str]:
@@ -51,9 +55,6 @@ def test_a_page_follows_the_run_and_keeps_what_the_reader_has_set(tmp_path, chro
     page = chromium
     with served(run.path) as address:
         page.open(address)
-        until = (
-            """(test) => new Promise((done) => { const look = () => test() ? done(true) : setTimeout(look, 50); look(); })"""
-        )
         page.run(f"({until})(() => document.querySelectorAll('div.said').length === 60)")
         assert "60 of 120 completions. All that there are." in page.run("document.getElementById('said').innerText")
         set_search = (
@@ -72,6 +73,27 @@ def test_a_page_follows_the_run_and_keeps_what_the_reader_has_set(tmp_path, chro
         label = page.run("document.querySelector('figure script').textContent")
         assert json.loads(label)["lines"][0]["steps"][-1] == 15 and not page.log
         assert "pwned" not in page.run("document.title")
+        page.run("fetch = async () => new Response('no such page', {status: 404})")  # of a server with another key
+        page.run(f"({until})(() => document.getElementById('live-status').innerText.includes('has ended'))")
+
+
+def test_each_run_is_answered_with_its_own_completions(tmp_path, chromium):
+    none = write_run(tmp_path / "none", 0)
+    next(none.completions.iterdir()).unlink()
+    others = [write_run(tmp_path / f"other-{seed}", seed, ["trainer.learning_rate=1"]) for seed in (0, 1)]
+    for run, step in zip(others, (7, 8), strict=True):
+        completions.write(run.path, said(step))
+    study = comparison.load([none.path, *(run.path for run in others)])
+    with pytest.raises(UserError, match="none were kept"):
+        html_samples.answer(study, {"run": "0"})
+    page = chromium
+    with served(none.path, *(run.path for run in others)) as address:
+        page.open(address)
+        for index, prompt in ((0, "7+0="), (1, "8+0=")):
+            page.run(f"which = document.querySelector('#said select'); which.selectedIndex = {index}")
+            page.run("which.dispatchEvent(new Event('input'))")
+            page.run(f"({until})(() => document.querySelector('#said pre.prompt')?.innerText === '{prompt}')")
+        assert page.run("which.innerText").split("\n") == ["other, seed 0", "other, seed 1"]
 
 
 def test_only_who_has_the_key_and_this_machine_is_answered(tmp_path):
