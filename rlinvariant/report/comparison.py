@@ -51,7 +51,7 @@ def compare(studies: Sequence[Study]) -> Study:
     placed: set[str] = set()
     for one in studies:
         if not one.is_single:
-            arms += [Arm(f"{one.path.name}/{arm.name}", arm.description, arm.overrides, arm.runs) for arm in one.arms]
+            arms += [Arm(f"{_label(one.path)}/{arm.name}", arm.description, arm.overrides, arm.runs) for arm in one.arms]
         elif (key := _settings(one.arms[0].runs[0])) not in placed:
             placed.add(key)
             arms += _arms(groups[key])
@@ -105,7 +105,10 @@ def _stem(names: Sequence[str]) -> str:
     """Return what names begin with, as `words` of words-0 and words-1; else the first, and how many more there are."""
     if len(names) == 1:
         return names[0]
-    stem = re.sub(r"[-_./]*(seed|s)?[-_./]*$", "", os.path.commonprefix(list(names)))
+    stem = os.path.commonprefix(list(names))
+    if any(name[len(stem) :][:1].isdigit() for name in names):
+        stem = stem.rstrip("0123456789")  # words-10 and words-11 are not words-1
+    stem = re.sub(r"([-_./]+(seed|s)?[-_./]*|seed)$", "", stem)
     return stem or f"{names[0]} and {len(names) - 1} more"
 
 
@@ -127,5 +130,5 @@ def _make_unique(arms: Sequence[Arm]) -> None:
 
 def _name(studies: Sequence[Study]) -> str:
     """Return a file name of at most 80 characters made of the runs' names."""
-    whole = "-".join(re.sub(r"[^\w.-]+", "_", one.path.name) for one in studies)
+    whole = "-".join(re.sub(r"[^\w.-]+", "_", _label(one.path)) for one in studies)
     return whole if len(whole) <= 80 else f"{whole[:60]}-{hashlib.sha256(whole.encode()).hexdigest()[:10]}"

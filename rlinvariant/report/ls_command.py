@@ -1,15 +1,17 @@
 """`rlinvariant ls`: the runs that are there, the newest first."""
 
 import argparse
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from rlinvariant.errors import UserError
+from rlinvariant.errors import UserError, one_line
 from rlinvariant.files import RUNS
 
 DESCRIPTION = """List the runs under a directory, those of ablations too, the newest first: name, recipe, steps, the mean
 reward of the last ten steps, mismatched tokens of those compared, how it ended, and when."""
+STARTED = ("environment.json", "metrics.jsonl")  # what tells a run; the second is there from its first step on
 EXAMPLE = """rlinvariant ls
 rlinvariant ls elsewhere/runs"""
 
@@ -41,10 +43,17 @@ def found(place: Path) -> list[Path]:
     """Return the directories of runs at a depth of at most three, the newest first; hidden ones are none."""
     runs = {}
     for depth in ("*", "*/*", "*/*/*"):
-        for file in place.glob(f"{depth}/metrics.jsonl"):
-            if not any(part.startswith(".") for part in file.relative_to(place).parts):
-                runs[file.parent] = file.stat().st_mtime
+        for name in STARTED:
+            for path in (file.parent for file in place.glob(f"{depth}/{name}")):
+                if not any(part.startswith(".") for part in path.relative_to(place).parts):
+                    runs[path] = _changed(path)
     return sorted(runs, key=lambda path: -runs[path])
+
+
+def _changed(path: Path) -> float:
+    """Return when a run last wrote a row, or before its first one, when it began."""
+    found = (path / name for name in reversed(STARTED))
+    return next((os.stat(file).st_mtime for file in found if file.exists()), 0.0)
 
 
 def _row(path: Path, place: Path) -> Sequence[str]:
@@ -53,12 +62,12 @@ def _row(path: Path, place: Path) -> Sequence[str]:
     from rlinvariant.report.stats import REWARD
     from rlinvariant.report.study import load_run
 
-    when = time.strftime("%Y-%m-%d %H:%M", time.localtime((path / "metrics.jsonl").stat().st_mtime))
+    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(_changed(path)))
     name = str(path.relative_to(place))
     try:
         run = load_run(path)
-    except UserError as error:
-        return [name, "–", "–", "–", "–", str(error).removeprefix(f"{path}/"), when]
+    except (UserError, OSError) as error:
+        return [name, "–", "–", "–", "–", one_line(error).removeprefix(f"{path}/"), when]
     steps = f"{len(run.rows):,}" + (f" / {run.setting('steps'):,}" if isinstance(run.setting("steps"), int) else "")
     state = "finished" if run.finished else str(run.result.get("outcome") or "no end yet")
     counts = tables.counted(run.rows) if run.rows else "–"

@@ -19,6 +19,7 @@ from rlinvariant.types import JsonRow
 
 LAST = 10  # steps whose reward is averaged
 UNDECIDED = "no verdict: the seeds disagree"
+NO_COMMON_SEED = "no verdict: no common seed"
 
 Row = Mapping[str, Any]
 

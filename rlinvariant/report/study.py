@@ -18,7 +18,19 @@ from rlinvariant.errors import UserError
 from rlinvariant.files import RUNS
 from rlinvariant.report.panels import KEYS, PANELS, REWARD, Panel, of_evaluations, of_rewards
 from rlinvariant.report.rundir import SCHEMA, RunDir, gaps, quoted, read_rows
-from rlinvariant.report.stats import ACCURACY, HELD_OUT, LAST, MEASURES, Estimate, Measure, Row, Verdict, estimate, verdict
+from rlinvariant.report.stats import (
+    ACCURACY,
+    HELD_OUT,
+    LAST,
+    MEASURES,
+    NO_COMMON_SEED,
+    Estimate,
+    Measure,
+    Row,
+    Verdict,
+    estimate,
+    verdict,
+)
 from rlinvariant.text import shown
 from rlinvariant.types import Json, JsonRow
 
@@ -78,6 +90,8 @@ class Arm:
     def against(self, reference: "Arm", measure: Measure) -> Verdict:
         """Compare this arm with `reference`, as this minus that: runs of one seed, over the steps that both have."""
         pairs = [(run, other) for run in self.runs for other in reference.runs if run.seed == other.seed]
+        if self.runs and reference.runs and not pairs:
+            return Verdict(estimate([]), NO_COMMON_SEED)
         values = [
             tuple(measure.of(one.rows[: min(len(run.rows), len(other.rows))], one.result) for one in (run, other))
             for run, other in pairs

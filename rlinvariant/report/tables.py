@@ -11,7 +11,7 @@ from typing import Literal
 from rlinvariant import held_out
 from rlinvariant.report.console import Console, coverage, integer, total
 from rlinvariant.report.panels import of_evaluations
-from rlinvariant.report.stats import ACCURACY, HELD_OUT, LAST, REWARD, Estimate, Measure, Row, Verdict
+from rlinvariant.report.stats import ACCURACY, HELD_OUT, LAST, NO_COMMON_SEED, REWARD, Estimate, Measure, Row, Verdict
 from rlinvariant.report.study import Arm, Run, Study, measured
 from rlinvariant.text import plural
 
@@ -153,6 +153,8 @@ def _compared(others: Sequence[Arm], reference: Arm, measure: Measure) -> str:
         arms = [arm for arm in (reference, *others) if len(arm.runs) == 1]
         means = ", ".join(f"{arm.name} {number(arm.estimate(measure).mean, measure.style)}" for arm in arms)
         return "one seed: no interval, no verdict" + (f" ({means})" if len(arms) == len(others) + 1 else "")
+    if set(groups) == {NO_COMMON_SEED}:
+        return where[NO_COMMON_SEED]
     some = f"{min(seeds)} to {max(seeds)} seeds" if len(seeds) > 1 else plural(seeds.pop(), "seed")
     return f"{'; '.join(where.values())} (differences over the same {some})"
 

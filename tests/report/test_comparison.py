@@ -1,6 +1,7 @@
 """Runs beside each other: seeds are found, what differs is named, what is missing is said."""
 
 import json
+import os
 
 import pytest
 
@@ -24,6 +25,27 @@ def test_runs_that_differ_in_the_seed_alone_are_one_arm_and_settings_that_differ
     assert study.reference is study.arms[0] and "Reward against low" in dict(tables.sentences(study))
     again = comparison.load(comparison.located([*paths, write_run(tmp_path / "copy", 0, ["trainer.learning_rate=1e-05"]).path]))
     assert [len(arm.runs) for arm in again.arms] == [2, 2, 1], "control: a seed that is there twice has an arm of its own"
+
+
+@pytest.mark.parametrize(
+    ("names", "stem"),
+    [
+        (["words0", "words1"], "words"),
+        (["words-10", "words-11"], "words"),
+        (["words-s0", "words-s1"], "words"),
+        (["lr1e-5_seed_0", "lr1e-5_seed_1"], "lr1e-5"),
+        (["3", "4"], "3 and 1 more"),
+    ],
+)
+def test_an_arm_of_several_seeds_is_called_what_their_names_share(tmp_path, names, stem):
+    paths = [write_run(tmp_path / name, seed, steps=1).path for seed, name in enumerate(names)]
+    assert [arm.name for arm in comparison.load(paths).arms] == [stem]
+
+
+def test_runs_without_a_common_seed_are_not_compared(tmp_path):
+    paths = [write_run(tmp_path / name, seed, [f"trainer.lr={seed}"], steps=1).path for seed, name in enumerate("ab")]
+    said = dict(tables.sentences(comparison.load(paths)))
+    assert said["Reward against a"] == "no verdict: no common seed in b"
 
 
 def test_a_page_of_two_runs_says_what_one_of_them_lacks(tmp_path, monkeypatch):
@@ -72,8 +94,6 @@ def test_what_cannot_be_compared_is_one_line(tmp_path, monkeypatch, paths, said)
 
 def test_ls_lists_runs_newest_first_and_says_what_is_damaged(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    import os
-
     runs = tmp_path / "runs"
     write_run(runs / "first", 0)
     write_run(runs / "killed", 0, steps=7, finished=False, drift=0.01)
@@ -81,6 +101,9 @@ def test_ls_lists_runs_newest_first_and_says_what_is_damaged(tmp_path, capsys, m
     torn = write_run(runs / "torn", 0)
     torn.config.write_text("[]")
     write_run(runs / ".cache" / "hidden", 0)
+    started = write_run(runs / "started", 0, steps=0, finished=False)
+    started.metrics.unlink(missing_ok=True)
+    os.utime(started.environment, (10**9 - 1, 10**9 - 1))
     foreign = runs / "first" / "checkpoints" / "checkpoint-1"
     foreign.mkdir(parents=True)
     (foreign / "config.json").write_text("{}")
@@ -89,7 +112,8 @@ def test_ls_lists_runs_newest_first_and_says_what_is_damaged(tmp_path, capsys, m
     assert main(["ls", str(runs)]) == 0
     out = capsys.readouterr().out
     names = [line.split()[0] for line in out.splitlines()[1:] if line and not line.startswith(" ")]
-    assert names == ["torn", "ablation-a/drift/seed-0", "ablation-a/exact/seed-0", "killed", "first"]
+    assert names == ["torn", "ablation-a/drift/seed-0", "ablation-a/exact/seed-0", "killed", "first", "started"]
+    assert next(x for x in out.splitlines() if x.startswith("started")).split()[1:4] == ["arithmetic", "0", "/"]
     first, killed = ([x for x in out.splitlines() if x.startswith(name)][0] for name in ("first", "killed"))
     assert "20 / 20" in first and "0 / 1,280" in first and "finished" in first
     assert "7 / 20" in killed and "no end yet" in killed and " 0 / " not in killed
