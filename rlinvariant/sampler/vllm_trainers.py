@@ -8,12 +8,13 @@ completion is drawn by two versions, and each answer says which it was.
 
 import asyncio
 import json
+import math
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import numpy as np
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from vllm.sampling_params import RequestOutputKind
 
@@ -26,7 +27,7 @@ from rlinvariant.sampler.vllm_guard import WITH_TOKEN
 from rlinvariant.text import say, shown
 from rlinvariant.types import JsonObject, Untyped
 
-REFUSED, CONFLICT, FAILED = 400, 409, 500
+REFUSED, CONFLICT, FAILED, ANEW = 400, 409, 500, 503
 NO_REQUEST = (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError)
 """The errors by which Python tells that a body is not what it should be."""
 RESET_TRIES, RESET_PAUSE_S = 200, 0.05  # the engine frees the last request's pages a moment after its answer
@@ -63,6 +64,8 @@ class Trainers:
         work: Callable[[Request], Awaitable[Callable[[], Awaitable[JsonObject]]]] = getattr(self, path.rpartition("/")[2])
         try:
             answer = await work(request)
+        except ClientDisconnect:  # in the middle of its body, which nothing has been done with
+            return None
         except Refused as refused:
             return await JSONResponse({"error": str(refused)}, refused.status)(scope, receive, send)
         except (UserError, *NO_REQUEST) as error:
@@ -75,9 +78,10 @@ class Trainers:
         return result
 
     def _require_session(self, session: Any) -> None:
-        if self.session is None or session != self.session:
-            now = "no trainer has" if self.session is None else f"{self.trainer} has since"
-            raise Refused(CONFLICT, f"{now} joined this server; one trainer has it at a time")
+        if self.session is None:  # to a trainer that had joined it, this server is as good as gone
+            raise Refused(ANEW, "no trainer has joined this server since it was started")
+        if session != self.session:
+            raise Refused(CONFLICT, f"{self.trainer} has since joined this server; one trainer has it at a time")
 
     # ---- the routes: each reads and checks its request, and returns what makes the answer
 
@@ -244,10 +248,21 @@ def _params(body: JsonObject, vocabulary: int) -> list[Any]:
         raise Refused(REFUSED, f"prompts: expected token ids below {vocabulary}, one or more in each")
     if not all(type(seed) is int and 0 <= seed < 2**63 for seed in body["seeds"]):  # another would end the engine
         raise Refused(REFUSED, "seeds: expected whole numbers in [0, 2**63)")
+    if not all(_is_whole(most, 1) for most in body["max_tokens"]):  # nor would the engine hear of anything after these
+        raise Refused(REFUSED, "max_tokens: expected whole numbers, 1 or more")
+    if not all(_is_whole(token, 0) for token in how.get("stop_token_ids", ())):
+        raise Refused(REFUSED, "stop_token_ids: expected token ids")
+    for name in how.keys() - {"stop_token_ids"}:
+        if not (how[name] is None or (type(how[name]) in (int, float) and math.isfinite(how[name]))):
+            raise Refused(REFUSED, f"{name}: expected a number")
     # A trainer names all tokens that end a completion: no others of the server's tokenizer
     shared = {"invariant": True, "ignore_eos": True, "output_kind": RequestOutputKind.FINAL_ONLY, **how}
     rows = zip(prompts, body["seeds"], body["max_tokens"], strict=True)
     return [sampling_params(seed, max_tokens=most, **shared) for _, seed, most in rows]
+
+
+def _is_whole(value: Any, least: int) -> bool:
+    return type(value) is int and least <= value < 2**31
 
 
 def _names(part: bytes) -> list[str]:

@@ -115,10 +115,18 @@ def test_what_a_server_does_not_take_is_refused_by_name(servers, arithmetic_weig
             sampler.generate([[1]], [1], **{"temperature": 1.0, "max_tokens": 1, **wrong})
     with pytest.raises(UserError, match="do not fit sampler.max_model_len=192"):
         sampler.generate([[1] * 190], [1], temperature=1.0, max_tokens=3)
-    for wrong in ({"prompts": [[99_999]]}, {"prompts": [[-1]]}, {"prompts": [["a"]]}, {"seeds": [2**63]}, {"seeds": [-1]}):
+    cases: list[dict[str, Any]] = [{"prompts": [[token]]} for token in (99_999, -1, "a")]
+    cases += [{"seeds": [seed]} for seed in (2**63, -1)] + [{"max_tokens": [most]} for most in (1.5, True, None, 0, 2**31)]
+    for wrong in cases:
         body = {"session": sampler._alive[0].session, "version": sampler._version, "prompts": [[1]], "seeds": [1]}
         with pytest.raises(UserError, match=f"{next(iter(wrong))}: expected"):
             sampler._alive[0].asked("generate", body | {"max_tokens": [1], "sampling": {"temperature": 1.0}, **wrong})
+    settings = [{"stop_token_ids": [token]} for token in (1.5, -1, "a", 2**63)]
+    settings += [{"temperature": float("nan")}, {"temperature": "1"}, {"top_p": float("nan")}, {"min_p": [1]}]
+    for wrong in settings:
+        body = {"session": sampler._alive[0].session, "version": sampler._version, "prompts": [[1]], "seeds": [1]}
+        with pytest.raises(UserError, match=f"{next(iter(wrong))}: expected"):
+            sampler._alive[0].asked("generate", body | {"max_tokens": [1], "sampling": {"temperature": 1.0, **wrong}})
     assert sampler.generate([[1]], [1], temperature=1.0, max_tokens=1), "and it still draws"
 
 
@@ -222,6 +230,9 @@ def test_a_server_that_dies_while_it_draws_is_replaced_by_another(
 ):
     started = start(2, arithmetic_dir, token_file, tmp_path)
     try:
+        of_before = server.Server(started[0].url, Token(TOKEN))
+        with pytest.raises(server.Gone, match="no trainer has joined this server since it was started"):
+            of_before.ask("generate", {"session": "of the server that was there before"})
         sampler = synced(joined(*started), arithmetic_weights)
         asked = requests() | HOW["all tokens"]
         exact_engine.sync(arithmetic_weights)
