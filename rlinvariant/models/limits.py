@@ -8,6 +8,7 @@ from rlinvariant.types import Untyped
 
 HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)  # those of vLLM's key-value cache on a CPU
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # angles depend on the position alone, not on the sequence length
+VOCABULARY_STEP = 64  # vLLM pads a vocabulary to a multiple of it, and cuts that
 ACTIVATIONS = ("silu", "swish", "gelu_pytorch_tanh")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 ROUTERS: dict[
@@ -95,6 +96,9 @@ def uncuttable(config: Untyped, processes: int) -> Iterator[str]:
     for name in ("num_attention_heads", "hidden_size", "intermediate_size"):
         if (size := getattr(config, name, 0)) % processes:
             yield f"{name}={size} is no multiple of {processes}"
+    vocabulary = getattr(config, "vocab_size", 0)
+    if (padded := -(-vocabulary // VOCABULARY_STEP) * VOCABULARY_STEP) % processes:
+        yield f"vocab_size={vocabulary}, of which vLLM makes {padded}, is no multiple of {processes}"
     keys = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     if keys % processes and processes % keys:
         yield f"num_key_value_heads={keys} is neither a multiple nor a divisor of {processes}"

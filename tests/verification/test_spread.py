@@ -27,8 +27,14 @@ def test_models_that_cannot_be_cut_by_columns_are_refused_by_name():
     assert list(uncuttable(FAMILIES["llama"](), 3)) == [
         "num_attention_heads=4 is no multiple of 3",
         "hidden_size=128 is no multiple of 3",
+        "vocab_size=101, of which vLLM makes 128, is no multiple of 3",
         "num_key_value_heads=2 is neither a multiple nor a divisor of 3",
     ]
+    odd: Any = SimpleNamespace(**FAMILIES["llama"]().to_dict() | {"base_model_tp_plan": {"q": "colwise"}})
+    odd.num_attention_heads, odd.num_key_value_heads, odd.hidden_size, odd.intermediate_size = 15, 5, 960, 2560
+    assert list(uncuttable(odd, 5)) == ["vocab_size=101, of which vLLM makes 128, is no multiple of 5"], "SmolLM2-360M's sizes"
+    odd.vocab_size = 319
+    assert list(uncuttable(odd, 5)) == []
 
 
 def test_processes_that_are_not_there_are_refused(monkeypatch):
