@@ -82,6 +82,7 @@ def targets(log: str) -> None:
     found: dict[tuple[str, int], float] = {}
     for side, batch, value in re.findall(r"^row rate (\w+) over 2 batch (\d+): ([\d.]+)", Path(log).read_text(), re.M):
         found[side, int(batch)] = float(value)
+    assert found, "no rates were measured"
     for batch in sorted({batch for _, batch in found}):
         print(f"row batch {batch}: {found['exact', batch] / found['stock', batch]:.3f} of stock's rate over two")
     if ("exact", LARGEST) in found:
