@@ -10,12 +10,11 @@ from tests import forks
 from tests.parity.device import cpu_only
 
 HERE = Path(__file__).parent
-FEW = pytest.param("qwen3", 2)
-MORE = [pytest.param(family, ranks, marks=pytest.mark.slow) for family, ranks in (("qwen2", 2), ("gemma2", 2), ("llama", 4))]
 
 
 @cpu_only("several processes are joined by gloo")
-@pytest.mark.parametrize(("family", "ranks"), [FEW, *MORE])
+@pytest.mark.slow  # whole engines; ops/test_linear_columns.py and test_heads_apart.py have the parts
+@pytest.mark.parametrize(("family", "ranks"), [("qwen3", 2), ("qwen2", 2), ("gemma2", 2), ("llama", 4)])
 def test_an_engine_over_several_processes_has_the_bits_of_a_trainer_in_one(family, ranks, tmp_path):
     """llama has two heads of keys: over four processes two have the same."""
     arguments = [str(HERE / "columns_on_ranks.py"), str(tmp_path), family]
