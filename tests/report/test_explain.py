@@ -134,6 +134,11 @@ def test_each_part_moves_and_nothing_is_wider_than_the_window(opened, width):
     assert seen["guide"] != seen["other"] and seen["overflow"] <= 0 and not opened.log
 
 
+def test_the_page_in_docs_is_what_the_package_makes():
+    file = Path(__file__).parents[2] / "docs" / "explain" / "index.html"
+    assert file.read_text() == html_explain.page(), f"write html_explain.page() into {file}"
+
+
 def test_what_was_recorded_is_whole_and_says_where():
     recorded = json.loads((Path(html_explain.__file__).parent / "explain" / "recorded.json").read_text())
     crowd, demo = recorded["crowd"], recorded["demo"]

@@ -283,7 +283,7 @@ const explain = (() => {
     const bar = at("e7-in"), fields = Object.fromEntries(asks.map(([name, text, value]) => [name, input(bar, text, "checkbox", "", {checked: value === "yes"})]));
     const draw = () => {
       const is = Object.fromEntries(Object.entries(fields).map(([name, field]) => [name, field.checked])), said = [];
-      if (is.rl && is.two) said.push(["Measure first", "rlinvariant verify MODEL says on your model and machine how many log-probs differ, and rlinvariant bisect MODEL where the first one does. Neither needs exact kernels."]);
+      if (is.rl && is.two) said.push(["Measure first", "On your model and machine, rlinvariant bisect MODEL --invariance off says where stock vLLM first leaves the stock trainer, and rlinvariant verify MODEL how many log-probs differ, with stock kernels and with exact ones."]);
       if (is.rl && is.two && is.trouble) said.push(["Try it", "Train a run with invariance=exact and one with invariance=off: rlinvariant ablate. If the trouble stays, drift was not its cause, and you can look elsewhere."]);
       if (is.rl && is.two && !is.trouble) said.push(["Perhaps", "Short completions and small steps often survive drift; importance corrections (TRL has four) bound it. Exactness removes the question, and a run can be replayed bit for bit."]);
       if (is.same) said.push(["Yes, to serve", "rlinvariant serve gives the same bytes whatever else is being served."]);
