@@ -88,8 +88,10 @@ def find(run: Path, kept: Completions, query: Query) -> Found:
     """
     first, last = query.steps or (0, 2**63)
     wanted = [step for step in kept.steps if first <= step <= last]
+    if not kept.steps:
+        raise UserError(f"{run}: no completions were kept")
     if not wanted:
-        have = f"there are of steps {kept.steps[0]} to {kept.steps[-1]}" if kept.steps else "none were kept"
+        have = f"there are of steps {kept.steps[0]} to {kept.steps[-1]}"
         raise UserError(f"{run}: no completions of step {first}{f' to {last}' if last != first else ''}; {have}")
     found = Found([])
 

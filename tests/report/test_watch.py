@@ -84,7 +84,7 @@ def test_each_run_is_answered_with_its_own_completions(tmp_path, chromium):
     for run, step in zip(others, (7, 8), strict=True):
         completions.write(run.path, said(step))
     study = comparison.load([none.path, *(run.path for run in others)])
-    with pytest.raises(UserError, match="none were kept"):
+    with pytest.raises(UserError, match="no completions were kept"):
         html_samples.answer(study, {"run": "0"})
     page = chromium
     with served(none.path, *(run.path for run in others)) as address:
