@@ -114,7 +114,8 @@ def applied(model: "PreTrainedModel", config: Untyped, seed: int) -> Untyped:
     if own.base_model_name_or_path and os.path.isdir(own.base_model_name_or_path):  # whoever reads the files is elsewhere
         own.base_model_name_or_path = os.path.abspath(own.base_model_name_or_path)
     if found := outside(adapted):
-        raise UserError(f"lora: target_modules takes {found[0]}: expected projections of the decoder alone")
+        fix = "; set lora.target_modules=q_proj,k_proj,v_proj,o_proj" if ".experts" in found[0] else ""
+        raise UserError(f"lora: target_modules takes {found[0]}: expected projections of the decoder alone{fix}")
     names = set() if isinstance(config.target_modules, str) else set(config.target_modules or ())
     found = [plain(name) for name, module in adapted.named_modules() if is_lora(module)]
     if absent := sorted(x for x in names if not any(name == x or name.endswith(f".{x}") for name in found)):

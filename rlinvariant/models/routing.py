@@ -13,6 +13,12 @@ from torch import Tensor, nn
 from rlinvariant import ops
 from rlinvariant.types import Untyped
 
+CHOICE = (
+    *("n_group", "topk_group", "scoring_func", "router_jitter_noise", "input_jitter_noise"),
+    *("expert_capacity", "capacity_factor"),
+)
+"""Settings of a router that chooses by more than its logits, as `limits.ROUTERS` describes them."""
+
 
 class Routing:
     """Watches the routers of a model. What a layer chooses for a token is kept as one number, the same for the same set.
@@ -50,16 +56,25 @@ class Routing:
         """Watch no more, and forget what was seen."""
         self._watching, self._seen = False, [[] for _ in self._seen]
 
-    def take(self) -> Tensor:
-        """Return the numbers [N, L] int64 of all forwards since `begin`, one after the other, and watch no more."""
+    def take(self) -> Tensor | None:
+        """Return the numbers [N, L] int64 of all forwards since `begin`, one after the other, and watch no more.
+
+        None: the model ran no forward, or has no such layer.
+        """
         found, self._watching = self._seen, False
         self._seen = [[] for _ in found]
-        return torch.stack([torch.cat(seen) for seen in found], -1)
+        return torch.stack([torch.cat(seen) for seen in found], -1) if found and all(found) else None
 
 
 def slots_of(config: Untyped) -> int | None:
-    """Return how many experts a token of a mixture goes to, by transformers' configuration; None for any other model."""
-    from rlinvariant.models.limits import mixture_of
+    """Return how many experts a token of a mixture goes to, by transformers' configuration.
+
+    None for any other model, and where more than a router's logits says which experts these are: groups, biases, noise.
+    """
+    from rlinvariant.models.limits import PLAIN_ROUTER, mixture_of
 
     config = config.get_text_config()
-    return getattr(config, "num_experts_per_tok", None) if mixture_of(config) else None
+    given = ((name, getattr(config, name, None)) for name in CHOICE)
+    if not mixture_of(config) or any(value and value != PLAIN_ROUTER.get(name) for name, value in given):
+        return None
+    return getattr(config, "num_experts_per_tok", None)

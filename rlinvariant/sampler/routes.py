@@ -35,17 +35,24 @@ class Routes:
         batch = self.runner.input_batch
         positions = batch.num_tokens_no_spec[:rows].astype(np.int64) - batch.num_prompt_tokens[:rows]
         last = self.runner.query_start_loc.np[1 : rows + 1] - 1
-        self._steps.append((list(batch.req_ids[:rows]), positions, self.routing.take()[last]))
+        if (seen := self.routing.take()) is None:  # a block that is built otherwise
+            self._steps = None
+            return
+        self._steps.append((list(batch.req_ids[:rows]), positions, seen[last]))
         self.routing.begin()
 
     def given(self, completions: Sequence[Completion], requests: Sequence[str]) -> list[Completion]:
         """Return the completions with the experts of each of their tokens; a position that was drawn twice has the last.
 
+        Where a step's experts were not seen they are as they were.
+
         Args:
             completions, requests: what was drawn, and vLLM's id for each.
         """
+        if self._steps is None:
+            return list(completions)
         found: dict[str, dict[int, np.ndarray]] = {}
-        for names, positions, experts_RL in self._steps or ():
+        for names, positions, experts_RL in self._steps:
             for name, position, experts_L in zip(names, positions.tolist(), experts_RL.cpu().numpy(), strict=True):
                 found.setdefault(external(name), {})[position] = experts_L
         self._steps = None

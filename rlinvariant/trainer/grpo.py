@@ -250,7 +250,7 @@ class InvariantGRPOTrainer(RoutedTrainer):
         if not len(rows):
             return
         names = ("prompt_ids", "prompt_mask", "completion_ids", "sampling_per_token_logps", "sample")
-        batch = {name: output[name][rows] for name in names}
+        batch = {name: output[name][rows] for name in (*names, "experts") if name in output}
         batch["completion_mask"] = (torch.arange(width, device=device) < lengths[rows, None]).long()
         if self._tool_mask is not None:
             self._tool_mask = batch["tool_mask"] = F.pad(self._tool_mask, (0, width - self._tool_mask.shape[1]))[rows]

@@ -68,7 +68,7 @@ class Fit:
         own = decoder_layers(model)
         for at, layer in enumerate(own):
             layer.gradient_checkpointing = at * self.layers < self.recomputed * len(own)
-        use_graphs(decoder_of(model), self.graphs)
+        use_graphs(decoder_of(model), self.graphs and next(model.parameters()).is_cuda)  # a checkpoint's Fit may be a GPU's
 
     def halved(self, longest: int, device: str, recomputes: bool) -> "Fit | None":
         """Return what is tried next where memory was too small, without graphs; None: there is nothing left to try.
@@ -128,7 +128,7 @@ def settle(trainer: "MicroBatchedTrainer") -> Fit:
     recomputed = next((count for count in choices if fits(count) >= wanted), choices[-1])
     tokens = asked or min(MOST_TOKENS[device.type], 2 ** int(math.log2(max(LEAST_TOKENS, fits(recomputed)))))
     alone = device.type == "cuda" and trainer.accelerator.num_processes == 1 and not trainer.sharded
-    dense = mixture_of(policy.config) is None  # of a mixture, hooks look at where tokens go
+    dense = all(mixture_of(model.config) is None for model in models)  # a mixture reads on the host where tokens go
     graphs = alone and dense and not recomputed and all(_waits_for_host(model, tokens) for model in models)
     return Fit(tokens, recomputed, layers, graphs)
 

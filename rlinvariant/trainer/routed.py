@@ -8,9 +8,14 @@ Methods of TRL's trainer that are overridden:
     _generate_and_score_completions          puts them beside the log-probs
     _get_per_token_logps_and_entropies       keeps those of the trainer's own forward, where it is stock
 
+and of `MicroBatchedTrainer`:
+
+    _in_parts                                keeps those of all parts of a rollout that is scored
+
 B: rows of a batch, C: columns of completions, S: sampled tokens of them, L: layers with experts.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -18,8 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlinvariant.models import lora
 from rlinvariant.models.graphs import runs_as_graphs
 from rlinvariant.models.routing import Routing, slots_of
+from rlinvariant.trainer.division import Rows
 from rlinvariant.trainer.drawing import DrawingTrainer
 from rlinvariant.trainer.interface import SamplerLike
 from rlinvariant.trainer.memory import decoder_of
@@ -31,44 +38,66 @@ class RoutedTrainer(DrawingTrainer):
 
     _routing: Routing | None = None
     _sampler_experts: list[np.ndarray] | None = None  # of each sample of the last rollout, [S, L]
-    _trainer_experts: Tensor | None = None  # [B, C, L] of the last forward, zero where nothing was scored
+    _trainer_experts: Tensor | None = None  # [B, C, L] of the policy's last forward, zero where nothing was scored
+    _part_experts: Tensor | None = None  # the same of a part of it
 
     def _attach(self, sampler: SamplerLike) -> None:
         super()._attach(sampler)
-        if getattr(sampler, "routes", None) is not None and not self.sharded:
-            self._routing = Routing(self.model, slots_of(self.model.config) or 0)
+        slots = slots_of(self.model.config)
+        if getattr(sampler, "routes", None) is not None and slots is not None and not self.sharded:
+            self._routing = Routing(self.model, slots)
 
     def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
         output = super()._generate(prompts)
-        self._sampler_experts = self._turns.experts()
+        if self._routing is not None:
+            masks = self._sampled or [[1] * len(row) for row in output[1]]
+            pairs = zip(output[1], masks, strict=True)
+            self._sampler_experts = self._turns.experts([[t for t, m in zip(*pair, strict=True) if m] for pair in pairs])
         return output
 
     def _generate_and_score_completions(self, inputs):
         output = super()._generate_and_score_completions(inputs)
         if self._routing is not None and self._sampler_experts is not None and self.model.training:
-            lengths = output["completion_mask"].shape
+            lengths = output["completion_ids"].shape
             experts_BCL = torch.zeros(*lengths, self._routing.layers, dtype=torch.int64)
             for row, experts_SL in enumerate(self._sampler_experts):
                 sampled = range(len(experts_SL)) if self._sampled is None else np.flatnonzero(self._sampled[row])
                 experts_BCL[row, list(sampled)] = torch.from_numpy(experts_SL)
-            output["experts"] = experts_BCL.to(output["completion_mask"].device)
+            output["experts"] = experts_BCL.to(output["completion_ids"].device)
         return output
 
+    def _watch(self, model: Any) -> Routing | None:
+        """Watch the routers from here on, if it is the policy that is about to run, and not a reference; return what does."""
+        if self._routing is None or lora.is_reference(self.model):
+            return None
+        if self.accelerator.unwrap_model(model) is not self.accelerator.unwrap_model(self.model):
+            return None
+        self._routing.begin()
+        return self._routing
+
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
-        if self._routing is not None:
-            self._routing.begin()
+        routing = self._watch(model)
         result = super()._get_per_token_logps_and_entropies(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
-        if self._routing is not None:
-            experts = self._routing.take().view(*input_ids.shape, -1)
-            self._trainer_experts = experts[:, -logits_to_keep - 1 : -1]
+        if routing is not None and (seen := routing.take()) is not None:
+            self._trainer_experts = seen.view(*input_ids.shape, -1)[:, -logits_to_keep - 1 : -1]
         return result
+
+    def _in_parts(self, lengths_B: Tensor, compute: Callable[[Rows], tuple[Tensor, ...]]) -> list[Tensor]:
+        def with_experts(rows: Rows) -> tuple[Tensor, ...]:
+            self._part_experts = None
+            found = compute(rows)
+            return found if self._part_experts is None else (*found, self._part_experts)
+
+        found = super()._in_parts(lengths_B, with_experts)
+        if self._part_experts is not None:
+            self._trainer_experts = found.pop()
+        return found
 
     def _packed_logprobs(self, model, input_ids: Tensor, attention_mask: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
         """Return log-probs and entropies [B, C], fp32, of the `wanted` [B, C] of the last columns of a padded batch [B, L]."""
         by_graphs = runs_as_graphs(decoder_of(self.accelerator.unwrap_model(model)))
         batch = pack(input_ids, attention_mask, wanted.shape[1], wanted=wanted, few_shapes=by_graphs)
-        if self._routing is not None:
-            self._routing.begin()
+        routing = self._watch(model)
         logprobs, entropies = model(
             **batch.inputs,
             attention_mask=None,
@@ -77,9 +106,8 @@ class RoutedTrainer(DrawingTrainer):
             temperature=self.temperature,
             **asdict(self.truncation),
         )
-        if self._routing is not None:
-            experts_SL = self._routing.take()[batch.predicted_from]
-            self._trainer_experts = torch.stack([batch.unpack(x) for x in experts_SL.T], -1)
+        if routing is not None and (seen := routing.take()) is not None:
+            self._part_experts = torch.stack([batch.unpack(x) for x in seen[batch.predicted_from].T], -1)
         return batch.unpack(logprobs), batch.unpack(entropies)
 
     def _count_flips(self, inputs: dict[str, Any], mask: Tensor) -> None:

@@ -51,7 +51,7 @@ class Turns:
         self._first: list[int | None] = [None] * len(seeds)  # tokens of each sample's first prompt
         self._said: list[list[int]] = [[] for _ in seeds]  # tokens of each sample up to the end of its last turn
         self._silent = [False] * len(seeds)  # whether the last turn had no room for a token
-        self._experts: list[list[np.ndarray | None]] = [[] for _ in seeds]  # of each sample's turns
+        self._turns: list[list[Completion]] = [[] for _ in seeds]  # of each sample, those with a token
         self.batches: list[Batch] = []
         self.conversations: Sequence[Sequence[Mapping[str, Any]]] | None = None
 
@@ -94,15 +94,25 @@ class Turns:
             if self._first[sample] is None:
                 self._first[sample] = len(prompt)
             self._drawn[sample] += 1
-            self._experts[sample] += [completion.experts] if completion.token_ids else []
+            self._turns[sample] += [completion] if completion.token_ids else []
             self._said[sample] = [*prompt, *completion.token_ids]
             self._silent[sample] = not completion.token_ids
 
-    def experts(self) -> list[np.ndarray] | None:
-        """Return the experts of each sample's tokens, of all its turns, [tokens, layers]; None where the engine did not say."""
-        if any(x is None for turns in self._experts for x in turns) or not all(self._experts):
+    def experts(self, sampled: Sequence[Sequence[int]]) -> list[np.ndarray] | None:
+        """Return the experts of each sample's tokens, of all its turns, [tokens, layers].
+
+        None where the engine did not say, or where the samples are other tokens than were drawn: a `rollout_func` may cut them.
+
+        Args:
+            sampled: the tokens of each sample that are the model's.
+        """
+        if any(turn.experts is None for turns in self._turns for turn in turns) or not all(self._turns):
             return None
-        return [np.concatenate([x for x in turns if x is not None]) for turns in self._experts]
+        if any(
+            [t for turn in turns for t in turn.token_ids] != [*own] for turns, own in zip(self._turns, sampled, strict=True)
+        ):
+            return None
+        return [np.concatenate([turn.experts for turn in turns if turn.experts is not None]) for turns in self._turns]
 
     def continued(self, prompts: Sequence[Sequence[int]]) -> list[int]:
         """Return the samples that TRL's loop goes on with: those whose last message is a tool's, unless they had no more room.

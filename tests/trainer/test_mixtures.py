@@ -3,8 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig
@@ -12,12 +14,15 @@ from trl import GRPOConfig
 import rlinvariant
 from rlinvariant import bits
 from rlinvariant.errors import ConfigErrors, UserError
-from rlinvariant.models import experts
+from rlinvariant.models import experts, lora
 from rlinvariant.models.random import save_random
-from rlinvariant.models.routing import Routing
+from rlinvariant.models.routing import Routing, slots_of
 from rlinvariant.recipes import arithmetic_moe
+from rlinvariant.rollout import Completion
 from rlinvariant.sampler.engine import Sampler
 from rlinvariant.sampler.expert_loader import ExpertLoader
+from rlinvariant.trainer.packing import Packed
+from rlinvariant.trainer.turns import Turns
 from tests.parity.device import CUDA, cpu_only
 from tests.parity.harness import questions, variety
 
@@ -34,7 +39,9 @@ def directory(tmp_path_factory) -> str:
     return str(path)
 
 
-def trained(directory: str, output: Path, invariance: Any, steps: int = 2, **changes: Any) -> tuple[Any, list[dict[str, Any]]]:
+def trained(
+    directory: str, output: Path, invariance: Any, steps: int = 2, options: dict[str, Any] | None = None, **changes: Any
+) -> tuple[Any, list[dict[str, Any]]]:
     args = GRPOConfig(
         str(output),
         max_steps=steps,
@@ -60,13 +67,14 @@ def trained(directory: str, output: Path, invariance: Any, steps: int = 2, **cha
         sampler_options={"max_model_len": 64, "kv_cache_gib": 0.02, "options": {"enforce_eager": True}},
         on_row=lambda row, mismatch: rows.append(row),
         invariance=invariance,
+        **(options or {}),
     )
     trainer.train()
     return trainer, rows
 
 
 def test_a_mixture_trains_exactly_and_both_sides_choose_the_same_experts(directory, tmp_path):
-    trainer, rows = trained(directory, tmp_path, "exact")
+    trainer, rows = trained(directory, tmp_path, "exact", beta=0.01)  # a reference, whose experts nobody compares
     assert [row["onpolicy/mismatched_tokens"] for row in rows] == [0, 0]
     assert all(row["onpolicy/coverage"] == 1 and row["onpolicy/weights_equal"] == 1 for row in rows)
     flips = [{key: n for key, n in row.items() if key.startswith("onpolicy/router_flips")} for row in rows]
@@ -87,6 +95,24 @@ def test_a_mixture_trains_exactly_and_both_sides_choose_the_same_experts(directo
         again.model.layers[1].mlp.experts.down_proj[7, 3, 5] += 0.5
     (wrong,) = trainer.sampler.differing_weights(again.named_parameters())
     assert wrong == "model.layers.1.mlp.experts.down_proj", "control: one weight of one expert"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("planted", [False, True], ids=["exact", "one expert off"])
+def test_experts_of_a_rollout_that_is_scored_in_parts_are_all_compared(directory, tmp_path, monkeypatch, planted):
+    """Beside a reference, whose forward comes after. Control: a number of one token of each part."""
+    unpacked = Packed.unpack
+
+    def one_off(self: Packed, values: torch.Tensor) -> torch.Tensor:
+        values = values + torch.eye(1, len(values), dtype=torch.int64)[0] if values.dtype == torch.int64 else values
+        return unpacked(self, values)
+
+    if planted:
+        monkeypatch.setattr(Packed, "unpack", one_off)
+    _, rows = trained(directory, tmp_path, "exact", beta=0.01, steps_per_generation=2, options={"tokens_per_microbatch": 100})
+    first = rows[0]
+    assert first["onpolicy/mismatched_tokens"] == 0 < first["onpolicy/compared_tokens"]
+    assert (first["onpolicy/router_flips"] >= 2) if planted else (first["onpolicy/router_flips"] == 0)
 
 
 @pytest.mark.slow
@@ -197,6 +223,39 @@ def test_routing_gives_one_number_to_a_set_whatever_its_order(directory):
     assert routing.take().tolist() == [[101, 101], [101, 101], [1001, 11]]
     routing._note(0, (logits, None))
     assert not any(routing._seen), "nothing is kept that nobody takes"
+    routing.begin()
+    assert routing.take() is None, "another model ran"
+    assert Routing(torch.nn.Linear(2, 2), 2).take() is None
+
+
+def test_only_routers_that_choose_by_their_logits_are_watched(directory):
+    config = AutoConfig.from_pretrained(directory)
+    assert slots_of(config) == 2
+    config.scoring_func, config.n_group = "softmax", 1
+    assert slots_of(config) is None, "groups"
+    config.scoring_func, config.n_group = "sigmoid", None
+    assert slots_of(config) is None
+    config.scoring_func, config.num_experts = "softmax", 0
+    assert slots_of(config) is None, "no mixture"
+
+
+def test_experts_of_samples_that_a_rollout_func_has_cut_are_not_compared():
+    turns = Turns([1, 2])
+    numbers = np.arange(6).reshape(3, 2)
+    drawn = [Completion([5, 6, 7], [0.0] * 3, experts=numbers), Completion([8], [0.0], experts=numbers[:1])]
+    turns.add([[1], [2]], [0, 1], drawn)
+    turns.add([[1, 5, 6, 7, 9]], [0], [Completion([4], [0.0], experts=numbers[2:])])
+    found = turns.experts([[5, 6, 7, 4], [8]])
+    assert found is not None and [x.tolist() for x in found] == [[[0, 1], [2, 3], [4, 5], [4, 5]], [[0, 1]]]
+    assert turns.experts([[5, 6, 4], [8]]) is None is turns.experts([[5, 6, 7, 3], [8]])
+
+
+def test_adapters_of_experts_are_refused_with_the_fix(directory):
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    with pytest.raises(
+        UserError, match=r"takes model.layers.0.mlp.experts.*; set lora.target_modules=q_proj,k_proj,v_proj,o_proj"
+    ):
+        lora.applied(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"), 0)
 
 
 @pytest.mark.slow
