@@ -264,10 +264,14 @@ def _backward(ctx, dlogprobs: Tensor | None, dentropy: Tensor | None, *_: None):
         if dlogits_TV is not logits_TV:
             dlogits_TV = scale_logits_backward(dlogits_TV, logits_TV, *ctx.scaling)
         torch.mm(dlogits_TV, w_VD, out=dhidden_TD[c])
+        if not ctx.needs_input_grad[1]:  # beside adapters the lm_head is frozen
+            continue
         if dweight_VD is None:
             dweight_VD = product(dlogits_TV.t(), hidden[c], torch.float32)
         else:
             add_product(dweight_VD, dlogits_TV.t(), hidden[c])
+    if not ctx.needs_input_grad[1]:
+        return dhidden_TD, *[None] * 8
     return dhidden_TD, torch.zeros_like(weight) if dweight_VD is None else dweight_VD.to(weight.dtype), *[None] * 7
 
 

@@ -206,6 +206,29 @@ def test_tokens_by_vocabulary_is_never_held(tokens, vocab, dtype, peak_bytes, de
 
 
 @matrix_dtypes
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_a_frozen_weight_costs_no_gradient_and_changes_none(dtype, softcap, monkeypatch):
+    """Beside adapters the lm_head is frozen: its gradient is a third of the head's work, and as large as the lm_head."""
+    hidden, weight, ids = operands(40, 100, dtype)
+
+    def gradient(trained: bool) -> Tensor:
+        leaf = hidden.clone().requires_grad_()
+        logprobs, entropy = ops.token_logprobs(leaf, weight.clone().requires_grad_(trained), ids, 0.7, None, softcap)
+        (logprobs.sum() + entropy.sum()).backward()
+        assert leaf.grad is not None
+        return leaf.grad
+
+    def refused(*_: object) -> None:
+        raise AssertionError("a product for a gradient that nobody needs")
+
+    expected = gradient(True)
+    monkeypatch.setattr(module, "product", refused)
+    assert_bits_equal(gradient(False), expected, "hidden states")
+    with pytest.raises(AssertionError, match="nobody needs"):  # control
+        gradient(True)
+
+
+@matrix_dtypes
 def test_extreme_logits_give_the_limits(dtype):
     inf, nan = float("inf"), float("nan")
 
