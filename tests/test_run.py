@@ -359,7 +359,7 @@ MISTAKES = {
     "GPT-2": ["model=gpt2: GPT2LMHeadModel", "; use invariance=off"],
     "GPT-2, sampler": ["model=gpt2: GPT2LMHeadModel", "; use invariance=off"],
     "head of 16": ["small_heads", "head_dim=16 is not one of"],
-    "experts": ["model=experts", "num_local_experts=2"],
+    "experts": ["model=experts", "router_jitter_noise=0.1"],
     "no plugin": ["plugin not active"],
     "no compiler": ["C compiler no-such-compiler not found", "install gcc, or set CC"],
 }

@@ -61,6 +61,8 @@ def test_every_op_is_measured_and_invariant(ops_json):
         "token_logprobs",
         "sample",
         "threshold",
+        "moe_route",
+        "moe_experts",
     }
     assert all(row["bits_equal"]["ours"] is True for row in rows)
     # Negative control: the stock fp32 product is not, so the check can see a difference
@@ -116,12 +118,12 @@ def test_a_refused_family_loses_its_certificate_and_the_others_say_of_when_they_
         "seconds": 9.0,
     }
     (tmp_path / "certificates").mkdir()
-    for name in ("llama", "mixtral"):
+    for name in ("llama", "qwen2-moe"):
         (tmp_path / "certificates" / f"{name}.json").write_text(json.dumps(certificate))
     monkeypatch.setattr(certify, "FAMILIES", {})
-    monkeypatch.setattr(certify, "REFUSED", {"mixtral": REFUSED["mixtral"]})
+    monkeypatch.setattr(certify, "REFUSED", {"qwen2-moe": REFUSED["qwen2-moe"]})
     assert certify.run(tmp_path, None, True) == 0
     assert [path.stem for path in (tmp_path / "certificates").iterdir()] == ["llama"]
     table = markdown(tmp_path)
     assert "| llama | short, 2026-01-02 | `LlamaForCausalLM`, 2.6M | **0** / 1,118 | 1 | 1 of 1 | 9 |" in table
-    assert "| mixtral | num_local_experts=4: no op has the products of a mixture of experts |" in table
+    assert "| qwen2-moe | shared_expert_intermediate_size=64: no op has an expert that every token goes to" in table

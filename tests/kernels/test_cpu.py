@@ -79,6 +79,10 @@ def outputs(library: ctypes.CDLL, dtype: torch.dtype, monkeypatch: pytest.Monkey
     keep("paged", ops.paged_attention(q[:8], cache, table, cu, torch.tensor([30, 21], dtype=torch.int32), 0.3))
     lens = torch.tensor([30, 21], dtype=torch.int32)
     keep("paged:both", ops.paged_attention(q[:8], cache, table, cu, lens, 0.3, window=5, softcap=2.0))
+    weights, experts = ops.moe_route(x[:, :12], 3, True)
+    keep("moe_route", weights, experts, *ops.moe_route(x[:, :12], 2, False))
+    up, down = randn(12, 18, 333, dtype=dtype, seed=3), randn(12, 333, 9, dtype=dtype, seed=4)
+    keep("moe_experts", ops.moe_experts(x, experts, weights, up, down))
     hidden, head, ids = randn(9, 17, dtype=dtype), randn(4101, 17, dtype=dtype, seed=1), torch.arange(9) * 455
     keep("token_logprobs", *ops.token_logprobs(hidden, head, ids, 0.7))
     logits, t = ops.linear(hidden, head), torch.full((9,), 0.7)

@@ -9,7 +9,7 @@ from trl import GRPOTrainer
 
 from rlinvariant.errors import ParityError, UserError
 from rlinvariant.sampler import vllm_linear
-from rlinvariant.trainer import grpo
+from rlinvariant.trainer import routed
 from tests.parity.device import CUDA
 from tests.parity.harness import assert_exact, assert_stops, new_trainer, off_by_an_ulp, train
 
@@ -102,13 +102,13 @@ def test_one_bf16_ulp_in_one_weight_is_named(exact_run, exact_engine):
 
 
 def test_a_position_off_by_one_is_seen(exact_run, monkeypatch):
-    pack = grpo.pack
+    pack = routed.pack
 
     def shifted(*args, **kwargs):
         packed = pack(*args, **kwargs)
         return replace(packed, predicted_from=packed.predicted_from - 1)
 
-    monkeypatch.setattr(grpo, "pack", shifted)
+    monkeypatch.setattr(routed, "pack", shifted)
     assert_stops(exact_run())
 
 
