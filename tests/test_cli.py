@@ -164,6 +164,7 @@ def test_a_directory_that_is_not_there_is_said_at_once(name, monkeypatch, tmp_pa
     assert model_problems("model", "Qwen/Qwen3-0.6B") == []
 
 
+@pytest.mark.slow
 def test_a_hub_that_does_not_answer_is_one_line():
     """Lines that huggingface_hub logs are not shown; `tests/test_hub.py` counts how often it is asked."""
     with socket.socket() as closed:

@@ -61,6 +61,7 @@ def test_what_is_wrong_is_said_before_anything_starts(argument, message):
     assert sorted(line.partition(": ")[0] for line in raised.value.errors) == sorted([argument, "another"])
 
 
+@pytest.mark.slow
 def test_a_model_that_is_not_there_is_refused_before_vllm_is_imported():
     code = "import sys; from rlinvariant import cli; code = cli.main(sys.argv[1:]); sys.exit(code + ('vllm' in sys.modules))"
     done = subprocess.run([sys.executable, "-c", code, "demo", "tinny"], capture_output=True, text=True)

@@ -51,6 +51,7 @@ def test_candidates_fit_into_a_multiprocessor():
             assert bn * bm / (32 * warps) <= 256, "more accumulators than a thread has registers"
 
 
+@pytest.mark.slow
 def test_linear_has_a_row_for_each_shape_and_a_mean(on_cpu):
     rows = list(linear.rows(tiny=True))
     assert len(rows) == 6 and all(r.bench == "linear" and r.ours > 0 and r.stock > 0 for r in rows)
@@ -85,6 +86,7 @@ def test_a_stock_kernel_that_looks_at_the_batch_is_found_out(on_cpu, monkeypatch
     assert not found["rms_norm, tiny, 40 x 256"] and found["add_rms_norm, tiny, 40 x 256"]
 
 
+@pytest.mark.slow
 def test_attention_compares_paged_steps_and_packed_rows(on_cpu, monkeypatch):
     fake_gpu.install_attention(monkeypatch, attention)
     rows = list(attention.rows(tiny=True))

@@ -244,6 +244,7 @@ def test_a_library_is_built_once_and_again_when_its_source_or_flags_change(monke
     assert len(built) == len(set(built)) == 2 + len(cpu.SOURCES) and {p.parent for p in built} == {tmp_path / "cache"}
 
 
+@pytest.mark.slow
 def test_two_processes_may_build_at_once(monkeypatch, tmp_path):
     monkeypatch.setenv("RLINVARIANT_CACHE", str(tmp_path))
     monkeypatch.setattr(cpu, "FLAGS", ("-O0", "-Wno-psabi", *COMMON))

@@ -297,7 +297,7 @@ def test_a_token_outside_the_vocabulary_shows_as_nan_where_looking_would_wait(to
         assert x[2].isnan()
         assert_bits_equal(x[kept], expected[kept], "rows beside it")
     saved = hidden, weight, ids, *broken
-    context = SimpleNamespace(saved_tensors=saved, temperature=1.0, scaling=(None, None))
+    context = SimpleNamespace(saved_tensors=saved, temperature=1.0, scaling=(None, None), needs_input_grad=(True, True))
     dhidden, dweight, *_ = module._backward(context, torch.ones(4), torch.ones(4))
     assert dhidden[2].isnan().all() and dweight.isnan().all() and dhidden[kept].isfinite().all()
 

@@ -1,5 +1,7 @@
 """A few of what `make reliability` does by the hundred, for `make test`: runs of a tiny model, a second or two each."""
 
+import pytest
+
 from tests.reliability.campaign import Campaign
 from tests.reliability.damages import damage_the_newest
 from tests.reliability.disks import fill_the_disk
@@ -8,6 +10,7 @@ from tests.reliability.offsets import SETTINGS, resume_everywhere
 from tests.reliability.others import resume_what_is_finished
 
 
+@pytest.mark.slow
 def test_a_run_killed_while_it_saves_goes_on_bit_for_bit(lab):
     campaign = Campaign(lab)
     kill_at_events(campaign, 2, among="checkpoint-4")
@@ -46,6 +49,7 @@ def test_a_rollout_that_is_not_saved_is_missed(lab):
     assert resume_everywhere(lab, name, SETTINGS[name], steps=4, offsets=[1], planted=planted).bad
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_nothing_is_lost(lab):
     campaign = Campaign(lab)
     fill_the_disk(campaign, 1)

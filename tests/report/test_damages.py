@@ -19,7 +19,7 @@ from rlinvariant.rollout import Batch, Completion, Rollout
 from tests.report.damages import in_the_values, on_the_file
 from tests.report.runs import write_ablation, write_run
 
-EVERY = pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.slow)])
+EVERY = pytest.mark.parametrize("every", [14, pytest.param(1, marks=pytest.mark.slow)])
 """One of how many damages is tried: `make test-slow` tries all."""
 CONFIG = [(key, "value") for key in ("recipe", "seed", "steps", "run", "wandb.project", "algorithm")]
 CONFIG += [("seed",), ("run", "source")]

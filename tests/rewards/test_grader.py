@@ -63,6 +63,7 @@ def test_equal_is_mathematically_equal(right: str, equal: list[str], different: 
     assert math_answer(boxed, [right] * len(boxed)) == [1.0] * len(equal) + [0.0] * len(different)
 
 
+@pytest.mark.slow
 def test_an_answer_that_would_run_for_ever_costs_its_own_reward_alone() -> None:
     huge = [r"\boxed{9^{9^{9^{9}}}}", r"\boxed{\binom{10^{9}}{500000000}}"]
     deep = [r"\boxed{" + "(" * 240 + "2" + ")" * 240 + "}", r"\boxed{" + r"\frac{1}{" * 45 + "3" + "}" * 45 + "}"]

@@ -26,6 +26,7 @@ def destroyed(monkeypatch):
 
 
 @pytest.mark.usefixtures("real_freeze")  # what the start of one engine hides from the collector is given back all the same
+@pytest.mark.slow
 def test_an_engine_ends_alone_and_gives_its_memory_back(arithmetic_dir, exact_engine, destroyed):
     first = start_engine(arithmetic_dir, kv_bytes=1 << 20)
     drawn, module = draw(first), weakref.ref(first.model)

@@ -67,7 +67,9 @@ def assert_same_end(run: Run, whole: Run, after: int, what: str) -> None:
         assert_same_weights(*of, what)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(
+    "schedule", [pytest.param(x, marks=[pytest.mark.slow] * (x == "evaluation between")) for x in SCHEDULES]
+)
 def test_a_run_goes_on_from_any_step(schedule, new, tmp_path):
     whole = new("whole", **SCHEDULES[schedule])
     whole.trainer.train()

@@ -296,6 +296,7 @@ def test_one_sample_of_each_prompt(arithmetic_dir, exact_engine, tmp_path):
 
 
 @cpu_only("two processes of one run take a GPU each; here they are joined by gloo")
+@pytest.mark.slow
 def test_two_processes_train_one_policy_and_one_critic(arithmetic_dir, exact_engine, tmp_path):
     """Each has rows of its own, the first one the long ones, of which it makes more parts; the step is that of one process.
 

@@ -202,7 +202,6 @@ ALLOWED = {  # where the mask of all tokens is meant: what a row costs, which ro
     "division.py": {"lengths", "rows_of"},
     "grpo.py": {"_compare_masked"},
     "ppo.py": {"_values"},
-    "routed.py": {"_generate_and_score_completions"},  # the shape that its experts get
 }
 
 

@@ -55,9 +55,8 @@ def verified(tmp_path):
 
 FAST_FAMILIES = (
     "llama",
-    "qwen2-window",
     "gemma3",
-)  # one with its own vLLM model, one with windows, one with most forms of its own
+)  # one as most are, one with windows and most forms of its own
 
 
 @pytest.mark.parametrize("family", [x if x in FAST_FAMILIES else pytest.param(x, marks=pytest.mark.slow) for x in SUPPORTED])
