@@ -3,7 +3,7 @@
 Slots are sorted by expert, stably. A tile is up to M of the slots of one expert; how many tiles there are is known on the
 device alone, so the grid has room for the most that there can be, and a program without a tile ends. Nothing waits for the GPU.
 
-A tile's product is that of kernels/linear.py: one fp32 accumulator over K, ascending, sixteen products at a time. So a row has
+A tile's product is that of kernels/linear.py, by its `accumulated`: one fp32 accumulator over K, ascending. So a row has
 the bits that `linear` gives it, whatever the tile and whoever shares it. `check` compares the two before a weight shape is
 used. It has run in Triton's interpreter and has been compiled for sm_90; on a GPU it has not run yet.
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rlinvariant import bits
 from rlinvariant.errors import UserError
-from rlinvariant.kernels.linear import FALLBACK_TILE, SAFE_TILES, Tile, tiled
+from rlinvariant.kernels.linear import FALLBACK_TILE, SAFE_TILES, Tile, accumulated, tiled
 from rlinvariant.kernels.routes import ROUTES
 from rlinvariant.kernels.swiglu import swiglu_merged
 
@@ -76,17 +76,7 @@ def _grouped(
         depth = tl.arange(0, K)
         w_at = w_ptr + expert * expert_stride + col.to(tl.int64)[:, None] * w_row + depth[None, :]
         x_at = x_ptr + row[None, :] * x_row + depth[:, None]
-        acc = tl.zeros((N, M), tl.float32)
-        for start in range(0, k, K):
-            if WHOLE:
-                w = tl.load(w_at, mask=col[:, None] < n, other=0.0)
-                x = tl.load(x_at)
-            else:
-                w = tl.load(w_at, mask=(col[:, None] < n) & (start + depth[None, :] < k), other=0.0)
-                x = tl.load(x_at, mask=start + depth[:, None] < k, other=0.0)
-            acc = tl.dot(w, x, acc)
-            w_at += K
-            x_at += K
+        acc = accumulated(x_at, w_at, col, n, k, WHOLE, N, M, K)
         out = place if FROM_ROWS else slot
         live = (place < end)[None, :] & (col < n)[:, None]
         tl.store(y_ptr + out[None, :] * n + col[:, None], acc.to(y_ptr.dtype.element_ty), mask=live)
