@@ -14,8 +14,8 @@ A tile holds M rows, each a (query, head) pair of the heads that share their key
 
 1. Every product is a chain of 16-deep matrix instructions into fp32, and these compute each row for itself. On one chip all
    widths of them, mma.sync or wgmma, share one arithmetic (linear.py).
-2. The sum of the weights is a product too, with a matrix of ones: `tl.sum` would add in an order that follows the layout, which
-   changes with M. A maximum has no order.
+2. The sum of the weights is a product too, with a matrix of ones: the order of `tl.sum` follows the layout, which may change
+   with M, though on an H200 every tile that was tried gave the same bits. A maximum has no order.
 3. Nothing is fused (enable_fp_fusion=False) but what says `fma`. 2^x is one instruction, and tanh is made of it.
 4. A block that a row does not see is neutral: the maximum stays, 2^0 = 1 scales, and the sums gain zeros, exactly. So is the
    fold of a chunk without keys. A tile may therefore walk over blocks that only some of its rows see. (A sum of -0 may become

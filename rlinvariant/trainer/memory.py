@@ -29,8 +29,8 @@ USABLE = {
 BACKWARD = 2.5  # layers whose activations and their gradients are there at once in a backward
 STATES = 12  # bytes of a parameter's fp32 gradient and of Adam's two moments
 PROBE = 64  # tokens
-# Parameters of a layer times tokens. A host starts a layer's kernels in 4.5 ms, forward and backward, and an H200 does 6 times
-# as many operations in that time: SmolLM2-135M waits with any number of tokens, Qwen3-0.6B with fewer than 20,000.
+# Parameters of a layer times tokens. A host starts the kernels of a layer, both ways, in 4.5 ms; an H200 needs as long for
+# 3e11, at 6 operations each: SmolLM2-135M waits with any number of tokens, Qwen3-0.6B with fewer than 20,000.
 HOST_BOUND = 3e11
 LEAST_TOKENS = 256.0  # of a part; a longer row is a part of its own
 
