@@ -64,6 +64,21 @@ def _arguments(dtype: str, max_model_len: int | None, kv_cache_gib: float | None
     return arguments
 
 
+def _group_of_experts() -> None:
+    """Make vLLM's group of expert parallelism if this process has the others: it does so only where the first engine is a mixture's.
+
+    A mixture's stock engine that comes after one of a dense model would end with "expert parallel group is not initialized".
+    """
+    from vllm.distributed import parallel_state as groups
+
+    if not groups.model_parallel_is_initialized() or groups._EP is not None:
+        return
+    together = torch.arange(torch.distributed.get_world_size()).view(-1, groups.get_tp_group().world_size).tolist()
+    world = groups.get_world_group()
+    backend = torch.distributed.get_backend(world.device_group)
+    groups._EP = groups.init_model_parallel_group(together, world.local_rank, backend, group_name="ep")
+
+
 def _release(core: Any) -> None:
     """Give back what an engine holds, as vLLM does, but for the process groups, which all engines of a process share.
 
@@ -161,6 +176,7 @@ class Sampler:
                     arguments["disable_custom_all_reduce"] = True  # nothing is added over processes
                 arguments |= {"quantization": QUANTIZATION, "hf_overrides": {"architectures": [ARCHITECTURE]}}
             with stdout_with_descriptor(), adapters.expecting(ranks or {}):
+                _group_of_experts()
                 self.llm = LLM(str(model), **arguments)
             core: Any = self.llm.llm_engine.engine_core
             if hasattr(core, "_finalizer"):  # vLLM 0.26 has none

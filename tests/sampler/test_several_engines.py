@@ -5,8 +5,11 @@ import weakref
 
 import pytest
 import torch
+import vllm.distributed.parallel_state
 import vllm.v1.engine.core
 
+from rlinvariant.models.families import FAMILIES
+from rlinvariant.models.random import save_random
 from rlinvariant.sampler.engine import Sampler
 from tests.parity.harness import start_engine
 
@@ -41,6 +44,15 @@ def test_an_engine_ends_alone_and_gives_its_memory_back(arithmetic_dir, exact_en
     gc.collect()  # what the start of a third one does
     assert module() is None and draw(exact_engine) == drawn
     assert torch.distributed.is_initialized() and not destroyed
+
+
+def test_a_mixture_comes_after_a_dense_model(arithmetic_dir, tmp_path, monkeypatch):
+    """vLLM makes its group of experts with a process's first engine, if that one is of a mixture."""
+    first = start_engine(arithmetic_dir, kv_bytes=1 << 20)
+    monkeypatch.setattr(vllm.distributed.parallel_state, "_EP", None)  # as it is where no earlier test had a mixture
+    stock = start_engine(save_random(FAMILIES["mixtral"](), tmp_path), invariant=False, kv_bytes=1 << 20)
+    assert [len(completion.token_ids) for completion in stock.generate(PROMPTS, [0, 1], temperature=1.0, max_tokens=4)] == [4, 4]
+    assert draw(first)
 
 
 @pytest.mark.skipif(not hasattr(vllm.v1.engine.core, "cleanup_dist_env_and_memory"), reason="vLLM 0.26 leaves the groups alone")
