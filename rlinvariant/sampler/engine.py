@@ -65,9 +65,9 @@ def _arguments(dtype: str, max_model_len: int | None, kv_cache_gib: float | None
 
 
 def _group_of_experts() -> None:
-    """Make vLLM's group of expert parallelism if this process has the others: it does so only where the first engine is a mixture's.
+    """Make vLLM's group of expert parallelism where a process has the others, because its first engine was of a dense model.
 
-    A mixture's stock engine that comes after one of a dense model would end with "expert parallel group is not initialized".
+    vLLM makes all groups with the first engine only, and a mixture's stock engine that comes later finds this one missing.
     """
     from vllm.distributed import parallel_state as groups
 

@@ -15,7 +15,10 @@ SAYS = {
         r"^ours: mismatched 0 / 4,096$",
         r"^mismatched 1 / 4,096\nsequence 5, position 300: ",
     ),
-    "03_read_a_run": (r"^exact: report.html.*\n(?: .*\n)*  .*mismatched 0 / 40,279 tokens, coverage 1$", r"^[\d,]+ fp32 values apart$"),
+    "03_read_a_run": (
+        r"^exact: report.html.*\n(?: .*\n)*  .*mismatched 0 / 40,279 tokens, coverage 1$",
+        r"^[\d,]+ fp32 values apart$",
+    ),
     "04_bring_your_own": (
         r"^reward 0\.0\d+ -> 0\.[3-9]\d+\nmismatched 0 / \d\d,\d+, coverage 1$",
         r"^top_p=1\.9: expected more than 0",

@@ -51,7 +51,7 @@ def test_a_mixture_comes_after_a_dense_model(arithmetic_dir, tmp_path, monkeypat
     first = start_engine(arithmetic_dir, kv_bytes=1 << 20)
     monkeypatch.setattr(vllm.distributed.parallel_state, "_EP", None)  # as it is where no earlier test had a mixture
     stock = start_engine(save_random(FAMILIES["mixtral"](), tmp_path), invariant=False, kv_bytes=1 << 20)
-    assert [len(completion.token_ids) for completion in stock.generate(PROMPTS, [0, 1], temperature=1.0, max_tokens=4)] == [4, 4]
+    assert [len(c.token_ids) for c in stock.generate(PROMPTS, [0, 1], temperature=1.0, max_tokens=4)] == [4, 4]
     assert draw(first)
 
 
