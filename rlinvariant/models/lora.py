@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from rlinvariant import ops
+from rlinvariant import bits, ops
 from rlinvariant.errors import ConfigErrors, UserError, one_line
 from rlinvariant.types import Untyped
 
@@ -196,6 +196,18 @@ def base(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, weight in model.named_parameters():
         if ".lora_A." not in name and ".lora_B." not in name:
             yield plain(name), weight
+
+
+def share_base(model: nn.Module, memory: Mapping[str, Tensor]) -> None:
+    """Let the frozen weights of a model lie where the sampler has them, so that one device holds them once.
+
+    Args:
+        model: with adapters.
+        memory: what `Sampler.memory_of` returned for `base(model)`. A weight with other bytes stays where it is.
+    """
+    for name, weight in base(model):
+        if name in memory and not weight.requires_grad and bits.same(weight, memory[name]):
+            weight.data = memory[name]
 
 
 def plain(name: str) -> str:

@@ -339,6 +339,14 @@ class Sampler:
         own, of_adapters = split(weights)
         return synced.differing(self.model, own, self.invariant) + adapters.differing(self.model, of_adapters)
 
+    def memory_of(self, weights: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        """Return the engine's own memory of weights, by their names, as views that are written to by the next `sync`.
+
+        Args:
+            weights: Hugging Face names and tensors. Those that the engine has in another shape, dtype or device are left out.
+        """
+        return synced.views(self.model, weights) if self.invariant else {}
+
     @property
     def dtype(self) -> torch.dtype:
         """Return what weights are rounded to."""

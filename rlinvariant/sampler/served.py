@@ -210,6 +210,10 @@ class ServedSampler:
         """Name the servers' parameters whose bytes differ from `weights` cast to their dtype. All ranks call this."""
         return self.differing_checksums({name: whole(w.detach().to(self.dtype)) for name, w in weights})
 
+    def memory_of(self, weights: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        """Return nothing: the servers' memory is not this process's."""
+        return {}
+
     def differing_checksums(self, weights: Mapping[str, Checksum]) -> list[str]:
         """Do what `differing_weights` does, by sums over all words. Empty, and the servers may draw, when all are equal.
 

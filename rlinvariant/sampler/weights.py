@@ -1,6 +1,6 @@
 """Find the parameters of a vLLM model whose bytes are not the trainer's."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,8 @@ def differing(model: Untyped, weights: Iterable[tuple[str, Tensor]], invariant: 
     tied = "lm_head.weight" not in own
     bad = [name for name in parts if name not in own and not (tied and name == "lm_head.weight")]
     for name, have in own.items():
+        if name in parts and _is_memory_of(have, _in_order(parts[name])):
+            continue
         if name not in parts or not _same(*_readable(model, name, have.detach(), _here(model, name, parts[name]))):
             bad.append(name)
     bad += _stale_copies(model) if invariant else []
@@ -35,6 +37,33 @@ def differing(model: Untyped, weights: Iterable[tuple[str, Tensor]], invariant: 
     if packed_apart and embedding is not None and not _same(*_columns(head, embedding)):
         bad.append("lm_head.weight")
     return bad
+
+
+def views(model: Untyped, weights: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the engine's own memory of each weight that it has in the weight's shape, dtype and device, by the weight's name.
+
+    A weight with room for an adapter beside it is a view whose rows lie apart.
+    """
+    parts: dict[str, dict[Any, tuple[str, Tensor]]] = {}
+    for name, weight in weights:
+        place, shard = target(model, name)
+        parts.setdefault(place, {})[shard] = name, weight
+    own, found = dict(model.named_parameters()), {}
+    for place, pieces in parts.items():
+        first = 0
+        for name, weight in _in_order(pieces) if place in own else []:
+            rows = own[place].data[first : first + len(weight)]
+            first += len(weight)
+            if (rows.shape, rows.dtype, rows.device) == (weight.shape, weight.dtype, weight.device):
+                found[name] = rows
+    return found
+
+
+def _is_memory_of(have: Tensor, pieces: Sequence[Tensor]) -> bool:
+    """Return whether the parts of a weight are the engine's own memory, as `views` gives it: then nothing need be read."""
+    rows = have.data[: sum(map(len, pieces))].split([len(piece) for piece in pieces]) if have.numel() else ()
+    place = lambda t: (t.data_ptr(), t.shape, t.stride(), t.dtype, t.device)  # noqa: E731
+    return len(rows) == len(pieces) and all(place(a) == place(b) for a, b in zip(rows, pieces, strict=True))
 
 
 def differing_checksums(model: Untyped, weights: Mapping[str, Checksum]) -> list[str]:

@@ -55,6 +55,8 @@ class DrawingTrainer(EpisodesTrainer):
     def _attach(self, sampler: SamplerLike) -> None:
         """Let TRL find the engine where it looks for its own."""
         self.sampler, self._seeded, self._drawn = sampler, {}, []
+        if self.invariance == "exact" and lora.ranks(self.model):
+            lora.share_base(self.model, sampler.memory_of(lora.base(self.model)))
         self.use_vllm = True  # TRL's name for "the rollout carries log-probs": turns on its correction, if asked for
         self.vllm_mode, self.vllm_generation = "colocate", AttachedSampler(self)
         if self.rollout_func is not None:

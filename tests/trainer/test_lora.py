@@ -61,6 +61,13 @@ def trained(
     return trainer, rows
 
 
+def shared_with_the_sampler(trainer: Any) -> set[str]:
+    """Name the weights of the trainer's model that lie in the memory of the sampler's."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    engine = {weight.untyped_storage().data_ptr() for weight in trainer.sampler.model.parameters()}
+    return {name for name, weight in lora.base(model) if weight.untyped_storage().data_ptr() in engine}
+
+
 def test_adapters_train_exactly_and_resume_bit_for_bit(arithmetic_dir, tmp_path):
     """TRL keeps a reference as an adapter of its own: where that was saved too, a resumed run began from it."""
     drawn: dict[int, Rollout] = {}
@@ -76,6 +83,7 @@ def test_adapters_train_exactly_and_resume_bit_for_bit(arithmetic_dir, tmp_path)
         own = model.get_base_model().get_parameter(name.replace("_proj.", "_proj.base_layer."))
         assert bits.same(own, weight.to(own)), f"{name} is frozen"
 
+    assert shared_with_the_sampler(trainer) == {lora.plain(name) for name, _ in base.named_parameters()}
     saved = tmp_path / "checkpoint-2"
     assert json.loads((saved / "adapter_config.json").read_text())["r"] == 4 and not (saved / "model.safetensors").exists()
     theirs = PeftModel.from_pretrained(base, str(saved)).state_dict()
@@ -114,6 +122,7 @@ def test_merged_adapters_reach_a_stock_sampler_in_part(arithmetic_dir, tmp_path)
     assert all(row["onpolicy/mismatched_tokens"] > 0.5 * row["onpolicy/compared_tokens"] > 0 for row in rows)
     assert all(row["onpolicy/weights_equal"] == 1 for row in rows), "the sampler has the merged weights"
     assert not handed, "nothing is recorded that replay could not load"
+    assert not shared_with_the_sampler(trainer), "its weights are other weights"
     model = trainer.accelerator.unwrap_model(trainer.model)
     trainer.sampler.sync(lora.base(model))
     assert trainer.sampler.differing_weights(lora.merged(model)), "control: weights without adapters differ from the merged"
