@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,8 +18,12 @@ from rlinvariant.config import PPOConfig
 from rlinvariant.models.families import FAMILIES
 from rlinvariant.models.random import save_random
 from rlinvariant.recipes._tiny import build_tokenizer
+from rlinvariant.report.rundir import read_metrics
+from tests import forks
 from tests.parity.device import cpu_only
 from tests.parity.harness import questions, variety
+from tests.trainer.test_sharding import ENV, FSDP
+from tests.trainer.tool_model import tool_run
 
 pytestmark = [pytest.mark.slow, cpu_only("proven on CPUs alone so far")]
 
@@ -38,14 +43,19 @@ PAIRS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # a family, wi
 }
 
 
-@pytest.mark.parametrize("pair", PAIRS)
-def test_a_pair_trains_exactly(pair: str, tmp_path: Path) -> None:
-    family, numbers, settings = PAIRS[pair]
+def small(family: str, **numbers: Any) -> Any:
+    """Return the configuration of a family, with narrow MLPs, and with other numbers."""
     config = FAMILIES[family]()
     for name, value in {"intermediate_size": 128, "moe_intermediate_size": 64, "router_aux_loss_coef": 0.0, **numbers}.items():
         if hasattr(config, name):
             setattr(config, name, value)
-    build_tokenizer().save_pretrained(save_random(config, tmp_path / "model"))
+    return config
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_a_pair_trains_exactly(pair: str, tmp_path: Path) -> None:
+    family, numbers, settings = PAIRS[pair]
+    build_tokenizer().save_pretrained(save_random(small(family, **numbers), tmp_path / "model"))
     trainer, rows = trained(str(tmp_path / "model"), tmp_path / "out", **settings)
     assert [row["onpolicy/mismatched_tokens"] for row in rows] == [0, 0], rows
     assert all(row["onpolicy/coverage"] == 1 and row["onpolicy/compared_tokens"] > 60 for row in rows)
@@ -58,9 +68,7 @@ def test_a_pair_trains_exactly(pair: str, tmp_path: Path) -> None:
 
 def test_a_mixture_in_shards_trains_exactly(tmp_path: Path) -> None:
     """Two processes, each with half of every expert's rows."""
-    config = FAMILIES["qwen3-moe"]()
-    config.moe_intermediate_size, config.router_aux_loss_coef = 64, 0.0
-    build_tokenizer().save_pretrained(save_random(config, tmp_path / "model"))
+    build_tokenizer().save_pretrained(save_random(small("qwen3-moe"), tmp_path / "model"))
     sizes = ("per_device_train_batch_size=8", "num_generations=4", "max_completion_length=12", "router_aux_loss_coef=0")
     settings = ("recipe=arithmetic", "model=model", "steps=2", "run=shards", "data.eval_size=4", "data.train_size=64")
     command = [sys.executable, "-m", "rlinvariant", "train", *settings, "machine=cpu2_fsdp2", "wandb.mode=disabled"]
@@ -76,6 +84,24 @@ def test_a_mixture_in_shards_trains_exactly(tmp_path: Path) -> None:
     steps = [row for row in rows if "onpolicy/compared_tokens" in row]
     assert len(steps) == 2 and all(row["onpolicy/compared_tokens"] > 100 for row in steps)
     assert all(row["onpolicy/mismatched_tokens"] == 0 == row["onpolicy/unscored_tokens"] for row in steps)
+
+
+def test_two_processes_with_shards_and_a_shared_sampler_train_exactly_what_else_there_is(tmp_path: Path) -> None:
+    """Turns, top-p, PPO and a window at once, in two processes that have half of the weights and half of a sampler each."""
+    settings = tool_run(tmp_path, small("mistral-window", sliding_window=WINDOW))
+    pairs = ("algorithm=ppo", "trainer.top_p=0.8", "sampler.tensor_parallel_size=2")
+    sizes = ("steps=2", "trainer.per_device_train_batch_size=8", "sampler.max_model_len=128", "sampler.kv_cache_gib=0.05")
+    command = [str(ROOT / "train.py"), *settings, *pairs, *sizes, "run=all"]
+    done = forks.run_ranks(2, command, cwd=tmp_path, env=ENV | FSDP)
+    assert [one.returncode for one in done] == [0, 0], done[0].stderr[-3000:] + done[1].stderr[-3000:]
+    assert "weights in shards over 2 processes" in done[0].stdout
+    (ulp, all_kept) = re.findall(r"(\d+) / \d+ (?:with one ulp|where the trainer keeps all tokens)", done[0].stdout)
+    assert int(ulp) > 0 < int(all_kept), "controls, which have to differ"
+    rows = read_metrics(tmp_path / "runs/all")
+    assert [(row["onpolicy/mismatched_tokens"], row["onpolicy/unscored_tokens"]) for row in rows] == [(0, 0)] * 2
+    assert all(row["onpolicy/coverage"] == 1 == row["onpolicy/weights_equal"] for row in rows)
+    assert all(row["onpolicy/compared_tokens"] > 100 for row in rows)
+    assert all(row["rollout/turns"] > 1 and row["grad_norm"] > 0 < row["value/loss"] for row in rows)
 
 
 def trained(directory: str, output: Path, ppo: PPOConfig | None = None, peft_config: Any = None, **changes: Any) -> Any:

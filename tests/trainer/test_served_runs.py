@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from tests import forks
 from tests.parity.device import cpu_only
 from tests.parity.harness import assert_same_weights
 from tests.sampler.servers import Server
+from tests.trainer.test_pairs import WINDOW, small
+from tests.trainer.tool_model import tool_run
 
 pytestmark = [pytest.mark.slow, cpu_only("a server and a trainer would share a GPU")]
 ROOT = Path(__file__).parents[2]
-TINY = (str(ROOT / "train.py"), f"recipe={ROOT / 'tests/trainer/tiny_recipe.py'}", "wandb.mode=disabled", "data.eval_size=2")
+TINY = (f"recipe={ROOT / 'tests/trainer/tiny_recipe.py'}", "wandb.mode=disabled", "data.eval_size=2")
 STEPS = 5
 CLOCKS = ("time/", "perf/", "step_time", "profiling/", "throughput/")
 
@@ -32,13 +35,15 @@ def token_file(tmp_path_factory) -> str:
 
 
 class Lab:
-    """A directory of runs, and servers that are stopped at its end."""
+    """A directory of runs, with settings of their own or those of the tiny recipe, and servers that are stopped at its end."""
 
-    def __init__(self, path: Path, model: str, token_file: str) -> None:
+    def __init__(self, path: Path, model: str, token_file: str, settings: Sequence[str] = (), longest: int = 64) -> None:
         self.path, self.model, self.token_file, self.servers = path, model, token_file, list[Server]()
+        self.settings, self.longest = settings or (*TINY, f"model={model}"), longest
 
     def serve(self, count: int, model: str | None = None) -> list[Server]:
-        options = ["--trainer-token-file", self.token_file, "--max-model-len", "64", "--kv-cache-memory-bytes", "67108864"]
+        length = ["--max-model-len", str(self.longest), "--kv-cache-memory-bytes", "67108864"]
+        options = ["--trainer-token-file", self.token_file, *length]
         command = ["-m", "rlinvariant", "serve", model or self.model, *options]
         started = [Server(command, self.path / f"server-{len(self.servers) + i}") for i in range(count)]
         self.servers += started
@@ -50,7 +55,8 @@ class Lab:
         """Run to the end, and return what the processes said."""
         at = [f"sampler.servers={','.join(one.url for one in servers)}", f"sampler.trainer_token_file={self.token_file}"]
         size = f"trainer.per_device_train_batch_size={16 // ranks}"
-        command = [*TINY, f"model={self.model}", f"run={run}", size, "trainer.save_steps=100", *(at if servers else ()), *more]
+        drawn = at if servers else [f"sampler.max_model_len={self.longest}", "sampler.kv_cache_gib=0.05"]
+        command = [str(ROOT / "train.py"), *self.settings, f"run={run}", size, "trainer.save_steps=100", *drawn, *more]
         env = os.environ | {"PYTHONPATH": str(ROOT), "KILLS": kills}
         return forks.run_ranks(ranks, command, cwd=self.path, env=env, timeout=300)
 
@@ -107,6 +113,24 @@ def test_two_processes_draw_from_servers_what_one_draws_itself(shards, lab):
     assert {k: x for k, x in found.items() if k != "sampling"} == {k: x for k, x in expected.items() if k != "sampling"}
     rows = read_metrics(lab.path / f"runs/{name}")
     assert [(row["onpolicy/mismatched_tokens"], row["onpolicy/coverage"]) for row in rows] == [(0, 1)] * 3
+
+
+def test_servers_draw_turns_of_a_mixture_with_a_window_for_ppo(token_file, tmp_path):
+    """A run of all four at once is the run of an engine, byte for byte; that another seed's is not, the first test shows."""
+    settings = [*tool_run(tmp_path, small("mixtral", sliding_window=WINDOW)), "algorithm=ppo", "steps=2"]
+    lab = Lab(tmp_path, str(tmp_path / "model"), token_file, settings, longest=128)
+    try:
+        for name, servers in (("own", ()), ("served", lab.serve(1))):
+            (done,) = lab.train(name, servers=servers)
+            assert done.returncode == 0, done.stderr[-3000:]
+    finally:
+        for one in lab.servers:
+            one.stop()
+    rows = read_metrics(tmp_path / "runs/served")
+    assert [(row["onpolicy/mismatched_tokens"], row["onpolicy/coverage"]) for row in rows] == [(0, 1)] * 2
+    assert all(row["rollout/turns"] > 1 and row["onpolicy/compared_tokens"] > 100 for row in rows)
+    assert lab.rollout("served") == lab.rollout("own")
+    assert_same_weights(lab.weights("served"), lab.weights("own"), "trained by servers")
 
 
 def test_servers_that_die_cost_no_step(lab):

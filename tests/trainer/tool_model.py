@@ -1,5 +1,6 @@
 """A tokenizer whose template knows tools, and a trainer whose tiny random model calls one every few turns."""
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rlinvariant.models.random import save_random
+from rlinvariant.recipes._tiny import build_tokenizer
 from tests.parity.harness import Run, new_trainer
 
 TEMPLATE = (
@@ -101,3 +104,21 @@ def tool_trainer(path: str, engine: Any, output_dir: Path | str, **changes: Any)
     model.generation_config.eos_token_id = end_tokens(tokenizer)
     settings = {"tools": [reversed_text], "max_completion_length": 80, "reward_funcs": talkative, "train_dataset": questions()}
     return new_trainer(path, engine, output_dir, model=model, processing_class=tokenizer, **(settings | changes))
+
+
+def tool_run(directory: Path, config: Any) -> list[str]:
+    """Save a random model of a configuration and rows, and return the settings of a run in which it calls the tool.
+
+    Args:
+        directory: of the run; the settings name what lies there.
+        config: transformers' configuration of the model.
+    """
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template, tokenizer.response_template = TEMPLATE, PARSED
+    config.eos_token_id = end_tokens(tokenizer)
+    tokenizer.save_pretrained(save_random(config, directory / "model"))
+    (directory / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in questions()))
+    own = [f"{key}={__file__}:{name}" for key, name in (("reward", "talkative"), ("tools", "reversed_text"))]
+    data = ["model=model", "data.path=rows.jsonl", "data.eval_size=2", "wandb.mode=disabled"]
+    sizes = ["trainer.num_generations=4", "trainer.max_completion_length=60", "trainer.router_aux_loss_coef=0"]
+    return [*own, *data, *sizes, "trainer.learning_rate=1e-3"]
