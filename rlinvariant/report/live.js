@@ -6,13 +6,14 @@
   let version = document.body.dataset.version, asking = false;
   const titled = (within) => new Map([...within.querySelectorAll("figure")].map((of) => [of.querySelector("b").textContent, of]));
   const layout = (section) => [...section.querySelectorAll("figure b")].map((of) => (of.closest("details") ? "folded " : "open ") + of.textContent).join();
+  const legend = (of) => of.querySelector(".legend")?.textContent;
   const same = (a, b) => a && b && a.querySelector("script")?.textContent === b.querySelector("script")?.textContent;
 
   const take = (fresh) => {
     document.title = fresh.title;
-    for (const name of ["header h1", "#outcome", "#clocks"]) {
+    for (const name of ["header h1", "header nav", "#outcome", "#clocks"]) {
       const now = document.querySelector(name), then = fresh.querySelector(name);
-      if (now && then) now.textContent = "", now.append(...then.childNodes);
+      if (now && then && now.innerHTML !== then.innerHTML) now.replaceChildren(...then.childNodes);
     }
     const sections = [...fresh.querySelectorAll("section")];
     sections.forEach((next, i) => {
@@ -25,14 +26,9 @@
       if (now.querySelector("#said")) return;  // it asks for itself
       const figures = titled(now), others = titled(next);
       if (!others.size || layout(now) !== layout(next) || [...others.keys()].some((title) => !figures.has(title))) {
-        if (now.querySelector("#controls")) {  // the reader's controls stay
-          const panels = now.querySelector(".panels");
-          if (panels) panels.replaceWith(next.querySelector(".panels")); else location.reload();
-        } else {
-          const open = now.querySelector("details")?.open;
-          now.replaceWith(next);
-          if (open && next.querySelector("details")) next.querySelector("details").open = true;
-        }
+        const open = now.querySelector("details")?.open;
+        now.replaceWith(next);
+        if (open && next.querySelector("details")) next.querySelector("details").open = true;
         return;
       }
       for (const [title, figure] of others) if (!same(figures.get(title), figure)) charts.replace(figures.get(title), figure);
@@ -54,8 +50,8 @@
       const now = await got("version");
       if (now !== version) {
         const fresh = new DOMParser().parseFromString(await got("./"), "text/html");
-        if (!document.querySelector("section") || !document.getElementById("said") && fresh.getElementById("said")) location.reload();
-        else take(fresh);
+        const appeared = ["section", "#clocks", "#said"].some((of) => !document.querySelector(of) && fresh.querySelector(of));
+        if (appeared || legend(document) !== legend(fresh)) location.reload(); else take(fresh);
         version = now;
       }
       status.textContent = "live";

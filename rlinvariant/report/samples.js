@@ -79,7 +79,8 @@ const samples = (() => {
     const box = make("div", parent, undefined, "said");
     const facts = ["reward " + number(row.r), "advantage " + number(row.a), "tokens " + tokens(row), "log-prob " + number(row.m)];
     if (row.d) facts.push(row.d + " tokens differ");
-    make("div", box, "step " + row.step + " #" + row.i + "  " + facts.join("  "), "facts");
+    const line = make("div", box, "", "facts");
+    ["step " + row.step + " #" + row.i, ...facts].forEach((fact) => { make("span", line, fact); line.append(" "); });
     if (row.e) make("div", box, row.e, "facts");
     text(row, box);
   };

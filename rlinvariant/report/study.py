@@ -191,6 +191,15 @@ def _ablation(path: Path) -> Study:
             else:
                 missing.append(f"{arm.name}/seed-{seed}")
     _refuse_mixed(study)
+    known = [path / arm.name / f"seed-{seed}" for arm in arms for seed in seeds]
+    others = [
+        d for d in sorted(path.glob("*/seed-*")) if d.name[5:].isdecimal() and d not in known and RunDir(d).config.is_file()
+    ]
+    if others:  # copied from another machine, say
+        named = ", ".join(f"{d.parent.name}/{d.name}" for d in others)
+        study.notes.append(
+            f"Not in ablation.json, so in no number here: {named}. rlinvariant ablate with these arms and seeds takes them in."
+        )
     if missing:
         study.notes.append(f"Not started yet, and in no number here: {', '.join(missing)}.")
     study.notes += notes(study)
@@ -278,6 +287,11 @@ def notes(study: Study) -> list[str]:
     short = [place[id(run)] for _, run in study.runs if 0 < len(run.rows) < LAST]
     if short:
         found.append(f"Fewer than {LAST} steps in {', '.join(short)}: the reward there is the mean over all of them.")
+    ends = sorted({run.rows[-1]["step"] for _, run in study.runs if run.finished and run.rows})
+    if len(ends) > 1:
+        found.append(
+            f"Runs end at different steps, {ends[0]} to {ends[-1]}: what is held out was trained for different lengths."
+        )
     machines = [run.environment for _, run in study.runs if run.environment]
     for what, of in (
         ("sets of package versions", [known.get("packages") for known in machines]),

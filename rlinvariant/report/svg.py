@@ -197,8 +197,9 @@ def _thinned(line: Line, first: float, last: float, columns: int) -> Line:
 def _axis(lines: Sequence[Line], scale: Scale) -> Axis:
     """Make an axis for all means and most of the bands: with few seeds some are so wide that they would flatten every curve."""
     means = np.concatenate([line.raw[np.isfinite(line.raw)] for line in lines])
+    room = float(np.ptp(means)) if len(means) else 0.0
     bands = [np.quantile(x[np.isfinite(x)], q) for e in lines for x, q in ((e.low, 0.1), (e.high, 0.9)) if np.isfinite(x).any()]
-    every = np.concatenate([means, bands])
+    every = np.concatenate([means, np.clip(bands, means.min() - room, means.max() + room) if room else bands])
     floor = HEIGHT - BOTTOM
     if scale == "log and zero":
         positive = means[means > 0]

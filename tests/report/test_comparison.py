@@ -48,6 +48,13 @@ def test_runs_without_a_common_seed_are_not_compared(tmp_path):
     assert said["Reward against a"] == "no verdict: no common seed in b"
 
 
+def test_runs_of_different_lengths_are_said_to_be(tmp_path):
+    paths = [write_run(tmp_path / name, 0, [f"trainer.lr={name}"], steps=steps).path for name, steps in (("a", 12), ("b", 20))]
+    said = "Runs end at different steps, 12 to 20: what is held out was trained for different lengths."
+    assert said in comparison.load(paths).notes
+    assert not any("different steps" in note for note in comparison.load(paths[:1]).notes), "control"
+
+
 def test_a_page_of_two_runs_says_what_one_of_them_lacks(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 

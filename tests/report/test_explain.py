@@ -117,7 +117,12 @@ def test_each_part_moves_and_nothing_is_wider_than_the_window(opened, width):
         out.alone = text("e2-out"); set("#e2-in", 16); out.rows = text("e2-out");
         set("#e3-in", 0); out.mine = text("e3-out"); set("#e3-in", 9); out.crowd = text("e3-out");
         set("#e4-in", 0); out.narrow = text("e4-out"); set("#e4-in", 60); out.wide = text("e4-out");
-        out.stock = text("e5-out"); set("#e5-in", "ours"); out.ours = text("e5-out");
+        out.about = text("e5-about"); out.stock = text("e5-out"); set("#e5-in", "ours"); out.ours = text("e5-out");
+        set("#e5-in", "stock"); const of = JSON.parse(document.getElementById("explain-data").textContent).demo.arms.stock.of;
+        const rare = of.indexOf(Math.max(...of)), chip = () => document.querySelectorAll("#e5-out rect")[rare];
+        chip().dispatchEvent(new Event("click"));
+        out.rare = document.querySelector("#e5-out .chosen .count").innerText, out.here = chip().getAttribute("class");
+        set("#e5-in", of.indexOf(0) + 1, 2); out.common = document.querySelector("#e5-out .chosen .count").innerText;
         set("#e6-in", 0); out.exact = text("e6-out"); set("#e6-in", 110); out.drift = text("e6-out");
         out.guide = text("e7-out"); document.querySelector("#e7-in input").click(); out.other = text("e7-out");
         out.overflow = document.documentElement.scrollWidth - innerWidth;
@@ -130,6 +135,8 @@ def test_each_part_moves_and_nothing_is_wider_than_the_window(opened, width):
     assert re.search(r"Of 16 tokens, ([1-9]|1\d) differ .* 0 on ours", seen["crowd"])
     assert not seen["narrow"].startswith("0 of") and "0 of the" in seen["wide"]
     assert seen["ours"].startswith("1 different text") and seen["stock"] != seen["ours"]
+    assert re.search(r"1,000 completions of \".+\" .* as rlinvariant demo draws them: .*, vLLM .*commit", seen["about"])
+    assert seen["here"] == "here" and seen["rare"].startswith("1 ×") and not seen["common"].startswith("1 ×")
     assert "the same order, the same bits" in seen["exact"] and "another policy" in seen["drift"]
     assert seen["guide"] != seen["other"] and seen["overflow"] <= 0 and not opened.log
 
@@ -144,8 +151,11 @@ def test_what_was_recorded_is_whole_and_says_where():
     crowd, demo = recorded["crowd"], recorded["demo"]
     assert len(set(map(tuple, crowd["ours"]["words"]))) == 1 and len(set(map(tuple, crowd["stock"]["words"]))) > 1
     assert all(struct.unpack(">f", bytes.fromhex(word))[0] <= 0 for words in crowd["stock"]["words"] for word in words)
-    assert len(demo["ours"]["of"]) == len(demo["stock"]["of"]) == demo["completions"] and set(demo["ours"]["of"]) == {0}
-    assert len(set(demo["stock"]["of"])) > 1 and "vLLM" in crowd["machine"]
+    ours, stock = demo["arms"]["ours"], demo["arms"]["stock"]
+    assert len(ours["of"]) == len(stock["of"]) == demo["completions"] == ours["logprobs_as_alone"] and set(ours["of"]) == {0}
+    assert len(set(stock["of"])) > 1 and stock["unique_logprobs"] > 1 == ours["unique_logprobs"]
+    for part in (crowd, demo):  # a real model's words, and where a reader finds what made them
+        assert re.fullmatch(r".+, vLLM [\d.]+, commit [0-9a-f]{7}", part["machine"]) and "random" not in part["model"]
 
 
 def test_a_report_has_it_folded_and_opens_it_from_the_menu(chromium, ablation):

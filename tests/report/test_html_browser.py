@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from rlinvariant.report import html, stats
 from tests.report.browser import Browser
 from tests.report.pages import KL
-from tests.report.runs import row, write_run
+from tests.report.runs import row, write_ablation, write_run
 
 # What a reader's eye would find wrong in the pictures that are printed
 PRINTED = """(() => {
@@ -184,6 +185,54 @@ def test_an_exact_run_is_one_line_whose_panels_open_and_drift_stands_open(chromi
             assert re.fullmatch(r"step \d+, .*\n0", hovered(chromium, KL).replace("\t", ""))
     assert seen["exact"] == ["exact: 0 / 1,280 tokens", False, True]
     assert seen["off"][0].startswith("not exact: 1,2") and seen["off"][1] is True
+
+
+def test_every_chart_is_drawn_without_scrolling_and_the_controls_stay_in_sight(opened):
+    """Whoever saves the whole page, or scrolls fast, sees no gap; smoothing and x are there for the last chart, too."""
+    undrawn = "[...document.querySelectorAll('.live')].filter((of) => of.clientWidth && !of.querySelector('canvas')).length"
+    wait = "new Promise((done) => { const look = () => UNDRAWN ? setTimeout(look, 20) : done(true); look(); })"
+    opened.run(wait.replace("UNDRAWN", undrawn))
+    opened.run("change('smoothing', '1')")
+    assert opened.run(undrawn) > 5, "control: what is far away is drawn later"
+    opened.run(wait.replace("UNDRAWN", undrawn))
+    show(opened, "Trainer")
+    _, top, _, bottom = opened.run("place(document.querySelector('.bar.charts'))")
+    assert 0 <= top < bottom < 150 and opened.run("scrollY") > 2000
+
+
+def test_a_picture_that_is_downloaded_has_its_paper_its_title_and_the_names_of_the_lines(opened):
+    script = """(async () => {
+      let made; URL.createObjectURL = (blob) => (made = blob, ""); HTMLAnchorElement.prototype.click = () => {};
+      [...figure("Reward").querySelectorAll("button")].find((b) => b.textContent === "png").click();
+      while (!made) await new Promise((done) => setTimeout(done, 20));
+      const bitmap = await createImageBitmap(made), to = new OffscreenCanvas(bitmap.width, bitmap.height).getContext("2d");
+      to.drawImage(bitmap, 0, 0);
+      const {data} = to.getImageData(0, 0, bitmap.width, 50), clear = data.filter((x, i) => i % 4 === 3 && x < 255).length;
+      const inked = (from, to) => data.slice(4 * from * bitmap.width, 4 * to * bitmap.width).filter((x) => x < 128).length;
+      return [clear, inked(0, 5), inked(5, 25), inked(30, 46)]; })()"""
+    show(opened, "Reward")
+    clear, margin, title, names = opened.run(script)
+    assert clear == margin == 0 and title > 100 and names > 100
+
+
+def test_wide_intervals_of_two_seeds_leave_the_curves_readable(chromium, tmp_path):
+    """Two seeds have an interval of 12.7 standard errors: it may not squeeze the means into a line."""
+    path = write_ablation(tmp_path / "ablation-two", seeds=(0, 1))
+    for seed in (0, 1):
+        for old in (path / "exact" / f"seed-{seed}").iterdir():
+            old.unlink() if old.is_file() else shutil.rmtree(old)
+        write_run(
+            path / "exact" / f"seed-{seed}",
+            seed,
+            ["invariance=exact"],
+            change=lambda r, s=seed: r | {"reward": r["reward"] + s},
+        )
+    chromium.open(html.write(path)[0])
+    chromium.run(FIGURE)
+    left, top, right, bottom = (round(x) for x in show(chromium, "Reward"))
+    seen = chromium.picture()[top:bottom, left:right].astype(int)
+    rows = np.nonzero((seen.max(2) < 60).any(1))[0]  # the exact arm's line is nearly black
+    assert np.ptp(rows) > 0.12 * (bottom - top)
 
 
 def test_the_policy_lets_the_pages_own_script_run_and_no_other(ablation, chromium, tmp_path):

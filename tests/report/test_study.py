@@ -170,3 +170,12 @@ def test_the_commands_of_the_command_line(ablation, tmp_path, capsys):
         assert cli.main(arguments) == 2
         printed = capsys.readouterr().err
         assert printed.startswith("error: ") and message in printed and printed.count("\n") == 1
+
+
+def test_runs_that_the_ablation_does_not_name_are_said_to_be_there(tmp_path):
+    """Runs that were copied from another machine, and a later command's arms, may not vanish in silence."""
+    path = write_ablation(tmp_path / "ablation-a", seeds=[0], steps=2)
+    assert not any("Not in" in note for note in load(path).notes), "control"
+    for name in ("drift/seed-1", "sampler/seed-0", "drift/seed-0.interrupted-1"):
+        write_run(path / name, 1, steps=2)
+    assert any("in no number here: drift/seed-1, sampler/seed-0. rlinvariant" in note for note in load(path).notes)

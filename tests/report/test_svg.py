@@ -17,6 +17,13 @@ def test_axes_take_in_every_mean(scale, values, band):
     assert (np.diff(y)[np.diff(mean) > 0] < 0).all()
 
 
+@pytest.mark.parametrize("scale", ["linear", "from zero"])
+def test_a_wide_band_leaves_the_means_their_room(scale):
+    steps, mean = np.arange(9), np.linspace(0.2, 0.6, 9)
+    axis = svg._axis([svg.Line("a", 0, steps, mean, mean - 9, mean + 9, mean)], scale)
+    assert np.ptp(axis.place(mean)) > 0.2 * (svg.HEIGHT - svg.BOTTOM)
+
+
 def test_labels_are_moved_apart_and_keep_their_order():
     places = svg._apart([50, 50, 51, 199], 10, 200)
     assert all(b - a >= svg.LABEL for a, b in zip(places, places[1:], strict=False)) and places == sorted(places)

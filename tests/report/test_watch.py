@@ -2,9 +2,11 @@
 
 import http.client
 import json
+import shutil
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -75,6 +77,22 @@ def test_a_page_follows_the_run_and_keeps_what_the_reader_has_set(tmp_path, chro
         assert "pwned" not in page.run("document.title")
         page.run("fetch = async () => new Response('no such page', {status: 404})")  # of a server with another key
         page.run(f"({until})(() => document.getElementById('live-status').innerText.includes('has ended'))")
+
+
+def test_a_page_that_was_opened_before_the_first_step_gets_all_parts(tmp_path, chromium):
+    run = write_run(tmp_path / "run", 0, steps=0, finished=False)
+    shutil.rmtree(run.completions)  # none are kept: charts may not wait for them
+    with served(run.path) as address:
+        chromium.open(address)
+        assert chromium.run("document.querySelectorAll('figure, #reward').length") == 0
+        _append_lines(run.metrics, [row(step, 0, 0.0) for step in (1, 2)])
+        for _ in range(1200):  # the page loads itself anew, which ends what is being asked
+            with suppress(RuntimeError):
+                if chromium.run("!!document.querySelector('.bar.charts') && !!document.querySelector('.live canvas')"):
+                    break
+            time.sleep(0.05)
+        assert "Reward" in chromium.run("document.querySelector('nav').innerText")
+        assert chromium.run("document.getElementById('live-status').innerText") == "live" and not chromium.log
 
 
 def test_each_run_is_answered_with_its_own_completions(tmp_path, chromium):

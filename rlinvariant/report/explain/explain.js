@@ -120,12 +120,12 @@ const explain = (() => {
   };
 
   const rows = () => {
-    const bar = at("e2-in"), slider = input(bar, "rows in the batch", "range", 1, {min: 1, max: 32}), told = make("output", bar);
+    const bar = at("e2-in"), slider = input(bar, "rows in the batch", "range", 1, {min: 1, max: 32}), told = make("output", slider.parentNode);
     const other = make("button", bar, "other numbers");
     other.type = "button";
     let seed = 3;
     const tree = (out, found, values) => {
-      const wide = 640, leaf = wide / 16, levels = found.levels, high = 62 + 40 * levels.length;
+      const wide = 640, leaf = wide / 16, levels = found.levels, high = 22 + 40 * levels.length;
       const drawn = svg("svg", make("div", out, undefined, "wide"), {viewBox: `0 0 ${wide} ${high}`, class: "chart tree", role: "img", "aria-label": `16 numbers in ${found.split} parts, then ${levels.length - 1} levels of pairs`});
       values.forEach((x, i) => svg("text", drawn, {x: (i + 0.5) * leaf, y: 14, class: "step", "font-size": 9.5}, +x.toPrecision(3)));
       levels.forEach((level, k) => level.forEach((value, i) => {
@@ -162,8 +162,8 @@ const explain = (() => {
 
   const others = () => {
     const {crowd} = recorded, sizes = crowd.sizes, bar = at("e3-in");
-    at("e3-about").textContent = `Recorded from real kernels: ${crowd.model} in ${crowd.dtype} on vLLM (${crowd.machine}) completes "${crowd.prompt}" at temperature 0, alone, and while others are in the batch. Stock vLLM, and the same vLLM with the ops of rlinvariant. Each word is the fp32 log-prob of a token.`;
-    const slider = input(bar, "requests in the batch", "range", sizes.length - 1, {min: 0, max: sizes.length - 1}), told = make("output", bar);
+    at("e3-about").textContent = `Recorded from real kernels: ${crowd.model} in ${crowd.dtype} (${crowd.machine}) completes "${crowd.prompt}" at temperature 0, alone, and while others are in the batch. Stock vLLM, and the same vLLM with the ops of rlinvariant. Each word is the fp32 log-prob of a token.`;
+    const slider = input(bar, "requests in the batch", "range", sizes.length - 1, {min: 0, max: sizes.length - 1}), told = make("output", slider.parentNode);
     const draw = () => {
       const k = +slider.value, out = at("e3-out");
       told.textContent = sizes[k] === 1 ? "yours alone" : `yours and ${sizes[k] - 1} other${sizes[k] > 2 ? "s" : ""}`;
@@ -188,7 +188,7 @@ const explain = (() => {
   }));
 
   const cliff = () => {
-    const bar = at("e4-in"), slider = input(bar, "gap between the two likeliest tokens", "range", 30, {min: 0, max: 60}), told = make("output", bar);
+    const bar = at("e4-in"), slider = input(bar, "gap between the two likeliest tokens", "range", 30, {min: 0, max: 60}), told = make("output", slider.parentNode);
     const all = differences(), most = Math.max(...all), lowest = -6, highest = Math.max(-1, Math.ceil(Math.log10(most)));
     const gap = () => 10 ** (lowest + (highest - lowest) * slider.value / 60), x = (value) => 20 + 600 * (Math.log10(Math.max(value, 10 ** lowest)) - lowest) / (highest - lowest);
     const draw = () => {
@@ -217,25 +217,32 @@ const explain = (() => {
 
   const thousand = () => {
     const {demo} = recorded, bar = at("e5-in"), arm = input(bar, "kernels", "select", "stock", {choices: ["stock", "ours"]});
-    const length = demo.tokens, slider = input(bar, "tokens so far", "range", length, {min: 1, max: length}), told = make("output", bar);
-    at("e5-about").textContent = `${demo.completions.toLocaleString("en-US")} completions of one prompt at temperature 0 while others join and leave, as \`rlinvariant demo\` draws them: ${demo.model}, ${demo.dtype}, ${demo.machine}. Each chip is one completion; one colour is one text so far. Touch a chip to read it.`;
-    let chosen = 0;
+    const length = demo.tokens, slider = input(bar, "tokens so far", "range", length, {min: 1, max: length}), told = make("output", slider.parentNode);
+    const which = input(bar, "completion", "range", 1, {min: 1, max: demo.arms.stock.of.length}), number = make("output", which.parentNode);
+    const asked = demo.prompt ? `"${demo.prompt}"` : "a random prompt";
+    at("e5-about").append(`${demo.completions.toLocaleString("en-US")} completions of ${asked} at temperature 0 while others join and leave, as `);
+    make("code", at("e5-about"), "rlinvariant demo");
+    at("e5-about").append(` draws them: ${demo.model} in ${demo.dtype} (${demo.machine}). Each chip is one completion; one colour is one text so far. Touch a chip to read it.`);
     const draw = () => {
-      const out = at("e5-out"), {of, texts} = demo[arm.value], now = +slider.value, names = new Map();
+      const out = at("e5-out"), {of, texts, unique_logprobs: words, logprobs_as_alone: alone} = demo.arms[arm.value], now = +slider.value, chosen = of[which.value - 1], names = new Map();
       told.textContent = now;
+      number.textContent = which.value;
       slider.setAttribute("aria-valuetext", now + " tokens");
       out.replaceChildren();
       const group = texts.map((pieces) => pieces.slice(0, now).join("\u0000"));
       of.forEach((i) => { group[i] ??= "text " + i; texts[i] ??= []; if (!names.has(group[i])) names.set(group[i], {n: 0, text: i}); names.get(group[i]).n++; });
       const ranked = [...names].sort((a, b) => b[1].n - a[1].n), rank = new Map(ranked.map(([name], i) => [name, i]));
       make("p", out, `${ranked.length} different text${ranked.length > 1 ? "s" : ""} after ${now} token${now > 1 ? "s" : ""}.`).setAttribute("role", "status");
+      make("p", out, `Log-probs of all ${length} tokens, to the last bit: ${words} different sequence${words > 1 ? "s" : ""}; ${alone.toLocaleString("en-US")} of ${of.length.toLocaleString("en-US")} as when the prompt is alone.`, "small");
       const chips = svg("svg", out, {viewBox: "0 0 640 " + (Math.ceil(of.length / 50) * 12.8 + 2), class: "chips", role: "img", "aria-label": ranked.map(([, {n}]) => n).join(", ") + " completions of each text"});
       of.forEach((i, k) => {
-        const chip = svg("rect", chips, {x: (k % 50) * 12.8, y: Math.floor(k / 50) * 12.8, width: 10.8, height: 10.8, rx: 2, fill: hue(rank.get(group[i]))});
-        chip.addEventListener("click", () => { chosen = i; draw(); });
+        const chip = svg("rect", chips, {x: 1 + (k % 50) * 12.8, y: 1 + Math.floor(k / 50) * 12.8, width: 10.8, height: 10.8, rx: 2, fill: hue(rank.get(group[i]))});
+        if (k === which.value - 1) chip.setAttribute("class", "here");
+        chip.addEventListener("click", () => { which.value = k + 1; draw(); });
       });
       const best = texts[ranked[0][1].text];
-      for (const [name, {n, text}] of ranked.slice(0, 8)) {
+      const shown = ranked.filter(([name], i) => i < 8 || name === group[chosen]);
+      for (const [name, {n, text}] of shown) {
         const line = make("p", out, undefined, "said-text");
         const mark = make("span", line, n.toLocaleString("en-US") + " × ", "count");
         mark.style.setProperty("--of", hue(rank.get(name)));
@@ -243,15 +250,15 @@ const explain = (() => {
         texts[text].slice(0, now).forEach((piece, k) => make("span", line, piece, first >= 0 && k >= first ? (k === first ? "first-differ" : "later-differ") : ""));
         if (group[chosen] === name) line.classList.add("chosen");
       }
-      if (ranked.length > 8) make("p", out, `and ${ranked.length - 8} more.`, "small");
+      if (ranked.length > shown.length) make("p", out, `and ${ranked.length - shown.length} more.`, "small");
     };
-    [arm, slider].forEach((control) => control.addEventListener("input", draw));
+    [arm, slider, which].forEach((control) => control.addEventListener("input", draw));
     draw();
   };
 
   const gradient = () => {
     const bar = at("e6-in"), slider = input(bar, "difference of a token's log-prob", "range", 60, {min: 0, max: 120});
-    const told = make("output", bar), tokens = input(bar, "tokens in the completion", "range", 256, {min: 1, max: 4096}), count = make("output", bar);
+    const told = make("output", slider.parentNode), tokens = input(bar, "tokens in the completion", "range", 256, {min: 1, max: 4096}), count = make("output", tokens.parentNode);
     const most = Math.max(...differences());
     const draw = () => {
       const delta = slider.value === "0" ? 0 : 10 ** (-7 + 7 * (slider.value - 1) / 119), found = drift(delta, +tokens.value), out = at("e6-out");
