@@ -273,6 +273,7 @@ def kernels(invariance: str) -> dict[str, str]:
     import torch
 
     from rlinvariant.kernels import cpu
+    from rlinvariant.kernels.routes import attention_routes
     from rlinvariant.ops.linear import routes
 
     by_route: dict[str, list[str]] = {}
@@ -280,7 +281,7 @@ def kernels(invariance: str) -> dict[str, str]:
         by_route.setdefault(route, []).append(shape)
     linear = "; ".join(f"{route} for {' '.join(shapes)}" for route, shapes in by_route.items()) or "none so far"
     if torch.cuda.is_available():
-        return {"linear": linear, "attention": "FlashAttention-3, one split", "other ops": "kernels/*.py, Triton"}
+        return {"linear": linear, "attention": attention_routes(), "other ops": "kernels/*.py, Triton"}
     return {"linear": linear, "other ops": f"kernels/*.c, gcc {' '.join(cpu.FLAGS[:3])}"}
 
 

@@ -224,6 +224,16 @@ def raise_on_all(own: UserError | None) -> None:
         raise UserError(f"rank {found[0][0]}: {found[0][1]}")
 
 
+def require_same(key: str, value: str) -> None:
+    """Refuse a setting that has different values in the processes of a run. Every rank must call this.
+
+    Raises:
+        UserError: another rank has another value than the main one; on all ranks.
+    """
+    first = on_main_process(lambda: value)
+    raise_on_all(None if value == first else UserError(f"{key}={value}: the main process has {first}; give all the same"))
+
+
 def launch(argv: Sequence[str], machine: str | None = None) -> int:
     """Run `rlinvariant train` in the processes that a machine file describes.
 

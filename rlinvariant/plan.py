@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Unpack, cast
 
 from rlinvariant.conflicts import OF_SERVERS, SIDES, Invariance, server_problems, spread_problems
 from rlinvariant.errors import ConfigErrors, UserError
-from rlinvariant.launch import main_process_fetches, on_main_process
+from rlinvariant.kernels import choice
+from rlinvariant.launch import main_process_fetches, on_main_process, require_same
 from rlinvariant.report.console import Console
 from rlinvariant.rewards import RewardLimits
 from rlinvariant.tools import ToolLimits
@@ -107,6 +108,7 @@ def plan_trainer(
         UserError: a configuration cannot be loaded, or is not a causal language model's.
     """
     from rlinvariant.models import lora, unsupported
+    from rlinvariant.models.limits import flash_problems
     from rlinvariant.sampler.refusals import engine_problems, load_config
     from rlinvariant.support import unproven_problems
     from rlinvariant.trainer.preflight import load_generation
@@ -126,7 +128,9 @@ def plan_trainer(
         limit = sampler_options.get("max_model_len")
         problems += engine_problems(given, source, source_config, limit, "use invariance=off", args.device.type)
     if trainer_is_invariant and not (sampler_is_invariant and source_config is config):
-        problems += [f"model={name}: {reason}; use invariance=off" for reason in unsupported(config, args.device.type)]
+        reasons = list(unsupported(config, args.device.type))
+        problems += [f"model={name}: {reason}; use invariance=off" for reason in reasons]
+        problems += [] if reasons else flash_problems(name, config, args.device.type)
     problems += lora.rank_problems("lora.r", rank, config)
     problems += spread_problems(_spread(sampler_options), invariance, rank > 0)
     urls, token_file = sampler_options.get("servers") or (), sampler_options.get("trainer_token_file")
@@ -180,11 +184,12 @@ def arguments(
     from transformers.utils import logging as transformers_logging
 
     from rlinvariant.models import lora
-    from rlinvariant.models.limits import mixture_of
+    from rlinvariant.models.limits import attention_of, mixture_of
     from rlinvariant.models.load import load
     from rlinvariant.support import unproven_here
 
     transformers_logging.disable_progress_bar()
+    require_same("attention", choice.chosen())
     if plan.invariance == "exact" and (unproven := unproven_here(mixture_of(plan.source_config))) is not None:
         on_main_process(lambda: prove_first(plan, unproven))
     model: Any = plan.model
@@ -198,6 +203,8 @@ def arguments(
     if adapter is not None:
         model = lora.applied(model, adapter, plan.args.seed)
     console = Console(plan.args.process_index == 0)
+    if plan.invariance != "off" and plan.args.device.type == "cuda":
+        console.print(f"attention   {attention_of(plan.source_config)}")
     console.print(str(RewardLimits.taken({**options})))
     if options.get("tools") or options.get("environment_factory"):
         console.print(str(ToolLimits.taken({**options})))

@@ -11,6 +11,7 @@ from rlinvariant import runtime
 from rlinvariant.arguments import at_least, written
 from rlinvariant.conflicts import SIDES
 from rlinvariant.errors import INTERRUPTED, NOT_EXACT, OK, ConfigErrors, UserError
+from rlinvariant.kernels import choice
 from rlinvariant.model_source import base_and_adapter, source_problems
 from rlinvariant.report.console import Console
 from rlinvariant.report.rundir import RunDir
@@ -54,7 +55,9 @@ def _is_sampler(found: Any) -> bool:
 def _is_subject(found: Any) -> bool:
     """Tell whether a value is a machine as `certificate.subject` describes one."""
     keys = {"device", "threads", "packages", "isa", "sources"}
-    return isinstance(found, dict) and keys <= found.keys() and isinstance(found["packages"], dict)
+    if not (isinstance(found, dict) and keys <= found.keys() and isinstance(found["packages"], dict)):
+        return False
+    return found.get("attention", choice.AUTO) in choice.ATTENTIONS
 
 
 DESCRIPTION_OF_A_RUN: dict[str, Callable[[Any], bool]] = {
@@ -87,13 +90,10 @@ def run(options: argparse.Namespace) -> int:
     runtime.configure()
     runtime.quiet()
     with console.stage("loading transformers and vLLM"):
-        import torch
-
         from rlinvariant.sampler.engine import Sampler
         from rlinvariant.verification import certificate, table
     then, dtype = about["subject"], about["dtype"]
-    if then["threads"]:
-        torch.set_num_threads(then["threads"])
+    compute_as(then)
     tokens = sum(len(c.token_ids) for c in rollout.completions)
     batches = f" in {plural(len(rollout.batches), 'batch', 'batches')}" if len(rollout.batches) > 1 else ""
     drawn = f"{plural(len(rollout.completions), 'completion')}{batches}, {plural(tokens, 'token')}"
@@ -123,6 +123,20 @@ def run(options: argparse.Namespace) -> int:
     for line in lines:
         console.print(line)
     return code
+
+
+def compute_as(then: JsonRow) -> None:
+    """Take the threads and the attention of a recorded run. A CPU has one attention, whatever a GPU had.
+
+    Raises:
+        UserError: the environment names another attention.
+    """
+    import torch
+
+    if then["threads"]:
+        torch.set_num_threads(then["threads"])
+    if torch.cuda.is_available():
+        choice.choose(then.get("attention", choice.AUTO))
 
 
 def recorded(run: Path, step: int | None, weights: str | None = None) -> tuple["Rollout", JsonObject, str]:

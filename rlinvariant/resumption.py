@@ -10,6 +10,7 @@ from rlinvariant import checkpoints
 from rlinvariant.checkpoints import Checkpoint
 from rlinvariant.config import Config
 from rlinvariant.errors import ConfigErrors, UserError
+from rlinvariant.kernels.choice import AUTO
 from rlinvariant.report.rundir import RunDir, read_metrics
 from rlinvariant.types import JsonObject
 
@@ -32,6 +33,8 @@ FREE_OF_TRAINER = (
 ) + ("dataloader_", "skip_memory_metrics", "include_", "ddp_timeout", "average_tokens")
 SHAPES = ("lora.r", "lora.target_modules")
 """Settings by which a checkpoint's adapters have shapes that other settings cannot load."""
+ADDED = {"attention": AUTO}
+"""Settings that decide bits and that earlier versions did not have -> what those versions did."""
 ROWS_HASHED = 1000  # rows of a data set that are read together
 
 
@@ -130,7 +133,7 @@ def _settings_before(directory: RunDir, checkpoint: Checkpoint | None) -> Mappin
 
 def _compared(config: Config, before: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """Return a line for each setting that makes another run than the one before, and for each other that differs."""
-    changed, notes = [], []
+    changed, notes, before = [], [], {**ADDED, **before} if before else before
     for key, value in settings(config).items():
         if key in ("run", "resume") or key not in before or before[key] == value:
             continue

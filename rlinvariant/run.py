@@ -13,6 +13,7 @@ from rlinvariant.conflicts import OF_SERVERS
 from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.files import disk_errors
 from rlinvariant.journal import Journal, nothing_left
+from rlinvariant.kernels import choice
 from rlinvariant.launch import is_sharded, largest, on_main_process, rank
 from rlinvariant.lock import locked
 from rlinvariant.model_source import local_model
@@ -116,6 +117,7 @@ def plan(config: Config) -> Plan:
 
     console, recipe = Console(args.process_index == 0), config.load_recipe()
     allow_unproven(config.unproven_gpu)
+    choice.choose(config.attention)
     problems = device_problems(args, config.invariance, getattr(torch, config.dtype))
     problems += unproven_problems(args, "distributed_type=FSDP") if is_sharded() else []
     if problems:  # before a recipe makes its model

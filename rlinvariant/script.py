@@ -21,6 +21,7 @@ from rlinvariant.config.fields import TRAINER_OWN, trainer_config_class
 from rlinvariant.config.tree import leaves
 from rlinvariant.conflicts import Gradients
 from rlinvariant.journal import Journal
+from rlinvariant.kernels import choice
 from rlinvariant.launch import is_launched, is_sharded, on_main_process, rank
 from rlinvariant.report.console import Console
 from rlinvariant.resumption import dataset_digest, find, require_same_data
@@ -190,6 +191,7 @@ def run_config(
         resume=resume,
         save_minutes=None,
         dtype=plan.dtype,
+        attention=choice.chosen(),
         save_dtype=plan.save_dtype,  # type: ignore[arg-type]  # checked before
         trainer=trainer_config_class()(**trainer),
         ppo=plan.ppo or PPOConfig(),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from rlinvariant.install import install_hint, installed_version
-from rlinvariant.kernels import attention
+from rlinvariant.kernels import attention, choice
 
 if TYPE_CHECKING:
     from trl.trainer.grpo_config import GRPOConfig
@@ -34,6 +34,8 @@ def device_problems(args: "GRPOConfig", invariance: str, dtype: torch.dtype) -> 
     vLLM is missed here, not on the first import of it, which comes after a recipe has made its model.
     """
     kind = args.device.type
+    if problems := choice.misplaced(choice.chosen(), invariance, kind):
+        return problems
     if (kind == "cpu" or invariance == "off") and importlib.util.find_spec("vllm") is None:
         return [f"package vllm: missing; {install_hint('cpu' if kind == 'cpu' else 'cuda')}"]
     if invariance == "off" or (kind == "cpu" and not torch.cuda.is_available()):
@@ -80,6 +82,7 @@ def cuda_problems(dtype: torch.dtype) -> Iterator[str]:
     vllm = importlib.util.find_spec("vllm")
     places = [] if vllm is None else [Path(at) for at in vllm.submodule_search_locations or ()]
     needed = vllm is not None and f"sm_{major}{minor}" in attention.table()["flash_attention_3"]
+    needed = needed and choice.chosen() != "chunked"
     if needed and not any(found for at in places for found in at.glob(FA3)):
         yield f"FlashAttention-3: no {FA3} in the installed vllm, whose CUDA wheel holds it; {install_hint('cuda')}"
     for package, releases in RELEASES.items():

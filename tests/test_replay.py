@@ -316,6 +316,8 @@ def test_another_machine_is_named():
         ("subject", None),
         ("subject", {"threads": 1}),
         ("subject", SUBJECT | {"packages": 3}),
+        ("subject", SUBJECT | {"attention": "fast"}),
+        ("subject", SUBJECT | {"attention": []}),
     ],
 )
 def test_a_recording_that_no_run_writes_is_refused(field, value, tmp_path):

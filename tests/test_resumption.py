@@ -70,6 +70,7 @@ DECIDES = (
     "trainer.per_device_train_batch_size=32",
     "data.eval_size=3",
     "dtype=float32",
+    "attention=chunked",
     "invariance=off",
     "trainer.num_iterations=2",
     "algorithm=ppo",
@@ -92,6 +93,18 @@ def test_a_setting_that_decides_the_result_is_refused_or_forced(setting):
     assert found.checkpoint is not None and found.checkpoint.forced
     assert any(line.startswith(f"{key}=") for line in found.changed)
     assert any(line.startswith(f"by resume=force: {key}=") for line in found.lines)
+
+
+def test_a_run_of_an_earlier_version_had_the_attention_that_there_was():
+    """A setting that its checkpoint does not know is no way around the comparison."""
+    before = settings(config())
+    del before["attention"]
+    left(4, settings=before)
+    with pytest.raises(
+        ConfigErrors, match="^attention=flash: the run was started with auto; resume with that, or write resume="
+    ):
+        find(config("attention=flash"))
+    assert find(config()).step == 4
 
 
 @pytest.mark.parametrize("setting", FREE)

@@ -27,6 +27,7 @@ from rlinvariant.errors import UserError
 from rlinvariant.files import require_writable
 from rlinvariant.hub import hub_problems
 from rlinvariant.install import install_hint
+from rlinvariant.kernels import choice
 from rlinvariant.launch import asks_the_hub, is_sharded, rank
 from rlinvariant.model_source import model_problems, source_problems
 from rlinvariant.text import shown
@@ -44,6 +45,8 @@ def check(config: Config, env: Mapping[str, str], recipe: Recipe | None = None, 
     """
     processes, found = _processes(env)
     found += _check_numbers(config)
+    found += filter(None, [choice.disagreement(config.attention, env)])
+    found += choice.misplaced(config.attention, config.invariance, None)
     found += config.reward_limits.problems()
     found += named_problems("reward", config.reward) + _check_tools(config, recipe)
     found += _check_model(config, recipe, adapters)

@@ -14,6 +14,7 @@ from rlinvariant.config.named import Named, named
 from rlinvariant.config.recipe import Data, Recipe, load_recipe
 from rlinvariant.errors import UserError, one_line
 from rlinvariant.files import RUNS
+from rlinvariant.kernels.choice import AUTO, Attention
 from rlinvariant.masking import masked
 from rlinvariant.rewards import RewardLimits
 from rlinvariant.tools.limits import ToolLimits
@@ -178,6 +179,10 @@ class Config:
     )
     dtype: Literal["bfloat16", "float32"] = chz.field(
         default="bfloat16", doc="Type that both sides compute in; master weights are float32."
+    )
+    attention: Attention = chz.field(
+        default=AUTO,
+        doc="On a GPU, of both sides: flash: FlashAttention-3; chunked: our own, for few and long requests; auto: by model.",
     )
     unproven_gpu: bool = chz.field(
         default=False,

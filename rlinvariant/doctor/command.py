@@ -14,6 +14,7 @@ from rlinvariant.doctor import engine, kernels, machine, model, packages
 from rlinvariant.doctor.finding import Finding
 from rlinvariant.errors import NOT_EXACT, OK, UserError, one_line
 from rlinvariant.install import install_hint
+from rlinvariant.kernels import choice
 from rlinvariant.machine import environment
 from rlinvariant.model_source import model_problems
 from rlinvariant.report.rundir import SCHEMA
@@ -44,6 +45,7 @@ def run(options: argparse.Namespace) -> int:
         raise UserError(f"doctor: {options.model}: expected a directory or hub id, without a key")
     if options.model is not None and (problems := model_problems("MODEL", options.model, adapters=True)):
         raise UserError(f"doctor: {problems[0]}")
+    choice.chosen()  # a value that does not exist is refused, as by every command
     findings: list[Finding] = []
     found = examine(options.model, options.engine)
     if options.json:

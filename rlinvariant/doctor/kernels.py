@@ -3,9 +3,13 @@
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rlinvariant.doctor.finding import Finding
 from rlinvariant.text import say
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 SMALL_WEIGHT_SHAPES = (
     (128, 128),
@@ -15,11 +19,22 @@ SMALL_WEIGHT_SHAPES = (
 )  # [N, K] of small models, tried in a fraction of a second
 
 
-def kernels_cuda() -> Iterator[Finding]:
-    """Name the kernels of a GPU."""
+def kernels_cuda(config: "PreTrainedConfig | None" = None) -> Iterator[Finding]:
+    """Name the kernels of a GPU; with a model's configuration, the attention that its layers take."""
+    from rlinvariant.kernels import attention, choice
+    from rlinvariant.models.limits import attention_of
+
     few_many = "Triton for few rows, cuBLASLt without split-K for many; their bits are compared before a weight is first used"
     yield Finding("linear", "ok", few_many)
-    yield Finding("attention", "ok", "FlashAttention-3 from the vLLM wheel, one split")
+    if config is not None:
+        yield Finding("attention", "ok", attention_of(config))
+    elif (chosen := choice.chosen()) == "chunked" or not attention.flash_heads():
+        yield Finding("attention", "ok", f"{attention.OWN}; attention={chosen}")
+    else:
+        heads = ", ".join(map(str, attention.flash_heads()))
+        others = "others are refused" if chosen == "flash" else f"{attention.OWN} for others"
+        which = f"{attention.FLASH} for heads of {heads} without window and cap, {others}"
+        yield Finding("attention", "ok", f"{which}; attention={chosen}")
     yield Finding("other ops", "ok", "kernels/*.py, Triton")
 
 

@@ -10,6 +10,7 @@ from rlinvariant.conflicts import environment_conflicts, launcher_problems
 from rlinvariant.doctor.finding import Finding
 from rlinvariant.errors import UserError, one_line
 from rlinvariant.files import cache_dir
+from rlinvariant.kernels import choice
 from rlinvariant.launch import shard_variables
 from rlinvariant.machine import environment
 
@@ -47,6 +48,7 @@ def gpu(cuda: bool) -> Iterator[Finding]:
     """Name the device that exact mode would run on, and say whether it can."""
     import torch
 
+    from rlinvariant.kernels import attention
     from rlinvariant.support import cuda_problems
 
     if not cuda:
@@ -60,7 +62,8 @@ def gpu(cuda: bool) -> Iterator[Finding]:
     if problems := list(cuda_problems(torch.bfloat16)):
         yield from (Finding("exact on gpu", "problem", x) for x in problems)
     else:
-        yield Finding("exact on gpu", "ok", "bfloat16, FlashAttention-3 is in the vLLM wheel")
+        needed = bool(attention.flash_heads()) and choice.chosen() != "chunked"
+        yield Finding("exact on gpu", "ok", "bfloat16" + ", FlashAttention-3 is in the vLLM wheel" * needed)
 
 
 def threads() -> Iterator[Finding]:
@@ -88,6 +91,9 @@ def variables(env: Mapping[str, str], cuda: bool) -> Iterator[Finding]:
     for line in (*always, *(x for x in environment_conflicts(env, "exact") if x not in always)):
         clean = False
         yield Finding("environment", "problem", line, invariance_off=line not in always)
+    for line in choice.misplaced(choice.chosen(), "exact", "cuda" if cuda else "cpu"):
+        clean = False
+        yield Finding("environment", "problem", line, False)
     try:
         runtime.configure()
     except UserError as error:

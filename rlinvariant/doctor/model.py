@@ -25,6 +25,7 @@ def of_model(model: str, cuda: bool) -> Iterator[Finding]:
     from transformers.utils import logging
 
     from rlinvariant.models import adapter_files, lora, unsupported
+    from rlinvariant.models.limits import flash_problems
 
     logging.set_verbosity_error()
     runtime.quiet()
@@ -45,7 +46,11 @@ def of_model(model: str, cuda: bool) -> Iterator[Finding]:
     parameters = sum(p.numel() for p in net.parameters())
     yield Finding("model", "ok", f"{type(net).__name__}, {layers} layers, {parameters:,} parameters")
     device = "cuda" if cuda else "cpu"
-    reasons = list(unsupported(config, device)) or _audit(config, device)
+    reasons = list(unsupported(config, device))
+    if not reasons and (problems := flash_problems(model, config, device)):
+        yield Finding("model", "problem", problems[0], False)
+        return
+    reasons = reasons or _audit(config, device)
     for reason in reasons:
         fix = "" if "invariance=off" in reason else "; choose another model, or use invariance=off"
         yield Finding("model", "problem", f"{model}: {reason}{fix}")
@@ -55,7 +60,7 @@ def of_model(model: str, cuda: bool) -> Iterator[Finding]:
     yield Finding("model", "ok", audited)
     linears = [m for m in net.modules() if isinstance(m, nn.Linear)]
     weights = dict.fromkeys((m.out_features, m.in_features, m.bias is not None) for m in linears)
-    yield from kernels_cuda() if cuda else kernels_cpu(weights, ("bfloat16",))
+    yield from kernels_cuda(config) if cuda else kernels_cpu(weights, ("bfloat16",))
     ranks = {}
     if adapter is not None:
         try:

@@ -10,6 +10,7 @@ import numpy as np
 from rlinvariant.config import Config
 from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.evaluation.estimate import doubling, estimate, pass_at_k
+from rlinvariant.kernels import choice
 from rlinvariant.model_source import base_and_adapter
 from rlinvariant.report.console import Console
 from rlinvariant.rollout import Truncation
@@ -52,6 +53,7 @@ def evaluate(
     args = config.grpo_config()
     truncation = Truncation.of(config.trainer)
     allow_unproven(config.unproven_gpu)
+    choice.choose(config.attention)
     problems = device_problems(args, config.invariance, getattr(torch, config.dtype))
     if problems:
         raise ConfigErrors(problems)

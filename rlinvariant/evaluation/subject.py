@@ -15,7 +15,7 @@ from rlinvariant.model_source import ADAPTER, adapter_base
 from rlinvariant.report.rundir import RunDir
 from rlinvariant.text import shown
 
-KEYS = ("recipe", "reward", "dtype", "seed", "invariance", "reward_timeout", "reward_cage", "reward_errors") + (
+KEYS = ("recipe", "reward", "dtype", "attention", "seed", "invariance", "reward_timeout", "reward_cage", "reward_errors") + (
     "tools",
     "environment",
     "tool_format",

@@ -1,10 +1,11 @@
-"""The choice which attention a GPU runs, and the comparison that each has to pass before it is used.
+"""The attentions of a GPU, which of them a layer takes, and the comparison that each has to pass before it is used.
 
 * *FlashAttention-3* with one split (flash_attention.py), on the chips and for the heads that `attention_tiles.json` names; not
   with windows and caps, which it cannot do exactly.
 * *The attention of our own* (chunked_attention.py) for everything else: any head up to 256, windows, caps, other GPUs.
 
-A layer's form decides, its head size, window and cap, and the chip: both sides know these, and no call changes them.
+A layer's form decides, its head size, window and cap, the chip, and the process's choice (choice.py), which may rule one of
+the two out: both sides know these, and no call changes them. The backward follows the cap alone, whichever forward ran.
 RLINVARIANT_PORTABLE=sm_80, for developers, does here what another chip would do, and so proves its kernels on this one.
 """
 
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from rlinvariant import bits
 from rlinvariant.errors import UserError
+from rlinvariant.kernels import choice
 from rlinvariant.kernels import flash_attention as flash
 from rlinvariant.kernels.routes import ATTENTION_ROUTES
 
@@ -27,6 +29,7 @@ TABLE = Path(__file__).with_name("attention_tiles.json")
 UNPROVEN = "RLINVARIANT_UNPROVEN_GPU"  # "1": what is unproven on this GPU may be tried
 PORTABLE = "RLINVARIANT_PORTABLE"  # a chip, whose kernels are run here
 LARGEST_HEAD = 256
+FLASH, OWN = "FlashAttention-3, one split", "our own"
 
 
 @functools.cache
@@ -53,10 +56,35 @@ def unproven_allowed() -> bool:
     return os.environ.get(UNPROVEN) == "1" or PORTABLE in os.environ
 
 
+def flash_heads() -> tuple[int, ...]:
+    """Return the head sizes for which FlashAttention-3 is exact on this chip."""
+    return () if PORTABLE in os.environ else tuple(table()["flash_attention_3"].get(chip(), ()))
+
+
+def not_flash(head_size: int, window: int | None, softcap: float | None) -> list[str]:
+    """Return what keeps FlashAttention-3 from layers of this form, as a configuration's keys say it; nothing if it is exact."""
+    if not flash_heads():
+        return [f"device={chip()}"]
+    found = [f"head_dim={head_size}"] if head_size not in flash_heads() else []
+    found += [f"sliding_window={window}"] if window is not None else []
+    return found + ([f"attn_logit_softcapping={softcap}"] if softcap is not None else [])
+
+
 def own(head_size: int, window: int | None, softcap: float | None) -> bool:
-    """Return whether layers of this form take the attention of our own."""
-    taken = () if PORTABLE in os.environ else table()["flash_attention_3"].get(chip(), ())
-    return window is not None or softcap is not None or head_size not in taken
+    """Return whether layers of this form take the attention of our own.
+
+    Raises:
+        UserError: attention=flash, and FlashAttention-3 cannot take them.
+    """
+    reasons, chosen = not_flash(head_size, window, softcap), choice.chosen()
+    if chosen == "flash" and reasons:
+        raise UserError(without_flash(reasons[0]))
+    return chosen == "chunked" or bool(reasons)
+
+
+def without_flash(reason: str) -> str:
+    """Say why a model cannot have attention=flash, and what works."""
+    return f"{reason}: attention=flash cannot take it, FlashAttention-3 is not exact there; write attention=auto or chunked"
 
 
 def refusals(head_size: int) -> Iterator[str]:
@@ -86,7 +114,7 @@ def _calls(head_size: int, scale: float, window: int | None, softcap: float | No
         def fa3_packed(q, k, v, cu, longest) -> tuple[Tensor, Tensor]:
             return flash.packed(q, k, v, cu, longest, scale)
 
-        return _Calls(fa3_packed, fa3_paged, flash.schedule, {}, "FlashAttention-3, one split")
+        return _Calls(fa3_packed, fa3_paged, flash.schedule, {}, FLASH)
     from rlinvariant.kernels import chunked_calls as ours
 
     form, row = ours.Form(scale, window, softcap), ours.row(head_size)
@@ -101,7 +129,7 @@ def _calls(head_size: int, scale: float, window: int | None, softcap: float | No
         return ours.plan(cu, lens, heads // kv_heads, row["order"], window)
 
     others = {f"with {tile}, the rows": functools.partial(packed, tile=tile) for tile in ours.tiles(row)}
-    name = f"our own, {row['order'].block} keys a block, {row['order'].chunk} a chunk"
+    name = f"{OWN}, {row['order'].block} keys a block, {row['order'].chunk} a chunk"
     return _Calls(packed, paged, schedule, others, name)
 
 
@@ -187,6 +215,8 @@ def attention_backward(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dq, dk, dv, each like what it belongs to: by FlashAttention-2, and by our own where scores are capped.
+
+    Both take the output and log-sum-exp of any forward, so that the choice of the forward changes nothing here.
 
     dout, q, out: [T, H, D]; k, v: [T, H_kv, D]; lse: [T, H] fp32.
     """

@@ -1,9 +1,9 @@
 """The limits of the ops, by a model's configuration alone: sizes, windows, caps, ropes and activations that can be exact."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from rlinvariant.kernels import attention
+from rlinvariant.kernels import attention, choice
 from rlinvariant.types import Untyped
 
 HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)  # those of vLLM's key-value cache on a CPU
@@ -65,6 +65,37 @@ def unsupported(config, device: str = "cpu") -> Iterator[str]:
         yield f"clip_qkv={config.clip_qkv}: no op bounds queries, keys and values; only null is supported"
     if getattr(config, "quantization_config", None):
         yield "the checkpoint is quantised"
+
+
+def attention_forms(config: Untyped) -> Mapping[tuple[int, int | None, float | None], str]:
+    """Return the forms that a model's layers have, (head size, window, cap), each with words for those layers."""
+    config = config.get_text_config()
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cap, window = getattr(config, "attn_logit_softcapping", None), getattr(config, "sliding_window", None)
+    kinds = set(getattr(config, "layer_types", None) or [])
+    if window is None or kinds == {"full_attention"}:
+        return {(head, None, cap): "all layers"}
+    slides = f"sliding_window={window}"
+    if kinds <= {"sliding_attention"}:  # a configuration without types of layers means all
+        return {(head, window, cap): f"all layers, {slides}"}
+    return {(head, None, cap): "full layers", (head, window, cap): f"layers with {slides}"}
+
+
+def attention_of(config: Untyped) -> str:
+    """Say which attention the layers of a model take on this GPU, and why."""
+    chosen, said = choice.chosen(), []
+    for form, layers in attention_forms(config).items():
+        why = "" if chosen == "chunked" else ", ".join(attention.not_flash(*form))
+        said.append(f"{attention.OWN if attention.own(*form) else attention.FLASH} for {layers}{f' ({why})' if why else ''}")
+    return f"{'; '.join(said)}; attention={chosen}"
+
+
+def flash_problems(model: str, config: Untyped, device: str) -> list[str]:
+    """Refuse, in one line, a model for whose layers attention=flash has no kernel, where that is chosen."""
+    if choice.chosen() != "flash" or device != "cuda":
+        return []
+    reasons = [reason for form in attention_forms(config) for reason in attention.not_flash(*form)]
+    return [f"model={model}: {attention.without_flash(reason)}" for reason in reasons[:1]]
 
 
 def mixture_of(config: Untyped) -> str | None:

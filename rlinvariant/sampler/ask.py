@@ -8,6 +8,7 @@ import os
 import sys
 
 from rlinvariant import runtime
+from rlinvariant.kernels import choice
 from rlinvariant.sampler import plugin
 from rlinvariant.text import say
 
@@ -30,7 +31,7 @@ def ask(directory: str) -> str:
     from transformers import AutoModelForCausalLM, Qwen3Config
     from vllm import LLM
 
-    from rlinvariant.sampler.vllm_serve import SET_HERE
+    from rlinvariant.sampler.vllm_serve import ATTENTION_KEY, SET_HERE
 
     config = Qwen3Config(
         vocab_size=128,
@@ -48,7 +49,8 @@ def ask(directory: str) -> str:
     options = {name: value for name, value in SET_HERE.items() if name != "logits_processors"}  # a server's front end has them
     if not torch.cuda.is_available():  # see sampler/engine.py
         options |= {"async_scheduling": False}
-    options |= {"skip_tokenizer_init": True, "enforce_eager": True, "max_model_len": 128, "max_num_seqs": 4}
+    options |= {"additional_config": {ATTENTION_KEY: choice.chosen()}, "skip_tokenizer_init": True}
+    options |= {"enforce_eager": True, "max_model_len": 128, "max_num_seqs": 4}
     llm = LLM(directory, dtype="bfloat16", kv_cache_memory_bytes=64 << 20, gpu_memory_utilization=0.01, **options)
     (proof,) = llm.collective_rpc("prove")
     return proof

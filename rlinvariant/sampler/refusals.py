@@ -8,10 +8,11 @@ import torch
 from rlinvariant import runtime
 from rlinvariant.conflicts import divisor
 from rlinvariant.errors import ConfigErrors, UserError, one_line
+from rlinvariant.kernels import choice
 from rlinvariant.launch import is_launched
 from rlinvariant.model_source import source_problems
 from rlinvariant.models import unsupported
-from rlinvariant.models.limits import uncuttable
+from rlinvariant.models.limits import flash_problems, uncuttable
 from rlinvariant.support import TRY, cuda_problems, may_use_unproven
 from rlinvariant.types import JsonObject, JsonRow
 
@@ -70,6 +71,7 @@ def refuse(
         fix = f"remove it, or {otherwise}"
         found.append(f"VLLM_BATCH_INVARIANT={value}: expected unset: it puts vLLM's own kernels in place of ours; {fix}")
     cuda = torch.cuda.is_available()
+    found += choice.misplaced(choice.chosen(), "exact", "cuda" if cuda else "cpu")
     found += cuda_problems(getattr(torch, dtype)) if cuda else []
     config = load_config(model) if config is None else config
     if found := found + engine_problems(options, model, config, max_model_len, otherwise, "cuda" if cuda else "cpu"):
@@ -100,6 +102,7 @@ def engine_problems(
     found = [f"sampler option {k}={v}: expected {UNTOUCHED_OPTIONS[k]}; {fix}" for k, v in touched.items()]
     reasons = list(unsupported(config, device))
     found += [f"model={model}: {reason}; {otherwise}" for reason in reasons]
+    found += [] if reasons else flash_problems(model, config, device)
     found += [] if reasons else process_problems(options.get("tensor_parallel_size", 1), model, config, device)
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)  # a model without it is refused above
     if max_model_len is not None and positions is not None and max_model_len > positions:

@@ -19,8 +19,10 @@ from vllm.v1.sample.logits_processor import LogitsProcessor
 
 from rlinvariant import runtime, trainer_token
 from rlinvariant.errors import ConfigErrors, UserError, one_line
+from rlinvariant.kernels import choice
 from rlinvariant.model_source import base_and_adapter
 from rlinvariant.models import adapter_files, audit_config, lora
+from rlinvariant.models.limits import attention_of
 from rlinvariant.rollout import RANGES
 from rlinvariant.sampler import adapters, plugin, vllm_guard, wire
 from rlinvariant.sampler.engine import external
@@ -42,6 +44,7 @@ else:
     from vllm.v1.worker.cpu_worker import CPUWorker as _Worker
 
 ADAPTER_KEY = "rlinvariant_adapter"  # of vLLM's additional_config: the directory of a PEFT adapter
+ATTENTION_KEY = "rlinvariant_attention"  # of the same: the front end's choice, which the engine's process must have too
 REMOVE = "remove it, or use vllm serve"
 SET_HERE: dict[str, Any] = {  # engine options that are set here; vLLM reads each for
     "quantization": QUANTIZATION,  # who owns the linear layers and the lm_head
@@ -183,8 +186,9 @@ def prepare(args: Untyped, default: Untyped, subject: Subject | None = None) -> 
     if problems:
         raise ConfigErrors(problems)
     found = None if adapter is None else adapter_files.read(adapter)  # faults are said here, not in the engine's process
+    args.additional_config = {ATTENTION_KEY: choice.chosen()}
     if adapter is not None:
-        args.additional_config = {ADAPTER_KEY: os.path.abspath(adapter)}
+        args.additional_config[ADAPTER_KEY] = os.path.abspath(adapter)
         args.served_model_name = args.served_model_name or [named]
         if args.tokenizer is None and os.path.isfile(os.path.join(adapter, "tokenizer_config.json")):
             args.tokenizer = adapter
@@ -280,6 +284,9 @@ class Worker(_Worker):
 
     def load_model(self, *args: Untyped, **kwargs: Untyped) -> None:
         config = self.model_config.hf_config
+        if (own := choice.chosen()) != (asked := self.vllm_config.additional_config.get(ATTENTION_KEY)):
+            what = f"attention={own} in the engine's process, attention={asked} in the one that started it"
+            raise UserError(f"{what}; give both the same {choice.VARIABLE}")
         self._audited = audit_config(config, self.model_config.dtype, self.device)
         directory = self.vllm_config.additional_config.get(ADAPTER_KEY)
         adapter = None if directory is None else adapter_files.read(directory)
@@ -335,8 +342,10 @@ class Worker(_Worker):
         if type(self.model_runner.sampler) is not InvariantSampler:
             raise UserError(f"the engine samples by {type(self.model_runner.sampler).__name__}; {NOT_ACTIVE}")
         dtype = str(self.model_config.dtype).removeprefix("torch.")
+        attentions = f"{attentions} attention layers"
+        attentions += f" ({attention_of(self.model_config.hf_config)})" if self.device.type == "cuda" else ""
         return (
-            f"engine process {os.getpid()}: {self._audited} in {dtype}; {attentions} attention layers, {products} products and "
+            f"engine process {os.getpid()}: {self._audited} in {dtype}; {attentions}, {products} products and "
             "the sampler are rlinvariant.ops; the trainer's audit found nothing outside them"
         )
 

