@@ -1,6 +1,7 @@
 """Time kernels on a GPU: launches captured in CUDA graphs, both sides in turns, inputs rotated so that no cache holds them."""
 
 import functools
+import os
 import re
 import subprocess
 from collections.abc import Callable, Sequence
@@ -40,9 +41,16 @@ def name() -> str:
     return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().removeprefix("NVIDIA ").lower()).strip("-")
 
 
+def memory_gib() -> float:
+    """Return the memory of the GPU, or of a machine without one, in GiB."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory / 2**30
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+
+
 def large() -> bool:
     """Return whether the GPU has over 120 GiB, as an H200 has. On less, benchmarks of several engines hold fewer at a time."""
-    return torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory > 120 * 2**30
+    return torch.cuda.is_available() and memory_gib() > 120
 
 
 def environment() -> dict[str, object]:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlinvariant.bench import gpu
 from rlinvariant.bench.gpu_trainer import grpo_arguments
-from rlinvariant.bench.measure import Link, Missing, Row, Worker, Workers
+from rlinvariant.bench.measure import Link, Missing, Row, Worker, Workers, peak_memory
 
 if TYPE_CHECKING:
     from rlinvariant.trainer.grpo import InvariantGRPOTrainer
@@ -61,6 +61,7 @@ class Size:
 SIZES = {
     "tiny": Size(prompts=2, rows=8, length=8, short=4, kv_gib=0.3),
     "full": Size(prompts=64, rows=16, length=512, short=64, kv_gib=14.0),
+    "large": Size(prompts=16, rows=8, length=256, short=32, kv_gib=8.0),  # of models that fill the card
 }
 
 
@@ -136,10 +137,10 @@ def reward(completion_ids: list[list[int]], **_: object) -> list[float | None]:
     return [float(len(ids) % 7) for ids in completion_ids]
 
 
-def _worker(side: str, path: str, which: str) -> None:
+def _worker(side: str, path: str, which: str, rank: str = "0") -> None:
     link = Link()
     with tempfile.TemporaryDirectory() as directory:
-        trainer = (ours if side == "exact" else _stock)(path, directory, SIZES[which])
+        trainer = (ours if side == "exact" else _stock)(path, directory, SIZES[which], int(rank))
         trainer.add_callback(_turns(link, trainer))
         trainer.train()
 
@@ -166,8 +167,17 @@ def _dataset(path: str) -> tuple[Any, Any]:
     return Dataset.from_list([{"prompt": text} for text in texts]), tokenizer
 
 
-def ours(path: str, directory: str, size: Size) -> "InvariantGRPOTrainer":
-    """Return our trainer of a model in `path`, in exact mode."""
+def _adapters(rank: int) -> dict[str, Any]:
+    """Return the argument of both trainers that gives every projection an adapter; none with rank 0."""
+    if not rank:
+        return {}
+    from peft import LoraConfig
+
+    return {"peft_config": LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")}
+
+
+def ours(path: str, directory: str, size: Size, rank: int = 0) -> "InvariantGRPOTrainer":
+    """Return our trainer of a model in `path`, in exact mode; with adapters if they have a rank."""
     import torch
 
     from rlinvariant.api import grpo_trainer
@@ -178,12 +188,11 @@ def ours(path: str, directory: str, size: Size) -> "InvariantGRPOTrainer":
     args = grpo_arguments(directory, **_settings(size), **settings)
     most = size.prompts * GENERATIONS
     sampler: SamplerOptions = {"max_model_len": 1024, "kv_cache_gib": size.kv_gib, "options": {"max_num_seqs": most}}
-    return grpo_trainer(
-        path, reward, args, dataset, processing_class=tokenizer, sampler_options=sampler, on_row=lambda *_: None
-    )
+    own: Any = {"sampler_options": sampler, "on_row": lambda *_: None, **_adapters(rank)}
+    return grpo_trainer(path, reward, args, dataset, processing_class=tokenizer, **own)
 
 
-def _stock(path: str, directory: str, size: Size) -> Any:
+def _stock(path: str, directory: str, size: Size, rank: int = 0) -> Any:
     """Return TRL's trainer as it comes, with its vLLM in this process.
 
     Only vLLM's memory is given in bytes, as ours is, so that both sides fit: TRL would give a share of the GPU's memory, from
@@ -211,7 +220,7 @@ def _stock(path: str, directory: str, size: Size) -> Any:
         **_settings(size),
     )
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    return GRPOTrainer(model, reward, args, train_dataset=dataset, processing_class=tokenizer)
+    return GRPOTrainer(model, reward, args, train_dataset=dataset, processing_class=tokenizer, **_adapters(rank))
 
 
 def _limit(trainer: Any, length: int) -> None:
@@ -224,7 +233,8 @@ def _limit(trainer: Any, length: int) -> None:
 def _time_rollouts(trainer: Any) -> list[float]:
     """Return a list that gets the seconds of every call of TRL's vLLM from now on; ours are in the log."""
     seconds: list[float] = []
-    if (generation := getattr(trainer, "vllm_generation", None)) is not None:
+    generation: Any = getattr(trainer, "vllm_generation", None)
+    if hasattr(generation, "generate"):
         generate = generation.generate
 
         def timed(*arguments: Any, **options: Any) -> Any:
@@ -274,6 +284,7 @@ def _turns(link: Link, trainer: Any) -> Any:
                 train=logs.get("time/train"),
                 sync=logs.get("time/sync"),
                 peak=torch.cuda.max_memory_allocated() / 2**20 if cuda else 0.0,
+                reserved=torch.cuda.max_memory_reserved() / 2**20 if cuda else peak_memory(),
             )
 
     return Turns()

@@ -10,7 +10,7 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any, Protocol
@@ -140,10 +140,10 @@ def _row(
 
 
 class _Ours:
-    def __init__(self, path: str, tokens: int, kv_gib: float) -> None:
+    def __init__(self, path: str, tokens: int, kv_gib: float, ranks: Mapping[str, int] | None = None) -> None:
         from rlinvariant.sampler.engine import Sampler
 
-        self.sampler = Sampler(path, invariant=True, max_model_len=tokens, kv_cache_gib=kv_gib)
+        self.sampler = Sampler(path, invariant=True, max_model_len=tokens, kv_cache_gib=kv_gib, ranks=ranks)
         self.vocabulary = self.sampler.llm.llm_engine.model_config.get_vocab_size()
 
     def generate(
@@ -199,14 +199,19 @@ def _worker(side: str, path: str, size: str) -> None:
     link = Link()
     os.environ["VLLM_LOGGING_LEVEL"] = "WARNING"
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    if side != "exact":
+    if side not in ("exact", "adapters"):
         # FlashInfer's sampler serves top-p and top-k alone, of which there is none here; but vLLM's warm-up calls it, which
         # compiles it with nvcc, and without its sources the engine ends
         os.environ["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
     if side == "peer":
         os.environ["VLLM_BATCH_INVARIANT"] = "1"
     setup = SETUPS[size]
-    engine = (_Ours if side == "exact" else _Stock)(path, 1024, setup.kv_gib)
+    if side == "adapters":  # of bench/lora.py
+        from rlinvariant.bench.lora import every_projection
+
+        engine = _Ours(path, 1024, setup.kv_gib, every_projection(path))
+    else:
+        engine = (_Ours if side == "exact" else _Stock)(path, 1024, setup.kv_gib)
     serve(link, engine, setup, time.perf_counter() - began)
 
 

@@ -45,6 +45,7 @@ SHAPES = {
     "qwen3-4b": Shape(2560, 9728, 36, 32, 8, 128, 151936, True, "qwen3"),
     "qwen3-8b": Shape(4096, 12288, 36, 32, 8, 128, 151936, False, "qwen3"),
     "qwen3-8b-half": Shape(4096, 12288, 18, 32, 8, 128, 151936, False, "qwen3"),  # whole, its training needs 164 GB
+    "qwen3-32b-half": Shape(5120, 25600, 32, 64, 8, 128, 151936, False, "qwen3"),
     "qwen2.5-0.5b": Shape(896, 4864, 24, 14, 2, 64, 151936, True, "qwen2"),
     "qwen2.5-1.5b": Shape(1536, 8960, 28, 12, 2, 128, 151936, True, "qwen2"),
     "qwen2.5-3b": Shape(2048, 11008, 36, 16, 2, 128, 151936, True, "qwen2"),

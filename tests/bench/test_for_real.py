@@ -1,0 +1,28 @@
+"""Benchmarks of a GPU whose processes also run on a CPU: small, and for real."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, measured",
+    [
+        ("lora", ["step", "all but the rollout", "rollout", "weight sync", "rollout with adapters", "memory"]),
+        ("profile", ["rollout", "log-probs: forward", "backward", "step, not traced"]),
+    ],
+)
+def test_it_measures(name, measured, tmp_path):
+    command = [sys.executable, "-m", "rlinvariant.bench", name, "--tiny", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    result = json.loads((tmp_path / f"{name}.json").read_text())
+    cases = [row.get("case") or row["compared"] for row in result["rows"]]
+    assert result["complete"] and all(any(case.startswith(start) for case in cases) for start in measured), cases
+    if name == "lora":
+        assert all(row["bits_equal"]["ours"] is not False for row in result["rows"]) and result["rows"][0]["bits_equal"]["ours"]
+    else:
+        assert all(row["mismatched"] == 0 for row in result["rows"])
