@@ -22,8 +22,9 @@ SIDES: dict[Invariance, tuple[bool, bool]] = {
 }
 """invariance -> which of (sampler, trainer) runs the invariant ops."""
 INVARIANCE = tuple(SIDES)
-Gradients = Literal["stock", "ordered"]
-"""The ways in which processes average gradients: as the library adds them, or in a fixed order of the ranks."""
+Gradients = Literal["stock", "ordered", "invariant"]
+"""The ways in which gradients are added: over processes as the library does, over them in a fixed order of the ranks, or sample
+by sample in a tree that knows of no processes and no micro-batches."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ ROWS = (
     {"kernels"},
     {"ops"},
     {"models", "metrics", "conflicts", "support", "launch"},
-    {"rewards", "cache"},
+    {"rewards", "cache", "gradients"},
     {"tools"},
     {"model_source"},
     {"config"},

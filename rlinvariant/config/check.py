@@ -25,6 +25,7 @@ from rlinvariant.conflicts import (
 )
 from rlinvariant.errors import UserError
 from rlinvariant.files import require_writable
+from rlinvariant.gradients import gradients_problems
 from rlinvariant.hub import hub_problems
 from rlinvariant.install import install_hint
 from rlinvariant.kernels import choice
@@ -63,6 +64,9 @@ def check(config: Config, env: Mapping[str, str], recipe: Recipe | None = None, 
     found += _check_ppo(config) if config.algorithm == "ppo" else _check_no_ppo(config)
     tokens = config.trainer.tokens_per_microbatch
     found += microbatch_problems(tokens, None, config.trainer, config.invariance, "trainer.")
+    exact, lag, ppo = config.invariance, config.staleness, config.algorithm == "ppo"
+    layout = (processes, exact, lag, tokens, ppo, is_sharded(env))
+    found += gradients_problems(config.trainer, config.gradients, *layout, prefix="trainer.")
     return found + _check_sampler(config, env) + _check_servers(config)
 
 

@@ -135,9 +135,10 @@ class Config:
     staleness: int = chz.field(
         default=0, doc="Optimizer steps by which the sampler's weights are older than the trainer's; 0: on policy."
     )
-    gradients: Literal["stock", "ordered"] = chz.field(
+    gradients: Literal["stock", "ordered", "invariant"] = chz.field(
         default="stock",
-        doc="How processes average gradients: stock: as NCCL or gloo adds them; ordered: in a fixed order of the ranks.",
+        doc="How gradients are added: stock: over processes as NCCL or gloo does; ordered: in a fixed order of the ranks; "
+        "invariant: sample by sample, so that neither processes nor micro-batches are in the bits.",
     )
     reward_timeout: float = chz.field(default=600.0, doc="Seconds that a call of a reward function may take; 0: no limit.")
     reward_cage: int = chz.field(

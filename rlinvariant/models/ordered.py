@@ -36,14 +36,19 @@ def reduce_scatter(whole: Tensor, group: dist.ProcessGroup | None = None) -> Ten
     return tree_sum(list(found.view(ranks, -1).unbind(0)))
 
 
-def average(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """Return the mean over ranks of a tensor of one shape on all, on all of them."""
-    ranks, flat = dist.get_world_size(group), x.detach().reshape(-1)
-    whole = nn.functional.pad(flat, (0, -len(flat) % ranks))
-    own = reduce_scatter(whole, group).div_(ranks)
+def total(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Return the sum over ranks of a tensor of one shape on all, on all of them."""
+    flat = x.detach().reshape(-1)
+    whole = nn.functional.pad(flat, (0, -len(flat) % dist.get_world_size(group)))
+    own = reduce_scatter(whole, group)
     gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name until torch 2.12
     gather(whole, own, group=group)
     return whole[: len(flat)].view(x.shape)
+
+
+def average(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Return the mean over ranks of a tensor of one shape on all, on all of them."""
+    return total(x, group).div_(dist.get_world_size(group))
 
 
 class OrderedReduceScatter(ReduceScatter):

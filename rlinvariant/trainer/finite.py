@@ -31,7 +31,7 @@ from torch.nn.utils import get_total_norm
 from rlinvariant.errors import UserError
 from rlinvariant.models.shards import local
 from rlinvariant.trainer.grading import call_rewards
-from rlinvariant.trainer.microbatches import MicroBatchedTrainer
+from rlinvariant.trainer.leaves import LeavesTrainer
 from rlinvariant.trainer.turns import sampled_mask
 
 Named = Iterable[tuple[str, Tensor]]
@@ -52,7 +52,7 @@ def norm(tensors: Named) -> Tensor:
     return get_total_norm([local(x.detach()) for _, x in tensors if x.is_floating_point()])
 
 
-class FiniteTrainer(MicroBatchedTrainer):
+class FiniteTrainer(LeavesTrainer):
     """Stops with UserError at the first number that is not finite, as the module says."""
 
     _trainer_logprobs: Tensor  # [B, T] fp32, of the last micro-batch
@@ -68,7 +68,7 @@ class FiniteTrainer(MicroBatchedTrainer):
         return args
 
     def train(self, *args, **kwargs):
-        """Train as `MicroBatchedTrainer` does.
+        """Train as `LeavesTrainer` does.
 
         Raises:
             UserError: a number is not finite; one line names the tensor, the same on all ranks.

@@ -81,8 +81,10 @@ class InvariantGRPOTrainer(RoutedTrainer):
         staleness: k, a constant policy lag: a rollout is sampled with the weights of k optimizer steps ago (of the first
             step, until there are so many; also after a resume). Costs k fp32 copies of the weights, in host memory. The
             log-probs of two versions differ, as they should: they are counted, and required to be equal only at lag 0.
-        gradients: how processes average gradients: "stock", as NCCL or gloo adds them, or "ordered", in a fixed order of the
-            ranks, the same in DDP and in shards, whatever the library chooses.
+        gradients: how gradients are added: "stock": over processes as NCCL or gloo does; "ordered": in a fixed order of the
+            ranks, the same in DDP and in shards, whatever the library chooses; "invariant": a backward for each sample, and
+            their sum in a tree over the samples of the step, the same for 1, 2, 4, ... processes and any micro-batch
+            (`trainer.leaves` says what that takes).
         tokens_per_microbatch: the most tokens of a forward and backward, where the trainer is invariant: the rows of a step
             are divided by them, whatever `args` says of micro-batches. None: as many as fit, a power of two.
         recompute: whether a backward computes the activations of all layers again, or of none; None: of as many as memory

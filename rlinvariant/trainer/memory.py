@@ -128,6 +128,7 @@ def settle(trainer: "MicroBatchedTrainer") -> Fit:
     recomputed = next((count for count in choices if fits(count) >= wanted), choices[-1])
     tokens = asked or min(MOST_TOKENS[device.type], 2 ** int(math.log2(max(LEAST_TOKENS, fits(recomputed)))))
     alone = device.type == "cuda" and trainer.accelerator.num_processes == 1 and not trainer.sharded
+    alone = alone and trainer.gradients != "invariant"  # several processes have no graphs, whose padding may be in the bits
     dense = all(mixture_of(model.config) is None for model in models)  # a mixture reads on the host where tokens go
     graphs = alone and dense and not recomputed and all(_waits_for_host(model, tokens) for model in models)
     return Fit(tokens, recomputed, layers, graphs)
@@ -182,6 +183,7 @@ def _usable(trainer: "MicroBatchedTrainer") -> float:
     has_states = trainer.optimizer is not None and trainer.optimizer.state
     parameters = sum(local(p).numel() for _, p in trainer._trained() if p.requires_grad)
     to_come = parameters * (4 if has_states else STATES) + 3 * CHUNK_BYTES[device.type]
+    to_come += 4 * parameters * (trainer.held_gradients - 1)
     if trainer.sharded:  # gradients are averaged, and cut, after the last part: until then each rank has its own, whole
         to_come += 4 * sum(p.numel() for _, p in trainer._trained() if p.requires_grad)
     if device.type == "cuda":

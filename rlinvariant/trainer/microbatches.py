@@ -34,7 +34,7 @@ from rlinvariant.trainer.division import Rows, lengths, merged, pack_rows, rows_
 from rlinvariant.trainer.entropy import WholeEntropyTrainer
 from rlinvariant.trainer.memory import Fit, settle
 from rlinvariant.trainer.turns import sampled_mask
-from rlinvariant.types import JsonObject
+from rlinvariant.types import JsonObject, JsonRow
 
 TOKEN_MEANS = ("bnpo", "dapo", "cispo", "vespo")  # TRL's losses that are means over tokens; the others are means over rows
 SUMMED = ("dapo", "cispo", "vespo")  # of these, those whose parts are normalised by the tokens of the whole step
@@ -154,7 +154,15 @@ class MicroBatchedTrainer(WholeEntropyTrainer):
         """Return the rows of each part of a batch that all ranks are about to train on."""
         for model in self._models():
             self.fit.apply(model, self.args.gradient_checkpointing_kwargs)
+        return self._parts_of(batch)
+
+    def _parts_of(self, batch: Any) -> list[Tensor]:
+        """Return the rows of each part, of a batch that all ranks divide now."""
         return self._parts(lengths(batch), together=True)
+
+    def _part(self, batch: JsonRow, rows: Tensor, weight: float) -> JsonObject:
+        """Return what a part's loss is computed of, for its rows and the share that it has in the batch's."""
+        return rows_of(batch, rows, weight)
 
     def _models(self) -> Iterator[nn.Module]:
         """Yield the models whose forward and backward are divided."""
@@ -163,6 +171,11 @@ class MicroBatchedTrainer(WholeEntropyTrainer):
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield names and parameters of all that the optimizer trains."""
         yield from self.accelerator.unwrap_model(self.model).named_parameters()
+
+    @property
+    def held_gradients(self) -> int:
+        """Return how many gradients of each parameter there are at once."""
+        return 1
 
     @property
     def said_of_parts(self) -> JsonObject | None:
@@ -193,7 +206,7 @@ class MicroBatchedTrainer(WholeEntropyTrainer):
         self._window.append(done := Pass(inputs, _ends(self._noted())))
         steps, weights = self.current_gradient_accumulation_steps, self._weights_of(inputs, parts)
         whole = inputs | (self._entropy_terms(inputs) if len(parts) > 1 else {})
-        *earlier, last = [rows_of(whole, rows, weight) for rows, weight in zip(parts, weights, strict=True)]
+        *earlier, last = [self._part(whole, rows, weight) for rows, weight in zip(parts, weights, strict=True)]
         inputs.pop("values", None)  # PPO's, of a rollout that is one part: their graph is used once
         self._loss_before = 0.0
         try:

@@ -17,6 +17,7 @@ from rlinvariant.conflicts import (
     sharding_problems,
     truncation_problems,
 )
+from rlinvariant.gradients import gradients_problems
 from rlinvariant.launch import is_sharded
 from rlinvariant.models import lora
 from rlinvariant.rewards.limits import RewardLimits
@@ -80,7 +81,11 @@ def settings_problems(
     if is_sharded():
         found += unproven_problems(args, "distributed_type=FSDP")
         found += sharding_problems(args, invariance, "peft_config" if options.get("peft_config") is not None else None)
-    found += microbatch_problems(options.get("tokens_per_microbatch"), options.get("recompute"), args, invariance)
+    tokens = options.get("tokens_per_microbatch")
+    found += microbatch_problems(tokens, options.get("recompute"), args, invariance)
+    layout = (args.world_size, invariance, staleness, tokens, ppo is not None, is_sharded())
+    found += gradients_problems(args, gradients, *layout)
+    found += unproven_problems(args, "gradients=invariant") if gradients == "invariant" else []
     found += RewardLimits.taken(dict(options)).problems()
     if options.get("environment_factory") is not None and (cage := options.get("reward_cage", 0)):
         found.append(

@@ -139,6 +139,7 @@ def new_trainer(path: str, engine: Any, output_dir: Path | str, *, invariance: s
         "train_dataset",
         "dtype",
         "staleness",
+        "gradients",
         "tokens_per_microbatch",
         "recompute",
         "on_evaluation",
