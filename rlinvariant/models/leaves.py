@@ -47,6 +47,8 @@ class Leaves:
             self._sums[p], self._seen[p], p.grad = [], 0, None
 
     def _take(self, p: Any) -> None:
+        if p not in self._sums:  # a backward that is no part of a step
+            return
         sums, leaf = self._sums[p], self._seen[p]
         if leaf == len(self._additions):
             name = next(name for name, q in self._named if q is p)

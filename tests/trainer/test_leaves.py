@@ -76,6 +76,11 @@ def test_a_gradient_that_is_missing_or_one_too_many_ends_the_step():
         leaves.finish()
     with pytest.raises(RuntimeError, match="one: a backward more than the 2 samples"):
         one.sum().backward()
+    leaves.begin(1)
+    (one.sum() + two.sum()).backward()
+    leaves.finish()
+    one.sum().backward()
+    assert one.grad is not None and one.grad.tolist() == [2, 2], "after a step gradients are PyTorch's"
 
 
 def test_a_leaf_has_no_column_of_another_sample():
