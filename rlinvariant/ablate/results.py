@@ -34,6 +34,8 @@ def summary(study: Study) -> JsonObject:
     for arm in study.arms:
         counts = {name: total(arm.rows, f"onpolicy/{name}_tokens") for name in ("mismatched", "compared")}
         arms[arm.name] = {"description": arm.description, "overrides": list(arm.overrides), "tokens": counts}
+        if routed := tables.flips(arm.rows):
+            arms[arm.name] |= {"other experts": {layer: {"mismatched": n, "compared": of} for layer, (n, of) in routed.items()}}
         arms[arm.name] |= {"measures": {m.title: numbers(arm.estimate(m), m) for m in measured(study)}}
         if study.reference is not None and arm is not study.reference:
             against = {m: arm.against(study.reference, m) for m in measured(study)}

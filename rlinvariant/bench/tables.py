@@ -170,8 +170,10 @@ def ablation(content: Result) -> str:
     """
     known = dict.fromkeys(title for arm in content["arms"].values() for title in arm["measures"])
     shown = [title for name in ABLATION_MEASURES for title in known if title.startswith(name)]
-    lines = [f"| arm | mismatched / tokens | {' | '.join(shown)} | reward, against exact |"]
-    lines += [f"|---|--:|{'--:|' * len(shown)}---|"]
+    layers = dict.fromkeys(layer for arm in content["arms"].values() for layer in arm.get("other experts", {}))
+    experts = [f"other experts, {layer}" for layer in layers]
+    lines = [f"| arm | mismatched / tokens | {' | '.join([*experts, *shown])} | reward, against exact |"]
+    lines += [f"|---|--:|{'--:|' * len([*experts, *shown])}---|"]
     for name, arm in content["arms"].items():
         measures, verdict = arm["measures"], ""
         if against := arm.get("minus exact, by seed"):
@@ -179,7 +181,8 @@ def ablation(content: Result) -> str:
             arms = (_estimate(some["measures"][REWARD]) for some in (arm, content["arms"]["exact"]))
             if verdict == "no difference seen" and disagree(_estimate(against[REWARD]), *arms):
                 verdict = UNDECIDED
-        numbers = " | ".join(_mean(_estimate(measures[title])) for title in shown)
+        routed = [_share(arm["other experts"][layer], "compared") if "other experts" in arm else "" for layer in layers]
+        numbers = " | ".join([*routed, *(_mean(_estimate(measures[title])) for title in shown)])
         lines.append(f"| `{name}` | {_share(arm['tokens'], 'compared')} | {numbers} | {verdict} |")
     return "\n".join(
         [*lines, "", f"{plural(len(content['seeds']), 'seed')} of {content['steps']} steps: `{content['command']}`"]

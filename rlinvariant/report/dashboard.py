@@ -98,9 +98,8 @@ def report(study: Study, entity: str, project: str) -> Untyped:
     blocks: list[Any] = [wr.UnorderedList([f"{who}: {what}" for who, what in tables.sentences(study)])]
     if study.notes:
         blocks.append(wr.UnorderedList(list(study.notes)))
-    for table in (tables.summary(study), tables.differences(study)):
-        if table is not None:
-            blocks += [wr.P(table.caption), wr.CodeBlock("\n".join(table.lines()), language="markdown")]
+    for table in tables.every(study):
+        blocks += [wr.P(table.caption), wr.CodeBlock("\n".join(table.lines()), language="markdown")]
     for name, panels in _sections(study):
         blocks += [wr.H2(name), wr.PanelGrid(panels=_plots(study, panels), runsets=[runs])]
     blocks += [wr.H2("Reproduce"), wr.CodeBlock(study.command, language="markdown")]

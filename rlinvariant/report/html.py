@@ -147,8 +147,7 @@ def _notes(notes: Sequence[str]) -> str:
 
 
 def _summary(study: Study) -> str:
-    found = [tables.summary(study), tables.differences(study)]
-    return "".join(_table(table) for table in found if table is not None)
+    return "".join(map(_table, tables.every(study)))
 
 
 def _table(table: tables.Table) -> str:

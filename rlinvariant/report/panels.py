@@ -11,6 +11,8 @@ from rlinvariant.types import JsonRow
 
 Scale = Literal["linear", "from zero", "log", "log and zero"]
 Kind = Literal["curve", "stack"]
+FLIPS = "onpolicy/router_flips"
+"""Key of the tokens that a mixture sent to other experts; behind it, /I, those of its I-th layer with experts."""
 CORRECTION, ALGORITHM = "trainer.vllm_importance_sampling_correction", "algorithm"
 
 
@@ -307,6 +309,21 @@ def of_rewards(rows: Iterable[JsonRow]) -> list[Panel]:
         Panel(REWARD, f"Reward of {name}", (f"rewards/{name}/mean",), "mean of the step", "linear", notice)
         for name in (names if len(names) > 1 else [])
     ]
+
+
+def of_routers(rows: Iterable[JsonRow]) -> list[Panel]:
+    """Return the panel of a mixture's routers, where rows of steps count them."""
+    notice = "Sampler and trainer disagree on an expert, in any layer: another expert is another function. Layers: see Numbers."
+    panel = Panel(
+        section=ON_POLICY,
+        title="Tokens sent to other experts",
+        keys=(FLIPS, "onpolicy/compared_tokens"),
+        unit="fraction of tokens",
+        scale="from zero",
+        notice=notice,
+        ideal=0.0,
+    )
+    return [panel] if any(row.get(FLIPS) is not None for row in rows) else []
 
 
 KEYS = tuple(dict.fromkeys(key for panel in PANELS for key in panel.keys))

@@ -16,7 +16,7 @@ from rlinvariant import reading
 from rlinvariant.arguments import SCRIPT, given_by_user
 from rlinvariant.errors import UserError
 from rlinvariant.files import RUNS
-from rlinvariant.report.panels import KEYS, PANELS, REWARD, Panel, of_evaluations, of_rewards
+from rlinvariant.report.panels import FLIPS, KEYS, PANELS, REWARD, Panel, of_evaluations, of_rewards, of_routers
 from rlinvariant.report.rundir import SCHEMA, RunDir, gaps, quoted, read_rows
 from rlinvariant.report.stats import (
     ACCURACY,
@@ -121,9 +121,10 @@ class Study:
 
     @cached_property
     def panels(self) -> list[Panel]:
-        """Return what is drawn of these runs: PANELS, and behind those of the reward each function's, and evaluations'."""
+        """Return what is drawn of these runs: PANELS, and behind those of the reward what only some runs have."""
         found = of_rewards(row for _, run in self.runs for row in run.rows)
         found += of_evaluations(row for _, run in self.runs for row in run.evaluations)
+        found += of_routers(row for _, run in self.runs for row in run.rows)
         at = 1 + max(i for i, panel in enumerate(PANELS) if panel.section == REWARD)
         return [*PANELS[:at], *found, *PANELS[at:]]
 
@@ -254,11 +255,11 @@ def _check_numbers(file: Path, rows: Sequence[Row]) -> None:
         UserError: a value is something else.
     """
     for row in rows:
-        for key in dict.fromkeys((*KEYS, *COUNTS)):
+        for key in dict.fromkeys((*KEYS, *COUNTS, *(key for key in row if key.startswith(FLIPS)))):
             value = row.get(key)
             if value is not None and not isinstance(value, int | float):
                 expected = "a number or null"
-            elif value is not None and key in COUNTS and not float(value).is_integer():
+            elif value is not None and (key in COUNTS or key.startswith(FLIPS)) and not float(value).is_integer():
                 expected = "a whole number of tokens"
             else:
                 continue

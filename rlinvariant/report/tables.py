@@ -10,12 +10,14 @@ from typing import Literal
 
 from rlinvariant import held_out
 from rlinvariant.report.console import Console, coverage, integer, total
-from rlinvariant.report.panels import of_evaluations
+from rlinvariant.report.panels import FLIPS, of_evaluations
 from rlinvariant.report.stats import ACCURACY, HELD_OUT, LAST, NO_COMMON_SEED, REWARD, Estimate, Measure, Row, Verdict
 from rlinvariant.report.study import Arm, Run, Study, measured
 from rlinvariant.text import plural
 
 HEAD_WIDTH, SAID_WIDTH = 14, 24  # characters, of a title and of what stands below a number
+
+ANY_LAYER = "any layer"
 
 Style = Literal["scientific", "percent", "near one"] | int
 
@@ -62,11 +64,10 @@ def show(study: Study, console: Console) -> None:
     """Print the notes, the tables and the outcome: what the page has, without its curves."""
     for note in study.notes:
         console.print(f"note: {note}")
-    for table in (summary(study), differences(study)):
-        if table is not None:
-            console.print("")
-            for line in [*table.lines(console.width), table.caption]:
-                console.print(line)
+    for table in every(study):
+        console.print("")
+        for line in [*table.lines(console.width), table.caption]:
+            console.print(line)
     console.print("")
     for who, what in sentences(study):
         console.print(f"{who}: {what}")
@@ -159,6 +160,12 @@ def _compared(others: Sequence[Arm], reference: Arm, measure: Measure) -> str:
     return f"{'; '.join(where.values())} (differences over the same {some})"
 
 
+def every(study: Study) -> list[Table]:
+    """Return all tables of a study, in the order in which they are read."""
+    found = (summary(study), differences(study), routers(study))
+    return [table for table in found if table is not None]
+
+
 def summary(study: Study) -> Table:
     """Make a line for each arm: counts and extremes over its runs, of every measure the mean over seeds ± its interval."""
     measures = measured(study)
@@ -208,6 +215,46 @@ def differences(study: Study) -> Table | None:
             )
     caption = "Differences of runs with the same seed, over the steps that both have: mean ± half of the 95 % interval."
     return Table(caption, [f"Arm − {reference.name}", *(m.title for m in measures)], rows)
+
+
+def routers(study: Study) -> Table | None:
+    """Make a line for each layer with experts: the tokens that sampler and trainer sent to other experts there, in each arm.
+
+    None where no run counts them. A dash: the arm does not.
+    """
+    counted = [flips(arm.rows) for arm in study.arms]
+    layers = sorted(set().union(*counted), key=lambda layer: (layer != ANY_LAYER, len(layer), layer))
+    if not layers:
+        return None
+    rows = [[Cell(layer), *(_flips(found.get(layer)) for found in counted)] for layer in layers]
+    caption = (
+        "Tokens that sampler and trainer sent to other experts, of those compared, over all steps and seeds, and their share; "
+        "layers with experts, from 0."
+    )
+    return Table(caption, ["Other experts", *(arm.name for arm in study.arms)], rows)
+
+
+def flips(rows: Sequence[Row]) -> dict[str, tuple[int, int]]:
+    """Return, for each layer with experts and for any, how many tokens went to other experts, of how many compared ones.
+
+    Both are sums over the rows that count them; empty for a model without experts.
+    """
+    found = {}
+    for key in dict.fromkeys(key for row in rows for key in row):
+        name, layer = key[: len(FLIPS)], key[len(FLIPS) + 1 :]
+        if name == FLIPS and (key == FLIPS or layer.isdecimal()):
+            counted = [row for row in rows if row.get(key) is not None]
+            many, compared = total(counted, key), total(counted, "onpolicy/compared_tokens")
+            if many is not None and compared is not None:
+                found[f"layer {layer}" if layer else ANY_LAYER] = many, compared
+    return found
+
+
+def _flips(found: tuple[int, int] | None) -> Cell:
+    if found is None:
+        return Cell("–")
+    many, compared = found
+    return Cell(f"{integer(many)} / {integer(compared)}", number(many / compared, "scientific") if many and compared else "")
 
 
 def _of(found: Verdict, arm: Arm) -> str:

@@ -1,13 +1,21 @@
 """Tables and sentences say what the rows do, on the page and in the terminal."""
 
+import functools
+import json
+import operator
 import re
 import shutil
 
-from rlinvariant.report import tables
+import pytest
+
+from rlinvariant.ablate import results
+from rlinvariant.errors import UserError
+from rlinvariant.report import html, tables
 from rlinvariant.report.console import Console
+from rlinvariant.report.panels import FLIPS
 from rlinvariant.report.study import load
 from tests.report.pages import text_of
-from tests.report.runs import write_ablation, write_run
+from tests.report.runs import ARMS, write_ablation, write_run
 
 
 def test_the_page_and_the_terminal_have_the_same_numbers(ablation, capsys):
@@ -28,6 +36,41 @@ def test_reward_that_differs_is_called_so_and_the_rest_is_not(tmp_path):
     said = dict(tables.sentences(load(path)))
     assert re.match(r"lower in drift \(−0\.(29|30)\d ± 0\.0\d\d\)", said["Reward against exact"])
     assert said["Held-out accuracy against exact"].startswith("no difference seen in drift")
+
+
+def test_experts_that_differ_are_counted_by_layer_beside_exact_zeros(tmp_path, capsys):
+    """Layers are in the order of their numbers; a run without experts has a dash, and an ablation without any no table."""
+    path = write_ablation(tmp_path / "ablation-m", seeds=(0, 1), arms=ARMS | {"dense": ["invariance=off"]})
+    assert tables.routers(load(path)) is None and "other experts" not in html.page(load(path)).lower()
+    for arm, flips in (("exact", (0, 0, 0)), ("drift", (3, 2, 1))):
+        keys = (FLIPS, f"{FLIPS}/2", f"{FLIPS}/10")
+        for seed in (0, 1):
+            shutil.rmtree(path / arm / f"seed-{seed}")
+            change = functools.partial(operator.or_, dict(zip(keys, flips, strict=True)))
+            write_run(path / arm / f"seed-{seed}", seed, ARMS[arm], drift=0.01 * (arm == "drift"), change=change)
+    study = load(path)
+    table = tables.routers(study)
+    assert table is not None and [row[0].text for row in table.rows] == ["any layer", "layer 2", "layer 10"]
+    assert [[cell.text for cell in row[1:]] for row in table.rows] == [
+        ["0 / 2,560", f"{40 * count} / 2,560", "–"] for count in (3, 2, 1)
+    ]
+    assert table.rows[0][2].said == "4.69e−02" and table.rows[0][1].said == ""
+    results.report(path, Console())
+    for shown in (capsys.readouterr().out, text_of((path / "report.html").read_text())):
+        assert "120 / 2,560" in shown and "layer 10" in shown
+    arms = json.loads((path / "summary.json").read_text())["arms"]
+    assert (
+        arms["drift"]["other experts"]["layer 2"] == {"mismatched": 80, "compared": 2560}
+        and "other experts" not in arms["dense"]
+    )
+    assert "Tokens sent to other experts" in (path / "report.html").read_text(), "the curve"
+
+
+def test_a_count_of_experts_that_is_none_is_refused(tmp_path):
+    for at, value in enumerate((1.5, "many")):
+        write_run(tmp_path / str(at), 0, change=functools.partial(operator.or_, {f"{FLIPS}/0": value}))
+        with pytest.raises(UserError, match=f"step 1: {FLIPS}/0 is"):
+            load(tmp_path / str(at))
 
 
 def test_nothing_that_is_not_exact_is_rounded_to_look_exact(tmp_path):
