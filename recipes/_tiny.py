@@ -189,8 +189,8 @@ class Task:
         return isinstance(row, dict) and row.keys() >= set(self.columns)
 
 
-def functions(task: Callable[[Config], Task]) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
-    """Return a recipe's `check`, `datasets` and `prepare_model`, given its task for a configuration."""
+def functions(task: Callable[[Config], Task]) -> tuple[Callable[..., Any], ...]:
+    """Return a recipe's `check`, `datasets`, `prepare_model` and `untrained`, given its task for a configuration."""
 
     def check(config: Config) -> list[str]:
         return task(config).check(config)
@@ -201,7 +201,10 @@ def functions(task: Callable[[Config], Task]) -> tuple[Callable[..., Any], Calla
     def prepare_model(config: Config) -> str:
         return task(config).prepare_model(config)
 
-    return check, datasets, prepare_model
+    def untrained(config: Config) -> tuple[Any, Any]:
+        return (task(config).build or build_model)()
+
+    return check, datasets, prepare_model, untrained
 
 
 def read_prompt(row: Mapping[str, Any], pattern: str) -> Any:

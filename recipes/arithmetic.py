@@ -14,7 +14,8 @@ from rlinvariant.config import Config
 from rlinvariant.recipes import _tiny
 from rlinvariant.recipes._tiny import build_model, build_tokenizer
 
-__all__ = ["DEFAULTS", "Data", "build_model", "build_tokenizer", "check", "datasets", "prepare_model", "reward_funcs"]
+__all__ = ["DEFAULTS", "Data", "build_model", "build_tokenizer", "check", "datasets"]
+__all__ += ["prepare_model", "reward_funcs", "untrained"]
 DEFAULTS = _tiny.DEFAULTS
 
 
@@ -47,7 +48,7 @@ def task(config: Config) -> _tiny.Task:
     )
 
 
-check, datasets, prepare_model = _tiny.functions(task)
+check, datasets, prepare_model, untrained = _tiny.functions(task)
 
 
 def reward_funcs(config: Config) -> list[Callable[..., list[float]]]:

@@ -35,4 +35,4 @@ def task(config: Config) -> _tiny.Task:
     return replace(arithmetic.task(config), name="arithmetic_moe", build=build_model)
 
 
-_, _, prepare_model = _tiny.functions(task)
+_, _, prepare_model, untrained = _tiny.functions(task)

@@ -56,7 +56,7 @@ def task(config: Config) -> _tiny.Task:
     )
 
 
-check, datasets, _ = _tiny.functions(task)
+check, datasets, *_ = _tiny.functions(task)
 
 
 def reward_funcs(config: Config) -> list[Callable[..., list[float]]]:

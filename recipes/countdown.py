@@ -78,7 +78,7 @@ def task(config: Config) -> _tiny.Task:
     )
 
 
-check, drawn_or_read, prepare_model = _tiny.functions(task)
+check, drawn_or_read, prepare_model, untrained = _tiny.functions(task)
 
 
 def datasets(config: Config, tokenizer: Any) -> "tuple[Dataset, Dataset]":

@@ -50,7 +50,7 @@ def task(config: Config) -> _tiny.Task:
     )
 
 
-check, datasets, prepare_model = _tiny.functions(task)
+check, datasets, prepare_model, untrained = _tiny.functions(task)
 
 
 def reward_funcs(config: Config) -> list[Callable[..., list[float]]]:

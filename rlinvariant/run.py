@@ -1,14 +1,16 @@
 """One run, from a configuration to a trained model and its proof. Read this file to see how the parts fit together."""
 
 import math
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rlinvariant import runtime
 from rlinvariant.checkpoints import FREE_SPACE, Checkpoint
 from rlinvariant.config import Config
+from rlinvariant.config.recipe import Recipe
 from rlinvariant.conflicts import OF_SERVERS
 from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.files import disk_errors
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 
     from rlinvariant.trainer.grpo import InvariantGRPOTrainer
     from rlinvariant.trainer.interface import SamplerOptions
-    from rlinvariant.trainer.preflight import Tooling
+    from rlinvariant.trainer.preflight import Start, Tooling
 
 
 @dataclass(frozen=True)
@@ -135,31 +137,80 @@ def plan(config: Config) -> Plan:
         console.print(f"{lag}; log-probs of two versions are counted, not required to be equal")
     runtime.quiet()
     transformers_logging.disable_progress_bar()  # of a model that a recipe saves too
-    if (model := config.model) is None:
-        assert recipe.prepare_model is not None, "config.check has refused a run without a model"
-        model = recipe.prepare_model(config)
-    model = local_model(model)
     with console.stage("loading transformers, TRL and vLLM"), runtime.importing():
         from rlinvariant.sampler import engine  # noqa: F401
-        from rlinvariant.trainer.preflight import Tooling, check_start, load_tokenizer
-    options, ppo = sampler_options(config), config.ppo if config.algorithm == "ppo" else None
-    how = (config.invariance, config.dtype, model, served(config) or options, config.save_dtype, config.lora.r)
-    trainer = plan_trainer(model, args, ppo, *how)
+        from rlinvariant.trainer.preflight import check_start
+    rows = None
+    if (model := config.model) is None:
+        assert recipe.prepare_model is not None, "config.check has refused a run without a model"
+        if recipe.untrained is not None and not config.sampler.servers:  # they have the trained one
+            with saved_untrained(config, recipe) as model:
+                check_start((first := looked_at(config, args, recipe, model)).start)
+                rows = first.start.train, first.start.evaluation
+        model = recipe.prepare_model(config)
+    model = local_model(model)
+    seen = looked_at(config, args, recipe, model, rows)
+    for note in check_start(seen.start):
+        console.print(f"note: {note}")
+    data, start = dataset_digest(seen.start.train), seen.start
+    resumption = require_same_data(resumption, data, config)
+    journal = Journal(config, model, sampler_options(config), console, args.process_index == 0, data, resumption)
+    parts = (start.tokenizer, start.rewards, start.tooling, start.train, start.evaluation, seen.trainer)
+    return Plan(config, args, *parts, console, journal, resumption)
+
+
+class Seen(NamedTuple):
+    """Holds what was decided of a trainer by the configuration of its model, and what is looked at next."""
+
+    trainer: TrainerPlan
+    start: "Start"
+
+
+def looked_at(config: Config, args: "GRPOConfig", recipe: Recipe, model: str, rows: Any = None) -> Seen:
+    """Plan a trainer of the model in a directory or on the hub, and load its tokenizer and the rows. No weights are loaded.
+
+    Args:
+        rows: the training and held-out ones, where they are there; None: the recipe makes them.
+
+    Raises:
+        ConfigErrors, UserError: as `plan_trainer`; a tokenizer or rows that cannot be loaded.
+    """
+    from rlinvariant.trainer.preflight import Tooling, load_tokenizer
+
+    ppo = config.ppo if config.algorithm == "ppo" else None
+    engine = served(config) or sampler_options(config)
+    trainer = plan_trainer(model, args, ppo, config.invariance, config.dtype, model, engine, config.save_dtype, config.lora.r)
     tooling = Tooling.asked(config)
     tokenizer = load_tokenizer(model, trainer.config)
     if tooling and config.tool_format == "plain":
         tokenizer = plain_tools(tokenizer)
-    train_dataset, eval_dataset = recipe.datasets(config, tokenizer)
-    rewards = config.reward_funcs()
+    train, evaluation = recipe.datasets(config, tokenizer) if rows is None else rows
     published, tokens = RunDir(config.run_dir).model, config.trainer.tokens_per_microbatch
-    parts = (tokenizer, rewards, train_dataset, eval_dataset, tooling)
-    start = trainer.start(*parts, published=published, tokens_per_microbatch=tokens, prefix="trainer.")
-    for note in check_start(start):
-        console.print(f"note: {note}")
-    data = dataset_digest(train_dataset)
-    resumption = require_same_data(resumption, data, config)
-    journal = Journal(config, model, options, console, args.process_index == 0, data, resumption)
-    return Plan(config, args, tokenizer, rewards, tooling, train_dataset, eval_dataset, trainer, console, journal, resumption)
+    parts = (tokenizer, config.reward_funcs(), train, evaluation, tooling)
+    return Seen(trainer, trainer.start(*parts, published=published, tokens_per_microbatch=tokens, prefix="trainer."))
+
+
+@contextmanager
+def saved_untrained(config: Config, recipe: Recipe) -> Iterator[str]:
+    """Save a recipe's model before its first training, for a block that looks at it; what the block refuses names the recipe.
+
+    Raises:
+        ConfigErrors, UserError: as the block does, with the recipe in place of the directory.
+    """
+    import torch
+
+    assert recipe.untrained is not None
+    with tempfile.TemporaryDirectory() as directory:
+        named = lambda line: line.replace(f"model={directory}", f"recipe={config.recipe}, whose own model it trains")  # noqa: E731
+        with torch.random.fork_rng(devices=[]):
+            for part in recipe.untrained(config):
+                part.save_pretrained(directory)
+        try:
+            yield directory
+        except ConfigErrors as error:
+            raise ConfigErrors([named(line) for line in error.errors]) from error
+        except UserError as error:
+            raise UserError(named(str(error))) from error
 
 
 def build(planned: Plan) -> "InvariantGRPOTrainer":

@@ -194,7 +194,7 @@ def test_a_recipes_model_is_made_without_bars(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     logging.enable_progress_bar()
     config = parse(["recipe=arithmetic", "run=x"], {})
-    recipe = type("Recipe", (), {"prepare_model": staticmethod(made)})
+    recipe = type("Recipe", (), {"prepare_model": staticmethod(made), "untrained": None})
     monkeypatch.setattr(type(config), "load_recipe", lambda self: recipe)
     with pytest.raises(UserError, match="made"):
         run(config)

@@ -43,6 +43,7 @@ class Recipe:
         datasets: (config, tokenizer) -> (training rows, held-out rows or None).
         reward_funcs: config -> reward functions, as TRL calls them.
         prepare_model: config -> directory of a model that the recipe makes itself; None: the user names one.
+        untrained: config -> the model and tokenizer that `prepare_model` begins with; a run is looked at with them first.
         check: config -> what is wrong with it, a line each, before anything is loaded.
         tools: config -> functions that the model may call, as `trl.GRPOTrainer` takes them; None: there are none.
         environment: config -> what makes an environment, as `trl.GRPOTrainer` takes it; None: there is none.
@@ -54,6 +55,7 @@ class Recipe:
     datasets: Callable[..., Any]
     reward_funcs: Callable[..., Any]
     prepare_model: "Callable[[Config], str] | None" = None
+    untrained: "Callable[[Config], tuple[Any, Any]] | None" = None
     check: "Callable[[Config], list[str]] | None" = None
     tools: "Callable[[Config], list[ToolCall]] | None" = None
     environment: "Callable[[Config], EnvironmentFactory | None] | None" = None
@@ -95,7 +97,7 @@ def _load(place: str, name: str) -> Recipe:
     def part(name: str, default: Any = None) -> Any:
         return next((getattr(module, name) for module in modules if hasattr(module, name)), default)
 
-    where, optional = f"recipe={name}", ("prepare_model", "check", "tools", "environment")
+    where, optional = f"recipe={name}", ("prepare_model", "untrained", "check", "tools", "environment")
     if missing := [function for function in ("datasets", "reward_funcs") if not callable(part(function))]:
         raise UserError(f"{where}: does not define {' and '.join(missing)}; see recipes/arithmetic.py")
     if wrong := [function for function in optional if not (part(function) is None or callable(part(function)))]:
@@ -110,6 +112,7 @@ def _load(place: str, name: str) -> Recipe:
         datasets=part("datasets"),
         reward_funcs=part("reward_funcs"),
         prepare_model=part("prepare_model"),
+        untrained=part("untrained"),
         check=part("check"),
         tools=part("tools"),
         environment=part("environment"),

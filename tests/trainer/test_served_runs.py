@@ -55,10 +55,9 @@ class Lab:
         """Run to the end, and return what the processes said."""
         at = [f"sampler.servers={','.join(one.url for one in servers)}", f"sampler.trainer_token_file={self.token_file}"]
         size = f"trainer.per_device_train_batch_size={16 // ranks}"
-        drawn = at if servers else [f"sampler.max_model_len={self.longest}", "sampler.kv_cache_gib=0.05"]
-        command = [str(ROOT / "train.py"), *self.settings, f"run={run}", size, "trainer.save_steps=100", *drawn, *more]
+        command = [*self.settings, f"run={run}", size, "trainer.save_steps=100", *(at if servers else ()), *more]
         env = os.environ | {"PYTHONPATH": str(ROOT), "KILLS": kills}
-        return forks.run_ranks(ranks, command, cwd=self.path, env=env, timeout=300)
+        return forks.run_ranks(ranks, [str(ROOT / "train.py"), *command], cwd=self.path, env=env, timeout=300)
 
     def rollout(self, run: str, step: int = 1) -> dict[str, bytes]:
         """Return the bytes of all that a step has drawn, but for what names the run."""
@@ -117,11 +116,16 @@ def test_two_processes_draw_from_servers_what_one_draws_itself(shards, lab):
 
 def test_servers_draw_turns_of_a_mixture_with_a_window_for_ppo(token_file, tmp_path):
     """A run of all four at once is the run of an engine, byte for byte; that another seed's is not, the first test shows."""
-    settings = [*tool_run(tmp_path, small("mixtral", sliding_window=WINDOW)), "algorithm=ppo", "steps=2"]
+    settings = [
+        *tool_run(tmp_path, small("mixtral", sliding_window=WINDOW)),
+        "algorithm=ppo",
+        "steps=2",
+        "sampler.max_model_len=128",
+    ]
     lab = Lab(tmp_path, str(tmp_path / "model"), token_file, settings, longest=128)
     try:
-        for name, servers in (("own", ()), ("served", lab.serve(1))):
-            (done,) = lab.train(name, servers=servers)
+        for name, servers, more in (("own", (), ["sampler.kv_cache_gib=0.05"]), ("served", lab.serve(1), [])):
+            (done,) = lab.train(name, *more, servers=servers)
             assert done.returncode == 0, done.stderr[-3000:]
     finally:
         for one in lab.servers:
