@@ -199,3 +199,17 @@ def test_a_recipes_model_is_made_without_bars(monkeypatch, tmp_path):
     with pytest.raises(UserError, match="made"):
         run(config)
     assert seen == [False]
+
+
+@pytest.mark.parametrize("given", ["lora.r=129", "tools=tests.trainer.tool_model:reversed_text", "seed=1"])
+def test_a_recipes_model_is_looked_at_before_its_warm_start(given, monkeypatch, tmp_path):
+    """Control: what nothing speaks against gets as far as the warm start."""
+
+    def begun(*_, **__):
+        raise UserError("warm start")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("rlinvariant.warmstart.supervised", begun)
+    said = {"lora.r=129": "at most 128", "seed=1": "warm start"}.get(given, "recipe=arithmetic, whose own model it trains: its chat")
+    with pytest.raises(UserError, match=said):
+        run(parse(["recipe=arithmetic", "run=x", given], {}))
