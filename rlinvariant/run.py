@@ -166,7 +166,13 @@ class Seen(NamedTuple):
     start: "Start"
 
 
-def looked_at(config: Config, args: "GRPOConfig", recipe: Recipe, model: str, rows: Any = None) -> Seen:
+def looked_at(
+    config: Config,
+    args: "GRPOConfig",
+    recipe: Recipe,
+    model: str,
+    rows: "tuple[Dataset, Dataset | None] | None" = None,
+) -> Seen:
     """Plan a trainer of the model in a directory or on the hub, and load its tokenizer and the rows. No weights are loaded.
 
     Args:

@@ -210,6 +210,8 @@ def test_a_recipes_model_is_looked_at_before_its_warm_start(given, monkeypatch, 
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("rlinvariant.warmstart.supervised", begun)
-    said = {"lora.r=129": "at most 128", "seed=1": "warm start"}.get(given, "recipe=arithmetic, whose own model it trains: its chat")
+    said = {"lora.r=129": "at most 128", "seed=1": "warm start"}.get(
+        given, "recipe=arithmetic, whose own model it trains: its chat"
+    )
     with pytest.raises(UserError, match=said):
         run(parse(["recipe=arithmetic", "run=x", given], {}))
