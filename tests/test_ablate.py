@@ -97,6 +97,13 @@ def test_runs_of_a_seed_differ_by_their_arm_alone():
     assert lines[3] == [*shared, "invariance=off", *own, "seed=1", "run=ablation-x/drift/seed-1"]
 
 
+def test_an_attention_is_of_the_arms_that_have_one():
+    """A stock arm refuses a choice, and is compared all the same."""
+    wanted = plan("arms=exact,drift,sampler", "seeds=1", "attention=chunked", "run=x")
+    found = {name: config.attention for name, config in checked(wanted).items()}
+    assert found == {"exact": "chunked", "drift": "auto", "sampler": "chunked"}
+
+
 def test_the_command_makes_the_plan_again():
     wanted = plan("arms=exact,stale-3", "seeds=4,", "steps=9", "run=x", "wandb.tags=a,b")
     program, command, *argv = wanted.command.split()
@@ -199,6 +206,18 @@ def test_other_settings_are_refused_by_the_first_that_differs():
             f"run=x: runs/ablation-x/drift/seed-0 was run with {key}={then}, and now it is {now}; "
             "an ablation has one setting for all: add run=NAME for a new one"
         )
+
+
+def test_runs_of_an_earlier_version_had_the_attention_that_there_was():
+    wanted = plan("arms=exact", "seeds=1", "run=x")
+    run = written(wanted, wanted.arms[0], 0)
+    entries = json.loads(run.config.read_text())
+    del entries["attention"]
+    run.config.write_text(json.dumps(entries))
+    refuse_mixed(wanted, checked(wanted))
+    other = plan("arms=exact", "seeds=1", "attention=chunked", "run=x")
+    with pytest.raises(UserError, match="was run with attention=auto, and now it is chunked"):
+        refuse_mixed(other, checked(other))
 
 
 def test_arms_and_seeds_are_added_to_what_is_there():

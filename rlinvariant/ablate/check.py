@@ -9,6 +9,7 @@ from rlinvariant.ablate.arms import GRPO_ARM, MERGED_ARM
 from rlinvariant.ablate.plan import Plan
 from rlinvariant.config import Config, parse, unreachable
 from rlinvariant.errors import ConfigErrors, UserError
+from rlinvariant.resumption import ADDED
 
 
 def checked(plan: Plan) -> dict[str, Config]:
@@ -49,7 +50,8 @@ def refuse_mixed(plan: Plan, configs: Mapping[str, Config]) -> None:
         run = plan.run_dir(arm, seed)
         if not run.config.exists():
             continue
-        then, now = run.read_config(), configs[arm.name].resolved()
+        added = {key: {"value": value} for key, value in ADDED.items()}
+        then, now = {**added, **run.read_config()}, configs[arm.name].resolved()
         for key in now.keys() & then.keys() - {"run", "resume", "seed"}:
             if not key.startswith("wandb.") and then[key]["value"] != now[key]["value"]:
                 raise UserError(

@@ -67,7 +67,9 @@ class Plan:
         """Return the arguments of `rlinvariant train` for one run."""
         own = [f"seed={seed}", f"run={self.run_dir(arm, seed).path.relative_to(RUNS)}", *(["resume=true"] if resume else [])]
         group = [] if any(s.startswith("wandb.group=") for s in self.settings) else [f"wandb.group=ablation-{self.name}"]
-        return [f"recipe={self.recipe}", *self.settings, *group, *arm.overrides, *own]
+        stock = "invariance=off" in arm.overrides  # whose attention is not chosen here, and which refuses a choice
+        settings = [s for s in self.settings if not (stock and s.startswith("attention="))]
+        return [f"recipe={self.recipe}", *settings, *group, *arm.overrides, *own]
 
     def jobs(self) -> list[tuple[Arm, int]]:
         """Return all runs, seed after seed, so that an ablation that is cut short has every arm."""

@@ -18,6 +18,7 @@ BENCHMARKS = {
     "attention": (None, "attention", "prefill and decode against FlashAttention-3 as vLLM runs it"),
     "logprob": (None, "logprob", "token_logprobs and sample against TRL's and vLLM's"),
     "sampler": ("sampler", "sampler", "tokens/s against stock vLLM; on a GPU also against VLLM_BATCH_INVARIANT=1"),
+    "long": ("long_context", "long_context", "few requests of 16k and 32k: stock vLLM, and exact with each attention"),
     "trainer": ("trainer", "gpu_trainer", "log-probs and their gradients, with peak memory, against TRL's own path"),
     "step": ("step", "gpu_step", "whole steps, exact against stock TRL and stock vLLM"),
     "profile": ("step_profile", "step_profile", "where the time of a whole step goes: seconds of each part, and GPU busy"),

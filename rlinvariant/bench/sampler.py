@@ -139,7 +139,7 @@ def _row(
     )
 
 
-class _Ours:
+class Ours:
     def __init__(self, path: str, tokens: int, kv_gib: float, ranks: Mapping[str, int] | None = None) -> None:
         from rlinvariant.sampler.engine import Sampler
 
@@ -157,7 +157,7 @@ class _Ours:
         self.sampler.llm.reset_prefix_cache()
 
 
-class _Stock:
+class Stock:
     """Drives vLLM with its defaults; only the memory for keys and values is given, so that several engines fit.
 
     It is asked for the log-prob of each token, as ours always has it.
@@ -209,9 +209,9 @@ def _worker(side: str, path: str, size: str) -> None:
     if side == "adapters":  # of bench/lora.py
         from rlinvariant.bench.lora import every_projection
 
-        engine = _Ours(path, 1024, setup.kv_gib, every_projection(path))
+        engine = Ours(path, 1024, setup.kv_gib, every_projection(path))
     else:
-        engine = (_Ours if side == "exact" else _Stock)(path, 1024, setup.kv_gib)
+        engine = (Ours if side == "exact" else Stock)(path, 1024, setup.kv_gib)
     serve(link, engine, setup, time.perf_counter() - began)
 
 

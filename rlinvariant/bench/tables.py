@@ -19,7 +19,7 @@ YES = {True: "yes", False: "no", None: ""}
 SIZES = [
     (re.compile(r"^\S+ \S+, (\d+) x \d+ -> \d+$"), r"\1 rows, each shape"),
     (re.compile(r"^(\w+), [^,]+, \d+ x [\dx+ ]+$"), r"\1"),
-    (re.compile(r"^decode (?:16|64|256) at 2048, \S+"), "decode, batch 16 to 256 at 2048,"),
+    (re.compile(r"^((?:our own: )?)decode (?:16|64|256) at 2048, \S+"), r"\1decode, batch 16 to 256 at 2048,"),
     (re.compile(r"^token_logprobs, [^,]+, [^,]+"), "token_logprobs"),
     (re.compile(r"^sample, \d+ x \d+"), "sample"),
 ]

@@ -101,7 +101,7 @@ class Vllm:
 
 
 def install_attention(monkeypatch, attention) -> None:
-    """FlashAttention-3 by our own CPU attention."""
+    """FlashAttention-3, and our own attention in Triton, by that of the CPU."""
 
     def varlen(q, k, v, most_q, cu, most_k, *, seqused_k, softmax_scale, block_table, out, **_):
         cache = torch.cat((k, v), -1).transpose(1, 2)
@@ -112,6 +112,17 @@ def install_attention(monkeypatch, attention) -> None:
     kernels = types.ModuleType("rlinvariant.kernels.attention")
     vars(kernels)["schedule"] = lambda *_: None
     monkeypatch.setitem(sys.modules, kernels.__name__, kernels)
+
+    def paged(q, cache, table, cu, lens, most_q, most_k, form, out, made):
+        ops.paged_attention(q, cache, table, cu, lens, form.scale, out=out)
+
+    calls = types.ModuleType("rlinvariant.kernels.chunked_calls")
+    form = lambda scale: SimpleNamespace(scale=scale)  # noqa: E731
+    vars(calls).update(Form=form, row=lambda _: {"order": None}, plan=lambda *_: None, paged=paged)
+    monkeypatch.setitem(sys.modules, calls.__name__, calls)
+    import rlinvariant.kernels
+
+    monkeypatch.setattr(rlinvariant.kernels, "chunked_calls", calls, raising=False)
 
 
 def engine():

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from rlinvariant.bench import gpu, gpu_step, gpu_trainer, measure, report, sampler
+from rlinvariant.bench import gpu, gpu_step, gpu_trainer, long_context, measure, report, sampler
 from rlinvariant.models import shapes
 from rlinvariant.rollout import Completion
 from tests.bench import fake_gpu
@@ -93,6 +93,55 @@ def test_a_sampler_that_depends_on_its_batch_is_counted(batchy):
     assert link.sent[0] == {"seconds": 7.0}
     assert link.sent[1] == {"differing": 16 if batchy else 0, "tokens": 16, "requests": 2, "batch": 4}
     assert link.sent[2]["tokens"] == link.sent[3]["tokens"] == 24 and reported == [False] * 4 + [True]
+
+
+def _long(side, what, context=None, batch=None, seed=None):
+    if what != "time":
+        return {"differing": 3 if side == "stock" else 0}
+    by_round = {0: 100.0, 1: 1.0, 2: 3.0, 3: 2.0}[seed]  # the first, which warms up, does not count
+    return {"prefill": {"flash": 10, "chunked": 5, "stock": 20}[side], "decode": by_round * {"flash": 1}.get(side, 8)}
+
+
+def test_long_requests_have_a_rate_of_each_attention(monkeypatch):
+    fakes = Fakes(monkeypatch, long_context, _long)
+    monkeypatch.setattr(long_context, "_machine", lambda: "gpu")
+    rows = {row.case: row for row in long_context.rows(tiny=False)}
+    assert len(rows) == 4 * 3 * 2 and sorted(fakes.closed) == ["chunked", "flash", "stock"]
+    at = "qwen3-1.7b, decode, batch 8, 32768 of context"
+    flash, chunked = (rows[f"attention={name}: {at}"] for name in ("flash", "chunked"))
+    assert (flash.ours, flash.stock, flash.ratio, flash.samples) == (2.0, 16.0, 0.125, 3) and chunked.ratio == 1.0
+    assert rows[f"attention=chunked: {at}; stock: attention=flash"].ratio == 8.0
+    assert rows["attention=chunked: qwen3-1.7b, prefill, batch 1, 16384 of context"].ratio == 0.25
+    assert flash.bits_equal == {"ours": True, "stock": False}
+    order = [side[0] for side, request in fakes.asked if (request.get("context"), request.get("batch")) == (16384, 8)]
+    assert order == ["f", "c", "s", "s", "c", "f", "f", "c", "s", "s", "c", "f"], "the engines do not take turns"
+
+
+def test_an_attention_that_ends_costs_its_own_rows(monkeypatch):
+    Fakes(monkeypatch, long_context, _long, dead=["flash"])
+    monkeypatch.setattr(long_context, "_machine", lambda: "gpu")
+    rows = list(long_context.rows(tiny=False))
+    missing = [row for row in rows if hasattr(row, "missing")]
+    assert len(rows) == 24 and len(missing) == 16 and all("flash" in row.case for row in missing)
+
+
+@pytest.mark.parametrize("cached", [0, 512])
+def test_a_decode_whose_prompts_are_computed_again_is_no_decode(cached):
+    class Engine:
+        vocabulary = 9
+
+        def generate(self, prompts, length, seeds, logprobs=False):
+            return [Completion([1] * length, [-1.0] * length, cached) for _ in prompts]
+
+        def forget(self):
+            pass
+
+    prompts = [[1] * 600] * 2
+    if cached:
+        assert set(long_context.timed(Engine(), prompts, 4)) == {"prefill", "decode"}
+        return
+    with pytest.raises(RuntimeError, match="0 of 1,200 tokens of prompts came from the prefix cache"):
+        long_context.timed(Engine(), prompts, 4)
 
 
 def test_trainer_rows_count_real_tokens_and_memory(monkeypatch):

@@ -90,8 +90,10 @@ def test_a_stock_kernel_that_looks_at_the_batch_is_found_out(on_cpu, monkeypatch
 def test_attention_compares_paged_steps_and_packed_rows(on_cpu, monkeypatch):
     fake_gpu.install_attention(monkeypatch, attention)
     rows = list(attention.rows(tiny=True))
-    assert _names(rows) == {"prefill", "decode", "packed"} and _invariant(rows)
+    assert _names(rows) == {"prefill", "decode", "our", "packed"} and _invariant(rows)
     assert {row.target for row in rows if row.case.startswith("decode") and "up to" not in row.case} == {1.02}
+    own = {row.case.partition(",")[0]: row.target for row in rows if row.case.startswith("our own") and "up to" not in row.case}
+    assert own == {"our own: decode 4 at 96": 1.1, "our own: prefill 2 x 40": 1.4}
 
 
 def test_logprob_compares_the_head_with_two_others_and_sample(on_cpu, monkeypatch):
