@@ -28,6 +28,7 @@ from typing import Any
 from torch import Tensor
 
 from rlinvariant.models.leaves import Leaves
+from rlinvariant.text import say
 from rlinvariant.trainer.microbatches import SUMMED, MicroBatchedTrainer
 from rlinvariant.types import JsonObject, JsonRow
 
@@ -62,6 +63,9 @@ class LeavesTrainer(MicroBatchedTrainer):
         prepared = super()._prepare_for_training(*args, **kwargs)
         if self._adds_leaves and self._leaves is None:
             self._leaves = Leaves(self._trained())
+            if self.accelerator.is_main_process:
+                held = f"{self.held_gradients} gradients of each parameter at once, at most"
+                say(f"gradients=invariant: a forward and backward for each sample, whatever its tokens; {held}")
         return prepared
 
     def _parts_of(self, batch: Any) -> list[Tensor]:

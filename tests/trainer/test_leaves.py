@@ -9,8 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from rlinvariant import bits
+from rlinvariant.config.parse import parse
+from rlinvariant.errors import ConfigErrors
 from rlinvariant.gradients import gradients_problems
 from rlinvariant.models.leaves import Leaves, additions
 from rlinvariant.models.ordered import tree_sum
@@ -20,8 +23,9 @@ from rlinvariant.report.rundir import read_metrics
 from rlinvariant.trainer.leaves import without_padding
 from tests import forks
 from tests.parity.device import cpu_only
-from tests.parity.harness import assert_exact, train, weights
+from tests.parity.harness import assert_exact, assert_same_weights, new_trainer, train, weights
 from tests.trainer.gradients import Gradients, distance
+from tests.trainer.test_memory import out_of_memory
 from tests.trainer.test_training import LOSSES, STEP, numbers
 from tests.trainer.tool_model import tool_trainer
 
@@ -139,6 +143,16 @@ def test_what_would_not_be_invariant_is_refused_by_name(settings, layout, line):
     )
 
 
+def test_runs_and_scripts_are_refused_alike_before_weights_are_loaded(arithmetic_dir, tmp_path):
+    asked = [f"recipe={ROOT / 'recipes/arithmetic.py'}", "gradients=invariant", "trainer.loss_type=bnpo", "staleness=1"]
+    with pytest.raises(ConfigErrors) as error:
+        parse(asked, {"WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3", "RANK": "0"})
+    for said in ("num_processes=3: ", "trainer.loss_type=bnpo: ", "staleness=1: "):
+        assert sum(line.startswith(said) for line in str(error.value).splitlines()) == 1, str(error.value)
+    with pytest.raises(ConfigErrors, match=r"^loss_type=bnpo: expected dapo with gradients=invariant"):
+        new_trainer(arithmetic_dir, None, tmp_path, gradients="invariant", loss_type="bnpo")
+
+
 OTHERS = [pytest.param(loss, marks=pytest.mark.slow) for loss in LOSSES if loss not in ("bnpo", "dapo")]
 
 
@@ -155,6 +169,39 @@ def test_a_step_has_the_gradient_and_the_numbers_of_a_packed_one(loss, divided):
     assert 0 < distance(found, expected) < 2**-8, "more than a rounding to bf16"
     by_two = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 8}
     assert bits.compare(divided(None, gradients="invariant", **by_two, **settings)[1], found) is None
+
+
+@pytest.mark.slow
+def test_a_step_s_gradient_is_as_near_to_float64_s_as_a_packed_one_s(divided, arithmetic_dir):
+    """Every ratio is 1, so TRL's loss is advantage times log-prob, a mean over the step's tokens."""
+    samples: list[Any] = []
+    packed = divided(None, loss_type="dapo")[1]
+    found = divided(None, gradients="invariant", loss_type="dapo", on_samples=samples.extend)[1]
+    model = AutoModelForCausalLM.from_pretrained(arithmetic_dir, dtype=torch.float64, attn_implementation="eager")
+    for row in samples:
+        prompt, ids = (torch.from_numpy(row[name]).long() for name in ("prompt_token_ids", "token_ids"))
+        logits = model(torch.cat([prompt, ids])[None]).logits[0, len(prompt) - 1 : -1]
+        (-row["advantage"] * logits.log_softmax(-1).gather(1, ids[:, None])).sum().backward()
+    tokens = sum(len(row["token_ids"]) for row in samples)
+    expected = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]) / tokens
+    assert len(samples) == 16 and distance(packed, expected) < 2**-5, "activations are bf16"
+    assert distance(found, expected) < 1.1 * distance(packed, expected)
+
+
+@pytest.mark.slow
+def test_a_step_that_starts_again_and_a_run_that_is_resumed_have_the_same_weights(
+    arithmetic_dir, exact_engine, tmp_path, monkeypatch, capsys
+):
+    settings = {"gradients": "invariant", "save_strategy": "steps", "save_steps": 1, "max_steps": 3, "num_iterations": 2}
+    with monkeypatch.context() as patch:
+        out_of_memory(patch, backward=5)  # with sums in progress
+        again = train(arithmetic_dir, exact_engine, tmp_path / "again", **settings)
+    assert "the step starts again with" in capsys.readouterr().out
+    whole = train(arithmetic_dir, exact_engine, tmp_path / "whole", **settings)
+    assert_same_weights(weights(again), weights(whole), "out of memory")
+    rest = new_trainer(arithmetic_dir, exact_engine, tmp_path / "whole", **settings)
+    rest.trainer.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-1"))
+    assert_same_weights(weights(rest), weights(whole), "resumed, in the middle of a rollout's use")
 
 
 @pytest.mark.slow
