@@ -23,6 +23,7 @@ BENCHMARKS = {
     "step": ("step", "gpu_step", "whole steps, exact against stock TRL and stock vLLM"),
     "profile": ("step_profile", "step_profile", "where the time of a whole step goes: seconds of each part, and GPU busy"),
     "lora": ("lora", "lora", "adapters: steps against full training and stock's adapters, rollouts, memory of large models"),
+    "moe": ("moe", "moe", "a mixture: rollouts against stock vLLM's fused experts, training against grouped_mm"),
     "parity": ("parity", "gpu_parity", "tokens whose log-prob differs: sampler against itself and the trainer, with controls"),
     "families": ("certify", "certify", "verify every model family with random weights: the matrix of what is supported"),
     "report_speed": ("report_speed", None, "the page of 12 runs x 1,000 steps; what writing the metrics adds to a step"),

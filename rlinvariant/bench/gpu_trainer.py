@@ -8,7 +8,7 @@ side is TRL's `GRPOTrainer` as it is: padded forward, bf16 autocast, SDPA, TRL's
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -29,19 +29,25 @@ SIDES = ("exact", "stock")
 
 
 def rows(tiny: bool) -> Iterator[Row | Missing]:
+    return measured("tiny" if tiny else MODEL, ("tiny",) if tiny else ("2k", "8k"))
+
+
+def measured(model: str, sizes: tuple[str, ...], targets: Mapping[str, float] = TARGETS) -> Iterator[Row | Missing]:
+    """Yield the rows of one model of `shapes.SHAPES`, for some of `SIZES`; `targets` are those of equal and ragged rows."""
     from rlinvariant.models.shapes import build
 
+    name = "" if model in ("tiny", MODEL) else f"{model}, "
     with tempfile.TemporaryDirectory() as directory:
-        path = build("tiny" if tiny else MODEL, directory)
+        path = build(model, directory)
         with Workers({side: Worker(__name__, side, path) for side in SIDES}) as workers:  # they start together
-            for size in ("tiny",) if tiny else ("2k", "8k"):
-                yield from _size(workers, size)
+            for size in sizes:
+                yield from _size(workers, name, size, targets)
 
 
-def _size(workers: Workers, size: str) -> Iterator[Row | Missing]:
+def _size(workers: Workers, model: str, size: str, targets: Mapping[str, float]) -> Iterator[Row | Missing]:
     number, prompt, completion, count = SIZES[size]
-    for case, target in TARGETS.items():
-        name = f"{number} {case} rows of {'' if case == 'equal' else 'up to '}{prompt}+{completion} tokens"
+    for case, target in targets.items():
+        name = f"{model}{number} {case} rows of {'' if case == 'equal' else 'up to '}{prompt}+{completion} tokens"
         asked: dict[str, Any] = {"size": size, "case": case}
         same = {side: found["same"] for side, found in workers.ask(SIDES, what="bits", **asked).items()}
         workers.ask(SIDES, what="train", **asked)  # warm up
@@ -51,7 +57,7 @@ def _size(workers: Workers, size: str) -> Iterator[Row | Missing]:
             speed = {side: median(rates) for side, rates in found.items() if rates}
             yield _row(workers, f"{name}, {label}", speed, "tok/s", target if what == "train" else None, same, count)
     peak = {side: found["peak"] for side, found in workers.ask(SIDES, what="memory").items()}
-    yield _row(workers, f"{size}, peak memory: parameters, gradients, activations", peak, "MiB", 1.0, {}, 1)
+    yield _row(workers, f"{model}{size}, peak memory: parameters, gradients, activations", peak, "MiB", 1.0, {}, 1)
 
 
 def _row(

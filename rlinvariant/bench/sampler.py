@@ -37,6 +37,8 @@ SETUPS = {
     "gpu": Setup("qwen3-1.7b", {1: 0.92, 16: 0.95, 64: 0.95, 256: 0.97}, (64, 512), 256, 4, 17, ("exact", "stock", "peer")),
     "cpu": Setup("smollm2-135m", {1: 1.0, 8: 1.0, 32: 1.0}, (40, 60), 38, 4, 0.5, ("exact", "stock")),
     "tiny": Setup("tiny", {1: None, 4: None}, (64, 512), 8, 2, 0.5, ("exact", "stock")),
+    "moe": Setup("qwen3-30b-a3b-quarter", {16: 0.85, 64: 0.85, 256: 0.85}, (64, 512), 256, 4, 8, ("exact", "stock")),
+    "tiny-moe": Setup("tiny-moe", {1: None, 4: None}, (64, 512), 8, 2, 0.5, ("exact", "stock")),
 }
 ROUNDS, PEER_ROUNDS = 3, 1  # turns of each batch size; the peer has no target and is slow
 LABELS = {
@@ -59,9 +61,13 @@ class Engine(Protocol):
 
 
 def rows(tiny: bool) -> Iterator[Row | Missing]:
+    return measured("tiny" if tiny else _machine())
+
+
+def measured(size: str) -> Iterator[Row | Missing]:
+    """Yield the rows of one of `SETUPS`."""
     from rlinvariant.models.shapes import build
 
-    size = "tiny" if tiny else _machine()
     setup = SETUPS[size]
     with tempfile.TemporaryDirectory() as directory:
         path = build(setup.model, directory)

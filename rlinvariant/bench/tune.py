@@ -38,7 +38,8 @@ def shapes(tiny: bool) -> list[tuple[int, int]]:
     """Return [N, K] of every weight of the models that are tuned for, largest first."""
     if tiny:
         return [(2048, 2048), (896, 896)]
-    return sorted({s for name, x in SHAPES.items() if name != "tiny" for s in x.linears.values()}, key=lambda s: -s[0] * s[1])
+    large = (x for name, x in SHAPES.items() if not name.startswith("tiny"))
+    return sorted({s for x in large for s in x.linears.values()}, key=lambda s: -s[0] * s[1])
 
 
 def candidates(rows: int) -> list[Tile]:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Shape:
-    """Describes a decoder. `kind` says which of transformers' models has it; None: only its weight shapes are used."""
+    """Describes a decoder. `kind` says which of transformers' models has it. Of a mixture, `mlp` is the width of an expert."""
 
     hidden: int
     mlp: int
@@ -24,16 +24,18 @@ class Shape:
     vocab: int
     tied: bool
     kind: str
+    experts: int = 0
+    experts_per_token: int = 0
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
-        """Return [N, K] of the weights; q, k, v are merged, and gate, up, as vLLM merges them."""
+        """Return [N, K] of the weights of `ops.linear`; q, k, v are merged, and gate, up, as vLLM merges them."""
         q = self.heads * self.head_dim
+        dense = {"gate_up": (2 * self.mlp, self.hidden), "down": (self.hidden, self.mlp)}
         return {
             "qkv": (q + 2 * self.kv_heads * self.head_dim, self.hidden),
             "o": (self.hidden, q),
-            "gate_up": (2 * self.mlp, self.hidden),
-            "down": (self.hidden, self.mlp),
+            **({"router": (self.experts, self.hidden)} if self.experts else dense),
             "lm_head": (self.vocab, self.hidden),
         }
 
@@ -53,12 +55,15 @@ SHAPES = {
     "llama-3.2-1b": Shape(2048, 8192, 16, 32, 8, 64, 128256, True, "llama"),
     "llama-3.2-3b": Shape(3072, 8192, 28, 24, 8, 128, 128256, True, "llama"),
     "llama-3.1-8b": Shape(4096, 14336, 32, 32, 8, 128, 128256, False, "llama"),
+    "qwen3-30b-a3b-quarter": Shape(2048, 768, 12, 32, 4, 128, 151936, False, "qwen3_moe", 128, 8),
     "tiny": Shape(256, 512, 2, 2, 1, 128, 1024, True, "qwen3"),
+    "tiny-moe": Shape(256, 128, 2, 2, 1, 128, 1024, True, "qwen3_moe", 8, 2),
 }
-POSITIONS = {"qwen3": 40960, "qwen2": 32768, "llama": 131072}
-EPS = {"qwen3": 1e-6, "qwen2": 1e-6, "llama": 1e-5}
+POSITIONS = {"qwen3": 40960, "qwen3_moe": 40960, "qwen2": 32768, "llama": 131072}
+EPS = {"qwen3": 1e-6, "qwen3_moe": 1e-6, "qwen2": 1e-6, "llama": 1e-5}
 ROPE: dict[str, dict[str, Any]] = {
     "qwen3": {"rope_type": "default", "rope_theta": 1e6},
+    "qwen3_moe": {"rope_type": "default", "rope_theta": 1e6},
     "qwen2": {"rope_type": "default", "rope_theta": 1e6},
     "llama": {
         "rope_type": "llama3",
@@ -73,11 +78,14 @@ ROPE: dict[str, dict[str, Any]] = {
 
 def config(name: str) -> "PreTrainedConfig":
     """Return transformers' configuration of a model of `SHAPES`."""
-    from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+    from transformers import LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
     s = SHAPES[name]
-    kind = {"qwen3": Qwen3Config, "qwen2": Qwen2Config, "llama": LlamaConfig}[s.kind]
-    head: dict[str, Any] = {} if s.kind == "qwen2" else {"head_dim": s.head_dim}
+    kind = {"qwen3": Qwen3Config, "qwen3_moe": Qwen3MoeConfig, "qwen2": Qwen2Config, "llama": LlamaConfig}[s.kind]
+    more: dict[str, Any] = {} if s.kind == "qwen2" else {"head_dim": s.head_dim}
+    if s.experts:
+        sizes = {"num_experts": s.experts, "num_experts_per_tok": s.experts_per_token, "moe_intermediate_size": s.mlp}
+        more |= {**sizes, "norm_topk_prob": True, "router_aux_loss_coef": 0.0}
     return kind(
         hidden_size=s.hidden,
         intermediate_size=s.mlp,
@@ -93,7 +101,7 @@ def config(name: str) -> "PreTrainedConfig":
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=2,
-        **head,
+        **more,
     )
 
 

@@ -50,7 +50,7 @@ class DrawingTrainer(EpisodesTrainer):
     _turns: Turns  # of the rollout that is being drawn, or was drawn last
     _sampler_logprobs: list[list[float]]  # of the last rollout, one for each token; a tool's have any number
     _sampled: list[list[int]] | None  # of the last rollout, 1 for each token that was sampled, 0 for a tool's; None: all were
-    _tool_mask: Tensor | None  # the same as [B, C] of the batch that is scored, padded
+    _tool_mask: Tensor | None = None  # the same as [B, C] of the batch that is scored, padded
 
     def _attach(self, sampler: SamplerLike) -> None:
         """Let TRL find the engine where it looks for its own."""
