@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from rlinvariant.report.rundir import RunDir, read_metrics
 from tests import commands, forks
 from tests.config.common import with_defaults
 from tests.parity.device import CUDA
+from tests.report.runs import row
 
 ROOT = Path(__file__).parents[1]
 TINY = f"recipe={ROOT / 'tests/trainer/tiny_recipe.py'}"
@@ -122,6 +124,7 @@ MISTAKES = {
     "arms=fp16": "arms=fp16: float16 on both sides: not possible",
     "invariance=off": "invariance=off: not a setting of ablate; each arm sets its own; choose with arms=",
     "staleness=1": "staleness=1: not a setting of ablate; each arm sets its own; choose with arms=",
+    "machine=2gpu": "machine=2gpu: not a setting of ablate; write launch=FILE, an accelerate configuration",
     "resume=true": "resume=true: not a setting of ablate; the same command goes on where it ended",
     "run=": "run=: expected a name of letters",
     "run=../x": "run=../x: expected a name of letters, digits, '.', '_' and '-'; it becomes runs/ablation-NAME",
@@ -271,6 +274,39 @@ def test_an_interrupted_run_goes_on_or_is_set_aside_and_nothing_is_lost():
     run = written(wanted, old, 0, finished=False)
     checkpoint(run, 10)
     assert prepare(run, 20)[0], "older weights are in the checkpoint too"
+
+
+def test_arms_that_were_run_elsewhere_are_joined_by_four_small_files_of_each_run(tmp_path, monkeypatch, capsys):
+    """Sittings on several machines: their runs come together without checkpoints, and the same command starts none of them."""
+    joined = tmp_path / "joined"
+    for machine, arm in (("a", "exact"), ("b", "drift")):
+        (tmp_path / machine).mkdir()
+        monkeypatch.chdir(tmp_path / machine)
+        sitting = plan(*SMALL[:2], f"arms={arm}", *SMALL[3:])
+        for seed in sitting.seeds:
+            run = written(sitting, sitting.arms[0], seed)
+            run.environment.write_text(json.dumps({"cpu": {"model": machine}}))
+            write_rows(run.metrics, seed)
+            to = joined / run.path
+            to.mkdir(parents=True)
+            for file in (run.config, run.environment, run.metrics, run.path / "result.json"):
+                shutil.copy(file, to)
+    monkeypatch.chdir(joined)
+    monkeypatch.setattr(runs, "_run", lambda *_: pytest.fail("a run was started"))
+    assert cli.main(["ablate", *SMALL]) == 0
+    said = capsys.readouterr().out
+    assert "4 of 4 runs done before" in said and "2 different CPU models" in said
+    arms = json.loads(Path("runs/ablation-x/summary.json").read_text())["arms"]
+    assert {name: arm["tokens"]["compared"] for name, arm in arms.items()} == {"exact": 384, "drift": 384}
+    monkeypatch.undo()
+    monkeypatch.chdir(joined)
+    Path("runs/ablation-x/drift/seed-1/result.json").unlink()
+    assert [(arm.name, seed) for arm, seed in extended(plan(*SMALL)).left()] == [("drift", 1)], "control"
+
+
+def write_rows(file: Path, seed: int) -> None:
+    """Write three steps' metrics, as training does."""
+    file.write_text("".join(json.dumps(row(step, seed, 0.0)) + "\n" for step in (1, 2, 3)))
 
 
 @pytest.fixture

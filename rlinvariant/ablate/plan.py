@@ -22,6 +22,7 @@ REFUSED_SETTINGS = {  # what the user may not set for all arms -> what to do ins
     "trainer.vllm_importance_sampling_mode": "each arm sets its own; choose with arms=",
     "seed": "write seeds=, a number of seeds or a list",
     "trainer.seed": "write seeds=, a number of seeds or a list",
+    "machine": "write launch=FILE, an accelerate configuration, for runs of several processes",
     "resume": "the same command goes on where it ended",
 }
 

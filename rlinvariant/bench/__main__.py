@@ -29,6 +29,7 @@ BENCHMARKS = {
     "report_speed": ("report_speed", None, "the page of 12 runs x 1,000 steps; what writing the metrics adds to a step"),
     "served": ("served", "served", "a rollout and a sync by a server on loopback, against an engine in the trainer's process"),
     "saving": ("saving", "saving", "a checkpoint, hashed and flushed, against TRL's own: how long training waits"),
+    "drift": ("drift", "drift", "keep what drift.md compares of the ablation in runs/ablation-NAME, wherever it was run"),
     "tune": (None, "tune", "find the tiles of the small matrix products: writes kernels/linear_tiles.json"),
     "report": ("report", "report", "print the results as Markdown"),
 }
@@ -51,7 +52,11 @@ def main(argv: list[str]) -> int:
         "--tokens", type=int, metavar="N", help="parity on a GPU: N more tokens of parity_soak.json; families: tokens of each"
     )
     parser.add_argument(
-        "pages", nargs="*", type=Path, metavar="FILE.md", help="with report: fill these pages, and print nothing"
+        "paths",
+        nargs="*",
+        type=Path,
+        metavar="PATH",
+        help="with report: pages to fill, and print nothing; with drift: the ablation",
     )
     options = parser.parse_args(argv)
     # As `rlinvariant train` does, for ours and for the stock side; libgomp reads it when torch is imported
@@ -66,13 +71,20 @@ def main(argv: list[str]) -> int:
     out = options.out or RESULTS / machine
     try:
         require_writable(out, "--out", "name another directory", directory=True)
-        for page in options.pages:
+        for page in options.paths if options.name == "report" else []:
             require_writable(page, "FILE.md", "name another file")
     except UserError as error:
         parser.error(str(error))
     bench = importlib.import_module(f"rlinvariant.bench.{module}")
     if options.name == "report":
-        bench.main(options.out, options.pages)
+        bench.main(options.out, options.paths)
+    elif options.name == "drift":
+        if len(options.paths) != 1:
+            parser.error("drift: give the directory of one ablation, runs/ablation-NAME")
+        try:
+            print(bench.write(options.paths[0], out))
+        except UserError as error:
+            parser.error(str(error))
     elif options.name == "tune":
         from rlinvariant.bench.tune import TILES_FILE
 

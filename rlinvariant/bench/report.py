@@ -12,6 +12,7 @@ from rlinvariant.files import write_atomically
 RESULTS = Path(__file__).parent / "results"
 MARKED = re.compile(r"<!-- (?:([\w.-]+)/)?([\w.-]+) -->\n.*?<!-- end -->", re.DOTALL)
 TITLE = "Time as a multiple of stock's"
+CURVES = "Reward, KL, importance ratios, gradient norm, entropy and length by step, of each arm: mean over seeds, 95 % interval"
 
 
 def main(directory: Path | None, pages: Sequence[Path]) -> None:
@@ -42,9 +43,9 @@ def read(directory: Path) -> dict[str, Result]:
 def update(page: Path, found: Mapping[str, Mapping[str, Result]]) -> None:
     """Put a table between `<!-- DIRECTORY/NAME -->` and `<!-- end -->`, for each such pair of markers in a page.
 
-    Without a directory, `cpu` is meant. Two names are special: `headline` is the README's table, made of several results, and
-    `cost` a figure, drawn to cost-DIRECTORY.svg beside the page. A result that is not there leaves "not measured yet"; what a
-    directory that is not in `found` gave stays as it is.
+    Without a directory, `cpu` is meant. Three names are special: `headline` is the README's table, made of several results;
+    `cost` is a figure, drawn to cost-DIRECTORY.svg beside the page; `drift` is one, drift-DIRECTORY.svg, and tables. A result
+    that is not there leaves "not measured yet"; what a directory that is not in `found` gave stays as it is.
     """
 
     def replaced(match: re.Match[str]) -> str:
@@ -55,6 +56,9 @@ def update(page: Path, found: Mapping[str, Mapping[str, Result]]) -> None:
             text = tables.headline(found)
         elif name == "cost":
             text = _figure(page.with_name(f"cost-{place}.svg"), found[place])
+        elif name == "drift" and name in found[place]:
+            drawn = _curves(page.with_name(f"drift-{place}.svg"), found[place][name])
+            text = f"{drawn}\n\n{tables.table(name, found[place][name])}"
         else:
             text = tables.table(name, found[place].get(name))
         return f"{marker}\n{text}\n<!-- end -->"
@@ -69,3 +73,10 @@ def _figure(file: Path, results: Mapping[str, Result]) -> str:
         return "not measured yet"
     draw(some, file)
     return f"![{TITLE}]({file.name})"
+
+
+def _curves(file: Path, content: Result) -> str:
+    from rlinvariant.bench.figure import draw_curves
+
+    draw_curves(content, file)
+    return f"![{CURVES}]({file.name})"

@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from rlinvariant.bench import drift
 from rlinvariant.report.stats import UNDECIDED, Estimate, disagree
 from rlinvariant.text import plural
 
@@ -45,7 +46,14 @@ def section(name: str, content: Result) -> str:
 
 
 def _other_than_costs(name: str) -> Callable[[Result], str] | None:
-    kinds = {"parity_soak": soak, "families": families, "parity": parity, "reliability": reliability, "profile": profile}
+    kinds = {
+        "parity_soak": soak,
+        "families": families,
+        "parity": parity,
+        "reliability": reliability,
+        "profile": profile,
+        "drift": drift.table,
+    }
     return ablation if name.startswith("ablation") else kinds.get(name)
 
 

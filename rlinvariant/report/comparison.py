@@ -47,12 +47,12 @@ def compare(studies: Sequence[Study]) -> Study:
     single = [one.arms[0].runs[0] for one in studies if one.is_single]
     groups: dict[str, list[Run]] = {}
     for run in single:
-        groups.setdefault(_settings(run), []).append(run)
+        groups.setdefault(settings(run), []).append(run)
     placed: set[str] = set()
     for one in studies:
         if not one.is_single:
             arms += [Arm(f"{_label(one.path)}/{arm.name}", arm.description, arm.overrides, arm.runs) for arm in one.arms]
-        elif (key := _settings(one.arms[0].runs[0])) not in placed:
+        elif (key := settings(one.arms[0].runs[0])) not in placed:
             placed.add(key)
             arms += _arms(groups[key])
     differing = _differing([run for arm in arms for run in arm.runs[:1]])
@@ -78,7 +78,7 @@ def compare(studies: Sequence[Study]) -> Study:
     return made
 
 
-def _settings(run: Run) -> str:
+def settings(run: Run) -> str:
     """Return all settings but those of OWN, as text: equal for runs that are seeds of one arm."""
     return json.dumps({key: e["value"] for key, e in sorted(run.config.items()) if not OWN.fullmatch(key)}, sort_keys=True)
 

@@ -166,9 +166,13 @@ def every(study: Study) -> list[Table]:
     return [table for table in found if table is not None]
 
 
-def summary(study: Study) -> Table:
-    """Make a line for each arm: counts and extremes over its runs, of every measure the mean over seeds ± its interval."""
-    measures = measured(study)
+def summary(study: Study, measures: Sequence[Measure] | None = None) -> Table:
+    """Make a line for each arm: counts and extremes over its runs, of every measure the mean over seeds ± its interval.
+
+    Args:
+        measures: by default all that the runs have.
+    """
+    measures = measured(study) if measures is None else measures
     head = ["Arm", "Seeds × steps", "Mismatched / tokens", "Ratio, least … greatest"]
     rows = []
     for arm in study.arms:
@@ -194,12 +198,16 @@ def summary(study: Study) -> Table:
     return Table(caption, [*head, *(m.title for m in measures)], rows)
 
 
-def differences(study: Study) -> Table | None:
-    """Make a line for each arm but the exact one: arm minus exact, paired by seed; None without an exact arm."""
+def differences(study: Study, measures: Sequence[Measure] | None = None) -> Table | None:
+    """Make a line for each arm but the exact one: arm minus exact, paired by seed; None without an exact arm.
+
+    Args:
+        measures: as for `summary`.
+    """
     reference = study.reference
     if reference is None or len(study.arms) < 2:
         return None
-    measures = measured(study)
+    measures = measured(study) if measures is None else measures
     rows = []
     for arm in study.arms:
         if arm is not reference:
