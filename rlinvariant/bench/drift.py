@@ -107,10 +107,8 @@ def study_of(content: JsonObject) -> Study:
     for name, arm in content["arms"].items():
         runs = []
         for run in arm["runs"]:
-            rows = [
-                dict(zip(("step", *run["rows"]), row, strict=True))
-                for row in zip(run["steps"], *run["rows"].values(), strict=True)
-            ]
+            keys, columns = ("step", *run["rows"]), (run["steps"], *run["rows"].values())
+            rows: list[dict[str, Any]] = [dict(zip(keys, row, strict=True)) for row in zip(*columns, strict=True)]
             runs.append(Run(Path(), run["seed"], {}, {}, run["result"] | {"finished": True}, rows))
         arms.append(Arm(name, arm["description"], arm["overrides"], runs))
     return Study(Path(), content["recipe"], content["steps"], content["command"], arms, kind="ablation")

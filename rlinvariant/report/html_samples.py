@@ -202,10 +202,12 @@ def _tokenizer(file: Path, written_ns: int) -> Any:
 
 
 class _Pieces:
-    """Cuts a completion's text at its tokens, by the tokenizer of the run's newest checkpoint, if it has one."""
+    """Cuts a completion's text at its tokens, by the tokenizer of the run's model or its newest checkpoint, if it has one."""
 
     def __init__(self, run: Path) -> None:
-        found = sorted(RunDir(run).checkpoints.glob("checkpoint-*/tokenizer.json"), key=lambda file: file.stat().st_mtime)
+        files = RunDir(run)
+        places = [*files.checkpoints.glob("checkpoint-*/tokenizer.json"), *files.model.glob("tokenizer.json")]
+        found = sorted(places, key=lambda file: file.stat().st_mtime)
         self._tokenizer: Any = _tokenizer(found[-1], found[-1].stat().st_mtime_ns) if found else None
 
     def of(self, row: Sample, text: str) -> list[str]:

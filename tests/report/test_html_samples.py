@@ -57,13 +57,12 @@ def data_of(page: str) -> list[dict[str, Any]]:
     return json.loads(found[1])
 
 
-def write_tokenizer(path: Path, pieces: list[str]) -> None:
-    """Give a run a checkpoint's tokenizer of these tokens."""
+def write_tokenizer(path: Path, pieces: list[str], place: str = "checkpoints/checkpoint-3") -> None:
+    """Give a run a checkpoint's tokenizer of these tokens, or one of its model at the end."""
     tokenizer = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token=pieces[-1]))
     tokenizer.decoder = decoders.Fuse()
-    place = path / "checkpoints" / "checkpoint-3"
-    place.mkdir(parents=True)
-    tokenizer.save(str(place / "tokenizer.json"))
+    (path / place).mkdir(parents=True)
+    tokenizer.save(str(path / place / "tokenizer.json"))
 
 
 def probed(chromium: Browser, run: Path, width: int = 1280) -> dict[str, Any]:
@@ -129,6 +128,8 @@ def test_without_a_tokenizer_or_with_another_there_are_no_colours(run):
     for content in (file.read_text().replace("mple", "mpel"), "{}", None):
         file.write_text(content) if content is not None else file.unlink()
         assert "q" not in data_of(html.write(run)[0].read_text())[0]["steps"][0]["rows"][0]
+    write_tokenizer(run, ["sa", "mple", " ", "0", "1", "2", "3", "4", "5", "6", "7"], "model")  # without checkpoints: its end
+    assert "q" in data_of(html.write(run)[0].read_text())[0]["steps"][0]["rows"][0]
 
 
 def test_a_large_run_has_a_bounded_page_that_says_what_it_leaves_out(tmp_path, monkeypatch):
