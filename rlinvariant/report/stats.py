@@ -19,6 +19,7 @@ from rlinvariant.types import JsonRow
 
 LAST = 10  # steps whose reward is averaged
 UNDECIDED = "no verdict: the seeds disagree"
+ALL_EQUAL = "no verdict: all seeds differ by the same"
 NO_COMMON_SEED = "no verdict: no common seed"
 
 Row = Mapping[str, Any]
@@ -182,7 +183,8 @@ class Verdict:
 def verdict(arm: Sequence[float], reference: Sequence[float]) -> Verdict:
     """Compare values of the same seeds, in the same order; pairs in which one is not known are left out, and counted out.
 
-    The text: "no difference seen", "higher", "lower", "one seed: no interval", "not measured", or UNDECIDED.
+    The text: "no difference seen", "higher", "lower", "one seed: no interval", "not measured", UNDECIDED or ALL_EQUAL. Equal
+    differences have no width, however few they are: two seeds that both have one more of 48 right are no evidence.
     """
     pairs = [(a, b) for a, b in zip(arm, reference, strict=True) if math.isfinite(a) and math.isfinite(b)]
     found = estimate([a - b for a, b in pairs])
@@ -190,6 +192,8 @@ def verdict(arm: Sequence[float], reference: Sequence[float]) -> Verdict:
         return Verdict(found, "not measured")
     if not found.has_interval:
         return Verdict(found, "one seed: no interval")
+    if found.half <= 1e-9 * abs(found.mean) and found.mean:  # but for the rounding of the differences
+        return Verdict(found, ALL_EQUAL)
     if not found.low <= 0 <= found.high:
         return Verdict(found, "higher" if found.mean > 0 else "lower")
     seeds_disagree = disagree(found, *(estimate(side) for side in zip(*pairs, strict=True)))

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from rlinvariant.report.stats import UNDECIDED, curve, estimate, over_steps, running_mean, t_quantile, verdict
+from rlinvariant.report.stats import ALL_EQUAL, UNDECIDED, curve, estimate, over_steps, running_mean, t_quantile, verdict
 
 
 @pytest.mark.parametrize(  # of a printed table, to its digits
@@ -65,6 +65,8 @@ def test_equal_values_have_no_width():
         ([], [], "not measured"),
         ([0.6, 0.6, 0.0], [0.8, 0.8, 0.75], UNDECIDED),  # one seed collapsed
         ([0.6, 0.6, 0.6], [0.8, 0.8, 0.0], UNDECIDED),
+        ([20 / 48, 19 / 48], [19 / 48, 18 / 48], ALL_EQUAL),  # one more right of 48, twice: no width, and no evidence
+        ([20 / 48, 19 / 48, 17 / 48], [19 / 48, 18 / 48, 16 / 48], ALL_EQUAL),
         ([0.01, -0.01, 0.02], [0.011, -0.011, 0.021], "no difference seen"),  # near 0, and together
     ],
 )
