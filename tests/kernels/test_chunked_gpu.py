@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import sys
+from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
 from types import ModuleType
@@ -155,3 +156,35 @@ def test_check_passes_our_own_and_says_which_it_is(form):
 
     attention.check.__wrapped__(16, 8, 128, 0, 16, *form)
     assert any(name.startswith("our own") for what, name in ATTENTION_ROUTES.items() if what.startswith("16/8 heads of 128, "))
+
+
+@pytest.fixture
+def chunked(monkeypatch) -> Iterator[None]:
+    """Lets this process choose anew, and forget what it made of the choice before."""
+    from rlinvariant.kernels import attention, choice
+
+    monkeypatch.setattr(choice, "_decided", [])
+    monkeypatch.setenv(choice.VARIABLE, "chunked")
+    attention._calls.cache_clear(), attention.check.cache_clear()
+    yield
+    attention._calls.cache_clear(), attention.check.cache_clear()
+
+
+@pytest.mark.parametrize("shape", SHAPES[:2])
+def test_the_setting_gives_our_own_to_heads_that_flash_attention_3_takes(shape, calls, request):
+    """The op has the bits of our own, and gradients that repeat. Control: by default it has other bits."""
+    from rlinvariant.kernels import attention
+    from rlinvariant.kernels.routes import ATTENTION_ROUTES
+
+    inputs, cu, scale = operands(sum(LENGTHS), shape), offsets(LENGTHS), shape[2] ** -0.5
+
+    def op(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return ops.attention(q, k, v, cu, scale, max(LENGTHS))
+
+    default, own = op(*inputs), packed(calls, shape, calls.Form(scale))
+    request.getfixturevalue("chunked")
+    assert_bits_equal(op(*inputs), own, "the op")
+    assert not bits.same(default, own)
+    ladders.assert_same(ladders.gradients(op, inputs), ladders.gradients(op, inputs), "gradients, again")
+    attention.check.__wrapped__(*shape, 0)
+    assert ATTENTION_ROUTES[f"{shape[0]}/{shape[1]} heads of {shape[2]}"].startswith("our own")
