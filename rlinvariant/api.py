@@ -243,7 +243,9 @@ def _checked(
         try:
             runtime.configure()
             model, source = local_model(str(model)) if loaded is None else model, local_model(str(source))
-            ready = plan.plan_trainer(model, args, ppo, invariance, dtype, str(source), sampler, save_dtype)
+            rank = getattr(_adapter(model, options), "r", 0)
+            how = (invariance, dtype, str(source), sampler, save_dtype)
+            ready = plan.plan_trainer(model, args, ppo, *how, rank, "peft_config.r")
             notes = _look(ready, reward_funcs, train_dataset, options, run)
         except UserError as error:
             problems += str(error).splitlines()

@@ -98,10 +98,11 @@ def plan_trainer(
     sampler_options: JsonRow,
     save_dtype: str = "model",
     rank: int = 0,
+    said: str = "lora.r",
 ) -> TrainerPlan:
     """Load what says how the models are made, each once, and refuse what cannot run exactly; the settings were checked before.
 
-    `rank` is that of the LoRA adapters that are trained, 0 for none.
+    `rank` is that of the LoRA adapters that are trained, 0 for none, and `said` the setting that gives it.
 
     Raises:
         ConfigErrors: every option of the engine and every property of a model that would change the bits, one line each.
@@ -131,10 +132,10 @@ def plan_trainer(
         reasons = list(unsupported(config, args.device.type))
         problems += [f"model={name}: {reason}; use invariance=off" for reason in reasons]
         problems += [] if reasons else flash_problems(name, config, args.device.type)
-    problems += lora.rank_problems("lora.r", rank, config)
+    problems += lora.rank_problems(said, rank, config)
     problems += spread_problems(_spread(sampler_options), invariance, rank > 0)
     urls, token_file = sampler_options.get("servers") or (), sampler_options.get("trainer_token_file")
-    adapters = f"LoRA adapters of rank {rank}" if rank else None
+    adapters = f"{said}={rank}" if rank else None
     given = [] if not urls else [f"{key}={value}" for key, value in sampler_options.items() if key not in OF_SERVERS]
     problems += server_problems(urls, token_file, invariance, adapters, given)
     problems += unproven_problems(args, *[f"sampler.servers={','.join(urls)}"] if urls else [])

@@ -11,7 +11,7 @@ import torch
 
 from rlinvariant import runtime
 from rlinvariant.config import LoraConfig
-from rlinvariant.errors import UserError, one_line
+from rlinvariant.errors import ConfigErrors, UserError, one_line
 from rlinvariant.kernels import choice
 from rlinvariant.launch import join, largest, on_main_process, require_same
 from rlinvariant.model_source import base_and_adapter
@@ -108,6 +108,8 @@ class _Parts:
         self.processes = asked.tensor_parallel_size
         self.config = load.configuration(source, asked.dtype, self.processes)
         text_config = self.config.get_text_config()
+        if asked.lora is not None and (found := adapted.rank_problems("--lora r", asked.lora.r, text_config)):
+            raise ConfigErrors(found)
         self.sizes = (SHORT_SIZES if asked.short else FULL_SIZES).within(text_config.max_position_embeddings)
         with console.stage("loading the model, as the trainer does"):
             make = lambda: load.random_weights(self.config, scratch, asked.seed)  # noqa: E731

@@ -14,7 +14,7 @@ from trl import GRPOConfig
 
 import rlinvariant
 from rlinvariant import bits, replay
-from rlinvariant.errors import ParityError, UserError
+from rlinvariant.errors import ConfigErrors, ParityError, UserError
 from rlinvariant.models import lora
 from rlinvariant.rollout import Rollout
 from tests import forks
@@ -66,6 +66,24 @@ def shared_with_the_sampler(trainer: Any) -> set[str]:
     model = trainer.accelerator.unwrap_model(trainer.model)
     engine = {weight.untyped_storage().data_ptr() for weight in trainer.sampler.model.parameters()}
     return {name for name, weight in lora.base(model) if weight.untyped_storage().data_ptr() in engine}
+
+
+@pytest.mark.parametrize(
+    ("r", "options", "said"),
+    [
+        (129, {}, "peft_config.r=129: expected at most 128, the model's width"),
+        (4, {"options": {"tensor_parallel_size": 2}}, "sampler.tensor_parallel_size=2: expected 1 with LoRA adapters"),
+    ],
+)
+def test_what_a_script_s_adapters_cannot_be_had_with_is_refused_before_weights_are_loaded(
+    r, options, said, arithmetic_dir, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("rlinvariant.models.load.load", lambda *_, **__: pytest.fail("weights are loaded"))
+    args = GRPOConfig(str(tmp_path), use_cpu=not CUDA, bf16=False, report_to="none", max_completion_length=12)
+    adapter = LoraConfig(r=r, target_modules=["q_proj"])
+    with pytest.raises(ConfigErrors) as raised:
+        rlinvariant.grpo_trainer(arithmetic_dir, variety, args, questions(), peft_config=adapter, sampler_options=options)
+    assert [line for line in raised.value.errors if line.startswith(said)], raised.value.errors
 
 
 def test_adapters_train_exactly_and_resume_bit_for_bit(arithmetic_dir, tmp_path):

@@ -302,6 +302,7 @@ def test_the_command_from_outside(how, tmp_path):
         (["m", "--lora", "r=0"], r"--lora r=0: expected a rank"),
         (["m", "--lora", "r=x"], r"--lora r=x: expected int"),
         (["m", "--lora", "rank=8"], r"--lora rank=8: unknown key"),
+        (["m", "--lora", "r=129"], r"--lora r=129: expected at most 128, the model's width"),  # "m" has no weights
     ],
 )
 def test_a_wrong_command_line_is_one_line(argv, message, tmp_path, monkeypatch):
