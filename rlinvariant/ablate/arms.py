@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 CORRECTION_MODES = {  # name in an arm -> what TRL's correction of that mode does with importance ratios beyond the cap
     "token-truncate": "each token weighted by its ratio, at most the cap",
-    "token-mask": "tokens with a ratio above the cap left out",
+    "token-mask": "each token weighted by its ratio, left out above the cap",
     "sequence-truncate": "each completion weighted by its ratio, at most the cap",
-    "sequence-mask": "completions with a ratio above the cap left out",
+    "sequence-mask": "each completion weighted by its ratio, left out above the cap",
 }
 
 

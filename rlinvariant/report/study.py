@@ -318,6 +318,9 @@ def _lost(run: Run) -> list[str]:
         said.append(f"config.json has no {', no '.join(unknown)}")
     if not run.environment:
         said.append("environment.json is missing or empty, so machine and versions are not known")
+    steps = run.setting("steps")
+    if run.finished and run.rows and isinstance(steps, int) and run.rows[-1]["step"] < steps:
+        said.append(f"result.json says that it has ended, and metrics.jsonl does at step {run.rows[-1]['step']} of {steps}")
     if missing := gaps(run.rows):
         said.append(f"metrics.jsonl has no row of step {missing}, and no number here counts them")
     return said

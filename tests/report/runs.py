@@ -44,7 +44,7 @@ def write_run(
     recipe: str = "arithmetic",
     **extra: Any,
 ) -> RunDir:
-    given = {"recipe": recipe, "seed": seed, "steps": 20, **dict(o.split("=") for o in overrides)}
+    given = {"recipe": recipe, "seed": seed, "steps": steps if finished else 20, **dict(o.split("=") for o in overrides)}
     config = {key: {"value": value, "source": "command line"} for key, value in given.items()}
     config["run"] = {"value": "/".join(path.parts[-3:]), "source": "command line"}
     config["wandb.project"] = {"value": "rlinvariant", "source": "default"}

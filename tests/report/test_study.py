@@ -179,3 +179,10 @@ def test_runs_that_the_ablation_does_not_name_are_said_to_be_there(tmp_path):
     for name in ("drift/seed-1", "sampler/seed-0", "drift/seed-0.interrupted-1"):
         write_run(path / name, 1, steps=2)
     assert any("in no number here: drift/seed-1, sampler/seed-0. rlinvariant" in note for note in load(path).notes)
+
+
+def test_a_run_that_has_ended_and_whose_metrics_were_cut_is_said_to_lack_them(tmp_path):
+    run = write_run(tmp_path / "run", 0, steps=12)
+    assert not any("metrics.jsonl" in note for note in load(run.path).notes), "control"
+    run.metrics.write_text("".join(run.metrics.read_text().splitlines(keepends=True)[:5]))
+    assert "this run: result.json says that it has ended, and metrics.jsonl does at step 5 of 12." in load(run.path).notes
