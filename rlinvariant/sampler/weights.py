@@ -61,7 +61,10 @@ def views(model: Untyped, weights: Iterable[tuple[str, Tensor]]) -> dict[str, Te
 
 def _is_memory_of(have: Tensor, pieces: Sequence[Tensor]) -> bool:
     """Return whether the parts of a weight are the engine's own memory, as `views` gives it: then nothing need be read."""
-    rows = have.data[: sum(map(len, pieces))].split([len(piece) for piece in pieces]) if have.numel() else ()
+    counts = [len(piece) for piece in pieces]
+    if not have.numel() or len(have) < sum(counts):  # of an engine over several processes, whose part is copied
+        return False
+    rows = have.data[: sum(counts)].split(counts)
     place = lambda t: (t.data_ptr(), t.shape, t.stride(), t.dtype, t.device)  # noqa: E731
     return len(rows) == len(pieces) and all(place(a) == place(b) for a, b in zip(rows, pieces, strict=True))
 

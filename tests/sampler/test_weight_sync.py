@@ -12,6 +12,7 @@ from transformers import LlamaConfig, Qwen2Config
 from rlinvariant import checksums
 from rlinvariant.models import shards
 from rlinvariant.ops.linear import is_packable, pack_weight
+from rlinvariant.sampler import weights as synced
 from rlinvariant.sampler.drive import params
 from rlinvariant.sampler.vllm_linear import multiplied, products
 from tests.parity.device import BLOCK, CUDA
@@ -235,3 +236,9 @@ def test_sync_works_without_a_prefix_cache(path, weights):
     cached.sync(weights.items())
     assert_same_completions(twice.completions, once.completions, "again")
     assert_same_completions(once.completions, drive(cached, ASKED).completions, "with and without a prefix cache")
+
+
+def test_a_part_of_a_weight_is_nobodys_memory():
+    """An engine over two processes has half of the rows; what it has may begin where the trainer's own does."""
+    whole = torch.zeros(100, 8)
+    assert synced._is_memory_of(whole, [whole[:60], whole[60:]]) and not synced._is_memory_of(whole[:64], [whole])
