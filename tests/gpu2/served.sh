@@ -1,16 +1,16 @@
-# A server on the second GPU, a trainer on the first: ten steps; a wrong token; a word flipped on its way; a server that is killed
+# A server on the second GPU, or on the one that SERVER_GPU names, a trainer on the first: ten steps; a wrong token; a word flipped on its way; a server that is killed
 set -u
 gpu() { [ -n "${TINY:-}" ] || export CUDA_VISIBLE_DEVICES=$1; } # of this shell and what it starts
 cd "$WORK"
 url=http://127.0.0.1:8471
 (umask 077; $PY -c 'import secrets; print(secrets.token_hex(32))' >right.token; $PY -c 'import secrets; print(secrets.token_hex(32))' >wrong.token)
 serve() {
-  (gpu 1; exec $PY -m rlinvariant serve "$WORK/$small" --port 8471 --trainer-token-file right.token --max-model-len 512 \
-    --kv-cache-memory-bytes 1073741824 >"$OUT/5-server.txt" 2>&1) &
+  (gpu ${SERVER_GPU:-1}; exec $PY -m rlinvariant serve "$WORK/$small" --port 8471 --trainer-token-file right.token --max-model-len 512 \
+    --kv-cache-memory-bytes 1073741824 >"$OUT/server.txt" 2>&1) &
   server=$!
   for _ in $(seq 240); do
     $PY -c "import urllib.request as u; u.urlopen('$url/health', timeout=2)" 2>/dev/null && return 0
-    kill -0 $server 2>/dev/null || { tail -5 "$OUT/5-server.txt"; return 1; }
+    kill -0 $server 2>/dev/null || { tail -5 "$OUT/server.txt"; return 1; }
     sleep 1
   done
   return 1

