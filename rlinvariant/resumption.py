@@ -33,7 +33,7 @@ FREE_OF_TRAINER = (
 ) + ("dataloader_", "skip_memory_metrics", "include_", "ddp_timeout", "average_tokens")
 SHAPES = ("lora.r", "lora.target_modules")
 """Settings by which a checkpoint's adapters have shapes that other settings cannot load."""
-ADDED = {"attention": AUTO}
+ADDED = {"attention": AUTO, "gradients": "stock", "lora.r": 0, "tools": [], "environment": None}
 """Settings that decide bits and that earlier versions did not have -> what those versions did."""
 ROWS_HASHED = 1000  # rows of a data set that are read together
 

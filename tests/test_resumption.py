@@ -95,15 +95,23 @@ def test_a_setting_that_decides_the_result_is_refused_or_forced(setting):
     assert any(line.startswith(f"by resume=force: {key}=") for line in found.lines)
 
 
-def test_a_run_of_an_earlier_version_had_the_attention_that_there_was():
+@pytest.mark.parametrize(
+    "setting, before",
+    [
+        ("attention=flash", "auto; resume with that, or"),
+        ("gradients=ordered", "stock; resume with that, or"),
+        ("lora.r=4", "0, which its adapters"),
+        ("tools=json:dumps", r"\[\]; resume with that, or"),
+    ],
+)
+def test_a_run_of_an_earlier_version_did_what_there_was(setting, before):
     """A setting that its checkpoint does not know is no way around the comparison."""
-    before = settings(config())
-    del before["attention"]
-    left(4, settings=before)
-    with pytest.raises(
-        ConfigErrors, match="^attention=flash: the run was started with auto; resume with that, or write resume="
-    ):
-        find(config("attention=flash"))
+    known = settings(config())
+    key = setting.partition("=")[0]
+    del known[key]
+    left(4, settings=known)
+    with pytest.raises(ConfigErrors, match=rf"^{key}=.*: the run was started with {before}"):
+        find(config(setting))
     assert find(config()).step == 4
 
 
