@@ -198,16 +198,19 @@ def base(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield plain(name), weight
 
 
-def share_base(model: nn.Module, memory: Mapping[str, Tensor]) -> None:
-    """Let the frozen weights of a model lie where the sampler has them, so that one device holds them once.
+def share_base(model: nn.Module, memory: Mapping[str, Tensor]) -> set[str]:
+    """Let the frozen weights of a model lie where the sampler has them, so that one device holds them once; return their names.
 
     Args:
         model: with adapters.
         memory: what `Sampler.memory_of` returned for `base(model)`. A weight with other bytes stays where it is.
     """
+    shared = set()
     for name, weight in base(model):
         if name in memory and not weight.requires_grad and bits.same(weight, memory[name]):
             weight.data = memory[name]
+            shared.add(name)
+    return shared
 
 
 def plain(name: str) -> str:

@@ -42,7 +42,8 @@ def differing(model: Untyped, weights: Iterable[tuple[str, Tensor]], invariant: 
 def views(model: Untyped, weights: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     """Return the engine's own memory of each weight that it has in the weight's shape, dtype and device, by the weight's name.
 
-    A weight with room for an adapter beside it is a view whose rows lie apart.
+    A weight with room for an adapter beside it is a view whose rows lie apart. Each is a storage of its own to PyTorch, though
+    the parts of a merged weight lie in one: transformers saves no weights that lie apart in one storage.
     """
     parts: dict[str, dict[Any, tuple[str, Tensor]]] = {}
     for name, weight in weights:
@@ -55,7 +56,7 @@ def views(model: Untyped, weights: Iterable[tuple[str, Tensor]]) -> dict[str, Te
             rows = own[place].data[first : first + len(weight)]
             first += len(weight)
             if (rows.shape, rows.dtype, rows.device) == (weight.shape, weight.dtype, weight.device):
-                found[name] = rows
+                found[name] = torch.from_dlpack(rows)
     return found
 
 

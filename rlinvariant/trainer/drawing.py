@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from rlinvariant import bits, checksums
+from rlinvariant.checksums import Checksum
 from rlinvariant.conflicts import Invariance
 from rlinvariant.errors import ParityError, ServersLost
 from rlinvariant.models import lora, shards
@@ -47,6 +48,8 @@ class DrawingTrainer(EpisodesTrainer):
     _sampler_is_invariant: bool
     _seeded: dict[bool, tuple[int, int]]  # training or not -> (last step, rollouts that it had had before)
     _drawn: list[Batch]  # by this step on all ranks, of what was handed to `on_rollout`
+    _shared: set[str]  # names of frozen weights that lie in the sampler's memory
+    _frozen: dict[str, Checksum]  # of these, at the last sync of all weights
     _turns: Turns  # of the rollout that is being drawn, or was drawn last
     _sampler_logprobs: list[list[float]]  # of the last rollout, one for each token; a tool's have any number
     _sampled: list[list[int]] | None  # of the last rollout, 1 for each token that was sampled, 0 for a tool's; None: all were
@@ -54,9 +57,9 @@ class DrawingTrainer(EpisodesTrainer):
 
     def _attach(self, sampler: SamplerLike) -> None:
         """Let TRL find the engine where it looks for its own."""
-        self.sampler, self._seeded, self._drawn = sampler, {}, []
+        self.sampler, self._seeded, self._drawn, self._shared = sampler, {}, [], set()
         if self.invariance == "exact" and lora.ranks(self.model):
-            lora.share_base(self.model, sampler.memory_of(lora.base(self.model)))
+            self._shared = lora.share_base(self.model, sampler.memory_of(lora.base(self.model)))
         self.use_vllm = True  # TRL's name for "the rollout carries log-probs": turns on its correction, if asked for
         self.vllm_mode, self.vllm_generation = "colocate", AttachedSampler(self)
         if self.rollout_func is not None:
@@ -227,6 +230,8 @@ class DrawingTrainer(EpisodesTrainer):
                 self._versions.edited()
                 whole = True
             self.sampler.sync(self._weights(older) if whole else self._moving(older))
+            if whole:
+                self._frozen = self._checksums_of_shared()
             differing = self._differing(older)
         self._versions.sampler, self._record.weights_equal = version, not differing
         if not self._sampler_is_invariant and hasattr(self.model, "peft_config"):
@@ -244,9 +249,16 @@ class DrawingTrainer(EpisodesTrainer):
             found = self.sampler.differing_checksums(shards.checksums(self._held(older), self.sampler.dtype))
         else:
             found = self.sampler.differing_weights(self._weights(older))
+            now = self._checksums_of_shared()
+            found += [f"{name} (frozen, but edited; both have the edit)" for name in now if now[name] != self._frozen[name]]
         if self.accelerator.num_processes > 1:
             found = next(filter(None, gather_object([found])), [])
         return found
+
+    def _checksums_of_shared(self) -> dict[str, Checksum]:
+        """Return the checksum of each weight that both sides have in one place, where a comparison of the two sees no edit."""
+        own = lora.base(self.accelerator.unwrap_model(self.model)) if self._shared else ()
+        return {name: checksums.whole(weight) for name, weight in own if name in self._shared}
 
     def _held(self, older: dict[str, Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
         """Yield names and tensors of the policy's parameters, or of older ones, as this rank has them: whole, or in shards."""
