@@ -39,9 +39,12 @@ def hub(monkeypatch, tmp_path) -> Iterator[Hub]:
 
     class Handler(socketserver.StreamRequestHandler):
         def handle(self) -> None:
-            found.asked.append(self.rfile.readline().decode().strip())
+            line = self.rfile.readline().decode().strip()
             while self.rfile.readline().strip():
                 pass
+            if "/api/agent-harnesses" in line:  # huggingface_hub's own, once in a process
+                return
+            found.asked.append(line)
             if found.status is not None and len(found.asked) > found.silent:
                 self.wfile.write(f"HTTP/1.1 {found.status} x\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode())
 

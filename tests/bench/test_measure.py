@@ -86,7 +86,7 @@ def test_a_worker_that_does_not_end_is_ended(tmp_path, monkeypatch):
 def test_every_benchmark_can_be_imported(name):
     for module in filter(None, __main__.BENCHMARKS[name][:2]):
         bench = importlib.import_module(f"rlinvariant.bench.{module}")
-        assert any(callable(getattr(bench, entry, None)) for entry in ("rows", "run", "main"))
+        assert any(callable(getattr(bench, entry, None)) for entry in ("rows", "run", "main", "write"))
 
 
 def test_each_machine_has_its_benchmarks(monkeypatch, capsys, tmp_path):
@@ -96,7 +96,7 @@ def test_each_machine_has_its_benchmarks(monkeypatch, capsys, tmp_path):
             __main__.main([*argv, "--out", str(tmp_path)])
         return capsys.readouterr().err
 
-    assert "linear: not for this machine (cpu); here: ops, sampler, trainer" in refused("linear", machine="cpu")
+    assert "linear: not for this machine (cpu); here: ops, sampler, long, trainer" in refused("linear", machine="cpu")
     assert "ops: not for this machine (h200); here: linear, norms" in refused("ops", machine="h200")
     assert "--tokens: only with families, and with parity on a GPU" in refused("step", "--tokens", "9", machine="cpu")
     assert "invalid choice: 'gemm'" in refused("gemm", machine="cpu")
