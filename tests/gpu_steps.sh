@@ -2,7 +2,7 @@
 export ROOT=$PWD WORK=${WORK:-/tmp/$suite} OUT=${OUT:-${WORK:-/tmp/$suite}/out}
 mkdir -p "$OUT" "$WORK"
 export RLINVARIANT_UNPROVEN_GPU=1 OMP_WAIT_POLICY=passive PYTHONUNBUFFERED=1
-PY=${PYTHON:-python3} slower=1
+PY=${PYTHON:-python3} slower=1 whole=${WHOLE:-550} # seconds of a part, from the start of the script
 # A host without a package index: the packages come as an archive, and the plugin is found through metadata that stands apart
 if [ -f .gpu/site.tar.xz ] && [ -z "${TINY:-}" ]; then
   [ -d ~/site ] || { mkdir -p ~/site && tar xJf .gpu/site.tar.xz -C ~/site; }
@@ -19,9 +19,11 @@ if [ -n "${TINY:-}" ]; then
 fi
 began=$SECONDS failed=0
 
-step() { # NAME SECONDS COMMAND...: run a step, and say in a line how it ended
-  local name=$1 most=$(($2 * slower)) at=$SECONDS code; shift 2
-  timeout -k 10 "$most" "$@" >"$OUT/$part-$name.log" 2>&1; code=$?
+step() { # NAME SECONDS COMMAND...: run a step, for as long at most, and say in a line how it ended
+  local name=$1 most=$(($2 * slower)) left=$((whole * slower - SECONDS)) at=$SECONDS code; shift 2
+  [ $left -ge 1 ] || { echo "== $part $name: FAILED (no time was left)"; failed=$((failed + 1)); return 1; }
+  # SIGTERM lets a benchmark end its processes and remove its models, which takes a while
+  timeout -k 30 $((most < left ? most : left)) "$@" >"$OUT/$part-$name.log" 2>&1; code=$?
   if [ $code = 0 ]; then word=ok; else word="FAILED (exit code $code)"; failed=$((failed + 1)); fi
   echo "== $part $name: $word, $((SECONDS - at)) s"
   grep -aE '^(row|error:|exact|mismatched|on policy)|mismatched [0-9]|AssertionError' "$OUT/$part-$name.log" | tail -12

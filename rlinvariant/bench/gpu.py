@@ -1,10 +1,11 @@
 """Time kernels on a GPU: launches captured in CUDA graphs, both sides in turns, inputs rotated so that no cache holds them."""
 
+import contextlib
 import functools
 import os
 import re
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from statistics import median
 from typing import Any, Protocol
 
@@ -46,6 +47,19 @@ def memory_gib() -> float:
     if torch.cuda.is_available():
         return torch.cuda.get_device_properties(0).total_memory / 2**30
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+
+
+@contextlib.contextmanager
+def leaving(gib: float | None) -> Iterator[None]:
+    """Take all of the GPU's free memory but `gib` GiB meanwhile; nothing with None."""
+    more = 0 if gib is None else torch.cuda.mem_get_info()[0] - int(gib * 2**30)
+    taken = torch.empty(max(0, more), dtype=torch.uint8, device="cuda") if more > 0 else None
+    try:
+        yield
+    finally:
+        del taken
+        if more > 0:
+            torch.cuda.empty_cache()
 
 
 def large() -> bool:

@@ -42,6 +42,8 @@ class Size:
         length, short: the most tokens of a completion, and in the first step, which compiles and allocates.
         kv_gib: memory for keys and values, in GiB.
         stop_share: the share of the vocabulary that ends a completion.
+        tokens: the most of a micro-batch of ours; None: as many as fit into nine tenths of the free memory, as any user gets;
+            a side that starts on the same GPU at the same time would find nothing left.
     """
 
     prompts: int
@@ -50,6 +52,7 @@ class Size:
     short: int
     kv_gib: float
     stop_share: float = 1 / 300
+    tokens: int | None = None
 
     def stops(self, model: str) -> int:
         """Return how many tokens of a model of `shapes.SHAPES` end a completion."""
@@ -60,7 +63,8 @@ class Size:
 
 SIZES = {
     "tiny": Size(prompts=2, rows=8, length=8, short=4, kv_gib=0.3),
-    "full": Size(prompts=64, rows=16, length=512, short=64, kv_gib=14.0),
+    "full": Size(prompts=64, rows=16, length=512, short=64, kv_gib=14.0, tokens=8192),
+    "adapters": Size(prompts=32, rows=16, length=512, short=64, kv_gib=8.0, tokens=8192),  # three sides on one card
     "large": Size(prompts=16, rows=8, length=256, short=32, kv_gib=8.0),  # of models that fill the card
 }
 
@@ -188,7 +192,7 @@ def ours(path: str, directory: str, size: Size, rank: int = 0) -> "InvariantGRPO
     args = grpo_arguments(directory, **_settings(size), **settings)
     most = size.prompts * GENERATIONS
     sampler: SamplerOptions = {"max_model_len": 1024, "kv_cache_gib": size.kv_gib, "options": {"max_num_seqs": most}}
-    own: Any = {"sampler_options": sampler, "on_row": lambda *_: None, **_adapters(rank)}
+    own: Any = {"sampler_options": sampler, "on_row": lambda *_: None, "tokens_per_microbatch": size.tokens, **_adapters(rank)}
     return grpo_trainer(path, reward, args, dataset, processing_class=tokenizer, **own)
 
 

@@ -34,9 +34,10 @@ def rows(tiny: bool) -> Iterator[Row | Missing]:
 
 def measured(model: str, sizes: tuple[str, ...], targets: Mapping[str, float] = TARGETS) -> Iterator[Row | Missing]:
     """Yield the rows of one model of `shapes.SHAPES`, for some of `SIZES`; `targets` are those of equal and ragged rows."""
-    from rlinvariant.models.shapes import build
+    from rlinvariant.models.shapes import SHAPES, build
 
     name = "" if model in ("tiny", MODEL) else f"{model}, "
+    name += "stock's weights in bfloat16, " if SHAPES[model].experts else ""
     with tempfile.TemporaryDirectory() as directory:
         path = build(model, directory)
         with Workers({side: Worker(__name__, side, path) for side in SIDES}) as workers:  # they start together
@@ -102,12 +103,14 @@ def grpo_arguments(directory: str, **settings: Untyped) -> "GRPOConfig":
 def _trainer(side: str, path: str, directory: str) -> Any:
     import torch
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from trl.trainer.grpo_trainer import GRPOTrainer
 
+    from rlinvariant.models.limits import mixture_of
     from rlinvariant.trainer.grpo import InvariantGRPOTrainer
 
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    experts = side == "stock" and mixture_of(AutoConfig.from_pretrained(path)) is not None  # see bench/moe.py
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16 if experts else torch.float32)
     shared: Any = {
         "reward_funcs": lambda completions, **_: [0.0] * len(completions),
         "train_dataset": Dataset.from_list([{"prompt": "w4 w5"}] * 8),

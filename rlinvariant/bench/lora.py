@@ -1,7 +1,8 @@
-"""LoRA: steps against full training and against TRL's own adapters, rollouts with and without, and what large models need.
+"""LoRA: steps against full training and against TRL's own adapters, and rollouts with and without adapters.
 
-Every projection of the decoder has an adapter of rank 16. Steps are those of `bench step`, rollouts those of `bench sampler`:
-with B = 0, as adapters begin, which takes as long as any other. Sides take turns; a large model is alone on the device.
+Every projection of the decoder has an adapter of rank 16. Steps are those of `bench step` with half as many prompts, so that
+three sides fit on one card; rollouts are those of `bench sampler`: with B = 0, as adapters begin, which takes as long as any
+other. Sides take turns.
 """
 
 import json
@@ -21,22 +22,18 @@ ROUNDS = 3
 PARTS = {"step": "s", "all but the rollout": "s", "rollout": "s", "weight sync": "ms", "peak memory": "MiB"}
 TARGETS = {("full", "step"): 0.93, ("full", "all but the rollout"): 0.8, ("stock", "step"): 0.6}
 RATES = {1: 0.85, 16: 0.9, 64: 0.9, 256: 0.9}  # requests at once -> least rate, as a multiple of the rate without adapters
-LARGE = {"qwen3-8b": 60, "qwen3-32b-half": None}  # model -> GiB that its training is to fit
 PROJECTIONS = [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
 
 
 def rows(tiny: bool) -> Iterator[Row | Missing]:
     from rlinvariant.models.shapes import build
 
-    which, model = ("tiny", "tiny") if tiny or gpu.name() == "cpu" else ("full", gpu_step.MODEL)
+    which, model = ("tiny", "tiny") if tiny or gpu.name() == "cpu" else ("adapters", gpu_step.MODEL)
     size = gpu_step.SIZES[which]
     with tempfile.TemporaryDirectory() as directory:
         path = build(model, directory, stops=size.stops(model))
         yield from _steps(f"{model}, {size.prompts} prompts x {gpu_step.GENERATIONS}", path, which)
         yield from _rates(model, path, "tiny" if which == "tiny" else "gpu")
-    for model, gib in {"tiny": None}.items() if which == "tiny" else LARGE.items():
-        with tempfile.TemporaryDirectory() as directory:
-            yield from _large(model, build(model, directory), "tiny" if which == "tiny" else "large", gib)
 
 
 def every_projection(path: str) -> dict[str, int]:
@@ -102,21 +99,6 @@ def _rates(model: str, path: str, size: str) -> Iterator[Row | Missing]:
             else:
                 equal = {"ours": alone["adapters"], "stock": alone["exact"]}
                 yield _row(case, rates["adapters"], rates["exact"], "tok/s", target, equal, ROUNDS)
-
-
-def _large(model: str, path: str, which: str, gib: int | None) -> Iterator[Row | Missing]:
-    size = gpu_step.SIZES[which]
-    case = f"memory of {model}, two steps of {size.prompts} prompts x {gpu_step.GENERATIONS} with adapters"
-    with Workers({"adapters": _trainer("adapters", path, which)}) as workers:
-        answers = [workers.ask(["adapters"], length=n) for n in (size.short, size.length, size.length)]
-    if not all(answers):
-        yield Missing("lora", case, "; ".join(workers.missing.values()), {})
-        return
-    steps = [a["adapters"] for a in answers[1:]]
-    whole = gpu.memory_gib() if gib is None else gib
-    exact, reserved = all(a["exact"] for a in steps), max(a["reserved"] for a in steps)
-    of = f"{case}, of {whole:.0f} GiB"
-    yield _row(of, reserved, whole * 1024, "MiB", 1.0 if gib else None, {"ours": exact}, len(steps))
 
 
 def _row(case: str, ours: float, stock: float, unit: str, target: float | None, equal: Mapping[str, bool], samples: int) -> Row:

@@ -1,7 +1,8 @@
 """A mixture of the 30B-A3B shape, a quarter of its layers: rollouts against stock vLLM, training against `grouped_mm`.
 
 Rollouts are those of `bench sampler`, training is that of `bench trainer`: transformers' own mixture multiplies by
-`torch.grouped_mm`, its default.
+`torch.grouped_mm`, its default. Autocast does not reach that function, which would multiply experts in float32, many times as
+slow: so the stock side's weights are in bfloat16, and ours in float32, as everywhere.
 """
 
 from collections.abc import Iterator

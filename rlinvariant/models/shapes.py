@@ -127,7 +127,7 @@ def build(name: str, directory: str | Path, stops: int = 1) -> str:
         # transformers leaves this row zero, where a norm's gradient is 1 / sqrt(eps): over many layers it overflows
         model.get_input_embeddings().weight[model.config.pad_token_id].normal_(0.0, 0.02)
     model.generation_config.eos_token_id = [1, *range(3, 2 + stops)] if stops > 1 else 1
-    model.save_pretrained(directory)
+    model.save_pretrained(directory, max_shard_size="5GB")  # a shard goes through the host's memory, twice
     tokenizer(SHAPES[name].vocab).save_pretrained(directory)
     del model
     if device == "cuda":

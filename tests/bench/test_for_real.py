@@ -11,7 +11,8 @@ import pytest
 @pytest.mark.parametrize(
     "name, measured",
     [
-        ("lora", ["step", "all but the rollout", "rollout", "weight sync", "rollout with adapters", "memory"]),
+        ("lora", ["step", "all but the rollout", "rollout", "weight sync", "rollout with adapters"]),
+        ("lora_large", ["memory of tiny, two steps"]),
         ("moe", ["ours: 2 requests alone", "ours: tiny-moe, batch 4", "tiny-moe, 4 equal rows", "tiny-moe, tiny, peak memory"]),
         ("profile", ["rollout", "log-probs: forward", "backward", "step, not traced"]),
     ],

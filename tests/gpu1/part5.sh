@@ -1,2 +1,2 @@
 # Mixtures
-step moe 420 bash -c 'bench moe'
+step moe 550 bash -c 'bench moe'

@@ -1,5 +1,5 @@
 # Recipes with a real model
-steps=${STEPS:-100} kind=_gpu least=
+steps=${STEPS:-60} kind=_gpu least=
 [ -z "${TINY:-}" ] || steps=1 kind= least="trainer.per_device_train_batch_size=8 trainer.num_generations=4 data.eval_size=4"
 recipe() { # NAME SETTINGS...: a run in $WORK/runs, every token of which has to be compared and equal
   (cd "$WORK" && rm -rf "runs/$1" && $PY -m rlinvariant train recipe="$1" run="$1" steps="$steps" wandb.mode=disabled "${@:2}") &&

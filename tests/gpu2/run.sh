@@ -1,5 +1,5 @@
 #!/bin/bash
-# What needs two GPUs of one host, in five parts of at most nine minutes each: two sittings of half an hour, 1 2, then 3 4 5.
+# What needs two GPUs of one host, in five parts of nine minutes and a half at most: two sittings of half an hour, 1 2, then 3 4 5.
 #
 #   tests/gpu2/run.sh PART            PART 1 to 5; on two H100 or H200, from the repository's root
 #   TINY=1 tests/gpu2/run.sh PART     the same commands on a CPU, small, joined by gloo: what is tried before a sitting

@@ -1,0 +1,2 @@
+# What training large models with adapters takes
+step lora_large 550 bash -c 'bench lora_large'
