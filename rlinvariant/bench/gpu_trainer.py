@@ -32,8 +32,13 @@ def rows(tiny: bool) -> Iterator[Row | Missing]:
     return measured("tiny" if tiny else MODEL, ("tiny",) if tiny else ("2k", "8k"))
 
 
-def measured(model: str, sizes: tuple[str, ...], targets: Mapping[str, float] = TARGETS) -> Iterator[Row | Missing]:
-    """Yield the rows of one model of `shapes.SHAPES`, for some of `SIZES`; `targets` are those of equal and ragged rows."""
+def measured(
+    model: str, sizes: tuple[str, ...], targets: Mapping[str, float] = TARGETS, memory: float | None = 1.0
+) -> Iterator[Row | Missing]:
+    """Yield the rows of one model of `shapes.SHAPES`, for some of `SIZES`.
+
+    `targets` are those of equal and ragged rows, `memory` is that of the peak memory.
+    """
     from rlinvariant.models.shapes import SHAPES, build
 
     name = "" if model in ("tiny", MODEL) else f"{model}, "
@@ -42,10 +47,12 @@ def measured(model: str, sizes: tuple[str, ...], targets: Mapping[str, float] = 
         path = build(model, directory)
         with Workers({side: Worker(__name__, side, path) for side in SIDES}) as workers:  # they start together
             for size in sizes:
-                yield from _size(workers, name, size, targets)
+                yield from _size(workers, name, size, targets, memory)
 
 
-def _size(workers: Workers, model: str, size: str, targets: Mapping[str, float]) -> Iterator[Row | Missing]:
+def _size(
+    workers: Workers, model: str, size: str, targets: Mapping[str, float], memory: float | None
+) -> Iterator[Row | Missing]:
     number, prompt, completion, count = SIZES[size]
     for case, target in targets.items():
         name = f"{model}{number} {case} rows of {'' if case == 'equal' else 'up to '}{prompt}+{completion} tokens"
@@ -58,7 +65,7 @@ def _size(workers: Workers, model: str, size: str, targets: Mapping[str, float])
             speed = {side: median(rates) for side, rates in found.items() if rates}
             yield _row(workers, f"{name}, {label}", speed, "tok/s", target if what == "train" else None, same, count)
     peak = {side: found["peak"] for side, found in workers.ask(SIDES, what="memory").items()}
-    yield _row(workers, f"{model}{size}, peak memory: parameters, gradients, activations", peak, "MiB", 1.0, {}, 1)
+    yield _row(workers, f"{model}{size}, peak memory: parameters, gradients, activations", peak, "MiB", memory, {}, 1)
 
 
 def _row(

@@ -16,4 +16,4 @@ TARGETS = {"equal": 0.8, "ragged": 0.8}  # of stock's tokens per second
 def rows(tiny: bool) -> Iterator[Row | Missing]:
     setup, size = ("tiny-moe", "tiny") if tiny else ("moe", "2k")
     yield from sampler.measured(setup)
-    yield from gpu_trainer.measured(sampler.SETUPS[setup].model, (size,), TARGETS)
+    yield from gpu_trainer.measured(sampler.SETUPS[setup].model, (size,), TARGETS, memory=None)

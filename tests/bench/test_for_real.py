@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+BF16 = "stock's weights in bfloat16"
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
@@ -13,7 +15,14 @@ import pytest
     [
         ("lora", ["step", "all but the rollout", "rollout", "weight sync", "rollout with adapters"]),
         ("lora_large", ["memory of tiny, two steps"]),
-        ("moe", ["ours: 2 requests alone", "ours: tiny-moe, batch 4", "tiny-moe, 4 equal rows", "tiny-moe, tiny, peak memory"]),
+        (
+            "moe",
+            [
+                "ours: 2 requests alone",
+                "ours: tiny-moe, batch 4",
+                *(f"tiny-moe, {BF16}, {what}" for what in ("4 equal rows", "tiny, peak memory")),
+            ],
+        ),
         ("profile", ["rollout", "log-probs: forward", "backward", "step, not traced"]),
     ],
 )
