@@ -6,7 +6,9 @@ that could not be exact, in the front end, and `Proof` asks the engine what it r
 Who may ask at all is in vllm_guard.py.
 """
 
+import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -20,6 +22,7 @@ from vllm.v1.sample.logits_processor import LogitsProcessor
 from rlinvariant import runtime, trainer_token
 from rlinvariant.errors import ConfigErrors, UserError, one_line
 from rlinvariant.kernels import choice
+from rlinvariant.launch import end_with_parent
 from rlinvariant.model_source import base_and_adapter
 from rlinvariant.models import adapter_files, audit_config, lora
 from rlinvariant.models.limits import attention_of
@@ -274,10 +277,21 @@ class Requests(LogitsProcessor):
         raise NotImplementedError
 
 
+def _end_with_front_end() -> None:
+    """Let the engine's process end when the one that started it has: where that is killed, nobody else would end this one.
+
+    It would keep the model and the memory for keys and values, and nobody could ask it for anything.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is not None and end_with_parent(signal.SIGKILL) and os.getppid() != parent.pid:
+        os.kill(os.getpid(), signal.SIGKILL)  # it is gone already
+
+
 class Worker(_Worker):
     """Runs vLLM's worker with our sampler in it. It does not start unless the model passes the trainer's checks."""
 
     def __init__(self, vllm_config: Untyped, *args: Untyped, **kwargs: Untyped) -> None:
+        _end_with_front_end()
         plugin.require_own_registration()
         vllm_config.model_config.logits_processors = None  # in the engine it would cost a copy of every token drawn
         super().__init__(vllm_config, *args, **kwargs)

@@ -4,7 +4,9 @@ and cancelled requests, against the same request alone. The control is stock `vl
 
 import asyncio
 import json
+import os
 import random
+import signal
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -283,3 +285,16 @@ def test_a_request_that_could_not_be_exact_is_refused_by_name(name, value, serve
     response = httpx.post(f"{servers['ours'].url}/v1/completions", json=body(**{"temperature": 1, name: value}), timeout=None)
     assert response.status_code == 400
     assert f"{name}=" in response.json()["error"]["message"]
+
+
+@pytest.mark.slow
+def test_a_front_end_that_is_killed_leaves_no_engine(model, tmp_path):
+    """vLLM's engine is another process, which would keep the memory of a GPU."""
+    server = Server(["-m", "rlinvariant", "serve", model, "--max-model-len", "64", "--enforce-eager"], tmp_path / "log")
+    server.wait()
+    engines = psutil.Process(server.process.pid).children(recursive=True)
+    os.kill(server.process.pid, signal.SIGKILL)
+    _, alive = psutil.wait_procs(engines, 10)
+    for process in alive:
+        process.kill()
+    assert engines and not alive
