@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.trees import parsed
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = [path for top in ("rlinvariant", "recipes") for path in sorted((ROOT / top).rglob("*.py"))]
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
@@ -59,7 +61,7 @@ Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 def fragments(source: str) -> Iterator[str]:
     """Yield each docstring that begins no sentence, or does not end as one."""
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(parsed(source)):
         text = ast.get_docstring(node) if isinstance(node, Documented) else None
         if text is None:
             continue
@@ -75,7 +77,7 @@ def fragments(source: str) -> Iterator[str]:
 
 def pieces(source: str) -> Iterator[str]:
     """Yield each docstring of a module, class or function that begins as a piece of a sentence."""
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(parsed(source)):
         text = ast.get_docstring(node) if isinstance(node, Documented) else None
         if text and text.split()[0].rstrip(",;:.") in FRAGMENTS:
             yield f"{'module' if isinstance(node, ast.Module) else node.name}: {text.splitlines()[0]}"
@@ -83,7 +85,7 @@ def pieces(source: str) -> Iterator[str]:
 
 def fragments_of_constants(source: str) -> Iterator[str]:
     """Yield each docstring of a constant that begins as a piece of a sentence; a title is allowed, as for a module."""
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(parsed(source)):
         body = getattr(node, "body", None)
         for named, text in zip(body[:-1], body[1:], strict=True) if isinstance(body, list) else ():
             value = text.value if isinstance(text, ast.Expr) else None
@@ -185,7 +187,7 @@ SUFFIX = re.compile(r"[a-z][a-z0-9_]*_(?=[A-Z0-9]*[A-Z])([A-Z0-9]+)$")
 
 def letters_without_legend(source: str) -> Iterator[str]:
     """Yield each name whose shape suffix has a letter that the module's docstring does not explain, as in `T: tokens`."""
-    tree = ast.parse(source)
+    tree = parsed(source)
     legend = set(re.findall(r"\b([A-Z]): ", ast.get_docstring(tree) or ""))
     names = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)} | {
         a.arg for a in ast.walk(tree) if isinstance(a, ast.arg)
@@ -216,7 +218,7 @@ TENSOR_FILES = [
 
 def shapes_unsaid(source: str) -> Iterator[str]:
     """Yield each public function of tensors whose docstring gives no shape, in brackets or in words, and no op that does."""
-    for node in ast.parse(source).body:
+    for node in parsed(source).body:
         if not isinstance(node, ast.FunctionDef) or node.name.startswith("_"):
             continue
         if any("Tensor" in ast.unparse(x.annotation) for x in node.args.args if x.annotation):

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.trees import parsed
+
 ROOT = Path(__file__).parents[1]
 # A unit imports itself and units of rows above its own: sampler and trainer, on one row, never each other.
 ROWS = (
@@ -65,7 +67,7 @@ def imported(source: str, package: str, types: bool = True) -> set[str]:
     types: also what is imported for types alone, which loads nothing.
     """
     names: set[str] = set()
-    tree = ast.parse(source)
+    tree = parsed(source)
     unseen = {
         id(x) for node in ast.walk(tree) if not types and _is_for_types(node) for part in node.body for x in ast.walk(part)
     }

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.trees import parsed
+
 ROOT = Path(__file__).parents[1]
 FILES = [*(ROOT / "rlinvariant").rglob("*.py"), *(ROOT / "recipes").glob("*.py"), ROOT / "train.py"]
 MODULES = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib", "code", "codeop"}
@@ -53,7 +55,7 @@ def name_of(node: ast.AST) -> str:
 
 def findings(source: str) -> Iterator[str]:
     """Yield what a source does that it should not."""
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(parsed(source)):
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
             yield from (name for name in names if name.split(".")[0] in MODULES)

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.trees import parsed
+
 PACKAGE = Path(__file__).parents[1] / "rlinvariant"
 TRL = "TRL's or transformers' own argument or result, handed on as it is"
 ASGI = "the arguments of an ASGI application, for which it has no types"
@@ -49,7 +51,7 @@ def has_any(annotation: ast.expr | None) -> bool:
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             if node is not annotation and not node.value.isidentifier():
                 continue  # a word of Literal
-            if has_any(ast.parse(node.value, mode="eval").body):
+            if has_any(parsed(node.value, mode="eval").body):
                 return True
         if (isinstance(node, ast.Name) and node.id == "Any") or (isinstance(node, ast.Attribute) and node.attr == "Any"):
             return True
@@ -58,7 +60,7 @@ def has_any(annotation: ast.expr | None) -> bool:
 
 def bare(source: str) -> Iterator[str]:
     """Yield the name of each public function or method whose signature says `Any`, and where: `f(x)`, or `f ->`."""
-    yield from _bare(ast.parse(source).body, "")
+    yield from _bare(parsed(source).body, "")
 
 
 def _bare(body: list[ast.stmt], prefix: str) -> Iterator[str]:

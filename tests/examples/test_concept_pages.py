@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.trees import parsed
+
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs" / "concepts").glob("*.md"))
 NAMED = re.compile(r"`((?:rlinvariant|tests|examples|recipes|docs|configs)/[\w./-]*)(?:::(\w+))?`")
@@ -15,7 +17,7 @@ HEADER = "| source | what changes | our fix | file | test |"
 
 @cache
 def functions_of(path: Path) -> set[str]:
-    return {node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)}
+    return {node.name for node in parsed(path.read_text()).body if isinstance(node, ast.FunctionDef)}
 
 
 def missing(text: str) -> list[str]:

@@ -8,6 +8,7 @@ import torch
 
 from rlinvariant import ops
 from rlinvariant.bench.cases import Case, check
+from tests.trees import parsed
 
 ROOT = Path(__file__).parents[2]
 OPS = [name for name in ops.__all__ if not name.endswith("_ref")]
@@ -19,7 +20,7 @@ NOT_MEASURED_APART = {"scale_logits", "sample", "embedding"}
 def used_in(folder: str) -> set[str]:
     """Return the X of every `ops.X_ref` that the code of a folder takes; docstrings do not count."""
     files = [path for path in sorted((ROOT / folder).rglob("*.py")) if path != Path(__file__)]
-    nodes = (node for path in files for node in ast.walk(ast.parse(path.read_text())))
+    nodes = (node for path in files for node in ast.walk(parsed(path.read_text())))
     return {node.attr.removesuffix("_ref") for node in nodes if isinstance(node, ast.Attribute) and node.attr.endswith("_ref")}
 
 

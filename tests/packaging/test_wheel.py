@@ -17,6 +17,7 @@ import pytest
 from packaging.requirements import Requirement
 
 import rlinvariant
+from tests.trees import parsed
 
 ROOT = Path(__file__).parents[2]
 PARTS = ("pyproject.toml", "README.md", "LICENSE", "rlinvariant", "recipes", "configs", "tests", "train.py")
@@ -132,7 +133,7 @@ def _python(*arguments: str, cwd: Path, path: Path) -> subprocess.CompletedProce
 
 def _imported(path: Path) -> set[str]:
     names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parsed(path.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and not node.level:

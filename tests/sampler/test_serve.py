@@ -195,7 +195,8 @@ def under_load(server: Server, kinds: list[str]) -> tuple[dict[str, str], list[t
     try:
         return asyncio.run(alone_and_among(server.url, kinds))
     except (AssertionError, httpx.HTTPError) as error:
-        raise AssertionError(f"{error!r}\n{server.log.read_text()[-8000:]}") from error
+        log = server.log.read_text()
+        raise AssertionError(f"{error!r}\n{log[max(0, log.find('ERROR') - 1000) :][:12000]}") from error
 
 
 # ---- tests

@@ -14,6 +14,7 @@ import pytest
 
 from rlinvariant.sampler.hooks import EITHER, FIELDS, GPU_HOOKS, HOOKS, NAMES
 from rlinvariant.support import RELEASES
+from tests.trees import parsed
 
 pytestmark = pytest.mark.contract
 
@@ -32,7 +33,7 @@ class Wheel:
         if module not in self.trees:
             base = module.replace(".", "/")
             path = next((x for x in (f"{base}.py", f"{base}/__init__.py") if x in self.known), None)
-            self.trees[module] = None if path is None else ast.parse(self.files.read(path))
+            self.trees[module] = None if path is None else parsed(self.files.read(path))
         return self.trees[module]
 
     def find(self, module: str, name: str, depth: int = 0) -> tuple[str, ast.AST] | None:

@@ -16,6 +16,7 @@ from rlinvariant.trainer.checkpointed import CheckpointedTrainer
 from rlinvariant.trainer.drawing import DrawingTrainer
 from rlinvariant.trainer.episodes import EpisodesTrainer
 from rlinvariant.trainer.finite import FiniteTrainer
+from tests.trees import parsed
 
 # Leading parameters of each method of GRPOTrainer that is overridden, in TRL's order: ours are called with these.
 OVERRIDDEN = {
@@ -225,7 +226,7 @@ def test_a_scored_rollout_has_the_keys_expected(key):
 def test_log_probs_have_one_leaf():
     """Policy, old policy and reference all go through `_get_per_token_logps_and_entropies`, with no other forward beside it."""
     for method, calls in {"_generate_and_score_completions": 3, "_compute_loss": 1}.items():
-        tree = ast.parse(source(getattr(GRPOTrainer, method)))
+        tree = parsed(source(getattr(GRPOTrainer, method)))
         names = [n.func.attr for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)]
         assert names.count("_get_per_token_logps_and_entropies") == calls, f"{method}: log-probs are computed elsewhere"
         assert "forward" not in names and not [
@@ -236,7 +237,7 @@ def test_log_probs_have_one_leaf():
 def test_the_leaf_gives_log_probs_entropies_and_an_auxiliary_loss():
     returned = [
         node.value
-        for node in ast.walk(ast.parse(source(GRPOTrainer._get_per_token_logps_and_entropies)))
+        for node in ast.walk(parsed(source(GRPOTrainer._get_per_token_logps_and_entropies)))
         if isinstance(node, ast.Return)
     ]
     assert returned and all(isinstance(value, ast.Tuple) and len(value.elts) == 3 for value in returned)

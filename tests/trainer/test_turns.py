@@ -20,6 +20,7 @@ from tests import forks
 from tests.parity.device import cpu_only
 from tests.parity.harness import assert_exact, assert_same_weights, assert_stops, critic_weights, weights
 from tests.trainer.tool_model import questions, tool_trainer
+from tests.trees import parsed
 
 
 @pytest.fixture
@@ -208,7 +209,7 @@ ALLOWED = {  # where the mask of all tokens is meant: what a row costs, which ro
 
 def masks_read(source: str) -> set[str]:
     """The functions in which a batch's "completion_mask", or all of its masks by name, are read."""
-    tree, found = ast.parse(source), set()
+    tree, found = parsed(source), set()
     for function in ast.walk(tree):
         if isinstance(function, ast.FunctionDef):
             texts = [ast.unparse(node) for node in ast.walk(function) if isinstance(node, ast.Subscript)]
