@@ -1,7 +1,7 @@
 """Find the parameters of a vLLM model whose bytes are not the trainer's."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from rlinvariant.checksums import Checksum
 from rlinvariant.sampler import packed
 from rlinvariant.types import Untyped
 
+T = TypeVar("T")
 MERGE_ORDER: list[Any] = [None, "q", "k", "v", *range(16)]  # how vLLM stacks the parts of a merged projection
 
 PADDED = ("embed_tokens.weight", "lm_head.weight")  # vLLM pads the vocabulary
@@ -18,10 +19,7 @@ PADDED = ("embed_tokens.weight", "lm_head.weight")  # vLLM pads the vocabulary
 
 def differing(model: Untyped, weights: Iterable[tuple[str, Tensor]], invariant: bool) -> list[str]:
     """Name the parameters whose bytes differ; `Sampler.differing_weights` says which are compared, and how."""
-    parts: dict[str, dict[Any, Tensor]] = {}
-    for name, weight in weights:
-        place, shard = target(model, name)
-        parts.setdefault(place, {})[shard] = weight.detach()
+    parts = _by_place(model, ((name, weight.detach()) for name, weight in weights))
     own = dict(model.named_parameters())
     tied = "lm_head.weight" not in own
     bad = [name for name in parts if name not in own and not (tied and name == "lm_head.weight")]
@@ -45,10 +43,7 @@ def views(model: Untyped, weights: Iterable[tuple[str, Tensor]]) -> dict[str, Te
     A weight with room for an adapter beside it is a view whose rows lie apart. Each is a storage of its own to PyTorch, though
     the parts of a merged weight lie in one: transformers saves no weights that lie apart in one storage.
     """
-    parts: dict[str, dict[Any, tuple[str, Tensor]]] = {}
-    for name, weight in weights:
-        place, shard = target(model, name)
-        parts.setdefault(place, {})[shard] = name, weight
+    parts = _by_place(model, ((name, (name, weight)) for name, weight in weights))
     own, found = dict(model.named_parameters()), {}
     for place, pieces in parts.items():
         first = 0
@@ -78,10 +73,7 @@ def differing_checksums(model: Untyped, weights: Mapping[str, Checksum]) -> list
     """
     from rlinvariant.sampler.vllm_columns import of_all
 
-    parts: dict[str, dict[Any, Checksum]] = {}
-    for name, checksum in weights.items():
-        place, shard = target(model, name)
-        parts.setdefault(place, {})[shard] = checksum
+    parts = _by_place(model, weights.items())
     own = dict(model.named_parameters())
     bad = [name for name in parts if name not in own and not ("lm_head.weight" not in own and name == "lm_head.weight")]
     sums: dict[str, list[_Rows]] = {}
@@ -142,6 +134,15 @@ def target(model: Untyped, name: str) -> tuple[str, Untyped]:
         if f"{original}." in name:
             return name.replace(original, merged), shard
     return packed.place(model, name), None
+
+
+def _by_place(model: Untyped, named: Iterable[tuple[str, T]]) -> dict[str, dict[Any, T]]:
+    """Return what belongs to Hugging Face parameters by the name of vLLM's own parameter, and by the part of it."""
+    parts: dict[str, dict[Any, T]] = {}
+    for name, found in named:
+        place, shard = target(model, name)
+        parts.setdefault(place, {})[shard] = found
+    return parts
 
 
 def _in_order(pieces: dict[Any, Any]) -> list[Any]:
