@@ -273,13 +273,10 @@ def kernels(invariance: str) -> dict[str, str]:
     import torch
 
     from rlinvariant.kernels import cpu
-    from rlinvariant.kernels.routes import attention_routes
+    from rlinvariant.kernels.routes import attention_routes, in_words
     from rlinvariant.ops.linear import routes
 
-    by_route: dict[str, list[str]] = {}
-    for shape, route in sorted(routes().items()):
-        by_route.setdefault(route, []).append(shape)
-    linear = "; ".join(f"{route} for {' '.join(shapes)}" for route, shapes in by_route.items()) or "none so far"
+    linear = in_words(routes(), "{route} for {them}", " ")
     if torch.cuda.is_available():
         return {"linear": linear, "attention": attention_routes(), "other ops": "kernels/*.py, Triton"}
     return {"linear": linear, "other ops": f"kernels/*.c, gcc {' '.join(cpu.FLAGS[:3])}"}
