@@ -1,6 +1,7 @@
 # pyright: reportCallIssue=false
 """Whole GRPO steps on one GPU: ours against stock TRL with stock vLLM colocated, both as their users would start them.
 
+Only our micro-batches are bounded, at 8,192 tokens: by itself our trainer takes what memory is free, which two sides share here.
 64 prompts x 8 completions of up to 512 tokens; a share of the vocabulary ends a completion, so lengths vary as in a real run.
 The learning rate is 0, so that every step samples from the same policy. Each side is a process, and they take turns, after a
 step of short completions that compiles and allocates; on a GPU that cannot hold both, one follows the other.
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlinvariant.bench import gpu
 from rlinvariant.bench.gpu_trainer import grpo_arguments
-from rlinvariant.bench.measure import Link, Missing, Row, Worker, Workers, peak_memory
+from rlinvariant.bench.measure import Link, Missing, Row, Worker, Workers, compared, peak_memory
 
 if TYPE_CHECKING:
     from rlinvariant.trainer.grpo import InvariantGRPOTrainer
@@ -113,19 +114,7 @@ def _rows(name: str, missing: dict[str, str], answers: list[dict[str, dict[str, 
 
     def row(case: str, found: dict[str, float], unit: str, target: float | None, bits: dict[str, bool | None]) -> Row:
         mine, stock = (found[side] for side in SIDES)
-        ratio = round(mine / max(stock, 1e-9), 3)
-        return Row(
-            bench="step",
-            case=f"{case}: {name}",
-            ours=round(mine, 3),
-            stock=round(stock, 3),
-            unit=unit,
-            ratio=ratio,
-            target=target,
-            bits_equal=bits,
-            samples=len(answers),
-            others=0.0,
-        )
+        return compared("step", f"{case}: {name}", mine, stock, unit, target, bits, len(answers), 3)
 
     yield row("step", seconds, "s", TARGET, equal)
     yield row("sampled tokens of a step", tokens, "tokens", None, none)

@@ -13,7 +13,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from rlinvariant import bits
-from rlinvariant.bench.measure import Link, Missing, Row, Worker, Workers, peak_memory
+from rlinvariant.bench.measure import Link, Missing, Row, Worker, Workers, compared, peak_memory
 from rlinvariant.bench.trainer import padded_batch
 from rlinvariant.types import Untyped
 
@@ -75,18 +75,7 @@ def _row(
         return Missing("trainer", case, "; ".join(workers.missing.values()), found)
     ours, stock = (found[side] for side in SIDES)
     equal = {"ours": same.get("exact"), "stock": same.get("stock")}
-    return Row(
-        bench="trainer",
-        case=case,
-        ours=round(ours, 1),
-        stock=round(stock, 1),
-        unit=unit,
-        ratio=round(ours / stock, 3),
-        target=target,
-        bits_equal=equal,
-        samples=samples,
-        others=0.0,
-    )
+    return compared("trainer", case, ours, stock, unit, target, equal, samples)
 
 
 def grpo_arguments(directory: str, **settings: Untyped) -> "GRPOConfig":

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import median
 
-from rlinvariant.bench.measure import Answer, Link, Missing, Row, Worker, Workers
-from rlinvariant.bench.sampler import Engine, Ours, Stock
+from rlinvariant.bench.measure import Answer, Link, Missing, Row, Worker, Workers, compared
+from rlinvariant.bench.sampler import Engine, Ours, Stock, machine, prepare
 from rlinvariant.kernels import choice
 
 LABELS = {"flash": "attention=flash", "chunked": "attention=chunked", "exact": "ours"}
@@ -56,7 +56,7 @@ SETUPS = {
 def rows(tiny: bool) -> Iterator[Row | Missing]:
     from rlinvariant.models.shapes import build
 
-    size = _machine() + " tiny" * tiny
+    size = machine() + " tiny" * tiny
     setup = SETUPS[size]
     with tempfile.TemporaryDirectory() as directory:
         path = build(setup.model, directory)
@@ -67,12 +67,6 @@ def rows(tiny: bool) -> Iterator[Row | Missing]:
             for context in setup.contexts:
                 for batch in setup.batches:
                     yield from _rows(workers, setup, context, batch, same)
-
-
-def _machine() -> str:
-    import torch
-
-    return "gpu" if torch.cuda.is_available() else "cpu"
 
 
 def _rows(workers: Workers, setup: Setup, context: int, batch: int, same: dict[str, bool]) -> Iterator[Row | Missing]:
@@ -94,18 +88,8 @@ def _rows(workers: Workers, setup: Setup, context: int, batch: int, same: dict[s
                 gone = [reason for name, reason in workers.missing.items() if name in (side, other)]
                 yield Missing("long", case, "; ".join(gone), {s: round(x, 1) for s, x in speed.items()})
                 continue
-            yield Row(
-                bench="long",
-                case=case,
-                ours=round(speed[side], 1),
-                stock=round(speed[other], 1),
-                unit="tok/s",
-                ratio=round(speed[side] / speed[other], 3),
-                target=None,
-                bits_equal={"ours": same.get(side), "stock": same.get(other)},
-                samples=len(answers[side]),
-                others=0.0,
-            )
+            equal = {"ours": same.get(side), "stock": same.get(other)}
+            yield compared("long", case, speed[side], speed[other], "tok/s", None, equal, len(answers[side]))
 
 
 def serve(link: Link, engine: Engine, setup: Setup) -> None:
@@ -150,12 +134,9 @@ def _prompts(engine: Engine, seed: int, count: int, length: int) -> list[list[in
 
 def _worker(side: str, path: str, size: str) -> None:
     link, setup = Link(), SETUPS[size]
-    os.environ["VLLM_LOGGING_LEVEL"] = "WARNING"
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    prepare(stock=side == "stock")
     if side in choice.ATTENTIONS:
         os.environ[choice.VARIABLE] = side
-    if side == "stock":
-        os.environ["VLLM_USE_FLASHINFER_SAMPLER"] = "0"  # see bench/sampler.py
     longest = max(setup.contexts) + setup.new_tokens
     serve(link, (Stock if side == "stock" else Ours)(path, longest, setup.kv_gib), setup)
 

@@ -7,13 +7,13 @@ other. Sides take turns.
 
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from rlinvariant.bench import gpu, gpu_step, sampler
-from rlinvariant.bench.measure import Missing, Row, Worker, Workers
+from rlinvariant.bench.measure import Missing, Row, Worker, Workers, compared
 
 RANK = 16
 SIDES = {"adapters": ("exact", RANK), "full": ("exact", 0), "stock": ("stock", RANK)}  # TRL's runs on a GPU alone
@@ -66,7 +66,7 @@ def _steps(name: str, path: str, which: str) -> Iterator[Row | Missing]:
             elif parts[other][part]:  # TRL does not time its sync
                 equal = {"ours": same["adapters"], "stock": same[other]} if part == "step" else {}
                 ours, stock = (parts[side][part] for side in ("adapters", other))
-                yield _row(case, ours, stock, unit, TARGETS.get((other, part)), equal, len(answers))
+                yield compared("lora", case, ours, stock, unit, TARGETS.get((other, part)), equal, len(answers), 3)
 
 
 def _parts(answers: list[dict[str, Any]]) -> dict[str, float]:
@@ -98,19 +98,4 @@ def _rates(model: str, path: str, size: str) -> Iterator[Row | Missing]:
                 yield Missing("lora", case, "; ".join(workers.missing.values()), rates)
             else:
                 equal = {"ours": alone["adapters"], "stock": alone["exact"]}
-                yield _row(case, rates["adapters"], rates["exact"], "tok/s", target, equal, ROUNDS)
-
-
-def _row(case: str, ours: float, stock: float, unit: str, target: float | None, equal: Mapping[str, bool], samples: int) -> Row:
-    return Row(
-        bench="lora",
-        case=case,
-        ours=round(ours, 3),
-        stock=round(stock, 3),
-        unit=unit,
-        ratio=round(ours / max(stock, 1e-9), 3),
-        target=target,
-        bits_equal={"ours": equal.get("ours"), "stock": equal.get("stock")},
-        samples=samples,
-        others=0.0,
-    )
+                yield compared("lora", case, rates["adapters"], rates["exact"], "tok/s", target, equal, ROUNDS, 3)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from rlinvariant.bench import gpu, gpu_step
 from rlinvariant.bench.lora import RANK
-from rlinvariant.bench.measure import Missing, Row, Worker, Workers
+from rlinvariant.bench.measure import Missing, Row, Worker, Workers, compared
 from rlinvariant.models.shapes import build
 
 MODELS = {"qwen3-8b": 60, "qwen3-32b-half": None}  # model -> GiB of the device that its training has; None: all
@@ -33,15 +33,5 @@ def _row(model: str, path: str, which: str, gib: int | None) -> Row | Missing:
         return Missing("lora_large", case, "; ".join(workers.missing.values()), {})
     steps = [answer["adapters"] for answer in answers[1:]]
     reserved = max(step["reserved"] for step in steps)
-    return Row(
-        bench="lora_large",
-        case=case,
-        ours=round(reserved, 1),
-        stock=round(whole * 1024, 1),
-        unit="MiB",
-        ratio=round(reserved / (whole * 1024), 3),
-        target=None if gib is None else 1.0,
-        bits_equal={"ours": all(step["exact"] for step in steps), "stock": None},
-        samples=len(steps),
-        others=0.0,
-    )
+    equal, target = {"ours": all(step["exact"] for step in steps)}, None if gib is None else 1.0
+    return compared("lora_large", case, reserved, whole * 1024, "MiB", target, equal, len(steps))

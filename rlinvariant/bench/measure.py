@@ -42,6 +42,32 @@ class Row:
     cpu_ratio: float | None = None  # the same ratio of processor time, which other processes disturb less
 
 
+def compared(
+    bench: str,
+    case: str,
+    ours: float,
+    stock: float,
+    unit: str,
+    target: float | None,
+    equal: Mapping[str, bool | None],
+    samples: int,
+    digits: int = 1,
+) -> Row:
+    """Return the row of two numbers of a GPU, which nobody shares; `equal` may lack a side, whose bits were not looked at."""
+    return Row(
+        bench=bench,
+        case=case,
+        ours=round(ours, digits),
+        stock=round(stock, digits),
+        unit=unit,
+        ratio=round(ours / max(stock, 1e-9), 3),
+        target=target,
+        bits_equal={side: equal.get(side) for side in ("ours", "stock")},
+        samples=samples,
+        others=0.0,
+    )
+
+
 @dataclass(frozen=True)
 class Missing:
     """Stands for a comparison that was not made: whose process ended, and what the others measured."""

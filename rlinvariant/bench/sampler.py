@@ -61,7 +61,7 @@ class Engine(Protocol):
 
 
 def rows(tiny: bool) -> Iterator[Row | Missing]:
-    return measured("tiny" if tiny else _machine())
+    return measured("tiny" if tiny else machine())
 
 
 def measured(size: str) -> Iterator[Row | Missing]:
@@ -88,7 +88,8 @@ def measured(size: str) -> Iterator[Row | Missing]:
                 yield from _batch(workers, setup, batch, same)
 
 
-def _machine() -> str:
+def machine() -> str:
+    """Return "gpu" or "cpu"."""
     import torch
 
     return "gpu" if torch.cuda.is_available() else "cpu"
@@ -203,12 +204,7 @@ class Stock:
 def _worker(side: str, path: str, size: str) -> None:
     began = time.perf_counter()
     link = Link()
-    os.environ["VLLM_LOGGING_LEVEL"] = "WARNING"
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    if side not in ("exact", "adapters"):
-        # FlashInfer's sampler serves top-p and top-k alone, of which there is none here; but vLLM's warm-up calls it, which
-        # compiles it with nvcc, and without its sources the engine ends
-        os.environ["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
+    prepare(stock=side not in ("exact", "adapters"))
     if side == "peer":
         os.environ["VLLM_BATCH_INVARIANT"] = "1"
     setup = SETUPS[size]
@@ -219,6 +215,16 @@ def _worker(side: str, path: str, size: str) -> None:
     else:
         engine = (Ours if side == "exact" else Stock)(path, 1024, setup.kv_gib)
     serve(link, engine, setup, time.perf_counter() - began)
+
+
+def prepare(stock: bool) -> None:
+    """Set vLLM's environment variables in a process that is to have an engine."""
+    os.environ["VLLM_LOGGING_LEVEL"] = "WARNING"
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    if stock:
+        # FlashInfer's sampler serves top-p and top-k alone, of which there is none here; but vLLM's warm-up calls it, which
+        # compiles it with nvcc, and without its sources the engine ends
+        os.environ["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
 
 
 def serve(link: Link, engine: Engine, setup: Setup, started: float) -> None:

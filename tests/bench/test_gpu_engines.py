@@ -22,7 +22,7 @@ def _engine(side, what, batch=None, more=None):
 
 def test_sampler_rows_are_rates_with_a_target_and_a_peer(monkeypatch):
     fakes = Fakes(monkeypatch, sampler, _engine)
-    monkeypatch.setattr(sampler, "_machine", lambda: "gpu")
+    monkeypatch.setattr(sampler, "machine", lambda: "gpu")
     rows = list(sampler.rows(tiny=False))
     rates = {row.case: row for row in rows if row.unit == "tok/s"}
     ours, peer = rates["ours: qwen3-1.7b, batch 16"], rates["VLLM_BATCH_INVARIANT=1: qwen3-1.7b, batch 16"]
@@ -39,7 +39,7 @@ def test_sampler_rows_are_rates_with_a_target_and_a_peer(monkeypatch):
 
 def test_a_cpu_has_a_smaller_model_and_no_peer(monkeypatch):
     fakes = Fakes(monkeypatch, sampler, _engine)
-    monkeypatch.setattr(sampler, "_machine", lambda: "cpu")
+    monkeypatch.setattr(sampler, "machine", lambda: "cpu")
     rows = list(sampler.rows(tiny=False))
     rates = {row.case: row.target for row in rows if row.unit == "tok/s"}
     assert len(rates) == 6 and rates["ours: smollm2-135m, batch 32"] == 1.0
@@ -49,7 +49,7 @@ def test_a_cpu_has_a_smaller_model_and_no_peer(monkeypatch):
 @pytest.mark.parametrize("dead", ["peer", "stock", "exact"])
 def test_an_engine_that_ends_costs_its_own_rows_alone(monkeypatch, tmp_path, dead):
     Fakes(monkeypatch, sampler, _engine, dead=[dead])
-    monkeypatch.setattr(sampler, "_machine", lambda: "gpu")
+    monkeypatch.setattr(sampler, "machine", lambda: "gpu")
     with pytest.raises(SystemExit, match="not measured: .*exit code 9: ValueError: no memory"):
         measure.write(tmp_path / "x.json", sampler.rows(tiny=False), tiny=False)
     content = json.loads((tmp_path / "x.json").read_text())
@@ -104,7 +104,7 @@ def _long(side, what, context=None, batch=None, seed=None):
 
 def test_long_requests_have_a_rate_of_each_attention(monkeypatch):
     fakes = Fakes(monkeypatch, long_context, _long)
-    monkeypatch.setattr(long_context, "_machine", lambda: "gpu")
+    monkeypatch.setattr(long_context, "machine", lambda: "gpu")
     rows = {row.case: row for row in long_context.rows(tiny=False)}
     assert len(rows) == 4 * 3 * 2 and sorted(fakes.closed) == ["chunked", "flash", "stock"]
     at = "qwen3-1.7b, decode, batch 8, 32768 of context"
@@ -119,7 +119,7 @@ def test_long_requests_have_a_rate_of_each_attention(monkeypatch):
 
 def test_an_attention_that_ends_costs_its_own_rows(monkeypatch):
     Fakes(monkeypatch, long_context, _long, dead=["flash"])
-    monkeypatch.setattr(long_context, "_machine", lambda: "gpu")
+    monkeypatch.setattr(long_context, "machine", lambda: "gpu")
     rows = list(long_context.rows(tiny=False))
     missing = [row for row in rows if hasattr(row, "missing")]
     assert len(rows) == 24 and len(missing) == 16 and all("flash" in row.case for row in missing)
