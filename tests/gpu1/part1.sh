@@ -1,5 +1,5 @@
 # Bits
-[ -n "${TINY:-}" ] || step ops 300 $PY -m pytest -q -x -n 8 -m gpu tests/ops tests/kernels --deselect tests/kernels/test_chunked_gpu.py
+[ -n "${TINY:-}" ] || step ops 300 $PY -m pytest -q -n 8 -m gpu tests/ops tests/kernels --deselect tests/kernels/test_chunked_gpu.py
 for name in qwen3-moe olmoe mixtral; do
   step "$name" 120 bash -c "family $name --eager"
 done

@@ -21,10 +21,10 @@ part=${1:?"which part: 1 to 8"}
 cd "$(dirname "$0")/../.."
 suite=gpu1
 . tests/gpu_steps.sh
-tiny=${TINY:+--tiny} small=qwen3-0.6b medium=qwen3-1.7b one=1gpu
+tiny=${TINY:+--tiny} small=qwen3-0.6b one=1gpu
 sizes="trainer.max_completion_length=64 trainer.per_device_train_batch_size=32 sampler.kv_cache_gib=2"
 [ -z "${TINY:-}" ] || {
-  small=tiny medium=tiny one=cpu
+  small=tiny one=cpu
   sizes="trainer.max_completion_length=8 trainer.per_device_train_batch_size=8 sampler.kv_cache_gib=0.1"
 }
 bench() { $PY -m rlinvariant.bench "$@" $tiny --out "$OUT/results"; }
@@ -34,6 +34,6 @@ family() { # NAME OPTIONS...: verify a family with random weights
   $PY -m rlinvariant verify "$WORK/$name" --random --short "$@"
 }
 export -f bench family
-export tiny small medium one sizes
+export tiny small one sizes
 . tests/gpu1/part$part.sh
 ended

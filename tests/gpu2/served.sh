@@ -1,4 +1,5 @@
-# A server on the second GPU, or on the one that SERVER_GPU names, a trainer on the first: ten steps; a wrong token; a word flipped on its way; a server that is killed
+# A server on the second GPU, or on the one that SERVER_GPU names, and a trainer on the first:
+# ten steps; a wrong token; a word flipped on its way; a server that is killed
 set -u
 gpu() { [ -n "${TINY:-}" ] || export CUDA_VISIBLE_DEVICES=$1; } # of this shell and what it starts
 cd "$WORK"
