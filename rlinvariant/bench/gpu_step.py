@@ -1,7 +1,7 @@
 # pyright: reportCallIssue=false
 """Whole GRPO steps on one GPU: ours against stock TRL with stock vLLM colocated, both as their users would start them.
 
-Only our micro-batches are bounded, at 8,192 tokens: by itself our trainer takes what memory is free, which two sides share here.
+Only our micro-batches are bounded, at 8,192 tokens: by itself our trainer takes what memory is free, which both share here.
 64 prompts x 8 completions of up to 512 tokens; a share of the vocabulary ends a completion, so lengths vary as in a real run.
 The learning rate is 0, so that every step samples from the same policy. Each side is a process, and they take turns, after a
 step of short completions that compiles and allocates; on a GPU that cannot hold both, one follows the other.
