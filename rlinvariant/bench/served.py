@@ -6,6 +6,7 @@ the same bytes. Processor time is that of all processes of a side, and of a sync
 
 import hashlib
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -120,9 +121,18 @@ def _engine(directory: str) -> Any:
     return Sampler(directory, invariant=True, max_model_len=LONGEST, kv_cache_gib=0.5, options=options)
 
 
-def _served(directory: str) -> Any:
-    import socket
+def kept_port() -> socket.socket:
+    """Return a socket with a port of 127.0.0.1 that nobody else is given until it is closed; one who names it may have it.
 
+    A port that was only asked for could be another's when the server that is told of it has started.
+    """
+    kept = socket.socket()
+    kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # of both sides, and we do not listen: Linux shares it
+    kept.bind(("127.0.0.1", 0))
+    return kept
+
+
+def _served(directory: str) -> Any:
     import httpx
 
     from rlinvariant.sampler.served import ServedSampler
@@ -133,9 +143,8 @@ def _served(directory: str) -> Any:
     token = Path(directory) / "trainer.token"
     token.touch(0o600)
     token.write_text("0123456789abcdef" * 4)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    kept = kept_port()
+    port = kept.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     options = ["--port", str(port), "--trainer-token-file", str(token), "--max-model-len", str(LONGEST)]
     options += ["--max-num-seqs", str(SEQUENCES), "--kv-cache-memory-bytes", str(2**29), "--disable-uvicorn-access-log"]
@@ -147,6 +156,7 @@ def _served(directory: str) -> Any:
             break
         except httpx.TransportError:
             time.sleep(0.5)
+    kept.close()
     ends = model_ends(load_generation(directory, None))  # type: ignore[arg-type]  # it has a generation_config.json
     server = Server(url, read(str(token), ""))
     return ServedSampler([server], dtype="bfloat16", max_model_len=LONGEST, eager=True, ends=ends)

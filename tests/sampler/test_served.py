@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,18 @@ def synced(sampler: ServedSampler, weights: Any) -> ServedSampler:
 
 def scaled(weights: Any, by: float) -> list[tuple[str, torch.Tensor]]:
     return [(name, w.detach() * by) for name, w in weights]
+
+
+def at_first_content(monkeypatch: pytest.MonkeyPatch, do: Callable[[], object]) -> None:
+    """Call `do` when servers have begun what they are asked for, and the first of them is waited for."""
+    content, done = server.Answer.content, []
+
+    def first(answer: server.Answer) -> Any:
+        if not done:
+            done.append(do())
+        return content(answer)
+
+    monkeypatch.setattr(server.Answer, "content", first)
 
 
 def requests(count: int = 24) -> dict[str, Any]:
@@ -164,7 +177,7 @@ def test_a_word_that_flips_on_its_way_is_seen_and_nothing_is_drawn(servers, arit
     assert synced(sampler, arithmetic_weights).generate([[1]], [1], temperature=1.0, max_tokens=1)
 
 
-def test_a_completion_has_one_version_and_its_trainer_alone(servers, arithmetic_weights):
+def test_a_completion_has_one_version_and_its_trainer_alone(servers, arithmetic_weights, monkeypatch):
     """A sync that comes while a request runs waits for it; its answer does not pass for one of any version."""
     sampler = synced(joined(servers[0]), arithmetic_weights)
     (own,), old = sampler._alive, sampler._version
@@ -172,8 +185,11 @@ def test_a_completion_has_one_version_and_its_trainer_alone(servers, arithmetic_
     expected = sampler.generate(**asked)
     body = {key: asked[key] for key in ("prompts", "seeds", "max_tokens")}
     body |= {"sampling": HOW["all tokens"] | {"stop_token_ids": [END]}}
-    running = own.ask("generate", body | {"session": own.session, "version": old})
-    synced(sampler, scaled(arithmetic_weights, 1.01))
+    with ExitStack() as until_asked, monkeypatch.context() as planted:
+        until_asked.enter_context(servers[0].engine_stopped())
+        running = own.ask("generate", body | {"session": own.session, "version": old})
+        at_first_content(planted, until_asked.close)  # of the sync
+        synced(sampler, scaled(arithmetic_weights, 1.01))
     answer = running.content()
     assert answer["version"] != old and answer["version"] in (None, sampler._version)
     assert served.wire.completions_of(answer, 24) == expected, "drawn by the old weights, to the last token"
@@ -191,8 +207,9 @@ def test_a_trainer_that_goes_away_takes_its_requests_along(servers, arithmetic_w
     (own,), asked = sampler._alive, requests() | HOW["all tokens"]
     body = {"prompts": asked["prompts"], "seeds": asked["seeds"], "max_tokens": [120] * 24, "sampling": HOW["all tokens"]}
     expected = sampler.generate(**asked)
-    for _ in range(3):
-        own.ask("generate", body | {"session": own.session, "version": sampler._version}).close()
+    with servers[0].engine_stopped():
+        for _ in range(3):
+            own.ask("generate", body | {"session": own.session, "version": sampler._version}).close()
     assert sampler.generate(**asked) == expected
     assert synced(sampler, arithmetic_weights).generate(**asked) == expected, "a sync waits for requests that still run"
     for _ in range(3):
@@ -238,15 +255,8 @@ def test_a_server_that_dies_while_it_draws_is_replaced_by_another(
         exact_engine.sync(arithmetic_weights)
         expected = exact_engine.generate(**asked)
         assert sampler.generate(**asked) == expected
-        content, killed = server.Answer.content, []
-
-        def kill_first(answer):
-            if not killed:  # both have begun to draw
-                killed.append(started[1].process.kill())
-            return content(answer)
-
-        with monkeypatch.context() as planted:
-            planted.setattr(server.Answer, "content", kill_first)
+        with started[1].engine_stopped(), monkeypatch.context() as planted:
+            at_first_content(planted, started[1].process.kill)
             assert sampler.generate(**asked) == expected
         said = capfd.readouterr().err
         assert (
@@ -258,7 +268,7 @@ def test_a_server_that_dies_while_it_draws_is_replaced_by_another(
             sampler.generate(**asked)
     finally:
         for one in started:
-            one.process.kill()
+            one.stop()
 
 
 def test_a_body_of_weights_is_safetensors_and_nothing_else(servers, arithmetic_weights):
