@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-CHUNKS = {"cpu": 1 << 15, "cuda": 1 << 20}  # words that are mixed at once: a CPU's temporaries stay in its cache
+from rlinvariant.kernels import cpu
+
 WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 M1, M2, M3 = -7046029254386353131, -4658895280553007687, -7723592293110705685  # odd, mod 2**64
 M4, M5 = -4417276706812531889, -3335678366873096957
@@ -38,16 +39,31 @@ def partial(rows: Tensor, first: int = 0) -> Tensor:
     Bits: sums of disjoint parts add up, mod 2**64, to those of the whole. A word is as many bytes as divide a row, at most 8:
     the whole tensor's shape and dtype decide it, and not the cut.
     """
+    words, first = _words(rows, first)
+    multipliers = (M1, M2, M3, M4, M5)
+    if words.is_cuda:
+        from rlinvariant.kernels import checksum
+
+        return checksum.checksum(words, first, multipliers)
+    sums = torch.empty(2, dtype=torch.int64)
+    cpu.call("checksum", words, sums, torch.tensor(multipliers), len(words), first, words.element_size())
+    return sums
+
+
+def partial_ref(rows: Tensor, first: int = 0) -> Tensor:
+    """Compute `partial` in plain PyTorch."""
+    words, first = _words(rows, first)
+    index = torch.arange(len(words), device=words.device) + first
+    return torch.stack([x.sum() for x in _mixed(index, words.to(torch.int64))])
+
+
+def _words(rows: Tensor, first: int) -> tuple[Tensor, int]:
+    """Return the words [n] of some rows, and the number of the first one."""
     row = rows.shape[1:].numel() * rows.element_size()
     size = next(size for size in WORDS if row % size == 0)
-    words = rows.detach().contiguous().view(-1).view(torch.uint8).view(WORDS[size])
-    total = torch.zeros(2, dtype=torch.int64, device=rows.device)
-    size_of_chunk = CHUNKS[rows.device.type]
-    for at in range(0, len(words), size_of_chunk):
-        chunk = words[at : at + size_of_chunk].to(torch.int64)
-        index = torch.arange(len(chunk), device=rows.device) + (first * (row // size) + at)
-        total += torch.stack([x.sum() for x in _mixed(index, chunk)])
-    return total
+    flat = rows.detach().contiguous().view(-1).view(torch.uint8)
+    flat = flat.clone() if flat.storage_offset() % size else flat  # words begin at multiples of their size
+    return flat.view(WORDS[size]), first * (row // size)
 
 
 def _mixed(index: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,6 +75,16 @@ def _mixed(index: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
 def whole(x: Tensor) -> Checksum:
     """Return the checksum of a tensor that is all here."""
     return of(x.dtype, x.shape, partial(x if x.dim() else x[None]))
+
+
+def wholes(named: Iterable[tuple[str, Tensor]]) -> dict[str, Checksum]:
+    """Return the checksum of each tensor, all of which are on one device, by name; the host waits for the device once."""
+    form, sums = {}, []
+    for name, x in named:
+        form[name] = x.dtype, x.shape
+        sums.append(partial(x if x.dim() else x[None]))
+    read = torch.stack(sums).cpu() if sums else ()
+    return {name: of(*form[name], both) for name, both in zip(form, read, strict=True)}
 
 
 def of(dtype: torch.dtype, shape: Iterable[int], sums: Tensor) -> Checksum:

@@ -196,7 +196,7 @@ def load_model(weights: str, rollout: "Rollout", about: JsonRow, step: int) -> "
     adapt = adapters.adapt(directory, None, 0)
     model = load.trained(base, about["dtype"], adapt) if exact else load.masters(base)
     named = [*lora.pairs(model)]
-    of_shards = checksums.digest((name, checksums.whole(x)) for name, x in named)  # as a run with weights in shards records
+    of_shards = checksums.digest(checksums.wholes(named).items())  # as a run with weights in shards records
     if rollout.weights_sha256 not in (digest := bits.digest(named), of_shards):
         raise UserError(
             f"step {step}: {weights} has other weights (sha256 {digest[:16]}...) than the step began with "

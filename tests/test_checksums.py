@@ -29,12 +29,37 @@ def test_the_sum_is_the_same_however_rows_are_cut(shape, dtype):
             assert checksums.of(x.dtype, x.shape, moved) != expected, "control: parts in the wrong place"
 
 
-@pytest.mark.parametrize("words", [1, 7, 1 << 20])
-def test_the_sum_does_not_say_how_many_words_were_mixed_at_once(words, monkeypatch):
-    tensors = [random(shape, torch.bfloat16) for shape in (*SHAPES[:-1], (3, 2001))]
-    expected = [checksums.whole(x) for x in tensors]
-    monkeypatch.setitem(checksums.CHUNKS, "cpu", words)
-    assert [checksums.whole(x) for x in tensors] == expected
+@pytest.mark.parametrize("columns", [8, 4, 2, 1], ids="words of {} bytes".format)
+@pytest.mark.parametrize("rows", [0, 1, 7, 8191, 70_001])
+def test_the_kernel_has_the_sums_of_its_reference(rows, columns):
+    """Words with and without a sign, one thread and several, from any place on."""
+    x = torch.randint(0, 256, (rows, columns), dtype=torch.uint8, generator=torch.Generator().manual_seed(rows))
+    for first in (0, 5, 2**40):
+        expected = checksums.partial_ref(x, first)
+        assert checksums.partial(x, first).equal(expected)
+        assert rows == 0 or not checksums.partial(x, first + 1).equal(expected), "control: from another place on"
+    later = torch.zeros(8 * rows * columns + 1, dtype=torch.uint8)[1 : rows * columns + 1].view(rows, columns).copy_(x)
+    assert checksums.partial(later).equal(checksums.partial_ref(x)), "from an address that is no multiple of a word"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("columns", [8, 4, 2, 1], ids="words of {} bytes".format)
+def test_a_gpu_has_the_sums_of_a_cpu(columns):
+    """Of sizes that a program divides and does not, and of more words than 32 bits number."""
+    for rows in (0, 1, 7, 16_384, 1_000_003):
+        x = torch.randint(0, 256, (rows, columns), dtype=torch.uint8, generator=torch.Generator().manual_seed(rows))
+        for first in (0, 2**40):
+            assert checksums.partial(x.cuda(), first).cpu().equal(checksums.partial(x, first))
+    many = torch.zeros(2**31 + 16, dtype=torch.uint8, device="cuda")[:, None]
+    many[-3:] = 7
+    expected = checksums.partial(many[:-9]) + checksums.partial(many[-9:], len(many) - 9)
+    assert checksums.partial(many).equal(expected)
+
+
+def test_many_tensors_have_the_sums_of_each():
+    tensors = {str(shape): random(shape, torch.bfloat16) for shape in SHAPES} | {"one number": torch.tensor(3.5)}
+    assert checksums.wholes(tensors.items()) == {name: checksums.whole(x) for name, x in tensors.items()}
+    assert checksums.wholes(()) == {}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

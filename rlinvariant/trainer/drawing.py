@@ -258,7 +258,7 @@ class DrawingTrainer(EpisodesTrainer):
     def _checksums_of_shared(self) -> dict[str, Checksum]:
         """Return the checksum of each weight that both sides have in one place, where a comparison of the two sees no edit."""
         own = lora.base(self.accelerator.unwrap_model(self.model)) if self._shared else ()
-        return {name: checksums.whole(weight) for name, weight in own if name in self._shared}
+        return checksums.wholes((name, weight) for name, weight in own if name in self._shared)
 
     def _held(self, older: dict[str, Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
         """Yield names and tensors of the policy's parameters, or of older ones, as this rank has them: whole, or in shards."""

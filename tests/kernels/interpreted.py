@@ -9,8 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
-from rlinvariant import ops
+from rlinvariant import checksums, ops
 from rlinvariant.kernels import (
+    checksum,
     linear,
     moe_experts,
     moe_route,
@@ -179,6 +180,13 @@ for dtype, vocab, every in ((torch.bfloat16, 17, 1), (torch.bfloat16, 3000, 1), 
     ours = threshold.threshold(logits, t, k.long(), p, m)
     same(f"threshold {vocab}", ours.view(torch.int32), expected.view(torch.int32), 0)  # the same bits
     assert expected.isfinite().any() and expected.isneginf().any()
+multipliers = checksums.M1, checksums.M2, checksums.M3, checksums.M4, checksums.M5
+for columns in (8, 4, 2, 1):  # bytes of a word, whose sign counts
+    x = torch.randint(0, 256, (20_001, columns), dtype=torch.uint8)
+    words, first = checksums._words(x, 7)
+    assert torch.equal(checksum.checksum(words, first, multipliers), checksums.partial_ref(x, 7)), columns
+    compared.append(f"checksum {columns}")
+assert torch.equal(checksum.checksum(words[:0], 0, multipliers), torch.zeros(2, dtype=torch.int64))
 try:  # control
     same("control", rms_norm.rms_norm(r, w, 1e-6, None), ops.rms_norm(r, w, 1e-1))
 except AssertionError:

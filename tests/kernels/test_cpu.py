@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rlinvariant import ops
 from rlinvariant.bits import assert_bits_equal, compare
+from rlinvariant.checksums import partial
 from rlinvariant.errors import UserError
 from rlinvariant.kernels import cpu
 from tests.ladders import DTYPES, dtype_name, gradients, randn
@@ -87,6 +88,7 @@ def outputs(library: ctypes.CDLL, dtype: torch.dtype, monkeypatch: pytest.Monkey
     keep("token_logprobs", *ops.token_logprobs(hidden, head, ids, 0.7))
     logits, t = ops.linear(hidden, head), torch.full((9,), 0.7)
     keep("log_softmax", ops.log_softmax(logits, t))
+    keep("checksum", *(partial(logits[:, :columns], 3) for columns in (1, 2, 4)))
     keep("sample", *ops.sample(logits, t, ids, ids))
     theta = ops.threshold(logits, t, torch.full((9,), 300), torch.full((9,), 0.95), torch.full((9,), 1e-4))
     keep("truncated", theta, *ops.sample(logits, t, ids, ids, theta), ops.log_softmax(logits, t, theta))
