@@ -79,12 +79,13 @@ def whole(x: Tensor) -> Checksum:
 
 def wholes(named: Iterable[tuple[str, Tensor]]) -> dict[str, Checksum]:
     """Return the checksum of each tensor, all of which are on one device, by name; the host waits for the device once."""
-    form, sums = {}, []
+    forms: dict[str, tuple[torch.dtype, torch.Size]] = {}
+    sums = []
     for name, x in named:
-        form[name] = x.dtype, x.shape
+        forms[name] = x.dtype, x.shape
         sums.append(partial(x if x.dim() else x[None]))
     read = torch.stack(sums).cpu() if sums else ()
-    return {name: of(*form[name], both) for name, both in zip(form, read, strict=True)}
+    return {name: of(*form, both) for (name, form), both in zip(forms.items(), read, strict=True)}
 
 
 def of(dtype: torch.dtype, shape: Iterable[int], sums: Tensor) -> Checksum:

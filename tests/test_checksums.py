@@ -32,7 +32,7 @@ def test_the_sum_is_the_same_however_rows_are_cut(shape, dtype):
 @pytest.mark.parametrize("columns", [8, 4, 2, 1], ids="words of {} bytes".format)
 @pytest.mark.parametrize("rows", [0, 1, 7, 8191, 70_001])
 def test_the_kernel_has_the_sums_of_its_reference(rows, columns):
-    """Words with and without a sign, one thread and several, from any place on."""
+    """Tries words with and without a sign, one thread and several, and any first place."""
     x = torch.randint(0, 256, (rows, columns), dtype=torch.uint8, generator=torch.Generator().manual_seed(rows))
     for first in (0, 5, 2**40):
         expected = checksums.partial_ref(x, first)
@@ -45,7 +45,7 @@ def test_the_kernel_has_the_sums_of_its_reference(rows, columns):
 @pytest.mark.gpu
 @pytest.mark.parametrize("columns", [8, 4, 2, 1], ids="words of {} bytes".format)
 def test_a_gpu_has_the_sums_of_a_cpu(columns):
-    """Of sizes that a program divides and does not, and of more words than 32 bits number."""
+    """Tries sizes that a program divides and does not, and more words than 32 bits number."""
     for rows in (0, 1, 7, 16_384, 1_000_003):
         x = torch.randint(0, 256, (rows, columns), dtype=torch.uint8, generator=torch.Generator().manual_seed(rows))
         for first in (0, 2**40):
