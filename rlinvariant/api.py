@@ -243,9 +243,8 @@ def _checked(
         try:
             runtime.configure()
             model, source = local_model(str(model)) if loaded is None else model, local_model(str(source))
-            rank = getattr(_adapter(model, options), "r", 0)
             how = (invariance, dtype, str(source), sampler, save_dtype)
-            ready = plan.plan_trainer(model, args, ppo, *how, rank, "peft_config.r")
+            ready = plan.plan_trainer(model, args, ppo, *how, _adapter(model, options), "peft_config.")
             notes = _look(ready, reward_funcs, train_dataset, options, run)
         except UserError as error:
             problems += str(error).splitlines()

@@ -18,7 +18,7 @@ from rlinvariant.launch import main_process_fetches, on_main_process, require_sa
 from rlinvariant.report.console import Console
 from rlinvariant.rewards import RewardLimits
 from rlinvariant.tools import ToolLimits
-from rlinvariant.types import JsonRow
+from rlinvariant.types import JsonRow, Untyped
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -97,12 +97,12 @@ def plan_trainer(
     source: str,
     sampler_options: JsonRow,
     save_dtype: str = "model",
-    rank: int = 0,
-    said: str = "lora.r",
+    adapter: Untyped = None,
+    said: str = "lora.",
 ) -> TrainerPlan:
     """Load what says how the models are made, each once, and refuse what cannot run exactly; the settings were checked before.
 
-    `rank` is that of the LoRA adapters that are trained, 0 for none, and `said` the setting that gives it.
+    `adapter` is the `peft.LoraConfig` of the adapters that are trained, None for none; its settings' names start with `said`.
 
     Raises:
         ConfigErrors: every option of the engine and every property of a model that would change the bits, one line each.
@@ -132,10 +132,10 @@ def plan_trainer(
         reasons = list(unsupported(config, args.device.type))
         problems += [f"model={name}: {reason}; use invariance=off" for reason in reasons]
         problems += [] if reasons else flash_problems(name, config, args.device.type)
-    problems += lora.rank_problems(said, rank, config)
-    problems += spread_problems(_spread(sampler_options), invariance, rank > 0)
+    problems += [] if adapter is None else lora.fit_problems(said, adapter, config)
+    problems += spread_problems(_spread(sampler_options), invariance, adapter is not None)
     urls, token_file = sampler_options.get("servers") or (), sampler_options.get("trainer_token_file")
-    adapters = f"{said}={rank}" if rank else None
+    adapters = None if adapter is None else f"{said}r={adapter.r}"
     given = [] if not urls else [f"{key}={value}" for key, value in sampler_options.items() if key not in OF_SERVERS]
     problems += server_problems(urls, token_file, invariance, adapters, given)
     problems += unproven_problems(args, *[f"sampler.servers={','.join(urls)}"] if urls else [])

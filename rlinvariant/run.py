@@ -185,7 +185,8 @@ def looked_at(
 
     ppo = config.ppo if config.algorithm == "ppo" else None
     engine = served(config) or sampler_options(config)
-    trainer = plan_trainer(model, args, ppo, config.invariance, config.dtype, model, engine, config.save_dtype, config.lora.r)
+    how = (config.invariance, config.dtype, model, engine, config.save_dtype, config.lora.peft_config())
+    trainer = plan_trainer(model, args, ppo, *how)
     tooling = Tooling.asked(config)
     tokenizer = load_tokenizer(model, trainer.config)
     if tooling and config.tool_format == "plain":

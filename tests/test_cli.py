@@ -201,8 +201,16 @@ def test_a_recipes_model_is_made_without_bars(monkeypatch, tmp_path):
     assert seen == [False]
 
 
-@pytest.mark.parametrize("given", ["lora.r=129", "tools=tests.trainer.tool_model:reversed_text", "seed=1"])
-def test_a_recipes_model_is_looked_at_before_its_warm_start(given, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("lora.r=129", "at most 128"),
+        ("lora.r=4 lora.target_modules=w1", "lora.target_modules: .*w1.* not found in the base model"),
+        ("tools=tests.trainer.tool_model:reversed_text", "recipe=arithmetic, whose own model it trains: its chat"),
+        ("seed=1", "warm start"),
+    ],
+)
+def test_a_recipes_model_is_looked_at_before_its_warm_start(given, said, monkeypatch, tmp_path):
     """Control: what nothing speaks against gets as far as the warm start."""
 
     def begun(*_, **__):
@@ -210,8 +218,5 @@ def test_a_recipes_model_is_looked_at_before_its_warm_start(given, monkeypatch, 
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("rlinvariant.warmstart.supervised", begun)
-    said = {"lora.r=129": "at most 128", "seed=1": "warm start"}.get(
-        given, "recipe=arithmetic, whose own model it trains: its chat"
-    )
     with pytest.raises(UserError, match=said):
-        run(parse(["recipe=arithmetic", "run=x", given], {}))
+        run(parse(["recipe=arithmetic", "run=x", *given.split()], {}))

@@ -9,6 +9,7 @@ The names that sampler and trainer share for an adapter of `model.layers.0.mlp.u
 A: [R, K] of an adapter, B: [N, R], for a weight [N, K]; R is the adapter's rank.
 """
 
+import copy
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from rlinvariant.errors import ConfigErrors, UserError, one_line
 from rlinvariant.types import Untyped
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 A, B = "lora_A.weight", "lora_B.weight"
 TAKEN = (
@@ -81,12 +82,17 @@ def problems(config: Untyped) -> Iterator[str]:
         yield f"peft_config.target_modules has {outside[0]}: expected projections of the decoder alone"
 
 
-def rank_problems(said: str, rank: int, config: Untyped) -> list[str]:
-    """Refuse a rank beyond the width of the model that `config` describes, in a line that starts with `said`."""
-    width = config.get_text_config().hidden_size
-    if rank <= width:
-        return []
-    return [f"{said}={rank}: expected at most {width}, the model's width: A would have more numbers than the weight; lower it"]
+def fit_problems(said: str, adapter: Untyped, config: "PreTrainedConfig") -> list[str]:
+    """Return what `applied` refuses of a `peft.LoraConfig` for the model that `config` describes, which is made without memory."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+        try:
+            applied(model, copy.deepcopy(adapter), 0, said)
+        except UserError as error:
+            return str(error).splitlines()
+    return []
 
 
 def outside(model: nn.Module) -> list[str]:
@@ -95,31 +101,36 @@ def outside(model: nn.Module) -> list[str]:
     return [name for name, module in adapted.items() if not is_lora(module) or name.rpartition(".")[2] == "lm_head"]
 
 
-def applied(model: "PreTrainedModel", config: Untyped, seed: int) -> Untyped:
+def applied(model: "PreTrainedModel", config: Untyped, seed: int, said: str = "lora.") -> Untyped:
     """Return PEFT's model around a model, with adapters as a `peft.LoraConfig` says; their first values depend on the seed.
 
     Parameters of the model get no gradients from here on. Adapters are fp32, whatever the model is.
+
+    Raises:
+        UserError: the model is too narrow for the rank, or has not the projections; it starts with `said` and the setting's name.
     """
     from peft import get_peft_model
 
-    if found := rank_problems("lora.r", config.r, model.config):
-        raise ConfigErrors(found)
+    width = model.config.get_text_config().hidden_size
+    if config.r > width:
+        why = f"expected at most {width}, the model's width: A would have more numbers than the weight; lower it"
+        raise UserError(f"{said}r={config.r}: {why}")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
             adapted = get_peft_model(model, config)
         except ValueError as error:  # of projections that the model has not, say
-            raise UserError(f"lora: {one_line(error)}") from error
+            raise UserError(f"{said}target_modules: {one_line(error)}") from error
     own = adapted.peft_config["default"]
     if own.base_model_name_or_path and os.path.isdir(own.base_model_name_or_path):  # whoever reads the files is elsewhere
         own.base_model_name_or_path = os.path.abspath(own.base_model_name_or_path)
     if found := outside(adapted):
-        fix = "; set lora.target_modules=q_proj,k_proj,v_proj,o_proj" if ".experts" in found[0] else ""
-        raise UserError(f"lora: target_modules takes {found[0]}: expected projections of the decoder alone{fix}")
+        fix = f"; set {said}target_modules=q_proj,k_proj,v_proj,o_proj" if ".experts" in found[0] else ""
+        raise UserError(f"{said}target_modules takes {found[0]}: expected projections of the decoder alone{fix}")
     names = set() if isinstance(config.target_modules, str) else set(config.target_modules or ())
     found = [plain(name) for name, module in adapted.named_modules() if is_lora(module)]
     if absent := sorted(x for x in names if not any(name == x or name.endswith(f".{x}") for name in found)):
-        raise UserError(f"lora: target_modules has {absent[0]}: expected projections of the model, as {found[0]}")
+        raise UserError(f"{said}target_modules has {absent[0]}: expected projections of the model, as {found[0]}")
     return adapted
 
 

@@ -108,7 +108,7 @@ class _Parts:
         self.processes = asked.tensor_parallel_size
         self.config = load.configuration(source, asked.dtype, self.processes)
         text_config = self.config.get_text_config()
-        if asked.lora is not None and (found := adapted.rank_problems("--lora r", asked.lora.r, text_config)):
+        if asked.lora is not None and (found := adapted.fit_problems("--lora ", asked.lora.peft_config(), self.config)):
             raise ConfigErrors(found)
         self.sizes = (SHORT_SIZES if asked.short else FULL_SIZES).within(text_config.max_position_embeddings)
         with console.stage("loading the model, as the trainer does"):

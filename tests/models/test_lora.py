@@ -97,9 +97,9 @@ def test_what_is_not_supported_is_named(key):
 
 
 def test_projections_that_are_not_there_are_one_line():
-    with pytest.raises(UserError, match="^lora: .*no_proj.* not found in the base model"):
+    with pytest.raises(UserError, match="^lora.target_modules: .*no_proj.* not found in the base model"):
         lora.applied(build("llama"), LoraConfig(target_modules=["no_proj"]), 0)
-    with pytest.raises(UserError, match="^lora: target_modules has no_proj: expected projections of the model"):
+    with pytest.raises(UserError, match="^lora.target_modules has no_proj: expected projections of the model"):
         lora.applied(build("llama"), LoraConfig(target_modules=["q_proj", "no_proj", "layers.0.mlp.up_proj"]), 0)
     lora.applied(build("llama"), LoraConfig(target_modules=["q_proj", "layers.0.mlp.up_proj"]), 0)
 
@@ -127,7 +127,7 @@ def test_a_regular_expression_names_projections():
     assert len(found) == 7 and all(".layers.1." in name for name in found)
     assert {name.rpartition(".")[2] for name in lora.ranks(lora.applied(build("llama"), names.peft_config(), 0))} == {"q_proj"}
     for wide in (r".*(q_proj|lm_head)", r".*(q_proj|embed_tokens)"):
-        with pytest.raises(UserError, match="^lora: target_modules takes .*: expected projections of the decoder alone"):
+        with pytest.raises(UserError, match="^lora.target_modules takes .*: expected projections of the decoder alone"):
             lora.applied(build("llama"), config.LoraConfig(r=4, target_modules=[wide]).peft_config(), 0)
     with pytest.raises(ConfigErrors, match="expected names of projections, all-linear, or one regular expression"):
         config.parse(["recipe=arithmetic", "lora.r=4", "lora.target_modules=.*("])
@@ -137,7 +137,21 @@ def test_a_rank_beyond_the_models_width_is_refused():
     width = build("llama").config.hidden_size
     with pytest.raises(UserError, match=f"lora.r={width + 1}: expected at most {width}, the model's width"):
         lora.applied(build("llama"), LoraConfig(r=width + 1, target_modules=["q_proj"]), 0)
-    assert lora.rank_problems("lora.r", width, build("llama").config) == []
+
+
+def test_what_the_model_has_no_place_for_is_found_without_its_weights():
+    model_config = build("llama").config
+    width = model_config.hidden_size
+
+    def found(said, **settings):
+        return lora.fit_problems(said, LoraConfig(**settings), model_config)
+
+    assert found("lora.", r=width) == [] and found("lora.", target_modules="all-linear") == []
+    (wide,) = found("peft_config.", r=width + 1)
+    (none,) = found("--lora ", target_modules=["no_proj"])
+    (one,) = found("lora.", target_modules=["q_proj", "no_proj"])
+    assert wide.startswith(f"peft_config.r={width + 1}: expected at most {width}")
+    assert none.startswith("--lora target_modules: ") and one.startswith("lora.target_modules has no_proj: expected projections")
 
 
 @pytest.mark.parametrize("setting", ["algorithm=ppo", "invariance=sampler", "invariance=trainer"])

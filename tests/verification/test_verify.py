@@ -303,6 +303,7 @@ def test_the_command_from_outside(how, tmp_path):
         (["m", "--lora", "r=x"], r"--lora r=x: expected int"),
         (["m", "--lora", "rank=8"], r"--lora rank=8: unknown key"),
         (["m", "--lora", "r=129"], r"--lora r=129: expected at most 128, the model's width"),  # "m" has no weights
+        (["m", "--lora", "r=4", "target_modules=w1"], "--lora target_modules: .*w1.* not found in the base model"),
     ],
 )
 def test_a_wrong_command_line_is_one_line(argv, message, tmp_path, monkeypatch):
