@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from rlinvariant import bits, ops
-from rlinvariant.errors import ConfigErrors, UserError, one_line
+from rlinvariant.errors import UserError, one_line
 from rlinvariant.types import Untyped
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def problems(config: Untyped) -> Iterator[str]:
 
 
 def fit_problems(said: str, adapter: Untyped, config: "PreTrainedConfig") -> list[str]:
-    """Return what `applied` refuses of a `peft.LoraConfig` for the model that `config` describes, which is made without memory."""
+    """Return what `applied` refuses of a `peft.LoraConfig` for the model of `config`, which is made without memory."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
@@ -107,7 +107,7 @@ def applied(model: "PreTrainedModel", config: Untyped, seed: int, said: str = "l
     Parameters of the model get no gradients from here on. Adapters are fp32, whatever the model is.
 
     Raises:
-        UserError: the model is too narrow for the rank, or has not the projections; it starts with `said` and the setting's name.
+        UserError: the model is too narrow for the rank, or has not the projections; `said` and the setting begin it.
     """
     from peft import get_peft_model
 

@@ -151,7 +151,7 @@ def test_what_the_model_has_no_place_for_is_found_without_its_weights():
     (none,) = found("--lora ", target_modules=["no_proj"])
     (one,) = found("lora.", target_modules=["q_proj", "no_proj"])
     assert wide.startswith(f"peft_config.r={width + 1}: expected at most {width}")
-    assert none.startswith("--lora target_modules: ") and one.startswith("lora.target_modules has no_proj: expected projections")
+    assert none.startswith("--lora target_modules: ") and one.startswith("lora.target_modules has no_proj: expected")
 
 
 @pytest.mark.parametrize("setting", ["algorithm=ppo", "invariance=sampler", "invariance=trainer"])
