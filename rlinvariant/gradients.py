@@ -40,7 +40,6 @@ def gradients_problems(
     said = f"{prefix}generation_batch_size={batch}" if steps is None else f"{prefix}steps_per_generation={steps}"
     once = f"{each * parts}" if steps is None else f"{prefix}gradient_accumulation_steps={parts}"
     alone = "a sample's gradient must not depend on the rest of its micro-batch"
-    masked = f"{prefix}mask_truncated_completions"
     rules = (
         (processes & (processes - 1) == 0, f"num_processes={processes}", "a power of two", "each has a branch of one tree"),
         (not sharded, "distributed_type=FSDP", "data parallel", "weights in shards have not been tried"),
@@ -53,7 +52,6 @@ def gradients_problems(
         (not trainer.entropy_coef, f"{prefix}entropy_coef={trainer.entropy_coef}", "0", alone),
         (not trainer.use_adaptive_entropy, f"{prefix}use_adaptive_entropy=True", "False", alone),
         (trainer.top_entropy_quantile == 1, f"{prefix}top_entropy_quantile={trainer.top_entropy_quantile}", "1.0", alone),
-        (not trainer.mask_truncated_completions, f"{masked}=True", "False", "a sample without tokens has not been tried"),
     )
     return [
         f"{key}: expected {right} with gradients=invariant: {why}; set it, or use gradients=ordered"

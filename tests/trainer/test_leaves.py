@@ -107,7 +107,6 @@ GOOD = {
     "entropy_coef": 0.0,
     "use_adaptive_entropy": False,
     "top_entropy_quantile": 1.0,
-    "mask_truncated_completions": False,
 }
 LAYOUT = {"processes": 2, "invariance": "exact"}
 
@@ -127,7 +126,6 @@ LAYOUT = {"processes": 2, "invariance": "exact"}
         ({"entropy_coef": 0.1}, {}, "trainer.entropy_coef=0.1: expected 0"),
         ({"use_adaptive_entropy": True}, {}, "trainer.use_adaptive_entropy=True: expected False"),
         ({"top_entropy_quantile": 0.5}, {}, "trainer.top_entropy_quantile=0.5: expected 1.0"),
-        ({"mask_truncated_completions": True}, {}, "trainer.mask_truncated_completions=True: expected False"),
     ],
 )
 def test_what_would_not_be_invariant_is_refused_by_name(settings, layout, line):
@@ -259,6 +257,7 @@ KINDS = {
         "trainer.gradient_checkpointing=true",
     ),
     "sequences": ("trainer.loss_type=luspo", "trainer.importance_sampling_level=sequence", "trainer.num_iterations=2"),
+    "masked": ("trainer.mask_truncated_completions=true", "trainer.max_completion_length=8"),
     "adapters": ("lora.r=4",),
     "mixture": ("trainer.router_aux_loss_coef=0",),
 }
@@ -312,6 +311,8 @@ def test_processes_are_not_in_the_weights(kind, arithmetic_dir, tmp_path):
         for a, b in zip(read_metrics(one), read_metrics(several), strict=True):
             assert a["grad_norm"] == b["grad_norm"] and a["reward"] == b["reward"]
             assert a["loss"] == pytest.approx(b["loss"], rel=1e-4, abs=1e-7)
+    if kind == "masked":
+        assert all(0 < row["completions/clipped_ratio"] < 1 for row in read_metrics(one)), "some are masked, and not all"
     if kind == "plain":
         controls = [run_on(n, tmp_path, arithmetic_dir, f"ordered{n}", "gradients=ordered", *sizes(n, 1)) for n in (1, 2)]
         assert different(*controls) > 0, "control: in a fixed order of the ranks"
