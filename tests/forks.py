@@ -43,6 +43,7 @@ MODULES = (
     "wandb",
 )
 REQUEST_BYTES = 1 << 20
+TIMEOUT_S = 550.0  # ends a test that hangs, a little before pytest does; no machine is too slow for it
 LAUNCHED = {"ACCELERATE_USE_CPU": "true", "ACCELERATE_MIXED_PRECISION": "no", "OMP_NUM_THREADS": "1"}
 """The environment of a process that `accelerate launch` starts on a CPU, with one thread."""
 
@@ -109,17 +110,20 @@ class Fork:
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
-            os.kill(self.pid, number)
+            with suppress(ProcessLookupError):  # it has just ended
+                os.kill(self.pid, number)
 
     def kill(self) -> None:
         """End it and its children."""
         if self.poll() is None:
-            os.killpg(self.pid, signal.SIGKILL)
+            for kill in (os.killpg, os.kill):  # it may not have made its group yet
+                with suppress(ProcessLookupError):
+                    kill(self.pid, signal.SIGKILL)
             self.wait()
 
 
 def run(
-    arguments: Sequence[str], *, cwd: Path | str, env: Mapping[str, str], timeout: float = 300
+    arguments: Sequence[str], *, cwd: Path | str, env: Mapping[str, str], timeout: float = TIMEOUT_S
 ) -> subprocess.CompletedProcess[str]:
     """Fork a process, wait for it, and return its exit code and what it has printed, as `subprocess.run` does."""
     (done,) = _run([arguments], cwd, [env], timeout)
@@ -127,7 +131,7 @@ def run(
 
 
 def run_ranks(
-    count: int, arguments: Sequence[str], *, cwd: Path | str, env: Mapping[str, str] = os.environ, timeout: float = 300
+    count: int, arguments: Sequence[str], *, cwd: Path | str, env: Mapping[str, str] = os.environ, timeout: float = TIMEOUT_S
 ) -> list[subprocess.CompletedProcess[str]]:
     """Fork the processes of one run, as `accelerate launch` with a file of so many processes on a CPU starts them.
 

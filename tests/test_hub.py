@@ -160,7 +160,7 @@ for name in ("org/model", "org/refused"):
 def test_the_main_process_fetches_first(tmp_path):
     """Also where that fails: nobody waits for ever."""
     (tmp_path / "fetching.py").write_text(FETCHING)
-    for done in forks.run_ranks(2, [str(tmp_path / "fetching.py")], cwd=tmp_path, env=os.environ, timeout=60):
+    for done in forks.run_ranks(2, [str(tmp_path / "fetching.py")], cwd=tmp_path, env=os.environ):
         assert done.returncode == 0, done.stderr
     assert [(tmp_path / f"org-{name}").read_text().split() for name in ("model", "refused")] == 2 * [["0", "1"]]
 

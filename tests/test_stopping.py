@@ -11,7 +11,7 @@ import pytest
 AFTER_A_STEP = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 # A run without a model: a step begins with a line "step" and ends when the test sends a line.
 RUN = """
-import itertools, signal, sys, time
+import itertools, os, signal, sys, time
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -195,7 +195,8 @@ def test_sighup_that_nohup_ignores_stays_ignored():
 
 
 SHORT = "deadline.WITHIN_S[signal.SIGTERM] = deadline.FORCE_AFTER_S = 0.2"
-HELD = "lambda: max(itertools.count())"  # never ends, and holds the interpreter: no handler of Python's runs
+# Says "held" and never ends, all of it in C, which holds the interpreter: no handler of Python's runs in between
+HELD = r"lambda: max(itertools.chain(map(os.write, [1], [b'held\n']), itertools.count()))"
 
 
 def test_a_step_that_does_not_end_in_time_ends_with_its_run():
@@ -210,6 +211,7 @@ def test_a_step_that_holds_the_interpreter_is_killed_when_its_time_is_over():
     control = Run(f"signal.signal(signal.SIGTERM, lambda *_: None); say('step'); ({HELD})()")  # has a handler too, but no clock
     for process in (control, run):
         process.expect("step")
+        process.expect("held")
         process.send(signal.SIGTERM)
     code, _, error = run.ends()
     assert code == -signal.SIGKILL and error.startswith("killed: SIGTERM had not ended this run after ")

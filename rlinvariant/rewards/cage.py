@@ -22,6 +22,7 @@ from rlinvariant.rewards.limits import Limits
 from rlinvariant.types import RewardArguments, RewardCall
 
 CODE = "import sys; from rlinvariant.rewards.keeper import main; main(int(sys.argv[1]), int(sys.argv[2]))"
+START_S = 300.0  # of a keeper, by the clock, at least: it imports what the function needs, which is no part of a call
 KEEPER_GRACE_S = 30.0  # beyond the limit of a call, which the keeper itself holds
 
 
@@ -65,7 +66,7 @@ class Cage:
         theirs.close()
         self._close = weakref.finalize(self, _end, self._keeper, self._connection)
         self._connection.send_bytes(self._pickled)
-        failure = self._answer(self._limits.limit_s)
+        failure = self._answer(None if self._limits.limit_s is None else max(START_S, self._limits.limit_s))
         if failure is not None:
             self._close()
             self._close = None

@@ -38,7 +38,7 @@ def main(trainer: int, number: int) -> None:
             for line in lines:
                 message = json.loads(line)
                 if "begin" in message:
-                    calls[message["begin"]] = message | {"next_s": message["heartbeat_s"], "signalled": False}
+                    calls[message["begin"]] = message | {"next_s": message["heartbeat_s"], "signalled": None}
                 elif "end" in message:
                     calls.pop(message["end"], None)
                 else:
@@ -61,19 +61,27 @@ def _pause(calls: dict, now: float) -> float:
     """Return the seconds until something is due."""
     due = [WAKES_S]
     for call in calls.values():
-        times = [call["next_s"], call["kill_s"], None if call["signalled"] else call["signal_s"]]
+        times = [call["next_s"], _kill_s(call), call["signal_s"] if call["signalled"] is None else None]
         due += [call["began"] + seconds - now for seconds in times if seconds is not None]
     return max(0.0, min(due))
 
 
+def _kill_s(call: dict) -> float | None:
+    """Return when a call's trainer is killed, which had its time to answer the signal, however late this process sent it."""
+    if call["kill_s"] is None or call["signal_s"] is None:
+        return call["kill_s"]
+    return None if call["signalled"] is None else call["kill_s"] + call["signalled"] - call["signal_s"]
+
+
 def _look(call: dict, running_s: float, trainer: int, number: int, leave: dict) -> None:
     """Do what is due for a call: a line, a signal that Python code can answer, or the end."""
-    if call["kill_s"] is not None and running_s >= call["kill_s"]:
+    kill_s = _kill_s(call)
+    if kill_s is not None and running_s >= kill_s:
         _report(f"{call['error']}; it did not give the interpreter back, so the trainer was killed", leave)
         os.kill(trainer, signal.SIGKILL)
         sys.exit()
-    if call["signal_s"] is not None and running_s >= call["signal_s"] and not call["signalled"]:
-        call["signalled"] = True
+    if call["signal_s"] is not None and running_s >= call["signal_s"] and call["signalled"] is None:
+        call["signalled"] = running_s
         os.kill(trainer, number)
     if running_s >= call["next_s"]:
         limit = f", limit {call['limit_s']:g} s" if call["limit_s"] is not None else ""

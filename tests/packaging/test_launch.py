@@ -226,7 +226,9 @@ def test_a_run_whose_launcher_is_gone_does_not_start(monkeypatch):
 
 def test_a_launcher_passes_a_signal_on_and_waits(tmp_path):
     """The launcher of two processes; one alone is the one that was started. SIGUSR1 would kill torchrun."""
-    body = "signal.signal(signal.SIGUSR1, lambda *_: say(got=1) or os._exit(7)); say(waits=1); signal.pause()"
+    os.mkfifo(tmp_path / "both")  # opens when both have it: the first to end would end the other before it says so
+    got = "say(got=1) or open('both', 'r' if os.environ['RANK'] == '0' else 'w') and os._exit(7)"
+    body = f"signal.signal(signal.SIGUSR1, lambda *_: {got}); say(waits=1); signal.pause()"
     process = start(tmp_path, body, "machine=cpu2")
     assert process.stdout is not None
     lines = [process.stdout.readline() for _ in range(4)]

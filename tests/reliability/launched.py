@@ -1,13 +1,13 @@
 """Runs by the documented commands, in processes of their own: what a fork is compared with, and two processes at once."""
 
-import os
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+
+import psutil
 
 from tests.reliability.lab import ROOT, Lab, environment
 
@@ -43,13 +43,13 @@ def kill_after_rows(process: subprocess.Popen[bytes], run_dir: Path, rows: int) 
         assert process.poll() is None, f"the run has ended before row {rows}"
         assert time.monotonic() < end, f"no row {rows} in time"
         time.sleep(0.05)
-    for pid in (*children(process.pid), process.pid):
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    main = psutil.Process(process.pid)
+    everyone = [*main.children(recursive=True), main]
+    for one in everyone:
+        with suppress(psutil.NoSuchProcess):
+            one.kill()
     process.wait()
-
-
-def children(pid: int) -> list[int]:
-    """Return the processes that a process has started, and those that they have."""
-    found = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    return [*found, *(grandchild for child in found for grandchild in children(child))]
+    for one in everyone:  # the last one that is there holds the lock
+        with suppress(psutil.NoSuchProcess):
+            while one.status() != psutil.STATUS_ZOMBIE:
+                time.sleep(0.01)

@@ -189,15 +189,14 @@ def test_the_summary_does_not_claim_what_no_row_says():
 
 
 def test_a_silent_stage_says_for_how_long():
-    def stage(console):
-        with console.stage("starting the engine", total=3) as advance:
-            advance(2)
-            time.sleep(0.12)
-
-    lines = printed(stage, heartbeat_s=0.05).splitlines()
+    file = io.StringIO()
+    with Console(file=file, heartbeat_s=0.05).stage("starting the engine", total=3) as advance:
+        advance(2)
+        while not re.search(r"^starting the engine \.\.\. 2 / 3, \d+\.\d s$", file.getvalue(), re.MULTILINE):
+            time.sleep(0.01)
+    lines = file.getvalue().splitlines()
     assert lines[0] == "starting the engine ..."
-    assert re.fullmatch(r"starting the engine \.\.\. 2 / 3, 0\.\d s", lines[1])
-    assert re.fullmatch(r"starting the engine: done in 0\.\d s", lines[-1])
+    assert re.fullmatch(r"starting the engine: done in \d+\.\d s", lines[-1])
 
 
 @pytest.mark.parametrize("file", [io.StringIO, Terminal])
@@ -248,5 +247,5 @@ def test_a_pipe_gets_each_line_at_once_and_in_its_own_encoding():
     )
     assert process.stdout is not None
     assert process.stdout.readline() == b"\\xe9" + b"x" * 300 + b"\n"  # while it waits: flushed, not wrapped
-    rest, _ = process.communicate(b"\n", timeout=60)
+    rest, _ = process.communicate(b"\n", timeout=500)
     assert rest == b"end\n" and process.returncode == 0

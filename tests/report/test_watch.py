@@ -35,13 +35,13 @@ def served(*paths: Path) -> Iterator[str]:
 
 
 until = """(test) => new Promise((done, fail) => { const look = () => test() ? done(true) : setTimeout(look, 50); look();
-setTimeout(() => fail(new Error("not seen: " + test)), 60000); })"""
+setTimeout(() => fail(new Error("not seen: " + test)), 500000); })"""
 
 
 def ask(address: str, path: str = "", host: str | None = None) -> tuple[int, str]:
     """Return status and body of one request."""
     where = urlsplit(address)
-    connection = http.client.HTTPConnection("127.0.0.1", where.port, timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", where.port, timeout=500)
     headers = {} if host is None else {"Host": host}
     connection.request("GET", path if path.startswith("/") else where.path + path, headers=headers)
     answer = connection.getresponse()
@@ -86,7 +86,7 @@ def test_a_page_that_was_opened_before_the_first_step_gets_all_parts(tmp_path, c
         chromium.open(address)
         assert chromium.run("document.querySelectorAll('figure, #reward').length") == 0
         _append_lines(run.metrics, [row(step, 0, 0.0) for step in (1, 2)])
-        for _ in range(1200):  # the page loads itself anew, which ends what is being asked
+        for _ in range(10000):  # the page loads itself anew, which ends what is being asked
             with suppress(RuntimeError):
                 if chromium.run("!!document.querySelector('.bar.charts') && !!document.querySelector('.live canvas')"):
                     break

@@ -113,18 +113,19 @@ def end(error: BaseException) -> None:
 
 
 def main(name: str, timeout: float, cage: int, errors: Any, directory: str) -> None:
-    from rlinvariant.rewards import RewardLimits, checked_reward
-    from rlinvariant.rewards.watchdog import OverdueReward, watchdog
+    from rlinvariant.rewards import RewardLimits, checked_reward, watchdog
 
+    if name not in UNREACHABLE:
+        watchdog.KILL_AFTER_S = 600.0  # a signal is enough for these, and a loaded machine may answer it late
     counts: Counter[str] = Counter()
     reward = checked_reward(reward_of(name), RewardLimits(timeout, cage, errors), lambda k, n: counts.update({k: n}))
-    watchdog().leave(Path(directory, "result.json"), {"finished": False, "outcome": "failed"})
+    watchdog.watchdog().leave(Path(directory, "result.json"), {"finished": False, "outcome": "failed"})
     state = SimpleNamespace(global_step=6, log_history=[])
     print("calling", flush=True)
     try:
         rewards = call(reward, prompts=["?"] * 4, completions=COMPLETIONS, completion_ids=[[0]] * 4, trainer_state=state)
-    except OverdueReward as overdue:  # as rlinvariant.trainer.grading
-        watchdog().abandon()
+    except watchdog.OverdueReward as overdue:  # as rlinvariant.trainer.grading
+        watchdog.watchdog().abandon()
         end(overdue)
     except Exception as error:
         end(error)
@@ -183,7 +184,7 @@ class Found:
         return [f"{self.name}, cage={self.cage}, {self.errors}: {fault}" for fault in faults]
 
 
-def found(name: str, cage: int, errors: str, timeout: float, patience: float = 60.0) -> Found:
+def found(name: str, cage: int, errors: str, timeout: float, patience: float = 300.0) -> Found:
     """Call a misbehaving function in a process of its own; end that after `patience` seconds."""
     with tempfile.TemporaryDirectory() as directory:
         command = [sys.executable, "-m", __name__, name, str(timeout), str(cage), errors, directory]

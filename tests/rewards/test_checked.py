@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import time
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -220,9 +221,12 @@ def test_a_cage_imports_nothing_to_read_the_state() -> None:
 
 def processes_of(module: str) -> set[psutil.Process]:
     """Return the processes of this one that run a module of `rlinvariant.rewards`."""
-    return {
-        process for process in psutil.Process().children() if f"rewards.{module} import main" in " ".join(process.cmdline())
-    }
+    found = set()
+    for process in psutil.Process().children():
+        with suppress(psutil.Error):  # it is ending
+            if f"rewards.{module} import main" in " ".join(process.cmdline()):
+                found.add(process)
+    return found
 
 
 def end(process: psutil.Process) -> None:

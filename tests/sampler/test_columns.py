@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 def test_an_engine_over_several_processes_has_the_bits_of_a_trainer_in_one(family, ranks, tmp_path):
     """llama has two heads of keys: over four processes two have the same."""
     arguments = [str(HERE / "columns_on_ranks.py"), str(tmp_path), family]
-    done = forks.run_ranks(ranks, arguments, cwd=tmp_path, env=os.environ, timeout=200)
+    done = forks.run_ranks(ranks, arguments, cwd=tmp_path, env=os.environ)
     assert [rank.returncode for rank in done] == [0] * ranks, done[0].stderr[-3000:]
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(ranks)]
     for own in found:

@@ -134,13 +134,16 @@ class Load:
 
     client: httpx.AsyncClient
     stop: asyncio.Event = field(default_factory=asyncio.Event)
+    workers: list[asyncio.Task[None]] = field(default_factory=list)
     running: int = 0
     finished: int = 0
     cancelled: int = 0
 
-    async def reaches(self, count: int) -> None:
-        """Wait until so many requests are running: how many are at a given time depends on who else has the machine."""
-        while self.running < count:
+    async def reaches(self, running: int = 0, finished: int = 0, cancelled: int = 0) -> None:
+        """Wait until there are so many requests: how many are at a given time depends on who else has the machine."""
+        while self.running < running or self.finished < finished or self.cancelled < cancelled:
+            if failed := [worker for worker in self.workers if worker.done()]:
+                await failed[0]  # nobody asks what it asked for any more
             await asyncio.sleep(0.005)
 
     async def worker(self, number: int) -> None:
@@ -172,17 +175,18 @@ async def alone_and_among(url: str, kinds: list[str]) -> tuple[dict[str, str], l
         alone = {kind: await whole(client, body(**REQUESTS[kind])) for kind in kinds}
         again = [(kind, await whole(client, body(**REQUESTS[kind]))) for kind in kinds]  # from a warm prefix
         load = Load(client)
-        workers = [asyncio.create_task(load.worker(i)) for i in range(12)]
+        load.workers = [asyncio.create_task(load.worker(i)) for i in range(12)]
         asked: list[tuple[str, asyncio.Task[Any]]] = []
         for i in range(ROUNDS):
             await asyncio.sleep(0.15 * (i + 1))
-            await load.reaches(6)
+            await load.reaches(running=6)
             for kind in kinds:
                 asked.append((kind, asyncio.create_task(whole(client, body(**REQUESTS[kind])))))
                 asked.append((kind + ", streamed", asyncio.create_task(streamed(client, body(**REQUESTS[kind])))))
         among = again + [(kind, await task) for kind, task in asked]
+        await load.reaches(finished=10, cancelled=5)
         load.stop.set()
-        await asyncio.gather(*workers)
+        await asyncio.gather(*load.workers)
     for kind in kinds:
         choices, _ = json.loads(alone[kind])
         alone[kind + ", streamed"] = pieces(choices)
@@ -235,7 +239,6 @@ def test_the_same_request_gets_the_same_bytes_under_any_load(servers):
     for kind, got in among:
         assert got == alone[kind], f"{kind}: {got} != {alone[kind]}"
     assert len(among) == (1 + 2 * ROUNDS) * len(REQUESTS)
-    assert load.finished >= 10 and load.cancelled >= 5, load
     assert alone["seeded"] != alone["greedy"], "the seed draws something else than the maximum"
     first, second = json.loads(alone["seeded, two of them"])[0]
     assert first["text"] != second["text"]
@@ -295,7 +298,7 @@ def test_a_front_end_that_is_killed_leaves_no_engine(model, tmp_path):
     server.wait()
     engines = psutil.Process(server.process.pid).children(recursive=True)
     os.kill(server.process.pid, signal.SIGKILL)
-    _, alive = psutil.wait_procs(engines, 10)
+    _, alive = psutil.wait_procs(engines, 300)
     for process in alive:
         process.kill()
     assert engines and not alive

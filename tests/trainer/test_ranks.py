@@ -17,7 +17,7 @@ TINY = (str(ROOT / "train.py"), f"recipe={ROOT / 'tests/trainer/tiny_recipe.py'}
 def test_a_mismatch_on_one_process_stops_both_with_one_line_and_one_count(arithmetic_dir, tmp_path):
     """Rank 1 alone has other log-probs, in the second step. The first step is the control: there both go on."""
     command = [*TINY, f"model={arithmetic_dir}", "run=a", "data.fault=rank 1 differs", "trainer.per_device_train_batch_size=8"]
-    first, second = forks.run_ranks(2, command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=120)
+    first, second = forks.run_ranks(2, command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert (first.returncode, second.returncode) == (1, 1), first.stderr[-2000:] + second.stderr[-2000:]
     run = tmp_path / "runs/a"
     result = json.loads((run / "result.json").read_text())

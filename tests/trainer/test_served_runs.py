@@ -57,7 +57,7 @@ class Lab:
         size = f"trainer.per_device_train_batch_size={16 // ranks}"
         command = [*self.settings, f"run={run}", size, "trainer.save_steps=100", *(at if servers else ()), *more]
         env = os.environ | {"PYTHONPATH": str(ROOT), "KILLS": kills}
-        return forks.run_ranks(ranks, [str(ROOT / "train.py"), *command], cwd=self.path, env=env, timeout=300)
+        return forks.run_ranks(ranks, [str(ROOT / "train.py"), *command], cwd=self.path, env=env)
 
     def rollout(self, run: str, step: int = 1) -> dict[str, bytes]:
         """Return the bytes of all that a step has drawn, but for what names the run."""
