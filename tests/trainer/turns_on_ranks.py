@@ -31,10 +31,12 @@ def main(directory: str, model: str, sampler: str = "each") -> int:
     from accelerate import PartialState
 
     from rlinvariant.errors import UserError
+    from rlinvariant.rewards import watchdog
     from rlinvariant.sampler.group import GroupSampler
     from tests.parity.harness import start_engine
     from tests.trainer.tool_model import tool_trainer
 
+    watchdog.KILL_AFTER_S = 600.0  # a loaded machine may answer the signal late
     PartialState(cpu=True)  # joins the ranks, before an engine makes a world of one
     rank, turns = os.environ["RANK"], []
     spread = {"kind": GroupSampler, "tensor_parallel_size": 2} if sampler == "shared" else {}
@@ -53,7 +55,8 @@ def main(directory: str, model: str, sampler: str = "each") -> int:
     trainer.train()
     seen = {"turns": turns, "rows": run.rows}
     for errors, how in (("tell", "raises"), ("stop", "raises"), ("stop", "hangs")):
-        settings = {"tools": [failing(how, rank == "1")], "tool_errors": errors, "tool_timeout": 0.5, "max_steps": 1}
+        limit_s = 0.5 if how == "hangs" and rank == "1" else 600.0
+        settings = {"tools": [failing(how, rank == "1")], "tool_errors": errors, "tool_timeout": limit_s, "max_steps": 1}
         run = tool_trainer(model, engine, Path(directory) / "out", per_device_train_batch_size=8, **settings)
         try:
             run.trainer.train()
