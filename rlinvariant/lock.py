@@ -63,8 +63,9 @@ def _taken(path: Path, what: str) -> int:
                 raise
             if not made:
                 _take_over(file, path, what)
-        if path.exists() and os.path.samestat(os.fstat(file), os.stat(path)):
-            return file
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file), os.stat(path)):
+                return file
         os.close(file)  # its holder has just removed it
 
 

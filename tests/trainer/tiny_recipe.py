@@ -9,8 +9,14 @@ from typing import Any
 
 import chz
 
+from rlinvariant import deadline
 from rlinvariant.config import Config
+from rlinvariant.launch import is_launched
 from rlinvariant.recipes import arithmetic
+
+if is_launched():  # a loaded machine may need long for the step and the report that a signal leaves time for
+    deadline.WITHIN_S.update(dict.fromkeys(deadline.WITHIN_S, 600.0))
+    deadline.FORCE_AFTER_S = 600.0
 
 DEFAULTS = arithmetic.DEFAULTS | {
     "steps": 2,
