@@ -49,17 +49,25 @@ def unwritable(path: object, why: str | None, what: str, fix: str, number: int |
     return kind(f"{what}: {path} cannot be written ({why}); {fix}")
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
+def write_atomically(path: Path, content: str | bytes, shared: bool = False) -> None:
     """Write a file in place of an earlier one, in one move, and flush it and its directory to the disk.
 
     Text is written as UTF-8; a lone surrogate, which UTF-8 does not have, as its escape.
+
+    Args:
+        shared: whether another process may write the same file meanwhile, as no lock forbids: the last one's is kept, whole. A
+            kill in the middle leaves a file that no later write replaces.
     """
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial" if shared else f"{path.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
     sync_directory(path.parent)
 
 

@@ -1,5 +1,8 @@
 """Every path that a command writes to is tried before its work begins: a bad one is refused in one line."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +11,7 @@ import pytest
 
 from rlinvariant.bench import __main__ as bench
 from rlinvariant.errors import UserError
-from rlinvariant.files import require_writable
+from rlinvariant.files import require_writable, write_atomically
 from rlinvariant.models.families import FAMILIES
 from tests import commands
 from tests.report.runs import write_run
@@ -49,6 +52,25 @@ def test_what_can_be_written_is_not_touched():
     for path in ("a-directory", "new", "not/yet/there"):
         require_writable(Path(path), "run", "fix", directory=True)
     assert sorted(x.name for x in Path().rglob("*")) == ["a-directory", "a-file"]
+
+
+WRITE = "from pathlib import Path; from rlinvariant import files; files.write_atomically(Path('x'), 'other', shared=True)"
+
+
+def test_a_file_that_two_processes_write_at_once_is_the_last_one_s(monkeypatch):
+    """Another process writes it while this one is in the middle."""
+    sync, others = os.fsync, []
+
+    def interrupted(file: int) -> None:
+        if not others:
+            others.append(subprocess.run([sys.executable, "-c", WRITE], check=True))
+            assert Path("x").read_text() == "other"
+        sync(file)
+
+    monkeypatch.setattr(os, "fsync", interrupted)
+    write_atomically(Path("x"), "own", shared=True)
+    assert Path("x").read_text() == "own" and others
+    assert sorted(x.name for x in Path().iterdir()) == ["a-directory", "a-file", "x"]
 
 
 def fails(*_: Any, **__: Any) -> Any:

@@ -120,7 +120,7 @@ def table() -> Table:
     found = table_of_class()
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        write_atomically(cached, as_json(found))
+        write_atomically(cached, as_json(found), shared=True)
     except OSError:
         pass  # a cache that cannot be written costs the next start some seconds
     return found

@@ -38,7 +38,7 @@ def write_study(study: Study, file: Path | None = None) -> Path:
         file = study.path.with_name(f"{study.path.name}.html") if study.kind == "comparison" else study.path / FILE
     require_writable(file, "report", "make room for it there, or name another file with --out")
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, page(study))
+    write_atomically(file, page(study), shared=True)
     return file
 
 

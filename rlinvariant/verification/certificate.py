@@ -181,7 +181,7 @@ def write(certificate: JsonRow, also: Path | None = None) -> Path:
     try:
         for target in (path, *([also] if also else [])):
             target.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(target, json.dumps({"schema": SCHEMA, **certificate}, indent=2, default=str) + "\n")
+            write_atomically(target, json.dumps({"schema": SCHEMA, **certificate}, indent=2, default=str) + "\n", shared=True)
     except OSError as error:
         raise unwritable(error.filename, error.strerror, "certificate", ANOTHER_CACHE, error.errno) from error
     return path
