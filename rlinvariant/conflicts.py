@@ -303,16 +303,13 @@ OF_SERVERS = ("servers", "trainer_token_file", "max_model_len")
 """Settings of the sampler that hold with servers; all others are the servers' own."""
 
 
-def server_problems(
-    servers: Sequence[str], token_file: str | None, invariance: Invariance, lora: str | None, others: Sequence[str]
-) -> list[str]:
+def server_problems(servers: Sequence[str], token_file: str | None, invariance: Invariance, others: Sequence[str]) -> list[str]:
     """List what is wrong with the servers that a trainer is to draw from, one line each.
 
     Args:
         servers: their addresses; none: the trainer has an engine of its own.
         token_file: which holds the token that they want.
         invariance: which sides are exact.
-        lora: the setting that asks for adapters, as the user writes it; None: none does.
         others: settings of the engine that were given, as the user writes them.
     """
     if not servers:
@@ -330,8 +327,6 @@ def server_problems(
         found.append(f"{said}: expected sampler.trainer_token_file=FILE too, the one that the servers were started with")
     if invariance != "exact":
         found.append(f"invariance={invariance}: expected exact with sampler.servers, which run the invariant ops; remove one")
-    if lora is not None:
-        found.append(f"{lora}: expected none with sampler.servers: adapters over HTTP have not been tried; remove one")
     own = "the server decides it, by the options of its start; remove it"
     return found + [f"{other}: expected none with sampler.servers: {own}" for other in others]
 

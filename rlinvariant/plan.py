@@ -135,9 +135,8 @@ def plan_trainer(
     problems += [] if adapter is None else lora.fit_problems(said, adapter, config)
     problems += spread_problems(_spread(sampler_options), invariance, adapter is not None)
     urls, token_file = sampler_options.get("servers") or (), sampler_options.get("trainer_token_file")
-    adapters = None if adapter is None else f"{said}r={adapter.r}"
     given = [] if not urls else [f"{key}={value}" for key, value in sampler_options.items() if key not in OF_SERVERS]
-    problems += server_problems(urls, token_file, invariance, adapters, given)
+    problems += server_problems(urls, token_file, invariance, given)
     problems += unproven_problems(args, *[f"sampler.servers={','.join(urls)}"] if urls else [])
     problems += auxiliary_problems(args, config, invariance) if loaded is None else []  # else `settings_problems` has looked
     if problems:
@@ -145,7 +144,7 @@ def plan_trainer(
     served: Servers | None = None
     if urls and token_file is not None:
         limit = sampler_options.get("max_model_len")
-        served = servers.found(urls, token_file, source_config, source, dtype, limit)
+        served = servers.found(urls, token_file, source_config, source, dtype, limit, adapted=adapter is not None)
         sampler_options = {"max_model_len": served.max_model_len}
     parts = (name if loaded is None else loaded, config, source, source_config, generation)
     return TrainerPlan(*parts, args, ppo, invariance, dtype, sampler_options, save_dtype, served)
@@ -231,7 +230,7 @@ def _sampler(plan: TrainerPlan, model: PreTrainedModel) -> Sampler | ServedSampl
         same = plan.source_config is plan.config
         generation: Any = plan.generation if same else load_generation(plan.source, plan.source_config)
         own = {"dtype": plan.dtype, "max_model_len": plan.servers.max_model_len, "eager": plan.servers.eager}
-        return ServedSampler(plan.servers.servers, ends=model_ends(generation), **own)
+        return ServedSampler(plan.servers.servers, ends=model_ends(generation), ranks=lora.ranks(model), **own)
     invariant = SIDES[plan.invariance][0]
     positions = getattr(plan.source_config.get_text_config(), "max_position_embeddings", None)  # a stock engine needs none
     ranks = lora.ranks(model) if invariant else None

@@ -29,6 +29,7 @@ TESTED = {  # a pair -> the test in which both are exact, on a CPU
     ("LoRA", "top-p"): PAIRS,
     ("LoRA", "windows"): PAIRS,
     ("LoRA", "mixtures"): PAIRS,
+    ("LoRA", "servers"): "tests/trainer/test_served_adapters.py::test_a_run_of_adapters_by_servers_is_the_run_of_an_engine",
     ("turns", "top-p"): "tests/trainer/test_turns.py::test_turns_of_a_truncated_policy_are_exact",
     ("turns", "PPO"): "tests/trainer/test_turns.py::test_ppo_over_turns",
     ("turns", "windows"): FAMILY,
@@ -76,8 +77,7 @@ def refused() -> dict[tuple[str, str], str]:
         ("LoRA", "PPO"): adapter_conflicts(lora, "0", "exact", ppo=True),
         ("LoRA", "shards"): sharding_problems(trainer, "exact", lora),
         ("LoRA", "shared sampler"): spread_problems(2, "exact", adapted=True),
-        ("LoRA", "servers"): server_problems(urls, "FILE", "exact", lora, []),
-        ("shared sampler", "servers"): server_problems(urls, "FILE", "exact", None, [SAID["shared sampler"]]),
+        ("shared sampler", "servers"): server_problems(urls, "FILE", "exact", [SAID["shared sampler"]]),
         ("shared sampler", "mixtures"): [
             f"{SAID['shared sampler']}: {line}" for line in uncuttable(FAMILIES["qwen3-moe"](), 2)
         ],

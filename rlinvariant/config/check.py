@@ -170,8 +170,7 @@ def _check_servers(config: Config) -> list[str]:
     given = [key.partition(".") for key, source in config.sources.items() if given_by_user(source)]
     names = [name for section, _, name in given if section == "sampler" and name not in OF_SERVERS]
     others = [f"sampler.{name}={shown(getattr(sampler, name))}" for name in names]
-    lora = f"lora.r={config.lora.r}" if config.lora.r else None
-    found = server_problems(sampler.servers, sampler.trainer_token_file, config.invariance, lora, others)
+    found = server_problems(sampler.servers, sampler.trainer_token_file, config.invariance, others)
     if sampler.servers and sampler.trainer_token_file is not None:
         try:
             trainer_token.read(sampler.trainer_token_file, "sampler.trainer_token_file=")

@@ -13,10 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlinvariant import bits, ops
+from rlinvariant import bits, checksums, ops
+from rlinvariant.checksums import Checksum
+from rlinvariant.errors import UserError
 from rlinvariant.models.lora import A, B
 from rlinvariant.ops.linear import pack_weight
 from rlinvariant.ops.lora import RANK_STEP
+from rlinvariant.sampler import weights as synced
 from rlinvariant.sampler.weights import target
 from rlinvariant.types import Untyped
 
@@ -45,7 +48,7 @@ class Adapters:
         self.wide = layer.weight.new_zeros(n, k + columns)
         self.a = layer.weight.new_zeros(len(layer.parts), columns, k)
         self.wide[:, :k] = layer.weight.data
-        layer.weight.data = self.wide[:, :k]
+        layer.weight.data, layer.packed = self.wide[:, :k], {}
         self.sizes, self.k = list(layer.parts), k
         self.packed: dict[int, list[Tensor | None]] = {}
         # Copies of projections without an adapter, whose rows lie apart in `wide`
@@ -96,21 +99,63 @@ class Adapters:
         return self.a[part, :rank] if which == A else self.wide.split(self.sizes)[part][:, self.k : self.k + rank]
 
 
-def attach(model: nn.Module) -> None:
-    """Make room for the adapters that are expected, in the layers of vLLM's model, before weights are loaded."""
+def attach(model: nn.Module, ranks: Mapping[str, int] | None = None) -> None:
+    """Make room for adapters, with zeros in it, in layers of vLLM's model that have none.
+
+    Args:
+        model: vLLM's.
+        ranks: as for `expecting`; None: what is expected.
+    """
+    for name, parts in _by_layer(model, (_expected.get() or {}) if ranks is None else ranks).items():
+        layer: Any = model.get_submodule(name)
+        layer.adapters = Adapters(layer, parts)
+
+
+def make_room(model: nn.Module, ranks: Mapping[str, int]) -> bool:
+    """Give the layers of a model that runs room for these adapters and no others; return whether they had other room before.
+
+    Then the weights are to be packed anew. Nothing may be compiled: code made for layers without adapters would ignore them.
+    """
+    held = layers(model)
+    if {name: adapters.ranks for name, adapters in held.items()} == _by_layer(model, ranks):
+        return False
+    for name, adapters in held.items():
+        layer: Any = model.get_submodule(name)
+        layer.weight.data, layer.adapters = adapters.wide[:, : adapters.k].contiguous(), None
+    attach(model, ranks)
+    return True
+
+
+def unknown(model: nn.Module, ranks: Mapping[str, int]) -> str | None:
+    """Return the first of the projections that no layer of vLLM's model computes; None if there are all."""
+    own = dict(model.named_modules())
+    for name in ranks:
+        layer, part = _place(model, name)
+        if part >= len(getattr(own.get(layer), "parts", ())):
+            return name
+    return None
+
+
+def _by_layer(model: nn.Module, ranks: Mapping[str, int]) -> dict[str, dict[int, int]]:
+    """Return the rank of each part of vLLM's layers that is to have an adapter, by the layers' names."""
     found: dict[str, dict[int, int]] = {}
-    for name, rank in (_expected.get() or {}).items():
+    for name, rank in ranks.items():
         layer, part = _place(model, name)
         found.setdefault(layer, {})[part] = rank
-    for name, ranks in found.items():
-        layer: Any = model.get_submodule(name)
-        layer.adapters = Adapters(layer, ranks)
+    return found
 
 
 def load(model: nn.Module, weights: Pairs) -> None:
-    """Copy adapters into their slots, rounded to the engine's dtype; and renew the copies, of a base that may have changed."""
+    """Copy adapters into their slots, rounded to the engine's dtype; and renew the copies, of a base that may have changed.
+
+    Raises:
+        UserError: there is no room for one, or for one of another rank.
+    """
     for name, weight in weights:
-        _slot(model, name).copy_(weight)
+        slot = _slot(model, name)
+        if slot.shape != weight.shape:
+            raise UserError(f"{name} is {[*weight.shape]}: the engine has room for {[*slot.shape]}")
+        slot.copy_(weight)
     for held in layers(model).values():
         held.refresh()
 
@@ -125,8 +170,33 @@ def differing(model: nn.Module, weights: Pairs) -> list[str]:
         slot, seen = _slot(model, name), seen + 1
         if slot.shape != weight.shape or not bits.same(slot, weight.detach().to(slot.dtype)):
             bad.append(name)
+    return bad + _stale_or_missing(model, seen)
+
+
+def differing_checksums(model: nn.Module, weights: Mapping[str, Checksum]) -> list[str]:
+    """Name the parameters of an exact engine, and its adapters, whose words do not have the sums that they should have.
+
+    An adapter that there is no room for is named, too.
+
+    Args:
+        model: vLLM's.
+        weights: the checksum of each, by its Hugging Face name.
+    """
+    of_adapters = {name: expected for name, expected in weights.items() if name.endswith((A, B))}
+    bad = synced.differing_checksums(model, {name: expected for name, expected in weights.items() if name not in of_adapters})
+    for name, expected in of_adapters.items():
+        try:
+            if checksums.whole(_slot(model, name)) != expected:
+                bad.append(name)
+        except UserError:
+            bad.append(name)
+    return bad + _stale_or_missing(model, len(of_adapters))
+
+
+def _stale_or_missing(model: nn.Module, seen: int) -> list[str]:
+    """Name the layers that multiply by old copies, and say how many adapter weights are held beside those that were `seen`."""
     own = layers(model)
-    bad += [f"{name}.weight (copy)" for name, held in own.items() if held.stale()]
+    bad = [f"{name}.weight (copy)" for name, held in own.items() if held.stale()]
     held = sum(2 * len(adapters.ranks) for adapters in own.values())
     return bad if seen == held else [*bad, f"{held - seen} adapter weights, which were not given"]
 
@@ -138,10 +208,16 @@ def layers(model: nn.Module) -> dict[str, Adapters]:
 
 
 def _slot(model: nn.Module, name: str) -> Tensor:
+    """Return where an adapter's A or B is kept. Raises UserError where there is no room for it."""
     which = A if name.endswith(A) else B
     layer, part = _place(model, name.removesuffix(f".{which}"))
-    holder: Any = model.get_submodule(layer)
-    return holder.adapters.slot(part, which)
+    try:
+        held = getattr(model.get_submodule(layer), "adapters", None)
+    except AttributeError:
+        held = None
+    if held is None or part not in held.ranks:
+        raise UserError(f"{name}: the engine has no room for this adapter")
+    return held.slot(part, which)
 
 
 def _place(model: nn.Module, projection: str) -> tuple[str, int]:

@@ -363,7 +363,7 @@ class Sampler:
         """
         if not self.invariant:
             raise RuntimeError("a stock engine's packed weights have no checksum")
-        return synced.differing_checksums(self.model, weights)
+        return adapters.differing_checksums(self.model, weights)
 
 
 def external(request: str) -> str:

@@ -38,6 +38,7 @@ class ServedSampler:
         max_model_len: longest prompt plus completion, in tokens.
         eager: whether the servers run without CUDA graphs.
         ends: the model's own end tokens, which an engine knows by the model's directory; servers are told.
+        ranks: LoRA adapters that `sync` will bring: the rank of each, by the name of the projection. Servers make room for them.
 
     Raises:
         UserError: a server cannot be joined.
@@ -46,10 +47,17 @@ class ServedSampler:
     invariant = True
 
     def __init__(
-        self, servers: Sequence[Server], *, dtype: str, max_model_len: int, eager: bool, ends: Sequence[int] = ()
+        self,
+        servers: Sequence[Server],
+        *,
+        dtype: str,
+        max_model_len: int,
+        eager: bool,
+        ends: Sequence[int] = (),
+        ranks: Mapping[str, int] | None = None,
     ) -> None:
         self.max_model_len, self.dtype = max_model_len, getattr(torch, dtype)
-        self._alive, self._ends = list(servers), list(ends)
+        self._alive, self._ends, self._ranks = list(servers), list(ends), dict(ranks or {})
         self._version: str | None = None
         config = SimpleNamespace(max_model_len=max_model_len, enforce_eager=eager)
         self.llm: Any = SimpleNamespace(llm_engine=SimpleNamespace(model_config=config))  # what TRL reads of an engine
@@ -59,8 +67,9 @@ class ServedSampler:
 
     def _join(self) -> list[str]:
         found = []
+        about = {"trainer": f"process {os.getpid()} on {socket.gethostname()}", "ranks": self._ranks}
         for server in self._alive:
-            answer = server.asked("join", {"trainer": f"process {os.getpid()} on {socket.gethostname()}"})
+            answer = server.asked("join", about)
             found.append(answer["session"])
             before = f"; {answer['before']} had it, and cannot draw from it any more" if answer["before"] else ""
             say(f"sampler {server.url} joined{before}")

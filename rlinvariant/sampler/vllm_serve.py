@@ -12,8 +12,6 @@ import signal
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-import numpy as np
-import safetensors.torch
 import torch
 from vllm import SamplingParams
 from vllm.platforms import current_platform
@@ -27,12 +25,11 @@ from rlinvariant.model_source import base_and_adapter
 from rlinvariant.models import adapter_files, audit_config, lora
 from rlinvariant.models.limits import attention_of
 from rlinvariant.rollout import RANGES
-from rlinvariant.sampler import adapters, plugin, vllm_guard, wire
-from rlinvariant.sampler.engine import external
+from rlinvariant.sampler import adapters, plugin, vllm_guard
 from rlinvariant.sampler.names import ARCHITECTURE, NOT_ACTIVE, QUANTIZATION
 from rlinvariant.sampler.refusals import load_config, refuse
+from rlinvariant.sampler.vllm_for_trainers import ForTrainers
 from rlinvariant.sampler.vllm_trainers import Trainers
-from rlinvariant.sampler.weights import differing_checksums
 from rlinvariant.support import TRY, may_use_unproven
 from rlinvariant.text import say
 from rlinvariant.types import JsonObject, Untyped
@@ -287,7 +284,7 @@ def _end_with_front_end() -> None:
         os.kill(os.getpid(), signal.SIGKILL)  # it is gone already
 
 
-class Worker(_Worker):
+class Worker(_Worker, ForTrainers):
     """Runs vLLM's worker with our sampler in it. It does not start unless the model passes the trainer's checks."""
 
     def __init__(self, vllm_config: Untyped, *args: Untyped, **kwargs: Untyped) -> None:
@@ -317,36 +314,6 @@ class Worker(_Worker):
         times = super().compile_or_warm_up_model()
         install(self.model_runner)
         return times
-
-    # ---- what a trainer asks for; arguments and results are plain values
-
-    def keep_drawn(self) -> None:
-        """Keep, from now on, what is drawn."""
-        self._drawn: dict[str, tuple[list[int], list[float]]] = {}
-        self.model_runner.sampler.keep_drawn()
-
-    def take_drawn(self, requests: Sequence[str], others: bool) -> dict[str, tuple[bytes, bytes]]:
-        """Return tokens, int32, and log-probs, float32, of requests that have ended, by their names.
-
-        Args:
-            requests: their names, as the front end knows them.
-            others: whether more requests are running, of which something is kept; else the rest, of cancelled ones, is dropped.
-        """
-        self.model_runner.sampler.add_drawn(self._drawn)
-        inner = {external(name): name for name in self._drawn}
-        taken = [(name, *self._drawn.pop(inner[name])) for name in requests]
-        if not others:
-            self._drawn.clear()
-        return {name: (np.array(t, "<i4").tobytes(), np.array(x, "<f4").tobytes()) for name, t, x in taken}
-
-    def take_weights(self, part: bytes) -> None:
-        """Load some weights, which came as safetensors by their Hugging Face names."""
-        with torch.no_grad():
-            self.model_runner.get_model().load_weights(iter(safetensors.torch.load(part).items()))
-
-    def differing(self, expected: JsonObject) -> list[str]:
-        """Name the parameters whose words do not have the sums of a trainer's weights, by `wire.checksums_to_json`."""
-        return differing_checksums(self.model_runner.get_model(), wire.checksums_of(expected))
 
     def prove(self) -> str:
         """Return what this engine runs, in words. Raises UserError where it is not all ours."""

@@ -1,7 +1,7 @@
 """The routes by which a trainer draws from `rlinvariant serve`: prove, join, sync, checksum, generate.
 
-`vllm_guard.Guard`, outside of `Trainers`, lets nobody in without the token. A trainer joins, sends weights in parts, and has
-their checksums compared with its own: when all are equal the server holds a *version*, the digest of those checksums, and draws
+`vllm_guard.Guard`, outside of `Trainers`, lets nobody in without the token. A trainer joins, and says which adapters it will
+bring, sends weights in parts, and has their checksums compared with its own: when all are equal the server holds a *version*, the digest of those checksums, and draws
 requests that name it. Whatever changes the weights takes the version away first, and waits for requests that still run: no
 completion is drawn by two versions, and each answer says which it was.
 """
@@ -20,6 +20,7 @@ from vllm.sampling_params import RequestOutputKind
 
 from rlinvariant.checksums import digest
 from rlinvariant.errors import UserError, one_line
+from rlinvariant.models import lora
 from rlinvariant.rollout import Completion
 from rlinvariant.sampler import wire
 from rlinvariant.sampler.settings import sampling_params
@@ -94,15 +95,20 @@ class Trainers:
         return answer
 
     async def join(self, request: Request) -> Callable[[], Awaitable[JsonObject]]:
-        trainer = shown((await request.json())["trainer"])
+        body = await request.json()
+        trainer, ranks = shown(body["trainer"]), dict(body["ranks"])
+        if unfit := await self._rpc("unfit", ranks):  # while whoever has joined it before still has it
+            raise Refused(REFUSED, unfit)
 
         async def answer() -> JsonObject:
             async with self.writing:
                 before, self.trainer = self.trainer, trainer
                 self.session, self.version = secrets.token_hex(16), None
                 await self._until_idle()  # what the one before has asked for comes to its end, or ends with it
+                await self._rpc("make_room", ranks)
                 await self._rpc("keep_drawn")
-            say(f"joined by {trainer}" + (f", in place of {before}" if before else ""))
+            instead = f", in place of {before}" if before else ""
+            say(f"joined by {trainer}{instead}" + (f"; room for {lora.in_words(ranks)}" if ranks else ""))
             return {"session": self.session, "before": before}
 
         return answer
@@ -118,7 +124,8 @@ class Trainers:
                 self._require_session(session)
                 self.version = None  # nothing is admitted from here on
                 await self._until_idle()
-                await self._rpc("take_weights", part)
+                if refused := await self._rpc("take_weights", part):
+                    raise Refused(REFUSED, refused)
             return {"taken": names}
 
         return answer

@@ -14,8 +14,9 @@ from rlinvariant.checksums import Checksum
 from rlinvariant.rollout import Completion
 from rlinvariant.types import Json, JsonObject, JsonRow
 
-PROTOCOL = 1
+PROTOCOL = 2
 """The version of these requests; a server and a trainer of different versions do not talk to each other."""
+COMPILED = "LoRA adapters need a server that compiles nothing: start it with --enforce-eager"
 BUCKET_BYTES = 256 << 20  # of weights that are sent together
 TAKEN = ("temperature", "stop_token_ids", "top_k", "top_p", "min_p")
 """Settings of sampling that a request to a server may have; all others are refused by name."""

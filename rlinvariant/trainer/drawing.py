@@ -49,7 +49,7 @@ class DrawingTrainer(EpisodesTrainer):
     _seeded: dict[bool, tuple[int, int]]  # training or not -> (last step, rollouts that it had had before)
     _drawn: list[Batch]  # by this step on all ranks, of what was handed to `on_rollout`
     _shared: set[str]  # names of frozen weights that lie in the sampler's memory
-    _frozen: dict[str, Checksum]  # of these, at the last sync of all weights
+    _frozen: dict[str, Checksum]  # of these, at the first sync, or when they were last edited on purpose
     _turns: Turns  # of the rollout that is being drawn, or was drawn last
     _sampler_logprobs: list[list[float]]  # of the last rollout, one for each token; a tool's have any number
     _sampled: list[list[int]] | None  # of the last rollout, 1 for each token that was sampled, 0 for a tool's; None: all were
@@ -223,15 +223,15 @@ class DrawingTrainer(EpisodesTrainer):
         version, older = self._versions.to_sample_with(step, stale)
         with self._timed("sync"):
             self._require_finite(((f"weight {name}", w) for name, w in self._held()), *when)
-            whole = self._versions.sampler is None
+            first = self._versions.sampler is None
+            self._frozen = self._checksums_of_shared() if first else self._frozen
+            whole = first and not self._has_base(older)
             if self._versions.sampler == version and self._sampler_is_invariant:  # all of a stock one's cannot be read
                 if not self._differing(older):
                     return
                 self._versions.edited()
-                whole = True
+                self._frozen, whole = self._checksums_of_shared(), True
             self.sampler.sync(self._weights(older) if whole else self._moving(older))
-            if whole:
-                self._frozen = self._checksums_of_shared()
             differing = self._differing(older)
         self._versions.sampler, self._record.weights_equal = version, not differing
         if not self._sampler_is_invariant and hasattr(self.model, "peft_config"):
@@ -239,6 +239,11 @@ class DrawingTrainer(EpisodesTrainer):
         if differing and self.invariance == "exact":
             differ = f"{len(differing)} of the sampler's parameters differ from the trainer's, first {differing[0]}"
             raise ParityError(f"step {step + 1}: after the weight sync, {differ}", agreed=True)
+
+    def _has_base(self, older: dict[str, Tensor] | None) -> bool:
+        """Return whether adapters are trained, and the sampler has their base: it is not sent then. All ranks call this."""
+        adapted = self._sampler_is_invariant and lora.ranks(self.accelerator.unwrap_model(self.model))
+        return bool(adapted) and all(lora.A in name or lora.B in name for name in self._differing(older))
 
     def _differing(self, older: dict[str, Tensor] | None) -> list[str]:
         """Name the sampler's parameters that differ from the weights, on the first rank where some do; the same on all ranks.

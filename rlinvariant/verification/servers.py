@@ -9,6 +9,7 @@ from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.kernels import choice
 from rlinvariant.launch import on_main_process
 from rlinvariant.sampler.server import Server, proven
+from rlinvariant.sampler.wire import COMPILED
 from rlinvariant.text import shown
 from rlinvariant.types import JsonObject, JsonRow
 from rlinvariant.verification.certificate import differences, subject
@@ -33,7 +34,13 @@ class Servers:
 
 
 def found(
-    urls: Sequence[str], token_file: str, config: "PreTrainedConfig", name: str, dtype: str, max_model_len: int | None
+    urls: Sequence[str],
+    token_file: str,
+    config: "PreTrainedConfig",
+    name: str,
+    dtype: str,
+    max_model_len: int | None,
+    adapted: bool = False,
 ) -> Servers:
     """Return servers that compute what the trainer does, by their own account. All ranks call this, and the main one asks.
 
@@ -44,6 +51,7 @@ def found(
         name: the model's name for messages.
         dtype: of activations, "bfloat16" or "float32".
         max_model_len: longest prompt plus completion that the run needs, in tokens; None: as long as all servers take.
+        adapted: whether LoRA adapters are trained.
 
     Raises:
         ConfigErrors: a line for each server that cannot be used.
@@ -59,6 +67,7 @@ def found(
                 problems += server.understood(_problems, server, about, own, name, max_model_len)
                 limits.append(about["max_model_len"])
                 eager.append(about["subject"]["eager"])
+                problems += [str(server.error(COMPILED))] if adapted and not eager[-1] else []
             except UserError as error:
                 problems.append(str(error))
             finally:

@@ -64,6 +64,7 @@ def prove(
         with lora.counting(model):
             if adapted:
                 sampler.sync(lora.adapters(model))
+                _require_equal(sampler, model)
             pair = pair_of(model.eval(), sampler, config.get_text_config().vocab_size)
             relations = [check(pair) for check in (sampler_and_trainer, alone, one_by_one)]
             faults = {"with one ulp in the lm_head": one_ulp(pair, getattr(torch, dtype))}
@@ -97,6 +98,12 @@ def prove(
     record = {"path": None, "compared": compared, "mismatched": wrong, "seconds": seconds}
     record |= {"one_ulp": faults["with one ulp in the lm_head"].mismatched}
     return f"{makes}; compared now: {counts}, {seconds:.1f} s", record
+
+
+def _require_equal(sampler: "Sampler | ServedSampler", model: Untyped) -> None:
+    """Compare the sampler's weights with the model's, as servers want before they draw. Raises ParityError if one differs."""
+    if differing := sampler.differing_weights(lora.pairs(model)):
+        raise ParityError(f"before the first step: {len(differing)} of the sampler's parameters differ, first {differing[0]}")
 
 
 def certified(found: JsonObject, path: str) -> str:

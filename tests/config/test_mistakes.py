@@ -336,10 +336,6 @@ ONE = "sampler.servers=http://127.0.0.1:8000"
             "invariance=off: expected exact with sampler.servers, which run the invariant ops; remove one",
         ),
         (
-            [ONE, "sampler.trainer_token_file=t", "lora.r=4"],
-            "lora.r=4: expected none with sampler.servers: adapters over HTTP have not been tried; remove one",
-        ),
-        (
             [ONE, "sampler.trainer_token_file=t", "sampler.kv_cache_gib=2"],
             "sampler.kv_cache_gib=2.0: expected none with sampler.servers: the server decides it, by the options of its start; "
             "remove it",

@@ -37,9 +37,17 @@ def token_file(tmp_path_factory) -> str:
 class Lab:
     """A directory of runs, with settings of their own or those of the tiny recipe, and servers that are stopped at its end."""
 
-    def __init__(self, path: Path, model: str, token_file: str, settings: Sequence[str] = (), longest: int = 64) -> None:
+    def __init__(
+        self,
+        path: Path,
+        model: str,
+        token_file: str,
+        settings: Sequence[str] = (),
+        longest: int = 64,
+        save_steps: int = 100,
+    ) -> None:
         self.path, self.model, self.token_file, self.servers = path, model, token_file, list[Server]()
-        self.settings, self.longest = settings or (*TINY, f"model={model}"), longest
+        self.settings, self.longest, self.save_steps = settings or (*TINY, f"model={model}"), longest, save_steps
 
     def serve(self, count: int, model: str | None = None) -> list[Server]:
         length = ["--max-model-len", str(self.longest), "--kv-cache-memory-bytes", "67108864"]
@@ -55,7 +63,7 @@ class Lab:
         """Run to the end, and return what the processes said."""
         at = [f"sampler.servers={','.join(one.url for one in servers)}", f"sampler.trainer_token_file={self.token_file}"]
         size = f"trainer.per_device_train_batch_size={16 // ranks}"
-        command = [*self.settings, f"run={run}", size, "trainer.save_steps=100", *(at if servers else ()), *more]
+        command = [*self.settings, f"run={run}", size, f"trainer.save_steps={self.save_steps}", *(at if servers else ()), *more]
         env = os.environ | {"PYTHONPATH": str(ROOT), "KILLS": kills}
         return forks.run_ranks(ranks, [str(ROOT / "train.py"), *command], cwd=self.path, env=env)
 
