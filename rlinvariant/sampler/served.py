@@ -38,7 +38,7 @@ class ServedSampler:
         max_model_len: longest prompt plus completion, in tokens.
         eager: whether the servers run without CUDA graphs.
         ends: the model's own end tokens, which an engine knows by the model's directory; servers are told.
-        ranks: LoRA adapters that `sync` will bring: the rank of each, by the name of the projection. Servers make room for them.
+        ranks: as for `engine.Sampler`; servers make room for these adapters.
 
     Raises:
         UserError: a server cannot be joined.

@@ -1,4 +1,4 @@
-"""What a trainer asks of the engine of `rlinvariant serve`, in the engine's process. Arguments and results are plain values."""
+"""The part of a server's engine that trainers ask, in the engine's process; arguments and results are plain values."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,9 +1,9 @@
 """The routes by which a trainer draws from `rlinvariant serve`: prove, join, sync, checksum, generate.
 
 `vllm_guard.Guard`, outside of `Trainers`, lets nobody in without the token. A trainer joins, and says which adapters it will
-bring, sends weights in parts, and has their checksums compared with its own: when all are equal the server holds a *version*, the digest of those checksums, and draws
-requests that name it. Whatever changes the weights takes the version away first, and waits for requests that still run: no
-completion is drawn by two versions, and each answer says which it was.
+bring; it sends weights in parts, and has their checksums compared with its own: when all are equal the server holds a
+*version*, the digest of those checksums, and draws requests that name it. Whatever changes the weights takes the version away
+first, and waits for requests that still run: no completion is drawn by two versions, and each answer says which it was.
 """
 
 import asyncio

@@ -109,7 +109,7 @@ def test_a_word_of_an_adapter_that_flips_on_its_way_is_seen(side, servers, monke
 
 
 def test_what_no_server_has_room_for_is_refused_by_name(arithmetic_dir, servers):
-    """And who had the servers before a trainer that was refused has them still."""
+    """A trainer that is refused takes the servers from nobody: whoever had them draws on."""
     model = adapted(arithmetic_dir, ["q_proj"], 4)
     sampler = joined(servers[:1], model)
     sampler.sync(lora.pairs(model))
