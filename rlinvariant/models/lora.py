@@ -95,6 +95,13 @@ def fit_problems(said: str, adapter: Untyped, config: "PreTrainedConfig") -> lis
     return []
 
 
+def width_problem(said: str, rank: int, config: "PreTrainedConfig") -> str | None:
+    """Refuse a rank beyond the width of the model that `config` describes, in a line that starts with `said`; else None."""
+    width = config.get_text_config().hidden_size
+    why = f"expected at most {width}, the model's width: A would have more numbers than the weight; lower it"
+    return f"{said}r={rank}: {why}" if rank > width else None
+
+
 def outside(model: nn.Module) -> list[str]:
     """Name what has an adapter that is no projection of the decoder: embeddings, the lm_head."""
     adapted = {plain(name): m for name, m in model.named_modules() if hasattr(m, "lora_A")}
@@ -111,10 +118,8 @@ def applied(model: "PreTrainedModel", config: Untyped, seed: int, said: str = "l
     """
     from peft import get_peft_model
 
-    width = model.config.get_text_config().hidden_size
-    if config.r > width:
-        why = f"expected at most {width}, the model's width: A would have more numbers than the weight; lower it"
-        raise UserError(f"{said}r={config.r}: {why}")
+    if wide := width_problem(said, config.r, model.config):
+        raise UserError(wide)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:

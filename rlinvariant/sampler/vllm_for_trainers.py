@@ -49,10 +49,10 @@ class ForTrainers:
             return wire.COMPILED
         if wrong := [r for r in ranks.values() if type(r) is not int or r < 1]:
             return f"lora.r={wrong[0]}: expected a whole number, 1 or more"
-        found = lora.rank_problems("lora.r", max(ranks.values(), default=1), self.model_config.hf_config)
-        if name := adapters.unknown(self.model_runner.get_model(), ranks):
-            found.append(f"lora.target_modules has {name}, which this server's model has not")
-        return next(iter(found), None)
+        if wide := lora.width_problem("lora.", max(ranks.values(), default=1), self.model_config.hf_config):
+            return wide
+        name = adapters.unknown(self.model_runner.get_model(), ranks)
+        return None if name is None else f"lora.target_modules has {name}, which this server's model has not"
 
     def make_room(self, ranks: dict[str, int]) -> None:
         """Make room for the adapters that a trainer will bring, and for no others."""
