@@ -138,6 +138,11 @@ def stored(name: str, weight: Tensor, model_type: str) -> dict[tuple[int, int] |
     return {at: f"{path}.{at[0]}.{matrices[parameter, at[1]]}.weight" for at in sorted(places(weight, name))}
 
 
+def are_apart_in_files(model: Untyped) -> bool:
+    """Return whether a checkpoint of the model has a matrix for each expert, where the model has one parameter for all."""
+    return any(None not in stored(name, p, model.config.model_type) for name, p in model.named_parameters())
+
+
 def in_checkpoint(weights: Iterable[tuple[str, Tensor]], model_type: str) -> Iterator[tuple[str, Tensor]]:
     """Yield names and tensors as a checkpoint has them: each expert's matrices, in place of those of all experts in one."""
     for name, weight in weights:

@@ -12,7 +12,8 @@ Methods of TRL's trainer, and of transformers' below it, that are overridden:
     _clip_grad_norm, _get_grad_norm      compute the norm of gradients in shards
     save_model                           gathers the weights first: all ranks call it, and the main one saves
     _load_from_checkpoint, _load_best_model
-                                         read a rank's own rows
+                                         read a rank's own rows, and experts, which files have one by one: transformers would
+                                         find none of the names that its model has
 """
 
 import math
@@ -28,7 +29,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 
 from rlinvariant.conflicts import Gradients
 from rlinvariant.launch import is_sharded
-from rlinvariant.models import ordered, shards
+from rlinvariant.models import experts, ordered, shards
 
 
 class DistributedTrainer(GRPOTrainer):
@@ -122,11 +123,15 @@ class DistributedTrainer(GRPOTrainer):
         return found if self.args.should_save else None
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if not self.sharded:
+        if not self._reads_rows:
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         shards.load(self.model, Path(resume_from_checkpoint))
 
+    @property
+    def _reads_rows(self) -> bool:
+        return self.sharded or (not hasattr(self.model, "peft_config") and experts.are_apart_in_files(self.model))
+
     def _load_best_model(self) -> None:
-        if not self.sharded:
+        if not self._reads_rows:
             return super()._load_best_model()
         self._load_from_checkpoint(self.state.best_model_checkpoint)

@@ -24,7 +24,7 @@ from rlinvariant.sampler.expert_loader import ExpertLoader
 from rlinvariant.trainer.packing import Packed
 from rlinvariant.trainer.turns import Turns
 from tests.parity.device import CUDA, cpu_only
-from tests.parity.harness import questions, variety
+from tests.parity.harness import assert_same_weights, questions, variety
 
 pytestmark = cpu_only("mixtures are refused on a GPU so far")
 
@@ -39,36 +39,39 @@ def directory(tmp_path_factory) -> str:
     return str(path)
 
 
-def trained(
-    directory: str, output: Path, invariance: Any, steps: int = 2, options: dict[str, Any] | None = None, **changes: Any
-) -> tuple[Any, list[dict[str, Any]]]:
-    args = GRPOConfig(
-        str(output),
-        max_steps=steps,
-        save_strategy="no",
-        learning_rate=1e-3,
-        per_device_train_batch_size=16,
-        num_generations=4,
-        max_completion_length=12,
-        logging_steps=1,
-        bf16=False,
-        use_cpu=not CUDA,
-        report_to="none",
-        disable_tqdm=True,
-        **changes,
-    )
-    rows: list[dict[str, Any]] = []
-    trainer = rlinvariant.grpo_trainer(
+def made(directory: str, output: Path, invariance: Any, options: dict[str, Any], reward: Any = variety, **changes: Any) -> Any:
+    """A trainer of two steps; `options` are ours, and `changes` those of GRPOConfig."""
+    args: dict[str, Any] = {
+        "max_steps": 2,
+        "save_strategy": "no",
+        "learning_rate": 1e-3,
+        "per_device_train_batch_size": 16,
+        "num_generations": 4,
+        "max_completion_length": 12,
+        "logging_steps": 1,
+        "bf16": False,
+        "use_cpu": not CUDA,
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    return (rlinvariant.ppo_trainer if "ppo" in options else rlinvariant.grpo_trainer)(
         directory,
-        variety,
-        args,
+        reward,
+        GRPOConfig(str(output), **args | changes),
         questions(),
         processing_class=AutoTokenizer.from_pretrained(directory),
         sampler_options={"max_model_len": 64, "kv_cache_gib": 0.02, "options": {"enforce_eager": True}},
-        on_row=lambda row, mismatch: rows.append(row),
         invariance=invariance,
-        **(options or {}),
+        **options,
     )
+
+
+def trained(
+    directory: str, output: Path, invariance: Any, steps: int = 2, options: dict[str, Any] | None = None, **changes: Any
+) -> tuple[Any, list[dict[str, Any]]]:
+    rows: list[dict[str, Any]] = []
+    kept = {"on_row": lambda row, mismatch: rows.append(row), **(options or {})}
+    trainer = made(directory, output, invariance, kept, max_steps=steps, **changes)
     trainer.train()
     return trainer, rows
 
@@ -282,3 +285,32 @@ def test_stock_engines_of_other_families_take_their_weights(tmp_path, family):
 def model_saved(model: Any, path: Path) -> Path:
     model.save_pretrained(path)
     return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
+def test_a_mixture_goes_on_and_takes_its_best_weights_from_files_that_have_experts_one_by_one(algorithm, directory, tmp_path):
+    """Rewards fall from step to step, so that the first checkpoint is the best."""
+
+    def falling(completions: list[str], trainer_state: Any, **_: Any) -> list[float]:
+        return [len(set(text)) / 10 - 10 * trainer_state.global_step for text in completions]
+
+    saved = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    best = saved | {"load_best_model_at_end": True, "metric_for_best_model": "reward", "greater_is_better": True}
+    how: dict[str, Any] = {"ppo": rlinvariant.PPOConfig()} if algorithm == "ppo" else {}
+
+    def end_of(output: str, checkpoint: int | None = None, **changes: Any) -> dict[str, torch.Tensor]:
+        trainer = made(directory, tmp_path / output, "exact", how | {"eval_dataset": questions(4)}, falling, **changes)
+        trainer.train(None if checkpoint is None else str(tmp_path / output / f"checkpoint-{checkpoint}"))
+        both = [trainer.model, *([trainer.critic] if algorithm == "ppo" else [])]
+        return {f"{at} {name}": w.detach().clone() for at, model in enumerate(both) for name, w in model.named_parameters()}
+
+    whole = end_of("whole", **saved)
+    assert_same_weights(end_of("whole", 1, **saved), whole, "resumed")
+    if algorithm == "ppo":  # which takes no best weights
+        return
+    first = end_of("one", **saved | {"max_steps": 1})
+    kept = end_of("best", **best)
+    assert_same_weights(kept, first, "the best, after the first step")
+    name = next(name for name in kept if name.endswith("gate_up_proj"))
+    assert bits.compare(kept[name], whole[name]) is not None, "control: those of the last step"
