@@ -153,3 +153,24 @@ def test_a_compiled_server_is_refused_before_weights_are_loaded(arithmetic_dir, 
     assert ready.found(*asked).eager is False
     with pytest.raises(UserError, match=f"{servers[0].url}: {wire.COMPILED}"):
         ready.found(*asked, adapted=True)
+
+
+def test_a_server_that_dies_while_it_draws_with_adapters_is_replaced(
+    arithmetic_dir, servers, token_file, tmp_path, monkeypatch, capfd
+):
+    model = adapted(arithmetic_dir, "all-linear", 8)
+    (dying,) = plain.start(1, arithmetic_dir, token_file, tmp_path)
+    try:
+        sampler = joined([servers[0], dying], model)
+        sampler.sync(lora.adapters(model))
+        assert sampler.differing_weights(lora.pairs(model)) == []
+        expected = draws(sampler)
+        with dying.engine_stopped(), monkeypatch.context() as planted:
+            plain.at_first_content(planted, dying.process.kill)
+            assert draws(sampler) == expected
+        said = capfd.readouterr().err
+        assert f"note: sampler.servers={dying.url}: not reached" in said and "1 server left; others draw its 12 req" in said
+        sampler.sync(lora.adapters(model))
+        assert sampler.differing_weights(lora.pairs(model)) == [] and draws(sampler) == expected
+    finally:
+        dying.stop()
