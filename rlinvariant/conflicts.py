@@ -246,13 +246,12 @@ def launcher_problems(env: Mapping[str, str]) -> list[str]:
     return found
 
 
-def sharding_problems(trainer: "GRPOConfig", invariance: str, lora: str | None, prefix: str = "") -> list[str]:
+def sharding_problems(trainer: "GRPOConfig", invariance: str, prefix: str = "") -> list[str]:
     """List the settings that cannot stand beside weights in shards, one line each.
 
     Args:
         trainer: anything that has GRPOConfig's fields.
         invariance: which sides are exact.
-        lora: the setting that asks for adapters, as the user writes it; None: none does.
         prefix: what the user writes before a field's name of `trainer`.
     """
     way = "with weights in shards (distributed_type: FSDP)"
@@ -260,7 +259,6 @@ def sharding_problems(trainer: "GRPOConfig", invariance: str, lora: str | None, 
     optim = getattr(trainer.optim, "value", trainer.optim)
     rules = (
         (invariance == "exact", f"invariance={invariance}", "exact", "a stock side has not been tried"),
-        (lora is None, str(lora), "none", "adapters have not been tried; their base is small enough for each process"),
         (not trainer.mask_truncated_completions, f"{masked}=True", "False", "processes mask other numbers of rows"),
         (not trainer.sync_ref_model, f"{synced}=True", "False", "the reference stays as it was loaded"),
         (optim in OPTIMS, f"{prefix}optim={optim}", " or ".join(OPTIMS), "a state is saved in its weight's rows"),

@@ -146,10 +146,12 @@ class Journal:
         from rlinvariant.verification import certificate
 
         forget_routes()  # what was computed to check the model is not part of the run
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        starts = hasattr(model, "peft_config") and not self._resumption.step
+        adapter = trainer.gathered() if starts else None
         if not self.main:
             _wait_for_all()
             return
-        model = trainer.accelerator.unwrap_model(trainer.model)
         self._subject = certificate.subject(model.config, self.config.dtype)
         resolved = self.config.resolved()
         self.directory.path.mkdir(parents=True, exist_ok=True)
@@ -159,8 +161,8 @@ class Journal:
         mode, self._log_to_wandb, self._finish_wandb = started
         try:
             self._go_on(resolved)
-            if hasattr(model, "peft_config") and not self._resumption.step:  # what step 1 begins with, for `replay`
-                model.save_pretrained(self.directory.first_adapter, selected_adapters=["default"])
+            if starts:  # what step 1 begins with, for `replay`
+                model.save_pretrained(self.directory.first_adapter, selected_adapters=["default"], state_dict=adapter)
             self._environment = {"vllm_environment": runtime.VLLM, "proof": trainer.proof, "wandb": mode}
             self._environment["wandb_id"] = wandb_id
             self._micro_batches = lambda: trainer.said_of_parts

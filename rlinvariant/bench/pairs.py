@@ -5,9 +5,7 @@ asserts. docs/generate.py writes the page.
 """
 
 import functools
-import tempfile
 from itertools import combinations
-from typing import Any
 
 SAID = {  # a capability -> the setting that asks for it
     "LoRA": "lora.r=8",
@@ -28,6 +26,7 @@ TESTED = {  # a pair -> the test in which both are exact, on a CPU
     ("LoRA", "turns"): "tests/verification/test_verify.py::test_adapters_are_certified",
     ("LoRA", "top-p"): PAIRS,
     ("LoRA", "windows"): PAIRS,
+    ("LoRA", "shards"): "tests/trainer/test_adapters_in_shards.py::test_shards_train_the_adapters_of_whole_models_bit_for_bit",
     ("LoRA", "mixtures"): PAIRS,
     ("LoRA", "servers"): "tests/trainer/test_served_adapters.py::test_a_run_of_adapters_by_servers_is_the_run_of_an_engine",
     ("turns", "top-p"): "tests/trainer/test_turns.py::test_turns_of_a_truncated_policy_are_exact",
@@ -64,18 +63,13 @@ TESTED = {  # a pair -> the test in which both are exact, on a CPU
 @functools.cache
 def refused() -> dict[tuple[str, str], str]:
     """Return the line with which each pair that cannot be had is refused."""
-    from trl.trainer.grpo_config import GRPOConfig
-
-    from rlinvariant.conflicts import adapter_conflicts, server_problems, sharding_problems, spread_problems
+    from rlinvariant.conflicts import adapter_conflicts, server_problems, spread_problems
     from rlinvariant.models.families import FAMILIES
     from rlinvariant.models.limits import uncuttable
 
     lora, urls = SAID["LoRA"], [SAID["servers"].partition("=")[2]]
-    with tempfile.TemporaryDirectory() as directory:
-        trainer: Any = GRPOConfig(directory, use_cpu=True, bf16=False, report_to="none")
     lines = {
         ("LoRA", "PPO"): adapter_conflicts(lora, "0", "exact", ppo=True),
-        ("LoRA", "shards"): sharding_problems(trainer, "exact", lora),
         ("LoRA", "shared sampler"): spread_problems(2, "exact", adapted=True),
         ("shared sampler", "servers"): server_problems(urls, "FILE", "exact", [SAID["shared sampler"]]),
         ("shared sampler", "mixtures"): [

@@ -59,8 +59,7 @@ def check(config: Config, env: Mapping[str, str], recipe: Recipe | None = None, 
     found += truncation_problems(config.trainer, config.invariance, config.staleness, penalty, "trainer.", processes)
     found += check_lora(config)
     if is_sharded(env):
-        asked = f"lora.r={config.lora.r}" if config.lora.r else None
-        found += sharding_problems(config.trainer, config.invariance, asked, "trainer.")
+        found += sharding_problems(config.trainer, config.invariance, "trainer.")
     found += _check_ppo(config) if config.algorithm == "ppo" else _check_no_ppo(config)
     tokens = config.trainer.tokens_per_microbatch
     found += microbatch_problems(tokens, None, config.trainer, config.invariance, "trainer.")

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from rlinvariant import bits, ops
 from rlinvariant.errors import UserError, one_line
+from rlinvariant.models import shards
 from rlinvariant.types import Untyped
 
 if TYPE_CHECKING:
@@ -164,12 +165,20 @@ def randomise(model: nn.Module, seed: int) -> None:
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(seed)
         for weight in _of_b(model):
-            weight.copy_(torch.randn(weight.shape) * 0.02)
+            shards.put(torch.randn(weight.shape) * 0.02, weight)
 
 
 def _of_b(model: nn.Module) -> list[Tensor]:
     layers: list[Any] = [module for module in model.modules() if is_lora(module)]
     return [layer.lora_B[layer.active_adapters[0]].weight for layer in layers]
+
+
+def add_reference(model: Untyped) -> None:
+    """Keep a frozen copy of the adapter, named `ref`, which is the reference that TRL makes and looks for."""
+    model.add_adapter("ref", model.peft_config["default"])
+    with torch.no_grad():
+        for name, weight in trained(model):
+            model.get_parameter(name.replace(".default.", ".ref.")).copy_(weight)
 
 
 def ranks(model: nn.Module) -> dict[str, int]:
@@ -210,8 +219,23 @@ def without_peft(model: Untyped) -> Untyped:
 def base(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield names and tensors of all parameters that no adapter owns; names are those of the model without PEFT."""
     for name, weight in model.named_parameters():
-        if ".lora_A." not in name and ".lora_B." not in name:
+        if not _of_adapter(name):
             yield plain(name), weight
+
+
+def saved(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield names and parameters that are saved: all, a tied lm_head once; of a model in PEFT those of its adapters."""
+    adapted = hasattr(model, "peft_config")
+    return ((name, weight) for name, weight in model.named_parameters() if not adapted or _of_adapter(name))
+
+
+def trained(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield PEFT's names and parameters of the adapter that is trained, and not of a reference's."""
+    return ((name, weight) for name, weight in model.named_parameters() if _of_adapter(name) and ".default." in name)
+
+
+def _of_adapter(name: str) -> bool:
+    return ".lora_A." in name or ".lora_B." in name
 
 
 def share_base(model: nn.Module, memory: Mapping[str, Tensor]) -> set[str]:

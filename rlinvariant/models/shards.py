@@ -1,12 +1,13 @@
 """Models in shards (PyTorch's FSDP2): each process keeps some rows of every weight; a layer is whole while it computes.
 
-A decoder layer is a unit: its weights are gathered, as float32, when it is called, forward and backward, and freed after it;
+A decoder layer is a unit: its weights are gathered, as they are, when it is called, forward and backward, and freed after it;
 its gradients are averaged when its backward is done. What lies outside of the layers (embedding, last norm, lm_head) is one
 more unit. Every number is computed as without shards: what a layer sees is its whole weights, and they have the same bits.
+Frozen weights may have another dtype than those that are trained: a unit gathers the bytes of each.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,8 @@ from rlinvariant.types import JsonObject
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"
+VECTOR = 16  # float32 numbers, at most, of a CPU's vector
 
 
 def shard(model: "PreTrainedModel", layers: Iterable[nn.Module]) -> int:
@@ -45,6 +47,16 @@ def shard(model: "PreTrainedModel", layers: Iterable[nn.Module]) -> int:
     if len(units) != len(layers) + 1 or whole or not layers:
         raise RuntimeError(f"{len(units)} units of {len(layers)} layers; whole weights: {', '.join(whole[:3]) or 'none'}")
     return len(units)
+
+
+def cut_within_a_vector(named: Iterable[tuple[str, Tensor]], processes: int) -> str | None:
+    """Name the first trained weight that is cut, for so many processes, where no vector of a CPU ends; None if none is.
+
+    torch's fused optimizers take numbers by vectors there, and the last ones of a process's rows by code that rounds otherwise.
+    """
+    trained = ((name, p.shape[0], p.shape[1:].numel()) for name, p in named if p.requires_grad)
+    share = [(name, rows, -(-rows // processes), width) for name, rows, width in trained]
+    return next((name for name, rows, own, width in share if own < rows and own * width % VECTOR), None)
 
 
 def is_shard(x: Tensor) -> bool:
@@ -77,6 +89,12 @@ def first_row(x: Tensor) -> int:
     return min(x.shape[0], x.device_mesh.get_local_rank() * rows)
 
 
+def put(values: Tensor, x: Tensor) -> None:
+    """Copy into a tensor, of which this process may have some rows alone, what the whole one is to hold."""
+    own, first = local(x.detach()), first_row(x)
+    own.copy_(values[first : first + len(own)])
+
+
 def row(x: Tensor, number: int) -> Tensor:
     """Return row `number` of a tensor as [1, ...], which shares its memory; [0, ...] where another process has it."""
     own, at = local(x.detach()), number - first_row(x)
@@ -96,22 +114,25 @@ def like(own: Tensor, x: Tensor) -> Tensor:
     return DTensor.from_local(own, x.device_mesh, x.placements, run_check=False, shape=x.shape, stride=x.stride())
 
 
-def checksums(named: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> dict[str, Checksum]:
-    """Return the checksum of each whole weight, rounded to a dtype, of which this process has rows. All must call this."""
+def checksums(named: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None = None) -> dict[str, Checksum]:
+    """Return the checksum of each whole weight, of which this process has rows. All must call this.
+
+    With `dtype`, weights are rounded to it first.
+    """
     pairs = [(name, x) for name, x in named]
-    sums = torch.stack([partial(local(x.detach()).to(dtype), first_row(x)) for _, x in pairs])
+    sums = torch.stack([partial(local(x.detach()).to(dtype or x.dtype), first_row(x)) for _, x in pairs])
     if any(isinstance(x, DTensor) for _, x in pairs):
         torch.distributed.all_reduce(sums)
-    return {name: of(dtype, x.shape, total) for (name, x), total in zip(pairs, sums, strict=True)}
+    return {name: of(dtype or x.dtype, x.shape, total) for (name, x), total in zip(pairs, sums, strict=True)}
 
 
-def state(model: "PreTrainedModel", keep: bool) -> dict[str, Tensor]:
-    """Gather the whole weights on the host, one after the other, each once: a tied lm_head is its embedding.
+def state(named: Iterable[tuple[str, Tensor]], keep: bool) -> dict[str, Tensor]:
+    """Gather whole weights on the host, one after the other.
 
     Every process must call this; with `keep` it gets the weights, and else nothing.
     """
     found = {}
-    for name, p in model.named_parameters():
+    for name, p in named:
         gathered = whole(p)
         if keep:
             found[name] = gathered.cpu()
@@ -124,11 +145,33 @@ def load(model: "PreTrainedModel", directory: Path) -> None:
     Raises:
         UserError: a weight is missing, unknown, or of another shape.
     """
-    own, files = dict(model.named_parameters()), _files(directory)
+    own = dict(model.named_parameters())
     stored = {name: experts.stored(name, p, model.config.model_type) for name, p in own.items()}
-    needed = {name for names in stored.values() for name in names.values()}
     tied = {name for name, p in model.named_parameters(remove_duplicate=False)} - own.keys()
-    missing, unknown = needed - files.keys(), files.keys() - needed - tied
+    _load(own, stored, _files(directory, WEIGHTS), directory, tied)
+
+
+def load_adapter(named: Iterable[tuple[str, Tensor]], directory: Path) -> None:
+    """Read this process's rows of an adapter from PEFT's file, in place; `named` are its weights by PEFT's names.
+
+    Raises:
+        UserError: as for `load`.
+    """
+    own = dict(named)
+    stored = {name: {None: name.replace(".default.", ".")} for name in own}  # the adapter's name is in no file
+    _load(own, stored, _files(directory, ADAPTER), directory)
+
+
+def _load(
+    own: Mapping[str, Tensor],
+    stored: Mapping[str, Mapping[Any, str]],
+    files: dict[str, Path],
+    directory: Path,
+    tied: Collection[str] = (),
+) -> None:
+    """Read rows of weights; `stored` says by which names files have them, and `tied` which names may be there besides."""
+    needed = {name for names in stored.values() for name in names.values()}
+    missing, unknown = needed - files.keys(), files.keys() - needed - {*tied}
     if missing or unknown:
         why = f"{len(missing)} weights are missing and {len(unknown)} unknown, {min(missing or unknown)} first"
         raise UserError(f"{directory}: of another model: {why}")
@@ -153,13 +196,13 @@ def _read(path: Path, name: str, into: Tensor, shape: torch.Size, rows: slice) -
             into.copy_(saved[rows])
 
 
-def _files(directory: Path) -> dict[str, Path]:
-    """Return in which file each weight of a checkpoint is."""
+def _files(directory: Path, single: str) -> dict[str, Path]:
+    """Return in which file each weight of a checkpoint is; `single` is its file's name where there is one."""
     if (directory / INDEX).is_file():
         names = json.loads((directory / INDEX).read_text())["weight_map"]
         return {name: directory / file for name, file in names.items()}
-    with safe_open(directory / WEIGHTS, framework="pt") as file:
-        return dict.fromkeys(file.keys(), directory / WEIGHTS)
+    with safe_open(directory / single, framework="pt") as file:
+        return dict.fromkeys(file.keys(), directory / single)
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> JsonObject:

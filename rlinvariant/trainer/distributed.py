@@ -29,7 +29,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 
 from rlinvariant.conflicts import Gradients
 from rlinvariant.launch import is_sharded
-from rlinvariant.models import experts, ordered, shards
+from rlinvariant.models import experts, lora, ordered, shards
 
 
 class DistributedTrainer(GRPOTrainer):
@@ -113,19 +113,22 @@ class DistributedTrainer(GRPOTrainer):
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def gathered(self) -> dict[str, Tensor] | None:
-        """Return the whole weights, on the host, to the rank that saves; None where each rank has them whole, and to others.
+        """Return whole weights, those that are saved, on the host, to the rank that saves; to others, or without shards, None.
 
         Every rank must call this.
         """
         if not self.sharded:
             return None
-        found = shards.state(self.model, keep=self.args.should_save)
+        found = shards.state(lora.saved(self.model), keep=self.args.should_save)
         return found if self.args.should_save else None
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if not self._reads_rows:
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        shards.load(self.model, Path(resume_from_checkpoint))
+        if lora.ranks(self.model):
+            shards.load_adapter(lora.trained(self.model), Path(resume_from_checkpoint))
+        else:
+            shards.load(self.model, Path(resume_from_checkpoint))
 
     @property
     def _reads_rows(self) -> bool:

@@ -58,7 +58,7 @@ class DrawingTrainer(EpisodesTrainer):
     def _attach(self, sampler: SamplerLike) -> None:
         """Let TRL find the engine where it looks for its own."""
         self.sampler, self._seeded, self._drawn, self._shared = sampler, {}, [], set()
-        if self.invariance == "exact" and lora.ranks(self.model):
+        if self.invariance == "exact" and not self.sharded and lora.ranks(self.model):
             self._shared = lora.share_base(self.model, sampler.memory_of(lora.base(self.model)))
         self.use_vllm = True  # TRL's name for "the rollout carries log-probs": turns on its correction, if asked for
         self.vllm_mode, self.vllm_generation = "colocate", AttachedSampler(self)
@@ -191,7 +191,7 @@ class DrawingTrainer(EpisodesTrainer):
     def _digest(self) -> str:
         """Return what tells the weights apart from others, on the main rank: a hash of them, or of the checksums of shards."""
         if self.sharded:
-            return checksums.digest(shards.checksums(self._held(), torch.float32).items())
+            return checksums.digest(shards.checksums(self._held()).items())
         return bits.digest(self._weights()) if self.accelerator.is_main_process else ""
 
     def _seeds(self, count: int, group: int) -> list[int]:
@@ -257,7 +257,8 @@ class DrawingTrainer(EpisodesTrainer):
             now = self._checksums_of_shared()
             found += [f"{name} (frozen, but edited; both have the edit)" for name in now if now[name] != self._frozen[name]]
         if self.accelerator.num_processes > 1:
-            found = next(filter(None, gather_object([found])), [])
+            ranks = enumerate(gather_object([found]))
+            found = next(([f"{name} (rank {rank})" for name in names] for rank, names in ranks if names), [])
         return found
 
     def _checksums_of_shared(self) -> dict[str, Checksum]:
@@ -286,7 +287,7 @@ class DrawingTrainer(EpisodesTrainer):
         """Yield those of `_weights` that training moves: of a model in PEFT, its adapters alone."""
         whole = older is not None or not self._sampler_is_invariant
         adapters = [] if whole else [*lora.adapters(self.accelerator.unwrap_model(self.model))]
-        return adapters or self._weights(older)
+        return ((name, shards.whole(w)) for name, w in adapters) if adapters else self._weights(older)
 
     # ---- over a resume
 

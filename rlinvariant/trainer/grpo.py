@@ -67,6 +67,7 @@ from rlinvariant.trainer.versions import PolicyVersions
 
 PROCESSES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 SHARDED = (DistributedType.FSDP,)
+FUSED = "on a CPU it rounds the last numbers of a process's rows otherwise"
 
 
 class InvariantGRPOTrainer(RoutedTrainer):
@@ -195,10 +196,15 @@ class InvariantGRPOTrainer(RoutedTrainer):
         """Patch the policy and check it on the device, whose kernels are what is checked; TRL has not started yet."""
         if self.sharded:
             audit_config(model.config, dtype, args.device)
+            if args.beta and lora.ranks(model):
+                lora.add_reference(model)  # before it is cut; TRL is told of no reference
             units = self._shard(model, dtype)
             if args.process_index == 0:
                 of = f"each of the {units - 1} decoder layers, and the rest"
                 say(f"weights in shards over {args.world_size} processes: {units} units, {of}")
+                fused = args.device.type == "cpu" and "fused" in args.optim
+                if fused and (name := shards.cut_within_a_vector(model.named_parameters(), args.world_size)) is not None:
+                    say(f"note: optim=adamw_torch_fused: {FUSED}, as of {name}; adamw_torch trains what whole models do")
         elif self._trainer_is_invariant:
             require_exact(make_trainable(model.to(args.device), dtype))
         elif self._sampler_is_invariant:
@@ -210,12 +216,15 @@ class InvariantGRPOTrainer(RoutedTrainer):
         return shards.shard(make_invariant(model, dtype), decoder_layers(model))
 
     def _load_sharded_reference(self, beta: float, dtype: torch.dtype) -> None:
-        """Load the reference that TRL would have loaded, patched and in shards."""
+        """Load the reference that TRL would have loaded, patched and in shards; that of adapters is there already."""
+        self.beta = self.args.beta = beta
+        if lora.ranks(self.model):
+            return
         name = self.model.config._name_or_path
         with main_process_fetches(name):
             model = load(AutoModelForCausalLM, name, dtype=torch.float32)
         self._shard(model.eval().requires_grad_(False), dtype)
-        self.ref_model, self.beta, self.args.beta = model, beta, beta
+        self.ref_model = model
 
     def train(self, *args, **kwargs):
         """Train as `RoutedTrainer` does; what was recorded before is forgotten."""

@@ -319,7 +319,7 @@ class InvariantPPOTrainer(InvariantGRPOTrainer):
 
     def save_model(self, output_dir=None, _internal_call=False):
         if self.sharded:
-            found = shards.state(self.critic.backbone, keep=self.args.should_save)
+            found = shards.state(self.critic.backbone.named_parameters(), keep=self.args.should_save)
             self._critic_gathered = found if self.args.should_save else None
         try:
             super().save_model(output_dir, _internal_call)

@@ -80,7 +80,7 @@ def settings_problems(
     found += truncated
     if is_sharded():
         found += unproven_problems(args, "distributed_type=FSDP")
-        found += sharding_problems(args, invariance, "peft_config" if options.get("peft_config") is not None else None)
+        found += sharding_problems(args, invariance)
     tokens = options.get("tokens_per_microbatch")
     found += microbatch_problems(tokens, options.get("recompute"), args, invariance)
     layout = (args.world_size, invariance, staleness, tokens, ppo is not None, is_sharded())

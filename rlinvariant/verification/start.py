@@ -7,7 +7,7 @@ import torch
 
 from rlinvariant.errors import ParityError
 from rlinvariant.launch import largest
-from rlinvariant.models import lora
+from rlinvariant.models import lora, shards
 from rlinvariant.rollout import ALL_TOKENS, Truncation
 from rlinvariant.sampler.served import ServedSampler
 from rlinvariant.types import JsonObject, Untyped
@@ -63,7 +63,7 @@ def prove(
     try:
         with lora.counting(model):
             if adapted:
-                sampler.sync(lora.adapters(model))
+                sampler.sync((name, shards.whole(weight)) for name, weight in lora.adapters(model))
                 _require_equal(sampler, model)
             pair = pair_of(model.eval(), sampler, config.get_text_config().vocab_size)
             relations = [check(pair) for check in (sampler_and_trainer, alone, one_by_one)]
@@ -77,7 +77,7 @@ def prove(
     finally:
         model.train(training)
         if adapted:
-            sampler.sync(lora.adapters(model))
+            sampler.sync((name, shards.whole(weight)) for name, weight in lora.adapters(model))
         sampler.forget_prefixes()
     compared, wrong = sum(r.compared for r in relations), sum(r.mismatched for r in relations)
     counts = f"{wrong:,} / {compared:,} log-probs differ, " + ", ".join(
@@ -102,7 +102,7 @@ def prove(
 
 def _require_equal(sampler: "Sampler | ServedSampler", model: Untyped) -> None:
     """Compare the sampler's weights with the model's, as servers want before they draw. Raises ParityError if one differs."""
-    if differing := sampler.differing_weights(lora.pairs(model)):
+    if differing := sampler.differing_checksums(shards.checksums(lora.pairs(model), sampler.dtype)):
         raise ParityError(f"before the first step: {len(differing)} of the sampler's parameters differ, first {differing[0]}")
 
 

@@ -91,9 +91,9 @@ def test_a_checkpoint_is_read_into_shards_and_another_model_s_is_refused(group, 
     weights = {name: p.detach() + 1 for name, p in saved.items()}
     save_file(weights, tmp_path / "model.safetensors")
     shards.load(cut, tmp_path)
-    read = shards.state(cut, keep=True)
+    read = shards.state(cut.named_parameters(), keep=True)
     assert read.keys() == weights.keys() and all(bits.compare(read[name], w) is None for name, w in weights.items())
-    assert shards.state(cut, keep=False) == {}
+    assert shards.state(cut.named_parameters(), keep=False) == {}
     name = next(iter(weights))
     for others, why in (
         ({k: v for k, v in weights.items() if k != name}, f"1 weights are missing and 0 unknown, {name} first"),
@@ -114,7 +114,7 @@ def test_the_experts_of_a_checkpoint_are_read_into_shards(group, tmp_path, famil
     cut = make_invariant(AutoModelForCausalLM.from_config(config, dtype=torch.float32), torch.bfloat16)
     shards.shard(cut, decoder_layers(cut))
     shards.load(cut, tmp_path)
-    read = shards.state(cut, keep=True)
+    read = shards.state(cut.named_parameters(), keep=True)
     assert all(bits.same(read[name], weight) for name, weight in plain.named_parameters())
     weights = load_file(tmp_path / "model.safetensors")
     name = next(name for name in weights if ".experts.7." in name)
@@ -152,3 +152,35 @@ def test_a_state_of_another_shape_is_refused(group):
     optimizer.state[weight] = {"rows": DTensor.from_local(torch.ones(4), mesh, [Shard(0)])}
     with pytest.raises(UserError, match=r"^trainer.optim: has rows, a state of another shape"):
         shards.optimizer_state(optimizer)
+
+
+def test_a_cut_within_a_vector_of_a_cpu_is_named():
+    """torch's fused Adam trains halves as it trains the whole where the cut is at a vector's end; elsewhere it may not."""
+    weight = lambda *shape, trained=True: torch.nn.Parameter(torch.zeros(shape), requires_grad=trained)  # noqa: E731
+    frozen = {"frozen": weight(3, trained=False), "in one process": weight(1, 5)}
+    for shape, processes, cut in (
+        ((128, 3), 2, False),
+        ((128, 3), 3, True),
+        ((64,), 2, False),
+        ((64,), 3, True),
+        ((5, 128), 3, False),
+    ):
+        named = frozen | {"w": weight(*shape)}
+        assert shards.cut_within_a_vector(named.items(), processes) == ("w" if cut else None), (shape, processes)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        start, gradients = torch.randn(128, generator=generator) / 100, torch.randn(3, 128, generator=generator) / 1000
+        whole = fused([start], [[x] for x in gradients])
+        halves = fused([start[:64], start[64:]], [[x[:64], x[64:]] for x in gradients])
+        assert bits.compare(torch.cat(halves), torch.cat(whole)) is None
+
+
+def fused(start: list[torch.Tensor], steps: list[list[torch.Tensor]]) -> list[torch.Tensor]:
+    """Return weights after some steps of torch's fused Adam."""
+    weights = [torch.nn.Parameter(x.clone()) for x in start]
+    optimizer = torch.optim.AdamW(weights, lr=1e-3, fused=True)
+    for gradients in steps:
+        for p, gradient in zip(weights, gradients, strict=True):
+            p.grad = gradient.clone()
+        optimizer.step()
+    return [p.detach() for p in weights]

@@ -131,13 +131,13 @@ def test_a_mistake_is_found_before_any_process_starts(tmp_path):
         ("num_processes: 2", "num_processes: 1", "num_processes=1: expected 2 or more with weights in shards on a CPU; "),
         ("fsdp_version: 2", "fsdp_version: 1", "FSDP_VERSION=1: expected fsdp_version: 2; "),
         ("\n  fsdp_version: 2", "", "FSDP_VERSION=1: expected fsdp_version: 2; "),
-        ("", "", "lora.r=8: expected none with weights in shards "),
+        ("", "", "trainer.optim=adafactor: expected adamw_torch_fused or adamw_torch or sgd with weights in shards "),
     ],
 )
 def test_what_cannot_stand_beside_shards_is_found_before_any_process_starts(said, instead, error, tmp_path):
     file = tmp_path / "machine.yaml"
     file.write_text(launch.machine_file("cpu2_fsdp2").read_text().replace(said, instead, 1))
-    setting = [] if said else ["lora.r=8"]
+    setting = [] if said else ["trainer.optim=adafactor"]
     code, launched, err = finish(start(tmp_path, "os._exit(3)", f"machine={file}", *setting))
     assert (code, launched) == (2, []) and err.startswith(f"error: {error}") and err.count("\n") == 1, err
 

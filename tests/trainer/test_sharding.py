@@ -76,10 +76,10 @@ def test_what_accelerate_would_do_otherwise_is_refused_by_name():
 def test_settings_that_cannot_stand_beside_shards_are_refused_by_name():
     good = SimpleNamespace(mask_truncated_completions=False, sync_ref_model=False, optim=OptimizerNames.ADAMW_TORCH)
     bad = SimpleNamespace(mask_truncated_completions=True, sync_ref_model=True, optim="adafactor")
-    assert sharding_problems(good, "exact", None) == []
-    found = [line.split(":")[0] for line in sharding_problems(bad, "off", "lora.r=8", "trainer.")]
+    assert sharding_problems(good, "exact") == []
+    found = [line.split(":")[0] for line in sharding_problems(bad, "off", "trainer.")]
     masked, synced = "trainer.mask_truncated_completions=True", "trainer.sync_ref_model=True"
-    assert found == ["invariance=off", "lora.r=8", masked, synced, "trainer.optim=adafactor"]
+    assert found == ["invariance=off", masked, synced, "trainer.optim=adafactor"]
 
 
 def two(directory: Path, model: str, *settings: str, sharded: bool, ranks: int = 2, **env: str):
@@ -184,10 +184,13 @@ def test_a_resumed_run_in_shards_is_the_run_and_no_other_layout_goes_on_with_it(
 @runs
 @pytest.mark.slow
 def test_ordered_gradients_train_one_model_on_three_processes(arithmetic_dir, tmp_path):
-    """PPO, so that a critic is there, too. Two numbers have one sum; of three, the library's is another one."""
+    """PPO, so that a critic is there, too. Two numbers have one sum; of three, the library's is another one.
+
+    torch's fused Adam on a CPU, which is not used here, rounds the last numbers of a norm's third otherwise.
+    """
     kinds = {"whole": ("ordered", False), "shards": ("ordered", True), "stock": ("stock", False)}
     for name, (order, sharded) in kinds.items():
-        settings = (f"run={name}", f"gradients={order}", "steps=2", "algorithm=ppo")
+        settings = (f"run={name}", f"gradients={order}", "steps=2", "algorithm=ppo", "trainer.optim=adamw_torch")
         finished(two(tmp_path, arithmetic_dir, *settings, sharded=sharded, ranks=3))
     end = "checkpoints/checkpoint-2"
     for file in ("model.safetensors", "critic/model.safetensors", "critic/value_head.safetensors"):
