@@ -2,10 +2,12 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from traitlets.config import Config
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 SAYS = {
@@ -49,9 +51,10 @@ def test_runs(name, tmp_path, monkeypatch):
     executed = nbformat.from_dict(committed)
     before = {path: path.stat().st_mtime_ns for path in NOTEBOOKS.rglob("*") if "__pycache__" not in path.parts}
     expected = pictures(committed)
-    NotebookClient(
-        executed, timeout=300, resources={"metadata": {"path": str(NOTEBOOKS)}}
-    ).execute()  # raises what a cell raises
+    # By sockets in files: a port that is free now can be taken when the kernel comes to it
+    config = Config(KernelManager={"transport": "ipc", "ip": str(tmp_path / "kernel")})
+    how: dict[str, Any] = {"config": config, "timeout": 550, "startup_timeout": 550}
+    NotebookClient(executed, resources={"metadata": {"path": str(NOTEBOOKS)}}, **how).execute()  # raises what a cell raises
     for says in SAYS[name]:
         assert re.search(says, outputs(executed), re.M), f"{says} not in {outputs(executed)}"
     assert pictures(executed) == expected and sum(expected) > 0
