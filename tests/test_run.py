@@ -75,7 +75,7 @@ def launched(directory: Path, config: str, script: str, *arguments: str, flags: 
     command += ["--config_file", str(ROOT / "configs" / config), "--num_cpu_threads_per_process", "1", *flags]
     command += [str(ROOT / script), *arguments]
     env = environment(**more)
-    return Finished(directory, subprocess.run(command, cwd=directory, env=env, capture_output=True, text=True, timeout=300))
+    return Finished(directory, subprocess.run(command, cwd=directory, env=env, capture_output=True, text=True, timeout=550))
 
 
 def forked(directory: Path, script: str, *arguments: str) -> Finished:

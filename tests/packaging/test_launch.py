@@ -48,7 +48,7 @@ def start(folder: Path, body: str, *arguments: str, **variables: str) -> subproc
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, list[dict], str]:
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=550)
     return process.returncode, [eval(line) for line in out.splitlines() if line.startswith("{")], err
 
 

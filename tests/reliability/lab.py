@@ -15,7 +15,7 @@ from tests import forks
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "tests/trainer/tiny_recipe.py"
-TIMEOUT_S = 240
+TIMEOUT_S = 550
 Fault = tuple[str, Mapping[str, Any]]
 """Names a function of `faults.py`, with its arguments."""
 
@@ -33,13 +33,14 @@ class Run:
         code = self.lab.wait(self.pid, seconds)
         if code is None:
             self.kill()
-            self.lab.wait(self.pid, 10)
+            self.lab.wait(self.pid, TIMEOUT_S)
         return code
 
-    def kill(self, number: int = signal.SIGKILL) -> None:
-        """Send a signal to the run's processes."""
-        with suppress(ProcessLookupError):
-            os.killpg(self.pid, number)
+    def kill(self) -> None:
+        """End the run's processes."""
+        for kill in (os.killpg, os.kill):  # it may not have made its group yet
+            with suppress(ProcessLookupError):
+                kill(self.pid, signal.SIGKILL)
 
     @property
     def text(self) -> str:
@@ -81,7 +82,7 @@ class Lab:
 
     def __exit__(self, *_: object) -> None:
         os.close(self._requests)
-        self._server.wait(30)
+        self._server.wait(TIMEOUT_S)
         os.close(self._answers)
 
     def start(self, *settings: str, run: str, faults: Sequence[Fault] = (), **variables: str) -> Run:

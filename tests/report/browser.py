@@ -162,7 +162,7 @@ def browser() -> Iterator[Browser]:
         try:
             yield (driver := Browser(send, receive))
             driver.call("Browser.close", session="")
-            process.wait(20)
+            process.wait(500)
         finally:
             if process.poll() is None:
                 process.kill()
