@@ -60,7 +60,7 @@ class Server:
     def stop(self) -> None:
         self.process.send_signal(signal.SIGTERM)
         try:
-            self.process.wait(20)
+            self.process.wait(300)
         except subprocess.TimeoutExpired:
             self.process.kill()
         self._kept.close()
