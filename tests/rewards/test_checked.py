@@ -219,6 +219,11 @@ def test_a_cage_imports_nothing_to_read_the_state() -> None:
     assert checked_reward(reward, RewardLimits(reward_cage=1))(**BATCH | {"trainer_state": state}) == [6.0] * 3
 
 
+def test_a_cage_may_take_longer_to_start_than_a_call_may_take() -> None:
+    """No process starts in 10 ms."""
+    assert checked_reward(equals, RewardLimits(0.01, 1)).__name__ == "equals"
+
+
 def processes_of(module: str) -> set[psutil.Process]:
     """Return the processes of this one that run a module of `rlinvariant.rewards`."""
     found = set()
