@@ -3,7 +3,8 @@
 A checkpoint has what TRL and transformers save for others to load (model.safetensors, config.json, the tokenizer,
 trainer_state.json), `manifest.json`, by which `rlinvariant.checkpoints` knows every byte, and what a run needs to go on:
 
-    training/state.safetensors     optimizer, scheduler, gradient scaler, and what else all ranks share
+    training/state.safetensors     optimizer, scheduler, gradient scaler, a reference that moves (`sync_ref_model`), and what
+                                   else all ranks share
     training/rank-R.safetensors    of rank R: random number generators, the rollout in progress, counters; where ranks have
                                    shards of the weights, its optimizer's state too
 
@@ -24,12 +25,13 @@ Methods of TRL's trainer, and of transformers' below it, that are overridden:
 import random
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
@@ -204,7 +206,13 @@ class CheckpointedTrainer(PublishedTrainer):
             "optimizer": None if self.sharded else self.optimizer.state_dict(),
             "scheduler": self.lr_scheduler.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
+            "reference": dict(self._moving_reference()),
         }
+
+    def _moving_reference(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the reference's weights, if they follow the policy's; those that stay are loaded where they came from."""
+        if self.args.sync_ref_model:
+            yield from self.accelerator.unwrap_model(self.ref_model).named_parameters()
 
     def _progress(self) -> dict[str, Any]:
         """Return what this rank needs to take its next step as if it had not stopped."""
@@ -259,6 +267,13 @@ class CheckpointedTrainer(PublishedTrainer):
                 group["lr"] = rate
         if state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
+        saved = state.get("reference", {})
+        for name, weight in self._moving_reference():
+            if name not in saved:
+                why = "the run's stayed, or was not saved by an earlier version; start a new run"
+                raise UserError(f"sync_ref_model=True: the checkpoint has no reference: {why}")
+            with torch.no_grad():
+                weight.copy_(saved[name])
 
     def _restore_progress(self, progress: dict[str, Any]) -> None:
         self._step, rollout = progress["micro_steps"], progress["rollout"]

@@ -34,6 +34,7 @@ SCHEDULES: dict[str, dict[str, Any]] = {
         "per_device_eval_batch_size": 4,
     },
     "a stale sampler": {"staleness": 2},
+    "a reference that moves": {"beta": 0.1, "sync_ref_model": True, "ref_model_sync_steps": 1},
     "PPO, a rollout used twice": {"ppo": PPOConfig(critic_learning_rate=2e-3), "num_iterations": 2, "steps_per_generation": 2},
     "PPO, the rest of a rollout skipped": {"ppo": PPOConfig(target_kl=1e-9), "num_iterations": 3, "save_total_limit": None},
 }
@@ -96,6 +97,20 @@ def test_what_is_saved_of_a_rollout_is_needed(schedule, forgotten, new, tmp_path
     rest = new("rest", **SCHEDULES[schedule])
     restore = rest.trainer._restore_progress
     monkeypatch.setattr(rest.trainer, "_restore_progress", lambda progress: restore(progress | forgotten))
+    rest.trainer.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-1"))
+    assert seen(rest) != seen(whole, 1)
+
+
+def test_a_reference_that_moves_is_needed(new, tmp_path, monkeypatch):
+    """The control: a resume with the reference that the run began with, as TRL's, ends elsewhere; without one it is refused."""
+    whole, stayed = new("whole", **SCHEDULES["a reference that moves"]), new("stayed", beta=0.1)
+    for run in (whole, stayed):
+        run.trainer.train()
+    rest = new("rest", **SCHEDULES["a reference that moves"])
+    with pytest.raises(UserError, match="^sync_ref_model=True: the checkpoint has no reference"):
+        rest.trainer.train(resume_from_checkpoint=str(tmp_path / "stayed/checkpoint-1"))
+    monkeypatch.setattr(CheckpointedTrainer, "_moving_reference", lambda self: iter(()))
+    rest = new("rest", **SCHEDULES["a reference that moves"])
     rest.trainer.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-1"))
     assert seen(rest) != seen(whole, 1)
 

@@ -32,7 +32,7 @@ def disk_problems(args: "GRPOConfig", config: "PreTrainedConfig", models: int, p
     moments = 0 if args.save_only_model else moments
     there = Path(cast(str, args.output_dir)).absolute()  # transformers names one where None is given
     copies = COPIES - any(there.glob("checkpoint-*"))  # of a run that is resumed
-    needed = copies * models * 4 * parameters(config) * (1 + moments)
+    needed = copies * 4 * parameters(config) * (models * (1 + moments) + bool(args.sync_ref_model))
     at = next(path for path in (there, *there.parents) if path.exists())
     if (free := shutil.disk_usage(at).free) >= needed:
         return []
