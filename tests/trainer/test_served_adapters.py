@@ -16,6 +16,7 @@ from tests.parity.device import cpu_only
 from tests.parity.harness import assert_same_weights, questions, variety
 from tests.sampler import test_served as plain
 from tests.trainer.test_served_runs import TINY, Lab
+from tests.trainer.test_sharding import FSDP
 
 pytestmark = [pytest.mark.slow, cpu_only("a server and a trainer would share a GPU")]
 token_file = plain.token_file
@@ -61,13 +62,17 @@ def test_a_run_of_adapters_by_servers_is_the_run_of_an_engine(count, lab):
         assert_same_weights(adapters(lab, f"seed-{count}"), adapters(lab, "own"), "control")
 
 
-def test_two_processes_train_adapters_by_servers(lab):
-    servers = (lab.servers or lab.serve(2))[:2]
-    done = lab.train("ranks", servers=servers, ranks=2)
+@pytest.mark.parametrize("shards", [False, True])
+def test_two_processes_train_adapters_by_servers(shards, lab, monkeypatch):
+    servers, name = (lab.servers or lab.serve(2))[:2], f"ranks-{shards}"
+    for key, value in FSDP.items() if shards else ():
+        monkeypatch.setenv(key, value)
+    done = lab.train(name, servers=servers, ranks=2)
     assert [one.returncode for one in done] == [0, 0], done[0].stderr[-3000:] + done[1].stderr[-3000:]
-    found, expected = lab.rollout("ranks"), lab.rollout("own")
+    assert ("weights in shards over 2 processes" in done[0].stdout) is shards
+    found, expected = lab.rollout(name), lab.rollout("own")
     assert {k: x for k, x in found.items() if k != "sampling"} == {k: x for k, x in expected.items() if k != "sampling"}
-    rows = read_metrics(lab.path / "runs/ranks")
+    rows = read_metrics(lab.path / f"runs/{name}")
     assert [(row["onpolicy/mismatched_tokens"], row["onpolicy/coverage"]) for row in rows] == [(0, 1)] * STEPS
 
 
