@@ -275,25 +275,17 @@ def divisor(processes: int) -> str:
     )
 
 
-def spread_problems(processes: int, invariance: Invariance, adapted: bool) -> list[str]:
-    """List what cannot stand beside a sampler that is spread over so many processes, a line at most for each.
+def spread_problems(processes: int, invariance: Invariance) -> list[str]:
+    """List what cannot stand beside a sampler that is spread over so many processes, a line at most.
 
     Args:
         processes: vLLM's tensor_parallel_size.
         invariance: which sides are exact.
-        adapted: whether LoRA adapters are trained.
     """
     said = f"sampler.tensor_parallel_size={processes}"
-    if processes == 1:
+    if processes == 1 or SIDES[invariance][0]:
         return []
-    found = (
-        [f"{said}: expected 1 with LoRA adapters, which are not cut by columns so far; remove one of them"] if adapted else []
-    )
-    if not SIDES[invariance][0]:
-        found.append(
-            f"{said}: expected 1 with invariance={invariance}: a stock sampler adds over processes; use invariance=exact"
-        )
-    return found
+    return [f"{said}: expected 1 with invariance={invariance}: a stock sampler adds over processes; use invariance=exact"]
 
 
 ADDRESS = re.compile(r"https?://(\[[0-9a-fA-F:.]+\]|[^/@:\s\[\]]+)(:\d{1,5})?/?")

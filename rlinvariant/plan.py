@@ -133,7 +133,7 @@ def plan_trainer(
         problems += [f"model={name}: {reason}; use invariance=off" for reason in reasons]
         problems += [] if reasons else flash_problems(name, config, args.device.type)
     problems += [] if adapter is None else lora.fit_problems(said, adapter, config)
-    problems += spread_problems(_spread(sampler_options), invariance, adapter is not None)
+    problems += spread_problems(_spread(sampler_options), invariance)
     urls, token_file = sampler_options.get("servers") or (), sampler_options.get("trainer_token_file")
     given = [] if not urls else [f"{key}={value}" for key, value in sampler_options.items() if key not in OF_SERVERS]
     problems += server_problems(urls, token_file, invariance, given)

@@ -28,6 +28,10 @@ TESTED = {  # a pair -> the test in which both are exact, on a CPU
     ("LoRA", "windows"): PAIRS,
     ("LoRA", "shards"): "tests/trainer/test_adapters_in_shards.py::test_shards_train_the_adapters_of_whole_models_bit_for_bit",
     ("LoRA", "mixtures"): PAIRS,
+    (
+        "LoRA",
+        "shared sampler",
+    ): "tests/trainer/test_adapters_in_shards.py::test_a_shared_sampler_draws_and_trains_the_same_adapters",
     ("LoRA", "servers"): "tests/trainer/test_served_adapters.py::test_a_run_of_adapters_by_servers_is_the_run_of_an_engine",
     ("turns", "top-p"): "tests/trainer/test_turns.py::test_turns_of_a_truncated_policy_are_exact",
     ("turns", "PPO"): "tests/trainer/test_turns.py::test_ppo_over_turns",
@@ -63,14 +67,13 @@ TESTED = {  # a pair -> the test in which both are exact, on a CPU
 @functools.cache
 def refused() -> dict[tuple[str, str], str]:
     """Return the line with which each pair that cannot be had is refused."""
-    from rlinvariant.conflicts import adapter_conflicts, server_problems, spread_problems
+    from rlinvariant.conflicts import adapter_conflicts, server_problems
     from rlinvariant.models.families import FAMILIES
     from rlinvariant.models.limits import uncuttable
 
     lora, urls = SAID["LoRA"], [SAID["servers"].partition("=")[2]]
     lines = {
         ("LoRA", "PPO"): adapter_conflicts(lora, "0", "exact", ppo=True),
-        ("LoRA", "shared sampler"): spread_problems(2, "exact", adapted=True),
         ("shared sampler", "servers"): server_problems(urls, "FILE", "exact", [SAID["shared sampler"]]),
         ("shared sampler", "mixtures"): [
             f"{SAID['shared sampler']}: {line}" for line in uncuttable(FAMILIES["qwen3-moe"](), 2)

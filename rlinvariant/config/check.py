@@ -150,7 +150,7 @@ def _check_sampler(config: Config, env: Mapping[str, str]) -> list[str]:
     room = f"more than trainer.max_completion_length={length}, to leave room for the prompt"
     started, spread = env.get("LOCAL_WORLD_SIZE", env.get("WORLD_SIZE", "1")), sampler.tensor_parallel_size
     processes = max(1, int(started)) if re.fullmatch("[0-9]{1,9}", started) else 1
-    others = spread_problems(spread, config.invariance, config.lora.r > 0)
+    others = spread_problems(spread, config.invariance)
     reports = trainer.report_to if isinstance(trainer.report_to, list) else [trainer.report_to]
     return others + _required(
         config,

@@ -6,9 +6,9 @@ K, N: columns and rows of a layer's weight, which may be several projections tha
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,8 @@ from rlinvariant import bits, checksums, ops
 from rlinvariant.checksums import Checksum
 from rlinvariant.errors import UserError
 from rlinvariant.models.lora import A, B
-from rlinvariant.ops.linear import pack_weight
-from rlinvariant.ops.lora import RANK_STEP
+from rlinvariant.ops.linear import linear_columns, pack_weight
+from rlinvariant.ops.lora import RANK_STEP, widened_by
 from rlinvariant.sampler import weights as synced
 from rlinvariant.sampler.weights import target
 from rlinvariant.types import Untyped
@@ -49,7 +49,7 @@ class Adapters:
         self.a = layer.weight.new_zeros(len(layer.parts), columns, k)
         self.wide[:, :k] = layer.weight.data
         layer.weight.data, layer.packed = self.wide[:, :k], {}
-        self.sizes, self.k = list(layer.parts), k
+        self.sizes, self.k, self.cuts = list(layer.parts), k, list(layer.cuts)
         self.packed: dict[int, list[Tensor | None]] = {}
         # Copies of projections without an adapter, whose rows lie apart in `wide`
         self.alone = {i: rows.contiguous() for i, rows in enumerate(self._held()) if i not in ranks}
@@ -62,7 +62,11 @@ class Adapters:
 
     def pack(self, bias: bool) -> None:
         """Pack anew what each projection multiplies by, for the number of threads set now."""
-        self.packed = {torch.get_num_threads(): [pack_weight(x, [len(x)], bias) for x in self._operands()]}
+        self.packed = {
+            torch.get_num_threads(): [
+                pack_weight(x, [len(x)], bias, [cut.whole]) for x, cut in zip(self._operands(), self.cuts, strict=True)
+            ]
+        }
 
     def stale(self) -> bool:
         """Return whether a copy that is multiplied by has other bytes than what it was made from."""
@@ -88,15 +92,37 @@ class Adapters:
         packed = self.packed.get(torch.get_num_threads(), none) if self.packed else none  # the compiler knows no threads
         parts = []
         for part, weight in enumerate(self._operands()):
-            how = biases[part], packed[part]
-            adapted = part in self.ranks
-            parts.append(ops.wide_linear(x, weight, self.a[part], *how) if adapted else ops.linear(x, weight, *how))
+            how, adapted = (biases[part], packed[part]), part in self.ranks
+            if not x.is_cuda and packed[part] is None and len(weight) < self.cuts[part].whole:
+                read = widened_by(x, self.a[part]) if adapted else x
+                parts.append(linear_columns(read, weight, biases[part], self.cuts[part].whole))
+            else:
+                parts.append(ops.wide_linear(x, weight, self.a[part], *how) if adapted else ops.linear(x, weight, *how))
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
-    def slot(self, part: int, which: str) -> Tensor:
-        """Return where a projection's A [R, K] or B [N, R] is kept."""
+    def slot(self, part: int, which: str) -> "Slot":
+        """Return where a projection's A [R, K] or B [N, R] is kept: A whole, and those rows of B that this process has of W."""
         rank = self.ranks[part]
-        return self.a[part, :rank] if which == A else self.wide.split(self.sizes)[part][:, self.k : self.k + rank]
+        if which == A:
+            return Slot(self.a[part, :rank], rank, 0)
+        cut = self.cuts[part]
+        return Slot(self.wide.split(self.sizes)[part][:, self.k : self.k + rank], cut.whole, cut.first)
+
+
+class Slot(NamedTuple):
+    """Holds a view of where some rows of A or B are kept, how many rows the whole has, and the number of the first one here."""
+
+    kept: Tensor
+    whole: int
+    first: int
+
+    def takes(self, weight: Tensor) -> bool:
+        """Return whether a whole weight has the right shape."""
+        return weight.shape == (self.whole, self.kept.shape[1])
+
+    def of(self, weight: Tensor) -> Tensor:
+        """Return those rows of a whole weight."""
+        return weight[self.first : self.first + len(self.kept)]
 
 
 def attach(model: nn.Module, ranks: Mapping[str, int] | None = None) -> None:
@@ -153,9 +179,10 @@ def load(model: nn.Module, weights: Pairs) -> None:
     """
     for name, weight in weights:
         slot = _slot(model, name)
-        if slot.shape != weight.shape:
-            raise UserError(f"{name} is {[*weight.shape]}: the engine has room for {[*slot.shape]}")
-        slot.copy_(weight)
+        if not slot.takes(weight):
+            room = [slot.whole, slot.kept.shape[1]]
+            raise UserError(f"{name} is {[*weight.shape]}: the engine has room for {room}")
+        slot.kept.copy_(slot.of(weight))
     for held in layers(model).values():
         held.refresh()
 
@@ -168,7 +195,7 @@ def differing(model: nn.Module, weights: Pairs) -> list[str]:
     bad, seen = [], 0
     for name, weight in weights:
         slot, seen = _slot(model, name), seen + 1
-        if slot.shape != weight.shape or not bits.same(slot, weight.detach().to(slot.dtype)):
+        if not slot.takes(weight) or not bits.same(slot.kept, slot.of(weight.detach()).to(slot.kept.dtype)):
             bad.append(name)
     return bad + _stale_or_missing(model, seen)
 
@@ -176,19 +203,26 @@ def differing(model: nn.Module, weights: Pairs) -> list[str]:
 def differing_checksums(model: nn.Module, weights: Mapping[str, Checksum]) -> list[str]:
     """Name the parameters of an exact engine, and its adapters, whose words do not have the sums that they should have.
 
-    An adapter that there is no room for is named, too.
+    An adapter that there is no room for is named, too. An engine may be spread over several processes: all must call this.
 
     Args:
         model: vLLM's.
         weights: the checksum of each, by its Hugging Face name.
     """
     of_adapters = {name: expected for name, expected in weights.items() if name.endswith((A, B))}
+    from rlinvariant.sampler.vllm_columns import of_all
+
     bad = synced.differing_checksums(model, {name: expected for name, expected in weights.items() if name not in of_adapters})
+    sums: dict[str, tuple[torch.dtype, int, synced.Rows]] = {}
+    for name in of_adapters:
+        with suppress(UserError):
+            kept, _, first = _slot(model, name)
+            sums[name] = kept.dtype, kept.shape[1], (first, len(kept), checksums.partial(kept, first).cpu())
+    everywhere = of_all(sums)
     for name, expected in of_adapters.items():
-        try:
-            if checksums.whole(_slot(model, name)) != expected:
-                bad.append(name)
-        except UserError:
+        dtype, width, _ = sums.get(name, (expected.dtype, 0, None))
+        held = [each[name][2] for each in everywhere if name in each]
+        if synced.joined(held, dtype, (width,)) != expected:
             bad.append(name)
     return bad + _stale_or_missing(model, len(of_adapters))
 
@@ -207,7 +241,7 @@ def layers(model: nn.Module) -> dict[str, Adapters]:
     return {name: adapters for name, adapters in found.items() if adapters is not None}
 
 
-def _slot(model: nn.Module, name: str) -> Tensor:
+def _slot(model: nn.Module, name: str) -> Slot:
     """Return where an adapter's A or B is kept. Raises UserError where there is no room for it."""
     which = A if name.endswith(A) else B
     layer, part = _place(model, name.removesuffix(f".{which}"))

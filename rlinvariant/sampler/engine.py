@@ -19,8 +19,7 @@ from torch import Tensor
 
 from rlinvariant import runtime
 from rlinvariant.checksums import Checksum
-from rlinvariant.conflicts import spread_problems
-from rlinvariant.errors import ConfigErrors, UserError
+from rlinvariant.errors import UserError
 from rlinvariant.model_source import base_and_adapter
 from rlinvariant.models import adapter_files
 from rlinvariant.models.experts import in_checkpoint
@@ -150,8 +149,6 @@ class Sampler:
             raise UserError(f"{directory}: a stock engine takes whole weights; {adapter_files.MERGE} {directory}")
         ranks = ranks if adapter is None else adapter.ranks
         processes = (options or {}).get("tensor_parallel_size", 1)
-        if ranks and (found := spread_problems(processes, "exact", adapted=True)):
-            raise ConfigErrors(found)
         gc.unfreeze()
         gc.collect()  # an earlier engine, of a notebook's cell that runs again, holds gigabytes until it is collected
         with undisturbed():

@@ -5,9 +5,11 @@ the engine for all of it, in the order of their ranks. One whose rollout has end
 `finish`, until none asks for more.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import NamedTuple
+
+from torch import Tensor
 
 from rlinvariant.rollout import Completion
 from rlinvariant.sampler.engine import Sampler
@@ -47,6 +49,10 @@ class GroupSampler(Sampler):
         limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else max_tokens
         how = {"temperature": temperature, "stop_token_ids": list(stop_token_ids), **sampling}
         return self._drawn_together(_Call(prompts, seeds, limits, how)) or []
+
+    def memory_of(self, weights: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        """Return nothing: this process's memory of a weight is some rows of it."""
+        return {}
 
     def finish(self) -> None:
         """Draw what the other processes ask for, until none asks for more."""

@@ -76,7 +76,7 @@ def differing_checksums(model: Untyped, weights: Mapping[str, Checksum]) -> list
     parts = _by_place(model, weights.items())
     own = dict(model.named_parameters())
     bad = [name for name in parts if name not in own and not ("lm_head.weight" not in own and name == "lm_head.weight")]
-    sums: dict[str, list[_Rows]] = {}
+    sums: dict[str, list[Rows]] = {}
     for name, have in own.items():
         cuts = _cuts(model, name, [part.shape[0] for part in _in_order(parts.get(name, {}))])
         rows = [rows for _, _, rows in cuts]
@@ -87,22 +87,22 @@ def differing_checksums(model: Untyped, weights: Mapping[str, Checksum]) -> list
     everywhere = of_all(sums)
     for name, have in own.items():
         held = zip(*(each.get(name, []) for each in everywhere), strict=False)
-        found = [_joined(rows, have) for rows in held]
+        found = [joined(rows, have.dtype, have.shape[1:]) for rows in held]
         if name not in parts or found != _in_order(parts[name]):
             bad.append(name)
     return bad + _stale_copies(model)
 
 
-_Rows = tuple[int, int, Tensor]
+Rows = tuple[int, int, Tensor]
 """Number of the first of some rows of a weight, how many they are, and their sums, on the host."""
 
 
-def _joined(held: Iterable[_Rows], like: Tensor) -> Checksum | None:
-    """Return the checksum of a weight whose rows several processes have.
+def joined(held: Iterable[Rows], dtype: torch.dtype, row: Sequence[int]) -> Checksum | None:
+    """Return the checksum of a weight whose rows, each of the shape `row`, several processes have.
 
     None if rows are missing, or are not the same in all that have them.
     """
-    apart: dict[int, _Rows] = {}
+    apart: dict[int, Rows] = {}
     for first, rows, sums in held:
         _, rows_before, sums_before = apart.setdefault(first, (first, rows, sums))
         if rows_before != rows or not torch.equal(sums_before, sums):
@@ -112,7 +112,7 @@ def _joined(held: Iterable[_Rows], like: Tensor) -> Checksum | None:
         if first != end:
             return None
         end, total = first + rows, total + sums
-    return checksums.of(like.dtype, (end, *like.shape[1:]), total)
+    return checksums.of(dtype, (end, *row), total)
 
 
 def _stale_copies(model: Any) -> list[str]:

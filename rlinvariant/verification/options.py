@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rlinvariant.config import LoraConfig, check_lora, draft
-from rlinvariant.conflicts import spread_problems
 from rlinvariant.errors import ConfigErrors
 from rlinvariant.model_source import adapter_base, source_problems
 
@@ -35,7 +34,9 @@ class Options:
         """Raise ConfigErrors for a model that cannot be there, and for options that contradict each other."""
         errors = source_problems("model", self.model, adapters=True) or clash(self.model, self.lora)
         adapted = self.lora is not None or adapter_base(self.model) is not None
-        errors += spread_problems(self.tensor_parallel_size, "exact", adapted)
+        if adapted and self.tensor_parallel_size != 1:
+            why = "expected 1 with adapters, which a run with sampler.tensor_parallel_size compares at its start; remove it"
+            errors.append(f"verify: --tensor-parallel-size {self.tensor_parallel_size}: {why}")
         if self.short and self.tokens:
             errors.append(f"verify: --tokens {self.tokens} with --short: expected one of them; remove one")
         if self.dtype not in ("bfloat16", "float32"):

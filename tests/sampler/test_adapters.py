@@ -93,22 +93,25 @@ def test_compiled_code_follows_a_sync():
 
     Control: before the refresh, the projection that has no adapter is multiplied by its old weight, and `stale` says so.
     """
-    layer = SimpleNamespace(weight=torch.nn.Parameter(randn(48, 32, dtype=torch.bfloat16)), parts=[16, 16, 16])
+    weight = torch.nn.Parameter(randn(48, 32, dtype=torch.bfloat16))
+    layer = SimpleNamespace(weight=weight, parts=[16, 16, 16], cuts=[SimpleNamespace(whole=16, first=0, rows=16)] * 3)
     held, x = adapters.Adapters(layer, {0: 4, 2: 4}), randn(5, 32, dtype=torch.bfloat16, seed=1)
     compiled = torch.compile(lambda x: held(x, None), fullgraph=True, backend="eager")
     before = compiled(x)
     with torch.no_grad():
         layer.weight.copy_(randn(48, 32, seed=2))
         for part in (0, 2):
-            held.slot(part, lora.A).copy_(randn(4, 32, seed=3))
-            held.slot(part, lora.B).copy_(randn(16, 4, seed=4))
+            held.slot(part, lora.A).kept.copy_(randn(4, 32, seed=3))
+            held.slot(part, lora.B).kept.copy_(randn(16, 4, seed=4))
     with torch.compiler.set_stance("fail_on_recompile"):
         after = compiled(x)
         assert held.stale() and bits.same(after[:, 16:32], before[:, 16:32])
         held.refresh()
         assert not held.stale()
         first, middle, last = layer.weight.split(16)
-        adapted = [ops.lora_linear(x, w, held.slot(i, lora.A), held.slot(i, lora.B)) for i, w in ((0, first), (2, last))]
+        adapted = [
+            ops.lora_linear(x, w, held.slot(i, lora.A).kept, held.slot(i, lora.B).kept) for i, w in ((0, first), (2, last))
+        ]
         right = torch.cat([adapted[0], ops.linear(x, middle), adapted[1]], -1)
         assert_bits_equal(compiled(x), right, "compiled, after a sync")
 

@@ -1,6 +1,6 @@
 """A trainer of adapters with weights in shards, whose sides are changed behind its back; DIRECTORY/RANK.json has what it says.
 
-accelerate launch --config_file configs/cpu2_fsdp2.yaml adapters_on_ranks.py DIRECTORY MODEL
+accelerate launch --config_file configs/cpu2_fsdp2.yaml adapters_on_ranks.py DIRECTORY MODEL each|shared    samplers
 """
 
 import json
@@ -19,7 +19,7 @@ def flip(x: Tensor) -> None:
     x.view(-1)[:1].view(word).bitwise_xor_(1)
 
 
-def main(directory: str, model: str) -> int:
+def main(directory: str, model: str, shared: str) -> int:
     from peft import LoraConfig
     from transformers import AutoTokenizer
     from trl import GRPOConfig
@@ -47,6 +47,7 @@ def main(directory: str, model: str) -> int:
         report_to="none",
         disable_tqdm=True,
     )
+    spread = {"tensor_parallel_size": 2} if shared == "shared" else {}
     trainer: Any = rlinvariant.grpo_trainer(
         model,
         variety,
@@ -54,7 +55,7 @@ def main(directory: str, model: str) -> int:
         questions(),
         processing_class=AutoTokenizer.from_pretrained(model),
         peft_config=LoraConfig(r=3, target_modules="all-linear"),
-        sampler_options={"max_model_len": 64, "kv_cache_gib": 0.02, "options": {"enforce_eager": True}},
+        sampler_options={"max_model_len": 64, "kv_cache_gib": 0.02, "options": {"enforce_eager": True, **spread}},
     )
     trainer.train()
     trainer.sync()
@@ -74,7 +75,7 @@ def main(directory: str, model: str) -> int:
     def faulty(weights: Any) -> None:
         sync(weights)
         if rank == "1":
-            flip(adapters._slot(sampler.model, names[0]))
+            flip(adapters._slot(sampler.model, names[0]).kept)
 
     sampler.sync, trainer.state.global_step = faulty, 2
     try:

@@ -1,6 +1,7 @@
 """LoRA with weights in shards: the adapters that whole models train, bit for bit, PEFT's files, and faults that are named."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from tests.trainer.test_sharding import ENV, FSDP, assert_same, finished, first_
 
 HERE = Path(__file__).parent
 LORA = ("lora.r=3", "trainer.beta=0.05")  # 3 rows of A: one process has two of them
+SPREAD = "sampler.tensor_parallel_size=2"
 FILE = "adapter_model.safetensors"
 
 
@@ -89,15 +91,34 @@ def test_ordered_gradients_train_one_adapter_on_three_processes(arithmetic_dir, 
 
 @runs
 @pytest.mark.slow
-def test_faults_of_adapters_in_shards_are_named(arithmetic_dir, tmp_path):
+@pytest.mark.parametrize("sampler", ["each", "shared"])
+def test_faults_of_adapters_in_shards_are_named(sampler, arithmetic_dir, tmp_path):
     """Adapters one sync old; a bit of an adapter in the engine of rank 1; a bit of rank 1's rows of the frozen base."""
-    command = [str(HERE / "adapters_on_ranks.py"), str(tmp_path), arithmetic_dir]
+    command = [str(HERE / "adapters_on_ranks.py"), str(tmp_path), arithmetic_dir, sampler]
     for done in forks.run_ranks(2, command, cwd=tmp_path, env=ENV | FSDP):
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     for said in [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]:
         assert said["in sync"] == {"mismatched": 0, "differing": []}
         assert said["one sync old"]["mismatched"] > 0
         assert said["one sync old"]["differing"] == [f"{name} (rank 0)" for name in said["adapters"]]
-        of_rank_1 = f"1 of the sampler's parameters differ from the trainer's, first {said['adapters'][0]} (rank 1)"
+        rank = 1 if sampler == "each" else 0  # all processes of a shared sampler see what one has
+        of_rank_1 = f"1 of the sampler's parameters differ from the trainer's, first {said['adapters'][0]} (rank {rank})"
         assert said["a bit of rank 1's engine"] == f"step 3: after the weight sync, {of_rank_1}"
         assert said["a bit of the base"] == ["model.layers.1.mlp.down_proj.weight (rank 0)"]
+
+
+@runs
+@pytest.mark.slow
+@pytest.mark.parametrize("sharded", [False, True], ids=["whole", "shards"])
+def test_a_shared_sampler_draws_and_trains_the_same_adapters(both, sharded, arithmetic_dir, tmp_path):
+    """Each process has all of A, and those rows of B that it has of the weight."""
+    done = two(tmp_path, arithmetic_dir, "run=shared", "steps=4", SPREAD, *LORA, sharded=sharded)
+    finished(done)
+    (without,) = re.findall(r"(\d+) / \d+ without the trainer's adapters", done[0].stdout)
+    assert int(without) > 0, "control"
+    each, shared = both[0], tmp_path / "runs/shared"
+    rows = read_metrics(shared)
+    assert [row["onpolicy/mismatched_tokens"] + row["onpolicy/unscored_tokens"] for row in rows] == [0] * 4
+    assert all(row["onpolicy/coverage"] == 1 == row["onpolicy/weights_equal"] for row in rows)
+    assert first_rollout(shared) == first_rollout(each)
+    assert_same(each / "model" / FILE, shared / "model" / FILE)

@@ -101,21 +101,20 @@ def test_what_is_merged_after_training_is_saved_as_any_model(arithmetic_dir, tmp
 
 
 @pytest.mark.parametrize(
-    ("given", "options", "said"),
+    ("given", "said"),
     [
-        ({"r": 129}, {}, "peft_config.r=129: expected at most 128, the model's width"),
-        ({"target_modules": ["q_proj", "w1"]}, {}, "peft_config.target_modules has w1: expected projections of the model"),
-        ({}, {"options": {"tensor_parallel_size": 2}}, "sampler.tensor_parallel_size=2: expected 1 with LoRA adapters"),
+        ({"r": 129}, "peft_config.r=129: expected at most 128, the model's width"),
+        ({"target_modules": ["q_proj", "w1"]}, "peft_config.target_modules has w1: expected projections of the model"),
     ],
 )
 def test_what_a_script_s_adapters_cannot_be_had_with_is_refused_before_weights_are_loaded(
-    given, options, said, arithmetic_dir, tmp_path, monkeypatch
+    given, said, arithmetic_dir, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("rlinvariant.models.load.load", lambda *_, **__: pytest.fail("weights are loaded"))
     args = GRPOConfig(str(tmp_path), use_cpu=not CUDA, bf16=False, report_to="none", max_completion_length=12)
     adapter = LoraConfig(**{"r": 4, "target_modules": ["q_proj"]} | given)
     with pytest.raises(ConfigErrors) as raised:
-        rlinvariant.grpo_trainer(arithmetic_dir, variety, args, questions(), peft_config=adapter, sampler_options=options)
+        rlinvariant.grpo_trainer(arithmetic_dir, variety, args, questions(), peft_config=adapter)
     assert [line for line in raised.value.errors if line.startswith(said)], raised.value.errors
 
 
