@@ -26,6 +26,7 @@ from rlinvariant.report.rundir import RunDir
 from rlinvariant.resumption import Resumption, dataset_digest, find, require_same_data
 from rlinvariant.stopping import after_a_step
 from rlinvariant.tools.plain import plain_tools
+from rlinvariant.warmstart import save_here
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -210,8 +211,9 @@ def saved_untrained(config: Config, recipe: Recipe) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as directory:
         named = lambda line: line.replace(f"model={directory}", f"recipe={config.recipe}, whose own model it trains")  # noqa: E731
         with torch.random.fork_rng(devices=[]):
-            for part in recipe.untrained(config):
-                part.save_pretrained(directory)
+            model, tokenizer = recipe.untrained(config)
+        save_here(model, directory)
+        tokenizer.save_pretrained(directory)
         try:
             yield directory
         except ConfigErrors as error:

@@ -51,10 +51,20 @@ def warm_start(
             torch.manual_seed(seed)
             model, tokenizer = build()
             supervised(model, tokenizer, example, **hyper)
-        model.save_pretrained(directory)
+        save_here(model, directory)
         tokenizer.save_pretrained(directory)
 
     return made_once(CACHE / f"{name}-{digest}", make)
+
+
+def save_here(model: "PreTrainedModel", directory: Path | str) -> None:
+    """Save a model from this process, whichever it is: transformers saves nothing on others than the first of those joined."""
+    own = vars(model)
+    own["should_save_on_this_rank"] = lambda is_main_process: True
+    try:
+        model.save_pretrained(directory)
+    finally:
+        del own["should_save_on_this_rank"]
 
 
 def supervised(

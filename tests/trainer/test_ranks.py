@@ -5,6 +5,8 @@ import os
 import re
 from pathlib import Path
 
+import pytest
+
 from rlinvariant.report.rundir import read_metrics
 from tests import forks
 from tests.parity.device import cpu_only
@@ -28,3 +30,14 @@ def test_a_mismatch_on_one_process_stops_both_with_one_line_and_one_count(arithm
     assert one["onpolicy/mismatched_tokens"] == 0 and two["onpolicy/mismatched_tokens"] == wrong
     assert of == two["onpolicy/compared_tokens"] and 0 < wrong < of, "rank 1's tokens, out of those of both"
     assert two["onpolicy/coverage"] == 1 and "Stopped before the optimizer step" in result["error"]
+
+
+@pytest.mark.slow
+def test_a_recipe_s_own_model_is_made_by_any_of_two_processes(tmp_path):
+    """Both look at it before its warm start, and one of them, the first to come, makes it: transformers saves on rank 0."""
+    sizes = ("steps=1", "trainer.per_device_train_batch_size=8", "trainer.max_completion_length=12", "data.eval_size=8")
+    command = [str(ROOT / "train.py"), "recipe=arithmetic", "wandb.mode=disabled", "run=a", *sizes]
+    first, second = forks.run_ranks(2, command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr[-2000:] + second.stderr[-2000:]
+    (row,) = read_metrics(tmp_path / "runs/a")
+    assert row["onpolicy/mismatched_tokens"] == 0 < row["onpolicy/compared_tokens"]
