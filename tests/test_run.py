@@ -378,3 +378,19 @@ def test_a_mistake_gives_one_line(mistake, many):
 def test_a_start_that_fails_leaves_nothing(mistake, many, jobs):
     assert many[mistake]["code"] == 2
     assert not (jobs["many"].result().directory / "runs" / mistake.replace(" ", "_").replace(",", "")).exists()
+
+
+@two_processes
+@pytest.mark.slow
+def test_two_processes_train_a_recipes_own_model_which_each_has_looked_at(tmp_path):
+    """transformers saves a model on the first rank alone: the other one had found no configuration, and no such run began."""
+    sizes = ("data.digits=1", "data.eval_size=4", "data.train_size=32", "trainer.per_device_train_batch_size=16", "steps=1")
+    command = [str(ROOT / "train.py"), "recipe=arithmetic", "run=own", *sizes]
+    env = environment(RLINVARIANT_CACHE=str(tmp_path / "cache"))
+    for given, code, said in (
+        ("lora.r=129", 2, "error: lora.r=129: expected at most 128"),
+        ("trainer.num_generations=4", 0, "on policy   mismatched 0 / "),
+    ):
+        done = forks.run_ranks(2, [*command, given], cwd=tmp_path, env=env)
+        assert [one.returncode for one in done] == [code, code], done[0].stderr[-3000:] + done[1].stderr[-3000:]
+        assert (done[0].stdout + done[0].stderr).count(said) == 1 and said not in done[1].stdout + done[1].stderr
