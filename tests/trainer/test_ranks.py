@@ -5,8 +5,6 @@ import os
 import re
 from pathlib import Path
 
-import pytest
-
 from rlinvariant.report.rundir import read_metrics
 from tests import forks
 from tests.parity.device import cpu_only
@@ -32,12 +30,24 @@ def test_a_mismatch_on_one_process_stops_both_with_one_line_and_one_count(arithm
     assert two["onpolicy/coverage"] == 1 and "Stopped before the optimizer step" in result["error"]
 
 
-@pytest.mark.slow
-def test_a_recipe_s_own_model_is_made_by_any_of_two_processes(tmp_path):
-    """Both look at it before its warm start, and one of them, the first to come, makes it: transformers saves on rank 0."""
-    sizes = ("steps=1", "trainer.per_device_train_batch_size=8", "trainer.max_completion_length=12", "data.eval_size=8")
-    command = [str(ROOT / "train.py"), "recipe=arithmetic", "wandb.mode=disabled", "run=a", *sizes]
-    first, second = forks.run_ranks(2, command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    assert (first.returncode, second.returncode) == (0, 0), first.stderr[-2000:] + second.stderr[-2000:]
-    (row,) = read_metrics(tmp_path / "runs/a")
-    assert row["onpolicy/mismatched_tokens"] == 0 < row["onpolicy/compared_tokens"]
+SAVES = """
+import os
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from rlinvariant.warmstart import save_here
+
+torch.distributed.init_process_group("gloo")
+model, rank = LlamaForCausalLM(LlamaConfig(hidden_size=64, num_hidden_layers=1, vocab_size=8)), os.environ["RANK"]
+model.save_pretrained(f"theirs-{rank}")
+save_here(model, f"own-{rank}")
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_a_recipe_s_own_model_is_saved_by_any_of_two_processes(tmp_path):
+    """The control: transformers saves on the first one alone."""
+    (tmp_path / "saves.py").write_text(SAVES)
+    for done in forks.run_ranks(2, ["saves.py"], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}):
+        assert done.returncode == 0, done.stderr[-2000:]
+    saved = {path.parent.name for path in tmp_path.glob("*/model.safetensors")}
+    assert saved == {"own-0", "own-1", "theirs-0"}
