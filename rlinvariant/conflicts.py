@@ -133,6 +133,8 @@ def ppo_conflicts(trainer: "GRPOConfig", ppo: Any, prefix: str = "") -> list[str
     require(ppo.target_kl is None or ppo.target_kl > 0, "target_kl", "more than 0, or None for no limit")
     leave("loss_type", "dapo", why="the losses are means over the tokens of a step; remove it")
     leave("beta", 0.0, why="the penalty is in the rewards; use ppo.kl_coef")
+    if not ppo.kl_coef:
+        leave("sync_ref_model", False, why="without ppo.kl_coef there is no reference; set that, or remove it")
     leave("scale_rewards", "group", True, why="advantages come from the critic, not from groups; remove it")
     leave(
         "multi_objective_aggregation", "sum_then_normalize", why="rewards are summed, and never compared in groups; remove it"

@@ -110,7 +110,7 @@ def plan_trainer(
     """
     from rlinvariant.models import lora, unsupported
     from rlinvariant.models.limits import flash_problems
-    from rlinvariant.sampler.refusals import engine_problems, load_config
+    from rlinvariant.sampler.refusals import engine_problems, load_config, require_causal_lm
     from rlinvariant.support import unproven_problems
     from rlinvariant.trainer.preflight import load_generation
     from rlinvariant.trainer.refusals import auxiliary_problems
@@ -123,6 +123,8 @@ def plan_trainer(
         config = load_config(name) if loaded is None else loaded.config
         source_config = config if loaded is None and source == name else load_config(source)
         generation: Any = load_generation(name, config) if loaded is None else loaded.generation_config
+    if loaded is None:
+        require_causal_lm(config, name)
     problems: list[str] = []
     if sampler_is_invariant:
         given = sampler_options.get("options") or {}

@@ -96,7 +96,7 @@ def engine_problems(
     Raises:
         UserError: the configuration is not a causal language model's.
     """
-    _require_causal_lm(config, model)
+    require_causal_lm(config, model)
     touched = {k: v for k, v in options.items() if k in UNTOUCHED_OPTIONS and v != UNTOUCHED_OPTIONS[k]}
     fix = f"remove it, or {otherwise}"
     found = [f"sampler option {k}={v}: expected {UNTOUCHED_OPTIONS[k]}; {fix}" for k, v in touched.items()]
@@ -144,7 +144,8 @@ def load_config(model: str) -> "PreTrainedConfig":
         raise UserError(f"model={model}: cannot be loaded: {one_line(error, 400)}") from error
 
 
-def _require_causal_lm(config: "PreTrainedConfig", model: str) -> None:
+def require_causal_lm(config: "PreTrainedConfig", model: str) -> None:
+    """Raise UserError where transformers has no causal language model of a configuration."""
     from transformers import AutoModelForCausalLM
 
     if type(config) not in AutoModelForCausalLM._model_mapping:

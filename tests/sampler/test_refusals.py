@@ -5,8 +5,11 @@ from unittest import mock
 
 import pytest
 from transformers import AutoConfig, DistilBertConfig
+from trl import GRPOConfig
 
+from rlinvariant.conflicts import INVARIANCE
 from rlinvariant.errors import UserError
+from rlinvariant.plan import plan_trainer
 from rlinvariant.sampler.engine import Sampler, refuse
 
 
@@ -54,6 +57,10 @@ def test_what_is_no_causal_language_model_is_refused(tmp_path):
     DistilBertConfig().save_pretrained(tmp_path)
     with pytest.raises(UserError, match="is not a transformers causal language model"):
         Sampler(tmp_path, invariant=True)
+    for invariance in INVARIANCE:
+        args = GRPOConfig(str(tmp_path / "out"), use_cpu=True, bf16=False, report_to="none")
+        with pytest.raises(UserError, match="is not a transformers causal language model"):
+            plan_trainer(str(tmp_path), args, None, invariance, "bfloat16", str(tmp_path), {})
 
 
 def test_an_interrupted_batch_does_not_linger(exact_engine):

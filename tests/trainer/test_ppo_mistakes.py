@@ -76,6 +76,13 @@ def test_settings_that_cannot_be_are_refused_in_one_line_each(arithmetic_dir):
         assert found.startswith(expected)
 
 
+def test_a_reference_that_is_not_there_cannot_move(arithmetic_dir):
+    settings = [f"model={arithmetic_dir}", "recipe=arithmetic_ppo", "trainer.sync_ref_model=true"]
+    with pytest.raises(ConfigErrors, match=r"^trainer.sync_ref_model=True: expected False .* without ppo.kl_coef there is no"):
+        parse([*settings, "ppo.kl_coef=0"])
+    assert parse([*settings, "ppo.kl_coef=0.1"]).trainer.sync_ref_model
+
+
 def test_settings_of_ppo_are_refused_where_they_do_nothing(arithmetic_dir):
     model = f"model={arithmetic_dir}"
     with pytest.raises(ConfigErrors, match=r"^ppo.gamma=0.9: expected algorithm=ppo, or it does nothing; remove it$"):
