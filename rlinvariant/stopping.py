@@ -194,4 +194,3 @@ def obey(number: int, control: Control) -> None:
     if number:
         _state.number = number
         control.should_save = control.should_training_stop = True
-        control.should_evaluate = False

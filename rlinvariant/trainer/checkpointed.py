@@ -59,6 +59,7 @@ class CheckpointedTrainer(PublishedTrainer):
     _saving: threading.Thread | None = None
     _saving_error: BaseException | None = None
     _resumed: Checkpoint | None = None
+    _owes_evaluation: bool = False  # of the step that is saved, after which the run stopped
     _last_save: float | None = None  # time.perf_counter() of the main process
 
     def train(self, resume_from_checkpoint: str | bool | Checkpoint | None = None, *args, **kwargs):
@@ -217,7 +218,13 @@ class CheckpointedTrainer(PublishedTrainer):
     def _progress(self) -> dict[str, Any]:
         """Return what this rank needs to take its next step as if it had not stopped."""
         done = self._step % (self.args.steps_per_generation * self.num_iterations) == 0
-        return {"micro_steps": self._step, "rollout": None if done else self._buffered_inputs}
+        rollout = None if done else self._buffered_inputs
+        return {"micro_steps": self._step, "rollout": rollout, "owes_evaluation": self._owes_evaluation}
+
+    def _put_off_evaluation(self) -> None:
+        """Leave a due evaluation, but not that of the last step, to the run that goes on: one that is to stop has seconds."""
+        if self.state.global_step < self.state.max_steps:
+            self._owes_evaluation, self.control.should_evaluate = self.control.should_evaluate, False
 
     # ---- resuming
 
@@ -250,6 +257,9 @@ class CheckpointedTrainer(PublishedTrainer):
     def _load_rng_state(self, checkpoint):
         if checkpoint is not None:  # `_load_optimizer_and_scheduler` has read them
             _restore_generators(self._generators)
+        if self._owes_evaluation:
+            self._owes_evaluation = False
+            self._determine_best_metric(self._evaluate(None, None), None)
 
     def _restore_shared_state(self, state: dict[str, Any]) -> None:
         optimizer, scheduler = state["optimizer"], state["scheduler"]
@@ -277,6 +287,7 @@ class CheckpointedTrainer(PublishedTrainer):
 
     def _restore_progress(self, progress: dict[str, Any]) -> None:
         self._step, rollout = progress["micro_steps"], progress["rollout"]
+        self._owes_evaluation = progress.get("owes_evaluation", False)  # which earlier versions did not put down
         if rollout is not None:
             self._buffered_inputs = [{key: _to(self.args.device, value) for key, value in batch.items()} for batch in rollout]
 

@@ -388,4 +388,6 @@ class InvariantGRPOTrainer(RoutedTrainer):
         if (unscored := row["onpolicy/unscored_tokens"]) and self.invariance == "exact":
             raise ParityError(f"step {step}: {unscored:,} sampled tokens were trained on without being compared", agreed=True)
         stopping.obey(record.stop, self.control)
+        if record.stop:
+            self._put_off_evaluation()
         self._start_step()

@@ -2,6 +2,7 @@
 
 import random
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from rlinvariant import checkpoints
+from rlinvariant import checkpoints, stopping
 from rlinvariant.checkpoints import Checkpoint, DamagedCheckpoint
 from rlinvariant.config import PPOConfig
 from rlinvariant.errors import DiskError, UserError
@@ -38,6 +39,11 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "PPO, a rollout used twice": {"ppo": PPOConfig(critic_learning_rate=2e-3), "num_iterations": 2, "steps_per_generation": 2},
     "PPO, the rest of a rollout skipped": {"ppo": PPOConfig(target_kl=1e-9), "num_iterations": 3, "save_total_limit": None},
 }
+
+
+def falling(completions: list[str], trainer_state: Any, **_: Any) -> list[float]:
+    """Rewards that fall from step to step."""
+    return [len(set(text)) / 10 - 10 * trainer_state.global_step for text in completions]
 
 
 @pytest.fixture
@@ -99,6 +105,42 @@ def test_what_is_saved_of_a_rollout_is_needed(schedule, forgotten, new, tmp_path
     monkeypatch.setattr(rest.trainer, "_restore_progress", lambda progress: restore(progress | forgotten))
     rest.trainer.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-1"))
     assert seen(rest) != seen(whole, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [2, 4])
+def test_an_evaluation_that_a_signal_has_put_off_is_made_before_the_next_step(step, new, tmp_path, monkeypatch):
+    """Rewards fall, so that the first evaluation is the best; of the last step it is made at once. Control: it is forgotten."""
+    found: dict[str, list[dict[str, str]]] = {}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "reward", "greater_is_better": True}
+    best |= {"max_steps": 4, "save_steps": 2, "save_total_limit": None}
+
+    def made(name: str) -> Run:
+        rows = found[name] = []
+        keep = lambda row: rows.append({k: repr(v) for k, v in row.items() if "time" not in k and "per_second" not in k})  # noqa: E731
+        return new(name, reward_funcs=falling, on_evaluation=keep, **(SCHEDULES["evaluation between"] | best))
+
+    whole = made("whole")
+    whole.trainer.train()
+    stopped = made("stopped")
+    with monkeypatch.context() as patch:
+        patch.setattr(stopping._state, "number", 0)
+        patch.setattr(stopping, "asked", lambda: signal.SIGTERM if stopped.trainer.state.global_step == step else 0)
+        stopped.trainer.train()
+    assert [row["step"] for row in stopped.rows] == list(range(1, step + 1))
+    assert found["stopped"] == (found["whole"] if step == 4 else [])
+    if step == 4:
+        return
+    shutil.copytree(tmp_path / "stopped", tmp_path / "forgotten")
+    rest, forgotten = made("stopped"), made("forgotten")
+    rest.trainer.train(resume_from_checkpoint=str(tmp_path / f"stopped/checkpoint-{step}"))
+    assert found["stopped"] == found["whole"]
+    assert rest.trainer.state.best_global_step == whole.trainer.state.best_global_step == step
+    assert_same_end(rest, whole, step, "stopped where an evaluation was due")
+    restore = forgotten.trainer._restore_progress
+    monkeypatch.setattr(forgotten.trainer, "_restore_progress", lambda progress: restore(progress | {"owes_evaluation": False}))
+    forgotten.trainer.train(resume_from_checkpoint=str(tmp_path / f"forgotten/checkpoint-{step}"))
+    assert forgotten.trainer.state.best_global_step != step
 
 
 def test_a_reference_that_moves_is_needed(new, tmp_path, monkeypatch):
@@ -226,11 +268,7 @@ def test_a_best_model_is_kept_and_named_by_where_it_will_be(new, tmp_path):
 
 @pytest.mark.parametrize("best", [True, False])
 def test_a_finished_run_is_looked_at_with_the_weights_that_it_ended_with(best, new, tmp_path):
-    """Rewards fall from step to step, so that the first checkpoint is the best; without `load_best...` the last one counts."""
-
-    def falling(completions: list[str], trainer_state: Any, **_: Any) -> list[float]:
-        return [len(set(text)) / 10 - 10 * trainer_state.global_step for text in completions]
-
+    """The first checkpoint is the best; without `load_best...` the last one counts."""
     settings = SCHEDULES["evaluation between"] | {"eval_steps": 1, "max_steps": 3, "reward_funcs": falling}
     settings |= {"load_best_model_at_end": best, "metric_for_best_model": "reward", "greater_is_better": True}
     run, again = (new("run", **settings) for _ in range(2))

@@ -65,6 +65,8 @@ OVERRIDDEN = {
     "save_model": ["self", "output_dir", "_internal_call"],
     "_save": ["self", "output_dir", "state_dict"],
     "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
+    "_evaluate": ["self", "trial", "ignore_keys_for_eval", "skip_scheduler"],  # called, as is the next
+    "_determine_best_metric": ["self", "metrics", "trial"],
 }
 # Attributes that TRL sets and ours reads, and a piece of the source that shows what they mean.
 READ = {
