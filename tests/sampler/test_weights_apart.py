@@ -3,7 +3,7 @@
 import torch
 
 from rlinvariant import checksums
-from rlinvariant.sampler.weights import _joined
+from rlinvariant.sampler.weights import joined
 
 WHOLE = torch.randn(10, 6, generator=torch.Generator().manual_seed(0)).bfloat16()
 
@@ -12,19 +12,23 @@ def rows(first: int, end: int, weight: torch.Tensor = WHOLE) -> tuple[int, int, 
     return first, end - first, checksums.partial(weight[first:end], first)
 
 
+def of(*held: tuple[int, int, torch.Tensor]) -> checksums.Checksum | None:
+    return joined(held, WHOLE.dtype, WHOLE.shape[1:])
+
+
 def test_the_rows_of_all_processes_have_the_checksum_of_the_whole():
     whole = checksums.whole(WHOLE)
-    assert _joined([rows(4, 10), rows(0, 4)], WHOLE) == whole
-    assert _joined([rows(0, 5), rows(0, 5), rows(5, 10), rows(5, 10)], WHOLE) == whole, "heads of keys that two have"
-    assert _joined([rows(0, 10)] * 3, WHOLE) == whole, "a norm"
-    assert _joined([rows(0, 10), rows(10, 10)], WHOLE) == whole, "the last process has nothing but padding"
+    assert of(rows(4, 10), rows(0, 4)) == whole
+    assert of(rows(0, 5), rows(0, 5), rows(5, 10), rows(5, 10)) == whole, "heads of keys that two have"
+    assert of(*[rows(0, 10)] * 3) == whole, "a norm"
+    assert of(rows(0, 10), rows(10, 10)) == whole, "the last process has nothing but padding"
 
 
 def test_rows_that_are_missing_or_differ_are_seen():
     other = WHOLE.clone()
     other.view(torch.int16)[7, 2] ^= 1
     whole = checksums.whole(WHOLE)
-    assert _joined([rows(0, 4), rows(4, 10, other)], WHOLE) != whole
-    assert _joined([rows(0, 10), rows(0, 10, other)], WHOLE) is None, "one of two that have the same rows"
-    assert _joined([rows(0, 4)], WHOLE) != whole and _joined([rows(4, 10)], WHOLE) is None
-    assert _joined([rows(0, 4), rows(5, 10)], WHOLE) is None
+    assert of(rows(0, 4), rows(4, 10, other)) != whole
+    assert of(rows(0, 10), rows(0, 10, other)) is None, "one of two that have the same rows"
+    assert of(rows(0, 4)) != whole and of(rows(4, 10)) is None
+    assert of(rows(0, 4), rows(5, 10)) is None
