@@ -43,8 +43,8 @@ _SIGNATURES = {  # one line per function of kernels/*.c
     "sample": (*[_P] * 8, _I, _I, _B),
     "threshold": (*[_P] * 6, _I, _I, _B),
     "moe_route": (*[_P] * 3, *[_I] * 3, _B, _B),
-    "checksum": (*[_P] * 3, _I, _I, _B),
     "moe_combine": (*[_P] * 3, *[_I] * 3, _B),
+    "checksum": (*[_P] * 3, _I, _I, _B),
 }
 
 

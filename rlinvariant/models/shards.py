@@ -123,7 +123,7 @@ def checksums(named: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None = N
     sums = torch.stack([partial(local(x.detach()).to(dtype or x.dtype), first_row(x)) for _, x in pairs])
     if any(isinstance(x, DTensor) for _, x in pairs):
         torch.distributed.all_reduce(sums)
-    return {name: of(dtype or x.dtype, x.shape, total) for (name, x), total in zip(pairs, sums, strict=True)}
+    return {name: of(dtype or x.dtype, x.shape, total) for (name, x), total in zip(pairs, sums.cpu(), strict=True)}
 
 
 def state(named: Iterable[tuple[str, Tensor]], keep: bool) -> dict[str, Tensor]:

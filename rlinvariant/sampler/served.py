@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from rlinvariant.checksums import Checksum, digest, whole
+from rlinvariant.checksums import Checksum, digest, wholes
 from rlinvariant.errors import ParityError, ServersLost, UserError
 from rlinvariant.launch import on_main_process, rank, wait_for_all
 from rlinvariant.rollout import Completion
@@ -217,7 +217,7 @@ class ServedSampler:
 
     def differing_weights(self, weights: Iterable[tuple[str, Tensor]]) -> list[str]:
         """Name the servers' parameters whose bytes differ from `weights` cast to their dtype. All ranks call this."""
-        return self.differing_checksums({name: whole(w.detach().to(self.dtype)) for name, w in weights})
+        return self.differing_checksums(wholes((name, w.detach().to(self.dtype)) for name, w in weights))
 
     def memory_of(self, weights: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
         """Return nothing: the servers' memory is not this process's."""

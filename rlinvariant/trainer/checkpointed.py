@@ -280,7 +280,7 @@ class CheckpointedTrainer(PublishedTrainer):
         saved = state.get("reference", {})
         for name, weight in self._moving_reference():
             if name not in saved:
-                why = "the run's stayed, or was not saved by an earlier version; start a new run"
+                why = "its run moved none, or an earlier version saved it without; start a new run"
                 raise UserError(f"sync_ref_model=True: the checkpoint has no reference: {why}")
             with torch.no_grad():
                 weight.copy_(saved[name])

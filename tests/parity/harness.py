@@ -132,6 +132,24 @@ class Run:
         return sum(int(row[f"onpolicy/{key}"]) for row in self.rows)
 
 
+def small_config(output_dir: Path | str, **changes: Any) -> GRPOConfig:
+    """Two steps of two prompts, four samples of each, without checkpoints; `changes` are settings of GRPOConfig."""
+    settings: dict[str, Any] = {
+        "bf16": False,
+        "use_cpu": not CUDA,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "logging_steps": 1,
+        "max_steps": 2,
+        "per_device_train_batch_size": 8,
+        "num_generations": 4,
+        "max_completion_length": 12,
+        "learning_rate": 1e-3,  # a step must move bf16 weights, or a stale engine would go unseen
+    }
+    return GRPOConfig(str(output_dir), **settings | changes)
+
+
 def new_trainer(path: str, engine: Any, output_dir: Path | str, *, invariance: str = "exact", **changes: Any) -> Run:
     """A trainer on an engine that runs already, and where its rows will be."""
     names = (
@@ -160,18 +178,7 @@ def new_trainer(path: str, engine: Any, output_dir: Path | str, *, invariance: s
     )
     owned = {key: changes.pop(key) for key in names if key in changes}
     arguments: dict[str, Any] = {
-        "output_dir": str(output_dir),
-        "bf16": False,
-        "use_cpu": not CUDA,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "logging_steps": 1,
-        "max_steps": 2,
         "per_device_train_batch_size": 16,  # 4 prompts x 4 samples
-        "num_generations": 4,
-        "max_completion_length": 12,
-        "learning_rate": 1e-3,  # a step must move bf16 weights, or a stale engine would go unseen
         "vllm_importance_sampling_correction": False,
         "gradient_checkpointing": False,
         "seed": 0,
@@ -186,7 +193,7 @@ def new_trainer(path: str, engine: Any, output_dir: Path | str, *, invariance: s
     run.trainer = (InvariantPPOTrainer if "ppo" in owned else InvariantGRPOTrainer)(
         model,
         owned.pop("reward_funcs", variety),
-        GRPOConfig(**arguments),
+        small_config(output_dir, **arguments),
         processing_class=owned.pop("processing_class", None) or AutoTokenizer.from_pretrained(path),
         train_dataset=owned.pop("train_dataset", None) or questions(),
         sampler=lambda: engine,

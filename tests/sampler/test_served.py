@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -157,17 +157,23 @@ def test_a_wrong_token_opens_nothing(servers, arithmetic_weights):
     assert TOKEN not in servers[0].log.read_text()
 
 
-def test_a_word_that_flips_on_its_way_is_seen_and_nothing_is_drawn(servers, arithmetic_weights, monkeypatch):
-    sampler = synced(joined(*servers), arithmetic_weights)
-    name = "model.layers.1.self_attn.k_proj.weight"
+@contextmanager
+def flipping(name: str, row: int, column: int) -> Iterator[None]:
+    """Let the lowest bit of one number of a weight flip on its way to servers."""
 
-    def flipped(part):
+    def flipped(part: dict[str, torch.Tensor]) -> bytes:
         damaged = {key: w.clone() for key, w in part.items()}
-        damaged[name].view(torch.int16)[3, 5] ^= 1
+        damaged[name].view(torch.int16)[row, column] ^= 1
         return save(damaged)
 
-    with monkeypatch.context() as planted:
+    with pytest.MonkeyPatch.context() as planted:
         planted.setattr(served, "save", flipped)
+        yield
+
+
+def test_a_word_that_flips_on_its_way_is_seen_and_nothing_is_drawn(servers, arithmetic_weights):
+    sampler = synced(joined(*servers), arithmetic_weights)
+    with flipping("model.layers.1.self_attn.k_proj.weight", 3, 5):
         sampler.sync(arithmetic_weights)
     differing = sampler.differing_weights(arithmetic_weights)
     assert sorted(x.partition(" ")[0] for x in differing) == ["model.layers.1.self_attn.qkv_proj.weight"] * 2

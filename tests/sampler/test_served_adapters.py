@@ -7,12 +7,11 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
-from safetensors.torch import save
 from transformers import AutoModelForCausalLM
 
 from rlinvariant.errors import UserError
 from rlinvariant.models import lora
-from rlinvariant.sampler import served, server, wire
+from rlinvariant.sampler import server, wire
 from rlinvariant.sampler.engine import Sampler
 from rlinvariant.sampler.served import ServedSampler
 from rlinvariant.trainer_token import Token
@@ -89,18 +88,11 @@ def test_servers_with_adapters_draw_what_an_engine_draws(side, servers, arithmet
     assert draws(whole) != side.drawn["all tokens"]
 
 
-def test_a_word_of_an_adapter_that_flips_on_its_way_is_seen(side, servers, monkeypatch):
+def test_a_word_of_an_adapter_that_flips_on_its_way_is_seen(side, servers):
     sampler = joined(servers, side.model)
     sampler.sync(lora.pairs(side.model))
     name = next(reversed([name for name, _ in lora.adapters(side.model)]))
-
-    def flipped(part):
-        damaged = {key: w.clone() for key, w in part.items()}
-        damaged[name].view(torch.int16)[3, 1] ^= 1
-        return save(damaged)
-
-    with monkeypatch.context() as planted:
-        planted.setattr(served, "save", flipped)
+    with plain.flipping(name, 3, 1):
         sampler.sync(lora.adapters(side.model))
     differing = sampler.differing_weights(lora.pairs(side.model))
     assert sorted(differing) == sorted(f"{name} (of {one.url})" for one in servers)

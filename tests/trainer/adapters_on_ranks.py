@@ -22,7 +22,6 @@ def flip(x: Tensor) -> None:
 def main(directory: str, model: str, shared: str) -> int:
     from peft import LoraConfig
     from transformers import AutoTokenizer
-    from trl import GRPOConfig
 
     import rlinvariant
     from rlinvariant.errors import ParityError
@@ -31,27 +30,14 @@ def main(directory: str, model: str, shared: str) -> int:
     from rlinvariant.verification.controls import stale_weights
     from rlinvariant.verification.relations import sampler_and_trainer
     from rlinvariant.verification.start import pair_of
-    from tests.parity.harness import questions, variety
+    from tests.parity.harness import questions, small_config, variety
 
     rank = os.environ["RANK"]
-    args = GRPOConfig(
-        directory,
-        max_steps=1,
-        save_strategy="no",
-        learning_rate=1e-3,
-        per_device_train_batch_size=8,
-        num_generations=4,
-        max_completion_length=12,
-        bf16=False,
-        use_cpu=True,
-        report_to="none",
-        disable_tqdm=True,
-    )
     spread = {"tensor_parallel_size": 2} if shared == "shared" else {}
     trainer: Any = rlinvariant.grpo_trainer(
         model,
         variety,
-        args,
+        small_config(directory, max_steps=1),
         questions(),
         processing_class=AutoTokenizer.from_pretrained(model),
         peft_config=LoraConfig(r=3, target_modules="all-linear"),

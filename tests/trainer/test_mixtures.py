@@ -23,8 +23,8 @@ from rlinvariant.sampler.engine import Sampler
 from rlinvariant.sampler.expert_loader import ExpertLoader
 from rlinvariant.trainer.packing import Packed
 from rlinvariant.trainer.turns import Turns
-from tests.parity.device import CUDA, cpu_only
-from tests.parity.harness import assert_same_weights, questions, variety
+from tests.parity.device import cpu_only
+from tests.parity.harness import assert_same_weights, questions, small_config, variety
 
 pytestmark = cpu_only("mixtures are refused on a GPU so far")
 
@@ -41,23 +41,10 @@ def directory(tmp_path_factory) -> str:
 
 def made(directory: str, output: Path, invariance: Any, options: dict[str, Any], reward: Any = variety, **changes: Any) -> Any:
     """A trainer of two steps; `options` are ours, and `changes` those of GRPOConfig."""
-    args: dict[str, Any] = {
-        "max_steps": 2,
-        "save_strategy": "no",
-        "learning_rate": 1e-3,
-        "per_device_train_batch_size": 16,
-        "num_generations": 4,
-        "max_completion_length": 12,
-        "logging_steps": 1,
-        "bf16": False,
-        "use_cpu": not CUDA,
-        "report_to": "none",
-        "disable_tqdm": True,
-    }
     return (rlinvariant.ppo_trainer if "ppo" in options else rlinvariant.grpo_trainer)(
         directory,
         reward,
-        GRPOConfig(str(output), **args | changes),
+        small_config(output, **{"per_device_train_batch_size": 16} | changes),
         questions(),
         processing_class=AutoTokenizer.from_pretrained(directory),
         sampler_options={"max_model_len": 64, "kv_cache_gib": 0.02, "options": {"enforce_eager": True}},

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 from peft import LoraConfig
 from transformers import AutoTokenizer
-from trl import GRPOConfig
 
 import rlinvariant
 from rlinvariant.config import PPOConfig
@@ -21,7 +20,7 @@ from rlinvariant.recipes._tiny import build_tokenizer
 from rlinvariant.report.rundir import read_metrics
 from tests import forks
 from tests.parity.device import cpu_only
-from tests.parity.harness import questions, variety
+from tests.parity.harness import questions, small_config, variety
 from tests.trainer.test_sharding import ENV, FSDP
 from tests.trainer.tool_model import tool_run
 
@@ -105,21 +104,7 @@ def test_two_processes_with_shards_and_a_shared_sampler_train_exactly_what_else_
 
 
 def trained(directory: str, output: Path, ppo: PPOConfig | None = None, peft_config: Any = None, **changes: Any) -> Any:
-    args = GRPOConfig(
-        str(output),
-        max_steps=2,
-        save_strategy="no",
-        learning_rate=1e-3,
-        per_device_train_batch_size=8,
-        num_generations=4,
-        max_completion_length=12,
-        logging_steps=1,
-        bf16=False,
-        use_cpu=True,
-        report_to="none",
-        disable_tqdm=True,
-        **changes,
-    )
+    args = small_config(output, **changes)
     rows: list[dict[str, Any]] = []
     shared: dict[str, Any] = {
         "processing_class": AutoTokenizer.from_pretrained(directory),

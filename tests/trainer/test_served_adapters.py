@@ -6,14 +6,13 @@ import pytest
 from peft import LoraConfig
 from safetensors.torch import load, load_file
 from transformers import AutoTokenizer
-from trl import GRPOConfig
 
 import rlinvariant
 from rlinvariant.models import lora
 from rlinvariant.report.rundir import read_metrics
 from rlinvariant.sampler import served
 from tests.parity.device import cpu_only
-from tests.parity.harness import assert_same_weights, questions, variety
+from tests.parity.harness import assert_same_weights, questions, small_config, variety
 from tests.sampler import test_served as plain
 from tests.trainer.test_served_runs import TINY, Lab
 from tests.trainer.test_sharding import FSDP
@@ -98,25 +97,11 @@ def test_the_base_is_sent_once_or_not_at_all(other_base, lab, arithmetic_weights
     sent: list[set[str]] = []
     save = served.save
     monkeypatch.setattr(served, "save", lambda part: (sent.append({*load(whole := save(part))}), whole)[1])
-    args = GRPOConfig(
-        str(tmp_path),
-        max_steps=2,
-        save_strategy="no",
-        learning_rate=1e-2,
-        per_device_train_batch_size=8,
-        num_generations=4,
-        max_completion_length=12,
-        logging_steps=1,
-        bf16=False,
-        use_cpu=True,
-        report_to="none",
-        disable_tqdm=True,
-    )
     rows: list[dict[str, Any]] = []
     trainer = rlinvariant.grpo_trainer(
         lab.model,
         variety,
-        args,
+        small_config(tmp_path, learning_rate=1e-2),
         questions(),
         processing_class=AutoTokenizer.from_pretrained(lab.model),
         peft_config=LoraConfig(r=4, target_modules=["q_proj", "down_proj"]),
