@@ -16,7 +16,6 @@ def gradients_problems(
     staleness: int = 0,
     tokens: int | None = None,
     ppo: bool = False,
-    sharded: bool = False,
     prefix: str = "",
 ) -> list[str]:
     """List the settings that cannot stand beside `gradients=invariant`, one line each.
@@ -29,7 +28,6 @@ def gradients_problems(
         staleness: by how many optimizer steps the sampler lags.
         tokens: tokens_per_microbatch.
         ppo: whether a critic is trained.
-        sharded: whether weights are in shards.
         prefix: what the user writes before a field's name of `trainer`.
     """
     if gradients != "invariant":
@@ -42,7 +40,6 @@ def gradients_problems(
     alone = "a sample's gradient must not depend on the rest of its micro-batch"
     rules = (
         (processes & (processes - 1) == 0, f"num_processes={processes}", "a power of two", "each has a branch of one tree"),
-        (not sharded, "distributed_type=FSDP", "data parallel", "weights in shards have not been tried"),
         (not ppo, "algorithm=ppo", "grpo", "PPO whitens advantages over what each process has"),
         (invariance == "exact", f"invariance={invariance}", "exact", "else log-probs depend on the batch already"),
         (staleness == 0, f"staleness={staleness}", "0", "a sampler that lags has not been tried"),

@@ -64,7 +64,7 @@ def check(config: Config, env: Mapping[str, str], recipe: Recipe | None = None, 
     tokens = config.trainer.tokens_per_microbatch
     found += microbatch_problems(tokens, None, config.trainer, config.invariance, "trainer.")
     exact, lag, ppo = config.invariance, config.staleness, config.algorithm == "ppo"
-    layout = (processes, exact, lag, tokens, ppo, is_sharded(env))
+    layout = (processes, exact, lag, tokens, ppo)
     found += gradients_problems(config.trainer, config.gradients, *layout, prefix="trainer.")
     return found + _check_sampler(config, env) + _check_servers(config)
 

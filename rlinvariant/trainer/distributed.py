@@ -28,8 +28,12 @@ from torch import Tensor, nn
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from rlinvariant.conflicts import Gradients
+from rlinvariant.errors import ConfigErrors
 from rlinvariant.launch import is_sharded
 from rlinvariant.models import experts, lora, ordered, shards
+from rlinvariant.text import say
+
+FUSED = "on a CPU it rounds the last numbers of a process's rows otherwise"
 
 
 class DistributedTrainer(GRPOTrainer):
@@ -53,6 +57,17 @@ class DistributedTrainer(GRPOTrainer):
             state.fsdp_plugin, state.distributed_type = FullyShardedDataParallelPlugin(), DistributedType.FSDP
             PartialState._shared_state["distributed_type"] = DistributedType.FSDP
             self.is_fsdp_enabled = True
+
+    def _look_at_cuts(self, model: Any, args: Any) -> None:
+        """Say where an optimizer would train other weights in shards than in one piece; with invariant gradients, refuse it."""
+        fused = args.device.type == "cpu" and "fused" in args.optim
+        name = shards.cut_within_a_vector(model.named_parameters(), args.world_size) if fused else None
+        if name is not None and self.gradients == "invariant":
+            fix = "set optim=adamw_torch (trainer.optim=adamw_torch on the command line)"
+            said = "optim=adamw_torch_fused: expected another with gradients=invariant and weights in shards"
+            raise ConfigErrors([f"{said}: {FUSED}, as of {name}; {fix}"])
+        if name is not None and args.process_index == 0:
+            say(f"note: optim=adamw_torch_fused: {FUSED}, as of {name}; adamw_torch trains what whole models do")
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         arguments = super()._build_accelerator_args(**kwargs)

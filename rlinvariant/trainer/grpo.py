@@ -67,7 +67,6 @@ from rlinvariant.trainer.versions import PolicyVersions
 
 PROCESSES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 SHARDED = (DistributedType.FSDP,)
-FUSED = "on a CPU it rounds the last numbers of a process's rows otherwise"
 
 
 class InvariantGRPOTrainer(RoutedTrainer):
@@ -202,9 +201,7 @@ class InvariantGRPOTrainer(RoutedTrainer):
             if args.process_index == 0:
                 of = f"each of the {units - 1} decoder layers, and the rest"
                 say(f"weights in shards over {args.world_size} processes: {units} units, {of}")
-                fused = args.device.type == "cpu" and "fused" in args.optim
-                if fused and (name := shards.cut_within_a_vector(model.named_parameters(), args.world_size)) is not None:
-                    say(f"note: optim=adamw_torch_fused: {FUSED}, as of {name}; adamw_torch trains what whole models do")
+            self._look_at_cuts(model, args)
         elif self._trainer_is_invariant:
             require_exact(make_trainable(model.to(args.device), dtype))
         elif self._sampler_is_invariant:

@@ -10,7 +10,7 @@ What `gradients=invariant` is made of:
 * A leaf's loss is TRL's, divided by what the step has over all ranks: its tokens, or its samples, which are whole numbers.
   Nothing is divided after the sum: a subnormal number would be rounded then.
 * TRL's micro-batches, gradient accumulation among them, are one batch, and a rollout is one step's; with `num_iterations` it is
-  trained on again, by the same tree. DDP adds nothing.
+  trained on again, by the same tree. DDP adds nothing; of weights in shards, FSDP hands on the gradients of each backward.
 * `tokens_per_microbatch` is left to passes without gradients, whose log-probs it does not change; to give it is refused, as is
   all else that `gradients.gradients_problems` lists. Recomputing changes no bit. There are no CUDA graphs.
 
@@ -22,6 +22,7 @@ Methods of TRL's trainer, and of transformers' below it, that are overridden:
 B: samples of a rank, C: columns of the padded completions.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -62,7 +63,7 @@ class LeavesTrainer(MicroBatchedTrainer):
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_for_training(*args, **kwargs)
         if self._adds_leaves and self._leaves is None:
-            self._leaves = Leaves(self._trained())
+            self._leaves = Leaves(self._trained(), self._models())
             if self.accelerator.is_main_process:
                 held = f"{self.held_gradients} gradients of each parameter at once, at most"
                 say(f"gradients=invariant: a forward and backward for each sample, whatever its tokens; {held}")
@@ -95,10 +96,13 @@ class LeavesTrainer(MicroBatchedTrainer):
         if self._adds_leaves and self._fit is not None:  # of a run that went on with other gradients
             self._fit = replace(self._fit, graphs=False)
 
+    def _no_sync(self, model: Any) -> AbstractContextManager[None]:
+        return nullcontext() if self._adds_leaves and self.sharded else super()._no_sync(model)
+
     def training_step(self, model, inputs, num_items_in_batch=None):
         if self._leaves is None:
             return super().training_step(model, inputs, num_items_in_batch)
-        with self.accelerator.no_sync(model):
+        with self._no_sync(model):
             loss = super().training_step(model, inputs, num_items_in_batch)
         self._leaves.finish()
         return loss * self.accelerator.num_processes  # of whose losses the mean is logged

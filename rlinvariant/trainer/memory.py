@@ -183,9 +183,10 @@ def _usable(trainer: "MicroBatchedTrainer") -> float:
     has_states = trainer.optimizer is not None and trainer.optimizer.state
     parameters = sum(local(p).numel() for _, p in trainer._trained() if p.requires_grad)
     to_come = parameters * (4 if has_states else STATES) + 3 * CHUNK_BYTES[device.type]
-    to_come += 4 * parameters * (trainer.held_gradients - 1)
     if trainer.sharded:  # gradients are averaged, and cut, after the last part: until then each rank has its own, whole
-        to_come += 4 * sum(p.numel() for _, p in trainer._trained() if p.requires_grad)
+        to_come += 4 * sum(p.numel() for _, p in trainer._trained() if p.requires_grad) * trainer.held_gradients
+    else:
+        to_come += 4 * parameters * (trainer.held_gradients - 1)
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return (torch.cuda.mem_get_info(device)[0] + unused) * USABLE["cuda"] - to_come

@@ -21,7 +21,7 @@ import copy
 import gc
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -245,10 +245,14 @@ class MicroBatchedTrainer(WholeEntropyTrainer):
         syncs = state.sync_gradients
         state._set_sync_gradients(False)
         try:
-            with self.accelerator.no_sync(model):
+            with self._no_sync(model):
                 yield
         finally:
             state._set_sync_gradients(syncs)
+
+    def _no_sync(self, model: Any) -> AbstractContextManager[None]:
+        """Let backwards add to this rank's gradients alone."""
+        return self.accelerator.no_sync(model)
 
     def _weigh_metrics(self, before: dict[str, int], weights: list[float], rows: list[int]) -> None:
         """Make one number of what TRL has noted of each part, as the whole batch's would be; the losses have `weights`."""

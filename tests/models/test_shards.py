@@ -1,4 +1,7 @@
-"""Weights in shards: the norm of gradients, the rows of a checkpoint, and one process's part of an optimizer's state."""
+"""Weights in shards: sums and norm of gradients, the rows of a checkpoint, and one process's part of an optimizer."""
+
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -7,12 +10,15 @@ from torch.distributed.tensor import DTensor, Shard, init_device_mesh
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from rlinvariant import bits
-from rlinvariant.errors import UserError
+from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.models import make_invariant, shards
 from rlinvariant.models.families import FAMILIES
+from rlinvariant.models.leaves import Branch, Leaves, _Unit, additions
 from rlinvariant.models.random import save_random
+from rlinvariant.trainer import InvariantGRPOTrainer
 from rlinvariant.trainer.memory import decoder_layers
 from tests.parity.device import cpu_only
+from tests.trainer.gradients import halves
 
 pytestmark = cpu_only("one process of gloo")
 SIZES = {
@@ -184,3 +190,63 @@ def fused(start: list[torch.Tensor], steps: list[list[torch.Tensor]]) -> list[to
             p.grad = gradient.clone()
         optimizer.step()
     return [p.detach() for p in weights]
+
+
+@pytest.mark.parametrize("count", [1, 3, 6])
+def test_a_unit_gives_its_part_of_the_tree_s_sum_after_the_last_sample(group, count):
+    """FSDP adds what it gets to the gradient: until then that is -0, with which no number changes, nor the sign of a zero."""
+    x, w = bits.cancelling(1, 64, count, torch.float32, seed=count)
+    terms = [torch.cat([term, torch.tensor([-0.0, 0.0])]) for term in (x * w).T]
+    unit: Any = SimpleNamespace(set_custom_reduce_scatter=lambda comm: None)
+    reduced, mean = _Unit(Branch("unit"), unit), torch.distributed.ReduceOp.AVG
+
+    def given(term, op=mean):
+        output = torch.empty_like(term)
+        reduced(output, term.clone(), group, op)
+        return output
+
+    outside = given(terms[0])
+    reduced.branch.begin(additions(count))
+    outputs = [given(term) for term in terms]
+    expected = halves(terms)
+    assert bits.compare(sum(outputs[1:], outputs[0]), expected) is None and bits.compare(outside, terms[0]) is None
+    if count > 3:
+        assert bits.compare(sum(terms[1:], terms[0]), expected) is not None, "control: one after the other"
+    with pytest.raises(RuntimeError, match=f"unit: a backward more than the {count} samples"):
+        given(terms[0])
+    with pytest.raises(RuntimeError, match="FSDP asks for .*, expected a mean"):
+        given(terms[0], torch.distributed.ReduceOp.SUM)
+
+
+def test_leaves_of_one_process_s_shards_are_those_of_the_whole_model(group):
+    """FSDP reduces nothing there, and hands on the gradients of each backward."""
+
+    def gradients(cut: bool, leaves: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        run = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES), dtype=torch.float32)
+        if cut:
+            shards.shard(run, decoder_layers(run))
+        added = Leaves(run.named_parameters(), [run])
+        if leaves:
+            added.begin(6)
+        for ids in torch.randint(97, (6, 1, 20), generator=torch.Generator().manual_seed(0)):
+            run(input_ids=ids, labels=ids).loss.backward()
+        if leaves:
+            added.finish()
+        return [shards.local(p.grad) for p in run.parameters() if p.grad is not None]
+
+    whole, cut, control = gradients(False, True), gradients(True, True), gradients(True, False)
+    assert len(whole) == len(cut) > 10 and all(bits.compare(a, b) is None for a, b in zip(whole, cut, strict=True))
+    assert any(bits.compare(a, b) is not None for a, b in zip(whole, control, strict=True)), "one after the other"
+
+
+def test_an_optimizer_that_shards_change_is_a_note_and_with_invariant_gradients_refused(capsys):
+    cut = torch.nn.Linear(3, 3, bias=False)
+    look: Any = InvariantGRPOTrainer._look_at_cuts
+    args = SimpleNamespace(device=torch.device("cpu"), optim="adamw_torch_fused", world_size=2, process_index=0)
+    look(SimpleNamespace(gradients="ordered"), cut, args)
+    assert "note: optim=adamw_torch_fused: on a CPU it rounds" in capsys.readouterr().out
+    with pytest.raises(ConfigErrors, match="gradients=invariant and weights in shards: .* as of weight; set optim=adamw_torch"):
+        look(SimpleNamespace(gradients="invariant"), cut, args)
+    look(SimpleNamespace(gradients="invariant"), cut, SimpleNamespace(**(vars(args) | {"optim": "adamw_torch"})))
+    assert capsys.readouterr().out == ""

@@ -1,6 +1,5 @@
 """gradients=invariant: weights do not depend on how many processes and micro-batches a step had."""
 
-import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,20 +23,13 @@ from rlinvariant.trainer.leaves import without_padding
 from tests import forks
 from tests.parity.device import cpu_only
 from tests.parity.harness import assert_exact, assert_same_weights, new_trainer, train, weights
-from tests.trainer.gradients import Gradients, distance
+from tests.trainer.gradients import Gradients, distance, halves
 from tests.trainer.test_memory import out_of_memory
+from tests.trainer.test_sharding import ENV, FSDP
 from tests.trainer.test_training import LOSSES, STEP, numbers
 from tests.trainer.tool_model import tool_trainer
 
 ROOT = Path(__file__).parents[2]
-ENV = {k: v for k, v in os.environ.items() if not k.startswith(("FSDP_", "ACCELERATE_"))} | {"PYTHONPATH": str(ROOT)}
-
-
-def halves(x: list[torch.Tensor]) -> torch.Tensor:
-    """The sum as it is defined, by recursion."""
-    if len(x) == 1:
-        return x[0]
-    return halves(x[: len(x) // 2]) + halves(x[len(x) // 2 :])
 
 
 def through_leaves(x: list[torch.Tensor]) -> tuple[torch.Tensor, int]:
@@ -48,7 +40,7 @@ def through_leaves(x: list[torch.Tensor]) -> tuple[torch.Tensor, int]:
     for leaf in x:
         (p * leaf).sum().backward()
         assert p.grad is None
-        most = max(most, len(leaves._sums[p]))
+        most = max(most, len(leaves._branches[p].sums))
     leaves.finish()
     assert p.grad is not None
     return p.grad, most
@@ -115,7 +107,6 @@ LAYOUT = {"processes": 2, "invariance": "exact"}
     ("settings", "layout", "line"),
     [
         ({}, {"processes": 3}, "num_processes=3: expected a power of two"),
-        ({}, {"sharded": True}, "distributed_type=FSDP: expected data parallel"),
         ({}, {"ppo": True}, "algorithm=ppo: expected grpo"),
         ({}, {"invariance": "trainer"}, "invariance=trainer: expected exact"),
         ({}, {"staleness": 1}, "staleness=1: expected 0"),
@@ -263,13 +254,14 @@ KINDS = {
 }
 
 
-def run_on(ranks: int, directory: Path, model: str, name: str, *settings: str) -> Path:
+def run_on(ranks: int, directory: Path, model: str, name: str, *settings: str, sharded: bool = False) -> Path:
     """Train with so many processes; return the directory of the run, whose every step was exact and clipped."""
     command = [str(ROOT / "train.py"), *SETTINGS, f"model={model}", f"run={name}", *settings]
     if ranks == 1:
         done = [forks.run(command, cwd=directory, env=ENV | forks.LAUNCHED)]
     else:
-        done = forks.run_ranks(ranks, command, cwd=directory, env=ENV)
+        done = forks.run_ranks(ranks, command, cwd=directory, env=ENV | (FSDP if sharded else {}))
+        assert ("weights in shards" in done[0].stdout) == sharded
     assert {rank.returncode for rank in done} == {0}, "".join(rank.stderr[-3000:] for rank in done)
     run = directory / "runs" / name
     rows = read_metrics(run)
@@ -305,15 +297,18 @@ def test_processes_are_not_in_the_weights(kind, arithmetic_dir, tmp_path):
         save_random(model.config, arithmetic_dir)
         tokenizer.save_pretrained(arithmetic_dir)
     one = run_on(1, tmp_path, arithmetic_dir, "one", "gradients=invariant", *sizes(1, 1), *how)
-    for ranks, accumulated in ((2, 3), *(((4, 1),) if kind == "plain" else ())):
-        several = run_on(ranks, tmp_path, arithmetic_dir, f"on{ranks}", "gradients=invariant", *sizes(ranks, accumulated), *how)
-        assert different(one, several) == 0, f"{ranks} processes"
+    layouts = [(2, 3, False), *([(4, 1, False), (4, 2, True)] if kind == "plain" else [])]
+    for ranks, accumulated, sharded in (*layouts, *([(2, 1, True)] if kind != "masked" else [])):
+        name, divided = f"{'shards' if sharded else 'on'}{ranks}", sizes(ranks, accumulated)
+        several = run_on(ranks, tmp_path, arithmetic_dir, name, "gradients=invariant", *divided, *how, sharded=sharded)
+        assert different(one, several) == 0, name
         for a, b in zip(read_metrics(one), read_metrics(several), strict=True):
             assert a["grad_norm"] == b["grad_norm"] and a["reward"] == b["reward"]
             assert a["loss"] == pytest.approx(b["loss"], rel=1e-4, abs=1e-7)
     if kind == "masked":
         assert all(0 < row["completions/clipped_ratio"] < 1 for row in read_metrics(one)), "some are masked, and not all"
     if kind == "plain":
-        controls = [run_on(n, tmp_path, arithmetic_dir, f"ordered{n}", "gradients=ordered", *sizes(n, 1)) for n in (1, 2)]
+        ordered = "gradients=ordered"
+        controls = [run_on(n, tmp_path, arithmetic_dir, f"ordered{n}", ordered, *sizes(n, 1), sharded=n > 1) for n in (1, 2)]
         assert different(*controls) > 0, "control: in a fixed order of the ranks"
         assert different(one, controls[0]) > 0

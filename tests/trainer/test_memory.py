@@ -223,9 +223,10 @@ def test_more_is_recomputed_and_then_less_is_held_as_memory_shrinks(divided, mon
     assert all(fit.tokens & (fit.tokens - 1) == 0 for fit in found), "a run on a card with a little more memory is another run"
 
 
-def test_whole_gradients_are_counted_where_weights_are_in_shards(divided, monkeypatch):
-    """A step of several parts keeps them whole until the last, on every rank."""
-    run, _ = divided(None)
+@pytest.mark.parametrize("gradients", ["stock", "invariant"])
+def test_whole_gradients_are_counted_where_weights_are_in_shards(gradients, divided, monkeypatch):
+    """A step of several parts keeps them whole until the last, on every rank; so does a tree keep all that it holds."""
+    run, _ = divided(None, gradients=gradients)
     trainer, parameters = run.trainer, sum(p.numel() for p in run.trainer.model.parameters())
     monkeypatch.setattr(memory, "_all_memory", lambda: 1.1 * (3 * memory.CHUNK_BYTES["cpu"] + 24 * parameters))
     whole = memory._usable(trainer)
