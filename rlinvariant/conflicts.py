@@ -343,7 +343,7 @@ def microbatch_problems(
 
 
 def adapter_conflicts(
-    said: str, none: str, invariance: str, ppo: bool = False, allowed: tuple[str, ...] = ("exact",)
+    said: str, none: str, invariance: str, critic: str | None = None, allowed: tuple[str, ...] = ("exact",)
 ) -> list[str]:
     """Say why LoRA adapters cannot be had with the other settings, in a line at most.
 
@@ -351,11 +351,12 @@ def adapter_conflicts(
         said: the setting that asks for adapters, as it is written.
         none: its value that asks for none.
         invariance: as for `InvariantGRPOTrainer`.
-        ppo: whether a critic is trained.
+        critic: the model that PPO's critic is asked to start from; None: the policy's, or there is no critic.
         allowed: which values of `invariance` are taken: with "off" a trainer merges adapters into what it syncs.
     """
-    if ppo:
-        return [f"{said}: expected {none} with PPO: the critic is a copy of a whole model"]
+    if critic is not None:
+        own = "the critic has adapters of its own on the policy's base"
+        return [f"ppo.critic={critic}: expected None with {said}: {own}; remove it"]
     if invariance not in allowed:
         fix = f"use {' or '.join(allowed)}"
         return [f"{said}: expected {none} with invariance={invariance}: a stock engine takes whole weights; {fix}"]

@@ -25,6 +25,7 @@ FAMILY = "tests/verification/test_verify.py::test_every_supported_family_is_exac
 TESTED = {  # a pair -> the test in which both are exact, on a CPU
     ("LoRA", "turns"): "tests/verification/test_verify.py::test_adapters_are_certified",
     ("LoRA", "top-p"): PAIRS,
+    ("LoRA", "PPO"): "tests/trainer/test_lora_ppo.py::test_policy_and_critic_train_adapters_on_one_base",
     ("LoRA", "windows"): PAIRS,
     ("LoRA", "shards"): "tests/trainer/test_adapters_in_shards.py::test_shards_train_the_adapters_of_whole_models_bit_for_bit",
     ("LoRA", "mixtures"): PAIRS,
@@ -67,13 +68,12 @@ TESTED = {  # a pair -> the test in which both are exact, on a CPU
 @functools.cache
 def refused() -> dict[tuple[str, str], str]:
     """Return the line with which each pair that cannot be had is refused."""
-    from rlinvariant.conflicts import adapter_conflicts, server_problems
+    from rlinvariant.conflicts import server_problems
     from rlinvariant.models.families import FAMILIES
     from rlinvariant.models.limits import uncuttable
 
-    lora, urls = SAID["LoRA"], [SAID["servers"].partition("=")[2]]
+    urls = [SAID["servers"].partition("=")[2]]
     lines = {
-        ("LoRA", "PPO"): adapter_conflicts(lora, "0", "exact", ppo=True),
         ("shared sampler", "servers"): server_problems(urls, "FILE", "exact", [SAID["shared sampler"]]),
         ("shared sampler", "mixtures"): [
             f"{SAID['shared sampler']}: {line}" for line in uncuttable(FAMILIES["qwen3-moe"](), 2)

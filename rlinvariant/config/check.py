@@ -215,7 +215,8 @@ def check_lora(config: Config) -> list[str]:
         found.append(f"{said}: expected names of projections, all-linear, or one regular expression without commas")
     if importlib.util.find_spec("peft") is None:
         found.append(f"lora.r={lora.r}: needs the package peft; {install_hint('lora')}")
-    return found + adapter_conflicts(f"lora.r={lora.r}", "0", config.invariance, config.algorithm == "ppo", TRAINABLE)
+    critic = config.ppo.critic if config.algorithm == "ppo" else None
+    return found + adapter_conflicts(f"lora.r={lora.r}", "0", config.invariance, critic, TRAINABLE)
 
 
 def is_regular_expression(text: str) -> bool:

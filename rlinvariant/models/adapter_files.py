@@ -1,17 +1,19 @@
-"""A directory of PEFT's with a LoRA adapter: read as the sampler takes it, or put around a trainer's model.
+"""A directory of PEFT's with a LoRA adapter: written, read as the sampler takes it, or put around a trainer's model.
 
 A: [R, K] of an adapter, B: [N, R], for a weight [N, K]; R is the adapter's rank.
 """
 
+import copy
 import importlib.util
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rlinvariant.errors import ConfigErrors, UserError, one_line
@@ -56,6 +58,20 @@ class Adapter:
 
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
             self.require_fit(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base, trust_remote_code=False)))
+
+
+def write(directory: str | Path, config: Untyped, weights: Mapping[str, Tensor]) -> None:
+    """Write an adapter as PEFT does, where no model of PEFT's has it.
+
+    Args:
+        config: its `peft.LoraConfig`.
+        weights: by PEFT's names, which have the adapter's own name, `default`, in them.
+    """
+    kept = copy.copy(config)
+    kept.inference_mode = True  # as PEFT says of whatever it saves
+    kept.save_pretrained(str(directory))
+    own = {name.replace(".default.", "."): weight.detach().cpu().contiguous() for name, weight in weights.items()}
+    save_file(own, Path(directory) / WEIGHTS, {"format": "pt"})
 
 
 def read(directory: str | Path) -> Adapter:

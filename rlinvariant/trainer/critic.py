@@ -1,5 +1,7 @@
-"""PPO's critic: a Hugging Face decoder with a scalar head, exact where the policy is, saved as a model directory."""
+"""PPO's critic: a Hugging Face decoder with a scalar head, exact where the policy is, saved as a model or as adapters."""
 
+import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,11 +12,12 @@ from transformers import AutoModel, AutoTokenizer
 
 from rlinvariant import ops
 from rlinvariant.errors import UserError
-from rlinvariant.models import audit_config, make_invariant, make_trainable, require_exact, shards
+from rlinvariant.models import adapter_files, audit_config, lora, make_invariant, make_trainable, require_exact, shards
 from rlinvariant.models.graphs import hidden_states, runs_as_graphs
 from rlinvariant.models.load import load
 from rlinvariant.trainer.memory import decoder_layers
 from rlinvariant.trainer.packing import pack
+from rlinvariant.types import Untyped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,27 +30,34 @@ class Critic(nn.Module):
     """Gives a value to every prefix that a token is sampled after: a Hugging Face decoder, and a scalar head that starts at 0.
 
     Args:
-        backbone: a decoder without lm_head, fp32 parameters, on its device; patched in place.
+        backbone: a decoder without lm_head, on its device; patched in place. Its parameters are fp32, or frozen beside
+            adapters that are.
         dtype: what activations, and so values, are computed in where invariant.
         invariant: run through `ops`, packed; else the stock forward, padded, under autocast, as TRL runs the policy.
         shards_on: the device where each process keeps a shard of every weight of the backbone, which is on the host; None:
             each has it whole.
+        adapter: the `peft.LoraConfig` of the backbone's adapters; None: it has none, and all of it is trained.
 
     Bits: where invariant, a value depends on the tokens before it alone: not on micro-batch, order of rows or padding.
     """
 
     def __init__(
-        self, backbone: "PreTrainedModel", dtype: torch.dtype, invariant: bool, shards_on: torch.device | None = None
+        self,
+        backbone: "PreTrainedModel",
+        dtype: torch.dtype,
+        invariant: bool,
+        shards_on: torch.device | None = None,
+        adapter: Untyped = None,
     ) -> None:
         super().__init__()
-        self.invariant = invariant
+        self.invariant, self.adapter = invariant, adapter
         if shards_on is not None:
             audit_config(backbone.config, dtype, shards_on)
             shards.shard(make_invariant(backbone, dtype), decoder_layers(backbone))
         elif invariant:
             make_trainable(backbone, dtype)
         self.backbone = backbone
-        weight = next(backbone.parameters())
+        weight = next(weight for weight in backbone.parameters() if weight.requires_grad)
         self.head = nn.Linear(backbone.config.hidden_size, 1, bias=False, device=weight.device, dtype=weight.dtype)
         nn.init.zeros_(self.head.weight)
         if invariant and shards_on is None:
@@ -61,16 +71,27 @@ class Critic(nn.Module):
         """
         if not self.invariant:
             hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
-            values = self.head(hidden[:, -length - 1 : -1])[..., 0].float()
+            values = self.head(hidden[:, -length - 1 : -1].to(self.head.weight.dtype))[..., 0].float()
             return values.masked_fill(attention_mask[:, -length:] == 0, 0.0)
         batch = pack(input_ids, attention_mask, length, few_shapes=runs_as_graphs(self.backbone))
         hidden = hidden_states(self.backbone, **batch.inputs, attention_mask=None)
         values = ops.linear(hidden[0, batch.predicted_from], self.head.weight)
         return batch.unpack(values[:, 0].float())
 
+    def saved(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield names and parameters of the backbone that are saved: all, or its adapters, as PEFT names a causal LM's."""
+        if self.adapter is None:
+            yield from self.backbone.named_parameters()
+        else:
+            at = f"base_model.model.{self.backbone.base_model_prefix}"
+            yield from ((f"{at}.{name}", weight) for name, weight in lora.trained(self.backbone))
+
     def save(self, directory: Path, state: dict[str, Tensor] | None = None) -> None:
-        """Write a Hugging Face model directory, and the head beside it; `state` are the backbone's weights, gathered."""
-        self.backbone.save_pretrained(directory, state_dict=state)
+        """Write a Hugging Face model directory, or PEFT's, and the head beside it; `state` is what `saved` yields, gathered."""
+        if self.adapter is None:
+            self.backbone.save_pretrained(directory, state_dict=state)
+        else:
+            adapter_files.write(directory, self.adapter, dict(self.saved()) if state is None else state)
         save_file({"weight": self.head.weight.detach().cpu().contiguous()}, directory / VALUE_HEAD_FILE)
 
     def load(self, directory: Path) -> None:
@@ -82,7 +103,9 @@ class Critic(nn.Module):
         if not (directory / VALUE_HEAD_FILE).is_file():
             why = "the checkpoint has no critic, it is not one of PPO; start a new run"
             raise UserError(f"{directory}: no {VALUE_HEAD_FILE}: {why}")
-        if shards.is_sharded(self.backbone):
+        if self.adapter is not None:
+            shards.load_adapter(self.saved(), directory)
+        elif shards.is_sharded(self.backbone):
             shards.load(self.backbone, directory)
         else:
             saved = load(AutoModel, directory, "critic", dtype=torch.float32)
@@ -104,6 +127,17 @@ class Critic(nn.Module):
         mask[0, 0] = 0
         inputs = pack(ids, mask, 3).inputs
         require_exact(self.backbone, lambda: self.backbone(**inputs, attention_mask=None, use_cache=False), "critic")
+
+
+def beside(model: Untyped, shared: bool) -> "PreTrainedModel":
+    """Return a copy of a policy's decoder for a critic: of one with adapters those are copied, and the frozen base is not.
+
+    Args:
+        model: the policy, PEFT's or not.
+        shared: whether the two may have a base in common; False: it is copied, too.
+    """
+    frozen = lora.base(model) if hasattr(model, "peft_config") and shared else ()
+    return copy.deepcopy(lora.without_peft(model).base_model, {id(weight): weight for _, weight in frozen})
 
 
 def load_critic(path: str, policy: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedModel":

@@ -141,13 +141,13 @@ class DistributedTrainer(GRPOTrainer):
         if not self._reads_rows:
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         if lora.ranks(self.model):
-            shards.load_adapter(lora.trained(self.model), Path(resume_from_checkpoint))
+            shards.load_adapter(lora.trained(self.model), Path(resume_from_checkpoint))  # transformers takes a critic's, too
         else:
             shards.load(self.model, Path(resume_from_checkpoint))
 
     @property
     def _reads_rows(self) -> bool:
-        return self.sharded or (not hasattr(self.model, "peft_config") and experts.are_apart_in_files(self.model))
+        return self.sharded or hasattr(self.model, "peft_config") or experts.are_apart_in_files(self.model)
 
     def _load_best_model(self) -> None:
         if not self._reads_rows:

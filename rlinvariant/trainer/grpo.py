@@ -195,7 +195,7 @@ class InvariantGRPOTrainer(RoutedTrainer):
         """Patch the policy and check it on the device, whose kernels are what is checked; TRL has not started yet."""
         if self.sharded:
             audit_config(model.config, dtype, args.device)
-            if args.beta and lora.ranks(model):
+            if self._trl_args(args).beta and lora.ranks(model):
                 lora.add_reference(model)  # before it is cut; TRL is told of no reference
             units = self._shard(model, dtype)
             if args.process_index == 0:

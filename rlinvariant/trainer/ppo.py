@@ -17,7 +17,6 @@ Ten of TRL's methods are overridden here, and each calls the one below it:
     _save, _load_from_checkpoint           add the critic
 """
 
-import copy
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
@@ -38,7 +37,7 @@ from rlinvariant.launch import main_process_fetches
 from rlinvariant.model_source import local_model
 from rlinvariant.models import shards
 from rlinvariant.trainer import advantages
-from rlinvariant.trainer.critic import Critic, load_critic
+from rlinvariant.trainer.critic import Critic, beside, load_critic
 from rlinvariant.trainer.division import lengths
 from rlinvariant.trainer.grpo import InvariantGRPOTrainer
 from rlinvariant.trainer.interface import InvariantOptions, RewardFunction, Row
@@ -101,18 +100,19 @@ class InvariantPPOTrainer(InvariantGRPOTrainer):
 
     def _prepare_models(self, model: Any, args: GRPOConfig, dtype: torch.dtype, tokenizer: Any) -> None:
         path = self.ppo.critic and local_model(self.ppo.critic)
-        own = copy.deepcopy(model.base_model) if path is None and self.sharded else None  # before the policy is cut
+        own = beside(model, shared=False) if path is None and self.sharded else None  # before the policy is cut
         super()._prepare_models(model, args, dtype, tokenizer)
         backbone: Any  # transformers' types do not know its `to`
         if path is None:
-            backbone = copy.deepcopy(model.base_model) if own is None else own
+            backbone = beside(model, shared=True) if own is None else own
         else:
             with main_process_fetches(path):
                 backbone = load_critic(path, model, tokenizer)
+        adapter = getattr(model, "peft_config", {}).get("default")
         if self.sharded:
-            self.critic = Critic(backbone, dtype, True, args.device)
+            self.critic = Critic(backbone, dtype, True, args.device, adapter)
         else:
-            self.critic = Critic(backbone.to(args.device), dtype, self._trainer_is_invariant)
+            self.critic = Critic(backbone.to(args.device), dtype, self._trainer_is_invariant, adapter=adapter)
         if path is not None:
             self.critic.load_head(Path(path))
 
@@ -310,7 +310,8 @@ class InvariantPPOTrainer(InvariantGRPOTrainer):
         lr = self.args.learning_rate if self.ppo.critic_learning_rate is None else self.ppo.critic_learning_rate
         decayed = self.get_decay_parameter_names(self.critic)
         for cut, decays in product((True, False), (True, False)):  # one call of the optimizer's takes shards or none
-            own = [(name, p) for name, p in self.critic.named_parameters() if shards.is_shard(p) == cut]
+            trained = ((name, p) for name, p in self.critic.named_parameters() if p.requires_grad)
+            own = [(name, p) for name, p in trained if shards.is_shard(p) == cut]
             group = [p for name, p in own if (name in decayed) == decays]
             if group or not (cut or self.sharded):
                 optimizer.add_param_group(
@@ -319,7 +320,7 @@ class InvariantPPOTrainer(InvariantGRPOTrainer):
 
     def save_model(self, output_dir=None, _internal_call=False):
         if self.sharded:
-            found = shards.state(self.critic.backbone.named_parameters(), keep=self.args.should_save)
+            found = shards.state(self.critic.saved(), keep=self.args.should_save)
             self._critic_gathered = found if self.args.should_save else None
         try:
             super().save_model(output_dir, _internal_call)

@@ -107,7 +107,7 @@ def settings_problems(
         found.append(f"ppo.kl_coef={ppo.kl_coef}: expected {missing}, or use 0")
     if adapted:
         own: Any = getattr(model, "peft_config", None) or {}
-        refused = adapter_conflicts("peft_config", "None", invariance, ppo is not None, TRAINABLE)
+        refused = adapter_conflicts("peft_config", "None", invariance, ppo and ppo.critic, TRAINABLE)
         given = options.get("peft_config")
         configs = [given] if given is not None else [*own.values()]
         found += refused or [*lora.problems(configs[0])]

@@ -154,9 +154,8 @@ def test_what_the_model_has_no_place_for_is_found_without_its_weights():
     assert none.startswith("--lora target_modules: ") and one.startswith("lora.target_modules has no_proj: expected")
 
 
-@pytest.mark.parametrize("setting", ["algorithm=ppo", "invariance=sampler", "invariance=trainer"])
+@pytest.mark.parametrize("setting", ["invariance=sampler", "invariance=trainer"])
 def test_what_adapters_cannot_be_trained_with_is_one_line(setting):
     with pytest.raises(ConfigErrors) as raised:
         config.parse(["recipe=arithmetic", "lora.r=4", setting])
-    (line,) = [x for x in raised.value.errors if x.startswith("lora.r=4: expected 0 with ")]
-    assert ("PPO: the critic" in line) is (setting == "algorithm=ppo")
+    assert len([x for x in raised.value.errors if x.startswith(f"lora.r=4: expected 0 with {setting}: ")]) == 1

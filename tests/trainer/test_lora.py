@@ -1,5 +1,6 @@
 """LoRA through TRL: adapters train exactly, are saved as PEFT's, resume bit for bit, and leave the base as it was."""
 
+import functools
 import json
 import os
 from contextlib import nullcontext
@@ -29,6 +30,7 @@ def trained(
     model: Any = None,
     on_rollout: Any = None,
     invariance: Any = "exact",
+    ppo: Any = None,
     **changes: Any,
 ):
     settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "learning_rate": 1e-2, "beta": 0.0, **changes}
@@ -45,7 +47,8 @@ def trained(
         **settings,
     )
     rows: list[dict[str, Any]] = []
-    trainer = rlinvariant.grpo_trainer(
+    kind: Any = rlinvariant.grpo_trainer if ppo is None else functools.partial(rlinvariant.ppo_trainer, ppo=ppo)
+    trainer = kind(
         directory if model is None else model,
         variety,
         args,

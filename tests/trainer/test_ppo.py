@@ -6,15 +6,17 @@ from unittest import mock
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from rlinvariant.bits import assert_bits_equal
 from rlinvariant.config import PPOConfig, parse
 from rlinvariant.keys import KEYS, PPO_KEYS
+from rlinvariant.models import lora
 from rlinvariant.report.rundir import read_metrics
 from rlinvariant.trainer import InvariantPPOTrainer
-from rlinvariant.trainer.critic import VALUE_HEAD_FILE, Critic
+from rlinvariant.trainer.critic import VALUE_HEAD_FILE, Critic, beside
 from tests import forks
 from tests.parity.device import DEVICE, cpu_only, fp32_only_on_cpu
 from tests.parity.harness import (
@@ -89,6 +91,9 @@ def some_rows() -> tuple[list[list[int]], list[list[int]]]:
     return tuple([torch.randint(4, 90, (n[i],), generator=rng).tolist() for n in lengths] for i in (0, 1))  # type: ignore[return-value]
 
 
+both = pytest.mark.parametrize("adapted", [False, True], ids=["whole", "adapters"])
+
+
 def valued(critic: Critic, layout: Layout, rows: list[int]) -> list[Tensor]:
     """Values of each completion, in the order of `rows`, scored in micro-batches."""
     prompts, completions = some_rows()
@@ -103,21 +108,27 @@ def valued(critic: Critic, layout: Layout, rows: list[int]) -> list[Tensor]:
     return [found[i] for i in range(len(rows))]
 
 
-def new_critic(path: str, invariant: bool) -> Critic:
-    made = Critic(load(path).base_model, torch.bfloat16, invariant).to(DEVICE)
+def new_critic(path: str, invariant: bool, adapted: bool, dtype: torch.dtype = torch.bfloat16) -> Critic:
+    """A critic with a random head, and, `adapted`, with adapters whose B is random, too."""
+    model = load(path).to(DEVICE)
+    if adapted:
+        model = lora.applied(model, LoraConfig(r=4, target_modules="all-linear"), 0)
+        lora.randomise(model, 0)
+    made = Critic(beside(model, shared=True), dtype, invariant)
     torch.nn.init.normal_(made.head.weight, generator=torch.Generator(DEVICE).manual_seed(0))
     return made.eval()
 
 
-def test_values_do_not_depend_on_micro_batch_order_or_padding(arithmetic_dir):
-    ours, every = new_critic(arithmetic_dir, True), list(range(12))
+@both
+def test_values_do_not_depend_on_micro_batch_order_or_padding(adapted, arithmetic_dir):
+    ours, every = new_critic(arithmetic_dir, True, adapted), list(range(12))
     alone = torch.cat(valued(ours, Layout(1), every))
     assert alone.unique().numel() > 40, "blind: values are alike"
     others = [Layout(12), Layout(5), Layout(12, padding=3), Layout(7, padding=9, grad=True)]
     for layout in others:
         assert_bits_equal(torch.cat(valued(ours, layout, every)), alone, str(layout))
     assert_bits_equal(torch.cat(valued(ours, Layout(5), every[::-1])), alone, "reversed")
-    stock = new_critic(arithmetic_dir, False)
+    stock = new_critic(arithmetic_dir, False, adapted)
     with torch.autocast(DEVICE, torch.bfloat16):
         control = [torch.cat(valued(stock, layout, every)) for layout in (Layout(1), Layout(12))]
     assert (control[0] != control[1]).any(), "control: the stock critic's values depend on the batch"
@@ -182,17 +193,17 @@ def test_one_pass_of_the_critic_where_the_rollout_is_one_micro_batch(run):
     assert passes(tokens_per_microbatch=200) == 2 * (2 + 2), "old values, and the step's"
 
 
+@both
 @fp32_only_on_cpu
-def test_the_critics_gradient_is_autograds(arithmetic_dir):
+def test_the_critics_gradient_is_autograds(adapted, arithmetic_dir):
     """Ours, packed through the ops, against the stock model in fp32, on rows of one length, which need no padding."""
     ids = torch.randint(4, 90, (6, 14), generator=torch.Generator().manual_seed(0))
     mask, upstream = torch.ones_like(ids), torch.randn(6, 9, generator=torch.Generator().manual_seed(1))
     gradients = []
     for invariant in (True, False):
-        made = Critic(load(arithmetic_dir).base_model, torch.float32, invariant)
-        torch.nn.init.normal_(made.head.weight, generator=torch.Generator().manual_seed(0))
+        made = new_critic(arithmetic_dir, invariant, adapted, torch.float32)
         (made(ids, mask, 9) * upstream).sum().backward()
-        gradients.append({name: p.grad for name, p in made.named_parameters()})
+        gradients.append({name: p.grad for name, p in made.named_parameters() if p.requires_grad})
     for name, stock in gradients[1].items():
         error = (gradients[0][name] - stock).abs().max() / stock.abs().max()
         assert 0 <= error < 1e-4, f"{name}: {error}"
