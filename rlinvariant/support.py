@@ -34,7 +34,7 @@ def device_problems(args: "GRPOConfig", invariance: str, dtype: torch.dtype) -> 
     vLLM is missed here, not on the first import of it, which comes after a recipe has made its model.
     """
     kind = args.device.type
-    if problems := choice.misplaced(choice.chosen(), invariance, kind):
+    if problems := choice.misplaced(choice.asked(), invariance, kind):
         return problems
     if (kind == "cpu" or invariance == "off") and importlib.util.find_spec("vllm") is None:
         return [f"package vllm: missing; {install_hint('cpu' if kind == 'cpu' else 'cuda')}"]

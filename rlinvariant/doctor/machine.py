@@ -91,7 +91,7 @@ def variables(env: Mapping[str, str], cuda: bool) -> Iterator[Finding]:
     for line in (*always, *(x for x in environment_conflicts(env, "exact") if x not in always)):
         clean = False
         yield Finding("environment", "problem", line, invariance_off=line not in always)
-    for line in choice.misplaced(choice.chosen(), "exact", "cuda" if cuda else "cpu"):
+    for line in choice.misplaced(choice.asked(), "exact", "cuda" if cuda else "cpu"):
         clean = False
         yield Finding("environment", "problem", line, False)
     try:

@@ -23,21 +23,25 @@ FIX = f"write attention=auto (of commands without settings: unset {VARIABLE})"
 _decided: list[Attention] = []  # of this process, by the first that asked
 
 
-def chosen() -> Attention:
-    """Return the choice of this process. The first call decides it.
+def asked() -> Attention:
+    """Return the choice that the environment names, and decide nothing: what is refused for it can be asked for anew.
 
     Raises:
-        UserError: the variable has no known value, or another one than when it was first asked for.
+        UserError: the variable has no known value, or another one than this process has decided for.
     """
     given = os.environ.get(VARIABLE) or AUTO
     if given not in ATTENTIONS:
         raise UserError(f"{VARIABLE}={shown(given)}: expected {', '.join(ATTENTIONS[:-1])} or {ATTENTIONS[-1]}; unset it")
-    now = cast(Attention, given)
+    if _decided and given != _decided[0]:
+        raise _too_late(given)
+    return cast(Attention, given)
+
+
+def chosen() -> Attention:
+    """Return the choice of this process. The first call decides it. Raises UserError as `asked` does."""
     if not _decided:
-        _decided.append(now)
-    if now != _decided[0]:
-        raise _too_late(now)
-    return now
+        _decided.append(asked())
+    return asked()
 
 
 def choose(value: Attention) -> None:

@@ -92,7 +92,7 @@ def attention_of(config: Untyped) -> str:
 
 def flash_problems(model: str, config: Untyped, device: str) -> list[str]:
     """Refuse, in one line, a model for whose layers attention=flash has no kernel, where that is chosen."""
-    if choice.chosen() != "flash" or device != "cuda":
+    if choice.asked() != "flash" or device != "cuda":
         return []
     reasons = [reason for form in attention_forms(config) for reason in attention.not_flash(*form)]
     return [f"model={model}: {attention.without_flash(reason)}" for reason in reasons[:1]]

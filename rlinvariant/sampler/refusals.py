@@ -71,7 +71,7 @@ def refuse(
         fix = f"remove it, or {otherwise}"
         found.append(f"VLLM_BATCH_INVARIANT={value}: expected unset: it puts vLLM's own kernels in place of ours; {fix}")
     cuda = torch.cuda.is_available()
-    found += choice.misplaced(choice.chosen(), "exact", "cuda" if cuda else "cpu")
+    found += choice.misplaced(choice.asked(), "exact", "cuda" if cuda else "cpu")
     found += cuda_problems(getattr(torch, dtype)) if cuda else []
     config = load_config(model) if config is None else config
     if found := found + engine_problems(options, model, config, max_model_len, otherwise, "cuda" if cuda else "cpu"):

@@ -182,6 +182,20 @@ def test_a_model_that_flash_attention_3_cannot_take_is_refused_by_its_key(begin)
     assert flash_problems("M", FAMILIES["gemma3"](), "cuda") == []
 
 
+def test_a_process_whose_choice_was_refused_goes_on_without_it(begin, monkeypatch, arithmetic_dir):
+    """As the line asks: a notebook that had set the variable would have had to start another kernel."""
+    begin("chunked")
+    args: Any = SimpleNamespace(device=torch.device("cpu"))
+    assert support.device_problems(args, "exact", torch.bfloat16)
+    with pytest.raises(ConfigErrors):
+        refuse({}, str(arithmetic_dir), "bfloat16")
+    assert any(x.verdict == "problem" for x in machine.variables({}, cuda=False))
+    monkeypatch.delenv(choice.VARIABLE)
+    assert support.device_problems(args, "exact", torch.bfloat16) == []
+    refuse({}, str(arithmetic_dir), "bfloat16")
+    assert choice.chosen() == "auto"
+
+
 @pytest.mark.parametrize("value", ["flash", "chunked"])
 def test_a_cpu_and_a_stock_run_refuse_it(begin, value, arithmetic_dir):
     """Every command asks one of these two."""
