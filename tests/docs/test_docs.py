@@ -2,15 +2,22 @@
 
 import importlib
 import importlib.util
+import os
 import re
 import shlex
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-from rlinvariant import cli, keys
+from rlinvariant import cli, keys, launch, run, train
+from rlinvariant.ablate.plan import read as read_ablation
+from rlinvariant.config.check import check
+from rlinvariant.config.parse import Draft, draft
 from rlinvariant.errors import UserError
+from rlinvariant.trainer.preflight import check_start
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "recipes/README.md"])
@@ -73,11 +80,19 @@ def test_a_broken_link_and_an_unknown_command_are_seen():
     ]
 
 
+def command_lines(text: str) -> list[tuple[str, list[str]]]:
+    """Return the lines in the code blocks of a text, fenced or indented, that call a command, each with its arguments."""
+    blocks = "\n".join([*FENCE.findall(text), *re.findall(r"^    .*$", FENCE.sub("", text), re.MULTILINE)])
+    joined = re.sub(r"\\\n\s*", "", blocks)
+    lines = re.findall(r"^(?:    |\$ )?(rlinvariant [a-z].*)$", joined, re.MULTILINE)
+    split = [shlex.split(re.sub(r"\b[A-Z]\b", "1", line), comments=True)[1:] for line in lines]  # K, N: a number
+    return [(line, words[: words.index("&")] if "&" in words else words) for line, words in zip(lines, split, strict=True)]
+
+
 def misused(text: str) -> list[str]:
-    """Return the command lines in the code blocks of a text that the command's parser refuses."""
+    """Return the command lines of a text that the command's parser refuses."""
     found = []
-    for line in re.findall(r"^(?:\$ )?(rlinvariant [a-z].*)$", "".join(FENCE.findall(text)), re.MULTILINE):
-        name, *rest = shlex.split(re.sub(r"\b[A-Z]\b", "1", line), comments=True)[1:]  # K, N: a number
+    for line, (name, *rest) in command_lines(text):
         module = importlib.import_module({c.name: c.module for c in cli.COMMANDS}[name])
         try:
             options, others = cli.build_parser(name, module).parse_known_args([name, *rest])
@@ -97,6 +112,64 @@ def test_command_lines_are_those_that_the_commands_take(page):
 def test_a_misused_command_is_seen():
     wrong = ["rlinvariant replay RUN --step K --stpe 2", "rlinvariant report", "rlinvariant verify M --tokens many"]
     assert misused("\n".join(["```", *wrong, "rlinvariant replay RUN --step K  # right", "```"])) == wrong
+
+
+READER = r"(model|data\.path|reward|tools|environment|recipe|config|sampler\.trainer_token_file)"
+ABSENT = re.compile(rf"{READER}=.*(no such|cannot be read|unknown recipe|does not answer)|.*to be installed|.* of the 1 process ")
+"""What is said of a file, a model, a name, a package or a second process that the reader of a page has, and a test has not."""
+
+
+def drafts(name: str, arguments: list[str]) -> Iterator[tuple[Draft, dict[str, str]]]:
+    """Yield what the arguments of `train` mean, or of each arm of `ablate`, beside the environment of its processes."""
+    if name == "ablate":
+        planned = read_ablation(arguments)
+        yield from ((draft(planned.arguments(arm, 0)), {**os.environ}) for arm in planned.arms)
+    elif name == "train" and not {"-h", "--help", "--help=all"} & {*arguments}:
+        machine, settings = train.split(arguments)
+        yield draft(settings), os.environ | launch.variables(machine)
+
+
+def refused(text: str) -> list[str]:
+    """Return what the configuration's checks, and those of a recipe's own model, refuse of the command lines of a text."""
+    said: list[str] = []
+    for _, (name, *arguments) in command_lines(text):
+        for read, env in drafts(name, arguments):
+            said += read.errors + check(read.config, env, read.recipe)
+        if name == "train" and not said and read.config.model is None and not read.config.sampler.servers:
+            said += of_own_model(tuple(argument for argument in arguments if not argument.startswith(("run=", "machine="))))
+    return [line for line in said if not ABSENT.match(line)]
+
+
+@cache
+def of_own_model(settings: tuple[str, ...]) -> list[str]:
+    """Return what is refused of the model that a recipe makes itself, as one process with these settings sees it."""
+    read = draft(settings)
+    if read.recipe is None or read.recipe.untrained is None:
+        return []
+    try:
+        with run.saved_untrained(read.config, read.recipe) as model:
+            check_start(run.looked_at(read.config, read.config.grpo_config(), read.recipe, model).start)
+    except UserError as error:
+        return str(error).splitlines()
+    return []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_no_command_line_asks_for_what_is_refused(page):
+    assert refused(page.read_text()) == []
+
+
+def test_a_command_line_that_is_refused_is_seen():
+    """By the parser of settings, the configuration's checks, those of an arm, and those of a recipe's own model."""
+    wrong = [
+        "train recipe=arithmetic stpes=2",
+        "train recipe=arithmetic lora.r=4 algorithm=ppo",
+        "ablate recipe=arithmetic trainer.beta=0.1 seeds=2 arms=exact,exact-top-p-0.9",
+        "train recipe=arithmetic lora.r=4096",
+    ]
+    for line in wrong:
+        assert refused(f"    rlinvariant {line}  # wrong\n"), line
+    assert refused("```\nrlinvariant train recipe=arithmetic \\\n  lora.r=4\n```") == []
 
 
 def test_settings_and_recipes_that_are_named_exist():
