@@ -16,13 +16,13 @@ WIDEST_HELP = 118  # columns
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Lays out help as wide as the terminal; examples keep their lines; None and False are not shown as defaults."""
+    """Lays out help as wide as the terminal; examples keep their lines; what is None, False or empty is not shown as a default."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=28, width=help_width())
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        return action.help if action.default in (None, False, "") else super()._get_help_string(action)
 
 
 def help_width() -> int:

@@ -23,8 +23,8 @@ SETTINGS = {
     "recipe=NAME": "a recipe's name or file; needed",
     "seeds=3": "a number of seeds, or a list: seeds=3 is seeds=0,1,2. They decide data order and sampling; the data and the "
     "initial weights are the recipe's, and the same in all runs",
-    "arms=a,b": "a list of the names below, stale-K and stale-K-CORRECTION with any K, for a recipe "
-    "with adapters lora_merged, and, for a PPO recipe, grpo",
+    "arms=a,b": "a list of the names below, stale-K and stale-K-CORRECTION with any K, exact-top-p-P, drift-top-p-P and "
+    "drift-top-p-P-CORRECTION with any P, for a recipe with adapters lora_merged, and, for a PPO recipe, grpo",
     "run=NAME": "the directory is runs/ablation-NAME; by default the recipe's name",
     "launch=FILE": "an accelerate configuration, as configs/cpu2.yaml, for runs of several processes each",
     "key=value": "as for `rlinvariant train`, for all arms",

@@ -54,6 +54,10 @@ const charts = (() => {
     : x !== 0 && (Math.abs(x) < 1e-3 || Math.abs(x) >= 1e6) ? (+x.toPrecision(4)).toExponential()
     : Math.abs(x - 1) < 1e-4 && x !== 1 ? "1 " + (x < 1 ? "− " : "+ ") + Math.abs(x - 1).toExponential(1)
     : String(+x.toPrecision(4));
+  const ticks = (values) => values.map((x) => {  // multiples of one step, of which `number` would show the nearest as equal
+    const digits = +x.toPrecision(12), small = x !== 0 && (Math.abs(x) < 1e-3 || Math.abs(x) >= 1e6);
+    return (small ? digits.toExponential() : String(digits)).replaceAll("-", "−");
+  });
   const large = (x) => x >= 1e9 ? +(x / 1e9).toPrecision(3) + "G" : x >= 1e6 ? +(x / 1e6).toPrecision(3) + "M"
     : x >= 1e4 ? +(x / 1e3).toPrecision(3) + "k" : x.toLocaleString("en-US");
   const duration = (s) => s >= 7200 ? +(s / 3600).toPrecision(3) + " h" : s >= 120 ? +(s / 60).toPrecision(3) + " min" : +s.toPrecision(3) + " s";
@@ -152,7 +156,7 @@ const charts = (() => {
     if (data.stack) chart.lines.slice(1).forEach((_, i) => bands.push({series: [i + 1, i + 2], fill: colour("--c" + chart.lines[i].style % 8) + "b0"}));
     const font = "12px ui-sans-serif, system-ui, Arial, sans-serif", soft = colour("--soft"), faint = colour("--faint");
     const axis = {font, stroke: soft, grid: {stroke: faint, width: 1}, ticks: {stroke: faint, width: 1, size: 4}};
-    const words = (k) => k === scale.below ? "exactly 0" : "1e" + k;
+    const words = (k) => k === scale.below ? "exactly 0" : "1e" + String(k).replace("-", "−");
     const options = {
       width: Math.max(220, chart.box.clientWidth), height: 232, legend: {show: false}, bands, series,
       padding: [8, 12, 0, 0],
@@ -162,7 +166,7 @@ const charts = (() => {
           incrs: view.x === "seconds" ? undefined : [1, 2, 5, 10, 20, 50, 100, 200, 500, ...[3, 4, 5, 6, 7, 8, 9, 10, 11].flatMap((p) => [1, 2, 5].map((m) => m * 10 ** p))],
           values: (_, splits) => splits.map((x) => x === null || x < 0 ? "" : place(x))},
         {...axis, size: 68, gap: 5, ...(scale.ticks ? {splits: () => scale.ticks, values: (_, splits) => splits.map(words)}
-          : {space: 36, values: (_, splits) => splits.map((x) => x === null ? "" : number(x).replace("-", "−"))})},
+          : {space: 36, values: (_, splits) => ticks(splits)})},
       ],
       cursor: {drag: {x: true, y: false, setScale: false}, points: {show: false}, y: false},
       hooks: {setCursor: [(plot) => said(chart, plot)], setSelect: [(plot) => {
@@ -377,7 +381,7 @@ const charts = (() => {
   addEventListener("load", () => idle(rest));
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
   return {
-    runningMean, curve,
+    runningMean, curve, ticks,
     replace(figure, next) {  // of a live page: the same chart, further on
       const chart = all.get(figure);
       figure.querySelector("svg").replaceWith(next.querySelector("svg"));

@@ -125,6 +125,7 @@ def test_each_part_moves_and_nothing_is_wider_than_the_window(opened, width):
         set("#e5-in", of.indexOf(0) + 1, 2); out.common = document.querySelector("#e5-out .chosen .count").innerText;
         set("#e6-in", 0); out.exact = text("e6-out"); set("#e6-in", 110); out.drift = text("e6-out");
         out.guide = text("e7-out"); document.querySelector("#e7-in input").click(); out.other = text("e7-out");
+        out.boxes = [...document.querySelectorAll("#e7-in input")].map((box) => box.getBoundingClientRect().left);
         out.overflow = document.documentElement.scrollWidth - innerWidth;
         return out; })()"""
     )
@@ -138,6 +139,7 @@ def test_each_part_moves_and_nothing_is_wider_than_the_window(opened, width):
     assert re.search(r"1,000 completions of \".+\" .* as rlinvariant demo draws them: .*, vLLM .*commit", seen["about"])
     assert seen["here"] == "here" and seen["rare"].startswith("1 ×") and not seen["common"].startswith("1 ×")
     assert "the same order, the same bits" in seen["exact"] and "another policy" in seen["drift"]
+    assert len(seen["boxes"]) > 3 and len(set(seen["boxes"])) == 1, "each before its words, however long they are"
     assert seen["guide"] != seen["other"] and seen["overflow"] <= 0 and not opened.log
 
 

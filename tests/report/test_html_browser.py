@@ -169,6 +169,15 @@ def test_the_browser_computes_as_python_does(opened):
         assert (x is None) if not there else (x == "-") if y != y else x == pytest.approx(y, rel=1e-12)
 
 
+def test_ticks_say_what_they_are_and_differ(opened):
+    """Of a step that four digits do not show, too: an axis had "1" twice."""
+    steps = [m * 10.0**p for p in range(-9, 10) for m in (1, 2, 2.5, 5)]
+    rows = [[round(middle + i * step, 12) for i in range(-3, 4)] for middle in (0, 1) for step in steps if not middle or step > 1e-8]
+    for row, said in zip(rows, opened.run(f"{json.dumps(rows)}.map(charts.ticks)"), strict=True):
+        assert len(set(said)) == len(row) and "-" not in "".join(said), said
+        assert [float(text.replace("−", "-")) for text in said] == pytest.approx(row, abs=1e-12), said
+
+
 def test_an_exact_run_is_one_line_whose_panels_open_and_drift_stands_open(chromium, tmp_path):
     seen = {}
     for name, drift in (("exact", 0.0), ("off", 0.01)):

@@ -98,6 +98,11 @@ def test_runs_that_differ_in_where_they_were_made_and_short_ones_are_noted(tmp_p
     assert "Fewer than 10 steps in drift/seed-1: the reward there is the mean over all of them." in notes
 
 
+def test_short_runs_are_not_named_one_by_one_where_all_are(tmp_path):
+    notes = load(write_ablation(tmp_path / "ablation-n", steps=4)).notes
+    assert "Fewer than 10 steps in every run: the reward there is the mean over all of them." in notes
+
+
 def test_the_command_of_a_run_gives_its_configuration_again(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     argv = [
