@@ -16,7 +16,7 @@ WIDEST_HELP = 118  # columns
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Lays out help as wide as the terminal; examples keep their lines; what is None, False or empty is not shown as a default."""
+    """Lays out help as wide as the terminal; examples keep their lines; None, False and "" are not shown as defaults."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=28, width=help_width())

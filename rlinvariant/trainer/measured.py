@@ -25,12 +25,14 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from rlinvariant import keys, metrics
+from rlinvariant.errors import ConfigErrors
 from rlinvariant.metrics import Trained
 from rlinvariant.rollout import is_cut
 from rlinvariant.trainer.collecting import CollectingTrainer
 from rlinvariant.trainer.grading import weighted_sums
 from rlinvariant.trainer.interface import OnEvaluation, Row
 from rlinvariant.trainer.microbatches import SUMMED
+from rlinvariant.trainer.preflight.parts import evaluation_problems
 from rlinvariant.trainer.record import Graded, StepRecord
 from rlinvariant.trainer.turns import sampled_mask
 from rlinvariant.trainer.versions import PolicyVersions
@@ -125,6 +127,8 @@ class MeasuredTrainer(CollectingTrainer):
         return Trained(mask.sum(1).cpu().numpy(), numbers[0], numbers[1], (counts[0], counts[1], counts[2]), clips)
 
     def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs):
+        if problems := evaluation_problems(self.args):
+            raise ConfigErrors(problems)
         self._evaluated_as = metric_key_prefix
         self._evaluation, self._evaluated = self.record_type(), []
         self._evaluation_rows = self.num_examples(dataloader) * self.num_generations_eval

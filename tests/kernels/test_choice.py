@@ -183,7 +183,7 @@ def test_a_model_that_flash_attention_3_cannot_take_is_refused_by_its_key(begin)
 
 
 def test_a_process_whose_choice_was_refused_goes_on_without_it(begin, monkeypatch, arithmetic_dir):
-    """As the line asks: a notebook that had set the variable would have had to start another kernel."""
+    """A notebook that had set the variable had to start another kernel, though the line says to unset it."""
     begin("chunked")
     args: Any = SimpleNamespace(device=torch.device("cpu"))
     assert support.device_problems(args, "exact", torch.bfloat16)

@@ -15,7 +15,7 @@ from rlinvariant.sampler.engine import Sampler
 from rlinvariant.trainer.refusals import settings_problems
 from tests.models.small import build
 from tests.parity.device import CUDA, DEVICE
-from tests.parity.harness import load, new_trainer, variety
+from tests.parity.harness import load, new_trainer, questions, variety
 
 
 class NoEngine:
@@ -79,6 +79,7 @@ def test_a_model_with_adapters_of_another_form_is_refused(tmp_path):
         ({"report_to": "nobody"}, "report_to=.*nobody.*: the callback cannot be made: ValueError: nobody is not supported"),
         ({"log_level": "loud"}, "log_level=loud: expected one of detail, debug, info"),
         ({"eval_strategy": "steps", "eval_steps": 1}, "eval_strategy=steps: expected no, as there is no evaluation data set"),
+        ({"eval_on_start": True}, "eval_on_start=True: expected False, as there is no evaluation data set; or give one"),
         ({"sync_ref_model": True}, "TRL cannot make the trainer: You passed `sync_ref_model=True` while `beta=0.0`"),
     ],
 )
@@ -86,6 +87,15 @@ def test_what_a_constructor_refuses_is_one_line(setting, words, refused):
     """The last is one that nothing looks for: TRL's own constructor finds it."""
     (line,) = refused(**setting)
     assert re.match(words, line)
+
+
+def test_an_evaluation_that_would_cut_a_group_is_one_line(refused, arithmetic_dir, exact_engine, tmp_path):
+    """TRL's own check is for `eval_strategy`; a first evaluation, or a call of `evaluate`, met torch's error of a shape."""
+    settings = {"per_device_eval_batch_size": 3, "num_generations_eval": 2, "eval_dataset": questions(4)}
+    line = "per_device_eval_batch_size=3: expected a multiple of 2, the completions of a prompt, with 1 process; set it, or "
+    assert refused(**settings, eval_on_start=True) == [line + "num_generations_eval"]
+    with pytest.raises(UserError, match=re.escape(line)):
+        new_trainer(arithmetic_dir, exact_engine, tmp_path, **settings).trainer.evaluate()
 
 
 @pytest.mark.parametrize(

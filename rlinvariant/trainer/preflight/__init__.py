@@ -10,6 +10,7 @@ from rlinvariant.rewards import reward_problems
 from rlinvariant.trainer.preflight.disk import disk_problems
 from rlinvariant.trainer.preflight.parts import (
     constructing,
+    evaluation_problems,
     hub_problems,
     part_problems,
     weight_problems,
@@ -105,8 +106,13 @@ def check_start(start: Start) -> list[str]:
     if start.published is not None:
         problems += place_problems(start.published, start.name)
     problems += generation_problems(start.name, start.generation) + disk_problems(args, start.config, start.models, prefix)
-    if start.evaluation is None and (strategy := getattr(args.eval_strategy, "value", args.eval_strategy)) != "no":
-        problems.append(f"{prefix}eval_strategy={strategy}: expected no, as there is no evaluation data set; or give one")
+    if start.evaluation is None:
+        strategy = getattr(args.eval_strategy, "value", args.eval_strategy)
+        asked = (("eval_strategy", strategy, "no"), ("eval_on_start", args.eval_on_start, False))
+        why = "as there is no evaluation data set; or give one"
+        problems += [f"{prefix}{key}={value}: expected {none}, {why}" for key, value, none in asked if value != none]
+    elif args.eval_on_start:
+        problems += evaluation_problems(args, prefix)
     if isinstance(start.evaluation, dict) and len(start.evaluation) > 1 and args.load_best_model_at_end:
         one = f"TRL names the rewards of all {len(start.evaluation)} evaluation data sets eval_reward; give one data set"
         problems.append(f"{prefix}load_best_model_at_end=True: expected False: {one}")

@@ -12,7 +12,7 @@ from transformers.integrations.integration_utils import get_reporting_integratio
 from transformers.training_args import trainer_log_levels
 
 from rlinvariant.errors import UserError, one_line
-from rlinvariant.text import shown
+from rlinvariant.text import plural, shown
 
 if TYPE_CHECKING:
     from trl.trainer.grpo_config import GRPOConfig
@@ -52,6 +52,15 @@ def part_problems(args: "GRPOConfig", prefix: str = "") -> list[str]:
     return found + [
         f"{prefix}{name}={shown(level)}: {expected}" for name, level in levels.items() if level not in trainer_log_levels
     ]
+
+
+def evaluation_problems(args: "GRPOConfig", prefix: str = "") -> list[str]:
+    """Say why an evaluation would cut groups in pieces. TRL looks only where `eval_strategy` asks for some."""
+    group, batch = args.num_generations_eval or args.num_generations or 1, args.per_device_eval_batch_size
+    if batch * args.world_size % group == 0:
+        return []
+    expected = f"expected a multiple of {group}, the completions of a prompt, with {plural(args.world_size, 'process')}"
+    return [f"{prefix}per_device_eval_batch_size={batch}: {expected}; set it, or {prefix}num_generations_eval"]
 
 
 @contextmanager
