@@ -303,7 +303,8 @@ def _wait_for_all() -> None:
 
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if distributed and torch.distributed.get_world_size() > 1:  # else the group is vLLM's own, of this process alone
-        torch.distributed.barrier()
+        has_gpu = torch.distributed.get_backend() == "nccl"
+        torch.distributed.barrier(device_ids=[torch.cuda.current_device()] if has_gpu else None)
 
 
 def _gpu_memory() -> str:

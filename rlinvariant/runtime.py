@@ -5,7 +5,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from rlinvariant.errors import UserError
 
@@ -21,7 +21,13 @@ MEMORY = {
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
     "LRU_CACHE_CAPACITY": "64",
 }
-QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false"}
+QUIET = {
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "FLASHINFER_LOGGING_LEVEL": "error",  # of its logger, which `logging.getLogger` does not find
+}
 
 
 BEFORE_TORCH = {
@@ -75,9 +81,18 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message="torch.backends.cuda.preferred_blas_library")  # kernels/linear.py uses it
     # transformers takes vLLM's group of one process, which an earlier trainer of this process has left, for a launcher's
     logging.getLogger("transformers.training_args").addFilter(_of_interest)
-    logging.getLogger("flashinfer.jit").setLevel(logging.ERROR)
     logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)  # two lines for each retry; then it raises
     logging.getLogger("vllm.triton_utils.importing").setLevel(logging.ERROR)  # says that a CPU has no Triton
+
+
+def random_state_kept() -> AbstractContextManager[None]:
+    """Give torch's random state back afterwards: the host's, and that of this process's GPU.
+
+    `fork_rng` alone keeps the state of every GPU that is visible, and starts a context on each, of half a gigabyte.
+    """
+    import torch
+
+    return torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else [])
 
 
 def _of_interest(record: logging.LogRecord) -> bool:

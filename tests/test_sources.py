@@ -77,6 +77,8 @@ def findings(source: str) -> Iterator[str]:
             yield "from_pretrained that may ask whether to run code"
         if constants.get("weights_only", True) is False:
             yield "weights_only=False"
+        if name.split(".")[-1] == "fork_rng" and not node.args and "devices" not in given:
+            yield "fork_rng that starts a context on every GPU: runtime.random_state_kept"
         if name in ("np.load", "numpy.load") and constants.get("allow_pickle", True):
             yield "np.load with pickles"
 
@@ -117,6 +119,7 @@ def test_every_exception_is_needed():
         "from torch import load",
         "yaml.load(text)",
         "AutoConfig.from_pretrained(x)",
+        "with torch.random.fork_rng(): pass",
     ],
 )
 def test_a_planted_violation_is_found(planted):
@@ -125,5 +128,11 @@ def test_a_planted_violation_is_found(planted):
 
 def test_what_is_safe_is_left_alone():
     safe = "np.load(p, allow_pickle=False); console.print(x); subprocess.run(['ls']); re.compile(x); say(x); model.eval()"
-    for source in (*safe.split("; "), "m(trust_remote_code=False)", "m(trust_remote_code=flag)", "ast.literal_eval(x)"):
+    for source in (
+        *safe.split("; "),
+        "m(trust_remote_code=False)",
+        "m(trust_remote_code=flag)",
+        "ast.literal_eval(x)",
+        "fork_rng([])",
+    ):
         assert not list(findings(source)), source

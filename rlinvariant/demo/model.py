@@ -5,6 +5,7 @@ from pathlib import Path
 from rlinvariant.arguments import suggestion
 from rlinvariant.cache import CACHE, made_once
 from rlinvariant.model_source import local_model, source_problems
+from rlinvariant.runtime import random_state_kept
 
 SMALL_MODEL = "small"  # the default on a CPU
 
@@ -66,7 +67,7 @@ def build_small(directory: Path) -> None:
         eos_token_id=1,
         pad_token_id=2,
     )
-    with torch.random.fork_rng():
+    with random_state_kept():
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(directory)
     tokenizer(config.vocab_size).save_pretrained(directory)

@@ -125,7 +125,7 @@ def _audit(config: Any, device: str) -> list[str]:
     small.vocab_size = min(512, small.vocab_size)
     small.pad_token_id = None  # it may be beyond the smaller vocabulary
     try:
-        with torch.random.fork_rng(), torch.device(device):
+        with runtime.random_state_kept(), torch.device(device):
             require_exact(make_invariant(AutoModelForCausalLM.from_config(small, dtype=torch.bfloat16)))
     except UserError as error:
         return [str(error)]

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlinvariant.models.modules import UnsupportedModel
 from rlinvariant.models.patch import make_invariant
+from rlinvariant.runtime import random_state_kept
 from rlinvariant.types import Untyped
 
 if TYPE_CHECKING:
@@ -199,7 +200,7 @@ def audit_config(config: Untyped, dtype: torch.dtype, device: torch.device) -> s
     """
     from transformers import AutoModelForCausalLM
 
-    with torch.random.fork_rng(), torch.device(device):
+    with random_state_kept(), torch.device(device):
         model = AutoModelForCausalLM.from_config(two_layers(config.get_text_config()), dtype=dtype)
     name = type(model).__name__
     require_exact(make_invariant(model, dtype))

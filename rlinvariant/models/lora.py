@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from rlinvariant import bits, ops
 from rlinvariant.errors import UserError, one_line
 from rlinvariant.models import shards
+from rlinvariant.runtime import random_state_kept
 from rlinvariant.types import Untyped
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ def applied(model: "PreTrainedModel", config: Untyped, seed: int, said: str = "l
 
     if wide := width_problem(said, config.r, model.config):
         raise UserError(wide)
-    with torch.random.fork_rng():
+    with random_state_kept():
         torch.manual_seed(seed)
         try:
             adapted = get_peft_model(model, config)
@@ -162,7 +163,7 @@ def counting(model: nn.Module, seed: int = 0) -> Iterator[None]:
 
 def randomise(model: nn.Module, seed: int) -> None:
     """Give every B values that depend on the seed alone; A's first values are random already."""
-    with torch.no_grad(), torch.random.fork_rng():
+    with torch.no_grad(), random_state_kept():
         torch.manual_seed(seed)
         for weight in _of_b(model):
             shards.put(torch.randn(weight.shape) * 0.02, weight)

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from rlinvariant.errors import UserError, one_line
+from rlinvariant.runtime import random_state_kept
 
 GAIN = 1.6  # of a matrix: logits then spread over several nats, where transformers' 0.02 makes every token almost as likely
 NOISE = 0.3  # added to what is 0 or 1 at first
@@ -28,7 +29,7 @@ def save_random(config: PreTrainedConfig, directory: str | Path, seed: int = 0) 
         UserError: transformers has no causal LM of this configuration, or cannot build it.
     """
     cuda = torch.cuda.is_available()
-    with torch.random.fork_rng(), torch.device("cuda" if cuda else "cpu"), torch.no_grad():
+    with random_state_kept(), torch.device("cuda" if cuda else "cpu"), torch.no_grad():
         torch.manual_seed(seed)
         try:
             model: Any = AutoModelForCausalLM.from_config(config, dtype=getattr(config, "dtype", None) or torch.float32)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlinvariant.runtime import random_state_kept
+
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
@@ -118,7 +120,7 @@ def build(name: str, directory: str | Path, stops: int = 1) -> str:
     if (directory / "config.json").exists():
         return str(directory)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    with torch.random.fork_rng(), torch.device(device), torch.no_grad():
+    with random_state_kept(), torch.device(device), torch.no_grad():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config(name), dtype=torch.bfloat16)
         for parameter in model.parameters():

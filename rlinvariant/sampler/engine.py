@@ -171,6 +171,8 @@ class Sampler:
                 plugin.register_class()
                 if processes > 1:
                     arguments["disable_custom_all_reduce"] = True  # nothing is added over processes
+                    if torch.cuda.is_available():  # so there is no sum to fuse, nor need of its workspace, of NVLink multicast
+                        arguments.setdefault("compilation_config", {"pass_config": {"fuse_allreduce_rms": False}})
                 arguments |= {"quantization": QUANTIZATION, "hf_overrides": {"architectures": [ARCHITECTURE]}}
             with stdout_with_descriptor(), adapters.expecting(ranks or {}):
                 _group_of_experts()

@@ -8,13 +8,15 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, redi
 import numpy as np
 import torch
 
+from rlinvariant.runtime import random_state_kept
+
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
     """Keep the trainer's random state and thread control: vLLM reseeds torch and disables `torch.set_num_threads`."""
     threads, set_threads, dtype = torch.get_num_threads(), torch.set_num_threads, torch.get_default_dtype()
     python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    with random_state_kept():
         try:
             yield
         finally:

@@ -207,6 +207,8 @@ def prepare(args: Untyped, default: Untyped, subject: Subject | None = None) -> 
         args.enforce_eager, args.async_scheduling = True, False
         if {"kv_cache_memory_bytes", "gpu_memory_utilization"}.isdisjoint(given):
             args.kv_cache_memory_bytes = 2**30
+    elif "kv_cache_memory_bytes" in given and "gpu_memory_utilization" not in given:
+        args.gpu_memory_utilization = 0.01  # the share that must be free at start: a trainer may have taken the default's
     if file is not None:
         args.disable_log_stats = True  # they are counted for each token of each request, and nobody could ask for them
         about = None if subject is None else subject(load_config(args.model), args.dtype, bool(args.enforce_eager))

@@ -12,7 +12,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from rlinvariant import ops
 from rlinvariant.errors import UserError
-from rlinvariant.models import adapter_files, audit_config, lora, make_invariant, make_trainable, require_exact, shards
+from rlinvariant.models import adapter_files, audit_config, lora, make_trainable, require_exact, shards
 from rlinvariant.models.graphs import hidden_states, runs_as_graphs
 from rlinvariant.models.load import load
 from rlinvariant.trainer.memory import decoder_layers
@@ -53,7 +53,7 @@ class Critic(nn.Module):
         self.invariant, self.adapter = invariant, adapter
         if shards_on is not None:
             audit_config(backbone.config, dtype, shards_on)
-            shards.shard(make_invariant(backbone, dtype), decoder_layers(backbone))
+            shards.shard(make_trainable(backbone, dtype, shards_on), decoder_layers(backbone))
         elif invariant:
             make_trainable(backbone, dtype)
         self.backbone = backbone

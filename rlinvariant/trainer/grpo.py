@@ -193,11 +193,14 @@ class InvariantGRPOTrainer(RoutedTrainer):
 
     def _prepare_models(self, model: Any, args: GRPOConfig, dtype: torch.dtype, tokenizer: Any) -> None:
         """Patch the policy and check it on the device, whose kernels are what is checked; TRL has not started yet."""
+        if (visible := args.n_gpu) > 1:  # of one process, which transformers would let train on all of them, as DataParallel
+            args._n_gpu = 1
+            say(f"note: one process trains on one GPU, {args.device}, of the {visible} visible; machine=2gpu has one for each")
         if self.sharded:
             audit_config(model.config, dtype, args.device)
             if self._trl_args(args).beta and lora.ranks(model):
                 lora.add_reference(model)  # before it is cut; TRL is told of no reference
-            units = self._shard(model, dtype)
+            units = self._shard(model, dtype, args.device)
             if args.process_index == 0:
                 of = f"each of the {units - 1} decoder layers, and the rest"
                 say(f"weights in shards over {args.world_size} processes: {units} units, {of}")
@@ -208,9 +211,9 @@ class InvariantGRPOTrainer(RoutedTrainer):
             require_exact(make_invariant(copy.deepcopy(model).to(args.device), dtype))  # what the sampler will run
 
     @staticmethod
-    def _shard(model: Any, dtype: torch.dtype) -> int:
+    def _shard(model: Any, dtype: torch.dtype, device: torch.device) -> int:
         """Patch a model on the host, and cut it layer by layer, so that it is never whole on a device; return the units."""
-        return shards.shard(make_invariant(model, dtype), decoder_layers(model))
+        return shards.shard(make_trainable(model, dtype, shards_on=device), decoder_layers(model))
 
     def _load_sharded_reference(self, beta: float, dtype: torch.dtype) -> None:
         """Load the reference that TRL would have loaded, patched and in shards; that of adapters is there already."""
@@ -220,7 +223,7 @@ class InvariantGRPOTrainer(RoutedTrainer):
         name = self.model.config._name_or_path
         with main_process_fetches(name):
             model = load(AutoModelForCausalLM, name, dtype=torch.float32)
-        self._shard(model.eval().requires_grad_(False), dtype)
+        self._shard(model.eval().requires_grad_(False), dtype, self.args.device)
         self.ref_model = model
 
     def train(self, *args, **kwargs):

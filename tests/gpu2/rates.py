@@ -33,7 +33,9 @@ def main(path: str, *sides: str) -> int:
         launch.join()
     cuda, vocabulary = torch.cuda.is_available(), AutoConfig.from_pretrained(path).vocab_size
     batches, new, kv = (BATCHES, 128, 16.0) if cuda else ((1, 4), 8, 0.1)
-    options: dict[str, Any] = {"max_num_seqs": 256} | ({"tensor_parallel_size": ranks} if ranks > 1 else {})
+    options: dict[str, Any] = {"max_num_seqs": 256}
+    if ranks > 1:  # stock sums by its own all-reduce: the one that it fuses with the norm needs NVLink multicast, which is off
+        options |= {"tensor_parallel_size": ranks, "compilation_config": {"pass_config": {"fuse_allreduce_rms": False}}}
     engines = {
         side: Sampler(path, invariant=side == "exact", max_model_len=PROMPT + new + 1, kv_cache_gib=kv, options=options)
         for side in sides

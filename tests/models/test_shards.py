@@ -1,5 +1,6 @@
 """Weights in shards: sums and norm of gradients, the rows of a checkpoint, and one process's part of an optimizer."""
 
+import importlib
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,12 +12,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from rlinvariant import bits
 from rlinvariant.errors import ConfigErrors, UserError
-from rlinvariant.models import make_invariant, shards
+from rlinvariant.models import make_invariant, shards, use_working_copies
 from rlinvariant.models.families import FAMILIES
 from rlinvariant.models.leaves import Branch, Leaves, _Unit, additions
 from rlinvariant.models.random import save_random
 from rlinvariant.trainer import InvariantGRPOTrainer
 from rlinvariant.trainer.memory import decoder_layers
+from tests.models.small import logprobs, sequences
 from tests.parity.device import cpu_only
 from tests.trainer.gradients import halves
 
@@ -58,6 +60,20 @@ def test_every_layer_is_a_unit_and_every_weight_in_shards(group, tied):
     missed = model(tied)
     with pytest.raises(RuntimeError, match="1 units of 0 layers"):  # as a model whose layers nobody finds
         shards.shard(missed, [])
+
+
+def test_projections_are_joined_in_shards_as_in_a_whole_model_s_copies(group, monkeypatch):
+    """Both are what trains on a GPU: every weight has the same gradient. The control computes each projection apart."""
+    monkeypatch.setattr(importlib.import_module("rlinvariant.ops.linear"), "is_exact", lambda *_: False)  # one route for all
+    apart, joined = model(), use_working_copies(model(), torch.bfloat16)
+    cut = use_working_copies(model(), torch.bfloat16, kept=False)
+    shards.shard(cut, decoder_layers(cut))
+    for each in (apart, joined, cut):
+        logprobs(each, sequences())[0].sum().backward()
+    gradients = {name: p.grad for name, p in joined.named_parameters()}
+    for name, p in cut.named_parameters():
+        assert p.grad is not None and bits.same(shards.whole(p.grad), gradients[name]), name
+    assert not all(bits.same(p.grad, gradients[name]) for name, p in apart.named_parameters()), "control"
 
 
 def test_the_norm_has_the_bits_of_torch_s_for_whole_gradients():
