@@ -21,6 +21,7 @@ began=$SECONDS failed=0
 
 step() { # NAME SECONDS COMMAND...: run a step, for as long at most, and say in a line how it ended
   local name=$1 most=$(($2 * slower)) left=$((whole * slower - SECONDS)) at=$SECONDS code; shift 2
+  [[ -z "${ONLY:-}" || " $ONLY " == *" $name "* ]] || return 0
   [ $left -ge 1 ] || { echo "== $part $name: FAILED (no time was left)"; failed=$((failed + 1)); return 1; }
   # SIGTERM lets a benchmark end its processes and remove its models, which takes a while
   timeout -k 30 $((most < left ? most : left)) "$@" >"$OUT/$part-$name.log" 2>&1; code=$?

@@ -2,6 +2,7 @@
 # What one GPU is to show and measure beyond `make test-gpu`, in parts of nine minutes and a half at most.
 #
 #   tests/gpu1/run.sh PART            PART 1 to 8, as below; on one H100 or H200, from the repository's root
+#   ONLY="model served" tests/gpu1/run.sh 1   these of its steps alone
 #   TINY=1 tests/gpu1/run.sh PART     the same commands on a CPU, small: what is tried before a sitting
 #
 #   1 bits        ops of mixtures, adapters and truncation; families of mixtures; attention=chunked; a server and a trainer

@@ -48,22 +48,26 @@ def rollout(one: str, other: str) -> None:
     assert drawn[0] == drawn[1] and drawn[0]
 
 
-def _words(one: str, other: str) -> tuple[int, int]:
+def _words(one: str, other: str) -> tuple[int, int, str]:
+    """Return how many words differ, of how many, and where."""
     a, b = (load_file(RUNS / run / "model/model.safetensors") for run in (one, other))
     assert a.keys() == b.keys() and all(x.dtype == torch.float32 for x in a.values())
-    return sum(int((bits.words(x) != bits.words(b[name])).sum()) for name, x in a.items()), sum(x.numel() for x in a.values())
+    wrong = {name: int((bits.words(x) != bits.words(b[name])).sum()) for name, x in a.items()}
+    where = [f"{name} {count:,}" for name, count in wrong.items() if count]
+    of = f", in {len(where)} of {len(a)} weights: {'; '.join(where[:12])}" if where else ""
+    return sum(wrong.values()), sum(x.numel() for x in a.values()), of
 
 
 def weights(one: str, other: str) -> None:
     """Require the same float32 weights of two runs."""
-    wrong, of = _words(one, other)
-    print(f"row weights of {one} and {other}: {wrong:,} / {of:,} words differ")
+    wrong, of, where = _words(one, other)
+    print(f"row weights of {one} and {other}: {wrong:,} / {of:,} words differ{where}")
     assert wrong == 0
 
 
 def differ(one: str, other: str) -> None:
     """Require other weights: the control of `weights`."""
-    wrong, of = _words(one, other)
+    wrong, of, _ = _words(one, other)
     print(f"row control, weights of {one} and {other}: {wrong:,} / {of:,} words differ")
     assert wrong > 0
 

@@ -2,6 +2,7 @@
 # What needs two GPUs of one host, in five parts of nine minutes and a half at most: two sittings of half an hour, 1 2, then 3 4 5.
 #
 #   tests/gpu2/run.sh PART            PART 1 to 5; on two H100 or H200, from the repository's root
+#   ONLY="model ddp" tests/gpu2/run.sh 1   these of its steps alone
 #   TINY=1 tests/gpu2/run.sh PART     the same commands on a CPU, small, joined by gloo: what is tried before a sitting
 #
 # Each step ends in a line
