@@ -15,7 +15,6 @@ def gradients_problems(
     invariance: Invariance,
     staleness: int = 0,
     tokens: int | None = None,
-    ppo: bool = False,
     prefix: str = "",
 ) -> list[str]:
     """List the settings that cannot stand beside `gradients=invariant`, one line each.
@@ -27,7 +26,6 @@ def gradients_problems(
         invariance: which sides are exact.
         staleness: by how many optimizer steps the sampler lags.
         tokens: tokens_per_microbatch.
-        ppo: whether a critic is trained.
         prefix: what the user writes before a field's name of `trainer`.
     """
     if gradients != "invariant":
@@ -40,7 +38,6 @@ def gradients_problems(
     alone = "a sample's gradient must not depend on the rest of its micro-batch"
     rules = (
         (processes & (processes - 1) == 0, f"num_processes={processes}", "a power of two", "each has a branch of one tree"),
-        (not ppo, "algorithm=ppo", "grpo", "PPO whitens advantages over what each process has"),
         (invariance == "exact", f"invariance={invariance}", "exact", "else log-probs depend on the batch already"),
         (staleness == 0, f"staleness={staleness}", "0", "a sampler that lags has not been tried"),
         (tokens is None, f"{prefix}tokens_per_microbatch={tokens}", "None", "each sample is a pass of its own"),

@@ -63,8 +63,7 @@ def check(config: Config, env: Mapping[str, str], recipe: Recipe | None = None, 
     found += _check_ppo(config) if config.algorithm == "ppo" else _check_no_ppo(config)
     tokens = config.trainer.tokens_per_microbatch
     found += microbatch_problems(tokens, None, config.trainer, config.invariance, "trainer.")
-    exact, lag, ppo = config.invariance, config.staleness, config.algorithm == "ppo"
-    layout = (processes, exact, lag, tokens, ppo)
+    layout = (processes, config.invariance, config.staleness, tokens)
     found += gradients_problems(config.trainer, config.gradients, *layout, prefix="trainer.")
     return found + _check_sampler(config, env) + _check_servers(config)
 

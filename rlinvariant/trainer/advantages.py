@@ -111,22 +111,13 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float 
     return torch.maximum(error, clipped) / 2, clipped > error
 
 
-def moments(x: Tensor, mask: Tensor) -> Tensor:
-    """Return [3] float64 of x [B, T] where mask [B, T] is 1: how many numbers, their sum, the sum of their squares.
+def mean_and_variance(numbers: np.ndarray) -> tuple[float, float]:
+    """Compute both of [n] float64, float32 numbers of all ranks; the variance has n in its denominator. NaN of none.
 
-    The moments of several ranks are the sum of each rank's.
+    Order: none; sums are exact (squares of float32 numbers are), and rounded once.
     """
-    real = x[mask.bool()].double()
-    return torch.stack([real.new_tensor(float(real.numel())), real.sum(), real.square().sum()])
-
-
-def mean_and_variance(moments: Tensor) -> tuple[float, float]:
-    """Compute both from `moments` [3] float64; the variance has n in its denominator. NaN if nothing was counted."""
-    count, total, squares = moments.tolist()
-    if not count:
-        return float("nan"), float("nan")
-    mean = total / count
-    return mean, max(squares / count - mean * mean, 0.0)
+    mean = metrics.mean(numbers)
+    return mean, max(metrics.mean(numbers * numbers) - mean * mean, 0.0)
 
 
 def whiten(advantages: Tensor, mask: Tensor, mean: float, variance: float) -> Tensor:

@@ -111,6 +111,8 @@ class InvariantPPOTrainer(InvariantGRPOTrainer):
         adapter = getattr(model, "peft_config", {}).get("default")
         if self.sharded:
             self.critic = Critic(backbone, dtype, True, args.device, adapter)
+            if path is not None:  # else it is cut as the policy, which was looked at
+                self._look_at_cuts(self.critic.backbone, args)
         else:
             self.critic = Critic(backbone.to(args.device), dtype, self._trainer_is_invariant, adapter=adapter)
         if path is not None:
@@ -151,7 +153,8 @@ class InvariantPPOTrainer(InvariantGRPOTrainer):
         mask, old = sampled_mask(output), output["old_per_token_logps"]
         # Where the rollout is one micro-batch, the first pass trains these rows with these weights: it takes the values, with
         # their graph, as they are, and no pass is added.
-        once = self.args.steps_per_generation == 1 and (not self._trainer_is_invariant or len(self._divide(output)) == 1)
+        once = self.args.steps_per_generation == 1 and not self._adds_leaves
+        once = once and (not self._trainer_is_invariant or len(self._divide(output)) == 1)
         graphed = self._values_with_graph(output) if once else None
         once = graphed is not None
         values = self._rollout_values(output, False) if graphed is None else graphed
@@ -161,17 +164,16 @@ class InvariantPPOTrainer(InvariantGRPOTrainer):
         named = {"values": known, "rewards per token": rewards, "advantages": estimates, "returns": returns}
         self._require_finite(named.items())
         counted = mask & self._scored[:, None]
+        penalty = (self._scores - rewards.sum(1))[self._scored]
+        own = [x.double().cpu().numpy() for x in (known[counted], returns[counted], penalty, estimates[counted])]
+        value, returned, penalties, every = (np.concatenate(x) for x in zip(*gather_object([own]), strict=True))
         if self.ppo.whiten_advantages:
-            moments = self.accelerator.gather(advantages.moments(estimates, counted)[None]).sum(0).cpu()
-            estimates = advantages.whiten(estimates, counted, *advantages.mean_and_variance(moments))
+            estimates = advantages.whiten(estimates, counted, *advantages.mean_and_variance(every))
         output["advantages"] = torch.where(counted, estimates, 0.0)
         output["returns"] = torch.where(counted, returns, known)  # without a reward, nothing to learn
         output["old_values"] = known
         if once:
             output["values"] = values
-        penalty = (self._scores - rewards.sum(1))[self._scored]
-        own = [x.double().cpu().numpy() for x in (known[counted], returns[counted], penalty)]
-        value, returned, penalties = (np.concatenate(x) for x in zip(*gather_object([own]), strict=True))
         self._rollout_numbers = {
             "value/mean": metrics.mean(value),
             "value/explained_variance": advantages.explained_variance(returned, value),
@@ -237,8 +239,8 @@ class InvariantPPOTrainer(InvariantGRPOTrainer):
         losses, clipped = advantages.value_loss(values, inputs["old_values"], inputs["returns"], self.ppo.value_clip)
         total = (losses * mask).sum()
         self._require_finite([("values", values), ("value_loss", total)])
-        if self.sharded:  # as the policy's, its gradients are averaged after the last part
-            shards.average_gradients(self.critic.backbone, self.accelerator.sync_gradients)
+        if self.sharded:  # as the policy's, its gradients are averaged after the last part, but for leaves
+            shards.average_gradients(self.critic.backbone, self.accelerator.sync_gradients or self._adds_leaves)
         # as TRL's loss_type=dapo: a mean over the tokens of the optimizer step, of all ranks
         share = self.current_gradient_accumulation_steps / self.args.steps_per_generation
         tokens = inputs["num_items_in_batch"].clamp(min=1.0) * share / self.accelerator.num_processes
@@ -266,7 +268,7 @@ class InvariantPPOTrainer(InvariantGRPOTrainer):
             self.critic.zero_grad()
             return
         for p in self.critic.parameters():
-            if p.grad is not None and not shards.is_shard(p):  # whose gradients FSDP has averaged
+            if p.grad is not None and not shards.is_shard(p) and not self._adds_leaves:  # else they are sums over all ranks
                 p.grad = self._mean(p.grad)
         critic = [(f"gradient of {name}", p.grad) for name, p in self._critic_parameters() if p.grad is not None]
         if not self._require_finite(critic):  # before clipping, which would spread one NaN over all
@@ -279,9 +281,7 @@ class InvariantPPOTrainer(InvariantGRPOTrainer):
 
     def _approx_kl(self) -> float:
         """Estimate KL(old || new), in nats, on the tokens of this optimizer step, of all ranks."""
-        sums = self._record.kl_sums().to(self.accelerator.device)
-        total, count = self.accelerator.reduce(sums, "sum").tolist()
-        return total / count
+        return PPORecord(log_ratios=gather_object(self._record.log_ratios)).kl_of_tokens()
 
     def _critic_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         return ((f"the critic's {name}", p) for name, p in self.critic.named_parameters())

@@ -259,22 +259,25 @@ class PPORecord(StepRecord):
         whole.value_grad_norm = ranks[0].value_grad_norm
         return whole
 
-    def kl_sums(self) -> Tensor:
-        """Return [2] float64: the k3 estimate of KL(policy that sampled || policy), summed over tokens, and how many tokens."""
-        log_ratio = torch.cat(self.log_ratios)
-        return torch.stack([(torch.expm1(log_ratio) - log_ratio).sum(), log_ratio.new_tensor(float(len(log_ratio)))])
+    def kl_of_tokens(self) -> float:
+        """Return the k3 estimate of KL(policy that sampled || policy), in nats, a mean over tokens; NaN if there are none."""
+        log_ratio = self._log_ratio()
+        return metrics.mean((torch.expm1(log_ratio) - log_ratio).numpy())
+
+    def _log_ratio(self) -> Tensor:
+        """Return those of all tokens, [n] float64, the same however ranks and micro-batches have divided them."""
+        return torch.cat([torch.zeros(0, dtype=torch.float64), *self.log_ratios]).sort().values
 
     def ppo_row(self) -> dict[str, float | int]:
         """Compute PPO's part of a row from the record itself; NaN for what the step did not compute."""
-        log_ratio = torch.cat([torch.zeros(0, dtype=torch.float64), *self.log_ratios]).sort().values  # in any order, the same
         losses = torch.cat([torch.zeros(0), *self.value_losses]).numpy()
-        ratio, none = log_ratio.exp(), float("nan")
+        ratio, none = self._log_ratio().exp(), float("nan")
         seen = bool(len(ratio))
         return {
             "value/loss": metrics.mean(losses),
             "value/clip_frac": sum(self.values_clipped) / len(losses) if len(losses) else none,
             "value/grad_norm": self.value_grad_norm,
-            "policy/approx_kl": metrics.mean((torch.expm1(log_ratio) - log_ratio).numpy()),
+            "policy/approx_kl": self.kl_of_tokens(),
             "policy/ratio_mean": metrics.mean(ratio.numpy()),
             "policy/ratio_min": ratio.min().item() if seen else none,
             "policy/ratio_max": ratio.max().item() if seen else none,

@@ -83,7 +83,7 @@ def settings_problems(
         found += sharding_problems(args, invariance)
     tokens = options.get("tokens_per_microbatch")
     found += microbatch_problems(tokens, options.get("recompute"), args, invariance)
-    layout = (args.world_size, invariance, staleness, tokens, ppo is not None)
+    layout = (args.world_size, invariance, staleness, tokens)
     found += gradients_problems(args, gradients, *layout)
     found += unproven_problems(args, "gradients=invariant") if gradients == "invariant" else []
     found += RewardLimits.taken(dict(options)).problems()

@@ -107,7 +107,6 @@ LAYOUT = {"processes": 2, "invariance": "exact"}
     ("settings", "layout", "line"),
     [
         ({}, {"processes": 3}, "num_processes=3: expected a power of two"),
-        ({}, {"ppo": True}, "algorithm=ppo: expected grpo"),
         ({}, {"invariance": "trainer"}, "invariance=trainer: expected exact"),
         ({}, {"staleness": 1}, "staleness=1: expected 0"),
         ({}, {"tokens": 900}, "trainer.tokens_per_microbatch=900: expected None"),
@@ -251,6 +250,7 @@ KINDS = {
     "masked": ("trainer.mask_truncated_completions=true", "trainer.max_completion_length=8"),
     "adapters": ("lora.r=4",),
     "mixture": ("trainer.router_aux_loss_coef=0",),
+    "ppo": ("algorithm=ppo", "ppo.kl_coef=0.05", "ppo.target_kl=9", "trainer.num_iterations=2", "trainer.save_steps=3"),
 }
 
 
@@ -271,8 +271,10 @@ def run_on(ranks: int, directory: Path, model: str, name: str, *settings: str, s
 
 
 def parameters(run: Path) -> dict[str, torch.Tensor]:
+    """Return what was trained, with the critic that the last checkpoint has, if there is one."""
     (path,) = [path for path in (run / "model").glob("*.safetensors")]
-    return load_file(path)
+    critic = sorted(run.glob("checkpoints/checkpoint-3/critic/*.safetensors"))
+    return load_file(path) | {f"{file.name} {name}": x for file in critic for name, x in load_file(file).items()}
 
 
 def different(a: Path, b: Path) -> int:
@@ -297,7 +299,7 @@ def test_processes_are_not_in_the_weights(kind, arithmetic_dir, tmp_path):
         save_random(model.config, arithmetic_dir)
         tokenizer.save_pretrained(arithmetic_dir)
     one = run_on(1, tmp_path, arithmetic_dir, "one", "gradients=invariant", *sizes(1, 1), *how)
-    layouts = [(2, 3, False), *([(4, 1, False), (4, 2, True)] if kind == "plain" else [])]
+    layouts = [(2, 3, False), *([(4, 1, False), (4, 2, True)] if kind in ("plain", "ppo") else [])]
     for ranks, accumulated, sharded in (*layouts, *([(2, 1, True)] if kind != "masked" else [])):
         name, divided = f"{'shards' if sharded else 'on'}{ranks}", sizes(ranks, accumulated)
         several = run_on(ranks, tmp_path, arithmetic_dir, name, "gradients=invariant", *divided, *how, sharded=sharded)
@@ -305,10 +307,13 @@ def test_processes_are_not_in_the_weights(kind, arithmetic_dir, tmp_path):
         for a, b in zip(read_metrics(one), read_metrics(several), strict=True):
             assert a["grad_norm"] == b["grad_norm"] and a["reward"] == b["reward"]
             assert a["loss"] == pytest.approx(b["loss"], rel=1e-4, abs=1e-7)
+            assert a.get("value/grad_norm") == b.get("value/grad_norm")
     if kind == "masked":
         assert all(0 < row["completions/clipped_ratio"] < 1 for row in read_metrics(one)), "some are masked, and not all"
-    if kind == "plain":
-        ordered = "gradients=ordered"
-        controls = [run_on(n, tmp_path, arithmetic_dir, f"ordered{n}", ordered, *sizes(n, 1), sharded=n > 1) for n in (1, 2)]
+    if kind == "ppo":
+        assert "value_head.safetensors weight" in parameters(one) and read_metrics(one)[0]["value/grad_norm"] > 0
+    if kind in ("plain", "ppo"):
+        how = ("gradients=ordered", *how)
+        controls = [run_on(n, tmp_path, arithmetic_dir, f"ordered{n}", *sizes(n, 1), *how, sharded=n > 1) for n in (1, 2)]
         assert different(*controls) > 0, "control: in a fixed order of the ranks"
         assert different(one, controls[0]) > 0

@@ -167,10 +167,12 @@ def test_the_policy_loss_is_ppos(new, arithmetic_dir):
 
 
 def test_parts_change_no_mean(run):
-    """One step over 16 rows, in one piece or several: the same loss and gradient of the critic, but for rounding."""
+    """One step over 16 rows, whole, in parts or row by row: the same loss and gradient of the critic, but for rounding."""
     whole, pieces = run(max_steps=1), run(max_steps=1, tokens_per_microbatch=60)
+    leaves = run(max_steps=1, gradients="invariant")
     for key, error in {"value/loss": 1e-5, "value/grad_norm": 2e-2, "grad_norm": 2e-2, "reward": 0}.items():
-        assert pieces.rows[0][key] == pytest.approx(whole.rows[0][key], rel=error), key
+        for divided in (pieces, leaves):
+            assert divided.rows[0][key] == pytest.approx(whole.rows[0][key], rel=error), key
     assert whole.rows[0]["value/grad_norm"] > 0
 
 
