@@ -251,6 +251,7 @@ KINDS = {
     "adapters": ("lora.r=4",),
     "mixture": ("trainer.router_aux_loss_coef=0",),
     "ppo": ("algorithm=ppo", "ppo.kl_coef=0.05", "ppo.target_kl=9", "trainer.num_iterations=2", "trainer.save_steps=3"),
+    "ppo, adapters": ("algorithm=ppo", "lora.r=4", "trainer.save_steps=3"),
 }
 
 
