@@ -342,26 +342,37 @@ def microbatch_problems(
     return []
 
 
-def adapter_conflicts(
-    said: str, none: str, invariance: str, critic: str | None = None, allowed: tuple[str, ...] = ("exact",)
-) -> list[str]:
-    """Say why LoRA adapters cannot be had with the other settings, in a line at most.
+def adapter_conflicts(said: str, none: str, invariance: str, allowed: tuple[str, ...] = ("exact",)) -> list[str]:
+    """Say why a model cannot have LoRA adapters with a value of `invariance`, in a line at most.
 
     Args:
         said: the setting that asks for adapters, as it is written.
         none: its value that asks for none.
         invariance: as for `InvariantGRPOTrainer`.
-        critic: the model that PPO's critic is asked to start from; None: the policy's, or there is no critic.
-        allowed: which values of `invariance` are taken: with "off" a trainer merges adapters into what it syncs.
+        allowed: its values that are taken: with "off" a trainer merges adapters into what it syncs.
     """
+    if invariance in allowed:
+        return []
+    fix = f"use {' or '.join(allowed)}"
+    return [f"{said}: expected {none} with invariance={invariance}: a stock engine takes whole weights; {fix}"]
+
+
+def adapter_training_conflicts(
+    said: str, none: str, invariance: str, args: "GRPOConfig", critic: str | None, prefix: str = ""
+) -> list[str]:
+    """List the settings with which LoRA adapters cannot be trained, one line each.
+
+    Args:
+        said, none, invariance: as for `adapter_conflicts`.
+        args: TRL's configuration.
+        critic: the model that PPO's critic is asked to start from; None: the policy's, or there is no critic.
+        prefix: what the user writes before a field of `args`.
+    """
+    found = adapter_conflicts(said, none, invariance, ("exact", "off"))
+    if args.sync_ref_model:
+        why = "the reference is the model as its adapters began, and has no weights of its own to move; remove it"
+        found.append(f"{prefix}sync_ref_model=True: expected False with {said}: {why}")
     if critic is not None:
-        own = "the critic has adapters of its own on the policy's base"
-        return [f"ppo.critic={critic}: expected None with {said}: {own}; remove it"]
-    if invariance not in allowed:
-        fix = f"use {' or '.join(allowed)}"
-        return [f"{said}: expected {none} with invariance={invariance}: a stock engine takes whole weights; {fix}"]
-    return []
-
-
-TRAINABLE = ("exact", "off")
-"""Values of `invariance` with which adapters are trained; off: TRL's way, merged into what a stock engine gets."""
+        why = "the critic has adapters of its own on the policy's base; remove it"
+        found.append(f"ppo.critic={critic}: expected None with {said}: {why}")
+    return found

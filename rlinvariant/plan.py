@@ -46,6 +46,7 @@ class TrainerPlan:
         generation: the generation settings of `model`.
         args, ppo, invariance, dtype, sampler_options, save_dtype: as for `rlinvariant.grpo_trainer`.
         servers: those that draw; None: an engine in this process does.
+        adapter: the `peft.LoraConfig` of the adapters that are trained; None: there are none.
     """
 
     model: str | PreTrainedModel
@@ -60,6 +61,7 @@ class TrainerPlan:
     sampler_options: Mapping[str, Any]
     save_dtype: str = "model"
     servers: Servers | None = None
+    adapter: Untyped = None
 
     def start(
         self,
@@ -81,6 +83,7 @@ class TrainerPlan:
             *(self.args, name, self.config, self.generation, tokenizer, rewards, train, evaluation),
             max_model_len=self.sampler_options.get("max_model_len"),
             models=1 if self.ppo is None else 2,
+            adapter=self.adapter,
             prefix=prefix,
             published=published,
             tokens_per_microbatch=tokens_per_microbatch,
@@ -149,7 +152,7 @@ def plan_trainer(
         served = servers.found(urls, token_file, source_config, source, dtype, limit, adapted=adapter is not None)
         sampler_options = {"max_model_len": served.max_model_len}
     parts = (name if loaded is None else loaded, config, source, source_config, generation)
-    return TrainerPlan(*parts, args, ppo, invariance, dtype, sampler_options, save_dtype, served)
+    return TrainerPlan(*parts, args, ppo, invariance, dtype, sampler_options, save_dtype, served, adapter)
 
 
 def _spread(sampler_options: JsonRow) -> int:
@@ -185,7 +188,6 @@ def arguments(
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
-    from rlinvariant.models import lora
     from rlinvariant.models.limits import attention_of, mixture_of
     from rlinvariant.models.load import load
     from rlinvariant.support import unproven_here
@@ -196,14 +198,12 @@ def arguments(
         on_main_process(lambda: prove_first(plan, unproven))
     model: Any = plan.model
     given: dict[str, Any] = {**options}
-    adapter = given.pop("peft_config", None)
     if isinstance(model, str):
-        dtype = torch.float32 if adapter is None else getattr(torch, plan.dtype)  # what is frozen needs no fp32
+        adapted = given.get("peft_config") is not None  # then it is frozen, and needs no fp32
+        dtype = getattr(torch, plan.dtype) if adapted else torch.float32
         settings = {"config": copy.deepcopy(plan.config), "generation_config": plan.generation}
         with main_process_fetches(model):
             model = load(AutoModelForCausalLM, model, dtype=dtype, **settings)
-    if adapter is not None:
-        model = lora.applied(model, adapter, plan.args.seed)
     console = Console(plan.args.process_index == 0)
     if plan.invariance != "off" and plan.args.device.type == "cuda":
         console.print(f"attention   {attention_of(plan.source_config)}")

@@ -12,8 +12,7 @@ from rlinvariant.config.recipe import Recipe
 from rlinvariant.config.tree import Config
 from rlinvariant.conflicts import (
     OF_SERVERS,
-    TRAINABLE,
-    adapter_conflicts,
+    adapter_training_conflicts,
     conflicts,
     divisor,
     microbatch_problems,
@@ -215,7 +214,8 @@ def check_lora(config: Config) -> list[str]:
     if importlib.util.find_spec("peft") is None:
         found.append(f"lora.r={lora.r}: needs the package peft; {install_hint('lora')}")
     critic = config.ppo.critic if config.algorithm == "ppo" else None
-    return found + adapter_conflicts(f"lora.r={lora.r}", "0", config.invariance, critic, TRAINABLE)
+    said = (f"lora.r={lora.r}", "0", config.invariance, config.trainer, critic)
+    return found + adapter_training_conflicts(*said, prefix="trainer.")
 
 
 def is_regular_expression(text: str) -> bool:

@@ -161,9 +161,13 @@ class InvariantGRPOTrainer(RoutedTrainer):
             tokenizer = others["processing_class"] = kwargs.get("processing_class") or load_tokenizer(name, model.config)
             data = (reward_funcs, train_dataset, kwargs.get("eval_dataset"))
             parts = (args, name, model.config, model.generation_config, tokenizer, *data)
-            start = Start(*parts, models=1 if ppo is None else 2, tokens_per_microbatch=tokens_per_microbatch, tooling=tooling)
+            adapter = others.get("peft_config") or getattr(model, "peft_config", {}).get("default")
+            own = {"models": 1 if ppo is None else 2, "adapter": adapter, "tokens_per_microbatch": tokens_per_microbatch}
+            start = Start(*parts, **own, tooling=tooling)
             for note in check_start(start):
                 warnings.warn(note, stacklevel=2)
+        if (adapter := others.pop("peft_config", None)) is not None:
+            model = lora.applied(model, adapter, args.seed, "peft_config.")
         self._prepare_models(model, args, dtype, kwargs.get("processing_class"))
         rewards = checked_rewards(self, reward_funcs, limits)
         self._episodes = Episodes(self, tooling, others["processing_class"]) if tooling else None

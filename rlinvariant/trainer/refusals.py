@@ -7,10 +7,9 @@ import torch
 
 from rlinvariant.conflicts import (
     SIDES,
-    TRAINABLE,
     Gradients,
     Invariance,
-    adapter_conflicts,
+    adapter_training_conflicts,
     conflicts,
     microbatch_problems,
     ppo_conflicts,
@@ -107,10 +106,10 @@ def settings_problems(
         found.append(f"ppo.kl_coef={ppo.kl_coef}: expected {missing}, or use 0")
     if adapted:
         own: Any = getattr(model, "peft_config", None) or {}
-        refused = adapter_conflicts("peft_config", "None", invariance, ppo and ppo.critic, TRAINABLE)
+        found += adapter_training_conflicts("peft_config", "None", invariance, args, ppo and ppo.critic)
         given = options.get("peft_config")
         configs = [given] if given is not None else [*own.values()]
-        found += refused or [*lora.problems(configs[0])]
+        found += lora.problems(configs[0])
         if given is not None and own:
             found.append(
                 "peft_config: expected None with a model that has an adapter; or merge that (model.merge_and_unload())"

@@ -15,12 +15,15 @@ from trl import GRPOConfig
 
 import rlinvariant
 from rlinvariant import bits, replay
+from rlinvariant.config import PPOConfig
 from rlinvariant.errors import ConfigErrors, ParityError, UserError
 from rlinvariant.models import lora
 from rlinvariant.rollout import Rollout
+from rlinvariant.sampler.engine import Sampler
+from rlinvariant.trainer import InvariantGRPOTrainer, InvariantPPOTrainer
 from tests import forks
 from tests.parity.device import CUDA
-from tests.parity.harness import questions, variety
+from tests.parity.harness import questions, small_config, variety
 
 
 def trained(
@@ -211,6 +214,36 @@ def test_the_reference_is_the_model_without_its_adapter(arithmetic_dir, tmp_path
     _, rows = trained(arithmetic_dir, tmp_path, beta=0.1, save_strategy="no", max_steps=3)
     assert [row["onpolicy/mismatched_tokens"] for row in rows] == [0, 0, 0]
     assert rows[0]["kl"] == 0 < rows[2]["kl"], "where the sampler's log-probs stood for the reference's, it stayed 0"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ppo", [{}, {"ppo": PPOConfig()}], ids=["grpo", "ppo"])
+def test_the_trainer_s_own_class_takes_adapters_as_trl_s_does(ppo, arithmetic_dir, tmp_path):
+    """TRL had put PEFT's own layers around those of the exact model: a mismatch at the second step."""
+    model = AutoModelForCausalLM.from_pretrained(arithmetic_dir, dtype=torch.float32)
+    rows: list[dict[str, Any]] = []
+
+    def engine() -> Sampler:
+        room = {"max_model_len": 64, "kv_cache_gib": 0.02, "options": {"enforce_eager": True}}
+        return Sampler(arithmetic_dir, invariant=True, ranks=lora.ranks(model), **room)
+
+    kind: Any = InvariantPPOTrainer if ppo else InvariantGRPOTrainer
+    trainer = kind(
+        model,
+        variety,
+        small_config(tmp_path),
+        questions(),
+        sampler=engine,
+        peft_config=LoraConfig(r=4, target_modules="all-linear"),
+        on_row=lambda row, mismatch: rows.append(row),
+        **ppo,
+    )
+    trainer.train()
+    assert [row["onpolicy/mismatched_tokens"] for row in rows] == [0, 0]
+    assert all(row["onpolicy/compared_tokens"] > 60 for row in rows)
+    assert {name for name, weight in trainer._trained() if weight.requires_grad and ".lora_" not in name} == (
+        {"the critic's head.weight"} if ppo else set()
+    )
 
 
 @pytest.mark.slow

@@ -102,6 +102,14 @@ def test_a_critic_of_another_model_is_refused(arithmetic_dir):
         parse([*settings, f"ppo.critic={arithmetic_dir}"])
 
 
+def test_a_reference_of_adapters_cannot_move(arithmetic_dir):
+    """TRL says so when weights are loaded already, in five sentences."""
+    settings = [f"model={arithmetic_dir}", "recipe=arithmetic", "lora.r=8", "trainer.beta=0.1"]
+    assert parse(settings).lora.r == 8
+    with pytest.raises(ConfigErrors, match=r"^trainer.sync_ref_model=True: expected False with lora.r=8: the reference is"):
+        parse([*settings, "trainer.sync_ref_model=true"])
+
+
 @runs
 @pytest.mark.slow
 def test_shards_train_the_adapters_of_whole_models_bit_for_bit(arithmetic_dir, tmp_path):

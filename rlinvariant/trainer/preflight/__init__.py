@@ -44,6 +44,7 @@ class Start:
         train, evaluation: the data sets, the second perhaps a dict of several by name; None: there is none.
         max_model_len: most tokens of a prompt and its completion that the engine takes; None: the model's positions.
         models: how many models are trained: 2 for PPO, whose critic is one.
+        adapter: the `peft.LoraConfig` of the adapters that are trained in place of whole models; None: there are none.
         prefix: what the user writes before the name of a field of `args`.
         published: the directory that gets the trained model; None: the run itself publishes none.
         tokens_per_microbatch: most tokens of a prompt and its completion that a backward takes; None: no such limit.
@@ -60,6 +61,7 @@ class Start:
     evaluation: Any = None
     max_model_len: int | None = None
     models: int = 1
+    adapter: Any = None
     prefix: str = ""
     published: Path | None = None
     tokens_per_microbatch: int | None = None
@@ -105,7 +107,8 @@ def check_start(start: Start) -> list[str]:
     problems = part_problems(args, prefix) + hub_problems(args, prefix)
     if start.published is not None:
         problems += place_problems(start.published, start.name)
-    problems += generation_problems(start.name, start.generation) + disk_problems(args, start.config, start.models, prefix)
+    problems += generation_problems(start.name, start.generation)
+    problems += disk_problems(args, start.config, start.models, prefix, start.adapter)
     if start.evaluation is None:
         strategy = getattr(args.eval_strategy, "value", args.eval_strategy)
         asked = (("eval_strategy", strategy, "no"), ("eval_on_start", args.eval_on_start, False))

@@ -12,6 +12,7 @@ import pytest
 import transformers
 from datasets import Dataset
 from packaging.version import Version
+from peft import LoraConfig
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from trl.trainer.grpo_config import GRPOConfig
 
@@ -142,6 +143,14 @@ def test_two_checkpoints_must_fit_on_the_disk(arithmetic_dir: str, tmp_path: Pat
         found = disk_problems(args, config, models)
         assert bool(found) is refused
     assert found[0].startswith(f"{tmp_path}: 0.0 GiB free, and 0.0 GiB are needed for 2 checkpoints of 2 models")
+    adapter = LoraConfig(r=4, target_modules="all-linear")
+    least = 6 * 4 * parameters(config, adapter)
+    assert 0 < least < weights
+    for free in (least, least - 1):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: disk(free))
+        found = disk_problems(args, config, 1, adapter=adapter)
+        assert bool(found) is (free < least), "a frozen base is not saved"
+    assert "2 checkpoints of the adapters of 1 model, float32 weights" in found[0]
     assert disk_problems(settings(args.output_dir, save_strategy="no"), config, 1) == []
     (Path(args.output_dir) / "checkpoint-1").mkdir(parents=True)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: disk(3 * weights))
