@@ -11,10 +11,12 @@ from rlinvariant import runtime
 from rlinvariant.arguments import at_least, written
 from rlinvariant.conflicts import SIDES
 from rlinvariant.errors import INTERRUPTED, NOT_EXACT, OK, ConfigErrors, UserError
+from rlinvariant.files import RUNS
 from rlinvariant.kernels import choice
 from rlinvariant.model_source import base_and_adapter, source_problems
 from rlinvariant.report.console import Console
 from rlinvariant.report.rundir import RunDir
+from rlinvariant.report.search import locate
 from rlinvariant.text import plural
 from rlinvariant.types import JsonObject, JsonRow
 
@@ -72,7 +74,7 @@ DESCRIPTION_OF_A_RUN: dict[str, Callable[[Any], bool]] = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `replay`."""
-    parser.add_argument("run", metavar="RUN", type=Path, help="the directory of a run, runs/NAME")
+    parser.add_argument("run", metavar="RUN", help=f"the run's directory, {RUNS}/NAME, or its name")
     parser.add_argument("--step", type=at_least(1), metavar="K", help="which step, as metrics.jsonl counts them")
     parser.add_argument("--weights", type=written, metavar="DIR", help="where the weights are now, if they were moved")
 
@@ -84,7 +86,7 @@ def run(options: argparse.Namespace) -> int:
         UserError: what is missing or damaged, in one line.
     """
     began, step, console = time.monotonic(), options.step, Console()
-    rollout, about, weights = recorded(options.run, step, options.weights)
+    rollout, about, weights = recorded(locate(options.run), step, options.weights)
     if problems := source_problems("weights", weights, adapters=True):
         raise ConfigErrors(problems)
     runtime.configure()
@@ -150,11 +152,9 @@ def recorded(run: Path, step: int | None, weights: str | None = None) -> tuple["
     Raises:
         UserError: one of these is not there, with the fix.
     """
-    directory = RunDir(run)
-    if not directory.config.is_file():
-        raise UserError(f"{run}: no run there (no config.json); expected the directory of one, runs/NAME")
     from rlinvariant.report import rollouts
 
+    directory = RunDir(run)
     if not (steps := rollouts.steps(run)):
         raise UserError(f"{run}: no rollout is recorded: the run stopped before its first step, or is of an older version")
     if step is None:

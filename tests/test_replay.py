@@ -254,7 +254,7 @@ def of_another_version(run: Path) -> None:
 
 
 MISTAKES: dict[str, tuple[Callable[[Path], None] | None, list[str], list[str]]] = {
-    "no run": (None, ["nix", "--step", "3"], ["nix: no run there", "runs/NAME"]),
+    "no run": (None, ["nix", "--step", "3"], ["nix: no such run; expected a directory under", "or its name"]),
     "no step": (None, ["RUN"], ["--step: missing; recorded: 1, 3, 5"]),
     "not recorded": (None, ["RUN", "--step", "4"], ["step 4 was not recorded; recorded: 1, 3, 5"]),
     "no number": (None, ["RUN", "--step", "x"], ["argument --step: x: expected a whole number of at least 1", "replay --help"]),
@@ -286,6 +286,14 @@ def test_a_mistake_gives_one_line(run, tmp_path, mistake):
     assert "\n" not in str(found.value)
     for words in expected:
         assert words in str(found.value)
+
+
+def test_a_run_is_found_by_its_name(tmp_path, monkeypatch):
+    (tmp_path / "runs/first").mkdir(parents=True)
+    (tmp_path / "runs/first/config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"^runs/first: no rollout is recorded"):
+        commands.run("replay", "first", "--step", "1")
 
 
 def test_another_machine_is_named():

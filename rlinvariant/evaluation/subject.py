@@ -11,7 +11,7 @@ from rlinvariant.config.recipe import listed_recipes
 from rlinvariant.conflicts import adapter_conflicts
 from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.files import RUNS
-from rlinvariant.model_source import ADAPTER, adapter_base
+from rlinvariant.model_source import ADAPTER, adapter_base, source_problems
 from rlinvariant.report.rundir import RunDir
 from rlinvariant.text import shown
 
@@ -56,9 +56,11 @@ def find(given: str, settings: Sequence[str]) -> Subject:
 
     Raises:
         ConfigErrors: every mistake, a line each, before anything is loaded.
-        UserError: a run that has no weights, or whose config.json is damaged.
+        UserError: neither a run nor a model, a run that has no weights, or whose config.json is damaged.
     """
     run, weights = _located(given)
+    if run is None and (missing := source_problems("model", weights, adapters=True)):  # before its recipe is asked for
+        raise ConfigErrors([f"{shown(given)}: no such run (rlinvariant ls names those here); {line}" for line in missing])
     written = _keys(settings)
     errors = [f"{key}: eval does not take it; expected {TAKEN}" for key in written if not _is_taken(key)]
     own = [] if run is None else resume.arguments(run, list(settings))

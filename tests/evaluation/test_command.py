@@ -34,6 +34,7 @@ RECIPE = str(Path(__file__).parents[1] / "trainer/tiny_recipe.py")
         (["{model}", "recipe=arithmetic", "seed=1", "seed=2"], "seed=1 and seed=2"),
         (["{model}", "recipe=arithmetic", "data.digits=x"], "data.digits=x: expected int"),
         (["nowhere", "recipe=arithmetic"], "model=nowhere: no such directory"),
+        (["runs/a/checkpoints/checkpoint-2"], "runs/a/checkpoints/checkpoint-2: no such run (rlinvariant ls names those here)"),
         (["{model}", "recipe=arithmetic", "--k", "4"], "--k 4: expected at most --samples"),
         (["{model}", "recipe=arithmetic", "--samples", "2", "--k", "1,4"], "expected at most --samples, which is 2"),
         (["{model}", "recipe=arithmetic", "--k", "0"], "expected whole numbers of at least 1"),
