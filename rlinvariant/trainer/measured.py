@@ -8,6 +8,7 @@ Methods of TRL's trainer, and of transformers' below it, that are overridden:
     _generate_and_score_completions   keeps what was drawn and graded, and the weights of TRL's correction
     _compute_loss                     keeps entropies, KL and what is clipped of a micro-batch
     evaluation_loop                   begins the record of an evaluation
+    _evaluate, _determine_best_metric say in one line that a metric is not there
     log                               says the numbers of an evaluation in place of TRL's averages, and hands them on
 
 N: completions of all ranks, F: reward functions.
@@ -15,7 +16,8 @@ N: completions of all ranks, F: reward functions.
 
 import math
 import time
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain, zip_longest
 from typing import Any
 
@@ -25,7 +27,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from rlinvariant import keys, metrics
-from rlinvariant.errors import ConfigErrors
+from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.metrics import Trained
 from rlinvariant.rollout import is_cut
 from rlinvariant.trainer.collecting import CollectingTrainer
@@ -133,6 +135,26 @@ class MeasuredTrainer(CollectingTrainer):
         self._evaluation, self._evaluated = self.record_type(), []
         self._evaluation_rows = self.num_examples(dataloader) * self.num_generations_eval
         return super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+
+    def _evaluate(self, *args, **kwargs):
+        with self._known_metric():
+            return super()._evaluate(*args, **kwargs)
+
+    def _determine_best_metric(self, *args, **kwargs) -> bool:
+        with self._known_metric():
+            return super()._determine_best_metric(*args, **kwargs)
+
+    @contextmanager
+    def _known_metric(self) -> Iterator[None]:
+        """Say in one line that no evaluation has the metric by which the best model, or the learning rate, is chosen."""
+        try:
+            yield
+        except KeyError as error:
+            name = self.args.metric_for_best_model
+            if name is None or f"eval_{name.removeprefix('eval_')}" not in str(error):
+                raise
+            why = "expected a metric of the evaluations, as eval_reward; metrics.jsonl, or on_evaluation, has all"
+            raise UserError(f"metric_for_best_model={name}: {why}") from error
 
     # ---- what is said of it
 

@@ -98,6 +98,13 @@ def test_an_evaluation_that_would_cut_a_group_is_one_line(refused, arithmetic_di
         new_trainer(arithmetic_dir, exact_engine, tmp_path, **settings).trainer.evaluate()
 
 
+@pytest.mark.parametrize("metric", ["reward", "eval_reward", "eval_a", "loss"])
+def test_the_metric_of_several_evaluation_sets_names_one(metric, refused):
+    sets = {"eval_dataset": {"a": questions(4), "b": questions(4)}, "eval_strategy": "steps", "eval_steps": 1}
+    of = "expected that of one evaluation data set, as eval_a_reward or eval_b_reward"
+    assert refused(**sets, metric_for_best_model=metric) == [f"metric_for_best_model={metric}: {of}"]
+
+
 @pytest.mark.parametrize(
     ("rows", "words"),
     [

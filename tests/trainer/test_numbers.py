@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from rlinvariant.config import PPOConfig
+from rlinvariant.errors import UserError
 from rlinvariant.keys import CLOCKS, KEYS
 from rlinvariant.trainer.measured import MeasuredTrainer
 from tests.parity.harness import new_trainer, questions, variety
@@ -180,3 +181,20 @@ def test_an_evaluation_is_a_row_of_all_its_completions(new):
     assert not any(key.startswith("eval") for row in run.rows for key in row)
     run.trainer.log({"data_runtime": 1.0})  # a user's own, which is no evaluation
     assert len(found) == 3 and run.trainer.state.log_history[-1]["data_runtime"] == 1.0
+
+
+def test_one_of_several_evaluation_sets_chooses_the_best_model_and_the_learning_rate(new):
+    found: list[dict[str, Any]] = []
+    sets = {"eval_dataset": {"easy": questions(4), "hard": questions(8)}, "eval_strategy": "steps", "eval_steps": 1}
+    best = {"save_strategy": "steps", "save_steps": 1, "load_best_model_at_end": True, "metric_for_best_model": "hard_reward"}
+    run = new(on_evaluation=found.append, max_steps=2, lr_scheduler_type="reduce_lr_on_plateau", **sets, **best)
+    run.trainer.train()
+    assert len(found) == 4
+    assert run.trainer.state.best_metric == max(row["eval_hard_reward"] for row in found if "eval_hard_reward" in row)
+
+
+@pytest.mark.parametrize("settings", [{}, {"lr_scheduler_type": "reduce_lr_on_plateau"}])
+def test_a_metric_that_no_evaluation_has_is_one_line(settings, new):
+    settings |= {"eval_dataset": questions(4), "eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "merit"}
+    with pytest.raises(UserError, match=r"^metric_for_best_model=merit: expected a metric of the evaluations, as eval_reward"):
+        new(max_steps=1, **settings).trainer.train()

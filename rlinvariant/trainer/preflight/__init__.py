@@ -116,9 +116,11 @@ def check_start(start: Start) -> list[str]:
         problems += [f"{prefix}{key}={value}: expected {none}, {why}" for key, value, none in asked if value != none]
     elif args.eval_on_start:
         problems += evaluation_problems(args, prefix)
-    if isinstance(start.evaluation, dict) and len(start.evaluation) > 1 and args.load_best_model_at_end:
-        one = f"TRL names the rewards of all {len(start.evaluation)} evaluation data sets eval_reward; give one data set"
-        problems.append(f"{prefix}load_best_model_at_end=True: expected False: {one}")
+    if isinstance(start.evaluation, dict) and (metric := args.metric_for_best_model) is not None:
+        names = [f"eval_{name}_" for name in start.evaluation]
+        if not f"eval_{metric.removeprefix('eval_')}".startswith(tuple(names)):
+            of = " or ".join(f"{name}reward" for name in names)
+            problems.append(f"{prefix}metric_for_best_model={metric}: expected that of one evaluation data set, as {of}")
     return check_data(start, problems)
 
 
