@@ -237,8 +237,8 @@ SOME = Section(
         ),
         Metric(
             "onpolicy/router_flips",
-            "a mixture, beside an engine of the trainer's own that is not compiled, and without shards: compared tokens whose "
-            "predicting position went to other experts in the sampler than in the trainer, in any layer",
+            "a mixture, beside an engine of the trainer's own that is not compiled (else the start says why not): compared "
+            "tokens whose predicting position went to other experts in the sampler than in the trainer, in any layer",
             "tokens",
             "0",
         ),

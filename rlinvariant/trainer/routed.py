@@ -25,7 +25,9 @@ from torch import Tensor
 
 from rlinvariant.models import lora
 from rlinvariant.models.graphs import runs_as_graphs
+from rlinvariant.models.limits import mixture_of
 from rlinvariant.models.routing import Routing, slots_of
+from rlinvariant.text import say
 from rlinvariant.trainer.division import Rows
 from rlinvariant.trainer.drawing import DrawingTrainer
 from rlinvariant.trainer.interface import SamplerLike
@@ -43,9 +45,20 @@ class RoutedTrainer(DrawingTrainer):
 
     def _attach(self, sampler: SamplerLike) -> None:
         super()._attach(sampler)
-        slots = slots_of(self.model.config)
-        if getattr(sampler, "routes", None) is not None and slots is not None and not self.sharded:
+        if mixture_of(self.model.config.get_text_config()) is None:
+            return
+        own: Any = sampler
+        if (slots := slots_of(self.model.config)) is None:
+            why = "the model's router chooses by more than its logits"
+        elif not hasattr(own, "routes"):
+            why = "the sampler does not say which experts it chose, nor do servers; it takes an engine of the trainer's own"
+        elif own.routes is None:
+            why = "the routers of a compiled sampler cannot be watched; sampler.enforce_eager=true compiles nothing"
+        else:
             self._routing = Routing(self.model, slots)
+            return
+        if self.accelerator.is_main_process:
+            say(f"note: onpolicy/router_flips is not counted: {why}")
 
     def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
         output = super()._generate(prompts)

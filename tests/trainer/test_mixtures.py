@@ -1,6 +1,7 @@
 """Mixtures of experts through TRL: exact, with the same experts on both sides; stock kernels choose others now and then."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -63,7 +64,7 @@ def trained(
     return trainer, rows
 
 
-def test_a_mixture_trains_exactly_and_both_sides_choose_the_same_experts(directory, tmp_path):
+def test_a_mixture_trains_exactly_and_both_sides_choose_the_same_experts(directory, tmp_path, capsys):
     trainer, rows = trained(directory, tmp_path, "exact", beta=0.01)  # a reference, whose experts nobody compares
     assert [row["onpolicy/mismatched_tokens"] for row in rows] == [0, 0]
     assert all(row["onpolicy/coverage"] == 1 and row["onpolicy/weights_equal"] == 1 for row in rows)
@@ -85,6 +86,17 @@ def test_a_mixture_trains_exactly_and_both_sides_choose_the_same_experts(directo
         again.model.layers[1].mlp.experts.down_proj[7, 3, 5] += 0.5
     (wrong,) = trainer.sampler.differing_weights(again.named_parameters())
     assert wrong == "model.layers.1.mlp.experts.down_proj", "control: one weight of one expert"
+
+    assert "router_flips" not in capsys.readouterr().out
+    llm = trainer.sampler.llm
+    for sampler, groups, why in (
+        (SimpleNamespace(llm=llm), 0, "the sampler does not say"),
+        (SimpleNamespace(llm=llm, routes=None), 0, "the routers of a compiled sampler"),
+        (SimpleNamespace(llm=llm, routes=None), 4, "the model's router chooses by more"),
+    ):
+        trainer.model.config.n_group = groups
+        trainer._attach(sampler)
+        assert f"note: onpolicy/router_flips is not counted: {why}" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -66,13 +66,13 @@ def test_a_pair_trains_exactly(pair: str, tmp_path: Path) -> None:
 
 
 def test_a_mixture_in_shards_trains_exactly(tmp_path: Path) -> None:
-    """Two processes, each with half of every expert's rows."""
+    """Two processes, each with half of every expert's rows. Control of the flips: a trainer that sees another expert."""
     build_tokenizer().save_pretrained(save_random(small("qwen3-moe"), tmp_path / "model"))
     sizes = ("per_device_train_batch_size=8", "num_generations=4", "max_completion_length=12", "router_aux_loss_coef=0")
-    settings = ("recipe=arithmetic", "model=model", "steps=2", "run=shards", "data.eval_size=4", "data.train_size=64")
-    command = [sys.executable, "-m", "rlinvariant", "train", *settings, "machine=cpu2_fsdp2", "wandb.mode=disabled"]
+    settings = ["recipe=arithmetic", "model=model", "steps=2", "data.eval_size=4", "data.train_size=64", "wandb.mode=disabled"]
+    settings += [f"trainer.{size}" for size in sizes]
     done = subprocess.run(
-        [*command, *(f"trainer.{size}" for size in sizes)],
+        [sys.executable, "-m", "rlinvariant", "train", *settings, "run=shards", "machine=cpu2_fsdp2"],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -83,6 +83,12 @@ def test_a_mixture_in_shards_trains_exactly(tmp_path: Path) -> None:
     steps = [row for row in rows if "onpolicy/compared_tokens" in row]
     assert len(steps) == 2 and all(row["onpolicy/compared_tokens"] > 100 for row in steps)
     assert all(row["onpolicy/mismatched_tokens"] == 0 == row["onpolicy/unscored_tokens"] for row in steps)
+    assert all(row["onpolicy/router_flips"] == 0 for row in steps)
+    planted = [str(Path(__file__).parent / "flips_on_ranks.py"), *settings, "run=planted"]
+    (one, other) = forks.run_ranks(2, planted, cwd=tmp_path, env=ENV | FSDP)
+    assert one.returncode == other.returncode == 0, one.stderr[-3000:]
+    for row in read_metrics(tmp_path / "runs/planted"):
+        assert row["onpolicy/router_flips"] == row["onpolicy/router_flips/0"] >= 2 and row["onpolicy/mismatched_tokens"] == 0
 
 
 def test_two_processes_with_shards_and_a_shared_sampler_train_exactly_what_else_there_is(tmp_path: Path) -> None:

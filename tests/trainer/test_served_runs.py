@@ -135,10 +135,13 @@ def test_servers_draw_turns_of_a_mixture_with_a_window_for_ppo(token_file, tmp_p
         for name, servers, more in (("own", (), ["sampler.kv_cache_gib=0.05"]), ("served", lab.serve(1), [])):
             (done,) = lab.train(name, *more, servers=servers)
             assert done.returncode == 0, done.stderr[-3000:]
+            assert ("note: onpolicy/router_flips is not counted: the sampler does not say" in done.stdout) == (name == "served")
     finally:
         for one in lab.servers:
             one.stop()
     rows = read_metrics(tmp_path / "runs/served")
+    assert all(row["onpolicy/router_flips"] == 0 for row in read_metrics(tmp_path / "runs/own"))
+    assert all("onpolicy/router_flips" not in row for row in rows)
     assert [(row["onpolicy/mismatched_tokens"], row["onpolicy/coverage"]) for row in rows] == [(0, 1)] * 2
     assert all(row["rollout/turns"] > 1 and row["onpolicy/compared_tokens"] > 100 for row in rows)
     assert lab.rollout("served") == lab.rollout("own")
