@@ -71,7 +71,9 @@ def find(given: str, settings: Sequence[str]) -> Subject:
         errors.append(f"recipe: missing; write recipe=NAME with one of {listed_recipes()}, {others}")
     errors += read.errors
     if read.config.invariance not in ("exact", "off"):
-        errors.append(f"invariance={read.config.invariance}: expected exact or off: eval has a sampler alone")
+        errors.append(
+            f"invariance={read.config.invariance}: expected exact or off: eval has a sampler alone; write one of them"
+        )
     errors = errors or check(read.config, os.environ, read.recipe, adapters=True) or unreachable(read.config, adapters=True)
     if not errors and adapter_base(weights) is not None:
         errors += adapter_conflicts(f"model={weights}", "a whole model", read.config.invariance)

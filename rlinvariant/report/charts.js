@@ -81,6 +81,10 @@ const charts = (() => {
       return {...line, x, ...curve(seeds), raw: window > 1 && !data.stack ? curve(line.seeds).mean : null};
     });
     if (data.stack) {
+      for (const line of lines) if (line.x.length === 1) {  // an area needs two places: a bar around the one
+        line.x = [line.x[0] - 0.5, line.x[0] + 0.5];
+        for (const of of ["steps", "mean", "low", "high"]) line[of] = [line[of][0], line[of][0]];
+      }
       lines.forEach((line, i) => { line.top = line.mean.map((x, k) => x + (i ? lines[i - 1].top[k] : 0)); });
       lines = lines.reverse();  // the highest is drawn first
     }

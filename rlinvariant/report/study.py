@@ -287,8 +287,8 @@ def notes(study: Study) -> list[str]:
         found.append(f"No arm is named {EXACT}: nothing to compare the others with, so no verdicts.")
     short = [place[id(run)] for _, run in study.runs if 0 < len(run.rows) < LAST]
     if short:
-        where = "every run" if len(short) == len([*study.runs]) else ", ".join(short)
-        found.append(f"Fewer than {LAST} steps in {where}: the reward there is the mean over all of them.")
+        where = "" if study.is_single else " in every run" if len(short) == len([*study.runs]) else f" in {', '.join(short)}"
+        found.append(f"Fewer than {LAST} steps{where}: the reward there is the mean over all of them.")
     ends = sorted({run.rows[-1]["step"] for _, run in study.runs if run.finished and run.rows})
     if len(ends) > 1:
         found.append(

@@ -104,6 +104,8 @@ def stack(title: str, unit: str, steps: np.ndarray, layers: Mapping[str, np.ndar
     first, last = float(steps.min()), float(steps.max())
     at = extremes(steps, np.sum(list(layers.values()), axis=0), int(x1 - x0))
     x = x0 + (steps[at] - first) / max(last - first, 1) * (x1 - x0)
+    if len(at) == 1:  # an area needs two places
+        at, x = np.repeat(at, 2), np.array([x0, x1])
     tops = np.cumsum([values[at] for values in layers.values()], axis=0)
     _, high, ticks = _linear(0.0, float(tops[-1].max()) or 1.0)
     y = floor - tops / high * (floor - TOP)

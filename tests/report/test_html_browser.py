@@ -266,3 +266,16 @@ def test_without_scripts_the_drawings_stay_and_it_is_dark_where_that_is_preferre
         picture = chromium.picture()
         ink = (np.abs(picture.astype(int) - picture[5, 5]).max(2) > 100).mean()
         assert picture[5, 5, 0] == paper and drawn > 20 and 0.01 < ink < 0.3  # some ink and much paper
+
+
+def test_a_run_of_one_step_has_no_empty_chart(chromium, tmp_path):
+    chromium.open(html.write(write_run(tmp_path / "one", 0, steps=1).path)[0])
+    chromium.run(FIGURE)
+    title = "Time of a step by part"
+    show(chromium, title)
+    middle = f"""(() => {{ const of = figure({title!r}).querySelector("canvas"), at = of.getContext("2d");
+      return [...at.getImageData(of.width / 2 + 20, of.height / 2, 1, 1).data]; }})()"""
+    assert chromium.run(middle)[3] > 100, "the area is painted beside its step, too"
+    assert hovered(chromium, title, 0.4).startswith("step 1")
+    chromium.run("change('x', 'tokens')")
+    assert chromium.run(middle)[3] > 100 and not chromium.log

@@ -101,6 +101,8 @@ def test_runs_that_differ_in_where_they_were_made_and_short_ones_are_noted(tmp_p
 def test_short_runs_are_not_named_one_by_one_where_all_are(tmp_path):
     notes = load(write_ablation(tmp_path / "ablation-n", steps=4)).notes
     assert "Fewer than 10 steps in every run: the reward there is the mean over all of them." in notes
+    alone = load(write_run(tmp_path / "run", 0, steps=4).path).notes
+    assert "Fewer than 10 steps: the reward there is the mean over all of them." in alone
 
 
 def test_the_command_of_a_run_gives_its_configuration_again(tmp_path, monkeypatch):

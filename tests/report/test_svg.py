@@ -1,5 +1,7 @@
 """Charts: axes that take in every value, labels that do not cover each other."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -28,3 +30,12 @@ def test_labels_are_moved_apart_and_keep_their_order():
     places = svg._apart([50, 50, 51, 199], 10, 200)
     assert all(b - a >= svg.LABEL for a, b in zip(places, places[1:], strict=False)) and places == sorted(places)
     assert places[-1] <= 200 and max(abs(a - b) for a, b in zip(places[:3], (50, 50, 51), strict=True)) < 2 * svg.LABEL + 1
+
+
+def test_an_area_of_one_step_is_seen():
+    drawn = svg.stack("time", "s", np.array([1]), {"a": np.array([1.0]), "b": np.array([2.0])})
+    outlines = re.findall(r'class="layer [^>]* d="M([^"]*)Z"', drawn)
+    assert len(outlines) == 2
+    for outline in outlines:
+        xs = [float(x) for x in re.findall(r"([\d.]+)[ ,][\d.]+", outline)]
+        assert max(xs) - min(xs) > 100, outline
