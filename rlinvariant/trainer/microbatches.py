@@ -21,7 +21,7 @@ import copy
 import gc
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -210,14 +210,15 @@ class MicroBatchedTrainer(WholeEntropyTrainer):
         inputs.pop("values", None)  # PPO's, of a rollout that is one part: their graph is used once
         self._loss_before = 0.0
         try:
-            for part, weight in zip(earlier, weights[:-1], strict=True):
-                self.current_gradient_accumulation_steps = steps / weight
-                with self._unsynced(model):
-                    loss = super().compute_loss(model, part, num_items_in_batch=num_items_in_batch)
-                    self.accelerator.backward(loss)
-                self._loss_before += loss.detach()
-            self.current_gradient_accumulation_steps = steps / weights[-1]
-            loss = super().compute_loss(model, last, num_items_in_batch=num_items_in_batch)
+            with self._gathers_any_rows() if earlier else nullcontext():
+                for part, weight in zip(earlier, weights[:-1], strict=True):
+                    self.current_gradient_accumulation_steps = steps / weight
+                    with self._unsynced(model):
+                        loss = super().compute_loss(model, part, num_items_in_batch=num_items_in_batch)
+                        self.accelerator.backward(loss)
+                    self._loss_before += loss.detach()
+                self.current_gradient_accumulation_steps = steps / weights[-1]
+                loss = super().compute_loss(model, last, num_items_in_batch=num_items_in_batch)
         finally:
             self.current_gradient_accumulation_steps = steps
         if "compared" in last:
@@ -237,6 +238,20 @@ class MicroBatchedTrainer(WholeEntropyTrainer):
             return [len(rows) / len(tokens_B) for rows in parts]
         tokens = torch.stack([tokens_B[rows].sum() for rows in parts]).tolist()
         return [own / sum(tokens) if own else 1.0 for own in tokens]  # without a token its loss is 0
+
+    @contextmanager
+    def _gathers_any_rows(self) -> Iterator[None]:
+        """Let TRL gather a number for each row, of whose parts ranks have other numbers of rows: an all_gather takes as many.
+
+        What is missing is NaN, which TRL leaves out of its minima and maxima.
+        """
+        accelerator = self.accelerator
+        gather, pad = accelerator.gather, accelerator.pad_across_processes
+        accelerator.gather = lambda x: gather(pad(x, pad_index=math.nan))
+        try:
+            yield
+        finally:
+            del accelerator.gather  # the class's own is seen again
 
     @contextmanager
     def _unsynced(self, model: Any) -> Iterator[None]:

@@ -30,6 +30,31 @@ def test_a_mismatch_on_one_process_stops_both_with_one_line_and_one_count(arithm
     assert two["onpolicy/coverage"] == 1 and "Stopped before the optimizer step" in result["error"]
 
 
+GATHERS = """
+import torch
+from accelerate import Accelerator
+from types import SimpleNamespace
+from rlinvariant.trainer.microbatches import MicroBatchedTrainer
+
+accelerator = Accelerator(cpu=True)
+rows = 3 - accelerator.process_index
+own = torch.arange(float(rows)) + 10 * rows
+with MicroBatchedTrainer._gathers_any_rows(SimpleNamespace(accelerator=accelerator)):
+    found, one = accelerator.gather(own), accelerator.gather(torch.tensor(float(rows)))
+alike = accelerator.gather(own[:2])
+print("found", found.nan_to_num(-1).tolist(), one.tolist(), alike.tolist())
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_parts_of_two_processes_have_other_numbers_of_rows(tmp_path):
+    """TRL gathers a number of each row: gloo ends both processes where one sends more than the other expects."""
+    (tmp_path / "gathers.py").write_text(GATHERS)
+    for done in forks.run_ranks(2, ["gathers.py"], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}):
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert "found [30.0, 31.0, 32.0, 20.0, 21.0, -1.0] [3.0, 2.0] [30.0, 31.0, 20.0, 21.0]" in done.stdout
+
+
 SAVES = """
 import os
 import torch
