@@ -38,7 +38,7 @@ train() { # RUN MACHINE MODEL SETTINGS...: a run in $WORK/runs
 }
 train_on() { # the same, on what the run has left
   local run=$1 machine=$2 path=$3; shift 3
-  cd "$WORK" && $PY -m rlinvariant train model="$path" data.path=rows.jsonl reward="$ROOT/tests/gpu2/reward.py:variety" \
+  cd "$WORK" && $PY -m rlinvariant train model="$path" data.path=rows.jsonl reward="$ROOT/tests/gpu2/reward.py:even" \
     machine="$machine" run="$run" wandb.mode=disabled data.eval_size=4 trainer.num_generations=4 save_dtype="${dtype:-float32}" \
     trainer.learning_rate=1e-5 sampler.max_model_len=512 completions_gib=0 $sizes "$@"
 }

@@ -1,4 +1,7 @@
-"""A reward that varies in an untrained model; it says what memory was used, and plants a fault where it is asked to."""
+"""A reward that varies in an untrained model; it says what memory was used, and plants a fault where it is asked to.
+
+Completions of one prompt must differ in it: where all are alike, nothing is trained, and weights are equal for that alone.
+"""
 
 import os
 import time
@@ -8,8 +11,8 @@ from typing import Any
 import torch
 
 
-def variety(completions: list[str], trainer_state: Any = None, **_: Any) -> list[float]:
-    """Grade by how many words differ."""
+def even(completions: list[str], trainer_state: Any = None, **_: Any) -> list[float]:
+    """Grade by how many words end in an even digit: about half."""
     step, rank = getattr(trainer_state, "global_step", 0), os.environ.get("RANK", "0")
     if torch.cuda.is_available():
         print(f"peak {step} {rank} {torch.cuda.max_memory_allocated() / 2**30:.1f}", flush=True)
@@ -17,7 +20,7 @@ def variety(completions: list[str], trainer_state: Any = None, **_: Any) -> list
         _differ()
     if os.environ.get("GPU2_FLIP") and step == 0:
         _flip()
-    return [len(set(text.split())) / 64 for text in completions]
+    return [sum(word[-1] in "02468" for word in text.split()) / 64 for text in completions]
 
 
 def _differ() -> None:

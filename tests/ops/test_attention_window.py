@@ -13,6 +13,7 @@ from torch import Tensor
 from rlinvariant import ops
 from rlinvariant.bits import assert_bits_equal
 from rlinvariant.errors import UserError
+from rlinvariant.kernels.attention import UNPROVEN
 from tests import ladders
 from tests.ladders import DTYPES, cpu_only, dtype_name, gpu_only, randn
 from tests.ops.sequences import LENGTHS, UNUSED, Cache, offsets, operands
@@ -223,8 +224,9 @@ def test_other_windows_and_caps_are_refused(form):
 @pytest.mark.parametrize(
     ("form", "named"), [({"window": 4096}, "sliding_window=4096"), ({"softcap": 50.0}, "attn_logit_softcapping=50.0")]
 )
-def test_a_gpu_refuses_windows_and_bounded_scores(form, named):
+def test_a_gpu_refuses_windows_and_bounded_scores(form, named, monkeypatch):
     """Whatever the window, also one that covers everything, until the attention that takes them is proven there."""
+    monkeypatch.delenv(UNPROVEN, raising=False)
     q, k, v = operands(4, (2, 1, 64))
     with pytest.raises(UserError, match=f"^{named}: .* on this GPU"):
         attend(q, k, v, **form)
