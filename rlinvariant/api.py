@@ -26,6 +26,7 @@ from rlinvariant.trainer.grpo import InvariantGRPOTrainer
 from rlinvariant.trainer.interface import RewardFunction, ScriptOptions
 from rlinvariant.trainer.ppo import InvariantPPOTrainer
 from rlinvariant.trainer.preflight import Tooling, check_start, load_tokenizer
+from rlinvariant.trainer.preflight.given import given_problems
 from rlinvariant.trainer.refusals import settings_problems
 from rlinvariant.types import EnvironmentFactory, RolloutCall, ToolCall
 
@@ -209,10 +210,12 @@ def _checked(
         ConfigErrors: everything that has to be mended, in one list.
     """
     runtime.quiet()
+    loaded = None if isinstance(model, (str, Path)) else model
+    if wrong := given_problems(options, ppo, args.output_dir if run is None else None, loaded):
+        raise ConfigErrors(wrong)
     invariance: Invariance = options.pop("invariance", "exact")
     dtype, sampler_model = options.pop("dtype", "bfloat16"), options.pop("sampler_model", None)
     sampler: dict[str, Any] = dict(options.pop("sampler_options", None) or {})
-    loaded = None if isinstance(model, (str, Path)) else model
     source = sampler_model or (str(model) if loaded is None else loaded.config._name_or_path)
     places = source_problems("model", str(model)) if loaded is None else []
     if not source:
@@ -225,6 +228,8 @@ def _checked(
     sides += [] if save_dtype in SAVE_DTYPES else [f"save_dtype={save_dtype}: expected one of {', '.join(SAVE_DTYPES)}"]
     sides += [] if dtype in DTYPES else [f"dtype={dtype}: expected {' or '.join(DTYPES)}"]
     problems = sides + places + reward_problems(reward_funcs)
+    for index, reward in enumerate(reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]):
+        problems += source_problems(f"reward function {index}", reward) if isinstance(reward, str) else []
     if sides:
         raise ConfigErrors(problems)
     if args.use_vllm and args.vllm_max_model_length is not None:

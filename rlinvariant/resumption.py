@@ -138,7 +138,7 @@ def _compared(config: Config, before: Mapping[str, Any]) -> tuple[list[str], lis
         if key in ("run", "resume") or key not in before or before[key] == value:
             continue
         line = f"{key}={value}: the run was started with {before[key]}"
-        schedule = str(config.trainer.lr_scheduler_type)
+        schedule = getattr(config.trainer.lr_scheduler_type, "value", config.trainer.lr_scheduler_type)
         if key == "steps" and schedule != "constant":
             changed.append(f"{line}, and lr_scheduler_type={schedule} sets every step's learning rate by it")
         elif _is_free(key, config.invariance):

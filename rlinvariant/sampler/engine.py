@@ -202,6 +202,12 @@ class Sampler:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
+    def __getattr__(self, name: str) -> Any:
+        """Raise UserError for the engine of a closed sampler, and AttributeError for any other name that is not there."""
+        if name == "llm" and "_end" in self.__dict__:
+            raise UserError("the sampler is closed, by its close() or the trainer's: make another to draw or to train with")
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     @property
     def max_model_len(self) -> int:
         """Return the most tokens of a prompt and its completion."""

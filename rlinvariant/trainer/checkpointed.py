@@ -93,7 +93,12 @@ class CheckpointedTrainer(PublishedTrainer):
         """Find the checkpoint that is meant."""
         if not asked or isinstance(asked, Checkpoint):
             return asked or None
-        return on_main_process(lambda: checkpoints.verified(Path(asked)) if isinstance(asked, str) else self._newest())
+        return on_main_process(lambda: self._named(Path(asked)) if isinstance(asked, str) else self._newest())
+
+    def _named(self, path: Path) -> Checkpoint:
+        if not path.is_dir():
+            raise UserError(f"resume_from_checkpoint={path}: no such directory; True takes the newest one")
+        return checkpoints.verified(path)
 
     def _newest(self) -> Checkpoint:
         found, damages = checkpoints.newest(Path(self.args.output_dir))

@@ -56,6 +56,7 @@ def dataset_problems(dataset: object, name: str, least: int = 1, prefix: str = "
     if not isinstance(dataset, Dataset):
         fix = "; choose a split, as in dataset['train']" if isinstance(dataset, DatasetDict) else ""
         fix = "; load it without streaming, its rows are read at the start" if isinstance(dataset, IterableDataset) else fix
+        fix = "; Dataset.from_list makes one of rows" if isinstance(dataset, list) else fix
         return [f"{where}: expected a datasets.Dataset, got {type(dataset).__name__}{fix}"]
     if len(dataset) == 0:
         return [f"{where}: expected at least one row, found none"]

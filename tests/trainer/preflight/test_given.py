@@ -1,0 +1,72 @@
+"""Arguments of a script: a wrong name, or a value of another kind, is one line before anything is loaded."""
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from trl import GRPOConfig
+
+import rlinvariant
+from rlinvariant.errors import ConfigErrors, UserError
+from rlinvariant.sampler.engine import Sampler
+from tests.parity.device import CUDA
+from tests.parity.harness import new_trainer, questions, variety
+
+FOREIGN = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ({"stalenes": 1}, "stalenes: no such argument; did you mean staleness?"),
+        (
+            {"sampler_options": {"max_modellen": 8}},
+            "sampler_options.max_modellen: no such argument; did you mean max_",
+        ),
+        ({"sampler_options": [8]}, "sampler_options=list: expected a dict of max_model_len, kv_cache_gib, options"),
+        ({"ppo": {"kl_coef": 0.1}}, "ppo=dict: expected a PPOConfig; write ppo=PPOConfig(...)"),
+        ({"processing_class": "name"}, "processing_class=str: expected a tokenizer, as of AutoTokenizer.from_pretrained"),
+        ({"optimizers": (FOREIGN, None)}, "optimizers: 1 of its 1 parameters are not of the model that is trained; make it of"),
+        ({"reward_funcs": "no/such"}, "reward function 0=no/such: no such directory"),
+        (
+            {"train_dataset": [{"prompt": "1+1="}]},
+            "train dataset: expected a datasets.Dataset, got list; Dataset.from_list",
+        ),
+    ],
+)
+def test_an_argument_that_cannot_be_meant_is_one_line(given, line, arithmetic_dir, tmp_path):
+    kind = rlinvariant.PPOTrainer if "ppo" in given else rlinvariant.GRPOTrainer
+    whole: dict[str, Any] = {"model": str(arithmetic_dir), "reward_funcs": variety, "train_dataset": questions(), **given}
+    args = GRPOConfig(str(tmp_path), use_cpu=not CUDA, bf16=False, max_completion_length=8, report_to="none")
+    with pytest.raises(ConfigErrors) as error:
+        kind(args=args, **whole)
+    assert len(error.value.errors) == 1 and error.value.errors[0].startswith(line), error.value
+
+
+def test_a_directory_of_checkpoints_that_is_a_file_is_refused(arithmetic_dir, tmp_path):
+    (tmp_path / "out").write_text("")
+    args = GRPOConfig(str(tmp_path / "out"), use_cpu=not CUDA, bf16=False, per_device_train_batch_size=8, report_to="none")
+    with pytest.raises(ConfigErrors, match=re.escape("it is a file")):
+        rlinvariant.GRPOTrainer(str(arithmetic_dir), variety, args, questions())
+
+
+def test_an_optimizer_of_the_models_own_parameters_is_none_of_them(arithmetic_dir):
+    """A control of the line about an optimizer that would train nothing."""
+    model = AutoModelForCausalLM.from_pretrained(arithmetic_dir, dtype=torch.float32)
+    from rlinvariant.trainer.preflight.given import given_problems
+
+    own = {"optimizers": (torch.optim.SGD(model.parameters(), lr=0.1), None)}
+    assert given_problems(own, None, None, model) == [] != given_problems(own, None, None, None)
+
+
+def test_a_closed_sampler_and_a_checkpoint_that_is_not_there_say_so(arithmetic_dir, exact_engine, tmp_path):
+    closed = object.__new__(Sampler)
+    closed._end = lambda: None
+    closed.close()
+    with pytest.raises(UserError, match=r"^the sampler is closed, by its close\(\) or the trainer's"):
+        closed.generate([[1]], [0], temperature=1.0, max_tokens=1)
+    assert not hasattr(closed, "no_such_name")
+    with pytest.raises(UserError, match=r"^resume_from_checkpoint=nix: no such directory; True takes the newest one$"):
+        new_trainer(arithmetic_dir, exact_engine, tmp_path).trainer.train(resume_from_checkpoint="nix")
