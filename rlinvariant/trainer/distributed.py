@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
@@ -111,6 +112,8 @@ class DistributedTrainer(GRPOTrainer):
         if not self.sharded:
             return nn.utils.clip_grad_norm_(model.parameters(), most)
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        if not gradients:  # PPO drops a policy's in warm-up, and all where it ends a rollout
+            return torch.tensor(0.0)  # as torch says it
         norm = shards.total_norm(gradients)
         shards.scale_gradients(gradients, norm, most)
         return norm

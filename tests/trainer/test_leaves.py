@@ -256,7 +256,7 @@ KINDS = {
 
 
 def run_on(ranks: int, directory: Path, model: str, name: str, *settings: str, sharded: bool = False) -> Path:
-    """Train with so many processes; return the directory of the run, whose every step was exact and clipped."""
+    """Train three steps with so many processes; return the directory of the run, whose every step was exact."""
     command = [str(ROOT / "train.py"), *SETTINGS, f"model={model}", f"run={name}", *settings]
     if ranks == 1:
         done = [forks.run(command, cwd=directory, env=ENV | forks.LAUNCHED)]
@@ -264,10 +264,8 @@ def run_on(ranks: int, directory: Path, model: str, name: str, *settings: str, s
         done = forks.run_ranks(ranks, command, cwd=directory, env=ENV | (FSDP if sharded else {}))
         assert ("weights in shards" in done[0].stdout) == sharded
     assert {rank.returncode for rank in done} == {0}, "".join(rank.stderr[-3000:] for rank in done)
-    run = directory / "runs" / name
-    rows = read_metrics(run)
-    assert sum(row["onpolicy/mismatched_tokens"] + row["onpolicy/unscored_tokens"] for row in rows) == 0
-    assert all(row["grad_norm"] > 0.05 for row in rows) and len(rows) == 3
+    rows = read_metrics(run := directory / "runs" / name)
+    assert sum(row["onpolicy/mismatched_tokens"] + row["onpolicy/unscored_tokens"] for row in rows) == 0 and len(rows) == 3
     return run
 
 
@@ -305,6 +303,7 @@ def test_processes_are_not_in_the_weights(kind, arithmetic_dir, tmp_path):
         name, divided = f"{'shards' if sharded else 'on'}{ranks}", sizes(ranks, accumulated)
         several = run_on(ranks, tmp_path, arithmetic_dir, name, "gradients=invariant", *divided, *how, sharded=sharded)
         assert different(one, several) == 0, name
+        assert all(row["grad_norm"] > 0.05 for row in read_metrics(several)), "clipped"
         for a, b in zip(read_metrics(one), read_metrics(several), strict=True):
             assert a["grad_norm"] == b["grad_norm"] and a["reward"] == b["reward"]
             assert a["loss"] == pytest.approx(b["loss"], rel=1e-4, abs=1e-7)
@@ -318,3 +317,21 @@ def test_processes_are_not_in_the_weights(kind, arithmetic_dir, tmp_path):
         controls = [run_on(n, tmp_path, arithmetic_dir, f"ordered{n}", *sizes(n, 1), *how, sharded=n > 1) for n in (1, 2)]
         assert different(*controls) > 0, "control: in a fixed order of the ranks"
         assert different(one, controls[0]) > 0
+
+
+@cpu_only("several processes of one run take a GPU each; here they are joined by gloo")
+@pytest.mark.slow
+def test_a_rollout_of_ppo_is_left_at_the_same_step_on_any_number_of_processes(arithmetic_dir, tmp_path):
+    """The policy has no gradients in the first step, which is the warm-up, and nothing has any in the third."""
+    how = ("gradients=invariant", "algorithm=ppo", "ppo.value_warmup_steps=1", "ppo.target_kl=1e-7")
+    how += ("trainer.num_iterations=3", "trainer.save_steps=3")
+    one, *others = [
+        run_on(ranks, tmp_path, arithmetic_dir, f"{ranks}{sharded}", *sizes(ranks, 1), *how, sharded=sharded)
+        for ranks, sharded in ((1, False), (2, False), (2, True))
+    ]
+    names = ("policy/early_stopped", "policy/approx_kl", "grad_norm", "value/grad_norm")
+    rows = [[row[name] for name in names] for row in read_metrics(one)]
+    assert [row[0] for row in rows] == [0, 0, 1] and rows[0][2] == 0 == rows[1][1] and rows[1][2] > 0 and rows[2][1] > 1e-7
+    for other in others:
+        assert repr([[row[name] for name in names] for row in read_metrics(other)]) == repr(rows)
+        assert different(one, other) == 0
