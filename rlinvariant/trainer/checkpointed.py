@@ -110,9 +110,13 @@ class CheckpointedTrainer(PublishedTrainer):
     def _require_same_kind(self, checkpoint: Checkpoint) -> None:
         """Refuse a checkpoint that this trainer could only half take over."""
         checkpoint.require_layout(self.accelerator.num_processes, self.sharded)
-        if (kind := checkpoint.about["trainer"]) != self._kind:
-            why = f"written by a run of {kind}, this one is of {self._kind}; start a new run"
-            raise UserError(f"{checkpoint.path}: {why}", agreed=True)
+        weights = {True: "LoRA adapters", False: "whole weights"}
+        adapted = (checkpoint.path / shards.ADAPTER).is_file()
+        own = (self._kind, weights[hasattr(self.model, "peft_config")])
+        for theirs, ours in zip((checkpoint.about["trainer"], weights[adapted]), own, strict=True):
+            if theirs != ours:
+                why = f"written by a run of {theirs}, this one is of {ours}; start a new run"
+                raise UserError(f"{checkpoint.path}: {why}", agreed=True)
 
     # ---- saving
 

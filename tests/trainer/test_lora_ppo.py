@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from rlinvariant import bits
 from rlinvariant.config import PPOConfig, parse
-from rlinvariant.errors import ConfigErrors, ParityError
+from rlinvariant.errors import ConfigErrors, ParityError, UserError
 from rlinvariant.models import lora
 from rlinvariant.report.rundir import read_metrics
 from rlinvariant.trainer.critic import VALUE_HEAD_FILE
@@ -76,6 +76,20 @@ def test_a_resumed_run_is_the_straight_run(straight, arithmetic_dir, tmp_path):
     names = [key for key in rows[0] if not key.startswith(TIMES)]
     for a, b in zip(more, rows[1:], strict=True):
         assert [repr(a[key]) for key in names] == [repr(b[key]) for key in names]
+
+
+@pytest.mark.slow
+def test_neither_adapters_nor_whole_weights_go_on_from_the_other(straight, new):
+    """The first had ended in FileNotFoundError, the second in a ValueError about an index."""
+    trainer, _, directory = straight
+    whole = new(max_steps=1, save_strategy="steps", save_steps=1).trainer
+    whole.train()
+    for one, path, kinds in (
+        (trainer, Path(whole.args.output_dir, "checkpoint-1"), ("whole weights", "LoRA adapters")),
+        (whole, directory / "checkpoint-1", ("LoRA adapters", "whole weights")),
+    ):
+        with pytest.raises(UserError, match="written by a run of {}, this one is of {}; start a new run".format(*kinds)):
+            one.train(resume_from_checkpoint=str(path))
 
 
 @pytest.mark.slow
