@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from rlinvariant import checkpoints, cli
-from rlinvariant.ablate import results, runs
+from rlinvariant.ablate import check, results, runs
 from rlinvariant.ablate.arms import CORRECTION_MODES, DEFAULT_ARMS, Arm, setting, stale
 from rlinvariant.ablate.check import checked, refuse_mixed
 from rlinvariant.ablate.plan import Plan, extended, read
@@ -99,11 +99,11 @@ def test_runs_of_a_seed_differ_by_their_arm_alone():
     assert lines[3] == [*shared, "invariance=off", *own, "seed=1", "run=ablation-x/drift/seed-1"]
 
 
-def test_an_attention_is_of_the_arms_that_have_one():
-    """A stock arm refuses a choice, and is compared all the same."""
-    wanted = plan("arms=exact,drift,sampler", "seeds=1", "attention=chunked", "run=x")
-    found = {name: config.attention for name, config in checked(wanted).items()}
-    assert found == {"exact": "chunked", "drift": "auto", "sampler": "chunked"}
+def test_a_setting_of_our_sides_is_of_the_arms_that_have_them():
+    """A stock side refuses it, and is compared all the same."""
+    wanted = plan("arms=exact,drift,sampler", "seeds=1", "attention=chunked", "trainer.tokens_per_microbatch=4096", "run=x")
+    found = {name: (config.attention, config.trainer.tokens_per_microbatch) for name, config in checked(wanted).items()}
+    assert found == {"exact": ("chunked", 4096), "drift": ("auto", None), "sampler": ("chunked", None)}
 
 
 def test_the_command_makes_the_plan_again():
@@ -129,6 +129,7 @@ MISTAKES = {
     "run=": "run=: expected a name of letters",
     "run=../x": "run=../x: expected a name of letters, digits, '.', '_' and '-'; it becomes runs/ablation-NAME",
     "launch=nowhere.yaml": "launch=nowhere.yaml: no such file; give an accelerate configuration, e.g. configs/cpu2.yaml",
+    "at_once=0": "at_once=0: expected how many runs at the same time, 1 or more",
     "--seeds=3": "--seeds=3: expected key=value, e.g. seeds=3",
 }
 
@@ -342,6 +343,43 @@ def test_a_run_that_fails_is_quoted_and_the_others_go_on(fake, capsys, monkeypat
     assert commands.run("ablate", *SMALL) == 0
     out = capsys.readouterr().out
     assert "3 of 4 runs done before" in out and "[1/1] drift, seed 0: done in" in out and "exact, seed" not in out
+
+
+def test_runs_at_once_have_a_gpu_each_in_turn(fake, capsys, monkeypatch):
+    """Every run waits here until all others have started: one after the other they would not end."""
+    monkeypatch.setattr(results, "report", lambda path, console: None)
+    for module in (runs, check):
+        monkeypatch.setattr(module, "visible_gpus", lambda: ["5", "3"])
+    fake(
+        "import time\n"
+        "(run / 'gpu').write_text(os.environ['CUDA_VISIBLE_DEVICES'])\n"
+        "while len([*Path('runs/ablation-x').glob('*/*/gpu')]) < 4: time.sleep(0.05)\n"
+        f"if 'drift/seed-0' in str(run): sys.exit('error: out of luck')\n{FINISH}"
+    )
+    together = "at_once=4", "trainer.tokens_per_microbatch=4096"
+    assert commands.run("ablate", *SMALL, *together) == 1
+    out = capsys.readouterr().out
+    title = "[1 to 4/4] exact, seed 0; drift, seed 0; exact, seed 1; drift, seed 1"
+    assert f"{title}: failed after" in out and "failed: drift/seed-0; the same" in out
+    assert "  drift/seed-1: held-out accuracy 50.0 % -> 75.0 %\n" in out and "not started" not in out
+    gpus = [(Path("runs/ablation-x") / run / "gpu").read_text() for run in ("exact/seed-0", "drift/seed-0", "exact/seed-1")]
+    assert gpus == ["5", "3", "5"]
+
+
+def test_runs_that_would_depend_on_each_other_are_refused(monkeypatch):
+    def refused(gpus: int, *settings: str) -> None:
+        monkeypatch.setattr(check, "visible_gpus", lambda: list(map(str, range(gpus))))
+        wanted = plan(*settings)
+        check.refuse_crowds(wanted, checked(wanted))
+
+    with pytest.raises(UserError, match="^at_once=2: expected 1 without a GPU"):
+        refused(0, *SMALL, "at_once=2")
+    with pytest.raises(UserError, match="^at_once=3: expected at most 2, the number of GPUs"):
+        refused(2, *SMALL, "at_once=3")
+    refused(2, *SMALL, "at_once=2")
+    refused(0, *SMALL)
+    stock = [word if "arms" not in word else "arms=drift" for word in SMALL]
+    refused(2, *stock, "at_once=4")  # stock steps are divided by rows
 
 
 def test_if_the_first_run_fails_no_other_starts(fake, capsys):

@@ -7,7 +7,9 @@ from pathlib import Path
 
 from rlinvariant.ablate.arms import GRPO_ARM, MERGED_ARM
 from rlinvariant.ablate.plan import Plan
+from rlinvariant.ablate.runs import visible_gpus
 from rlinvariant.config import Config, parse, unreachable
+from rlinvariant.conflicts import SIDES
 from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.resumption import ADDED
 
@@ -42,6 +44,20 @@ def checked(plan: Plan) -> dict[str, Config]:
     if problems := unreachable(configs[plan.arms[0].name]):  # the arms train one model on one data set
         raise ConfigErrors(problems)
     return configs
+
+
+def refuse_crowds(plan: Plan, configs: Mapping[str, Config]) -> None:
+    """Raise UserError where several runs at once would each depend on what the others have taken."""
+    if plan.at_once == 1:
+        return
+    gpus, said = len(visible_gpus()), f"at_once={plan.at_once}"
+    if not gpus:
+        raise UserError(f"{said}: expected 1 without a GPU, where each run takes all cores; leave it out")
+    own = [config for config in configs.values() if SIDES[config.invariance][1]]
+    if plan.at_once > gpus and any(config.trainer.tokens_per_microbatch is None for config in own):
+        why = "runs that share one would divide a step by what memory the others left"
+        fix = f"set trainer.tokens_per_microbatch=16384, say, or at_once={gpus}"
+        raise UserError(f"{said}: expected at most {gpus}, the number of GPUs: {why}; {fix}")
 
 
 def refuse_mixed(plan: Plan, configs: Mapping[str, Config]) -> None:

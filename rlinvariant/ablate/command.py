@@ -26,6 +26,7 @@ SETTINGS = {
     "arms=a,b": "a list of the names below, stale-K and stale-K-CORRECTION with any K, exact-top-p-P, drift-top-p-P and "
     "drift-top-p-P-CORRECTION with any P, for a recipe with adapters lora_merged, and, for a PPO recipe, grpo",
     "run=NAME": "the directory is runs/ablation-NAME; by default the recipe's name",
+    "at_once=1": "how many runs at the same time, spread over the GPUs: on a host of eight, at_once=8",
     "launch=FILE": "an accelerate configuration, as configs/cpu2.yaml, for runs of several processes each",
     "key=value": "as for `rlinvariant train`, for all arms",
 }
@@ -49,9 +50,10 @@ def run(options: argparse.Namespace) -> int:
     plan = extended(wanted)
     require_writable(plan.path, f"run={plan.name}", "choose another run=NAME", directory=True)
     from rlinvariant.ablate import results, runs
-    from rlinvariant.ablate.check import checked, refuse_mixed
+    from rlinvariant.ablate.check import checked, refuse_crowds, refuse_mixed
 
     configs = checked(plan)
+    refuse_crowds(plan, configs)
     refuse_mixed(plan, configs)
     steps = configs[plan.arms[0].name].steps
     with locked(plan.path, "run") as lock:

@@ -11,6 +11,7 @@ from pathlib import Path
 from rlinvariant import reading
 from rlinvariant.ablate.arms import DEFAULT_ARMS, IMPOSSIBLE_ARMS, Arm, arm_named
 from rlinvariant.arguments import twice
+from rlinvariant.conflicts import SIDES
 from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.files import RUNS
 from rlinvariant.report.rundir import SCHEMA, RunDir, quoted
@@ -38,6 +39,7 @@ class Plan:
         arms: what is compared.
         settings: `key=value`, for all arms.
         launch: an accelerate configuration for runs of several processes; None: each run is one process.
+        at_once: how many run at the same time, in turn on each GPU.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Plan:
     arms: tuple[Arm, ...]
     settings: tuple[str, ...]
     launch: str | None = None
+    at_once: int = 1
 
     @property
     def path(self) -> Path:
@@ -58,7 +61,8 @@ class Plan:
         lists = {"seeds": ",".join(map(str, self.seeds)), "arms": ",".join(arm.name for arm in self.arms)}
         lists["seeds"] += "," if len(self.seeds) == 1 else ""
         given = [f"recipe={self.recipe}", *(f"{k}={v}" for k, v in lists.items()), f"run={self.name}", *self.settings]
-        return shlex.join(["rlinvariant", "ablate", *given, *([f"launch={self.launch}"] if self.launch else [])])
+        given += [f"launch={self.launch}"] if self.launch else []
+        return shlex.join(["rlinvariant", "ablate", *given, *([f"at_once={self.at_once}"] if self.at_once > 1 else [])])
 
     def run_dir(self, arm: Arm, seed: int) -> RunDir:
         """Return the directory of one run."""
@@ -68,8 +72,10 @@ class Plan:
         """Return the arguments of `rlinvariant train` for one run."""
         own = [f"seed={seed}", f"run={self.run_dir(arm, seed).path.relative_to(RUNS)}", *(["resume=true"] if resume else [])]
         group = [] if any(s.startswith("wandb.group=") for s in self.settings) else [f"wandb.group=ablation-{self.name}"]
-        stock = "invariance=off" in arm.overrides  # whose attention is not chosen here, and which refuses a choice
-        settings = [s for s in self.settings if not (stock and s.startswith("attention="))]
+        sampler, trainer = next(sides for name, sides in SIDES.items() if f"invariance={name}" in arm.overrides)
+        # What stock sides have not, and refuse
+        absent = [*([] if trainer else ["trainer.tokens_per_microbatch="]), *([] if sampler or trainer else ["attention="])]
+        settings = [s for s in self.settings if not s.startswith(tuple(absent))]
         return [f"recipe={self.recipe}", *settings, *group, *arm.overrides, *own]
 
     def jobs(self) -> list[tuple[Arm, int]]:
@@ -113,10 +119,15 @@ def read(argv: Sequence[str]) -> Plan:
     launch = given.pop("launch", None)
     if launch is not None and not Path(launch).is_file():
         errors.append(f"launch={launch}: no such file; give an accelerate configuration, e.g. configs/cpu2.yaml")
+    at_once = given.pop("at_once", "1")
+    if not (at_once.isdecimal() and int(at_once) > 0):
+        errors.append(f"at_once={at_once}: expected how many runs at the same time, 1 or more")
+    elif int(at_once) > 1 and launch is not None:
+        errors.append(f"at_once={at_once}: expected 1 with launch=, whose runs have all GPUs; leave out one of them")
     if errors:
         raise ConfigErrors(errors)
     settings = tuple(f"{key}={value}" for key, value in given.items())
-    return Plan(name, recipe, seeds, tuple(arm for arm in arms if arm), settings, launch)
+    return Plan(name, recipe, seeds, tuple(arm for arm in arms if arm), settings, launch, int(at_once))
 
 
 def _seeds(text: str, errors: list[str]) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Run an ablation's runs one after the other, each in a process of its own, and go on where an earlier command ended."""
+"""Run an ablation's runs, each in a process of its own, some at once, and go on where an earlier command ended."""
 
 import os
 import shlex
@@ -6,8 +6,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -24,30 +25,47 @@ PATIENCE_S = 5.0  # how much longer than it gives itself a run that got a signal
 
 
 def run_all(plan: Plan, left: Sequence[tuple[Arm, int]], steps: int, console: Console, lock: int) -> list[str]:
-    """Run one after the other, and return the names of those that failed; if the very first fails, no other is started."""
+    """Run as many at once as the plan says, and return the names of those that failed.
+
+    The next ones start when all of these have ended. If all of the very first fail, no others are started.
+    """
     failed: list[str] = []
     began = time.monotonic()
     # SIGINT also where it was ignored, as in a script's background: a run would inherit that and could not be stopped
     with stopping.handled(stopping.raise_stopped, also_ignored=(signal.SIGINT,)):
-        for number, (arm, seed) in enumerate(left, start=1):
-            run, name = plan.run_dir(arm, seed), f"{arm.name}/seed-{seed}"
-            resume, note = prepare(run, steps)
-            if note:
-                console.print(f"{name}: {note}")
+        for first in range(0, len(left), plan.at_once):
+            jobs = left[first : first + plan.at_once]
+            done = first + len(jobs)
+            where = f"{done}" if len(jobs) == 1 else f"{first + 1} to {done}"
+            title = f"[{where}/{len(left)}] " + "; ".join(f"{arm.name}, seed {seed}" for arm, seed in jobs)
+            commands, names = dict[RunDir, list[str]](), dict[RunDir, str]()
+            for arm, seed in jobs:
+                run, name = plan.run_dir(arm, seed), f"{arm.name}/seed-{seed}"
+                resume, note = prepare(run, steps)
+                if note:
+                    console.print(f"{name}: {note}")
+                commands[run], names[run] = _command(plan, plan.arguments(arm, seed, resume)), name
+            wrong: dict[RunDir, list[str]] = {}
             try:
-                with console.stage(f"[{number}/{len(left)}] {arm.name}, seed {seed}", steps) as advance:
-                    _run(_command(plan, plan.arguments(arm, seed, resume)), run, advance, lock)
-            except RunFailed as error:
-                console.print(f"  {name} failed; {run.path / 'log.txt'} ends with")
-                for line in error.lines:
-                    console.print(f"    {line}")
-                failed.append(name)
-                if number == 1 and len(left) > 1:
-                    console.print("the first run failed, as the others would: they are not started")
-                    return failed
-                continue
-            seconds = (time.monotonic() - began) / number * (len(left) - number)
-            console.print(f"  {_outcome(run)}" + (f"; about {max(1, round(seconds / 60))} min left" if seconds else ""))
+                with console.stage(title, steps * len(jobs)) as advance:
+                    _run(commands, advance, lock)
+            except RunsFailed as error:
+                wrong = error.lines
+            for run, name in names.items():
+                if run in wrong:
+                    console.print(f"  {name} failed; {run.path / 'log.txt'} ends with")
+                    for line in wrong[run]:
+                        console.print(f"    {line}")
+                    failed.append(name)
+            if len(wrong) == len(jobs) == done < len(left):
+                which = "the first run" if done == 1 else f"the first {done} runs"
+                console.print(f"{which} failed, as the others would: they are not started")
+                return failed
+            seconds = (time.monotonic() - began) / done * (len(left) - done)
+            remaining = f"; about {max(1, round(seconds / 60))} min left" if seconds else ""
+            for run, name in names.items():
+                if run not in wrong:
+                    console.print(f"  {'' if len(jobs) == 1 else f'{name}: '}{_outcome(run)}{remaining}")
     return failed
 
 
@@ -65,12 +83,12 @@ def prepare(run: RunDir, steps: int) -> tuple[bool, str]:
     return False, f"was interrupted without a checkpoint to go on from; starts anew, and what there was is in {aside}"
 
 
-class RunFailed(Exception):
-    """Tells that a run ended without a result; `lines` are the end of its output."""
+class RunsFailed(Exception):
+    """Tells that runs ended without a result; `lines` are the end of the output of each."""
 
-    def __init__(self, lines: Sequence[str]) -> None:
+    def __init__(self, lines: dict[RunDir, list[str]]) -> None:
         super().__init__(*lines)
-        self.lines = list(lines)
+        self.lines = lines
 
 
 def _command(plan: Plan, arguments: Sequence[str]) -> list[str]:
@@ -79,45 +97,71 @@ def _command(plan: Plan, arguments: Sequence[str]) -> list[str]:
     return [sys.executable, "-m", "rlinvariant.cli", "train", *machine, *arguments]
 
 
-def _run(command: Sequence[str], run: RunDir, advance: Any, lock: int) -> None:
-    """Start a run and wait for it, with its output in log.txt. Raises RunFailed if it leaves no result."""
-    log = run.path / "log.txt"
-    with log.open("ab") as file:
-        file.write(f"$ {shlex.join(masked_arguments(command))}\n".encode())
-        file.flush()
-        start = file.tell()
-        # In a session of its own, so that ctrl-C reaches it once, from here
-        pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": subprocess.STDOUT}
-        environment = os.environ | {LAUNCHER: str(os.getpid())}  # which the run ends with
-        child = subprocess.Popen(command, **pipes, start_new_session=True, pass_fds=[lock], env=environment)
-        number = signal.SIGKILL
-        try:
-            while True:
-                try:
-                    child.wait(1)
-                    break
-                except subprocess.TimeoutExpired:
-                    advance(_last_step(run.metrics))
-        except KeyboardInterrupt as stop:
-            number = stop_code(stop) - 128  # the run takes the signal that this process got: it may save its step
-            raise
-        finally:
-            _stop(child, number)
-    if not run.is_finished:
-        text = log.read_bytes()[start:].decode("utf-8", "replace").splitlines()
-        errors = [line for line in text if line.startswith("error: ")]
-        raise RunFailed(errors or [*text[-12:], f"exit code {child.returncode}"])
+def _run(commands: Mapping[RunDir, Sequence[str]], advance: Any, lock: int) -> None:
+    """Start runs, spread over the GPUs, and wait for all, with their output in log.txt.
+
+    Raises:
+        RunsFailed: one or more have left no result.
+    """
+    gpus = visible_gpus() if len(commands) > 1 else []
+    starts: dict[RunDir, int] = {}
+    children: dict[RunDir, subprocess.Popen[Any]] = {}
+    number = signal.SIGKILL
+    try:
+        for at, (run, command) in enumerate(commands.items()):
+            own = {LAUNCHER: str(os.getpid())}  # which the run ends with
+            own |= {"CUDA_VISIBLE_DEVICES": gpus[at % len(gpus)]} if gpus else {}
+            with (run.path / "log.txt").open("ab") as file:
+                file.write(f"$ {shlex.join(masked_arguments(command))}\n".encode())
+                file.flush()
+                starts[run] = file.tell()
+                # In a session of its own, so that ctrl-C reaches it once, from here
+                pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": subprocess.STDOUT}
+                options: dict[str, Any] = {"start_new_session": True, "pass_fds": [lock], "env": os.environ | own}
+                children[run] = subprocess.Popen(command, **pipes, **options)
+        for run in cycle(commands):
+            if all(child.poll() is not None for child in children.values()):
+                break
+            with suppress(subprocess.TimeoutExpired):
+                children[run].wait(1 / len(children))
+            advance(sum(_last_step(run.metrics) for run in commands))
+    except KeyboardInterrupt as stop:
+        number = stop_code(stop) - 128  # the runs take the signal that this process got: they may save their step
+        raise
+    finally:
+        _stop(list(children.values()), number)
+    if wrong := {run: _end(run, starts[run], child) for run, child in children.items() if not run.is_finished}:
+        raise RunsFailed(wrong)
 
 
-def _stop(child: subprocess.Popen[Any], number: int) -> None:
-    """End a run and its children: by a signal, and if that does not help, by SIGKILL."""
-    if child.poll() is None and number in deadline.WITHIN_S:
-        child.send_signal(number)  # to it alone: what grades its step must not end before it
-        with suppress(subprocess.TimeoutExpired):
-            child.wait(deadline.WITHIN_S[number] + PATIENCE_S)
-    if child.poll() is None:
-        os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
+def _end(run: RunDir, start: int, child: subprocess.Popen[Any]) -> list[str]:
+    """Return the error lines of a run's output, which begins at `start` of log.txt, or its last lines."""
+    text = (run.path / "log.txt").read_bytes()[start:].decode("utf-8", "replace").splitlines()
+    return [line for line in text if line.startswith("error: ")] or [*text[-12:], f"exit code {child.returncode}"]
+
+
+def visible_gpus() -> list[str]:
+    """Return the names of the GPUs that this process may use, as CUDA_VISIBLE_DEVICES has them."""
+    import torch
+
+    said = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    return said[: torch.cuda.device_count()] or [str(number) for number in range(torch.cuda.device_count())]
+
+
+def _stop(children: Sequence[subprocess.Popen[Any]], number: int) -> None:
+    """End runs and their children: by a signal, and where that does not help, by SIGKILL."""
+    alive = [child for child in children if child.poll() is None]
+    if number in deadline.WITHIN_S:
+        for child in alive:
+            child.send_signal(number)  # to it alone: what grades its step must not end before it
+        end = time.monotonic() + deadline.WITHIN_S[number] + PATIENCE_S
+        for child in alive:
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(max(0.0, end - time.monotonic()))
+    for child in alive:
+        if child.poll() is None:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
 
 
 def _last_step(metrics: Path) -> int:
