@@ -62,6 +62,9 @@ RULES = {
         lambda value: value is None or value >= 2,
         "at least 2, or None for all: if the newest is damaged, a run goes on from the one before",
     ),
+    "ref_model_sync_steps": Rule(lambda value: value >= 1, "at least 1"),
+    "top_entropy_quantile": Rule(lambda value: 0 <= value <= 1, "0 to 1, the share of the tokens that are trained on"),
+    "beta": Rule(lambda value: value >= 0, "0 or more: below 0 it rewards leaving the reference"),
     "logging_strategy": Rule(lambda value: value == "steps", "steps: every step is counted and written; remove it"),
     "bf16": Rule(lambda value: value is False, _MASTERS, _EXACT),  # None means True to TRL
     "fp16": Rule(operator.not_, _MASTERS, _EXACT),

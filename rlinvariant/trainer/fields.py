@@ -39,9 +39,9 @@ _KEPT = """
     router_aux_loss_coef disable_dropout shuffle_dataset pad_to_multiple_of chat_template_kwargs
     num_generations max_completion_length generation_batch_size steps_per_generation num_iterations
     mask_truncated_completions max_tool_calling_iterations
-    beta epsilon delta epsilon_high sapo_temperature_neg sapo_temperature_pos vespo_k_pos vespo_lambda_pos vespo_k_neg
+    epsilon delta epsilon_high sapo_temperature_neg sapo_temperature_pos vespo_k_pos vespo_lambda_pos vespo_k_neg
     vespo_lambda_neg importance_sampling_level reward_weights multi_objective_aggregation scale_rewards loss_type
-    sync_ref_model ref_model_mixup_alpha ref_model_sync_steps top_entropy_quantile entropy_coef use_adaptive_entropy
+    sync_ref_model ref_model_mixup_alpha entropy_coef use_adaptive_entropy
     entropy_coef_min entropy_coef_max entropy_coef_delta entropy_target off_policy_mask_threshold use_bias_correction_kl
     vllm_importance_sampling_correction vllm_importance_sampling_mode vllm_importance_sampling_clip_max
     vllm_importance_sampling_clip_min vllm_importance_sampling_cap

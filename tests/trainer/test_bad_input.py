@@ -98,6 +98,14 @@ def test_an_evaluation_that_would_cut_a_group_is_one_line(refused, arithmetic_di
         new_trainer(arithmetic_dir, exact_engine, tmp_path, **settings).trainer.evaluate()
 
 
+@pytest.mark.parametrize("name", ["per_device_eval_batch_size", "num_generations_eval"])
+def test_the_sizes_of_an_evaluation_are_at_least_1(name, refused):
+    """TRL takes a batch of 0, and groups of -1: an error of a data loader after the first step."""
+    value = 0 if name.startswith("per") else -1
+    sets = {"eval_dataset": questions(4), "eval_strategy": "steps", "eval_steps": 1, name: value}
+    assert refused(**sets) == [f"{name}={value}: expected at least 1"]
+
+
 @pytest.mark.parametrize("metric", ["reward", "eval_reward", "eval_a", "loss"])
 def test_the_metric_of_several_evaluation_sets_names_one(metric, refused):
     sets = {"eval_dataset": {"a": questions(4), "b": questions(4)}, "eval_strategy": "steps", "eval_steps": 1}

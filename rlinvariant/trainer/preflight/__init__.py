@@ -109,12 +109,12 @@ def check_start(start: Start) -> list[str]:
         problems += place_problems(start.published, start.name)
     problems += generation_problems(start.name, start.generation)
     problems += disk_problems(args, start.config, start.models, prefix, start.adapter)
+    strategy = getattr(args.eval_strategy, "value", args.eval_strategy)
     if start.evaluation is None:
-        strategy = getattr(args.eval_strategy, "value", args.eval_strategy)
         asked = (("eval_strategy", strategy, "no"), ("eval_on_start", args.eval_on_start, False))
         why = "as there is no evaluation data set; or give one"
         problems += [f"{prefix}{key}={value}: expected {none}, {why}" for key, value, none in asked if value != none]
-    elif args.eval_on_start:
+    elif args.eval_on_start or strategy != "no":
         problems += evaluation_problems(args, prefix)
     if isinstance(start.evaluation, dict) and (metric := args.metric_for_best_model) is not None:
         names = [f"eval_{name}_" for name in start.evaluation]

@@ -55,8 +55,12 @@ def part_problems(args: "GRPOConfig", prefix: str = "") -> list[str]:
 
 
 def evaluation_problems(args: "GRPOConfig", prefix: str = "") -> list[str]:
-    """Say why an evaluation would cut groups in pieces. TRL looks only where `eval_strategy` asks for some."""
-    group, batch = args.num_generations_eval or args.num_generations or 1, args.per_device_eval_batch_size
+    """Say why an evaluation would cut groups in pieces. TRL looks only where `eval_strategy` asks for some, and takes 0."""
+    group = args.num_generations if args.num_generations_eval is None else args.num_generations_eval
+    sizes = {"per_device_eval_batch_size": args.per_device_eval_batch_size, "num_generations_eval": group or 1}
+    if found := [f"{prefix}{name}={size}: expected at least 1" for name, size in sizes.items() if size < 1]:
+        return found
+    batch, group = sizes.values()
     if batch * args.world_size % group == 0:
         return []
     expected = f"expected a multiple of {group}, the completions of a prompt, with {plural(args.world_size, 'process')}"
