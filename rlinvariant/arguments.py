@@ -98,11 +98,11 @@ def written(text: str) -> str:
 
 
 def temperature(text: str) -> float:
-    """Read a temperature of at least 0.01, to which vLLM raises smaller ones."""
+    """Read a temperature of 0.01, to which vLLM raises smaller ones, to 2, its greatest."""
     try:
         value = float(text)
     except ValueError:
         value = 0.0
-    if not 0.01 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text}: expected a number of at least 0.01")
+    if not 0.01 <= value <= 2:
+        raise argparse.ArgumentTypeError(f"{text}: expected a number from 0.01 to 2")
     return value

@@ -48,8 +48,8 @@ _MASTERS = "False MODE: masters stay float32 and the modules cast; use dtype=bfl
 _REPLACED = "False MODE: it replaces operations that the invariant ops own; remove it"
 RULES = {
     "temperature": Rule(
-        lambda value: value >= 0.01,
-        "at least 0.01, to which vLLM raises smaller ones; 1.0 samples from the model itself",
+        lambda value: 0.01 <= value <= 2,
+        "0.01 to 2, between which vLLM draws at what it is told; 1.0 samples from the model itself",
     ),
     **{name: Rule(*RANGES[name]) for name in ("top_p", "top_k", "min_p")},
     "repetition_penalty": Rule(lambda value: value == 1.0, f"1.0: {_TRAINED}"),

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rlinvariant import runtime
 from rlinvariant.checksums import Checksum
-from rlinvariant.errors import UserError
+from rlinvariant.errors import UserError, one_line
 from rlinvariant.model_source import base_and_adapter
 from rlinvariant.models import adapter_files
 from rlinvariant.models.experts import in_checkpoint
@@ -176,7 +176,10 @@ class Sampler:
                 arguments |= {"quantization": QUANTIZATION, "hf_overrides": {"architectures": [ARCHITECTURE]}}
             with stdout_with_descriptor(), adapters.expecting(ranks or {}):
                 _group_of_experts()
-                self.llm = LLM(str(model), **arguments)
+                try:
+                    self.llm = LLM(str(model), **arguments)
+                except ValueError as error:  # of its options, or of memory that is not there
+                    raise UserError(f"vLLM cannot make the engine: {one_line(error)}; change the sampler's options") from error
             core: Any = self.llm.llm_engine.engine_core
             if hasattr(core, "_finalizer"):  # vLLM 0.26 has none
                 core._finalizer.detach()

@@ -51,7 +51,7 @@ def test_the_command(pair, tmp_path, monkeypatch, capsys):
         (["a", "--token", "4"], "--token 4"),
         (["a", "--chunk", "16"], "--chunk: 16: expected a whole number of at least 64"),
         (["a", "--tokens", "0"], "--tokens: 0: expected a whole number of at least 1"),
-        (["a", "--temperature", "0"], "--temperature: 0: expected a number of at least 0.01"),
+        (["a", "--temperature", "0"], "--temperature: 0: expected a number from 0.01 to 2"),
         (["a", "--dtype", "fp8"], "fp8"),
         (["a", "--seed", "x"], "--seed: x: expected a whole number"),
         (["a", "--top-p", "1.5"], "--top-p: 1.5: expected more than 0 and at most 1"),

@@ -58,8 +58,8 @@ REPLACED = f"{EXACT}: it replaces operations that the invariant ops own; remove 
         ("seed=-1", "seed=-1: expected 0 to 4294967295"),
         (
             "trainer.temperature=0",
-            "trainer.temperature=0.0: expected at least 0.01, to which vLLM raises smaller ones; 1.0 samples from the model "
-            "itself",
+            "trainer.temperature=0.0: expected 0.01 to 2, between which vLLM draws at what it is told; 1.0 samples from the "
+            "model itself",
         ),
         ("trainer.top_p=0", "trainer.top_p=0.0: expected more than 0 and at most 1; 1.0: no limit"),
         ("trainer.top_p=1.5", "trainer.top_p=1.5: expected more than 0 and at most 1; 1.0: no limit"),
@@ -106,6 +106,10 @@ REPLACED = f"{EXACT}: it replaces operations that the invariant ops own; remove 
             "sampler.max_model_len=512: expected more than trainer.max_completion_length=512, to leave room for the prompt",
         ),
         ("sampler.max_num_seqs=0", "sampler.max_num_seqs=0: expected at least 1"),
+        (
+            "sampler.max_num_batched_tokens=1",
+            "sampler.max_num_batched_tokens=1: expected at least sampler.max_num_seqs",
+        ),
         (
             "trainer.logging_strategy=no",
             "trainer.logging_strategy=no: expected steps: every step is counted and written; remove it",

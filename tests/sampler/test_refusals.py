@@ -53,6 +53,14 @@ def test_positions_stand_for_a_refusal_that_has_run(arithmetic_dir, monkeypatch)
         Sampler(arithmetic_dir, invariant=True, positions=200)
 
 
+def test_what_vllm_says_of_its_options_is_one_line(arithmetic_dir):
+    """It checks them by pydantic, whose errors have four lines, and a run ended in a traceback."""
+    with pytest.raises(
+        UserError, match=r"^vLLM cannot make the engine: .*max_num_batched_tokens.*; change the sampler's options$"
+    ):
+        Sampler(arithmetic_dir, invariant=False, options={"max_num_batched_tokens": -1})
+
+
 def test_what_is_no_causal_language_model_is_refused(tmp_path):
     DistilBertConfig().save_pretrained(tmp_path)
     with pytest.raises(UserError, match="is not a transformers causal language model"):
