@@ -122,7 +122,6 @@ def plan(config: Config) -> Plan:
     allow_unproven(config.unproven_gpu)
     choice.choose(config.attention)
     problems = device_problems(args, config.invariance, getattr(torch, config.dtype))
-    problems += unproven_problems(args, "distributed_type=FSDP") if is_sharded() else []
     problems += unproven_problems(args, "gradients=invariant") if config.gradients == "invariant" else []
     if problems:  # before a recipe makes its model
         raise ConfigErrors(problems)

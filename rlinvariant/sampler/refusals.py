@@ -13,7 +13,7 @@ from rlinvariant.launch import is_launched
 from rlinvariant.model_source import source_problems
 from rlinvariant.models import unsupported
 from rlinvariant.models.limits import flash_problems, uncuttable
-from rlinvariant.support import TRY, cuda_problems, may_use_unproven
+from rlinvariant.support import cuda_problems
 from rlinvariant.types import JsonObject, JsonRow
 
 if TYPE_CHECKING:
@@ -103,20 +103,19 @@ def engine_problems(
     reasons = list(unsupported(config, device))
     found += [f"model={model}: {reason}; {otherwise}" for reason in reasons]
     found += [] if reasons else flash_problems(model, config, device)
-    found += [] if reasons else process_problems(options.get("tensor_parallel_size", 1), model, config, device)
+    found += [] if reasons else process_problems(options.get("tensor_parallel_size", 1), model, config)
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)  # a model without it is refused above
     if max_model_len is not None and positions is not None and max_model_len > positions:
         found.append(f"sampler.max_model_len={max_model_len}: expected at most {positions}, the model's positions")
     return found
 
 
-def process_problems(count: int, model: str, config: "PreTrainedConfig", device: str, started: int | None = None) -> list[str]:
+def process_problems(count: int, model: str, config: "PreTrainedConfig", started: int | None = None) -> list[str]:
     """List why an engine cannot be spread over so many processes by columns, one line each.
 
     Args:
         count: vLLM's tensor_parallel_size.
         model, config: as for `refuse`.
-        device: "cpu" or "cuda".
         started: how many processes this host has; None: as many as were launched.
     """
     if count == 1:
@@ -129,8 +128,6 @@ def process_problems(count: int, model: str, config: "PreTrainedConfig", device:
     found = [f"{said}: model={model}: {reason}; choose another number, or 1" for reason in uncuttable(config, count)]
     if started % count:
         found.append(f"{said}: expected {divisor(started)}")
-    if device != "cpu" and not may_use_unproven():
-        found.append(f"{said}: proven on CPUs alone so far, not on {device}; remove it; {TRY}")
     return found
 
 

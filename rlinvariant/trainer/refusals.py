@@ -78,7 +78,6 @@ def settings_problems(
     truncated = truncation_problems(args, invariance, staleness, 0.0 if ppo is None else ppo.kl_coef)
     found += truncated
     if is_sharded():
-        found += unproven_problems(args, "distributed_type=FSDP")
         found += sharding_problems(args, invariance)
     tokens = options.get("tokens_per_microbatch")
     found += microbatch_problems(tokens, options.get("recompute"), args, invariance)

@@ -81,8 +81,7 @@ def _spread(asked: Options, out: Path | None) -> int:
 
         from rlinvariant.sampler.refusals import load_config, process_problems
 
-    count, device = asked.tensor_parallel_size, "cuda" if torch.cuda.is_available() else "cpu"
-    config = load_config(asked.model)
-    if problems := process_problems(count, asked.model, config, device, torch.cuda.device_count() or count):
+    count, config = asked.tensor_parallel_size, load_config(asked.model)
+    if problems := process_problems(count, asked.model, config, torch.cuda.device_count() or count):
         raise ConfigErrors(problems)
     return launch_command(["verify", *asked.arguments(), *(["--out", str(out)] if out else [])], count)

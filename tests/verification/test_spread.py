@@ -39,7 +39,7 @@ def test_models_that_cannot_be_cut_by_columns_are_refused_by_name():
 
 def test_processes_that_are_not_there_are_refused(monkeypatch):
     def found(count: int) -> list[str]:
-        return process_problems(count, "M", FAMILIES["qwen3"](), "cpu")
+        return process_problems(count, "M", FAMILIES["qwen3"]())
 
     for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "ACCELERATE_MIXED_PRECISION"):
         monkeypatch.delenv(name, raising=False)
@@ -51,9 +51,9 @@ def test_processes_that_are_not_there_are_refused(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert found(2) == [] == found(4)
     config: Any = SimpleNamespace(**FAMILIES["qwen3"]().to_dict() | {"base_model_tp_plan": None})
-    (line,) = process_problems(2, "M", config, "cpu")
+    (line,) = process_problems(2, "M", config)
     assert line.startswith("sampler.tensor_parallel_size=2: model=M: model_type=qwen3: transformers has no plan for it")
-    assert "a divisor of the 2 processes of a host" in process_problems(4, "M", config, "cpu", started=2)[-1]
+    assert "a divisor of the 2 processes of a host" in process_problems(4, "M", config, started=2)[-1]
 
 
 @cpu_only("two processes of one engine take a GPU each; here they are joined by gloo")
