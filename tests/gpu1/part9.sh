@@ -1,0 +1,10 @@
+# What drift does to a real model: an ablation whose runs share the GPU; it needs what part 6 needs. SEEDS, STEPS: of it
+export seeds=${SEEDS:-3} steps=${STEPS:-300} recipe=words_gpu
+export together="at_once=9 trainer.tokens_per_microbatch=4096 sampler.kv_cache_gib=1"
+[ -z "${TINY:-}" ] || {
+  seeds=0,1 steps=1 recipe=words
+  together="trainer.per_device_train_batch_size=8 trainer.num_generations=4 data.eval_size=4"
+}
+step ablate 550 bash -c 'cd "$WORK" && rm -rf runs/ablation-drift && $PY -m rlinvariant ablate recipe=$recipe seeds=$seeds steps=$steps \
+  arms=exact,drift,drift-sequence-mask run=drift trainer.save_strategy=no wandb.mode=disabled $together'
+step drift 20 bash -c 'cd "$WORK" && $PY -m rlinvariant.bench drift runs/ablation-drift --out "$OUT/results"'
