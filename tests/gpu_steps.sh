@@ -17,10 +17,11 @@ if [ -n "${TINY:-}" ]; then
   export CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 RLINVARIANT_CACHE=$WORK/cache
   slower=4
 fi
-began=$SECONDS failed=0
+began=$SECONDS failed=0 seen=" "
 
 step() { # NAME SECONDS COMMAND...: run a step, for as long at most, and say in a line how it ended
   local name=$1 most=$(($2 * slower)) left=$((whole * slower - SECONDS)) at=$SECONDS code; shift 2
+  seen+="$name "
   [[ -z "${ONLY:-}" || " $ONLY " == *" $name "* ]] || return 0
   [ $left -ge 1 ] || { echo "== $part $name: FAILED (no time was left)"; failed=$((failed + 1)); return 1; }
   # SIGTERM lets a benchmark end its processes and remove its models, which takes a while
@@ -45,7 +46,10 @@ train_on() { # the same, on what the run has left
 check() { (cd "$WORK" && $PY -m tests.gpu2.check "$@"); }
 export -f model train train_on check
 export PY
-ended() { # says how the part has ended, and ends with the number of steps that failed
+ended() { # says how the part has ended, and ends with the number of steps that failed, or are not there
+  for name in ${ONLY:-}; do
+    [[ "$seen" == *" $name "* ]] || { echo "== $part $name: FAILED (ONLY names a step that part $part has not)"; failed=$((failed + 1)); }
+  done
   cat "$OUT/$part-"*.log | grep -a '^row ' >"$OUT/part$part.rows"
   echo "== part $part: $failed failed, $((SECONDS - began)) s"
   exit $failed

@@ -104,10 +104,13 @@ def test_a_setting_of_our_sides_is_of_the_arms_that_have_them():
     wanted = plan("arms=exact,drift,sampler", "seeds=1", "attention=chunked", "trainer.tokens_per_microbatch=4096", "run=x")
     found = {name: (config.attention, config.trainer.tokens_per_microbatch) for name, config in checked(wanted).items()}
     assert found == {"exact": ("chunked", 4096), "drift": ("auto", None), "sampler": ("chunked", None)}
+    for arms, unused in (("drift", "attention=chunked"), ("drift,sampler", "trainer.tokens_per_microbatch=-1")):
+        with pytest.raises(ConfigErrors, match=f"^{unused}: of no arm here, as each has stock kernels where it is for; leave"):
+            checked(plan(f"arms={arms}", "seeds=1", unused, "run=x"))
 
 
 def test_the_command_makes_the_plan_again():
-    wanted = plan("arms=exact,stale-3", "seeds=4,", "steps=9", "run=x", "wandb.tags=a,b")
+    wanted = plan("arms=exact,stale-3", "seeds=4,", "steps=9", "run=x", "wandb.tags=a,b", "at_once=2")
     program, command, *argv = wanted.command.split()
     assert (program, command) == ("rlinvariant", "ablate") and read(argv) == wanted
 
@@ -390,41 +393,49 @@ def test_if_the_first_run_fails_no_other_starts(fake, capsys):
     assert "failed: exact/seed-0; the same" in out and not Path("runs/ablation-x/drift").exists()
 
 
+@pytest.mark.parametrize("at_once", [1, 2])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("inherited", [signal.default_int_handler, signal.SIG_IGN])
-def test_an_interrupt_stops_the_run_and_says_how_to_go_on(number, inherited, fake, capsys, monkeypatch):
-    """The run gets the signal, also where SIGINT was ignored, as in a script's background: it must not inherit that."""
+def test_an_interrupt_stops_the_runs_and_says_how_to_go_on(number, inherited, at_once, fake, capsys, monkeypatch):
+    """Each run gets the signal, also where SIGINT was ignored, as in a script's background: it must not inherit that."""
     before, terminate = signal.signal(signal.SIGINT, inherited), signal.getsignal(signal.SIGTERM)
     os.mkfifo("started")
     fake(
         "import signal\n"
         "signal.signal(signal.SIGTERM, signal.default_int_handler)\n"
         "try:\n"
-        "    Path('started').write_text(str(os.getpid()))\n"
+        "    Path('started').write_text(f'{os.getpid()} ')\n"
         "    signal.pause()\n"
         "except KeyboardInterrupt:\n"
         "    (run / 'interrupted').touch()"
     )
     monkeypatch.setattr(runs, "PATIENCE_S", 600)  # as long as a machine may take
+    for module in (runs, check):
+        monkeypatch.setattr(module, "visible_gpus", lambda: ["0", "1"])
     pids: list[int] = []
 
     def interrupt() -> None:
-        pids.append(int(Path("started").read_text()))  # a pipe: this waits until the run writes
+        while len(pids) < at_once:  # a pipe: this waits until a run writes
+            pids.extend(map(int, Path("started").read_text().split()))
         os.kill(os.getpid(), number)
 
     threading.Thread(target=interrupt, daemon=True).start()
     try:
-        assert commands.run("ablate", *SMALL) == 128 + number
+        assert commands.run("ablate", *SMALL, f"at_once={at_once}") == 128 + number
         assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == (inherited, terminate)
     finally:
         signal.signal(signal.SIGINT, before)
-    assert Path("runs/ablation-x/exact/seed-0/interrupted").exists(), "the run did not get the signal"
+    got = [path.parts[2] for path in sorted(Path("runs/ablation-x").glob("*/seed-0/interrupted"))]
+    assert got == (["exact"] if at_once == 1 else ["drift", "exact"]), "a run did not get the signal"
     out = capsys.readouterr().out
     command = "rlinvariant ablate recipe=arithmetic seeds=0,1 arms=exact,drift run=x steps=3"
-    assert "[1/4] exact, seed 0: stopped after" in out
+    command += " at_once=2" if at_once == 2 else ""
+    title = "[1/4] exact, seed 0" if at_once == 1 else "[1 to 2/4] exact, seed 0; drift, seed 0"
+    assert f"{title}: stopped after" in out
     assert f"stopped: 0 of 4 runs are done and kept; go on with\n  {command}\n" in out
-    with pytest.raises(ProcessLookupError):
-        os.kill(pids[0], 0)
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
 
 
 def test_two_ablations_in_one_directory_are_refused(fake):

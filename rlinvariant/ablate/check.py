@@ -38,6 +38,10 @@ def checked(plan: Plan) -> dict[str, Config]:
             lines = error.errors
         for line in lines:
             found.setdefault(line, []).append(arm.name)
+    used = {argument for arm in plan.arms for argument in plan.arguments(arm, plan.seeds[0])}
+    for unused in [setting for setting in plan.settings if setting not in used]:
+        line = f"{unused}: of no arm here, as each has stock kernels where it is for; leave it out, or add arms=exact"
+        found[line] = [arm.name for arm in plan.arms]
     if found:
         everywhere = len(plan.arms)
         raise ConfigErrors([a if len(b) == everywhere else f"{a} (arm {', '.join(b)})" for a, b in found.items()])

@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +62,10 @@ def run_all(plan: Plan, left: Sequence[tuple[Arm, int]], steps: int, console: Co
                 return failed
             seconds = (time.monotonic() - began) / done * (len(left) - done)
             remaining = f"; about {max(1, round(seconds / 60))} min left" if seconds else ""
-            for run, name in names.items():
-                if run not in wrong:
-                    console.print(f"  {'' if len(jobs) == 1 else f'{name}: '}{_outcome(run)}{remaining}")
+            good = [run for run in names if run not in wrong]
+            for run in good:
+                name = "" if len(jobs) == 1 else f"{names[run]}: "
+                console.print(f"  {name}{_outcome(run)}{remaining if run == good[-1] else ''}")
     return failed
 
 
@@ -119,11 +119,9 @@ def _run(commands: Mapping[RunDir, Sequence[str]], advance: Any, lock: int) -> N
                 pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": subprocess.STDOUT}
                 options: dict[str, Any] = {"start_new_session": True, "pass_fds": [lock], "env": os.environ | own}
                 children[run] = subprocess.Popen(command, **pipes, **options)
-        for run in cycle(commands):
-            if all(child.poll() is not None for child in children.values()):
-                break
+        while alive := [child for child in children.values() if child.poll() is None]:
             with suppress(subprocess.TimeoutExpired):
-                children[run].wait(1 / len(children))
+                alive[0].wait(1)
             advance(sum(_last_step(run.metrics) for run in commands))
     except KeyboardInterrupt as stop:
         number = stop_code(stop) - 128  # the runs take the signal that this process got: they may save their step

@@ -54,9 +54,22 @@ def test_both_sides_of_a_mixture_fit_on_a_card():
     assert ours + stock + 2 * (ACTIVATIONS + CONTEXT) < CARD < 2 * ours + 2 * (ACTIVATIONS + CONTEXT)  # the control: both fp32
 
 
+def part(steps: str, work: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a part of these steps."""
+    env = {name: value for name, value in os.environ.items() if name not in ("TINY", "ONLY")} | {"WORK": str(work), **variables}
+    script = f"part=1 suite=x; . tests/gpu_steps.sh; {steps}; ended"
+    return subprocess.run(["bash", "-c", script], cwd=ROOT, env=env, capture_output=True, text=True)
+
+
 def test_a_part_ends_in_time_and_says_what_it_left_out(tmp_path):
-    script = "part=1 suite=x; . tests/gpu_steps.sh; step long 90 sleep 60; step late 90 true; ended"
-    env = {name: value for name, value in os.environ.items() if name != "TINY"} | {"WORK": str(tmp_path), "WHOLE": "2"}
-    done = subprocess.run(["bash", "-c", script], cwd=ROOT, env=env, capture_output=True, text=True)
+    done = part("step long 90 sleep 60; step late 90 true", tmp_path, WHOLE="2")
     assert "== 1 long: FAILED (exit code 124)" in done.stdout and "== 1 late: FAILED (no time was left)" in done.stdout
     assert done.returncode == 2 and "== part 1: 2 failed" in done.stdout
+
+
+def test_some_steps_alone_and_a_step_that_is_not_there(tmp_path):
+    steps = "step one 9 true; step other 9 false"
+    done = part(steps, tmp_path, ONLY="one")
+    assert done.returncode == 0 and "== 1 one: ok" in done.stdout and "other" not in done.stdout
+    done = part(steps, tmp_path, ONLY="one on")
+    assert done.returncode == 1 and "== 1 on: FAILED (ONLY names a step that part 1 has not)" in done.stdout
