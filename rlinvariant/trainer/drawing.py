@@ -248,7 +248,8 @@ class DrawingTrainer(EpisodesTrainer):
     def _differing(self, older: dict[str, Tensor] | None) -> list[str]:
         """Name the sampler's parameters that differ from the weights, on the first rank where some do; the same on all ranks.
 
-        Weights in shards are compared by checksums, which need no gather.
+        Weights in shards are compared by checksums, which need no gather. Whole ones are compared with the first rank's, too:
+        a rank whose own have changed has given its sampler the same.
         """
         if self.sharded:
             found = self.sampler.differing_checksums(shards.checksums(self._held(older), self.sampler.dtype))
@@ -257,8 +258,13 @@ class DrawingTrainer(EpisodesTrainer):
             now = self._checksums_of_shared()
             found += [f"{name} (frozen, but edited; both have the edit)" for name in now if now[name] != self._frozen[name]]
         if self.accelerator.num_processes > 1:
-            ranks = enumerate(gather_object([found]))
-            found = next(([f"{name} (rank {rank})" for name in names] for rank, names in ranks if names), [])
+            own = {} if self.sharded else checksums.wholes(self._held(older))
+            ranks = gather_object([(found, own)])
+            first = ranks[0][1]
+            for rank, (names, sums) in enumerate(ranks):
+                moved = [f"{name} (rank {rank}, whose own is not rank 0's)" for name, x in sums.items() if x != first[name]]
+                if found := [f"{name} (rank {rank})" for name in names] + moved:
+                    break
         return found
 
     def _checksums_of_shared(self) -> dict[str, Checksum]:

@@ -30,6 +30,18 @@ def test_a_mismatch_on_one_process_stops_both_with_one_line_and_one_count(arithm
     assert two["onpolicy/coverage"] == 1 and "Stopped before the optimizer step" in result["error"]
 
 
+def test_a_bit_of_one_process_s_own_weights_stops_both(arithmetic_dir, tmp_path):
+    """Its sampler gets the same bit, so that none of its log-probs differ: ranks are compared with each other for this."""
+    command = [*TINY, f"model={arithmetic_dir}", "run=a", "data.fault=rank 1 has a flipped bit"]
+    command.append("trainer.per_device_train_batch_size=8")
+    both = forks.run_ranks(2, command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert [one.returncode for one in both] == [1, 1], both[0].stderr[-2000:] + both[1].stderr[-2000:]
+    result, (row,) = json.loads((tmp_path / "runs/a/result.json").read_text()), read_metrics(tmp_path / "runs/a")
+    name = "model.norm.weight (rank 1, whose own is not rank 0's)"
+    assert f"after the weight sync, 1 of the sampler's parameters differ from the trainer's, first {name}" in result["error"]
+    assert row["onpolicy/mismatched_tokens"] == 0 < row["onpolicy/compared_tokens"], "the step before, as a control"
+
+
 GATHERS = """
 import torch
 from accelerate import Accelerator

@@ -37,7 +37,8 @@ DEFAULTS = arithmetic.DEFAULTS | {
 class Data(arithmetic.Data):
     fault: str = chz.field(
         default="",
-        doc="no prompt, reward raises, ctrl-C, rank 1 raises, rank 1 is killed, rank 1 is stopped at the end, rank 1 differs.",
+        doc="no prompt, reward raises, ctrl-C, rank 1 raises, rank 1 is killed, rank 1 is stopped at the end, rank 1 differs, "
+        "rank 1 has a flipped bit.",
     )
     uneven: bool = chz.field(default=False, doc="Two long prompts, and then two short ones, and so on; in this order.")
     api_key: str = chz.field(default="", doc="A secret, which nothing here uses.")
@@ -55,6 +56,8 @@ def datasets(config: Config, tokenizer: Any) -> Any:
         stop_after_training()
     if config.data.fault == "rank 1 differs" and os.environ.get("RANK") == "1":
         differ_in_step_2()
+    if config.data.fault == "rank 1 has a flipped bit" and os.environ.get("RANK") == "1":
+        flip_before_the_second_sync()
     if config.data.fault == "no prompt":
         prompts[3] = ""
     if config.data.uneven:
@@ -125,6 +128,21 @@ def differ_in_step_2() -> None:
         compare(self, logprobs, inputs)
 
     InvariantGRPOTrainer._compare = off
+
+
+def flip_before_the_second_sync() -> None:
+    """Let the last bit of one number of this process's own weights be another, before its sampler gets them."""
+    from rlinvariant import bits
+    from rlinvariant.trainer import InvariantGRPOTrainer
+
+    sync = InvariantGRPOTrainer.sync
+
+    def flipped(self, *args, **kwargs):
+        if self.state.global_step == 1:
+            bits.words(self.model.model.norm.weight.data).view(-1)[3] ^= 1
+        return sync(self, *args, **kwargs)
+
+    InvariantGRPOTrainer.sync = flipped
 
 
 def record_requests() -> None:
