@@ -49,7 +49,7 @@ _REPLACED = "False MODE: it replaces operations that the invariant ops own; remo
 RULES = {
     "temperature": Rule(
         lambda value: 0.01 <= value <= 2,
-        "0.01 to 2, between which vLLM draws at what it is told; 1.0 samples from the model itself",
+        "0.01 to 2, as vLLM raises what is less and takes no more; 1.0 samples from the model itself",
     ),
     **{name: Rule(*RANGES[name]) for name in ("top_p", "top_k", "min_p")},
     "repetition_penalty": Rule(lambda value: value == 1.0, f"1.0: {_TRAINED}"),

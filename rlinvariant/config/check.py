@@ -155,7 +155,11 @@ def _check_sampler(config: Config, env: Mapping[str, str]) -> list[str]:
         (length is not None and length >= 1, "trainer.max_completion_length", "at least 1"),
         (longest is None or length is None or longest > length, "sampler.max_model_len", room),
         (sampler.max_num_seqs >= 1, "sampler.max_num_seqs", "at least 1"),
-        (batched is None or batched >= sampler.max_num_seqs, "sampler.max_num_batched_tokens", "at least sampler.max_num_seqs"),
+        (
+            batched is None or batched >= sampler.max_num_seqs,
+            "sampler.max_num_batched_tokens",
+            f"at least sampler.max_num_seqs={sampler.max_num_seqs}",
+        ),
         (sampler.kv_cache_gib is None or sampler.kv_cache_gib > 0, "sampler.kv_cache_gib", "more than 0"),
         (spread >= 1 and processes % spread == 0, "sampler.tensor_parallel_size", divisor(processes)),
         (not {"wandb", "all"} & set(reports), "trainer.report_to", "no wandb or all: W&B is set by wandb.mode="),

@@ -63,7 +63,7 @@ class PPOConfig:
     whiten_advantages: bool = chz.field(default=True, doc="Advantages of a rollout to mean 0, variance 1.")
     value_clip: float | None = chz.field(default=0.2, doc="Most that a value may gain by moving, in reward; None: no clipping.")
     critic: str | None = chz.field(
-        default=None, doc="Hugging Face directory or hub id; None: a copy of the policy, of one with LoRA adapters those alone."
+        default=None, doc="Hugging Face directory or hub id; None: a copy of the policy, or, with LoRA, of its adapters."
     )
     critic_learning_rate: float | None = chz.field(default=None, doc="None: trainer.learning_rate.")
     value_warmup_steps: int = chz.field(default=0, doc="First optimizer steps in which the critic alone learns.")

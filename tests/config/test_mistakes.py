@@ -58,7 +58,7 @@ REPLACED = f"{EXACT}: it replaces operations that the invariant ops own; remove 
         ("seed=-1", "seed=-1: expected 0 to 4294967295"),
         (
             "trainer.temperature=0",
-            "trainer.temperature=0.0: expected 0.01 to 2, between which vLLM draws at what it is told; 1.0 samples from the "
+            "trainer.temperature=0.0: expected 0.01 to 2, as vLLM raises what is less and takes no more; 1.0 samples from the "
             "model itself",
         ),
         ("trainer.top_p=0", "trainer.top_p=0.0: expected more than 0 and at most 1; 1.0: no limit"),
@@ -108,7 +108,7 @@ REPLACED = f"{EXACT}: it replaces operations that the invariant ops own; remove 
         ("sampler.max_num_seqs=0", "sampler.max_num_seqs=0: expected at least 1"),
         (
             "sampler.max_num_batched_tokens=1",
-            "sampler.max_num_batched_tokens=1: expected at least sampler.max_num_seqs",
+            "sampler.max_num_batched_tokens=1: expected at least sampler.max_num_seqs=128",
         ),
         (
             "trainer.logging_strategy=no",
