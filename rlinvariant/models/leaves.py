@@ -87,7 +87,7 @@ class Leaves:
                 self._branches[p] = Branch(name)
                 p.register_post_accumulate_grad_hook(self._take)
         units = ((name, unit) for model in models for name, unit in model.named_modules() if isinstance(unit, FSDPModule))
-        self._units = [_Unit(Branch(f"unit {name or 'root'}"), unit) for name, unit in units if self._in_units]
+        self._units = [_Unit(Branch(f"unit {name or 'root'}"), unit, shards.reduced(unit)) for name, unit in units if several]
 
     def begin(self, count: int) -> None:
         """Forget what was added; so many backwards follow."""
@@ -125,10 +125,11 @@ class _Unit(ordered.OrderedReduceScatter):
     """Takes the place of the reduce-scatter of a unit of FSDP: gives this process's part of a sum after the step's last sample.
 
     FSDP adds what it gets to the gradient there is: until then it gets -0, to which every number can be added without a change.
+    It leaves out a weight without a gradient, and others would lie in its place: the `numbers` of a unit are always as many.
     """
 
-    def __init__(self, branch: Branch, unit: FSDPModule) -> None:
-        self.branch = branch
+    def __init__(self, branch: Branch, unit: FSDPModule, numbers: int) -> None:
+        self.branch, self.numbers = branch, numbers
         unit.set_custom_reduce_scatter(self)
 
     def __call__(
@@ -143,6 +144,9 @@ class _Unit(ordered.OrderedReduceScatter):
             return super().__call__(output_tensor, input_tensor, group, op, async_op)
         if op != dist.ReduceOp.AVG:  # by FSDP itself nothing is divided then; nor is it here
             raise RuntimeError(f"gradients=invariant: FSDP asks for {op}, expected a mean")
+        if input_tensor.numel() != self.numbers:
+            part = f"{input_tensor.numel():,} of {self.numbers:,} numbers"
+            raise RuntimeError(f"gradients=invariant: {self.branch.name} has gradients of {part} in sample {self.branch.seen}")
         if input_tensor.is_cuda:
             input_tensor.record_stream(torch.cuda.current_stream())  # FSDP's own, which outlives its claim
         if self.branch.add(input_tensor):

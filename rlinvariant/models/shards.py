@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from rlinvariant.checksums import Checksum, of, partial
 from rlinvariant.errors import UserError
 from rlinvariant.models import experts
-from rlinvariant.types import JsonObject
+from rlinvariant.types import JsonObject, Untyped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -67,6 +67,18 @@ def is_shard(x: Tensor) -> bool:
 def is_sharded(model: nn.Module) -> bool:
     """Return whether `shard` has cut the model."""
     return isinstance(model, FSDPModule)
+
+
+def reduced(unit: Untyped) -> int:
+    """Return how many numbers FSDP gives to a unit's reduce-scatter, if each weight that is trained has a gradient.
+
+    Every weight has as many rows for each process as the first has: what is missing is filled up.
+    """
+    inner: list[Untyped] = [module for module in unit.modules() if isinstance(module, FSDPModule) and module is not unit]
+    others = {id(p) for module in inner for p in module.parameters()}
+    own = (p for p in unit.parameters() if isinstance(p, DTensor) and p.requires_grad and id(p) not in others)
+    processes = torch.distributed.get_world_size()
+    return sum(-(-p.shape[0] // processes) * processes * p.shape[1:].numel() for p in own)
 
 
 def average_gradients(model: nn.Module, now: bool) -> None:

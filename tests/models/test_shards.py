@@ -214,7 +214,7 @@ def test_a_unit_gives_its_part_of_the_tree_s_sum_after_the_last_sample(group, co
     x, w = bits.cancelling(1, 64, count, torch.float32, seed=count)
     terms = [torch.cat([term, torch.tensor([-0.0, 0.0])]) for term in (x * w).T]
     unit: Any = SimpleNamespace(set_custom_reduce_scatter=lambda comm: None)
-    reduced, mean = _Unit(Branch("unit"), unit), torch.distributed.ReduceOp.AVG
+    reduced, mean = _Unit(Branch("unit"), unit, 66), torch.distributed.ReduceOp.AVG
 
     def given(term, op=mean):
         output = torch.empty_like(term)
@@ -232,6 +232,9 @@ def test_a_unit_gives_its_part_of_the_tree_s_sum_after_the_last_sample(group, co
         given(terms[0])
     with pytest.raises(RuntimeError, match="FSDP asks for .*, expected a mean"):
         given(terms[0], torch.distributed.ReduceOp.SUM)
+    reduced.branch.begin(additions(count))
+    with pytest.raises(RuntimeError, match="unit has gradients of 65 of 66 numbers in sample 0"):
+        given(terms[0][1:])
 
 
 def test_leaves_of_one_process_s_shards_are_those_of_the_whole_model(group):

@@ -88,3 +88,49 @@ def test_a_recipe_s_own_model_is_saved_by_any_of_two_processes(tmp_path):
         assert done.returncode == 0, done.stderr[-2000:]
     saved = {path.parent.name for path in tmp_path.glob("*/model.safetensors")}
     assert saved == {"own-0", "own-1", "theirs-0"}
+
+
+UNITS = """
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from rlinvariant.models.leaves import Leaves
+
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(4, 3) for _ in range(2))
+        self.last = nn.Linear(3, 3)
+
+    def forward(self, x, chosen):
+        return self.last(sum(self.experts[i](x) for i in chosen)).sum()
+
+accelerator = Accelerator(cpu=True)
+model = Experts()
+fully_shard(model.last)
+fully_shard(model)
+leaves = Leaves(model.named_parameters(), [model])
+
+def step(*chosen):
+    leaves.begin(len(chosen))
+    for experts in chosen:
+        model(torch.ones(2, 4), experts).backward()
+    leaves.finish()
+
+step([0, 1], [0, 1])
+print("found", [p.grad.to_local().numel() for p in model.parameters()])
+try:
+    step([0], [1])
+except RuntimeError as error:
+    print(error)
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_a_weight_without_a_gradient_of_some_sample_ends_the_step_in_shards(tmp_path):
+    """FSDP leaves it out of what it reduces: without a look at its size, the other expert's would be added in its place."""
+    (tmp_path / "units.py").write_text(UNITS)
+    for done in forks.run_ranks(2, ["units.py"], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}):
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert "found [" in done.stdout and "root has gradients of 20 of 40 numbers in sample 0" in done.stdout
