@@ -1,8 +1,11 @@
 """Look at what a script gives a trainer, by name and kind, before anything is loaded: a slip of the pen costs no start."""
 
 import itertools
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from numbers import Integral, Real
 from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
@@ -14,6 +17,23 @@ from rlinvariant.files import require_writable
 from rlinvariant.trainer.interface import SamplerOptions, ScriptOptions, StartOptions, TRLArguments
 
 NAMES = {*TRLArguments.__annotations__, *ScriptOptions.__annotations__, *StartOptions.__annotations__, "quantization_config"}
+KINDS: dict[str, tuple[UnionType | type | tuple[Any, ...], str]] = {  # name -> what it may be, in Python and in words
+    "sampler_options": (Mapping | None, f"a dict of {', '.join(SamplerOptions.__annotations__)}"),
+    "sampler_options.max_model_len": (Integral | None, "a number of tokens, or None"),
+    "sampler_options.kv_cache_gib": (Real | None, "a number of GiB, or None"),
+    "sampler_options.options": (Mapping | None, "a dict of arguments of vllm.LLM"),
+    "processing_class": (
+        PreTrainedTokenizerBase | ProcessorMixin | None,
+        "a tokenizer, as of AutoTokenizer.from_pretrained; or none",
+    ),
+    "callbacks": (list | None, "a list of callbacks"),
+    "optimizers": (tuple, "a pair (optimizer, scheduler), each of which may be None"),
+    "rollout_func": ((Callable, NoneType), "a function, or None"),
+    "staleness": (Integral, "a number of optimizer steps"),
+    "tokens_per_microbatch": (Integral | None, "a number of tokens, or None: as many as fit"),
+    "recompute": (bool | None, "True, False, or None: as memory needs it"),
+    "ppo": (PPOConfig | None, "a PPOConfig; write ppo=PPOConfig(...)"),
+}
 
 
 def given_problems(
@@ -28,16 +48,13 @@ def given_problems(
         model: the one that was given; None where it is a directory or an id.
     """
     found = _unknown("", options, NAMES)
-    sampler = options.get("sampler_options") or {}
-    if isinstance(sampler, Mapping):
-        found += _unknown("sampler_options.", sampler, SamplerOptions.__annotations__)
-    else:
-        found.append(f"sampler_options={_kind(sampler)}: expected a dict of {', '.join(SamplerOptions.__annotations__)}")
-    if not isinstance(ppo, PPOConfig | None):
-        found.append(f"ppo={_kind(ppo)}: expected a PPOConfig; write ppo=PPOConfig(...)")
-    tokenizer = options.get("processing_class")
-    if not isinstance(tokenizer, PreTrainedTokenizerBase | ProcessorMixin | None):
-        found.append(f"processing_class={_kind(tokenizer)}: expected a tokenizer, as of AutoTokenizer.from_pretrained; or none")
+    sampler = options.get("sampler_options")
+    sampler = sampler if isinstance(sampler, Mapping) else {}
+    found += _unknown("sampler_options.", sampler, SamplerOptions.__annotations__)
+    given = {**options, "ppo": ppo, **{f"sampler_options.{name}": value for name, value in sampler.items()}}
+    for name, (kind, said) in KINDS.items():
+        if name in given and not isinstance(given[name], kind):
+            found.append(f"{name}={type(given[name]).__name__}: expected {said}")
     pair = options.get("optimizers")
     optimizer = pair[0] if isinstance(pair, tuple) and pair else None
     if isinstance(optimizer, torch.optim.Optimizer):
@@ -56,7 +73,3 @@ def given_problems(
 
 def _unknown(prefix: str, given: Collection[str], known: Collection[str]) -> list[str]:
     return [f"{prefix}{name}: no such argument{suggestion(name, known)}" for name in given if name not in known]
-
-
-def _kind(value: object) -> str:
-    return type(value).__name__
