@@ -4,6 +4,7 @@ import os
 import socketserver
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from huggingface_hub import constants, file_download
@@ -190,6 +191,7 @@ def test_what_is_in_the_cache_needs_no_hub_and_without_it_offline_is_said(hub, t
 
 
 def test_a_recordings_weights_are_asked_for_before_torch(hub, monkeypatch):
+    Path("runs/x/completions").mkdir(parents=True)
     monkeypatch.setattr(replay, "recorded", lambda *_: (None, {}, "nosuch/dir"))
     with pytest.raises(UserError, match="weights=nosuch/dir: no such directory, and the hub"):
         commands.run("replay", "runs/x", "--step", "1")

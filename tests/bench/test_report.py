@@ -9,7 +9,8 @@ from rlinvariant.bench import figure, report
 from rlinvariant.bench.measure import Row
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "recipes" / "README.md", *sorted((ROOT / "docs" / "results").glob("*.md"))]
+OTHERS = [file for file in sorted((ROOT / "docs" / "results").glob("*.md")) if file.stem != "several-gpus"]  # of logs
+PAGES = [ROOT / "README.md", ROOT / "recipes" / "README.md", *OTHERS]
 
 
 def row(bench, case, ours, stock, unit, ratio, target, bits):
