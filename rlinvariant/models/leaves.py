@@ -132,24 +132,17 @@ class _Unit(ordered.OrderedReduceScatter):
         self.branch, self.numbers = branch, numbers
         unit.set_custom_reduce_scatter(self)
 
-    def __call__(
-        self,
-        output_tensor: Tensor,
-        input_tensor: Tensor,
-        group: dist.ProcessGroup,
-        op: dist.ReduceOp.RedOpType,
-        async_op: bool = False,
-    ) -> dist.Work | None:
+    def reduce(self, output: Tensor, whole: Tensor, group: dist.ProcessGroup, op: dist.ReduceOp.RedOpType) -> None:
         if self.branch.additions is None:
-            return super().__call__(output_tensor, input_tensor, group, op, async_op)
+            return super().reduce(output, whole, group, op)
         if op != dist.ReduceOp.AVG:  # by FSDP itself nothing is divided then; nor is it here
             raise RuntimeError(f"gradients=invariant: FSDP asks for {op}, expected a mean")
-        if input_tensor.numel() != self.numbers:
-            part = f"{input_tensor.numel():,} of {self.numbers:,} numbers"
+        if whole.numel() != self.numbers:
+            part = f"{whole.numel():,} of {self.numbers:,} numbers"
             raise RuntimeError(f"gradients=invariant: {self.branch.name} has gradients of {part} in sample {self.branch.seen}")
-        if input_tensor.is_cuda:
-            input_tensor.record_stream(torch.cuda.current_stream())  # FSDP's own, which outlives its claim
-        if self.branch.add(input_tensor):
-            output_tensor.copy_(ordered.reduce_scatter(self.branch.sums.pop(), group))
+        if whole.is_cuda:
+            whole.record_stream(torch.cuda.current_stream())  # FSDP's own, which outlives its claim
+        if self.branch.add(whole):
+            output.copy_(ordered.reduce_scatter(self.branch.sums.pop(), group))
         else:
-            output_tensor.fill_(-0.0)
+            output.fill_(-0.0)

@@ -65,9 +65,13 @@ class OrderedReduceScatter(ReduceScatter):
         op: dist.ReduceOp.RedOpType,
         async_op: bool = False,
     ) -> dist.Work | None:
-        output_tensor.copy_(reduce_scatter(input_tensor, group))
+        self.reduce(output_tensor, input_tensor, group, op)
+
+    def reduce(self, output: Tensor, whole: Tensor, group: dist.ProcessGroup, op: dist.ReduceOp.RedOpType) -> None:
+        """Write this rank's part of the sum or mean over ranks of a unit's whole gradient to `output`."""
+        output.copy_(reduce_scatter(whole, group))
         if op == dist.ReduceOp.AVG:
-            output_tensor.div_(dist.get_world_size(group))
+            output.div_(dist.get_world_size(group))
         elif op != dist.ReduceOp.SUM:
             raise RuntimeError(f"gradients=ordered: FSDP asks for {op}, expected a mean or a sum")
 
