@@ -11,7 +11,7 @@ from rlinvariant import checkpoints, held_out, keys, peers, runtime, stopping
 from rlinvariant.config import Config
 from rlinvariant.errors import one_line, outcome
 from rlinvariant.held_out import HeldOut
-from rlinvariant.launch import MACHINE, rank
+from rlinvariant.launch import MACHINE, rank, wait_for_all
 from rlinvariant.report import completions, wandb_log
 from rlinvariant.report.console import Console
 from rlinvariant.report.rundir import RunDir, read_metrics
@@ -150,7 +150,7 @@ class Journal:
         starts = hasattr(model, "peft_config") and not self._resumption.step
         adapter = trainer.gathered() if starts else None
         if not self.main:
-            _wait_for_all()
+            wait_for_all()
             return
         self._subject = certificate.subject(model.config, self.config.dtype)
         resolved = self.config.resolved()
@@ -172,7 +172,7 @@ class Journal:
         except BaseException:
             self._finish_wandb()
             raise
-        _wait_for_all()  # an earlier run's result is out of the way: what any process writes there is of this one
+        wait_for_all()  # an earlier run's result is out of the way: what any process writes there is of this one
 
     def _go_on(self, resolved: Mapping[str, Any]) -> None:
         """Make the directory, or cut what it holds back to what the checkpoint builds on."""
@@ -203,7 +203,7 @@ class Journal:
             with stopping.ending():
                 self._finish(error)
             if peers.on_all(error):
-                _wait_for_all()  # torchrun ends all processes with the first
+                wait_for_all()  # torchrun ends all processes with the first
             raise
         with stopping.ending():
             self._finish(None)
@@ -295,16 +295,6 @@ def nothing_left(directory: Path) -> Iterator[None]:
             with suppress(OSError):  # somebody has put a file there
                 path.rmdir()
         raise
-
-
-def _wait_for_all() -> None:
-    """Wait until every process of the run is here."""
-    import torch
-
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if distributed and torch.distributed.get_world_size() > 1:  # else the group is vLLM's own, of this process alone
-        has_gpu = torch.distributed.get_backend() == "nccl"
-        torch.distributed.barrier(device_ids=[torch.cuda.current_device()] if has_gpu else None)
 
 
 def _gpu_memory() -> str:
