@@ -116,7 +116,7 @@ def test_a_misused_command_is_seen():
 
 READER = r"(model|data\.path|reward|tools|environment|recipe|config|sampler\.trainer_token_file)"
 ABSENT = re.compile(rf"{READER}=.*(no such|cannot be read|unknown recipe|does not answer)|.*( to be installed| the 1 process )")
-"""What is said of a file, a model, a name, a package or a second process that the reader of a page has, and a test has not."""
+"""Matches what is said of a file, a model, a name, a package or a second process that a reader has, and a test has not."""
 
 
 def drafts(name: str, arguments: list[str]) -> Iterator[tuple[Draft, dict[str, str]]]:

@@ -1,6 +1,7 @@
 """Mistakes that a TRL script may hand to InvariantGRPOTrainer: all of them in one message, before an engine starts."""
 
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from rlinvariant.models import UnsupportedModel
 from rlinvariant.sampler.engine import Sampler
 from rlinvariant.trainer.refusals import settings_problems
 from tests.models.small import build
+from tests.parity import harness
 from tests.parity.device import CUDA, DEVICE
 from tests.parity.harness import load, new_trainer, questions, variety
 
@@ -160,6 +162,21 @@ def test_a_reward_that_fails_names_step_and_sample(arithmetic_dir, exact_engine,
     with pytest.raises(UserError, match=r"reward function fails, step 2, sample 3: raised ZeroDivisionError"):
         run.trainer.train()
     assert len(run.rows) == 1
+
+
+def test_one_process_on_a_host_of_several_gpus_trains_on_one(arithmetic_dir, exact_engine, tmp_path, monkeypatch, capsys):
+    """Transformers would let one process train on all GPUs that it sees, which TRL refuses."""
+    config = harness.small_config
+
+    def of_two_gpus(*args: Any, **changes: Any) -> Any:
+        made = config(*args, **changes)
+        assert made.device and made.n_gpu < 2
+        made._n_gpu = 2
+        return made
+
+    monkeypatch.setattr(harness, "small_config", of_two_gpus)
+    trainer = new_trainer(arithmetic_dir, exact_engine, tmp_path).trainer
+    assert trainer.args.n_gpu == 1 and "of the 2 visible; machine=2gpu" in capsys.readouterr().out
 
 
 def test_a_reward_of_another_length_is_named(arithmetic_dir, exact_engine, tmp_path):
