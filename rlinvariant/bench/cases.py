@@ -13,7 +13,7 @@ from rlinvariant.bench.measure import Row
 
 REFERENCE_ROWS = 9  # how many first rows are compared with the reference, which is slow
 FIRST_ROWS = (1, 2, 3, 9, 17, 257)  # how many first rows are computed apart from the others; also half of all and one
-TEMPERATURE, TOP_K, TOP_P, MIN_P = 0.7, 50, 0.95, 0.01
+TEMPERATURE, TRUNCATION = 0.7, (50, 0.95, 0.01)  # top_k, top_p, min_p
 
 Op = Callable[..., Tensor | tuple[Tensor, ...]]
 
@@ -83,7 +83,9 @@ def drawn_reference(logits: Tensor, temperature: Tensor, seeds: Tensor, position
     return tokens, logprobs, (logits > logits.gather(1, picked)).sum(1)
 
 
-def truncated_cases(hidden: Tensor, weight: Tensor, name: Callable[[str, str], str]) -> Iterator[Case]:
+def truncated_cases(
+    hidden: Tensor, weight: Tensor, name: Callable[[str, str], str], truncation: tuple[int, float, float] = TRUNCATION
+) -> Iterator[Case]:
     """Make a case of `ops.threshold` against vLLM's own function, and one of the head with it against the head without it.
 
     The second says what truncated sampling costs in the trainer; the sampler's head costs the same, and draws besides.
@@ -92,9 +94,10 @@ def truncated_cases(hidden: Tensor, weight: Tensor, name: Callable[[str, str], s
         hidden: [R, D], bf16.
         weight: [V, D] of the lm_head.
         name: makes a case's name of the op's and of the shape's.
+        truncation: top_k, top_p and min_p of every row.
     """
     rows, vocab, device = len(hidden), len(weight), hidden.device
-    settings = [torch.full((rows,), x, device=device) for x in (TEMPERATURE, TOP_K, TOP_P, MIN_P)]
+    settings = [torch.full((rows,), x, device=device) for x in (TEMPERATURE, *truncation)]
     logits, ids = ops.linear(hidden, weight.to(hidden.dtype)), torch.randint(vocab, (rows,), device=device)
 
     def stock(logits: Tensor, t: Tensor, k: Tensor, p: Tensor, m: Tensor) -> Tensor:
@@ -103,11 +106,11 @@ def truncated_cases(hidden: Tensor, weight: Tensor, name: Callable[[str, str], s
         x = logits.float() / t[:, None]
         probabilities = x.softmax(-1)
         x = x.masked_fill(probabilities < probabilities.amax(-1, keepdim=True) * m[:, None], -torch.inf)
-        kept = apply_top_k_top_p_pytorch(x, k, p) > -torch.inf
+        kept = apply_top_k_top_p_pytorch(x, torch.where(k > 0, k, vocab), p) > -torch.inf
         return torch.where(kept, logits.float(), torch.inf).amin(-1)
 
     def scored(op: Op, hidden: Tensor, ids: Tensor, weight: Tensor) -> Tensor | tuple[Tensor, ...]:
-        return op(hidden, weight, ids, TEMPERATURE, None, None, TOP_K, TOP_P, MIN_P)
+        return op(hidden, weight, ids, TEMPERATURE, None, None, *truncation)
 
     def whole(hidden: Tensor, ids: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         return ops.token_logprobs(hidden, weight, ids, TEMPERATURE)

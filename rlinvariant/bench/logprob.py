@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlinvariant import ops
-from rlinvariant.bench.cases import Case, drawn_reference, gpu_row, truncated_cases
+from rlinvariant.bench.cases import TRUNCATION, Case, drawn_reference, gpu_row, truncated_cases
 from rlinvariant.bench.measure import Row
 from rlinvariant.models.shapes import SHAPES
 
@@ -24,13 +24,19 @@ def rows(tiny: bool) -> Iterator[Row]:
             yield gpu_row("logprob", case, 0.02 if tiny else 1.0, graphs=False)
             torch.cuda.empty_cache()
         for batch in (1, 4) if tiny else (64, TOKEN_COUNT):
-            hidden, vocab = SHAPES[model].hidden, SHAPES[model].vocab
-            x = torch.randn(batch, hidden, device="cuda", dtype=torch.bfloat16)
-            w = torch.randn(vocab, hidden, device="cuda") / hidden**0.5
-            for case in truncated_cases(x, w, lambda op, of, model=model: f"{op}, {model}, {of}"):
+            for case in _truncated(model, SHAPES[model].hidden, SHAPES[model].vocab, batch):
                 yield gpu_row("logprob", case, 0.02 if tiny else 1.0, graphs=False)
     for batch in (1, 4) if tiny else BATCH_SIZES:
         yield gpu_row("logprob", _sample(SHAPES["tiny" if tiny else "qwen3-1.7b"].vocab, batch), 0.02 if tiny else 0.3)
+
+
+def _truncated(model: str, hidden: int, vocab: int, rows: int) -> Iterator[Case]:
+    """Yield all three limits on logits of deviation 1, and top-p alone on logits that are spread as a model's are."""
+    x = torch.randn(rows, hidden, device="cuda", dtype=torch.bfloat16)
+    w = torch.randn(vocab, hidden, device="cuda") / hidden**0.5
+    yield from truncated_cases(x, w, lambda op, shape: f"{op}, {model}, {shape}")
+    alone = 0, TRUNCATION[1], 0.0
+    yield from truncated_cases(x, 4 * w, lambda op, shape: f"{op}, {model}, {shape}, top-p alone", alone)
 
 
 def _head(model: str, hidden: int, vocab: int, tokens: int) -> Iterator[Case]:

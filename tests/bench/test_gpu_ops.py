@@ -99,7 +99,7 @@ def test_attention_compares_paged_steps_and_packed_rows(on_cpu, monkeypatch):
 def test_logprob_compares_the_head_with_two_others_and_sample(on_cpu, monkeypatch):
     monkeypatch.setattr(logprob, "_vllm", lambda: fake_gpu.Vllm)
     rows = list(logprob.rows(tiny=True))
-    assert _names(rows) == {"token_logprobs", "sample", "threshold"} and len(rows) == 10 and _invariant(rows)
+    assert _names(rows) == {"token_logprobs", "sample", "threshold"} and len(rows) == 14 and _invariant(rows)
 
 
 @pytest.mark.parametrize("name", [n for n in shapes.SHAPES if not n.startswith("tiny")])

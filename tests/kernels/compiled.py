@@ -1,6 +1,7 @@
-"""Compile the attention of kernels/chunked_*.py for a chip that is not here, and read off what its machine code is made of.
+"""Compile kernels for a chip that is not here, and read off what its machine code is made of.
 
-`python -m tests.kernels.compiled sm_90` prints a JSON row for every kernel that the table can ask for.
+`python -m tests.kernels.compiled sm_90 attention` prints a JSON row for every kernel that the table can ask for; `mixtures` and
+`truncation` those of kernels/moe_*.py and kernels/threshold.py.
 """
 
 import json
@@ -25,14 +26,16 @@ from rlinvariant.kernels import (
     linear,
     moe_experts,
     moe_route,
+    threshold,
 )
 
 PRODUCT = re.compile(r"\b(?:wgmma\.mma_async\.sync\.aligned|mma\.sync\.aligned|tcgen05\.mma)\S+")
 ATOMIC = re.compile(r"\b(?:atom|red)\.\S+")
 FLOATS = ("inner", "factor", "scale")
-FP32 = ("weights_ptr", "lse_ptr", "delta_ptr", "sums_ptr", "state_ptr", "sink_ptr")
-INTEGERS = ("cu_ptr", "keys_ptr", "table_ptr", "plan_ptr")
-WIDE = ("ids_ptr", "order_ptr", "starts_ptr", "tiles_ptr")
+SETTINGS = ("temperature_ptr", "top_p_ptr", "min_p_ptr", "theta_ptr")
+FP32 = ("weights_ptr", "lse_ptr", "delta_ptr", "sums_ptr", "state_ptr", "sink_ptr", *SETTINGS)
+INTEGERS = ("cu_ptr", "keys_ptr", "table_ptr", "plan_ptr", "groups_ptr")
+WIDE = ("ids_ptr", "order_ptr", "starts_ptr", "tiles_ptr", "top_k_ptr", "total_ptr")
 GROUP = 4
 
 
@@ -75,7 +78,7 @@ def _stack(cubin: bytes) -> int:
     return max(int(n) for n in re.findall(r"STACK:(\d+)", said))
 
 
-def everything(chip: str) -> Iterator[Machine]:
+def attention(chip: str) -> Iterator[Machine]:
     """Yield each kernel of each row of a chip's table: plain, and with all that a kernel can do."""
     number = int(chip.removeprefix("sm_"))
     for d, row in chunked_calls.table(chip).items():
@@ -122,6 +125,14 @@ def mixtures(chip: str) -> Iterator[Machine]:
         yield compiled("plan of a row", moe_route._route, number, 1, 3, **form)
 
 
+def truncation(chip: str) -> Iterator[Machine]:
+    """Yield the kernels that find a row's threshold."""
+    for kernel, warps, fixed in ((threshold._tops, 8, {}), (threshold._totals, 4, {}), (threshold._chosen, 4, {"SHIFT": 16})):
+        yield compiled(f"plan of what is kept: {kernel.__name__}", kernel, int(chip.removeprefix("sm_")), warps, 3, **fixed)
+
+
+KERNELS = {"attention": attention, "mixtures": mixtures, "truncation": truncation}
+
 if __name__ == "__main__":
-    for row in (mixtures if sys.argv[2:] == ["mixtures"] else everything)(sys.argv[1]):
+    for row in KERNELS[sys.argv[2]](sys.argv[1]):
         print(json.dumps(asdict(row)), flush=True)

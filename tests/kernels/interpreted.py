@@ -169,7 +169,8 @@ settings = torch.tensor(
         (1e-40, 5, 0.5, 0.1),
     )
 )
-threshold.BLOCK, threshold.LANES, threshold.ROWS = 1024, 2048, 20  # so that few rows have several blocks, and several launches
+threshold.BLOCK, threshold.LANES, threshold.FEW = (tl.constexpr(n) for n in (1024, 512, 8))  # so that few rows have several
+threshold.ROWS = 20
 for dtype, vocab, every in ((torch.bfloat16, 17, 1), (torch.bfloat16, 3000, 1), (torch.float32, 3000, 5)):
     x = (torch.randn(12, vocab) * 3).to(dtype)  # kinds of rows; a search of 32 bits takes the interpreter long
     x[1], x[2, 1 + vocab // 2 :], x[3], x[4, ::2], x[5] = 0.0, -torch.inf, -x[3].abs(), -0.0, x[5].round()
