@@ -49,7 +49,7 @@ class DrawingTrainer(EpisodesTrainer):
     _seeded: dict[bool, tuple[int, int]]  # training or not -> (last step, rollouts that it had had before)
     _drawn: list[Batch]  # by this step on all ranks, of what was handed to `on_rollout`
     _shared: set[str]  # names of frozen weights that lie in the sampler's memory
-    _frozen: dict[str, Checksum]  # of these, at the first sync, or when they were last edited on purpose
+    _frozen: dict[str, Checksum]  # of these, as the first sync found them, or when they were last edited on purpose
     _turns: Turns  # of the rollout that is being drawn, or was drawn last
     _sampler_logprobs: list[list[float]]  # of the last rollout, one for each token; a tool's have any number
     _sampled: list[list[int]] | None  # of the last rollout, 1 for each token that was sampled, 0 for a tool's; None: all were
@@ -224,7 +224,7 @@ class DrawingTrainer(EpisodesTrainer):
         with self._timed("sync"):
             self._require_finite(((f"weight {name}", w) for name, w in self._held()), *when)
             first = self._versions.sampler is None
-            self._frozen = self._checksums_of_shared() if first else self._frozen
+            self._frozen = {} if first else self._frozen
             whole = first and not self._has_base(older)
             if self._versions.sampler == version and self._sampler_is_invariant:  # all of a stock one's cannot be read
                 if not self._differing(older):
@@ -251,14 +251,17 @@ class DrawingTrainer(EpisodesTrainer):
         Weights in shards are compared by checksums, which need no gather. Whole ones are compared with the first rank's, too:
         a rank whose own have changed has given its sampler the same.
         """
+        now: dict[str, Checksum] = {}
         if self.sharded:
             found = self.sampler.differing_checksums(shards.checksums(self._held(older), self.sampler.dtype))
         else:
             found = self.sampler.differing_weights(self._weights(older))
             now = self._checksums_of_shared()
+            self._frozen = self._frozen or now
             found += [f"{name} (frozen, but edited; both have the edit)" for name in now if now[name] != self._frozen[name]]
         if self.accelerator.num_processes > 1:
-            own = {} if self.sharded else checksums.wholes(self._held(older))
+            held = () if self.sharded else self._held(older)
+            own = now | checksums.wholes((name, weight) for name, weight in held if name not in now)
             ranks = gather_object([(found, own)])
             first = ranks[0][1]
             for rank, (names, sums) in enumerate(ranks):

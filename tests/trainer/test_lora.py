@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig
 
 import rlinvariant
-from rlinvariant import bits, replay
+from rlinvariant import bits, checksums, replay
 from rlinvariant.config import PPOConfig
 from rlinvariant.errors import ConfigErrors, ParityError, UserError
 from rlinvariant.models import lora
@@ -78,7 +78,12 @@ def shared_with_the_sampler(trainer: Any) -> set[str]:
 def test_an_edit_of_the_frozen_base_is_seen_though_both_sides_have_it(arithmetic_dir, tmp_path, monkeypatch):
     """PEFT merges in place: what is left of the base after it is taken out again is another base than the one on the disk."""
     trainer, _ = trained(arithmetic_dir, tmp_path, max_steps=1, save_strategy="no")
-    trainer.sync()
+    trainer._versions.sampler, sums, wholes = None, [], checksums.wholes
+    with monkeypatch.context() as counted:
+        counted.setattr(checksums, "wholes", lambda named: sums.append(wholes(named)) or sums[-1])
+        trainer.sync()  # a first one
+    assert [x.keys() for x in sums] == [trainer._shared] * 2, "the base is summed before and after, and no more"
+    assert trainer._frozen == sums[0] != {}
     numbers: list[int] = []
     sync = trainer.sampler.sync
     monkeypatch.setattr(trainer.sampler, "sync", lambda weights: (numbers.append(len(given := [*weights])), sync(given)))
