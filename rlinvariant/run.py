@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rlinvariant import runtime
+from rlinvariant.cache import CACHE
 from rlinvariant.checkpoints import FREE_SPACE, Checkpoint
 from rlinvariant.config import Config
 from rlinvariant.config.recipe import Recipe
@@ -143,7 +144,7 @@ def plan(config: Config) -> Plan:
     rows = None
     if (model := config.model) is None:
         assert recipe.prepare_model is not None, "config.check has refused a run without a model"
-        if recipe.untrained is not None and not config.sampler.servers:  # they have the trained one
+        if recipe.untrained is not None:
             with saved_untrained(config, recipe) as model:
                 check_start((first := looked_at(config, args, recipe, model)).start)
                 rows = first.start.train, first.start.evaluation
@@ -208,7 +209,12 @@ def saved_untrained(config: Config, recipe: Recipe) -> Iterator[str]:
 
     assert recipe.untrained is not None
     with tempfile.TemporaryDirectory() as directory:
-        named = lambda line: line.replace(f"model={directory}", f"recipe={config.recipe}, whose own model it trains")  # noqa: E731
+        of_recipe = f"recipe={config.recipe}"
+
+        def named(line: str) -> str:
+            line = line.replace(f"model={directory}", f"{of_recipe}, whose own model it trains")
+            return line.replace(directory, f"the model that {of_recipe} makes in {CACHE}")
+
         with torch.random.fork_rng(devices=[]):
             model, tokenizer = recipe.untrained(config)
         save_here(model, directory)

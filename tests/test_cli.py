@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 from trl.trainer.grpo_config import GRPOConfig
@@ -207,6 +208,10 @@ def test_a_recipes_model_is_made_without_bars(monkeypatch, tmp_path):
         ("lora.r=129", "at most 128"),
         ("lora.r=4 lora.target_modules=w1", "lora.target_modules: .*w1.* not found in the base model"),
         ("tools=tests.trainer.tool_model:reversed_text", "recipe=arithmetic, whose own model it trains: its chat"),
+        (
+            "sampler.servers=http://127.0.0.1:9 sampler.trainer_token_file=token",
+            "^sampler.servers=http://127.0.0.1:9: not reached",
+        ),
         ("seed=1", "warm start"),
     ],
 )
@@ -217,6 +222,8 @@ def test_a_recipes_model_is_looked_at_before_its_warm_start(given, said, monkeyp
         raise UserError("warm start")
 
     monkeypatch.chdir(tmp_path)
+    Path("token").write_text("x" * 64)
+    Path("token").chmod(0o600)
     monkeypatch.setattr("rlinvariant.warmstart.supervised", begun)
     with pytest.raises(UserError, match=said):
         run(parse(["recipe=arithmetic", "run=x", *given.split()], {}))
