@@ -9,6 +9,7 @@ from rlinvariant.arguments import at_least
 from rlinvariant.errors import INTERRUPTED, NOT_EXACT, OK, ConfigErrors
 from rlinvariant.files import require_writable
 from rlinvariant.launch import is_launched, launch_command, rank
+from rlinvariant.model_source import base_and_adapter
 from rlinvariant.report.console import Console
 from rlinvariant.verification.options import Options, add_lora, lora_config
 
@@ -81,7 +82,7 @@ def _spread(asked: Options, out: Path | None) -> int:
 
         from rlinvariant.sampler.refusals import load_config, process_problems
 
-    count, config = asked.tensor_parallel_size, load_config(asked.model)
+    count, config = asked.tensor_parallel_size, load_config(base_and_adapter(asked.model)[0])
     if problems := process_problems(count, asked.model, config, torch.cuda.device_count() or count):
         raise ConfigErrors(problems)
     return launch_command(["verify", *asked.arguments(), *(["--out", str(out)] if out else [])], count)

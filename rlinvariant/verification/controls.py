@@ -5,7 +5,7 @@ that drift does not show at these sizes on this machine.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -88,10 +88,14 @@ def stock_both(pair: Pair, model: "PreTrainedModel", engine: "Sampler") -> Relat
 
 
 def cut_by_rows(pair: Pair, engine: "Sampler") -> Relation:
-    """Draw with our ops in an engine whose o_proj and down_proj are cut as vLLM cuts them, and score what it drew."""
+    """Draw with our ops in an engine whose o_proj and down_proj are cut as vLLM cuts them, and score what it drew.
+
+    The engine has no adapters, and the trainer's are off for a while.
+    """
     relation, requests = Relation("planted: sums added over processes"), pair.batch.requests
     drawn = [c for c in drive(engine, requests).completions if c is not None]
-    relation.add([c.sampler_logprobs for c in drawn], pair.score(requests, drawn, pair.packed()))
+    with pair.model.disable_adapter() if lora.ranks(pair.model) else nullcontext():
+        relation.add([c.sampler_logprobs for c in drawn], pair.score(requests, drawn, pair.packed()))
     return relation
 
 

@@ -24,19 +24,16 @@ class Options:
     tensor_parallel_size: int = 1
 
     def arguments(self) -> list[str]:
-        """Return the command line of `verify` that asks for this; adapters are refused with several processes."""
+        """Return the command line of `verify` that asks for this."""
         said = [self.model, "--seed", str(self.seed), "--dtype", self.dtype]
         said += ["--tokens", str(self.tokens)] if self.tokens else []
         said += [f"--{name}" for name in ("short", "random", "eager") if getattr(self, name)]
+        said += ["--lora", *self.lora.settings().split()] if self.lora else []
         return [*said, "--tensor-parallel-size", str(self.tensor_parallel_size)]
 
     def require_sense(self) -> None:
         """Raise ConfigErrors for a model that cannot be there, and for options that contradict each other."""
         errors = source_problems("model", self.model, adapters=True) or clash(self.model, self.lora)
-        adapted = self.lora is not None or adapter_base(self.model) is not None
-        if adapted and self.tensor_parallel_size != 1:
-            why = "expected 1 with adapters, which a run with sampler.tensor_parallel_size compares at its start; remove it"
-            errors.append(f"verify: --tensor-parallel-size {self.tensor_parallel_size}: {why}")
         if self.short and self.tokens:
             errors.append(f"verify: --tokens {self.tokens} with --short: expected one of them; remove one")
         if self.dtype not in ("bfloat16", "float32"):

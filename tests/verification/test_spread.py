@@ -58,14 +58,15 @@ def test_processes_that_are_not_there_are_refused(monkeypatch):
 
 @cpu_only("two processes of one engine take a GPU each; here they are joined by gloo")
 @pytest.mark.slow
-def test_verify_starts_its_processes_and_shows_that_vllm_s_own_cut_is_not_exact(arithmetic_dir, tmp_path):
+@pytest.mark.parametrize("adapters", [[], ["--lora", "r=8", "alpha=32"]], ids=["whole", "adapters"])
+def test_verify_starts_its_processes_and_shows_that_vllm_s_own_cut_is_not_exact(adapters, arithmetic_dir, tmp_path):
     launched = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "ACCELERATE_MIXED_PRECISION")
     env = {k: v for k, v in os.environ.items() if k not in launched}
     env |= {"PYTHONPATH": str(ROOT), "RLINVARIANT_CACHE": str(tmp_path / "cache")}
 
     def verify(count: int) -> subprocess.CompletedProcess[str]:
         spread = ["--tensor-parallel-size", str(count), "--out", str(tmp_path / "found.json")]
-        line = [sys.executable, "-m", "rlinvariant", "verify", arithmetic_dir, "--short", *spread]
+        line = [sys.executable, "-m", "rlinvariant", "verify", arithmetic_dir, "--short", *adapters, *spread]
         return subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=500)
 
     done = verify(2)
@@ -73,6 +74,7 @@ def test_verify_starts_its_processes_and_shows_that_vllm_s_own_cut_is_not_exact(
     assert done.stdout.count("sampler = trainer, packed") == 1, "said by one process"
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["exact"] and found["mismatched"] == 0 and found["subject"]["tensor_parallel_size"] == 2
+    assert found["model"]["lora"] == (" ".join(adapters[1:]) or None)
     (control,) = [x for x in found["controls"] if x["name"] == "planted: sums added over processes"]
     assert control["mismatched"] > 0.9 * control["compared"] > 0
     (alike,) = [x for x in found["relations"] if x["name"] == "every process of the sampler = every other"]
