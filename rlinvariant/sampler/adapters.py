@@ -8,6 +8,7 @@ K, N: columns and rows of a layer's weight, which may be several projections tha
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from rlinvariant.sampler.weights import target
 from rlinvariant.types import Untyped
 
 Pairs = Iterable[tuple[str, Tensor]]
+MATRIX_STEP = 16  # products that a matrix unit adds in a step
 PARTS: dict[Any, int] = {None: 0, "q": 0, "k": 1, "v": 2}  # vLLM numbers the others itself
 _expected: ContextVar[Mapping[str, int] | None] = ContextVar("adapters of the engine that is being made", default=None)
 
@@ -39,20 +41,28 @@ def expecting(ranks: Mapping[str, int]) -> Iterator[None]:
 
 
 class Adapters:
-    """Holds the adapters of one of vLLM's layers, and multiplies with them."""
+    """Holds the adapters of one of vLLM's layers, and multiplies with them.
 
-    def __init__(self, layer: Untyped, ranks: Mapping[int, int]) -> None:
+    On CUDA, where an output column does not depend on those beside it, the projections that vLLM has merged are one product:
+    one A of all their rows, and each B in columns of its own, beside which the others' rows have zeros. Each begins at a
+    multiple of what a matrix unit adds in a step, so that its products are added in the steps that they have alone.
+    """
+
+    def __init__(self, layer: Untyped, ranks: Mapping[int, int], joined: bool | None = None) -> None:
         n, k = layer.weight.shape
-        step = RANK_STEP[layer.weight.device.type]
-        self.ranks, columns = ranks, -(-max(ranks.values()) // step) * step
+        self.ranks, self.joined = ranks, layer.weight.is_cuda if joined is None else joined
+        ends = list(accumulate(_up(ranks.get(part, 0), MATRIX_STEP) for part in range(len(layer.parts))))
+        self.begins = [0, *ends] if self.joined else [0] * len(layer.parts)
+        columns = _up(ends[-1] if self.joined else max(ranks.values()), RANK_STEP[layer.weight.device.type])
         self.wide = layer.weight.new_zeros(n, k + columns)
-        self.a = layer.weight.new_zeros(len(layer.parts), columns, k)
+        self.a = layer.weight.new_zeros(1 if self.joined else len(layer.parts), columns, k)
         self.wide[:, :k] = layer.weight.data
         layer.weight.data, layer.packed = self.wide[:, :k], {}
         self.sizes, self.k, self.cuts = list(layer.parts), k, list(layer.cuts)
         self.packed: dict[int, list[Tensor | None]] = {}
         # Copies of projections without an adapter, whose rows lie apart in `wide`
-        self.alone = {i: rows.contiguous() for i, rows in enumerate(self._held()) if i not in ranks}
+        alone = {} if self.joined else {i: rows for i, rows in enumerate(self._held()) if i not in ranks}
+        self.alone = {i: rows.contiguous() for i, rows in alone.items()}
 
     def refresh(self) -> None:
         """Copy anew what is multiplied by in a copy. In place: compiled code and CUDA graphs read where the copies lie."""
@@ -87,6 +97,8 @@ class Adapters:
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return the products of all projections, side by side, for x [*rows, K]."""
+        if self.joined:
+            return ops.wide_linear(x, self.wide, self.a[0], bias)
         biases = [None] * len(self.sizes) if bias is None else bias.split(self.sizes)
         none = [None] * len(self.sizes)
         packed = self.packed.get(torch.get_num_threads(), none) if self.packed else none  # the compiler knows no threads
@@ -102,11 +114,15 @@ class Adapters:
 
     def slot(self, part: int, which: str) -> "Slot":
         """Return where a projection's A [R, K] or B [N, R] is kept: A whole, and those rows of B that this process has of W."""
-        rank = self.ranks[part]
+        first, rank, cut = self.begins[part], self.ranks[part], self.cuts[part]
         if which == A:
-            return Slot(self.a[part, :rank], rank, 0)
-        cut = self.cuts[part]
-        return Slot(self.wide.split(self.sizes)[part][:, self.k : self.k + rank], cut.whole, cut.first)
+            return Slot(self.a[0 if self.joined else part, first : first + rank], rank, 0)
+        return Slot(self.wide.split(self.sizes)[part][:, self.k + first : self.k + first + rank], cut.whole, cut.first)
+
+
+def _up(n: int, step: int) -> int:
+    """Return the least multiple of `step` that is not below n."""
+    return -(-n // step) * step
 
 
 class Slot(NamedTuple):

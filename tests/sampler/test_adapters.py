@@ -1,6 +1,7 @@
 """An engine with adapters in its layers has the bits of a trainer with them in its own; and what is noticed when it has not."""
 
 from collections.abc import Iterator
+from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
@@ -114,6 +115,34 @@ def test_compiled_code_follows_a_sync():
         ]
         right = torch.cat([adapted[0], ops.linear(x, middle), adapted[1]], -1)
         assert_bits_equal(compiled(x), right, "compiled, after a sync")
+
+
+@pytest.mark.parametrize("ranks", [{0: 8, 1: 20, 2: 16}, {0: 5, 2: 3}, {1: 40}])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_projections_that_are_merged_have_in_one_product_the_bits_that_they_have_apart(ranks, dtype, monkeypatch):
+    """A GPU joins them; here the written kernel does, whose columns do not depend on those beside them either.
+
+    Control: one projection's B where another's A is multiplied.
+    """
+    monkeypatch.setattr(import_module("rlinvariant.ops.linear"), "is_exact", lambda *_: False)
+    sizes = [48, 16, 32]
+    weight, bias, x = (randn(*shape, dtype=dtype) for shape in ((sum(sizes), 64), (sum(sizes),), (9, 64)))
+    made = []
+    for joined in (False, True):
+        cuts = [SimpleNamespace(whole=n, first=0, rows=n) for n in sizes]
+        layer = SimpleNamespace(weight=torch.nn.Parameter(weight.clone()), parts=sizes, cuts=cuts)
+        held = adapters.Adapters(layer, ranks, joined)
+        for part, rank in ranks.items():
+            held.slot(part, lora.A).kept.copy_(randn(rank, 64, seed=part))
+            held.slot(part, lora.B).kept.copy_(randn(sizes[part], rank, seed=part + 3))
+        held.refresh()
+        assert_bits_equal(layer.weight.data, weight, "the weight, in its own place")
+        made.append(held)
+    apart, one = made
+    assert one.a.shape[1] == sum(-(-rank // 16) * 16 for rank in ranks.values()) and not one.alone
+    assert_bits_equal(one(x, bias), apart(x, bias), "one product")
+    one.wide[:, 64:] = one.wide[:, 64:].roll(16, 1)
+    assert not bits.same(one(x, bias), apart(x, bias))
 
 
 def test_adapters_are_synced_alone(sides):
