@@ -111,6 +111,16 @@ def outcome(error: BaseException) -> str:
     return "not exact" if isinstance(error, ParityError) else "refused" if isinstance(error, UserError) else "failed"
 
 
+def raised_here(error: BaseException) -> bool:
+    """Tell whether an error is of this package's own code, or of Python's or PyTorch's called by it, and not of vLLM's.
+
+    The innermost of the two packages on the way to it decides.
+    """
+    modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    packages = [name.partition(".")[0] for name in modules]
+    return [name for name in packages if name in ("rlinvariant", "vllm")][-1:] == ["rlinvariant"]
+
+
 def one_line(error: object, limit: int = 300) -> str:
     """Return an error's message as one printable line of at most `limit` characters; its type's name where it has none."""
     return printable(" ".join(str(error).split()))[:limit] or type(error).__name__

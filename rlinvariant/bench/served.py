@@ -1,7 +1,8 @@
 """A rollout of 512 completions drawn by a server on loopback, against the same by an engine in the trainer's process.
 
 Each side is a process of its own with its engine, and they take turns. Both hold the same weights, and what they draw must be
-the same bytes. Processor time is that of all processes of a side, and of a sync that of the trainer's side too.
+the same bytes. Processor time is that of all processes of a side, and of a sync that of the trainer's side too. Weights go to
+the server twice: through memory, and over HTTP, as to a server of another host.
 """
 
 import hashlib
@@ -45,12 +46,14 @@ def _rows(model: str, completions: int, tokens: int, seconds: float) -> Iterator
             worker.close()
     kept, share = quietest(windows)
     same = {answers[side]["sha256"] for _, answers in windows for side in SIDES}
-    for part, target in (("rollout", TARGET), ("sync and comparison of the weights", None)):
-        yield _row(kept, share, f"{model}, {completions} completions of {tokens} tokens: {part}", target, same)
+    case = f"{model}, {completions} completions of {tokens} tokens: "
+    yield _row(kept, share, case + "rollout", "draw", TARGET, same)
+    for how in ("memory", "HTTP"):
+        gb = kept[0]["served"]["gb"]
+        yield _row(kept, share, f"{case}sync of {gb:.2f} GB and comparison, through {how}", f"sync, {how}", None, same)
 
 
-def _row(kept: list[dict[str, Answer]], share: float, case: str, target: float | None, same: set[str]) -> Row:
-    part = "draw" if target else "sync"
+def _row(kept: list[dict[str, Answer]], share: float, case: str, part: str, target: float | None, same: set[str]) -> Row:
     ours, stock = ([answers[side][part] for answers in kept] for side in SIDES)
     wall = [median(seconds for seconds, _ in x) * 1e3 for x in (ours, stock)]
     cpu = [median(seconds for _, seconds in x) for x in (ours, stock)]
@@ -88,15 +91,30 @@ def _worker(side: str, model: str) -> None:
         count, tokens = request["completions"], request["tokens"]
         groups = torch.randint(3, 90, (count // 8, PROMPT), generator=generator.manual_seed(0)).tolist()
         prompts = [prompt for prompt in groups for _ in range(8)]
-        began = _clock()
-        sampler.sync(weights)
-        assert not sampler.differing_weights(weights)
-        synced = _since(began)
+        synced = {}
+        for how in ("HTTP", "memory"):
+            began = _clock()
+            _sync(sampler, weights, how)
+            synced[f"sync, {how}"] = _since(began)
         began = _clock()
         drawn = sampler.generate(prompts, range(count), temperature=1.0, max_tokens=tokens)
         found = hashlib.sha256(repr([(c.token_ids, c.sampler_logprobs) for c in drawn]).encode()).hexdigest()
-        link.send(draw=_since(began), sync=synced, sha256=found, pids=[p.pid for p in _processes()])
+        gb = sum(w.numel() for _, w in weights) * 2 / 1e9
+        link.send(draw=_since(began), **synced, gb=gb, sha256=found, pids=[p.pid for p in _processes()])
     _stop_children()
+
+
+def _sync(sampler: Any, weights: Any, how: str) -> None:
+    """Give a sampler the weights, and have them compared; a server of this host gets them over HTTP, too, if it is told so."""
+    servers = getattr(sampler, "_alive", [])
+    memory = [server.memory for server in servers]
+    assert all(memory), "the server's memory is not to be had"
+    for server in servers if how == "HTTP" else ():
+        server.memory = []
+    sampler.sync(weights)
+    assert not sampler.differing_weights(weights)
+    for server, files in zip(servers, memory, strict=True):
+        server.memory = files
 
 
 def _processes() -> list[psutil.Process]:

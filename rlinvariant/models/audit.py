@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlinvariant.models.modules import UnsupportedModel
 from rlinvariant.models.patch import make_invariant
+from rlinvariant.models.working import make_trainable
 from rlinvariant.runtime import random_state_kept
 from rlinvariant.types import Untyped
 
@@ -184,13 +185,14 @@ def require_exact(model: "PreTrainedModel", run: Callable[[], object] | None = N
         )
 
 
-def audit_config(config: Untyped, dtype: torch.dtype, device: torch.device) -> str:
+def audit_config(config: Untyped, dtype: torch.dtype, device: torch.device, sharded: bool = False) -> str:
     """Run the trainer's checks on the first two layers of a model of this configuration, with random weights.
 
     Args:
         config: transformers' configuration of the model.
         dtype: of activations and weights.
         device: where the layers run.
+        sharded: whether a trainer will cut the model over processes, and run it in the form that it has then.
 
     Returns:
         The name of the model's class.
@@ -204,6 +206,8 @@ def audit_config(config: Untyped, dtype: torch.dtype, device: torch.device) -> s
         model = AutoModelForCausalLM.from_config(two_layers(config.get_text_config()), dtype=dtype)
     name = type(model).__name__
     require_exact(make_invariant(model, dtype))
+    if sharded:
+        require_exact(make_trainable(model, dtype, shards_on=device))
     del model
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rlinvariant import runtime
 from rlinvariant.checksums import Checksum
-from rlinvariant.errors import UserError, one_line
+from rlinvariant.errors import UserError, one_line, raised_here
 from rlinvariant.model_source import base_and_adapter
 from rlinvariant.models import adapter_files
 from rlinvariant.models.experts import in_checkpoint
@@ -28,7 +28,7 @@ from rlinvariant.rollout import Completion
 from rlinvariant.sampler import adapters, packed, plugin
 from rlinvariant.sampler import weights as synced
 from rlinvariant.sampler.names import ARCHITECTURE, QUANTIZATION
-from rlinvariant.sampler.refusals import refuse
+from rlinvariant.sampler.refusals import refuse, without_fused_sums
 from rlinvariant.sampler.settings import require_room, sampling_params
 from rlinvariant.sampler.undisturbed import stdout_with_descriptor, undisturbed
 from rlinvariant.types import JsonObject, Untyped
@@ -171,14 +171,16 @@ class Sampler:
                 plugin.register_class()
                 if processes > 1:
                     arguments["disable_custom_all_reduce"] = True  # nothing is added over processes
-                    if torch.cuda.is_available():  # so there is no sum to fuse, nor need of its workspace, of NVLink multicast
-                        arguments.setdefault("compilation_config", {"pass_config": {"fuse_allreduce_rms": False}})
+                    if torch.cuda.is_available():
+                        arguments["compilation_config"] = without_fused_sums(arguments.get("compilation_config"))
                 arguments |= {"quantization": QUANTIZATION, "hf_overrides": {"architectures": [ARCHITECTURE]}}
             with stdout_with_descriptor(), adapters.expecting(ranks or {}):
                 _group_of_experts()
                 try:
                     self.llm = LLM(str(model), **arguments)
                 except ValueError as error:  # of its options, or of memory that is not there
+                    if raised_here(error):
+                        raise
                     raise UserError(f"vLLM cannot make the engine: {one_line(error)}; change the sampler's options") from error
             core: Any = self.llm.llm_engine.engine_core
             if hasattr(core, "_finalizer"):  # vLLM 0.26 has none

@@ -14,11 +14,12 @@ from rlinvariant.model_source import source_problems
 from rlinvariant.models import unsupported
 from rlinvariant.models.limits import flash_problems, uncuttable
 from rlinvariant.support import cuda_problems
-from rlinvariant.types import JsonObject, JsonRow
+from rlinvariant.types import JsonObject, JsonRow, Untyped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+FUSED = "fuse_allreduce_rms"  # of vLLM's pass_config
 UNTOUCHED_OPTIONS = {  # keep vllm.LLM's default: an exact sampler runs whole, on one device, the model that is trained
     "attention_backend": None,
     "attention_config": None,
@@ -108,6 +109,28 @@ def engine_problems(
     if max_model_len is not None and positions is not None and max_model_len > positions:
         found.append(f"sampler.max_model_len={max_model_len}: expected at most {positions}, the model's positions")
     return found
+
+
+def without_fused_sums(given: Untyped) -> Untyped:
+    """Return a `compilation_config` of vLLM that fuses no sum over processes with a norm, beside whatever else it says.
+
+    An exact engine adds nothing over processes. vLLM would make a workspace of NVLink multicast for that sum all the same.
+
+    Args:
+        given: the user's: None, a number, a dict or vLLM's own class, which is changed in place.
+
+    Raises:
+        UserError: it asks for the fusion.
+    """
+    found = {"mode": given} if isinstance(given, int) else {} if given is None else given
+    passes = found.get("pass_config") or {} if isinstance(found, dict) else found.pass_config
+    asked = passes.get(FUSED) if isinstance(passes, dict) else getattr(passes, FUSED)
+    if asked:
+        raise UserError(f"sampler option compilation_config: {FUSED}={asked}: expected False; nothing is added over processes")
+    if not isinstance(passes, dict):
+        setattr(passes, FUSED, False)
+        return found
+    return found | {"pass_config": passes | {FUSED: False}}
 
 
 def process_problems(count: int, model: str, config: "PreTrainedConfig", started: int | None = None) -> list[str]:

@@ -6,6 +6,7 @@ else it draws, so that whatever a lost server was to draw is drawn by another.
 """
 
 import os
+import secrets
 import socket
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,17 +15,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from rlinvariant.checksums import Checksum, digest, wholes
 from rlinvariant.errors import ParityError, ServersLost, UserError
 from rlinvariant.launch import on_main_process, rank, wait_for_all
 from rlinvariant.rollout import Completion
-from rlinvariant.sampler import wire
+from rlinvariant.sampler import handover, wire
 from rlinvariant.sampler.drive import Request
 from rlinvariant.sampler.server import Answer, Gone, Server
 from rlinvariant.sampler.settings import require_room
+from rlinvariant.sampler.wire import save
 from rlinvariant.text import plural, say
 from rlinvariant.types import JsonObject, Untyped
 
@@ -66,13 +67,16 @@ class ServedSampler:
             server.session = session
 
     def _join(self) -> list[str]:
-        found = []
-        about = {"trainer": f"process {os.getpid()} on {socket.gethostname()}", "ranks": self._ranks}
+        found, mark = [], secrets.token_hex(16)
+        about = {"trainer": f"process {os.getpid()} on {socket.gethostname()}", "ranks": self._ranks, "mark": mark}
         for server in self._alive:
             answer = server.asked("join", about)
             found.append(answer["session"])
+            memory = [handover.opened(place, mark) for place in answer["memory"]]
+            server.memory = [file for file in memory if file is not None] if all(memory) else []
+            how = "memory of this host" if server.memory else "HTTP"
             before = f"; {answer['before']} had it, and cannot draw from it any more" if answer["before"] else ""
-            say(f"sampler {server.url} joined{before}")
+            say(f"sampler {server.url} joined: weights go through {how}{before}")
         return found
 
     def close(self) -> None:
@@ -185,20 +189,32 @@ class ServedSampler:
             ServersLost, UserError: no server is left, or one refuses.
         """
         self._version, error, main = None, None, rank() == 0
+        asked: list[tuple[Server, Answer]] = []
         for part in wire.buckets(weights, self.dtype, keep=main):
             wait_for_all()
             if main and error is None:
                 try:
-                    self._send(save(part))
+                    asked = self._send(part, asked)
                 except UserError as found:  # the other ranks are in the middle of the next part
                     error = found
+        if main and error is None:
+            try:
+                self._taken(asked)
+            except UserError as found:
+                error = found
         self._settle(error)
 
-    def _send(self, part: bytes) -> None:
-        asked = []
+    def _send(self, part: Mapping[str, Tensor], before: Sequence[tuple[Server, Answer]]) -> list[tuple[Server, Answer]]:
+        """Send a part to all servers; they load the one before meanwhile. Return what they have not answered yet."""
+        asked, buffers = list[tuple[Server, Answer]](), save(part)
         for server in list(self._alive):
             with self._losing(server):
-                asked.append((server, server.ask("sync", part)))
+                asked.append((server, server.send(buffers)))
+        self._taken(before)
+        return asked
+
+    def _taken(self, asked: Sequence[tuple[Server, Answer]]) -> None:
+        """Wait until servers have loaded a part."""
         for server, answer in asked:
             with self._losing(server):
                 answer.content()
@@ -216,8 +232,9 @@ class ServedSampler:
         self._alive = [server for server in self._alive if server.url in kept]
 
     def differing_weights(self, weights: Iterable[tuple[str, Tensor]]) -> list[str]:
-        """Name the servers' parameters whose bytes differ from `weights` cast to their dtype. All ranks call this."""
-        return self.differing_checksums(wholes((name, w.detach().to(self.dtype)) for name, w in weights))
+        """Name the servers' parameters whose bytes are not the main rank's `weights`, cast. All ranks call this."""
+        own = wholes((name, w.detach().to(self.dtype)) for name, w in weights) if rank() == 0 else {}
+        return self.differing_checksums(own)
 
     def memory_of(self, weights: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
         """Return nothing: the servers' memory is not this process's."""
@@ -227,16 +244,14 @@ class ServedSampler:
         """Do what `differing_weights` does, by sums over all words. Empty, and the servers may draw, when all are equal.
 
         Args:
-            weights: the checksum of each, cast to `dtype`, by its Hugging Face name; they are compared with the main rank's.
+            weights: the checksum of each, cast to `dtype`, by its Hugging Face name. Those of the main rank count, which has
+                sent the weights; whether other ranks have the same is the trainer's to compare.
 
         Raises:
             ServersLost, UserError: no server is left, or one refuses.
         """
-        version = digest(weights.items())
-        main, differing = on_main_process(lambda: (version, self._compared(weights)))
+        version, differing = on_main_process(lambda: (digest(weights.items()), self._compared(weights)))
         self._settle(None)
-        if main != version:
-            differing = [*differing, f"all of rank {rank()}, whose own are others than the main rank's"]
         self._version = None if differing else version
         return differing
 

@@ -1,15 +1,16 @@
 """One server that a trainer draws from: requests over HTTP, and its failures in words."""
 
+import io
 import json
 import socket
 import ssl
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 import httpx
 
 from rlinvariant.errors import UserError, one_line
-from rlinvariant.sampler import wire
+from rlinvariant.sampler import handover, wire
 from rlinvariant.trainer_token import Token
 from rlinvariant.types import JsonObject
 
@@ -41,6 +42,8 @@ class Server:
 
     def __init__(self, url: str, token: Token) -> None:
         self.url, self.session = url.rstrip("/"), ""
+        self.memory: list[io.FileIO] = []  # of the server, into which this process can write weights; none of another host's
+        self._sent = 0
         # No proxy of the environment gets the token. Each request has a connection of its own: a server closes one that is
         # idle, perhaps while the next request is on its way, which would look like a server that is gone
         transport = httpx.HTTPTransport(
@@ -58,20 +61,38 @@ class Server:
         """Return an error that names the server."""
         return UserError(f"sampler.servers={self.url}: {what}")
 
-    def ask(self, route: str, body: JsonObject | bytes) -> "Answer":
+    def send(self, weights: Sequence[bytes | memoryview]) -> "Answer":
+        """Send weights, as `wire.save` returns them, through the server's memory where that can be; raises as `ask`.
+
+        There are `wire.PIECES` of it, used in turn: the answer to the part before the last must have come.
+        """
+        if not self.memory:
+            return self.ask("sync", weights)
+        number, self._sent = self._sent % len(self.memory), self._sent + 1
+        handover.write(self.memory[number], weights)
+        return self.ask("sync", [], {wire.MEMORY: str(number)})
+
+    def ask(
+        self, route: str, body: JsonObject | Sequence[bytes | memoryview], headers: Mapping[str, str] | None = None
+    ) -> "Answer":
         """Send a request, and return when the server has read it and begun to answer.
 
         Args:
             route: one of prove, join, sync, checksum, generate.
-            body: JSON; or, of sync, weights as safetensors.
+            body: JSON; or, of sync, weights as safetensors, in some buffers.
+            headers: beside those of every request.
 
         Raises:
             Gone: the server cannot be reached, or has failed.
             UserError: it refuses.
         """
-        headers = {"rlinvariant-session": self.session, "content-type": "application/octet-stream"}
-        content = body if isinstance(body, bytes) else json.dumps(body).encode()
-        request = self._client.build_request("POST", f"/rlinvariant/{route}", content=content, headers=headers)
+        content = [json.dumps(body).encode()] if isinstance(body, dict) else body
+        size = str(sum(map(len, content)))
+        always = {wire.SESSION: self.session, "content-type": "application/octet-stream", "content-length": size}
+        parts: Any = iter(content)  # of buffers, which go to the socket as they are
+        request = self._client.build_request(
+            "POST", f"/rlinvariant/{route}", content=parts, headers=always | {**(headers or {})}
+        )
         try:
             response = self._client.send(request, stream=True)
             answer = Answer(self, response)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import safetensors.torch
+import safetensors
 import torch
 from vllm.config import CompilationMode
 
@@ -60,11 +60,11 @@ class ForTrainers:
         if adapters.make_room(model, ranks):
             pack_weights(model)
 
-    def take_weights(self, part: bytes) -> str | None:
-        """Load some weights, which came as safetensors by their Hugging Face names; say which of them there is no room for."""
+    def take_weights(self, path: str) -> str | None:
+        """Load the weights of a file of safetensors, by their Hugging Face names; say which of them there is no room for."""
         try:
-            with torch.no_grad():
-                self.model_runner.get_model().load_weights(iter(safetensors.torch.load(part).items()))
+            with torch.no_grad(), safetensors.safe_open(path, "pt") as file:
+                self.model_runner.get_model().load_weights((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
         except UserError as error:
             return str(error)
 

@@ -1,5 +1,6 @@
 """vLLM's linear layers and lm_head with `ops.linear` in them, on CPU and on CUDA."""
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -103,11 +104,20 @@ def multiplied(layer: Untyped) -> Tensor:
     return layer.weight if getattr(layer, "tp_size", 1) > 1 else layer.weight[: getattr(layer, "org_vocab_size", None)]
 
 
-def pack_weights(model: nn.Module) -> None:
-    """Pack anew what every layer multiplies by, as vLLM's stock layers do on a CPU, for the number of threads set now."""
+def pack_weights(model: nn.Module, loaded: Collection[str] | None = None) -> None:
+    """Pack anew what layers multiply by, as vLLM's stock layers do on a CPU, for the number of threads set now.
+
+    Args:
+        model: vLLM's.
+        loaded: the names of its parameters that may have changed, beside adapters; None: all may have.
+    """
+    named = model.named_parameters(remove_duplicate=False)  # a tied head is a name of the embedding's weight
+    changed = {id(weight) for name, weight in named if loaded is None or name in loaded}
     for layer in filter(is_ours, products(model).values()):
         if getattr(layer, "adapters", None) is not None:
             layer.adapters.pack(layer.bias is not None)
+            continue
+        if id(layer.weight) not in changed:
             continue
         weight = multiplied(layer)
         wholes = [cut.whole for cut in layer.cuts]

@@ -133,7 +133,7 @@ class InvariantForCausalLM(TransformersForCausalLM):
         return {i: layer(i, module) for i, module in _attention_modules(self.model).items()}
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Load weights by their Hugging Face names, at the start and at every sync, and pack them anew.
+        """Load weights by their Hugging Face names, at the start and at every sync, all or some, and pack these anew.
 
         vLLM's stock layers pack their weights too; a copy that is opaque to the compiler is of use in eager mode alone.
         """
@@ -146,7 +146,7 @@ class InvariantForCausalLM(TransformersForCausalLM):
         loaded |= of_experts.loaded()
         adapters.load(self, of_adapters)
         if self.compilation_config.mode == CompilationMode.NONE:
-            pack_weights(self)
+            pack_weights(self, loaded)
         return loaded
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:

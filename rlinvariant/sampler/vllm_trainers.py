@@ -7,8 +7,10 @@ first, and waits for requests that still run: no completion is drawn by two vers
 """
 
 import asyncio
+import io
 import json
 import math
+import os
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
@@ -22,7 +24,7 @@ from rlinvariant.checksums import digest
 from rlinvariant.errors import UserError, one_line
 from rlinvariant.models import lora
 from rlinvariant.rollout import Completion
-from rlinvariant.sampler import wire
+from rlinvariant.sampler import handover, wire
 from rlinvariant.sampler.settings import sampling_params
 from rlinvariant.sampler.vllm_guard import WITH_TOKEN
 from rlinvariant.text import say, shown
@@ -48,6 +50,7 @@ class Trainers:
     def __init__(self, app: Untyped) -> None:
         self.app = app
         self.session = self.version = self.trainer = None  # of the trainer that has joined last; what it has synced
+        self.memory: list[io.FileIO] = []  # of this session's trainer, if it is on this host
         self.running = 0  # requests of `generate`
         self.idle = asyncio.Condition()
         self.writing = asyncio.Lock()
@@ -96,7 +99,7 @@ class Trainers:
 
     async def join(self, request: Request) -> Callable[[], Awaitable[JsonObject]]:
         body = await request.json()
-        trainer, ranks = shown(body["trainer"]), dict(body["ranks"])
+        trainer, ranks, mark = shown(body["trainer"]), dict(body["ranks"]), str(body["mark"])
         if unfit := await self._rpc("unfit", ranks):  # while whoever has joined it before still has it
             raise Refused(REFUSED, unfit)
 
@@ -107,16 +110,19 @@ class Trainers:
                 await self._until_idle()  # what the one before has asked for comes to its end, or ends with it
                 await self._rpc("make_room", ranks)
                 await self._rpc("keep_drawn")
+                self.memory = [handover.made(mark) for _ in range(wire.PIECES)]  # whoever had it before writes into its own
             instead = f", in place of {before}" if before else ""
             say(f"joined by {trainer}{instead}" + (f"; room for {lora.in_words(ranks)}" if ranks else ""))
-            return {"session": self.session, "before": before}
+            return {"session": self.session, "before": before, "memory": [*map(handover.place_of, self.memory)]}
 
         return answer
 
     async def sync(self, request: Request) -> Callable[[], Awaitable[JsonObject]]:
-        session = request.headers.get("rlinvariant-session")
+        session, number = request.headers.get(wire.SESSION), request.headers.get(wire.MEMORY)
         self._require_session(session)
-        part = await request.body()
+        part = handover.made() if number is None else self.memory[int(number)]
+        async for some in request.stream():
+            part.write(some)
         names = _names(part)
 
         async def answer() -> JsonObject:
@@ -124,7 +130,7 @@ class Trainers:
                 self._require_session(session)
                 self.version = None  # nothing is admitted from here on
                 await self._until_idle()
-                if refused := await self._rpc("take_weights", part):
+                if refused := await self._rpc("take_weights", handover.path_of(part)):
                     raise Refused(REFUSED, refused)
             return {"taken": names}
 
@@ -272,9 +278,10 @@ def _is_whole(value: Any, least: int) -> bool:
     return type(value) is int and least <= value < 2**31
 
 
-def _names(part: bytes) -> list[str]:
+def _names(part: io.FileIO) -> list[str]:
     """Return the names of the weights in a part, by the header of its safetensors. Raises ValueError where it has none."""
-    size = int.from_bytes(part[:8], "little")
-    if not 2 <= size <= len(part) - 8:
-        raise ValueError(f"{len(part):,} bytes are no safetensors")
-    return sorted(name for name in json.loads(part[8 : 8 + size]) if name != "__metadata__")
+    length = part.seek(0, io.SEEK_END)
+    size = int.from_bytes(os.pread(part.fileno(), 8, 0), "little")
+    if not 2 <= size <= length - 8:
+        raise ValueError(f"{length:,} bytes are no safetensors")
+    return sorted(name for name in json.loads(os.pread(part.fileno(), size, 8)) if name != "__metadata__")

@@ -4,7 +4,8 @@ Tokens go as int32, log-probs as the four bytes of their float32, both little-en
 """
 
 import base64
-from collections.abc import Iterable, Iterator, Sequence
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -14,10 +15,14 @@ from rlinvariant.checksums import Checksum
 from rlinvariant.rollout import Completion
 from rlinvariant.types import Json, JsonObject, JsonRow
 
-PROTOCOL = 2
+PROTOCOL = 3
 """The version of these requests; a server and a trainer of different versions do not talk to each other."""
 COMPILED = "LoRA adapters need a server that compiles nothing: start it with --enforce-eager"
-BUCKET_BYTES = 256 << 20  # of weights that are sent together
+BUCKET_BYTES = 64 << 20  # of weights that are sent together
+PIECES = 2  # of a server's memory for a trainer on its host: one is filled while the weights in the other are loaded
+DTYPES = {torch.bfloat16: "BF16", torch.float32: "F32"}  # of weights, as safetensors calls them
+SESSION, MEMORY = "rlinvariant-session", "rlinvariant-memory"
+"""Headers of a request: the session that joining gave; of sync, which piece of the server's memory holds the weights."""
 TAKEN = ("temperature", "stop_token_ids", "top_k", "top_p", "min_p")
 """Settings of sampling that a request to a server may have; all others are refused by name."""
 
@@ -93,3 +98,18 @@ def buckets(weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype, keep: boo
             part[name] = weight.detach().to("cpu", dtype).contiguous()
         size += own
     yield part
+
+
+def save(part: Mapping[str, Tensor]) -> list[bytes | memoryview]:
+    """Return weights on the host as safetensors: buffers that are the weights' own memory, after one for the header.
+
+    Nothing is copied here; whoever sends the buffers need not join them.
+    """
+    header, buffers, end = dict[str, Json](), list[bytes | memoryview](), 0
+    for name, weight in part.items():
+        words = weight.detach().contiguous().view(-1).view(torch.uint8).numpy().data
+        header[name] = {"dtype": DTYPES[weight.dtype], "shape": [*weight.shape], "data_offsets": [end, end := end + len(words)]}
+        buffers.append(words)
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the weights begin at a multiple of eight bytes, as the format wants it
+    return [len(text).to_bytes(8, "little") + text, *buffers]

@@ -52,7 +52,7 @@ class Critic(nn.Module):
         super().__init__()
         self.invariant, self.adapter = invariant, adapter
         if shards_on is not None:
-            audit_config(backbone.config, dtype, shards_on)
+            audit_config(backbone.config, dtype, shards_on, sharded=True)
             shards.shard(make_trainable(backbone, dtype, shards_on), decoder_layers(backbone))
         elif invariant:
             make_trainable(backbone, dtype)

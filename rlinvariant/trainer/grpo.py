@@ -201,7 +201,7 @@ class InvariantGRPOTrainer(RoutedTrainer):
             args._n_gpu = 1
             say(f"note: one process trains on one GPU, {args.device}, of the {visible} visible; machine=2gpu has one for each")
         if self.sharded:
-            audit_config(model.config, dtype, args.device)
+            audit_config(model.config, dtype, args.device, sharded=True)
             if self._trl_args(args).beta and lora.ranks(model):
                 lora.add_reference(model)  # before it is cut; TRL is told of no reference
             units = self._shard(model, dtype, args.device)

@@ -23,6 +23,7 @@ BF16 = "stock's weights in bfloat16"
                 *(f"tiny-moe, {BF16}, {what}" for what in ("4 equal rows", "tiny, peak memory")),
             ],
         ),
+        ("served", [f"tiny, 32 completions of 32 tokens: {part}" for part in ("rollout", "sync of")]),
         ("profile", ["rollout", "log-probs: forward", "backward", "step, not traced"]),
     ],
 )

@@ -42,9 +42,9 @@ def _flip() -> None:
 
     save = served.save
 
-    def flipped(part: Any) -> bytes:
-        sent = bytearray(save(part))
+    def flipped(part: Any) -> list[bytes | memoryview]:
+        sent = bytearray(b"".join(save(part)))
         sent[-1] ^= 1
-        return bytes(sent)
+        return [memoryview(sent)]
 
     served.save = flipped

@@ -6,11 +6,14 @@ from unittest import mock
 import pytest
 from transformers import AutoConfig, DistilBertConfig
 from trl import GRPOConfig
+from vllm.config import CompilationConfig
 
 from rlinvariant.conflicts import INVARIANCE
 from rlinvariant.errors import UserError
 from rlinvariant.plan import plan_trainer
+from rlinvariant.sampler import vllm_columns
 from rlinvariant.sampler.engine import Sampler, refuse
+from rlinvariant.sampler.refusals import without_fused_sums
 
 
 @pytest.mark.parametrize(
@@ -59,6 +62,27 @@ def test_what_vllm_says_of_its_options_is_one_line(arithmetic_dir):
         UserError, match=r"^vLLM cannot make the engine: .*max_num_batched_tokens.*; change the sampler's options$"
     ):
         Sampler(arithmetic_dir, invariant=False, options={"max_num_batched_tokens": -1})
+
+
+def test_a_fault_of_our_own_keeps_its_traceback(arithmetic_dir, monkeypatch):
+    """Though it is a ValueError, as vLLM's are, while vLLM makes the engine; the control is the test above."""
+    monkeypatch.setattr(vllm_columns, "gather_embeddings", lambda model: int("ours"))
+    with pytest.raises(ValueError, match="ours"):
+        Sampler(arithmetic_dir, invariant=True, max_model_len=64)
+
+
+def test_a_sum_over_processes_is_not_fused_whatever_else_vllm_is_told():
+    off = {"fuse_allreduce_rms": False}
+    assert without_fused_sums(None) == {"pass_config": off}
+    assert without_fused_sums(3) == {"mode": 3, "pass_config": off}
+    given = {"mode": 0, "pass_config": {"fuse_norm_quant": True}}
+    assert without_fused_sums(given) == {"mode": 0, "pass_config": {"fuse_norm_quant": True} | off}
+    assert given["pass_config"] == {"fuse_norm_quant": True}, "the user's own stays as it is"
+    own = CompilationConfig(mode=0)
+    assert without_fused_sums(own) is own and own.pass_config.fuse_allreduce_rms is False and own.mode == 0
+    for wrong in ({"pass_config": {"fuse_allreduce_rms": True}}, CompilationConfig(pass_config={"fuse_allreduce_rms": True})):
+        with pytest.raises(UserError, match="fuse_allreduce_rms=True: expected False"):
+            without_fused_sums(wrong)
 
 
 def test_what_is_no_causal_language_model_is_refused(tmp_path):

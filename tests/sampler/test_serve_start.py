@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -67,6 +68,23 @@ def test_the_trainers_checks_are_made_of_the_configuration(arithmetic_dir):
 
     with mock.patch.object(Qwen3ForCausalLM, "forward", doubled), pytest.raises(UserError):
         vllm_serve.audit_config(config, torch.bfloat16, device)
+
+
+def test_a_model_that_will_be_cut_is_checked_in_the_form_that_it_has_then(arithmetic_dir, monkeypatch):
+    """Shards join projections at each use on a GPU. That form, forced here, is refused with a product that no op owns."""
+    from transformers import AutoConfig
+
+    from rlinvariant.models import audit_config, make_invariant, use_working_copies, working
+
+    config, device = AutoConfig.from_pretrained(arithmetic_dir), torch.device("cpu")
+    joined = lambda model, dtype, shards_on: use_working_copies(make_invariant(model, dtype), dtype, kept=False)  # noqa: E731
+    monkeypatch.setattr(sys.modules["rlinvariant.models.audit"], "make_trainable", joined)
+    assert audit_config(config, torch.bfloat16, device, sharded=True) == "Qwen3ForCausalLM"
+    by_torch = lambda self, x, *linears: torch.nn.functional.linear(x, torch.cat([each.weight for each in linears]))  # noqa: E731
+    monkeypatch.setattr(working._Product, "__call__", by_torch)
+    assert audit_config(config, torch.bfloat16, device) == "Qwen3ForCausalLM"
+    with pytest.raises(UserError, match="computes outside rlinvariant.ops"):
+        audit_config(config, torch.bfloat16, device, sharded=True)
 
 
 @pytest.mark.parametrize("proved", [True, False])

@@ -14,7 +14,7 @@ from safetensors.torch import load, save
 
 from rlinvariant import checksums
 from rlinvariant.errors import ServersLost, UserError
-from rlinvariant.sampler import served, server
+from rlinvariant.sampler import handover, served, server
 from rlinvariant.sampler.served import ServedSampler
 from rlinvariant.sampler.vllm_guard import WITH_TOKEN
 from rlinvariant.trainer_token import Token
@@ -161,10 +161,10 @@ def test_a_wrong_token_opens_nothing(servers, arithmetic_weights):
 def flipping(name: str, row: int, column: int) -> Iterator[None]:
     """Let the lowest bit of one number of a weight flip on its way to servers."""
 
-    def flipped(part: dict[str, torch.Tensor]) -> bytes:
+    def flipped(part: dict[str, torch.Tensor]) -> list[bytes]:
         damaged = {key: w.clone() for key, w in part.items()}
         damaged[name].view(torch.int16)[row, column] ^= 1
-        return save(damaged)
+        return [save(damaged)]
 
     with pytest.MonkeyPatch.context() as planted:
         planted.setattr(served, "save", flipped)
@@ -181,6 +181,35 @@ def test_a_word_that_flips_on_its_way_is_seen_and_nothing_is_drawn(servers, arit
     with pytest.raises(UserError, match="the server holds none"):
         sampler.generate([[1]], [1], temperature=1.0, max_tokens=1)
     assert synced(sampler, arithmetic_weights).generate([[1]], [1], temperature=1.0, max_tokens=1)
+
+
+@pytest.mark.parametrize("how", ["memory of this host", "HTTP"])
+def test_weights_go_in_many_parts_whose_memory_is_used_again(how, servers, arithmetic_weights, monkeypatch, capfd):
+    """Each way the same weights; the control is a word that flips on the way."""
+    if how == "HTTP":
+        monkeypatch.setattr(handover, "opened", lambda place, mark: None)
+    monkeypatch.setattr(served.wire, "BUCKET_BYTES", 1 << 16)
+    sampler = joined(*servers)
+    assert capfd.readouterr().out.count(f"joined: weights go through {how}") == 2
+    sent, send = [], served.save
+    monkeypatch.setattr(served, "save", lambda part: (sent.append(len(part)), send(part))[1])
+    drawn = synced(sampler, arithmetic_weights).generate([[1]], [1], temperature=1.0, max_tokens=9)
+    assert len(sent) > 6 and sum(sent) == len(arithmetic_weights)
+    monkeypatch.setattr(served.wire, "BUCKET_BYTES", 1 << 30)
+    assert synced(joined(*servers), arithmetic_weights).generate([[1]], [1], temperature=1.0, max_tokens=9) == drawn
+    with flipping("model.layers.0.mlp.down_proj.weight", 3, 5):
+        sampler = joined(*servers)
+        sampler.sync(arithmetic_weights)
+    assert len(sampler.differing_weights(arithmetic_weights)) == 2
+
+
+def test_a_trainer_that_has_lost_a_server_does_not_write_into_the_next_ones_memory(servers, arithmetic_weights):
+    before, now = joined(servers[0]), joined(servers[0])
+    (old,) = before._alive
+    now.sync(arithmetic_weights)
+    with pytest.raises(UserError, match="has since joined this server"):
+        old.send([save({"model.norm.weight": torch.zeros(1)})])
+    assert now.differing_weights(arithmetic_weights) == []
 
 
 def test_a_completion_has_one_version_and_its_trainer_alone(servers, arithmetic_weights, monkeypatch):
@@ -282,9 +311,11 @@ def test_a_body_of_weights_is_safetensors_and_nothing_else(servers, arithmetic_w
     sampler = synced(joined(servers[0]), arithmetic_weights)
     evil = b"cposix\nsystem\n(S'touch " + os.fsencode(servers[0].log.parent / "evil") + b"'\ntR."
     with pytest.raises(UserError, match="no safetensors|not"):
-        sampler._alive[0].asked("sync", evil)  # pyright: ignore
+        sampler._alive[0].ask("sync", [evil])
+    with pytest.raises(UserError, match="no safetensors|not"):
+        sampler._alive[0].send([evil])
     assert not (servers[0].log.parent / "evil").exists()
     part = save({name: w.detach().bfloat16() for name, w in arithmetic_weights})
-    assert load(part) and sampler._alive[0].ask("sync", part).content()["taken"]
+    assert load(part) and sampler._alive[0].ask("sync", [part]).content()["taken"]
     given = {name: checksums.whole(w.detach().bfloat16()) for name, w in arithmetic_weights}
     assert sampler.differing_checksums(given) == []

@@ -107,7 +107,7 @@ def test_what_no_server_has_room_for_is_refused_by_name(arithmetic_dir, servers)
     sampler.sync(lora.pairs(model))
     assert sampler.differing_weights(lora.pairs(model)) == []
     expected = draws(sampler)
-    own, about = sampler._alive[0], {"trainer": "a test"}
+    own, about = sampler._alive[0], {"trainer": "a test", "mark": ""}
     lacking = "model.layers.7.self_attn.q_proj"
     for ranks, said in (
         ({lacking: 4}, f"lora.target_modules has {lacking}, which this server's model has not"),

@@ -242,3 +242,28 @@ def test_a_part_of_a_weight_is_nobodys_memory():
     """An engine over two processes has half of the rows; what it has may begin where the trainer's own does."""
     whole = torch.zeros(100, 8)
     assert synced._is_memory_of(whole, [whole[:60], whole[60:]]) and not synced._is_memory_of(whole[:64], [whole])
+
+
+@pytest.mark.skipif(CUDA, reason="a GPU packs no weights")
+def test_a_part_of_the_weights_is_packed_alone(path, weights):
+    """A server gets them in parts; all packed at each part is a time that grows with the square of the model."""
+    engine = ENGINES(path, True)
+    engine.sync(weights.items())
+    before = {name: dict(layer.packed) for name, layer in products(engine.model).items()}
+    packed = {name for name, held in before.items() if held}
+    if not packed:
+        pytest.skip("this CPU packs no weights")
+    tied = "lm_head.weight" not in weights
+    for part, layers in (
+        ("model.layers.1.self_attn.k_proj.weight", {"model.layers.1.self_attn.qkv_proj"}),
+        ("model.layers.0.mlp.down_proj.weight", {"model.layers.0.mlp.down_proj"}),
+        ("model.embed_tokens.weight", {"lm_head"} if tied else set()),
+        ("model.norm.weight", set()),
+    ):
+        weights[part] = weights[part] + 0.5
+        engine.model.load_weights([(part, weights[part])])
+        after = {name: dict(layer.packed) for name, layer in products(engine.model).items()}
+        changed = {name for name, held in after.items() if any(held[key] is not before[name][key] for key in held)}
+        assert changed == layers & packed
+        assert engine.differing_weights(weights.items()) == []
+        before = after

@@ -96,7 +96,7 @@ def test_the_base_is_sent_once_or_not_at_all(other_base, lab, arithmetic_weights
         before.sync(plain.scaled(arithmetic_weights, 1.01))
     sent: list[set[str]] = []
     save = served.save
-    monkeypatch.setattr(served, "save", lambda part: (sent.append({*load(whole := save(part))}), whole)[1])
+    monkeypatch.setattr(served, "save", lambda part: (sent.append({*load(b"".join(whole := save(part)))}), whole)[1])
     rows: list[dict[str, Any]] = []
     trainer = rlinvariant.grpo_trainer(
         lab.model,
