@@ -11,6 +11,7 @@ A: [R, K] of an adapter, B: [N, R], for a weight [N, K]; R is the adapter's rank
 
 import copy
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
@@ -81,7 +82,7 @@ def problems(config: Untyped) -> Iterator[str]:
         yield "peft_config.inference_mode=True: expected False: nothing would be trained; load it with is_trainable=True"
     targets = {config.target_modules} if isinstance(config.target_modules, str) else set(config.target_modules or ())
     if outside := sorted(targets & {"embed_tokens", "lm_head", "wte", "embeddings"}):
-        yield f"peft_config.target_modules has {outside[0]}: expected projections of the decoder alone"
+        yield f"peft_config.target_modules has {outside[0]}: expected projections of the decoder alone; leave it out"
 
 
 def fit_problems(said: str, adapter: Untyped, config: "PreTrainedConfig") -> list[str]:
@@ -122,7 +123,8 @@ def applied(model: "PreTrainedModel", config: Untyped, seed: int, said: str = "l
 
     if wide := width_problem(said, config.r, model.config):
         raise UserError(wide)
-    with random_state_kept():
+    with random_state_kept(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")  # of an lm_head, which is refused below
         torch.manual_seed(seed)
         try:
             adapted = get_peft_model(model, config)
@@ -132,8 +134,8 @@ def applied(model: "PreTrainedModel", config: Untyped, seed: int, said: str = "l
     if own.base_model_name_or_path and os.path.isdir(own.base_model_name_or_path):  # whoever reads the files is elsewhere
         own.base_model_name_or_path = os.path.abspath(own.base_model_name_or_path)
     if found := outside(adapted):
-        fix = f"; set {said}target_modules=q_proj,k_proj,v_proj,o_proj" if ".experts" in found[0] else ""
-        raise UserError(f"{said}target_modules takes {found[0]}: expected projections of the decoder alone{fix}")
+        fix = f"set {said}target_modules=q_proj,k_proj,v_proj,o_proj" if ".experts" in found[0] else "leave it out"
+        raise UserError(f"{said}target_modules takes {found[0]}: expected projections of the decoder alone; {fix}")
     names = set() if isinstance(config.target_modules, str) else set(config.target_modules or ())
     found = [plain(name) for name, module in adapted.named_modules() if is_lora(module)]
     if absent := sorted(x for x in names if not any(name == x or name.endswith(f".{x}") for name in found)):

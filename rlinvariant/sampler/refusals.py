@@ -27,6 +27,8 @@ UNTOUCHED_OPTIONS = {  # keep vllm.LLM's default: an exact sampler runs whole, o
     "data_parallel_size": 1,
     "decode_context_parallel_size": 1,
     "enable_dbo": False,
+    "enable_eplb": False,
+    "enable_expert_parallel": False,
     "enable_lora": False,
     "kv_cache_dtype": "auto",
     "kv_offloading_size": None,

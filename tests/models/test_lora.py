@@ -1,6 +1,7 @@
 """PEFT's layers with the adapter inside the product: PEFT's function, and what is refused."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -116,7 +117,7 @@ def test_an_adapter_that_is_loaded_to_be_read_only_is_refused(tmp_path):
 def test_embeddings_are_refused():
     model = get_peft_model(build("llama"), LoraConfig(target_modules=["q_proj", "embed_tokens"]))
     assert list(lora.problems(model.peft_config["default"])) == [
-        "peft_config.target_modules has embed_tokens: expected projections of the decoder alone"
+        "peft_config.target_modules has embed_tokens: expected projections of the decoder alone; leave it out"
     ]
 
 
@@ -127,7 +128,8 @@ def test_a_regular_expression_names_projections():
     assert len(found) == 7 and all(".layers.1." in name for name in found)
     assert {name.rpartition(".")[2] for name in lora.ranks(lora.applied(build("llama"), names.peft_config(), 0))} == {"q_proj"}
     for wide in (r".*(q_proj|lm_head)", r".*(q_proj|embed_tokens)"):
-        with pytest.raises(UserError, match="^lora.target_modules takes .*: expected projections of the decoder alone"):
+        said = "^lora.target_modules takes .*: expected projections of the decoder alone; leave it out"
+        with warnings.catch_warnings(action="error"), pytest.raises(UserError, match=said):
             lora.applied(build("llama"), config.LoraConfig(r=4, target_modules=[wide]).peft_config(), 0)
     with pytest.raises(ConfigErrors, match="expected names of projections, all-linear, or one regular expression"):
         config.parse(["recipe=arithmetic", "lora.r=4", "lora.target_modules=.*("])

@@ -18,7 +18,13 @@ from rlinvariant.sampler.refusals import without_fused_sums
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("pipeline_parallel_size", 2), ("enable_lora", True), ("kv_cache_dtype", "fp8"), ("model_impl", "vllm")],
+    [
+        ("pipeline_parallel_size", 2),
+        ("enable_lora", True),
+        ("kv_cache_dtype", "fp8"),
+        ("model_impl", "vllm"),
+        ("enable_expert_parallel", True),
+    ],
 )
 def test_an_engine_that_could_not_be_exact_is_refused(option, value, arithmetic_dir):
     with pytest.raises(UserError, match=f"sampler option {option}={value}: expected"):
