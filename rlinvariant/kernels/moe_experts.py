@@ -1,11 +1,12 @@
-"""The experts of a mixture on Hopper: both products grouped by expert, over a table of tiles that is made on the device.
+"""The experts of a mixture on Hopper: products grouped by expert, over a table of tiles that is made on the device.
 
 Slots are sorted by expert, stably. A tile is up to M of the slots of one expert; how many tiles there are is known on the
 device alone, so the grid has room for the most that there can be, and a program without a tile ends. Nothing waits for the GPU.
 
 A tile's product is that of kernels/linear.py, by its `accumulated`: one fp32 accumulator over K, ascending. So a row has
 the bits that `linear` gives it, whatever the tile and whoever shares it. `check` compares the two before a weight shape is
-used. It has run in Triton's interpreter and has been compiled for sm_90; on a GPU it has not run yet.
+used. Gradients take the same kernel, and one that sums over an expert's slots: they have run in Triton's interpreter and have
+been compiled for sm_90, and not run on a GPU yet.
 
 R: rows (tokens), S: slots of a row, X: R times S; E: experts, N: columns of a product, K: columns that it sums over.
 """
@@ -21,11 +22,12 @@ from rlinvariant import bits
 from rlinvariant.errors import UserError
 from rlinvariant.kernels.linear import FALLBACK_TILE, SAFE_TILES, Tile, accumulated, tiled
 from rlinvariant.kernels.routes import ROUTES
-from rlinvariant.kernels.swiglu import swiglu_merged
+from rlinvariant.kernels.swiglu import swiglu_merged, swiglu_merged_backward
 
 FEW = 16  # up to so many slots of an expert, on average, tiles have 16 rows, beyond 64
 TABLE_BLOCK = 32  # tiles that a program of `_tiles` describes
 BLOCK = 1024  # columns that a program of `_combine` adds
+SUMMED = 128, 128, 64, 8, 3  # of `_summed`: rows and columns of a tile, slots of a step, warps, stages
 
 
 @triton.jit
@@ -83,6 +85,37 @@ def _grouped(
 
 
 @triton.jit
+def _summed(
+    left_ptr,
+    right_ptr,
+    out_ptr,
+    order_ptr,
+    starts_ptr,
+    n,
+    k,
+    slots,
+    FROM_ROWS: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    X: tl.constexpr,
+):
+    """Compute a tile of left^T right over the slots of one expert; right is of rows of tokens, or of sorted slots."""
+    expert = tl.program_id(0).to(tl.int64)
+    row, col = tl.program_id(1) * N + tl.arange(0, N), tl.program_id(2) * K + tl.arange(0, K)
+    end = tl.load(starts_ptr + expert + 1)
+    acc = tl.zeros((N, K), tl.float32)
+    for at in range(tl.load(starts_ptr + expert), end, X):
+        place = at + tl.arange(0, X)
+        live = place < end
+        of = tl.load(order_ptr + place, mask=live, other=0) // slots if FROM_ROWS else place
+        left = tl.load(left_ptr + place[None, :] * n + row[:, None], mask=live[None, :] & (row < n)[:, None], other=0.0)
+        right = tl.load(right_ptr + of[:, None] * k + col[None, :], mask=live[:, None] & (col < k)[None, :], other=0.0)
+        acc = tl.dot(left, right, acc)
+    at = out_ptr + (expert * n + row[:, None]) * k + col[None, :]
+    tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=(row < n)[:, None] & (col < k)[None, :])
+
+
+@triton.jit
 def _combine(y_ptr, weights_ptr, out_ptr, slots, d, per_row, BLOCK: tl.constexpr):
     """Add a row's slots, ascending; each product and each sum is rounded to fp32."""
     row, col = (tl.program_id(0) // per_row).to(tl.int64), tl.program_id(0) % per_row * BLOCK + tl.arange(0, BLOCK)
@@ -100,11 +133,13 @@ class _Plan:
     def __init__(self, ids: Tensor, experts: int, tile: Tile) -> None:
         self.count, self.slots, self.tile, m = ids.numel(), ids.shape[1], tile, tile[1]
         numbers, self.order = ids.flatten().sort(stable=True)
-        starts = torch.searchsorted(numbers, torch.arange(experts + 1, device=ids.device))
+        self.starts = torch.searchsorted(numbers, torch.arange(experts + 1, device=ids.device))
         self.room = self.count // m + min(experts, self.count)  # each expert has one tile at most that is not full
         self.table = torch.empty(self.room, 3, dtype=torch.int64, device=ids.device)
         grid = (triton.cdiv(self.room, TABLE_BLOCK),)
-        _tiles[grid](starts, self.table, experts, self.room, M=m, E=triton.next_power_of_2(experts), B=TABLE_BLOCK, num_warps=4)
+        _tiles[grid](
+            self.starts, self.table, experts, self.room, M=m, E=triton.next_power_of_2(experts), B=TABLE_BLOCK, num_warps=4
+        )
 
     def product(self, x: Tensor, weight: Tensor, from_rows: bool) -> Tensor:
         """Multiply x [R, K] or [X, K] by each slot's expert of weight [E, N, K]: the result is [X, N]."""
@@ -131,6 +166,16 @@ class _Plan:
             num_stages=stages,
         )
         return y
+
+    def summed(self, left: Tensor, right: Tensor, from_rows: bool, dtype: torch.dtype) -> Tensor:
+        """Sum left[x]^T right[x] over each expert's slots, left [X, N] and right [R, K] or [X, K]: [E, N, K]."""
+        (n, k), experts = (left.shape[1], right.shape[1]), len(self.starts) - 1
+        out = torch.empty(experts, n, k, dtype=dtype, device=left.device)
+        (bn, bk, bx, warps, stages), ends = SUMMED, (self.order, self.starts)
+        grid = (experts, triton.cdiv(n, bn), triton.cdiv(k, bk))
+        how = {"FROM_ROWS": from_rows, "N": bn, "K": bk, "X": bx, "num_warps": warps, "num_stages": stages}
+        _summed[grid](left, right, out, *ends, n, k, self.slots, **how)
+        return out
 
 
 def tile_for(count: int, experts: int) -> Tile:
@@ -182,3 +227,34 @@ def moe_experts(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: 
     per_row = triton.cdiv(d, BLOCK)
     _combine[(rows * per_row,)](y, weights, out, slots, d, per_row, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=False)
     return out
+
+
+def gradients(
+    dout: Tensor,
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    activation: str,
+    dtype: torch.dtype,
+    needed: tuple[bool, ...],
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Compute `ops.moe_experts.gradients`, without waiting for the GPU: all experts in each of at most six products."""
+    dout, x, ids = (t.contiguous() for t in (dout, x, ids))
+    up, down = (w.to(x.dtype).contiguous() for w in (gate_up, down))
+    (rows, slots), experts = ids.shape, len(up)
+    plan = _Plan(ids, experts, tile_for(ids.numel(), experts))
+    w_X1 = weights.float().flatten()[plan.order, None]
+    both_XN = plan.product(x, up, True)
+    inside_XI = swiglu_merged(both_XN, activation)
+    dinside_XI = plan.product(dout, down.mT.contiguous(), True)  # before the weight, as in ops/moe_experts.py
+    dw_X = torch.empty(ids.numel(), dtype=torch.float32, device=x.device)
+    dw_X[plan.order] = (dinside_XI.float() * inside_XI.float()).sum(-1)
+    dboth_XN = swiglu_merged_backward((dinside_XI * w_X1).to(x.dtype), both_XN, activation)
+    dx_XD = plan.product(dboth_XN, up.mT.contiguous(), False)
+    dx = dx_XD.view(rows, slots, -1).sum(1, dtype=torch.float32).to(x.dtype)
+    dup = plan.summed(dboth_XN, x, True, dtype) if needed[3] else None
+    weighted_XD = (dout[plan.order // slots] * w_X1).to(x.dtype) if needed[4] else None
+    ddown = None if weighted_XD is None else plan.summed(weighted_XD, inside_XI, False, dtype)
+    return dx, dw_X.view(rows, slots).to(weights.dtype), dup, ddown

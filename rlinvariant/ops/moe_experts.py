@@ -39,8 +39,8 @@ def moe_experts(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: 
     Order: the products as in `linear`, each rounded to x.dtype, as is the activation; then slots, ascending: each product by
         a weight is rounded to fp32, and so is each sum, and the last to x.dtype.
     Bits: out[r] depends on x[r], ids[r], weights[r] and the experts named there alone: not on how many rows an expert has,
-        nor on where they stand. Gradients come from stock GEMMs over an expert's rows, ascending: deterministic, not
-        invariant.
+        nor on where they stand. Gradients come from stock GEMMs, on a GPU from kernels of our own, over an
+        expert's rows, ascending: deterministic, not invariant.
     Ref: Shazeer et al. 2017, arXiv:1701.06538; transformers' Qwen3MoeExperts, whose sum over experts is rounded at each.
     """
     return _moe_experts(x, ids, weights, gate_up, down, activation)
@@ -121,8 +121,12 @@ def gradients(
         dtype: of the gradients of gate_up and down.
         needed: six, whether each argument of `moe_experts` needs a gradient; those of x and weights are always made.
 
-    An expert's activations are computed again. How many rows each has is read from the device.
+    An expert's activations are computed again. A GPU takes all experts in one product; see kernels/moe_experts.py.
     """
+    if x.is_cuda and ids.numel():
+        from rlinvariant.kernels import moe_experts  # Triton's, which a CPU need not have
+
+        return moe_experts.gradients(dout, x, ids, weights, gate_up, down, activation, dtype, needed)
     rows, slots = ids.shape
     w_X, dw_X = weights.float().flatten(), x.new_zeros(rows * slots, dtype=torch.float32)
     dx_XD = x.new_zeros(rows * slots, x.shape[1])

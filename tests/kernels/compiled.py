@@ -119,6 +119,10 @@ def mixtures(chip: str) -> Iterator[Machine]:
                 form = {"FROM_ROWS": from_rows, "WHOLE": whole, "N": n, "M": m, "K": k}
                 yield compiled(f"grouped, {m} rows, {form}", moe_experts._grouped, number, warps, stages, **form)
         yield compiled(f"plan of tiles of {m}", moe_experts._tiles, number, 4, 3, M=m, E=128, B=moe_experts.TABLE_BLOCK)
+    bn, bk, bx, warps, stages = moe_experts.SUMMED
+    for from_rows in (True, False):
+        form = {"FROM_ROWS": from_rows, "N": bn, "K": bk, "X": bx}
+        yield compiled(f"summed over slots, {from_rows}", moe_experts._summed, number, warps, stages, **form)
     yield compiled("fold of slots", moe_experts._combine, number, 4, 3, BLOCK=moe_experts.BLOCK)
     for renormalise in (True, False):
         form = {"RENORMALISE": renormalise, "E": 128, "S": 8}

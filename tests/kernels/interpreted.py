@@ -25,7 +25,7 @@ from rlinvariant.kernels import (
 )
 from rlinvariant.verification.mixtures import logits_with_ties
 
-names = ("rms_norm", "rope", "scale_logits", "swiglu", "token_logprobs")
+names = ("moe_experts", "rms_norm", "rope", "scale_logits", "swiglu", "token_logprobs")
 cpu = {name: importlib.import_module(f"rlinvariant.ops.{name}") for name in names}
 torch.manual_seed(0)
 compared = []
@@ -158,6 +158,12 @@ for rows, slots, experts, few in ((5, 3, 7, 16), (40, 2, 4, 0), (1, 2, 4, 16), (
         "silu",
     )
     same(f"moe_experts {rows}", moe_experts.moe_experts(*operands), ops.moe_experts(*operands), 1e-4)
+    needed = (True, True, True, rows < 40, rows > 1, True)
+    how = torch.randn(rows, 96), *operands, torch.float32, needed
+    found, expected = (module.gradients(*how) for module in (moe_experts, cpu["moe_experts"]))
+    assert [g is None for g in found] == [g is None for g in expected] == [False, False, not needed[3], not needed[4]]
+    present = [[g for g in side if g is not None] for side in (found, expected)]
+    same(f"moe_experts, gradients, {rows}", *present, 1e-4)
 settings = torch.tensor(
     (
         (1.0, 0, 0.95, 0.0),

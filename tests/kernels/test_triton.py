@@ -68,6 +68,7 @@ def test_every_kernel_is_looked_at(kernels):
         "linear._tile_kernel",
         "moe_experts._combine",
         "moe_experts._grouped",
+        "moe_experts._summed",
         "moe_experts._tiles",
         "moe_route._route",
         "qk_norm_rope._kernel",
