@@ -8,7 +8,8 @@ the bits that `linear` gives it, whatever the tile and whoever shares it. `check
 used. Gradients take the same kernel, and one that sums over an expert's slots: they have run in Triton's interpreter and have
 been compiled for sm_90, and not run on a GPU yet.
 
-R: rows (tokens), S: slots of a row, X: R times S; E: experts, N: columns of a product, K: columns that it sums over.
+R: rows (tokens), S: slots of a row, X: R times S; E: experts, D: width of a row, I: width inside an expert, N: columns of a
+product (of the first, 2 I), K: columns that it sums over.
 """
 
 import functools
@@ -240,7 +241,10 @@ def gradients(
     dtype: torch.dtype,
     needed: tuple[bool, ...],
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Compute `ops.moe_experts.gradients`, without waiting for the GPU: all experts in each of at most six products."""
+    """Compute `ops.moe_experts.gradients`, without waiting for the GPU: all experts in each of at most six products.
+
+    dout, x: [R, D]; ids, weights: [R, S]; gate_up: [E, 2 I, D]; down: [E, D, I].
+    """
     dout, x, ids = (t.contiguous() for t in (dout, x, ids))
     up, down = (w.to(x.dtype).contiguous() for w in (gate_up, down))
     (rows, slots), experts = ids.shape, len(up)
