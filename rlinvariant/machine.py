@@ -27,7 +27,7 @@ ISA_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16", "bf16", "
 
 
 def environment() -> JsonObject:
-    """Describe interpreter, platform, CPU, package versions, commit and threads, as JSON takes it.
+    """Describe interpreter, platform, CPU, GPU if there is one, package versions, commit and threads, as JSON takes it.
 
     No package is imported for its version; torch is imported for its number of threads.
     """
@@ -37,6 +37,7 @@ def environment() -> JsonObject:
         "python": sys.version,
         "platform": platform.platform(),
         "cpu": _cpu(),
+        **_gpu(),
         "packages": {name: version for name in RECORDED_PACKAGES if (version := _version(name)) is not None},
         "git": _git_commit(),
         "threads": {"torch": torch.get_num_threads(), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS")},
@@ -53,6 +54,18 @@ def _cpu() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "isa": {flag: flag in flags for flag in ISA_FLAGS},
     }
+
+
+def _gpu() -> dict[str, Any]:
+    """Return what is known of this process's GPU, under "gpu"; nothing without one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    p = torch.cuda.get_device_properties(torch.cuda.current_device())
+    memory, compute = round(p.total_memory / 2**30, 1), f"{p.major}.{p.minor}"
+    size = {"count": torch.cuda.device_count(), "multiprocessors": p.multi_processor_count, "memory_gib": memory}
+    return {"gpu": {"name": p.name, **size, "compute": compute, "cuda": torch.version.cuda}}
 
 
 def _version(package: str) -> str | None:

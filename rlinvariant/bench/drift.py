@@ -49,7 +49,7 @@ def collect(path: Path) -> JsonObject:
     if study.kind != "ablation":
         raise UserError(f"{path}: a run; give the directory of an ablation, runs/ablation-NAME")
     wanted = len(study.arms) * len({run.seed for _, run in study.runs})
-    if left := [f"{arm.name}/seed-{run.seed}" for arm, run in study.runs if not run.finished]:
+    if left := [f"{arm.name}/seed-{run.seed}" for arm, run in study.runs if not run.trained]:
         raise UserError(f"{path}: {', '.join(left)} has not ended; the ablation's command goes on with it")
     if len(list(study.runs)) < wanted:
         raise UserError(f"{path}: {study.notes[0]} The ablation's command runs what is missing")
@@ -66,7 +66,7 @@ def _kept(arm: Arm) -> JsonObject:
         {
             "seed": run.seed,
             "made": _made(run.environment),
-            "result": {key: run.result.get(key) for key in ENDS},
+            "result": {key: run.result.get(key) for key in ENDS} | ({} if run.finished else {"error": run.result.get("error")}),
             "steps": [row["step"] for row in run.rows],
             "rows": {key: [_short(row.get(key)) for row in run.rows] for key in KEYS},
         }
@@ -126,6 +126,9 @@ def table(content: JsonObject) -> str:
     if before and held:
         ends = dict.fromkeys(tables.number(value, held[0].style) for value in (before[0], before[-1]))
         said.append(f"before training, {held[0].title.lower()}: {' to '.join(ends)}")
+    lost = [run["result"]["error"] for arm in content["arms"].values() for run in arm["runs"] if run["result"].get("error")]
+    if lost:
+        said.append(f"after their last step, and its grading, {plural(len(lost), 'run')} failed ({lost[0]})")
     lines = [f"{'; '.join(said)}:", "", f"    {content['command']}"]
     return "\n\n".join([*(_markdown(one) for one in found if one is not None), "\n".join(lines)])
 

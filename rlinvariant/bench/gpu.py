@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
+from rlinvariant import machine
 from rlinvariant.bench.measure import Numbers
 
 Call = Callable[[], object]
@@ -68,8 +69,9 @@ def large() -> bool:
 
 
 def environment() -> dict[str, object]:
-    """Return what a result says about the GPU; nothing without one."""
-    if not torch.cuda.is_available():
+    """Return what a result says about the GPU beyond `machine.environment`: driver, clocks, power; nothing without one."""
+    known = machine.environment().get("gpu")
+    if known is None:
         return {}
     query = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.max.sm,power.limit", "--format=csv,noheader", "-i", "0"]
     try:
@@ -78,10 +80,7 @@ def environment() -> dict[str, object]:
         asked = ""
     names = ("driver", "clock", "largest_clock", "power_limit")
     found = dict(zip(names, asked.split(", "), strict=False)) if asked else {}
-    p = torch.cuda.get_device_properties(0)
-    memory = round(p.total_memory / 2**30, 1)
-    size = {"multiprocessors": p.multi_processor_count, "memory_gib": memory, "compute": f"{p.major}.{p.minor}"}
-    return {"gpu": {"name": p.name, **size, "cuda": torch.version.cuda, **found}}
+    return {"gpu": known | found}
 
 
 def copies(size: int) -> int:

@@ -2,7 +2,6 @@
 
 import base64
 import hashlib
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -201,8 +200,8 @@ def _environment(run: Run) -> Iterator[tuple[str, str]]:
     if cpu:
         isa = " ".join(name for name, there in (cpu.get("isa") or {}).items() if there)
         yield "CPU", f"{cpu.get('model')}, {cpu.get('cores')} cores, {isa}"
-    if known.get("gpu"):
-        yield "GPU", json.dumps(known["gpu"])
+    if gpu := known.get("gpu"):
+        yield "GPU", f"{gpu.get('name')}, {gpu.get('memory_gib')} GiB, compute {gpu.get('compute')}, CUDA {gpu.get('cuda')}"
     yield "Kernels", _kernels(run)
     yield "Threads", ", ".join(f"{name} {value}" for name, value in (known.get("threads") or {}).items())
     if known.get("vllm_environment"):

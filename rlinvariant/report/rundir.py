@@ -108,7 +108,7 @@ class RunDir:
         return result
 
     def write_environment(self, extra: JsonRow) -> None:
-        """Write environment.json: what `machine.environment()` finds, and `extra` (GPU, kernels actually used) over it."""
+        """Write environment.json: what `machine.environment()` finds, and `extra` (kernels actually used) over it."""
         write_atomically(self.environment, _json_text({"schema": SCHEMA} | environment() | dict(extra)))
 
     def write_result(self, result: JsonRow) -> None:

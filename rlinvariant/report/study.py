@@ -61,6 +61,13 @@ class Run:
         return self.result.get("finished") is True
 
     @property
+    def trained(self) -> bool:
+        """Whether all its steps are there, and what is held out was graded after them, however the run ended then."""
+        steps = self.setting("steps")
+        graded = self.result.get("heldout_reward_after") is not None
+        return self.finished or bool(graded and self.rows and steps == self.rows[-1]["step"])
+
+    @property
     def why(self) -> str:
         """Say how it stopped before its end, if result.json knows."""
         outcome, error = self.result.get("outcome"), self.result.get("error")
@@ -240,7 +247,7 @@ def load_run(path: Path, seed: int | None = None) -> Run:
     _check_numbers(files.metrics, rows)
     environment = reading.read(files.environment) if os.path.lexists(files.environment) else {}
     cpu = environment.get("cpu")
-    objects = {key: environment.get(key) for key in ("git", "packages", "cpu", "threads", "kernels", "vllm_environment")}
+    objects = {key: environment.get(key) for key in ("git", "packages", "cpu", "gpu", "threads", "kernels", "vllm_environment")}
     for key, value in (objects | {"cpu.isa": cpu.get("isa") if isinstance(cpu, dict) else None}).items():
         if value is not None and not isinstance(value, dict):
             raise UserError(f"{files.environment}: {key} is {quoted(value)}, expected a JSON object; restore it")
@@ -274,6 +281,8 @@ def notes(study: Study) -> list[str]:
         found += [f"{place[id(run)]}: {lost}." for lost in _lost(run)]
         if not run.rows:
             found.append(f"{place[id(run)]} has no step: it ended before the first one{run.why}.")
+        elif run.trained and not run.finished:
+            found.append(f"{place[id(run)]} has all its steps, was graded after them, and failed then{run.why}.")
         elif not run.finished:
             of = f" of {run.setting('steps')}" if run.setting("steps") else ""
             found.append(
@@ -289,7 +298,7 @@ def notes(study: Study) -> list[str]:
     if short:
         where = "" if study.is_single else " in every run" if len(short) == len([*study.runs]) else f" in {', '.join(short)}"
         found.append(f"Fewer than {LAST} steps{where}: the reward there is the mean over all of them.")
-    ends = sorted({run.rows[-1]["step"] for _, run in study.runs if run.finished and run.rows})
+    ends = sorted({run.rows[-1]["step"] for _, run in study.runs if run.trained and run.rows})
     if len(ends) > 1:
         found.append(
             f"Runs end at different steps, {ends[0]} to {ends[-1]}: what is held out was trained for different lengths."
@@ -299,6 +308,7 @@ def notes(study: Study) -> list[str]:
         ("sets of package versions", [known.get("packages") for known in machines]),
         ("git commits", [(known.get("git") or {}).get("commit") for known in machines]),
         ("CPU models", [(known.get("cpu") or {}).get("model") for known in machines]),
+        ("GPUs", [(known.get("gpu") or {}).get("name") for known in machines]),
     ):
         if len(different := {json.dumps(value, sort_keys=True) for value in of}) > 1:
             found.append(f"The runs were made with {len(different)} different {what}; of these, the first run's is below.")

@@ -50,6 +50,19 @@ def test_the_page_gets_a_figure_of_every_arm_and_its_interval(tmp_path):
     assert page.read_text().endswith("<!-- cpu/drift -->\nnot measured yet\n<!-- end -->\n")
 
 
+def test_a_run_that_failed_after_its_grading_is_evidence_and_the_page_says_so(tmp_path):
+    path = write_ablation(tmp_path / "ablation-a")
+    file = path / "drift/seed-1/result.json"
+    failed = json.loads(file.read_text()) | {"finished": False, "outcome": "failed", "error": "No space left on device"}
+    file.write_text(json.dumps(failed))
+    assert "grading, 1 run failed (No space left on device)" in drift.table(drift.collect(path))
+    note = "drift/seed-1 has all its steps, was graded after them, and failed then (failed: No space left on device)."
+    assert note in study.notes(study.load(path))
+    file.write_text(json.dumps(failed | {"heldout_reward_after": None}))
+    with pytest.raises(UserError, match="drift/seed-1 has not ended"):
+        drift.collect(path)
+
+
 @pytest.mark.parametrize(
     ("fault", "says"),
     [

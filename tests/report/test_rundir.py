@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,10 @@ import torch
 
 from rlinvariant.errors import DISK_FULL, DiskError, UserError
 from rlinvariant.machine import environment
+from rlinvariant.report import html, study
 from rlinvariant.report.rundir import RunDir, _append_lines, read_metrics
+from tests.report.pages import text_of
+from tests.report.runs import write_run
 
 WRITER = """
 import sys
@@ -209,6 +213,24 @@ def test_rows_without_a_step_and_values_without_a_form_are_refused(tmp_path):
     with pytest.raises(TypeError, match="object has no JSON form"):
         run.append_metrics({"step": 1, "x": object()})
     assert run.metrics.read_bytes() == b""
+
+
+@pytest.mark.gpu
+def test_a_run_knows_its_gpu():
+    known = environment()["gpu"]
+    assert (known["name"], known["count"]) == (torch.cuda.get_device_name(), torch.cuda.device_count())
+
+
+def test_a_run_without_a_gpu_has_none_and_the_page_names_one(tmp_path, monkeypatch):
+    """Of a GPU that is described as torch describes one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "gpu" not in environment()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    about = SimpleNamespace(name="NVIDIA H200", total_memory=int(139.8 * 2**30), multi_processor_count=132, major=9, minor=0)
+    for name, value in {"current_device": 0, "device_count": 2, "get_device_properties": about}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    run = write_run(tmp_path / "run", 0, steps=1, **environment())
+    assert "NVIDIA H200, 139.8 GiB, compute 9.0, CUDA" in text_of(html.page(study.load(run.path)))
 
 
 def test_environment_says_where_it_ran_and_imports_nothing_for_it(tmp_path):

@@ -91,9 +91,10 @@ def test_runs_that_differ_in_where_they_were_made_and_short_ones_are_noted(tmp_p
     path = write_ablation(tmp_path / "ablation-n")
     assert not load(path).notes
     shutil.rmtree(path / "drift" / "seed-1")
-    write_run(path / "drift" / "seed-1", 1, ["invariance=off"], steps=9, packages={}, git={"commit": "x"}, cpu={"model": "x"})
+    other = {"cpu": {"model": "x"}, "gpu": {"name": "x"}}
+    write_run(path / "drift" / "seed-1", 1, ["invariance=off"], steps=9, packages={}, git={"commit": "x"}, **other)
     notes = "\n".join(load(path).notes)
-    for what in ("sets of package versions", "git commits", "CPU models"):
+    for what in ("sets of package versions", "git commits", "CPU models", "GPUs"):
         assert f"The runs were made with 2 different {what}" in notes
     assert "Fewer than 10 steps in drift/seed-1: the reward there is the mean over all of them." in notes
 
