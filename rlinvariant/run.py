@@ -117,13 +117,12 @@ def plan(config: Config) -> Plan:
         import torch
         from transformers.utils import logging as transformers_logging
 
-        from rlinvariant.support import allow_unproven, device_problems, unproven_problems
+        from rlinvariant.support import allow_unproven, device_problems
 
     console, recipe = Console(args.process_index == 0), config.load_recipe()
     allow_unproven(config.unproven_gpu)
     choice.choose(config.attention)
     problems = device_problems(args, config.invariance, getattr(torch, config.dtype))
-    problems += unproven_problems(args, "gradients=invariant") if config.gradients == "invariant" else []
     if problems:  # before a recipe makes its model
         raise ConfigErrors(problems)
     trained = config.recipe or config.data.path

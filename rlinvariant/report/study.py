@@ -62,7 +62,7 @@ class Run:
 
     @property
     def trained(self) -> bool:
-        """Whether all its steps are there, and what is held out was graded after them, however the run ended then."""
+        """Say whether all its steps are there, and what is held out was graded after them, however the run ended then."""
         steps = self.setting("steps")
         graded = self.result.get("heldout_reward_after") is not None
         return self.finished or bool(graded and self.rows and steps == self.rows[-1]["step"])

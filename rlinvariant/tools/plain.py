@@ -95,7 +95,9 @@ def plain_tools(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerBas
         raise UserError(f"{where}: tool_format=plain needs a chat template that begins the model's answer; {fix}")
     made: Any = copy.deepcopy(tokenizer)
     made.chat_template = BEFORE + own
-    end = re.escape(str(tokenizer.eos_token))
+    # Which of them ends an answer is said by the model's generation_config.json, and a tokenizer's own eos_token may be another
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special} | {str(tokenizer.eos_token)}
+    end = f"(?:{'|'.join(map(re.escape, sorted(special)))})"
     made.response_template = {
         "defaults": {"role": "assistant"},
         "start_anchor": begun[len(until) :],

@@ -20,7 +20,7 @@ from rlinvariant.gradients import gradients_problems
 from rlinvariant.launch import is_sharded
 from rlinvariant.models import lora
 from rlinvariant.rewards.limits import RewardLimits
-from rlinvariant.support import device_problems, unproven_problems
+from rlinvariant.support import device_problems
 from rlinvariant.types import JsonRow, Untyped
 
 if TYPE_CHECKING:
@@ -83,7 +83,6 @@ def settings_problems(
     found += microbatch_problems(tokens, options.get("recompute"), args, invariance)
     layout = (args.world_size, invariance, staleness, tokens)
     found += gradients_problems(args, gradients, *layout)
-    found += unproven_problems(args, "gradients=invariant") if gradients == "invariant" else []
     found += RewardLimits.taken(dict(options)).problems()
     if options.get("environment_factory") is not None and (cage := options.get("reward_cage", 0)):
         found.append(

@@ -1,7 +1,7 @@
 #!/bin/bash
 # What one GPU is to show and measure beyond `make test-gpu`, in parts of nine minutes and a half at most.
 #
-#   tests/gpu1/run.sh PART            PART 1 to 9, as below; on one H100 or H200, from the repository's root
+#   tests/gpu1/run.sh PART            PART 1 to 11, as below; on one H100 or H200, from the repository's root
 #   ONLY="model served" tests/gpu1/run.sh 1   these of its steps alone
 #   TINY=1 tests/gpu1/run.sh PART     the same commands on a CPU, small: what is tried before a sitting
 #
@@ -14,12 +14,14 @@
 #   7 families    the whole table of certificates
 #   8 large       LoRA: the memory of large models
 #   9 drift       what drift does to a real model: nine runs at once
+#   10 weights    shards and gradients=invariant: the words of the trained weights
+#   11 mixtures   families with CUDA graphs, steps, adapters
 #
 # Each step ends in a line
 #   == PART STEP: ok|FAILED, SECONDS s
 # and the script with the number of steps that failed. Logs, rows and results go to $OUT (by default /tmp/gpu1/out).
 set -u
-part=${1:?"which part: 1 to 9"}
+part=${1:?"which part: 1 to 11"}
 cd "$(dirname "$0")/../.."
 suite=gpu1
 . tests/gpu_steps.sh

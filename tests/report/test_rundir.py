@@ -222,7 +222,7 @@ def test_a_run_knows_its_gpu():
 
 
 def test_a_run_without_a_gpu_has_none_and_the_page_names_one(tmp_path, monkeypatch):
-    """Of a GPU that is described as torch describes one."""
+    """A GPU is described here as torch describes one."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "gpu" not in environment()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -96,6 +96,17 @@ def test_what_a_model_writes(tokenizer, text, content, calls):
     assert [(c["function"]["name"], c["function"]["arguments"]) for c in read.get("tool_calls", [])] == calls
 
 
+@pytest.mark.parametrize("other", [None, "<pad>"])
+def test_a_call_ends_with_the_end_that_was_sampled_whatever_the_tokenizer_calls_its_end(other):
+    own: Any = chat_tokenizer()
+    own.eos_token = other or own.eos_token
+    tokenizer = plain_tools(own)
+    ids = tokenizer("call look_up\nword: x<eos>", add_special_tokens=False)["input_ids"]
+    prefix = tokenizer(rendered(tokenizer, [{"role": "user", "content": "u"}]), add_special_tokens=False)["input_ids"]
+    (read,) = parse_response(tokenizer, ids, prefix=prefix, tools=[look_up])["tool_calls"]
+    assert read["function"]["arguments"] == {"word": "x"}
+
+
 def test_what_is_written_is_what_is_rendered(tokenizer):
     """A call that is sampled and the same call in a prompt are the same tokens."""
     begun = rendered(tokenizer, [{"role": "user", "content": "u"}])
