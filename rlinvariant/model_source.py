@@ -213,7 +213,7 @@ def _convert(path: Path, directory: Path) -> None:
     with quiet, torch.random.fork_rng(devices=[]):  # the caller's random state must not depend on whether the cache was warm
         model = load(transformers.AutoModelForCausalLM, path.parent, gguf_file=path.name, dtype=torch.float32, **options)
     read: Any = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
-    # What releases of transformers read differently: one takes SmolLM2's tokenizer for one of Llama's, and <|im_start|> for its end
+    # Releases of transformers differ here: one takes SmolLM2's tokenizer for one of Llama's, and <|im_start|> for its end
     backend = read.backend_tokenizer
     bpe = backend.model
     bpe.unk_token, bpe.fuse_unk, bpe.byte_fallback = None, False, False
