@@ -35,8 +35,11 @@ def run_all(plan: Plan, left: Sequence[tuple[Arm, int]], steps: int, console: Co
         for first in range(0, len(left), plan.at_once):
             jobs = left[first : first + plan.at_once]
             done = first + len(jobs)
-            where = f"{done}" if len(jobs) == 1 else f"{first + 1} to {done}"
-            title = f"[{where}/{len(left)}] " + "; ".join(f"{arm.name}, seed {seed}" for arm, seed in jobs)
+            which = "; ".join(f"{arm.name}, seed {seed}" for arm, seed in jobs)
+            title = f"[{done}/{len(left)}] {which}"
+            if len(jobs) > 1:  # all their names would be longer than a terminal's line, in which a bar stands, too
+                title = f"[{first + 1} to {done}/{len(left)}] {len(jobs)} runs at once"
+                console.print(f"at once: {which}")
             commands, names = dict[RunDir, list[str]](), dict[RunDir, str]()
             for arm, seed in jobs:
                 run, name = plan.run_dir(arm, seed), f"{arm.name}/seed-{seed}"
@@ -147,19 +150,21 @@ def visible_gpus() -> list[str]:
 
 
 def _stop(children: Sequence[subprocess.Popen[Any]], number: int) -> None:
-    """End runs and their children: by a signal, and where that does not help, by SIGKILL."""
+    """End runs and their children: by a signal, and where that does not help, or another one comes, by SIGKILL."""
     alive = [child for child in children if child.poll() is None]
-    if number in deadline.WITHIN_S:
+    try:
+        if number in deadline.WITHIN_S:
+            for child in alive:
+                child.send_signal(number)  # to it alone: what grades its step must not end before it
+            end = time.monotonic() + deadline.WITHIN_S[number] + PATIENCE_S
+            for child in alive:
+                with suppress(subprocess.TimeoutExpired):
+                    child.wait(max(0.0, end - time.monotonic()))
+    finally:
         for child in alive:
-            child.send_signal(number)  # to it alone: what grades its step must not end before it
-        end = time.monotonic() + deadline.WITHIN_S[number] + PATIENCE_S
-        for child in alive:
-            with suppress(subprocess.TimeoutExpired):
-                child.wait(max(0.0, end - time.monotonic()))
-    for child in alive:
-        if child.poll() is None:
-            os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
+            if child.poll() is None:
+                os.killpg(child.pid, signal.SIGKILL)
+                child.wait()
 
 
 def _last_step(metrics: Path) -> int:

@@ -13,7 +13,8 @@ from rlinvariant.text import escaped, plural
 
 HERE = Path(__file__).parent
 STYLES = ("vendor/uplot/uPlot.min.css", "page.css", "explain/explain.css")
-SCRIPTS = ("vendor/uplot/LICENSE", "vendor/uplot/uPlot.iife.min.js", "charts.js", "samples.js", "live.js", "explain/explain.js")
+CHARTS = ("vendor/uplot/LICENSE", "vendor/uplot/uPlot.iife.min.js", "numbers.js", "charts.js")
+SCRIPTS = (*CHARTS, "samples.js", "live.js", "explain/explain.js")
 FILE = "report.html"
 
 

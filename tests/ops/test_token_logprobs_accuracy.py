@@ -10,8 +10,8 @@ from torch import Tensor
 from rlinvariant import ops
 from tests import bounds, ladders
 from tests.bounded import Arithmetic, Bounded, assert_accurate, assert_found, coarse_sum, exact, slope_scaled
-from tests.ladders import matrix_dtypes, per_device
-from tests.ops.test_token_logprobs import TEMPERATURES, VOCABS, operands, spikes, stock, widest
+from tests.ladders import cpu_only, matrix_dtypes, per_device, randn
+from tests.ops.test_token_logprobs import TEMPERATURES, TRUNCATIONS, VOCABS, module, operands, spikes, stock, widest
 
 
 def assert_logprobs_accurate(
@@ -144,3 +144,28 @@ def test_gradients_of_likely_and_unlikely_tokens_match_float64(dtype):
     hidden, weight = spikes([12.0, 0.0, -1.0, 1.0], dtype)
     for token in (0, 2):
         assert_logprobs_accurate(ops.token_logprobs, hidden, weight, torch.tensor([token]), 1.0, grad=True)
+
+
+@pytest.mark.parametrize("truncation", TRUNCATIONS)
+@cpu_only
+def test_truncated_gradients_are_onehot_minus_p_on_the_kept_set(truncation, monkeypatch):
+    """Against autograd in fp64 with the kept set a constant, of log-probs and entropy, in one chunk and in two."""
+    hidden, weight, ids = operands(300, 1000, torch.float32)
+    (k, p, m), (da, db) = truncation, (randn(300, seed=5), randn(300, seed=6))
+    logits = ops.linear(hidden, weight)
+    theta = ops.threshold(logits, *(torch.full((300,), x) for x in (0.7, k, p, m)))
+    ids = torch.where(logits.gather(1, ids[:, None])[:, 0] >= theta, ids, logits.argmax(-1))
+    h, w = (x.double().requires_grad_() for x in (hidden, weight))
+    kept = (h @ w.t() / 0.7).masked_fill(logits < theta[:, None], -torch.inf).log_softmax(-1)
+    entropy = -torch.where(kept == -torch.inf, 0.0, kept.exp() * kept.masked_fill(kept == -torch.inf, 0.0)).sum(-1)
+    loss = (kept.gather(1, ids[:, None])[:, 0] * da).sum() + (entropy * db).sum()
+    expected = torch.autograd.grad(loss, (h, w))
+    for rows in (300, 256):
+        monkeypatch.setitem(module.CHUNK_BYTES, "cpu", rows * 1000 * 4)
+        leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
+        found = ops.token_logprobs(*leaves, ids, 0.7, None, None, *truncation)
+        ours = torch.autograd.grad(found, leaves, (da, db))
+        for a, b in zip(ours, expected, strict=True):
+            torch.testing.assert_close(a.double(), b, rtol=1e-3, atol=1e-4)
+    whole = torch.autograd.grad(ops.token_logprobs(*leaves, ids, 0.7), leaves, (da, db))
+    assert any((a - b).abs().max() > 1e-2 for a, b in zip(whole, expected, strict=True))  # control
