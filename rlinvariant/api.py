@@ -12,7 +12,7 @@ from rlinvariant import plan, runtime
 from rlinvariant.config import PPOConfig
 from rlinvariant.conflicts import INVARIANCE, Invariance
 from rlinvariant.errors import ConfigErrors, UserError
-from rlinvariant.files import RUNS
+from rlinvariant.files import RUNS, require_writable
 from rlinvariant.model_source import local_model, source_problems
 from rlinvariant.report import wandb_log
 from rlinvariant.report.console import Console
@@ -102,6 +102,9 @@ class GRPOTrainer(InvariantGRPOTrainer):
         others = {"quantization_config": quantization_config, "peft_config": peft_config, "tools": tools}
         others |= {"rollout_func": rollout_func, "environment_factory": environment_factory}
         given |= {name: value for name, value in others.items() if value is not None}
+        wanted = {"model": model, "args": args, "run": run, "resume": resume, "ppo": self._settings}
+        if wrong := given_problems(given | wanted):
+            raise ConfigErrors(wrong)
         if args is None:
             name = str(model) if isinstance(model, (str, Path)) else model.config._name_or_path
             args = GRPOConfig(f"{Path(name).name}-GRPO")  # as TRL does
@@ -155,7 +158,7 @@ class PPOTrainer(GRPOTrainer, InvariantPPOTrainer):
     """
 
     def __init__(self, *args, ppo: PPOConfig | None = None, **kwargs) -> None:
-        self._settings = ppo or PPOConfig()
+        self._settings = PPOConfig() if ppo is None else ppo
         super().__init__(*args, **kwargs)
 
 
@@ -211,8 +214,6 @@ def _checked(
     """
     runtime.quiet()
     loaded = None if isinstance(model, (str, Path)) else model
-    if wrong := given_problems(options, ppo, args.output_dir if run is None else None, loaded):
-        raise ConfigErrors(wrong)
     invariance: Invariance = options.pop("invariance", "exact")
     dtype, sampler_model = options.pop("dtype", "bfloat16"), options.pop("sampler_model", None)
     sampler: dict[str, Any] = dict(options.pop("sampler_options", None) or {})
@@ -227,9 +228,16 @@ def _checked(
     save_dtype: str = options.pop("save_dtype", "model")
     sides += [] if save_dtype in SAVE_DTYPES else [f"save_dtype={save_dtype}: expected one of {', '.join(SAVE_DTYPES)}"]
     sides += [] if dtype in DTYPES else [f"dtype={dtype}: expected {' or '.join(DTYPES)}"]
-    problems = sides + places + reward_problems(reward_funcs)
+    problems = sides + places + reward_problems(reward_funcs) + ToolLimits.taken(dict(options)).problems()
     for index, reward in enumerate(reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]):
         problems += source_problems(f"reward function {index}", reward) if isinstance(reward, str) else []
+    if train_dataset is None:
+        problems.append("train_dataset: missing; give a datasets.Dataset with a column prompt")
+    if run is None and args.output_dir is not None:
+        try:
+            require_writable(Path(args.output_dir), f"output_dir={args.output_dir}", "choose another", directory=True)
+        except UserError as error:
+            problems.append(str(error))
     if sides:
         raise ConfigErrors(problems)
     if args.use_vllm and args.vllm_max_model_length is not None:
@@ -267,7 +275,7 @@ def _checked(
     assert ready is not None, "a model that is not there is a problem"
     if said:
         console.print(f"settings of TRL, set for this run: {', '.join(said)}")
-    for note in notes:
+    for note in [*runtime.late_notes(), *notes]:
         console.print(f"note: {note}")
     return ready, script_run
 

@@ -3,6 +3,7 @@
 import gc
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -38,10 +39,25 @@ BEFORE_TORCH = {
 }
 
 
+_late: list[str] = []  # of them, those that torch has read without our values
+
+
 def before_torch() -> None:
     """Set the variables that libraries read once, when torch is imported; afterwards it would change nothing."""
     for name, value in BEFORE_TORCH.items():
+        if name not in os.environ and "torch" in sys.modules:
+            _late.append(name)
         os.environ.setdefault(name, value)
+
+
+def late_notes() -> list[str]:
+    """Return a line if this process has imported torch before rlinvariant, where that costs time: on a CPU."""
+    import torch
+
+    if "OMP_WAIT_POLICY" not in _late or torch.cuda.is_available():
+        return []
+    why = "its threads spin while they wait, which is slow on cores that others use, too"
+    return [f"torch was imported before rlinvariant: {why}; import rlinvariant first, or set OMP_WAIT_POLICY=passive"]
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -242,6 +243,16 @@ def test_what_torch_reads_when_it_is_imported_is_set_before(imports, found, monk
         monkeypatch.delenv(name, raising=False)
     result = subprocess.run([sys.executable, "-c", FIRST + imports], cwd=ROOT, capture_output=True, text=True)
     assert result.stdout.strip() == found, result.stderr
+
+
+@pytest.mark.parametrize(("first", "late"), [("torch", True), ("rlinvariant.runtime", False)])
+def test_a_script_that_imports_torch_first_is_told_what_it_costs(first, late, monkeypatch):
+    for name in ("TORCH_CPP_LOG_LEVEL", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    code = f"import {first}; import rlinvariant; rlinvariant.UserError; print(*rlinvariant.runtime.late_notes())"
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, env=env).stdout
+    assert said.startswith("torch was imported before rlinvariant: ") if late else said == "\n"
 
 
 @pytest.mark.parametrize(

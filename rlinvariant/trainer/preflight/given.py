@@ -1,5 +1,6 @@
 """Look at what a script gives a trainer, by name and kind, before anything is loaded: a slip of the pen costs no start."""
 
+import inspect
 import itertools
 from collections.abc import Callable, Collection, Mapping
 from numbers import Integral, Real
@@ -8,67 +9,90 @@ from types import NoneType, UnionType
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 
 from rlinvariant.arguments import suggestion
 from rlinvariant.config import PPOConfig
-from rlinvariant.errors import UserError
-from rlinvariant.files import require_writable
+from rlinvariant.text import shown
+from rlinvariant.trainer.fields import TRLConfig
 from rlinvariant.trainer.interface import SamplerOptions, ScriptOptions, StartOptions, TRLArguments
 
-NAMES = {*TRLArguments.__annotations__, *ScriptOptions.__annotations__, *StartOptions.__annotations__, "quantization_config"}
+OWN = {"model", "args", "quantization_config"}  # named by the trainer alone
+CHECKED = {"invariance", "dtype", "sampler_model", "save_dtype", "gradients", "reward_errors", "tool_errors"}  # by their values
+CHECKED |= {"eval_dataset", "tools", "environment_factory", "peft_config"}  # when the start looks at them
+NAMES = {*TRLArguments.__annotations__, *ScriptOptions.__annotations__, *StartOptions.__annotations__, *OWN}
+TOKENIZER = PreTrainedTokenizerBase | ProcessorMixin | None
+FUNCTION: tuple[Any, ...] = (Callable, NoneType)
 KINDS: dict[str, tuple[UnionType | type | tuple[Any, ...], str]] = {  # name -> what it may be, in Python and in words
+    "model": (str | Path | torch.nn.Module, "a directory, a hub id, or a loaded model"),
+    "args": (TRLConfig | None, "a GRPOConfig"),
+    "run": (str | None, "a name under runs/, or None"),
+    "resume": (bool | str, 'True, False or "force"'),
     "sampler_options": (Mapping | None, f"a dict of {', '.join(SamplerOptions.__annotations__)}"),
     "sampler_options.max_model_len": (Integral | None, "a number of tokens, or None"),
     "sampler_options.kv_cache_gib": (Real | None, "a number of GiB, or None"),
     "sampler_options.options": (Mapping | None, "a dict of arguments of vllm.LLM"),
-    "processing_class": (
-        PreTrainedTokenizerBase | ProcessorMixin | None,
-        "a tokenizer, as of AutoTokenizer.from_pretrained; or none",
-    ),
+    "sampler_options.servers": (list | tuple | None, "a list of addresses, as http://127.0.0.1:8000"),
+    "sampler_options.trainer_token_file": (str | Path | None, "a file's name, or None"),
+    "processing_class": (TOKENIZER, "a tokenizer, as of AutoTokenizer.from_pretrained; or none"),
+    "reward_processing_classes": (TOKENIZER | list, "a tokenizer of the reward model, a list of them, or None"),
     "callbacks": (list | None, "a list of callbacks"),
     "optimizers": (tuple, "a pair (optimizer, scheduler), each of which may be None"),
-    "rollout_func": ((Callable, NoneType), "a function, or None"),
+    "rollout_func": (FUNCTION, "a function, or None"),
+    "quantization_config": (NoneType, "none, as quantised weights have no exact kernels; leave it out"),
+    "reward_timeout": (Real, "a number of seconds; 0: no limit"),
+    "reward_cage": (Integral, "a number of processes; 0: none of its own"),
+    "tool_timeout": (Real, "a number of seconds; 0: no limit"),
+    "tool_cage": (bool, "True or False"),
     "staleness": (Integral, "a number of optimizer steps"),
     "tokens_per_microbatch": (Integral | None, "a number of tokens, or None: as many as fit"),
     "recompute": (bool | None, "True, False, or None: as memory needs it"),
+    **dict.fromkeys(("on_row", "on_evaluation", "on_samples", "on_rollout"), (FUNCTION, "a function, or None")),
     "ppo": (PPOConfig | None, "a PPOConfig; write ppo=PPOConfig(...)"),
 }
 
 
-def given_problems(
-    options: Mapping[str, object], ppo: object, output_dir: str | None, model: torch.nn.Module | None
-) -> list[str]:
+def given_problems(given: Mapping[str, object]) -> list[str]:
     """Return a line for each argument of a script that has no such name, or is of another kind than its name says.
 
     Args:
-        options: keyword arguments, as given.
-        ppo: settings of PPO; None with GRPO.
-        output_dir: where checkpoints go; None with `run`, whose directory is looked at elsewhere.
-        model: the one that was given; None where it is a directory or an id.
+        given: all arguments of a trainer that have a name here, among them "ppo", the settings of PPO, None with GRPO.
     """
-    found = _unknown("", options, NAMES)
-    sampler = options.get("sampler_options")
+    found = _unknown("", given.keys() - {"ppo"}, NAMES)
+    sampler = given.get("sampler_options")
     sampler = sampler if isinstance(sampler, Mapping) else {}
     found += _unknown("sampler_options.", sampler, SamplerOptions.__annotations__)
-    given = {**options, "ppo": ppo, **{f"sampler_options.{name}": value for name, value in sampler.items()}}
+    values = {**given, **{f"sampler_options.{name}": value for name, value in sampler.items()}}
     for name, (kind, said) in KINDS.items():
-        if name in given and not isinstance(given[name], kind):
-            found.append(f"{name}={type(given[name]).__name__}: expected {said}")
-    pair = options.get("optimizers")
-    optimizer = pair[0] if isinstance(pair, tuple) and pair else None
-    if isinstance(optimizer, torch.optim.Optimizer):
-        own = set() if model is None else {id(parameter) for parameter in model.parameters()}
-        every = [*itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups)]
-        if foreign := sum(id(parameter) not in own for parameter in every):
-            why = f"{foreign} of its {len(every)} parameters are not of the model that is trained"
-            found.append(f"optimizers: {why}; make it of model.parameters(), and give that model, not its name")
-    if output_dir is not None:
-        try:
-            require_writable(Path(output_dir), f"output_dir={output_dir}", "choose another", directory=True)
-        except UserError as error:
-            found.append(str(error))
-    return found
+        if name in values and not isinstance(values[name], kind):
+            found.append(f"{name}={type(values[name]).__name__}: expected {said}")
+    if found:
+        return found
+    if (resume := given.get("resume", False)) not in (True, False, "force"):
+        found.append(f"resume={resume}: expected {KINDS['resume'][1]}")
+    for callback in given.get("callbacks") or ():  # type: ignore[attr-defined]  # a list, as looked at above
+        if not isinstance(callback, TrainerCallback) and not (
+            inspect.isclass(callback) and issubclass(callback, TrainerCallback)
+        ):
+            found.append(f"callbacks: {shown(callback)}: expected a transformers.TrainerCallback")
+    return found + _optimizer_problems(given.get("optimizers", (None, None)), given.get("model"))
+
+
+def _optimizer_problems(pair: Any, model: object) -> list[str]:
+    """Return what is wrong with a pair of optimizer and scheduler; `model`: the one to train, or its directory or id."""
+    kinds = (torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None)
+    if len(pair) != 2 or not all(map(isinstance, pair, kinds)):
+        names = ", ".join(type(x).__name__ for x in pair)
+        return [f"optimizers=({names}): expected {KINDS['optimizers'][1]}"]
+    optimizer = pair[0]
+    if optimizer is None:
+        return []
+    own = {id(parameter) for parameter in model.parameters()} if isinstance(model, torch.nn.Module) else set()
+    every = [*itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups)]
+    if foreign := sum(id(parameter) not in own for parameter in every):
+        why = f"{foreign} of its {len(every)} parameters are not of the model that is trained"
+        return [f"optimizers: {why}; make it of model.parameters(), and give that model, not its name"]
+    return []
 
 
 def _unknown(prefix: str, given: Collection[str], known: Collection[str]) -> list[str]:

@@ -1,16 +1,19 @@
 """Arguments of a script: a wrong name, or a value of another kind, is one line before anything is loaded."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainingArguments
 from trl import GRPOConfig
 
 import rlinvariant
 from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.sampler.engine import Sampler
+from rlinvariant.trainer.interface import SamplerOptions
+from rlinvariant.trainer.preflight.given import CHECKED, KINDS, NAMES, given_problems
 from tests.parity.device import CUDA
 from tests.parity.harness import new_trainer, questions, variety
 
@@ -36,6 +39,24 @@ FOREIGN = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)
         ({"rollout_func": 3}, "rollout_func=int: expected a function, or None"),
         ({"ppo": {"kl_coef": 0.1}}, "ppo=dict: expected a PPOConfig; write ppo=PPOConfig(...)"),
         ({"processing_class": "name"}, "processing_class=str: expected a tokenizer, as of AutoTokenizer.from_pretrained"),
+        ({"run": 3}, "run=int: expected a name under runs/, or None"),
+        ({"run": Path("x")}, "run=PosixPath: expected a name under runs/, or None"),
+        ({"resume": "yes", "run": "x"}, 'resume=yes: expected True, False or "force"'),
+        ({"model": 3}, "model=int: expected a directory, a hub id, or a loaded model"),
+        ({"args": {"max_steps": 3}}, "args=dict: expected a GRPOConfig"),
+        ({"args": TrainingArguments(report_to="none", use_cpu=True)}, "args=TrainingArguments: expected a GRPOConfig"),
+        ({"train_dataset": None}, "train_dataset: missing; give a datasets.Dataset with a column prompt"),
+        ({"reward_timeout": "x"}, "reward_timeout=str: expected a number of seconds; 0: no limit"),
+        ({"reward_cage": "x"}, "reward_cage=str: expected a number of processes"),
+        ({"tool_cage": "x"}, "tool_cage=str: expected True or False"),
+        ({"tool_errors": "x"}, "tool_errors=x: expected one of tell, end, stop"),
+        ({"on_row": 3}, "on_row=int: expected a function, or None"),
+        ({"callbacks": [3]}, "callbacks: 3: expected a transformers.TrainerCallback"),
+        ({"optimizers": (None, 3)}, "optimizers=(NoneType, int): expected a pair (optimizer, scheduler)"),
+        ({"optimizers": ()}, "optimizers=(): expected a pair (optimizer, scheduler)"),
+        ({"reward_processing_classes": 3}, "reward_processing_classes=int: expected a tokenizer of the reward model"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config=dict: expected none, as quantised weights have no"),
+        ({"sampler_options": {"servers": "http://x:1"}}, "sampler_options.servers=str: expected a list of addresses"),
         ({"optimizers": (FOREIGN, None)}, "optimizers: 1 of its 1 parameters are not of the model that is trained; make it of"),
         ({"reward_funcs": "no/such"}, "reward function 0=no/such: no such directory"),
         (
@@ -49,8 +70,12 @@ def test_an_argument_that_cannot_be_meant_is_one_line(given, line, arithmetic_di
     whole: dict[str, Any] = {"model": str(arithmetic_dir), "reward_funcs": variety, "train_dataset": questions(), **given}
     args = GRPOConfig(str(tmp_path), use_cpu=not CUDA, bf16=False, max_completion_length=8, report_to="none")
     with pytest.raises(ConfigErrors) as error:
-        kind(args=args, **whole)
+        kind(**{"args": args, **whole})
     assert len(error.value.errors) == 1 and error.value.errors[0].startswith(line), error.value
+
+
+def test_every_argument_is_looked_at():
+    assert KINDS.keys() | CHECKED == NAMES | {"ppo"} | {f"sampler_options.{name}" for name in SamplerOptions.__annotations__}
 
 
 def test_a_directory_of_checkpoints_that_is_a_file_is_refused(arithmetic_dir, tmp_path):
@@ -63,10 +88,8 @@ def test_a_directory_of_checkpoints_that_is_a_file_is_refused(arithmetic_dir, tm
 def test_an_optimizer_of_the_models_own_parameters_is_none_of_them(arithmetic_dir):
     """A control of the line about an optimizer that would train nothing."""
     model = AutoModelForCausalLM.from_pretrained(arithmetic_dir, dtype=torch.float32)
-    from rlinvariant.trainer.preflight.given import given_problems
-
     own = {"optimizers": (torch.optim.SGD(model.parameters(), lr=0.1), None)}
-    assert given_problems(own, None, None, model) == [] != given_problems(own, None, None, None)
+    assert given_problems({**own, "model": model}) == [] != given_problems({**own, "model": str(arithmetic_dir)})
 
 
 def test_a_closed_sampler_and_a_checkpoint_that_is_not_there_say_so(arithmetic_dir, exact_engine, tmp_path):
