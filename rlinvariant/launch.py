@@ -23,6 +23,7 @@ LAUNCHER = "RLINVARIANT_LAUNCHER"
 T = TypeVar("T")
 MACHINE_FILES = Path(__file__).parent / "configs"
 MACHINE = "RLINVARIANT_MACHINE_FILE"  # environment variable that tells a run the machine file it was launched with
+KINDS = ("False", "NO", "MULTI_CPU", "MULTI_GPU", "FSDP")  # of distributed_type; YAML reads NO as False
 WORKER = Path(__file__).parent / "__main__.py"
 
 
@@ -288,6 +289,10 @@ def _launch(file: Path, argv: Sequence[str], processes: int | None = None) -> in
         raise UserError(
             f"machine={file}: accelerate cannot use it: {one_line(error)}; mend the file, or remove machine="
         ) from error
+    kind = str(getattr(settings.distributed_type, "value", settings.distributed_type))
+    if kind not in KINDS:  # accelerate would ask for DeepSpeed or Megatron-LM, in a traceback
+        expected = f"expected {', '.join(KINDS[1:])}; choose one of configs/, as 8gpu_fsdp2.yaml"
+        raise UserError(f"machine={file}: distributed_type: {kind}: {expected}")
     all_processes, hosts = size(str(file)) if processes is None else (processes, 1)
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, _cores() // max(1, all_processes // hosts)))
     settings_of_launch = ["--config_file", str(file), "--num_cpu_threads_per_process", threads]

@@ -11,7 +11,7 @@ from rlinvariant.doctor.finding import Finding
 from rlinvariant.errors import UserError, one_line
 from rlinvariant.files import cache_dir
 from rlinvariant.kernels import choice
-from rlinvariant.launch import shard_variables
+from rlinvariant.launch import KINDS, shard_variables
 from rlinvariant.machine import environment
 
 TF32_VARIABLES = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE")
@@ -130,8 +130,8 @@ def accelerate_config(env: Mapping[str, str], cuda: bool) -> Iterator[Finding]:
     # YAML reads an unquoted no as false
     if (precision := config.get("mixed_precision")) not in (None, False, "no"):
         problems.append((f"mixed_precision: {precision}: expected 'no': it would switch autocast on", True))
-    if (kind := str(config.get("distributed_type", "NO"))) not in ("NO", "False", "MULTI_CPU", "MULTI_GPU", "FSDP"):
-        problems.append((f"distributed_type: {kind}: expected NO, MULTI_CPU, MULTI_GPU or FSDP", False))
+    if (kind := str(config.get("distributed_type", "NO"))) not in KINDS:
+        problems.append((f"distributed_type: {kind}: expected {', '.join(KINDS[1:])}", False))
     problems += [(line, False) for line in launcher_problems(shard_variables(config))]
     if config.get("use_cpu") and cuda:
         problems.append(("use_cpu: true: expected false where there is a GPU, which vLLM would take", True))

@@ -84,6 +84,18 @@ def test_a_file_that_accelerate_cannot_use_is_refused(content, tmp_path, monkeyp
         launch.launch([], str(file))
 
 
+@pytest.mark.parametrize("kind", ["DEEPSPEED", "MEGATRON_LM", "XLA", "MULTI_NPU"])
+def test_a_way_to_distribute_that_is_not_ours_is_refused_before_accelerate_asks_for_it(kind, tmp_path, monkeypatch):
+    for name in LAUNCHED:
+        monkeypatch.delenv(name, raising=False)
+    file = tmp_path / "machine.yaml"
+    file.write_text(
+        launch.machine_file("cpu2_fsdp2").read_text().replace("distributed_type: FSDP", f"distributed_type: {kind}")
+    )
+    with pytest.raises(UserError, match=f"^machine={file}: distributed_type: {kind}: expected NO, MULTI_CPU, MULTI_GPU, FSDP;"):
+        launch.launch([], str(file))
+
+
 def test_a_launched_process_does_not_launch_again(monkeypatch):
     for name in ("LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"):
         assert launch.is_launched({name: "0"})
