@@ -241,6 +241,11 @@ def launcher_problems(env: Mapping[str, str]) -> list[str]:
         for name, said in OTHERS.items()
         if on(name)
     ]
+    if (backend := env.get("ACCELERATE_DYNAMO_BACKEND", "no")).lower() != "no":
+        why = "accelerate would compile the model, whose ops are to stay as they are"
+        found.append(
+            f"ACCELERATE_DYNAMO_BACKEND={shown(backend)}: expected no dynamo_config in the accelerate file: {why}; remove it"
+        )
     if on("FSDP"):
         for name, (expected, said) in SHARDS.items():
             unset = "1" if name == "FSDP_VERSION" else expected  # to accelerate

@@ -293,6 +293,9 @@ def _launch(file: Path, argv: Sequence[str], processes: int | None = None) -> in
     if kind not in KINDS:  # accelerate would ask for DeepSpeed or Megatron-LM, in a traceback
         expected = f"expected {', '.join(KINDS[1:])}; choose one of configs/, as 8gpu_fsdp2.yaml"
         raise UserError(f"machine={file}: distributed_type: {kind}: {expected}")
+    for name in ("deepspeed_config", "megatron_lm_config", "parallelism_config", "fp8_config", "dynamo_config", "fsdp_config"):
+        if getattr(settings, name, None) and (name, kind) != ("fsdp_config", "FSDP"):  # accelerate might ignore it, or compile
+            raise UserError(f"machine={file}: {name}: expected none beside distributed_type: {kind}; remove it")
     all_processes, hosts = size(str(file)) if processes is None else (processes, 1)
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, _cores() // max(1, all_processes // hosts)))
     settings_of_launch = ["--config_file", str(file), "--num_cpu_threads_per_process", threads]

@@ -96,6 +96,26 @@ def test_a_way_to_distribute_that_is_not_ours_is_refused_before_accelerate_asks_
         launch.launch([], str(file))
 
 
+@pytest.mark.parametrize(
+    ("machine", "section"),
+    [
+        ("cpu", "dynamo_config:\n  dynamo_backend: INDUCTOR"),
+        ("cpu2", "parallelism_config:\n  parallelism_config_tp_size: 2"),
+        ("cpu2_fsdp2", "deepspeed_config:\n  zero_stage: 3"),
+        ("cpu2", "fsdp_config:\n  fsdp_version: 2"),
+    ],
+)
+def test_a_section_that_would_be_ignored_is_refused(machine, section, tmp_path, monkeypatch):
+    for name in LAUNCHED:
+        monkeypatch.delenv(name, raising=False)
+    file = tmp_path / "machine.yaml"
+    file.write_text(f"{launch.machine_file(machine).read_text()}\n{section}\n")
+    with pytest.raises(
+        UserError, match=f"^machine={file}: {section.partition(':')[0]}: expected none beside distributed_type: "
+    ):
+        launch.launch([], str(file))
+
+
 def test_a_launched_process_does_not_launch_again(monkeypatch):
     for name in ("LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"):
         assert launch.is_launched({name: "0"})

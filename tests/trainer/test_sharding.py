@@ -71,6 +71,9 @@ def test_what_accelerate_would_do_otherwise_is_refused_by_name():
     for name in ("DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
         (line,) = launcher_problems({f"ACCELERATE_USE_{name}": "true"})
         assert line.startswith("distributed_type=")
+    assert launcher_problems({"ACCELERATE_DYNAMO_BACKEND": "NO"}) == []  # accelerate says so where nothing is asked for
+    (line,) = launcher_problems({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"})
+    assert line.startswith("ACCELERATE_DYNAMO_BACKEND=INDUCTOR: expected no dynamo_config")
 
 
 def test_settings_that_cannot_stand_beside_shards_are_refused_by_name():
