@@ -192,7 +192,7 @@ def host_table() -> str:
         )
         for model in MODELS
     ]
-    head = "model | P, billions | host memory to load, 8 processes, GB | checkpoint, GB | a sync over HTTP, to each server, GB"
+    head = "model | P, billions | host memory to load, 8 processes, GB | checkpoint, GB | a sync, to each server, GB"
     return table(head, rows)
 
 
