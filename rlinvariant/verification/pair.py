@@ -34,6 +34,7 @@ class Sizes:
         longest: longest prompt of a random composition.
         in_step: most tokens in one step of the engine.
         in_forward: most tokens in one forward of the trainer's model.
+        context: longest context that is tried, a few tokens of a completion included.
     """
 
     requests: int
@@ -42,11 +43,12 @@ class Sizes:
     longest: int
     in_step: int
     in_forward: int
+    context: int = 0
 
     @property
     def positions(self) -> int:
         """Return how many positions the longest request needs."""
-        return max(self.longest, self.prompt + self.tokens) + self.tokens + 1
+        return max(max(self.longest, self.prompt + self.tokens) + self.tokens, self.context) + 1
 
     def within(self, positions: int) -> "Sizes":
         """Return sizes that fit a model with `positions` positions. Raises UserError where there is no room for a prompt."""
@@ -57,11 +59,13 @@ class Sizes:
             )
         tokens = min(self.tokens, positions // 8)
         longest = min(self.longest, positions - tokens - 1)
-        return Sizes(self.requests, min(self.prompt, longest - tokens - 1), tokens, longest, self.in_step, self.in_forward)
+        prompt, context = min(self.prompt, longest - tokens - 1), min(self.context, positions - 1)
+        return Sizes(self.requests, prompt, tokens, longest, self.in_step, self.in_forward, context)
 
 
-SHORT_SIZES = Sizes(requests=12, prompt=70, tokens=12, longest=160, in_step=256, in_forward=4096)
-FULL_SIZES = Sizes(requests=32, prompt=200, tokens=32, longest=4096, in_step=512, in_forward=8192)
+SHORT_SIZES = Sizes(requests=12, prompt=70, tokens=12, longest=160, in_step=256, in_forward=4096, context=160)
+FULL_SIZES = Sizes(requests=32, prompt=200, tokens=32, longest=4096, in_step=512, in_forward=8192, context=33_000)
+CONTEXT_ON_CPU = 4200  # in place of `FULL_SIZES.context`, whose prefill takes a CPU minutes
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from rlinvariant.trainer.score import Layout, padded
 from rlinvariant.verification.pair import DRAW_TEMPERATURES, Batch, Pair, basic_requests
 from rlinvariant.verification.relation import Relation
 
+DRAWN_AT_EDGES = 8  # tokens
 RELATIVE_WEIGHT_CHANGE = 2**-7  # a weight moves by half of it at most, either way: some bf16 weights change, by one ulp
 
 
@@ -93,6 +94,32 @@ def chunked(pair: Pair) -> Relation:
     pair.against_trainer(relation, requests, trace)
     relation.how = f"prompts of up to {max(lengths):,} tokens in steps of {size.in_step:,}: cut {trace.chunks} times"
     relation.shown &= trace.chunks > 0
+    return relation
+
+
+def contexts(pair: Pair) -> Relation:
+    """Draw at contexts around powers of two, where pages, blocks and chunks of keys end, and around the model's window.
+
+    Of each, one prompt ends a little before, so that decoding crosses it, one there, and one a token later. The longest is
+    drawn again alone, and among 63 others.
+    """
+    relation, size = Relation("contexts around edges = trainer"), pair.sizes
+    rng, most = random.Random(request_seed(pair.seed, 4, 0, 0)), size.context - DRAWN_AT_EDGES - 1
+    window = getattr(pair.model.config.get_text_config(), "sliding_window", None)
+    edges = sorted({edge for edge in (*(2**i for i in range(4, 16)), window or 0) if 4 <= edge <= most})
+    lengths = [edge + beyond for edge in edges for beyond in (-3, 0, 1)]
+    requests = [
+        Request(pair.prompt(rng, n), i, DRAW_TEMPERATURES[i % 2], DRAWN_AT_EDGES, ignore_eos=True)
+        for i, n in enumerate(lengths)
+    ]
+    trace = pair.draw(requests)
+    pair.against_trainer(relation, requests, trace)
+    if requests:
+        others = [request for salt in range(2, 2 + 63) for request in basic_requests(pair, salt)][:63]
+        again = [pair.draw([requests[-1], *crowd]) for crowd in ([], others)]
+        relation.of([x for one in again for x in one.completions[:1] if x], [x for x in trace.completions[-1:] if x] * 2)
+    relation.how = f"around {', '.join(f'{edge:,}' for edge in edges)}; the longest alone, and among 63"
+    relation.shown &= bool(edges)
     return relation
 
 

@@ -4,7 +4,7 @@ import functools
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -22,7 +22,7 @@ from rlinvariant.verification.certificate import Certificate
 from rlinvariant.verification.compositions import compositions
 from rlinvariant.verification.ladder import ladder
 from rlinvariant.verification.options import Options
-from rlinvariant.verification.pair import FULL_SIZES, SHORT_SIZES, Pair
+from rlinvariant.verification.pair import CONTEXT_ON_CPU, FULL_SIZES, SHORT_SIZES, Pair
 from rlinvariant.verification.relation import Relation
 
 ADAPTER_CONTROLS = (adapters.without, adapters.merged, adapters.without_padding)
@@ -110,7 +110,8 @@ class _Parts:
         text_config = self.config.get_text_config()
         if asked.lora is not None and (found := adapted.fit_problems("--lora ", asked.lora.peft_config(), self.config)):
             raise ConfigErrors(found)
-        self.sizes = (SHORT_SIZES if asked.short else FULL_SIZES).within(text_config.max_position_embeddings)
+        full = FULL_SIZES if load.device() == "cuda" else replace(FULL_SIZES, context=CONTEXT_ON_CPU)
+        self.sizes = (SHORT_SIZES if asked.short else full).within(text_config.max_position_embeddings)
         with console.stage("loading the model, as the trainer does"):
             make = lambda: load.random_weights(self.config, scratch, asked.seed)  # noqa: E731
             self.directory = source if not asked.random else make() if self.processes == 1 else on_main_process(make)
@@ -206,6 +207,7 @@ def _checks(parts: _Parts) -> list[Callable[[], Relation]]:
     limit = time.monotonic() + (0 if asked.short or asked.tokens else COMPOSITION_SECONDS)
     return [
         *(functools.partial(check, pair) for check in relations.BATCH_RELATIONS),
+        lambda: relations.contexts(pair),
         *([lambda: relations.on_all_processes(pair)] if parts.processes > 1 else []),
         lambda: turns.turns(pair),
         lambda: truncation.truncated(pair),

@@ -21,7 +21,7 @@ from rlinvariant.models.families import FAMILIES
 from rlinvariant.models.random import save_random
 from rlinvariant.report.console import Console
 from rlinvariant.rollout import Completion
-from rlinvariant.sampler import vllm_linear
+from rlinvariant.sampler import vllm_attention, vllm_linear
 from rlinvariant.sampler.drive import Request, Trace
 from rlinvariant.verification import certificate, compositions, controls, ladder, load, relations, start, table, verify
 from rlinvariant.verification.pair import FULL_SIZES, SHORT_SIZES, Pair, Sizes
@@ -32,7 +32,7 @@ from tests.verification.certificates import a_certificate
 
 UNKNOWN = {"qwen2-window", "qwen3-window"}.__contains__  # to stock vLLM: windows in some of the layers
 SUPPORTED = [name for name, config in FAMILIES.items() if not list(unsupported(config(), load.device()))]
-QUICK = Sizes(requests=4, prompt=70, tokens=6, longest=160, in_step=256, in_forward=4096)
+QUICK = Sizes(requests=4, prompt=70, tokens=6, longest=160, in_step=256, in_forward=4096, context=160)
 
 
 @pytest.fixture(autouse=True)
@@ -196,6 +196,31 @@ def test_a_planted_fault_is_seen_and_no_fault_is_not(exact_engine, arithmetic_di
         monkeypatch.setattr(controls, "_torch_attention", ops.attention)
     for control in (controls.one_ulp(pair, torch.bfloat16), controls.stock_attention(pair)):
         assert control.compared > 100 and bool(control.mismatched) is fault
+
+
+@pytest.mark.parametrize("fault", ["decode beyond 100 keys", "one request alone beyond 100 keys", None])
+def test_a_fault_of_long_contexts_is_seen_around_edges_alone(fault, exact_engine, arithmetic_dir, monkeypatch):
+    pair = start.pair_of(load.trained(arithmetic_dir, "bfloat16"), exact_engine, 99)
+    pair.sizes = dataclasses.replace(pair.sizes, context=140)
+    exact_engine.sync(pair.model.named_parameters())
+    forward = vllm_attention._AttentionImpl.forward
+
+    def faulty(self, layer, query, key, value, kv_cache, attn_metadata, output, **more):
+        out, m = forward(self, layer, query, key, value, kv_cache, attn_metadata, output, **more), attn_metadata
+        if fault and m is not None and m.max_seqlen_k > 100 and (m.tokens == 1 or "decode" in fault and m.max_seqlen_q == 1):
+            output[: m.tokens].view(torch.int16).add_(1)
+        return out
+
+    monkeypatch.setattr(vllm_attention._AttentionImpl, "forward", faulty)
+    assert relations.sampler_and_trainer(pair).holds and relations.alone(pair).holds
+    found = relations.contexts(pair)
+    assert found.how == "around 16, 32, 64, 128; the longest alone, and among 63" and found.shown
+    assert found.holds is (fault is None) and found.compared == 8 * (3 * 4 + 2)
+
+
+def test_no_context_is_not_shown(exact_engine, arithmetic_dir):
+    pair = start.pair_of(load.trained(arithmetic_dir, "bfloat16"), exact_engine, 99)
+    assert not relations.contexts(pair).holds
 
 
 # ---- the certificate
