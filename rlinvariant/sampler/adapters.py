@@ -208,12 +208,11 @@ def differing(model: nn.Module, weights: Pairs) -> list[str]:
 
     Layers that multiply by an old copy of what they hold are named, too.
     """
-    bad, seen = [], 0
-    for name, weight in weights:
-        slot, seen = _slot(model, name), seen + 1
-        if not slot.takes(weight) or not bits.same(slot.kept, slot.of(weight.detach()).to(slot.kept.dtype)):
-            bad.append(name)
-    return bad + _stale_or_missing(model, seen)
+    held = [(name, _slot(model, name), weight.detach()) for name, weight in weights]
+    bad = [name for name, slot, weight in held if not slot.takes(weight)]
+    fit = (x for x in held if x[1].takes(x[2]))
+    bad += synced.unequal((name, slot.kept, slot.of(weight).to(slot.kept.dtype)) for name, slot, weight in fit)
+    return bad + _stale_or_missing(model, len(held))
 
 
 def differing_checksums(model: nn.Module, weights: Mapping[str, Checksum]) -> list[str]:

@@ -23,11 +23,9 @@ def differing(model: Untyped, weights: Iterable[tuple[str, Tensor]], invariant: 
     own = dict(model.named_parameters())
     tied = "lm_head.weight" not in own
     bad = [name for name in parts if name not in own and not (tied and name == "lm_head.weight")]
-    for name, have in own.items():
-        if name in parts and _is_memory_of(have, _in_order(parts[name])):
-            continue
-        if name not in parts or not _same(*_readable(model, name, have.detach(), _here(model, name, parts[name]))):
-            bad.append(name)
+    bad += [name for name in own if name not in parts]
+    copies = (x for x in own.items() if x[0] in parts and not _is_memory_of(x[1], _in_order(parts[x[0]])))
+    bad += unequal((name, *_readable(model, name, have.detach(), _here(model, name, parts[name]))) for name, have in copies)
     bad += _stale_copies(model) if invariant else []
     head = getattr(model, "lm_head", None)
     embedding = next((_here(model, n, x) for n, x in parts.items() if n.endswith("embed_tokens.weight")), None)
@@ -189,6 +187,17 @@ def _columns(layer: Any, expected: Tensor) -> tuple[Tensor, Tensor]:
     product = layer.cpu_linear(units, layer.weight, None)
     product = product[:, :n] if hasattr(layer, "org_vocab_size") else product  # vLLM pads the vocabulary
     return product.to(dtype), expected.to(dtype)[:, at].t()
+
+
+def unequal(named: Iterable[tuple[str, Tensor, Tensor]]) -> list[str]:
+    """Name those of some pairs of tensors that differ in their shape or in a bit; the device is waited for once."""
+    names: list[str] = []
+    found: list[Tensor] = []
+    for name, a, b in named:
+        names.append(name)
+        found.append(bits.same(a, b) if a.shape == b.shape else a.new_zeros((), dtype=torch.bool))
+    read = torch.stack(found).tolist() if found else []
+    return [name for name, equal in zip(names, read, strict=True) if not equal]
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

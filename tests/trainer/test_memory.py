@@ -4,10 +4,11 @@ import re
 
 import pytest
 import torch
+from peft import LoraConfig
 
 from rlinvariant.config import PPOConfig
 from rlinvariant.errors import UserError
-from rlinvariant.models import make_invariant
+from rlinvariant.models import lora, make_invariant
 from rlinvariant.trainer import InvariantGRPOTrainer, memory
 from rlinvariant.trainer.critic import Critic
 from rlinvariant.trainer.memory import Fit
@@ -119,6 +120,15 @@ def test_what_is_tried_as_memory_gets_smaller(recomputes):
         fit = fit.halved(3000, "cuda", recomputes)
     smaller = [(8192, 28), (4096, 28), (3000, 28)] if recomputes else [(4096, 0), (3000, 0)]
     assert found == [(32768, 0), (16384, 0), (8192, 0), *smaller]
+
+
+def test_a_host_waits_longer_for_layers_with_adapters():
+    model = build("llama")
+    layers = memory.decoder_layers(model)
+    tokens = int(memory.HOST_BOUND * len(layers) / sum(p.numel() for layer in layers for p in layer.parameters()))
+    assert memory._waits_for_host(model, tokens - 1) and not memory._waits_for_host(model, tokens + 1)
+    adapted = lora.applied(model, LoraConfig(r=1, target_modules=["q_proj"]), 0)
+    assert memory._waits_for_host(adapted, 2 * tokens) and not memory._waits_for_host(adapted, 3 * tokens)
 
 
 def test_out_of_memory_for_one_row_is_one_line_that_says_what_was_tried(divided, monkeypatch):
