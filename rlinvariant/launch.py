@@ -222,17 +222,19 @@ def raise_on_all(own: UserError | None) -> None:
     if own is not None:
         raise own
     if found := [(rank, error) for rank, error in enumerate(errors) if error is not None]:
-        raise UserError(f"rank {found[0][0]}: {found[0][1]}")
+        raise UserError(f"rank {found[0][0]}: {found[0][1]}", agreed=True)
 
 
-def require_same(key: str, value: str) -> None:
-    """Refuse a setting that has different values in the processes of a run. Every rank must call this.
+def require_same(values: Mapping[str, Any]) -> None:
+    """Refuse what has different values in the processes of a run, by its name. Every rank must call this.
 
     Raises:
-        UserError: another rank has another value than the main one; on all ranks.
+        UserError: another rank has another value than the main one; on all ranks, of the first such name.
     """
-    first = on_main_process(lambda: value)
-    raise_on_all(None if value == first else UserError(f"{key}={value}: the main process has {first}; give all the same"))
+    first = on_main_process(lambda: dict(values))
+    found = [name for name in {**first, **values} if values.get(name) != first.get(name)][:1]
+    own = [f"{x}={values.get(x)}: the main process has {first.get(x)}; give all the same" for x in found]
+    raise_on_all(UserError(own[0], agreed=True) if own else None)
 
 
 def launch(argv: Sequence[str], machine: str | None = None) -> int:

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any, Unpack, cast
 
 from rlinvariant.conflicts import OF_SERVERS, SIDES, Invariance, server_problems, spread_problems
 from rlinvariant.errors import ConfigErrors, UserError
-from rlinvariant.kernels import choice
-from rlinvariant.launch import main_process_fetches, on_main_process, require_same
+from rlinvariant.launch import is_launched, main_process_fetches, on_main_process, require_same
 from rlinvariant.report.console import Console
 from rlinvariant.rewards import RewardLimits
 from rlinvariant.tools import ToolLimits
@@ -177,6 +176,15 @@ def build_trainer(
     return trainer
 
 
+def _software() -> dict[str, Any]:
+    """Return what all hosts of a run must have alike: packages, our own sources, what chooses kernels."""
+    from rlinvariant.verification.certificate import machine_subject
+
+    about = machine_subject()
+    packages = {f"package {name}": version for name, version in about["packages"].items()}
+    return {"attention": about["attention"], **packages, **about["variables"], "rlinvariant's sources": about["sources"]}
+
+
 def arguments(
     plan: TrainerPlan,
     reward_funcs: RewardFunction | list[RewardFunction],
@@ -193,7 +201,8 @@ def arguments(
     from rlinvariant.support import unproven_here
 
     transformers_logging.disable_progress_bar()
-    require_same("attention", choice.chosen())
+    if is_launched():
+        require_same(_software())
     if plan.invariance == "exact" and (unproven := unproven_here(mixture_of(plan.source_config))) is not None:
         on_main_process(lambda: prove_first(plan, unproven))
     model: Any = plan.model

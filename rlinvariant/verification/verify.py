@@ -70,7 +70,7 @@ def verify_with(asked: Options, console: Console) -> Certificate:
     runtime.quiet()
     if asked.tensor_parallel_size > 1:
         join()
-        require_same("attention", choice.chosen())
+        require_same({"attention": choice.chosen()})
     with tempfile.TemporaryDirectory(prefix="rlinvariant-verify-") as scratch:
         try:
             return _verify(asked, scratch, console)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rlinvariant import replay, support
+from rlinvariant import plan, replay, support
 from rlinvariant.config import parse
 from rlinvariant.doctor import kernels as doctors_kernels
 from rlinvariant.doctor import machine
@@ -80,28 +80,36 @@ def test_what_a_configuration_chooses_is_in_the_environment_of_processes_that_it
 
 ON_RANKS = """
 import os
+from rlinvariant import plan
+from rlinvariant import plan
 from rlinvariant.errors import UserError
-from rlinvariant.kernels import choice
 from rlinvariant.launch import join, rank, require_same
 join()
-require_same("attention", choice.chosen())
-try:
-    require_same("attention", "chunked" if rank() else choice.chosen())
-except UserError as error:
-    print(f"{rank()}: {error}")
+require_same(plan._software())
+for name in ("attention", "package torch", "rlinvariant's sources", "OF_ONE"):
+    try:
+        require_same(plan._software() | ({name: "other"} if rank() else {}))
+    except UserError as error:
+        print(f"{rank()}: {error}")
 """
 
 
 @pytest.mark.slow
 def test_processes_of_a_run_must_agree(tmp_path):
     """Two hosts may have different environments. Control: processes that agree go on."""
-    require_same("attention", choice.chosen())
+    require_same({"attention": choice.chosen()})
     (tmp_path / "ranks.py").write_text(ON_RANKS)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(tmp_path / "ranks.py")]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    said = "attention=chunked: the main process has auto; give all the same"
-    assert sorted(done.stdout.splitlines()) == [f"0: rank 1: {said}", f"1: {said}"], done.stderr[-2000:]
+    about = plan._software()
+    said = [f"{name}=other: the main process has {about.get(name)}; give all the same" for name in (*NAMES, "OF_ONE")]
+    expected = sorted(f"0: rank 1: {line}" for line in said) + sorted(f"1: {line}" for line in said)
+    assert sorted(done.stdout.splitlines()) == expected, done.stderr[-2000:]
+    assert all(about[name] for name in NAMES)
+
+
+NAMES = ("attention", "package torch", "rlinvariant's sources")
 
 
 # ---- what a layer takes
