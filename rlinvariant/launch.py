@@ -225,7 +225,7 @@ def raise_on_all(own: UserError | None) -> None:
         raise UserError(f"rank {found[0][0]}: {found[0][1]}", agreed=True)
 
 
-def require_same(values: Mapping[str, Any]) -> None:
+def require_same(values: JsonRow) -> None:
     """Refuse what has different values in the processes of a run, by its name. Every rank must call this.
 
     Raises:
