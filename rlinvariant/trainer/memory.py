@@ -132,7 +132,7 @@ def settle(trainer: "MicroBatchedTrainer") -> Fit:
     tokens = asked or min(MOST_TOKENS[device.type], 2 ** int(math.log2(max(LEAST_TOKENS, fits(recomputed)))))
     alone = device.type == "cuda" and trainer.accelerator.num_processes == 1 and not trainer.sharded
     alone = alone and trainer.gradients != "invariant"  # several processes have no graphs, whose padding may be in the bits
-    dense = all(mixture_of(model.config) is None for model in models)  # a mixture reads on the host where tokens go
+    dense = all(mixture_of(model.config) is None for model in models)  # a mixture has not been tried
     graphs = alone and dense and not recomputed and all(_waits_for_host(model, tokens) for model in models)
     return Fit(tokens, recomputed, layers, graphs)
 
