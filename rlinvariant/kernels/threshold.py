@@ -218,8 +218,7 @@ def _chosen(
             low, size = _lowest(SHIFT), tl.full((), 0, tl.int32)
             if by_k:
                 k = tl.load(top_k_ptr + row)
-                if k <= LANES:
-                    low = _kth(_keys(tops, SHIFT), k, low, _keys(top, SHIFT))
+                low = _kth(_keys(tops, SHIFT), k, low, _keys(top, SHIFT))
                 size = _list(x_ptr, row_tops, groups_ptr, list_ptr, vocab, count, low, SHIFT)
                 low = _largest(list_ptr, size, k, low, top, scale, False, SHIFT)
             if by_m:
