@@ -49,11 +49,29 @@ class LoraLinear(nn.Module):
     active_adapters: list[str]
 
     def forward(self, x: Tensor, *args: Untyped, **kwargs: Untyped) -> Tensor:
-        base, active = self.base_layer, [name for name in self.active_adapters if name in self.lora_A]
-        if self.disable_adapters or not active:
+        base, (a, b) = self.base_layer, in_use(self)
+        if a is None or b is None:
             return ops.linear(x, base.weight, base.bias)
-        (name,) = active
-        return ops.lora_linear(x, base.weight, self.lora_A[name].weight, scaled(self, name), base.bias)
+        return ops.lora_linear(x, base.weight, a, b, base.bias)
+
+
+def in_use(layer: Untyped) -> tuple[Tensor | None, Tensor | None]:
+    """Return A and B, with its scaling, of a layer's active adapter; None and None where it has none, or they are disabled."""
+    active = [name for name in layer.active_adapters if name in layer.lora_A] if is_lora(layer) else []
+    if not active or layer.disable_adapters:
+        return None, None
+    (name,) = active
+    return layer.lora_A[name].weight, scaled(layer, name)
+
+
+def joined(x: Tensor, *layers: Untyped) -> Tensor:
+    """Return, side by side, the products of linear layers that read the same x, some with adapters, as one product (CUDA)."""
+    a, b = zip(*map(in_use, layers), strict=True)
+    if not any(rows is not None for rows in a):
+        return torch.cat([layer(x) for layer in layers], -1)
+    own = [layer.base_layer if is_lora(layer) else layer for layer in layers]
+    bias = None if own[0].bias is None else torch.cat([linear.bias for linear in own])
+    return ops.joined_lora_linear(x, [linear.weight for linear in own], a, b, bias)
 
 
 def scaled(layer: Untyped, name: str) -> Tensor:

@@ -8,7 +8,7 @@ parameter. The masters stay parameters of their own modules: state_dict, optimiz
 
 Gradients do depend on who shares a product: dx is one sum over all of its columns, or a sum for each projection, rounded, and
 then added. Weights in shards, which are whole only while their layer computes, are therefore joined in the same way, at each
-use, and train what whole ones do.
+use, and train what whole ones do. So are frozen ones with LoRA adapters, of which no copy is kept.
 """
 
 from collections.abc import Sequence
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from rlinvariant import ops
+from rlinvariant.models import lora
 from rlinvariant.models.lora import is_lora
 from rlinvariant.models.modules import MLP, Attention, Linear, MergedAttention, MergedMLP, become
 from rlinvariant.models.patch import make_invariant
@@ -36,9 +37,9 @@ def make_trainable(
     `shards_on` is the device of the shards that a model, still on the host, will be cut into; None: it stays whole.
     """
     make_invariant(model, dtype)
-    if any(map(is_lora, model.modules())):
-        return model  # its base is kept in the dtype of activations already
     device = shards_on or next(model.parameters()).device
+    if any(map(is_lora, model.modules())):
+        return join_adapted(model) if device.type == "cuda" else model
     return use_working_copies(model, dtype, kept=shards_on is None) if device.type == "cuda" else model
 
 
@@ -73,9 +74,48 @@ def use_working_copies(model: "PreTrainedModel", dtype: torch.dtype, kept: bool 
     return model
 
 
+def join_adapted(model: "PreTrainedModel") -> "PreTrainedModel":
+    """Make q, k and v of a patched model one product, in place, and gate and up, where one of them has a LoRA adapter.
+
+    The base has the dtype of activations and is copied for a product, not kept: so for whole models and for shards.
+    """
+    for module in list(model.modules()):
+        form = getattr(type(module), "form", None)
+        if form is Attention and _adapted(module.q_proj, module.k_proj, module.v_proj):
+            become(module, _AdaptedAttention)
+        elif form is MLP and _adapted(module.gate_proj, module.up_proj):
+            become(module, _AdaptedMLP)
+    return model
+
+
+def _adapted(*linears: Any) -> bool:
+    return any(map(is_lora, linears)) and _alike(*(getattr(linear, "base_layer", linear) for linear in linears))
+
+
 def _alike(*linears: Any) -> bool:
     """Return whether all of the layers have a bias, or none."""
     return len({linear.bias is None for linear in linears}) == 1
+
+
+class _AdaptedAttention(MergedAttention):
+    """Computes attention with the base and the adapters of its projections in one product."""
+
+    def qkv_proj(self, x: Tensor) -> Tensor:
+        return lora.joined(x, self.q_proj, self.k_proj, self.v_proj)
+
+    def parts(self, qkv: Tensor) -> tuple[Tensor, ...]:
+        layers: Any = self.q_proj, self.k_proj, self.v_proj
+        return qkv.split([layer.out_features for layer in layers], -1)
+
+
+class _AdaptedMLP(MergedMLP):
+    """Computes an MLP with gate and up, base and adapters, in one product."""
+
+    gate_proj: nn.Module
+    up_proj: nn.Module
+
+    def gate_up_proj(self, x: Tensor) -> Tensor:
+        return lora.joined(x, self.gate_proj, self.up_proj)
 
 
 class _WorkingLinear(nn.Module):

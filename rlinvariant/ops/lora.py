@@ -4,11 +4,13 @@ Adding `s (x A^T) B^T` to a product that is rounded to bf16 already, as PEFT doe
 weight, loses whatever lies below half an ulp: of an adapter whose product is a thousandth of the weight, half. Here the adapter
 is R more columns of the sum, and nothing is lost. It is also why no kernel is new: `linear` sums over K + R columns.
 
-R: rows of A, as many as the adapter's rank, K: columns of the weight, N: its rows, T: rows of x.
+R: rows of A, as many as the adapter's rank, K: columns of the weight, N: its rows, T: rows of x. Of projections that are one
+product, R and N are those of all.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -18,7 +20,8 @@ from torch.autograd.function import once_differentiable
 
 from rlinvariant.ops.linear import linear, linear_ref, product
 
-RANK_STEP = {"cpu": 16, "cuda": 64}  # R is padded with zeros to a multiple: sixteen products are one step of a matrix unit
+MATRIX_STEP = 16  # products that a matrix unit adds in a step
+RANK_STEP = {"cpu": MATRIX_STEP, "cuda": 64}  # R is padded with zeros to a multiple
 
 
 def lora_linear(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -47,12 +50,47 @@ def lora_linear(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, bias: Tensor | 
     if a.dim() != 2 or a.shape[1] != x.shape[-1] or b.shape != (len(weight), len(a)):
         shapes = f"x {tuple(x.shape)}, weight {tuple(weight.shape)}, a {tuple(a.shape)}, b {tuple(b.shape)}"
         raise ValueError(f"lora_linear: expected x [*, K], weight [N, K], a [R, K] and b [N, R], got {shapes}")
-    return _LoraLinear.apply(x, weight, a, b, bias)
+    return _LoraLinear.apply(x, bias, 1, weight, a, b)
+
+
+def joined_lora_linear(
+    x: Tensor, weights: Sequence[Tensor], a: Sequence[Tensor | None], b: Sequence[Tensor | None], bias: Tensor | None = None
+) -> Tensor:
+    """Compute `lora_linear` of several projections of one x as one product, on CUDA, where no column depends on those beside it.
+
+    Args:
+        x: [*rows, K], bf16.
+        weights: [N, K] of each projection, any float dtype.
+        a, b: [R, K] and [N, R] of each, any float dtype; None for both: it has no adapter.
+        bias: [sum of N] or None.
+
+    Returns:
+        [*rows, sum of N] in x.dtype: the projections side by side.
+
+    Order: as in `lora_linear`. An adapter has columns of its own (`columns`), in which the others' rows have zeros: to add zeros
+        changes no sum.
+    Bits, Ref: those of `lora_linear`. dx is one sum over the columns of all projections.
+    """
+    return _LoraLinear.apply(x, bias, len(weights), *weights, *a, *b)
 
 
 def lora_linear_ref(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """Compute `lora_linear` in plain PyTorch, for x of any float dtype; differentiable by autograd."""
     return linear_ref(torch.cat([x, linear_ref(x, a)], -1), torch.cat([weight, b.to(weight.dtype)], -1), bias)
+
+
+def columns(ranks: Sequence[int], device: str) -> tuple[list[int], int]:
+    """Return where each adapter's columns begin beside the weights', and how many columns there are, which are zero elsewhere.
+
+    Each begins where a step of the matrix unit does, so that its products are added in the steps that they have alone.
+
+    Args:
+        ranks: R of each adapter, in order; 0: there is none.
+        device: "cpu" or "cuda".
+    """
+    ends = list(accumulate(-(-rank // MATRIX_STEP) * MATRIX_STEP for rank in ranks))
+    begins, step = [0, *ends[:-1]], RANK_STEP[device]
+    return begins, -(-(begins[-1] + ranks[-1]) // step) * step
 
 
 def padded(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,7 +111,7 @@ def unpadded() -> Iterator[None]:
 
 
 def widened_by(x: Tensor, a: Tensor) -> Tensor:
-    """Return [x | x A^T], [*rows, K + R], for a as `padded` gave it."""
+    """Return [x | x A^T], [*rows, K + R], for the rows of all adapters, zeros between them, as `columns` says."""
     return torch.cat([x, linear(x, a)], -1)
 
 
@@ -82,8 +120,8 @@ def wide_linear(x: Tensor, weight: Tensor, a: Tensor, bias: Tensor | None = None
 
     Args:
         x: [*rows, K], bf16 or fp32.
-        weight: [N, K + R] in x.dtype: the weight, and b as `padded` gave it.
-        a: [R, K] in x.dtype, as `padded` gave it.
+        weight: [N, K + R] in x.dtype: the weight, and b, with zeros where `columns` has none.
+        a: [R, K] in x.dtype, likewise.
         bias: [N] or None.
         packed: what `linear.pack_weight` made of `weight`, or None.
 
@@ -93,22 +131,59 @@ def wide_linear(x: Tensor, weight: Tensor, a: Tensor, bias: Tensor | None = None
 
 
 class _LoraLinear(torch.autograd.Function):
+    """Computes some projections as one product. Operands are the weights, then A of each, then B of each."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-        a_RK, b_NR = padded(a.to(x.dtype), b.to(x.dtype))
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, count: int, *operands: Tensor | None) -> Tensor:
+        weights: Any = operands[:count]
+        a, b = operands[count : 2 * count], operands[2 * count :]
+        ranks, k = [0 if rows is None else len(rows) for rows in a], x.shape[-1]
+        ctx.begins, r = columns(ranks, x.device.type)
+        a_RK = x.new_zeros(r, k)
+        _copy([(a_RK[at : at + rank], rows) for at, rank, rows in zip(ctx.begins, ranks, a, strict=True)])
         wide = widened_by(x, a_RK)
-        ctx.rank, ctx.dtypes = len(a), (a.dtype, b.dtype)
-        ctx.save_for_backward(x, wide[..., x.shape[-1] :].contiguous(), weight, a_RK, b_NR)
-        return linear(wide, torch.cat([weight.to(x.dtype), b_NR], -1), bias)
+        ctx.save_for_backward(x, wide[..., k:].contiguous(), a_RK, *operands)
+        return linear(wide, _beside(weights, b, ctx.begins, r, x), bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
-        x, h, weight, a_RK, b_NR = ctx.saved_tensors
-        in_x, _, in_a, in_b, _ = ctx.needs_input_grad
+        x, h, a_RK, *operands = ctx.saved_tensors
+        count, (r, k) = len(ctx.begins), a_RK.shape
+        weights, a, b = (operands[i * count : (i + 1) * count] for i in range(3))
+        in_x, _, _, *needed = ctx.needs_input_grad
+        in_a, in_b = needed[count : 2 * count], needed[2 * count :]
         dy_TN, x_TK, h_TR = (t.reshape(-1, t.shape[-1]) for t in (dy, x, h))
-        dh_TR = dy_TN @ b_NR
-        dx = torch.addmm(dy_TN @ weight.to(dy.dtype), dh_TR, a_RK).view(x.shape) if in_x else None
-        da = product(dh_TR.t(), x_TK, ctx.dtypes[0])[: ctx.rank] if in_a else None
-        db = product(dy_TN.t(), h_TR, ctx.dtypes[1])[:, : ctx.rank] if in_b else None
-        return dx, None, da, db, None
+        dwide_TKR = dy_TN @ _beside(weights, b, ctx.begins, r, dy)  # of x and of h in one product
+        dh_TR = dwide_TKR[:, k:].contiguous()
+        dx = torch.addmm(dwide_TKR[:, :k], dh_TR, a_RK).view(x.shape) if in_x else None
+        da = product(dh_TR.t(), x_TK, _dtype(a)) if any(in_a) else None
+        db = product(dy_TN.t(), h_TR, _dtype(b)) if any(in_b) else None
+        of_a, of_b, row = list[Tensor | None](), list[Tensor | None](), 0
+        for i, (at, weight, rows) in enumerate(zip(ctx.begins, weights, a, strict=True)):
+            rank, n = 0 if rows is None else len(rows), len(weight)
+            of_a.append(da[at : at + rank] if da is not None and in_a[i] else None)
+            of_b.append(db[row : row + n, at : at + rank] if db is not None and in_b[i] else None)
+            row += n
+        return dx, None, None, *[None] * count, *of_a, *of_b
+
+
+def _beside(weights: Sequence[Tensor], b: Sequence[Tensor | None], begins: Sequence[int], r: int, like: Tensor) -> Tensor:
+    """Return [N, K + R] in the dtype of `like`: the weights one below the other, each B in its own rows and columns, zeros."""
+    k, sizes = weights[0].shape[1], [len(weight) for weight in weights]
+    wide = like.new_empty(sum(sizes), k + r)
+    wide[:, k:] = 0
+    parts = wide.split(sizes)
+    of_b = [(part[:, k + at :][:, : 0 if y is None else y.shape[1]], y) for part, at, y in zip(parts, begins, b, strict=True)]
+    _copy([(part[:, :k], weight) for part, weight in zip(parts, weights, strict=True)] + of_b)
+    return wide
+
+
+def _copy(pairs: Sequence[tuple[Tensor, Tensor | None]]) -> None:
+    """Copy each second tensor, unless it is None, into the first, and cast it."""
+    taken = [(to, source) for to, source in pairs if source is not None]
+    torch._foreach_copy_([to for to, _ in taken], [source for _, source in taken])  # pyright: ignore[reportPrivateImportUsage]
+
+
+def _dtype(of: Sequence[Tensor | None]) -> torch.dtype:
+    return next(t.dtype for t in of if t is not None)

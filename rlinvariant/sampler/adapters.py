@@ -8,7 +8,6 @@ K, N: columns and rows of a layer's weight, which may be several projections tha
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -19,13 +18,12 @@ from rlinvariant.checksums import Checksum
 from rlinvariant.errors import UserError
 from rlinvariant.models.lora import A, B
 from rlinvariant.ops.linear import linear_columns, pack_weight
-from rlinvariant.ops.lora import RANK_STEP, widened_by
+from rlinvariant.ops.lora import columns, widened_by
 from rlinvariant.sampler import weights as synced
 from rlinvariant.sampler.weights import target
 from rlinvariant.types import Untyped
 
 Pairs = Iterable[tuple[str, Tensor]]
-MATRIX_STEP = 16  # products that a matrix unit adds in a step
 PARTS: dict[Any, int] = {None: 0, "q": 0, "k": 1, "v": 2}  # vLLM numbers the others itself
 _expected: ContextVar[Mapping[str, int] | None] = ContextVar("adapters of the engine that is being made", default=None)
 
@@ -44,18 +42,17 @@ class Adapters:
     """Holds the adapters of one of vLLM's layers, and multiplies with them.
 
     On CUDA, where an output column does not depend on those beside it, the projections that vLLM has merged are one product:
-    one A of all their rows, and each B in columns of its own, beside which the others' rows have zeros. Each begins at a
-    multiple of what a matrix unit adds in a step, so that its products are added in the steps that they have alone.
+    one A of all their rows, and each B in columns of its own (`ops.lora.columns`), beside which the others' rows have zeros.
     """
 
     def __init__(self, layer: Untyped, ranks: Mapping[int, int], joined: bool | None = None) -> None:
         n, k = layer.weight.shape
         self.ranks, self.joined = ranks, layer.weight.is_cuda if joined is None else joined
-        ends = list(accumulate(_up(ranks.get(part, 0), MATRIX_STEP) for part in range(len(layer.parts))))
-        self.begins = [0, *ends] if self.joined else [0] * len(layer.parts)
-        columns = _up(ends[-1] if self.joined else max(ranks.values()), RANK_STEP[layer.weight.device.type])
-        self.wide = layer.weight.new_zeros(n, k + columns)
-        self.a = layer.weight.new_zeros(1 if self.joined else len(layer.parts), columns, k)
+        of_all = [ranks.get(part, 0) for part in range(len(layer.parts))]
+        begins, r = columns(of_all if self.joined else [max(of_all)], layer.weight.device.type)
+        self.begins = begins if self.joined else [0] * len(layer.parts)
+        self.wide = layer.weight.new_zeros(n, k + r)
+        self.a = layer.weight.new_zeros(1 if self.joined else len(layer.parts), r, k)
         self.wide[:, :k] = layer.weight.data
         layer.weight.data, layer.packed = self.wide[:, :k], {}
         self.sizes, self.k, self.cuts = list(layer.parts), k, list(layer.cuts)
@@ -118,11 +115,6 @@ class Adapters:
         if which == A:
             return Slot(self.a[0 if self.joined else part, first : first + rank], rank, 0)
         return Slot(self.wide.split(self.sizes)[part][:, self.k + first : self.k + first + rank], cut.whole, cut.first)
-
-
-def _up(n: int, step: int) -> int:
-    """Return the least multiple of `step` that is not below n."""
-    return -(-n // step) * step
 
 
 class Slot(NamedTuple):

@@ -4,10 +4,12 @@ import copy
 
 import pytest
 import torch
+from peft import LoraConfig
 
 from rlinvariant.bits import assert_bits_equal, compare
-from rlinvariant.models import make_trainable
+from rlinvariant.models import lora, make_trainable
 from rlinvariant.models.graphs import MOST_SHAPES, DecoderGraphs, runs_as_graphs, use_graphs
+from rlinvariant.trainer.memory import decoder_of
 from rlinvariant.trainer.packing import Packed, pack
 from tests.models.small import build
 from tests.parity.device import CUDA, DEVICE
@@ -46,7 +48,7 @@ def trained(model, steps: int = 3) -> tuple[list[torch.Tensor], dict[str, torch.
     optimizer, found = torch.optim.AdamW(model.parameters(), 1e-3), []
     for step in range(steps):
         found += passes(model, range(3 * step, 3 * step + 3))
-        last = {f"{name}.grad": p.grad.clone() for name, p in model.named_parameters()}
+        last = {f"{name}.grad": p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
         optimizer.step()
         optimizer.zero_grad()
     return found, last | {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -54,14 +56,20 @@ def trained(model, steps: int = 3) -> tuple[list[torch.Tensor], dict[str, torch.
 
 @gpu
 @needs_gpu
+@pytest.mark.parametrize("adapted", [False, True], ids=["whole", "adapters"])
 @pytest.mark.parametrize("family", ["qwen3 tied", "llama tied", "qwen2"])
-def test_graphs_change_no_bit_of_log_probs_gradients_or_weights(family):
+def test_graphs_change_no_bit_of_log_probs_gradients_or_weights(family, adapted):
     """A tied embedding's gradient has a part that no graph computes. Control: other weights are other bits."""
-    eager = make_trainable(build(family)).train()
+    model = build(family)
+    if adapted:
+        model = lora.applied(model.bfloat16(), LoraConfig(r=8, target_modules="all-linear"), 0)
+        lora.randomise(model, 0)
+    eager = make_trainable(model).train()
     graphs = copy.deepcopy(eager)
-    use_graphs(graphs.base_model, True)
+    decoder = decoder_of(graphs)
+    use_graphs(decoder, True)
     one, two = trained(eager), trained(graphs)
-    assert graphs.base_model.graphs.passes == 9 and len(graphs.base_model.graphs._graphs) >= 1
+    assert decoder.graphs.passes == 9 and len(decoder.graphs._graphs) >= 1
     for a, b in zip(one[0], two[0], strict=True):
         assert_bits_equal(a, b, "log-probs")
     assert one[1].keys() == two[1].keys()

@@ -1,6 +1,7 @@
 """PEFT's layers with the adapter inside the product: PEFT's function, and what is refused."""
 
 import copy
+import importlib
 import warnings
 
 import pytest
@@ -8,10 +9,12 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from rlinvariant import config
+from rlinvariant.bits import assert_bits_equal
 from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.models import lora, make_invariant, require_exact
+from rlinvariant.models.working import join_adapted
 from tests.models.small import SUPPORTED, build, logprobs, sequences, stock_logprobs
-from tests.parity.device import fp32_only_on_cpu
+from tests.parity.device import CUDA, fp32_only_on_cpu
 
 
 def adapted(family: str, **options):
@@ -45,6 +48,35 @@ def test_a_scaling_of_its_own_is_peft_s():
         theirs = adapted("qwen3", **options)
         ours = make_invariant(copy.deepcopy(theirs), torch.float32)
         torch.testing.assert_close(logprobs(ours, rows)[0], stock_logprobs(theirs, rows)[0], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [("qwen2", {}), ("qwen3", {"target_modules": ["q_proj", "v_proj", "up_proj"], "r": 24}), ("llama", {"target_modules": ["down_proj"]})],
+)
+def test_joined_projections_train_what_they_train_apart(family, options, monkeypatch):
+    """A trainer on a GPU multiplies q, k and v as one. Log-probs have the same bits, and without adapters, too."""
+    if not CUDA:
+        monkeypatch.setattr(importlib.import_module("rlinvariant.ops.linear"), "is_exact", lambda *_: False)
+    apart = make_invariant(adapted(family, **options).bfloat16(), torch.bfloat16)
+    joined = join_adapted(copy.deepcopy(apart))
+    require_exact(joined)
+    assert apart.state_dict().keys() == joined.state_dict().keys()
+    changed = [type(m) is not type(n) for m, n in zip(apart.modules(), joined.modules(), strict=True)]
+    assert any(changed) is (options.get("target_modules") != ["down_proj"]), "no projection that reads what others read"
+    found = []
+    for model in (apart, joined):
+        values = logprobs(model, sequences())[0]
+        values.sum().backward()
+        with model.disable_adapter(), torch.no_grad():
+            found.append((values.detach(), logprobs(model, sequences())[0]))
+    for right, got in zip(*found, strict=True):
+        assert_bits_equal(got, right, "log-probs")
+    assert not torch.equal(*found[0]), "the adapters count"
+    for (name, p), q in zip(apart.named_parameters(), joined.parameters(), strict=True):
+        assert (p.grad is None) is (q.grad is None), name
+        if p.grad is not None and q.grad is not None:
+            assert (p.grad - q.grad).norm() < 0.03 * p.grad.norm(), name  # bf16 on the way, in another order
 
 
 def test_adapters_alone_get_gradients():

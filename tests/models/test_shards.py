@@ -6,16 +6,18 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, Shard, init_device_mesh
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from rlinvariant import bits
 from rlinvariant.errors import ConfigErrors, UserError
-from rlinvariant.models import make_invariant, shards, use_working_copies
+from rlinvariant.models import lora, make_invariant, shards, use_working_copies
 from rlinvariant.models.families import FAMILIES
 from rlinvariant.models.leaves import Branch, Leaves, _Unit, additions
 from rlinvariant.models.random import save_random
+from rlinvariant.models.working import join_adapted
 from rlinvariant.trainer import InvariantGRPOTrainer
 from rlinvariant.trainer.memory import decoder_layers
 from tests.models.small import logprobs, sequences
@@ -47,9 +49,12 @@ def group():
 
 
 def model(tied: bool = True):
+    return make_invariant(plain(tied), torch.bfloat16)
+
+
+def plain(tied: bool = True, dtype: torch.dtype = torch.float32):
     torch.manual_seed(0)
-    plain = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES, tie_word_embeddings=tied), dtype=torch.float32)
-    return make_invariant(plain, torch.bfloat16)
+    return AutoModelForCausalLM.from_config(LlamaConfig(**SIZES, tie_word_embeddings=tied), dtype=dtype)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -74,6 +79,24 @@ def test_projections_are_joined_in_shards_as_in_a_whole_model_s_copies(group, mo
     for name, p in cut.named_parameters():
         assert p.grad is not None and bits.same(shards.whole(p.grad), gradients[name]), name
     assert not all(bits.same(p.grad, gradients[name]) for name, p in apart.named_parameters()), "control"
+
+
+def test_adapted_projections_are_joined_in_shards_as_in_a_whole_model(group, monkeypatch):
+    """A whole model on a GPU joins what LoRA adapts, too. The control computes each projection apart."""
+    monkeypatch.setattr(importlib.import_module("rlinvariant.ops.linear"), "is_exact", lambda *_: False)
+    apart, joined, cut = (lora.applied(plain(dtype=torch.bfloat16), LoraConfig(r=8, target_modules="all-linear"), 0) for _ in range(3))
+    for each in (apart, joined, cut):
+        make_invariant(each)
+        lora.randomise(each, 0)
+    for each in (joined, cut):
+        join_adapted(each)
+    shards.shard(cut, decoder_layers(cut))
+    for each in (apart, joined, cut):
+        logprobs(each, sequences())[0].sum().backward()
+    gradients = {name: p.grad for name, p in lora.trained(joined)}
+    for name, p in lora.trained(cut):
+        assert p.grad is not None and bits.same(shards.whole(p.grad), gradients[name]), name
+    assert not all(bits.same(p.grad, gradients[name]) for name, p in lora.trained(apart)), "control"
 
 
 def test_the_norm_has_the_bits_of_torch_s_for_whole_gradients():

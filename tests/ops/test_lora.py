@@ -1,5 +1,7 @@
 """A product with an adapter inside it: its rows, its one rounding, and its gradients."""
 
+import importlib
+
 import pytest
 import torch
 from torch import Tensor
@@ -8,6 +10,7 @@ from rlinvariant import ops
 from rlinvariant.bits import assert_bits_equal
 from tests import ladders
 from tests.ladders import cancelling, cpu_only, matrix_dtypes, randn
+from tests.parity.device import CUDA
 
 RANKS = (1, 8, 16, 24)
 
@@ -138,6 +141,43 @@ def test_gradients_are_those_of_the_reference(dtype):
         assert error < 4 * torch.finfo(dtype).eps, name
     wrong = found(lambda x, w, a, b: ops.lora_linear_ref(x, w, a, 2 * b), *(t.double() for t in (x, weight, a, b)))
     assert all((w - r).norm() / r.norm() > 0.1 for w, r in zip(wrong, expected, strict=True))
+
+
+def apart(x: Tensor, weights: list[Tensor], a: list, b: list, bias: Tensor | None) -> Tensor:
+    """Compute `joined_lora_linear` by a product for each projection."""
+    biases = [None] * len(weights) if bias is None else bias.split([len(w) for w in weights])
+    found = [
+        ops.linear(x, w, shift) if rows is None else ops.lora_linear(x, w, rows, columns, shift)
+        for w, rows, columns, shift in zip(weights, a, b, biases, strict=True)
+    ]
+    return torch.cat(found, -1)
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+@pytest.mark.parametrize("ranks", [(16, 16, 16), (8, 0, 24), (0, 5, 0)])
+def test_projections_that_are_joined_have_the_bits_that_they_have_apart(ranks, bias, monkeypatch):
+    """This holds on a CPU, too, where one route is taken for all shapes. Gradients are those of a sum over all columns."""
+    if not CUDA:
+        monkeypatch.setattr(importlib.import_module("rlinvariant.ops.linear"), "is_exact", lambda *_: False)
+    x, whole = cancelling(70, 66 + sum(ranks), 1536, torch.bfloat16)
+    weights, some = list(whole[:66].split((40, 16, 10))), whole[66:]
+    a = [rows if len(rows) else None for rows in some.split(ranks)]
+    b = [None if not r else randn(len(w), r, seed=r) * 50 for w, r in zip(weights, ranks, strict=True)]
+    shift = randn(66, dtype=torch.bfloat16, seed=9) if bias else None
+    found = {}
+    for op in (ops.joined_lora_linear, apart):
+        leaves = [x.clone().requires_grad_(), *(t.float().requires_grad_() for t in (*a, *b) if t is not None)]
+        own = iter(leaves[1:])
+        given = [[None if t is None else next(own) for t in ts] for ts in (a, b)]
+        y = op(leaves[0], weights, *given, shift)
+        found[op] = y.detach(), torch.autograd.grad(y, leaves, randn(70, 66, dtype=torch.bfloat16, seed=4))
+    (joined, gradients), (right, expected) = found.values()
+    assert_bits_equal(joined, right, "side by side")
+    for got, by_itself in zip(gradients, expected, strict=True):
+        assert got.dtype == by_itself.dtype
+        assert (got.float() - by_itself.float()).norm() < 0.01 * by_itself.float().norm()  # of dx, a sum rounded once
+    moved = [None if rows is None else rows.roll(1, 0) for rows in a]
+    assert ladders.differs(ops.joined_lora_linear(x, weights, moved, b, shift), right), "the control: another row for each column"
 
 
 def test_what_does_not_fit_is_an_error():
