@@ -7,7 +7,9 @@ Nothing else in a model may sum, and nothing else may call a transcendental func
 from rlinvariant.ops.attention import attention, attention_ref, paged_attention, paged_attention_ref
 from rlinvariant.ops.embedding import embedding, embedding_ref
 from rlinvariant.ops.linear import linear, linear_ref
-from rlinvariant.ops.lora import joined_lora_linear as joined_lora_linear  # of several projections, as a trainer on a GPU has it
+from rlinvariant.ops.lora import (
+    joined_lora_linear as joined_lora_linear,  # of several projections, as a trainer on a GPU has it
+)
 from rlinvariant.ops.lora import lora_linear, lora_linear_ref
 from rlinvariant.ops.lora import wide_linear as wide_linear  # the sampler's form of it, which `bisect` watches
 from rlinvariant.ops.moe_experts import moe_experts, moe_experts_ref

@@ -52,7 +52,11 @@ def test_a_scaling_of_its_own_is_peft_s():
 
 @pytest.mark.parametrize(
     ("family", "options"),
-    [("qwen2", {}), ("qwen3", {"target_modules": ["q_proj", "v_proj", "up_proj"], "r": 24}), ("llama", {"target_modules": ["down_proj"]})],
+    [
+        ("qwen2", {}),
+        ("qwen3", {"target_modules": ["q_proj", "v_proj", "up_proj"], "r": 24}),
+        ("llama", {"target_modules": ["down_proj"]}),
+    ],
 )
 def test_joined_projections_train_what_they_train_apart(family, options, monkeypatch):
     """A trainer on a GPU multiplies q, k and v as one. Log-probs have the same bits, and without adapters, too."""

@@ -84,7 +84,9 @@ def test_projections_are_joined_in_shards_as_in_a_whole_model_s_copies(group, mo
 def test_adapted_projections_are_joined_in_shards_as_in_a_whole_model(group, monkeypatch):
     """A whole model on a GPU joins what LoRA adapts, too. The control computes each projection apart."""
     monkeypatch.setattr(importlib.import_module("rlinvariant.ops.linear"), "is_exact", lambda *_: False)
-    apart, joined, cut = (lora.applied(plain(dtype=torch.bfloat16), LoraConfig(r=8, target_modules="all-linear"), 0) for _ in range(3))
+    apart, joined, cut = (
+        lora.applied(plain(dtype=torch.bfloat16), LoraConfig(r=8, target_modules="all-linear"), 0) for _ in range(3)
+    )
     for each in (apart, joined, cut):
         make_invariant(each)
         lora.randomise(each, 0)

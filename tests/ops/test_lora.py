@@ -177,7 +177,9 @@ def test_projections_that_are_joined_have_the_bits_that_they_have_apart(ranks, b
         assert got.dtype == by_itself.dtype
         assert (got.float() - by_itself.float()).norm() < 0.01 * by_itself.float().norm()  # of dx, a sum rounded once
     moved = [None if rows is None else rows.roll(1, 0) for rows in a]
-    assert ladders.differs(ops.joined_lora_linear(x, weights, moved, b, shift), right), "the control: another row for each column"
+    assert ladders.differs(ops.joined_lora_linear(x, weights, moved, b, shift), right), (
+        "the control: another row for each column"
+    )
 
 
 def test_what_does_not_fit_is_an_error():
