@@ -56,7 +56,7 @@ def lora_linear(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, bias: Tensor | 
 def joined_lora_linear(
     x: Tensor, weights: Sequence[Tensor], a: Sequence[Tensor | None], b: Sequence[Tensor | None], bias: Tensor | None = None
 ) -> Tensor:
-    """Compute `lora_linear` of several projections of one x as one product, on CUDA, where no column depends on those beside it.
+    """Compute `lora_linear` of several projections as one product, on CUDA, where no column depends on those beside it.
 
     Args:
         x: [*rows, K], bf16.
@@ -67,8 +67,8 @@ def joined_lora_linear(
     Returns:
         [*rows, sum of N] in x.dtype: the projections side by side.
 
-    Order: as in `lora_linear`. An adapter has columns of its own (`columns`), in which the others' rows have zeros: to add zeros
-        changes no sum.
+    Order: as in `lora_linear`. An adapter has columns of its own (`columns`), in which the others' rows have zeros, which change
+        no sum.
     Bits, Ref: those of `lora_linear`. dx is one sum over the columns of all projections.
     """
     return _LoraLinear.apply(x, bias, len(weights), *weights, *a, *b)
