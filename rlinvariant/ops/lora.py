@@ -67,8 +67,8 @@ def joined_lora_linear(
     Returns:
         [*rows, sum of N] in x.dtype: the projections side by side.
 
-    Order: as in `lora_linear`. An adapter has columns of its own (`columns`), in which the others' rows have zeros, which change
-        no sum.
+    Order: as in `lora_linear`. An adapter has columns of its own (`columns`), in which the other projections' rows have zeros,
+        which change no sum.
     Bits, Ref: those of `lora_linear`. dx is one sum over the columns of all projections.
     """
     return _LoraLinear.apply(x, bias, len(weights), *weights, *a, *b)
