@@ -172,7 +172,7 @@ def _beside(weights: Sequence[Tensor], b: Sequence[Tensor | None], begins: Seque
     """Return [N, K + R] in the dtype of `like`: the weights one below the other, each B in its own rows and columns, zeros."""
     k, sizes = weights[0].shape[1], [len(weight) for weight in weights]
     wide = like.new_empty(sum(sizes), k + r)
-    wide[:, k:] = 0
+    wide[:, k:].zero_()
     parts = wide.split(sizes)
     of_b = [(part[:, k + at :][:, : 0 if y is None else y.shape[1]], y) for part, at, y in zip(parts, begins, b, strict=True)]
     _copy([(part[:, :k], weight) for part, weight in zip(parts, weights, strict=True)] + of_b)
