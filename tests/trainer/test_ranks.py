@@ -1,10 +1,16 @@
 """Runs of two processes, joined by gloo: they stop together, and draw what one process draws."""
 
+import contextlib
 import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
+
+from rlinvariant.bench.served import kept_port
 from rlinvariant.report.rundir import read_metrics
 from tests import forks
 from tests.parity.device import cpu_only
@@ -40,6 +46,47 @@ def test_a_bit_of_one_process_s_own_weights_stops_both(arithmetic_dir, tmp_path)
     name = "model.norm.weight (rank 1, whose own is not rank 0's)"
     assert f"after the weight sync, 1 of the sampler's parameters differ from the trainer's, first {name}" in result["error"]
     assert row["onpolicy/mismatched_tokens"] == 0 < row["onpolicy/compared_tokens"], "the step before, as a control"
+
+
+@pytest.mark.slow
+def test_two_nodes_of_torchrun_are_one_run(arithmetic_dir, tmp_path):
+    """Two launchers with a process each, as on two hosts, which meet at an address of loopback."""
+    with contextlib.closing(kept_port()) as kept:
+        port = str(kept.getsockname()[1])
+        nodes = []
+        for node in ("0", "1"):
+            where = [
+                "--nnodes",
+                "2",
+                "--nproc-per-node",
+                "1",
+                "--node-rank",
+                node,
+                "--master-addr",
+                "127.0.0.1",
+                "--master-port",
+                port,
+            ]
+            command = [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                *where,
+                *TINY,
+                f"model={arithmetic_dir}",
+                "run=a",
+                "steps=2",
+            ]
+            env = os.environ | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+            command.append("trainer.per_device_train_batch_size=8")
+            nodes.append(
+                subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            )
+        said = [node.communicate(timeout=forks.TIMEOUT_S) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said
+    rows = read_metrics(tmp_path / "runs/a")
+    assert [row["onpolicy/mismatched_tokens"] for row in rows] == [0, 0]
+    assert all(row["onpolicy/coverage"] == 1 and row["onpolicy/compared_tokens"] for row in rows)
 
 
 GATHERS = """
