@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from rlinvariant import ops
 from rlinvariant.models.lora import is_lora
-from rlinvariant.ops.lora import padded
+from rlinvariant.ops.lora import padded, side_by_side
 from rlinvariant.types import Untyped
 
 Place = tuple[int | None, str]
@@ -55,10 +55,11 @@ INPUT_ROLES = {  # last part of a module's name -> role of its input, and the op
     "down_proj": ("swiglu", "swiglu"),
 }
 HEAD_OPS = ("qk_norm_rope", "rope", "attention", "paged_attention")  # they take [T, H, D], the others [*rows, D]
-PRODUCTS = ("linear", "lora_linear", "wide_linear")
+WITH_ADAPTER = ("lora_linear", "joined_lora_linear", "wide_linear")
+PRODUCTS = ("linear", *WITH_ADAPTER)
 ROW_OPS = (*PRODUCTS, "rms_norm", "add_rms_norm", "swiglu", "swiglu_merged", "scale_logits", "sample")
 OP_SIGNATURES = {op: inspect.signature(getattr(ops, op)) for op in (*ROW_OPS, *HEAD_OPS)}
-WEIGHT_ARGUMENTS = ("weight", "bias", "q_weight", "k_weight", "a", "b")
+WEIGHT_ARGUMENTS = ("weight", "weights", "bias", "q_weight", "k_weight", "a", "b")
 SETTING_ARGUMENTS = ("eps", "offset", "scale", "window", "softcap", "activation")
 
 
@@ -243,7 +244,7 @@ class Recorder:
             if name not in (*WEIGHT_ARGUMENTS, "packed") and isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 1
         }
         call = Call(
-            "lora_linear" if op == "wide_linear" else op.removesuffix("_merged").removeprefix("paged_"),
+            "lora_linear" if op in WITH_ADAPTER else op.removesuffix("_merged").removeprefix("paged_"),
             {name: x for name, x in rows.items() if x is not None},
             _with_adapter(op, given) or {name: given[name] for name in WEIGHT_ARGUMENTS if name in given},
             {name: given[name] for name in SETTING_ARGUMENTS if name in given},
@@ -255,7 +256,9 @@ class Recorder:
             return output
         frame.calls.append(call)
         layer, sizes = _layer(frame.name), getattr(getattr(frame.module, "product", None), "sizes", [])
-        if op == "linear" and len(sizes) > 1:
+        if op == "joined_lora_linear":
+            sizes = [len(weight) for weight in given["weights"]]
+        if op in ("linear", "joined_lora_linear") and len(sizes) > 1:
             value = _pick(output.reshape(-1, output.shape[-1]), which)
             if value is not None:
                 self._split(layer, MERGED_ROLES[_last(frame.name)], sizes, value, call.inputs.get("x"), [call], None, which)
@@ -324,10 +327,13 @@ class Recorder:
 
 
 def _with_adapter(op: str, given: dict[str, Any]) -> dict[str, Tensor | None]:
-    """Return the weights of a product with an adapter inside it, alike for both ways to call one; of another op none."""
-    if op == "wide_linear":
-        k = given["x"].shape[-1]
-        return {"weight": given["weight"][:, :k], "bias": given["bias"], "a": given["a"], "b": given["weight"][:, k:]}
+    """Return the weights of a product with an adapter inside it, alike for all ways to call one; of another op none."""
+    if op in ("wide_linear", "joined_lora_linear"):
+        k, wide, a = given["x"].shape[-1], given.get("weight"), given["a"]
+        if wide is None:
+            with torch.no_grad():
+                wide, a = side_by_side(given["weights"], a, given["b"], given["x"])
+        return {"weight": wide[:, :k], "bias": given["bias"], "a": a, "b": wide[:, k:]}
     if op == "lora_linear":
         a, b = padded(given["a"].detach(), given["b"].detach())
         return {"weight": given["weight"], "bias": given["bias"], "a": a, "b": b}

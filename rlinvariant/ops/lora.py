@@ -130,6 +130,14 @@ def wide_linear(x: Tensor, weight: Tensor, a: Tensor, bias: Tensor | None = None
     return linear(widened_by(x, a), weight, bias, packed)
 
 
+def side_by_side(
+    weights: Sequence[Tensor], a: Sequence[Tensor | None], b: Sequence[Tensor | None], like: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return what `joined_lora_linear` multiplies by, in the dtype of `like`: the weight and the a of `wide_linear`."""
+    a_RK, begins = _below(a, like)
+    return _beside(weights, b, begins, len(a_RK), like), a_RK
+
+
 class _LoraLinear(torch.autograd.Function):
     """Computes some projections as one product. Operands are the weights, then A of each, then B of each."""
 
@@ -137,13 +145,10 @@ class _LoraLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, count: int, *operands: Tensor | None) -> Tensor:
         weights: Any = operands[:count]
         a, b = operands[count : 2 * count], operands[2 * count :]
-        ranks, k = [0 if rows is None else len(rows) for rows in a], x.shape[-1]
-        ctx.begins, r = columns(ranks, x.device.type)
-        a_RK = x.new_zeros(r, k)
-        _copy([(a_RK[at : at + rank], rows) for at, rank, rows in zip(ctx.begins, ranks, a, strict=True)])
+        a_RK, ctx.begins = _below(a, x)
         wide = widened_by(x, a_RK)
-        ctx.save_for_backward(x, wide[..., k:].contiguous(), a_RK, *operands)
-        return linear(wide, _beside(weights, b, ctx.begins, r, x), bias)
+        ctx.save_for_backward(x, wide[..., x.shape[-1] :].contiguous(), a_RK, *operands)
+        return linear(wide, _beside(weights, b, ctx.begins, len(a_RK), x), bias)
 
     @staticmethod
     @once_differentiable
@@ -166,6 +171,15 @@ class _LoraLinear(torch.autograd.Function):
             of_b.append(db[row : row + n, at : at + rank] if db is not None and in_b[i] else None)
             row += n
         return dx, None, None, *[None] * count, *of_a, *of_b
+
+
+def _below(a: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, list[int]]:
+    """Return [R, K] in the dtype of `like`: every A in rows of its own, zeros elsewhere; and where each begins."""
+    ranks = [0 if rows is None else len(rows) for rows in a]
+    begins, r = columns(ranks, like.device.type)
+    a_RK = like.new_zeros(r, like.shape[-1])
+    _copy([(a_RK[at : at + rank], rows) for at, rank, rows in zip(begins, ranks, a, strict=True)])
+    return a_RK, begins
 
 
 def _beside(weights: Sequence[Tensor], b: Sequence[Tensor | None], begins: Sequence[int], r: int, like: Tensor) -> Tensor:

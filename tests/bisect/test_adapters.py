@@ -1,5 +1,7 @@
 """`rlinvariant bisect` with LoRA adapters: a fault of an adapter is located, and its cause is named."""
 
+import copy
+import importlib
 import re
 from dataclasses import replace
 from typing import Any
@@ -10,9 +12,14 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
 from rlinvariant import ops
+from rlinvariant.bisect import both_sides, trials
+from rlinvariant.bisect.record import Recorder
+from rlinvariant.bits import assert_bits_equal
 from rlinvariant.models import lora, make_trainable
 from rlinvariant.models.random import save_random
+from rlinvariant.models.working import join_adapted
 from tests.bisect.pairs import CONFIG, LONGEST_REQUEST, STEP_TOKENS, TRIAL, Pair, replaced
+from tests.parity.device import CUDA
 from tests.parity.harness import start_engine
 
 DOWN = "model.layers.1.mlp.down_proj"
@@ -86,3 +93,25 @@ def test_another_function_of_the_trainer_is_named(adapted, forward, cause):
 def test_without_a_fault_there_is_nothing(adapted):
     result, said = adapted.find_any([replace(TRIAL)])
     assert result.first is None and result.compared == 144 and said[0].startswith("nothing to bisect: 0 of 144")
+
+
+def test_joined_projections_are_recorded_as_the_modules_are(adapted, monkeypatch):
+    """The trainer on a GPU calls no q_proj, k_proj, v_proj, gate_proj or up_proj with adapters, but one product for each group."""
+    drawn = trials.draw(adapted.engine, TRIAL)[1]
+    if not CUDA:
+        monkeypatch.setattr(importlib.import_module("rlinvariant.ops.linear"), "is_exact", lambda *_: False)
+    traces = []
+    for model in (adapted.model, join_adapted(copy.deepcopy(adapted.model))):
+        recorder = Recorder(model)
+        with recorder.recording(), both_sides.expecting(model, TRIAL, drawn, 6, recorder, False):
+            both_sides.score_rows(model, TRIAL, drawn, 5, False)
+        traces.append(recorder.trace)
+    apart, joined = traces
+    assert joined.keys() == apart.keys()
+    for place in apart:
+        for block, right in zip(joined[place], apart[place], strict=True):
+            assert_bits_equal(block.value, right.value, str(place))
+            if right.call is not None and right.call.op == "lora_linear":
+                assert block.call is not None and block.call.op == "lora_linear", place
+                again = ops.lora_linear(**block.call.inputs, **block.call.weights)
+                assert_bits_equal(again.detach(), block.value, f"{place}, from what was recorded")

@@ -257,4 +257,15 @@ def template_problems(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
             get_training_chat_template(copy.deepcopy(tokenizer))
     except Exception as error:
         return [f"{where} renders earlier messages anew at each turn, so that no turn could go on: {one_line(error)}; {PLAIN}"]
-    return []
+    return _end_problems(tokenizer, where)
+
+
+def _end_problems(tokenizer: "PreTrainedTokenizerBase", where: str) -> list[str]:
+    """Say where a turn ends after another token than the tokenizer's: TRL would repeat what is between to the model."""
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    _, found, rest = str(tokenizer.apply_chat_template(turns, tokenize=False)).rpartition(str(tokenizer.eos_token))
+    if not found or not rest.strip():  # none is in it: TRL takes the turn as it is
+        return []
+    why = f"ends a call with {rest[-20:]!r}, and the tokenizer's eos_token is {tokenizer.eos_token!r}"
+    return [f"{where} {why}; save the tokenizer with the token that ends an answer as its eos_token"]

@@ -231,6 +231,17 @@ def test_a_template_whose_calls_nobody_can_read():
     assert "is none that TRL can read calls of" in line
 
 
+def test_a_call_ends_with_the_tokenizers_eos_token():
+    """TRL cuts a result's tokens behind the last eos_token of a call: behind an earlier one the model would read the call again."""
+    tokenizer = chat_tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace("<{{", "<bos><{{").replace("\n", "<eos>\n")
+    tokenizer = plain_tools(tokenizer)
+    assert template_problems(tokenizer) == []  # the control
+    tokenizer.eos_token = "<bos>"
+    (line,) = template_problems(tokenizer)
+    assert "its chat template ends a call with" in line and "eos_token is '<bos>'; save the tokenizer with" in line
+
+
 def test_wrong_limits_are_lines():
     tooling = Tooling([good], None, ToolLimits(tool_timeout=-1.0))
     (line,) = tooling_problems(tooling, plain_tools(chat_tokenizer()), ROWS, [len])
