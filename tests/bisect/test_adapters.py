@@ -96,7 +96,7 @@ def test_without_a_fault_there_is_nothing(adapted):
 
 
 def test_joined_projections_are_recorded_as_the_modules_are(adapted, monkeypatch):
-    """The trainer on a GPU calls no q_proj, k_proj, v_proj, gate_proj or up_proj with adapters, but one product for each group."""
+    """The trainer on a GPU calls no q_proj, k_proj, v_proj, gate_proj or up_proj, but one product for each group."""
     drawn = trials.draw(adapted.engine, TRIAL)[1]
     if not CUDA:
         monkeypatch.setattr(importlib.import_module("rlinvariant.ops.linear"), "is_exact", lambda *_: False)

@@ -267,5 +267,5 @@ def _end_problems(tokenizer: "PreTrainedTokenizerBase", where: str) -> list[str]
     _, found, rest = str(tokenizer.apply_chat_template(turns, tokenize=False)).rpartition(str(tokenizer.eos_token))
     if not found or not rest.strip():  # none is in it: TRL takes the turn as it is
         return []
-    why = f"ends a call with {rest[-20:]!r}, and the tokenizer's eos_token is {tokenizer.eos_token!r}"
+    why = f"ends a call with {rest[-20:].lstrip()!r}, and the tokenizer's eos_token is {tokenizer.eos_token!r}"
     return [f"{where} {why}; save the tokenizer with the token that ends an answer as its eos_token"]

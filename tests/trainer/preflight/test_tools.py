@@ -232,7 +232,7 @@ def test_a_template_whose_calls_nobody_can_read():
 
 
 def test_a_call_ends_with_the_tokenizers_eos_token():
-    """TRL cuts a result's tokens behind the last eos_token of a call: behind an earlier one the model would read the call again."""
+    """TRL cuts a result's tokens behind the last eos_token of a call: behind an earlier one the model would read it again."""
     tokenizer = chat_tokenizer()
     tokenizer.chat_template = tokenizer.chat_template.replace("<{{", "<bos><{{").replace("\n", "<eos>\n")
     tokenizer = plain_tools(tokenizer)
