@@ -56,9 +56,12 @@ class LoraLinear(nn.Module):
 
 
 def in_use(layer: Untyped) -> tuple[Tensor | None, Tensor | None]:
-    """Return A and B, with its scaling, of a layer's active adapter; None and None where it has none, or they are disabled."""
+    """Return A and B, with its scaling, of a layer's active adapter; None and None where it has none, or the base alone counts.
+
+    That is so where adapters are disabled, or where PEFT has merged them into the base, as its own forward has it.
+    """
     active = [name for name in layer.active_adapters if name in layer.lora_A] if is_lora(layer) else []
-    if not active or layer.disable_adapters:
+    if not active or layer.disable_adapters or layer.merged:
         return None, None
     (name,) = active
     return layer.lora_A[name].weight, scaled(layer, name)

@@ -24,6 +24,7 @@ from rlinvariant.models.lora import is_lora
 from rlinvariant.models.modules import MLP, Attention, Linear, MergedAttention, MergedMLP, become
 from rlinvariant.models.patch import make_invariant
 from rlinvariant.ops.linear import gradients
+from rlinvariant.ops.lora import is_joinable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -89,7 +90,8 @@ def join_adapted(model: "PreTrainedModel") -> "PreTrainedModel":
 
 
 def _adapted(*linears: Any) -> bool:
-    return any(map(is_lora, linears)) and _alike(*(getattr(linear, "base_layer", linear) for linear in linears))
+    own = [getattr(linear, "base_layer", linear) for linear in linears]
+    return any(map(is_lora, linears)) and _alike(*own) and is_joinable(own[0].in_features)
 
 
 def _alike(*linears: Any) -> bool:

@@ -58,6 +58,8 @@ def joined_lora_linear(
 ) -> Tensor:
     """Compute `lora_linear` of several projections as one product, on CUDA, where no column depends on those beside it.
 
+    Of a K for which `is_joinable`.
+
     Args:
         x: [*rows, K], bf16.
         weights: [N, K] of each projection, any float dtype.
@@ -68,7 +70,7 @@ def joined_lora_linear(
         [*rows, sum of N] in x.dtype: the projections side by side.
 
     Order: as in `lora_linear`. An adapter has columns of its own (`columns`), in which the other projections' rows have zeros,
-        which change no sum.
+        which change no sum of finite numbers.
     Bits, Ref: those of `lora_linear`. dx is one sum over the columns of all projections.
     """
     return _LoraLinear.apply(x, bias, len(weights), *weights, *a, *b)
@@ -77,6 +79,15 @@ def joined_lora_linear(
 def lora_linear_ref(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """Compute `lora_linear` in plain PyTorch, for x of any float dtype; differentiable by autograd."""
     return linear_ref(torch.cat([x, linear_ref(x, a)], -1), torch.cat([weight, b.to(weight.dtype)], -1), bias)
+
+
+def is_joinable(k: int) -> bool:
+    """Return whether projections by weights of k columns, with adapters, may be one product on CUDA.
+
+    Where k ends inside a step of the matrix unit, an adapter's first products share that step with the weight's last ones, or
+    with another adapter's zeros.
+    """
+    return k % MATRIX_STEP == 0
 
 
 def columns(ranks: Sequence[int], device: str) -> tuple[list[int], int]:

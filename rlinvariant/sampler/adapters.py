@@ -18,7 +18,7 @@ from rlinvariant.checksums import Checksum
 from rlinvariant.errors import UserError
 from rlinvariant.models.lora import A, B
 from rlinvariant.ops.linear import linear_columns, pack_weight
-from rlinvariant.ops.lora import columns, widened_by
+from rlinvariant.ops.lora import columns, is_joinable, widened_by
 from rlinvariant.sampler import weights as synced
 from rlinvariant.sampler.weights import target
 from rlinvariant.types import Untyped
@@ -47,7 +47,7 @@ class Adapters:
 
     def __init__(self, layer: Untyped, ranks: Mapping[int, int], joined: bool | None = None) -> None:
         n, k = layer.weight.shape
-        self.ranks, self.joined = ranks, layer.weight.is_cuda if joined is None else joined
+        self.ranks, self.joined = ranks, layer.weight.is_cuda and is_joinable(k) if joined is None else joined
         of_all = [ranks.get(part, 0) for part in range(len(layer.parts))]
         begins, r = columns(of_all if self.joined else [max(of_all)], layer.weight.device.type)
         self.begins = begins if self.joined else [0] * len(layer.parts)

@@ -32,8 +32,8 @@ PROBE = 64  # tokens
 # Parameters of a layer times tokens. A host starts the kernels of a layer, both ways, in 4.5 ms; an H200 needs as long for
 # 3e11, at 6 operations each: SmolLM2-135M waits with any number of tokens, Qwen3-0.6B with fewer than 20,000.
 HOST_BOUND = 3e11
-# By how much more: a layer with adapters has some 90 kernels for 33 (it had 145), and 4 operations for 6. It is a count, no
-# measurement: with 145, and no graphs, 8,192 tokens of the 1.7B shape took an H200 1.78 times as long as full training.
+# By how much more: a layer with adapters has some 90 kernels for 33 (it had 145), and 4 operations for 6. That is 4 by count;
+# 3 is careful, and not measured. With 145, and no graphs, 8,192 tokens of the 1.7B shape took 1.78 times full training's time.
 ADAPTED = 3.0
 LEAST_TOKENS = 256.0  # of a part; a longer row is a part of its own
 

@@ -13,6 +13,7 @@ from rlinvariant.bits import assert_bits_equal
 from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.models import lora, make_invariant, require_exact
 from rlinvariant.models.working import join_adapted
+from rlinvariant.ops.lora import is_joinable
 from tests.models.small import SUPPORTED, build, logprobs, sequences, stock_logprobs
 from tests.parity.device import CUDA, fp32_only_on_cpu
 
@@ -39,6 +40,19 @@ def test_it_computes_what_peft_does(family):
     assert (right - base).abs().max() > 0.1, "the adapters count"
     with ours.disable_adapter():
         torch.testing.assert_close(logprobs(ours, rows)[0], base, rtol=0, atol=2e-5)
+
+
+@fp32_only_on_cpu
+def test_adapters_that_peft_has_merged_count_once():
+    theirs, rows = adapted("qwen3"), sequences()
+    ours = make_invariant(copy.deepcopy(theirs), torch.float32)
+    before = logprobs(ours, rows)[0]
+    for model in (theirs, ours):
+        model.merge_adapter()
+    torch.testing.assert_close(logprobs(ours, rows)[0], stock_logprobs(theirs, rows)[0], rtol=0, atol=2e-5)
+    torch.testing.assert_close(logprobs(ours, rows)[0], before, rtol=0, atol=1e-4)
+    ours.unmerge_adapter()
+    torch.testing.assert_close(logprobs(ours, rows)[0], before, rtol=0, atol=1e-4)
 
 
 @fp32_only_on_cpu
@@ -81,6 +95,17 @@ def test_joined_projections_train_what_they_train_apart(family, options, monkeyp
         assert (p.grad is None) is (q.grad is None), name
         if p.grad is not None and q.grad is not None:
             assert (p.grad - q.grad).norm() < 0.03 * p.grad.norm(), name  # bf16 on the way, in another order
+
+
+def test_projections_whose_width_ends_inside_a_step_of_the_matrix_unit_stay_apart():
+    """A sampler goes by the same rule."""
+    model = make_invariant(adapted("qwen2").bfloat16(), torch.bfloat16)
+    layer = model.base_model.model.model.layers[0]
+    for projection in (layer.self_attn.q_proj, layer.mlp.gate_proj):
+        projection.base_layer.in_features += 8
+    before = [type(m) for m in layer.modules()]
+    join_adapted(model)
+    assert [type(m) for m in layer.modules()] == before and not is_joinable(200) and is_joinable(208)
 
 
 def test_adapters_alone_get_gradients():
