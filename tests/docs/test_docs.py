@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -14,9 +15,11 @@ import pytest
 
 from rlinvariant import cli, keys, launch, run, train
 from rlinvariant.ablate.plan import read as read_ablation
+from rlinvariant.bench import drift
 from rlinvariant.config.check import check
 from rlinvariant.config.parse import Draft, draft
 from rlinvariant.errors import UserError
+from rlinvariant.report.stats import ACCURACY
 from rlinvariant.trainer.preflight import check_start
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -191,8 +194,8 @@ def test_the_metrics_page_has_every_key_and_no_other():
 
 
 def test_the_figure_is_drawn_from_the_recorded_runs():
-    drift = script("drift")
-    assert drift.FIGURE.read_text() == drift.figure()
+    drawn = script("drift")
+    assert drawn.FIGURE.read_text() == drawn.figure()
 
 
 def ours(page: str) -> list[str]:
@@ -205,6 +208,19 @@ def test_generated_pages_are_those_that_the_code_generates(monkeypatch):
     monkeypatch.setenv("COLUMNS", "")  # which it sets: taken back afterwards
     stale = [str(path.relative_to(ROOT)) for path, text in generate.pages().items() if ours(path.read_text()) != ours(text)]
     assert stale == [], "run: python docs/generate.py"
+
+
+def test_the_readme_opens_with_the_numbers_of_the_evidence():
+    content = json.loads((ROOT / "rlinvariant/bench/results/h200/drift.json").read_text())
+    opening = (ROOT / "README.md").read_text().partition("**Why.**")[0]
+    for arm in drift.study_of(content).arms:
+        (line,) = [line for line in opening.splitlines() if line.startswith(f"| `{arm.name}`")]
+        differing, compared = (sum(row[f"onpolicy/{name}_tokens"] for row in arm.rows) for name in ("mismatched", "compared"))
+        least = min(row["onpolicy/is_ratio/min"] for row in arm.rows)
+        greatest = max(row["onpolicy/is_ratio/max"] for row in arm.rows)
+        held = arm.estimate(ACCURACY)
+        assert f"{differing:,}{'**' * (not differing)} / {compared:,} | {least:.4g} … {greatest:.4g} |" in line, line
+        assert f"33.3 -> {100 * held.mean:.1f} ± {100 * (held.high - held.mean):.1f}" in line, line
 
 
 def test_the_readme_is_short():
