@@ -219,7 +219,8 @@ def test_the_readme_opens_with_the_numbers_of_the_evidence():
         least = min(row["onpolicy/is_ratio/min"] for row in arm.rows)
         greatest = max(row["onpolicy/is_ratio/max"] for row in arm.rows)
         held = arm.estimate(ACCURACY)
-        assert f"{differing:,}{'**' * (not differing)} / {compared:,} | {least:.4g} … {greatest:.4g} |" in line, line
+        ratios = "1 … 1" if least == greatest == 1 else f"{least:.3f} … {greatest:.3f}"
+        assert f"{differing:,}{'**' * (not differing)} / {compared:,} | {ratios} |" in line, line
         assert f"33.3 -> {100 * held.mean:.1f} ± {100 * (held.high - held.mean):.1f}" in line, line
 
 
