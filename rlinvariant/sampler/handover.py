@@ -48,7 +48,7 @@ def opened(place: Json, mark: str) -> io.FileIO | None:
             return None
         file = io.FileIO(path, "r+")
         return file if file.read(len(mark) + 1) == mark.encode() else None
-    except (OSError, TypeError, ValueError):
+    except (OSError, OverflowError, TypeError, ValueError):
         return None
 
 

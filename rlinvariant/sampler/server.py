@@ -62,14 +62,19 @@ class Server:
         return UserError(f"sampler.servers={self.url}: {what}")
 
     def send(self, weights: Sequence[bytes | memoryview]) -> "Answer":
-        """Send weights, as `wire.save` returns them, through the server's memory where that can be; raises as `ask`.
+        """Send weights, as `wire.save` returns them, through the server's memory where that can be; raises as `ask`, and
+        UserError where that memory has no room.
 
         There are `wire.PIECES` of it, used in turn: the answer to the part before the last must have come.
         """
         if not self.memory:
             return self.ask("sync", weights)
         number, self._sent = self._sent % len(self.memory), self._sent + 1
-        handover.write(self.memory[number], weights)
+        try:
+            handover.write(self.memory[number], weights)
+        except OSError as error:  # of this host, as a limit on memory or on the size of files sets it
+            why = f"no room in memory of this host for {sum(map(len, weights)):,} bytes of weights ({one_line(error)})"
+            raise self.error(f"{why}; free some, or raise ulimit -f") from error
         return self.ask("sync", [], {wire.MEMORY: str(number)})
 
     def ask(

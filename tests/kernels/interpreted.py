@@ -173,6 +173,7 @@ settings = torch.tensor(
         (1.0, 2500, 0.95, 0.0),
         (1.0, 0, 0.5, 0.1),
         (1e-40, 5, 0.5, 0.1),
+        (3.0, 20, 0.9, 0.0),  # of the mass of the tokens that tie with the 20th
     )
 )
 threshold.BLOCK, threshold.LANES, threshold.FEW = (tl.constexpr(n) for n in (1024, 512, 8))  # so that few rows have several
@@ -182,7 +183,7 @@ for dtype, vocab, every in ((torch.bfloat16, 17, 1), (torch.bfloat16, 3000, 1), 
     x[1], x[2, 1 + vocab // 2 :], x[3], x[4, ::2], x[5] = 0.0, -torch.inf, -x[3].abs(), -0.0, x[5].round()
     x[6], x[7, -1], x[8, 3], x[9], x[10, -1], x[11] = x[6] * 1e-3, torch.nan, torch.inf, -torch.inf, 90.0, x[11] * 1e30
     rows = torch.arange(0, 48, every)  # each kind with four settings
-    logits, (t, k, p, m) = x[rows % 12], settings[(rows // 12 * 3 + rows) % 7].T.contiguous()
+    logits, (t, k, p, m) = x[rows % 12], settings[(rows // 12 * 5 + rows) % 8].T.contiguous()
     expected = ops.threshold(logits, t, k.long(), p, m)
     ours = threshold.threshold(logits, t, k.long(), p, m)
     same(f"threshold {vocab}", ours.view(torch.int32), expected.view(torch.int32), 0)  # the same bits

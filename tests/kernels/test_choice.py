@@ -82,7 +82,6 @@ ON_RANKS = """
 import os
 import torch
 from rlinvariant import plan
-from rlinvariant import plan
 from rlinvariant.errors import UserError
 from rlinvariant.launch import join, rank, require_same
 join()

@@ -1,12 +1,16 @@
 """Memory goes to another process of this host, and what is at the same place by chance is not taken for it."""
 
 import os
+import resource
 import subprocess
 import sys
 
 import pytest
 
+from rlinvariant.errors import UserError
 from rlinvariant.sampler import handover
+from rlinvariant.sampler.server import Gone, Server
+from rlinvariant.trainer_token import Token
 
 MARK = "0123456789abcdef" * 2
 
@@ -31,6 +35,21 @@ def test_writes_that_stop_in_the_middle_go_on(monkeypatch):
     assert file.read() == b"0123456789abcdefgh"
 
 
+def test_memory_without_room_is_one_line():
+    """The limit on the size of files holds for this memory too. Control: with room the server is asked, which is not there."""
+    server = Server("http://127.0.0.1:9", Token("x" * 32))
+    server.memory = [handover.made()]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(UserError, match="^sampler.servers=http://127.0.0.1:9: no room .* for 1,001 bytes"):
+            server.send([bytes(1001)])
+        with pytest.raises(Gone):
+            server.send([bytes(1000)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 def test_what_is_not_the_other_sides_memory_is_not_opened(tmp_path):
     """The control: with its mark it is."""
     file = handover.made(MARK)
@@ -44,6 +63,7 @@ def test_what_is_not_the_other_sides_memory_is_not_opened(tmp_path):
             None,
             "ab",
             ["../..", 0],
+            [float("inf"), 0],
             [*place, 1],
             (place[0], 10**6),
             (2**40, 3),
