@@ -175,12 +175,14 @@ def _reported(command: Callable[[], int | None]) -> int:
 
 
 def _say_once(error: Exception, here: bool) -> None:
-    """Print an error's lines, or wait while the main process of the run prints them."""
+    """Print an error's lines, or wait while the main process of the run prints them, and print them if it does not."""
+    of = "" if here else f"rank {rank()}: "
+    if not here and "TORCHELASTIC_RUN_ID" in os.environ:
+        time.sleep(10)  # torchrun ends all ranks with the first: this one is ended after rank 0 has said why, if it has
+        here = True
     if here:
         for line in str(error).split("\n"):
-            say(f"error: {line}", error=True)
-    elif "TORCHELASTIC_RUN_ID" in os.environ:
-        time.sleep(10)  # torchrun ends all ranks with the first: this one waits to be ended after rank 0 has said why
+            say(f"error: {of}{line}", error=True)
 
 
 def end(arguments: Sequence[str] | None = None, script: str = "") -> NoReturn:

@@ -108,7 +108,8 @@ def plan_trainer(
 
     Raises:
         ConfigErrors: every option of the engine and every property of a model that would change the bits, one line each.
-        UserError: a configuration cannot be loaded, or is not a causal language model's.
+        UserError: a configuration cannot be loaded, or is not a causal language model's; processes of a launch have other
+            software than the main one.
     """
     from rlinvariant.models import lora, unsupported
     from rlinvariant.models.limits import flash_problems
@@ -118,6 +119,8 @@ def plan_trainer(
     from rlinvariant.trainer.refusals import auxiliary_problems
     from rlinvariant.verification import servers
 
+    if is_launched():
+        require_same(_software())
     sampler_is_invariant, trainer_is_invariant = SIDES[invariance]
     loaded = None if isinstance(model, (str, Path)) else model
     name = str(model) if loaded is None else loaded.config._name_or_path
@@ -201,8 +204,6 @@ def arguments(
     from rlinvariant.support import unproven_here
 
     transformers_logging.disable_progress_bar()
-    if is_launched():
-        require_same(_software())
     if plan.invariance == "exact" and (unproven := unproven_here(mixture_of(plan.source_config))) is not None:
         on_main_process(lambda: prove_first(plan, unproven))
     model: Any = plan.model

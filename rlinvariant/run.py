@@ -223,7 +223,7 @@ def saved_untrained(config: Config, recipe: Recipe) -> Iterator[str]:
         except ConfigErrors as error:
             raise ConfigErrors([named(line) for line in error.errors]) from error
         except UserError as error:
-            raise UserError(named(str(error))) from error
+            raise UserError(named(str(error)), agreed=error.agreed) from error
 
 
 def build(planned: Plan) -> "InvariantGRPOTrainer":

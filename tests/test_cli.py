@@ -14,7 +14,7 @@ from trl.trainer.grpo_config import GRPOConfig
 
 from rlinvariant import __version__, cli, grpo_trainer
 from rlinvariant.config import parse
-from rlinvariant.errors import EXIT_CODES, PIPE_CLOSED, UserError
+from rlinvariant.errors import EXIT_CODES, MISUSED, PIPE_CLOSED, ConfigErrors, UserError
 from rlinvariant.launch import size
 from rlinvariant.model_source import model_problems
 from rlinvariant.run import run
@@ -183,6 +183,21 @@ def test_a_hub_that_does_not_answer_is_one_line():
     assert done.stderr.startswith("error: model=a/b: no such directory, and the hub, ") and address in done.stderr
 
 
+def test_what_one_process_alone_finds_wrong_is_said_if_the_main_one_does_not_end_it(monkeypatch, capfd):
+    """Control: the main process waits for nobody."""
+    waited = []
+
+    def wrong() -> int:
+        raise ConfigErrors(["steps=0: wrong"])
+
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setattr("time.sleep", waited.append)
+    for number, said in ((0, "error: steps=0: wrong\n"), (1, "error: rank 1: steps=0: wrong\n")):
+        monkeypatch.setattr("rlinvariant.cli.rank", lambda number=number: number)
+        assert cli._reported(wrong) == MISUSED
+        assert capfd.readouterr().err == said and len(waited) == number
+
+
 def test_a_recipes_model_is_made_without_bars(monkeypatch, tmp_path):
     from transformers.utils import logging
 
@@ -227,3 +242,21 @@ def test_a_recipes_model_is_looked_at_before_its_warm_start(given, said, monkeyp
     monkeypatch.setattr("rlinvariant.warmstart.supervised", begun)
     with pytest.raises(UserError, match=said):
         run(parse(["recipe=arithmetic", "run=x", *given.split()], {}))
+
+
+def test_processes_of_a_launch_are_compared_before_a_warm_start(monkeypatch, tmp_path):
+    """Control: alone there is nothing to compare with, and the warm start begins."""
+
+    def told(what):
+        def refuse(*_, **__):
+            raise UserError(what)
+
+        return refuse
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("rlinvariant.warmstart.supervised", told("warm start"))
+    monkeypatch.setattr("rlinvariant.plan.require_same", told("compared"))
+    for launched, said in ((True, "compared"), (False, "warm start")):
+        monkeypatch.setattr("rlinvariant.plan.is_launched", lambda launched=launched: launched)
+        with pytest.raises(UserError, match=said):
+            run(parse(["recipe=arithmetic", "run=x"], {}))
