@@ -220,6 +220,7 @@ def raise_on_all(own: UserError | None) -> None:
 
     errors = gather_object([None if own is None else str(own)])
     if own is not None:
+        own.agreed = True  # so that this rank, too, waits for the others before it ends
         raise own
     if found := [(rank, error) for rank, error in enumerate(errors) if error is not None]:
         raise UserError(f"rank {found[0][0]}: {found[0][1]}", agreed=True)
