@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from rlinvariant import ops
 from rlinvariant.models.lora import is_lora
-from rlinvariant.ops.lora import padded, side_by_side
+from rlinvariant.ops.lora import side_by_side
 from rlinvariant.types import Untyped
 
 Place = tuple[int | None, str]
@@ -328,16 +328,17 @@ class Recorder:
 
 def _with_adapter(op: str, given: dict[str, Any]) -> dict[str, Tensor | None]:
     """Return the weights of a product with an adapter inside it, alike for all ways to call one; of another op none."""
-    if op in ("wide_linear", "joined_lora_linear"):
-        k, wide, a = given["x"].shape[-1], given.get("weight"), given["a"]
-        if wide is None:
-            with torch.no_grad():
-                wide, a = side_by_side(given["weights"], a, given["b"], given["x"])
-        return {"weight": wide[:, :k], "bias": given["bias"], "a": a, "b": wide[:, k:]}
-    if op == "lora_linear":
-        a, b = padded(given["a"].detach(), given["b"].detach())
-        return {"weight": given["weight"], "bias": given["bias"], "a": a, "b": b}
-    return {}
+    if op not in WITH_ADAPTER:
+        return {}
+    x, a, k = given["x"], given["a"], given["x"].shape[-1]
+    with torch.no_grad():
+        if op == "wide_linear":
+            wide = given["weight"]
+        elif op == "lora_linear":
+            wide, a = side_by_side([given["weight"]], [a], [given["b"]], x)
+        else:
+            wide, a = side_by_side(given["weights"], a, given["b"], x)
+    return {"weight": wide[:, :k], "bias": given["bias"], "a": a, "b": wide[:, k:]}
 
 
 def _replace(stack: ExitStack, owner: Any, name: str, wrapper: Callable[..., Any]) -> None:

@@ -14,7 +14,6 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -102,12 +101,6 @@ def columns(ranks: Sequence[int], device: str) -> tuple[list[int], int]:
     ends = list(accumulate(-(-rank // MATRIX_STEP) * MATRIX_STEP for rank in ranks))
     begins, step = [0, *ends[:-1]], RANK_STEP[device]
     return begins, -(-(begins[-1] + ranks[-1]) // step) * step
-
-
-def padded(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a [R, K] and b [N, R] with zeros up to the next multiple of RANK_STEP, contiguous."""
-    missing = -len(a) % RANK_STEP[a.device.type]
-    return F.pad(a, (0, 0, 0, missing)).contiguous(), F.pad(b, (0, missing)).contiguous()
 
 
 @contextmanager

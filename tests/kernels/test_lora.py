@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rlinvariant import ops
 from rlinvariant.bits import assert_bits_equal
-from rlinvariant.ops.lora import RANK_STEP, padded
+from rlinvariant.ops.lora import RANK_STEP, side_by_side
 from tests import ladders
 from tests.ladders import randn
 from tests.ops.test_lora import cancelling_adapter
@@ -48,12 +48,12 @@ def test_rows_keep_their_bits_at_model_shapes(name, rank):
 def test_sampler_and_trainer_have_the_same_bits(name, rank):
     """The sampler keeps the weight and B side by side in memory, with room for more than the rank."""
     x, weight, a, b = operands(name, rank)
-    a_RK, b_NR = padded(a, b)
+    wide, a_RK = side_by_side([weight], [a], [b], x)
     assert len(a_RK) % RANK_STEP["cuda"] == 0
     for rows in (1, 17, 300, 2048):
-        found = ops.wide_linear(x[:rows].clone(), torch.cat([weight, b_NR], 1), a_RK)
+        found = ops.wide_linear(x[:rows].clone(), wide, a_RK)
         assert_bits_equal(found, ops.lora_linear(x[:rows].clone(), weight, a, b), f"{rows} rows")
-    longer = torch.cat([a_RK, torch.zeros_like(a_RK)]), torch.cat([weight, b_NR, torch.zeros_like(b_NR)], 1)
+    longer = torch.cat([a_RK, torch.zeros_like(a_RK)]), torch.cat([wide, torch.zeros_like(wide[:, weight.shape[1] :])], 1)
     assert_bits_equal(ops.wide_linear(x, longer[1], longer[0]), ops.lora_linear(x, weight, a, b), "twice the room")
 
 
