@@ -37,7 +37,7 @@ def environment() -> JsonObject:
         "python": sys.version,
         "platform": platform.platform(),
         "cpu": _cpu(),
-        **_gpu(),
+        **({"gpu": found} if (found := gpu()) else {}),
         "packages": {name: version for name in RECORDED_PACKAGES if (version := _version(name)) is not None},
         "git": _git_commit(),
         "threads": {"torch": torch.get_num_threads(), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS")},
@@ -56,8 +56,8 @@ def _cpu() -> dict[str, Any]:
     }
 
 
-def _gpu() -> dict[str, Any]:
-    """Return what is known of this process's GPU, under "gpu"; nothing without one."""
+def gpu() -> JsonObject:
+    """Describe this process's GPU, as JSON takes it; empty without one."""
     import torch
 
     if not torch.cuda.is_available():
@@ -65,7 +65,7 @@ def _gpu() -> dict[str, Any]:
     p = torch.cuda.get_device_properties(torch.cuda.current_device())
     memory, compute = round(p.total_memory / 2**30, 1), f"{p.major}.{p.minor}"
     size = {"count": torch.cuda.device_count(), "multiprocessors": p.multi_processor_count, "memory_gib": memory}
-    return {"gpu": {"name": p.name, **size, "compute": compute, "cuda": torch.version.cuda}}
+    return {"name": p.name, **size, "compute": compute, "cuda": torch.version.cuda}
 
 
 def _version(package: str) -> str | None:

@@ -70,8 +70,8 @@ def large() -> bool:
 
 def environment() -> dict[str, object]:
     """Return what a result says about the GPU beyond `machine.environment`: driver, clocks, power; nothing without one."""
-    known = machine.environment().get("gpu")
-    if known is None:
+    known = machine.gpu()
+    if not known:
         return {}
     query = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.max.sm,power.limit", "--format=csv,noheader", "-i", "0"]
     try:
