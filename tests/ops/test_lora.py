@@ -10,7 +10,6 @@ from rlinvariant import ops
 from rlinvariant.bits import assert_bits_equal
 from tests import ladders
 from tests.ladders import cancelling, cpu_only, matrix_dtypes, randn
-from tests.parity.device import CUDA
 
 RANKS = (1, 8, 16, 24)
 
@@ -155,9 +154,9 @@ def apart(x: Tensor, weights: list[Tensor], a: list, b: list, bias: Tensor | Non
 
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
 @pytest.mark.parametrize("ranks", [(16, 16, 16), (8, 0, 24), (0, 5, 0)])
-def test_projections_that_are_joined_have_the_bits_that_they_have_apart(ranks, bias, monkeypatch):
+def test_projections_that_are_joined_have_the_bits_that_they_have_apart(ranks, bias, device, monkeypatch):
     """This holds on a CPU, too, where one route is taken for all shapes. Gradients are those of a sum over all columns."""
-    if not CUDA:
+    if device == "cpu":
         monkeypatch.setattr(importlib.import_module("rlinvariant.ops.linear"), "is_exact", lambda *_: False)
     x, whole = cancelling(70, 66 + sum(ranks), 1536, torch.bfloat16)
     weights, some = list(whole[:66].split((40, 16, 10))), whole[66:]
