@@ -330,15 +330,16 @@ def _with_adapter(op: str, given: dict[str, Any]) -> dict[str, Tensor | None]:
     """Return the weights of a product with an adapter inside it, alike for all ways to call one; of another op none."""
     if op not in WITH_ADAPTER:
         return {}
-    x, a, k = given["x"], given["a"], given["x"].shape[-1]
-    with torch.no_grad():
-        if op == "wide_linear":
-            wide = given["weight"]
-        elif op == "lora_linear":
-            wide, a = side_by_side([given["weight"]], [a], [given["b"]], x)
-        else:
-            wide, a = side_by_side(given["weights"], a, given["b"], x)
-    return {"weight": wide[:, :k], "bias": given["bias"], "a": a, "b": wide[:, k:]}
+    x, a = given["x"], given["a"]
+    if op == "wide_linear":
+        weight, b = given["weight"].split([x.shape[-1], len(a)], -1)
+    else:
+        one = op == "lora_linear"
+        weights, a, b = ([given["weight"]], [a], [given["b"]]) if one else (given["weights"], a, given["b"])
+        with torch.no_grad():  # of the weights, which are large, a single one is not copied
+            b, a = side_by_side([w[:, :0] for w in weights], a, b, x)
+            weight = weights[0] if one else torch.cat(weights)
+    return {"weight": weight, "bias": given["bias"], "a": a, "b": b}
 
 
 def _replace(stack: ExitStack, owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
