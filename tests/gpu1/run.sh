@@ -1,7 +1,7 @@
 #!/bin/bash
 # What one GPU is to show and measure beyond `make test-gpu`, in parts of nine minutes and a half at most.
 #
-#   tests/gpu1/run.sh PART            PART 1 to 11, as below; on one H100 or H200, from the repository's root
+#   tests/gpu1/run.sh PART            PART 1 to 12, as below; on one H100 or H200, from the repository's root
 #   ONLY="model served" tests/gpu1/run.sh 1   these of its steps alone
 #   TINY=1 tests/gpu1/run.sh PART     the same commands on a CPU, small: what is tried before a sitting
 #
@@ -16,19 +16,20 @@
 #   9 drift       what drift does to a real model: nine runs at once
 #   10 weights    shards and gradients=invariant: the words of the trained weights
 #   11 mixtures   families with CUDA graphs, steps, adapters
+#   12 pace       shards in a world of one against the whole model, by the clock
 #
 # Each step ends in a line
 #   == PART STEP: ok|FAILED, SECONDS s
 # and the script with the number of steps that failed. Logs, rows and results go to $OUT (by default /tmp/gpu1/out).
 set -u
-part=${1:?"which part: 1 to 11"}
+part=${1:?"which part: 1 to 12"}
 cd "$(dirname "$0")/../.."
 suite=gpu1
 . tests/gpu_steps.sh
-tiny=${TINY:+--tiny} small=qwen3-0.6b one=1gpu
+tiny=${TINY:+--tiny} small=qwen3-0.6b one=1gpu pair=2gpu
 sizes="trainer.max_completion_length=64 trainer.per_device_train_batch_size=32 sampler.kv_cache_gib=2"
 [ -z "${TINY:-}" ] || {
-  small=tiny one=cpu
+  small=tiny one=cpu pair=cpu2
   sizes="trainer.max_completion_length=8 trainer.per_device_train_batch_size=8 sampler.kv_cache_gib=0.1"
 }
 bench() { $PY -m rlinvariant.bench "$@" $tiny --out "$OUT/results"; }
@@ -38,6 +39,6 @@ family() { # NAME OPTIONS...: verify a family with random weights
   $PY -m rlinvariant verify "$WORK/$name" --random --short "$@"
 }
 export -f bench family
-export tiny small one sizes
+export tiny small one pair sizes
 . tests/gpu1/part$part.sh
 ended

@@ -6,6 +6,7 @@ import re
 import sys
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -80,6 +81,12 @@ def differ(one: str, other: str) -> None:
     assert wrong > 0
 
 
+def pace(one: str, other: str) -> None:
+    """Say how fast the trainer of another run is beside one's: tokens a second, the median of the steps after the second."""
+    rates = [median(row["perf/trainer_tok_s"] for row in read_metrics(RUNS / run)[2:]) for run in (one, other)]
+    print(f"row trainer of {other}: {rates[1]:,.0f} tokens/s, {rates[1] / rates[0]:.3f} of {one}'s {rates[0]:,.0f}")
+
+
 def fault(run: str, when: str, code: str) -> None:
     """Require that a planted fault has ended all processes in time, with exit code 1 and one count."""
     seconds = time.time() - float(Path(when).read_text())
@@ -102,5 +109,5 @@ def targets(log: str) -> None:
 
 
 if __name__ == "__main__":
-    checks: dict[str, Any] = {f.__name__: f for f in (rows, exact, rollout, weights, differ, fault, targets)}
+    checks: dict[str, Any] = {f.__name__: f for f in (rows, exact, rollout, weights, differ, fault, pace, targets)}
     checks[sys.argv[1]](*sys.argv[2:])
