@@ -8,7 +8,7 @@ Equal tensors have equal sums. Different ones have equal sums by chance alone, o
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,6 +19,8 @@ from rlinvariant.kernels import cpu
 WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 M1, M2, M3 = -7046029254386353131, -4658895280553007687, -7723592293110705685  # odd, mod 2**64
 M4, M5 = -4417276706812531889, -3335678366873096957
+MULTIPLIERS = (M1, M2, M3, M4, M5)
+TOGETHER = 2**28  # bytes of tensors that are summed at once: some are made for this, and gone after it
 
 
 class Checksum(NamedTuple):
@@ -39,15 +41,36 @@ def partial(rows: Tensor, first: int = 0) -> Tensor:
     Bits: sums of disjoint parts add up, mod 2**64, to those of the whole. A word is as many bytes as divide a row, at most 8:
     the whole tensor's shape and dtype decide it, and not the cut.
     """
-    words, first = _words(rows, first)
-    multipliers = (M1, M2, M3, M4, M5)
-    if words.is_cuda:
-        from rlinvariant.kernels import checksum
+    return partials([(rows, first)])[0]
 
-        return checksum.checksum(words, first, multipliers)
-    sums = torch.empty(2, dtype=torch.int64)
-    cpu.call("checksum", words, sums, torch.tensor(multipliers), len(words), first, words.element_size())
-    return sums
+
+def partials(parts: Sequence[tuple[Tensor, int]]) -> Tensor:
+    """Return the two sums of each of some pairs of rows and their first number, int64 [parts, 2]; all are on one device."""
+    if parts and parts[0][0].is_cuda:
+        return _on_gpu(parts)
+    found, multipliers = torch.empty(len(parts), 2, dtype=torch.int64), torch.tensor(MULTIPLIERS)
+    for sums, (rows, first) in zip(found, parts, strict=True):
+        words, first = _words(rows, first)
+        cpu.call("checksum", words, sums, multipliers, len(words), first, words.element_size())
+    return found
+
+
+def _on_gpu(parts: Sequence[tuple[Tensor, int]]) -> Tensor:
+    from rlinvariant.kernels import checksum
+
+    held, where = list[Tensor](), list[checksum.Words]()
+    for rows, first in parts:
+        row = rows.shape[1:].numel() * rows.element_size()
+        size = _word(row)
+        apart = rows.stride(0) * rows.element_size() if rows.dim() == 2 and rows.stride(1) == 1 else 0  # from row to row
+        if apart > row > 0 and apart % size == 0 and rows.data_ptr() % size == 0 and row // size < checksum.MOST:
+            at = rows.data_ptr(), len(rows) * row // size, row // size, apart // size
+        else:
+            rows, _ = _words(rows, first)
+            at = rows.data_ptr(), len(rows), max(1, len(rows)), 0
+        held.append(rows)  # until the kernel has been started
+        where.append(checksum.Words(*at, first * (row // size), size))
+    return checksum.checksums(where, MULTIPLIERS, parts[0][0].device)
 
 
 def partial_ref(rows: Tensor, first: int = 0) -> Tensor:
@@ -60,10 +83,15 @@ def partial_ref(rows: Tensor, first: int = 0) -> Tensor:
 def _words(rows: Tensor, first: int) -> tuple[Tensor, int]:
     """Return the words [n] of some rows, and the number of the first one."""
     row = rows.shape[1:].numel() * rows.element_size()
-    size = next(size for size in WORDS if row % size == 0)
+    size = _word(row)
     flat = rows.detach().contiguous().view(-1).view(torch.uint8)
     flat = flat.clone() if flat.storage_offset() % size else flat  # words begin at multiples of their size
     return flat.view(WORDS[size]), first * (row // size)
+
+
+def _word(row: int) -> int:
+    """Return the bytes of a word of a tensor whose rows have so many."""
+    return next(size for size in WORDS if row % size == 0)
 
 
 def _mixed(index: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,12 +108,28 @@ def whole(x: Tensor) -> Checksum:
 def wholes(named: Iterable[tuple[str, Tensor]]) -> dict[str, Checksum]:
     """Return the checksum of each tensor, all of which are on one device, by name; the host waits for the device once."""
     forms: dict[str, tuple[torch.dtype, torch.Size]] = {}
-    sums = []
-    for name, x in named:
-        forms[name] = x.dtype, x.shape
-        sums.append(partial(x if x.dim() else x[None]))
-    read = torch.stack(sums).cpu() if sums else ()
+
+    def noted() -> Iterator[tuple[Tensor, int]]:
+        for name, x in named:
+            forms[name] = x.dtype, x.shape
+            yield (x if x.dim() else x[None]), 0
+
+    sums = [partials(group) for group in together(noted())]
+    read = torch.cat(sums).cpu() if sums else ()
     return {name: of(*form, both) for (name, form), both in zip(forms.items(), read, strict=True)}
+
+
+def together(parts: Iterable[tuple[Tensor, int]]) -> Iterator[list[tuple[Tensor, int]]]:
+    """Yield what `partials` takes, in groups of some TOGETHER bytes: who makes tensors for this holds no more at once."""
+    group, held = list[tuple[Tensor, int]](), 0
+    for rows, first in parts:
+        group.append((rows, first))
+        held += rows.nbytes
+        if held >= TOGETHER:
+            yield group
+            group, held = [], 0
+    if group:
+        yield group
 
 
 def of(dtype: torch.dtype, shape: Iterable[int], sums: Tensor) -> Checksum:

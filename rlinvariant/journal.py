@@ -12,6 +12,7 @@ from rlinvariant.config import Config
 from rlinvariant.errors import one_line, outcome
 from rlinvariant.held_out import HeldOut
 from rlinvariant.launch import MACHINE, rank, wait_for_all
+from rlinvariant.models.shards import unwrapped
 from rlinvariant.report import completions, wandb_log
 from rlinvariant.report.console import Console
 from rlinvariant.report.rundir import RunDir, read_metrics
@@ -146,7 +147,7 @@ class Journal:
         from rlinvariant.verification import certificate
 
         forget_routes()  # what was computed to check the model is not part of the run
-        model = trainer.accelerator.unwrap_model(trainer.model)
+        model = unwrapped(trainer.model)
         starts = hasattr(model, "peft_config") and not self._resumption.step
         adapter = trainer.gathered() if starts else None
         if not self.main:

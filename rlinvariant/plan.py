@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Unpack, cast
 from rlinvariant.conflicts import OF_SERVERS, SIDES, Invariance, server_problems, spread_problems
 from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.launch import is_launched, main_process_fetches, on_main_process, require_same
+from rlinvariant.models.shards import unwrapped
 from rlinvariant.report.console import Console
 from rlinvariant.rewards import RewardLimits
 from rlinvariant.tools import ToolLimits
@@ -298,7 +299,7 @@ def prove(plan: TrainerPlan, trainer: InvariantGRPOTrainer) -> None:
     trainer.save_dtype = came if plan.save_dtype == "model" else getattr(torch, plan.save_dtype)
     if SIDES[plan.invariance][1]:
         trainer.settle()
-    adapted = hasattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config")
+    adapted = hasattr(unwrapped(trainer.model), "peft_config")
     parameters = "LoRA adapters in float32 on a frozen base" if adapted else "float32 parameters"
     trainer.computed = f"{plan.dtype} activations, {parameters}, invariance={plan.invariance}"
     if plan.invariance != "exact":
@@ -306,7 +307,7 @@ def prove(plan: TrainerPlan, trainer: InvariantGRPOTrainer) -> None:
     from rlinvariant.verification.start import prove
 
     trainer.sync()
-    policy = trainer.accelerator.unwrap_model(trainer.model)
+    policy = unwrapped(trainer.model)
     sampler = cast("Sampler | ServedSampler", trainer.sampler)  # as `_sampler` made it
     line, trainer.proof = prove(*(policy, sampler, plan.source_config, plan.source, plan.dtype), trainer.truncation)
     Console(plan.args.process_index == 0).print(line)

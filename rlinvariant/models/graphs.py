@@ -4,11 +4,13 @@ A graph is a forward, or a backward, that was recorded once and is started as a 
 so the same bits. It has one shape, therefore packed rows are padded to few shapes (`packing.pack`, `shaped`); and its operands
 stay where they were, therefore inputs are copied to where it reads them, and gradients are copied out of what it wrote. On one
 H200, 22,400 tokens of SmolLM2-135M: forward and backward take 136 ms with 61 ms of work, and 61 ms as graphs, where no bit of
-log-probs and gradients differs (tests/models/test_graphs.py compares them).
+log-probs and gradients differs (tests/models/test_graphs.py compares them). A recording takes the time of some passes: a shape
+is recorded when it comes for the second time.
 
 N: tokens of a packed row, H: width of the hidden states.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +20,6 @@ from torch.autograd.function import once_differentiable
 from rlinvariant.types import Untyped
 
 MOST_SHAPES = 8  # graphs that are kept; each holds its inputs and its output, and all share the memory of activations
-WARM_UPS = 2  # passes before a recording: kernels are compiled and libraries make their workspaces in the first
 INPUTS = ("input_ids", "position_ids", "cu_seq_lens_q")
 
 
@@ -51,9 +52,10 @@ class DecoderGraphs:
     def __init__(self, decoder: nn.Module) -> None:
         self._decoder = decoder
         self._graphs: dict[tuple[int, int, int], _Graph] = {}
+        self._seen: set[tuple[int, int, int]] = set()
         self._pool: Any = None
         self._gradients: list[Tensor] = []
-        self.passes = 0  # forwards so far
+        self.passes = 0  # forwards by graphs so far
 
     def __deepcopy__(self, memo: dict) -> None:
         """Give a copy of the model none: these are of this one's addresses."""
@@ -61,23 +63,29 @@ class DecoderGraphs:
     def __call__(self, ids: Tensor, positions: Tensor, cu: Tensor, longest: int) -> Tensor:
         """Return hidden states [1, N, H]; ids and positions: [1, N] int64, cu: [sequences + 1] int32."""
         trained = [p for p in self._decoder.parameters() if p.requires_grad]
-        shape = ids.shape[1], len(cu), longest
-        if (graph := self._graphs.get(shape)) is None or not graph.holds(self._decoder, trained):
-            graph = self._record(shape, (ids, positions, cu), trained)
+        shape, inputs = (ids.shape[1], len(cu), longest), (ids, positions, cu)
+        graph = self._graphs.pop(shape, None)
+        if graph is not None and not graph.holds(self._decoder, trained):
+            graph = None
+        if graph is None and shape not in self._seen:
+            self._seen.add(shape)
+            return self._decoder(**_batch(inputs, longest)).last_hidden_state
+        self._graphs[shape] = graph or self._record(shape, inputs, trained)  # the last one: the first is the longest unused
         self.passes += 1
-        return _Replay.apply(self, graph, (ids, positions, cu), *trained)
+        return _Replay.apply(self, self._graphs[shape], inputs, *trained)
 
     def _record(self, shape: tuple[int, int, int], inputs: tuple[Tensor, ...], trained: list[nn.Parameter]) -> "_Graph":
         if self._graphs and not next(iter(self._graphs.values())).holds(self._decoder, trained):
             self._graphs.clear()
         while len(self._graphs) >= MOST_SHAPES:
-            del self._graphs[next(iter(self._graphs))]
+            unused = next(iter(self._graphs))
+            self._seen.discard(unused)
+            del self._graphs[unused]
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         if not self._graphs:
             self._gradients = [torch.empty_like(p) for p in trained]
-        self._graphs[shape] = graph = _Graph(self._decoder, inputs, shape[2], trained, self._gradients, self._pool)
-        return graph
+        return _Graph(self._decoder, inputs, shape[2], trained, self._gradients, self._pool)
 
 
 class _Graph:
@@ -100,18 +108,16 @@ class _Graph:
             # Each recording has leaves of its own, in the memory of the weights: autograd would let the gradient of a weight
             # that was used before wait for the stream of that use, which is none that is recorded.
             leaves = {name: p.detach().requires_grad_(p.requires_grad) for name, p in decoder.named_parameters()}
-            ids, positions, cu = self.inputs
-            batch = {"input_ids": ids, "position_ids": positions, "cu_seq_lens_q": cu, "cu_seq_lens_k": cu}
-            batch |= {"max_length_q": longest, "max_length_k": longest, "attention_mask": None, "use_cache": False}
-            hidden = torch.func.functional_call(decoder, leaves, kwargs=batch).last_hidden_state
+            hidden = torch.func.functional_call(decoder, leaves, kwargs=_batch(self.inputs, longest)).last_hidden_state
             return hidden, [leaf for leaf in leaves.values() if leaf.requires_grad]
 
+        # Once before, off the main stream, as the recording is: libraries make their workspaces. The kernels were compiled by
+        # the pass of this shape that was not recorded.
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(WARM_UPS):
-                hidden, leaves = forward()
-                torch.autograd.grad(hidden.sum(), leaves, allow_unused=True)
+            hidden, leaves = forward()
+            torch.autograd.grad(hidden.sum(), leaves, allow_unused=True)
         torch.cuda.current_stream().wait_stream(stream)
         # Of this thread alone: a reward's or a logger's thread may ask the driver for something meanwhile.
         recording: Any = {"pool": pool, "capture_error_mode": "thread_local"}
@@ -130,6 +136,13 @@ class _Graph:
     def holds(self, decoder: nn.Module, trained: list[nn.Parameter]) -> bool:
         """Return whether it reads the decoder's weights where they are now, and has the gradients of these."""
         return [*map(id, trained)] == [*map(id, self.trained)] and self.addresses == _addresses(decoder)
+
+
+def _batch(inputs: Sequence[Tensor], longest: int) -> dict[str, Any]:
+    """Return what a decoder takes, of INPUTS and the length of the longest sequence."""
+    ids, positions, cu = inputs
+    batch = {"input_ids": ids, "position_ids": positions, "cu_seq_lens_q": cu, "cu_seq_lens_k": cu}
+    return batch | {"max_length_q": longest, "max_length_k": longest, "attention_mask": None, "use_cache": False}
 
 
 def _addresses(decoder: nn.Module) -> list[int]:

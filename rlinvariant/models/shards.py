@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
-from rlinvariant.checksums import Checksum, of, partial
+from rlinvariant.checksums import Checksum, of, partials, together
 from rlinvariant.errors import UserError
 from rlinvariant.models import experts
 from rlinvariant.types import JsonObject, Untyped
@@ -47,6 +50,16 @@ def shard(model: "PreTrainedModel", layers: Iterable[nn.Module]) -> int:
     if len(units) != len(layers) + 1 or whole or not layers:
         raise RuntimeError(f"{len(units)} units of {len(layers)} layers; whole weights: {', '.join(whole[:3]) or 'none'}")
     return len(units)
+
+
+def unwrapped(model: Untyped) -> Untyped:
+    """Return the model that `DistributedDataParallel` is around, if it is.
+
+    As accelerate's `unwrap_model`, which looks through all modules, in each micro-batch some times, for one that is compiled.
+    """
+    if isinstance(model, OptimizedModule):  # with invariance=off alone
+        return extract_model_from_parallel(model)
+    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def cut_within_a_vector(named: Iterable[tuple[str, Tensor]], processes: int) -> str | None:
@@ -132,7 +145,8 @@ def checksums(named: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None = N
     With `dtype`, weights are rounded to it first.
     """
     pairs = [(name, x) for name, x in named]
-    sums = torch.stack([partial(local(x.detach()).to(dtype or x.dtype), first_row(x)) for _, x in pairs])
+    held = ((local(x.detach()).to(dtype or x.dtype), first_row(x)) for _, x in pairs)
+    sums = torch.cat([partials(group) for group in together(held)])
     if any(isinstance(x, DTensor) for _, x in pairs):
         torch.distributed.all_reduce(sums)
     return {name: of(dtype or x.dtype, x.shape, total) for (name, x), total in zip(pairs, sums.cpu(), strict=True)}

@@ -5,7 +5,7 @@ A layer's `weight`, which vLLM's loaders write to, is a view of the first K colu
 K, N: columns and rows of a layer's weight, which may be several projections that vLLM has merged; R: columns for the adapter.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rlinvariant import bits, checksums, ops
+from rlinvariant import bits, ops
 from rlinvariant.checksums import Checksum
 from rlinvariant.errors import UserError
 from rlinvariant.models.lora import A, B
@@ -24,6 +24,7 @@ from rlinvariant.sampler.weights import target
 from rlinvariant.types import Untyped
 
 Pairs = Iterable[tuple[str, Tensor]]
+TOGETHER = 64  # adapter weights that are compared at once
 PARTS: dict[Any, int] = {None: 0, "q": 0, "k": 1, "v": 2}  # vLLM numbers the others itself
 _expected: ContextVar[Mapping[str, int] | None] = ContextVar("adapters of the engine that is being made", default=None)
 
@@ -185,13 +186,17 @@ def load(model: nn.Module, weights: Pairs) -> None:
     Raises:
         UserError: there is no room for one, or for one of another rank.
     """
+    own, kept, given = layers(model), list[Tensor](), list[Tensor]()
     for name, weight in weights:
-        slot = _slot(model, name)
+        slot = _slot(model, own, name)
         if not slot.takes(weight):
             room = [slot.whole, slot.kept.shape[1]]
             raise UserError(f"{name} is {[*weight.shape]}: the engine has room for {room}")
-        slot.kept.copy_(slot.of(weight))
-    for held in layers(model).values():
+        kept.append(slot.kept)
+        given.append(slot.of(weight))
+    if kept:
+        torch._foreach_copy_(kept, given)  # pyright: ignore[reportPrivateImportUsage]
+    for held in own.values():
         held.refresh()
 
 
@@ -200,11 +205,21 @@ def differing(model: nn.Module, weights: Pairs) -> list[str]:
 
     Layers that multiply by an old copy of what they hold are named, too.
     """
-    held = [(name, _slot(model, name), weight.detach()) for name, weight in weights]
+    own = layers(model)
+    held = [(name, _slot(model, own, name), weight.detach()) for name, weight in weights]
     bad = [name for name, slot, weight in held if not slot.takes(weight)]
-    fit = (x for x in held if x[1].takes(x[2]))
-    bad += synced.unequal((name, slot.kept, slot.of(weight).to(slot.kept.dtype)) for name, slot, weight in fit)
-    return bad + _stale_or_missing(model, len(held))
+    fit = [(name, slot.kept, slot.of(weight)) for name, slot, weight in held if slot.takes(weight)]
+    groups = [fit[at : at + TOGETHER] for at in range(0, len(fit), TOGETHER)]
+    same = torch.stack([_all_same(group) for group in groups]).tolist() if groups else []
+    for group, equal in zip(groups, same, strict=True):
+        bad += [] if equal else synced.unequal((name, kept, weight.to(kept.dtype)) for name, kept, weight in group)
+    return bad + _stale_or_missing(own, len(held))
+
+
+def _all_same(group: Sequence[tuple[str, Tensor, Tensor]]) -> Tensor:
+    """Return whether each weight, cast, is what is kept, as a bool tensor []: side by side, in a few kernels for all."""
+    kept, given = (torch.cat([row[at].reshape(-1) for row in group]) for at in (1, 2))
+    return bits.same(kept, given.to(kept.dtype))
 
 
 def differing_checksums(model: nn.Module, weights: Mapping[str, Checksum]) -> list[str]:
@@ -220,23 +235,21 @@ def differing_checksums(model: nn.Module, weights: Mapping[str, Checksum]) -> li
     from rlinvariant.sampler.vllm_columns import of_all
 
     bad = synced.differing_checksums(model, {name: expected for name, expected in weights.items() if name not in of_adapters})
-    sums: dict[str, tuple[torch.dtype, int, synced.Rows]] = {}
+    own, slots = layers(model), dict[str, Slot]()
     for name in of_adapters:
         with suppress(UserError):
-            kept, _, first = _slot(model, name)
-            sums[name] = kept.dtype, kept.shape[1], (first, len(kept), checksums.partial(kept, first).cpu())
-    everywhere = of_all(sums)
+            slots[name] = _slot(model, own, name)
+    everywhere = of_all(synced.summed({name: [(x.first, len(x.kept), x.kept)] for name, x in slots.items()}))
     for name, expected in of_adapters.items():
-        dtype, width, _ = sums.get(name, (expected.dtype, 0, None))
-        held = [each[name][2] for each in everywhere if name in each]
-        if synced.joined(held, dtype, (width,)) != expected:
+        kept = slots[name].kept if name in slots else torch.empty(0, 0, dtype=expected.dtype)
+        held = [rows for each in everywhere for rows in each.get(name, [])]
+        if synced.joined(held, kept.dtype, kept.shape[1:]) != expected:
             bad.append(name)
-    return bad + _stale_or_missing(model, len(of_adapters))
+    return bad + _stale_or_missing(own, len(of_adapters))
 
 
-def _stale_or_missing(model: nn.Module, seen: int) -> list[str]:
+def _stale_or_missing(own: Mapping[str, Adapters], seen: int) -> list[str]:
     """Name the layers that multiply by old copies, and say how many adapter weights are held beside those that were `seen`."""
-    own = layers(model)
     bad = [f"{name}.weight (copy)" for name, held in own.items() if held.stale()]
     held = sum(2 * len(adapters.ranks) for adapters in own.values())
     return bad if seen == held else [*bad, f"{held - seen} adapter weights, which were not given"]
@@ -248,14 +261,11 @@ def layers(model: nn.Module) -> dict[str, Adapters]:
     return {name: adapters for name, adapters in found.items() if adapters is not None}
 
 
-def _slot(model: nn.Module, name: str) -> Slot:
-    """Return where an adapter's A or B is kept. Raises UserError where there is no room for it."""
+def _slot(model: nn.Module, own: Mapping[str, Adapters], name: str) -> Slot:
+    """Return where an adapter's A or B is kept; `own` are `layers`. Raises UserError where there is no room for it."""
     which = A if name.endswith(A) else B
     layer, part = _place(model, name.removesuffix(f".{which}"))
-    try:
-        held = getattr(model.get_submodule(layer), "adapters", None)
-    except AttributeError:
-        held = None
+    held = own.get(layer)
     if held is None or part not in held.ranks:
         raise UserError(f"{name}: the engine has no room for this adapter")
     return held.slot(part, which)

@@ -74,15 +74,14 @@ def differing_checksums(model: Untyped, weights: Mapping[str, Checksum]) -> list
     parts = _by_place(model, weights.items())
     own = dict(model.named_parameters())
     bad = [name for name in parts if name not in own and not ("lm_head.weight" not in own and name == "lm_head.weight")]
-    sums: dict[str, list[Rows]] = {}
+    here: dict[str, list[tuple[int, int, Tensor]]] = {}
     for name, have in own.items():
         cuts = _cuts(model, name, [part.shape[0] for part in _in_order(parts.get(name, {}))])
         rows = [rows for _, _, rows in cuts]
         have = have[: sum(rows)] if name.endswith(PADDED) else have
         if sum(rows) == len(have):
-            parts_here = zip(have.split(rows), cuts, strict=True)
-            sums[name] = [(first, n, checksums.partial(part, first).cpu()) for part, (_, first, n) in parts_here]
-    everywhere = of_all(sums)
+            here[name] = [(first, n, part) for part, (_, first, n) in zip(have.split(rows), cuts, strict=True)]
+    everywhere = of_all(summed(here))
     for name, have in own.items():
         held = zip(*(each.get(name, []) for each in everywhere), strict=False)
         found = [joined(rows, have.dtype, have.shape[1:]) for rows in held]
@@ -93,6 +92,13 @@ def differing_checksums(model: Untyped, weights: Mapping[str, Checksum]) -> list
 
 Rows = tuple[int, int, Tensor]
 """Number of the first of some rows of a weight, how many they are, and their sums, on the host."""
+
+
+def summed(here: Mapping[str, list[tuple[int, int, Tensor]]]) -> dict[str, list[Rows]]:
+    """Return the sums of the rows in the place of the rows, for each part of each weight; the device is waited for once."""
+    every = [(rows, first) for parts in here.values() for first, _, rows in parts]
+    read = iter(checksums.partials(every).cpu() if every else ())
+    return {name: [(first, n, next(read)) for first, n, _ in parts] for name, parts in here.items()}
 
 
 def joined(held: Iterable[Rows], dtype: torch.dtype, row: Sequence[int]) -> Checksum | None:
@@ -127,6 +133,13 @@ def _stale_copies(model: Any) -> list[str]:
 
 def target(model: Untyped, name: str) -> tuple[str, Untyped]:
     """Return where vLLM keeps a Hugging Face parameter: the name of its own parameter, and which part of it."""
+    places: dict[str, tuple[str, Any]] = model.__dict__.setdefault("places", {})  # every sync asks for all of them
+    if name not in places:
+        places[name] = _target(model, name)
+    return places[name]
+
+
+def _target(model: Untyped, name: str) -> tuple[str, Untyped]:
     mapper = getattr(model, "hf_to_vllm_mapper", None)
     for original, (merged, shard) in getattr(mapper, "orig_to_new_stacked", {}).items():
         if f"{original}." in name:

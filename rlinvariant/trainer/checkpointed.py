@@ -42,6 +42,7 @@ from rlinvariant.errors import UserError
 from rlinvariant.files import disk_errors
 from rlinvariant.launch import on_main_process
 from rlinvariant.models import shards
+from rlinvariant.models.shards import unwrapped
 from rlinvariant.trainer import state_file
 from rlinvariant.trainer.published import PublishedTrainer
 
@@ -222,7 +223,7 @@ class CheckpointedTrainer(PublishedTrainer):
     def _moving_reference(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the reference's weights, if they follow the policy's; those that stay are loaded where they came from."""
         if self.args.sync_ref_model:
-            yield from self.accelerator.unwrap_model(self.ref_model).named_parameters()
+            yield from unwrapped(self.ref_model).named_parameters()
 
     def _progress(self) -> dict[str, Any]:
         """Return what this rank needs to take its next step as if it had not stopped."""

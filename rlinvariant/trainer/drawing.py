@@ -12,6 +12,7 @@ the model said to that. A rank draws as many turns as its own samples take: with
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import chain, zip_longest
 from typing import Any
@@ -26,6 +27,7 @@ from rlinvariant.checksums import Checksum
 from rlinvariant.conflicts import Invariance
 from rlinvariant.errors import ParityError, ServersLost
 from rlinvariant.models import lora, shards
+from rlinvariant.models.shards import unwrapped
 from rlinvariant.rollout import Batch, Completion, Rollout, Truncation, request_seed
 from rlinvariant.trainer import custom_rollouts
 from rlinvariant.trainer.episodes import EpisodesTrainer
@@ -49,6 +51,7 @@ class DrawingTrainer(EpisodesTrainer):
     _seeded: dict[bool, tuple[int, int]]  # training or not -> (last step, rollouts that it had had before)
     _drawn: list[Batch]  # by this step on all ranks, of what was handed to `on_rollout`
     _shared: set[str]  # names of frozen weights that lie in the sampler's memory
+    _pairs: Sequence[tuple[str, Tensor]] = ()  # of `lora.pairs`, during a sync
     _frozen: dict[str, Checksum]  # of these, as the first sync found them, or when they were last edited on purpose
     _turns: Turns  # of the rollout that is being drawn, or was drawn last
     _sampler_logprobs: list[list[float]]  # of the last rollout, one for each token; a tool's have any number
@@ -221,7 +224,7 @@ class DrawingTrainer(EpisodesTrainer):
         step = self.state.global_step
         when = () if self.model.training else (f"after step {step}", "stopped before they were sampled from")
         version, older = self._versions.to_sample_with(step, stale)
-        with self._timed("sync"):
+        with self._timed("sync"), self._pairs_once():
             self._require_finite(((f"weight {name}", w) for name, w in self._held()), *when)
             first = self._versions.sampler is None
             self._frozen = {} if first else self._frozen
@@ -235,14 +238,14 @@ class DrawingTrainer(EpisodesTrainer):
             differing = self._differing(older)
         self._versions.sampler, self._record.weights_equal = version, not differing
         if not self._sampler_is_invariant and hasattr(self.model, "peft_config"):
-            self._record.merged_share = lora.share_merged(self.accelerator.unwrap_model(self.model))
+            self._record.merged_share = lora.share_merged(unwrapped(self.model))
         if differing and self.invariance == "exact":
             differ = f"{len(differing)} of the sampler's parameters differ from the trainer's, first {differing[0]}"
             raise ParityError(f"step {step + 1}: after the weight sync, {differ}", agreed=True)
 
     def _has_base(self, older: dict[str, Tensor] | None) -> bool:
         """Return whether adapters are trained, and the sampler has their base: it is not sent then. All ranks call this."""
-        adapted = self._sampler_is_invariant and lora.ranks(self.accelerator.unwrap_model(self.model))
+        adapted = self._sampler_is_invariant and lora.ranks(unwrapped(self.model))
         return bool(adapted) and all(lora.A in name or lora.B in name for name in self._differing(older))
 
     def _differing(self, older: dict[str, Tensor] | None) -> list[str]:
@@ -272,15 +275,24 @@ class DrawingTrainer(EpisodesTrainer):
 
     def _checksums_of_shared(self) -> dict[str, Checksum]:
         """Return the checksum of each weight that both sides have in one place, where a comparison of the two sees no edit."""
-        own = lora.base(self.accelerator.unwrap_model(self.model)) if self._shared else ()
+        own = self._pairs or lora.base(unwrapped(self.model)) if self._shared else ()
         return checksums.wholes((name, weight) for name, weight in own if name in self._shared)
+
+    @contextmanager
+    def _pairs_once(self) -> Iterator[None]:
+        """Go through the model, and scale the adapters, once for all that a sync does with its weights."""
+        self._pairs = [*lora.pairs(unwrapped(self.model))] if self._sampler_is_invariant else []
+        try:
+            yield
+        finally:
+            self._pairs = []
 
     def _held(self, older: dict[str, Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
         """Yield names and tensors of the policy's parameters, or of older ones, as this rank has them: whole, or in shards."""
-        model = self.accelerator.unwrap_model(self.model)
-        now = lora.pairs(model) if self._sampler_is_invariant else lora.merged(model)
+        model = unwrapped(self.model)
+        now = self._pairs or (lora.pairs(model) if self._sampler_is_invariant else lora.merged(model))
         if older is None:
-            return now
+            return iter(now)
         return ((name, shards.like(older[name].to(self.accelerator.device), w)) for name, w in now)
 
     def _weights(self, older: dict[str, Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
@@ -295,7 +307,7 @@ class DrawingTrainer(EpisodesTrainer):
     def _moving(self, older: dict[str, Tensor] | None):
         """Yield those of `_weights` that training moves: of a model in PEFT, its adapters alone."""
         whole = older is not None or not self._sampler_is_invariant
-        adapters = [] if whole else [*lora.adapters(self.accelerator.unwrap_model(self.model))]
+        _, adapters = ([], []) if whole else lora.split(self._held())
         return ((name, shards.whole(w)) for name, w in adapters) if adapters else self._weights(older)
 
     # ---- over a resume

@@ -12,7 +12,7 @@ from torch import nn
 from rlinvariant.models import lora
 from rlinvariant.models.graphs import use_graphs
 from rlinvariant.models.limits import mixture_of
-from rlinvariant.models.shards import local
+from rlinvariant.models.shards import local, unwrapped
 from rlinvariant.ops.token_logprobs import CHUNK_BYTES
 from rlinvariant.trainer.packing import pack
 from rlinvariant.types import JsonRow, Untyped
@@ -110,7 +110,7 @@ def settle(trainer: "MicroBatchedTrainer") -> Fit:
     Without a number from the user, it is a power of two, so that a little more or less of free memory is no other run: as many
     as fit, at most MOST_TOKENS, with as few layers recomputed as it takes to have ENOUGH_TOKENS.
     """
-    policy, device = trainer.accelerator.unwrap_model(trainer.model), trainer.accelerator.device
+    policy, device = unwrapped(trainer.model), trainer.accelerator.device
     layers, asked, recompute = len(decoder_layers(policy)), trainer.tokens_per_microbatch, trainer.recompute
     models: list[Any] = [*trainer._models()]
     for model in models:

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from rlinvariant.errors import UserError, one_line
+from rlinvariant.models.shards import unwrapped
 from rlinvariant.text import say
 from rlinvariant.trainer.division import Rows, lengths, merged, pack_rows, rows_of
 from rlinvariant.trainer.entropy import WholeEntropyTrainer
@@ -166,11 +167,11 @@ class MicroBatchedTrainer(WholeEntropyTrainer):
 
     def _models(self) -> Iterator[nn.Module]:
         """Yield the models whose forward and backward are divided."""
-        yield self.accelerator.unwrap_model(self.model)
+        yield unwrapped(self.model)
 
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield names and parameters of all that the optimizer trains."""
-        yield from self.accelerator.unwrap_model(self.model).named_parameters()
+        yield from unwrapped(self.model).named_parameters()
 
     @property
     def held_gradients(self) -> int:

@@ -24,6 +24,7 @@ from transformers.utils.hub import PushInProgress
 
 from rlinvariant.errors import UserError
 from rlinvariant.files import sync_directory, write_atomically
+from rlinvariant.models.shards import unwrapped
 from rlinvariant.trainer.card import Card
 from rlinvariant.trainer.distributed import DistributedTrainer
 from rlinvariant.types import Untyped
@@ -58,7 +59,7 @@ class PublishedTrainer(DistributedTrainer):
 
     def _write(self, directory: Path, state_dict: dict[str, Any] | None = None, resumable: bool = False) -> None:
         """Write model, tokenizer and card; `resumable` keeps the parameters as they are trained, as a run goes on from them."""
-        model, dtype = self.accelerator.unwrap_model(self.model), None if resumable else self.save_dtype
+        model, dtype = unwrapped(self.model), None if resumable else self.save_dtype
         plain = isinstance(model, PreTrainedModel)  # an adapter of PEFT's has no configuration of a model's
         if plain and dtype is not None:
             state_dict = cast(model.state_dict() if state_dict is None else state_dict, dtype)
@@ -90,7 +91,7 @@ class PublishedTrainer(DistributedTrainer):
         facts = {} if self.about_run is None else dict(self.about_run())
         best = self.args.load_best_model_at_end and not resumable and self.state.best_global_step
         directory = Path(self.args.output_dir) if self.model_directory is None else self.model_directory.parent
-        trained = next(iter(self.accelerator.unwrap_model(self.model).parameters())).dtype
+        trained = next(iter(unwrapped(self.model).parameters())).dtype
         dtype = str(trained if resumable or self.save_dtype is None else self.save_dtype).removeprefix("torch.")
         return Card(
             name=(self.args.hub_model_id or directory.resolve().name).split("/")[-1],

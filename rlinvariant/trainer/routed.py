@@ -27,6 +27,7 @@ from rlinvariant.models import lora
 from rlinvariant.models.graphs import runs_as_graphs
 from rlinvariant.models.limits import mixture_of
 from rlinvariant.models.routing import Routing, slots_of
+from rlinvariant.models.shards import unwrapped
 from rlinvariant.text import say
 from rlinvariant.trainer.division import Rows
 from rlinvariant.trainer.drawing import DrawingTrainer
@@ -83,7 +84,7 @@ class RoutedTrainer(DrawingTrainer):
         """Watch the routers from here on, if it is the policy that is about to run, and not a reference; return what does."""
         if self._routing is None or lora.is_reference(self.model):
             return None
-        if self.accelerator.unwrap_model(model) is not self.accelerator.unwrap_model(self.model):
+        if unwrapped(model) is not unwrapped(self.model):
             return None
         self._routing.begin()
         return self._routing
@@ -108,7 +109,7 @@ class RoutedTrainer(DrawingTrainer):
 
     def _packed_logprobs(self, model, input_ids: Tensor, attention_mask: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
         """Return log-probs and entropies [B, C], fp32, of the `wanted` [B, C] of the last columns of a padded batch [B, L]."""
-        by_graphs = runs_as_graphs(decoder_of(self.accelerator.unwrap_model(model)))
+        by_graphs = runs_as_graphs(decoder_of(unwrapped(model)))
         batch = pack(input_ids, attention_mask, wanted.shape[1], wanted=wanted, few_shapes=by_graphs)
         routing = self._watch(model)
         logprobs, entropies = model(

@@ -1,7 +1,7 @@
 """Compile kernels for a chip that is not here, and read off what its machine code is made of.
 
-`python -m tests.kernels.compiled sm_90 attention` prints a JSON row for every kernel that the table can ask for; `mixtures` and
-`truncation` those of kernels/moe_*.py and kernels/threshold.py.
+`python -m tests.kernels.compiled sm_90 attention` prints a JSON row for every kernel that the table can ask for; `mixtures`,
+`truncation` and `sums` those of kernels/moe_*.py, kernels/threshold.py and kernels/checksum.py.
 """
 
 import json
@@ -18,7 +18,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from rlinvariant.checksums import MULTIPLIERS
 from rlinvariant.kernels import (
+    checksum,
     chunked_attention,
     chunked_backward,
     chunked_calls,
@@ -35,7 +37,7 @@ FLOATS = ("inner", "factor", "scale")
 SETTINGS = ("temperature_ptr", "top_p_ptr", "min_p_ptr", "theta_ptr")
 FP32 = ("weights_ptr", "lse_ptr", "delta_ptr", "sums_ptr", "state_ptr", "sink_ptr", *SETTINGS)
 INTEGERS = ("cu_ptr", "keys_ptr", "table_ptr", "plan_ptr", "groups_ptr")
-WIDE = ("ids_ptr", "order_ptr", "starts_ptr", "tiles_ptr", "top_k_ptr", "total_ptr")
+WIDE = ("ids_ptr", "order_ptr", "starts_ptr", "tiles_ptr", "top_k_ptr", "total_ptr", "pieces_ptr", "pairs_ptr")
 GROUP = 4
 
 
@@ -135,7 +137,14 @@ def truncation(chip: str) -> Iterator[Machine]:
         yield compiled(f"plan of what is kept: {kernel.__name__}", kernel, int(chip.removeprefix("sm_")), warps, 3, **fixed)
 
 
-KERNELS = {"attention": attention, "mixtures": mixtures, "truncation": truncation}
+def sums(chip: str) -> Iterator[Machine]:
+    """Yield the kernels that sum the words of weights."""
+    fixed = {f"M{i}": value for i, value in enumerate(MULTIPLIERS, 1)} | {"BLOCK": checksum.BLOCK}
+    for size, word in checksum.TYPES.items():
+        yield compiled(f"plan of sums, {size} bytes", checksum._sums, int(chip.removeprefix("sm_")), 4, 3, WORD=word, **fixed)
+
+
+KERNELS = {"attention": attention, "mixtures": mixtures, "truncation": truncation, "sums": sums}
 
 if __name__ == "__main__":
     for row in KERNELS[sys.argv[2]](sys.argv[1]):

@@ -188,13 +188,15 @@ for dtype, vocab, every in ((torch.bfloat16, 17, 1), (torch.bfloat16, 3000, 1), 
     ours = threshold.threshold(logits, t, k.long(), p, m)
     same(f"threshold {vocab}", ours.view(torch.int32), expected.view(torch.int32), 0)  # the same bits
     assert expected.isfinite().any() and expected.isneginf().any()
-multipliers = checksums.M1, checksums.M2, checksums.M3, checksums.M4, checksums.M5
+parts, checksum.MOST = [], 50_000  # so that long ones are cut, as those of 2**30 words are
 for columns in (8, 4, 2, 1):  # bytes of a word, whose sign counts
     x = torch.randint(0, 256, (20_001, columns), dtype=torch.uint8)
-    words, first = checksums._words(x, 7)
-    assert torch.equal(checksum.checksum(words, first, multipliers), checksums.partial_ref(x, 7)), columns
-    compared.append(f"checksum {columns}")
-assert torch.equal(checksum.checksum(words[:0], 0, multipliers), torch.zeros(2, dtype=torch.int64))
+    wide = torch.randint(0, 256, (3001, 40 * columns + 64), dtype=torch.uint8)
+    parts += [(x, 7), (x[:0], 3), (wide[:, : 40 * columns], 11), (wide[:, 1 : 8 * columns + 1], 2**40), (x.repeat(4, 1), 0)]
+    parts += [(x[1:, :1], 5), (x.view(-1, 1)[1 : 8 * columns + 1].view(-1, columns), 1)]
+for (x, first), sums in zip(parts, checksums._on_gpu(parts), strict=True):
+    assert torch.equal(sums, checksums.partial_ref(x, first)), (x.shape, x.stride(), first)
+compared.append(f"checksums of {len(parts)} tensors at once")
 try:  # control
     same("control", rms_norm.rms_norm(r, w, 1e-6, None), ops.rms_norm(r, w, 1e-1))
 except AssertionError:

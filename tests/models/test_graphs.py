@@ -1,6 +1,7 @@
 """A decoder's CUDA graphs: log-probs and gradients have the bits of passes without; whatever would break that is seen."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -69,7 +70,8 @@ def test_graphs_change_no_bit_of_log_probs_gradients_or_weights(family, adapted)
     decoder = decoder_of(graphs)
     use_graphs(decoder, True)
     one, two = trained(eager), trained(graphs)
-    assert decoder.graphs.passes == 9 and len(decoder.graphs._graphs) >= 1
+    recorded = len(decoder.graphs._graphs)
+    assert decoder.graphs.passes == 9 - len(decoder.graphs._seen) and recorded >= 1, "the first pass of a shape is no graph's"
     for a, b in zip(one[0], two[0], strict=True):
         assert_bits_equal(a, b, "log-probs")
     assert one[1].keys() == two[1].keys()
@@ -83,7 +85,7 @@ def test_graphs_change_no_bit_of_log_probs_gradients_or_weights(family, adapted)
 def test_moved_weights_are_recorded_again_and_a_lost_forward_is_refused():
     model = make_trainable(build("qwen3")).train()
     use_graphs(model.base_model, True)
-    first = passes(model, (0,))[0]
+    first = passes(model, (0, 0))[1]
     (graph,) = model.base_model.graphs._graphs.values()
     for p in model.parameters():
         p.data = p.data.clone()
@@ -102,7 +104,7 @@ def test_moved_weights_are_recorded_again_and_a_lost_forward_is_refused():
 def test_few_graphs_are_kept_and_all_are_freed():
     model = make_trainable(build("qwen3")).train()
     use_graphs(model.base_model, True)
-    for rows in range(4, 6 * MOST_SHAPES, 4):
+    for rows in (rows for rows in range(4, 6 * MOST_SHAPES, 4) for _ in range(2)):
         packed = batch(0, rows)
         of = {"token_ids": packed.token_ids, "predicted_from": packed.predicted_from}
         model(**packed.inputs, attention_mask=None, **of)[0].sum().backward()
@@ -110,6 +112,51 @@ def test_few_graphs_are_kept_and_all_are_freed():
     held = torch.cuda.memory_allocated()
     use_graphs(model.base_model, False)
     assert model.base_model.graphs is None and torch.cuda.memory_allocated() < held
+
+
+class Decoder(torch.nn.Module):
+    """Says how often it ran by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.runs = torch.nn.Parameter(torch.ones(())), 0
+
+    def forward(self, input_ids, **_):
+        self.runs += 1
+        return SimpleNamespace(last_hidden_state=input_ids * self.weight)
+
+
+def test_a_shape_is_recorded_when_it_comes_again_and_the_longest_unused_is_dropped(monkeypatch):
+    """Which shapes are recorded: a CPU records none, so what would be is noted, and nothing runs."""
+    decoder, recorded = Decoder(), []
+    graphs = DecoderGraphs(decoder)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: 0)
+    monkeypatch.setattr("rlinvariant.models.graphs._Replay.apply", lambda *_: None)
+
+    def record(decoder, inputs, longest, *_):
+        recorded.append(inputs[0].shape[1])
+        return SimpleNamespace(holds=lambda *_: True)
+
+    monkeypatch.setattr("rlinvariant.models.graphs._Graph", record)
+
+    def run(n: int) -> None:
+        graphs(torch.ones(1, n), torch.ones(1, n), torch.zeros(2, dtype=torch.int32), n)
+
+    for n in (*range(1, MOST_SHAPES + 1), 99):
+        run(n)
+    assert decoder.runs == MOST_SHAPES + 1 and not recorded, "each came once"
+    for n in range(1, MOST_SHAPES + 1):
+        run(n)
+        run(n)
+    assert recorded == [*range(1, MOST_SHAPES + 1)] and decoder.runs == MOST_SHAPES + 1
+    run(1)
+    run(99)
+    assert recorded[-1] == 99 and len(graphs._graphs) == MOST_SHAPES
+    run(1)
+    run(2)
+    assert recorded[-1] == 99 and decoder.runs == MOST_SHAPES + 2, "2 was dropped, and comes as if for the first time"
+    run(2)
+    assert recorded[-1] == 2
 
 
 def test_only_passes_with_gradients_run_as_graphs_and_a_copy_has_none():

@@ -61,7 +61,7 @@ def main(directory: str, model: str, shared: str) -> int:
     def faulty(weights: Any) -> None:
         sync(weights)
         if rank == "1":
-            flip(adapters._slot(sampler.model, names[0]).kept)
+            flip(adapters._slot(sampler.model, adapters.layers(sampler.model), names[0]).kept)
 
     sampler.sync, trainer.state.global_step = faulty, 2
     try:
