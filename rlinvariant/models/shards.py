@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import extract_model_from_parallel
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
@@ -53,13 +52,13 @@ def shard(model: "PreTrainedModel", layers: Iterable[nn.Module]) -> int:
 
 
 def unwrapped(model: Untyped) -> Untyped:
-    """Return the model that `DistributedDataParallel` is around, if it is.
+    """Return the model that PyTorch's wrappers are around, if there are any: that of data parallel, and of `torch.compile`.
 
-    As accelerate's `unwrap_model`, which looks through all modules, in each micro-batch some times, for one that is compiled.
+    In place of accelerate's `unwrap_model`, which looks for compiled parts in all modules, some times in each micro-batch.
     """
-    if isinstance(model, OptimizedModule):  # with invariance=off alone
-        return extract_model_from_parallel(model)
-    return model.module if isinstance(model, DistributedDataParallel) else model
+    while isinstance(model, (DistributedDataParallel, OptimizedModule)):
+        model = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod
+    return model
 
 
 def cut_within_a_vector(named: Iterable[tuple[str, Tensor]], processes: int) -> str | None:

@@ -218,7 +218,8 @@ def differing(model: nn.Module, weights: Pairs) -> list[str]:
 
 def _all_same(group: Sequence[tuple[str, Tensor, Tensor]]) -> Tensor:
     """Return whether each weight, cast, is what is kept, as a bool tensor []: side by side, in a few kernels for all."""
-    kept, given = (torch.cat([row[at].reshape(-1) for row in group]) for at in (1, 2))
+    kept = torch.cat([kept.reshape(-1) for _, kept, _ in group])
+    given = torch.cat([given.reshape(-1) for _, _, given in group])
     return bits.same(kept, given.to(kept.dtype))
 
 

@@ -127,7 +127,7 @@ class Decoder(torch.nn.Module):
 
 
 def test_a_shape_is_recorded_when_it_comes_again_and_the_longest_unused_is_dropped(monkeypatch):
-    """Which shapes are recorded: a CPU records none, so what would be is noted, and nothing runs."""
+    """A CPU records nothing: what would be recorded is noted, and no graph runs."""
     decoder, recorded = Decoder(), []
     graphs = DecoderGraphs(decoder)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: 0)
