@@ -16,7 +16,7 @@
 #   9 drift       what drift does to a real model: nine runs at once
 #   10 weights    shards and gradients=invariant: the words of the trained weights
 #   11 mixtures   families with CUDA graphs, steps, adapters
-#   12 pace       shards in a world of one against the whole model, by the clock
+#   12 processes  shards in a world of one against the whole model, by the clock; two processes on one card, over gloo
 #
 # Each step ends in a line
 #   == PART STEP: ok|FAILED, SECONDS s
@@ -26,10 +26,10 @@ part=${1:?"which part: 1 to 12"}
 cd "$(dirname "$0")/../.."
 suite=gpu1
 . tests/gpu_steps.sh
-tiny=${TINY:+--tiny} small=qwen3-0.6b one=1gpu pair=2gpu
+tiny=${TINY:+--tiny} small=qwen3-0.6b one=1gpu
 sizes="trainer.max_completion_length=64 trainer.per_device_train_batch_size=32 sampler.kv_cache_gib=2"
 [ -z "${TINY:-}" ] || {
-  small=tiny one=cpu pair=cpu2
+  small=tiny one=cpu
   sizes="trainer.max_completion_length=8 trainer.per_device_train_batch_size=8 sampler.kv_cache_gib=0.1"
 }
 bench() { $PY -m rlinvariant.bench "$@" $tiny --out "$OUT/results"; }
@@ -39,6 +39,6 @@ family() { # NAME OPTIONS...: verify a family with random weights
   $PY -m rlinvariant verify "$WORK/$name" --random --short "$@"
 }
 export -f bench family
-export tiny small one pair sizes
+export tiny small one sizes
 . tests/gpu1/part$part.sh
 ended

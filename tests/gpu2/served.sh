@@ -1,6 +1,5 @@
 # A server on the second GPU, or on the one that SERVER_GPU names, and a trainer on the first:
-# ten steps; where server and trainer share a card, a trainer of two processes on it, over gloo; a wrong token; a word flipped on
-# its way; a server that is killed
+# ten steps; a wrong token; a word flipped on its way; a server that is killed
 set -u
 gpu() { [ -n "${TINY:-}" ] || export CUDA_VISIBLE_DEVICES=$1; } # of this shell and what it starts
 cd "$WORK"
@@ -27,10 +26,6 @@ serve
 sizes="${sizes/sampler.kv_cache_gib=*/}"
 served served right steps=10
 check exact served 10
-[ -z "${SERVER_GPU:-}" ] || { # NCCL refuses two processes on one card
-  (one=$pair; served two right steps=3 trainer.ddp_backend=gloo trainer.tokens_per_microbatch=4096)
-  check exact two 3
-}
 code=0; served wrong wrong steps=1 >wrong.log 2>&1 || code=$?
 grep '^error:' wrong.log
 echo "row wrong token: exit code $code, $(grep -c '^error:' wrong.log) line"
