@@ -1,8 +1,11 @@
-"""Time of a whole GRPO step, part by part, at four sizes of model: seconds of each part, and how long the GPU works in it.
+"""Time of a whole GRPO step, part by part: seconds of each part, and how long the GPU works in it.
+
+Of four sizes of model, and of one with adapters.
 
 One process trains as `bench step` does, exact mode, with nothing set for speed: the micro-batches are what the trainer chooses.
 Every part waits for the GPU when it begins and when it ends, so a part's seconds are its own; a step with these waits takes
-longer than one without, and both are told. The rollout is timed and not traced.
+longer than one without, and both are told. Rollout and weight sync are timed and not traced. The kernels that take the most
+time are printed, and not kept.
 """
 
 import functools
@@ -24,6 +27,7 @@ SIZES = {
     "qwen3-1.7b": Size(prompts=64, rows=16, length=512, short=64, kv_gib=14.0),
     "qwen3-8b-half": Size(prompts=32, rows=8, length=512, short=64, kv_gib=8.0),
 }
+ADAPTED = "qwen3-1.7b", 16  # model and rank
 PEAK_FLOPS = 790e12  # of an H200's bf16 matrix products, as measured: 09-speed.md
 REST = "everything else"
 
@@ -55,27 +59,31 @@ class Part:
 def rows(tiny: bool) -> Iterator[Part | Missing]:
     from rlinvariant.models.shapes import build
 
-    for model, size in {"tiny": gpu_step.SIZES["tiny"]}.items() if tiny else SIZES.items():
+    whole = ["tiny"] if tiny else [*SIZES]
+    for model, rank in [*((model, 0) for model in whole), ("tiny", 8) if tiny else ADAPTED]:
+        size, name = gpu_step.SIZES["tiny"] if tiny else SIZES[model], f"{model}, adapters" if rank else model
         with tempfile.TemporaryDirectory() as directory:
             path = build(model, directory, stops=size.stops(model))
-            with Workers({"exact": Worker(__name__, path, model, "tiny" if tiny else "full")}) as workers:
+            with Workers({"exact": Worker(__name__, path, model, "tiny" if tiny else "full", str(rank))}) as workers:
                 workers.ask(["exact"], what="step", length=size.short)
                 steps = [workers.ask(["exact"], what="step", length=size.length) for _ in range(1 if tiny else 3)]
                 parts = workers.ask(["exact"], what="profile", length=size.length)
                 if not parts:
-                    yield Missing("profile", model, "; ".join(workers.missing.values()), {})
+                    yield Missing("profile", name, "; ".join(workers.missing.values()), {})
                     continue
-                yield from _parts(model, [step["exact"] for step in steps], parts["exact"])
+                print("\n".join(parts["exact"]["kernels"]), flush=True)
+                yield from _parts(name, [step["exact"] for step in steps], parts["exact"])
 
 
 def _parts(model: str, steps: list[dict[str, Any]], traced: dict[str, Any]) -> Iterator[Part]:
     part = functools.partial(Part, bench="profile", model=model, dtype="bfloat16", mismatched=traced["mismatched"])
     for name, (wall, busy, kernels) in traced["parts"].items():
         yield part(compared=name, wall_ms=round(wall, 1), busy_ms=busy, kernels=kernels)
-    flops = 6 * traced["parameters"] * traced["trained_tokens"]
+    flops = (4 * traced["parameters"] + 2 * traced["moving"]) * traced["trained_tokens"]
     for what in ("step", "all but the rollout"):
         seconds = median(step[what] for step in steps)
-        share = f"{flops / seconds / PEAK_FLOPS:.1%} of {PEAK_FLOPS / 1e12:.0f} TFLOP/s (6PN)" if what != "step" else ""
+        rate = f"{flops / seconds / PEAK_FLOPS:.1%} of {PEAK_FLOPS / 1e12:.0f} TFLOP/s (6PN, or 4PN where frozen)"
+        share = rate if what != "step" else ""
         peak = f"peak {traced['peak_gib']:.1f} GiB" if what == "step" else ""
         tokens = f"{traced['trained_tokens']:,} tokens, {traced['sampled_tokens']:,} of them sampled" if what == "step" else ""
         note = ", ".join(filter(None, (tokens, peak, share)))
@@ -87,7 +95,7 @@ class Trace:
     """Marks parts of a step in the profiler's time line; parts may be inside others."""
 
     profiler: Any = None
-    open: list[str] = field(default_factory=list)
+    longest: list[str] = field(default_factory=list)  # kernels, after `stop`
 
     def wrap(self, owner: object, method: str, name: str) -> None:
         """Make `owner.method` a part: every call is marked, and waits for the GPU at both ends while it is traced."""
@@ -125,6 +133,7 @@ class Trace:
         whole = (time.perf_counter() - self.began) * 1e3
         self.profiler.stop()
         events, self.profiler = self.profiler.events(), None
+        self.longest = _longest(events)
         return _own_times(events, whole)
 
 
@@ -160,6 +169,18 @@ def _own_times(events: Any, whole: float) -> dict[str, tuple[float, float | None
     }
 
 
+def _longest(events: Any, count: int = 20) -> list[str]:
+    """Return lines of the kernels that take the most time in all: milliseconds, how many there were, and the name."""
+    from torch._C._autograd import DeviceType
+
+    found: dict[str, list[float]] = {}
+    for event in events:
+        if event.device_type == DeviceType.CUDA and not event.name.startswith("part:"):
+            found.setdefault(event.name, []).append(event.time_range.elapsed_us() / 1e3)
+    most = sorted(found.items(), key=lambda kernel: -sum(kernel[1]))[:count]
+    return [f"{sum(each):9.1f} ms  {len(each):7,}  {name[:100]}" for name, each in most]
+
+
 def _busy(kernels: list[tuple[float, float]], begin: float, end: float) -> tuple[float, int]:
     """Return the microseconds of [begin, end) in which any kernel runs, and how many start there; kernels are sorted."""
     busy, upto, count = 0.0, begin, 0
@@ -181,7 +202,6 @@ def _trace_parts(trainer: Any, trace: Trace) -> None:
     """Name the parts of a step after what they do."""
     trace.wrap(trainer, "_calculate_rewards", "rewards")
     trace.wrap(trainer, "_generate_and_score_completions", "rollout's bookkeeping")
-    trace.wrap(trainer, "sync", "weight sync")
     trace.wrap(trainer, "_get_per_token_logps_and_entropies", "log-probs: forward")
     trace.wrap(trainer, "_compute_loss", "loss, comparison, metrics")
     trace.wrap(trainer, "_require_finite", "checks that numbers are finite")
@@ -189,13 +209,13 @@ def _trace_parts(trainer: Any, trace: Trace) -> None:
     trace.wrap(trainer.accelerator, "backward", "backward")
 
 
-def _worker(path: str, model: str, size: str) -> None:
+def _worker(path: str, model: str, which: str, rank: str) -> None:
     import torch
     from transformers import TrainerCallback
 
-    link, trace = Link(), Trace()
+    link, trace, size = Link(), Trace(), gpu_step.SIZES["tiny"] if which == "tiny" else SIZES[model]
     with tempfile.TemporaryDirectory() as directory:
-        trainer: Any = gpu_step.ours(path, directory, gpu_step.SIZES["tiny"] if size == "tiny" else SIZES[model])
+        trainer: Any = gpu_step.ours(path, directory, size, int(rank))
         _trace_parts(trainer, trace)
         requests, generate, seconds = link.requests(), trainer.sampler.generate, {}
         asked: dict[str, Any] = {}
@@ -228,9 +248,10 @@ def _worker(path: str, model: str, size: str) -> None:
                     return
                 _wait()
                 whole = time.perf_counter() - self.began
-                parts = {"rollout": (seconds["rollout"] * 1e3, None, None)} if asked["what"] == "profile" else {}
+                parts: dict[str, Any] = {}
                 if asked["what"] == "profile":
-                    parts |= trace.stop()
+                    timed = {"rollout": seconds["rollout"], "weight sync": logs["time/sync"]}
+                    parts = {name: (1e3 * s, None, None) for name, s in timed.items()} | trace.stop()
                 peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
                 answer = {
                     "step": whole,
@@ -239,8 +260,10 @@ def _worker(path: str, model: str, size: str) -> None:
                     "sampled_tokens": seconds["sampled"],
                     "trained_tokens": seconds["trained"],
                     "parameters": sum(p.numel() for p in trainer.model.parameters()),
+                    "moving": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
                     "peak_gib": peak,
                     "parts": parts,
+                    "kernels": trace.longest,
                 }
                 link.send(**answer)
 
