@@ -1,13 +1,17 @@
 """The threshold of truncated sampling on a GPU: a row is read once, and then the little of it that can matter.
 
-1. `_tops`: the largest of every 32 logits, a group.
-2. `_totals`: where top-p stands alone, the sum of a row's integer masses, as in kernels/threshold.c: it needs all of them.
-3. `_chosen`: a list of the logits from a cut up, read from the groups whose largest is one; then the largest key from which up
-   there are enough of them, or enough mass, bit by bit. The cut lies below any threshold: it is the k-th of largest logits of k
-   sets or more, since k tokens are at least as large; a logit that min-p drops; or one so small that V of them would be within
-   what top-p drops.
+1. `_tops`: the largest of every 32 logits, a group; where top-p stands alone also the sum of the group's probabilities, in
+   units of the largest and in fp32, as floats are fast.
+2. `_chosen`: a list of the logits from a cut up, read from the groups whose largest is one; then the largest key from which up
+   there are enough of them, or enough mass, bit by bit. For top-k and min-p the cut lies below any threshold: it is the k-th of
+   largest logits of k sets or more, since k tokens are at least as large; or a logit that min-p drops.
 
-All sums are of integers, in any order, and nothing is added atomically: each part of a row has a place of its own.
+Top-p alone needs a share of the integer mass of all tokens, as kernels/threshold.c adds it up. The groups that are read
+again have it; of the others the sums of floats say within which bounds it lies. If the key that has enough for the most is also
+the largest that has enough for the least, it is the key of every total between, and so of the exact one. Otherwise the exact
+total is added up, and the search made again: the same bits in either case, whatever the floats were.
+
+All sums that decide are of integers, in any order, and nothing is added atomically: each part of a row has a place of its own.
 """
 
 import torch
@@ -21,7 +25,13 @@ BLOCK = tl.constexpr(4096)  # columns of a program of `_tops`
 GROUP = tl.constexpr(32)  # columns of a group: 64 bytes of bf16
 FEW = tl.constexpr(32)  # groups that are read together
 LANES = tl.constexpr(1024)  # logits that are read together
-PARTS = tl.constexpr(8)  # programs that add up a row's masses
+# A sum of floats is within this share of the integer masses, and less than 1 for the floor of each, as is derived here.
+# Let h = (x - top) * scale without rounding. `_masses` rounds twice, so its g is within |h| 2^-23 of h; the exponents that are
+# added here, of x below its group's largest and of that below `top`, are rounded twice each: also within |h| 2^-23. As exp2
+# turns d into a share of d ln 2, that is 44 * 2^-22 * 0.6932 < 2^-17 for h above -44; below, the mass is 0, and the float less
+# than 1. Shares of 2^-22 each: the two ex2.approx, and the polynomial with its roundings. 31 * 2^-24: sums of 32 floats in any
+# order; 2^-24: the product. Products are added in fp64. Together less than 2^-16.4.
+WITHIN = tl.constexpr(2.0**-16)
 ROWS = 512  # rows that are looked at together, each with a place for a list
 
 
@@ -98,13 +108,18 @@ def _settings(temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, row, vocab):
 
 
 @triton.jit
-def _tops(logits_ptr, tops_ptr, vocab):
-    """Store the largest of each group of a block, in the logits' dtype; +inf if one is NaN."""
+def _tops(logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, tops_ptr, sums_ptr, vocab):
+    """Store the largest of each group of a block, in the logits' dtype; +inf if one is NaN; and sums for top-p alone, fp32."""
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    by_k, by_p, by_m, alone, scale = _settings(temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, row, vocab)
     x, _ = _load(logits_ptr + row * vocab, block * BLOCK, vocab, BLOCK)
-    tops = tl.max(tl.reshape(tl.where(x == x, x, float("inf")), (BLOCK // GROUP, GROUP)), 1)
-    at = (row * tl.num_programs(1) + block) * (BLOCK // GROUP)
-    tl.store(tops_ptr + at + tl.arange(0, BLOCK // GROUP), tops)
+    x = tl.reshape(tl.where(x == x, x, float("inf")), (BLOCK // GROUP, GROUP))
+    tops = tl.max(x, 1)
+    at = (row * tl.num_programs(1) + block) * (BLOCK // GROUP) + tl.arange(0, BLOCK // GROUP)
+    tl.store(tops_ptr + at, tops)
+    if alone:
+        sums = tl.sum(tl.exp2((x - tops[:, None]) * scale), 1)
+        tl.store(sums_ptr + at, tl.where(tops > -float("inf"), sums, 0.0))
 
 
 @triton.jit
@@ -118,40 +133,70 @@ def _row_tops(tops_ptr, count):
 
 
 @triton.jit
-def _totals(logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, tops_ptr, total_ptr, vocab, count):
-    """Store the mass of every so many columns of a row that asks for top-p alone."""
-    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    by_k, by_p, by_m, alone, scale = _settings(temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, row, vocab)
-    if alone:
-        top = tl.max(_row_tops(tops_ptr + row * count, count), 0)
-        total = tl.zeros((LANES,), tl.int64)
-        for start in range(part * LANES, vocab, PARTS * LANES):
-            x, inside = _load(logits_ptr + row * vocab, start, vocab, LANES)
-            total += tl.where(inside, _masses(x, top, scale), 0)
-        tl.store(total_ptr + row * PARTS + part, tl.sum(total, 0))
+def _share(tops, top, scale):
+    """Return exp2((tops - top) * scale), approximately."""
+    return tl.exp2((tops - top) * scale)
 
 
 @triton.jit
-def _list(x_ptr, tops_ptr, groups_ptr, list_ptr, vocab, count, key, SHIFT: tl.constexpr):
-    """Write a row's logits whose keys are `key` or more, and return how many; groups_ptr: room for numbers of groups."""
+def _list(
+    x_ptr, tops_ptr, sums_ptr, groups_ptr, list_ptr, vocab, count, key, top, scale, BY_MASS: tl.constexpr, SHIFT: tl.constexpr
+):
+    """Write a row's logits whose keys are `key` or more; groups_ptr: room for numbers of groups.
+
+    Return how many; and if BY_MASS the mass of the groups that were read, and the sum of floats of the others, fp64.
+    """
     groups, listed = tl.full((), 0, tl.int32), tl.full((), 0, tl.int32)
+    rest, mass = tl.zeros((LANES,), tl.float64), tl.zeros((FEW * GROUP,), tl.int64)
     tl.debug_barrier()  # the former list has been read
     for start in range(0, count, LANES):
         tops, inside = _load(tops_ptr, start, count, LANES)
         these = (inside & (_keys(tops, SHIFT) >= key)).to(tl.int32)
         tl.store(groups_ptr + groups + tl.cumsum(these, 0) - 1, start + tl.arange(0, LANES), mask=these > 0)
         groups += tl.sum(these, 0)
+        if BY_MASS:
+            sums, _ = _load(sums_ptr, start, count, LANES)
+            rest += tl.where(inside & (these == 0), sums * _share(tops, top, scale), 0.0).to(tl.float64)
     tl.debug_barrier()
     for first in range(0, groups, FEW):
         at = first + tl.arange(0, FEW)
         group = tl.load(groups_ptr + at, mask=at < groups, other=vocab)
         col = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
         x = tl.reshape(tl.load(x_ptr + col, mask=col < vocab, other=0.0), (FEW * GROUP,)).to(tl.float32)
-        these = (tl.reshape(col < vocab, (FEW * GROUP,)) & (_keys(x, SHIFT) >= key)).to(tl.int32)
+        inside = tl.reshape(col < vocab, (FEW * GROUP,))
+        these = (inside & (_keys(x, SHIFT) >= key)).to(tl.int32)
         tl.store(list_ptr + listed + tl.cumsum(these, 0) - 1, x, mask=these > 0)
         listed += tl.sum(these, 0)
+        if BY_MASS:
+            mass += tl.where(inside, _masses(x, top, scale), 0)
     tl.debug_barrier()
-    return listed
+    return listed, tl.sum(mass, 0), tl.sum(rest, 0)
+
+
+@triton.jit
+def _cut(row_tops, row_sums, tops, top, scale, p, vocab, count, SHIFT: tl.constexpr):
+    """Return a key from which up there is p of a row's mass, by floats: `_chosen` checks it by integers.
+
+    It is one so small that V tokens below would be within what top-p drops, or a larger one from which up the largest logits of
+    sets have p, with what all others of their sets have at least, if these were no larger than the key.
+    """
+    sums = tl.zeros((LANES,), tl.float32)
+    for start in range(0, count, LANES):
+        more, inside = _load(row_tops, start, count, LANES)
+        its, _ = _load(row_sums, start, count, LANES)
+        sums += tl.where(inside, its * _share(more, top, scale), 0.0)
+    total, others = tl.sum(sums, 0), (tl.cdiv(count, LANES) * GROUP - 1).to(tl.float32)
+    gap = tl.log2((1.0 - p) * total / vocab) - 0.25
+    low = _keys(top + gap / scale, SHIFT).to(tl.int64)
+    high = _keys(top, SHIFT).to(tl.int64) + 1
+    keys, tops = _keys(tops, SHIFT), _share(tops, top, scale)
+    while high - low > 1:
+        middle = ((low + high) >> 1).to(tl.int32)
+        below = others * _share(_logit(middle, SHIFT), top, scale)
+        enough = tl.sum(tl.where(keys >= middle, tl.maximum(tops, sums - below), 0.0), 0) >= p * total * (1.0 + WITHIN)
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle)
+    return low.to(tl.int32)
 
 
 @triton.jit
@@ -189,6 +234,12 @@ def _kept(list_ptr, size, least, top, scale, SHIFT: tl.constexpr):
 
 
 @triton.jit
+def _need(p, total):
+    """Return the least mass that top-p keeps of a total."""
+    return tl.maximum(tl.ceil(p.to(tl.float64) * total.to(tl.float64)).to(tl.int64), 1)
+
+
+@triton.jit
 def _chosen(
     logits_ptr,
     temperature_ptr,
@@ -196,56 +247,78 @@ def _chosen(
     top_p_ptr,
     min_p_ptr,
     tops_ptr,
-    total_ptr,
+    sums_ptr,
     groups_ptr,
     list_ptr,
     theta_ptr,
+    summed_ptr,
     rows,
     vocab,
     count,
     SHIFT: tl.constexpr,
 ):
-    """Store the thresholds of every so many rows."""
+    """Store the thresholds of every so many rows, and whether the masses of all their tokens were added up."""
     place = tl.program_id(0).to(tl.int64)
     groups_ptr, list_ptr = groups_ptr + place * count, list_ptr + place * vocab
     for row in range(place, rows, tl.num_programs(0)):
         by_k, by_p, by_m, alone, scale = _settings(temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, row, vocab)
-        x_ptr, row_tops = logits_ptr + row * vocab, tops_ptr + row * count
+        x_ptr, row_tops, row_sums = logits_ptr + row * vocab, tops_ptr + row * count, sums_ptr + row * count
         tops = _row_tops(row_tops, count)
         top = tl.max(tops, 0)
-        theta = tl.full((), -float("inf"), tl.float32)
+        theta, summed = tl.full((), -float("inf"), tl.float32), tl.full((), 0, tl.int32)
         if (scale - scale == 0.0) & (top - top == 0.0) & (by_k | by_p | by_m):
             low, size = _lowest(SHIFT), tl.full((), 0, tl.int32)
             if by_k:
                 k = tl.load(top_k_ptr + row)
                 low = _kth(_keys(tops, SHIFT), k, low, _keys(top, SHIFT))
-                size = _list(x_ptr, row_tops, groups_ptr, list_ptr, vocab, count, low, SHIFT)
+                size, _, _ = _list(x_ptr, row_tops, row_sums, groups_ptr, list_ptr, vocab, count, low, top, scale, False, SHIFT)
                 low = _largest(list_ptr, size, k, low, top, scale, False, SHIFT)
             if by_m:
                 m = tl.load(min_p_ptr + row)
                 if (by_k == 0) | (_masses(_logit(low, SHIFT), top, scale) < _least(m)):
                     cut = _keys(top + (tl.log2(m) - 0.25) / scale, SHIFT)
-                    size = _list(x_ptr, row_tops, groups_ptr, list_ptr, vocab, count, cut, SHIFT)
+                    size, _, _ = _list(
+                        x_ptr, row_tops, row_sums, groups_ptr, list_ptr, vocab, count, cut, top, scale, False, SHIFT
+                    )
                     low = tl.maximum(low, _kept(list_ptr, size, _least(m), top, scale, SHIFT))
             if by_p:
+                p, proven = tl.load(top_p_ptr + row), alone
                 if alone:
-                    total = tl.sum(tl.load(total_ptr + row * PARTS + tl.arange(0, PARTS)), 0)
-                else:
-                    total = _from(list_ptr, size, low, top, scale, True, SHIFT)
-                need = tl.ceil(tl.load(top_p_ptr + row).to(tl.float64) * total.to(tl.float64)).to(tl.int64)
-                need = tl.maximum(need, 1)
-                if alone:
-                    spare = ((total - need).to(tl.float64) / vocab).to(tl.float32)
-                    gap = tl.where(spare > 1.0, tl.log2(tl.maximum(spare, 1.0)) - 40.25, -float("inf"))
-                    low = _keys(top + gap / scale, SHIFT)
-                    size = _list(x_ptr, row_tops, groups_ptr, list_ptr, vocab, count, low, SHIFT)
-                low = _largest(list_ptr, size, need, low, top, scale, True, SHIFT)
+                    low = _cut(row_tops, row_sums, tops, top, scale, p, vocab, count, SHIFT)
+                    size, mass, rest = _list(
+                        x_ptr, row_tops, row_sums, groups_ptr, list_ptr, vocab, count, low, top, scale, True, SHIFT
+                    )
+                    rest *= 1099511627776.0
+                    least = _need(p, mass + tl.maximum((rest * (1.0 - WITHIN)).to(tl.int64) - vocab, 0))
+                    most = _need(p, mass + (rest * (1.0 + WITHIN)).to(tl.int64))
+                    low = _largest(list_ptr, size, most, low, top, scale, True, SHIFT)
+                    enough = _from(list_ptr, size, low, top, scale, True, SHIFT) >= most
+                    proven = enough & (_from(list_ptr, size, low + 1, top, scale, True, SHIFT) < least) & (rest - rest == 0.0)
+                if proven == 0:
+                    source, length, first = list_ptr, size, low
+                    if alone:
+                        source, length, first = x_ptr, tl.full((), vocab, tl.int32), _lowest(SHIFT)
+                        summed = tl.full((), 1, tl.int32)
+                    need = _need(p, _from(source, length, first, top, scale, True, SHIFT))
+                    if _from(list_ptr, size, low, top, scale, True, SHIFT) >= need:
+                        source, length, first = list_ptr, size, low
+                    low = _largest(source, length, need, first, top, scale, True, SHIFT)
             theta = _logit(low, SHIFT)
         tl.store(theta_ptr + row, theta)
+        tl.store(summed_ptr + row, summed)
 
 
 def threshold(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
     """Compute `ops.threshold`: logits [R, V], the others [R]."""
+    return threshold_and_summed(logits, temperature, top_k, top_p, min_p)[0]
+
+
+def threshold_and_summed(
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return theta, [R] fp32, and [R] int32: 1 for a row of top-p alone whose bounds left more than one key, so that the masses
+    of all its tokens were added up; 0 for others. Logits [R, V], the others [R].
+    """
     logits = aligned(logits)
     settings = [x.contiguous() for x in (temperature, top_k, top_p, min_p)]
     (rows, vocab), device = logits.shape, logits.device
@@ -255,12 +328,12 @@ def threshold(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor,
     def room(*shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
-    theta, totals = room(rows, dtype=torch.float32), room(rows, PARTS.value, dtype=torch.int64)
-    tops, groups = room(rows, count, dtype=logits.dtype), room(held, count, dtype=torch.int32)
-    lists = room(held, vocab, dtype=logits.dtype)
+    theta, summed = room(rows, dtype=torch.float32), room(rows, dtype=torch.int32)
+    tops, sums = room(rows, count, dtype=logits.dtype), room(rows, count, dtype=torch.float32)
+    groups, lists = room(held, count, dtype=torch.int32), room(held, vocab, dtype=logits.dtype)
     if rows:
-        shift, exact = 16 if logits.dtype is torch.bfloat16 else 0, {"num_warps": 4, "enable_fp_fusion": False}
-        _tops[(rows, blocks)](logits, tops, vocab, num_warps=8)
-        _totals[(rows, PARTS.value)](logits, *settings, tops, totals, vocab, count, **exact)
-        _chosen[(held,)](logits, *settings, tops, totals, groups, lists, theta, rows, vocab, count, SHIFT=shift, **exact)
-    return theta
+        shift, exact = 16 if logits.dtype is torch.bfloat16 else 0, {"enable_fp_fusion": False}
+        _tops[(rows, blocks)](logits, *settings, tops, sums, vocab, num_warps=8, **exact)
+        places = tops, sums, groups, lists, theta, summed
+        _chosen[(held,)](logits, *settings, *places, rows, vocab, count, SHIFT=shift, num_warps=4, **exact)
+    return theta, summed

@@ -36,8 +36,8 @@ ATOMIC = re.compile(r"\b(?:atom|red)\.\S+")
 FLOATS = ("inner", "factor", "scale")
 SETTINGS = ("temperature_ptr", "top_p_ptr", "min_p_ptr", "theta_ptr")
 FP32 = ("weights_ptr", "lse_ptr", "delta_ptr", "sums_ptr", "state_ptr", "sink_ptr", *SETTINGS)
-INTEGERS = ("cu_ptr", "keys_ptr", "table_ptr", "plan_ptr", "groups_ptr")
-WIDE = ("ids_ptr", "order_ptr", "starts_ptr", "tiles_ptr", "top_k_ptr", "total_ptr", "pieces_ptr", "pairs_ptr")
+INTEGERS = ("cu_ptr", "keys_ptr", "table_ptr", "plan_ptr", "groups_ptr", "summed_ptr")
+WIDE = ("ids_ptr", "order_ptr", "starts_ptr", "tiles_ptr", "top_k_ptr", "pieces_ptr", "pairs_ptr")
 GROUP = 4
 
 
@@ -133,7 +133,7 @@ def mixtures(chip: str) -> Iterator[Machine]:
 
 def truncation(chip: str) -> Iterator[Machine]:
     """Yield the kernels that find a row's threshold."""
-    for kernel, warps, fixed in ((threshold._tops, 8, {}), (threshold._totals, 4, {}), (threshold._chosen, 4, {"SHIFT": 16})):
+    for kernel, warps, fixed in ((threshold._tops, 8, {}), (threshold._chosen, 4, {"SHIFT": 16})):
         yield compiled(f"plan of what is kept: {kernel.__name__}", kernel, int(chip.removeprefix("sm_")), warps, 3, **fixed)
 
 

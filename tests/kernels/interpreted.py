@@ -23,6 +23,7 @@ from rlinvariant.kernels import (
     threshold,
     token_logprobs,
 )
+from rlinvariant.ops.threshold import masses_ref
 from rlinvariant.verification.mixtures import logits_with_ties
 
 names = ("moe_experts", "rms_norm", "rope", "scale_logits", "swiglu", "token_logprobs")
@@ -188,6 +189,18 @@ for dtype, vocab, every in ((torch.bfloat16, 17, 1), (torch.bfloat16, 3000, 1), 
     ours = threshold.threshold(logits, t, k.long(), p, m)
     same(f"threshold {vocab}", ours.view(torch.int32), expected.view(torch.int32), 0)  # the same bits
     assert expected.isfinite().any() and expected.isneginf().any()
+for dtype in (torch.bfloat16, torch.float32):  # top-p alone, at the share of a key and next to it on both sides, and elsewhere
+    x = (torch.randn(1, 3000) * 3).to(dtype)
+    t = torch.tensor([0.7])
+    order = x.float().sort(-1, descending=True)
+    share = masses_ref(x, t).gather(1, order[1])[0].cumsum(0).double()
+    edge = (share / share[-1]).float()[:60:6]
+    edge = edge[(edge > 0.5) & (edge < 0.99)]
+    p = torch.cat([edge, edge.nextafter(torch.tensor(0.0)), edge.nextafter(torch.tensor(1.0)), torch.linspace(0.31, 0.97, 20)])
+    like = x.expand(len(p), -1).contiguous(), t.expand(len(p)), torch.zeros(len(p)).long(), p, torch.zeros(len(p))
+    ours, summed = threshold.threshold_and_summed(*like)
+    same(f"threshold at edges {dtype}", ours.view(torch.int32), ops.threshold(*like).view(torch.int32), 0)
+    assert summed[:-20].any() and summed[-20:].sum() <= 1, summed
 parts, checksum.MOST = [], 50_000  # so that long ones are cut, as those of 2**30 words are
 for columns in (8, 4, 2, 1):  # bytes of a word, whose sign counts
     x = torch.randint(0, 256, (20_001, columns), dtype=torch.uint8)

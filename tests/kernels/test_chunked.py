@@ -69,7 +69,7 @@ def test_code_for_a_chip_multiplies_sixteen_deep_hardly_spills_and_adds_nothing_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "count"), [("mixtures", 15), ("truncation", 3), ("sums", 4)])
+@pytest.mark.parametrize(("kind", "count"), [("mixtures", 15), ("truncation", 2), ("sums", 4)])
 def test_other_code_multiplies_sixteen_deep_hardly_spills_and_adds_nothing_atomically(kind, count):
     kernels = [json.loads(line) for line in run("tests.kernels.compiled", "sm_90", kind).splitlines()]
     assert len(kernels) == count

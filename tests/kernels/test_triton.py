@@ -80,7 +80,6 @@ def test_every_kernel_is_looked_at(kernels):
         "swiglu._forward",
         "swiglu._backward",
         "threshold._tops",
-        "threshold._totals",
         "threshold._chosen",
         "token_logprobs._blocks",
         "token_logprobs._logprobs",
