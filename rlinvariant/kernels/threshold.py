@@ -139,24 +139,30 @@ def _share(tops, top, scale):
 
 
 @triton.jit
-def _list(
-    x_ptr, tops_ptr, sums_ptr, groups_ptr, list_ptr, vocab, count, key, top, scale, BY_MASS: tl.constexpr, SHIFT: tl.constexpr
-):
+def _floats(tops_ptr, sums_ptr, count, key, top, scale, SHIFT: tl.constexpr):
+    """Return the sums of floats of LANES sets of groups, of those whose largest has a key below `key`, fp64."""
+    floats = tl.zeros((LANES,), tl.float64)
+    for start in range(0, count, LANES):
+        tops, inside = _load(tops_ptr, start, count, LANES)
+        sums, _ = _load(sums_ptr, start, count, LANES)
+        floats += tl.where(inside & (_keys(tops, SHIFT) < key), sums * _share(tops, top, scale), 0.0).to(tl.float64)
+    return floats
+
+
+@triton.jit
+def _list(x_ptr, tops_ptr, groups_ptr, list_ptr, vocab, count, key, top, scale, BY_MASS: tl.constexpr, SHIFT: tl.constexpr):
     """Write a row's logits whose keys are `key` or more; groups_ptr: room for numbers of groups.
 
-    Return how many; and if BY_MASS the mass of the groups that were read, and the sum of floats of the others, fp64.
+    Return how many, and if BY_MASS the mass of the groups that were read, int64.
     """
     groups, listed = tl.full((), 0, tl.int32), tl.full((), 0, tl.int32)
-    rest, mass = tl.zeros((LANES,), tl.float64), tl.zeros((FEW * GROUP,), tl.int64)
+    mass = tl.zeros((FEW * GROUP,), tl.int64)
     tl.debug_barrier()  # the former list has been read
     for start in range(0, count, LANES):
         tops, inside = _load(tops_ptr, start, count, LANES)
         these = (inside & (_keys(tops, SHIFT) >= key)).to(tl.int32)
         tl.store(groups_ptr + groups + tl.cumsum(these, 0) - 1, start + tl.arange(0, LANES), mask=these > 0)
         groups += tl.sum(these, 0)
-        if BY_MASS:
-            sums, _ = _load(sums_ptr, start, count, LANES)
-            rest += tl.where(inside & (these == 0), sums * _share(tops, top, scale), 0.0).to(tl.float64)
     tl.debug_barrier()
     for first in range(0, groups, FEW):
         at = first + tl.arange(0, FEW)
@@ -170,7 +176,7 @@ def _list(
         if BY_MASS:
             mass += tl.where(inside, _masses(x, top, scale), 0)
     tl.debug_barrier()
-    return listed, tl.sum(mass, 0), tl.sum(rest, 0)
+    return listed, tl.sum(mass, 0)
 
 
 @triton.jit
@@ -180,15 +186,12 @@ def _cut(row_tops, row_sums, tops, top, scale, p, vocab, count, SHIFT: tl.conste
     It is one so small that V tokens below would be within what top-p drops, or a larger one from which up the largest logits of
     sets have p, with what all others of their sets have at least, if these were no larger than the key.
     """
-    sums = tl.zeros((LANES,), tl.float32)
-    for start in range(0, count, LANES):
-        more, inside = _load(row_tops, start, count, LANES)
-        its, _ = _load(row_sums, start, count, LANES)
-        sums += tl.where(inside, its * _share(more, top, scale), 0.0)
+    high = _keys(top, SHIFT) + 1
+    sums = _floats(row_tops, row_sums, count, high, top, scale, SHIFT).to(tl.float32)
     total, others = tl.sum(sums, 0), (tl.cdiv(count, LANES) * GROUP - 1).to(tl.float32)
     gap = tl.log2((1.0 - p) * total / vocab) - 0.25
     low = _keys(top + gap / scale, SHIFT).to(tl.int64)
-    high = _keys(top, SHIFT).to(tl.int64) + 1
+    high = high.to(tl.int64)
     keys, tops = _keys(tops, SHIFT), _share(tops, top, scale)
     while high - low > 1:
         middle = ((low + high) >> 1).to(tl.int32)
@@ -271,24 +274,20 @@ def _chosen(
             if by_k:
                 k = tl.load(top_k_ptr + row)
                 low = _kth(_keys(tops, SHIFT), k, low, _keys(top, SHIFT))
-                size, _, _ = _list(x_ptr, row_tops, row_sums, groups_ptr, list_ptr, vocab, count, low, top, scale, False, SHIFT)
+                size, _ = _list(x_ptr, row_tops, groups_ptr, list_ptr, vocab, count, low, top, scale, False, SHIFT)
                 low = _largest(list_ptr, size, k, low, top, scale, False, SHIFT)
             if by_m:
                 m = tl.load(min_p_ptr + row)
                 if (by_k == 0) | (_masses(_logit(low, SHIFT), top, scale) < _least(m)):
                     cut = _keys(top + (tl.log2(m) - 0.25) / scale, SHIFT)
-                    size, _, _ = _list(
-                        x_ptr, row_tops, row_sums, groups_ptr, list_ptr, vocab, count, cut, top, scale, False, SHIFT
-                    )
+                    size, _ = _list(x_ptr, row_tops, groups_ptr, list_ptr, vocab, count, cut, top, scale, False, SHIFT)
                     low = tl.maximum(low, _kept(list_ptr, size, _least(m), top, scale, SHIFT))
             if by_p:
                 p, proven = tl.load(top_p_ptr + row), alone
                 if alone:
                     low = _cut(row_tops, row_sums, tops, top, scale, p, vocab, count, SHIFT)
-                    size, mass, rest = _list(
-                        x_ptr, row_tops, row_sums, groups_ptr, list_ptr, vocab, count, low, top, scale, True, SHIFT
-                    )
-                    rest *= 1099511627776.0
+                    size, mass = _list(x_ptr, row_tops, groups_ptr, list_ptr, vocab, count, low, top, scale, True, SHIFT)
+                    rest = tl.sum(_floats(row_tops, row_sums, count, low, top, scale, SHIFT), 0) * 1099511627776.0
                     least = _need(p, mass + tl.maximum((rest * (1.0 - WITHIN)).to(tl.int64) - vocab, 0))
                     most = _need(p, mass + (rest * (1.0 + WITHIN)).to(tl.int64))
                     low = _largest(list_ptr, size, most, low, top, scale, True, SHIFT)
