@@ -61,18 +61,20 @@ def pack(
     multiple = multiple or (GEMM_ROW_STEP if input_ids.is_cuda else 1)
     mask_BL = attention_mask.bool()
     lengths_B = mask_BL.sum(1)
-    row_of_BL = torch.full_like(input_ids, -1)
-    row_of_BL[mask_BL] = torch.arange(int(lengths_B.sum()), device=input_ids.device)
     keep_BC = mask_BL[:, -completion_length:]
     keep_BC = keep_BC if wanted is None else keep_BC & wanted
-    scored_S = row_of_BL[:, -completion_length:][keep_BC]
-    ids_N, positions_N = input_ids[mask_BL], (attention_mask.cumsum(1) - 1)[mask_BL]
-    longest = int(lengths_B.max())
-    if missing := rounded(len(ids_N), multiple, few_shapes) - len(ids_N):
+    # The device is waited for once, and then told what there is: it would have to be asked how many bits of a mask are set.
+    tokens, longest, scored = torch.stack([lengths_B.sum(), lengths_B.max(), keep_BC.sum()]).tolist()
+    row_of_BL = mask_BL.view(-1).cumsum(0).view(mask_BL.shape) - 1
+    scored_S = row_of_BL[:, -completion_length:].reshape(-1)[_set(keep_BC, scored)]
+    at_N = _set(mask_BL, tokens)
+    ids_N, positions_N = input_ids.reshape(-1)[at_N], (attention_mask.cumsum(1) - 1).view(-1)[at_N]
+    if missing := rounded(tokens, multiple, few_shapes) - tokens:
         ids_N = F.pad(ids_N, (0, missing))
         positions_N = F.pad(positions_N, (0, missing))
-        rest = [longest] * (missing // longest) + [missing % longest]  # no longer than real ones, or they would cost more
-        lengths_B = torch.cat([lengths_B, lengths_B.new_tensor(rest)])
+        # of rows that are no longer than real ones, or they would cost more
+        rest = [lengths_B.new_full((missing // longest,), longest), lengths_B.new_full((1,), missing % longest)]
+        lengths_B = torch.cat([lengths_B, *rest])
     if few_shapes:
         lengths_B = F.pad(lengths_B, (0, rounded(len(lengths_B), 16, True) - len(lengths_B)))  # of no token
         longest = max(PADDED_LONGEST, 1 << (longest - 1).bit_length())
@@ -86,3 +88,8 @@ def pack(
         "max_length_k": longest,
     }
     return Packed(inputs, ids_N[scored_S], scored_S - 1, keep_BC)
+
+
+def _set(mask: Tensor, count: int) -> Tensor:
+    """Return where, in a flattened mask, its `count` set bits are, ascending, [count] int64."""
+    return mask.reshape(-1).argsort(descending=True, stable=True)[:count]
