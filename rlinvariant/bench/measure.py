@@ -39,7 +39,7 @@ class Row:
     bits_equal: dict[str, bool | None]  # "ours", "stock": are the bits the same for a row alone and in a batch?
     samples: int
     others: float  # largest share of the processors that other processes used during a sample that counts
-    cpu_ratio: float | None = None  # the same ratio of processor time, which other processes disturb less
+    cpu_ratio: float | None = None  # the same of processor time, which other processes disturb less, if that could be had
 
 
 def compared(
@@ -87,7 +87,7 @@ class Numbers(TypedDict):
     ratio: float
     samples: int
     others: float
-    cpu_ratio: NotRequired[float]
+    cpu_ratio: NotRequired[float | None]
 
 
 Answer = dict[str, Any]
@@ -148,8 +148,13 @@ def pair(ours: Callable[[], object], stock: Callable[[], object], seconds: float
         "ratio": round(wall[0] / wall[1], 3),
         "samples": sum(map(len, kept)),
         "others": share,
-        "cpu_ratio": round(cpu[0] / cpu[1], 3),
+        "cpu_ratio": used(*cpu),
     }
+
+
+def used(ours: float, stock: float) -> float | None:
+    """Return the ratio of processor times; None where stock's is below the clock's ticks: of a process, 10 ms on Linux."""
+    return round(ours / stock, 3) if stock else None
 
 
 def _time(f: Callable[[], object], loops: int) -> tuple[float, float]:

@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 
-from rlinvariant.bench.measure import Answer, Link, Others, Row, Worker, quietest
+from rlinvariant.bench.measure import Answer, Link, Others, Row, Worker, quietest, used
 
 SIDES = ("served", "engine")
 COMPLETIONS, PROMPT, SEQUENCES, IN_STEP, LONGEST, TARGET = 512, 24, 128, 4096, 256, 1.02
@@ -68,7 +68,7 @@ def _row(kept: list[dict[str, Answer]], share: float, case: str, part: str, targ
         bits_equal={"ours": len(same) == 1, "stock": len(same) == 1},
         samples=len(kept),
         others=share,
-        cpu_ratio=round(cpu[0] / cpu[1], 3),
+        cpu_ratio=used(*cpu),
     )
 
 

@@ -13,7 +13,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from rlinvariant import bits
-from rlinvariant.bench.measure import Link, Row, Worker, peak_memory, turns
+from rlinvariant.bench.measure import Link, Row, Worker, peak_memory, turns, used
 from rlinvariant.conflicts import Invariance
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def rows(tiny: bool) -> Iterator[Row]:
                     bits_equal=bits,
                     samples=len(answers),
                     others=others,
-                    cpu_ratio=round(cpu[0] / cpu[1], 3),
+                    cpu_ratio=used(*cpu),
                 )
         peak = {side: worker.ask(what="memory")["peak"] for side, worker in workers.items()}
         for label, floor, target in (("the process", dict.fromkeys(peak, 0), 1.1), ("above the loaded model", start, None)):

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from rlinvariant.bench import __main__, gpu, gpu_parity, measure
+from rlinvariant.bench import __main__, gpu, gpu_parity, measure, served
 from rlinvariant.bench.compare import Parity
 from rlinvariant.bench.measure import Row
 
@@ -110,3 +110,11 @@ def test_parity_gets_the_number_of_tokens(monkeypatch, tmp_path):
     __main__.main(["parity", "--tiny", "--tokens", "99", "--out", str(tmp_path)])
     __main__.main(["parity", "--out", str(tmp_path)])
     assert asked == [("parity_soak.json", 99, True), False]
+
+
+def test_processor_time_of_less_than_a_tick_has_no_ratio():
+    """A process's clock ticks every 10 ms, and a fast machine syncs a small model in less."""
+    kept = [{"served": {"sync": (0.02, 0.01)}, "engine": {"sync": (0.01, 0.0)}}] * 3
+    row = served._row(kept, 0.0, "x", "sync", None, {"same"})
+    assert row.ratio == 2 and row.cpu_ratio is None
+    assert measure.used(3.0, 2.0) == 1.5
