@@ -30,6 +30,8 @@ def hidden_states(decoder: nn.Module, *args: Untyped, **inputs: Untyped) -> Tens
         decoder: of transformers, after `make_trainable`.
         args, inputs: what it takes; for its graphs those of `Packed.inputs`, of a shape that `pack` has made.
     """
+    if "cu_seq_lens_q" in inputs:
+        inputs["attention_mask"] = _no_mask(inputs["input_ids"])
     if args or not runs_as_graphs(decoder) or "cu_seq_lens_q" not in inputs:
         return decoder(*args, use_cache=False, **inputs).last_hidden_state
     return decoder.__dict__["graphs"](*(inputs[name] for name in INPUTS), inputs["max_length_q"])
@@ -142,7 +144,15 @@ def _batch(inputs: Sequence[Tensor], longest: int) -> dict[str, Any]:
     """Return what a decoder takes, of INPUTS and the length of the longest sequence."""
     ids, positions, cu = inputs
     batch = {"input_ids": ids, "position_ids": positions, "cu_seq_lens_q": cu, "cu_seq_lens_k": cu}
-    return batch | {"max_length_q": longest, "max_length_k": longest, "attention_mask": None, "use_cache": False}
+    return batch | {"max_length_q": longest, "max_length_k": longest, "attention_mask": _no_mask(ids), "use_cache": False}
+
+
+def _no_mask(ids: Tensor) -> Tensor:
+    """Return a mask that transformers hands on as it is, for having four dimensions, and attention over packed rows ignores.
+
+    Given none, transformers asks the device whether positions are of one sequence, and the host waits.
+    """
+    return ids.new_ones((1, 1, 1, 1))
 
 
 def _addresses(decoder: nn.Module) -> list[int]:

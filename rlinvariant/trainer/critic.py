@@ -16,7 +16,7 @@ from rlinvariant.models import adapter_files, audit_config, lora, make_trainable
 from rlinvariant.models.graphs import hidden_states, runs_as_graphs
 from rlinvariant.models.load import load
 from rlinvariant.trainer.memory import decoder_layers
-from rlinvariant.trainer.packing import pack
+from rlinvariant.trainer.packing import Sizes, pack
 from rlinvariant.types import Untyped
 
 if TYPE_CHECKING:
@@ -63,17 +63,18 @@ class Critic(nn.Module):
         if invariant and shards_on is None:
             self._require_exact()
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, length: int) -> Tensor:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, length: int, sizes: Sizes | None = None) -> Tensor:
         """Return [B, length] fp32: the value before each of the last `length` tokens, 0 where there is no token.
 
         Args:
             input_ids, attention_mask: [B, L], as for `pack`; length: how many of the last columns are completions.
+            sizes: as for `pack`.
         """
         if not self.invariant:
             hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
             values = self.head(hidden[:, -length - 1 : -1].to(self.head.weight.dtype))[..., 0].float()
             return values.masked_fill(attention_mask[:, -length:] == 0, 0.0)
-        batch = pack(input_ids, attention_mask, length, few_shapes=runs_as_graphs(self.backbone))
+        batch = pack(input_ids, attention_mask, length, few_shapes=runs_as_graphs(self.backbone), sizes=sizes)
         hidden = hidden_states(self.backbone, **batch.inputs, attention_mask=None)
         values = ops.linear(hidden[0, batch.predicted_from], self.head.weight)
         return batch.unpack(values[:, 0].float())

@@ -4,8 +4,11 @@ import math
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 
+from rlinvariant.trainer.packing import Sizes
+from rlinvariant.trainer.turns import sampled_mask
 from rlinvariant.types import JsonObject, JsonRow
 
 Rows: TypeAlias = Tensor | slice
@@ -45,6 +48,22 @@ def merged(micro_batch: int, steps: int, steps_per_generation: int) -> tuple[int
 def lengths(batch: JsonRow) -> Tensor:
     """Return the tokens of each row of a batch, [B] int64: of its prompt and its completion."""
     return batch["prompt_mask"].sum(1) + batch["completion_mask"].sum(1)
+
+
+def sizes_of(batch: JsonRow) -> dict[str, list[int]]:
+    """Return how many tokens each row of a batch has, its completion has, and were sampled; the device is waited for, once."""
+    counts = torch.stack([lengths(batch), batch["completion_mask"].sum(1), sampled_mask(batch).sum(1)]).tolist()
+    return dict(zip(("row_tokens", "completion_tokens", "sampled_tokens"), counts, strict=True))
+
+
+def sizes(part: JsonRow, scored: str) -> Sizes | None:
+    """Return what `pack` has to know of a part's numbers, if `sizes_of` was asked for its batch's.
+
+    Args:
+        scored: which tokens are, by a name of those that `sizes_of` has.
+    """
+    tokens = part.get("row_tokens")
+    return None if tokens is None else Sizes(sum(tokens), max(tokens), sum(part[scored]))
 
 
 def rows_of(batch: JsonRow, rows: Tensor, weight: float) -> JsonObject:

@@ -49,7 +49,8 @@ class WholeEntropyTrainer(CheckpointedTrainer):
             terms["high_entropy"] = super().get_high_entropy_mask(entropies, mask_BT, 1 - self.top_entropy_quantile)
             mask_BT = mask_BT * terms["high_entropy"]
         if self._entropy_bonus_enabled:
-            terms |= {"bonus_mask": mask_BT, "bonus_tokens": int(mask_BT.sum())}
+            tokens = mask_BT.sum(1).tolist()
+            terms |= {"bonus_mask": mask_BT, "bonus_row_tokens": tokens, "bonus_tokens": sum(tokens)}
         return terms
 
     def get_high_entropy_mask(self, entropies, mask, threshold):
@@ -63,7 +64,7 @@ class WholeEntropyTrainer(CheckpointedTrainer):
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         entropies_BT, self._trainer_entropies = self._trainer_entropies, self._trainer_entropies.detach()
         if coefficient and (mask_BT := inputs.get("bonus_mask")) is not None:
-            own = int(mask_BT.sum())
+            own = sum(inputs["bonus_row_tokens"])
             missing = own / max(1, inputs["bonus_tokens"]) / inputs["weight"] - 1
             bonus = (entropies_BT * mask_BT).sum() / max(1, own) / self.current_gradient_accumulation_steps
             loss = loss - coefficient * missing * bonus if missing else loss

@@ -173,7 +173,8 @@ class FiniteTrainer(LeavesTrainer):
         loss = super()._compute_loss(model, inputs)
         if self.model.training:
             logprobs = torch.where(sampled_mask(inputs), self._trainer_logprobs, 0.0)
-            self._require_finite([("trainer_logprobs", logprobs), ("loss", loss)])
+            found = [("trainer_logprobs", logprobs), ("loss", loss.detach())]
+            self._put_off(lambda: self._require_finite(found))
         return loss
 
     def _clip_grad_norm(self, model):

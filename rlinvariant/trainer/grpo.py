@@ -15,9 +15,9 @@ Seven call TRL's, and do something before or after it:
     log                                    says our numbers in place of TRL's averages, hands the row on, starts the next record
 
 Rewards, advantages, losses, tools and optimisation stay TRL's. `distributed.DistributedTrainer` knows of several processes and
-of weights in shards, `drawing.DrawingTrainer` draws from the attached engine, `routed.RoutedTrainer` compares the
-experts of a mixture, `checkpointed.CheckpointedTrainer` saves and
-resumes, `finite.FiniteTrainer` stops at NaN and infinity, `collecting.CollectingTrainer` keeps the completions,
+of weights in shards, `drawing.DrawingTrainer` draws from the attached engine, `routed.RoutedTrainer` compares the experts of
+a mixture, `checkpointed.CheckpointedTrainer` saves and resumes, `passes.PassingTrainer` lets the device run on until a step's
+end, `finite.FiniteTrainer` stops at NaN and infinity, `collecting.CollectingTrainer` keeps the completions,
 `measured.MeasuredTrainer` the numbers. What a step has seen is in `record.StepRecord`, which weights are where in
 `versions.PolicyVersions`.
 """
@@ -310,12 +310,12 @@ class InvariantGRPOTrainer(RoutedTrainer):
 
     def _compute_loss(self, model, inputs):
         self._tool_mask = inputs.get("tool_mask")
-        loss = super()._compute_loss(model, inputs)
+        loss, logprobs = super()._compute_loss(model, inputs), self._trainer_logprobs
         if self.model.training and "compared" not in inputs and self._versions.rollout_step == self.state.global_step:
-            self._compare(self._trainer_logprobs, inputs)
+            self._put_off(lambda: self._compare(logprobs, inputs))
             inputs["compared"] = True
         elif self.model.training:  # a later pass over the rollout: the policy has moved, as it should
-            self._record.moved.append(Pair.of(self._trainer_logprobs, inputs))
+            self._put_off(lambda: self._record.moved.append(Pair.of(logprobs, inputs)))
         return loss
 
     def _compare(self, trainer_logprobs: Tensor, inputs: dict[str, Any]) -> None:

@@ -30,13 +30,14 @@ from torch import Tensor
 
 from rlinvariant.models.leaves import Leaves
 from rlinvariant.text import say
-from rlinvariant.trainer.microbatches import SUMMED, MicroBatchedTrainer
+from rlinvariant.trainer.microbatches import MicroBatchedTrainer
+from rlinvariant.trainer.passes import SUMMED
 from rlinvariant.types import JsonObject, JsonRow
 
 
 def without_padding(part: JsonRow) -> JsonObject:
     """Return a part of one sample without the columns behind its completion, but one where that has no token."""
-    width, length = part["completion_mask"].shape[1], max(1, int(part["completion_mask"].sum()))
+    width, length = part["completion_mask"].shape[1], max(1, part["completion_tokens"][0])
 
     def cut(key: str, x: Any) -> Any:
         of_tokens = isinstance(x, Tensor) and x.ndim > 1 and x.shape[1] == width and not key.startswith("prompt")

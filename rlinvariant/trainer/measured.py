@@ -16,7 +16,7 @@ N: completions of all ranks, F: reward functions.
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain, zip_longest
 from typing import Any
@@ -33,7 +33,7 @@ from rlinvariant.rollout import is_cut
 from rlinvariant.trainer.collecting import CollectingTrainer
 from rlinvariant.trainer.grading import weighted_sums
 from rlinvariant.trainer.interface import OnEvaluation, Row
-from rlinvariant.trainer.microbatches import SUMMED
+from rlinvariant.trainer.passes import SUMMED
 from rlinvariant.trainer.preflight.parts import evaluation_problems
 from rlinvariant.trainer.record import Graded, StepRecord
 from rlinvariant.trainer.turns import sampled_mask
@@ -103,30 +103,38 @@ class MeasuredTrainer(CollectingTrainer):
 
     def _compute_loss(self, model, inputs):
         loss = super()._compute_loss(model, inputs)
-        self._now.trained.append(self._trained_of(inputs))
+        found = self._trained_of(inputs)
+        self._put_off(lambda: self._now.trained.append(found()))
         return loss
 
     @torch.no_grad()
-    def _trained_of(self, inputs: dict[str, Any]) -> Trained:
-        """Take from a micro-batch what TRL's loss has just seen of it, by TRL's formulas."""
+    def _trained_of(self, inputs: dict[str, Any]) -> Callable[[], Trained]:
+        """Take from a micro-batch what TRL's loss has just seen of it, by TRL's formulas; it is read when it is asked for."""
         mask, new, advantages = sampled_mask(inputs), self._trainer_logprobs, inputs["advantages"]
         log_ratio, terms = new - inputs.get("old_per_token_logps", new), mask
         if self.importance_sampling_level == "sequence":
             log_ratio = (log_ratio * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1.0)
             terms = torch.ones_like(mask[:, :1])
         ratio, advantages = log_ratio.exp(), advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
-        kl = new.new_zeros(0)
+        kl = None
         if self.beta != 0.0:
             distance = inputs["ref_per_token_logps"] - new
             kl = distance.exp() - distance - 1
-            kl = (kl * ratio if self.args.use_bias_correction_kl else kl)[mask]
+            kl = kl * ratio if self.args.use_bias_correction_kl else kl
         above = self.epsilon_high if self.loss_type == "cispo" else 1 + self.epsilon_high
         ratio = ratio if self.args.delta is None else ratio.clamp(max=self.args.delta)
         low, high = (ratio < 1 - self.epsilon_low) & (advantages < 0), (ratio > above) & (advantages > 0)
-        counts = [(x & terms).sum(1).cpu().numpy() for x in (low, high, terms)]
+        counts = [mask.sum(1), *((x & terms).sum(1) for x in (low, high, terms))]
         clips = "both" if self.loss_type in CLIPPED_BOTH else "above" if self.loss_type == "cispo" else None
-        numbers = [x.float().cpu().numpy() for x in (self._trainer_entropies[mask], kl)]
-        return Trained(mask.sum(1).cpu().numpy(), numbers[0], numbers[1], (counts[0], counts[1], counts[2]), clips)
+        entropies = self._trainer_entropies.detach()
+
+        def read() -> Trained:
+            lengths, *clipped = (x.cpu().numpy() for x in counts)
+            none = np.zeros(0, np.float32)
+            numbers = [none if x is None else x[mask].float().cpu().numpy() for x in (entropies, kl)]
+            return Trained(lengths, numbers[0], numbers[1], (clipped[0], clipped[1], clipped[2]), clips)
+
+        return read
 
     def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs):
         if problems := evaluation_problems(self.args):

@@ -20,45 +20,34 @@ B: rows of a batch, b: of a part.
 import copy
 import gc
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlinvariant.errors import UserError, one_line
 from rlinvariant.models.shards import unwrapped
 from rlinvariant.text import say
-from rlinvariant.trainer.division import Rows, lengths, merged, pack_rows, rows_of
-from rlinvariant.trainer.entropy import WholeEntropyTrainer
+from rlinvariant.trainer.division import Rows, lengths, merged, pack_rows, rows_of, sizes_of
 from rlinvariant.trainer.memory import Fit, settle
+from rlinvariant.trainer.passes import TOKEN_MEANS, Pass, PassingTrainer, Unread
 from rlinvariant.trainer.turns import sampled_mask
 from rlinvariant.types import JsonObject, JsonRow
 
-TOKEN_MEANS = ("bnpo", "dapo", "cispo", "vespo")  # TRL's losses that are means over tokens; the others are means over rows
-SUMMED = ("dapo", "cispo", "vespo")  # of these, those whose parts are normalised by the tokens of the whole step
 ENTROPY_STATE = ("_entropy_window_stats", "entropy_coef", "_last_world_entropy")  # what TRL's passes move of its controller
 
 
-@dataclass
-class Pass:
-    """Holds a batch that is trained on, and the lengths of the lists that passes add to, before its pass and after it."""
-
-    batch: dict[str, Any]
-    before: dict[str, int]
-    after: dict[str, int] | None = None  # None: in progress
-
-
-class MicroBatchedTrainer(WholeEntropyTrainer):
+class MicroBatchedTrainer(PassingTrainer):
     """Takes an optimizer step in parts of so many tokens, as the module says. A stock trainer keeps TRL's micro-batches."""
 
     tokens_per_microbatch: int | None = None  # as the user asks for; None: as many as fit
     recompute: bool | None = None  # activations of all layers, or none; None: of as many as memory needs
     _fit: Fit | None = None
     _again: Any = None  # the batch that is taken once more
-    _window: list[Pass]  # over the batches of the optimizer step in progress
     _begins: bool = True  # whether the next batch begins an optimizer step
     _last_pass: int = -1  # the step that was trained on, and not taken yet if it is that of the trainer's state
     _marked: tuple[Any, ...]  # TRL's adaptive entropy, before the first pass of the step
@@ -66,8 +55,6 @@ class MicroBatchedTrainer(WholeEntropyTrainer):
     _loss_before: Any = 0.0  # of all parts of a batch but the last
     _entropy_window_stats: Any
     _trainer_is_invariant: bool
-    _record: Any
-    _metrics: Any
     _buffered_inputs: Any
     _tr_loss: Tensor
     _step: int
@@ -139,7 +126,10 @@ class MicroBatchedTrainer(WholeEntropyTrainer):
             compute: takes the rows of a part, and returns tensors [b, ...].
         """
         if torch.is_grad_enabled():
-            return [*compute(slice(None))]
+            computed = [*compute(slice(None))]
+            if self._unread is not None:  # from here on, as a mode costs every call of torch's some time
+                self._unread.enter_context(Unread())
+            return computed
         while True:
             parts = self._parts(lengths_B, together=self.sharded)  # whose ranks meet in every forward
             try:
@@ -204,14 +194,14 @@ class MicroBatchedTrainer(WholeEntropyTrainer):
         if not self._window:
             self._marked = tuple(getattr(self, name, None) for name in ENTROPY_STATE)
             self._marked_loss = self._tr_loss.clone()
-        self._window.append(done := Pass(inputs, _ends(self._noted())))
         steps, weights = self.current_gradient_accumulation_steps, self._weights_of(inputs, parts)
-        whole = inputs | (self._entropy_terms(inputs) if len(parts) > 1 else {})
+        self._window.append(done := Pass(inputs, weights, [len(rows) for rows in parts]))
+        whole = inputs | sizes_of(inputs) | (self._entropy_terms(inputs) if len(parts) > 1 else {})
         *earlier, last = [self._part(whole, rows, weight) for rows, weight in zip(parts, weights, strict=True)]
         inputs.pop("values", None)  # PPO's, of a rollout that is one part: their graph is used once
         self._loss_before = 0.0
         try:
-            with self._gathers_any_rows() if earlier else nullcontext():
+            with self._passing(done), self._gathers_any_rows(len(inputs["prompt_ids"])) if earlier else nullcontext():
                 for part, weight in zip(earlier, weights[:-1], strict=True):
                     self.current_gradient_accumulation_steps = steps / weight
                     with self._unsynced(model):
@@ -224,13 +214,7 @@ class MicroBatchedTrainer(WholeEntropyTrainer):
             self.current_gradient_accumulation_steps = steps
         if "compared" in last:
             inputs.setdefault("compared", True)
-        self._weigh_metrics(done.before, weights, [len(rows) for rows in parts])
-        done.after = _ends(self._noted())
         return loss
-
-    def _noted(self) -> dict[str, list[Any]]:
-        """Return the lists that passes add to, by name: of the record, and TRL's."""
-        return {f"record: {name}": x for name, x in self._record.lists_of_passes().items()} | self._metrics["train"]
 
     def _weights_of(self, inputs: Any, parts: list[Tensor]) -> list[float]:
         """Return the share that each part's loss has in the batch's: of the rows, or of the tokens, as TRL's loss is a mean."""
@@ -241,14 +225,14 @@ class MicroBatchedTrainer(WholeEntropyTrainer):
         return [own / sum(tokens) if own else 1.0 for own in tokens]  # without a token its loss is 0
 
     @contextmanager
-    def _gathers_any_rows(self) -> Iterator[None]:
+    def _gathers_any_rows(self, most: int) -> Iterator[None]:
         """Let TRL gather a number for each row, of whose parts ranks have other numbers of rows: an all_gather takes as many.
 
-        What is missing is NaN, which TRL leaves out of its minima and maxima.
+        There are `most`, the rows of a batch. What is missing is NaN, which TRL leaves out of its minima and maxima.
         """
         accelerator = self.accelerator
-        gather, pad = accelerator.gather, accelerator.pad_across_processes
-        accelerator.gather = lambda x: gather(pad(x, pad_index=math.nan))
+        gather = accelerator.gather
+        accelerator.gather = lambda x: gather(F.pad(x, (0, most - len(x)), value=math.nan) if x.ndim else x)
         try:
             yield
         finally:
@@ -269,15 +253,6 @@ class MicroBatchedTrainer(WholeEntropyTrainer):
     def _no_sync(self, model: Any) -> AbstractContextManager[None]:
         """Let backwards add to this rank's gradients alone."""
         return self.accelerator.no_sync(model)
-
-    def _weigh_metrics(self, before: dict[str, int], weights: list[float], rows: list[int]) -> None:
-        """Make one number of what TRL has noted of each part, as the whole batch's would be; the losses have `weights`."""
-        for key, values in self._metrics["train"].items():
-            if len(new := values[before.get(key, 0) :]) != len(rows) or len(rows) == 1:
-                continue
-            share = weights if key == "policy_loss" else rows
-            total = math.fsum(x * w for x, w in zip(new, share, strict=True)) / sum(share)
-            values[before.get(key, 0) :] = [math.fsum(new) if key == "policy_loss" and self.loss_type in SUMMED else total]
 
     # ---- memory that was too small
 
@@ -300,6 +275,7 @@ class MicroBatchedTrainer(WholeEntropyTrainer):
             loss, problem = self._take_window(model, num_items_in_batch)
         self._begins = bool(self.accelerator.sync_gradients)
         if self._begins:
+            self._finish_passes()
             self._last_pass = self.state.global_step
         return loss + self._loss_before
 
@@ -334,10 +310,7 @@ class MicroBatchedTrainer(WholeEntropyTrainer):
         """Forget what the passes of this optimizer step have added, and nothing else: rollouts between them stay."""
         for _, parameter in self._trained():
             parameter.grad = None  # accelerate's optimizer does nothing in the middle of a step
-        for done in reversed(self._window):
-            after = done.after or {}
-            for name, values in self._noted().items():
-                del values[done.before.get(name, 0) : after.get(name)]
+        for done in self._window:
             if done.batch.get("compared") is True:
                 del done.batch["compared"]
         for name, value in zip(ENTROPY_STATE, self._marked, strict=True):
@@ -359,7 +332,7 @@ class MicroBatchedTrainer(WholeEntropyTrainer):
                     self._tr_loss += loss + self._loss_before
         except torch.OutOfMemoryError as error:
             missing = window[len(self._window) :]
-            self._window += [Pass(done.batch, _ends(self._noted())) for done in missing]
+            self._window += [Pass(done.batch) for done in missing]
             self._step = first + len(window) - 1
             return None, error.with_traceback(None)
         finally:
@@ -385,7 +358,3 @@ class MicroBatchedTrainer(WholeEntropyTrainer):
             if self.accelerator.is_main_process:
                 say(str(self._fit))
         return prepared
-
-
-def _ends(lists: Mapping[str, Sequence[Any]]) -> dict[str, int]:
-    return {name: len(values) for name, values in lists.items()}

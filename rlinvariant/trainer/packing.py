@@ -5,6 +5,7 @@ are added to make a multiple; S: tokens to score.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,14 @@ from rlinvariant.kernels.rows import GEMM_ROW_STEP
 PADDED_LONGEST = 128  # the least that few shapes have as the longest sequence
 
 
+class Sizes(NamedTuple):
+    """Holds what a batch's shapes follow from: its tokens, those of its longest sequence, and those to score."""
+
+    tokens: int
+    longest: int
+    scored: int
+
+
 @dataclass(frozen=True)
 class Packed:
     """Holds the real tokens of a padded batch, end to end, and the tokens to score."""
@@ -23,12 +32,13 @@ class Packed:
     token_ids: Tensor  # [S] the tokens to score
     predicted_from: Tensor  # [S] row of the position that predicts each
     keep: Tensor  # [B, C] where they stand in the padded completions
+    at: Tensor  # [S] the same as places in it, flattened: ascending int64
 
     def unpack(self, values: Tensor) -> Tensor:
         """Lay [S] out as [B, C], zero where there is no token. Raises ValueError for any other number than S."""
         if len(values) != len(self.token_ids):
             raise ValueError(f"{len(values)} log-probs were computed for {len(self.token_ids)} sampled tokens")
-        return values.new_zeros(self.keep.shape).masked_scatter(self.keep, values)
+        return values.new_zeros(self.keep.numel()).index_copy(0, self.at, values).view(self.keep.shape)
 
 
 def rounded(count: int, multiple: int, few: bool) -> int:
@@ -44,6 +54,7 @@ def pack(
     multiple: int | None = None,
     wanted: Tensor | None = None,
     few_shapes: bool = False,
+    sizes: Sizes | None = None,
 ) -> Packed:
     """Drop the padding of a batch and find the completion tokens.
 
@@ -57,16 +68,18 @@ def pack(
         wanted: [B, C] bool, which of the completions' real tokens to score; None: all.
         few_shapes: round up the number of tokens, by at most a sixteenth or to a multiple, of sequences, and the length of the
             longest, so that batches of about the same size have the same shapes (models/graphs.py).
+        sizes: of this batch; None: the device is waited for, and asked.
     """
     multiple = multiple or (GEMM_ROW_STEP if input_ids.is_cuda else 1)
     mask_BL = attention_mask.bool()
     lengths_B = mask_BL.sum(1)
     keep_BC = mask_BL[:, -completion_length:]
     keep_BC = keep_BC if wanted is None else keep_BC & wanted
-    # The device is waited for once, and then told what there is: it would have to be asked how many bits of a mask are set.
-    tokens, longest, scored = torch.stack([lengths_B.sum(), lengths_B.max(), keep_BC.sum()]).tolist()
+    # The device is told what there is: it would have to be asked how many bits of a mask are set.
+    tokens, longest, scored = sizes or torch.stack([lengths_B.sum(), lengths_B.max(), keep_BC.sum()]).tolist()
     row_of_BL = mask_BL.view(-1).cumsum(0).view(mask_BL.shape) - 1
-    scored_S = row_of_BL[:, -completion_length:].reshape(-1)[_set(keep_BC, scored)]
+    at_S = _set(keep_BC, scored)
+    scored_S = row_of_BL[:, -completion_length:].reshape(-1)[at_S]
     at_N = _set(mask_BL, tokens)
     ids_N, positions_N = input_ids.reshape(-1)[at_N], (attention_mask.cumsum(1) - 1).view(-1)[at_N]
     if missing := rounded(tokens, multiple, few_shapes) - tokens:
@@ -87,7 +100,7 @@ def pack(
         "max_length_q": longest,
         "max_length_k": longest,
     }
-    return Packed(inputs, ids_N[scored_S], scored_S - 1, keep_BC)
+    return Packed(inputs, ids_N[scored_S], scored_S - 1, keep_BC, at_S)
 
 
 def _set(mask: Tensor, count: int) -> Tensor:

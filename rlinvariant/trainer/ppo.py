@@ -38,7 +38,7 @@ from rlinvariant.model_source import local_model
 from rlinvariant.models import shards
 from rlinvariant.trainer import advantages
 from rlinvariant.trainer.critic import Critic, beside, load_critic
-from rlinvariant.trainer.division import lengths
+from rlinvariant.trainer.division import lengths, sizes
 from rlinvariant.trainer.grpo import InvariantGRPOTrainer
 from rlinvariant.trainer.interface import InvariantOptions, RewardFunction, Row
 from rlinvariant.trainer.microbatches import Rows
@@ -204,7 +204,7 @@ class InvariantPPOTrainer(InvariantGRPOTrainer):
         ids, mask = (
             torch.cat([inputs[f"prompt_{what}"][rows], inputs[f"completion_{what}"][rows]], 1) for what in ("ids", "mask")
         )
-        return self.critic(ids, mask, inputs["completion_ids"].shape[1])
+        return self.critic(ids, mask, inputs["completion_ids"].shape[1], sizes(inputs, "completion_tokens"))
 
     def _models(self) -> Iterator[nn.Module]:
         yield from super()._models()
@@ -225,8 +225,8 @@ class InvariantPPOTrainer(InvariantGRPOTrainer):
             loss = super()._compute_loss(model, inputs)
         finally:
             self.beta = beta
-        log_ratio = (self._trainer_logprobs - inputs["old_per_token_logps"])[sampled_mask(inputs)].double()
-        self._record.log_ratios.append(log_ratio.cpu())
+        log_ratio, mask = self._trainer_logprobs - inputs["old_per_token_logps"], sampled_mask(inputs)
+        self._put_off(lambda: self._record.log_ratios.append(log_ratio[mask].double().cpu()))
         return loss
 
     def _learn_values(self, inputs: dict[str, Any]) -> None:
@@ -238,7 +238,8 @@ class InvariantPPOTrainer(InvariantGRPOTrainer):
             values = self._values(inputs)
         losses, clipped = advantages.value_loss(values, inputs["old_values"], inputs["returns"], self.ppo.value_clip)
         total = (losses * mask).sum()
-        self._require_finite([("values", values), ("value_loss", total)])
+        found = [("values", values.detach()), ("value_loss", total.detach())]
+        self._put_off(lambda: self._require_finite(found))
         if self.sharded:  # as the policy's, its gradients are averaged after the last part, but for leaves
             shards.average_gradients(self.critic.backbone, self.accelerator.sync_gradients or self._adds_leaves)
         # as TRL's loss_type=dapo: a mean over the tokens of the optimizer step, of all ranks
@@ -246,8 +247,9 @@ class InvariantPPOTrainer(InvariantGRPOTrainer):
         tokens = inputs["num_items_in_batch"].clamp(min=1.0) * share / self.accelerator.num_processes
         with torch.autocast(values.device.type, enabled=False):
             (total / tokens).backward()
-        self._record.value_losses.append(losses.detach()[mask].cpu())
-        self._record.values_clipped.append(int(clipped[mask].sum()))
+        losses = losses.detach()
+        self._put_off(lambda: self._record.value_losses.append(losses[mask].cpu()))
+        self._put_off(lambda: self._record.values_clipped.append(int((clipped & mask).sum())))
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         if self._stopped and self._step % (self.args.steps_per_generation * self.num_iterations):

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -15,7 +15,6 @@ from rlinvariant import metrics
 from rlinvariant.metrics import Trained
 from rlinvariant.trainer.samples import Samples
 from rlinvariant.trainer.turns import sampled_mask
-from rlinvariant.types import Untyped
 
 PARTS = ("rollout", "tools", "score", "train", "sync", "save")
 """The parts of a step whose seconds are counted, each on its own: none is part of another."""
@@ -121,7 +120,6 @@ class StepRecord:
     router_flips: list[list[int]] = field(default_factory=list)
     stop: int = 0
     began: float = field(default_factory=time.perf_counter)
-    of_passes: ClassVar[tuple[str, ...]] = ("compared", "moved", "trained")
 
     @classmethod
     def merge(cls, ranks: Sequence[Self]) -> Self:
@@ -143,10 +141,6 @@ class StepRecord:
             stop=max(rank.stop for rank in ranks),
             began=ranks[0].began,
         )
-
-    def lists_of_passes(self) -> dict[str, list[Untyped]]:
-        """Return the lists that passes over a batch add to, by name."""
-        return {name: getattr(self, name) for name in self.of_passes}
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
@@ -247,7 +241,6 @@ class PPORecord(StepRecord):
     value_losses: list[Tensor] = field(default_factory=list)
     values_clipped: list[int] = field(default_factory=list)
     value_grad_norm: float = float("nan")
-    of_passes: ClassVar[tuple[str, ...]] = (*StepRecord.of_passes, "log_ratios", "value_losses", "values_clipped")
 
     @classmethod
     def merge(cls, ranks: Sequence[Self]) -> Self:

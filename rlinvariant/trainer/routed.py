@@ -7,6 +7,7 @@ Methods of TRL's trainer that are overridden:
     _generate                                keeps the experts that the engine has sent each token to
     _generate_and_score_completions          puts them beside the log-probs
     _get_per_token_logps_and_entropies       keeps those of the trainer's own forward, where it is stock
+    _compute_loss                            keeps them with the batch, and tells `pack` of its sizes
 
 and of `MicroBatchedTrainer`:
 
@@ -29,11 +30,11 @@ from rlinvariant.models.limits import mixture_of
 from rlinvariant.models.routing import Routing, slots_of
 from rlinvariant.models.shards import unwrapped
 from rlinvariant.text import say
-from rlinvariant.trainer.division import Rows
+from rlinvariant.trainer.division import Rows, sizes
 from rlinvariant.trainer.drawing import DrawingTrainer
 from rlinvariant.trainer.interface import SamplerLike
 from rlinvariant.trainer.memory import decoder_of
-from rlinvariant.trainer.packing import pack
+from rlinvariant.trainer.packing import Sizes, pack
 
 
 class RoutedTrainer(DrawingTrainer):
@@ -43,6 +44,7 @@ class RoutedTrainer(DrawingTrainer):
     _sampler_experts: list[np.ndarray] | None = None  # of each sample of the last rollout, [S, L]
     _trainer_experts: Tensor | None = None  # [B, C, L] of the policy's last forward, zero where nothing was scored
     _part_experts: Tensor | None = None  # the same of a part of it
+    _sizes: Sizes | None = None  # of the batch whose loss is being computed, if they are known
 
     def _attach(self, sampler: SamplerLike) -> None:
         super()._attach(sampler)
@@ -96,6 +98,16 @@ class RoutedTrainer(DrawingTrainer):
             self._trainer_experts = seen.view(*input_ids.shape, -1)[:, -logits_to_keep - 1 : -1]
         return result
 
+    def _compute_loss(self, model, inputs):
+        self._sizes = sizes(inputs, "sampled_tokens")
+        try:
+            loss = super()._compute_loss(model, inputs)
+        finally:
+            self._sizes = None
+        if self._trainer_experts is not None:  # which are compared when other parts have run
+            inputs["trainer_experts"] = self._trainer_experts
+        return loss
+
     def _in_parts(self, lengths_B: Tensor, compute: Callable[[Rows], tuple[Tensor, ...]]) -> list[Tensor]:
         def with_experts(rows: Rows) -> tuple[Tensor, ...]:
             self._part_experts = None
@@ -110,7 +122,7 @@ class RoutedTrainer(DrawingTrainer):
     def _packed_logprobs(self, model, input_ids: Tensor, attention_mask: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
         """Return log-probs and entropies [B, C], fp32, of the `wanted` [B, C] of the last columns of a padded batch [B, L]."""
         by_graphs = runs_as_graphs(decoder_of(unwrapped(model)))
-        batch = pack(input_ids, attention_mask, wanted.shape[1], wanted=wanted, few_shapes=by_graphs)
+        batch = pack(input_ids, attention_mask, wanted.shape[1], wanted=wanted, few_shapes=by_graphs, sizes=self._sizes)
         routing = self._watch(model)
         logprobs, entropies = model(
             **batch.inputs,
@@ -126,7 +138,7 @@ class RoutedTrainer(DrawingTrainer):
 
     def _count_flips(self, inputs: dict[str, Any], mask: Tensor) -> None:
         """Add to the step's record how many of the sampled tokens went to other experts, in each layer and in any."""
-        theirs, ours = inputs.get("experts"), self._trainer_experts
+        theirs, ours = inputs.get("experts"), inputs.get("trainer_experts", self._trainer_experts)
         if theirs is None or ours is None or ours.shape != theirs.shape:
             return
         other_SL = (ours != theirs)[mask]

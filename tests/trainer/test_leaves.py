@@ -84,10 +84,10 @@ def test_a_leaf_has_no_column_of_another_sample():
     mask = torch.tensor([[1, 1, 0, 0]])
     padded = {"completion_mask": mask, "old_per_token_logps": torch.ones(1, 4), "experts": torch.ones(1, 4, 2)}
     whole = {"prompt_ids": torch.ones(1, 4), "prompt_mask": mask, "advantages": torch.ones(1), "ratio": torch.ones(1, 1)}
-    cut = without_padding(padded | whole | {"num_items_in_batch": torch.tensor(9)})
+    cut = without_padding(padded | whole | {"num_items_in_batch": torch.tensor(9), "completion_tokens": [2]})
     assert {key: cut[key].shape[1] for key in padded} == dict.fromkeys(padded, 2)
     assert all(cut[key] is x for key, x in whole.items())
-    assert without_padding({"completion_mask": 0 * mask})["completion_mask"].shape == (1, 1)
+    assert without_padding({"completion_mask": 0 * mask, "completion_tokens": [0]})["completion_mask"].shape == (1, 1)
 
 
 GOOD = {

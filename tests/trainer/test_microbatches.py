@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from rlinvariant.errors import ConfigErrors
 from rlinvariant.trainer import InvariantGRPOTrainer
-from rlinvariant.trainer.microbatches import SUMMED
+from rlinvariant.trainer.passes import SUMMED
 from tests.parity.harness import assert_exact, new_trainer
 from tests.trainer.gradients import distance
 from tests.trainer.test_training import LOSSES, STEP, numbers

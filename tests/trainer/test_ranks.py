@@ -98,7 +98,7 @@ from rlinvariant.trainer.microbatches import MicroBatchedTrainer
 accelerator = Accelerator(cpu=True)
 rows = 3 - accelerator.process_index
 own = torch.arange(float(rows)) + 10 * rows
-with MicroBatchedTrainer._gathers_any_rows(SimpleNamespace(accelerator=accelerator)):
+with MicroBatchedTrainer._gathers_any_rows(SimpleNamespace(accelerator=accelerator), 3):
     found, one = accelerator.gather(own), accelerator.gather(torch.tensor(float(rows)))
 alike = accelerator.gather(own[:2])
 print("found", found.nan_to_num(-1).tolist(), one.tolist(), alike.tolist())

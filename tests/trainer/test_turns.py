@@ -200,7 +200,7 @@ def test_ranks_take_as_many_turns_as_their_samples(arithmetic_dir, tmp_path):
 
 ALLOWED = {  # where the mask of all tokens is meant: what a row costs, which rows TRL has masked, which tokens a model reads
     "turns.py": {"sampled_mask"},
-    "division.py": {"lengths", "rows_of"},
+    "division.py": {"lengths", "rows_of", "sizes_of"},
     "grpo.py": {"_compare_masked"},
     "leaves.py": {"without_padding"},
     "ppo.py": {"_values"},
