@@ -83,7 +83,7 @@ def nanmax(values: Tensor) -> Tensor:
 
 
 class PassingTrainer(WholeEntropyTrainer):
-    """Puts off whatever the host would have to wait for, as the module says."""
+    """Keeps what is to be read of a step until its end, as the module says."""
 
     _window: list[Pass]  # over the batches of the optimizer step in progress
     _pass: Pass | None = None  # of these, the one in progress
