@@ -1,5 +1,6 @@
 # Bits
 [ -n "${TINY:-}" ] || step ops 300 $PY -m pytest -q -n 8 -m gpu tests/ops tests/kernels --deselect tests/kernels/test_chunked_gpu.py
+step waits 150 $PY -m pytest -q tests/trainer/test_passes.py
 for name in qwen3-moe olmoe mixtral; do
   step "$name" 120 bash -c "family $name --eager"
 done

@@ -5,7 +5,8 @@
 #   ONLY="model served" tests/gpu1/run.sh 1   these of its steps alone
 #   TINY=1 tests/gpu1/run.sh PART     the same commands on a CPU, small: what is tried before a sitting
 #
-#   1 bits        ops of mixtures, adapters and truncation; families of mixtures; attention=chunked; a server and a trainer
+#   1 bits        ops of mixtures, adapters and truncation; families of mixtures; attention=chunked; waits for the device; a server and
+#                 a trainer
 #   2 profile     where a step's time goes, at four sizes of model; the head; attention
 #   3 engine      rollouts and whole steps against stock
 #   4 adapters    LoRA: steps and rollouts
