@@ -107,16 +107,21 @@ def problems(config: Untyped) -> Iterator[str]:
 
 
 def fit_problems(said: str, adapter: Untyped, config: "PreTrainedConfig") -> list[str]:
-    """Return what `applied` refuses of a `peft.LoraConfig` for the model of `config`, which is made without memory."""
+    """Return what `applied` refuses of a `peft.LoraConfig` for the model of `config`."""
+    try:
+        ranks_for(said, adapter, config)
+    except UserError as error:
+        return str(error).splitlines()
+    return []
+
+
+def ranks_for(said: str, adapter: Untyped, config: "PreTrainedConfig") -> dict[str, int]:
+    """Return `ranks` of the model of `config`, which is made without memory, with a `peft.LoraConfig`; raises as `applied`."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
-        try:
-            applied(model, copy.deepcopy(adapter), 0, said)
-        except UserError as error:
-            return str(error).splitlines()
-    return []
+        return ranks(applied(model, copy.deepcopy(adapter), 0, said))
 
 
 def width_problem(said: str, rank: int, config: "PreTrainedConfig") -> str | None:

@@ -15,6 +15,8 @@ from rlinvariant.sampler.engine import external
 from rlinvariant.sampler.vllm_linear import pack_weights
 from rlinvariant.types import JsonObject
 
+ROOM_KEY = "rlinvariant_room"  # of vLLM's additional_config: ranks of the adapters that a trainer is expected to bring
+
 
 class ForTrainers:
     """Answers `vllm_trainers.Trainers`; the other part of `vllm_serve.Worker` is vLLM's worker."""
@@ -44,15 +46,19 @@ class ForTrainers:
 
     def unfit(self, ranks: dict[str, int]) -> str | None:
         """Say why this engine cannot have these adapters: ranks by the names of projections. None if it can."""
-        compilation = self.vllm_config.compilation_config
-        if ranks and compilation.mode != CompilationMode.NONE:
-            return wire.COMPILED
         if wrong := [r for r in ranks.values() if type(r) is not int or r < 1]:
             return f"lora.r={wrong[0]}: expected a whole number, 1 or more"
         if wide := lora.width_problem("lora.", max(ranks.values(), default=1), self.model_config.hf_config):
             return wide
-        name = adapters.unknown(self.model_runner.get_model(), ranks)
-        return None if name is None else f"lora.target_modules has {name}, which this server's model has not"
+        if (name := adapters.unknown(self.model_runner.get_model(), ranks)) is not None:
+            return f"lora.target_modules has {name}, which this server's model has not"
+        room = self.vllm_config.additional_config.get(ROOM_KEY, {})
+        if self.vllm_config.compilation_config.mode == CompilationMode.NONE or ranks == room:
+            return None
+        if not room:
+            return wire.COMPILED
+        own, theirs = lora.in_words(room), lora.in_words(ranks) if ranks else "none"
+        return f"it was compiled with room for {own}; the trainer has {theirs}; start it with --lora and the trainer's lora.*"
 
     def make_room(self, ranks: dict[str, int]) -> None:
         """Make room for the adapters that a trainer will bring, and for no others."""

@@ -28,7 +28,7 @@ from rlinvariant.rollout import RANGES
 from rlinvariant.sampler import adapters, plugin, vllm_guard
 from rlinvariant.sampler.names import ARCHITECTURE, NOT_ACTIVE, QUANTIZATION
 from rlinvariant.sampler.refusals import load_config, refuse
-from rlinvariant.sampler.vllm_for_trainers import ForTrainers
+from rlinvariant.sampler.vllm_for_trainers import ROOM_KEY, ForTrainers
 from rlinvariant.sampler.vllm_trainers import Trainers
 from rlinvariant.support import TRY, may_use_unproven
 from rlinvariant.text import say
@@ -117,14 +117,17 @@ SHAPELESS_SETTINGS = {  # fields of SamplingParams that leave the distribution a
 
 Subject: TypeAlias = Callable[["PreTrainedConfig", str, bool], JsonObject]
 """Returns what decides a server's bits, as a certificate has it: of a configuration, a dtype, and whether it runs eagerly."""
+Room: TypeAlias = Callable[[Sequence[str], "PreTrainedConfig"], dict[str, int]]
+"""Returns the ranks that settings of `--lora` mean, by the names of projections, for a model's configuration."""
 
 
-def serve(argv: Sequence[str], subject: Subject | None = None) -> None:
+def serve(argv: Sequence[str], subject: Subject | None = None, room: Room | None = None) -> None:
     """Run `vllm serve` with these arguments and the ops on, until it is stopped.
 
     Args:
         argv: the command line's.
         subject: says to trainers what decides the server's bits.
+        room: reads `--lora`.
 
     Raises:
         ConfigErrors: what could not be exact, one line each, before any weights are loaded.
@@ -132,7 +135,7 @@ def serve(argv: Sequence[str], subject: Subject | None = None) -> None:
     """
     runtime.configure()
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # as vLLM's own command does
-    command, args = prepared(argv, subject)
+    command, args = prepared(argv, subject, room)
     plugin.load()
     plugin.register_class()
     command.validate(args)
@@ -142,7 +145,7 @@ def serve(argv: Sequence[str], subject: Subject | None = None) -> None:
         raise UserError(f"vLLM: {one_line(error, 200)} (the cause is in the log above)") from error
 
 
-def prepared(argv: Sequence[str], subject: Subject | None = None) -> tuple[Untyped, Untyped]:
+def prepared(argv: Sequence[str], subject: Subject | None = None, room: Room | None = None) -> tuple[Untyped, Untyped]:
     """Return vLLM's command, and its namespace of these arguments with what an exact server needs. Raises as `serve`."""
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -151,19 +154,20 @@ def prepared(argv: Sequence[str], subject: Subject | None = None) -> tuple[Untyp
     own = command.subparser_init(parser.add_subparsers(required=True, dest="subparser"))
     own.add_argument("--allowed-hosts", nargs="+", default=[], help="names by which clients call this server, as Host says")
     own.add_argument("--trainer-token-file", help="serve trainers that show the token in this file, and nobody else")
+    own.add_argument("--lora", nargs="+", metavar="KEY=VALUE", help="make room for a trainer's adapters: its lora.*, as r=16")
     args: Any = parser.parse_args(["serve", *argv])
     default: Any = parser.parse_args(["serve"])
-    prepare(args, default, subject)
+    prepare(args, default, subject, room)
     return command, args
 
 
-def prepare(args: Untyped, default: Untyped, subject: Subject | None = None) -> None:
+def prepare(args: Untyped, default: Untyped, subject: Subject | None = None, room: Room | None = None) -> None:
     """Set in `args`, parsed from a command line, what an exact server needs.
 
     Args:
         args: vLLM's namespace of the user's command line; changed in place.
         default: vLLM's namespace of an empty command line.
-        subject: as for `serve`.
+        subject, room: as for `serve`.
 
     Raises:
         ConfigErrors, UserError: see `serve`.
@@ -179,7 +183,7 @@ def prepare(args: Untyped, default: Untyped, subject: Subject | None = None) -> 
     args.trainer_token = None
     if (file := args.trainer_token_file) is not None:
         args.trainer_token = trainer_token.read(file, "--trainer-token-file ")
-    problems = _option_problems(given, default) + vllm_guard.problems(args, given) + _trainer_problems(file, adapter)
+    problems = _option_problems(given, default) + vllm_guard.problems(args, given) + _trainer_problems(args, adapter)
     args.dtype = "bfloat16" if args.dtype == "auto" else args.dtype
     if args.dtype not in ("bfloat16", "float32"):
         problems.append(f"--dtype {args.dtype}: expected bfloat16 or float32; {REMOVE}")
@@ -212,12 +216,17 @@ def prepare(args: Untyped, default: Untyped, subject: Subject | None = None) -> 
     if file is not None:
         args.disable_log_stats = True  # they are counted for each token of each request, and nobody could ask for them
         about = None if subject is None else subject(load_config(args.model), args.dtype, bool(args.enforce_eager))
-        args.trainer_facts = {"model": named, "subject": about}
+        if args.lora and room is not None:
+            args.additional_config[ROOM_KEY] = room(args.lora, load_config(args.model))
+        args.trainer_facts = {"model": named, "subject": about, "room": bool(args.lora)}
 
 
-def _trainer_problems(file: str | None, adapter: str | None) -> list[str]:
+def _trainer_problems(args: Untyped, adapter: str | None) -> list[str]:
     """Return a line for each reason why a server of this model cannot be a trainer's; none where it is to be none."""
-    found = []
+    found, file = [], args.trainer_token_file
+    if file is None and args.lora:
+        fix = "add it, or remove --lora and name a PEFT adapter's directory as MODEL"
+        found.append(f"--lora {' '.join(args.lora)}: expected --trainer-token-file, of the trainer who brings adapters; {fix}")
     if file is not None and not may_use_unproven():
         found.append(f"--trainer-token-file {file}: proven on CPUs alone so far; remove it; {TRY}")
     if file is not None and adapter is not None:
@@ -303,7 +312,8 @@ class Worker(_Worker, ForTrainers):
         self._audited = audit_config(config, self.model_config.dtype, self.device)
         directory = self.vllm_config.additional_config.get(ADAPTER_KEY)
         adapter = None if directory is None else adapter_files.read(directory)
-        with adapters.expecting({} if adapter is None else adapter.ranks):
+        room = self.vllm_config.additional_config.get(ROOM_KEY, {})
+        with adapters.expecting(room if adapter is None else adapter.ranks):
             super().load_model(*args, **kwargs)
         if adapter is not None:
             with torch.no_grad():

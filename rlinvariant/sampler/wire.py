@@ -15,9 +15,11 @@ from rlinvariant.checksums import Checksum
 from rlinvariant.rollout import Completion
 from rlinvariant.types import Json, JsonObject, JsonRow
 
-PROTOCOL = 3
+PROTOCOL = 4
 """The version of these requests; a server and a trainer of different versions do not talk to each other."""
-COMPILED = "LoRA adapters need a server that compiles nothing: start it with --enforce-eager"
+COMPILED = (
+    "it was compiled without room for the trainer's adapters; start it with --lora and the trainer's lora.*, as --lora r=16"
+)
 BUCKET_BYTES = 64 << 20  # of weights that are sent together
 PIECES = 2  # of a server's memory for a trainer on its host: one is filled while the weights in the other are loaded
 DTYPES = {torch.bfloat16: "BF16", torch.float32: "F32"}  # of weights, as safetensors calls them

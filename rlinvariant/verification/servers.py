@@ -67,7 +67,7 @@ def found(
                 problems += server.understood(_problems, server, about, own, name, max_model_len)
                 limits.append(about["max_model_len"])
                 eager.append(about["subject"]["eager"])
-                problems += [str(server.error(COMPILED))] if adapted and not eager[-1] else []
+                problems += [str(server.error(COMPILED))] if adapted and not (eager[-1] or about["room"]) else []
             except UserError as error:
                 problems.append(str(error))
             finally:

@@ -8,3 +8,4 @@ step adapters 120 bash -c 'family llama --eager --lora r=8'
 [ -n "${TINY:-}" ] || step chunked 150 bash -c "export RLINVARIANT_ATTENTION=chunked; family llama"
 step model 60 bash -c "model $small && (cd $WORK && $PY -m tests.gpu2.check rows)"
 step served 240 env SERVER_GPU=0 bash tests/gpu2/served.sh
+step adapted 150 env SERVER_GPU=0 LORA=8 bash tests/gpu2/served.sh

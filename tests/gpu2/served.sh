@@ -1,12 +1,12 @@
 # A server on the second GPU, or on the one that SERVER_GPU names, and a trainer on the first:
-# ten steps; a wrong token; a word flipped on its way; a server that is killed
+# ten steps; a wrong token; a word flipped on its way; a server that is killed. LORA=8: ten steps of adapters of that rank alone
 set -u
 gpu() { [ -n "${TINY:-}" ] || export CUDA_VISIBLE_DEVICES=$1; } # of this shell and what it starts
 cd "$WORK"
 url=http://127.0.0.1:8471
 (umask 077; $PY -c 'import secrets; print(secrets.token_hex(32))' >right.token; $PY -c 'import secrets; print(secrets.token_hex(32))' >wrong.token)
 serve() {
-  (gpu ${SERVER_GPU:-1}; exec $PY -m rlinvariant serve "$WORK/$small" --port 8471 --trainer-token-file right.token --max-model-len 512 \
+  (gpu ${SERVER_GPU:-1}; exec $PY -m rlinvariant serve "$WORK/$small" --port 8471 --trainer-token-file right.token --max-model-len 512 ${LORA:+--lora r=$LORA} \
     --kv-cache-memory-bytes 1073741824 >"$OUT/server.txt" 2>&1) &
   server=$!
   for _ in $(seq 240); do
@@ -18,7 +18,7 @@ serve() {
 }
 served() { # RUN TOKEN SETTINGS...
   local run=$1 token=$2; shift 2
-  (gpu 0; train "$run" "$one" "$small" sampler.servers=$url sampler.trainer_token_file="$WORK/$token.token" trainer.save_strategy=no "$@")
+  (gpu 0; train "$run" "$one" "$small" sampler.servers=$url sampler.trainer_token_file="$WORK/$token.token" trainer.save_strategy=no ${LORA:+lora.r=$LORA} "$@")
 }
 trap 'code=$?; set +e; kill $server 2>/dev/null; wait $server 2>/dev/null; exit $code' EXIT
 set -e
@@ -26,6 +26,7 @@ serve
 sizes="${sizes/sampler.kv_cache_gib=*/}"
 served served right steps=10
 check exact served 10
+[ -z "${LORA:-}" ] || exit 0
 code=0; served wrong wrong steps=1 >wrong.log 2>&1 || code=$?
 grep '^error:' wrong.log
 echo "row wrong token: exit code $code, $(grep -c '^error:' wrong.log) line"

@@ -10,9 +10,15 @@ from unittest import mock
 
 import pytest
 import torch
+from peft import LoraConfig as PeftConfig
+from transformers import AutoModelForCausalLM
+from vllm.config import CompilationMode
 
+from rlinvariant import serve
 from rlinvariant.errors import ConfigErrors, UserError
-from rlinvariant.sampler import vllm_serve
+from rlinvariant.models import lora
+from rlinvariant.sampler import vllm_serve, wire
+from rlinvariant.sampler.vllm_for_trainers import ROOM_KEY, ForTrainers
 from tests.parity.device import CUDA
 
 
@@ -50,6 +56,76 @@ def test_a_model_that_could_not_be_exact_is_refused(arithmetic_dir, tmp_path):
         vllm_serve.serve([])
     with pytest.raises(UserError, match="--max-model-len 99999: expected at most"):
         vllm_serve.serve([arithmetic_dir, "--max-model-len", "99999"])
+
+
+ROOM = ["--trainer-token-file", "TOKEN", "--lora", "r=4", "target_modules=q_proj,v_proj"]
+
+
+@pytest.fixture
+def token_file(tmp_path):
+    path = tmp_path / "trainer.token"
+    path.touch(0o600)
+    path.write_text("0123456789abcdef" * 4)
+    return str(path)
+
+
+def test_a_server_has_room_from_its_start_for_the_adapters_that_a_trainer_makes(arithmetic_dir, token_file):
+    argv = [token_file if text == "TOKEN" else text for text in ROOM]
+    _, args = vllm_serve.prepared([arithmetic_dir, *argv], None, serve.room)
+    config = PeftConfig(r=4, target_modules=["q_proj", "v_proj"])
+    trained = lora.applied(AutoModelForCausalLM.from_pretrained(arithmetic_dir), config, seed=0)
+    assert args.additional_config[ROOM_KEY] == lora.ranks(trained) and args.trainer_facts["room"] is True
+    _, args = vllm_serve.prepared([arithmetic_dir, *argv[:2]], None, serve.room)
+    assert ROOM_KEY not in args.additional_config and args.trainer_facts["room"] is False
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            ROOM[2:],
+            "--lora r=4 target_modules=q_proj,v_proj: expected --trainer-token-file, of the trainer who brings adapters",
+        ),
+        ([*ROOM[:2], "--lora", "r=0"], "--lora r=0: expected a rank"),
+        ([*ROOM[:2], "--lora", "rank=4"], "--lora rank"),
+        ([*ROOM[:2], "--lora", "r=4", "target_modules=c_attn"], "--lora target_modules"),
+        ([*ROOM[:2], "--lora", "r=129"], "--lora r=129: expected at most 128, the model's width"),
+    ],
+)
+def test_room_for_no_adapters_is_refused_in_one_line(options, said, arithmetic_dir, token_file):
+    with pytest.raises(UserError) as caught:
+        vllm_serve.prepared([arithmetic_dir, *(token_file if x == "TOKEN" else x for x in options)], None, serve.room)
+    assert str(caught.value).splitlines()[0].startswith(said), caught.value
+
+
+def test_a_compiled_engine_takes_the_adapters_alone_that_it_has_room_for(arithmetic_dir, exact_engine):
+    """Of one that is not compiled any will do: room is made for them."""
+    runner = exact_engine._runner
+    own, other = ({f"model.layers.{i}.self_attn.q_proj": rank for i in range(2)} for rank in (4, 8))
+    engine: Any = ForTrainers()
+    engine.model_runner, engine.model_config = runner, SimpleNamespace(hf_config=runner.model_config.hf_config)
+    for mode, room, ranks, said in (
+        (CompilationMode.NONE, {}, own, None),
+        (CompilationMode.VLLM_COMPILE, {}, {}, None),
+        (CompilationMode.VLLM_COMPILE, {}, own, wire.COMPILED),
+        (CompilationMode.VLLM_COMPILE, own, own, None),
+        (
+            CompilationMode.VLLM_COMPILE,
+            own,
+            other,
+            "it was compiled with room for LoRA adapters, r 4, on 2 projections: q_proj; the",
+        ),
+        (
+            CompilationMode.VLLM_COMPILE,
+            own,
+            {},
+            "it was compiled with room for LoRA adapters, r 4, on 2 projections: q_proj; the",
+        ),
+    ):
+        config = {"compilation_config": SimpleNamespace(mode=mode), "additional_config": {ROOM_KEY: room} if room else {}}
+        engine.vllm_config = SimpleNamespace(**config)
+        found = engine.unfit(ranks)
+        assert found is None if said is None else found is not None and found.startswith(said), (mode, room, ranks, found)
 
 
 def test_the_trainers_checks_are_made_of_the_configuration(arithmetic_dir):

@@ -44,8 +44,16 @@ def servers(arithmetic_dir, token_file, tmp_path_factory) -> Iterator[list[Serve
         one.stop()
 
 
-def start(count: int, model: str, token_file: str, logs: Path) -> list[Server]:
-    options = ["--trainer-token-file", token_file, "--max-model-len", str(LONGEST), "--kv-cache-memory-bytes", "67108864"]
+def start(count: int, model: str, token_file: str, logs: Path, *more: str) -> list[Server]:
+    options = [
+        "--trainer-token-file",
+        token_file,
+        "--max-model-len",
+        str(LONGEST),
+        "--kv-cache-memory-bytes",
+        "67108864",
+        *more,
+    ]
     started = [Server(["-m", "rlinvariant", "serve", model, *options], logs / str(i)) for i in range(count)]
     for one in started:
         one.wait()

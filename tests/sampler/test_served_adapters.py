@@ -135,8 +135,22 @@ def test_what_no_server_has_room_for_is_refused_by_name(arithmetic_dir, servers)
         whole.sync(lora.adapters(model))
 
 
+def test_room_that_was_made_at_the_start_is_that_which_a_trainer_asks_for(side, arithmetic_dir, token_file, tmp_path):
+    """As a compiled server needs it, which cannot make any later; of another trainer's adapters it is made anew."""
+    model = adapted(arithmetic_dir, "all-linear", 8)
+    (one,) = plain.start(1, arithmetic_dir, token_file, tmp_path, "--lora", "r=8")
+    try:
+        for adapters in (model, side.model):
+            sampler = joined([one], adapters)
+            sampler.sync(lora.adapters(adapters))
+            assert sampler.differing_weights(lora.pairs(adapters)) == []
+        assert draws(sampler) == side.drawn["all tokens"]
+    finally:
+        one.stop()
+
+
 def test_a_compiled_server_is_refused_before_weights_are_loaded(arithmetic_dir, servers, token_file, monkeypatch):
-    """No server on a CPU compiles: one that says so stands for it. The control: without adapters it is taken."""
+    """No server on a CPU compiles: one that says so stands for it. Controls: without adapters it is taken, and with room."""
     from rlinvariant.sampler.refusals import load_config
 
     proven = server.proven
@@ -145,6 +159,9 @@ def test_a_compiled_server_is_refused_before_weights_are_loaded(arithmetic_dir, 
     assert ready.found(*asked).eager is False
     with pytest.raises(UserError, match=f"{servers[0].url}: {wire.COMPILED}"):
         ready.found(*asked, adapted=True)
+    said = ready.proven
+    monkeypatch.setattr(ready, "proven", lambda one: said(one) | {"room": True})
+    assert ready.found(*asked, adapted=True).eager is False
 
 
 def test_a_server_that_dies_while_it_draws_with_adapters_is_replaced(
