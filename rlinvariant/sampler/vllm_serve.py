@@ -217,7 +217,7 @@ def prepare(args: Untyped, default: Untyped, subject: Subject | None = None, roo
         args.disable_log_stats = True  # they are counted for each token of each request, and nobody could ask for them
         about = None if subject is None else subject(load_config(args.model), args.dtype, bool(args.enforce_eager))
         if args.lora and room is not None:
-            args.additional_config[ROOM_KEY] = room(args.lora, load_config(args.model))
+            args.additional_config |= {ROOM_KEY: room(args.lora, load_config(args.model))}
         args.trainer_facts = {"model": named, "subject": about, "room": bool(args.lora)}
 
 

@@ -99,7 +99,7 @@ def test_room_for_no_adapters_is_refused_in_one_line(options, said, arithmetic_d
 
 
 def test_a_compiled_engine_takes_the_adapters_alone_that_it_has_room_for(arithmetic_dir, exact_engine):
-    """Of one that is not compiled any will do: room is made for them."""
+    """One that is not compiled makes room for any."""
     runner = exact_engine._runner
     own, other = ({f"model.layers.{i}.self_attn.q_proj": rank for i in range(2)} for rank in (4, 8))
     engine: Any = ForTrainers()

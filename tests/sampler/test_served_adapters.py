@@ -136,7 +136,7 @@ def test_what_no_server_has_room_for_is_refused_by_name(arithmetic_dir, servers)
 
 
 def test_room_that_was_made_at_the_start_is_that_which_a_trainer_asks_for(side, arithmetic_dir, token_file, tmp_path):
-    """As a compiled server needs it, which cannot make any later; of another trainer's adapters it is made anew."""
+    """A compiled server, which cannot make any later, needs it; for another trainer's adapters it is made anew here."""
     model = adapted(arithmetic_dir, "all-linear", 8)
     (one,) = plain.start(1, arithmetic_dir, token_file, tmp_path, "--lora", "r=8")
     try:
