@@ -44,23 +44,23 @@ Tile = tuple[int, int, int, int, int]
 
 
 @triton.jit
-def accumulated(x_at, w_at, column, columns, k, WHOLE: tl.constexpr, N: tl.constexpr, M: tl.constexpr, K: tl.constexpr):
+def accumulated(x_at, w_at, w_depth, live, k, WHOLE: tl.constexpr, N: tl.constexpr, M: tl.constexpr, K: tl.constexpr):
     """Return w x^T, fp32 [N, M], in the one order of every product: an accumulator runs over k, ascending, K at a time.
 
-    x_at: where the first numbers of M rows of x stand, [K, M]; w_at: of N rows of the weight, [N, K]. Rows of the weight that
-    are no `column` of the product's `columns` are zero. WHOLE: k is a multiple of K.
+    x_at: where the first numbers of M rows of x stand, [K, M]; w_at: of N rows of the weight, [N, K], each number w_depth from
+    the next. Rows that are not `live`, [N], are zero. WHOLE: k is a multiple of K.
     """
     depth = tl.arange(0, K)
     acc = tl.zeros((N, M), tl.float32)
     for start in range(0, k, K):
         if WHOLE:
-            w = tl.load(w_at, mask=column[:, None] < columns, other=0.0)
+            w = tl.load(w_at, mask=live[:, None], other=0.0)
             x = tl.load(x_at)
         else:
-            w = tl.load(w_at, mask=(column[:, None] < columns) & (start + depth[None, :] < k), other=0.0)
+            w = tl.load(w_at, mask=live[:, None] & (start + depth[None, :] < k), other=0.0)
             x = tl.load(x_at, mask=start + depth[:, None] < k, other=0.0)
         acc = tl.dot(w, x, acc)
-        w_at += K
+        w_at += K * w_depth
         x_at += K
     return acc
 
@@ -92,7 +92,7 @@ def _tile_kernel(
     depth = tl.arange(0, K)
     w_at = w_ptr + col.to(tl.int64)[:, None] * w_row + depth[None, :]
     x_at = x_ptr + read.to(tl.int64)[None, :] * x_row + depth[:, None]
-    acc = accumulated(x_at, w_at, col, n, k, WHOLE, N, M, K)
+    acc = accumulated(x_at, w_at, 1, col < n, k, WHOLE, N, M, K)
     if BIAS:
         acc += tl.load(b_ptr + col, mask=col < n, other=0.0).to(tl.float32)[:, None]
     out = y_ptr + row.to(tl.int64)[None, :] * n + col[:, None]

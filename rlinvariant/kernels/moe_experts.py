@@ -61,6 +61,7 @@ def _grouped(
     x_row,
     expert_stride,
     w_row,
+    w_depth,
     FROM_ROWS: tl.constexpr,
     WHOLE: tl.constexpr,
     N: tl.constexpr,
@@ -77,9 +78,9 @@ def _grouped(
         slot = tl.load(order_ptr + read)
         row = slot // slots if FROM_ROWS else read
         depth = tl.arange(0, K)
-        w_at = w_ptr + expert * expert_stride + col.to(tl.int64)[:, None] * w_row + depth[None, :]
+        w_at = w_ptr + expert * expert_stride + col.to(tl.int64)[:, None] * w_row + depth[None, :] * w_depth
         x_at = x_ptr + row[None, :] * x_row + depth[:, None]
-        acc = accumulated(x_at, w_at, col, n, k, WHOLE, N, M, K)
+        acc = accumulated(x_at, w_at, w_depth, col < n, k, WHOLE, N, M, K)
         out = place if FROM_ROWS else slot
         live = (place < end)[None, :] & (col < n)[:, None]
         tl.store(y_ptr + out[None, :] * n + col[:, None], acc.to(y_ptr.dtype.element_ty), mask=live)
@@ -143,7 +144,7 @@ class _Plan:
         )
 
     def product(self, x: Tensor, weight: Tensor, from_rows: bool) -> Tensor:
-        """Multiply x [R, K] or [X, K] by each slot's expert of weight [E, N, K]: the result is [X, N]."""
+        """Multiply x [R, K] or [X, K] by each slot's expert of weight [E, N, K], of any strides: the result is [X, N]."""
         (_, n, k), (bn, bm, bk, warps, stages) = weight.shape, self.tile
         y = torch.empty(self.count, n, dtype=x.dtype, device=x.device)
         _grouped[(self.room, triton.cdiv(n, bn))](
@@ -156,8 +157,7 @@ class _Plan:
             k,
             self.slots,
             x.stride(0),
-            weight.stride(0),
-            weight.stride(1),
+            *weight.stride(),
             FROM_ROWS=from_rows,
             WHOLE=k % bk == 0,
             N=bn,
@@ -246,17 +246,17 @@ def gradients(
     dout, x: [R, D]; ids, weights: [R, S]; gate_up: [E, 2 I, D]; down: [E, D, I].
     """
     dout, x, ids = (t.contiguous() for t in (dout, x, ids))
-    up, down = (w.to(x.dtype).contiguous() for w in (gate_up, down))
+    up, down = gate_up.to(x.dtype), down.to(x.dtype)
     (rows, slots), experts = ids.shape, len(up)
     plan = _Plan(ids, experts, tile_for(ids.numel(), experts))
     w_X1 = weights.float().flatten()[plan.order, None]
     both_XN = plan.product(x, up, True)
     inside_XI = swiglu_merged(both_XN, activation)
-    dinside_XI = plan.product(dout, down.mT.contiguous(), True)  # before the weight, as in ops/moe_experts.py
+    dinside_XI = plan.product(dout, down.mT, True)  # before the weight, as in ops/moe_experts.py
     dw_X = torch.empty(ids.numel(), dtype=torch.float32, device=x.device)
     dw_X[plan.order] = (dinside_XI.float() * inside_XI.float()).sum(-1)
     dboth_XN = swiglu_merged_backward((dinside_XI * w_X1).to(x.dtype), both_XN, activation)
-    dx_XD = plan.product(dboth_XN, up.mT.contiguous(), False)
+    dx_XD = plan.product(dboth_XN, up.mT, False)
     dx = dx_XD.view(rows, slots, -1).sum(1, dtype=torch.float32).to(x.dtype)
     dup = plan.summed(dboth_XN, x, True, dtype) if needed[3] else None
     weighted_XD = (dout[plan.order // slots] * w_X1).to(x.dtype) if needed[4] else None

@@ -4,6 +4,7 @@
 `truncation` and `sums` those of kernels/moe_*.py, kernels/threshold.py and kernels/checksum.py.
 """
 
+import itertools
 import json
 import re
 import subprocess
@@ -57,7 +58,8 @@ def compiled(name: str, kernel: Any, chip: int, warps: int, stages: int, **fixed
     types = {n: "constexpr" if n in fixed else _type(n) for n in kernel.arg_names}
     types |= {n: fixed.pop(n) for n in ("k_rows", "v_rows") if str(fixed.get(n)).startswith("tensordesc")}
     constants = {(kernel.arg_names.index(n),): value for n, value in fixed.items()}
-    aligned = {n for n in types if types[n].startswith("*") or n.endswith(("_row", "_head", "_stride"))}
+    varying = types.keys() - fixed.keys()
+    aligned = {n for n in varying if types[n].startswith("*") or n.endswith(("_row", "_head", "_stride", "_depth"))}
     attributes = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if n in aligned}
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
     made = triton.compile(ASTSource(kernel, types, constants, attributes), target=GPUTarget("cuda", chip, 32), options=options)
@@ -116,10 +118,9 @@ def mixtures(chip: str) -> Iterator[Machine]:
     """Yield the kernels of a mixture of 128 experts, 8 for each token."""
     number = int(chip.removeprefix("sm_"))
     for n, m, k, warps, stages in linear.SAFE_TILES.values():
-        for from_rows in (True, False):
-            for whole in (True, False):
-                form = {"FROM_ROWS": from_rows, "WHOLE": whole, "N": n, "M": m, "K": k}
-                yield compiled(f"grouped, {m} rows, {form}", moe_experts._grouped, number, warps, stages, **form)
+        for from_rows, whole, step in itertools.product((True, False), (True, False), ("w_depth", "w_row")):
+            form = {"FROM_ROWS": from_rows, "WHOLE": whole, step: 1, "N": n, "M": m, "K": k}  # w_row: a transposed weight
+            yield compiled(f"grouped, {m} rows, {form}", moe_experts._grouped, number, warps, stages, **form)
         yield compiled(f"plan of tiles of {m}", moe_experts._tiles, number, 4, 3, M=m, E=128, B=moe_experts.TABLE_BLOCK)
     bn, bk, bx, warps, stages = moe_experts.SUMMED
     for from_rows in (True, False):
