@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rlinvariant.kernels.rows import aligned
+
 
 @triton.jit
 def _route(logits_ptr, weights_ptr, ids_ptr, experts, slots, RENORMALISE: tl.constexpr, E: tl.constexpr, S: tl.constexpr):
@@ -39,7 +41,7 @@ def _route(logits_ptr, weights_ptr, ids_ptr, experts, slots, RENORMALISE: tl.con
 
 def moe_route(logits: Tensor, slots: int, renormalise: bool) -> tuple[Tensor, Tensor]:
     """Compute `ops.moe_route`: logits [R, E]; weights fp32 and ids int64, [R, S] each."""
-    logits = logits.contiguous()
+    logits = aligned(logits)
     rows, experts = logits.shape
     weights = torch.empty(rows, slots, dtype=torch.float32, device=logits.device)
     ids = torch.empty(rows, slots, dtype=torch.int64, device=logits.device)

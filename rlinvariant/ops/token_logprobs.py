@@ -87,7 +87,7 @@ def sample(
     Bits: row r of each output depends on row r of the inputs alone.
     Ref: Steele et al. 2014 (SplitMix), for the hash.
     """
-    return _sample(logits, temperature, seeds, positions, theta)
+    return _sample(logits, temperature, seeds, positions, _as_read(theta, len(temperature)))
 
 
 def log_softmax(logits: Tensor, temperature: Tensor, theta: Tensor | None = None) -> Tensor:
@@ -96,7 +96,7 @@ def log_softmax(logits: Tensor, temperature: Tensor, theta: Tensor | None = None
     With `theta`, [R] fp32 of `threshold`, those of smaller logits are -inf.
     """
     logits_RV, t_R = logits.contiguous(), torch.where(temperature == 0, 1.0, temperature).float().contiguous()
-    _, _, stats_R2 = _row_logprobs(logits_RV, None, t_R, theta)
+    _, _, stats_R2 = _row_logprobs(logits_RV, None, t_R, _as_read(theta, len(t_R)))
     # IEEE arithmetic alone from here, so torch gives the bits that the kernels give for one token
     return ((_kept(logits_RV.float(), theta) / t_R[:, None]).double() - stats_R2[:, 0:1] - stats_R2[:, 1:2]).float()
 
@@ -104,6 +104,13 @@ def log_softmax(logits: Tensor, temperature: Tensor, theta: Tensor | None = None
 def log_softmax_ref(logits: Tensor, temperature: Tensor, theta: Tensor | None = None) -> Tensor:
     """Compute `log_softmax` in plain PyTorch: logits of any float dtype; fp64 if they are, else fp32."""
     return torch.log_softmax(_kept(widened(logits), theta) / torch.where(temperature == 0, 1.0, temperature)[:, None], -1)
+
+
+def _as_read(theta: Tensor | None, rows: int) -> Tensor | None:
+    """Return theta as kernels read it. Raises ValueError unless it is fp32 [rows], or None."""
+    if theta is not None and (theta.shape != (rows,) or theta.dtype != torch.float32):
+        raise ValueError(f"theta: expected fp32 [{rows}], as `threshold` gives it, got {theta.dtype} {tuple(theta.shape)}")
+    return None if theta is None else theta.contiguous()
 
 
 def _kept(logits: Tensor, theta: Tensor | None) -> Tensor:

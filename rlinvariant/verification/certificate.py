@@ -38,7 +38,7 @@ SUBJECT_SOURCES = (
     "rollout.py",
     "runtime.py",
 )
-KERNEL_VARIABLES = (  # environment variables that choose kernels inside the libraries
+KERNEL_VARIABLES = (  # environment variables that choose kernels inside the libraries, or how ours are compiled
     "ONEDNN_MAX_CPU_ISA",
     "ATEN_CPU_CAPABILITY",
     "MKL_CBWR",
@@ -46,6 +46,9 @@ KERNEL_VARIABLES = (  # environment variables that choose kernels inside the lib
     "CUBLASLT_WORKSPACE_SIZE",
     "CUBLAS_WORKSPACE_CONFIG",
     "NVIDIA_TF32_OVERRIDE",
+    "TRITON_DEFAULT_FP_FUSION",  # of norms: whether a square is rounded before it is added
+    "TRITON_FORCE_DISABLE_FP_FUSION",
+    "TRITON_F32_DEFAULT",
     "RLINVARIANT_PORTABLE",
 )
 FORMS = ("full", "short")  # forms of a certificate, the fullest first

@@ -75,8 +75,8 @@ def swiglu_merged() -> Case:
     return ops.swiglu_merged, (bf16(TOKENS, 2 * MLP),)
 
 
-def moe_route(renormalise: bool) -> Case:
-    return lambda x: ops.moe_route(x, 3, renormalise), (bf16(TOKENS, EXPERTS),)
+def moe_route(renormalise: bool, experts: int = EXPERTS) -> Case:
+    return lambda x: ops.moe_route(x, 3, renormalise), (bf16(TOKENS, experts),)
 
 
 def moe_experts() -> Case:
@@ -109,8 +109,8 @@ def token_logprobs(*scaling: float) -> Case:
     return lambda h, w: ops.token_logprobs(h, w, ids, 0.7, *scaling), (bf16(TOKENS, HIDDEN), bf16(VOCAB, HIDDEN, seed=1) / 8)
 
 
-def log_softmax() -> Case:
-    return ops.log_softmax, (bf16(TOKENS, VOCAB), torch.linspace(0, 2, TOKENS))
+def log_softmax(*theta: Tensor) -> Case:
+    return ops.log_softmax, (bf16(TOKENS, VOCAB), torch.linspace(0, 2, TOKENS), *theta)
 
 
 def truncated() -> Case:
@@ -125,9 +125,10 @@ def threshold() -> Case:
     return lambda x, t, p, m: ops.threshold(x, t, k, p, m), (bf16(TOKENS, VOCAB), t, p, m)
 
 
-def sample() -> Case:
+def sample(*theta: Tensor) -> Case:
     seeds, positions = randint(2**62, TOKENS), randint(99, TOKENS, seed=1)
-    return lambda x, t: ops.sample(x, t, seeds, positions), (bf16(TOKENS, VOCAB), torch.linspace(0, 2, TOKENS))
+    operands = bf16(TOKENS, VOCAB), torch.linspace(0, 2, TOKENS), *theta
+    return lambda x, t, *theta: ops.sample(x, t, seeds, positions, *theta), operands
 
 
 def embedding() -> Case:
@@ -154,6 +155,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "swiglu_merged": swiglu_merged,
     "moe_route": lambda: moe_route(True),
     "moe_route, weights as they are": lambda: moe_route(False),
+    "moe_route, 128 experts": lambda: moe_route(True, 128),
     "moe_experts": moe_experts,
     "attention": attention,
     "paged_attention": paged_attention,
@@ -163,6 +165,9 @@ CASES: dict[str, Callable[[], Case]] = {
     "token_logprobs, truncated": truncated,
     "threshold": threshold,
     "log_softmax": log_softmax,
+    "log_softmax, truncated": lambda: log_softmax(torch.linspace(-1, 1, TOKENS)),
     "sample": sample,
+    "sample, truncated": lambda: sample(torch.linspace(-1, 1, TOKENS)),
 }
-WITHOUT_GRADIENT = {"wide_linear", "paged_attention", "log_softmax", "sample", "threshold"}
+OF_SAMPLERS = {"wide_linear", "paged_attention", "log_softmax", "sample", "threshold"}
+WITHOUT_GRADIENT = {name for name in CASES if name.split(",")[0] in OF_SAMPLERS}

@@ -25,6 +25,7 @@ from rlinvariant.kernels import (
 )
 from rlinvariant.ops.threshold import masses_ref
 from rlinvariant.verification.mixtures import logits_with_ties
+from tests.kernels.layouts import ALIGNED
 
 names = ("moe_experts", "rms_norm", "rope", "scale_logits", "swiglu", "token_logprobs")
 cpu = {name: importlib.import_module(f"rlinvariant.ops.{name}") for name in names}
@@ -165,6 +166,11 @@ for rows, slots, experts, few in ((5, 3, 7, 16), (40, 2, 4, 0), (1, 2, 4, 16), (
     assert [g is None for g in found] == [g is None for g in expected] == [False, False, not needed[3], not needed[4]]
     present = [[g for g in side if g is not None] for side in (found, expected)]
     same(f"moe_experts, gradients, {rows}", *present, 1e-4)
+    plan = moe_experts._Plan(chosen, experts, moe_experts.tile_for(chosen.numel(), experts))
+    of_rows, of_slots = (how[0], operands[4].mT, True), (torch.randn(chosen.numel(), 160), operands[3].mT, False)
+    for x, weight, from_rows in (of_rows, of_slots):  # a transposed weight is read where it lies
+        read, copied = (plan.product(x, y, from_rows).view(torch.int32) for y in (weight, weight.contiguous()))
+        same(f"moe_experts, transposed, {rows}", read, copied, 0)
 settings = torch.tensor(
     (
         (1.0, 0, 0.95, 0.0),
@@ -210,6 +216,33 @@ for columns in (8, 4, 2, 1):  # bytes of a word, whose sign counts
 for (x, first), sums in zip(parts, checksums._on_gpu(parts), strict=True):
     assert torch.equal(sums, checksums.partial_ref(x, first)), (x.shape, x.stride(), first)
 compared.append(f"checksums of {len(parts)} tensors at once")
+
+
+class Watched:
+    """A kernel that is started as before; what it sums has to begin at a multiple of 16 bytes."""
+
+    def __init__(self, kernel, operand):
+        self.kernel, self.at = kernel, kernel.arg_names.index(operand)
+
+    def __getitem__(self, grid):
+        def launch(*args, **how):
+            watched.append(args[self.at].data_ptr() % 16)
+            return self.kernel[grid](*args, **how)
+
+        return launch
+
+
+watched: list[int] = []
+for name, operand in ALIGNED:
+    module, kernel = name.split(".")
+    setattr(globals()[module], kernel, Watched(vars(globals()[module])[kernel], operand))
+x = torch.randn(3 * 100 + 1)[1:].view(3, 100)
+ids, t = torch.arange(3), torch.ones(3)
+token_logprobs.row_logprobs(x, ids, t, None)
+token_logprobs.sample(x, t, ids, ids, None)
+moe_route.moe_route(x, 4, True)
+assert x.data_ptr() % 16 and watched == [0] * 4, watched
+compared.append("sums of what was not aligned")
 try:  # control
     same("control", rms_norm.rms_norm(r, w, 1e-6, None), ops.rms_norm(r, w, 1e-1))
 except AssertionError:

@@ -69,11 +69,18 @@ def test_code_for_a_chip_multiplies_sixteen_deep_hardly_spills_and_adds_nothing_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "count"), [("mixtures", 15), ("truncation", 2), ("sums", 4)])
+@pytest.mark.parametrize(("kind", "count"), [("mixtures", 23), ("truncation", 2), ("sums", 4)])
 def test_other_code_multiplies_sixteen_deep_hardly_spills_and_adds_nothing_atomically(kind, count):
     kernels = [json.loads(line) for line in run("tests.kernels.compiled", "sm_90", kind).splitlines()]
     assert len(kernels) == count
     assert_exact_code(kernels, "sm_90")
+
+
+@pytest.mark.slow
+def test_a_sum_is_laid_out_by_the_alignment_of_what_callers_align_and_nothing_else():
+    from tests.kernels.layouts import ALIGNED  # needs Triton
+
+    assert json.loads(run("tests.kernels.layouts")) == [[*pair] for pair in ALIGNED]
 
 
 def assert_exact_code(kernels: list[dict[str, Any]], chip: str) -> None:

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -84,3 +85,10 @@ def test_training_does_not_start_where_the_short_form_fails(exact_engine, arithm
     monkeypatch.setattr(vllm_linear._Head, "apply", off_by_an_ulp(40))
     with pytest.raises(ParityError, match="before the first step: .* log-probs differ.*0x.*rlinvariant bisect"):
         start.prove(model, exact_engine, config, arithmetic_dir, "bfloat16")
+
+
+def test_what_decides_how_triton_rounds_is_part_of_a_certificate():
+    """Triton's own list says which variables there are. Without fusion, say, a norm on a GPU has other bits."""
+    knobs: Any = pytest.importorskip("triton").knobs
+    named = {knob.key for knob in vars(knobs.language_knobs).values() if hasattr(knob, "key")}
+    assert named and named <= {*certificate.KERNEL_VARIABLES}
