@@ -85,7 +85,8 @@ def _words(rows: Tensor, first: int) -> tuple[Tensor, int]:
     row = rows.shape[1:].numel() * rows.element_size()
     size = _word(row)
     flat = rows.detach().contiguous().view(-1).view(torch.uint8)
-    flat = flat.clone() if flat.storage_offset() % size else flat  # words begin at multiples of their size
+    misplaced = flat.data_ptr() % size or flat.storage_offset() % size  # for the kernel, or for PyTorch's view
+    flat = flat.clone() if misplaced else flat
     return flat.view(WORDS[size]), first * (row // size)
 
 

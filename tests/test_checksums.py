@@ -40,6 +40,9 @@ def test_the_kernel_has_the_sums_of_its_reference(rows, columns):
         assert rows == 0 or not checksums.partial(x, first + 1).equal(expected), "control: from another place on"
     later = torch.zeros(8 * rows * columns + 1, dtype=torch.uint8)[1 : rows * columns + 1].view(rows, columns).copy_(x)
     assert checksums.partial(later).equal(checksums.partial_ref(x)), "from an address that is no multiple of a word"
+    alone = torch.from_dlpack(later)  # to PyTorch its storage begins there
+    assert alone.storage_offset() == 0 and checksums._words(alone, 0)[0].data_ptr() % columns == 0
+    assert checksums.partial(alone).equal(checksums.partial_ref(x))
 
 
 @pytest.mark.gpu

@@ -174,8 +174,9 @@ class _Replay(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dhidden: Tensor) -> Any:
         if ctx.number != ctx.graphs.passes:
-            raise RuntimeError("a decoder's graphs ran forward again before this backward, over what it needs")
+            raise RuntimeError("a decoder's graphs ran forward again, or this backward before, over what it needs")
         graph: _Graph = ctx.graph
+        ctx.number = None  # a backward writes over what it has read
         graph.dhidden.copy_(dhidden)
         graph.backward.replay()
         # Held by `graph` too: so autograd copies what it keeps, and the next replay writes over nobody's gradient.

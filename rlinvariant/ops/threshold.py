@@ -12,7 +12,8 @@ from torch import Tensor
 from rlinvariant.kernels import cpu
 from rlinvariant.ops.register import define, require_dtype
 
-UNIT = 40  # the likeliest token's mass is 2**40, so a row of less than 2**23 tokens fits 63 bits
+UNIT = 40  # the likeliest token's mass is 2**40
+LONGEST = 2**22 - 1  # tokens of a row: their masses fit 62 bits, and a bound above them (kernels/threshold.py) 63
 _LOG2E = 1.44269504
 _COEFFICIENTS = (1.5353362e-4, 1.3398875e-3, 9.618437e-3, 5.5503324e-2, 2.4022648e-1, 6.931472e-1, 1.0)
 
@@ -32,7 +33,7 @@ def threshold(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor,
         equal the last of them
 
     Args:
-        logits: [R, V], bf16 or fp32, V below 2^23; of any value: a row with NaN or +inf keeps all its tokens.
+        logits: [R, V], bf16 or fp32, V at most LONGEST; of any value: a row with NaN or +inf keeps all its tokens.
         temperature: [R] fp32, >= 0; at 0, the greedy row, all tokens are kept, and below 4.3e-39, whose reciprocal overflows.
         top_k: [R] int64; 0 or less, or V or more: no limit.
         top_p: [R] fp32, in (0, 1]; 1: no limit, also for tokens without mass.
@@ -101,9 +102,9 @@ def _check(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, mi
     rows = logits.shape[0]
     per_row = temperature.shape == top_k.shape == top_p.shape == min_p.shape == (rows,)
     floats = temperature.dtype == top_p.dtype == min_p.dtype == torch.float32
-    if logits.dim() != 2 or logits.shape[1] >= 2**23 or not per_row or not floats or top_k.dtype is not torch.int64:
+    if logits.dim() != 2 or logits.shape[1] > LONGEST or not per_row or not floats or top_k.dtype is not torch.int64:
         raise ValueError(
-            f"threshold: expected temperature, top_p, min_p fp32 and top_k int64, each of [{rows}], and V below 2^23"
+            f"threshold: expected temperature, top_p, min_p fp32 and top_k int64, each of [{rows}], and V at most {LONGEST}"
         )
     if logits.is_cuda:  # looking would wait for it at every step
         return

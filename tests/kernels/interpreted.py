@@ -23,7 +23,7 @@ from rlinvariant.kernels import (
     threshold,
     token_logprobs,
 )
-from rlinvariant.ops.threshold import masses_ref
+from rlinvariant.ops.threshold import LONGEST, masses_ref
 from rlinvariant.verification.mixtures import logits_with_ties
 from tests.kernels.layouts import ALIGNED
 
@@ -207,6 +207,12 @@ for dtype in (torch.bfloat16, torch.float32):  # top-p alone, at the share of a 
     ours, summed = threshold.threshold_and_summed(*like)
     same(f"threshold at edges {dtype}", ours.view(torch.int32), ops.threshold(*like).view(torch.int32), 0)
     assert summed[:-20].any() and summed[-20:].sum() <= 1, summed
+threshold.BLOCK, threshold.LANES, threshold.FEW = (tl.constexpr(n) for n in (2**15, 2**16, 2**10))
+x = torch.zeros(1, LONGEST, dtype=torch.bfloat16)  # all tokens are about as likely, and top-p keeps three: few groups are read
+x[0, :96:32] = torch.tensor([1.0, 1.015625, 1.03125])
+one = x, torch.tensor([1e6]), torch.zeros(1).long(), torch.tensor([2.85 / LONGEST]), torch.zeros(1)
+same("threshold of the longest row", threshold.threshold(*one), ops.threshold(*one), 0)
+assert threshold.threshold(*one) == 1.0
 parts, checksum.MOST = [], 50_000  # so that long ones are cut, as those of 2**30 words are
 for columns in (8, 4, 2, 1):  # bytes of a word, whose sign counts
     x = torch.randint(0, 256, (20_001, columns), dtype=torch.uint8)

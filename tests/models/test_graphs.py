@@ -9,7 +9,7 @@ from peft import LoraConfig
 
 from rlinvariant.bits import assert_bits_equal, compare
 from rlinvariant.models import lora, make_trainable
-from rlinvariant.models.graphs import MOST_SHAPES, DecoderGraphs, runs_as_graphs, use_graphs
+from rlinvariant.models.graphs import MOST_SHAPES, DecoderGraphs, _Replay, runs_as_graphs, use_graphs
 from rlinvariant.trainer.memory import decoder_of
 from rlinvariant.trainer.packing import Packed, pack
 from tests.models.small import build
@@ -95,7 +95,7 @@ def test_moved_weights_are_recorded_again_and_a_lost_forward_is_refused():
     ids = packed.inputs["input_ids"], packed.inputs["position_ids"], packed.inputs["cu_seq_lens_q"]
     hidden = model.base_model.graphs(*ids, packed.inputs["max_length_q"])
     model.base_model.graphs(*ids, packed.inputs["max_length_q"])
-    with pytest.raises(RuntimeError, match="ran forward again before this backward"):
+    with pytest.raises(RuntimeError, match="ran forward again"):
         hidden.sum().backward()
 
 
@@ -157,6 +157,22 @@ def test_a_shape_is_recorded_when_it_comes_again_and_the_longest_unused_is_dropp
     assert recorded[-1] == 99 and decoder.runs == MOST_SHAPES + 2, "2 was dropped, and comes as if for the first time"
     run(2)
     assert recorded[-1] == 2
+
+
+def test_a_backward_runs_once():
+    """A CPU replays nothing: the second backward of a pass has to be refused before it would."""
+    weight, replays = torch.nn.Parameter(torch.ones(2)), []
+    forward, backward = (SimpleNamespace(replay=lambda name=name: replays.append(name)) for name in ("forward", "backward"))
+    held = {"inputs": [], "hidden": torch.ones(2), "dhidden": torch.zeros(2), "gradients": [torch.ones(2)], "used": [True]}
+    graph = SimpleNamespace(forward=forward, backward=backward, **held)
+    hidden = _Replay.apply(DecoderGraphs(Decoder()), graph, (), weight)
+    hidden.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="or this backward before"):
+        hidden.sum().backward()
+    assert replays == ["forward", "backward"]
+    assert weight.grad is not None and weight.grad.data_ptr() != graph.gradients[0].data_ptr(), (
+        "a replay writes over the latter"
+    )
 
 
 def test_only_passes_with_gradients_run_as_graphs_and_a_copy_has_none():

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rlinvariant import ops
 from rlinvariant.bits import assert_bits_equal
-from rlinvariant.ops.threshold import UNIT, masses_ref
+from rlinvariant.ops.threshold import LONGEST, UNIT, masses_ref
 from tests import ladders
 from tests.ladders import DTYPES, cpu_only, dtype_name, randint, randn, randperm
 
@@ -217,6 +217,16 @@ def test_other_shapes_and_dtypes_are_refused(at, value):
         ops.threshold(randn(4, 9), *arguments)
     with pytest.raises(TypeError, match="float16"):
         ops.threshold(randn(4, 9, dtype=torch.float16), *rows(4, 1.0, 5, 0.9, 0.1))
+
+
+def test_a_row_whose_masses_might_not_fit_is_refused():
+    for vocab in (LONGEST, LONGEST + 1):
+        logits = torch.empty(1, dtype=torch.bfloat16).expand(0, vocab)
+        if vocab > LONGEST:
+            with pytest.raises(ValueError, match=f"V at most {LONGEST}"):
+                threshold(logits, 1.0, 5, 0.9, 0.1)
+        else:
+            assert threshold(logits, 1.0, 5, 0.9, 0.1).shape == (0,)
 
 
 @cpu_only  # looking at it would make a GPU wait at every step
