@@ -136,7 +136,7 @@ class _Graph:
         self.hidden = hidden.detach()
 
     def holds(self, decoder: nn.Module, trained: list[nn.Parameter]) -> bool:
-        """Return whether it reads the decoder's weights where they are now, and has the gradients of these."""
+        """Return whether it reads the decoder's weights and tables where they are now, and has the gradients of these."""
         return [*map(id, trained)] == [*map(id, self.trained)] and self.addresses == _addresses(decoder)
 
 
@@ -156,7 +156,8 @@ def _no_mask(ids: Tensor) -> Tensor:
 
 
 def _addresses(decoder: nn.Module) -> list[int]:
-    return [p.data_ptr() for p in decoder.parameters()]
+    """Return where the weights lie, and what else the decoder reads, as its rotary tables."""
+    return [x.data_ptr() for x in (*decoder.parameters(), *decoder.buffers())]
 
 
 class _Replay(torch.autograd.Function):

@@ -73,7 +73,8 @@ def paged_attention(
 
     Args:
         q: [T, H, D]; the queries of sequence b are rows cu_seqlens_q[b] to cu_seqlens_q[b + 1], its last positions.
-        kv_cache: [pages, H_kv, page_size, 2 D] with any strides: keys in the first D columns, values in the others.
+        kv_cache: [pages, H_kv, page_size, 2 D]: keys in the first D columns, values in the others. Columns are next to each
+            other in memory; pages, heads and rows may be anywhere.
         block_table: [sequences, width] int32, the pages of each sequence in order.
         cu_seqlens_q: [sequences + 1] int32.
         kv_lens: [sequences] int32, keys per sequence, those of q included.

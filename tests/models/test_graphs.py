@@ -9,7 +9,7 @@ from peft import LoraConfig
 
 from rlinvariant.bits import assert_bits_equal, compare
 from rlinvariant.models import lora, make_trainable
-from rlinvariant.models.graphs import MOST_SHAPES, DecoderGraphs, _Replay, runs_as_graphs, use_graphs
+from rlinvariant.models.graphs import MOST_SHAPES, DecoderGraphs, _addresses, _Graph, _Replay, runs_as_graphs, use_graphs
 from rlinvariant.trainer.memory import decoder_of
 from rlinvariant.trainer.packing import Packed, pack
 from tests.models.small import build
@@ -157,6 +157,19 @@ def test_a_shape_is_recorded_when_it_comes_again_and_the_longest_unused_is_dropp
     assert recorded[-1] == 99 and decoder.runs == MOST_SHAPES + 2, "2 was dropped, and comes as if for the first time"
     run(2)
     assert recorded[-1] == 2
+
+
+def test_a_graph_holds_until_a_weight_or_a_table_lies_elsewhere():
+    decoder, graph = Decoder(), object.__new__(_Graph)
+    decoder.register_buffer("table", torch.ones(4))
+    trained = [decoder.weight]
+    for name in ("table", "weight"):
+        graph.trained, graph.addresses = trained, _addresses(decoder)
+        assert graph.holds(decoder, trained)
+        moved = getattr(decoder, name)
+        moved.data = moved.data.clone()
+        assert not graph.holds(decoder, trained), name
+    assert not graph.holds(decoder, [])
 
 
 def test_a_backward_runs_once():
