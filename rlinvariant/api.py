@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
+from transformers.trainer_utils import TrainOutput
 
 from rlinvariant import plan, runtime
 from rlinvariant.config import PPOConfig
@@ -18,6 +20,7 @@ from rlinvariant.report import wandb_log
 from rlinvariant.report.console import Console
 from rlinvariant.report.rundir import RunDir
 from rlinvariant.rewards import RewardLimits, reward_problems
+from rlinvariant.run import train_on
 from rlinvariant.script import ScriptRun, run_config
 from rlinvariant.support import device_problems
 from rlinvariant.tools import ToolLimits
@@ -129,7 +132,11 @@ class GRPOTrainer(InvariantGRPOTrainer):
             ParityError: as `InvariantGRPOTrainer` says.
         """
         if self._run is None:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            checkpoint = self._checkpoint(resume_from_checkpoint)
+            if checkpoint is None or not 0 < self.args.max_steps <= checkpoint.step:
+                return super().train(checkpoint, *args, **kwargs)
+            done = train_on(self, checkpoint, self.args.max_steps, Console(self.args.process_index == 0), super().train)
+            return TrainOutput(done, math.nan, {})
         if resume_from_checkpoint:
             raise UserError(
                 f"resume_from_checkpoint: expected none with run={self._run.config.run}; write resume=True beside run="
@@ -234,6 +241,12 @@ def _checked(
     if train_dataset is None:
         problems.append("train_dataset: missing; give a datasets.Dataset with a column prompt")
     if run is None and args.output_dir is not None:
+        out = Path(args.output_dir).absolute()
+        if own := next((path for path in (out, out.parent) if RunDir(path).is_there), None):
+            fix = "choose another, or write run=, which has a directory of its own"
+            problems.append(
+                f"output_dir={args.output_dir}: {own} is the directory of a run, and its checkpoints would be lost; {fix}"
+            )
         try:
             require_writable(Path(args.output_dir), f"output_dir={args.output_dir}", "choose another", directory=True)
         except UserError as error:

@@ -19,12 +19,12 @@ in progress and its checkpoint too. Slurm and Kubernetes kill 30 s after their S
 FORCE_AFTER_S = 3.0  # how long a run has that was told to end at once
 
 
-def watch(trainer: int, run: str, echo_s: float, force_after_s: float, within_s: Mapping[int, float]) -> None:
+def watch(trainer: int, go_on: str, echo_s: float, force_after_s: float, within_s: Mapping[int, float]) -> None:
     """Wait for signals of the trainer: repeat the first when its time is over, and kill the trainer if that does not help.
 
     Args:
         trainer: its process.
-        run: the run's directory, for the last line; "" where another process says it.
+        go_on: how to go on with the run, for the last line; "" where another process says it.
         echo_s: a signal that comes again so soon is the same one, sent on by a launcher; 0 where there is none.
         force_after_s, within_s: as the constants.
     """
@@ -48,9 +48,9 @@ def watch(trainer: int, run: str, echo_s: float, force_after_s: float, within_s:
             os.kill(trainer, number)
             told, due = True, now + force_after_s
         else:
-            if run:
+            if go_on:
                 said = f"killed: {signal.Signals(number).name} had not ended this run after {now - began:.0f} s; its newest"
-                said += f" checkpoint is what is left; go on with: rlinvariant resume {run}"
+                said += f" checkpoint is what is left; go on with: {go_on}"
                 os.write(2, f"{said}\n".encode())
             os.kill(trainer, signal.SIGKILL)
             return

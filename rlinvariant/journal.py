@@ -238,7 +238,7 @@ class Journal:
         with suppress(OSError):
             saved = checkpoints.found(self.directory.checkpoints)
         left = f"step {saved[0][0]} is the last that is saved" if saved else "no step is saved, it begins again at the first"
-        return f"{outcome(stop)}: {left}; go on with: rlinvariant resume {self.directory.path}"
+        return f"{outcome(stop)}: {left}; go on with: {self.config.again}"
 
     def _write_result(self, error: BaseException | None, seconds: float) -> None:
         result = {

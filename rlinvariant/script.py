@@ -109,7 +109,7 @@ class ScriptRun:
             return train_on(trainer, self.resumption.checkpoint, self.config.steps, self.console, go_on)
 
         echo_s = stopping.ECHO_S if is_launched() else 0.0
-        with stopping.listening(self.config.run_dir, echo_s, rank() == 0), directory(self.config):
+        with stopping.listening(self.config.again, echo_s, rank() == 0), directory(self.config):
             carry_out(self.journal, trainer, held_out, steps, may_end_early=True)
         return results[0] if results else TrainOutput(trainer.state.global_step, math.nan, {})
 

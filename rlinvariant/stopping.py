@@ -18,7 +18,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
@@ -110,11 +109,11 @@ def raise_stopped(number: int, _: FrameType | None = None) -> None:
 
 
 @contextmanager
-def listening(run_dir: Path, echo_s: float, speaks: bool) -> Iterator[None]:
+def listening(go_on: str, echo_s: float, speaks: bool) -> Iterator[None]:
     """Let signals end the run that the block is, as the table above says.
 
     Args:
-        run_dir: where the run is written.
+        go_on: how to go on with the run, as `Config.again` says, for the last line of one that had to be killed.
         echo_s: ECHO_S where a launcher may pass on what this process gets too, else 0.
         speaks: whether this is the process that prints.
     """
@@ -134,7 +133,7 @@ def listening(run_dir: Path, echo_s: float, speaks: bool) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # which alone has signals
         yield
         return
-    arguments = [os.getpid(), run_dir if speaks else "", echo_s, deadline.FORCE_AFTER_S, json.dumps(deadline.WITHIN_S)]
+    arguments = [os.getpid(), go_on if speaks else "", echo_s, deadline.FORCE_AFTER_S, json.dumps(deadline.WITHIN_S)]
     clock = subprocess.Popen([sys.executable, "-I", "-S", deadline.__file__, *map(str, arguments)], stdin=subprocess.PIPE)
     assert clock.stdin is not None
     os.set_blocking(clock.stdin.fileno(), False)

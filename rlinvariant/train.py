@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> int | None:
         raise ConfigErrors(problems)
     from rlinvariant.run import run
 
-    with stopping.listening(config.run_dir, echo_s, rank() == 0):
+    with stopping.listening(config.again, echo_s, rank() == 0):
         run(config)
     return None
 

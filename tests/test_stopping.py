@@ -13,16 +13,17 @@ AFTER_A_STEP = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 RUN = """
 import itertools, os, signal, sys, time
 from contextlib import nullcontext
-from pathlib import Path
 from types import SimpleNamespace
 from rlinvariant import cli, deadline, stopping
+
+AGAIN = "rlinvariant resume runs/x"
 
 def say(text):
     print(text, flush=True)
 
 def take_steps(listens=True, step=input, echo_s=0.0, agree=int):
     control = SimpleNamespace(should_save=False, should_evaluate=True, should_training_stop=False)
-    with stopping.listening(Path("runs/x"), echo_s, True) if listens else nullcontext():
+    with stopping.listening(AGAIN, echo_s, True) if listens else nullcontext():
         with stopping.after_a_step(agree):
             while not control.should_training_stop:
                 say("step")
@@ -82,7 +83,7 @@ DROPPED = """
         def __del__(self):
             say("finaliser")
             input()
-    with stopping.listening(Path("runs/x"), 3.0, True):
+    with stopping.listening(AGAIN, 3.0, True):
         slow = Slow()
         del slow
         say("goes on")
@@ -152,7 +153,7 @@ def test_the_second_signal_ends_a_run_at_once(number):
 
 
 def test_a_signal_that_another_process_gets_after_its_last_step_ends_this_one_too():
-    body = "\n    with stopping.listening(Path('runs/x'), 0.0, True), stopping.after_a_step(AGREE): pass\n    say('went on')"
+    body = "\n    with stopping.listening(AGAIN, 0.0, True), stopping.after_a_step(AGREE): pass\n    say('went on')"
     assert Run(body.replace("AGREE", "lambda number: max(number, 15)")).ends()[:2] == (143, "")
     assert Run(body.replace("AGREE", "lambda number: number")).ends()[:2] == (0, "went on\n"), "control"
 
@@ -173,14 +174,14 @@ def test_ctrl_c_ends_a_run_at_once_in_one_line():
 
 
 def test_a_signal_before_the_first_step_ends_a_run_at_once():
-    run = Run("\n    with stopping.listening(Path('runs/x'), 0.0, True): say('starts'); input()")
+    run = Run("\n    with stopping.listening(AGAIN, 0.0, True): say('starts'); input()")
     run.expect("starts")
     run.send(signal.SIGTERM)
     assert run.ends() == (143, "", "stopped by SIGTERM\n")
 
 
 def test_the_last_words_of_a_run_are_not_cut_short_by_one_signal():
-    run = Run("\n    with stopping.listening(Path('runs/x'), 0.0, True), stopping.ending(): say('ends'); input(); say('ended')")
+    run = Run("\n    with stopping.listening(AGAIN, 0.0, True), stopping.ending(): say('ends'); input(); say('ended')")
     run.expect("ends")
     run.send(signal.SIGTERM)
     assert run.ends("\n") == (0, "ended\n", "")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import chz
 
+from rlinvariant.arguments import SCRIPT
 from rlinvariant.config.fields import TRAINER_OWN, TrainerConfig
 from rlinvariant.config.named import Named, named
 from rlinvariant.config.recipe import Data, Recipe, load_recipe
@@ -17,6 +18,7 @@ from rlinvariant.files import RUNS
 from rlinvariant.kernels.choice import AUTO, Attention
 from rlinvariant.masking import masked
 from rlinvariant.rewards import RewardLimits
+from rlinvariant.text import shown
 from rlinvariant.tools.limits import ToolLimits
 from rlinvariant.types import EnvironmentFactory, Json, JsonObject, RewardCall, ToolCall, Untyped
 
@@ -206,6 +208,13 @@ class Config:
     def run_dir(self) -> Path:
         """Return the run's directory, relative to the working directory."""
         return RUNS / self.run
+
+    @property
+    def again(self) -> str:
+        """Say how to go on with the run: the command, or what to write into its script, which the command cannot start."""
+        if self.sources.get("run") == SCRIPT:
+            return f"resume=True beside run= in {shown(self.recipe)}"
+        return f"rlinvariant resume {self.run_dir}"
 
     @property
     def reward_limits(self) -> RewardLimits:

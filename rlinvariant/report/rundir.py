@@ -45,6 +45,11 @@ class RunDir:
         self.completions_dropped = self.path / "completions-dropped.json"
         self.model = self.path / "model"
 
+    @property
+    def is_there(self) -> bool:
+        """Say whether a run has begun there, whatever it has left."""
+        return self.config.is_file() and self.environment.is_file()
+
     @classmethod
     def create(cls, path: str | Path, config: JsonRow, resume: bool = False, logs: Mapping[str, int] | None = None) -> Self:
         """Make the directory and write config.json; with `resume`, continue one that a run left, if there is one.

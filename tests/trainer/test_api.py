@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.trainer_utils import SaveStrategy
 from trl import GRPOConfig
 
 import rlinvariant
+from rlinvariant.errors import ConfigErrors
 from rlinvariant.trainer.evaluate import greedy_reward
 from tests.parity.device import CUDA
 from tests.parity.harness import new_trainer, questions, variety
@@ -52,6 +54,45 @@ def test_grpo_trainer_takes_what_trl_takes(loaded, arithmetic_dir, tmp_path):
     assert [row["onpolicy/mismatched_tokens"] for row in rows] == [0, 0]
     # 8 completions of up to 12 tokens, of which a few end early
     assert all(row["onpolicy/coverage"] == 1 and row["onpolicy/compared_tokens"] >= 8 * 8 for row in rows)
+
+
+def test_a_script_that_has_done_its_steps_takes_no_more(arithmetic_dir, tmp_path):
+    """Batch systems start a script again and again; transformers would look at the number of steps after one more."""
+    sampler = {"max_model_len": 64, "kv_cache_gib": 0.02, "options": {"enforce_eager": True}}
+
+    def trained(steps: int, resume: bool) -> tuple[list[int], int, dict[str, torch.Tensor]]:
+        args, taken = arguments(tmp_path), []
+        args.save_strategy, args.save_steps, args.max_steps = SaveStrategy.STEPS, 1, steps
+        given = {"sampler_options": sampler, "on_row": lambda row, mismatch: taken.append(row["step"])}
+        trainer = rlinvariant.GRPOTrainer(arithmetic_dir, variety, args, questions(), **given)
+        done = trainer.train(resume_from_checkpoint=resume)
+        trainer.close()
+        return taken, done.global_step, trainer.model.state_dict()
+
+    steps, last, weights = trained(2, False)
+    assert (steps, last) == ([1, 2], 2)
+    steps, last, again = trained(2, True)
+    assert (steps, last) == ([], 2) and all(torch.equal(weights[name], again[name]) for name in weights)
+    assert trained(3, True)[:2] == ([3], 3)
+
+
+def test_the_directory_of_a_run_is_no_output_directory(tmp_path):
+    """Checkpoints of two runs in one directory would replace each other; any other directory will do."""
+    run = tmp_path / "runs" / "first"
+    (run / "checkpoints").mkdir(parents=True)
+    paths = (run, run / "checkpoints")
+    assert not any("is the directory of a run" in refusal(path) for path in paths), "nothing has begun there"
+    for name in ("config.json", "environment.json"):
+        (run / name).write_text("{}")
+    for path in paths:
+        assert f"output_dir={path}: {run} is the directory of a run" in refusal(path)
+    assert "is the directory of a run" not in refusal(tmp_path / "runs" / "out")
+
+
+def refusal(output_dir: Path) -> str:
+    with pytest.raises(ConfigErrors) as error:
+        rlinvariant.GRPOTrainer("no/such/directory", variety, arguments(output_dir), questions())
+    return str(error.value)
 
 
 def test_ppo_trainer_takes_the_same_and_ppos_settings(arithmetic_dir, tmp_path):

@@ -25,9 +25,12 @@ def load_tokenizer(name: str, config: "PreTrainedConfig") -> "PreTrainedTokenize
 
     try:
         with main_process_fetches(name):
-            return AutoTokenizer.from_pretrained(name, config=copy.deepcopy(config), trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(name, config=copy.deepcopy(config), trust_remote_code=False)
     except Exception as error:  # tokenizers raises plain exceptions
         raise UserError(f"model={name}: no tokenizer: {one_line(error, 400)}") from error
+    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):  # what transformers makes where no file is
+        raise UserError(f"model={name}: no tokenizer: none of its files is there; save it beside the model (save_pretrained)")
+    return tokenizer
 
 
 def token_problems(tokenizer: "PreTrainedTokenizerBase", vocabulary: int | None, name: str) -> list[str]:

@@ -22,7 +22,7 @@ from rlinvariant.trainer.preflight import Start, check_start
 from rlinvariant.trainer.preflight.disk import disk_problems, parameters
 from rlinvariant.trainer.preflight.parts import hub_problems, part_problems, weight_problems
 from rlinvariant.trainer.preflight.signatures import needed_columns, signature_problems
-from rlinvariant.trainer.preflight.tokens import generation_problems, load_generation, token_problems
+from rlinvariant.trainer.preflight.tokens import generation_problems, load_generation, load_tokenizer, token_problems
 
 
 def settings(path: Any = "out", **changes: Any) -> GRPOConfig:
@@ -114,6 +114,15 @@ def test_tokens_that_do_not_go_with_the_model_are_said(arithmetic_dir: str) -> N
     tokenizer.eos_token = None
     (line,) = token_problems(tokenizer, 99, "m")
     assert line.startswith("model=m: its tokenizer has no eos_token")
+
+
+def test_a_model_directory_without_a_tokenizer_is_named(arithmetic_dir: str, tmp_path: Path) -> None:
+    """Where no file is there, what transformers returns is a tokenizer of special tokens alone; the control has files."""
+    config = AutoConfig.from_pretrained(arithmetic_dir)
+    assert len(load_tokenizer(arithmetic_dir, config)) > 10
+    config.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"^model={tmp_path}: no tokenizer: .*; save it beside the model"):
+        load_tokenizer(str(tmp_path), config)
 
 
 def test_generation_settings_that_no_checkpoint_could_hold_are_said(arithmetic_dir: str, tmp_path: Path) -> None:
