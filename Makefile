@@ -14,7 +14,7 @@ ARGS ?=
 # libgomp threads that spin make everything 10 times slower as soon as cores are shared
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help train test test-slow test-gpu contract reliability check docs fields wheel test-wheel constraints newest
+.PHONY: help train test test-slow test-gpu contract compile reliability check docs fields wheel test-wheel constraints newest
 help:  ## list the targets
 	@grep -E '^[a-z.-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
@@ -32,6 +32,9 @@ test-gpu: .venv  ## the tests that need an H100 or H200
 
 contract: .venv  ## the hooks in vLLM's CUDA wheels, of the release in use and of the newest; downloads 600 MB
 	$(BIN)/python -m pytest -m contract tests/sampler/test_wheels.py
+
+compile: .venv  ## every GPU kernel for every GPU, with the Triton that PyTorch's CUDA wheel brings; downloads 180 MB, needs no GPU
+	$(BIN)/python -m pytest -m contract tests/kernels/test_compiled.py
 
 reliability: .venv  ## kills, damages, full disks and misuse by the hundred; writes the table of docs/results/reliability.md
 	$(PYTEST) -m reliability -p tests.reliability.table; code=$$?; \

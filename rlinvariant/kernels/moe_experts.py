@@ -6,7 +6,7 @@ device alone, so the grid has room for the most that there can be, and a program
 A tile's product is that of kernels/linear.py, by its `accumulated`: one fp32 accumulator over K, ascending. So a row has
 the bits that `linear` gives it, whatever the tile and whoever shares it. `check` compares the two before a weight shape is
 used. Gradients take the same kernel, and one that sums over an expert's slots: they have run in Triton's interpreter and have
-been compiled for sm_90, and not run on a GPU yet.
+been compiled, and not run on a GPU yet.
 
 R: rows (tokens), S: slots of a row, X: R times S; E: experts, D: width of a row, I: width inside an expert, N: columns of a
 product (of the first, 2 I), K: columns that it sums over.
@@ -28,7 +28,7 @@ from rlinvariant.kernels.swiglu import swiglu_merged, swiglu_merged_backward
 FEW = 16  # up to so many slots of an expert, on average, tiles have 16 rows, beyond 64
 TABLE_BLOCK = 32  # tiles that a program of `_tiles` describes
 BLOCK = 1024  # columns that a program of `_combine` adds
-SUMMED = 128, 128, 64, 8, 3  # of `_summed`: rows and columns of a tile, slots of a step, warps, stages
+SUMMED = 128, 64, 32, 8, 3  # of `_summed`: rows and columns of a tile, slots of a step, warps, stages; larger ones spill
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """Compile kernels for a chip that is not here, and read off what its machine code is made of.
 
-`python -m tests.kernels.compiled sm_90 attention` prints a JSON row for every kernel that the table can ask for; `mixtures`,
-`truncation` and `sums` those of kernels/moe_*.py, kernels/threshold.py and kernels/checksum.py.
+`python -m tests.kernels.compiled sm_90` prints a JSON row for every kernel in every form that a launch can ask for, and at
+the end one that names the Triton, and the kernels that are in no row: there should be none.
 """
 
 import itertools
@@ -31,6 +31,7 @@ from rlinvariant.kernels import (
     moe_route,
     threshold,
 )
+from tests.kernels import launches
 
 PRODUCT = re.compile(r"\b(?:wgmma\.mma_async\.sync\.aligned|mma\.sync\.aligned|tcgen05\.mma)\S+")
 ATOMIC = re.compile(r"\b(?:atom|red)\.\S+")
@@ -47,6 +48,7 @@ class Machine:
     """Holds what was found in the code of one kernel: `stack` is bytes of memory that registers spill to."""
 
     name: str
+    function: str
     products: list[str]
     atomics: int
     shared: int
@@ -63,8 +65,12 @@ def compiled(name: str, kernel: Any, chip: int, warps: int, stages: int, **fixed
     attributes = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if n in aligned}
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
     made = triton.compile(ASTSource(kernel, types, constants, attributes), target=GPUTarget("cuda", chip, 32), options=options)
-    ptx = made.asm["ptx"]
-    return Machine(name, PRODUCT.findall(ptx), len(ATOMIC.findall(ptx)), made.metadata.shared, _stack(made.asm["cubin"]))
+    return _machine(name, f"{kernel.__module__.rpartition('.')[2]}.{kernel.__name__}", made)
+
+
+def _machine(name: str, function: str, made: Any) -> Machine:
+    ptx, stack = made.asm["ptx"], _stack(made.asm["cubin"])
+    return Machine(name, function, sorted({*PRODUCT.findall(ptx)}), len(ATOMIC.findall(ptx)), made.metadata.shared, stack)
 
 
 def _type(name: str) -> str:
@@ -145,8 +151,22 @@ def sums(chip: str) -> Iterator[Machine]:
         yield compiled(f"plan of sums, {size} bytes", checksum._sums, int(chip.removeprefix("sm_")), 4, 3, WORD=word, **fixed)
 
 
-KERNELS = {"attention": attention, "mixtures": mixtures, "truncation": truncation, "sums": sums}
+def others(chip: str) -> Iterator[Machine]:
+    """Yield the kernels whose calls can be made without a GPU."""
+    for function, made in launches.launched(int(chip.removeprefix("sm_"))):
+        names, metadata = made.src.fn.arg_names, made.metadata
+        fixed = {names[i]: value for (i,), value in made.src.constants.items()}
+        yield _machine(f"{function}, {fixed}, {metadata.num_warps} warps, {metadata.num_stages} stages", function, made)
+
+
+def main(chip: str) -> None:
+    seen = set()
+    for kernels in (attention, mixtures, truncation, sums, others):
+        for row in kernels(chip):
+            seen.add(row.function)
+            print(json.dumps(asdict(row)), flush=True)
+    print(json.dumps({"triton": triton.__version__, "left_out": sorted(launches.kernels() - seen)}))
+
 
 if __name__ == "__main__":
-    for row in KERNELS[sys.argv[2]](sys.argv[1]):
-        print(json.dumps(asdict(row)), flush=True)
+    main(sys.argv[1])
