@@ -117,7 +117,7 @@ def test_tokens_that_do_not_go_with_the_model_are_said(arithmetic_dir: str) -> N
 
 
 def test_a_model_directory_without_a_tokenizer_is_named(arithmetic_dir: str, tmp_path: Path) -> None:
-    """Where no file is there, what transformers returns is a tokenizer of special tokens alone; the control has files."""
+    """The tokenizer that transformers returns where no file is there has special tokens alone; the control has files."""
     config = AutoConfig.from_pretrained(arithmetic_dir)
     assert len(load_tokenizer(arithmetic_dir, config)) > 10
     config.save_pretrained(tmp_path)
