@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +23,7 @@ from rlinvariant.config.check import check_run
 from rlinvariant.config.fields import TRAINER_OWN, trainer_config_class
 from rlinvariant.config.tree import leaves
 from rlinvariant.conflicts import Gradients
+from rlinvariant.errors import Stopped, outcome, stop_code
 from rlinvariant.journal import Journal
 from rlinvariant.kernels import choice
 from rlinvariant.launch import is_launched, is_sharded, on_main_process, rank
@@ -27,6 +31,7 @@ from rlinvariant.report.console import Console
 from rlinvariant.resumption import dataset_digest, find, require_same_data
 from rlinvariant.rewards import RewardLimits
 from rlinvariant.run import carry_out, directory, train_on
+from rlinvariant.text import say
 from rlinvariant.tools import ToolLimits
 from rlinvariant.types import Untyped
 
@@ -109,9 +114,30 @@ class ScriptRun:
             return train_on(trainer, self.resumption.checkpoint, self.config.steps, self.console, go_on)
 
         echo_s = stopping.ECHO_S if is_launched() else 0.0
-        with stopping.listening(self.config.again, echo_s, rank() == 0), directory(self.config):
+        with _code_of_a_signal(), stopping.listening(self.config.again, echo_s, rank() == 0), directory(self.config):
             carry_out(self.journal, trainer, held_out, steps, may_end_early=True)
         return results[0] if results else TrainOutput(trainer.state.global_step, math.nan, {})
+
+
+@contextmanager
+def _code_of_a_signal() -> Iterator[None]:
+    """Let a script that does not catch `Stopped` end as a command does: with a line, and the exit code that shells give it."""
+    try:
+        yield
+    except Stopped:
+        sys.excepthook = functools.partial(_end, sys.excepthook)  # `finally` of the script comes before it
+        raise
+
+
+def _end(otherwise: Callable[..., object], kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    if not isinstance(error, Stopped):
+        otherwise(kind, error, trace)
+        return
+    if rank() == 0:
+        say(str(error) or outcome(error), error=True)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    os._exit(stop_code(error))
 
 
 def _both(first: Callable[..., object], second: Callable[..., object] | None) -> Callable[..., None]:

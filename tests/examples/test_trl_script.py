@@ -1,6 +1,7 @@
 """examples/trl_script.py, run as a user runs it, and what its one line changes."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -55,16 +56,21 @@ def test_a_script_that_names_its_run_leaves_what_the_command_line_leaves(arithme
 
 @pytest.mark.slow
 def test_a_script_that_is_stopped_says_how_to_go_on(arithmetic_dir, tmp_path):
-    """`rlinvariant resume` starts no script: the last line says what to write into it, and result.json too."""
+    """`rlinvariant resume` starts no script: the last line says what to write into it, and result.json too.
+
+    Its exit code is that of a command, by which a batch system tells it from a crash.
+    """
     kill = "os.kill(os.getpid(), signal.SIGTERM)"
     stop = f"import os, signal\n\ndef stop(**_):\n    {kill}\n    return different_characters(**_)\n\n"
     source = (
         EXAMPLE.read_text().replace("args = GRPOConfig", f"{stop}args = GRPOConfig").replace("=different_characters", "=stop")
     )
     source = source.replace("    train_dataset=dataset,\n", "    train_dataset=dataset,\n    run='named',\n")
-    (tmp_path / "script.py").write_text(source)
+    last = 'import atexit\n\natexit.register(print, "the script\'s own last line")\n'
+    (tmp_path / "script.py").write_text(last + source)
     command = [sys.executable, "script.py", arithmetic_dir]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     line = "stopped by SIGTERM: step 1 is the last that is saved; go on with: resume=True beside run= in script.py"
-    assert done.stderr.splitlines()[-1].endswith(f"Stopped: {line}"), done.stderr[-3000:]
+    assert done.returncode == 128 + signal.SIGTERM and done.stderr.splitlines()[-1] == line, done.stderr[-3000:]
+    assert "Traceback" not in done.stderr and done.stdout.splitlines()[-1] == "the script's own last line"
     assert json.loads((tmp_path / "runs" / "named" / "result.json").read_text())["error"] == line
