@@ -218,7 +218,7 @@ def prepare(args: Untyped, default: Untyped, subject: Subject | None = None, roo
         about = None if subject is None else subject(load_config(args.model), args.dtype, bool(args.enforce_eager))
         if args.lora and room is not None:
             args.additional_config |= {ROOM_KEY: room(args.lora, load_config(args.model))}
-        args.trainer_facts = {"model": named, "subject": about, "room": bool(args.lora)}
+        args.trainer_facts = {"model": named, "subject": about, "room": ROOM_KEY in args.additional_config}
 
 
 def _trainer_problems(args: Untyped, adapter: str | None) -> list[str]:

@@ -65,7 +65,7 @@ class Read(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-STEPS = 3 if CUDA else 1  # before the last one kernels are compiled, and graphs recorded
+STEPS = 4 if CUDA else 2  # the last two are looked at, of a reused rollout both passes; before them graphs are recorded
 KINDS: dict[str, dict[str, Any]] = {
     **{loss: {"loss_type": loss} for loss in LOSSES if loss != "luspo"},
     "luspo": {"loss_type": "luspo", "importance_sampling_level": "sequence"},
@@ -82,7 +82,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 def asking(trainer: Any, asked: Asked, method: Callable) -> Callable:
     def looked_at(*args: Any, **kwargs: Any) -> Any:
-        if trainer.state.global_step < STEPS - 1:
+        if trainer.state.global_step < STEPS - 2:
             return method(*args, **kwargs)
         with Read(asked), asked:
             if CUDA:
@@ -111,7 +111,7 @@ def places(trainer: Any) -> list[str]:
         )
         trainer.accelerator.backward = asking(trainer, asked, trainer.accelerator.backward)
         trainer.train()
-    assert losses.count(STEPS - 1) >= 3, "blind: the step had fewer parts"
+    assert min(losses.count(step) for step in (STEPS - 2, STEPS - 1)) >= 3, "blind: a step had fewer parts"
     return sorted(set(asked.places))
 
 
@@ -132,7 +132,7 @@ def test_no_part_of_a_model_of_another_form_asks_either(family, settings, tmp_pa
         variety,
         small_config(tmp_path / "out", max_steps=STEPS),
         questions(),
-        tokens_per_microbatch=60,
+        tokens_per_microbatch=40,
         sampler_options={"max_model_len": 64, "kv_cache_gib": 0.02, "options": {"enforce_eager": True}},
         on_row=lambda row, mismatch: rows.append(row),
         **settings,
@@ -150,7 +150,7 @@ def test_a_number_that_is_asked_for_is_seen(arithmetic_dir, exact_engine, tmp_pa
         return trained_of(self, inputs)
 
     monkeypatch.setattr(MeasuredTrainer, "_trained_of", curious)
-    run = new_trainer(arithmetic_dir, exact_engine, tmp_path, max_steps=1, tokens_per_microbatch=100)
+    run = new_trainer(arithmetic_dir, exact_engine, tmp_path, max_steps=STEPS, tokens_per_microbatch=100)
     seen = {place.split(" at ")[0] for place in places(run.trainer)}
     assert {"aten._local_scalar_dense.default", "aten.index.Tensor", "cpu"} <= seen
 
