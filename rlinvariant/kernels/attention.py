@@ -11,6 +11,7 @@ RLINVARIANT_PORTABLE=sm_80, for developers, does here what another chip would do
 
 import functools
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from rlinvariant.errors import UserError
 from rlinvariant.kernels import choice
 from rlinvariant.kernels import flash_attention as flash
 from rlinvariant.kernels.routes import ATTENTION_ROUTES
+from rlinvariant.kernels.rows import vectors
 
 TABLE = Path(__file__).with_name("attention_tiles.json")
 UNPROVEN = "RLINVARIANT_UNPROVEN_GPU"  # "1": what is unproven on this GPU may be tried
@@ -175,7 +177,7 @@ def attention(
         return torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
     check(q.shape[1], k.shape[1], q.shape[2], q.device.index, window=window, softcap=softcap)
     cu = cu_seqlens.to(torch.int32).contiguous()
-    return _calls(q.shape[2], scale, window, softcap).packed(q, k, v, cu, max_seqlen)
+    return _calls(q.shape[2], scale, window, softcap).packed(vectors(q), vectors(k), vectors(v), cu, max_seqlen)
 
 
 def paged_attention(
@@ -192,13 +194,23 @@ def paged_attention(
     plan: Tensor | None,
     out: Tensor,
 ) -> None:
-    """Attend as `ops.paged_attention` does, from q [T, H, D] to kv_cache [pages, H_kv, page, 2 D], into `out` like q."""
+    """Attend as `ops.paged_attention` does, from q [T, H, D] to kv_cache [pages, H_kv, page, 2 D], into `out` like q.
+
+    Raises:
+        ValueError: the cache, which nobody would copy, has vectors that do not begin at multiples of 16 bytes.
+    """
     _refuse(q.shape[2])
     if not len(q):
         return
+    if (kv_cache.data_ptr() | kv_cache.element_size() * math.gcd(*kv_cache.stride()[:-1], q.shape[2])) % 16:
+        raise ValueError("paged_attention: the cache's vectors of keys and values begin off multiples of 16 bytes")
     check(q.shape[1], kv_cache.shape[1], q.shape[2], q.device.index, kv_cache.shape[2], window, softcap)
     calls = _calls(q.shape[2], scale, window, softcap)
-    calls.paged(q, kv_cache, block_table, cu_seqlens_q, kv_lens, max_seqlen_q, max_seqlen_k, plan, out)
+    result = vectors(out)  # a copy's numbers are written over
+    numbers = block_table.contiguous(), cu_seqlens_q.contiguous(), kv_lens.contiguous()
+    calls.paged(vectors(q), kv_cache, *numbers, max_seqlen_q, max_seqlen_k, plan, result)
+    if result is not out:
+        out.copy_(result)
 
 
 def attention_backward(
@@ -224,6 +236,7 @@ def attention_backward(
     if not len(q):
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     cu = cu_seqlens.to(torch.int32).contiguous()
+    dout, q, k, v = vectors(dout), vectors(q), vectors(k), vectors(v)
     if softcap is None:
         return flash.backward(dout, q, k, v, cu, out, lse, scale, max_seqlen, window)
     from rlinvariant.kernels.chunked_backward import backward

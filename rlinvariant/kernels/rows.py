@@ -11,6 +11,13 @@ def aligned(x: Tensor) -> Tensor:
     return x if x.is_contiguous() and not x.data_ptr() % 16 else x.clone(memory_format=torch.contiguous_format)
 
 
+def vectors(x: Tensor) -> Tensor:
+    """Return x [..., D], or a copy: each vector of D contiguous, from a multiple of 16 bytes, as kernels load and copy them."""
+    vectors_apart = [n * x.element_size() for n in x.stride()[:-1]]
+    as_it_lies = x.stride(-1) == 1 and not any(n % 16 for n in (x.data_ptr(), *vectors_apart))
+    return x if as_it_lies else x.clone(memory_format=torch.contiguous_format)
+
+
 def flat(x: Tensor) -> Tensor:
     """Return x as [rows, D] with contiguous D; a copy only if no view has that form."""
     x = x.reshape(-1, x.shape[-1])

@@ -42,7 +42,7 @@ def test_no_layout_of_an_operand_changes_a_bit(name, laid: Callable[[Tensor], Te
         if isinstance(x, Tensor):
             try:
                 found = op(*args[:at], laid(x), *args[at + 1 :], **how)
-            except ValueError:  # of a cache of keys, which vLLM lays out
-                assert (name, laid) == ("paged_attention", numbers_apart)
+            except ValueError:  # of a cache of keys, which vLLM lays out; CPUs read it off alignment too
+                assert (name, at) == ("paged_attention", 1) and laid in (numbers_apart, off_alignment)
                 continue
             assert_same(found, expected, f"argument {at} of {name}")
