@@ -115,7 +115,6 @@ def plan_trainer(
     from rlinvariant.models import lora, unsupported
     from rlinvariant.models.limits import flash_problems
     from rlinvariant.sampler.refusals import engine_problems, load_config, require_causal_lm
-    from rlinvariant.support import unproven_problems
     from rlinvariant.trainer.preflight import load_generation
     from rlinvariant.trainer.refusals import auxiliary_problems
     from rlinvariant.verification import servers
@@ -145,7 +144,6 @@ def plan_trainer(
     urls, token_file = sampler_options.get("servers") or (), sampler_options.get("trainer_token_file")
     given = [] if not urls else [f"{key}={value}" for key, value in sampler_options.items() if key not in OF_SERVERS]
     problems += server_problems(urls, token_file, invariance, given)
-    problems += unproven_problems(args, *[f"sampler.servers={','.join(urls)}"] if urls else [])
     problems += auxiliary_problems(args, config, invariance) if loaded is None else []  # else `settings_problems` has looked
     if problems:
         raise ConfigErrors(problems)
@@ -200,12 +198,12 @@ def arguments(
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
-    from rlinvariant.models.limits import attention_of, mixture_of
+    from rlinvariant.models.limits import attention_of
     from rlinvariant.models.load import load
     from rlinvariant.support import unproven_here
 
     transformers_logging.disable_progress_bar()
-    if plan.invariance == "exact" and (unproven := unproven_here(mixture_of(plan.source_config))) is not None:
+    if plan.invariance == "exact" and (unproven := unproven_here()) is not None:
         on_main_process(lambda: prove_first(plan, unproven))
     model: Any = plan.model
     given: dict[str, Any] = {**options}
@@ -253,7 +251,7 @@ def _sampler(plan: TrainerPlan, model: PreTrainedModel) -> Sampler | ServedSampl
 
 
 def prove_first(plan: TrainerPlan, unproven: str) -> None:
-    """Look for a certificate of what is not proven, a GPU, a release or a kind of model; without one, verify writes one.
+    """Look for a certificate of what is not proven, a GPU or a release; without one, verify writes one.
 
     It is another process, and ends before this one loads weights: every tile of every kernel that the model needs is compared
     when the kernel is first used, then sampler with trainer.

@@ -47,23 +47,6 @@ def device_problems(args: "GRPOConfig", invariance: str, dtype: torch.dtype) -> 
     return list(cuda_problems(dtype))
 
 
-def unproven_problems(args: "GRPOConfig", *said: str) -> list[str]:
-    """Refuse what was proven on CPUs alone so far, a line for each of `said`, where `args.device` is no CPU and may not try it.
-
-    Args:
-        args: TrainingArguments.
-        said: the settings that ask for it, as the user writes them: "lora.r=8", "top_p=0.9".
-    """
-    if args.device.type == "cpu" or attention.unproven_allowed():
-        return []
-    return [f"{one}: proven on CPUs alone so far, not on {args.device.type}; remove it; {TRY}" for one in said]
-
-
-def may_use_unproven() -> bool:
-    """Say whether what was proven on CPUs alone may run here. A GPU may only try it."""
-    return not torch.cuda.is_available() or attention.unproven_allowed()
-
-
 def cuda_problems(dtype: torch.dtype) -> Iterator[str]:
     """Yield one line for each reason why this machine's GPU cannot run exactly."""
     major, minor = torch.cuda.get_device_capability()
@@ -107,11 +90,8 @@ def allow_unproven(said: bool) -> None:
         os.environ[attention.UNPROVEN] = "1"
 
 
-def unproven_here(mixture: str | None = None) -> str | None:
-    """Return what exact mode has not been proven on; None where there is nothing, and on a CPU.
-
-    It is this kind of GPU, a release, or the model's being a mixture of experts, which a setting as `num_experts=8` says.
-    """
+def unproven_here() -> str | None:
+    """Return what exact mode has not been proven on, this kind of GPU or a release; None where it is proven, and on a CPU."""
     if not torch.cuda.is_available():
         return None
     major, minor = torch.cuda.get_device_capability()
@@ -119,6 +99,4 @@ def unproven_here(mixture: str | None = None) -> str | None:
     for package, releases in RELEASES.items():
         if _release(version := installed_version(package) or "unknown") not in map(_release, releases):
             found.append(f"{package} {version}")
-    if mixture:
-        found.append(f"a mixture of experts ({mixture})")
     return ", ".join(found) or None

@@ -1,7 +1,7 @@
 # Sourced by gpu1/run.sh and gpu2/run.sh, which set `part`: where things are, and how a step is run and told.
 export ROOT=$PWD WORK=${WORK:-/tmp/$suite} OUT=${OUT:-${WORK:-/tmp/$suite}/out}
 mkdir -p "$OUT" "$WORK"
-export RLINVARIANT_UNPROVEN_GPU=1 OMP_WAIT_POLICY=passive PYTHONUNBUFFERED=1
+export OMP_WAIT_POLICY=passive PYTHONUNBUFFERED=1
 PY=${PYTHON:-python3} slower=1 whole=${WHOLE:-550} # seconds of a part, from the start of the script
 # A host without a package index: the packages come as an archive, and the plugin is found through metadata that stands apart
 if [ -f .gpu/site.tar.xz ] && [ -z "${TINY:-}" ]; then

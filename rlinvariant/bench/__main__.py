@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
         nargs="*",
         type=Path,
         metavar="PATH",
-        help="with report: pages to fill, and print nothing; with drift: the ablation",
+        help="with report: pages to fill, and print nothing; with drift: the ablation; with families: names of these alone",
     )
     options = parser.parse_args(argv)
     # As `rlinvariant train` does, for ours and for the stock side; libgomp reads it when torch is imported
@@ -92,7 +92,10 @@ def main(argv: list[str]) -> int:
         directory = options.out or (Path("runs") if options.tiny else TILES_FILE.parent)
         bench.run(directory / TILES_FILE.name, options.tiny)
     elif options.name == "families":
-        return bench.run(out, options.tokens, options.tiny)
+        try:
+            return bench.run(out, options.tokens, options.tiny, [*map(str, options.paths)])
+        except UserError as error:
+            parser.error(str(error))
     else:
         if options.tokens is not None and module != "gpu_parity":
             parser.error("--tokens: only with families, and with parity on a GPU")

@@ -191,7 +191,7 @@ class Config:
     )
     unproven_gpu: bool = chz.field(
         default=False,
-        doc="Whether a GPU, or a model on a GPU, may be tried on which exact mode has not been proven: all is compared first.",
+        doc="Whether a GPU, or a release on it, may be tried on which exact mode has not been proven: all is compared first.",
     )
     save_dtype: Literal["model", "bfloat16", "float16", "float32"] = chz.field(
         default="model", doc="Type of the weights in RUN/model; model: as they came. Checkpoints keep the float32 masters."

@@ -12,7 +12,7 @@ def aligned(x: Tensor) -> Tensor:
 
 
 def vectors(x: Tensor) -> Tensor:
-    """Return x [..., D], or a copy: each vector of D contiguous, from a multiple of 16 bytes, as kernels load and copy them."""
+    """Return x, [T, H, D], or a copy: each vector of D contiguous from a multiple of 16 bytes, as FlashAttention-3 needs it."""
     vectors_apart = [n * x.element_size() for n in x.stride()[:-1]]
     as_it_lies = x.stride(-1) == 1 and not any(n % 16 for n in (x.data_ptr(), *vectors_apart))
     return x if as_it_lies else x.clone(memory_format=torch.contiguous_format)

@@ -57,10 +57,8 @@ def unsupported(config, device: str = "cpu") -> Iterator[str]:
         yield f"attention_dropout={config.attention_dropout}; set it to 0"
     if getattr(config, "use_bidirectional_attention", False):
         yield f"use_bidirectional_attention={config.use_bidirectional_attention}; only causal attention is supported"
-    if mixture := mixture_of(config):
+    if mixture_of(config):
         yield from _mixture(config)
-        if device == "cuda" and not attention.unproven_allowed():
-            yield f"{mixture}: mixtures of experts are unproven on this GPU; unproven_gpu=true tries them"
     if getattr(config, "clip_qkv", None):
         yield f"clip_qkv={config.clip_qkv}: no op bounds queries, keys and values; only null is supported"
     if getattr(config, "quantization_config", None):

@@ -30,7 +30,6 @@ from rlinvariant.sampler.names import ARCHITECTURE, NOT_ACTIVE, QUANTIZATION
 from rlinvariant.sampler.refusals import load_config, refuse
 from rlinvariant.sampler.vllm_for_trainers import ROOM_KEY, ForTrainers
 from rlinvariant.sampler.vllm_trainers import Trainers
-from rlinvariant.support import TRY, may_use_unproven
 from rlinvariant.text import say
 from rlinvariant.types import JsonObject, Untyped
 
@@ -227,8 +226,6 @@ def _trainer_problems(args: Untyped, adapter: str | None) -> list[str]:
     if file is None and args.lora:
         fix = "add it, or remove --lora and name a PEFT adapter's directory as MODEL"
         found.append(f"--lora {' '.join(args.lora)}: expected --trainer-token-file, of the trainer who brings adapters; {fix}")
-    if file is not None and not may_use_unproven():
-        found.append(f"--trainer-token-file {file}: proven on CPUs alone so far; remove it; {TRY}")
     if file is not None and adapter is not None:
         found.append(f"MODEL={adapter}: expected a whole model for trainers, who bring all weights; name its base")
     return found

@@ -9,6 +9,7 @@ import pytest
 from rlinvariant.bench import certify
 from rlinvariant.bench.measure import QUIET_SHARE, Row, quietest
 from rlinvariant.bench.report import markdown
+from rlinvariant.errors import UserError
 from rlinvariant.models.families import REFUSED
 
 FIELDS = {
@@ -126,4 +127,10 @@ def test_a_refused_family_loses_its_certificate_and_the_others_say_of_when_they_
     assert [path.stem for path in (tmp_path / "certificates").iterdir()] == ["llama"]
     table = markdown(tmp_path)
     assert "| llama | short, 2026-01-02 | `LlamaForCausalLM`, 2.6M | **0** / 1,118 | 1 | 1 of 1 | 9 |" in table
-    assert "| qwen2-moe | shared_expert_intermediate_size=64: no op has an expert that every token goes to" in table
+    refused = "| qwen2-moe | shared_expert_intermediate_size=64: no op has an expert that every token goes to"
+    assert refused in table
+    monkeypatch.setattr(certify, "REFUSED", {name: REFUSED[name] for name in ("qwen2-moe", "llama, dropout")})
+    assert certify.run(tmp_path, None, True, ["llama, dropout"]) == 0
+    assert refused in markdown(tmp_path) and "| llama, dropout | attention_dropout=0.1" in markdown(tmp_path)
+    with pytest.raises(UserError, match=r"^family lama: expected one of qwen2-moe, llama, dropout$"):
+        certify.run(tmp_path, None, True, ["lama"])

@@ -44,11 +44,7 @@ def test_a_model_of_more_than_text_is_refused():
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_a_gpu_takes_every_model_that_is_benchmarked(name, monkeypatch):
-    """Mixtures, which have not run on a GPU, are tried there where that is asked for."""
-    refused = list(unsupported(config(name), "cuda"))
-    assert len(refused) == bool(SHAPES[name].experts) and all("unproven_gpu=true" in reason for reason in refused)
-    monkeypatch.setenv("RLINVARIANT_UNPROVEN_GPU", "1")
+def test_a_gpu_takes_every_model_that_is_benchmarked(name):
     assert list(unsupported(config(name), "cuda")) == []
 
 

@@ -290,7 +290,7 @@ def test_problems_reach_a_user_of_the_trainer(on_gpu, arithmetic_dir, tmp_path):
 def test_an_unproven_gpu_is_proven_before_weights_are_loaded(arithmetic_dir, tmp_path, monkeypatch, capfd):
     """A CPU says that it is one: `verify --short` runs once, and its certificate is found from then on."""
     monkeypatch.setenv("RLINVARIANT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("rlinvariant.support.unproven_here", lambda *_: "NVIDIA A100 (sm_80)")
+    monkeypatch.setattr("rlinvariant.support.unproven_here", lambda: "NVIDIA A100 (sm_80)")
     args = GRPOConfig(str(tmp_path / "run"), max_completion_length=12, report_to="none", use_cpu=DEVICE == "cpu")
     tokenizer, proofs = AutoTokenizer.from_pretrained(arithmetic_dir), []
     for _ in range(2):
