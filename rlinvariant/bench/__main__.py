@@ -52,6 +52,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--tokens", type=int, metavar="N", help="parity on a GPU: N more tokens of parity_soak.json; families: tokens of each"
     )
+    parser.add_argument("--long", action="store_true", help="parity --tokens: all beyond 8k of context; parity_soak_long.json")
     parser.add_argument(
         "paths",
         nargs="*",
@@ -77,6 +78,8 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         parser.error(str(error))
     bench = importlib.import_module(f"rlinvariant.bench.{module}")
+    if options.long and (options.tokens is None or module != "gpu_parity"):
+        parser.error("--long: only with parity --tokens on a GPU")
     if options.name == "report":
         bench.main(options.out, options.paths)
     elif options.name == "drift":
@@ -100,7 +103,7 @@ def main(argv: list[str]) -> int:
         if options.tokens is not None and module != "gpu_parity":
             parser.error("--tokens: only with families, and with parity on a GPU")
         if options.tokens is not None:
-            bench.soak(out / "parity_soak.json", options.tokens, options.tiny)
+            bench.soak(out / f"parity_soak{'_long' * options.long}.json", options.tokens, options.tiny, options.long)
         else:
             measure.write(out / f"{options.name}.json", bench.rows(options.tiny), options.tiny)
     return 0

@@ -1,7 +1,8 @@
 """Count the sampled tokens whose log-prob is not the same 32 bits, on a GPU, at the shapes of real models.
 
 Random weights, ragged prompts. Each model has two processes: one with the exact sampler and trainer, one with stock vLLM and a
-stock model of transformers, the control. `soak` is one long run of the 1.7B shape instead: as many tokens as asked for.
+stock model of transformers, the control. `soak` is one long run of the 1.7B shape instead: as many tokens as asked for, of
+short prompts, or all of them beyond 8k of context.
 """
 
 import itertools
@@ -12,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +27,42 @@ LARGE_MODELS = ("qwen3-8b",)  # has the GPU to itself
 TEMPERATURES = (1.0, 0.7)
 ROWS_SCORED_TOGETHER = (1, 16)
 REQUESTS, NEW_TOKENS, PROMPT_TOKENS, ALONE_REQUESTS = 128, 128, (3, 600), 16
-SOAK_MODEL, SOAK_NEW_TOKENS, SOAK_PROMPT_TOKENS = "qwen3-1.7b", 512, (16, 65)
+SOAK_MODEL = "qwen3-1.7b"
 SOAK_SIDES = ("exact-1", "exact-2")  # two: while one's processor schedules or its trainer scores, the other's tokens are drawn
-# Requests decoded at a time, as many as vLLM's largest CUDA graph; GiB for keys and values; rows scored at a time
-SOAK_SIZES = {"tiny": (8, 0.3, 8), "full": (512, 32.0, 112), "small": (256, 16.0, 56)}
 SOAK_SECONDS = 530  # a run that would take longer ends here, and says how far it came
 SOAK_CONTROL_REQUESTS = 100  # requests that the control draws
+
+
+@dataclass(frozen=True)
+class Soak:
+    """Describes the rollouts of a soak.
+
+    Args:
+        requests: decoded at a time, at most as many as vLLM's largest CUDA graph has.
+        kv_gib: memory for keys and values, in GiB.
+        rows: scored at a time.
+        prompts: the least tokens of a prompt, and one more than the most.
+        samples: completions of a prompt; all but the first find it in the prefix cache.
+        new_tokens: of each completion.
+    """
+
+    requests: int
+    kv_gib: float
+    rows: int
+    prompts: tuple[int, int] = (16, 65)
+    samples: int = 1
+    new_tokens: int = 512
+
+
+LONG = (8192, 9217)
+SOAKS = {
+    "full": Soak(512, 32.0, 112),
+    "small": Soak(256, 16.0, 56),
+    "tiny": Soak(8, 0.3, 8, new_tokens=16),
+    "full, long": Soak(128, 32.0, 6, LONG, 16),
+    "small, long": Soak(64, 16.0, 3, LONG, 16),
+    "tiny, long": Soak(8, 0.3, 3, (300, 333), 4, 16),
+}
 
 
 def rows(tiny: bool) -> Iterator[Parity | Missing]:
@@ -141,11 +173,11 @@ def _prompts(rng: random.Random, count: int, lengths: tuple[int, int], vocabular
     return [[rng.randrange(vocabulary) for _ in range(rng.randrange(*lengths))] for _ in range(count)]
 
 
-def soak(file: Path, tokens: int, tiny: bool) -> None:
+def soak(file: Path, tokens: int, tiny: bool, long: bool = False) -> None:
     """Draw and score new prompts with new seeds until `tokens` are compared, and add them to what `file` has.
 
-    The file is written after every rollout: {"tokens", "mismatched", "coverage", "control", "runs": [...]}. The control, a
-    stock engine against the same trainer, is made once.
+    `long`: every token comes after 8,192 or more. The file is written after every rollout: {"tokens", "mismatched",
+    "coverage", "control", "runs": [...]}. The control, a stock engine against the same trainer, is made once.
 
     Raises:
         SystemExit: a token of ours differs, the control does not, or not all tokens were compared.
@@ -160,7 +192,7 @@ def soak(file: Path, tokens: int, tiny: bool) -> None:
     rng = random.Random(run["seed"])
     with tempfile.TemporaryDirectory() as directory:
         path = build(name, directory)
-        size = "tiny" if tiny else "full" if gpu.large() else "small"
+        size = ("tiny" if tiny else "full" if gpu.large() else "small") + ", long" * long
         if not kept["control"]:  # before the others: a third engine might not fit
             with Workers({"control": Worker(__name__, "control", path, size)}) as workers:
                 found = workers.ask(["control"], seed=rng.getrandbits(48), temperature=TEMPERATURES[0])
@@ -214,21 +246,21 @@ def _soak_worker(link: Link, side: str, path: str, size: str) -> None:
     """Answer each request with a rollout that the exact trainer scored; the control draws it from a stock engine."""
     from rlinvariant.sampler.engine import Sampler
 
-    together, kv_gib, rows_ = SOAK_SIZES[size]
-    length = 16 if size == "tiny" else SOAK_NEW_TOKENS
-    count = min(SOAK_CONTROL_REQUESTS, together) if side == "control" else together
+    of = SOAKS[size]
+    count = min(SOAK_CONTROL_REQUESTS, of.requests) if side == "control" else of.requests
     model = _exact_model(path)
-    kv_gib = min(kv_gib, 8.0) if side == "control" else kv_gib
-    engine = Sampler(
-        path, invariant=side != "control", max_model_len=1024, kv_cache_gib=kv_gib, options={"max_num_seqs": together}
-    )
+    kv_gib = min(of.kv_gib, 8.0) if side == "control" else of.kv_gib
+    room = {"max_model_len": max(1024, of.prompts[1] + of.new_tokens), "options": {"max_num_seqs": of.requests}}
+    engine = Sampler(path, invariant=side != "control", kv_cache_gib=kv_gib, **room)
     for request in link.requests():
         rng, began = random.Random(request["seed"]), time.perf_counter()
-        prompts = _prompts(rng, count, SOAK_PROMPT_TOKENS, model.config.vocab_size)
+        different = _prompts(rng, -(-count // of.samples), of.prompts, model.config.vocab_size)
+        prompts = [prompt for prompt in different for _ in range(of.samples)][:count]
         seeds = [rng.getrandbits(62) for _ in prompts]
-        drawn = engine.generate(prompts, seeds, temperature=request["temperature"], max_tokens=length, ignore_eos=True)
+        how = {"temperature": request["temperature"], "max_tokens": of.new_tokens}
+        drawn = engine.generate(prompts, seeds, **how, ignore_eos=True)
         drew = time.perf_counter()
-        mismatched = against_trainer(model, prompts, drawn, request["temperature"], rows_)
+        mismatched = against_trainer(model, prompts, drawn, request["temperature"], of.rows)
         engine.llm.reset_prefix_cache()
         link.send(
             tokens=sum(len(c.sampler_logprobs) for c in drawn),

@@ -48,6 +48,7 @@ def section(name: str, content: Result) -> str:
 def _other_than_costs(name: str) -> Callable[[Result], str] | None:
     kinds = {
         "parity_soak": soak,
+        "parity_soak_long": soak,
         "families": families,
         "parity": parity,
         "reliability": reliability,

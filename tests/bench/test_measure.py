@@ -99,17 +99,19 @@ def test_each_machine_has_its_benchmarks(monkeypatch, capsys, tmp_path):
     assert "linear: not for this machine (cpu); here: ops, sampler, long, trainer" in refused("linear", machine="cpu")
     assert "ops: not for this machine (h200); here: linear, norms" in refused("ops", machine="h200")
     assert "--tokens: only with families, and with parity on a GPU" in refused("step", "--tokens", "9", machine="cpu")
+    assert "--long: only with parity --tokens on a GPU" in refused("parity", "--long", machine="h200")
     assert "invalid choice: 'gemm'" in refused("gemm", machine="cpu")
 
 
 def test_parity_gets_the_number_of_tokens(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu, "name", lambda: "h200")
     asked = []
-    monkeypatch.setattr(gpu_parity, "soak", lambda file, tokens, tiny: asked.append((file.name, tokens, tiny)))
+    monkeypatch.setattr(gpu_parity, "soak", lambda file, *asks: asked.append((file.name, *asks)))
     monkeypatch.setattr(gpu_parity, "rows", lambda tiny: asked.append(tiny) or [])
     __main__.main(["parity", "--tiny", "--tokens", "99", "--out", str(tmp_path)])
+    __main__.main(["parity", "--tokens", "9", "--long", "--out", str(tmp_path)])
     __main__.main(["parity", "--out", str(tmp_path)])
-    assert asked == [("parity_soak.json", 99, True), False]
+    assert asked == [("parity_soak.json", 99, True, False), ("parity_soak_long.json", 9, False, True), False]
 
 
 def test_processor_time_of_less_than_a_tick_has_no_ratio():

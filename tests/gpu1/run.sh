@@ -1,7 +1,7 @@
 #!/bin/bash
 # What one GPU is to show and measure beyond `make test-gpu`, in parts of nine minutes and a half at most.
 #
-#   tests/gpu1/run.sh PART            PART 1 to 13, as below; on one H100 or H200, from the repository's root
+#   tests/gpu1/run.sh PART            PART 1 to 15, as below; on one H100 or H200, from the repository's root
 #   ONLY="model served" tests/gpu1/run.sh 1   these of its steps alone
 #   TINY=1 tests/gpu1/run.sh PART     the same commands on a CPU, small: what is tried before a sitting
 #
@@ -19,12 +19,14 @@
 #   11 mixtures   families with CUDA graphs, steps, adapters
 #   12 processes  shards in a world of one against the whole model, by the clock; two processes on one card, over gloo
 #   13 portable   the kernels of another chip on this one: RLINVARIANT_PORTABLE=sm_80
+#   14 commands   doctor, kill and resume, replay, bisect, eval, demo
+#   15 soak       tokens beyond 8k of context, and of short prompts: TOKENS more of RESULTS (ONLY=long or ONLY=soak: a part each)
 #
 # Each step ends in a line
 #   == PART STEP: ok|FAILED, SECONDS s
 # and the script with the number of steps that failed. Logs, rows and results go to $OUT (by default /tmp/gpu1/out).
 set -u
-part=${1:?"which part: 1 to 13"}
+part=${1:?"which part: 1 to 15"}
 cd "$(dirname "$0")/../.."
 suite=gpu1
 . tests/gpu_steps.sh
