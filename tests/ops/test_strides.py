@@ -1,13 +1,14 @@
-"""No op minds how an operand lies in memory: it is read as it lies, or copied, or refused."""
+"""No op minds how an operand lies in memory, nor a gradient that comes: it is read as it lies, or copied, or refused."""
 
 from collections.abc import Callable
 
 import pytest
+import torch
 from torch import Tensor
 
 from rlinvariant import ops
-from tests.kernels.cases import CASES
-from tests.ladders import assert_same
+from tests.kernels.cases import CASES, WITHOUT_GRADIENT
+from tests.ladders import assert_same, randn
 
 
 def rows_apart(x: Tensor) -> Tensor:
@@ -46,3 +47,21 @@ def test_no_layout_of_an_operand_changes_a_bit(name, laid: Callable[[Tensor], Te
                 assert (name, at) == ("paged_attention", 1) and laid in (numbers_apart, off_alignment)
                 continue
             assert_same(found, expected, f"argument {at} of {name}")
+
+
+def expanded(x: Tensor) -> Tensor:
+    """One row for all, as the gradient of a sum or a mean comes."""
+    return x[:1].expand_as(x)
+
+
+@pytest.mark.parametrize("laid", [rows_apart, numbers_apart, off_alignment, expanded])
+@pytest.mark.parametrize("name", sorted(CASES.keys() - WITHOUT_GRADIENT))
+def test_no_layout_of_a_gradient_changes_a_bit(name, laid: Callable[[Tensor], Tensor]):
+    f, inputs = CASES[name]()
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    found = f(*leaves)
+    outputs = [y for y in (found if isinstance(found, tuple) else (found,)) if y.requires_grad]
+    come = [laid(randn(*y.shape, seed=99 + i).to(y)) for i, y in enumerate(outputs)]
+    plain = [dy.clone(memory_format=torch.contiguous_format) for dy in come]
+    expected = torch.autograd.grad(outputs, leaves, plain, retain_graph=True)
+    assert_same(torch.autograd.grad(outputs, leaves, come), expected, f"gradients of {name}")
