@@ -2,6 +2,7 @@
 
 import inspect
 import itertools
+import reprlib
 from collections.abc import Callable, Collection, Mapping
 from numbers import Integral, Real
 from pathlib import Path
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainerCallbac
 
 from rlinvariant.arguments import suggestion
 from rlinvariant.config import PPOConfig
+from rlinvariant.errors import one_line
 from rlinvariant.text import shown
 from rlinvariant.trainer.fields import TRLConfig
 from rlinvariant.trainer.interface import SamplerOptions, ScriptOptions, StartOptions, TRLArguments
@@ -65,7 +67,7 @@ def given_problems(given: Mapping[str, object]) -> list[str]:
     values = {**given, **{f"sampler_options.{name}": value for name, value in sampler.items()}}
     for name, (kind, said) in KINDS.items():
         if name in values and not isinstance(values[name], kind):
-            found.append(f"{name}={type(values[name]).__name__}: expected {said}")
+            found.append(f"{name}={_written(values[name])}: expected {said}")
     if found:
         return found
     if (resume := given.get("resume", False)) not in (True, False, "force"):
@@ -82,8 +84,7 @@ def _optimizer_problems(pair: Any, model: object) -> list[str]:
     """Return what is wrong with a pair of optimizer and scheduler; `model`: the one to train, or its directory or id."""
     kinds = (torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None)
     if len(pair) != 2 or not all(map(isinstance, pair, kinds)):
-        names = ", ".join(type(x).__name__ for x in pair)
-        return [f"optimizers=({names}): expected {KINDS['optimizers'][1]}"]
+        return [f"optimizers={_written(pair)}: expected {KINDS['optimizers'][1]}"]
     optimizer = pair[0]
     if optimizer is None:
         return []
@@ -93,6 +94,11 @@ def _optimizer_problems(pair: Any, model: object) -> list[str]:
         why = f"{foreign} of its {len(every)} parameters are not of the model that is trained"
         return [f"optimizers: {why}; make it of model.parameters(), and give that model, not its name"]
     return []
+
+
+def _written(value: object) -> str:
+    """Write a value of another kind than its name says in a few words, as Python writes it, and its kind."""
+    return f"{one_line(reprlib.repr(value), 60)} ({type(value).__name__})"
 
 
 def _unknown(prefix: str, given: Collection[str], known: Collection[str]) -> list[str]:
