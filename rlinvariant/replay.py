@@ -14,6 +14,7 @@ from rlinvariant.errors import INTERRUPTED, NOT_EXACT, OK, ConfigErrors, UserErr
 from rlinvariant.files import RUNS
 from rlinvariant.kernels import choice
 from rlinvariant.model_source import base_and_adapter, source_problems
+from rlinvariant.report import rollouts
 from rlinvariant.report.console import Console
 from rlinvariant.report.rundir import RunDir
 from rlinvariant.report.search import locate
@@ -146,37 +147,62 @@ def recorded(run: Path, step: int | None, weights: str | None = None) -> tuple["
 
     Args:
         run: directory of a run.
-        step: None is refused, with the steps that are recorded.
+        step: None is refused, with the steps that can be replayed.
         weights: where the weights are now; None: where the run left them.
 
     Raises:
         UserError: one of these is not there, with the fix.
     """
-    from rlinvariant.report import rollouts
-
     directory = RunDir(run)
     if not (steps := rollouts.steps(run)):
         raise UserError(f"{run}: no rollout is recorded: the run stopped before its first step, or is of an older version")
     if step is None:
-        raise UserError(f"replay: --step: missing; recorded: {rollouts.listed(steps)}")
-    rollout, about = rollouts.read(run, step)
+        raise UserError(f"replay: --step: missing; {_replayable(directory, steps)}")
+    if step not in steps:
+        raise UserError(f"step {step} was not recorded; {_replayable(directory, steps)}")
+    others = [k for k in steps if k != step]
+    try:
+        rollout, about = rollouts.read(run, step)
+    except UserError as error:
+        raise UserError(f"{error}; replay another step: {_replayable(directory, others)}") from error
     if strange := next((name for name, known in DESCRIPTION_OF_A_RUN.items() if not known(about.get(name))), None):
         found = rollouts.quoted(about.get(strange))
-        raise UserError(f"{run}: the recording of step {step} has {strange}={found}, which no run writes; replay another step")
+        what = f"the recording of step {step} has {strange}={found}, which no run writes"
+        raise UserError(f"{run}: {what}; replay another step: {_replayable(directory, others)}")
     if weights is not None:
         if not Path(weights).is_dir():
             raise UserError(f"--weights {weights}: no such directory; expected a copy of {about['weights']}")
         return rollout, about, weights
-    weights = str(about["weights"])
-    at = directory.checkpoints / weights if weights.startswith("checkpoint-") else Path(weights)
-    at = directory.first_adapter if weights == directory.first_adapter.name else at
-    if at.is_dir():
-        return rollout, about, str(at)
-    if at.is_absolute() or at.parent in (directory.checkpoints, directory.rollouts):
-        others = [k for k in steps if k != step and (k == 1 or (directory.checkpoints / f"checkpoint-{k - 1}").is_dir())]
-        fix = f"replay another step: {rollouts.listed(others)}, or name a copy of them with --weights DIR"
+    at, gone = _weights(directory, str(about["weights"]))
+    if gone:
+        fix = f"name a copy of them with --weights DIR, or replay another step: {_replayable(directory, others)}"
         raise UserError(f"step {step} of {run}: its weights are gone: no directory {at}; {fix}")
-    return rollout, about, weights  # a hub id
+    return rollout, about, at
+
+
+def _weights(directory: RunDir, recorded: str) -> tuple[str, bool]:
+    """Return where the weights are that a recording names, and whether they are gone from there; a hub id is not."""
+    at = directory.checkpoints / recorded if recorded.startswith("checkpoint-") else Path(recorded)
+    at = directory.first_adapter if recorded == directory.first_adapter.name else at
+    if at.is_dir():
+        return str(at), False
+    kept = at.is_absolute() or at.parent in (directory.checkpoints, directory.rollouts)
+    return (str(at), True) if kept else (recorded, False)
+
+
+def _replayable(directory: RunDir, steps: Sequence[int]) -> str:
+    """List those of some recorded steps that can be replayed, and why the others cannot."""
+    can, gone, damaged = list[int](), list[int](), list[int]()
+    for step in steps:
+        try:
+            about = rollouts.read(directory.path, step)[1]
+            of = damaged if any(not known(about.get(name)) for name, known in DESCRIPTION_OF_A_RUN.items()) else can
+            (gone if of is can and _weights(directory, about["weights"])[1] else of).append(step)
+        except UserError:
+            damaged.append(step)
+    others = {"whose weights are gone": gone, "which cannot be read": damaged}
+    but = "".join(f", and not {rollouts.listed(found)}, {why}" for why, found in others.items() if found)
+    return f"{rollouts.listed(can)} can be replayed{but}"
 
 
 def load_model(weights: str, rollout: "Rollout", about: JsonRow, step: int) -> "PreTrainedModel":

@@ -242,6 +242,18 @@ def no_checkpoint(run: Path) -> None:
     (run / "checkpoints/checkpoint-2").rename(run / "away")
 
 
+def no_model(run: Path) -> None:
+    """Let step 1 have begun with a directory that is not there any more."""
+    rollout, about = rollouts.read(run, 1)
+    rollouts.write(run, 1, rollout, about | {"weights": str(run / "away")})
+
+
+def nothing_whole(run: Path) -> None:
+    no_model(run)
+    (run / "checkpoints").rename(run / "gone")
+    damaged(flipped)(run)
+
+
 def no_rollouts(run: Path) -> None:
     (run / "rollouts").rename(run / "away")
 
@@ -255,14 +267,40 @@ def of_another_version(run: Path) -> None:
 
 MISTAKES: dict[str, tuple[Callable[[Path], None] | None, list[str], list[str]]] = {
     "no run": (None, ["nix", "--step", "3"], ["nix: no such run; expected a directory under", "or its name"]),
-    "no step": (None, ["RUN"], ["--step: missing; recorded: 1, 3, 5"]),
-    "not recorded": (None, ["RUN", "--step", "4"], ["step 4 was not recorded; recorded: 1, 3, 5"]),
+    "no step": (None, ["RUN"], ["--step: missing; 1, 3, 5 can be replayed"]),
+    "no step, and no weights of one": (
+        no_checkpoint,
+        ["RUN"],
+        ["missing; 1, 5 can be replayed, and not 3, whose weights are gone"],
+    ),
+    "no step, and no model": (no_model, ["RUN"], ["missing; 3, 5 can be replayed, and not 1, whose weights are gone"]),
+    "no step, and a damaged one": (
+        damaged(flipped),
+        ["RUN"],
+        ["missing; 1, 5 can be replayed, and not 3, which cannot be read"],
+    ),
+    "no step of which all is there": (
+        nothing_whole,
+        ["RUN"],
+        ["none can be replayed, and not 1, 5, whose weights are", "not 3, which"],
+    ),
+    "not recorded": (None, ["RUN", "--step", "4"], ["step 4 was not recorded; 1, 3, 5 can be replayed"]),
+    "not recorded, and no weights": (
+        no_checkpoint,
+        ["RUN", "--step", "4"],
+        ["step 4 was not recorded; 1, 5 can", "not 3, whose"],
+    ),
     "no number": (None, ["RUN", "--step", "x"], ["argument --step: x: expected a whole number of at least 1", "replay --help"]),
-    "no weights": (no_checkpoint, ["RUN", "--step", "3"], ["weights are gone", "another step: 1, 5,", "--weights DIR"]),
+    "no weights": (no_checkpoint, ["RUN", "--step", "3"], ["weights are gone", "another step: 1, 5 can", "--weights DIR"]),
+    "no weights, and no model": (
+        nothing_whole,
+        ["RUN", "--step", "5"],
+        ["weights are gone", "another step: none can", "1, whose"],
+    ),
     "weights of an empty variable": (None, ["RUN", "--step", "3", "--weights", ""], ["--weights: empty"]),
     "weights elsewhere": (None, ["RUN", "--step", "3", "--weights", "nix"], ["--weights nix: no such directory"]),
-    "cut": (damaged(lambda x: x[:3000]), ["RUN", "--step", "3"], ["step-3.npz: damaged", "another step: 1, 5"]),
-    "a bit": (damaged(flipped), ["RUN", "--step", "3"], ["step-3.npz: damaged", "another step: 1, 5"]),
+    "cut": (damaged(lambda x: x[:3000]), ["RUN", "--step", "3"], ["step-3.npz: damaged", "another step: 1, 5 can"]),
+    "a bit": (damaged(flipped), ["RUN", "--step", "3"], ["step-3.npz: damaged", "another step: 1, 5 can"]),
     "empty": (damaged(lambda x: b""), ["RUN", "--step", "3"], ["step-3.npz: damaged"]),
     "another version": (of_another_version, ["RUN", "--step", "3"], ["expected schema 1, found 99"]),
     "no rollouts": (no_rollouts, ["RUN", "--step", "3"], ["no rollout is recorded"]),
