@@ -4,11 +4,11 @@ import argparse
 from pathlib import Path
 
 from rlinvariant import reading
-from rlinvariant.arguments import SCRIPT, CommandParser, given_by_user
+from rlinvariant.arguments import CommandParser, given_by_user
+from rlinvariant.config.check import script_problem
 from rlinvariant.errors import UserError
 from rlinvariant.files import RUNS
 from rlinvariant.masking import MASK
-from rlinvariant.text import shown
 
 DESCRIPTION = """Goes on with a run that was stopped or killed, from its newest checkpoint whose every byte is as it was
 written, with the settings of its config.json, on the machine file that it was launched with. What comes out is what an
@@ -35,9 +35,6 @@ def run(options: argparse.Namespace) -> int | None:
     from rlinvariant import train
 
     name = run_name(options.run)
-    if script := script_of(RUNS / name):
-        again = "start that again, with resume=True beside run= of its trainer"
-        raise UserError(f"{RUNS / name}: a run of {shown(script)}; {again}")
     options.settings = arguments(RUNS / name, options.settings) + [f"run={name}"]
     options.help = options.help_all = False
     return train.run(options)
@@ -52,22 +49,13 @@ def run_name(given: str) -> str:
     raise UserError(f"{given}: no such run; expected a directory under {RUNS.resolve()}, or its name")
 
 
-def script_of(directory: Path) -> str | None:
-    """Return the script that a run is of; None for a run of the command line.
-
-    Raises:
-        UserError: there is no run, or its config.json is damaged.
-    """
-    return _settings(directory)[2]
-
-
 def arguments(directory: Path, given: list[str]) -> list[str]:
     """Return `key=value` arguments for what a run's user has set, with `given` in place of what they set anew.
 
     Raises:
-        UserError: there is no run, its config.json is damaged, or a secret, which no file has, is to be given anew.
+        UserError: there is no run, it is of a script, config.json is damaged, or a secret, which no file has, is to be given.
     """
-    own, recipe, _ = _settings(directory)
+    own, recipe = _settings(directory)
     anew = {setting.partition("=")[0] for setting in given}
     if hidden := [key for key, value in own.items() if MASK in value and key not in anew]:
         raise UserError(f"{hidden[0]}: a secret, which config.json does not have; write {hidden[0]}=... after {directory}")
@@ -78,8 +66,8 @@ def arguments(directory: Path, given: list[str]) -> list[str]:
     return [*(f"{key}={value}" for key, value in settings.items() if key not in anew), *given]
 
 
-def _settings(directory: Path) -> tuple[dict[str, str], str, str | None]:
-    """Return what a run's user has set on the command line or in a file, its recipe or "", and its script or None."""
+def _settings(directory: Path) -> tuple[dict[str, str], str]:
+    """Return what a run's user has set on the command line or in a file, and its recipe or ""."""
     from rlinvariant.report.study import argument
 
     fix = "use the command that started the run, and resume=true"
@@ -89,10 +77,12 @@ def _settings(directory: Path) -> tuple[dict[str, str], str, str | None]:
     config = reading.read(path, fix)
     try:
         own = {key: argument(entry["value"]) for key, entry in config.items() if given_by_user(entry["source"])}
-        named, is_script = str(config["recipe"]["value"]), config["recipe"]["source"] == SCRIPT
+        recipe = str(config["recipe"]["value"])
     except (KeyError, TypeError) as error:
         raise UserError(f"{path}: damaged: a setting without value or source; {fix}") from error
-    return own, "" if is_script else named, named if is_script else None
+    if problem := script_problem(directory):
+        raise UserError(problem)
+    return own, recipe
 
 
 def _machine(directory: Path) -> str | None:

@@ -8,10 +8,12 @@ import pytest
 from datasets import Dataset
 
 from rlinvariant import checkpoints, resume
+from rlinvariant.arguments import SCRIPT
 from rlinvariant.config import Config, parse
 from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.report.rundir import RunDir
 from rlinvariant.resumption import Resumption, dataset_digest, find, require_same_data, settings
+from tests import commands
 
 BASE = ("recipe=arithmetic", "run=x", "steps=6", "wandb.mode=disabled")
 
@@ -202,6 +204,17 @@ def test_a_run_is_named_by_its_directory_or_its_name(tmp_path, monkeypatch):
     for wrong in ("c", "runs/c", "/etc", ".."):
         with pytest.raises(UserError, match=f"{wrong}: no such run; expected a directory under"):
             resume.run_name(wrong)
+
+
+@pytest.mark.parametrize("more", [[], ["resume=force"], ["steps=9"]])
+def test_a_run_of_a_script_is_refused_by_one_line_whatever_command_goes_on_with_it(more):
+    entries = parse(list(BASE), {}).resolved()
+    RunDir.create("runs/x", entries | {"recipe": {"value": "mine.py", "source": SCRIPT}})
+    train = {word.partition("=")[0]: word for word in (*BASE, "resume=true", *more)}
+    for command in (["train", *train.values()], ["resume", "runs/x", *more]):
+        with pytest.raises(UserError) as caught:
+            commands.run(*command)
+        assert str(caught.value) == "runs/x: a run of mine.py; start that again, with resume=True beside run= of its trainer"
 
 
 @pytest.mark.parametrize("text", [None, "", "[]", "{", '{"a": 1}', "[" * 100_000])

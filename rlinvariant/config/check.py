@@ -4,9 +4,10 @@ import importlib.util
 import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
-from rlinvariant import trainer_token
-from rlinvariant.arguments import given_by_user
+from rlinvariant import reading, trainer_token
+from rlinvariant.arguments import SCRIPT, given_by_user
 from rlinvariant.config.named import named_problems
 from rlinvariant.config.recipe import Recipe
 from rlinvariant.config.tree import Config
@@ -82,6 +83,8 @@ def check_run(config: Config, env: Mapping[str, str]) -> list[str]:
         return ["run: missing; with several hosts write run=NAME, so that all use one directory"]
     if rank(env) != 0:
         return []
+    if config.resume and config.sources["run"] != SCRIPT and (problem := script_problem(config.run_dir)):
+        return [problem]
     if not config.resume and os.path.exists(config.run_dir / "config.json"):  # False where it may not be looked at
         return [f"run={config.run}: {config.run_dir} exists; choose another name, or add resume=true to continue it"]
     try:
@@ -89,6 +92,17 @@ def check_run(config: Config, env: Mapping[str, str]) -> list[str]:
     except UserError as error:
         return [str(error)]
     return []
+
+
+def script_problem(directory: Path) -> str | None:
+    """Say why the command line cannot go on with a run of a script; None of any other run, or of one whose file is damaged."""
+    try:
+        recipe = reading.read(directory / "config.json")["recipe"]
+        script = recipe["value"] if recipe["source"] == SCRIPT else None
+    except (UserError, KeyError, TypeError):
+        return None
+    again = "start that again, with resume=True beside run= of its trainer"
+    return None if script is None else f"{directory}: a run of {shown(script)}; {again}"
 
 
 def _required(config: Config, *rules: tuple[bool, str, str]) -> list[str]:
