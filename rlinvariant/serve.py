@@ -8,6 +8,7 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from rlinvariant import stopping
 from rlinvariant.arguments import CommandParser
 from rlinvariant.errors import ConfigErrors
 from rlinvariant.model_source import source_problems
@@ -40,18 +41,19 @@ def add_arguments(parser: CommandParser) -> None:
     parser.passes_on = "arguments"
 
 
-def run(options: argparse.Namespace) -> None:
-    """Serve until stopped. Raises UserError for what the user can mend, before any weights are loaded."""
+def run(options: argparse.Namespace) -> int:
+    """Serve until stopped, by Stopped. Raises UserError for what the user can mend, before any weights are loaded."""
     from rlinvariant.report.console import Console
 
     model = next(iter(options.arguments), "-")
     if not model.startswith("-") and (problems := source_problems("MODEL", model, adapters=True)):
         raise ConfigErrors(problems)
     Console().print("starting vLLM: half a minute on a CPU, a minute or more on a GPU ...")
-    from rlinvariant.sampler import vllm_serve
-    from rlinvariant.verification.certificate import subject
+    with stopping.handled(stopping.raise_stopped):
+        from rlinvariant.sampler import vllm_serve
+        from rlinvariant.verification.certificate import subject
 
-    vllm_serve.serve(options.arguments, subject, room)
+        return vllm_serve.serve(options.arguments, subject, room)
 
 
 def room(settings: Sequence[str], config: "PreTrainedConfig") -> dict[str, int]:

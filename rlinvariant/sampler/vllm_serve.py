@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -17,8 +18,8 @@ from vllm import SamplingParams
 from vllm.platforms import current_platform
 from vllm.v1.sample.logits_processor import LogitsProcessor
 
-from rlinvariant import runtime, trainer_token
-from rlinvariant.errors import ConfigErrors, UserError, one_line
+from rlinvariant import deadline, runtime, trainer_token
+from rlinvariant.errors import NOT_EXACT, ConfigErrors, Stopped, UserError, one_line
 from rlinvariant.kernels import choice
 from rlinvariant.launch import end_with_parent
 from rlinvariant.model_source import base_and_adapter
@@ -120,8 +121,8 @@ Room: TypeAlias = Callable[[Sequence[str], "PreTrainedConfig"], dict[str, int]]
 """Returns the ranks that settings of `--lora` mean, by the names of projections, for a model's configuration."""
 
 
-def serve(argv: Sequence[str], subject: Subject | None = None, room: Room | None = None) -> None:
-    """Run `vllm serve` with these arguments and the ops on, until it is stopped.
+def serve(argv: Sequence[str], subject: Subject | None = None, room: Room | None = None) -> int:
+    """Run `vllm serve` with these arguments and the ops on, until it is stopped; return the exit code of one whose engine died.
 
     Args:
         argv: the command line's.
@@ -131,17 +132,31 @@ def serve(argv: Sequence[str], subject: Subject | None = None, room: Room | None
     Raises:
         ConfigErrors: what could not be exact, one line each, before any weights are loaded.
         UserError: no model is named, or the plugin is not installed.
+        Stopped: a signal has ended it, in its start or later.
     """
     runtime.configure()
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # as vLLM's own command does
+    warnings = [
+        os.environ.get("PYTHONWARNINGS"),
+        "ignore:resource_tracker:UserWarning",
+    ]  # it removes what vLLM leaves at its end
+    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, warnings))
     command, args = prepared(argv, subject, room)
     plugin.load()
     plugin.register_class()
     command.validate(args)
     try:
         command.cmd(args)
+    except Stopped:
+        raise
+    except KeyboardInterrupt as stop:  # in the start, where vLLM makes it of a SIGTERM, too, and gives it a text then
+        raise Stopped(signal.SIGTERM if str(stop) else signal.SIGINT) from stop
     except RuntimeError as error:
         raise UserError(f"vLLM: {one_line(error, 200)} (the cause is in the log above)") from error
+    if _ended_by:
+        raise Stopped(_ended_by[0])
+    say("error: vLLM's engine has ended (the cause is in the log above)", error=True)
+    return NOT_EXACT
 
 
 def prepared(argv: Sequence[str], subject: Subject | None = None, room: Room | None = None) -> tuple[Untyped, Untyped]:
@@ -340,6 +355,26 @@ class Worker(_Worker, ForTrainers):
         )
 
 
+_ended_by: list[int] = []
+"""The signals that came while the server ran, of which vLLM says none when it has ended."""
+
+
+def _note_signals() -> None:
+    """Note which signal ends the server from now on; vLLM's handlers, which are there by now, do what they did."""
+    before: dict[int, Untyped] = {number: signal.getsignal(number) for number in deadline.WITHIN_S}
+
+    def note(number: int, frame: FrameType | None) -> None:
+        _ended_by.append(number)
+        if number not in (signal.SIGINT, signal.SIGTERM):  # which alone vLLM knows
+            os.kill(os.getpid(), signal.SIGTERM)
+        elif callable(of_vllm := before[number]):
+            of_vllm(number, frame)
+
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:  # as SIGHUP under nohup
+            signal.signal(number, note)
+
+
 class Proof:
     """Holds back "startup complete", as ASGI middleware, until the engine has said that it is exact, and prints that."""
 
@@ -356,4 +391,6 @@ class Proof:
                     message = {"type": "lifespan.startup.failed", "message": f"error: the engine is not exact: {error}"}
             await send(message)
 
+        if scope["type"] == "lifespan":
+            _note_signals()
         await self.app(scope, receive, checked if scope["type"] == "lifespan" else send)
