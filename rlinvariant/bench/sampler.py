@@ -34,7 +34,7 @@ class Setup:
 
 SETUPS = {
     # 256 requests hold 16 GiB at their end, 112 KiB a token; three engines fit on 80 GB
-    "gpu": Setup("qwen3-1.7b", {1: 0.92, 16: 0.95, 64: 0.95, 256: 0.97}, (64, 512), 256, 4, 17, ("exact", "stock", "peer")),
+    "gpu": Setup("qwen3-1.7b", {1: 0.97, 16: 1.2, 64: 1.2, 256: 1.2}, (64, 512), 256, 4, 17, ("exact", "stock", "peer")),
     "cpu": Setup("smollm2-135m", {1: 1.0, 8: 1.0, 32: 1.0}, (40, 60), 38, 4, 0.5, ("exact", "stock")),
     "tiny": Setup("tiny", {1: None, 4: None}, (64, 512), 8, 2, 0.5, ("exact", "stock")),
     "moe": Setup("qwen3-30b-a3b-quarter", {16: 0.85, 64: 0.85, 256: 0.85}, (64, 512), 256, 4, 8, ("exact", "stock")),

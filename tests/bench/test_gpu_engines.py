@@ -26,7 +26,7 @@ def test_sampler_rows_are_rates_with_a_target_and_a_peer(monkeypatch):
     rows = list(sampler.rows(tiny=False))
     rates = {row.case: row for row in rows if row.unit == "tok/s"}
     ours, peer = rates["ours: qwen3-1.7b, batch 16"], rates["VLLM_BATCH_INVARIANT=1: qwen3-1.7b, batch 16"]
-    assert (ours.bench, ours.ratio, ours.target, ours.bits_equal) == ("sampler", 0.5, 0.95, {"ours": True, "stock": False})
+    assert (ours.bench, ours.ratio, ours.target, ours.bits_equal) == ("sampler", 0.5, 1.2, {"ours": True, "stock": False})
     assert (peer.bench, peer.ratio, peer.target, peer.bits_equal["ours"]) == ("peer", 0.25, None, False)
     assert (ours.samples, peer.samples) == (sampler.ROUNDS, sampler.PEER_ROUNDS)
     reported = [row for row in rates.values() if "vLLM's own report" in row.case]
@@ -113,6 +113,11 @@ def test_long_requests_have_a_rate_of_each_attention(monkeypatch):
     assert rows[f"attention=chunked: {at}; stock: attention=flash"].ratio == 8.0
     assert rows["attention=chunked: qwen3-1.7b, prefill, batch 1, 16384 of context"].ratio == 0.25
     assert flash.bits_equal == {"ours": True, "stock": False}
+    assert {case for case, row in rows.items() if row.target == 0.95} == {
+        f"attention=chunked: qwen3-1.7b, decode, batch {batch}, {context} of context"
+        for batch in (1, 8)
+        for context in (16384, 32768)
+    }
     order = [side[0] for side, request in fakes.asked if (request.get("context"), request.get("batch")) == (16384, 8)]
     assert order == ["f", "c", "s", "s", "c", "f", "f", "c", "s", "s", "c", "f"], "the engines do not take turns"
 
@@ -191,7 +196,7 @@ def test_step_rows_are_seconds_and_exact_only_if_every_step_was(monkeypatch):
     rows = list(gpu_step.rows(tiny=False))
     last = {row.case.split(":")[0]: row for row in rows}
     step = last["step"]
-    assert (step.ratio, step.target, step.samples) == (0.8, 0.85, 3) and step.bits_equal == {"ours": False, "stock": False}
+    assert (step.ratio, step.target, step.samples) == (0.8, 0.37, 3) and step.bits_equal == {"ours": False, "stock": False}
     assert last["step, for each million sampled tokens"].ratio == 1.6 and last["sampled tokens of a step"].ours == 1e5
     assert last["all but the rollout"].ratio == 0.75 and len(rows) == 3 * len(last)
     assert [(side, request["length"]) for side, request in fakes.asked[:3]] == [("exact", 64), ("stock", 64), ("stock", 512)]

@@ -145,3 +145,10 @@ def test_rotation_gives_every_input_its_turn():
     calls = [lambda i=i: i for i in range(7)]
     turned = [call() for call in gpu.rotate(calls)]
     assert len(turned) == gpu.GRAPH_LAUNCHES and {turned.count(i) for i in range(7)} == {2, 3}
+
+
+def test_the_targets_of_our_own_attention_and_the_sizes_that_have_them():
+    found = {work.name: work.own_target for work in attention.WORKLOADS}
+    assert {name: found[f"decode {name}"] for name in ("1 at 8192", "1 at 32768")} == {"1 at 8192": 1.25, "1 at 32768": 1.25}
+    assert [found[f"decode {name}"] for name in ("16 at 8192", "64 at 2048", "256 at 2048")] == [1.05] * 3
+    assert [found[f"prefill {name}"] for name in ("8 x 2048", "4 x 8192", "1 x 32768")] == [1.4] * 3
