@@ -90,6 +90,8 @@ class Trainers:
     # ---- the routes: each reads and checks its request, and returns what makes the answer
 
     async def prove(self, request: Request) -> Callable[[], Awaitable[JsonObject]]:
+        await _body(request, "prove")
+
         async def answer() -> JsonObject:
             proof, config = await self._rpc("prove"), self.engine.model_config
             own = {"max_model_len": config.max_model_len, "dtype": str(config.dtype).removeprefix("torch.")}
@@ -98,7 +100,7 @@ class Trainers:
         return answer
 
     async def join(self, request: Request) -> Callable[[], Awaitable[JsonObject]]:
-        body = await request.json()
+        body = await _body(request, "join")
         trainer, ranks, mark = shown(body["trainer"]), dict(body["ranks"]), str(body["mark"])
         if unfit := await self._rpc("unfit", ranks):  # while whoever has joined it before still has it
             raise Refused(REFUSED, unfit)
@@ -137,7 +139,7 @@ class Trainers:
         return answer
 
     async def checksum(self, request: Request) -> Callable[[], Awaitable[JsonObject]]:
-        body = await request.json()
+        body = await _body(request, "checksum")
         self._require_session(body["session"])
         weights = wire.checksums_of(body["weights"])
         version = digest(weights.items())
@@ -157,7 +159,7 @@ class Trainers:
         return answer
 
     async def generate(self, request: Request) -> Callable[[], Awaitable[JsonObject]]:
-        body = await request.json()
+        body = await _body(request, "generate")
         self._require_session(body["session"])
         if self.version is None or body["version"] != self.version:
             held = "none" if self.version is None else self.version[:12]
@@ -250,6 +252,15 @@ async def _answered(work: Awaitable[JsonObject], receive: Any, send: Any) -> Non
 async def _disconnected(receive: Any) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+async def _body(request: Request, route: str) -> JsonObject:
+    """Return the JSON object that a request brings; no body is one without keys. An unknown key is refused by name."""
+    body = json.loads(await request.body() or b"{}")
+    if unknown := sorted(body.keys() - {*wire.KEYS[route]}):
+        keys = ", ".join(wire.KEYS[route])
+        raise Refused(REFUSED, f"{shown(', '.join(unknown))}: expected {f'none but {keys}' if keys else 'no key'}")
+    return body
 
 
 def _params(body: JsonObject, vocabulary: int) -> list[Any]:

@@ -25,6 +25,13 @@ PIECES = 2  # of a server's memory for a trainer on its host: one is filled whil
 DTYPES = {torch.bfloat16: "BF16", torch.float32: "F32"}  # of weights, as safetensors calls them
 SESSION, MEMORY = "rlinvariant-session", "rlinvariant-memory"
 """Headers of a request: the session that joining gave; of sync, which piece of the server's memory holds the weights."""
+KEYS = {
+    "prove": (),
+    "join": ("trainer", "ranks", "mark"),
+    "checksum": ("session", "weights"),
+    "generate": ("session", "version", "prompts", "seeds", "max_tokens", "sampling"),
+}
+"""The keys of the JSON that a route takes; all others are refused by name. The body of sync is weights."""
 TAKEN = ("temperature", "stop_token_ids", "top_k", "top_p", "min_p")
 """Settings of sampling that a request to a server may have; all others are refused by name."""
 

@@ -14,9 +14,10 @@ from safetensors.torch import load, save
 
 from rlinvariant import checksums
 from rlinvariant.errors import ServersLost, UserError
-from rlinvariant.sampler import handover, served, server
+from rlinvariant.sampler import handover, served, server, wire
 from rlinvariant.sampler.served import ServedSampler
 from rlinvariant.sampler.vllm_guard import WITH_TOKEN
+from rlinvariant.text import printable
 from rlinvariant.trainer_token import Token
 from tests.parity.device import cpu_only
 from tests.sampler.servers import Server
@@ -271,7 +272,8 @@ def test_a_trainer_that_goes_away_takes_its_requests_along(servers, arithmetic_w
         b"{}",
         b'{"session": 1}',
         b"[" * 100_000,
-        b'{"session": "S", "version": "V", "weights": [1], "prompts": 1}',
+        b'{"session": "S", "weights": [1]}',
+        b'{"session": "S", "version": "V", "prompts": 1}',
     ],
 )
 def test_what_is_no_request_is_refused_and_changes_nothing(content, servers, arithmetic_weights):
@@ -283,6 +285,22 @@ def test_what_is_no_request_is_refused_and_changes_nothing(content, servers, ari
         answer = httpx.post(servers[0].url + path, headers=headers, content=own)
         assert answer.status_code in (400, 409) and answer.json()["error"], (path, answer.status_code)
     assert sampler.generate([[1]], [1], temperature=1.0, max_tokens=1)
+
+
+@pytest.mark.parametrize("route", wire.KEYS)
+def test_a_key_that_no_route_has_is_refused_by_name_and_changes_nothing(route, servers, arithmetic_weights):
+    """Beside a request that is whole; the control is that one, by itself."""
+    sampler = synced(joined(servers[0]), arithmetic_weights)
+    own = sampler._alive[0]
+    whole = {"trainer": "t", "ranks": {}, "mark": "m", "session": own.session, "version": sampler._version}
+    whole |= {"weights": {}, "prompts": [[1]], "seeds": [1], "max_tokens": [1], "sampling": {"temperature": 1.0}}
+    asked = {key: whole[key] for key in wire.KEYS[route]}
+    for unknown in ("sampled", "n", "\x1b[2J", "x" * 9999):
+        with pytest.raises(UserError, match=r"^sampler.servers=\S+: .*: expected no") as caught:
+            own.asked(route, asked | {unknown: 1})
+        assert printable(unknown)[:9] in str(caught.value) and len(str(caught.value)) < 500 and str(caught.value).isprintable()
+    assert sampler.generate([[1]], [1], temperature=1.0, max_tokens=1)
+    assert own.asked(route, asked)
 
 
 def test_a_server_that_dies_while_it_draws_is_replaced_by_another(
