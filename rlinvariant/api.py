@@ -15,7 +15,7 @@ from rlinvariant.config import PPOConfig
 from rlinvariant.conflicts import INVARIANCE, Invariance
 from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.files import RUNS, require_writable
-from rlinvariant.model_source import local_model, source_problems
+from rlinvariant.model_source import load_tokenizer, local_model, source_problems
 from rlinvariant.report import wandb_log
 from rlinvariant.report.console import Console
 from rlinvariant.report.rundir import RunDir
@@ -28,7 +28,7 @@ from rlinvariant.trainer.fields import GRPOConfig, script_problems, settled
 from rlinvariant.trainer.grpo import InvariantGRPOTrainer
 from rlinvariant.trainer.interface import RewardFunction, ScriptOptions
 from rlinvariant.trainer.ppo import InvariantPPOTrainer
-from rlinvariant.trainer.preflight import Tooling, check_start, load_tokenizer
+from rlinvariant.trainer.preflight import Tooling, check_start
 from rlinvariant.trainer.preflight.given import given_problems
 from rlinvariant.trainer.refusals import settings_problems
 from rlinvariant.types import EnvironmentFactory, RolloutCall, ToolCall

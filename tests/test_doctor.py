@@ -186,7 +186,7 @@ def test_the_reported_kernel_is_the_one_that_runs(tmp_path):
     """`ops.linear` runs the kernel that the report names, for every shape of a model."""
     Qwen2Config(**TINY, num_key_value_heads=1).save_pretrained(tmp_path)
     found = list(model.of_model(str(tmp_path), cuda=False))
-    assert {x.verdict for x in found if x.name != "certificate"} == {"ok"}
+    assert {x.verdict for x in found if x.name not in ("certificate", "tokenizer")} == {"ok"}
     said = {}
     for line in (x.text for x in found if x.name == "linear"):
         head, _, shapes = line.partition(" for ")
@@ -241,6 +241,12 @@ def test_it_says_whether_the_model_was_verified(tmp_path, monkeypatch):
     finding = model.certified("m", config)
     said = "2026-01-01, 0 / 61,440 tokens differed, short form, random weights"
     assert finding.verdict == "ok" and finding.text == said
+
+
+def test_it_says_that_a_model_has_no_tokenizer(tmp_path, arithmetic_dir):
+    AutoConfig.from_pretrained(arithmetic_dir).save_pretrained(tmp_path)
+    said = [[x.text for x in model.of_model(str(path), False) if x.name == "tokenizer"] for path in (tmp_path, arithmetic_dir)]
+    assert said[1] == [] and len(said[0]) == 1 and said[0][0].startswith(f"MODEL={tmp_path}: no tokenizer: none of its files")
 
 
 def test_a_shape_that_the_vendor_gemm_gets_wrong_goes_to_ours(monkeypatch):

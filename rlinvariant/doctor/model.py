@@ -9,7 +9,7 @@ from rlinvariant import runtime
 from rlinvariant.doctor.finding import Finding
 from rlinvariant.doctor.kernels import kernels_cpu, kernels_cuda
 from rlinvariant.errors import UserError, one_line
-from rlinvariant.model_source import WHEELS, base_and_adapter, model_problems, source_problems
+from rlinvariant.model_source import WHEELS, base_and_adapter, load_tokenizer, model_problems, source_problems, tokenizer_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -71,6 +71,10 @@ def of_model(model: str, cuda: bool) -> Iterator[Finding]:
             return
         ranks = found.ranks
         yield Finding("adapters", "ok", lora.in_words(ranks))
+    try:
+        load_tokenizer(tokenizer_of(base, adapter), config, "MODEL")
+    except UserError as error:
+        yield Finding("tokenizer", "note", f"{error}; train and serve refuse the model without one")
     yield certified(model, config, ranks)
 
 

@@ -1,7 +1,6 @@
 """Draw, grade and count: the work of `rlinvariant eval`, when its settings are known to be right."""
 
 import math
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ from rlinvariant.config import Config
 from rlinvariant.errors import ConfigErrors, UserError
 from rlinvariant.evaluation.estimate import doubling, estimate, pass_at_k
 from rlinvariant.kernels import choice
-from rlinvariant.model_source import base_and_adapter
+from rlinvariant.model_source import base_and_adapter, load_tokenizer, tokenizer_of
 from rlinvariant.report.console import Console
 from rlinvariant.rollout import Truncation
 from rlinvariant.run import sampler_options
@@ -21,7 +20,7 @@ from rlinvariant.support import allow_unproven, device_problems
 from rlinvariant.text import plural, shown
 from rlinvariant.tools.plain import plain_tools
 from rlinvariant.trainer.player import Player
-from rlinvariant.trainer.preflight import Start, Tooling, check_data, load_generation, load_tokenizer
+from rlinvariant.trainer.preflight import Start, Tooling, check_data, load_generation
 from rlinvariant.trainer.samples import or_none
 from rlinvariant.types import JsonObject
 
@@ -59,8 +58,7 @@ def evaluate(
         raise ConfigErrors(problems)
     model, adapter = base_and_adapter(config.model)
     model_config, recipe = load_config(model), config.load_recipe()
-    beside = adapter is not None and os.path.isfile(os.path.join(adapter, "tokenizer_config.json"))
-    tokenizer = load_tokenizer(adapter if adapter is not None and beside else model, model_config)
+    tokenizer = load_tokenizer(tokenizer_of(model, adapter), model_config)
     tooling = Tooling.asked(config)
     if tooling and config.tool_format == "plain":
         tokenizer = plain_tools(tokenizer)

@@ -18,11 +18,11 @@ from vllm import SamplingParams
 from vllm.platforms import current_platform
 from vllm.v1.sample.logits_processor import LogitsProcessor
 
-from rlinvariant import deadline, runtime, trainer_token
+from rlinvariant import deadline, errors, runtime, trainer_token
 from rlinvariant.errors import NOT_EXACT, ConfigErrors, Stopped, UserError, one_line
 from rlinvariant.kernels import choice
 from rlinvariant.launch import end_with_parent
-from rlinvariant.model_source import base_and_adapter
+from rlinvariant.model_source import base_and_adapter, load_tokenizer, tokenizer_of
 from rlinvariant.models import adapter_files, audit_config, lora
 from rlinvariant.models.limits import attention_of
 from rlinvariant.rollout import RANGES
@@ -136,21 +136,15 @@ def serve(argv: Sequence[str], subject: Subject | None = None, room: Room | None
     """
     runtime.configure()
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # as vLLM's own command does
-    warnings = [
-        os.environ.get("PYTHONWARNINGS"),
-        "ignore:resource_tracker:UserWarning",
-    ]  # it removes what vLLM leaves at its end
-    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, warnings))
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")  # it removes what vLLM leaves at its end
     command, args = prepared(argv, subject, room)
     plugin.load()
     plugin.register_class()
     command.validate(args)
     try:
         command.cmd(args)
-    except Stopped:
-        raise
     except KeyboardInterrupt as stop:  # in the start, where vLLM makes it of a SIGTERM, too, and gives it a text then
-        raise Stopped(signal.SIGTERM if str(stop) else signal.SIGINT) from stop
+        raise Stopped(signal.SIGTERM if str(stop) else errors.stop_code(stop) - 128) from stop
     except RuntimeError as error:
         raise UserError(f"vLLM: {one_line(error, 200)} (the cause is in the log above)") from error
     if _ended_by:
@@ -208,10 +202,15 @@ def prepare(args: Untyped, default: Untyped, subject: Subject | None = None, roo
     if adapter is not None:
         args.additional_config[ADAPTER_KEY] = os.path.abspath(adapter)
         args.served_model_name = args.served_model_name or [named]
-        if args.tokenizer is None and os.path.isfile(os.path.join(adapter, "tokenizer_config.json")):
-            args.tokenizer = adapter
+        args.tokenizer = args.tokenizer or tokenizer_of(args.model, adapter)
     longest = args.max_model_len if isinstance(args.max_model_len, int) and args.max_model_len > 0 else None
     positions = refuse({}, args.model, args.dtype, otherwise="use vllm serve")
+    if file is None and args.tokenizer_mode == default.tokenizer_mode:  # a trainer brings tokens; other modes read other files
+        key, where = ("MODEL", args.model) if args.tokenizer is None else ("--tokenizer", args.tokenizer)
+        try:
+            load_tokenizer(where, load_config(args.model), key)
+        except UserError as error:
+            raise UserError(f"{error}, or name another directory that has one: --tokenizer DIR") from error
     if found is not None:
         found.require_fit_to(args.model)
     if longest is not None and longest > positions:

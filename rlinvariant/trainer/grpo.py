@@ -41,6 +41,7 @@ from rlinvariant import metrics, stopping
 from rlinvariant.conflicts import SIDES, Gradients, Invariance
 from rlinvariant.errors import ConfigErrors, ParityError
 from rlinvariant.launch import main_process_fetches
+from rlinvariant.model_source import load_tokenizer
 from rlinvariant.models import audit_config, lora, make_invariant, make_trainable, require_exact, shards
 from rlinvariant.models.load import load
 from rlinvariant.rewards import RewardLimits
@@ -58,7 +59,7 @@ from rlinvariant.trainer.interface import (
     TrainerArguments,
 )
 from rlinvariant.trainer.memory import decoder_layers
-from rlinvariant.trainer.preflight import Start, Tooling, check_start, constructing, load_tokenizer
+from rlinvariant.trainer.preflight import Start, Tooling, check_start, constructing
 from rlinvariant.trainer.record import Pair
 from rlinvariant.trainer.refusals import settings_problems
 from rlinvariant.trainer.routed import RoutedTrainer

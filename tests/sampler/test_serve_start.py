@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 import torch
 from peft import LoraConfig as PeftConfig
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from vllm.config import CompilationMode
 
 from rlinvariant import serve
@@ -56,6 +56,20 @@ def test_a_model_that_could_not_be_exact_is_refused(arithmetic_dir, tmp_path):
         vllm_serve.serve([])
     with pytest.raises(UserError, match="--max-model-len 99999: expected at most"):
         vllm_serve.serve([arithmetic_dir, "--max-model-len", "99999"])
+
+
+def test_a_model_without_a_tokenizer_is_refused_before_the_engine_starts(arithmetic_dir, token_file, tmp_path):
+    """A trainer brings tokens, and is served without. The control is another directory's tokenizer."""
+    AutoConfig.from_pretrained(arithmetic_dir).save_pretrained(tmp_path / "bare")
+    bare = str(tmp_path / "bare")
+    with pytest.raises(UserError, match=f"^MODEL={bare}: no tokenizer: none of its files is there; .*: --tokenizer DIR$"):
+        vllm_serve.prepared([bare])
+    with pytest.raises(UserError, match=f"^--tokenizer={bare}: no tokenizer: none of its files is there"):
+        vllm_serve.prepared([arithmetic_dir, "--tokenizer", bare])
+    with pytest.raises(UserError, match="--skip-tokenizer-init True: expected False"):
+        vllm_serve.prepared([bare, "--skip-tokenizer-init"])
+    for options in (["--tokenizer", arithmetic_dir], ["--trainer-token-file", token_file]):
+        assert vllm_serve.prepared([bare, *options])[1].model == bare
 
 
 ROOM = ["--trainer-token-file", "TOKEN", "--lora", "r=4", "target_modules=q_proj,v_proj"]

@@ -22,13 +22,12 @@ from rlinvariant.trainer.preflight.tokens import (
     end_tokens,
     generation_problems,
     load_generation,
-    load_tokenizer,
     token_problems,
 )
 from rlinvariant.trainer.preflight.tools import Tooling, call_limit_problems, routing_problems, tooling_problems
 from rlinvariant.trainer.published import place_problems
 
-__all__ = ["Start", "Tooling", "check_data", "check_start", "constructing", "end_tokens", "load_generation", "load_tokenizer"]
+__all__ = ["Start", "Tooling", "check_data", "check_start", "constructing", "end_tokens", "load_generation"]
 
 
 @dataclass(frozen=True)

@@ -5,32 +5,9 @@ import tempfile
 from typing import TYPE_CHECKING, Any
 
 from rlinvariant.errors import UserError, one_line
-from rlinvariant.launch import main_process_fetches
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
-
-
-def load_tokenizer(name: str, config: "PreTrainedConfig") -> "PreTrainedTokenizerBase":
-    """Load a model's tokenizer, of which no code is run.
-
-    Args:
-        name: directory or hub id of the model.
-        config: its configuration, so that it is not read again.
-
-    Raises:
-        UserError: there is none, or it cannot be read.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        with main_process_fetches(name):
-            tokenizer = AutoTokenizer.from_pretrained(name, config=copy.deepcopy(config), trust_remote_code=False)
-    except Exception as error:  # tokenizers raises plain exceptions
-        raise UserError(f"model={name}: no tokenizer: {one_line(error, 400)}") from error
-    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):  # what transformers makes where no file is
-        raise UserError(f"model={name}: no tokenizer: none of its files is there; save it beside the model (save_pretrained)")
-    return tokenizer
 
 
 def token_problems(tokenizer: "PreTrainedTokenizerBase", vocabulary: int | None, name: str) -> list[str]:

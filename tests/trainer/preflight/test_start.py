@@ -18,11 +18,12 @@ from trl.trainer.grpo_config import GRPOConfig
 
 from rlinvariant import runtime
 from rlinvariant.errors import ConfigErrors, UserError
+from rlinvariant.model_source import load_tokenizer
 from rlinvariant.trainer.preflight import Start, check_start
 from rlinvariant.trainer.preflight.disk import disk_problems, parameters
 from rlinvariant.trainer.preflight.parts import hub_problems, part_problems, weight_problems
 from rlinvariant.trainer.preflight.signatures import needed_columns, signature_problems
-from rlinvariant.trainer.preflight.tokens import generation_problems, load_generation, load_tokenizer, token_problems
+from rlinvariant.trainer.preflight.tokens import generation_problems, load_generation, token_problems
 
 
 def settings(path: Any = "out", **changes: Any) -> GRPOConfig:
