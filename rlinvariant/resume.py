@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from rlinvariant import reading
-from rlinvariant.arguments import CommandParser, given_by_user
+from rlinvariant.arguments import SCRIPT, CommandParser, given_by_user
 from rlinvariant.config.check import script_problem
 from rlinvariant.errors import UserError
 from rlinvariant.files import RUNS
@@ -35,6 +35,8 @@ def run(options: argparse.Namespace) -> int | None:
     from rlinvariant import train
 
     name = run_name(options.run)
+    if problem := script_problem(RUNS / name):
+        raise UserError(problem)
     options.settings = arguments(RUNS / name, options.settings) + [f"run={name}"]
     options.help = options.help_all = False
     return train.run(options)
@@ -53,7 +55,7 @@ def arguments(directory: Path, given: list[str]) -> list[str]:
     """Return `key=value` arguments for what a run's user has set, with `given` in place of what they set anew.
 
     Raises:
-        UserError: there is no run, it is of a script, config.json is damaged, or a secret, which no file has, is to be given.
+        UserError: there is no run, its config.json is damaged, or a secret, which no file has, is to be given.
     """
     own, recipe = _settings(directory)
     anew = {setting.partition("=")[0] for setting in given}
@@ -67,7 +69,7 @@ def arguments(directory: Path, given: list[str]) -> list[str]:
 
 
 def _settings(directory: Path) -> tuple[dict[str, str], str]:
-    """Return what a run's user has set on the command line or in a file, and its recipe or ""."""
+    """Return what a run's user has set on the command line or in a file, and its recipe; "" without, and of a script."""
     from rlinvariant.report.study import argument
 
     fix = "use the command that started the run, and resume=true"
@@ -77,11 +79,9 @@ def _settings(directory: Path) -> tuple[dict[str, str], str]:
     config = reading.read(path, fix)
     try:
         own = {key: argument(entry["value"]) for key, entry in config.items() if given_by_user(entry["source"])}
-        recipe = str(config["recipe"]["value"])
+        recipe = "" if config["recipe"]["source"] == SCRIPT else str(config["recipe"]["value"])
     except (KeyError, TypeError) as error:
         raise UserError(f"{path}: damaged: a setting without value or source; {fix}") from error
-    if problem := script_problem(directory):
-        raise UserError(problem)
     return own, recipe
 
 
