@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from rlinvariant.install import install_hint, installed_version
-from rlinvariant.kernels import attention, choice
+from rlinvariant.kernels import attention, choice, cpu
 
 if TYPE_CHECKING:
     from trl.trainer.grpo_config import GRPOConfig
@@ -31,7 +31,7 @@ FA3 = "vllm_flash_attn/_vllm_fa3_C*.so"  # in vLLM's CUDA wheel
 def device_problems(args: "GRPOConfig", invariance: str, dtype: torch.dtype) -> list[str]:
     """Return one line for each reason why `args.device` (of TrainingArguments) cannot run this.
 
-    vLLM is missed here, not on the first import of it, which comes after a recipe has made its model.
+    vLLM and a compiler are missed here, not when they are first needed, which is after a recipe has made its model.
     """
     kind = args.device.type
     if problems := choice.misplaced(choice.asked(), invariance, kind):
@@ -39,7 +39,7 @@ def device_problems(args: "GRPOConfig", invariance: str, dtype: torch.dtype) -> 
     if (kind == "cpu" or invariance == "off") and importlib.util.find_spec("vllm") is None:
         return [f"package vllm: missing; {install_hint('cpu' if kind == 'cpu' else 'cuda')}"]
     if invariance == "off" or (kind == "cpu" and not torch.cuda.is_available()):
-        return []
+        return [] if invariance == "off" else cpu.compiler_problems()
     if kind == "cpu":
         return ["use_cpu=True: expected False where there is a GPU, which vLLM would take; or hide it: CUDA_VISIBLE_DEVICES="]
     if kind != "cuda":

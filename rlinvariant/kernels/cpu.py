@@ -48,16 +48,26 @@ _SIGNATURES = {  # one line per function of kernels/*.c
 }
 
 
+def compiler_problems() -> list[str]:
+    """Return one line if the compiler that `library` needs is not there."""
+    if shutil.which(name := _compiler()) is not None:
+        return []
+    return [f"C compiler {name} not found: exact mode on CPU builds kernels/*.c; install gcc, or set CC"]
+
+
 def _compiler() -> str:
-    name = os.environ.get("CC", "gcc")
-    if (path := shutil.which(name)) is None:
-        raise UserError(f"C compiler {name} not found: exact mode on CPU builds kernels/*.c; install gcc, or set CC")
-    return path
+    return os.environ.get("CC", "gcc")
+
+
+def _found_compiler() -> str:
+    for problem in compiler_problems():
+        raise UserError(problem)
+    return _compiler()
 
 
 def compile_library(target: Path, flags: tuple[str, ...] = FLAGS) -> None:
     """Compile kernels/*.c to `target`, atomically. Raises RuntimeError with the compiler's words if it fails."""
-    compiler = _compiler()
+    compiler = _found_compiler()
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as tmp:
         built = Path(tmp, "cpu.so")
@@ -80,7 +90,7 @@ def load_library(path: Path) -> ctypes.CDLL:
 @functools.cache
 def library() -> ctypes.CDLL:
     """Return the kernels for this processor, which are built on first use."""
-    compiler = subprocess.run([_compiler(), "--version"], capture_output=True, text=True).stdout
+    compiler = subprocess.run([_found_compiler(), "--version"], capture_output=True, text=True).stdout
     flags_of_cpu = next((x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("flags")), "")
     key = "\0".join((*(x.read_text() for x in SOURCES), *FLAGS, compiler, platform.machine(), flags_of_cpu))
     path = cache_dir() / f"cpu-{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}.so"

@@ -8,7 +8,7 @@ import torch
 from rlinvariant import runtime
 from rlinvariant.conflicts import divisor
 from rlinvariant.errors import ConfigErrors, UserError, one_line
-from rlinvariant.kernels import choice
+from rlinvariant.kernels import choice, cpu
 from rlinvariant.launch import is_launched
 from rlinvariant.model_source import source_problems
 from rlinvariant.models import unsupported
@@ -75,7 +75,7 @@ def refuse(
         found.append(f"VLLM_BATCH_INVARIANT={value}: expected unset: it puts vLLM's own kernels in place of ours; {fix}")
     cuda = torch.cuda.is_available()
     found += choice.misplaced(choice.asked(), "exact", "cuda" if cuda else "cpu")
-    found += cuda_problems(getattr(torch, dtype)) if cuda else []
+    found += cuda_problems(getattr(torch, dtype)) if cuda else cpu.compiler_problems()
     config = load_config(model) if config is None else config
     if found := found + engine_problems(options, model, config, max_model_len, otherwise, "cuda" if cuda else "cpu"):
         raise ConfigErrors(found)

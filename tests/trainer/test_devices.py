@@ -138,6 +138,15 @@ def test_a_cpu_without_vllm_is_refused(invariance, machine, monkeypatch):
     ]
 
 
+def test_a_cpu_without_a_compiler_is_refused(machine, monkeypatch):
+    """Before the recipe makes its model, and for a stock run, which builds nothing, not at all."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("CC", "no-such-compiler")
+    (line,) = machine.problems(FP32, device="cpu")
+    assert line.startswith("C compiler no-such-compiler not found") and line.endswith("install gcc, or set CC")
+    assert machine.problems(FP32, device="cpu", invariance="off") == []
+
+
 def test_another_device_type_is_refused(machine):
     (line,) = machine.problems(device="mps")
     assert line.startswith("device=mps: expected cpu or cuda")
