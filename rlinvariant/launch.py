@@ -261,8 +261,22 @@ def launch(argv: Sequence[str], machine: str | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin are 10 times slower as soon as cores are shared
     import torch  # not before: a wrong machine= is answered at once
 
+    if machine is not None:
+        _require_gpus(machine, torch.cuda.device_count())
     os.environ[MACHINE] = machine or ("1gpu" if torch.cuda.is_available() else "cpu")
     return _launch(file or machine_file(os.environ[MACHINE]), ["train", *argv])
+
+
+def _require_gpus(machine: str, found: int) -> None:
+    """Refuse a machine whose file says `use_cpu: false` for more processes of a host than there are GPUs."""
+    processes, hosts = size(machine)
+    if _content(machine).get("use_cpu") is not False or -(-processes // hosts) <= found:
+        return
+    if not found:  # accelerate would take the CPU, in as many processes
+        on_cpus = ", ".join(name for name in machines() if name.startswith("cpu"))
+        raise UserError(f"machine={machine}: use_cpu: false, and torch finds no GPU here; use one of {on_cpus}")
+    expected = f"expected at most {found} a host, one for each GPU that torch finds here"
+    raise UserError(f"machine={machine}: num_processes: {processes}: {expected}")
 
 
 def launch_command(argv: Sequence[str], processes: int) -> int:

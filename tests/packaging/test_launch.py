@@ -267,3 +267,16 @@ def test_a_launcher_passes_a_signal_on_and_waits(tmp_path):
     assert sum("waits" in line for line in lines) == 2
     process.send_signal(signal.SIGUSR1)
     assert finish(process) == (138, [{"got": 1}] * 2, "")
+
+
+def test_a_machine_of_gpus_that_are_not_here_is_refused(tmp_path):
+    """Without GPUs accelerate would start as many processes on the CPU."""
+    for machine in ("1gpu", "8gpu", "2gpu_fsdp2"):
+        with pytest.raises(UserError, match=rf"^machine={machine}: use_cpu: false, .*; use one of cpu, cpu2, cpu2_fsdp2$"):
+            launch._require_gpus(machine, 0)
+    with pytest.raises(UserError, match=r"^machine=8gpu: num_processes: 8: expected at most 2 a host"):
+        launch._require_gpus("8gpu", 2)
+    hosts = tmp_path / "hosts.yaml"
+    hosts.write_text((launch.MACHINE_FILES / "8gpu.yaml").read_text().replace("num_machines: 1", "num_machines: 4"))
+    for machine, found in (("cpu2", 0), ("8gpu", 8), (str(hosts), 2)):
+        launch._require_gpus(machine, found)
