@@ -103,9 +103,10 @@ class Vllm:
 def install_attention(monkeypatch, attention) -> None:
     """FlashAttention-3, and our own attention in Triton, by that of the CPU."""
 
-    def varlen(q, k, v, most_q, cu, most_k, *, seqused_k, softmax_scale, block_table, out, **_):
+    def varlen(q, k, v, most_q, cu, most_k, *, seqused_k, softmax_scale, window_size, block_table, out, **_):
         cache = torch.cat((k, v), -1).transpose(1, 2)
-        return ops.paged_attention(q, cache, block_table, cu, seqused_k, softmax_scale, out=out)
+        window = None if window_size == [-1, -1] else window_size[0] + 1
+        return ops.paged_attention(q, cache, block_table, cu, seqused_k, softmax_scale, window=window, out=out)
 
     fa3 = types.SimpleNamespace(flash_attn_varlen_func=varlen, get_scheduler_metadata=lambda **_: None)
     monkeypatch.setattr(attention, "_fa3", lambda: fa3)
@@ -114,10 +115,10 @@ def install_attention(monkeypatch, attention) -> None:
     monkeypatch.setitem(sys.modules, kernels.__name__, kernels)
 
     def paged(q, cache, table, cu, lens, most_q, most_k, form, out, made):
-        ops.paged_attention(q, cache, table, cu, lens, form.scale, out=out)
+        ops.paged_attention(q, cache, table, cu, lens, form.scale, window=form.window, out=out)
 
     calls = types.ModuleType("rlinvariant.kernels.chunked_calls")
-    form = lambda scale: SimpleNamespace(scale=scale)  # noqa: E731
+    form = lambda scale, window: SimpleNamespace(scale=scale, window=window)  # noqa: E731
     vars(calls).update(Form=form, row=lambda _: {"order": None}, plan=lambda *_: None, paged=paged)
     monkeypatch.setitem(sys.modules, calls.__name__, calls)
     import rlinvariant.kernels

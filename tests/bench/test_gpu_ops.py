@@ -93,7 +93,8 @@ def test_attention_compares_paged_steps_and_packed_rows(on_cpu, monkeypatch):
     assert _names(rows) == {"prefill", "decode", "our", "packed"} and _invariant(rows)
     assert {row.target for row in rows if row.case.startswith("decode") and "up to" not in row.case} == {1.02}
     own = {row.case.partition(",")[0]: row.target for row in rows if row.case.startswith("our own") and "up to" not in row.case}
-    assert own == {"our own: decode 4 at 96": 1.1, "our own: prefill 2 x 40": 1.4}
+    several = {"our own: decode 4 at 96": 1.05, "our own: decode 4 at 96 in a window of 20": 1.1}
+    assert own == {**several, "our own: prefill 2 x 40": 1.4}
 
 
 def test_logprob_compares_the_head_with_two_others_and_sample(on_cpu, monkeypatch):
@@ -151,4 +152,5 @@ def test_the_targets_of_our_own_attention_and_the_sizes_that_have_them():
     found = {work.name: work.own_target for work in attention.WORKLOADS}
     assert {name: found[f"decode {name}"] for name in ("1 at 8192", "1 at 32768")} == {"1 at 8192": 1.25, "1 at 32768": 1.25}
     assert [found[f"decode {name}"] for name in ("16 at 8192", "64 at 2048", "256 at 2048")] == [1.05] * 3
+    assert found["decode 16 at 8192 in a window of 1024"] == 1.1
     assert [found[f"prefill {name}"] for name in ("8 x 2048", "4 x 8192", "1 x 32768")] == [1.4] * 3

@@ -270,7 +270,7 @@ def test_a_launcher_passes_a_signal_on_and_waits(tmp_path):
 
 
 def test_a_machine_of_gpus_that_are_not_here_is_refused(tmp_path):
-    """Where there is no GPU accelerate would start as many processes on the CPU: a machine of GPUs is refused before."""
+    """Accelerate would start as many processes on the CPU."""
     for machine in ("1gpu", "8gpu", "2gpu_fsdp2"):
         with pytest.raises(UserError, match=rf"^machine={machine}: use_cpu: false, .*; use one of cpu, cpu2, cpu2_fsdp2$"):
             launch._require_gpus(machine, 0)
