@@ -261,16 +261,14 @@ def launch(argv: Sequence[str], machine: str | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin are 10 times slower as soon as cores are shared
     import torch  # not before: a wrong machine= is answered at once
 
-    if machine is not None:
-        _require_gpus(machine, torch.cuda.device_count())
     os.environ[MACHINE] = machine or ("1gpu" if torch.cuda.is_available() else "cpu")
     return _launch(file or machine_file(os.environ[MACHINE]), ["train", *argv])
 
 
 def _require_gpus(machine: str, found: int) -> None:
-    """Refuse a machine whose file says `use_cpu: false` for more processes of a host than there are GPUs."""
-    processes, hosts = size(machine)
-    if _content(machine).get("use_cpu") is not False or -(-processes // hosts) <= found:
+    """Refuse a machine whose file does not say `use_cpu: true` for more processes of a host than there are GPUs."""
+    (processes, hosts), content = size(machine), _content(machine)
+    if not content or content.get("use_cpu", False) or -(-processes // hosts) <= found:  # accelerate's default is false
         return
     if not found:  # accelerate would take the CPU, in as many processes
         on_cpus = ", ".join(name for name in machines() if name.startswith("cpu"))
@@ -296,6 +294,7 @@ def launch_command(argv: Sequence[str], processes: int) -> int:
 
 
 def _launch(file: Path, argv: Sequence[str], processes: int | None = None) -> int:
+    import torch
     from accelerate.commands.config.config_args import load_config_from_file
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_simple_launcher_cmd_env
@@ -313,6 +312,8 @@ def _launch(file: Path, argv: Sequence[str], processes: int | None = None) -> in
     for name in ("deepspeed_config", "megatron_lm_config", "parallelism_config", "fp8_config", "dynamo_config", "fsdp_config"):
         if getattr(settings, name, None) and (name, kind) != ("fsdp_config", "FSDP"):  # accelerate might ignore it, or compile
             raise UserError(f"machine={file}: {name}: expected none beside distributed_type: {kind}; remove it")
+    if processes is None:
+        _require_gpus(os.environ[MACHINE], torch.cuda.device_count())
     all_processes, hosts = size(str(file)) if processes is None else (processes, 1)
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, _cores() // max(1, all_processes // hosts)))
     settings_of_launch = ["--config_file", str(file), "--num_cpu_threads_per_process", threads]

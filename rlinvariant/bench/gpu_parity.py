@@ -221,7 +221,7 @@ def soak(file: Path, tokens: int, tiny: bool, long: bool = False) -> None:
                         for key in ("tokens", "sampled", "mismatched"):
                             run[key] += found[key]
                     run["seconds"] = round(now - began, 1)
-                    _save(file, machine, name, kept, run)
+                    _save(file, machine, name + f", after {LONG[0]:,} tokens or more" * long, kept, run)
                     on_the_way = len(asked) * (run["tokens"] // max(1, run["rollouts"]))
                     print(
                         f"{side}: {found}; {run['mismatched']:,} mismatched of {run['tokens']:,}, {now - began:.0f} s",
@@ -249,7 +249,7 @@ def _soak_worker(link: Link, side: str, path: str, size: str) -> None:
     of = SOAKS[size]
     count = min(SOAK_CONTROL_REQUESTS, of.requests) if side == "control" else of.requests
     model = _exact_model(path)
-    kv_gib = min(of.kv_gib, 8.0) if side == "control" else of.kv_gib
+    kv_gib = of.kv_gib / 2 if side == "control" else of.kv_gib
     room = {"max_model_len": max(1024, of.prompts[1] + of.new_tokens), "options": {"max_num_seqs": of.requests}}
     engine = Sampler(path, invariant=side != "control", kv_cache_gib=kv_gib, **room)
     for request in link.requests():

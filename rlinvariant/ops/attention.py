@@ -34,7 +34,7 @@ def attention(
         scale: multiplies the scores.
         max_seqlen: length of the longest sequence, read off cu_seqlens if not given (which waits for a GPU).
         window: how many keys a query attends to, its own included; all if None.
-        softcap: bound of the scores; none if None. UserError for either on a GPU where it is unproven (kernels/attention.py).
+        softcap: bound of the scores; none if None. On a GPU either takes an attention of our own (kernels/attention.py).
 
     Returns:
         [T, H, D] in q.dtype.

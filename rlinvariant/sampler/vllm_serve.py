@@ -122,12 +122,11 @@ Room: TypeAlias = Callable[[Sequence[str], "PreTrainedConfig"], dict[str, int]]
 
 
 def serve(argv: Sequence[str], subject: Subject | None = None, room: Room | None = None) -> int:
-    """Run `vllm serve` with these arguments and the ops on, until it is stopped; return the exit code of one whose engine died.
+    """Run `vllm serve` with these arguments and the ops on; return the exit code of one whose engine is not exact, or died.
 
     Args:
         argv: the command line's.
-        subject: says to trainers what decides the server's bits.
-        room: reads `--lora`.
+        subject, room: say to trainers what decides the server's bits, and read `--lora`.
 
     Raises:
         ConfigErrors: what could not be exact, one line each, before any weights are loaded.
@@ -147,9 +146,13 @@ def serve(argv: Sequence[str], subject: Subject | None = None, room: Room | None
         raise Stopped(signal.SIGTERM if str(stop) else errors.stop_code(stop) - 128) from stop
     except RuntimeError as error:
         raise UserError(f"vLLM: {one_line(error, 200)} (the cause is in the log above)") from error
+    except SystemExit:  # uvicorn's, of an application that did not start
+        if not _not_exact:
+            raise
     if _ended_by:
         raise Stopped(_ended_by[0])
-    say("error: vLLM's engine has ended (the cause is in the log above)", error=True)
+    why = _not_exact[0] if _not_exact else "vLLM's engine has ended (the cause is in the log above)"
+    say(f"error: {why}", error=True)
     return NOT_EXACT
 
 
@@ -205,7 +208,8 @@ def prepare(args: Untyped, default: Untyped, subject: Subject | None = None, roo
         args.tokenizer = args.tokenizer or tokenizer_of(args.model, adapter)
     longest = args.max_model_len if isinstance(args.max_model_len, int) and args.max_model_len > 0 else None
     positions = refuse({}, args.model, args.dtype, otherwise="use vllm serve")
-    if file is None and args.tokenizer_mode == default.tokenizer_mode:  # a trainer brings tokens; other modes read other files
+    elsewhere = ("tokenizer_mode", "tokenizer_revision", "revision", "hf_token")  # by which vLLM reads other files
+    if file is None and all(getattr(args, name) == getattr(default, name) for name in elsewhere):  # a trainer brings tokens
         key, where = ("MODEL", args.model) if args.tokenizer is None else ("--tokenizer", args.tokenizer)
         try:
             load_tokenizer(where, load_config(args.model), key)
@@ -354,8 +358,8 @@ class Worker(_Worker, ForTrainers):
         )
 
 
-_ended_by: list[int] = []
-"""The signals that came while the server ran, of which vLLM says none when it has ended."""
+_ended_by: list[int] = []  # signals that came while the server ran, of which vLLM says none when it has ended
+_not_exact: list[str] = []  # why the engine has not proven itself: then the server does not start
 
 
 def _note_signals() -> None:
@@ -387,7 +391,8 @@ class Proof:
                     (proof,) = await scope["app"].state.engine_client.collective_rpc("prove")
                     say(f"exact: {proof}")
                 except Exception as error:
-                    message = {"type": "lifespan.startup.failed", "message": f"error: the engine is not exact: {error}"}
+                    _not_exact.append(f"the engine is not exact: {one_line(error, 400)}")
+                    message = {"type": "lifespan.startup.failed", "message": "the engine is not exact"}
             await send(message)
 
         if scope["type"] == "lifespan":

@@ -3,7 +3,7 @@
 #
 #   tests/gpu1/run.sh PART            PART 1 to 15, as below; on one H100 or H200, from the repository's root
 #   ONLY="model served" tests/gpu1/run.sh 1   these of its steps alone
-#   TINY=1 tests/gpu1/run.sh PART     the same commands on a CPU, small: what is tried before a sitting
+#   TINY=1 tests/gpu1/run.sh PART     the same commands on a CPU, small: what is tried before a GPU is taken
 #
 #   1 bits        ops of mixtures, adapters and truncation; families of mixtures; attention=chunked; waits for the device; a server and
 #                 a trainer

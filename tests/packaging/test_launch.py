@@ -269,8 +269,12 @@ def test_a_launcher_passes_a_signal_on_and_waits(tmp_path):
     assert finish(process) == (138, [{"got": 1}] * 2, "")
 
 
-def test_a_machine_of_gpus_that_are_not_here_is_refused(tmp_path):
+def test_a_machine_of_gpus_that_are_not_here_is_refused(tmp_path, monkeypatch):
     """Accelerate would start as many processes on the CPU."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")  # which a launch sets
+    with pytest.raises(UserError, match=r"^machine=8gpu: use_cpu: false, and torch finds no GPU here"):
+        launch.launch([], "8gpu")
     for machine in ("1gpu", "8gpu", "2gpu_fsdp2"):
         with pytest.raises(UserError, match=rf"^machine={machine}: use_cpu: false, .*; use one of cpu, cpu2, cpu2_fsdp2$"):
             launch._require_gpus(machine, 0)

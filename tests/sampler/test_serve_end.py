@@ -50,6 +50,27 @@ def test_a_server_ends_with_the_code_and_the_line_of_a_command(number, code, lin
         assert said.endswith(f"\n{line}\n") and "Traceback" not in said, said[-3000:]
 
 
+@SLOW
+def test_a_server_whose_engine_is_not_exact_says_so_and_does_not_start(arithmetic_dir, tmp_path):
+    unproven = """
+import sys
+from vllm.v1.engine.async_llm import AsyncLLM
+from rlinvariant.cli import main
+
+async def collective_rpc(self, method, *args, **kwargs):
+    raise RuntimeError(f"planted: {method}")
+
+if __name__ == "__main__":
+    AsyncLLM.collective_rpc = collective_rpc
+    sys.exit(main(sys.argv[1:]))
+"""
+    (script := tmp_path / "unproven.py").write_text(unproven)
+    options = ["--port", "0", "--max-model-len", "64", "--kv-cache-memory-bytes", str(2**26), "--enforce-eager"]
+    command = [sys.executable, str(script), "serve", arithmetic_dir, *options]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=300)
+    assert done.returncode == 1 and "\nerror: the engine is not exact: planted: prove\n" in done.stderr, done.stderr[-3000:]
+
+
 def _is_up(port: int) -> bool:
     try:
         return httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
