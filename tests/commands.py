@@ -10,15 +10,17 @@ from rlinvariant import cli
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Let ctrl-C reach this process and those it starts, also where a shell has started the tests in its background.
+    """Let ctrl-C and a terminal's end reach this process and those it starts, also where a shell has it in its background.
 
-    Such a shell ignores SIGINT, and every process inherits that.
+    Such a shell ignores SIGINT, nohup ignores SIGHUP, and every process inherits that.
     """
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def run(command: str, *arguments: str) -> int:

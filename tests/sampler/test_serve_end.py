@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from rlinvariant.bench.served import kept_port
+from tests.commands import interruptible
 
 ROOT = Path(__file__).parents[2]
 SLOW = pytest.mark.slow
@@ -30,7 +31,7 @@ ENGINE = 0  # in place of a signal to the server: its engine is killed
 def test_a_server_ends_with_the_code_and_the_line_of_a_command(number, code, line, arithmetic_dir, tmp_path):
     """It is started as a user starts it: a fork has no end of an interpreter, whose lines would be the last."""
     log, env = tmp_path / "log", os.environ | {"PYTHONPATH": str(ROOT)}
-    with kept_port() as kept, log.open("w") as out:
+    with kept_port() as kept, log.open("w") as out, interruptible():
         port = kept.getsockname()[1]
         options = ["--port", str(port), "--max-model-len", "64", "--kv-cache-memory-bytes", str(2**26), "--enforce-eager"]
         command = [sys.executable, "-m", "rlinvariant", "serve", arithmetic_dir, *options]
